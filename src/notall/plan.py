@@ -1,0 +1,128 @@
+"""What to leave out: a frozen record that people can read, write and carry from one tool to another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+Kind = Literal["attention", "mlp"]
+Variant = Literal["dense", "attention", "mlp", "block"]
+
+
+class Plan(BaseModel):
+    """The sublayers to skip, by their layer index in the dense model, from 0.
+
+    A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
+    (see `Anatomy.fingerprint`); `note` is free text. Raises `UsageError` on an index that is negative or named twice.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: tuple[int, ...] = Field((), description="layers whose attention is skipped")
+    mlp: tuple[int, ...] = Field((), description="layers whose MLP is skipped")
+    fingerprint: str | None = Field(None, description="shape of the model that this plan was made for")
+    note: str | None = Field(None, description="where this plan comes from")
+
+    def __init__(self, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
+        try:
+            super().__init__(attention=_sorted(attention), mlp=_sorted(mlp), **fields)
+        except ValidationError as error:
+            raise UsageError(f"this is no plan: {_first(error)}") from None
+
+    @field_validator("attention", "mlp")
+    @classmethod
+    def _each_once(cls, indices: tuple[int, ...]) -> tuple[int, ...]:
+        if any(index < 0 for index in indices):
+            raise ValueError(f"layer indices start at 0, but {min(indices)} is named")
+        twice = sorted({index for index in indices if indices.count(index) > 1})
+        if twice:
+            raise ValueError(f"layer {twice[0]} is named twice")
+        return indices
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The layers that are skipped whole."""
+        return tuple(index for index in self.attention if index in self.mlp)
+
+    def __len__(self) -> int:
+        """How many sublayers are skipped."""
+        return len(self.attention) + len(self.mlp)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __or__(self, other: Plan) -> Plan:
+        """The plan that skips what either skips."""
+        return Plan(
+            {*self.attention, *other.attention},
+            {*self.mlp, *other.mlp},
+            fingerprint=self.fingerprint or other.fingerprint,
+        )
+
+    def __str__(self) -> str:
+        names = [f"attn.{i}" for i in self.attention] + [f"mlp.{i}" for i in self.mlp]
+        return " ".join(names) or "nothing"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""
+        fields = {"attention": list(self.attention), "mlp": list(self.mlp)}
+        extra = {name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in (fields | extra).items()]
+        try:
+            Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write the plan to {path}: {error.strerror}; choose another path") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` or a person wrote. Raises `UsageError` when it is missing, truncated or malformed."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise UsageError(f"{path} is no plan: not valid JSON ({error}); write it again") from None
+        if not isinstance(fields, dict) or not {"attention", "mlp"} & fields.keys():
+            raise UsageError(f'{path} is no plan: expected {{"attention": [...], "mlp": [...]}}')
+        try:
+            return cls(**fields)
+        except (UsageError, TypeError) as error:
+            raise UsageError(f"{path}: {error}") from None
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise `UsageError` unless this plan fits the model and leaves it at least one attention."""
+        if self.fingerprint and self.fingerprint != anatomy.fingerprint:
+            raise UsageError(
+                f"this plan was made for {self.fingerprint}, but the model is {anatomy.fingerprint}; "
+                "make a plan for this model, or delete its fingerprint line if you are sure"
+            )
+        layers = len(anatomy.blocks)
+        for index in (*self.attention, *self.mlp):
+            if index >= layers:
+                raise UsageError(f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}")
+        if len(self.attention) == layers:
+            raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
+
+
+def _sorted(indices: Iterable[int]) -> tuple[int, ...] | object:
+    """In order where they can be ordered; what cannot be is left to the validator, which names it."""
+    try:
+        return tuple(sorted(indices))
+    except TypeError:
+        return indices
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
