@@ -61,18 +61,23 @@ class Replay:
     def hidden_states(self, recording: Recording) -> Iterator[tuple[list[int], Tensor]]:
         """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
 
-        The plan given first comes first; the output is (batch, tokens, hidden), before the final norm.
+        The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
+        ends, and otherwise in the order given: the dense model, given first, comes first.
         """
+        waiting: list[tuple[Step | list[int], Tensor]]
         waiting = [(step, recording.embedded) for step in reversed(self.first.values())]
         while waiting:
             step, hidden = waiting.pop()
+            if isinstance(step, list):
+                yield step, hidden
+                continue
             hidden = self._run(step, hidden, recording.arguments[step.block.index])
-            waiting.extend((child, hidden) for child in reversed(step.after.values()))
             if step.plans:
-                yield step.plans, hidden
+                waiting.append((step.plans, hidden))
+            waiting.extend((child, hidden) for child in reversed(step.after.values()))
 
     def logits(self, **inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """For each plan, first things first: its number and its logits, (batch, tokens, vocabulary)."""
+        """For each plan, in the order of `hidden_states`: its number and its logits, (batch, tokens, vocabulary)."""
         recording = record(self.model, **inputs)
         for numbers, hidden in self.hidden_states(recording):
             logits = run_head(self.model, recording, hidden)

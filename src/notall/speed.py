@@ -1,5 +1,7 @@
 """How long a model takes: prefill apart from decode, variants interleaved. Knows nothing of plans."""
 
+from __future__ import annotations
+
 import inspect
 import os
 import platform
@@ -8,13 +10,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import __version__
 from .errors import UsageError
 
 Variant = Callable[[], AbstractContextManager[Any]]
@@ -30,7 +34,7 @@ class Spread:
     n: int
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> "Spread":
+    def of(cls, samples: Sequence[float]) -> Spread:
         """Summarise at least one sample; quartiles interpolate linearly."""
         quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quartiles).tolist()
@@ -41,8 +45,8 @@ class Spread:
 class Timing:
     """What one variant took, one sample a round, in the order of the rounds.
 
-    `peak_bytes` is the most CUDA memory allocated in a round, summed over the model's devices, and counts weights
-    that are held but not used; None without CUDA.
+    `peak_bytes` is the most CUDA memory allocated in a round, summed over devices. It counts weights that
+    are held but not used. None without CUDA.
     """
 
     prefill_samples_ms: tuple[float, ...]
@@ -58,16 +62,17 @@ class Timing:
         return Spread.of(self.decode_samples_ms)
 
 
-def time_once(model: PreTrainedModel, prompt: torch.LongTensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that prefill filled.
+def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
 
-    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known, so every one of the
-    `new` steps is a decode step; a step serves all B sequences. Accelerators are synchronised at the three readings of
-    the clock, not between steps. Raises UsageError if the model keeps no cache.
+    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known, so each of the
+    `new` steps is a decode step; a step serves all B sequences. Accelerators are synchronised where the clock
+    is read, not between steps. Raises `UsageError` if the model keeps no cache.
     """
     devices = _accelerators(model)
-    # A server needs the last position's logits only; without this the head would dominate the prefill of small models.
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # As `generate` does: the logits of the whole prompt would dominate the prefill of small models.
+    takes = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     with torch.inference_mode():
         start = _now(devices)
         output = model(input_ids=prompt, use_cache=True, **last_only)
@@ -94,9 +99,10 @@ def compare(
 ) -> dict[str, Timing]:
     """Time each variant once a round, in an order that is reversed every other round, so that drift cancels.
 
-    A variant is a function that returns a context manager; it is entered and left outside of the timed region. The
-    first `warmup` rounds are run in full and thrown away. The prompt is random ids (batch_size, prompt_tokens), the
-    same for all. Raises UsageError for counts below their least and for more tokens than the model has positions.
+    A variant is a function that returns a context manager, entered and left outside of the timed region. The
+    first `warmup` rounds are run in full and thrown away. The prompt is the same for all: random ids of shape
+    (batch_size, prompt_tokens). Raises `UsageError` for counts that are too low, and for more tokens than the
+    model has positions.
     """
     _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds)
     if warmup < 0:
@@ -120,7 +126,7 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Spread:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a timing depends on: `cpu`, `cores` this process may use, torch `threads`, `device` and its name, `versions`."""
+    """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
     cpu = _cpu_model()
     on_cuda = torch.device(device).type == "cuda"
     return {
@@ -129,12 +135,16 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in ("torch", "transformers", "notall")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "notall": __version__,
+        },
     }
 
 
-def _measure(model: PreTrainedModel, prompt: torch.LongTensor, new: int) -> tuple[float, float, int | None]:
+def _measure(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float, int | None]:
     gpus = [device for device in _accelerators(model) if device.type == "cuda"]
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
@@ -154,7 +164,7 @@ def _now(devices: set[torch.device]) -> float:
 
 
 def _accelerators(model: PreTrainedModel) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
 
 
 def _cache_name(output: Mapping[str, Any]) -> str:
@@ -162,10 +172,12 @@ def _cache_name(output: Mapping[str, Any]) -> str:
     for name in ("cache", "past_key_values"):
         if output.get(name) is not None:
             return name
-    raise UsageError("the model returned no KV cache, so decoding can't be timed; use a causal language model with one")
+    raise UsageError(
+        "the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache"
+    )
 
 
-def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: int) -> torch.LongTensor:
+def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
@@ -181,8 +193,8 @@ def _check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise UsageError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's {limit} positions; "
-            f"lower either so that together they are at most {limit}"
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
+            f"lower them to {limit} together"
         )
 
 
@@ -200,10 +212,3 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -1,0 +1,23 @@
+"""A third of the attentions of the default model against dense: prefill and decode, short and long prompts."""
+
+from __future__ import annotations
+
+import notall
+from notall.cli import TIMING_COLUMNS
+from notall.console import show
+from notall.speed import machine
+from notall.timing import time_plan
+
+
+def main() -> None:
+    model, _ = notall.load()
+    about = machine(model.device)
+    plan = notall.deepest(notall.locate(model), "attention", 0.33, keep_last=True)
+    for prompt in (128, 1024):
+        rows = time_plan(model, plan, prompt_tokens=prompt, new_tokens=24, rounds=7)
+        title = f"33 % of attentions, prompt {prompt}, {about['cpu']}, {about['threads']} threads, {model.dtype}"
+        show(rows, TIMING_COLUMNS, title=title)
+
+
+if __name__ == "__main__":
+    main()

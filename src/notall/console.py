@@ -1,0 +1,99 @@
+"""What people see at the terminal: tables, and progress with the time left."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading and how a row is written in it."""
+
+    heading: str
+    text: Callable[[Row], str]
+    right: bool = True
+
+
+def plain(name: str, heading: str | None = None) -> Column:
+    return Column(heading or name, lambda row: str(row[name]), right=False)
+
+
+def number(name: str, heading: str, form: str = ".3f") -> Column:
+    return Column(heading, lambda row: _format(row.get(name), form))
+
+
+def with_error(name: str, heading: str, form: str = ".3f") -> Column:
+    """A mean and its standard error."""
+    return Column(heading, lambda row: f"{_format(row[name], form)} ± {_format(row[name + '_se'], form)}")
+
+
+def with_spread(name: str, heading: str, form: str = ".1f") -> Column:
+    """A median and its quartiles."""
+    return Column(
+        heading,
+        lambda row: f"{_format(row[name], form)} [{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]",
+    )
+
+
+def size(name: str, heading: str) -> Column:
+    """Bytes, in the unit that suits them."""
+    return Column(heading, lambda row: _bytes(row[name]))
+
+
+def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json: bool = False) -> None:
+    """Print `rows` as a table on stdout, or whole, as JSON."""
+    if as_json:
+        json.dump([dict(row) for row in rows], sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(column.text(row) for column in columns))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: as wide as the table is
+        console = Console(width=1000)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
+    """A bar with the time left on stderr; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(done: float, total: float, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=doing)
+
+        yield report
+
+
+def _format(value: Any, form: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return format(value, form)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,194 @@
+"""The paper's experiment: three variants, three fractions, with and without the last layer, beside the dense model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import results
+from .anatomy import Anatomy, locate
+from .criteria import SKIPPABLE, deepest
+from .errors import UsageError
+from .plan import Plan
+from .quality import Quality, Scores, score, summarize
+from .timing import time_plan
+
+FRACTIONS = (0.10, 0.25, 0.33)
+RESULTS, SCORES = "results.jsonl", "scores.jsonl"
+DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
+
+Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the grid; `fraction` is what was asked for, and the plan holds round(fraction x layers) of them."""
+
+    variant: Literal["dense", "attention", "mlp", "block"]
+    fraction: float
+    keep_last: bool
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        if self.variant == "dense":
+            return "dense"
+        return f"{self.variant} {self.fraction:.0%}{' keep last' if self.keep_last else ''}"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How a sweep times a configuration: `rounds` of a prompt and new tokens, dense and skipped in turn."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    batch_size: int = 1
+    rounds: int = 5
+
+
+def paper_grid(anatomy: Anatomy, fractions: Sequence[float] = FRACTIONS) -> list[Configuration]:
+    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+    rows = [Configuration("dense", 0.0, False, Plan(fingerprint=anatomy.fingerprint))]
+    for variant in SKIPPABLE:
+        for fraction in fractions:
+            for keep_last in (False, True):
+                plan = deepest(anatomy, variant, fraction, keep_last=keep_last)
+                rows.append(Configuration(variant, fraction, keep_last, plan))
+    return rows
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    out: Path,
+    provenance: dict[str, Any],
+    *,
+    timed: Timed = Timed(),
+    seed: int = 0,
+    progress: Progress = lambda done, total, doing: None,
+) -> list[dict[str, Any]]:
+    """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.
+
+    Writes `out/results.jsonl`, a line as soon as a configuration is done, and `out/scores.jsonl`, the scores of every
+    sequence. Called again on the same folder it goes on where it stopped. Raises `UsageError` when the folder holds
+    the results of other settings, is in use, or cannot be written.
+    """
+    rows = paper_grid(locate(model))
+    settings = provenance | {"timed": asdict(timed), "seed": seed, "batches": _digest(batches)}
+    with results.lock(out):
+        done = {(r["variant"], r["fraction"], r["keep_last"]): r for r in results.read(out / RESULTS, results.Record)}
+        for record in done.values():
+            _check_same(record["provenance"], settings, out)
+        steps = _Steps(progress, batches, rows, timed, locate(model).sublayers)
+        scores = _score(model, rows, batches, out, settings, steps)
+        for row, found in zip(rows, scores):
+            key = (row.variant, row.fraction, row.keep_last)
+            if key not in done:
+                steps.doing(f"timing {row.name}")
+                done[key] = _record(model, row, summarize(found, scores[0]), settings, timed, seed)
+                results.append(out / RESULTS, done[key])
+            steps.timed()
+        return [done[row.variant, row.fraction, row.keep_last] for row in rows]
+
+
+def _score(
+    model: PreTrainedModel,
+    rows: list[Configuration],
+    batches: Sequence[Tensor],
+    out: Path,
+    settings: dict[str, Any],
+    steps: _Steps,
+) -> list[Scores]:
+    """Scores of each row over all batches, taken from the folder as far as they are there."""
+    path = out / SCORES
+    held = results.read(path)
+    for line in held:
+        _check_same(line["provenance"], settings, out)
+    lines = {line["batch"]: line["scores"] for line in held}
+    totals = [Scores() for _ in rows]
+    for number, tokens in enumerate(batches):
+        if number not in lines:
+            steps.doing("evaluating all configurations")
+            found = score(model, [row.plan for row in rows[1:]], tokens)
+            lines[number] = [asdict(scores) for scores in found]
+            results.append(path, {"batch": number, "scores": lines[number], "provenance": settings})
+        for total, scores in zip(totals, lines[number]):
+            total.extend(Scores(**scores))
+        steps.scored(tokens)
+    return totals
+
+
+def _record(
+    model: PreTrainedModel,
+    row: Configuration,
+    quality: Quality,
+    settings: dict[str, Any],
+    timed: Timed,
+    seed: int,
+) -> dict[str, Any]:
+    timing = time_plan(model, row.plan, **asdict(timed), seed=seed)[-1]
+    del timing["model"]
+    return {
+        "variant": row.variant,
+        "fraction": row.fraction,
+        "keep_last": row.keep_last,
+        "plan": {"attention": list(row.plan.attention), "mlp": list(row.plan.mlp)},
+        **asdict(quality),
+        **timing,
+        "provenance": settings,
+    }
+
+
+def _digest(batches: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tokens in batches:
+        digest.update(tokens.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_same(held: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
+    for name, value in wanted.items():
+        if name != "machine" and held.get(name) != value:
+            raise UsageError(
+                f"{out} holds results of another {name} ({held.get(name)}, not {value}); choose another --out, "
+                "or give the same settings to go on with it"
+            )
+
+
+class _Steps:
+    """How far a sweep is, in tokens prefilled."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        batches: Sequence[Tensor],
+        rows: list[Configuration],
+        timed: Timed,
+        sublayers: Sequence[object],
+    ) -> None:
+        self.progress, self.done, self.label = progress, 0.0, ""
+        kept = len(rows) * len(sublayers) - sum(len(row.plan) for row in rows)
+        self.score_factor = kept / len(sublayers) / 4  # about a quarter of the work is left by sharing
+        per_run = timed.batch_size * (timed.prompt_tokens + DECODED_TOKEN * timed.new_tokens)
+        self.timing = 2 * (timed.rounds + 1) * per_run
+        self.total = sum(tokens.numel() for tokens in batches) * self.score_factor + len(rows) * self.timing
+
+    def doing(self, label: str) -> None:
+        self.label = label
+        self.progress(self.done, self.total, label)
+
+    def scored(self, tokens: Tensor) -> None:
+        self._advance(tokens.numel() * self.score_factor)
+
+    def timed(self) -> None:
+        self._advance(self.timing)
+
+    def _advance(self, amount: float) -> None:
+        self.done += amount
+        self.progress(self.done, self.total, self.label)

@@ -1,0 +1,62 @@
+"""Time a plan: the dense model and the skipped one in turn, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .footprint import footprint
+from .plan import Plan
+from .skipping import skip
+from .speed import Spread, Timing, compare, speedup
+
+
+def time_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    rounds: int = 5,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One row for the dense model and, unless the plan is empty, one for the skipped model.
+
+    Times are medians over rounds with their quartiles (`_low`, `_high`); a speedup is the median of the rounds' own
+    ratios to dense. `peak_bytes` is CUDA memory, None elsewhere. Raises as `skip` and `compare` do.
+    """
+    variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
+    if plan:
+        variants["skipped"] = lambda: skip(model, plan)
+    timings = compare(
+        model,
+        variants,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        rounds=rounds,
+        seed=seed,
+    )
+    plans = {"dense": Plan(), "skipped": plan}
+    return [_row(name, model, plans[name], timings["dense"], timing) for name, timing in timings.items()]
+
+
+def _row(name: str, model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> dict[str, Any]:
+    return {
+        "model": name,
+        **_with_spread("prefill_ms", timing.prefill_ms),
+        **_with_spread("decode_ms_per_token", timing.decode_ms_per_token),
+        **_with_spread("speedup_prefill", speedup(dense.prefill_samples_ms, timing.prefill_samples_ms)),
+        **_with_spread("speedup_decode", speedup(dense.decode_samples_ms, timing.decode_samples_ms)),
+        "peak_bytes": timing.peak_bytes,
+        **asdict(footprint(model, plan)),
+    }
+
+
+def _with_spread(name: str, spread: Spread) -> dict[str, float]:
+    return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}

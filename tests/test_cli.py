@@ -1,0 +1,189 @@
+"""The command line as people type it: what it prints, and one clear line with exit code 2 for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from families import family
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from notall import Plan, cli
+
+QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
+FAST = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer of bytes, as a checkpoint folder."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
+    family("llama").build(vocab_size=len(vocabulary), num_hidden_layers=6).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `notall ARGUMENTS...`; answers (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_path):
+    code, out, err = run("sweep", folder, "--out", tmp_path / "r", *QUICK, *FAST[:-2])
+    assert (code, err) == (0, "")
+    assert (tmp_path / "r" / "results.jsonl").read_text().count("\n") == 19
+    for figure in ("similarity", "tradeoff"):
+        for suffix in ("png", "svg", "html"):
+            assert (tmp_path / "r" / f"{figure}.{suffix}").stat().st_size > 1000
+    assert out.count("keep") >= 1
+    assert len([line for line in out.splitlines() if line.startswith("│")]) == 19
+    record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
+    assert {"model", "revision", "text", "text_sha256", "dtype", "device", "threads", "versions", "seed"} <= set(
+        record["provenance"]
+    )
+    assert str(folder.parent) not in json.dumps(record)
+
+
+def test_inspect_needs_only_a_config(run, folder, tmp_path):
+    alone = tmp_path / "config.json"
+    alone.write_text((folder / "config.json").read_text())
+    code, out, _ = run("inspect", alone, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["sublayer"] for row in rows[:4]] == ["attn.0", "mlp.0", "attn.1", "mlp.1"]
+    model = family("llama").build(num_hidden_layers=6)
+    assert rows[1]["parameters"] == sum(
+        p.numel() for p in (*model.model.layers[0].mlp.parameters(), model.model.layers[0].post_attention_layernorm.weight)
+    )
+
+
+def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, _ = run("plan", folder, "--skip", "attention", "--fraction", "0.33", "--keep-last", "-o", path, "--json")
+    assert code == 0
+    assert Plan.load(path).attention == (3, 4)
+    dense, skipped = json.loads(out)
+    assert skipped["kv_bytes_per_token"] == dense["kv_bytes_per_token"] * 4 // 6
+    code, out, _ = run("eval", folder, "--plan", path, *QUICK, "--json")
+    dense, skipped = json.loads(out)
+    assert code == 0
+    assert dense["delta_nll"] == 0 != skipped["delta_nll"]
+    code, out, _ = run("bench", folder, "--plan", path, *FAST, "--json")
+    dense, skipped = json.loads(out)
+    assert code == 0
+    assert dense["speedup_decode"] == 1 != skipped["speedup_decode"]
+    code, out, _ = run("generate", folder, "--plan", path, "--max-new-tokens", "5", "abc")
+    assert code == 0
+    assert out.strip()
+
+
+def test_similarity_prints_and_draws(run, folder, tmp_path):
+    code, out, _ = run("similarity", folder, *QUICK, "--out", tmp_path / "fig1", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 18
+    assert (tmp_path / "fig1.png").exists()
+
+
+def test_bench_of_a_shape_with_dummy_weights(run, folder, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text((folder / "config.json").read_text())
+    code, out, _ = run("bench", "--shape", config, "--dummy-weights", "--skip", "block", "--fraction", "0.5", *FAST, "--json")
+    assert code == 0
+    dense, skipped = json.loads(out)
+    assert skipped["params"] < dense["params"]
+    assert skipped["peak_bytes"] is None
+
+
+def bad_inputs(folder, tmp_path):
+    plan, other, everything, torn = (tmp_path / name for name in ("plan", "other", "everything", "torn"))
+    Plan([1, 77]).save(plan)
+    Plan([1], fingerprint="llama-2x8-00000000").save(other)
+    Plan(range(6), range(6)).save(everything)
+    torn.write_text('{"attention": [1, ')
+    empty, short, results = tmp_path / "empty.txt", tmp_path / "short.txt", tmp_path / "results"
+    empty.write_text("")
+    short.write_text("too short")
+    results.mkdir()
+    (results / "results.jsonl").write_text('{"variant": "dense"\n{"variant": "mlp"}\n')
+    file = tmp_path / "file"
+    file.write_text("")
+    return {
+        "an unknown model": (["eval", "no/such-model"], "no/such-model"),
+        "a folder that holds no model": (["eval", tmp_path], "config.json"),
+        "an unknown variant": (["plan", folder, "--skip", "heads"], "heads"),
+        "a fraction outside 0..1": (["plan", folder, "--fraction", "1.5"], "outside 0..1"),
+        "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),
+        "a plan for another model": (["eval", folder, "--plan", other, *QUICK], "made for llama-2x8"),
+        "a plan that skips everything": (["eval", folder, "--plan", everything, *QUICK], "keep at least one"),
+        "a truncated plan": (["eval", folder, "--plan", torn], "not valid JSON"),
+        "a missing plan": (["eval", folder, "--plan", tmp_path / "absent"], "cannot read"),
+        "an empty text": (["eval", folder, "--text", empty, *QUICK], "empty"),
+        "a short text": (["eval", folder, "--text", short, *QUICK], "tokens"),
+        "a missing text": (["eval", folder, "--text", tmp_path / "absent", *QUICK], "cannot read"),
+        "malformed results": (["sweep", folder, "--out", results, *QUICK, *FAST[:-2]], "line 1"),
+        "an unwritable folder": (["sweep", folder, "--out", file, *QUICK, *FAST[:-2]], "cannot"),
+        "an unknown dtype": (["eval", folder, "--dtype", "float13"], "float13"),
+        "an unknown device": (["eval", folder, "--device", "tpu9"], "tpu9"),
+        "a shape with no weights": (["bench", "--shape", "llama-2-7b"], "--dummy-weights"),
+        "an unwritable plan": (["plan", folder, "-o", file / "plan.json"], "cannot write"),
+    }
+
+
+def test_bad_input_is_one_line_that_names_the_fix_and_exit_code_2(run, folder, tmp_path):
+    for case, (arguments, says) in bad_inputs(folder, tmp_path).items():
+        code, _, err = run(*arguments)
+        assert code == 2, (case, code, err)
+        assert says in err, (case, err)
+        assert "Traceback" not in err, case
+        if not err.startswith("Usage"):  # Typer frames its own complaints
+            assert len(err.strip().splitlines()) == 1, (case, err)
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    assert run("sweep", folder, "--out", out, *QUICK, *FAST[:-2])[0] == 0
+    path = out / "results.jsonl"
+    kept = "".join(path.read_text().splitlines(keepends=True)[:5])
+    path.write_text(kept)
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = run("sweep", folder, "--out", out, *QUICK, *FAST[:-2])
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "No space left" in err
+    assert path.read_text() == kept
+
+
+def test_notall_alone_says_what_to_do_first(run):
+    code, out, err = run()
+    assert code in (0, 2)
+    assert "notall sweep" in out + err
+
+
+def test_importing_notall_is_light():
+    code = "import sys, notall; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'altair')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,183 @@
+"""The sweep: 19 configurations, each checked against a slow twin; killed anywhere, it goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from families import family, silenced
+from torch.nn.functional import cross_entropy
+
+from notall import Plan, UsageError, grid, locate, results
+from notall.quality import score, summarize
+
+BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
+TIMED = grid.Timed(prompt_tokens=4, new_tokens=2, rounds=1)
+ABOUT = {"model": "tiny", "revision": "none"}
+DEPTH = 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama").build(num_hidden_layers=DEPTH)
+
+
+@pytest.fixture(scope="module")
+def swept(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, grid.sweep(model, BATCHES, folder, ABOUT, timed=TIMED)
+
+
+def test_the_papers_nineteen_configurations(model, swept):
+    folder, records = swept
+    assert results.read(folder / grid.RESULTS, results.Record) == records
+    keys = [(r["variant"], r["fraction"], r["keep_last"]) for r in records]
+    assert len(keys) == len(set(keys)) == 19
+    assert keys[0] == ("dense", 0.0, False)
+    assert {v for v, _, _ in keys} == {"dense", "attention", "mlp", "block"}
+    assert {f for _, f, _ in keys[1:]} == {0.10, 0.25, 0.33}
+    for record in records[1:]:
+        count = round(record["fraction"] * DEPTH)
+        last = DEPTH - 1 if record["keep_last"] else DEPTH
+        window = list(range(last - count, last))
+        assert record["plan"]["attention"] == (window if record["variant"] != "mlp" else [])
+        assert record["plan"]["mlp"] == (window if record["variant"] != "attention" else [])
+
+
+@torch.no_grad()
+def test_every_line_equals_its_slow_twin(model, swept):
+    """The plain model, uncached, with the contributions of the skipped sublayers silenced."""
+    for record in swept[1]:
+        losses = []
+        with silenced(model, family("llama"), **record["plan"]):
+            for tokens in BATCHES:
+                for row in tokens:
+                    losses.append(float(cross_entropy(model(row[None]).logits[0, :-1], row[1:])))
+        assert record["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5), record["variant"]
+        assert record["sequences"] == 3
+
+
+def test_a_finished_sweep_does_nothing_again(model, swept):
+    folder, records = swept
+    before = (folder / grid.RESULTS).read_bytes()
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    again = grid.sweep(model, BATCHES, folder, ABOUT, timed=TIMED)
+    handle.remove()
+    assert again == records
+    assert not calls
+    assert (folder / grid.RESULTS).read_bytes() == before
+
+
+def test_a_torn_last_line_is_done_again_and_no_other(model, swept, tmp_path):
+    folder, records = swept
+    lines = (folder / grid.RESULTS).read_bytes().splitlines(keepends=True)
+    (tmp_path / grid.RESULTS).write_bytes(b"".join(lines[:7]) + lines[7][:50])
+    (tmp_path / grid.SCORES).write_bytes((folder / grid.SCORES).read_bytes())
+    with pytest.warns(UserWarning, match="torn"):
+        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    again = (tmp_path / grid.RESULTS).read_bytes().splitlines(keepends=True)
+    assert again[:7] == lines[:7]
+    assert len(again) == 19
+    assert [json.loads(line)["nll"] for line in again] == [record["nll"] for record in records]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"provenance": {"model": "other", "revision": "none"}}, "model"),
+        ({"timed": grid.Timed(5, 2, rounds=1)}, "timed"),
+        ({"seed": 1}, "seed"),
+        ({"batches": BATCHES[:1]}, "batches"),
+    ],
+)
+def test_results_of_other_settings_are_not_mixed_in(model, swept, change, says):
+    arguments = {"batches": BATCHES, "provenance": ABOUT, "timed": TIMED, "seed": 0} | change
+    with pytest.raises(UsageError, match=f"another {says}") as error:
+        grid.sweep(model, arguments.pop("batches"), swept[0], arguments.pop("provenance"), **arguments)
+    assert "--out" in str(error.value)
+
+
+def test_a_second_sweep_on_the_folder_is_told_so(model, swept):
+    with results.lock(swept[0]), pytest.raises(UsageError, match="another run"):
+        grid.sweep(model, BATCHES, swept[0], ABOUT, timed=TIMED)
+
+
+def test_progress_reaches_its_total(model, tmp_path):
+    seen = []
+    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED, progress=lambda *state: seen.append(state))
+    done = [state[0] for state in seen]
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(seen[-1][1])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_grid
+from families import family
+from notall import grid
+model = family("llama").build(num_hidden_layers=test_grid.DEPTH)
+grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 40, rounds=2))
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
+    path = tmp_path / grid.RESULTS
+    with subprocess.Popen(command) as process:
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    killed = path.read_bytes()
+    whole = killed[: killed.rfind(b"\n") + 1]
+    scores = (tmp_path / grid.SCORES).read_bytes()
+    assert 4 <= whole.count(b"\n") < 19
+    subprocess.run(command, check=True)
+    assert path.read_bytes().startswith(whole)
+    assert (tmp_path / grid.SCORES).read_bytes() == scores
+    records = results.read(path, results.Record)
+    assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in records}) == len(records) == 19
+
+
+@torch.no_grad()
+def test_the_default_models_lines_equal_zeroed_output_projections(default_model):
+    """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
+    model, tokenizer = default_model
+    tokens = tokenizer("Attention is all you need, but you do not need all of it.", return_tensors="pt")["input_ids"]
+    rows = grid.paper_grid(locate(model))
+    found = score(model, [row.plan for row in rows[1:]], tokens)
+    dense = model(tokens).logits[:, :-1].log_softmax(-1)
+    for row, scores in zip(rows, found):
+        logits = _zeroed(model, row.plan, tokens)[:, :-1]
+        assert scores.nll[0] == pytest.approx(float(cross_entropy(logits[0], tokens[0, 1:])), rel=1e-4)
+        kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
+        assert scores.kl[0] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
+    golden = {row.name: summarize(scores, found[0]).nll for row, scores in zip(rows, found)}
+    for name, nll in GOLDEN.items():
+        assert golden[name] == pytest.approx(nll, rel=2e-3), golden
+
+
+# Of the sentence above, float32, on the default model.
+GOLDEN: dict[str, float] = {}
+
+
+def _zeroed(model, plan: Plan, tokens):
+    kept = {}
+    layers = model.model.layers
+    for weight in (
+        *(layers[i].self_attn.o_proj.weight for i in plan.attention),
+        *(layers[i].mlp.down_proj.weight for i in plan.mlp),
+    ):
+        kept[weight] = weight.clone()
+        weight.zero_()
+    logits = model(tokens).logits
+    for weight, before in kept.items():
+        weight.copy_(before)
+    return logits

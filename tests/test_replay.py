@@ -1,0 +1,94 @@
+"""Shared prefixes give what one plan at a time gives, at the cost of what differs."""
+
+import pytest
+import torch
+from families import FAMILIES, family
+
+from notall import Plan, deepest, locate, skip
+from notall.replay import Replay, walk
+
+IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
+MASK = torch.ones_like(IDS)
+MASK[0, :3] = 0
+
+
+def plans_for(anatomy):
+    grid = [
+        deepest(anatomy, kind, fraction, keep_last=keep)
+        for kind in ("attention", "mlp", "block")
+        for fraction in (0.25, 0.5)
+        for keep in (False, True)
+    ]
+    return [Plan(), *grid, Plan(attention=[0], mlp=[0, 2]), Plan(attention=[1, 2]), Plan(mlp=[0, 1, 2, 3])]
+
+
+@pytest.mark.parametrize("tested", [f for f in FAMILIES if f.exists], ids=str)
+@torch.no_grad()
+def test_replay_equals_one_by_one(tested):
+    model = tested.build()
+    plans = plans_for(locate(model))
+    found = dict(Replay(model, plans).logits(input_ids=IDS, attention_mask=MASK))
+    assert len(found) == len(plans)
+    for number, plan in enumerate(plans):
+        with skip(model, plan):
+            expected = model(input_ids=IDS, attention_mask=MASK).logits
+        scale = expected.abs().max()
+        assert (found[number] - expected)[MASK.bool()].abs().max() <= 1e-6 * scale, plan
+
+
+def test_bit_identical_where_sublayers_run_in_the_models_own_order():
+    model = family("llama").build()
+    plans = plans_for(locate(model))
+    with torch.no_grad():
+        for number, logits in Replay(model, plans).logits(input_ids=IDS):
+            with skip(model, plans[number]):
+                assert torch.equal(logits, model(input_ids=IDS).logits)
+
+
+def test_each_distinct_prefix_runs_once():
+    model = family("llama").build()
+    plans = [Plan(), Plan(attention=[3]), Plan(mlp=[3]), Plan(attention=[3], mlp=[3])]
+    replay = Replay(model, plans)
+    runs = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: runs.append("attention"))
+        layer.mlp.register_forward_hook(lambda *_: runs.append("mlp"))
+    with torch.no_grad():
+        assert len(list(replay.logits(input_ids=IDS))) == 4
+    # 6 shared, then A3 and M3 behind it, and M3 behind M2.
+    assert replay.executions == len(runs) == 6 + 3
+    assert replay.one_by_one == 8 + 7 + 7 + 6
+
+
+def test_equal_plans_are_answered_once_each():
+    model = family("llama").build()
+    with torch.no_grad():
+        found = dict(Replay(model, [Plan([1]), Plan(), Plan([1])]).logits(input_ids=IDS))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
+def test_the_dense_model_is_answered_first_also_where_a_plan_ends_on_its_way():
+    model = family("llama").build()
+    with torch.no_grad():
+        order = [n for n, _ in Replay(model, [Plan(), Plan([0]), Plan(mlp=[3])]).logits(input_ids=IDS)]
+    assert order[0] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])  # one after the other, and parallel
+def test_walking_passes_every_state_of_the_dense_model(name):
+    model = family(name).build()
+    with torch.no_grad():
+        states = model(IDS, output_hidden_states=True).hidden_states
+        passages = list(walk(model, input_ids=IDS))
+        final = states[-1]
+    for passage, before in zip(passages, states):
+        torch.testing.assert_close(passage.before, before, rtol=1e-5, atol=1e-5)
+    for passage in passages:
+        (start, middle), (second, end) = passage.around["attention"], passage.around["mlp"]
+        assert torch.equal(start, passage.before)
+        if not passage.block.parallel:
+            assert torch.equal(second, middle)
+            assert torch.equal(end, passage.after)
+    # transformers gives the last state after the final norm; ours is before it.
+    assert not torch.allclose(passages[-1].after, final)
