@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import notall
-from notall.console import number, plain, show, with_spread
+from notall.console import plain, show, with_spread
 from notall.speed import Spread, compare, machine, speedup
 from notall.texts import read_text, token_batches
 
@@ -26,7 +26,6 @@ from notall.texts import read_text, token_batches
 def attention_only(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     return hidden_states + attended
-
 
 
 def block_then_mlp(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -148,7 +147,10 @@ def similarity_ratio(model: Any, tokenizer: Any, rounds: int) -> list[float]:
     notall.measure_similarity(model, [batch])
     forward()
     for _ in range(rounds):
-        plain_ms, ours_ms = milliseconds_once(forward), milliseconds_once(lambda: notall.measure_similarity(model, [batch]))
+        plain_ms, ours_ms = (
+            milliseconds_once(forward),
+            milliseconds_once(lambda: notall.measure_similarity(model, [batch])),
+        )
         ratios.append(ours_ms / plain_ms)
     return ratios
 
@@ -180,7 +182,9 @@ def main() -> None:
     forward = milliseconds(lambda: model(torch.ones(2, 4, dtype=torch.int64)), 5)
     print(f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens: {statistics.median(forward):.0f} ms")
     ratios = similarity_ratio(model, tokenizer, arguments.rounds)
-    print(f"similarity / plain forward: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] (target: 1.3)")
+    print(
+        f"similarity / plain forward: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] (target: 1.3)"
+    )
 
 
 if __name__ == "__main__":

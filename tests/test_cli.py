@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from families import family
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from families import family
 from notall import Plan, cli
 
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -59,9 +59,17 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     assert out.count("keep") >= 1
     assert len([line for line in out.splitlines() if line.startswith("│")]) == 19
     record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
-    assert {"model", "revision", "text", "text_sha256", "dtype", "device", "threads", "versions", "seed"} <= set(
-        record["provenance"]
-    )
+    assert {
+        "model",
+        "revision",
+        "text",
+        "text_sha256",
+        "dtype",
+        "device",
+        "threads",
+        "versions",
+        "seed",
+    } <= set(record["provenance"])
     assert str(folder.parent) not in json.dumps(record)
 
 
@@ -74,7 +82,11 @@ def test_inspect_needs_only_a_config(run, folder, tmp_path):
     assert [row["sublayer"] for row in rows[:4]] == ["attn.0", "mlp.0", "attn.1", "mlp.1"]
     model = family("llama").build(num_hidden_layers=6)
     assert rows[1]["parameters"] == sum(
-        p.numel() for p in (*model.model.layers[0].mlp.parameters(), model.model.layers[0].post_attention_layernorm.weight)
+        p.numel()
+        for p in (
+            *model.model.layers[0].mlp.parameters(),
+            model.model.layers[0].post_attention_layernorm.weight,
+        )
     )
 
 
@@ -108,7 +120,9 @@ def test_similarity_prints_and_draws(run, folder, tmp_path):
 def test_bench_of_a_shape_with_dummy_weights(run, folder, tmp_path):
     config = tmp_path / "config.json"
     config.write_text((folder / "config.json").read_text())
-    code, out, _ = run("bench", "--shape", config, "--dummy-weights", "--skip", "block", "--fraction", "0.5", *FAST, "--json")
+    code, out, _ = run(
+        "bench", "--shape", config, "--dummy-weights", "--skip", "block", "--fraction", "0.5", *FAST, "--json"
+    )
     assert code == 0
     dense, skipped = json.loads(out)
     assert skipped["params"] < dense["params"]

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from families import FAMILIES, family
 
+from families import FAMILIES, family
 from notall import Plan, remove, skip
 from notall.footprint import footprint
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "gemma3", "mixtral"])
-@pytest.mark.parametrize(
-    "plan", [Plan(attention=[1]), Plan(mlp=[0, 3]), Plan([2], [2]), Plan([0, 1], [1, 2])], ids=str
-)
+@pytest.mark.parametrize("plan", [Plan(attention=[1]), Plan(mlp=[0, 3]), Plan([2], [2]), Plan([0, 1], [1, 2])], ids=str)
 def test_counts_equal_what_is_left_after_removing(name, plan):
     model = family(name).build()
     expected = footprint(model, plan)

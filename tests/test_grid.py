@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import family, silenced
 from torch.nn.functional import cross_entropy
 
+from families import family, silenced
 from notall import Plan, UsageError, grid, locate, results
 from notall.quality import score, summarize
 

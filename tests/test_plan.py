@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from families import family
 
+from families import family
 from notall import Plan, UsageError, deepest, locate
 from notall.skipping import Group, is_portable, regroup
 
@@ -113,9 +113,7 @@ def test_portable_is_an_even_length_of_every_skipped_run(anatomy):
     # Sublayers in order, A0 M0 A1 M1 ...: each maximal run of skipped ones has even length, or it ends the list.
     for bits in range(1 << 8):
         skipped = [bool(bits >> position & 1) for position in range(8)]
-        plan = Plan(
-            attention=[i for i in range(4) if skipped[2 * i]], mlp=[i for i in range(4) if skipped[2 * i + 1]]
-        )
+        plan = Plan(attention=[i for i in range(4) if skipped[2 * i]], mlp=[i for i in range(4) if skipped[2 * i + 1]])
         if len(plan.attention) == 4:
             continue
         kept = "".join("AM"[position % 2] for position in range(8) if not skipped[position])

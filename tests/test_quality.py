@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from families import family, silenced
 
+from families import family, silenced
 from notall import Plan, evaluate, measure_similarity, similarity
 from notall.statistics import mean_and_error
 

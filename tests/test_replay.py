@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, family
 
+from families import FAMILIES, family
 from notall import Plan, deepest, locate, skip
 from notall.replay import Replay, walk
 

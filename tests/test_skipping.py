@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from families import family, silenced
 
+from families import family, silenced
 from notall import Plan, UsageError, locate, remove, skip
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
@@ -112,9 +112,7 @@ def test_remove_equals_skip_and_frees_the_weights(model):
     with skip(model, PLAN):
         skipped = logits(model)
     parameters = sum(p.numel() for p in model.parameters())
-    freed = sum(
-        part.parameters for part in locate(model).sublayers if part.index in getattr(PLAN, part.kind)
-    )
+    freed = sum(part.parameters for part in locate(model).sublayers if part.index in getattr(PLAN, part.kind))
     remove(model, PLAN)
     assert torch.equal(logits(model), skipped)
     assert sum(p.numel() for p in model.parameters()) == parameters - freed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +22,12 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from .errors import UnsupportedModel
 from .observation import Branch, LayerCall, LayerTrace, child, lines_of, run_branches, watching
+from .weightless import is_weightless, running_weightless
 
 PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
+
+# What modules call the index of their layer, by which they address the cache.
+LAYER_INDICES = ("layer_idx", "layer_id")
 
 # Per-layer lists that a config holds and that caches, masks or layers read while the model runs.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
@@ -103,12 +107,13 @@ def locate(model: PreTrainedModel) -> Anatomy:
     known = _LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
-    with _undisturbed(model):
-        traces = _observe(model, layers)
-        blocks = tuple(_read(trace) for trace in traces)
-        if next(layers.parameters()).device.type != "meta":
-            for trace, block in zip(traces, blocks):
-                _prove(text_config(model), trace, block)
+    try:
+        with _undisturbed(model):
+            blocks = _weightless_blocks(model, layers) if is_weightless(model) else _proved_blocks(model, layers)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _refusal(model, error) from error
     config = text_config(model)
     anatomy = Anatomy(config.model_type, path, blocks, fingerprint(config))
     remember(model, layers, anatomy)
@@ -146,11 +151,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{config.model_type} shares keys and values between layers (num_kv_shared_layers="
             f"{config.num_kv_shared_layers}): an attention cannot be left out without those that read from it"
         )
-    decoder = model.get_decoder() or model
-    inside = {id(module) for module in decoder.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and id(module) in inside:
-            return name, module
+    for within in (model.get_decoder() or model, model):  # ModernBERT's answers with its output projection
+        inside = {id(module) for module in within.modules()}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and id(module) in inside:
+                return name, module
     raise UnsupportedModel(
         f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
         "notall needs a model whose layers are in one ModuleList"
@@ -196,22 +201,23 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
 
 @contextmanager
 def numbered(module: nn.Module, index: int) -> Iterator[None]:
-    """`module` and all below it with `layer_idx` set to `index`, for the time of the `with`."""
+    """`module` and all below it as layer `index` of its model, for the time of the `with`."""
     before = renumber(module, index)
     try:
         yield
     finally:
-        for inner, old in before:
-            inner.layer_idx = old
+        for inner, name, old in before:
+            setattr(inner, name, old)
 
 
-def renumber(module: nn.Module, index: int) -> list[tuple[nn.Module, Any]]:
-    """Set `layer_idx` of `module` and all below it to `index`; returns what it was, module by module."""
-    before: list[tuple[nn.Module, Any]] = []
+def renumber(module: nn.Module, index: int) -> list[tuple[nn.Module, str, int]]:
+    """Make `module` and all below it layer `index`; returns what it was: module, attribute and value."""
+    before: list[tuple[nn.Module, str, int]] = []
     for inner in module.modules():
-        if isinstance(inner.__dict__.get("layer_idx"), int):
-            before.append((inner, inner.layer_idx))
-            inner.layer_idx = index
+        for name in LAYER_INDICES:
+            if isinstance(inner.__dict__.get(name), int):
+                before.append((inner, name, inner.__dict__[name]))
+                setattr(inner, name, index)
     return before
 
 
@@ -232,17 +238,49 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _observe(model: PreTrainedModel, layers: nn.ModuleList) -> list[LayerTrace]:
+def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
+    """Why the model cannot be used, when watching it ended in `error`."""
+    name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        return UnsupportedModel(
+            f"{name} keeps a recurrent state beside keys and values (state-space, linear-attention and hybrid models): "
+            "expected an attention in every layer; choose another model"
+        )
+    if isinstance(error, UnsupportedModel):
+        return error
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return UnsupportedModel(
+        f"{name} cannot be watched: its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason}); "
+        "choose another model, or describe this one in an issue"
+    )
+
+
+def _proved_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+    weight = model.get_input_embeddings().weight
+    # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
+    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    traces = _observe(model, layers, model, device)
+    blocks = tuple(_read(trace) for trace in traces)
+    for trace, block in zip(traces, blocks):
+        _prove(text_config(model), trace, block)
+    return blocks
+
+
+def _weightless_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+    with running_weightless(model) as call:
+        return tuple(_read(trace) for trace in _observe(model, layers, call, torch.device("cpu")))
+
+
+def _observe(
+    model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device
+) -> list[LayerTrace]:
     config = text_config(model)
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.randint(
-        config.vocab_size, (PROBE_BATCH, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % config.vocab_size
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
     cache = DynamicCache(config=config)
     with watching(layers, cache) as watch:
-        model(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+        call(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="notall",
-    help="Leave out what a language model does not need: attentions, MLPs or whole blocks, at inference, no training.\n\n"
-    "First run:  [bold]notall sweep --out results[/bold]  (the paper's experiment, on a small model that is already here)",
+    help="Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.\n\n"
+    "First run:  [bold]notall sweep --out results[/bold]  (the paper's experiment on a small model that ships along)",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -39,7 +39,9 @@ Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a h
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code from the hub")]
 Attention = Annotated[str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, as `notall plan` writes it")]
-TextSource = Annotated[str, typer.Option("--text", help="UTF-8 file or .jsonl with a `text` column; prose: ships with Python")]
+TextSource = Annotated[
+    str, typer.Option("--text", help="UTF-8 file or .jsonl with a `text` column; prose: ships with Python")
+]
 Sequences = Annotated[int, typer.Option(help="how many windows of text")]
 Length = Annotated[int, typer.Option(help="tokens a window")]
 BatchSize = Annotated[int, typer.Option(help="windows at a time")]
@@ -92,7 +94,12 @@ def sweep(
     name = provenance["model"]
     plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
     plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
-    show(records, GRID_COLUMNS, as_json=as_json, title=f"{name}: {len(records)} configurations in {out / grid.RESULTS}")
+    show(
+        records,
+        GRID_COLUMNS,
+        as_json=as_json,
+        title=f"{name}: {len(records)} configurations in {out / grid.RESULTS}",
+    )
 
 
 @app.command(epilog="Example:  notall inspect llama-2-70b")
@@ -162,7 +169,9 @@ def similarity(
 def plan(
     model: Model = "smollm2",
     skip: Annotated[Skippable, typer.Option(help="what to leave out")] = Skippable.attention,
-    fraction: Annotated[float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")] = 0.33,
+    fraction: Annotated[
+        float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")
+    ] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     revision: Revision = None,
@@ -218,8 +227,13 @@ def bench(
     skip: Annotated[Skippable | None, typer.Option(help="or: skip the deepest of these")] = None,
     fraction: Annotated[float, typer.Option(help="with --skip: share of the layers")] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")] = False,
-    shape: Annotated[str | None, typer.Option(help="llama-2-7b, llama-2-13b, llama-2-70b or a config.json, instead of MODEL")] = None,
-    dummy_weights: Annotated[bool, typer.Option("--dummy-weights", help="random weights: nothing is downloaded")] = False,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="llama-2-7b, llama-2-13b, llama-2-70b or a config.json, instead of MODEL"),
+    ] = None,
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="random weights: nothing is downloaded")
+    ] = False,
     prompt: Prompt = 128,
     new: New = 32,
     batch_size: Annotated[int, typer.Option(help="sequences at once")] = 1,
@@ -362,7 +376,13 @@ def _empty(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrain
 
 
 def _dummy(
-    spec: str, dummy_weights: bool, dtype: str, device: str, revision: str | None, trust_remote_code: bool, seed: int
+    spec: str,
+    dummy_weights: bool,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int,
 ) -> PreTrainedModel:
     from .models import build_random, load_config, resolve_device, resolve_dtype
 
@@ -386,9 +406,7 @@ def _batches(
     from .texts import read_text, token_batches
 
     text = read_text(source)
-    batches = token_batches(
-        tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed
-    )
+    batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
     described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
     return [batch.to(model.device) for batch in batches], described
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -43,7 +50,9 @@ def with_spread(name: str, heading: str, form: str = ".1f") -> Column:
     """A median and its quartiles."""
     return Column(
         heading,
-        lambda row: f"{_format(row[name], form)} [{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]",
+        lambda row: (
+            f"{_format(row[name], form)} [{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]"
+        ),
     )
 
 
@@ -73,7 +82,13 @@ def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json:
 def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
     """A bar with the time left on stderr; nothing where that is no terminal."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 

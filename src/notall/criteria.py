@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 from .anatomy import Anatomy
 from .errors import UsageError
-from .plan import Plan
+from .plan import Plan, Skippable
 
-SKIPPABLE = ("attention", "mlp", "block")
+SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
 
 
-def deepest(
-    anatomy: Anatomy, skip: Literal["attention", "mlp", "block"], fraction: float, *, keep_last: bool = False
-) -> Plan:
+def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bool = False) -> Plan:
     """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
 
     Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a fraction outside 0..1, or a

@@ -23,10 +23,10 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """The continuation of `prompt`; greedy at temperature 0. `streamer` is a transformers streamer. Raises as `skip`."""
+    """The continuation of `prompt`; greedy at temperature 0. `streamer` is transformers' own. Raises as `skip` does."""
     if chat:
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)  # type: ignore[assignment]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

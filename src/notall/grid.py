@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from . import results
 from .anatomy import Anatomy, locate
 from .criteria import SKIPPABLE, deepest
 from .errors import UsageError
-from .plan import Plan
+from .plan import Plan, Variant
 from .quality import Quality, Scores, score, summarize
 from .timing import time_plan
 
@@ -30,7 +30,7 @@ Progress = Callable[[float, float, str], None]  # done, of how much, what is bei
 class Configuration:
     """One row of the grid; `fraction` is what was asked for, and the plan holds round(fraction x layers) of them."""
 
-    variant: Literal["dense", "attention", "mlp", "block"]
+    variant: Variant
     fraction: float
     keep_last: bool
     plan: Plan

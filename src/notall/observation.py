@@ -473,7 +473,7 @@ class _Slots:
     def __call__(self, name: str, given: Any) -> Slot:
         if given is self.value:
             return Value()
-        if given is self.residual:
+        if given is self.residual and given is not None:
             return Residual()
         arguments = self.trace.arguments
         if name in self.defaults and _same(given, arguments.get(name, self.defaults[name])):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy
 
 Kind = Literal["attention", "mlp"]
+Skippable = Literal["attention", "mlp", "block"]
 Variant = Literal["dense", "attention", "mlp", "block"]
 
 

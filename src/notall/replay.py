@@ -215,5 +215,3 @@ def walk(model: PreTrainedModel, **inputs: Tensor) -> Iterator[Passage]:
         after = middle + (end - before) if block.parallel else end
         yield Passage(block, before, after, {first.kind: (before, middle), second.kind: (start, end)})
         before = after
-
-

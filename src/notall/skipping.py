@@ -54,6 +54,31 @@ def regroup(anatomy: Anatomy, plan: Plan) -> list[Group]:
     return groups
 
 
+def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
+    """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
+
+    So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
+    it make an ordinary layer, whichever blocks they come from.
+    """
+    return all(is_ordinary(anatomy, group) for group in regroup(anatomy, plan))
+
+
+def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
+    """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
+    if group.untouched:
+        return True
+    if group.whole or group.before or len(group.after) != 1:
+        return False
+    return fits(anatomy, group.attention, group.after[0])
+
+
+def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
+    """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
+    block, other = anatomy.blocks[attention], anatomy.blocks[mlp]
+    attention_first = block.sublayers[0].kind == "attention"
+    return not block.parallel and attention_first and block.mlp.branches == other.mlp.branches
+
+
 @dataclass
 class _Active:
     plan: Plan
@@ -92,6 +117,11 @@ def skip(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
             active[-1].undo = _apply(inner, anatomy, active[-1].plan)
 
 
+def is_skipping(model: PreTrainedModel) -> bool:
+    """Whether `model` is inside a `with skip(...)`."""
+    return bool(_ACTIVE.get(base_model(model)))
+
+
 def remove(model: PreTrainedModel, plan: Plan) -> None:
     """Take the sublayers of `plan` out of `model` for good: in place, their weights are freed.
 
@@ -102,7 +132,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     Raises as `skip` does, and `UsageError` inside a `skip`.
     """
     inner = base_model(model)
-    if _ACTIVE.get(inner):
+    if is_skipping(inner):
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before removing anything for good")
     anatomy = locate(inner)
     plan.check(anatomy)
@@ -156,8 +186,8 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     groups = regroup(anatomy, plan)
     regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
     try:
-        for module, layer_idx in _install(model, anatomy, regrouped, groups):
-            undo.callback(setattr, module, "layer_idx", layer_idx)
+        for change in _install(model, anatomy, regrouped, groups):
+            undo.callback(setattr, *change)
         anatomies.remember(model, regrouped, anatomy)
     except BaseException:
         undo.close()
@@ -167,8 +197,8 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
 
 def _install(
     model: PreTrainedModel, anatomy: Anatomy, layers: nn.ModuleList, groups: list[Group]
-) -> list[tuple[nn.Module, Any]]:
-    """Make `layers` the model's own and its config count them; returns each changed `layer_idx` as it was."""
+) -> list[tuple[nn.Module, str, int]]:
+    """Make `layers` the model's own and its config count them; returns each changed layer index as it was."""
     parent = _parent(model, anatomy)
     layers.training = parent.training
     for config in _configs(model, parent):
@@ -285,12 +315,12 @@ def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
 
 def _merged(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module | None:
     """Attention i with the MLP of block j as one ordinary layer; None where only a regrouped layer will do."""
-    if group.whole or group.before or len(group.after) != 1:
+    if group.untouched or not is_ordinary(anatomy, group):
         return None
     source, donor = dense[group.attention], dense[group.after[0]]
-    block, other = anatomy.blocks[group.attention], anatomy.blocks[group.after[0]]
-    if type(source) is not type(donor) or block.parallel or block.mlp.branches != other.mlp.branches:
+    if type(source) is not type(donor):
         return None
+    block = anatomy.blocks[group.attention]
     swapped = {name: child(donor, name) for name in block.mlp.modules}
     return _twin(source, dict(source.named_children()) | swapped, type(source))
 

@@ -1,0 +1,205 @@
+"""Two figures: how similar the layers are, and what leaving them out costs and saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from .errors import UsageError
+
+Row = Mapping[str, Any]
+
+# From Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
+NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
+LAST = {False: "skipped too", True: "kept"}
+INK, GREY, PALE = "#222222", "#666666", "#e6e6e6"
+
+NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
+TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8)
+MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
+
+
+def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
+    """Cosine similarity of each layer's features with the previous layer's, by depth (the paper's Fig. 1).
+
+    A row holds `layer` (from 0), `kind` (block, attention or mlp) and `cosine`.
+    """
+    rows = [
+        {"layer": row["layer"], "kind": NAMES[row["kind"]], "cosine": row["cosine"]}
+        for row in similarity
+        if _is_number(row["cosine"])
+    ]
+    layers = alt.Axis(
+        values=sorted({row["layer"] for row in rows}),
+        format="d",
+        labelOverlap=True,
+        labelSeparation=4,
+        grid=False,
+    )
+    chosen = alt.selection_point(fields=["kind"], bind="legend")
+    lines = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("layer:Q", title="layer", axis=layers, scale=_snug(12)),
+        y=alt.Y("cosine:Q", title="cosine of the features before and after", scale=_snug(16)),
+        color=_colour("kind", rows),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+        tooltip=["kind:N", "layer:Q", alt.Tooltip("cosine:Q", format=".4f")],
+    )
+    points = lines.mark_point(filled=True, size=38).add_params(chosen)
+    return _dress(
+        lines.mark_line(strokeWidth=2) + points, title, "Close to 1: little of the input is changed"
+    )
+
+
+def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
+    """Quality lost (`delta_nll`) against decode speedup, a point for each configuration.
+
+    Records are as in `results.Record`. A label is the fraction skipped; bars are one standard error of the
+    loss and the quartiles of the speedup. Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    """
+    skipping = (record for record in records if record["variant"] != "dense")
+    rows = [_tradeoff_row(record) for record in skipping if _is_number(record["delta_nll"])]
+    chosen = alt.selection_point(fields=["skipped"], bind="legend")
+    series = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28)),
+        y=alt.Y("lost:Q", title="NLL added, nats per token", **_losses(rows)),
+        color=_colour("skipped", rows),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+    )
+    above = series.transform_filter(alt.datum.last == LAST[False])
+    below = series.transform_filter(alt.datum.last == LAST[True])
+    layers = [
+        _paths(series),
+        series.mark_rule(strokeWidth=1.5).encode(y="lost_low:Q", y2="lost_high:Q"),
+        series.mark_rule(strokeWidth=1.5).encode(x="speedup_low:Q", x2="speedup_high:Q"),
+        _points(series).add_params(chosen),
+        # Paths go up and to the right: there is room left of them above, and right of them below.
+        *_labels(above, "fraction:N", align="right", dx=-7, dy=-8),
+        *_labels(below, "fraction:N", align="left", dx=7, dy=9),
+        *_dense(),
+    ]
+    told = (
+        "Lower right is better. Labels: share of the layers skipped. "
+        "Bars: standard error; quartiles of the speedup."
+    )
+    return _dress(alt.LayerChart(layer=layers), title, told)
+
+
+def save(chart: alt.TopLevelMixin, stem: Path) -> None:
+    """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
+
+    Raises `UsageError` when they can't be written.
+    """
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        chart.save(f"{stem}.png", scale_factor=2)
+        chart.save(f"{stem}.svg")
+        chart.save(f"{stem}.html", inline=True, embed_options={"actions": MENU})
+    except OSError as error:
+        raise UsageError(
+            f"cannot write figures to {stem.parent}: {error.strerror}; "
+            "make room or give access, or choose another folder"
+        ) from None
+
+
+def _tradeoff_row(record: Row) -> dict[str, Any]:
+    lost, error = record["delta_nll"], record["delta_nll_se"]
+    bar = error if _is_number(error) else 0
+    return {
+        "skipped": NAMES[record["variant"]],
+        "fraction": f"{record['fraction']:.0%}",
+        "share": record["fraction"],
+        "last": LAST[record["keep_last"]],
+        "speedup": record["speedup_decode"],
+        "speedup_low": record["speedup_decode_low"],
+        "speedup_high": record["speedup_decode_high"],
+        "lost": lost,
+        "lost_low": lost - bar,
+        "lost_high": lost + bar,
+    }
+
+
+def _paths(series: alt.Chart) -> alt.Chart:
+    """From the smallest fraction to the largest."""
+    dash = alt.StrokeDash("last:N", title="last layer", scale=_by_last([1, 0], [4, 3]))
+    return series.mark_line(strokeWidth=1).encode(order="share:Q", strokeDash=dash)
+
+
+def _points(series: alt.Chart) -> alt.Chart:
+    return series.mark_point(filled=True, size=85).encode(
+        shape=alt.Shape(
+            "last:N",
+            title="last layer",
+            scale=_by_last("circle", "square"),
+            legend=alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0),
+        ),
+        tooltip=[
+            "skipped:N",
+            "fraction:N",
+            alt.Tooltip("last:N", title="last layer"),
+            alt.Tooltip("speedup:Q", format=".3f"),
+            alt.Tooltip("lost:Q", title="NLL added", format=".3f"),
+        ],
+    )
+
+
+def _labels(series: alt.Chart, text: str, **place: Any) -> list[alt.Chart]:
+    """On a white halo, to be read across lines."""
+    halo = series.mark_text(fontSize=11, stroke="white", strokeWidth=3, **place)
+    return [halo.encode(text=text), series.mark_text(fontSize=11, **place).encode(text=text)]
+
+
+def _dense() -> list[alt.Chart]:
+    row = {"speedup": 1, "lost": 0, "name": "dense"}
+    dense = alt.Chart(alt.Data(values=[row])).encode(x="speedup:Q", y="lost:Q", color=alt.value(INK))
+    return [
+        dense.mark_point(shape="diamond", filled=True, size=110, opacity=1),
+        *_labels(dense, "name:N", align="center", dx=0, dy=16),
+    ]
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, Any]:
+    """Scale and axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
+    low = min([0, *(row["lost_low"] for row in rows)])
+    high = max([0, *(row["lost_high"] for row in rows)])
+    if high < 1:
+        return {"scale": _snug(24)}
+    ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
+    scale = alt.Scale(type="symlog", constant=0.1, domain=[low, high], nice=False, padding=24)
+    return {"scale": scale, "axis": alt.Axis(values=ticks, format="~g")}
+
+
+def _snug(padding: int) -> alt.Scale:
+    """From the least to the greatest value, with some pixels around."""
+    return alt.Scale(zero=False, nice=False, padding=padding)
+
+
+def _by_last(skipped: Any, kept: Any) -> alt.Scale:
+    return alt.Scale(domain=[LAST[False], LAST[True]], range=[skipped, kept])
+
+
+def _colour(field: str, rows: Sequence[Row]) -> alt.Color:
+    present = [name for name in COLOURS if any(row[field] == name for row in rows)]
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=present, range=[COLOURS[name] for name in present]))
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _dress(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
+    heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
+    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
+    axis = {"labelColor": GREY, "gridColor": PALE, "domainColor": GREY, "tickColor": GREY, "titlePadding": 10}
+    return (
+        chart.properties(width=640, height=440, title=heading, padding=16, background="white")
+        .configure(font="Helvetica, Arial, sans-serif")
+        .configure_title(color=INK, fontSize=16, subtitleColor=GREY, subtitleFontSize=12, subtitlePadding=6)
+        .configure_axis(labelFontSize=11, titleColor=INK, **axis, **plain)
+        .configure_legend(labelFontSize=12, labelColor=INK, titleColor=GREY, **plain)
+        .configure_view(stroke=None)
+    )

@@ -1,0 +1,171 @@
+"""Skipping is exact, for every family: it equals the model in which plain hooks make the same sublayers add nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family, silenced
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from notall import Plan, UnsupportedModel, locate, skip
+from notall.anatomy import cache_argument, relative_error
+
+PROMPT, NEW = 6, 6
+PLANS = {
+    "first attention": Plan([0]),
+    "middle attention": Plan([2]),
+    "last attention": Plan([3]),
+    "several attentions": Plan([0, 2]),
+    "all but one attention": Plan([0, 1, 3]),
+    "MLPs": Plan([], [0, 3]),
+    "block": Plan([1], [1]),
+    "mixed": Plan([0, 1], [2, 3]),
+}
+EXACT = 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
+    if not family.exists:
+        pytest.skip(f"this transformers has no {family.model_type}")
+    for attention in ("eager", "sdpa"):
+        model = build(family, attention)
+        if model is None:
+            continue
+        check_family(family, model)
+
+
+def build(family: Family, attention: str) -> PreTrainedModel | None:
+    try:
+        return family.build(attention)
+    except ValueError as error:
+        assert "does not support an attention implementation" in str(error)
+        return None
+
+
+@torch.no_grad()
+def check_family(family: Family, model: PreTrainedModel) -> None:
+    anatomy = locate(model)
+    assert len(anatomy.blocks) == 4
+    config = copy.deepcopy(model.config.to_dict())
+    modules = [id(module) for module in model.modules()]
+    texts = {padded: prompt(padded) for padded in (False, True)}
+    dense = {padded: uncached(model, *texts[padded]) for padded in texts}
+    dense_bytes = cache_bytes(cached(model, generate(model, *texts[False])[0], None)[1])
+    static = static_cache_works(model)
+    for name, plan in PLANS.items():
+        for padded, (tokens, mask) in texts.items():
+            where = f"{family}, {name}, {'padded' if padded else 'unpadded'}"
+            with skip(model, plan):
+                sequences, scores = generate(model, tokens, mask)
+                whole = mask_for(sequences, mask)
+                parallel = uncached(model, sequences, whole)
+                stepwise, cache = cached(model, sequences, whole)
+                if static:
+                    again, static_scores = generate(model, tokens, mask, cache_implementation="static")
+            with silenced(model, family, plan.attention, plan.mlp):
+                slow = uncached(model, sequences, whole)
+            real = slow[whole.bool()] if whole is not None else slow.flatten(0, 1)
+
+            def error(found: Tensor) -> float:
+                return relative_error(found[whole.bool()] if whole is not None else found.flatten(0, 1), real)
+
+            assert error(parallel) < EXACT, f"{where}: uncached {error(parallel):.1e}"
+            assert error(stepwise) < EXACT, f"{where}: cached {error(stepwise):.1e}"
+            assert relative_error(scores, slow[:, PROMPT - 1 : -1]) < EXACT, f"{where}: generate"
+            if static:
+                assert torch.equal(again, sequences), f"{where}: static cache"
+                assert relative_error(static_scores, slow[:, PROMPT - 1 : -1]) < EXACT, f"{where}: static cache"
+            live = [size for index, size in enumerate(dense_bytes) if index not in plan.attention]
+            assert cache_bytes(cache) == live, where
+    for padded in texts:
+        assert same(uncached(model, *texts[padded]), dense[padded]), "undo"
+        with skip(model, Plan()):
+            assert same(uncached(model, *texts[padded]), dense[padded]), "empty plan"
+    assert model.config.to_dict() == config
+    assert [id(module) for module in model.modules()] == modules
+
+
+# --- the ways of running a model ------------------------------------------------------------------------------------
+
+
+def prompt(padded: bool) -> tuple[Tensor, Tensor | None]:
+    tokens = torch.randint(3, 99, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+    if not padded:
+        return tokens, None
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    return tokens.masked_fill(mask == 0, 0), mask
+
+
+def mask_for(sequences: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of a prompt, for the prompt and what was generated."""
+    return None if mask is None else torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - PROMPT)], 1)
+
+
+def positions(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """As `generate` counts positions: real tokens only, for models that are told them."""
+    import inspect
+
+    if mask is None or "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)}
+
+
+def uncached(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return model(tokens, attention_mask=mask, use_cache=False, **positions(model, tokens, mask)).logits
+
+
+def cached(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, DynamicCache]:
+    """By hand: the prompt at once, then token by token."""
+    where, cache, logits = positions(model, tokens, mask), None, []
+    for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, tokens.shape[1]))]:
+        output = model(
+            tokens[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            use_cache=True,
+            **{name: value[:, start:end] for name, value in where.items()},
+            **({cache_argument(model): cache} if cache is not None else {}),
+        )
+        cache = output[cache_argument(model)]
+        logits.append(output.logits)
+    return torch.cat(logits, 1), cache
+
+
+def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """Greedily: the sequences, and the logits of each new token, (batch, new tokens, vocabulary)."""
+    answer = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens) if mask is None else mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return answer.sequences, torch.stack(answer.logits, 1)
+
+
+def static_cache_works(model: PreTrainedModel) -> bool:
+    """Whether the dense model runs with a static cache, and says the same as without."""
+    try:
+        _, scores = generate(model, *prompt(False), cache_implementation="static")
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+        return False
+    return relative_error(scores, generate(model, *prompt(False))[1]) < EXACT
+
+
+def cache_bytes(cache: Any) -> list[int]:
+    return [
+        sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
+        for layer in cache.layers
+    ]
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    return torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -1,0 +1,164 @@
+"""What the figures hold, and that they can be opened anywhere."""
+
+import re
+import struct
+from xml.etree import ElementTree
+
+import pytest
+
+from notall import plots
+from notall.errors import UsageError
+
+SIMILARITY = [
+    {"layer": layer, "kind": kind, "cosine": 0.6 + 0.01 * layer}
+    for layer in range(30)
+    for kind in ("block", "attention", "mlp")
+]
+
+
+def record(variant, fraction, keep_last, lost, speedup):
+    return {
+        "variant": variant,
+        "fraction": fraction,
+        "keep_last": keep_last,
+        "delta_nll": lost,
+        "delta_nll_se": lost / 10,
+        "speedup_decode": speedup,
+        "speedup_decode_low": speedup - 0.02,
+        "speedup_decode_high": speedup + 0.03,
+    }
+
+
+RECORDS = [record("dense", 0.0, False, 0.0, 1.0)] + [
+    record(variant, fraction, keep_last, lost * (1 if keep_last else 2), 1 + fraction)
+    for variant, lost in (("attention", 0.05), ("mlp", 1.2), ("block", 4.0))
+    for fraction in (0.1, 0.25, 0.33)
+    for keep_last in (False, True)
+]
+
+
+def points(chart):
+    """The rows that the first layer draws."""
+    whole = chart.to_dict()
+    return whole["layer"][0].get("data", whole.get("data"))["values"]
+
+
+def encoding(chart, channel):
+    return next(
+        layer["encoding"][channel] for layer in chart.to_dict()["layer"] if channel in layer["encoding"]
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures") / "made"
+    plots.save(plots.similarity_chart(SIMILARITY, "Similarity by depth"), folder / "similarity")
+    plots.save(plots.tradeoff_chart(RECORDS, "Quality lost"), folder / "trade.off")
+    return folder
+
+
+def test_each_figure_is_three_files(saved):
+    names = {path.name for path in saved.iterdir()}
+    assert names == {
+        f"{stem}.{end}" for stem in ("similarity", "trade.off") for end in ("png", "svg", "html")
+    }
+
+
+@pytest.mark.parametrize("stem", ["similarity", "trade.off"])
+def test_the_png_is_sharp_enough_for_a_wide_screen(saved, stem):
+    head = (saved / f"{stem}.png").read_bytes()[:24]
+    assert head.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", head[16:])
+    assert width > 1400
+    assert height > 900
+
+
+def texts(path):
+    return [node.text for node in ElementTree.parse(path).iter() if node.tag.endswith("text")]
+
+
+def test_the_svg_says_what_is_drawn(saved):
+    found = texts(saved / "trade.off.svg")
+    assert {"Quality lost", "dense", "attention", "MLP", "block", "kept", "skipped too", "1.10×"} <= set(
+        found
+    )
+    assert [found.count(label) for label in ("10%", "25%", "33%")] == [
+        12,
+        12,
+        12,
+    ]  # 6 points, each with its halo
+    assert {"Similarity by depth", "attention", "MLP", "block", "0", "29"} <= set(
+        texts(saved / "similarity.svg")
+    )
+
+
+@pytest.mark.parametrize("stem", ["similarity", "trade.off"])
+def test_the_page_fetches_nothing(saved, stem):
+    page = (saved / f"{stem}.html").read_text()
+    assert re.findall(r"<(?:script|link|iframe)[^>]*(?:src|href)\s*=", page) == []
+    assert "cdn." not in page
+    assert len(page) > 400_000  # the runtime is inside
+    assert re.search(r'"editor":\s*false', page)
+
+
+def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"^cannot write figures to .*file: .*choose another folder$"):
+        plots.save(plots.similarity_chart(SIMILARITY, "Similarity"), tmp_path / "file" / "similarity")
+
+
+def test_every_similarity_is_drawn_by_layer_and_kind():
+    drawn = {
+        (row["layer"], row["kind"]): row["cosine"] for row in points(plots.similarity_chart(SIMILARITY, ""))
+    }
+    names = {"block": "block", "attention": "attention", "mlp": "MLP"}
+    assert drawn == {(row["layer"], names[row["kind"]]): row["cosine"] for row in SIMILARITY}
+
+
+def test_every_configuration_but_dense_is_drawn_with_its_bars():
+    drawn = points(plots.tradeoff_chart(RECORDS, ""))
+    assert len(drawn) == 18
+    row = next(
+        row for row in drawn if (row["skipped"], row["fraction"], row["last"]) == ("MLP", "25%", "kept")
+    )
+    assert (row["speedup"], row["speedup_low"], row["speedup_high"]) == (1.25, 1.23, 1.28)
+    assert (row["lost"], row["lost_low"], row["lost_high"]) == pytest.approx((1.2, 1.08, 1.32))
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_what_is_no_number_is_left_out(missing, tmp_path):
+    no_loss = RECORDS[1] | {"delta_nll": missing, "delta_nll_se": missing}
+    no_error = RECORDS[2] | {"delta_nll_se": missing}
+    drawn = points(plots.tradeoff_chart([no_loss, no_error], ""))
+    assert [(row["lost_low"], row["lost"], row["lost_high"]) for row in drawn] == [(0.05, 0.05, 0.05)]
+    similarity = [SIMILARITY[0], SIMILARITY[1] | {"cosine": missing}]
+    assert [row["kind"] for row in points(plots.similarity_chart(similarity, ""))] == ["block"]
+
+
+def test_losses_over_decades_are_spread_and_small_ones_are_linear():
+    wide = encoding(plots.tradeoff_chart(RECORDS, ""), "y")
+    assert wide["scale"]["type"] == "symlog"
+    assert wide["axis"]["values"] == [0, 0.1, 0.2, 0.5, 1, 2, 5]
+    better = encoding(plots.tradeoff_chart([*RECORDS, record("mlp", 0.1, True, -0.25, 1.1)], ""), "y")
+    assert better["axis"]["values"] == [-0.2, -0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5]
+    assert "type" not in encoding(plots.tradeoff_chart(RECORDS[:5], ""), "y")["scale"]
+
+
+@pytest.mark.parametrize("kinds", [["attention"], ["mlp", "block"], ["attention", "mlp", "block"]])
+def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
+    drawn = encoding(plots.tradeoff_chart([row for row in RECORDS if row["variant"] in kinds], ""), "color")[
+        "scale"
+    ]
+    alike = encoding(
+        plots.similarity_chart([row for row in SIMILARITY if row["kind"] in kinds], ""), "color"
+    )["scale"]
+    colours = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
+    wanted = {name: colour for name, colour in colours.items() if name.lower() in kinds}
+    assert dict(zip(drawn["domain"], drawn["range"])) == wanted
+    assert dict(zip(alike["domain"], alike["range"])) == wanted
+
+
+@pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS[:2]])
+def test_a_sweep_that_has_only_begun_can_be_drawn(records, tmp_path):
+    plots.save(plots.tradeoff_chart(records, "Quality lost"), tmp_path / "tradeoff")
+    assert texts(tmp_path / "tradeoff.svg").count("dense") == 2  # and its halo

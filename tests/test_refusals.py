@@ -1,0 +1,57 @@
+"""What cannot be skipped by halves is refused, each in one clear line that says what was found and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import COMMON, LAYERS, LLAMA, TOKENS, VOCABULARY
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from notall import UnsupportedModel, locate
+
+HYBRID = ["linear_attention", "full_attention"] * 2
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+
+# model type: config, what the message says
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma3n_text": (LLAMA | {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "intermediate_size": [48] * LAYERS, "activation_sparsity_pattern": [0.0] * LAYERS}, "shares keys and values between layers"),
+    "gemma4_text": (LLAMA | {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}, "shares keys and values between layers"),
+    "mamba": (TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 8}, "recurrent state"),
+    "mamba2": (TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}, "recurrent state"),
+    "falcon_mamba": (TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "state_size": 8}, "recurrent state"),
+    "jamba": (LLAMA | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "num_experts": 2, "use_mamba_kernels": False}, "recurrent state"),
+    "bamba": (LLAMA | MAMBA | {"attn_layer_indices": [1, 3]}, "recurrent state"),
+    "zamba2": (LLAMA | {"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 16, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "adapter_rank": 4, "use_mamba_kernels": False}, "recurrent state"),
+    "nemotron_h": (LLAMA | {"hybrid_override_pattern": "M*M-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "use_mamba_kernels": False}, "recurrent state|found 0"),
+    "lfm2": (LLAMA | {"layer_types": ["conv", "full_attention"] * 2}, "found 0|conv_cache"),
+    "falcon_h1": (LLAMA | MAMBA | {"mamba_d_ssm": 64}, "recurrent state"),
+    "granitemoehybrid": (LLAMA | MAMBA | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 2, "shared_intermediate_size": 16}, "recurrent state"),
+    "recurrent_gemma": (LLAMA | {"block_types": ["recurrent", "attention"], "lru_width": 32}, "recurrent state|found 0"),
+    "qwen3_next": (LLAMA | DELTA | {"layer_types": HYBRID, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "recurrent state"),
+    "qwen3_5_text": (LLAMA | DELTA | {"layer_types": HYBRID}, "recurrent state"),
+    "olmo_hybrid": (LLAMA | DELTA | {"layer_types": HYBRID}, "recurrent state"),
+    "rwkv": (TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "attention_hidden_size": 32}, "recurrent state|residual"),
+    "bert": (COMMON | {"intermediate_size": 48, "is_decoder": True}, "residual addition"),
+    "openai-gpt": (TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}, "."),
+    "gpt_neox_japanese": (COMMON, "does not come from its residual stream"),
+    "doge": (LLAMA | {"keep_window_size": 64}, "."),
+    "bart": ({"d_model": 32, "vocab_size": VOCABULARY, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}, "."),
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_with_a_reason(model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config, reason = REFUSED[model_type]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config)).eval()
+    with pytest.raises(UnsupportedModel, match=reason) as refusal:
+        locate(model)
+    said = str(refusal.value)
+    assert "\n" not in said
