@@ -297,6 +297,15 @@ def test_dummy_matrices_repeat_no_row_and_take_the_dtype():
         assert weight.dim() == 1 or len(weight.unique(dim=0)) == len(weight)
 
 
+def test_dummy_weights_that_do_not_fit_are_refused(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(models, "_dummy", full)
+    config = family("llama").build().config
+    assert "give a smaller dtype" in refused(models.build_random, config, dtype=torch.float32, device="cpu")
+
+
 # --- GGUF ---
 
 

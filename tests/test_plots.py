@@ -44,9 +44,7 @@ def points(chart):
 
 
 def encoding(chart, channel):
-    return next(
-        layer["encoding"][channel] for layer in chart.to_dict()["layer"] if channel in layer["encoding"]
-    )
+    return next(layer["encoding"][channel] for layer in chart.to_dict()["layer"] if channel in layer["encoding"])
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +57,7 @@ def saved(tmp_path_factory):
 
 def test_each_figure_is_three_files(saved):
     names = {path.name for path in saved.iterdir()}
-    assert names == {
-        f"{stem}.{end}" for stem in ("similarity", "trade.off") for end in ("png", "svg", "html")
-    }
+    assert names == {f"{stem}.{end}" for stem in ("similarity", "trade.off") for end in ("png", "svg", "html")}
 
 
 @pytest.mark.parametrize("stem", ["similarity", "trade.off"])
@@ -79,17 +75,13 @@ def texts(path):
 
 def test_the_svg_says_what_is_drawn(saved):
     found = texts(saved / "trade.off.svg")
-    assert {"Quality lost", "dense", "attention", "MLP", "block", "kept", "skipped too", "1.10×"} <= set(
-        found
-    )
+    assert {"Quality lost", "dense", "attention", "MLP", "block", "kept", "skipped too", "1.10×"} <= set(found)
     assert [found.count(label) for label in ("10%", "25%", "33%")] == [
         12,
         12,
         12,
     ]  # 6 points, each with its halo
-    assert {"Similarity by depth", "attention", "MLP", "block", "0", "29"} <= set(
-        texts(saved / "similarity.svg")
-    )
+    assert {"Similarity by depth", "attention", "MLP", "block", "0", "29"} <= set(texts(saved / "similarity.svg"))
 
 
 @pytest.mark.parametrize("stem", ["similarity", "trade.off"])
@@ -108,9 +100,7 @@ def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path):
 
 
 def test_every_similarity_is_drawn_by_layer_and_kind():
-    drawn = {
-        (row["layer"], row["kind"]): row["cosine"] for row in points(plots.similarity_chart(SIMILARITY, ""))
-    }
+    drawn = {(row["layer"], row["kind"]): row["cosine"] for row in points(plots.similarity_chart(SIMILARITY, ""))}
     names = {"block": "block", "attention": "attention", "mlp": "MLP"}
     assert drawn == {(row["layer"], names[row["kind"]]): row["cosine"] for row in SIMILARITY}
 
@@ -118,9 +108,7 @@ def test_every_similarity_is_drawn_by_layer_and_kind():
 def test_every_configuration_but_dense_is_drawn_with_its_bars():
     drawn = points(plots.tradeoff_chart(RECORDS, ""))
     assert len(drawn) == 18
-    row = next(
-        row for row in drawn if (row["skipped"], row["fraction"], row["last"]) == ("MLP", "25%", "kept")
-    )
+    row = next(row for row in drawn if (row["skipped"], row["fraction"], row["last"]) == ("MLP", "25%", "kept"))
     assert (row["speedup"], row["speedup_low"], row["speedup_high"]) == (1.25, 1.23, 1.28)
     assert (row["lost"], row["lost_low"], row["lost_high"]) == pytest.approx((1.2, 1.08, 1.32))
 
@@ -146,12 +134,8 @@ def test_losses_over_decades_are_spread_and_small_ones_are_linear():
 
 @pytest.mark.parametrize("kinds", [["attention"], ["mlp", "block"], ["attention", "mlp", "block"]])
 def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
-    drawn = encoding(plots.tradeoff_chart([row for row in RECORDS if row["variant"] in kinds], ""), "color")[
-        "scale"
-    ]
-    alike = encoding(
-        plots.similarity_chart([row for row in SIMILARITY if row["kind"] in kinds], ""), "color"
-    )["scale"]
+    drawn = encoding(plots.tradeoff_chart([row for row in RECORDS if row["variant"] in kinds], ""), "color")["scale"]
+    alike = encoding(plots.similarity_chart([row for row in SIMILARITY if row["kind"] in kinds], ""), "color")["scale"]
     colours = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
     wanted = {name: colour for name, colour in colours.items() if name.lower() in kinds}
     assert dict(zip(drawn["domain"], drawn["range"])) == wanted

@@ -15,9 +15,7 @@ import pytest
 from notall import results
 from notall.errors import UsageError
 
-RECORDS = [
-    {"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)
-]
+RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)]
 
 
 @pytest.fixture
@@ -48,9 +46,7 @@ def test_no_file_holds_no_records(tmp_path):
 
 def test_floats_come_back_exactly_and_no_number_is_null(tmp_path):
     path = tmp_path / "results.jsonl"
-    results.append(
-        path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]}
-    )
+    results.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
     assert results.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
 
 
@@ -193,9 +189,7 @@ def test_a_record_that_is_no_json_writes_nothing(path):
 
 
 def python(code, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
 WRITER = """
@@ -243,9 +237,7 @@ def enter(folder):
 
 def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "out"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(UsageError, match=r"another run is working in .*out; wait for it"):
         enter(folder)

@@ -107,9 +107,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, 
         return 1.0 * len(events), 2.0 * len(events)
 
     monkeypatch.setattr(speed, "time_once", time_once)
-    timings = speed.compare(
-        model, {name: variant(name) for name in "abc"}, prompt_tokens=4, rounds=3, warmup=1
-    )
+    timings = speed.compare(model, {name: variant(name) for name in "abc"}, prompt_tokens=4, rounds=3, warmup=1)
     order = [event[1] for event in events if event[0] == "+"]
     assert order == list("abccbaabccba")
     assert events == [event for name in order for event in (f"+{name}", "timed", f"-{name}")]
@@ -120,9 +118,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, 
 
 def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
     dense = {"dense": nullcontext}
-    timing = speed.compare(
-        model, dense, prompt_tokens=6, new_tokens=3, batch_size=2, rounds=2, warmup=1, seed=5
-    )
+    timing = speed.compare(model, dense, prompt_tokens=6, new_tokens=3, batch_size=2, rounds=2, warmup=1, seed=5)
     runs = [calls[start : start + 4] for start in range(0, len(calls), 4)]
     assert len(runs) == 3
     assert [ids.shape for ids, *_ in runs[0]] == [(2, 6), (2, 1), (2, 1), (2, 1)]
@@ -163,9 +159,7 @@ def test_a_variant_that_fails_is_left_and_the_error_passes_on(model):
 )
 def test_bad_counts_are_refused_before_any_work(model, calls, counts, message):
     with pytest.raises(UsageError, match=message):
-        speed.compare(
-            model, {"dense": nullcontext}, **{"prompt_tokens": 4, "new_tokens": 2, "rounds": 1} | counts
-        )
+        speed.compare(model, {"dense": nullcontext}, **{"prompt_tokens": 4, "new_tokens": 2, "rounds": 1} | counts)
     assert calls == []
 
 

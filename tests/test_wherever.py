@@ -20,7 +20,7 @@ from notall.anatomy import relative_error
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))
 ONE = BATCH[:1]
-NAMES = ["llama", "gemma3", "falcon (parallel)"]  # one norm, four norms and windows, a parallel block
+NAMES = ["llama", "olmo3", "falcon (parallel)"]  # plain, norms behind and windows, a parallel block
 
 
 def slow_logits(model: PreTrainedModel, name: str, tokens: Tensor, plan: Plan = PLAN) -> Tensor:
@@ -217,9 +217,10 @@ def test_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_flex_attention(name: str) -> None:
     model = family(name).build("flex_attention", head_dim=16)
-    expected = slow_logits(model, name, BATCH)
+    tokens = BATCH.repeat(1, 4)  # on a CPU, torch 2.13 answers noise for fewer than 16 tokens
+    expected = slow_logits(model, name, tokens)
     with skip(model, PLAN), torch.no_grad():
-        close(model(BATCH).logits, expected)
+        close(model(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])

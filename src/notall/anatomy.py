@@ -133,7 +133,7 @@ def forget(model: nn.Module) -> None:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     inner = getattr(model, "get_base_model", None)
-    return inner() if inner else model  # type: ignore[no-any-return, return-value]
+    return inner() if inner else model
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -145,7 +145,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The path and the list of the decoder layers. Raises `UnsupportedModel` where there is none."""
     config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder; notall skips sublayers of decoder-only models")
+        raise UnsupportedModel(
+            f"{config.model_type} is an encoder-decoder; notall skips sublayers of decoder-only models"
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModel(
             f"{config.model_type} shares keys and values between layers (num_kv_shared_layers="
@@ -289,12 +291,17 @@ def _observe(
         )
     for before, after in zip(traces, traces[1:]):
         answer = before.answer[0] if isinstance(before.answer, tuple) else before.answer
-        if after.kept[0] is not answer:
+        if not _is_handed_on(answer, after.kept[0]):
             raise UnsupportedModel(
                 f"the model changes its hidden states between layers {before.index} and {after.index}; "
                 "expected each layer's output to be the next one's input. notall leaves this model alone"
             )
     return traces
+
+
+def _is_handed_on(answer: Tensor, given: Tensor) -> bool:
+    """Whether the next layer was given `answer` itself, or, on another device, a copy of it."""
+    return given is answer or (given.device != answer.device and torch.equal(given, answer.to(given.device)))
 
 
 def _read(trace: LayerTrace) -> Block:
@@ -357,9 +364,7 @@ def _prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
     """Run the layer from its parts, alone in a cache of one layer, and compare it with what the layer answered."""
     with sliced(config, [trace.index]):
         cache = DynamicCache(config=config)
-    arguments = {
-        name: cache if isinstance(value, DynamicCache) else value for name, value in trace.arguments.items()
-    }
+    arguments = {name: cache if isinstance(value, DynamicCache) else value for name, value in trace.arguments.items()}
     hidden = trace.hidden
     with numbered(trace.layer, 0):
         for branches in block_lines(block):

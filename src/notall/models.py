@@ -121,19 +121,20 @@ def build_random(
     """The model of a config with dummy weights, in evaluation mode: for timing, which needs no right ones.
 
     Matrices repeat one block of small uniform noise (drawing billions of numbers would take minutes), vectors
-    are ones, and buffers such as RoPE's are as they should be.
+    are ones, and buffers such as RoPE's are as they should be. Raises UsageError where memory runs out.
     """
     with init_empty_weights():
         model = _from_config(config, dtype)
     # A prime length, so that rows of a matrix differ from each other.
     noise = torch.empty(1_000_003).uniform_(-0.03, 0.03, generator=torch.Generator().manual_seed(seed))
-    noise = noise.to(device, dtype)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            dummy = nn.Parameter(_dummy(weight, noise), requires_grad=weight.requires_grad)
-            setattr(module, name, dummy)
-    model.tie_weights()
-    return model.to(device).eval()
+    with explained(config.model_type):  # a device may be too small
+        noise = noise.to(device, dtype)
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                dummy = nn.Parameter(_dummy(weight, noise), requires_grad=weight.requires_grad)
+                setattr(module, name, dummy)
+        model.tie_weights()
+        return model.to(device).eval()
 
 
 def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -> dict[str, str]:

@@ -12,6 +12,7 @@ and that is what `lines_of` returns, or it raises `UnsupportedModel` with the re
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -298,9 +299,15 @@ class Watch(TorchFunctionMode):
             self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens))
 
 
+@functools.cache
+def _parameters(module_class: type) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module class's own `forward`; reading a signature takes long enough to do it once."""
+    return inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+
+
 def parameter_names(module: nn.Module) -> list[str]:
     """The names of the arguments of a module's own `forward`, in order."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return list(_parameters(type(module)))[1:]  # type: ignore[arg-type]
 
 
 def hidden_name(module: nn.Module) -> str:
@@ -337,14 +344,21 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
 
 
 def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None:
-    def before_layer(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         watch.enter_layer(index, layer, args, kwargs)
-
-    def after_layer(_: nn.Module, args: Any, answer: Any) -> None:
+        answer = forward(*args, **kwargs)
         watch.leave_layer(answer)
+        return answer
 
-    undo.callback(layer.register_forward_pre_hook(before_layer, with_kwargs=True).remove)
-    undo.callback(layer.register_forward_hook(after_layer).remove)
+    # Below an accelerate hook, which moves what the layer is given to the layer's own device.
+    name = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
+    before = layer.__dict__.get(name)
+    forward = getattr(layer, name)
+    layer.__dict__[name] = watched
+    if before is None:
+        undo.callback(layer.__dict__.pop, name)
+    else:
+        undo.callback(layer.__dict__.__setitem__, name, before)
     for name, module in callable_children(layer):
 
         def before_child(_: nn.Module, args: Any, name: str = name) -> None:
@@ -467,7 +481,7 @@ class _Slots:
         self.trace, self.node, self.value, self.residual = trace, node, value, residual
         self.defaults = {
             name: parameter.default if parameter.default is not parameter.empty else None
-            for name, parameter in inspect.signature(type(trace.layer).forward).parameters.items()
+            for name, parameter in _parameters(type(trace.layer)).items()  # type: ignore[arg-type]
         }
 
     def __call__(self, name: str, given: Any) -> Slot:
@@ -485,9 +499,8 @@ class _Slots:
             return Argument(name)
         if isinstance(given, CONSTANTS):
             return Constant(given)
-        raise _unsupported(
-            self.trace, f"{self.node} is given {name or 'a tensor'} that the layer itself computes", "the layer's own arguments"
-        )
+        found = f"{self.node} is given {name or 'a tensor'} that the layer itself computes"
+        raise _unsupported(self.trace, found, "the layer's own arguments")
 
 
 def _same(given: Any, held: Any) -> bool:
@@ -495,8 +508,7 @@ def _same(given: Any, held: Any) -> bool:
 
 
 def _has_keywords(module: nn.Module) -> bool:
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(type(module)).values())  # type: ignore[arg-type]
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:

@@ -50,9 +50,7 @@ def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
         tooltip=["kind:N", "layer:Q", alt.Tooltip("cosine:Q", format=".4f")],
     )
     points = lines.mark_point(filled=True, size=38).add_params(chosen)
-    return _dress(
-        lines.mark_line(strokeWidth=2) + points, title, "Close to 1: little of the input is changed"
-    )
+    return _dress(lines.mark_line(strokeWidth=2) + points, title, "Close to 1: little of the input is changed")
 
 
 def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
@@ -82,10 +80,7 @@ def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
         *_labels(below, "fraction:N", align="left", dx=7, dy=9),
         *_dense(),
     ]
-    told = (
-        "Lower right is better. Labels: share of the layers skipped. "
-        "Bars: standard error; quartiles of the speedup."
-    )
+    told = "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup."
     return _dress(alt.LayerChart(layer=layers), title, told)
 
 

@@ -46,7 +46,7 @@ class Replay:
     def __init__(self, model: PreTrainedModel, plans: Sequence[Plan]) -> None:
         self.model = base_model(model)
         self.anatomy = locate(self.model)
-        self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)  # type: ignore[assignment]
+        self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)
         self.first: dict[str, Step] = {}
         self.one_by_one = 0
         for number, plan in enumerate(plans):

@@ -28,22 +28,16 @@ class Record(BaseModel):
     variant: Literal["dense", "attention", "mlp", "block"] = Field(description="what is skipped")
     fraction: float = Field(ge=0, le=1, description="share of the layers that was asked for, 0 to 1")
     keep_last: bool = Field(description="whether the last layer is preserved")
-    plan: dict[Literal["attention", "mlp"], list[int]] = Field(
-        description="indices of the skipped layers, from 0"
-    )
+    plan: dict[Literal["attention", "mlp"], list[int]] = Field(description="indices of the skipped layers, from 0")
 
     nll: float | None = Field(description="negative log-likelihood, nats per token")
     nll_se: float | None = Field(description="nats per token")
-    delta_nll: float | None = Field(
-        description="nll less the dense model's on the same sequences, nats per token"
-    )
+    delta_nll: float | None = Field(description="nll less the dense model's on the same sequences, nats per token")
     delta_nll_se: float | None = Field(description="of the paired differences, nats per token")
     perplexity: float | None = Field(description="exp(nll)")
     kl: float | None = Field(description="KL(dense || skipped) of the next token, nats per token")
     kl_se: float | None = Field(description="nats per token")
-    top1_agreement: float | None = Field(
-        description="share of tokens with the dense model's first choice, 0 to 1"
-    )
+    top1_agreement: float | None = Field(description="share of tokens with the dense model's first choice, 0 to 1")
     top1_agreement_se: float | None = Field(description="0 to 1")
     sequences: int = Field(description="how many sequences the quality was measured on")
 
@@ -116,9 +110,7 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
-        raise UsageError(
-            f"another run is working in {folder}; wait for it, or choose another folder"
-        ) from None
+        raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
     except OSError as error:
         raise _cannot_write(folder, error) from None
     try:
@@ -168,9 +160,7 @@ def _check(path: Path, number: int, line: bytes, kind: type[BaseModel] | None) -
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise UsageError(
-            f"line {number} of {path}: {field}: {first['msg']}; repair or delete that line"
-        ) from None
+        raise UsageError(f"line {number} of {path}: {field}: {first['msg']}; repair or delete that line") from None
     return record
 
 
@@ -184,6 +174,4 @@ def _finite(value: Any) -> Any:
 
 
 def _cannot_write(path: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot write {path}: {error.strerror}; make room or give access, or choose another folder"
-    )
+    return UsageError(f"cannot write {path}: {error.strerror}; make room or give access, or choose another folder")

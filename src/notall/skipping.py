@@ -143,7 +143,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     anatomies.forget(inner)
     if any(isinstance(layer, RegroupedLayer) for layer in layers):
-        inner.save_pretrained = _refuse_to_save  # type: ignore[method-assign, assignment]
+        inner.save_pretrained = _refuse_to_save
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
@@ -234,6 +234,9 @@ def _install_output_hooks(decoder: nn.Module) -> None:
 class Holder(nn.Module):
     """The modules of one MLP that lost its attention."""
 
+    def forward(self, hidden: Tensor, mlp: Sublayer, call: LayerCall) -> Tensor:
+        return run_branches(mlp.branches, self, hidden, call)
+
 
 class RegroupedLayer(nn.Module):
     """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
@@ -249,7 +252,7 @@ class RegroupedLayer(nn.Module):
         extras = {name: value for name, value in kwargs.items() if name not in layout.declared}
         call = LayerCall(arguments, extras)
         for mlp, holder in zip(layout.before, self.before):
-            hidden = run_branches(mlp.branches, holder, hidden, call)
+            hidden = holder(hidden, mlp, call)
         if layout.whole:
             answer = layout.stock_forward(self, hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
@@ -257,7 +260,7 @@ class RegroupedLayer(nn.Module):
             hidden = run_branches(layout.block.attention.branches, self, hidden, call)
             rest = layout.rest(call)
         for mlp, holder in zip(layout.after, self.after):
-            hidden = run_branches(mlp.branches, holder, hidden, call)
+            hidden = holder(hidden, mlp, call)
         return hidden if layout.block.answer is None else (hidden, *rest)
 
 
@@ -282,7 +285,7 @@ class _Layout:
 
 
 @functools.cache
-def _regrouped_class(layer_class: type[nn.Module]) -> type[RegroupedLayer]:
+def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
     """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it."""
     return type(f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class), {"__module__": __name__})
 
@@ -295,7 +298,7 @@ def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     block = anatomy.blocks[group.attention]
     parts = (block.attention, block.mlp) if group.whole else (block.attention,)
     children = {name: child(source, name) for part in parts for name in part.modules}
-    layer = _twin(source, children, _regrouped_class(type(source)))
+    layer = _twin(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
     layer.after = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.after)
     for extras in (layer.before, layer.after):
@@ -343,7 +346,7 @@ def _move_inputs_like(source: nn.Module, twin: nn.Module) -> None:
     """Give `twin` the accelerate hook of `source`, which moves what comes in to the layer's device."""
     from accelerate.hooks import add_hook_to_module
 
-    hook = copy.copy(source._hf_hook)
+    hook: Any = copy.copy(source._hf_hook)
     hook.init_hook = lambda module: module  # the weights are placed already
     add_hook_to_module(twin, hook)
 
@@ -353,6 +356,8 @@ def _holder(source: nn.Module, mlp: Sublayer) -> Holder:
     holder.training = source.training
     for name in mlp.modules:
         _set_child(holder, name, child(source, name))
+    if "_hf_hook" in source.__dict__:
+        _move_inputs_like(source, holder)
     return holder
 
 

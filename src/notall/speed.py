@@ -172,9 +172,7 @@ def _cache_name(output: Mapping[str, Any]) -> str:
     for name in ("cache", "past_key_values"):
         if output.get(name) is not None:
             return name
-    raise UsageError(
-        "the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache"
-    )
+    raise UsageError("the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache")
 
 
 def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: int) -> Tensor:
