@@ -51,5 +51,5 @@ fix: setup ## repair what ruff can repair
 	$(VENV)/bin/ruff format
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

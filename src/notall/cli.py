@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -440,6 +441,8 @@ def _deepest(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
+    for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
+        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         app()
     except UsageError as error:
