@@ -33,7 +33,14 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_wi
 SLIDING = {"sliding_window": WINDOW}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 4,
+}
 ROPE_FIELD = "rope_parameters" if TRANSFORMERS_5 else "rope_scaling"
 MROPE = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
 # Multi-head latent attention, with the first layer dense.
@@ -94,13 +101,20 @@ def _llama(name: str, model_type: str | None = None, **config: Any) -> Family:
     return Family(name, model_type or name, LLAMA | config, **modules)
 
 
-def _gpt(name: str, model_type: str | None = None, *, attention: str = "attn", mlp: str = "mlp", **config: Any) -> Family:
+def _gpt(
+    name: str, model_type: str | None = None, *, attention: str = "attn", mlp: str = "mlp", **config: Any
+) -> Family:
     return Family(name, model_type or name, GPT | config, attention, mlp)
 
 
 def _sees(name: str, text: dict[str, Any], vision: dict[str, Any], **config: Any) -> Family:
     """The text part of a vision-language model; two layers of vision stand by."""
-    return Family(f"{name} (text part)", name, {"text_config": LLAMA | text, "vision_config": VISION | vision} | config, auto=AutoModelForImageTextToText)
+    return Family(
+        f"{name} (text part)",
+        name,
+        {"text_config": LLAMA | text, "vision_config": VISION | vision} | config,
+        auto=AutoModelForImageTextToText,
+    )
 
 
 def _mla(name: str, **config: Any) -> Family:
@@ -119,7 +133,14 @@ FAMILIES = [
     _llama("qwen3"),
     _llama("smollm3", no_rope_layers=[1, 0, 1, 0], pad_token_id=0),
     _llama("gemma"),
-    _llama("gemma2", query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, **MIXED, **POST_NORMS),
+    _llama(
+        "gemma2",
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        **MIXED,
+        **POST_NORMS,
+    ),
     _llama("gemma3", "gemma3_text", query_pre_attn_scalar=8, **MIXED, **POST_NORMS),
     _llama("vaultgemma", query_pre_attn_scalar=8, **MIXED),
     Family("phi", "phi", COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}),
@@ -132,11 +153,17 @@ FAMILIES = [
     Family(
         "gpt_neo",
         "gpt_neo",
-        COMMON | {"num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+        COMMON
+        | {"num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
         attention="attn",
     ),
     Family("gpt_neox", "gpt_neox", COMMON | {"intermediate_size": 48, "rotary_pct": 0.5}, attention="attention"),
-    Family("gpt_neox (sequential)", "gpt_neox", COMMON | {"intermediate_size": 48, "use_parallel_residual": False}, attention="attention"),
+    Family(
+        "gpt_neox (sequential)",
+        "gpt_neox",
+        COMMON | {"intermediate_size": 48, "use_parallel_residual": False},
+        attention="attention",
+    ),
     Family("opt", "opt", COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32}, mlp="fc2"),
     Family(
         "bloom",
@@ -145,13 +172,43 @@ FAMILIES = [
         attention="self_attention",
         adds_itself=("self_attention", "mlp"),
     ),
-    Family("mpt", "mpt", TOKENS | {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64}, attention="attn", mlp="ffn", adds_itself=("ffn",)),
+    Family(
+        "mpt",
+        "mpt",
+        TOKENS | {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
+        attention="attn",
+        mlp="ffn",
+        adds_itself=("ffn",),
+    ),
     Family("falcon (parallel)", "falcon", COMMON | {"ffn_hidden_size": 48}, attention="self_attention"),
-    Family("falcon (ALiBi)", "falcon", COMMON | {"alibi": True, "parallel_attn": False, "multi_query": False}, attention="self_attention"),
-    Family("falcon (two norms)", "falcon", COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2}, attention="self_attention"),
-    Family("falcon (one norm)", "falcon", COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, attention="self_attention"),
-    Family("stablelm", "stablelm", COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
-    Family("stablelm (parallel)", "stablelm", COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "use_parallel_residual": True}),
+    Family(
+        "falcon (ALiBi)",
+        "falcon",
+        COMMON | {"alibi": True, "parallel_attn": False, "multi_query": False},
+        attention="self_attention",
+    ),
+    Family(
+        "falcon (two norms)",
+        "falcon",
+        COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+        attention="self_attention",
+    ),
+    Family(
+        "falcon (one norm)",
+        "falcon",
+        COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+        attention="self_attention",
+    ),
+    Family(
+        "stablelm",
+        "stablelm",
+        COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    ),
+    Family(
+        "stablelm (parallel)",
+        "stablelm",
+        COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "use_parallel_residual": True},
+    ),
     _llama("olmo", clip_qkv=2.0),
     _llama("olmo2", **POST_NORMS),
     _llama("olmo3", **MIXED, **POST_NORMS),
@@ -165,7 +222,13 @@ FAMILIES = [
     _llama("nemotron"),
     Family("persimmon", "persimmon", COMMON | {"intermediate_size": 48}),
     Family("biogpt", "biogpt", COMMON | {"intermediate_size": 48}, mlp="fc2"),
-    Family("xglm", "xglm", TOKENS | {"d_model": 32, "num_layers": LAYERS, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}, mlp="fc2"),
+    Family(
+        "xglm",
+        "xglm",
+        TOKENS
+        | {"d_model": 32, "num_layers": LAYERS, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64},
+        mlp="fc2",
+    ),
     _llama("helium"),
     _llama("ernie4_5"),
     _llama("hunyuan", "hunyuan_v1_dense"),
@@ -180,7 +243,6 @@ FAMILIES = [
     _llama("hyperclovax", attention="post_norm1", mlp="post_norm2"),
     _llama("granite_swa", residual_multiplier=0.7, **MIXED),
     _llama("modernbert-decoder", global_attn_every_n_layers=2, local_attention=WINDOW, attention="attn"),
-    Family("ctrl", "ctrl", TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "dff": 48}, attention="multi_head_attention", mlp="ffn"),
     Family("minicpm3", "minicpm3", {k: v for k, v in MLA.items() if k not in ROUTED} | {"scale_depth": 1.4}),
     Family("youtu", "youtu", {k: v for k, v in MLA.items() if k not in ROUTED}),
     # With experts
@@ -207,24 +269,73 @@ FAMILIES = [
     _llama("glm4_moe", first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED),
     _mla("glm4_moe_lite"),
     _llama("aria (text)", "aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-    _llama("afmoe", num_dense_layers=1, global_attn_every_n_layers=2, sliding_window=WINDOW, attention="post_attention_layernorm", mlp="post_mlp_layernorm", **EXPERTS),
+    _llama(
+        "afmoe",
+        num_dense_layers=1,
+        global_attn_every_n_layers=2,
+        sliding_window=WINDOW,
+        attention="post_attention_layernorm",
+        mlp="post_mlp_layernorm",
+        **EXPERTS,
+    ),
     _llama("cohere2_moe", **EXPERTS, **MIXED),
     _llama("dots1", first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED),
-    _llama("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=1, moe_num_shared_experts=1),
+    _llama(
+        "ernie4_5_moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=16,
+        moe_layer_start_index=1,
+        moe_num_shared_experts=1,
+    ),
     _llama("exaone_moe", first_k_dense_replace=1, num_shared_experts=1, n_group=1, topk_group=1, **EXPERTS, **MIXED),
     _llama("hunyuan (MoE)", "hunyuan_v1_moe", num_experts=4, moe_topk=2),
     _llama("minimax_m2", num_local_experts=4, num_experts_per_tok=2),
     _llama("phimoe", num_local_experts=4, num_experts_per_tok=2, mlp="mlp" if TRANSFORMERS_5 else "block_sparse_moe"),
     _llama("jetmoe", num_local_experts=4, num_experts_per_tok=2, kv_channels=8, attention="self_attention"),
-    _llama("granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16, residual_multiplier=0.7, mlp="block_sparse_moe shared_mlp"),
+    _llama(
+        "granitemoeshared",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=16,
+        residual_multiplier=0.7,
+        mlp="block_sparse_moe shared_mlp",
+    ),
+    _llama("mellum", **EXPERTS, **MIXED),
+    _llama(
+        "laguna",
+        shared_expert_intermediate_size=16,
+        num_attention_heads_per_layer=[4, 2, 4, 2],
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        **EXPERTS,
+        **MIXED,
+    ),
+    _llama("flint", shared_expert_intermediate_size=16, mlp_only_layers=[0], **EXPERTS, **MIXED),
+    _llama(
+        "hy_v3",
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+    ),
+    _mla("axk1"),
+    _mla("axk2"),
+    _llama("solar_open", **ROUTED),
+    _llama("kolibri1", **EXPERTS),
+    _llama("minimax_m3 (text part)", "minimax_m3_vl_text", num_local_experts=4, num_experts_per_tok=2),
+    _llama("mimo_v2_flash", **ROUTED),
     # The text parts of vision-language models
     _sees("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model"}),
     _sees("qwen2_vl", MROPE, {"depth": 2, "embed_dim": 32, "num_heads": 4}),
     _sees("qwen2_5_vl", MROPE, {"depth": 2, "num_heads": 4, "out_hidden_size": 32}),
-    _sees("qwen3_vl", {ROPE_FIELD: {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1]}}, {"depth": 2, "num_heads": 4, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
+    _sees(
+        "qwen3_vl",
+        {ROPE_FIELD: {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1]}},
+        {"depth": 2, "num_heads": 4, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+    ),
     _sees("gemma3", {"query_pre_attn_scalar": 8} | MIXED, {"model_type": "siglip_vision_model"}, mm_tokens_per_image=4),
     _sees("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"}),
-    _sees("paligemma", {"model_type": "gemma"}, {"model_type": "siglip_vision_model"}, projection_dim=32),
     _sees("idefics3", {"model_type": "llama"}, {}),
     _sees("internvl", {"model_type": "qwen2"}, {"image_size": [8, 8], "patch_size": [4, 4]}),
 ]
@@ -238,7 +349,9 @@ def family(name: str) -> Family:
 
 
 @contextmanager
-def silenced(model: PreTrainedModel, family: Family, attention: tuple[int, ...], mlp: tuple[int, ...]) -> Iterator[None]:
+def silenced(
+    model: PreTrainedModel, family: Family, attention: tuple[int, ...], mlp: tuple[int, ...]
+) -> Iterator[None]:
     """The same model, in which the sublayers named still run, but add nothing: plain hooks, no code of `notall`."""
     layers = stack_of(model)
     silent = [(layers[i], family.attention) for i in attention]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import TRANSFORMERS_5, family, silenced
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
 from notall.anatomy import relative_error
 
@@ -166,14 +166,19 @@ def test_weights_offloaded_by_accelerate(name: str, tmp_path: Path) -> None:
     places = {n: "cpu" for n, m in dense.named_modules() if n and not n.startswith(layers) and not list(m.children())}
     places |= {f"{layers}.{i}": place for i, place in enumerate(["cpu", "disk", "disk", "cpu"])}
     places = {n: p for n, p in places.items() if any(True for _ in dense.get_submodule(n).parameters())} | {
-        n: "cpu" for n, m in dense.named_modules() if n and not list(m.parameters()) and not n.startswith(layers) and not list(m.children())
+        n: "cpu"
+        for n, m in dense.named_modules()
+        if n and not list(m.parameters()) and not n.startswith(layers) and not list(m.children())
     }
     model = dispatch_model(copy.deepcopy(dense), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     with torch.no_grad():
         before = model(BATCH).logits
         with skip(model, PLAN):
             close(model(BATCH).logits, expected)
-            close(model.generate(BATCH, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0], expected[:, -1])
+            close(
+                model.generate(BATCH, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0],
+                expected[:, -1],
+            )
         assert torch.equal(model(BATCH).logits, before)
 
 
@@ -183,7 +188,9 @@ def test_lora(order: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = family("llama").build("sdpa")
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    )
     wrapped.eval()
     expected = slow_logits(wrapped.get_base_model(), "llama", BATCH)
     through = wrapped if order == "wrapped" else wrapped.get_base_model()
@@ -223,7 +230,8 @@ def test_flex_attention(name: str) -> None:
         close(model(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+# In transformers 4.57 an OLMoE layer answers one router output, so that of an MLP that rides along is not in the list.
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", *(["olmoe"] if TRANSFORMERS_5 else [])])
 def test_router_outputs_follow_the_live_layers(name: str) -> None:
     model, plan = family(name).build("eager"), Plan([0, 2], [2])
     with silenced(model, family(name), plan.attention, plan.mlp), torch.no_grad():
