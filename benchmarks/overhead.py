@@ -183,7 +183,8 @@ def main() -> None:
     print(f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens: {statistics.median(forward):.0f} ms")
     ratios = similarity_ratio(model, tokenizer, arguments.rounds)
     print(
-        f"similarity / plain forward: {statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] (target: 1.3)"  # noqa: E501
+        f"similarity / plain forward: {statistics.median(ratios):.2f} "
+        f"[{min(ratios):.2f}, {max(ratios):.2f}] (target: 1.3)"
     )
 
 

@@ -165,7 +165,7 @@ def test_the_default_models_lines_equal_zeroed_output_projections(default_model)
 
 
 # Of the sentence above, float32, on the default model.
-GOLDEN: dict[str, float] = {}
+GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "mlp 10%": 4.1516, "block 10% keep last": 11.6462}
 
 
 def _zeroed(model, plan: Plan, tokens):

@@ -259,7 +259,8 @@ def bench(
     rows = time_plan(net, wanted, prompt_tokens=prompt, new_tokens=new, batch_size=batch_size, rounds=rounds, seed=seed)
     about = machine(net.device)
     title = (
-        f"{shape or model}, {str(net.dtype).removeprefix('torch.')}, batch {batch_size}, prompt {prompt}, {new} new tokens; "  # noqa: E501
+        f"{shape or model}, {str(net.dtype).removeprefix('torch.')}, batch {batch_size}, "
+        f"prompt {prompt}, {new} new tokens; "
         f"{about['device_name']}, {about['threads']} threads; median of {rounds} [quartiles]"
     )
     show(rows, TIMING_COLUMNS, as_json=as_json, title=title)

@@ -371,7 +371,7 @@ def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None
         undo.callback(module.register_forward_hook(after_child, with_kwargs=True).remove)
 
 
-# --- reading what was watched -------------------------------------------------------------------------------------------  # noqa: E501
+# --- reading what was watched -----------------------------------------------------------------------------------------
 
 
 def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
