@@ -1,0 +1,71 @@
+"""What plans answered to requests: in memory, and in a file as the answers come, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .plan import Plan
+
+Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
+
+
+class Answers:
+    """Answers of `plans`, by number, to requests, by key.
+
+    `origin` says what gave them (model, tokenizer): a file may hold those of several origins and plans, and only what
+    fits is used. Raises `UsageError` when the file can't be read or written, or is damaged before its last line.
+    """
+
+    def __init__(self, path: Path | None, origin: str, plans: Sequence[Plan]) -> None:
+        self.path, self.origin = path, origin
+        self.names = [_digest(plan.attention, plan.mlp) for plan in plans]
+        self._held: dict[str, dict[str, Answer]] = {}
+        for line in results.read(path) if path else ():
+            self._hold(line["plans"], line["answers"])
+
+    def key(self, *request: Any) -> str:
+        """A request's name, the same in every run."""
+        return _digest(self.origin, *request)
+
+    def get(self, key: str, number: int) -> Answer:
+        return self._held[key][self.names[number]]
+
+    def has(self, key: str, number: int) -> bool:
+        return self.names[number] in self._held.get(key, ())
+
+    def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
+        """The distinct keys whose answers are not all there, by the plans that lack them."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for key in dict.fromkeys(keys):
+            numbers = tuple(number for number in range(len(self.names)) if not self.has(key, number))
+            if numbers:
+                found.setdefault(numbers, []).append(key)
+        return found
+
+    def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Answer]]) -> None:
+        """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
+        names = [self.names[number] for number in numbers]
+        if self.path:
+            results.append(self.path, {"plans": names, "answers": answers})
+        self._hold(names, answers)
+
+    def _hold(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:
+        for key, values in answers.items():
+            self._held.setdefault(key, {}).update(zip(names, map(_restored, values)))
+
+
+def _restored(value: Any) -> Answer:
+    """As the harness expects it: JSON has no tuples, and null for what is no number."""
+    if isinstance(value, list | tuple):
+        return (math.nan if value[0] is None else value[0], value[1])
+    return math.nan if value is None else value
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -1,0 +1,158 @@
+"""The harness's tasks: which ones the paper's leaderboard holds, finding others, and building their requests once."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import lm_eval.api.task
+import numpy as np
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+
+from .complaints import quiet
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task of the leaderboard, with its number of examples and the metric it ranks by."""
+
+    task: str
+    num_fewshot: int
+    metric: str  # as the harness names it: metric,filter
+
+
+# Open LLM Leaderboard v1, which the paper evaluates on.
+OPENLLM = (
+    Benchmark("arc_challenge", 25, "acc_norm,none"),
+    Benchmark("hellaswag", 10, "acc_norm,none"),
+    Benchmark("mmlu", 5, "acc,none"),
+    Benchmark("truthfulqa_mc2", 0, "acc,none"),
+    Benchmark("winogrande", 5, "acc,none"),
+    Benchmark("gsm8k", 5, "exact_match,strict-match"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one task name stands for: the harness's tasks, their requests built, and the metric to report (or all)."""
+
+    name: str
+    loaded: Any  # a TaskDict of the harness
+    metric: str | None
+    limit: int | None
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        return self.loaded["tasks"]
+
+    def reported(self) -> dict[str, list[str]]:
+        """The rows to report, with the tasks that each is made of: a group that has a mean is one row."""
+        group: Group | None = self.loaded["groups"].get(self.name)
+        if group and group.has_aggregation:
+            return {self.name: list(self.tasks)}
+        return {name: [name] for name in self.tasks}
+
+
+class TaskShelf:
+    """The tasks that the harness knows, with those of the folder `task_path`, whose names come first."""
+
+    def __init__(self, task_path: str | Path | None = None) -> None:
+        if task_path and not Path(task_path).is_dir():
+            raise UsageError(f"no task folder {task_path}: give a folder with the harness's YAML files")
+        with quiet():
+            self.manager = TaskManager(include_path=str(task_path) if task_path else None)
+
+    def names(self, wanted: Sequence[str]) -> list[str]:
+        """`wanted` with `openllm` spelled out, each name once.
+
+        A task of the leaderboard gives way to one of the folder's that is named local_ and its name. Raises
+        `UsageError` for a name that the harness does not know.
+        """
+        found: list[str] = []
+        for name in wanted:
+            found += [self._local(b.task) for b in OPENLLM] if name == "openllm" else [name]
+        for name in found:
+            if name not in self.manager.task_index:
+                near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
+                hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+                raise UsageError(f"the harness has no task {name!r}; {hint}")
+        if not found:
+            raise UsageError("no task is named; give openllm, or names of the harness's tasks")
+        return list(dict.fromkeys(found))
+
+    def build(self, name: str, num_fewshot: int | None = None, limit: int | None = None) -> Job:
+        """Load a task's data and build its requests, with the leaderboard's number of examples unless one is given.
+
+        Raises `UsageError` when the data can't be had, or is not what the task says.
+        """
+        benchmark = next((b for b in OPENLLM if b.task == name.removeprefix("local_")), None)
+        if num_fewshot is None and benchmark:
+            num_fewshot = benchmark.num_fewshot
+        _seed()
+        with quiet(), no_bars():
+            try:
+                loaded = self.manager.load([name])
+                for task in loaded["tasks"].values():
+                    _build_requests(task, num_fewshot, limit)
+            except Exception as error:  # whatever a task's own code and data, and the hub, may raise
+                raise UsageError(_complaint(name, error)) from error
+        return Job(name, loaded, benchmark.metric if benchmark else None, limit)
+
+    def _local(self, name: str) -> str:
+        return f"local_{name}" if f"local_{name}" in self.manager.task_index else name
+
+
+def _seed() -> None:
+    """As the harness does before it loads tasks: some draw their documents or choices."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
+def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
+    """Build them once, as the harness's `simple_evaluate` has them; a new evaluation finds them without answers."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", num_fewshot or 0)
+    elif task.get_config("num_fewshot") != 0 and num_fewshot is not None:  # a task's own 0 is meant
+        task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    task.build_all_requests(limit=limit)
+
+    def renew(**_: Any) -> None:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = renew
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of the harness and of datasets, which would be in the way of our own."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with mock.patch.object(lm_eval.api.task, "tqdm", lambda things, **_: things):
+            yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _complaint(name: str, error: Exception) -> str:
+    cause = error.__cause__ or error  # datasets wraps what its reader said
+    said = " ".join(str(cause).split()) or type(cause).__name__
+    if len(said) > 200:
+        said = f"{said[:200]}…"
+    return f"cannot build the requests of {name}: {said}; check its data (a network, or its files), examples and limit"

@@ -1,0 +1,448 @@
+"""One pass for all plans equals `HFLM` inside `skip`, plan by plan and document by document; what is kept stays."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from notall import Plan, UsageError, harness, skip, tasks
+from notall.harness import run_tasks
+from notall.scoring import Scorer
+from notall.tasks import OPENLLM, TaskShelf, no_bars
+from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+PLANS = [Plan(attention=[3]), Plan(attention=[2, 3], mlp=[3]), Plan(mlp=[1])]
+TASKS = ["tiny_choice", "tiny_letters", "tiny_text", "tiny_words"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_only(request, monkeypatch):
+    """The harness's fifteen thousand task files are read only for the test that is about them."""
+    if "openllm" not in request.node.name:
+        monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def run(model, tokenizer, folder):
+    """`run_tasks` on the tiny model and its tasks."""
+    return partial(run_tasks, model, tokenizer, task_path=folder)
+
+
+def answers_of(model, tokenizer, plan, job):
+    """The slow twin: the harness's own model on the skipped model; its outcome, and its answers by document."""
+    with skip(model, plan), no_bars():
+        hf = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+        outcome = evaluate(hf, job.loaded, limit=job.limit)
+    documents = {
+        (task, sample["doc_id"]): [answer for answer, *_ in sample["resps"]]
+        for task, samples in outcome["samples"].items()
+        for sample in samples
+    }
+    return outcome, documents
+
+
+def close(ours, theirs):
+    if isinstance(theirs, tuple):
+        return ours[1] == theirs[1] and ours[0] == pytest.approx(theirs[0], abs=1e-4)
+    return ours == theirs if isinstance(theirs, str) else ours == pytest.approx(theirs, abs=1e-3)
+
+
+def all_close(ours, theirs):
+    """Of two results."""
+    assert len(ours.documents) == len(theirs.documents)
+    pairs = zip(ours.documents, theirs.documents)
+    return all(close(a, b) for first, second in pairs for a, b in zip(first.answers, second.answers))
+
+
+def check_equal(results, model, tokenizer, job):
+    """Every document's answers and every figure; returns how many answers were compared."""
+    compared, twins = 0, {}
+    for result in results:
+        if result.plan not in twins:
+            twins[result.plan] = answers_of(model, tokenizer, result.plan, job)
+        outcome, expected = twins[result.plan]
+        assert len(result.documents) == len(expected)
+        for document in result.documents:
+            theirs = expected[document.task, document.doc_id]
+            assert len(document.answers) == len(theirs)
+            assert all(map(close, document.answers, theirs)), (result.task, document, theirs)
+            compared += len(theirs)
+        assert result.value == pytest.approx(outcome["results"][result.task][result.metric], rel=1e-4)
+    return compared
+
+
+# --- equality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*TASKS, "tiny_group"])
+@pytest.mark.parametrize("shots", [0, 2])
+def test_each_plan_equals_the_harness_on_the_skipped_model(run, model, tokenizer, folder, name, shots):
+    results = run(PLANS, [name], num_fewshot=shots)
+    assert [result.plan for result in results if result.metric == results[0].metric] == PLANS
+    compared = check_equal(results, model, tokenizer, TaskShelf(folder).build(name, shots))
+    assert compared >= (600 if name in ("tiny_choice", "tiny_letters", "tiny_group") else 150)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_requests_are_those_of_the_harness_itself(folder, name):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    outcome = simple_evaluate("dummy", tasks=[name], num_fewshot=2, limit=12, task_manager=manager, bootstrap_iters=0)
+    theirs = [arguments for sample in outcome["samples"][name] for arguments in sample["arguments"]]
+    assert [instance.args for instance in TaskShelf(folder).build(name, 2, 12).tasks[name].instances] == theirs
+
+
+def test_a_tokenizer_that_begins_every_text_equals_too(run, model, folder):
+    tokenizer = byte_tokenizer(adds_bos=True)
+    for name in TASKS:
+        results = run_tasks(model, tokenizer, PLANS[:1], [name], limit=12, task_path=folder)
+        check_equal(results, model, tokenizer, TaskShelf(folder).build(name, limit=12))
+
+
+def test_the_batch_size_changes_nothing(run):
+    one, auto = (run(PLANS, ["tiny_choice"], limit=9, batch_size=size) for size in (1, "auto"))
+    for ours, theirs in zip(one, auto):
+        assert ours.value == theirs.value
+        assert all_close(ours, theirs)
+
+
+def test_cut_on_the_left_as_the_harness_cuts(tokenizer, folder):
+    small = tiny_llama(max_position_embeddings=96)
+    for name in ("tiny_letters", "tiny_text", "tiny_words"):
+        options = {"num_fewshot": 1, "limit": 10, "truncate": True, "task_path": folder}
+        results = run_tasks(small, tokenizer, PLANS[:1], [name], **options)
+        check_equal(results, small, tokenizer, TaskShelf(folder).build(name, 1, 10))
+
+
+@pytest.mark.timeout(1200)
+def test_the_default_model_on_real_questions(default_model, tmp_path):
+    if not DATA.is_dir():
+        pytest.skip("the benchmark data is absent: ../shared/data")
+    subprocess.run([sys.executable, DATA / "make_tasks.py", tmp_path], check=True)
+    plan, name = Plan(attention=[24, 25, 26], mlp=[27]), "local_arc_challenge"
+    (result,) = run_tasks(*default_model, [plan], [name], num_fewshot=0, limit=50, task_path=tmp_path)
+    assert check_equal([result], *default_model, TaskShelf(tmp_path).build(name, 0, 50)) >= 200
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """What models are run on: (sequence, continuation), once for each plan."""
+    seen, score = [], Scorer.score
+
+    def noting(self, plans, requests):
+        seen.extend((request.sequence, request.continuation) for request in requests for _ in plans)
+        return score(self, plans, requests)
+
+    monkeypatch.setattr(Scorer, "score", noting)
+    return seen
+
+
+def test_one_pass_over_the_requests_answers_every_plan(run, scored):
+    results = run(PLANS, ["tiny_choice"])
+    answers = sum(len(document.answers) for document in results[0].documents)
+    assert 0.9 * 4 * answers < len(scored) <= 4 * answers  # dense and three plans; some documents have twins
+    assert len(set(scored)) == len(scored) / 4
+
+
+def test_the_answers_to_one_question_share_its_tokens(model, tokenizer, folder):
+    lm = harness.PlansLM(model, tokenizer, PLANS)
+    harness.evaluate_job(lm, TaskShelf(folder).build("tiny_choice", 2))
+    assert lm.scorer.packs
+    assert lm.scorer.tokens <= 0.4 * lm.scorer.plain_tokens
+
+
+def test_answers_of_one_token_are_one_sequence(run, scored):
+    run([], ["tiny_letters"])
+    assert len(scored) == 4 * 55
+    assert len({sequence for sequence, _ in scored}) == 55
+
+
+def test_the_model_and_the_tokenizer_are_left_as_they_were(model, folder):
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("the rain", return_tensors="pt").input_ids
+    before = model(input_ids=tokens).logits
+    run_tasks(model, tokenizer, PLANS, ["tiny_choice", "tiny_words"], limit=3, task_path=folder)
+    assert tokenizer.pad_token is None
+    assert model(input_ids=tokens).logits.equal(before)
+
+
+def test_progress_reaches_the_end(run):
+    seen = []
+    run(PLANS, ["tiny_choice", "tiny_words"], limit=5, progress=lambda *step: seen.append(step))
+    for name, total in (("tiny_choice", 5 * 4), ("tiny_words", 5 * 4)):  # answers; documents times plans
+        steps = [(done, of) for task, done, of in seen if task == name]
+        assert steps[-1] == (total, total)
+        assert steps == sorted(steps)
+
+
+# --- what the figures mean --------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_with_the_dense_model(run):
+    from scipy.stats import binomtest
+
+    rows = run([Plan(), Plan(attention=[0, 2, 3], mlp=[0, 1, 3])], ["tiny_group"])
+    dense, ours = (row for row in rows if row.metric == "acc_norm,none")
+    differences = [a.value - b.value for a, b in zip(ours.documents, dense.documents)]
+    n = len(differences)
+    mean = sum(differences) / n
+    assert (dense.delta, dense.delta_stderr, dense.p_value) == (0, 0, 1)
+    assert (ours.task, n) == ("tiny_group", 110)
+    assert ours.delta == pytest.approx(ours.value - dense.value)
+    assert ours.delta == pytest.approx(mean)
+    assert ours.delta_stderr == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n))
+    gained, changed = differences.count(1), sum(d != 0 for d in differences)
+    assert changed >= 5
+    assert ours.p_value == pytest.approx(binomtest(gained, changed).pvalue)
+
+
+def test_a_metric_that_is_no_mean_has_an_error_too(run):
+    rows = run([Plan(), PLANS[1]], ["tiny_text"])
+    dense, ours = (row for row in rows if row.metric == "word_perplexity,none")
+    pairs = [(a.value, b.value) for a, b in zip(ours.documents, dense.documents)]
+
+    def perplexity(values):
+        return math.exp(-sum(value for value, _ in values) / sum(words for _, words in values))
+
+    def difference(kept):
+        return perplexity([a for a, _ in kept]) - perplexity([b for _, b in kept])
+
+    n = len(pairs)
+    left = [difference(pairs[:i] + pairs[i + 1 :]) for i in range(n)]
+    expected = math.sqrt(sum((value - sum(left) / n) ** 2 for value in left) * (n - 1) / n)
+    assert ours.delta == pytest.approx(difference(pairs))
+    assert ours.delta_stderr == pytest.approx(expected)
+    assert ours.p_value == pytest.approx(math.erfc(abs(ours.delta / expected) / math.sqrt(2)))
+    assert ours.higher_is_better is False
+
+
+# --- the leaderboard --------------------------------------------------------------------------------------------------
+
+
+def test_the_leaderboard_has_its_shots_and_metrics():
+    assert [(b.task, b.num_fewshot, b.metric) for b in OPENLLM] == [
+        ("arc_challenge", 25, "acc_norm,none"),
+        ("hellaswag", 10, "acc_norm,none"),
+        ("mmlu", 5, "acc,none"),
+        ("truthfulqa_mc2", 0, "acc,none"),
+        ("winogrande", 5, "acc,none"),
+        ("gsm8k", 5, "exact_match,strict-match"),
+    ]
+
+
+def test_openllm_is_six_tasks_of_the_harness_and_a_folder_may_stand_in(tmp_path):
+    assert TaskShelf().names(["openllm", "arc_challenge"]) == [b.task for b in OPENLLM]
+    copy_task(write_tasks(tmp_path), "tiny_choice", "local_winogrande")
+    assert TaskShelf(tmp_path).names(["openllm"])[4] == "local_winogrande"
+
+
+def test_shots_are_the_leaderboards_unless_given(tmp_path):
+    copy_task(write_tasks(tmp_path), "tiny_choice", "local_winogrande")
+    shelf = TaskShelf(tmp_path)
+
+    def shots(name, *given):
+        return shelf.build(name, *given, limit=2).tasks[name].config.num_fewshot
+
+    assert [shots("local_winogrande"), shots("local_winogrande", 1), shots("tiny_choice")] == [5, 1, 0]
+
+
+def test_only_the_metric_of_the_leaderboard_is_reported(model, tokenizer, tmp_path):
+    copy_task(write_tasks(tmp_path), "tiny_choice", "local_winogrande")
+    (result,) = run_tasks(model, tokenizer, PLANS[:1], ["local_winogrande"], num_fewshot=0, limit=3, task_path=tmp_path)
+    assert result.metric == "acc,none"
+
+
+# --- kept answers -----------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+from functools import partial
+from pathlib import Path
+from notall import Plan, results, tasks
+from notall.harness import run_tasks
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+append, left = results.append, {lines}
+
+def dying(path, record):
+    global left
+    append(path, record)
+    left -= 1
+    if not left:
+        with open(path, "ab") as file:
+            file.write(b'{{"plans": ["torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+results.append = dying
+tasks.TaskManager = partial(tasks.TaskManager, include_defaults=False)
+plans = [Plan(**fields) for fields in {plans!r}]
+options = dict(limit=12, batch_size=1, task_path={folder!r}, folder=Path({out!r}))
+run_tasks(tiny_llama(), byte_tokenizer(), plans, [{name!r}], **options)
+"""
+
+
+def run_until_killed(folder, out, name, lines):
+    plans = [{"attention": plan.attention, "mlp": plan.mlp} for plan in PLANS]
+    code = KILLED.format(lines=lines, plans=plans, name=name, folder=str(folder), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+
+
+@pytest.mark.filterwarnings("ignore:the last line")
+@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("name", ["tiny_choice", "tiny_text", "tiny_words"])
+def test_a_killed_run_goes_on_and_does_nothing_twice(run, folder, tmp_path, name, lines):
+    run_until_killed(folder, tmp_path, name, lines)
+    path = tmp_path / harness.ANSWERS
+    kept = path.read_bytes().rpartition(b"\n")[0] + b"\n"
+    assert kept.count(b"\n") == lines
+    found = run(PLANS, [name], limit=12, batch_size=1, folder=tmp_path)
+    assert path.read_bytes().startswith(kept)
+    lines_now = map(json.loads, path.read_text().splitlines())
+    done = [(plan, key) for line in lines_now for plan in line["plans"] for key in line["answers"]]
+    assert len(done) == len(set(done))
+    for ours, theirs in zip(found, run(PLANS, [name], limit=12)):
+        assert ours.value == pytest.approx(theirs.value)
+        assert all_close(ours, theirs)
+
+
+def test_what_is_kept_is_not_computed_again_and_a_new_plan_costs_only_itself(run, tmp_path, scored):
+    first = run(PLANS[:2], ["tiny_choice"], limit=8, folder=tmp_path)
+    assert len(scored) == 8 * 4 * 3
+    assert run(PLANS[:2], ["tiny_choice"], limit=8, folder=tmp_path) == first
+    assert len(scored) == 8 * 4 * 3
+    assert run(PLANS, ["tiny_choice"], limit=8, folder=tmp_path)[: len(first)] == first
+    assert len(scored) == 8 * 4 * 4
+
+
+def test_answers_of_another_model_or_tokenizer_are_not_taken(run, folder, tmp_path, scored):
+    run([], ["tiny_choice"], limit=4, folder=tmp_path)
+    other = tiny_llama()
+    other.model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
+    options = {"limit": 4, "task_path": folder, "folder": tmp_path}
+    run_tasks(other, byte_tokenizer(), [], ["tiny_choice"], **options)
+    assert len(scored) == 2 * 16
+    run_tasks(other, byte_tokenizer(adds_bos=True), [], ["tiny_choice"], **options)
+    assert len(scored) == 3 * 16
+
+
+def test_generating_halves_its_batch_when_memory_runs_out(run, monkeypatch):
+    expected = run(PLANS[:1], ["tiny_words"], limit=7)
+    generate, sizes = HFLM.generate_until, []
+
+    def in_little_memory(self, requests, disable_tqdm=False):
+        sizes.append(len(requests))
+        if len(requests) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HFLM, "generate_until", in_little_memory)
+    assert run(PLANS[:1], ["tiny_words"], limit=7) == expected
+    assert max(sizes) > 2
+
+
+# --- what users get wrong ---------------------------------------------------------------------------------------------
+
+
+def refused(message, run, *args, **options):
+    with pytest.raises(UsageError, match=message) as caught:
+        run(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_is_named_with_its_like(run):
+    refused("the harness has no task 'tiny_choise'; did you mean tiny_choice", run, [], ["tiny_choise"])
+    refused("no task is named", run, [], [])
+
+
+def test_a_missing_task_folder_is_named(run, tmp_path):
+    refused("no task folder .*nowhere", run, [], ["tiny_choice"], task_path=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", [None, '{"question": "wh', "", '{"nothing": 1}\n'])
+def test_data_that_cannot_be_read_is_one_line_and_keeps_what_is_finished(run, tmp_path, damage):
+    local = write_tasks(tmp_path / "tasks", documents=3)
+    copy_task(local, "tiny_choice", "broken", data="broken.jsonl")
+    if damage is not None:
+        (local / "broken.jsonl").write_text(damage)
+    message = "cannot build the requests of broken: .*; check its data"
+    refused(message, run, [], ["tiny_choice", "broken"], task_path=local, folder=tmp_path)
+    assert (tmp_path / harness.ANSWERS).read_text().endswith("\n")
+
+
+def test_more_examples_than_there_are_is_one_line(run):
+    message = "cannot build the requests of tiny_choice: .*examples"
+    refused(message, run, [], ["tiny_choice"], num_fewshot=99)
+
+
+@pytest.mark.parametrize("name", ["tiny_choice", "tiny_words"])
+def test_a_context_longer_than_the_model_is_one_line(tokenizer, folder, name, scored):
+    small = partial(run_tasks, tiny_llama(max_position_embeddings=96), tokenizer, task_path=folder)
+    message = rf"requests of {name} are longer than the model's context of 96 tokens \(up to \d+\); show fewer examples"
+    refused(message, small, [], [name], num_fewshot=9)
+    assert not scored
+
+
+def test_an_answer_or_a_generation_longer_than_the_model_is_one_line(tokenizer, folder):
+    small = partial(run_tasks, tiny_llama(max_position_embeddings=12), tokenizer, task_path=folder, truncate=True)
+    refused(r"an answer of tiny_choice has \d+ tokens, and the model takes 1 to 12", small, [], ["tiny_choice"])
+    refused("tiny_words generates 12 tokens, but the model's context is 12", small, [], ["tiny_words"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"limit": 0}, "limit 0"), ({"num_fewshot": -1}, "-1 examples"), ({"batch_size": 0}, "batch size 0")],
+)
+def test_numbers_that_make_no_sense_are_refused(run, option, message):
+    refused(message, run, [], ["tiny_choice"], **option)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(run, tmp_path):
+    (tmp_path / harness.ANSWERS).symlink_to("/dev/full")
+    refused("cannot write .*: No space left on device", run, [], ["tiny_choice"], folder=tmp_path)
+
+
+def test_importing_notall_imports_no_harness():
+    code = "import sys, notall, notall.quality, notall.skipping; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+def test_without_the_harness_the_extra_is_named():
+    code = "import sys; sys.modules['lm_eval'] = None\nimport notall.harness"
+    found = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "UsageError: benchmarks need lm_eval" in found.stderr
+    assert "pip install 'notall[eval]'" in found.stderr
