@@ -1,6 +1,6 @@
 # The five commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers4 bench lint fix clean
+.PHONY: help setup demo test test-transformers4 architectures bench lint fix clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -37,6 +37,11 @@ test: lint ## check style and types, then run the tests
 
 test-transformers4: $(VENV4)/.done ## run the same tests on transformers 4.57
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST)
+
+architectures: setup $(VENV4)/.done ## record what the tests find of each architecture, and render docs/architectures.md
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
+	$(VENV)/bin/python docs/architectures.py
 
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done

@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_gguf import WORDS, write_gguf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from families import family
 from notall import caching, gguf_copies, models
 from notall.errors import UsageError
+from tiny_gguf import WORDS, write_gguf
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 IDS = torch.randint(0, 99, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families import COMMON, LAYERS, LLAMA, TOKENS, VOCABULARY
+from families import COMMON, LAYERS, LLAMA, TOKENS, VOCABULARY, family
 from notall import UnsupportedModel, locate
+from verdicts import compare_or_record
 
 HYBRID = ["linear_attention", "full_attention"] * 2
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1}
@@ -123,10 +124,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "attention_hidden_size": 32},
         "recurrent state|residual",
     ),
+    "zaya": (LLAMA, "recurrent state"),
     "bert": (COMMON | {"intermediate_size": 48, "is_decoder": True}, "residual addition"),
-    "openai-gpt": (TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}, "."),
+    "openai-gpt": (
+        TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+        "changes its hidden states",
+    ),
     "gpt_neox_japanese": (COMMON, "does not come from its residual stream"),
-    "doge": (LLAMA | {"keep_window_size": 64}, "."),
+    "doge": (LLAMA | {"keep_window_size": 64}, "layer itself computes"),
     "bart": (
         {
             "d_model": 32,
@@ -155,3 +160,42 @@ def test_refused_with_a_reason(model_type: str) -> None:
         locate(model)
     said = str(refusal.value)
     assert "\n" not in said
+    compare_or_record(model_type, verdict="refused", reason=said)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoder(model_type: str) -> None:
+    sizes = {"d_model": 32, "vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    with pytest.raises(UnsupportedModel, match="encoder-decoder") as refusal:
+        locate(model)
+    compare_or_record(f"{model_type} (encoder-decoder)", verdict="refused", reason=str(refusal.value))
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers has no gemma4_text")
+def test_gemma4_that_shares_nothing_still_scales_its_stream() -> None:
+    config = REFUSED["gemma4_text"][0] | {"num_kv_shared_layers": 0}
+    with pytest.raises(UnsupportedModel, match="mul_ after its last residual addition"):
+        locate(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **config)))
+
+
+@pytest.mark.skipif("zaya" not in CONFIG_MAPPING, reason="this transformers has no zaya")
+def test_layers_that_hand_each_other_more_than_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **LLAMA)).eval()
+    monkeypatch.setattr(model, "_is_stateful", False)
+    with pytest.raises(UnsupportedModel, match="more than the hidden states"):
+        locate(model)
+
+
+def test_module_that_scales_the_stream_it_is_given() -> None:
+    model = family("bloom").build()
+    model.transformer.h[1].mlp.register_forward_hook(lambda mlp, args, answer: answer + 0.5 * args[1])
+    with pytest.raises(UnsupportedModel, match="mlp changes the residual stream"):
+        locate(model)
+
+
+def test_model_without_a_list_of_layers() -> None:
+    model = family("llama").build()
+    model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.model.layers)})
+    with pytest.raises(UnsupportedModel, match="no list of 4 decoder layers"):
+        locate(model)

@@ -142,12 +142,16 @@ def test_compiled_whole_with_a_static_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_continuous_batching(name: str) -> None:
     from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
 
     model = family(name).build("sdpa")
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default it takes most of the memory
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     prompts = [BATCH[0].tolist(), BATCH[1, :5].tolist()]
     with skip(model, PLAN):
-        answers = model.generate_batch(prompts, generation_config=GenerationConfig(**options))
+        answers = model.generate_batch(
+            prompts, generation_config=GenerationConfig(**options), continuous_batching_config=small
+        )
         found = sorted(answer.generated_tokens for answer in answers.values())
         slow = sorted(
             model.generate(torch.tensor([tokens]), max_new_tokens=6, do_sample=False)[0, len(tokens) :].tolist()
@@ -230,7 +234,8 @@ def test_flex_attention(name: str) -> None:
         close(model(tokens).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+# In transformers 4.57 an OLMoE layer answers one router output, so that of an MLP that rides along is not in the list.
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", *(["olmoe"] if TRANSFORMERS_5 else [])])
 def test_router_outputs_follow_the_live_layers(name: str) -> None:
     model, plan = family(name).build("eager"), Plan([0, 2], [2])
     with silenced(model, family(name), plan.attention, plan.mlp), torch.no_grad():

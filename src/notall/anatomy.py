@@ -290,6 +290,12 @@ def _observe(
             "notall needs a plain stack of decoder layers"
         )
     for before, after in zip(traces, traces[1:]):
+        if _hands_on_more(before.answer, after.arguments):
+            raise UnsupportedModel(
+                f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
+                f"{before.index}; expected layers that depend on each other by the residual stream alone. "
+                "notall leaves this model alone: choose another one"
+            )
         answer = before.answer[0] if isinstance(before.answer, tuple) else before.answer
         if not _is_handed_on(answer, after.kept[0]):
             raise UnsupportedModel(
@@ -299,9 +305,17 @@ def _observe(
     return traces
 
 
-def _is_handed_on(answer: Tensor, given: Tensor) -> bool:
+def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a layer is given something beside the hidden states that the layer before it made."""
+    made = answer[1:] if isinstance(answer, tuple) else ()
+    return any(value is given for value in made if isinstance(value, Tensor) for given in arguments.values())
+
+
+def _is_handed_on(answer: Any, given: Tensor) -> bool:
     """Whether the next layer was given `answer` itself, or, on another device, a copy of it."""
-    return given is answer or (given.device != answer.device and torch.equal(given, answer.to(given.device)))
+    if given is answer or not isinstance(answer, Tensor):
+        return given is answer
+    return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
 def _read(trace: LayerTrace) -> Block:
@@ -362,20 +376,43 @@ def _sublayer(
 
 def _prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
     """Run the layer from its parts, alone in a cache of one layer, and compare it with what the layer answered."""
-    with sliced(config, [trace.index]):
-        cache = DynamicCache(config=config)
-    arguments = {name: cache if isinstance(value, DynamicCache) else value for name, value in trace.arguments.items()}
-    hidden = trace.hidden
+    hidden, call = trace.hidden, _alone(config, trace)
     with numbered(trace.layer, 0):
         for branches in block_lines(block):
-            hidden = run_branches(branches, trace.layer, hidden, LayerCall(arguments))
+            for branch in branches:
+                if branch.adds_itself:
+                    _prove_adds(config, trace, branch, hidden)
+            hidden = run_branches(branches, trace.layer, hidden, call)
     expected = trace.answer[0] if isinstance(trace.answer, tuple) else trace.answer
     error = relative_error(hidden, expected)
     if not error <= tolerance(expected.dtype):
         raise UnsupportedModel(
             f"layer {trace.index} ({type(trace.layer).__name__}) differs from its recomposition by {error:.1e} of its "
-            f"largest value (expected at most {tolerance(expected.dtype):.0e}); notall leaves this model alone"
+            f"largest value (expected at most {tolerance(expected.dtype):.0e}); it may count on its index or on what "
+            "other layers leave behind. notall leaves this model alone: choose another one"
         )
+
+
+def _prove_adds(config: PretrainedConfig, trace: LayerTrace, branch: Branch, residual: Tensor) -> None:
+    """A module that is given the residual must add it, unchanged: its answer for none is less by just that."""
+    *ops, last = branch.ops
+    value = Branch(tuple(ops)).run(trace.layer, residual, _alone(config, trace))
+    with_it = last.run(trace.layer, value, residual, _alone(config, trace)).view(residual.shape)
+    without = last.run(trace.layer, value, torch.zeros_like(residual), _alone(config, trace)).view(residual.shape)
+    if not relative_error(without + residual, with_it) <= tolerance(residual.dtype):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}): {branch.modules[-1]} changes the residual stream "
+            "that it is given; expected it to add to it. notall leaves this model alone: choose another one"
+        )
+
+
+def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:
+    """What the layer was called with, and an empty cache of one layer for the one it wrote to."""
+    with sliced(config, [trace.index]):
+        cache = DynamicCache(config=config)
+    return LayerCall(
+        {name: cache if isinstance(value, DynamicCache) else value for name, value in trace.arguments.items()}
+    )
 
 
 def block_lines(block: Block) -> list[tuple[Branch, ...]]:

@@ -27,7 +27,8 @@ def generate_text(
     if chat:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # some tokenizers give more
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     with skip(model, plan), torch.inference_mode():

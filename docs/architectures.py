@@ -1,0 +1,70 @@
+"""Render docs/architectures.md from docs/architectures.jsonl, which the tests write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+HEAD = """# Architectures
+
+<!-- Rendered by docs/architectures.py from what the tests found: run `make architectures`. -->
+
+`notall` has no table of architectures: it watches what each layer does with its hidden states, and proves what it read
+by recomposing every layer. An architecture that is not listed here works if that proof succeeds, and is refused with a
+reason if not.
+"""
+PROVED = """
+## Proved
+
+For each family a tiny random model, with 8 plans, equals the model in which plain hooks make the same sublayers add
+nothing: logits to 1e-5 of the largest, in float32; without a cache, with one, and in `generate`, for padded and
+unpadded batches. *Static cache*: also with one (else the dense model has none). Sublayers are named by the modules
+that run, in order; `+` joins what is added up.
+
+| family | block | attention | MLP | implementations | static cache | transformers |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+REFUSED = """
+## Refused
+
+| family | reason | transformers |
+| --- | --- | --- |
+"""
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """The page, in Markdown."""
+    families = {line["family"]: [other for other in lines if other["family"] == line["family"]] for line in lines}
+    proved, refused = [], []
+    for name, found in families.items():
+        exact = [line for line in found if line["verdict"] == "exact"]
+        against = [line for line in found if line["verdict"] == "refused"]
+        if exact:
+            proved.append(_row(name, *_facts(exact[-1]), _versions(exact)))
+        if against:
+            refused.append(_row(name, against[-1]["reason"].replace("|", "/"), _versions(against)))
+    tables = ((PROVED, proved), (REFUSED, refused))
+    return HEAD + "".join(f"{head}{''.join(rows)}\n{len(rows)} families and variants.\n" for head, rows in tables)
+
+
+def _facts(line: dict[str, Any]) -> tuple[str, ...]:
+    sublayers = (f"`{sublayer}`" for sublayer in line["sublayers"])
+    return (line["block"], *sublayers, line["attention"], "yes" if line["static_cache"] else "no")
+
+
+def _versions(lines: list[dict[str, Any]]) -> str:
+    return ", ".join(line["transformers"] for line in lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (HERE / "architectures.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    (HERE / "architectures.md").write_text(render(read()), encoding="utf-8")
