@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import notall
-from notall.cli import TIMING_COLUMNS
+from notall.cli.columns import TIMING_COLUMNS
 from notall.console import show
 from notall.speed import machine
 from notall.timing import time_plan

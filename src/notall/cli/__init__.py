@@ -1,0 +1,35 @@
+"""The command line: each command reads its options, calls one function, and prints what it answers."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+
+from ..errors import UsageError
+from . import choosing, inspecting, measuring  # noqa: F401  (they add their commands)
+from .app import app
+
+
+def main() -> None:
+    """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
+    for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    try:
+        app()
+    except UsageError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{os.strerror(error.errno)}{where}: what is finished is kept; choose another folder or free some space")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

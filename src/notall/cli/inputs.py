@@ -1,0 +1,106 @@
+"""What commands make of their options: models, token batches, plans, provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .options import Skippable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..plan import Plan
+
+
+def load_model(
+    spec: str,
+    dtype: str,
+    device: str,
+    device_map: str | None,
+    attn_implementation: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from ..models import load
+
+    return load(
+        spec,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    from ..models import build_empty, load_config
+
+    return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def dummy_model(
+    spec: str,
+    dummy_weights: bool,
+    dtype: str,
+    device: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> PreTrainedModel:
+    from ..models import build_random, load_config, resolve_device, resolve_dtype
+
+    if not dummy_weights:
+        raise UsageError("--shape has no weights of its own: add --dummy-weights")
+    place = resolve_device(device)
+    config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
+    return build_random(config, dtype=resolve_dtype(dtype, place), device=place, seed=seed)
+
+
+def text_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    sequences: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Token batches on the model's device, and what they are, for the record."""
+    from ..texts import read_text, token_batches
+
+    text = read_text(source)
+    batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
+    described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
+    return [batch.to(model.device) for batch in batches], described
+
+
+def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
+    from ..models import identify
+    from ..speed import machine
+
+    about = machine(model.device)
+    return identify(spec, revision=revision) | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": about["device"],
+        "threads": about["threads"],
+        "versions": about["versions"],
+        "machine": about,
+    }
+
+
+def read_plan(path: Path | None) -> Plan:
+    from ..plan import Plan
+
+    return Plan.load(path) if path else Plan()
+
+
+def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last: bool) -> Plan:
+    from ..anatomy import locate
+    from ..criteria import deepest
+
+    return deepest(locate(model), skip.value, fraction, keep_last=keep_last)

@@ -1,0 +1,127 @@
+"""Commands that look at a model: its sublayers, its similarity by depth, what it says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import show
+from .app import app
+from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
+from .inputs import empty_model, load_model, read_plan, text_batches
+from .options import (
+    BatchSize,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Length,
+    Model,
+    PlanFile,
+    Revision,
+    Seed,
+    Sequences,
+    TextSource,
+    Trust,
+)
+
+
+@app.command(epilog="Example:  notall inspect llama-2-70b")
+def inspect(
+    model: Model = "smollm2",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show every sublayer: kind, index, parameters, share of the weights, KV bytes a token. Needs only a config."""
+    from ..anatomy import locate
+    from ..footprint import footprint
+    from ..plan import Plan
+
+    net = empty_model(model, revision, trust_remote_code)
+    anatomy = locate(net)
+    total = footprint(net, Plan())
+    rows = [
+        {
+            "sublayer": part.name,
+            "kind": part.kind,
+            "index": part.index,
+            "parameters": part.parameters,
+            "share": part.parameters / total.params,
+            "weight_bytes": part.weight_bytes,
+            "kv_bytes_per_token": part.kv_bytes_per_token,
+        }
+        for part in anatomy.sublayers
+    ]
+    shape = "parallel blocks" if any(block.parallel for block in anatomy.blocks) else "blocks"
+    title = (
+        f"{anatomy.fingerprint}: {len(anatomy.blocks)} {shape}, {total.params:,} parameters, "
+        f"{total.kv_bytes_per_token:,} KV bytes a token"
+    )
+    show(rows, INSPECT_COLUMNS, as_json=as_json, title=title)
+
+
+@app.command(epilog="Example:  notall similarity smollm2 --out similarity")
+def similarity(
+    model: Model = "smollm2",
+    text: TextSource = "prose",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="draw it to OUT.png, OUT.svg and OUT.html")] = None,
+    sequences: Sequences = 8,
+    length: Length = 256,
+    batch_size: BatchSize = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
+    from ..similarity import measure_similarity
+
+    net, tokenizer = load_model(model, dtype, device, None, None, revision, trust_remote_code)
+    batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    rows = [asdict(row) for row in measure_similarity(net, batches)]
+    if out:
+        from .. import plots
+
+        plots.save(plots.similarity_chart(rows, f"Similarity by depth, {model}"), out)
+    show(rows, SIMILARITY_COLUMNS, as_json=as_json, title="cosine of the residual stream before and after")
+
+
+@app.command(epilog='Example:  notall generate smollm2 --plan plan.json "The capital of France is"')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="what to continue")],
+    plan: PlanFile = None,
+    max_new_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Continue a prompt with the skipped model."""
+    from transformers import TextStreamer
+
+    from ..generating import generate_text
+
+    wanted = read_plan(plan)
+    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    generate_text(
+        net,
+        tokenizer,
+        wanted,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )

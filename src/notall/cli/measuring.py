@@ -1,0 +1,152 @@
+"""Commands that measure what a plan costs and saves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import progress_bar, show
+from .app import app
+from .columns import GRID_COLUMNS, QUALITY_COLUMNS, TIMING_COLUMNS
+from .inputs import deepest_plan, dummy_model, load_model, provenance_of, read_plan, text_batches
+from .options import (
+    Attention,
+    BatchSize,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Length,
+    Model,
+    New,
+    PlanFile,
+    Prompt,
+    Revision,
+    Rounds,
+    Seed,
+    Sequences,
+    Skippable,
+    TextSource,
+    Trust,
+)
+
+
+@app.command(epilog="Example:  notall sweep smollm2 --out results")
+def sweep(
+    model: Model = "smollm2",
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl and figures")] = Path("results"),
+    text: TextSource = "prose",
+    sequences: Sequences = 8,
+    length: Length = 256,
+    batch_size: BatchSize = 4,
+    prompt: Prompt = 128,
+    new: New = 16,
+    rounds: Rounds = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the paper's grid: dense and attention, mlp, block x 10, 25, 33 % x keep the last layer or not.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    from .. import grid, plots, similarity
+
+    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    provenance = provenance_of(net, model, revision) | described
+    timed = grid.Timed(prompt, new, rounds=rounds)
+    with progress_bar() as progress:
+        records = grid.sweep(net, batches, out, provenance, timed=timed, seed=seed, progress=progress)
+    rows = [asdict(row) for row in similarity.measure_similarity(net, batches)]
+    name = provenance["model"]
+    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
+    plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
+    show(
+        records,
+        GRID_COLUMNS,
+        as_json=as_json,
+        title=f"{name}: {len(records)} configurations in {out / grid.RESULTS}",
+    )
+
+
+@app.command(name="eval", epilog="Example:  notall eval smollm2 --plan plan.json --text book.txt")
+def evaluate(
+    model: Model = "smollm2",
+    plan: PlanFile = None,
+    text: TextSource = "prose",
+    sequences: Sequences = 8,
+    length: Length = 256,
+    batch_size: BatchSize = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what a plan costs on a text: NLL, KL to the dense model, agreement, each with its standard error."""
+    from ..plan import Plan
+    from ..quality import evaluate as evaluate_plans
+
+    wanted = read_plan(plan)
+    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    found = evaluate_plans(net, [Plan(), wanted], batches)
+    rows = [{"model": name, **asdict(row)} for name, row in zip(("dense", "skipped"), found)]
+    show(rows, QUALITY_COLUMNS, as_json=as_json, title=f"skip {wanted}")
+
+
+@app.command(epilog="Example:  notall bench --shape llama-2-7b --dummy-weights --skip attention --fraction 0.33")
+def bench(
+    model: Model = "smollm2",
+    plan: PlanFile = None,
+    skip: Annotated[Skippable | None, typer.Option(help="or: skip the deepest of these")] = None,
+    fraction: Annotated[float, typer.Option(help="with --skip: share of the layers")] = 0.33,
+    keep_last: Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")] = False,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="llama-2-7b, llama-2-13b, llama-2-70b or a config.json, instead of MODEL"),
+    ] = None,
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="random weights: nothing is downloaded")
+    ] = False,
+    prompt: Prompt = 128,
+    new: New = 32,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    rounds: Rounds = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: Attention = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
+    from ..speed import machine
+    from ..timing import time_plan
+
+    if dummy_weights or shape:
+        net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)
+    else:
+        net, _ = load_model(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
+    wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
+    rows = time_plan(net, wanted, prompt_tokens=prompt, new_tokens=new, batch_size=batch_size, rounds=rounds, seed=seed)
+    about = machine(net.device)
+    title = (
+        f"{shape or model}, {str(net.dtype).removeprefix('torch.')}, batch {batch_size}, "
+        f"prompt {prompt}, {new} new tokens; "
+        f"{about['device_name']}, {about['threads']} threads; median of {rounds} [quartiles]"
+    )
+    show(rows, TIMING_COLUMNS, as_json=as_json, title=title)

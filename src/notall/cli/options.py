@@ -1,0 +1,35 @@
+"""The options that commands share, each with its one explanation."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+DeviceMap = Annotated[str | None, typer.Option(help="spread over devices with accelerate: auto, balanced ...")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code from the hub")]
+Attention = Annotated[str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, as `notall plan` writes it")]
+TextSource = Annotated[
+    str, typer.Option("--text", help="UTF-8 file or .jsonl with a `text` column; prose: ships with Python")
+]
+Sequences = Annotated[int, typer.Option(help="how many windows of text")]
+Length = Annotated[int, typer.Option(help="tokens a window")]
+BatchSize = Annotated[int, typer.Option(help="windows at a time")]
+Seed = Annotated[int, typer.Option(help="seed of what is drawn")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing")]
+New = Annotated[int, typer.Option("--new", help="new tokens when timing")]
+Rounds = Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn")]
+
+
+class Skippable(str, Enum):
+    attention = "attention"
+    mlp = "mlp"
+    block = "block"
