@@ -98,7 +98,7 @@ def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
     dense, skipped = json.loads(out)
     assert skipped["kv_bytes_per_token"] == dense["kv_bytes_per_token"] * 4 // 6
     code, out, _ = run("eval", folder, "--plan", path, *QUICK, "--json")
-    dense, skipped = json.loads(out)
+    dense, skipped = json.loads(out)["quality"]
     assert code == 0
     assert dense["delta_nll"] == 0 != skipped["delta_nll"]
     code, out, _ = run("bench", folder, "--plan", path, *FAST, "--json")

@@ -446,3 +446,12 @@ def test_without_the_harness_the_extra_is_named():
     found = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert "UsageError: benchmarks need lm_eval" in found.stderr
     assert "pip install 'notall[eval]'" in found.stderr
+
+
+def test_progress_is_told_batch_by_batch(run):
+    told = []
+    run([PLANS[0]], ["tiny_choice"], limit=8, batch_size=1, progress=lambda *news: told.append(news))
+    done = [done for _, done, _ in told]
+    assert done == sorted(done)
+    assert len(set(done)) > 5
+    assert told[-1][1] == told[-1][2]

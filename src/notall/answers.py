@@ -25,6 +25,7 @@ class Answers:
     def __init__(self, path: Path | None, origin: str, plans: Sequence[Plan]) -> None:
         self.path, self.origin = path, origin
         self.names = [_digest(plan.attention, plan.mlp) for plan in plans]
+        self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._held: dict[str, dict[str, Answer]] = {}
         for line in results.read(path) if path else ():
             self._hold(line["plans"], line["answers"])
@@ -40,10 +41,10 @@ class Answers:
         return self.names[number] in self._held.get(key, ())
 
     def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
-        """The distinct keys whose answers are not all there, by the plans that lack them."""
+        """The distinct keys whose answers are not all there, by the plans that lack them: of equal ones, the first."""
         found: dict[tuple[int, ...], list[str]] = {}
         for key in dict.fromkeys(keys):
-            numbers = tuple(number for number in range(len(self.names)) if not self.has(key, number))
+            numbers = tuple(number for number in self.distinct if not self.has(key, number))
             if numbers:
                 found.setdefault(numbers, []).append(key)
         return found

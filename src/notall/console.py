@@ -78,6 +78,25 @@ def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json:
     console.print(table)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A table to show: its rows, its columns, its title."""
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    title: str
+
+
+def show_all(tables: Mapping[str, Shown], *, as_json: bool = False) -> None:
+    """Print several tables; as JSON, one object with a list of rows by the tables' names."""
+    if as_json:
+        json.dump({name: [dict(row) for row in table.rows] for name, table in tables.items()}, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    for table in tables.values():
+        show(table.rows, table.columns, title=table.title)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
     """A bar with the time left on stderr; nothing where that is no terminal."""

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from . import results
 from .anatomy import Anatomy, locate
 from .criteria import SKIPPABLE, deepest
-from .errors import UsageError
 from .plan import Plan, Variant
 from .quality import Quality, Scores, score, summarize
 from .timing import time_plan
@@ -84,7 +83,7 @@ def sweep(
     with results.lock(out):
         done = {(r["variant"], r["fraction"], r["keep_last"]): r for r in results.read(out / RESULTS, results.Record)}
         for record in done.values():
-            _check_same(record["provenance"], settings, out)
+            results.check_same(record["provenance"], settings, out)
         steps = _Steps(progress, batches, rows, timed, locate(model).sublayers)
         scores = _score(model, rows, batches, out, settings, steps)
         for row, found in zip(rows, scores):
@@ -109,7 +108,7 @@ def _score(
     path = out / SCORES
     held = results.read(path)
     for line in held:
-        _check_same(line["provenance"], settings, out)
+        results.check_same(line["provenance"], settings, out)
     lines = {line["batch"]: line["scores"] for line in held}
     totals = [Scores() for _ in rows]
     for number, tokens in enumerate(batches):
@@ -138,7 +137,7 @@ def _record(
         "variant": row.variant,
         "fraction": row.fraction,
         "keep_last": row.keep_last,
-        "plan": {"attention": list(row.plan.attention), "mlp": list(row.plan.mlp)},
+        "plan": row.plan.indices,
         **asdict(quality),
         **timing,
         "provenance": settings,
@@ -150,15 +149,6 @@ def _digest(batches: Sequence[Tensor]) -> str:
     for tokens in batches:
         digest.update(tokens.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _check_same(held: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    for name, value in wanted.items():
-        if name != "machine" and held.get(name) != value:
-            raise UsageError(
-                f"{out} holds results of another {name} ({held.get(name)}, not {value}); choose another --out, "
-                "or give the same settings to go on with it"
-            )
 
 
 class _Steps:

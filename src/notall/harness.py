@@ -13,7 +13,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import results
 from .answers import Answers
 from .complaints import quiet
 from .errors import UsageError
@@ -42,6 +45,7 @@ except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
 ANSWERS = "answers.jsonl"
+LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
 BOOTSTRAP_ROUNDS = 1000  # for the errors of metrics that are no means
 
@@ -72,6 +76,7 @@ class TaskResult:
 
     task: str
     metric: str
+    number: int  # of the plan, in the order given
     plan: Plan
     num_fewshot: int
     value: float
@@ -101,10 +106,11 @@ def run_tasks(
 
     The tasks of the leaderboard come with its number of examples and its metric, others with what they say, unless
     `num_fewshot` is given. `limit` is in documents a task. Answers are kept in `folder`, so that a run that was
-    killed goes on; no other process may work in it. Requests longer than the model's context raise `UsageError`
+    killed goes on. Requests longer than the model's context raise `UsageError`
     before anything of their task is computed, or lose tokens on the left, as in the harness, with `truncate`.
 
-    Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk.
+    Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk, a
+    folder that another process works in.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit} leaves no document; give a number from 1, or none for all")
@@ -112,16 +118,17 @@ def run_tasks(
         raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
     shelf = TaskShelf(task_path)
     names = shelf.names(tasks)
-    lm = PlansLM(
-        model,
-        tokenizer,
-        plans,
-        folder and folder / ANSWERS,
-        batch_size=batch_size,
-        truncate=truncate,
-        progress=progress,
-    )
-    return [result for name in names for result in evaluate_job(lm, shelf.build(name, num_fewshot, limit))]
+    with results.lock(folder) if folder else nullcontext():
+        lm = PlansLM(
+            model,
+            tokenizer,
+            plans,
+            folder and folder / ANSWERS,
+            batch_size=batch_size,
+            truncate=truncate,
+            progress=progress,
+        )
+        return [result for name in names for result in evaluate_job(lm, shelf.build(name, num_fewshot, limit))]
 
 
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
@@ -135,7 +142,7 @@ def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
         result
         for row, leaves in job.reported().items()
         for number, outcome in enumerate(outcomes[1:], 1)
-        for result in _results(job, row, leaves, lm.plans[number], outcome, outcomes[0])
+        for result in _results(job, row, leaves, number - 1, lm.plans[number], outcome, outcomes[0])
     ]
 
 
@@ -164,6 +171,7 @@ class PlansLM(HFLM):
         self.truncate, self.progress = truncate, progress
         self.number, self.task = 0, ""
         self.running: tuple[int, ...] = ()  # the plans that what is being computed is for
+        self.before = self.of = 0  # requests answered before what is being computed, of how many
 
     def answer_as(self, number: int, task: str) -> None:
         """From now on answer as the plan `number`; `task` is for whoever watches the progress."""
@@ -231,6 +239,7 @@ class PlansLM(HFLM):
             }
             if lines:
                 self.answers.add(self.running, lines)
+                self._report(self.before + len(found), self.of)
         return [found[number] for number in range(len(requests))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
@@ -248,13 +257,15 @@ class PlansLM(HFLM):
         by_key = dict(zip(keys, requests))
         lacking = self.answers.lacking(by_key)
         done = len(by_key) - sum(map(len, lacking.values()))
-        self._report(done, len(by_key))
+        self.of = len(by_key)
         for self.running, names in lacking.items():
             for start in range(0, len(names), size):
                 chunk = names[start : start + size]
+                self._report(done, self.of)
+                self.before = done
                 yield [by_key[name] for name in chunk]
                 done += len(chunk)
-                self._report(done, len(by_key))
+        self._report(done, self.of)
 
     def _generation_keys(self, requests: list[Instance]) -> list[str]:
         """The same request asked again (a task that samples) has another key each time."""
@@ -310,7 +321,7 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _results(
-    job: Job, row: str, leaves: list[str], plan: Plan, outcome: dict[str, Any], dense: dict[str, Any]
+    job: Job, row: str, leaves: list[str], number: int, plan: Plan, outcome: dict[str, Any], dense: dict[str, Any]
 ) -> Iterator[TaskResult]:
     """A result for each metric to report of a row, which is a task or a group of tasks."""
     figures, dense_figures = outcome["results"][row], dense["results"][row]
@@ -324,6 +335,7 @@ def _results(
         yield TaskResult(
             task=row,
             metric=metric,
+            number=number,
             plan=plan,
             num_fewshot=outcome["n-shot"][row],
             value=float(value),

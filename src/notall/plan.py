@@ -55,6 +55,11 @@ class Plan(BaseModel):
         """The layers that are skipped whole."""
         return tuple(index for index in self.attention if index in self.mlp)
 
+    @property
+    def indices(self) -> dict[str, list[int]]:
+        """What is skipped, as records hold it: `attention` and `mlp`."""
+        return {"attention": list(self.attention), "mlp": list(self.mlp)}
+
     def __len__(self) -> int:
         """How many sublayers are skipped."""
         return len(self.attention) + len(self.mlp)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -66,17 +66,17 @@ class Record(BaseModel):
     )
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add `record` to the file as one line, on disk when this returns; a torn last line is cut off first.
+def append(path: Path, *records: dict[str, Any]) -> None:
+    """Add `records` to the file, a line each, on disk when this returns; a torn last line is cut off first.
 
     Numbers that are not finite become null. Raises `UsageError` when the file can't be written, and leaves it
     as it was. Only one process may append to a file at a time: see `lock`.
     """
-    line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+    lines = b"".join(json.dumps(_finite(record), allow_nan=False).encode() + b"\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
-            _write(file, line)
+            _write(file, lines)
     except OSError as error:
         raise _cannot_write(path, error) from None
 
@@ -97,6 +97,16 @@ def read(path: Path, kind: type[BaseModel] | None = None) -> list[dict[str, Any]
     if _parse(lines[-1]) is None and lines.pop():
         warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
     return [_check(path, number, line, kind) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def check_same(held: Mapping[str, Any], wanted: Mapping[str, Any], out: Path, ignoring: Sequence[str] = ()) -> None:
+    """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
+    for name, value in wanted.items():
+        if name not in ("machine", *ignoring) and held.get(name) != value:
+            raise UsageError(
+                f"{out} holds results of another {name} ({held.get(name)}, not {value}); choose another --out, "
+                "or give the same settings to go on with it"
+            )
 
 
 @contextmanager
@@ -124,16 +134,28 @@ def _contents(file: IO[bytes]) -> bytes:
     return file.read(os.fstat(file.fileno()).st_size)  # bounded: a device such as /dev/full never ends
 
 
-def _write(file: IO[bytes], line: bytes) -> None:
-    held = _contents(file)
-    end = held.rfind(b"\n") + 1
-    if _parse(held[end:]) is not None:  # whole, only its newline is missing
-        line, end = b"\n" + line, len(held)
-    elif end < len(held):
+def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """Where the line that no newline ends starts, and what is in it: nothing, unless writing was interrupted."""
+    start = os.fstat(file.fileno()).st_size
+    tail = b""
+    while start and b"\n" not in tail:
+        step = min(start, 65536)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    newline = tail.rfind(b"\n") + 1
+    return start + newline, tail[newline:]
+
+
+def _write(file: IO[bytes], lines: bytes) -> None:
+    end, last = _last_line(file)
+    if _parse(last) is not None:  # whole, only its newline is missing
+        lines, end = b"\n" + lines, end + len(last)
+    elif last:
         file.truncate(end)
     try:
-        while line:
-            line = line[file.write(line) :]
+        while lines:
+            lines = lines[file.write(lines) :]
         os.fsync(file.fileno())
     except BaseException:
         with suppress(OSError):

@@ -44,6 +44,11 @@ OPENLLM = (
 )
 
 
+def stock_name(name: str) -> str:
+    """The harness's own name of a task: one of a folder that stands in for it is named local_ and its name."""
+    return name.removeprefix("local_")
+
+
 @dataclass(frozen=True)
 class Job:
     """What one task name stands for: the harness's tasks, their requests built, and the metric to report (or all)."""
@@ -77,12 +82,12 @@ class TaskShelf:
     def names(self, wanted: Sequence[str]) -> list[str]:
         """`wanted` with `openllm` spelled out, each name once.
 
-        A task of the leaderboard gives way to one of the folder's that is named local_ and its name. Raises
+        A task gives way to one that is named local_ and its name, which a folder may have in its stead. Raises
         `UsageError` for a name that the harness does not know.
         """
         found: list[str] = []
         for name in wanted:
-            found += [self._local(b.task) for b in OPENLLM] if name == "openllm" else [name]
+            found += map(self._local, [b.task for b in OPENLLM] if name == "openllm" else [name])
         for name in found:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
@@ -97,7 +102,7 @@ class TaskShelf:
 
         Raises `UsageError` when the data can't be had, or is not what the task says.
         """
-        benchmark = next((b for b in OPENLLM if b.task == name.removeprefix("local_")), None)
+        benchmark = next((b for b in OPENLLM if b.task == stock_name(name)), None)
         if num_fewshot is None and benchmark:
             num_fewshot = benchmark.num_fewshot
         _seed()

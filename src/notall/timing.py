@@ -43,12 +43,13 @@ def time_plan(
         seed=seed,
     )
     plans = {"dense": Plan(), "skipped": plan}
-    return [_row(name, model, plans[name], timings["dense"], timing) for name, timing in timings.items()]
+    dense = timings["dense"]
+    return [{"model": name} | timing_fields(model, plans[name], dense, timing) for name, timing in timings.items()]
 
 
-def _row(name: str, model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> dict[str, Any]:
+def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> dict[str, Any]:
+    """What a record says of one plan's times beside the dense model's of the same rounds, and of its memory."""
     return {
-        "model": name,
         **_with_spread("prefill_ms", timing.prefill_ms),
         **_with_spread("decode_ms_per_token", timing.decode_ms_per_token),
         **_with_spread("speedup_prefill", speedup(dense.prefill_samples_ms, timing.prefill_samples_ms)),

@@ -45,3 +45,24 @@ SIMILARITY_COLUMNS = [number("layer", "layer", "d"), plain("kind"), with_error("
 FOOTPRINT_COLUMNS = [plain("model"), *WEIGHTS]
 QUALITY_COLUMNS = [plain("model"), *QUALITY, number("sequences", "sequences", "d")]
 TIMING_COLUMNS = [plain("model"), *SPEEDS, *WEIGHTS, size("peak_bytes", "peak memory")]
+MARK = Column("", lambda row: "worse" if row["worse"] else "", right=False)
+TASK_COLUMNS = [
+    plain("task"),
+    plain("metric"),
+    number("num_fewshot", "shots", "d"),
+    number("documents", "documents", "d"),
+    number("dense", "dense", ".4f"),
+    with_error("value", "skipped", ".4f"),
+    with_error("delta", "difference", ".4f"),
+    number("p_value", "p", ".3f"),
+    MARK,
+]
+CHECK_COLUMNS = [
+    plain("check"),
+    number("dense", "dense"),
+    with_error("value", "skipped"),
+    with_error("delta", "difference"),
+    number("p_value", "p", ".3f"),
+    MARK,
+]
+CLAIM_COLUMNS = [plain("claim"), plain("here"), plain("verdict")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError
 from .options import Skippable
@@ -104,3 +104,17 @@ def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_
     from ..criteria import deepest
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
+
+
+def batch_size_of(word: str) -> int | Literal["auto"]:
+    """What `--batch-size` says. Raises `UsageError` for anything but a number and auto."""
+    if word == "auto":
+        return "auto"
+    if not word.isdecimal():
+        raise UsageError(f"--batch-size {word} is neither a number nor auto; give one of them")
+    return int(word)
+
+
+def words_of(values: list[str] | None) -> list[str]:
+    """The words of an option that may be repeated, or hold several with commas between them."""
+    return [word for value in values or () for word in value.split(",") if word]

@@ -8,18 +8,30 @@ from typing import Annotated
 
 import typer
 
-from ..console import progress_bar, show
+from ..console import Shown, progress_bar, show, show_all
 from .app import app
-from .columns import GRID_COLUMNS, QUALITY_COLUMNS, TIMING_COLUMNS
-from .inputs import deepest_plan, dummy_model, load_model, provenance_of, read_plan, text_batches
+from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
+from .inputs import (
+    batch_size_of,
+    deepest_plan,
+    dummy_model,
+    load_model,
+    provenance_of,
+    read_plan,
+    text_batches,
+    words_of,
+)
 from .options import (
     Attention,
     BatchSize,
+    Battery,
     Device,
     DeviceMap,
     Dtype,
+    FewShot,
     Json,
     Length,
+    Limit,
     Model,
     New,
     PlanFile,
@@ -29,9 +41,15 @@ from .options import (
     Seed,
     Sequences,
     Skippable,
+    TaskBatch,
+    TaskPath,
+    Tasks,
     TextSource,
+    Truncate,
     Trust,
 )
+
+BATTERY_TOKENS = 1024  # of a window of text for the battery
 
 
 @app.command(epilog="Example:  notall sweep smollm2 --out results")
@@ -78,14 +96,23 @@ def sweep(
     )
 
 
-@app.command(name="eval", epilog="Example:  notall eval smollm2 --plan plan.json --text book.txt")
+@app.command(
+    name="eval", epilog="Example:  notall eval smollm2 --plan plan.json --text book.txt --tasks arc_easy --limit 50"
+)
 def evaluate(
     model: Model = "smollm2",
     plan: PlanFile = None,
     text: TextSource = "prose",
     sequences: Sequences = 8,
     length: Length = 256,
-    batch_size: BatchSize = 4,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    task_path: TaskPath = None,
+    truncate: Truncate = False,
+    battery: Battery = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="keep answers here: a killed run goes on")] = None,
+    batch_size: TaskBatch = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -95,16 +122,41 @@ def evaluate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure what a plan costs on a text: NLL, KL to the dense model, agreement, each with its standard error."""
-    from ..plan import Plan
-    from ..quality import evaluate as evaluate_plans
+    """Measure what a plan costs: NLL, KL to the dense model and agreement on a text; benchmarks; what accuracy hides.
+
+    Each figure comes with its standard error, and differences are paired with the dense model's.
+    """
+    from ..evaluating import evaluate_plan
 
     wanted = read_plan(plan)
+    size = batch_size_of(batch_size)
+    limits = words_of(limit)
     net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
-    batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
-    found = evaluate_plans(net, [Plan(), wanted], batches)
-    rows = [{"model": name, **asdict(row)} for name, row in zip(("dense", "skipped"), found)]
-    show(rows, QUALITY_COLUMNS, as_json=as_json, title=f"skip {wanted}")
+    windows = 4 if size == "auto" else size
+    batches, _ = text_batches(net, tokenizer, text, sequences, length, windows, seed)
+    long_ones = text_batches(net, tokenizer, text, 4, BATTERY_TOKENS, 1, seed)[0] if battery else None
+    with progress_bar() as progress:
+        found = evaluate_plan(
+            net,
+            tokenizer,
+            wanted,
+            batches,
+            tasks=words_of(tasks),
+            limits=limits,
+            num_fewshot=num_fewshot,
+            task_path=task_path,
+            truncate=truncate,
+            batch_size=size,
+            folder=out,
+            battery=long_ones,
+            progress=progress,
+        )
+    shown = {
+        "quality": Shown(found.quality, QUALITY_COLUMNS, f"skip {wanted}"),
+        "tasks": Shown(found.tasks, TASK_COLUMNS, "benchmarks, differences paired by document; worse: p < 0.05"),
+        "battery": Shown(found.battery, CHECK_COLUMNS, "what accuracy hides; worse: p < 0.05"),
+    }
+    show_all({name: table for name, table in shown.items() if table.rows}, as_json=as_json)
 
 
 @app.command(epilog="Example:  notall bench --shape llama-2-7b --dummy-weights --skip attention --fraction 0.33")

@@ -28,6 +28,23 @@ Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing
 New = Annotated[int, typer.Option("--new", help="new tokens when timing")]
 Rounds = Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn")]
 
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", help="openllm, or tasks of lm-evaluation-harness; a comma or another --tasks between them"),
+]
+FewShot = Annotated[int | None, typer.Option("--num-fewshot", help="examples shown; otherwise what the task wants")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="documents a task, such as 40; mmlu=2 for one task (a group's: each of its tasks)"),
+]
+TaskPath = Annotated[Path | None, typer.Option("--task-path", help="folder with more tasks (YAML of the harness)")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="cut what is longer than the context, on the left")]
+Battery = Annotated[
+    bool,
+    typer.Option("--battery", help="what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"),
+]
+TaskBatch = Annotated[str, typer.Option("--batch-size", help="requests at a time: a number, or auto")]
+
 
 class Skippable(str, Enum):
     attention = "attention"

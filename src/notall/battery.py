@@ -1,0 +1,264 @@
+"""What accuracy hides: long texts, finding a fact far back, calibration, and what the model says when left to write."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UsageError
+from .plan import Plan
+from .replay import Replay
+from .scoring import Request, Scorer
+from .skipping import skip
+from .statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+
+SIGNIFICANT = 0.05
+BINS = 15  # of confidence, as in Guo et al.
+DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
+NGRAM = 4
+
+Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of one plan beside the dense model's.
+
+    `value` and `delta` (value less dense value) come with standard errors over sequences, prompts or questions, paired
+    for `delta`; `p_value` is of no difference. `better` says which way is good, None where neither is.
+    """
+
+    check: str
+    plan: int  # its number, in the order given
+    value: float
+    value_se: float
+    delta: float
+    delta_se: float
+    p_value: float
+    better: Literal["higher", "lower"] | None
+
+    @property
+    def worse(self) -> bool:
+        """Whether it got worse beyond its error: p < 0.05, not corrected for the number of checks."""
+        lost = self.delta < 0 if self.better == "higher" else self.delta > 0
+        return self.better is not None and lost and self.p_value < SIGNIFICANT
+
+
+def run_battery(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    windows: Sequence[Tensor],
+    *,
+    contexts: Sequence[int] = (256, 512, 1024),
+    new_tokens: int = 64,
+    seed: int = 0,
+    progress: Progress = lambda done, total, doing: None,
+) -> list[Check]:
+    """All checks of each of `plans` beside the dense model.
+
+    `windows` are token ids, (1, tokens) each, the longer the better: they give NLL by position and calibration, their
+    beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
+    `UsageError` when a plan does not fit, and when windows or contexts are too short.
+    """
+    found = []
+    progress(0, 3, "long texts, all plans")
+    found += check_texts(model, plans, windows)
+    progress(1, 3, "passkey, all plans")
+    found += check_passkey(model, tokenizer, plans, windows, contexts, seed=seed)
+    progress(2, 3, "writing, plan by plan")
+    return found + check_writing(model, plans, windows, new_tokens)
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Of one window under one plan, token by token: NLL in nats, probability of the first choice, whether it came."""
+
+    nll: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+
+def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[Check]:
+    """NLL by position, in octaves of tokens, and the expected calibration error of the next token.
+
+    Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
+    leaving out one window at a time.
+    """
+    reads = [list(_reads(model, [Plan(), *plans], window)) for window in windows]  # window by window, plan by plan
+    if not reads:
+        raise UsageError("the battery needs text; give at least one window")
+    by_plan = list(zip(*reads))
+    shortest = min(len(read.nll) for read in by_plan[0])
+    found = []
+    for low, high in _octaves(shortest):
+        columns = [[float(read.nll[low:high].mean()) for read in some] for some in by_plan]
+        found += _checks(f"NLL at {low} to {high - 1}", columns, "lower")
+    dense = by_plan[0]
+    for number, some in enumerate(by_plan[1:]):
+        pairs = list(zip(some, dense))
+        value, base = calibration_error(some), calibration_error(dense)
+        error = jackknife_error(lambda kept: calibration_error(kept), some)
+        delta_error = jackknife_error(
+            lambda kept: calibration_error([a for a, _ in kept]) - calibration_error([b for _, b in kept]), pairs
+        )
+        p_value = normal_p_value(value - base, delta_error)
+        found.append(Check("calibration error", number, value, error, value - base, delta_error, p_value, "lower"))
+    return found
+
+
+def calibration_error(reads: Sequence[_Read]) -> float:
+    """Mean distance of confidence and accuracy over bins of confidence, weighted by tokens: 0 is calibrated."""
+    confidence = torch.cat([read.confidence for read in reads]).double()
+    correct = torch.cat([read.correct for read in reads]).double()
+    bins = (confidence * BINS).long().clamp_(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
+    return float(gaps.abs().sum() / len(confidence))
+
+
+def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Iterable[_Read]:
+    found: dict[int, _Read] = {}
+    with torch.inference_mode():
+        for number, logits in Replay(model, plans).logits(input_ids=window):
+            likely = logits[0, :-1].float().log_softmax(-1)
+            targets = window[0, 1:].to(likely.device)
+            best, choice = likely.max(-1)
+            nll = -likely.gather(1, targets[:, None])[:, 0]
+            found[number] = _Read(nll.cpu(), best.exp().cpu(), (choice == targets).cpu())
+    return [found[number] for number in range(len(plans))]
+
+
+def _octaves(tokens: int) -> Iterable[tuple[int, int]]:
+    """0 to 63, 64 to 127, 128 to 255 and so on, up to `tokens`."""
+    low, high = 0, 64
+    while low < tokens:
+        yield low, min(high, tokens)
+        low, high = high, 2 * high
+
+
+# --- a fact far back --------------------------------------------------------------------------------------------------
+
+
+def check_passkey(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    windows: Sequence[Tensor],
+    contexts: Sequence[int],
+    *,
+    seed: int = 0,
+) -> list[Check]:
+    """Whether greedy decoding repeats a number told far back in a text of about so many tokens.
+
+    Five keys a context length, at five depths. Source: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
+    """
+    draw = random.Random(seed)
+    hay = [token for window in windows for token in window[0].tolist()]
+    found = []
+    for context in contexts:
+        requests = [_passkey(tokenizer, hay, context, depth, draw) for depth in DEPTHS]
+        greedy: dict[int, Tensor] = {}
+        for scores in Scorer(model).score([Plan(), *plans], requests):
+            greedy |= dict(zip(scores.requests, scores.greedy.T))
+        columns = torch.stack([greedy[number] for number in range(len(requests))]).T.double().tolist()
+        found += _checks(f"passkey at {context}", columns, "higher", right_or_wrong=True)
+    return found
+
+
+def _passkey(
+    tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
+) -> Request:
+    key = " " + "".join(str(draw.randrange(10)) for _ in range(DIGITS))
+    needle = _ids(tokenizer, f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n")
+    question = _ids(tokenizer, "\n\nWhat is the pass key? The pass key is")
+    answer = _ids(tokenizer, key)
+    room = context - len(needle) - len(question) - len(answer)
+    if room < 1:
+        raise UsageError(f"a passkey does not fit into {context} tokens; give longer contexts")
+    start = draw.randrange(len(hay))
+    text = [hay[(start + place) % len(hay)] for place in range(room)]
+    cut = int(depth * room)
+    sequence = [*text[:cut], *needle, *text[cut:], *question, *answer]
+    return Request(tuple(sequence[:-1]), tuple(answer))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_writing(
+    model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor], new_tokens: int
+) -> list[Check]:
+    """Greedy continuations of the windows' beginnings: where they leave the dense model's, repetition, length.
+
+    Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
+    a continuation that never leaves the dense model's counts as leaving it behind its last token.
+    """
+    prompts = torch.cat([window[:, :64] for window in windows])
+    texts = []
+    for plan in (Plan(), *plans):
+        with skip(model, plan):
+            texts.append(_continue(model, prompts, new_tokens))
+    leaving = [[float(_agreement(text, dense)) for text, dense in zip(some, texts[0])] for some in texts]
+    return [
+        *_checks("tokens as dense", leaving, "higher"),
+        *_checks("repetition", [[repetition(text) for text in some] for some in texts], "lower"),
+        *_checks("length written", [[float(len(text)) for text in some] for some in texts], None),
+    ]
+
+
+def repetition(text: Sequence[int]) -> float:
+    grams = [tuple(text[start : start + NGRAM]) for start in range(len(text) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[list[int]]:
+    ends = model.generation_config.eos_token_id
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompts.to(model.device),
+            attention_mask=torch.ones_like(prompts, device=model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=next(iter(stops), 0),
+        )
+    return [_until(stops, row) for row in output[:, prompts.shape[1] :].tolist()]
+
+
+def _until(stops: set[int], text: list[int]) -> list[int]:
+    return text[: next((place for place, token in enumerate(text) if token in stops), len(text))]
+
+
+def _agreement(text: Sequence[int], dense: Sequence[int]) -> int:
+    return next((place for place, (a, b) in enumerate(zip(text, dense)) if a != b), min(len(text), len(dense)))
+
+
+def _checks(
+    check: str,
+    columns: Sequence[Sequence[float]],
+    better: Literal["higher", "lower"] | None,
+    *,
+    right_or_wrong: bool = False,
+) -> list[Check]:
+    """From one column of values a plan, the dense one first."""
+    dense, *rest = columns
+    found = []
+    for number, values in enumerate(rest):
+        value, error = mean_and_error(values)
+        delta, delta_error = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
+        p_value = mcnemar(values, dense) if right_or_wrong else normal_p_value(delta, delta_error)
+        found.append(Check(check, number, value, error, delta, delta_error, p_value, better))
+    return found

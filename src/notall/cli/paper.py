@@ -1,0 +1,90 @@
+"""The paper's evaluation of a model, whole."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import progress_bar, show
+from .app import app
+from .columns import CLAIM_COLUMNS
+from .inputs import batch_size_of, load_model, provenance_of, text_batches, words_of
+from .options import (
+    Attention,
+    Device,
+    DeviceMap,
+    Dtype,
+    FewShot,
+    Json,
+    Length,
+    Limit,
+    Model,
+    Revision,
+    Seed,
+    Sequences,
+    TaskBatch,
+    TaskPath,
+    Tasks,
+    TextSource,
+    Truncate,
+    Trust,
+)
+
+
+@app.command(epilog="Example:  notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
+def paper(
+    model: Model = "smollm2",
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for records, tables and the figure")] = Path("paper"),
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    task_path: TaskPath = None,
+    truncate: Truncate = False,
+    batch_size: TaskBatch = "auto",
+    generate_all: Annotated[
+        bool, typer.Option("--generate-all", help="tasks that generate text on all configurations, not only 33 %")
+    ] = False,
+    prompt: Annotated[list[int] | None, typer.Option(help="prompt lengths to time; 128 and 512 unless given")] = None,
+    bench_batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; 1 unless given")] = None,
+    new: Annotated[int, typer.Option("--new", help="new tokens when timing")] = 16,
+    rounds: Annotated[int, typer.Option(help="timed rounds, all configurations in turn")] = 3,
+    text: TextSource = "prose",
+    sequences: Sequences = 8,
+    length: Length = 256,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the paper's evaluation: Fig. 1, the benchmark and time tables, its claims beside what the model shows.
+
+    Interrupted, the same command goes on where it stopped. Needs: pip install 'notall[eval]'.
+    """
+    from ..benchmarking import Limits
+    from ..paper import Evaluation, Timing, run_paper
+
+    evaluation = Evaluation(
+        tasks=words_of(tasks) or ["openllm"],
+        limits=Limits.parse(words_of(limit)),
+        num_fewshot=num_fewshot,
+        task_path=task_path,
+        batch_size=batch_size_of(batch_size),
+        truncate=truncate,
+        generate_all=generate_all,
+    )
+    timing = Timing(tuple(prompt or (128, 512)), tuple(bench_batch or (1,)), new, rounds)
+    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    batches, described = text_batches(net, tokenizer, text, sequences, length, 4, seed)
+    about = provenance_of(net, model, revision) | described
+    with progress_bar() as progress:
+        claims = run_paper(
+            net, tokenizer, batches, out, about, evaluation=evaluation, timing=timing, seed=seed, progress=progress
+        )
+    show([asdict(claim) for claim in claims], CLAIM_COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

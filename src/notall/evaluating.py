@@ -1,0 +1,122 @@
+"""Everything there is to say about what one plan costs: on a text, on benchmarks, and in what accuracy hides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .battery import SIGNIFICANT, run_battery
+from .errors import UsageError
+from .plan import Plan
+from .quality import evaluate
+
+GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
+
+Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Rows as tables show them: of quality on a text, of tasks, of the battery's checks."""
+
+    quality: list[dict[str, Any]]
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    battery: list[dict[str, Any]] = field(default_factory=list)
+
+
+def evaluate_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    *,
+    tasks: Sequence[str] = (),
+    limits: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    task_path: str | Path | None = None,
+    truncate: bool = False,
+    batch_size: int | Literal["auto"] = "auto",
+    folder: Path | None = None,
+    battery: Sequence[Tensor] | None = None,
+    progress: Progress = lambda done, total, doing: None,
+) -> Evaluated:
+    """Quality of `plan` on `batches` of token ids, (batch, tokens) each, then `tasks`, then the battery.
+
+    `battery` are the windows for `run_battery`, None to leave it out; it ends with GSM8K, which is left out with a
+    warning where its data can't be had. Raises as `evaluate`, `run_tasks` and `run_battery` do.
+    """
+    progress(0, 1, "quality on the text")
+    found = evaluate(model, [Plan(), plan], batches)
+    quality = [{"model": name, **asdict(row)} for name, row in zip(("dense", "skipped"), found)]
+    how: dict[str, Any] = {
+        "num_fewshot": num_fewshot,
+        "task_path": task_path,
+        "truncate": truncate,
+        "batch_size": batch_size,
+        "folder": folder,
+    }
+    rows = _tasks(model, tokenizer, plan, tasks, limits, progress, **how) if tasks else []
+    checks = []
+    if battery is not None:
+        for check in run_battery(model, tokenizer, [plan], battery, progress=progress):
+            checks.append(asdict(check) | {"dense": check.value - check.delta, "worse": check.worse})
+        if not any(row["task"].endswith(GSM8K) for row in rows):
+            try:
+                least = [str(GSM8K_DOCUMENTS), *limits]
+                rows += _tasks(model, tokenizer, plan, [GSM8K], least, progress, **how | {"num_fewshot": None})
+            except UsageError as error:
+                warnings.warn(f"the battery goes without {GSM8K}: {error}", stacklevel=2)
+    return Evaluated(quality, rows, checks)
+
+
+def _tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    tasks: Sequence[str],
+    limits: Sequence[str],
+    progress: Progress,
+    *,
+    task_path: str | Path | None,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    from .benchmarking import Limits
+    from .harness import run_tasks
+    from .tasks import TaskShelf
+
+    shared, rows = Limits.parse(limits), []
+    for name in TaskShelf(task_path).names(tasks):
+        for result in run_tasks(
+            model,
+            tokenizer,
+            [plan],
+            [name],
+            limit=shared.of(name),
+            task_path=task_path,
+            progress=lambda task, done, total: progress(done, total, task),
+            **how,
+        ):
+            sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]
+            rows.append(
+                {
+                    "task": result.task,
+                    "metric": result.metric,
+                    "num_fewshot": result.num_fewshot,
+                    "documents": len(result.documents),
+                    "dense": result.value - result.delta,
+                    "value": result.value,
+                    "value_se": result.stderr,
+                    "delta": result.delta,
+                    "delta_se": result.delta_stderr,
+                    "p_value": result.p_value,
+                    "higher_is_better": result.higher_is_better,
+                    "worse": sign * result.delta < 0 and result.p_value < SIGNIFICANT,
+                }
+            )
+    return rows

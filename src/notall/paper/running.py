@@ -1,0 +1,185 @@
+"""`notall paper`: measure what the paper measured, write its tables and figure, and hold its claims against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import plots, results
+from ..anatomy import locate
+from ..benchmarking import Limits, run_benchmarks
+from ..grid import paper_grid
+from ..similarity import measure_similarity
+from .claims import Claim, claims_of
+from .tables import Scoreboard, benchmark_table, time_table, write_csv, write_tables
+from .times import time_grid
+
+SIMILARITY = "similarity.jsonl"
+LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
+
+Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which tasks of the harness, on how many documents, with how many examples."""
+
+    tasks: Sequence[str] = ("openllm",)
+    limits: Limits = field(default_factory=Limits)
+    num_fewshot: int | None = None
+    task_path: str | Path | None = None
+    batch_size: int | Literal["auto"] = "auto"
+    truncate: bool = False
+    generate_all: bool = False  # also tasks that generate text, on every configuration
+
+
+@dataclass(frozen=True)
+class Timing:
+    """At which prompt lengths and batch sizes the grid is timed, and how often."""
+
+    prompts: Sequence[int] = (128, 512)
+    batch_sizes: Sequence[int] = (1,)
+    new_tokens: int = 16
+    rounds: int = 3
+
+
+def run_paper(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Tensor],
+    out: Path,
+    provenance: Mapping[str, Any],
+    *,
+    evaluation: Evaluation = Evaluation(),
+    timing: Timing = Timing(),
+    seed: int = 0,
+    progress: Progress = lambda done, total, doing: None,
+) -> list[Claim]:
+    """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.
+
+    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. What is finished
+    stays in `out`, and the same call goes on from there. Writes paper.md, a .tex for each table, benchmarks.csv,
+    times.csv and the figure. Raises as `run_benchmarks` and `time_grid` do.
+    """
+    rows = paper_grid(locate(model))
+    most = max(row.fraction for row in rows)
+    progress(0, 1, "similarity by depth")
+    similarity = _similarity(model, batches, out, provenance)
+    benchmarks = (
+        run_benchmarks(
+            model,
+            tokenizer,
+            rows,
+            evaluation.tasks,
+            out,
+            provenance,
+            generating_rows=None if evaluation.generate_all else [r for r in rows if r.fraction in (0.0, most)],
+            num_fewshot=evaluation.num_fewshot,
+            limits=evaluation.limits,
+            task_path=evaluation.task_path,
+            batch_size=evaluation.batch_size,
+            truncate=evaluation.truncate,
+            progress=lambda task, done, total: progress(done, total, f"{task}, all configurations"),
+        )
+        if evaluation.tasks
+        else []
+    )
+    times = time_grid(model, rows, out, provenance, **asdict(timing), seed=seed, progress=progress)
+    return write_paper(out, similarity, benchmarks, times)
+
+
+def write_paper(
+    out: Path,
+    similarity: Sequence[Mapping[str, Any]],
+    benchmarks: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+) -> list[Claim]:
+    """Tables, figure and claims from what was measured, into `out`."""
+    about = [*benchmarks, *times, *similarity][0]["provenance"]
+    board = Scoreboard(benchmarks) if benchmarks else None
+    tables = {}
+    for keep_last in (False, True):
+        ending = "last-kept" if keep_last else "last-skipped"
+        if board:
+            tables[f"benchmarks-{ending}"] = benchmark_table(board, keep_last)
+        for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
+            if times:
+                tables[f"{name}-{ending}"] = time_table(times, keep_last, quantity)
+    write_tables(tables, out)
+    write_csv(benchmarks, out / "benchmarks.csv")
+    write_csv(times, out / "times.csv")
+    plots.save(plots.similarity_chart(similarity, f"Similarity by depth, {about['model']}"), out / "similarity")
+    claims = claims_of(similarity, board, times)
+    (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times))
+    return claims
+
+
+def _similarity(
+    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, provenance: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    held = results.read(out / SIMILARITY)
+    for row in held:
+        results.check_same(row["provenance"], provenance, out, ignoring=("threads",))
+    if not held:
+        held = [asdict(row) | {"provenance": dict(provenance)} for row in measure_similarity(model, batches)]
+        results.append(out / SIMILARITY, *held)
+    return held
+
+
+def _story(
+    about: Mapping[str, Any],
+    tables: Mapping[str, Any],
+    claims: Sequence[Claim],
+    benchmarks: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+) -> str:
+    """paper.md: the tables, and the claims beside them."""
+    machine = about["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"# The evaluation of arXiv 2407.15516 on {about['model']}",
+        "",
+        f"{about['dtype']} on {machine['device_name']}, {machine['cores']} cores; {versions}. "
+        f"Weights: {about['revision']}.",
+        "",
+        "![Similarity by depth](similarity.png)",
+    ]
+    if benchmarks:
+        lines += ["", "## Benchmarks", "", _documents(benchmarks), ""]
+        lines += [
+            "Per cent ± standard error; in brackets the difference to the dense model, paired by document, "
+            "± its standard error. * p < 0.05 (McNemar's exact test for accuracies), not corrected for the number of "
+            "comparisons. The average is over the tasks that every row has.",
+        ]
+        lines += _section(tables, "benchmarks")
+    if times:
+        lines += ["", "## Times", ""]
+        lines += [
+            f"Milliseconds (median of {times[0]['provenance']['rounds']} rounds, all configurations in turn, a real KV "
+            "cache); in brackets how many times the dense model's speed [quartiles of the rounds' own ratios].",
+        ]
+        lines += _section(tables, "prefill") + _section(tables, "decode")
+    lines += ["", "## The paper's claims, and this model", "", "| claim | here | verdict |", "|---|---|---|"]
+    lines += [f"| {claim.claim} | {claim.here} | {claim.verdict} |" for claim in claims]
+    lines += ["", "A difference counts from two standard errors; a speed when the quartiles agree.", ""]
+    return "\n".join(lines)
+
+
+def _section(tables: Mapping[str, Any], kind: str) -> list[str]:
+    lines = []
+    for keep_last, told in LAST.items():
+        table = tables.get(f"{kind}-{'last-kept' if keep_last else 'last-skipped'}")
+        if table is not None:
+            lines += ["", f"### {kind.capitalize()}: {told}", "", table.reset_index().to_markdown(index=False)]
+    return lines
+
+
+def _documents(benchmarks: Sequence[Mapping[str, Any]]) -> str:
+    counts = {record["task"]: (record["num_fewshot"], record["documents"]) for record in benchmarks}
+    told = (f"{task} {shots}-shot, {documents} documents" for task, (shots, documents) in counts.items())
+    return f"lm-evaluation-harness {benchmarks[0]['provenance']['lm_eval']}: {'; '.join(told)}."

@@ -1,0 +1,98 @@
+"""The paper's time tables: prefill and decode of the whole grid over prompt lengths and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import PreTrainedModel
+
+from .. import results
+from ..errors import UsageError
+from ..grid import Configuration
+from ..skipping import skip
+from ..speed import Timing, compare
+from ..timing import timing_fields
+
+TIMES = "times.jsonl"
+
+Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
+
+
+def time_grid(
+    model: PreTrainedModel,
+    rows: Sequence[Configuration],
+    out: Path,
+    provenance: Mapping[str, Any],
+    *,
+    prompts: Sequence[int] = (128, 512),
+    batch_sizes: Sequence[int] = (1,),
+    new_tokens: int = 16,
+    rounds: int = 3,
+    seed: int = 0,
+    progress: Progress = lambda done, total, doing: None,
+) -> list[dict[str, Any]]:
+    """Time all `rows` (the dense one first) in turn, for each prompt length and batch size; one record each.
+
+    Appends to `out/times.jsonl` when a prompt length and batch size is done, and takes what is there. Where a batch
+    does not fit into memory half of it is timed, and the record's `batch_size` says so beside `asked_batch_size`.
+    Raises as `compare` does, and `UsageError` when not even one sequence fits.
+    """
+    settings = dict(provenance) | {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
+    held = {_key(record): record for record in results.read(out / TIMES)}
+    for record in held.values():
+        results.check_same(record["provenance"], settings, out)
+    sizes = [(prompt, batch) for prompt in prompts for batch in batch_sizes]
+    for number, (prompt, batch) in enumerate(sizes):
+        progress(number, len(sizes), f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
+        wanted = [(prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows]
+        if held.keys() >= set(wanted):
+            continue
+        run = partial(_compare, model, rows, prompt_tokens=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed)
+        fitted, timings = _fitting(run, batch)
+        dense = timings[rows[0].name]
+        fresh = [
+            {
+                "prompt_tokens": prompt,
+                "batch_size": fitted,
+                "asked_batch_size": batch,
+                "variant": row.variant,
+                "fraction": row.fraction,
+                "keep_last": row.keep_last,
+                "plan": row.plan.indices,
+                **timing_fields(model, row.plan, dense, timings[row.name]),
+                "provenance": settings,
+            }
+            for row in rows
+        ]
+        results.append(out / TIMES, *fresh)
+        held |= {_key(record): record for record in fresh}
+    return [record for record in held.values() if _key(record)[:2] in sizes]
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last"))
+
+
+def _compare(model: PreTrainedModel, rows: Sequence[Configuration], **how: int) -> dict[str, Timing]:
+    def entered(row: Configuration) -> Callable[[], AbstractContextManager[Any]]:
+        return partial(skip, model, row.plan) if row.plan else nullcontext
+
+    return compare(model, {row.name: entered(row) for row in rows}, **how)
+
+
+def _fitting(run: Callable[..., dict[str, Timing]], batch: int) -> tuple[int, dict[str, Timing]]:
+    """The largest halving of `batch` that memory holds, and its times."""
+    while batch:
+        try:
+            return batch, run(batch_size=batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        batch //= 2
+    raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")

@@ -1,0 +1,185 @@
+"""Benchmarks in a folder: the records are what `run_tasks` says, and what is finished is never done again."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from lm_eval.tasks import TaskManager
+
+from notall import UsageError, locate, results, tasks
+from notall.benchmarking import BENCHMARKS, BenchmarkRecord, Limits, run_benchmarks
+from notall.grid import paper_grid
+from notall.harness import run_tasks
+from notall.scoring import Scorer
+from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
+
+ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_only(monkeypatch):
+    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def run(model, folder):
+    rows = paper_grid(locate(model))
+    thirds = [row for row in rows if row.fraction in (0.0, 0.33)]
+    limits = Limits(6, {"tiny_words": 2})
+    return partial(
+        run_benchmarks, model, byte_tokenizer(), rows, generating_rows=thirds, limits=limits, task_path=folder
+    )
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch):
+    def forbid(*_, **__):
+        raise AssertionError("something finished is computed again")
+
+    return lambda: [
+        monkeypatch.setattr(Scorer, "score", forbid),
+        monkeypatch.setattr(tasks.TaskShelf, "build", forbid),
+    ]
+
+
+def test_records_are_the_results_of_the_same_run(run, model, folder, tmp_path):
+    records = run(["tiny_choice"], tmp_path, ABOUT)
+    assert results.read(tmp_path / BENCHMARKS, BenchmarkRecord) == records
+    rows = paper_grid(locate(model))
+    expected = run_tasks(
+        model, byte_tokenizer(), [row.plan for row in rows], ["tiny_choice"], limit=6, task_path=folder
+    )
+    by_key = {(r["variant"], r["fraction"], r["keep_last"], r["metric"]): r for r in records}
+    assert len(by_key) == len(records) == len(expected) == 19 * 2
+    for result in expected:
+        row = rows[result.number]
+        record = by_key[row.variant, row.fraction, row.keep_last, result.metric]
+        assert record["plan"] == {"attention": list(row.plan.attention), "mlp": list(row.plan.mlp)}
+        assert record["value"] == pytest.approx(result.value)
+        assert record["delta"] == pytest.approx(result.delta)
+        assert record["values"] == [document.value for document in result.documents]
+        assert record["documents"] == 6
+
+
+def test_what_generates_text_is_run_where_it_was_asked_for(run, tmp_path):
+    records = run(["tiny_words", "tiny_choice"], tmp_path, ABOUT)
+    assert {r["fraction"] for r in records if r["task"] == "tiny_words"} == {0.0, 0.33}
+    assert {r["documents"] for r in records if r["task"] == "tiny_words"} == {2}
+    assert {r["fraction"] for r in records if r["task"] == "tiny_choice"} == {0.0, 0.10, 0.25, 0.33}
+
+
+def test_a_finished_task_is_taken_from_the_folder(run, tmp_path, nothing_computed):
+    first = run(["tiny_choice", "tiny_words"], tmp_path, ABOUT)
+    held = (tmp_path / BENCHMARKS).read_bytes()
+    nothing_computed()
+    assert run(["tiny_choice", "tiny_words"], tmp_path, ABOUT | {"threads": 8}) == first
+    assert (tmp_path / BENCHMARKS).read_bytes() == held
+
+
+def test_records_that_an_interruption_left_out_are_added_once(run, tmp_path, monkeypatch):
+    run(["tiny_choice"], tmp_path, ABOUT)
+    path = tmp_path / BENCHMARKS
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]) + b'{"task": "tiny_ch')
+    with pytest.warns(UserWarning, match="torn"):
+        run(["tiny_choice"], tmp_path, ABOUT)
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"limits": Limits(5)}, "another limit"),
+        ({"num_fewshot": 1}, "another asked_fewshot"),
+        ({"truncate": True}, "another truncate"),
+    ],
+)
+def test_other_settings_want_another_folder(run, tmp_path, changes, told):
+    run(["tiny_choice"], tmp_path, ABOUT)
+    with pytest.raises(UsageError, match=told):
+        run(["tiny_choice"], tmp_path, ABOUT, **changes)
+    with pytest.raises(UsageError, match="another model"):
+        run(["tiny_choice"], tmp_path, ABOUT | {"model": "other"})
+
+
+def test_a_second_run_on_the_folder_is_told_so(run, tmp_path):
+    with results.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+        run(["tiny_choice"], tmp_path, ABOUT)
+
+
+def test_tasks_on_a_locked_folder_are_told_so(model, folder, tmp_path):
+    with results.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+        run_tasks(model, byte_tokenizer(), [], ["tiny_choice"], task_path=folder, folder=tmp_path)
+
+
+KILLED = """
+import sys
+from functools import partial
+from pathlib import Path
+from lm_eval.tasks import TaskManager
+from notall import locate, tasks
+from notall.benchmarking import Limits, run_benchmarks
+from notall.grid import paper_grid
+from tiny_tasks import byte_tokenizer, tiny_llama
+tasks.TaskManager = partial(TaskManager, include_defaults=False)
+model = tiny_llama()
+run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice", "tiny_letters"], Path(sys.argv[1]),
+               {"model": "tiny", "revision": "none", "dtype": "float32"}, limits=Limits(40), task_path=sys.argv[2],
+               batch_size=1)
+"""
+
+
+def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
+    command = [sys.executable, "-c", KILLED]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, tmp_path / "whole", folder], check=True, env=environment)
+    process = subprocess.Popen([*command, tmp_path / "killed", folder], env=environment)
+    answers = tmp_path / "killed" / "answers.jsonl"
+    while not (answers.exists() and answers.read_bytes().count(b"\n") > 20):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = answers.read_bytes()
+    subprocess.run([*command, tmp_path / "killed", folder], check=True, env=environment)
+    after = answers.read_bytes()
+    finished = before[: before.rfind(b"\n") + 1]
+    assert after.startswith(finished)
+    again = results.read(answers)
+    keys = [(key, plan) for line in again for key in line["answers"] for plan in line["plans"]]
+    assert len(keys) == len(set(keys)), "an answer was computed twice"
+    whole, killed = (results.read(tmp_path / name / BENCHMARKS) for name in ("whole", "killed"))
+    assert len(whole) == len(killed) == 2 * 2 * 19
+    for ours, theirs in zip(killed, whole):
+        assert ours["values"] == theirs["values"]
+
+
+@pytest.mark.parametrize("word", ["forty", "mmlu=", "=3x", "0", "mmlu=0", "-3"])
+def test_limits_that_are_none(word):
+    with pytest.raises(UsageError, match="limit"):
+        Limits.parse([word])
+
+
+def test_a_limit_by_name_holds_for_the_local_task_too():
+    limits = Limits.parse(["40", "mmlu=2"])
+    assert (limits.of("local_mmlu"), limits.of("mmlu"), limits.of("hellaswag")) == (2, 2, 40)
+    assert Limits.parse([]).of("mmlu") is None

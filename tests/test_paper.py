@@ -1,0 +1,272 @@
+"""The paper's tables and claims from records whose right answers are known, and the whole command on a tiny model."""
+
+import csv
+import importlib.util
+import json
+import math
+import sys
+from functools import partial
+
+import pytest
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from lm_eval.tasks import TaskManager
+
+from notall import Plan, UsageError, cli, locate, results, tasks
+from notall.grid import paper_grid
+from notall.paper import times as timing
+from notall.paper.claims import claims_of
+from notall.paper.tables import Scoreboard, benchmark_table, latex, time_table
+from notall.paper.times import TIMES, time_grid
+from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
+
+ABOUT = {"model": "tiny"}
+
+
+def benchmark(task, key, values, dense):
+    mean, base = sum(values) / len(values), sum(dense) / len(dense)
+    return {
+        "task": task, "metric": "acc,none", "variant": key[0], "fraction": key[1], "keep_last": key[2],
+        "value": mean, "value_se": 0.05, "delta": mean - base, "delta_se": 0.01, "p_value": 0.01, "values": values,
+    }  # fmt: skip
+
+
+KEYS = [("dense", 0.0, False)] + [
+    (variant, fraction, keep)
+    for variant in ("attention", "mlp", "block")
+    for fraction in (0.10, 0.33)
+    for keep in (False, True)
+]
+
+
+def board(shares):
+    """Each configuration gets a share of 200 documents right, of two tasks; the first ones of the list."""
+    records = []
+    for task in ("local_arc_challenge", "mmlu"):
+        dense = [1.0] * 100 + [0.0] * 100
+        for key in KEYS:
+            right = round(200 * shares.get(key, 0.5))
+            records.append(benchmark(task, key, [1.0] * right + [0.0] * (200 - right), dense))
+    return Scoreboard(records)
+
+
+def timed(key, prefill, decode, prompt=128):
+    row = {"prompt_tokens": prompt, "batch_size": 1, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
+    for name, value in (("prefill", prefill), ("decode", decode)):
+        row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
+    return row | {"prefill_ms": 100 / prefill, "decode_ms_per_token": 10 / decode}
+
+
+def verdicts(claims):
+    return {claim.claim: claim.verdict for claim in claims}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_averages_and_differences_by_hand():
+    scores = board({("mlp", 0.33, False): 0.3})
+    assert scores.shared == ["ARC-C", "MMLU"]
+    assert scores.average(("mlp", 0.33, False)) == pytest.approx(0.3)
+    difference, error = scores.difference(("mlp", 0.33, False), ("dense", 0.0, False))
+    # 40 of 200 differ by -1: variance 0.2 x 0.8 x 200/199, over 200 documents; two independent tasks.
+    assert difference == pytest.approx(-0.2)
+    assert error == pytest.approx(math.sqrt(2 * 0.2 * 0.8 / 199) / 2)
+
+
+def test_the_table_says_value_difference_error_and_significance():
+    table = benchmark_table(board({("mlp", 0.33, False): 0.3}), keep_last=False)
+    assert list(table.columns) == ["ARC-C", "MMLU", "average"]
+    assert table.loc[("dense", "100%"), "ARC-C"] == "50.0 ± 5.0"
+    assert table.loc[("mlp", "67%"), "MMLU"] == "30.0 (-20.0 ± 1.0*)"
+    assert table.loc[("mlp", "67%"), "average"].startswith("30.0 (-20.0 ± 2.0*")
+    assert len(table) == 1 + 6
+
+
+def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
+    scores = board({})
+    records = [cell for row in scores.cells.values() for cell in row.values()]
+    lacking = benchmark("gsm8k", KEYS[0], [0.0, 1.0], [0.0, 1.0])
+    words = [benchmark("wikitext", key, [700.0, 900.0], [700.0, 900.0]) for key in KEYS]
+    more = Scoreboard([*records, lacking, *words])
+    assert more.shared == ["ARC-C", "MMLU"]
+    table = benchmark_table(more, keep_last=True)
+    assert table.loc[("block", "67%"), "GSM8K"] == "–"
+    assert table.loc[("block", "67%"), "wikitext"] == "800"
+
+
+def test_the_time_table_reads_as_the_paper_s():
+    records = [timed(KEYS[0], 1, 1), timed(("block", 0.33, True), 1.5, 1.25), timed(("mlp", 0.33, False), 2, 2)]
+    table = time_table(records, True, "decode_ms_per_token")
+    assert table.loc[("block", "67%"), "prompt 128, batch 1"] == "8.0 (1.25× [1.23, 1.27])"
+    assert len(table) == 2
+
+
+def test_latex_has_no_bare_signs():
+    text = latex(benchmark_table(board({}), keep_last=False), "benchmarks-last-kept")
+    assert "50.0 $\\pm$ 5.0" in text
+    assert "67\\%" in text
+    assert text.count("\\toprule") == 1
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_claims_that_hold_and_do_not():
+    good = {("attention", 0.33, False): 0.5, ("mlp", 0.33, False): 0.2, ("mlp", 0.10, False): 0.45,
+            ("attention", 0.33, True): 0.6, ("mlp", 0.33, True): 0.1}  # fmt: skip
+    little = "skipping the deepest 33% of the attentions loses no more than 1.8 points of the average (13B)"
+    found = verdicts(claims_of([], board(good), []))
+    assert found["skipping 33% of the attentions costs less than as many MLPs"] == "holds"
+    assert found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
+    assert found[little] == "holds"
+    assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "holds"
+    assert found["keeping the last layer lowers quality when 33% are skipped: block"] == "within error"
+    assert found["... but not for attention (33%)"] == "holds"
+    bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
+    found = verdicts(claims_of([], board(bad), []))
+    assert found["skipping 33% of the attentions costs less than as many MLPs"] == "does not hold"
+    assert found[little] == "does not hold"
+    assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "does not hold"
+    assert found["... but not for attention (33%)"] == "does not hold"
+
+
+def test_claims_about_similarity():
+    def rows(cosines):
+        return [{"layer": i, "kind": "block", "cosine": c, "cosine_se": 0.001} for i, c in enumerate(cosines)]
+
+    rising = [0.5 + 0.01 * i for i in range(20)]
+    assert list(verdicts(claims_of(rows([*rising, 0.4]), None, [])).values()) == ["holds", "holds"]
+    assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), None, [])).values()) == ["does not hold"] * 2
+    flat = [0.5 + 0.01 * (i % 2) for i in range(20)]
+    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["within error"] * 2
+
+
+def test_claims_about_time_are_judged_at_the_longest_prompt():
+    def grid(attention, mlp, block, prompt):
+        cells = {("attention", 0.33, False): attention, ("mlp", 0.33, False): mlp, ("block", 0.33, False): block}
+        return [timed(KEYS[0], 1, 1, prompt), *(timed(key, value, value, prompt) for key, value in cells.items())]
+
+    found = claims_of([], None, [*grid(1.0, 2.0, 1.0, 128), *grid(1.3, 1.1, 1.12, 512)])
+    assert [claim.verdict for claim in found] == ["holds", "holds", "within error"] * 2
+    found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
+    assert {claim.verdict for claim in found} == {"does not hold"}
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
+    rows = paper_grid(locate(model))
+    run = partial(time_grid, model, rows, tmp_path, ABOUT, new_tokens=2, rounds=1)
+    first = run(prompts=(4,))
+    assert len(first) == 19
+    assert first[0]["speedup_decode"] == 1
+    assert {record["prompt_tokens"] for record in run(prompts=(4, 8))} == {4, 8}
+    held = (tmp_path / TIMES).read_bytes()
+    monkeypatch.setattr(timing, "compare", None)
+    assert run(prompts=(4,)) == first
+    assert (tmp_path / TIMES).read_bytes() == held
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
+    compare, tried = timing.compare, []
+
+    def short_of_memory(*args, batch_size, **options):
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compare(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(timing, "compare", short_of_memory)
+    rows = paper_grid(locate(model))[:2]
+    (dense, _) = time_grid(model, rows, tmp_path, ABOUT, prompts=(4,), batch_sizes=(8,), new_tokens=1, rounds=1)
+    assert tried == [8, 4, 2]
+    assert (dense["batch_size"], dense["asked_batch_size"]) == (2, 8)
+    monkeypatch.setattr(timing, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
+    with pytest.raises(UsageError, match="one sequence"):
+        time_grid(model, rows, tmp_path / "b", ABOUT, prompts=(4,), new_tokens=1, rounds=1)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("paper")
+    tiny_llama().save_pretrained(path / "tiny")
+    byte_tokenizer().save_pretrained(path / "tiny")
+    return path / "tiny", write_tasks(path / "tasks")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `notall ARGUMENTS... --json`; what it prints."""
+    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        said = capsys.readouterr()
+        assert leaving.value.code in (0, None), said.err
+        return json.loads(said.out)
+
+    return run
+
+
+def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
+    model, task_path = folders
+    Plan(attention=[1], mlp=[2]).save(tmp_path / "plan.json")
+    words = ["eval", model, "--plan", tmp_path / "plan.json", "--dtype", "float32", "--sequences", 2, "--length", 16]
+    task = ["--tasks", "tiny_choice", "--limit", 7, "--task-path", task_path, "--out", tmp_path / "out"]
+    with pytest.warns(UserWarning, match="goes without gsm8k"):  # its data is not there
+        found = run(*words, *task, "--battery")
+    assert [row["model"] for row in found["quality"]] == ["dense", "skipped"]
+    (accuracy, norm) = found["tasks"]
+    assert (accuracy["metric"], norm["metric"], accuracy["documents"]) == ("acc,none", "acc_norm,none", 7)
+    assert accuracy["value"] - accuracy["dense"] == pytest.approx(accuracy["delta"])
+    assert {row["check"] for row in found["battery"]} >= {"passkey at 1024", "calibration error", "repetition"}
+    assert (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
+    model, task_path = folders
+    words = [
+        "paper",
+        model,
+        "--out",
+        tmp_path,
+        "--tasks",
+        "tiny_letters,tiny_words",
+        "--task-path",
+        task_path,
+        "--json",
+    ]
+    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16"]
+    times = ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1", "--dtype", "float32"]
+    claims = run(*words, *sizes, *times)
+    assert {claim["verdict"] for claim in claims} <= {"holds", "does not hold", "within error"}
+    assert len(claims) >= 10
+    story = (tmp_path / "paper.md").read_text()
+    assert story.count("\n### ") == 6
+    for claim in claims:
+        assert claim["claim"] in story
+    assert {path.name for path in tmp_path.glob("*.tex")} == {
+        f"{name}-{ending}.tex"
+        for name in ("benchmarks", "prefill", "decode")
+        for ending in ("last-kept", "last-skipped")
+    }
+    with open(tmp_path / "benchmarks.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(results.read(tmp_path / "benchmarks.jsonl"))
+    assert (tmp_path / "similarity.png").stat().st_size > 1000
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".jsonl", ".csv")}
+    assert run(*words, *sizes, *times) == claims
+    assert before == {path: path.read_bytes() for path in before}
