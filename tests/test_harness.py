@@ -105,13 +105,13 @@ def check_equal(results, model, tokenizer, job):
 # --- equality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*TASKS, "tiny_group"])
+@pytest.mark.parametrize("name", [*TASKS, "tiny_group", "tiny_nested"])
 @pytest.mark.parametrize("shots", [0, 2])
 def test_each_plan_equals_the_harness_on_the_skipped_model(run, model, tokenizer, folder, name, shots):
     results = run(PLANS, [name], num_fewshot=shots)
     assert [result.plan for result in results if result.metric == results[0].metric] == PLANS
     compared = check_equal(results, model, tokenizer, TaskShelf(folder).build(name, shots))
-    assert compared >= (600 if name in ("tiny_choice", "tiny_letters", "tiny_group") else 150)
+    assert compared >= (600 if name in ("tiny_choice", "tiny_letters", "tiny_group", "tiny_nested") else 150)
 
 
 @pytest.mark.parametrize("name", TASKS)

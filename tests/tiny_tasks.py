@@ -80,9 +80,11 @@ aggregate_metric_list:
     weight_by_size: true
 """
 
+NESTED = GROUP.replace("group: tiny_group", "group: tiny_nested").replace("[tiny_choice, tiny_letters]", "[tiny_group]")
+
 
 def write_tasks(folder: Path, documents: int = 55) -> Path:
-    """The tasks above, of `documents` each, and the group of the first two."""
+    """The tasks above, of `documents` each, the group of the first two, and a group of that group."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(3)
 
@@ -99,6 +101,7 @@ def write_tasks(folder: Path, documents: int = 55) -> Path:
     for name, body in TASKS.items():
         _write(folder, name, body, "test.jsonl")
     (folder / "tiny_group.yaml").write_text(GROUP)
+    (folder / "tiny_nested.yaml").write_text(NESTED)
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,9 @@ from .errors import UsageError
 from .grid import Configuration
 from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
 from .tasks import Job, TaskShelf, stock_name
+
+if TYPE_CHECKING:
+    from .spreading import Workers
 
 BENCHMARKS = "benchmarks.jsonl"
 
@@ -84,6 +87,7 @@ def run_benchmarks(
     batch_size: int | Literal["auto"] = "auto",
     truncate: bool = False,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate `rows` (the dense one first) on `tasks`, as `run_tasks` does; one record a task, metric and row.
 
@@ -117,6 +121,7 @@ def run_benchmarks(
                     batch_size=batch_size,
                     truncate=truncate,
                     progress=progress,
+                    workers=workers,
                 )
             return models[key]
 

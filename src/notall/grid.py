@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +18,9 @@ from .criteria import SKIPPABLE, deepest
 from .plan import Plan, Variant
 from .quality import Quality, Scores, score, summarize
 from .timing import time_plan
+
+if TYPE_CHECKING:
+    from .spreading import Workers
 
 FRACTIONS = (0.10, 0.25, 0.33)
 RESULTS, SCORES = "results.jsonl", "scores.jsonl"
@@ -71,11 +75,13 @@ def sweep(
     timed: Timed = Timed(),
     seed: int = 0,
     progress: Progress = lambda done, total, doing: None,
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.
 
     Writes `out/results.jsonl`, a line as soon as a configuration is done, and `out/scores.jsonl`, the scores of every
-    sequence. Called again on the same folder it goes on where it stopped. Raises `UsageError` when the folder holds
+    sequence. Called again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are
+    always this process's. Raises `UsageError` when the folder holds
     the results of other settings, is in use, or cannot be written.
     """
     rows = paper_grid(locate(model))
@@ -85,7 +91,8 @@ def sweep(
         for record in done.values():
             results.check_same(record["provenance"], settings, out)
         steps = _Steps(progress, batches, rows, timed, locate(model).sublayers)
-        scores = _score(model, rows, batches, out, settings, steps)
+        score_batch = workers.score if workers else partial(score, model)
+        scores = _score(score_batch, rows, batches, out, settings, steps)
         for row, found in zip(rows, scores):
             key = (row.variant, row.fraction, row.keep_last)
             if key not in done:
@@ -97,7 +104,7 @@ def sweep(
 
 
 def _score(
-    model: PreTrainedModel,
+    score_batch: Callable[[Sequence[Plan], Tensor], list[Scores]],
     rows: list[Configuration],
     batches: Sequence[Tensor],
     out: Path,
@@ -114,7 +121,7 @@ def _score(
     for number, tokens in enumerate(batches):
         if number not in lines:
             steps.doing("evaluating all configurations")
-            found = score(model, [row.plan for row in rows[1:]], tokens)
+            found = score_batch([row.plan for row in rows[1:]], tokens)
             lines[number] = [asdict(scores) for scores in found]
             results.append(path, {"batch": number, "scores": lines[number], "provenance": settings})
         for total, scores in zip(totals, lines[number]):

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
@@ -43,6 +43,9 @@ try:
     from .tasks import Job, TaskShelf, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
+
+if TYPE_CHECKING:
+    from .spreading import SpreadScorer, Workers
 
 ANSWERS = "answers.jsonl"
 LM_EVAL_VERSION = version("lm_eval")
@@ -162,11 +165,14 @@ class PlansLM(HFLM):
         batch_size: int | Literal["auto"] = "auto",
         truncate: bool = False,
         progress: Progress | None = None,
+        workers: Workers | None = None,
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)
         self.plans = (Plan(), *plans)
-        self.scorer = Scorer(model, batch_size)
+        self.scorer: Scorer | SpreadScorer = Scorer(model, batch_size)
+        if workers:
+            self.scorer = workers.scorer(self.scorer)
         self.answers = Answers(answers, origin(model, tokenizer), self.plans)
         self.truncate, self.progress = truncate, progress
         self.number, self.task = 0, ""
@@ -337,7 +343,7 @@ def _results(
             metric=metric,
             number=number,
             plan=plan,
-            num_fewshot=outcome["n-shot"][row],
+            num_fewshot=outcome["n-shot"][leaves[0]],  # a group of groups has none of its own
             value=float(value),
             stderr=_number(figures.get(f"{name}_stderr,{kind}")),
             delta=float(delta),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..plan import Plan
+    from ..spreading import Workers
 
 
-def load_model(
+def loading_of(
     spec: str,
     dtype: str,
     device: str,
@@ -23,18 +25,24 @@ def load_model(
     attn_implementation: str | None,
     revision: str | None,
     trust_remote_code: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> dict[str, Any]:
+    """The arguments of `load` that the options say."""
+    return {
+        "spec": spec,
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "attn_implementation": attn_implementation,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def load_model(*options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that the options, as those of `loading_of`, say."""
     from ..models import load
 
-    return load(
-        spec,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    return load(**loading_of(*options))
 
 
 def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -104,6 +112,18 @@ def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_
     from ..criteria import deepest
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
+
+
+def workers_on(
+    address: str | None, count: int | None, gpus: int, model: PreTrainedModel, **load_options: Any
+) -> AbstractContextManager[Workers | None]:
+    """The workers of `--ray`, each with its own copy of the model; None without."""
+    if address is None:
+        return nullcontext()
+    from ..anatomy import locate
+    from ..spreading import Workers
+
+    return Workers(load_options, locate(model), address, count=count, gpus=gpus)
 
 
 def batch_size_of(word: str) -> int | Literal["auto"]:

@@ -16,10 +16,12 @@ from .inputs import (
     deepest_plan,
     dummy_model,
     load_model,
+    loading_of,
     provenance_of,
     read_plan,
     text_batches,
     words_of,
+    workers_on,
 )
 from .options import (
     Attention,
@@ -36,6 +38,9 @@ from .options import (
     New,
     PlanFile,
     Prompt,
+    Ray,
+    RayGpus,
+    RayWorkers,
     Revision,
     Rounds,
     Seed,
@@ -63,6 +68,9 @@ def sweep(
     prompt: Prompt = 128,
     new: New = 16,
     rounds: Rounds = 5,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
+    ray_gpus: RayGpus = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -77,13 +85,15 @@ def sweep(
     Interrupted, the same command goes on where it stopped.
     """
     from .. import grid, plots, similarity
+    from ..models import load
 
-    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    net, tokenizer = load(**loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     provenance = provenance_of(net, model, revision) | described
     timed = grid.Timed(prompt, new, rounds=rounds)
-    with progress_bar() as progress:
-        records = grid.sweep(net, batches, out, provenance, timed=timed, seed=seed, progress=progress)
+    with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
+        records = grid.sweep(net, batches, out, provenance, timed=timed, seed=seed, progress=progress, workers=workers)
     rows = [asdict(row) for row in similarity.measure_similarity(net, batches)]
     name = provenance["model"]
     plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")

@@ -39,6 +39,12 @@ Limit = Annotated[
 ]
 TaskPath = Annotated[Path | None, typer.Option("--task-path", help="folder with more tasks (YAML of the harness)")]
 Truncate = Annotated[bool, typer.Option("--truncate", help="cut what is longer than the context, on the left")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="evaluate on a Ray cluster: local, auto (the running one), or ray://HOST:PORT"),
+]
+RayWorkers = Annotated[int | None, typer.Option("--ray-workers", help="how many; otherwise one a GPU")]
+RayGpus = Annotated[int, typer.Option("--ray-gpus", help="GPUs of a worker")]
 Battery = Annotated[
     bool,
     typer.Option("--battery", help="what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"),

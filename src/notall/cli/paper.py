@@ -11,7 +11,7 @@ import typer
 from ..console import progress_bar, show
 from .app import app
 from .columns import CLAIM_COLUMNS
-from .inputs import batch_size_of, load_model, provenance_of, text_batches, words_of
+from .inputs import batch_size_of, loading_of, provenance_of, text_batches, words_of, workers_on
 from .options import (
     Attention,
     Device,
@@ -22,6 +22,9 @@ from .options import (
     Length,
     Limit,
     Model,
+    Ray,
+    RayGpus,
+    RayWorkers,
     Revision,
     Seed,
     Sequences,
@@ -51,6 +54,9 @@ def paper(
     bench_batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; 1 unless given")] = None,
     new: Annotated[int, typer.Option("--new", help="new tokens when timing")] = 16,
     rounds: Annotated[int, typer.Option(help="timed rounds, all configurations in turn")] = 3,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
+    ray_gpus: RayGpus = 1,
     text: TextSource = "prose",
     sequences: Sequences = 8,
     length: Length = 256,
@@ -68,6 +74,7 @@ def paper(
     Interrupted, the same command goes on where it stopped. Needs: pip install 'notall[eval]'.
     """
     from ..benchmarking import Limits
+    from ..models import load
     from ..paper import Evaluation, Timing, run_paper
 
     evaluation = Evaluation(
@@ -80,11 +87,21 @@ def paper(
         generate_all=generate_all,
     )
     timing = Timing(tuple(prompt or (128, 512)), tuple(bench_batch or (1,)), new, rounds)
-    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    net, tokenizer = load(**loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, 4, seed)
     about = provenance_of(net, model, revision) | described
-    with progress_bar() as progress:
+    with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
         claims = run_paper(
-            net, tokenizer, batches, out, about, evaluation=evaluation, timing=timing, seed=seed, progress=progress
+            net,
+            tokenizer,
+            batches,
+            out,
+            about,
+            evaluation=evaluation,
+            timing=timing,
+            seed=seed,
+            progress=progress,
+            workers=workers,
         )
     show([asdict(claim) for claim in claims], CLAIM_COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

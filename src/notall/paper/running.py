@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,9 @@ from ..similarity import measure_similarity
 from .claims import Claim, claims_of
 from .tables import Scoreboard, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid
+
+if TYPE_CHECKING:
+    from ..spreading import Workers
 
 SIMILARITY = "similarity.jsonl"
 LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
@@ -59,6 +62,7 @@ def run_paper(
     timing: Timing = Timing(),
     seed: int = 0,
     progress: Progress = lambda done, total, doing: None,
+    workers: Workers | None = None,
 ) -> list[Claim]:
     """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.
 
@@ -85,6 +89,7 @@ def run_paper(
             batch_size=evaluation.batch_size,
             truncate=evaluation.truncate,
             progress=lambda task, done, total: progress(done, total, f"{task}, all configurations"),
+            workers=workers,
         )
         if evaluation.tasks
         else []

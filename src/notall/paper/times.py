@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from .. import results
+from ..anatomy import base_model, locate
 from ..errors import UsageError
 from ..grid import Configuration
 from ..skipping import skip
@@ -34,12 +36,15 @@ def time_grid(
     new_tokens: int = 16,
     rounds: int = 3,
     seed: int = 0,
+    compiled: bool = False,
     progress: Progress = lambda done, total, doing: None,
 ) -> list[dict[str, Any]]:
     """Time all `rows` (the dense one first) in turn, for each prompt length and batch size; one record each.
 
     Appends to `out/times.jsonl` when a prompt length and batch size is done, and takes what is there. Where a batch
     does not fit into memory half of it is timed, and the record's `batch_size` says so beside `asked_batch_size`.
+    `compiled`: each decoder layer by torch.compile, compiled in the round that is thrown away, one configuration after
+    the other.
     Raises as `compare` does, and `UsageError` when not even one sequence fits.
     """
     settings = dict(provenance) | {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
@@ -52,7 +57,8 @@ def time_grid(
         wanted = [(prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows]
         if held.keys() >= set(wanted):
             continue
-        run = partial(_compare, model, rows, prompt_tokens=prompt, new_tokens=new_tokens, rounds=rounds, seed=seed)
+        how = {"prompt_tokens": prompt, "new_tokens": new_tokens, "rounds": rounds, "seed": seed}
+        run = partial(_compare, model, rows, compiled, **how)
         fitted, timings = _fitting(run, batch)
         dense = timings[rows[0].name]
         fresh = [
@@ -78,11 +84,29 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last"))
 
 
-def _compare(model: PreTrainedModel, rows: Sequence[Configuration], **how: int) -> dict[str, Timing]:
-    def entered(row: Configuration) -> Callable[[], AbstractContextManager[Any]]:
-        return partial(skip, model, row.plan) if row.plan else nullcontext
+def _compare(model: PreTrainedModel, rows: Sequence[Configuration], compiled: bool, **how: int) -> dict[str, Timing]:
+    if not compiled:
+        return compare(model, {row.name: partial(skip, model, row.plan) for row in rows}, **how)
+    found: dict[str, Timing] = {}
+    for row in rows:  # not in turn: what is compiled is gone when a plan is left
+        with skip(model, row.plan), _compiled_layers(model):
+            found |= compare(model, {row.name: nullcontext}, **how)
+    return found
 
-    return compare(model, {row.name: entered(row) for row in rows}, **how)
+
+@contextmanager
+def _compiled_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Layers of one form share what is compiled, whatever their number, as long as torch keeps that many variants."""
+    inner = base_model(model)
+    layers = list(inner.get_submodule(locate(inner).layers).children())
+    with torch._dynamo.config.patch(recompile_limit=1024, allow_unspec_int_on_nn_module=True):
+        for layer in layers:
+            layer.compile(dynamic=True)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
 
 
 def _fitting(run: Callable[..., dict[str, Timing]], batch: int) -> tuple[int, dict[str, Timing]]:

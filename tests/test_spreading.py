@@ -1,0 +1,137 @@
+"""A cluster of two workers here: what they answer is what one process answers, also when one is killed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
+
+from notall import Plan, UsageError, grid, load, locate
+from notall.grid import paper_grid
+from notall.quality import score
+from notall.replay import Replay
+from notall.scoring import Request, Scorer
+from notall.spreading import SpreadScorer, Workers, split_branches
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 250 + 3
+REQUESTS = [Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n in range(30)]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spread") / "tiny"
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return {"spec": str(path), "dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def model(options):
+    return load(**options)[0]
+
+
+@pytest.fixture(scope="module")
+def plans(model):
+    return [row.plan for row in paper_grid(locate(model))]
+
+
+@pytest.fixture(scope="module")
+def workers(options, model):
+    """Two for all tests, as starting them takes long; the test that kills them is the last to use them."""
+    with Workers(options, locate(model), count=2) as both:
+        yield both
+
+
+def answers(scorer, plans, requests):
+    found = {}
+    for scores in scorer.score(plans, requests):
+        found |= dict(zip(scores.requests, zip(scores.log_likelihoods.T.tolist(), scores.greedy.T.tolist())))
+    return [found[number] for number in range(len(requests))]
+
+
+def kill(process):
+    os.kill(process, signal.SIGKILL)
+
+
+def test_no_cluster_is_one_line(options, model):
+    with pytest.raises(UsageError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        Workers(options, locate(model), "127.0.0.1:1")
+
+
+@pytest.mark.timeout(600)
+def test_two_workers_answer_as_one_process(workers, model, plans):
+    expected = score(model, plans[1:], TOKENS)
+    assert workers.score(plans[1:], TOKENS) == expected
+    theirs = answers(Scorer(model), plans, REQUESTS)
+    for (likely, greedy), (likely_here, greedy_here) in zip(
+        answers(workers.scorer(Scorer(model)), plans, REQUESTS), theirs
+    ):
+        assert likely == pytest.approx(likely_here, abs=1e-4)
+        assert greedy == greedy_here
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path):
+    timed = grid.Timed(prompt_tokens=4, new_tokens=1, rounds=1)
+    here, there = (
+        grid.sweep(model, [TOKENS], tmp_path / name, {"model": "tiny"}, timed=timed, workers=some)
+        for name, some in (("here", None), ("there", workers))
+    )
+    for ours, theirs in zip(there, here):
+        assert ours["plan"] == theirs["plan"]
+        assert (ours["nll"], ours["kl"]) == (theirs["nll"], theirs["kl"])
+
+
+@pytest.mark.timeout(600)
+def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, model, plans):
+    many = [Request(tuple(range(5, 200 + n % 30)), (n % 50 + 3,)) for n in range(240)]
+    timer = threading.Timer(1.0, kill, [workers.processes[0]])
+    timer.start()
+    found = answers(SpreadScorer(workers, Scorer(model, 1)), plans, many)
+    assert not timer.is_alive(), "it was done before a worker was killed"
+    assert len(workers.actors) == 1
+    for ours, theirs in zip(found, answers(Scorer(model, 1), plans, many)):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+        assert ours[1] == theirs[1]
+    kill(workers.processes[1])
+    with pytest.raises(UsageError, match="lost"):
+        workers.score(plans[1:], TOKENS)
+
+
+def test_branches_are_cut_in_equal_work_and_lie_together(model):
+    anatomy = locate(model)
+    plans = [row.plan for row in paper_grid(anatomy)]
+    groups = split_branches(anatomy, plans, 2)
+    assert sorted(number for group in groups for number in group) == list(range(len(plans)))
+    work = [Replay(model, [plans[number] for number in group]).executions for group in groups]
+    apart = [Replay(model, plans[start::2]).executions for start in (0, 1)]
+    assert max(work) <= max(apart)
+    assert len(split_branches(anatomy, plans[:1], 4)) == 1
+    assert sum(map(len, split_branches(anatomy, [Plan()] * 3, 2))) == 3
+
+
+def test_ray_is_not_imported_without_being_asked_for():
+    check = "import sys, notall.cli, notall.grid, notall.harness, notall.paper; print('ray' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.timeout(600)
+def test_the_command_spreads(options, tmp_path):
+    command = [sys.executable, "-m", "notall", "sweep", options["spec"], "--out", tmp_path, "--json", "--ray", "local"]
+    sizes = ["--ray-workers", "2", "--sequences", "2", "--length", "16", "--dtype", "float32"]
+    times = ["--prompt", "4", "--new", "1", "--rounds", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, *sizes, *times], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 19
