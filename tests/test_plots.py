@@ -136,8 +136,7 @@ def test_losses_over_decades_are_spread_and_small_ones_are_linear():
 def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
     drawn = encoding(plots.tradeoff_chart([row for row in RECORDS if row["variant"] in kinds], ""), "color")["scale"]
     alike = encoding(plots.similarity_chart([row for row in SIMILARITY if row["kind"] in kinds], ""), "color")["scale"]
-    colours = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
-    wanted = {name: colour for name, colour in colours.items() if name.lower() in kinds}
+    wanted = {name: {"expr": f"colour_{name}"} for name in ("attention", "MLP", "block") if name.lower() in kinds}
     assert dict(zip(drawn["domain"], drawn["range"])) == wanted
     assert dict(zip(alike["domain"], alike["range"])) == wanted
 
@@ -146,3 +145,15 @@ def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
 def test_a_sweep_that_has_only_begun_can_be_drawn(records, tmp_path):
     plots.save(plots.tradeoff_chart(records, "Quality lost"), tmp_path / "tradeoff")
     assert texts(tmp_path / "tradeoff.svg").count("dense") == 2  # and its halo
+
+
+def test_both_themes_name_the_same_colours():
+    names = [[param["name"] for param in theme["params"]] for theme in (plots.LIGHT, plots.DARK)]
+    assert names[0] == names[1]
+    assert {"ink", "paper", "colour_attention", "colour_MLP", "colour_block"} <= set(names[0])
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    points = [(1.0, 0.0), (1.2, 0.5), (1.1, 0.6), (1.2, 0.4), (1.5, 3.0), (1.4, 3.0), (0.9, 0.2)]
+    slow_twin = [p for p in points if not any(q != p and q[0] >= p[0] and q[1] <= p[1] for q in points)]
+    assert plots.front(points) == sorted(slow_twin) == [(1.0, 0.0), (1.2, 0.4), (1.5, 3.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,3 +36,24 @@ def generate_text(
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    prompts: Sequence[str],
+    new_tokens: int,
+) -> list[str]:
+    """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    padding = next(token for token in ends if token is not None)
+    with skip(model, plan), torch.inference_mode():
+        tokens = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
+        )
+    return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in tokens]

@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import results
 from .anatomy import Anatomy, locate
 from .criteria import SKIPPABLE, deepest
+from .generating import continue_prompts
 from .plan import Plan, Variant
 from .quality import Quality, Scores, score, summarize
+from .similarity import measure_similarity
 from .timing import time_plan
 
 if TYPE_CHECKING:
     from .spreading import Workers
 
 FRACTIONS = (0.10, 0.25, 0.33)
-RESULTS, SCORES = "results.jsonl", "scores.jsonl"
+RESULTS, SCORES, SIMILARITY, SAMPLES = "results.jsonl", "scores.jsonl", "similarity.jsonl", "samples.jsonl"
+PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
+SAMPLE_TOKENS = 32
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
 
 Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
@@ -74,13 +78,15 @@ def sweep(
     *,
     timed: Timed = Timed(),
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = lambda done, total, doing: None,
     workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.
 
-    Writes `out/results.jsonl`, a line as soon as a configuration is done, and `out/scores.jsonl`, the scores of every
-    sequence. Called again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are
+    Writes to `out`: results.jsonl, a line as soon as a configuration is done; scores.jsonl, the scores of every
+    sequence; similarity.jsonl, a line for each layer and kind; and, given a tokenizer, samples.jsonl, what some of the
+    plans say. Called again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are
     always this process's. Raises `UsageError` when the folder holds
     the results of other settings, is in use, or cannot be written.
     """
@@ -100,7 +106,11 @@ def sweep(
                 done[key] = _record(model, row, summarize(found, scores[0]), settings, timed, seed)
                 results.append(out / RESULTS, done[key])
             steps.timed()
-        return [done[row.variant, row.fraction, row.keep_last] for row in rows]
+        records = [done[row.variant, row.fraction, row.keep_last] for row in rows]
+        _similarity(model, batches, out, settings, steps)
+        if tokenizer:
+            _samples(model, tokenizer, records, out, settings, steps)
+        return records
 
 
 def _score(
@@ -128,6 +138,49 @@ def _score(
             total.extend(Scores(**scores))
         steps.scored(tokens)
     return totals
+
+
+def _similarity(
+    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, settings: dict[str, Any], steps: _Steps
+) -> None:
+    held = results.read(out / SIMILARITY)
+    for line in held:
+        results.check_same(line["provenance"], settings, out)
+    done = {(line["layer"], line["kind"]) for line in held}
+    if len(done) < 3 * len(locate(model).blocks):
+        steps.doing("comparing the layers")
+        rows = [asdict(row) | {"provenance": settings} for row in measure_similarity(model, batches)]
+        results.append(out / SIMILARITY, *(row for row in rows if (row["layer"], row["kind"]) not in done))
+
+
+def _samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[dict[str, Any]],
+    out: Path,
+    settings: dict[str, Any],
+    steps: _Steps,
+) -> None:
+    """How the dense model, and of each variant the plan that loses least, continue a few prompts."""
+    held = results.read(out / SAMPLES)
+    for line in held:
+        results.check_same(line["provenance"], settings, out)
+    done = [line["plan"] for line in held]
+    for record in _least_lost(records):
+        if record["plan"] not in done:
+            steps.doing(f"generating, {record['variant']}")
+            said = continue_prompts(model, tokenizer, Plan(**record["plan"]), PROMPTS, SAMPLE_TOKENS)
+            samples = [{"prompt": prompt, "said": text} for prompt, text in zip(PROMPTS, said)]
+            key = {name: record[name] for name in ("variant", "fraction", "keep_last", "plan")}
+            results.append(out / SAMPLES, key | {"samples": samples, "provenance": settings})
+
+
+def _least_lost(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each variant the record with the smallest loss, in the order of the grid."""
+    best: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: record["nll"] if record["nll"] is not None else float("inf")):
+        best.setdefault(record["variant"], record)
+    return [record for record in records if record is best[record["variant"]]]
 
 
 def _record(

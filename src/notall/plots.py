@@ -15,13 +15,44 @@ Row = Mapping[str, Any]
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
+PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 LAST = {False: "skipped too", True: "kept"}
-INK, GREY, PALE = "#222222", "#666666", "#e6e6e6"
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8)
 MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
+
+
+def theme(
+    ink: str, grey: str, pale: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
+) -> dict[str, Any]:
+    """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
+    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
+    named = {"ink": ink, "grey": grey, "paper": paper} | {f"colour_{name}": hue for name, hue in colours.items()}
+    return {
+        "background": paper,
+        "font": "system-ui, Helvetica, Arial, sans-serif",
+        "params": [{"name": name, "value": value} for name, value in named.items()],
+        "range": {"heatmap": list(ramp)},
+        "title": {"color": ink, "fontSize": 16, "subtitleColor": grey, "subtitleFontSize": 12, "subtitlePadding": 6},
+        "axis": {
+            "labelFontSize": 11,
+            "labelColor": grey,
+            "titleColor": ink,
+            "gridColor": pale,
+            "domainColor": grey,
+            "tickColor": grey,
+            "titlePadding": 10,
+            **plain,
+        },
+        "legend": {"labelFontSize": 12, "labelColor": grey, "titleColor": grey, **plain},
+        "view": {"stroke": None},
+    }
+
+
+LIGHT = theme("#222222", "#666666", "#e6e6e6", "#ffffff", ("#eef1f5", "#08306b"), COLOURS)
+DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#15181c", ("#272c33", "#9ecbff"), PALER)
 
 
 def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
@@ -29,6 +60,24 @@ def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
 
     A row holds `layer` (from 0), `kind` (block, attention or mlp) and `cosine`.
     """
+    return _dress(similarity_layers(similarity), title, "Close to 1: little of the input is changed")
+
+
+def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
+    """Quality lost (`delta_nll`) against decode speedup, a point for each configuration.
+
+    Records are as in `results.Record`. A label is the fraction skipped; bars are one standard error of the
+    loss and the quartiles of the speedup. Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    """
+    told = [
+        "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup.",
+        "Grey line: the front, where nothing measured is both faster and better.",
+    ]
+    return _dress(tradeoff_layers(records), title, told)
+
+
+def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
+    """What `similarity_chart` draws, without size, title and theme."""
     rows = [
         {"layer": row["layer"], "kind": NAMES[row["kind"]], "cosine": row["cosine"]}
         for row in similarity
@@ -50,17 +99,16 @@ def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
         tooltip=["kind:N", "layer:Q", alt.Tooltip("cosine:Q", format=".4f")],
     )
     points = lines.mark_point(filled=True, size=38).add_params(chosen)
-    return _dress(lines.mark_line(strokeWidth=2) + points, title, "Close to 1: little of the input is changed")
+    return lines.mark_line(strokeWidth=2) + points
 
 
-def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
-    """Quality lost (`delta_nll`) against decode speedup, a point for each configuration.
-
-    Records are as in `results.Record`. A label is the fraction skipped; bars are one standard error of the
-    loss and the quartiles of the speedup. Losses of 1 nat and more get a logarithmic scale, linear near 0.
-    """
-    skipping = (record for record in records if record["variant"] != "dense")
-    rows = [_tradeoff_row(record) for record in skipping if _is_number(record["delta_nll"])]
+def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
+    """What `tradeoff_chart` draws, without size, title and theme. `plan` in its data counts the records from 0."""
+    rows = [
+        _tradeoff_row(record) | {"plan": number}
+        for number, record in enumerate(records)
+        if record["variant"] != "dense" and _is_number(record["delta_nll"])
+    ]
     chosen = alt.selection_point(fields=["skipped"], bind="legend")
     series = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28)),
@@ -74,14 +122,23 @@ def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
         _paths(series),
         series.mark_rule(strokeWidth=1.5).encode(y="lost_low:Q", y2="lost_high:Q"),
         series.mark_rule(strokeWidth=1.5).encode(x="speedup_low:Q", x2="speedup_high:Q"),
+        _front(rows),
         _points(series).add_params(chosen),
         # Paths go up and to the right: there is room left of them above, and right of them below.
         *_labels(above, "fraction:N", align="right", dx=-7, dy=-8),
         *_labels(below, "fraction:N", align="left", dx=7, dy=9),
         *_dense(),
     ]
-    told = "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup."
-    return _dress(alt.LayerChart(layer=layers), title, told)
+    return alt.LayerChart(layer=layers)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (speedup, loss) pairs those that no other beats in both, from the slowest to the fastest."""
+    best: list[tuple[float, float]] = []
+    for speedup, lost in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or lost < best[-1][1]:
+            best.append((speedup, lost))
+    return best[::-1]
 
 
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
@@ -118,6 +175,13 @@ def _tradeoff_row(record: Row) -> dict[str, Any]:
     }
 
 
+def _front(rows: Sequence[Row]) -> alt.Chart:
+    best = front([(1.0, 0.0), *((row["speedup"], row["lost"]) for row in rows)])
+    data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
+    line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
+    return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
+
+
 def _paths(series: alt.Chart) -> alt.Chart:
     """From the smallest fraction to the largest."""
     dash = alt.StrokeDash("last:N", title="last layer", scale=_by_last([1, 0], [4, 3]))
@@ -130,7 +194,7 @@ def _points(series: alt.Chart) -> alt.Chart:
             "last:N",
             title="last layer",
             scale=_by_last("circle", "square"),
-            legend=alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0),
+            legend=alt.Legend(symbolFillColor=alt.expr("grey"), symbolStrokeWidth=0),
         ),
         tooltip=[
             "skipped:N",
@@ -144,13 +208,13 @@ def _points(series: alt.Chart) -> alt.Chart:
 
 def _labels(series: alt.Chart, text: str, **place: Any) -> list[alt.Chart]:
     """On a white halo, to be read across lines."""
-    halo = series.mark_text(fontSize=11, stroke="white", strokeWidth=3, **place)
+    halo = series.mark_text(fontSize=11, stroke=alt.expr("paper"), strokeWidth=3, **place)
     return [halo.encode(text=text), series.mark_text(fontSize=11, **place).encode(text=text)]
 
 
 def _dense() -> list[alt.Chart]:
     row = {"speedup": 1, "lost": 0, "name": "dense"}
-    dense = alt.Chart(alt.Data(values=[row])).encode(x="speedup:Q", y="lost:Q", color=alt.value(INK))
+    dense = alt.Chart(alt.Data(values=[row])).encode(x="speedup:Q", y="lost:Q", color=alt.value(alt.expr("ink")))
     return [
         dense.mark_point(shape="diamond", filled=True, size=110, opacity=1),
         *_labels(dense, "name:N", align="center", dx=0, dy=16),
@@ -179,22 +243,15 @@ def _by_last(skipped: Any, kept: Any) -> alt.Scale:
 
 def _colour(field: str, rows: Sequence[Row]) -> alt.Color:
     present = [name for name in COLOURS if any(row[field] == name for row in rows)]
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=present, range=[COLOURS[name] for name in present]))
+    return alt.Color(
+        f"{field}:N", scale=alt.Scale(domain=present, range=[alt.expr(f"colour_{name}") for name in present])
+    )
 
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _dress(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
+def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:
     heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
-    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
-    axis = {"labelColor": GREY, "gridColor": PALE, "domainColor": GREY, "tickColor": GREY, "titlePadding": 10}
-    return (
-        chart.properties(width=640, height=440, title=heading, padding=16, background="white")
-        .configure(font="Helvetica, Arial, sans-serif")
-        .configure_title(color=INK, fontSize=16, subtitleColor=GREY, subtitleFontSize=12, subtitlePadding=6)
-        .configure_axis(labelFontSize=11, titleColor=INK, **axis, **plain)
-        .configure_legend(labelFontSize=12, labelColor=INK, titleColor=GREY, **plain)
-        .configure_view(stroke=None)
-    )
+    return chart.properties(width=640, height=440, title=heading, padding=16).configure(**LIGHT)

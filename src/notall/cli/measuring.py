@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -84,7 +83,7 @@ def sweep(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from .. import grid, plots, similarity
+    from .. import grid, plots, results
     from ..models import load
 
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
@@ -93,8 +92,18 @@ def sweep(
     provenance = provenance_of(net, model, revision) | described
     timed = grid.Timed(prompt, new, rounds=rounds)
     with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
-        records = grid.sweep(net, batches, out, provenance, timed=timed, seed=seed, progress=progress, workers=workers)
-    rows = [asdict(row) for row in similarity.measure_similarity(net, batches)]
+        records = grid.sweep(
+            net,
+            batches,
+            out,
+            provenance,
+            timed=timed,
+            seed=seed,
+            tokenizer=tokenizer,
+            progress=progress,
+            workers=workers,
+        )
+    rows = results.read(out / grid.SIMILARITY)
     name = provenance["model"]
     plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
     plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")

@@ -1,0 +1,21 @@
+"""The command that turns results into a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+
+@app.command(epilog="Example:  notall report results -o report.html")
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="results folder of `notall sweep`")] = Path("results"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
+) -> None:
+    """Turn a results folder into one page that opens anywhere, without a network."""
+    from ..reporting import write_report
+
+    typer.echo(f"{write_report(folder, out)}: open it in a browser")

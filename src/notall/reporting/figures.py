@@ -1,0 +1,153 @@
+"""The figures of a report. They say `plan` where they follow the plan that is stepped to, from 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from .. import plots
+from .folder import SHORT, Folder, Row, name_of
+
+ROWS = {"attention": "attention", "mlp": "MLP"}
+STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
+TIMES = {
+    "prefill": ("prefill_ms", "first token"),
+    "decode": ("decode_ms_per_token", "each further token"),
+}
+BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token"}
+
+
+def draw_all(folder: Folder) -> dict[str, dict[str, Any]]:
+    """Vega-Lite specs by the name of the figure, without theme, as wide as the page gives."""
+    drawn: dict[str, alt.LayerChart] = {}
+    if folder.plans and folder.layers:
+        drawn["map"] = draw_map(folder).properties(height=104)
+    if folder.dense:
+        drawn["savings"] = draw_savings(folder.records, folder.dense).properties(height=190)
+    if folder.similarity:
+        drawn["similarity"] = plots.similarity_layers(folder.similarity).properties(height=340)
+    if len(folder.records) > 1:
+        drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=460)
+    return {name: chart.properties(width="container").to_dict() for name, chart in drawn.items()}
+
+
+def map_rows(folder: Folder) -> tuple[list[Row], str]:
+    """A row a sublayer with what is known of leaving it out, and how that was got: measured, similarity or nothing."""
+    measured = {(row["kind"], row["layer"]): row["delta_nll"] for row in folder.leave_one_out}
+    cosines = {(row["kind"], row["layer"]): row["cosine"] for row in folder.similarity}
+    source = "measured" if measured else "similarity" if cosines else "nothing"
+    rows = []
+    for kind, short in SHORT.items():
+        for layer in range(folder.layers):
+            cosine = cosines.get((kind, layer))
+            changed = None if cosine is None else 1 - cosine
+            cost = measured.get((kind, layer)) if measured else changed
+            name = f"{short}.{layer}"
+            rows.append({"name": name, "layer": layer, "row": ROWS[kind], "cosine": cosine, "cost": cost})
+    return rows, source
+
+
+def draw_map(folder: Folder) -> alt.LayerChart:
+    """Columns = layers, two rows; shade = cost; the sublayers that the param `skipped` names are hatched."""
+    rows, source = map_rows(folder)
+    title = "NLL added, nats per token" if source == "measured" else "changed: 1 − cosine"
+    cells = (
+        alt.Chart(alt.Data(values=rows))
+        .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
+        .encode(
+            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)),
+            y=alt.Y("row:N", title=None, sort=list(ROWS.values()), axis=alt.Axis(ticks=False, domain=False)),
+            tooltip=[
+                alt.Tooltip("name:N", title="sublayer"),
+                alt.Tooltip("state:N", title="in this plan"),
+                alt.Tooltip("cost:Q", title=title, format=".3f"),
+                alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
+            ],
+        )
+    )
+    legend = None if source == "nothing" else alt.Legend(orient="bottom", gradientLength=180, title=title)
+    shade = alt.Color("cost:Q", scale=alt.Scale(type="sqrt"), legend=legend)
+    shaded = cells.mark_rect(stroke=alt.expr("paper"), strokeWidth=1.5).encode(color=shade)
+    hatched = cells.mark_rect(fill=_stripes(), stroke=STRIPE, strokeWidth=2).transform_filter(
+        "datum.state == 'skipped'"
+    )
+    return (shaded + hatched).add_params(alt.param(name="skipped", value=[]))
+
+
+def _stripes() -> alt.LinearGradient:
+    """Diagonal stripes over a cell of any size, as a gradient with hard edges."""
+    edges = [(half / (2 * STRIPES), (half + 1) / (2 * STRIPES), half % 2) for half in range(2 * STRIPES)]
+    stops = [
+        alt.GradientStop(color=STRIPE if on else "transparent", offset=edge)
+        for start, end, on in edges
+        for edge in (start, end)
+    ]
+    return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
+
+
+def savings_rows(records: Sequence[Row], dense: Row) -> list[Row]:
+    """For each record and measure its share of the dense model's; of times as they were paired, round by round."""
+    rows: list[Row] = []
+    for plan, record in enumerate(records):
+        about = {"plan": plan, "name": name_of(record)}
+        for name, (key, title) in TIMES.items():
+            low, middle, high = (record[f"speedup_{name}{end}"] for end in ("_low", "", "_high"))
+            share = {"share": 1 / middle, "low": 1 / high, "high": 1 / low}
+            text = f"{title}: {record[key]:.0f} ms, {middle:.2f}× as fast"
+            rows.append(about | {"measure": title, "text": text} | share)
+        for key, title in BYTES.items():
+            if dense[key]:
+                share = dict.fromkeys(("share", "low", "high"), record[key] / dense[key])
+                text = f"{title}: {_bytes(record[key])} of {_bytes(dense[key])}"
+                rows.append(about | {"measure": title, "text": text} | share)
+    return rows
+
+
+def draw_savings(records: Sequence[Row], dense: Row) -> alt.LayerChart:
+    """What the plan takes of the dense model's time and bytes."""
+    rows = savings_rows(records, dense)
+    most = max([1.15, *(row["high"] for row in rows)])
+    base = (
+        alt.Chart(alt.Data(values=rows))
+        .transform_filter("datum.plan == plan")
+        .encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
+    )
+    bars = base.mark_bar(height={"band": 0.42}, color=alt.expr("colour_attention"), yOffset=9).encode(
+        x=alt.X(
+            "share:Q",
+            title="share of the dense model's",
+            scale=alt.Scale(domain=[0, most], nice=False),
+            axis=alt.Axis(format=".0%", tickCount=6),
+        ),
+        tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")],
+    )
+    spread = base.mark_rule(strokeWidth=2, color=alt.expr("ink"), yOffset=9).encode(x="low:Q", x2="high:Q")
+    words = base.mark_text(align="left", x=2, yOffset=-9, color=alt.expr("ink"), fontSize=12).encode(text="text:N")
+    whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=alt.expr("grey"))
+    return (bars + spread + words + whole.encode(x="share:Q")).add_params(alt.param(name="plan", value=0))
+
+
+def draw_tradeoff(records: Sequence[Row]) -> alt.LayerChart:
+    """`plots.tradeoff_chart` with a ring around the plan."""
+    points = [
+        {"plan": number, "speedup": record["speedup_decode"], "lost": record["delta_nll"]}
+        for number, record in enumerate(records)
+        if record["delta_nll"] is not None
+    ]
+    ring = (
+        alt.Chart(alt.Data(values=points))
+        .transform_filter("datum.plan == plan")
+        .mark_point(size=330, strokeWidth=2.5, stroke=alt.expr("ink"), fill=None, opacity=1)
+        .encode(x="speedup:Q", y="lost:Q")
+    )
+    return (plots.tradeoff_layers(records) + ring).add_params(alt.param(name="plan", value=0))
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

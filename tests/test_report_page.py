@@ -1,0 +1,195 @@
+"""The report in a real browser: opened from a file, without a network, by people with mouse, keyboard or phone."""
+
+import re
+import shutil
+
+import pytest
+
+import result_folders
+from notall.reporting import write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no chromium here: make browser, or apt-get install chromium", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install 'notall[dev]'")
+pytestmark = pytest.mark.xdist_group("browser")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = result_folders.write(tmp_path_factory.mktemp("results"))
+    return write_report(folder, folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    folder = result_folders.write_nasty(tmp_path_factory.mktemp("nasty"))
+    return write_report(folder, folder / "report.html")
+
+
+@pytest.fixture
+def view(browser):
+    """Open a report; whatever it complains of or fetches fails the test."""
+    contexts, complaints = [], []
+
+    def view(path, width=1280, colours="light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=colours, offline=True, accept_downloads=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-drawn]", timeout=60_000)
+        return page
+
+    yield view
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def marks(page, figure, kind):
+    """How many marks of a kind a figure draws that can be seen."""
+    return page.locator(f"#{figure} .mark-{kind}.role-mark > *").count()
+
+
+def hatched(page):
+    return page.locator('#map .mark-rect.role-mark > path[fill^="url("]').count()
+
+
+def test_every_figure_is_drawn(view, report):
+    page = view(report)
+    assert page.get_attribute("body", "data-drawn") == "4"
+    assert marks(page, "map", "rect") == 2 * result_folders.LAYERS + 1
+    assert marks(page, "savings", "rect") == 4
+    assert marks(page, "similarity", "symbol") >= 3 * result_folders.LAYERS
+    assert marks(page, "tradeoff", "symbol") >= 18
+    assert marks(page, "tradeoff", "rule") >= 2 * 18
+
+
+def test_slider_buttons_and_keys_step_through_the_plans(view, report):
+    page = view(report)
+    slider = page.locator("#plan")
+    assert page.locator("#plan-name").inner_text() == "attention 10%, last layer kept"
+    assert hatched(page) == 1
+    page.get_by_role("button", name="next plan").click()
+    page.wait_for_function("views.map.signal('skipped').length == 2")
+    assert page.locator("#plan-name").inner_text() == "attention 25%"
+    assert hatched(page) == 2
+    slider.focus()
+    page.keyboard.press("End")
+    page.wait_for_function("views.map.signal('skipped').length == 6")
+    assert hatched(page) == 6
+    assert page.locator("tr.chosen td").first.inner_text() == "block"
+    assert "weights: 4 MiB of 4 MiB" in page.locator("#savings").inner_text()
+    page.keyboard.press("Home")
+    page.wait_for_function("views.map.signal('skipped').length == 0")
+    assert hatched(page) == 0
+    assert page.get_by_role("button", name="previous plan").is_disabled()
+    assert slider.get_attribute("aria-valuetext") == "dense"
+
+
+def test_a_row_and_a_point_choose_their_plan(view, report):
+    page = view(report)
+    page.locator("#table-results button[data-show='12']").click()
+    page.wait_for_function("document.querySelector('#plan').value == '12'")
+    page.locator("#tradeoff .mark-symbol.role-mark path").nth(4).dispatch_event("click")
+    page.wait_for_function("document.querySelector('#plan').value != '12'")
+
+
+def test_the_map_says_its_figures_under_the_pointer(view, report):
+    page = view(report)
+    page.locator("#map .mark-rect path").nth(3).hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.locator("#vg-tooltip-element").inner_text()
+    for words in ("attn.3", "kept", "0.380", "0.6200"):
+        assert words in told
+
+
+def test_the_table_sorts_and_filters(view, report):
+    page = view(report)
+    lost = page.locator("#table-results tbody tr td:nth-child(4)")
+    page.get_by_role("button", name="NLL added").click()
+    values = [float(value) for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+    assert values == sorted(values)
+    page.get_by_role("button", name="NLL added").press("Enter")
+    again = [float(value) for value in lost.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+    assert again == sorted(values, reverse=True)
+    assert page.locator("th[aria-sort=descending]").count() == 1
+    page.get_by_label("filter").fill("mlp kept")
+    assert page.locator("#table-results tbody tr:visible").count() == 3
+    assert page.locator("[data-count]").inner_text() == "3 of 19 rows"
+
+
+def test_figures_are_saved_and_numbers_copied(view, report, tmp_path):
+    page = view(report)
+    for kind, head in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        with page.expect_download() as waiting:
+            page.locator(f"#map-figure [data-as={kind}]").click()
+        waiting.value.save_as(tmp_path / kind)
+        assert head in (tmp_path / kind).read_bytes()[:200]
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button = page.locator("[data-copy=results]")
+    button.click()
+    page.wait_for_function("document.querySelector('[data-copy=results]').textContent == 'copied'")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.splitlines()[0].startswith("skipped,variant,fraction")
+    assert len(copied.splitlines()) == 20
+
+
+@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")])
+def test_it_fits_and_can_be_read_in_every_size_and_colour(view, report, width, colours):
+    page = view(report, width, colours)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink = page.locator("#plans").evaluate("section => getComputedStyle(section).color")
+    paper = page.locator("#plans").evaluate("section => getComputedStyle(section).backgroundColor")
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (brightness[0] < brightness[1]) == (colours == "light")
+    assert page.evaluate("() => views.map.background()") == {"light": "#ffffff", "dark": "#15181c"}[colours]
+
+
+def test_the_colours_follow_the_reader(view, report):
+    page = view(report)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("views.map.background() == '#15181c' && views.tradeoff.background() == '#15181c'")
+
+
+def test_every_control_is_reached_by_keyboard(view, report):
+    page = view(report)
+    wanted = page.locator("button:enabled, input").count()
+    reached = set()
+    for _ in range(wanted + 40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("[...document.querySelectorAll('button, input')].indexOf(document.activeElement)"))
+    assert len(reached - {-1}) == wanted
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_hostile_text_is_shown_as_text(view, nasty, width):
+    page = view(nasty, width)
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
+    assert "<script>window.pwned = 1</script>" in page.locator("h1").inner_text()
+    assert len(page.locator("h1").inner_text()) < 200
+    assert "<script>window.pwned" in page.locator(".said").first.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_label("filter").last.fill("=1+1")
+    assert page.locator("#table-other tbody tr:visible").count() == 1
+
+
+def test_a_folder_of_one_file_is_a_page_too(view, tmp_path):
+    folder = result_folders.write(tmp_path / "r", front=[{"criterion": "cosine", "lost": 0.1}])
+    page = view(write_report(folder, tmp_path / "report.html"))
+    assert page.locator("#table-front tbody tr").count() == 1
