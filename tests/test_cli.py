@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import notall
 from families import family
 from notall import Plan, cli
 
@@ -202,8 +206,51 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_pat
 
 def test_notall_alone_says_what_to_do_first(run):
     code, out, err = run()
-    assert code in (0, 2)
-    assert "notall sweep" in out + err
+    assert (code, err) == (0, "")
+    assert "notall sweep --out results" in out
+    assert "notall report results" in out
+    assert run("--version")[1] == f"notall {notall.__version__}\n"
+
+
+def commands():
+    return typer.main.get_command(cli.app).commands
+
+
+def test_the_help_is_a_tour_with_an_example_for_each_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for words in (
+        "Look at a model",
+        "Choose what to skip",
+        "Measure what",
+        "Show what",
+        "Exit codes: 0 done; 2 bad input",
+    ):
+        assert words in " ".join(out.split())
+    for name, command in commands().items():
+        assert f" {name} " in out
+        assert command.rich_help_panel in out, name
+        assert f"notall {name} " in command.epilog, name
+        example = shlex.split(command.epilog.partition("Example:")[2])[2:]
+        command.make_context(name, example)  # every option of the example exists
+
+
+def test_every_command_that_prints_a_table_has_json(run):
+    without = {
+        name for name, command in commands().items() if "--json" not in {o for p in command.params for o in p.opts}
+    }
+    assert without == {"generate", "report"}
+
+
+def test_no_color_means_none(folder):
+    command = [sys.executable, "-m", "notall", "inspect", str(folder)]
+    coloured, plain = (
+        subprocess.run(command, env={**os.environ, "FORCE_COLOR": "1", **more}, capture_output=True, check=True).stdout
+        for more in ({}, {"NO_COLOR": "1"})
+    )
+    colours = rb"\x1b\[[0-9;]*3[0-9][0-9;]*m"
+    assert b"\x1b[" in coloured
+    assert not re.search(colours, plain)
 
 
 def test_importing_notall_is_light():

@@ -11,7 +11,7 @@ import result_folders
 from notall import UsageError
 from notall.reporting import figures, write_report
 from notall.reporting.folder import flatten, name_of, read_folder
-from notall.reporting.tables import paired_table
+from notall.reporting.tables import other_table, paired_table
 
 
 @pytest.fixture(scope="module")

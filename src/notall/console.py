@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
             bar.update(task, completed=done, total=total, description=doing)
 
         yield report
+
+
+def tracked(items: Sequence[Item], doing: str, progress: Callable[[float, float, str], None]) -> Iterator[Item]:
+    """`items`, with progress told as they are used up."""
+    for number, item in enumerate(items):
+        progress(number, len(items), doing)
+        yield item
 
 
 def _format(value: Any, form: str) -> str:

@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+
+# How `notall --help` groups the commands, in this order.
+PANELS = LOOK, CHOOSE, MEASURE, SHOW, TAKE = (
+    "Look at a model",
+    "Choose what to skip",
+    "Measure what it costs and saves",
+    "Show what was measured",
+    "Take the result elsewhere",
+)
+
+FIRST_STEPS = """\
+notall leaves out what a language model does not need, and measures what that costs and saves.
+
+  First run   notall sweep --out results                the paper's experiment on a small model, minutes on a laptop
+  Look        notall report results -o report.html      one page, to open in a browser
+  Your model  notall sweep MODEL --out results          a hub id, a folder or a .gguf file
+  All else    notall --help                             every command; notall COMMAND --help has an example
+"""
+
+
+def _place(command: Any) -> int:
+    panel = getattr(command, "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else len(PANELS)
+
+
+class Tour(TyperGroup):
+    """Lists the commands in the order in which one comes to need them."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return sorted(self.commands, key=lambda name: _place(self.commands[name]))
+
 
 app = typer.Typer(
     name="notall",
-    help="Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.\n\n"
-    "First run:  [bold]notall sweep --out results[/bold]  (the paper's experiment on a small model that ships along)",
-    no_args_is_help=True,
+    cls=Tour,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 130 interrupted. "
+    "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"notall {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def notall(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
+
+    First run:  [bold]notall sweep --out results[/bold], then [bold]notall report results -o report.html[/bold]
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST_STEPS, nl=False)

@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from ..console import show
-from .app import app
+from .app import CHOOSE, app
 from .columns import FOOTPRINT_COLUMNS
 from .inputs import deepest_plan, empty_model
 from .options import Json, Model, Revision, Skippable, Trust
 
 
-@app.command(epilog="Example:  notall plan smollm2 --skip attention --fraction 0.33 --keep-last -o plan.json")
+@app.command(
+    rich_help_panel=CHOOSE,
+    epilog="Example:  notall plan smollm2 --skip attention --fraction 0.33 --keep-last -o plan.json",
+)
 def plan(
     model: Model = "smollm2",
     skip: Annotated[Skippable, typer.Option(help="what to leave out")] = Skippable.attention,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import show
-from .app import app
+from ..console import progress_bar, show, tracked
+from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
 from .inputs import empty_model, load_model, read_plan, text_batches
 from .options import (
@@ -29,7 +29,7 @@ from .options import (
 )
 
 
-@app.command(epilog="Example:  notall inspect llama-2-70b")
+@app.command(rich_help_panel=LOOK, epilog="Example:  notall inspect llama-2-70b")
 def inspect(
     model: Model = "smollm2",
     revision: Revision = None,
@@ -64,7 +64,7 @@ def inspect(
     show(rows, INSPECT_COLUMNS, as_json=as_json, title=title)
 
 
-@app.command(epilog="Example:  notall similarity smollm2 --out similarity")
+@app.command(rich_help_panel=LOOK, epilog="Example:  notall similarity smollm2 --out similarity")
 def similarity(
     model: Model = "smollm2",
     text: TextSource = "prose",
@@ -84,7 +84,8 @@ def similarity(
 
     net, tokenizer = load_model(model, dtype, device, None, None, revision, trust_remote_code)
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
-    rows = [asdict(row) for row in measure_similarity(net, batches)]
+    with progress_bar() as progress:
+        rows = [asdict(row) for row in measure_similarity(net, tracked(batches, "comparing the layers", progress))]
     if out:
         from .. import plots
 
@@ -92,7 +93,9 @@ def similarity(
     show(rows, SIMILARITY_COLUMNS, as_json=as_json, title="cosine of the residual stream before and after")
 
 
-@app.command(epilog='Example:  notall generate smollm2 --plan plan.json "The capital of France is"')
+@app.command(
+    rich_help_panel=LOOK, epilog='Example:  notall generate smollm2 --plan plan.json "The capital of France is"'
+)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="what to continue")],

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..console import Shown, progress_bar, show, show_all
-from .app import app
+from .app import MEASURE, app
 from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
 from .inputs import (
     batch_size_of,
@@ -56,7 +56,7 @@ from .options import (
 BATTERY_TOKENS = 1024  # of a window of text for the battery
 
 
-@app.command(epilog="Example:  notall sweep smollm2 --out results")
+@app.command(rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
 def sweep(
     model: Model = "smollm2",
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl and figures")] = Path("results"),
@@ -116,7 +116,9 @@ def sweep(
 
 
 @app.command(
-    name="eval", epilog="Example:  notall eval smollm2 --plan plan.json --text book.txt --tasks arc_easy --limit 50"
+    rich_help_panel=MEASURE,
+    name="eval",
+    epilog="Example:  notall eval smollm2 --plan plan.json --text book.txt --tasks arc_easy --limit 50",
 )
 def evaluate(
     model: Model = "smollm2",
@@ -178,7 +180,10 @@ def evaluate(
     show_all({name: table for name, table in shown.items() if table.rows}, as_json=as_json)
 
 
-@app.command(epilog="Example:  notall bench --shape llama-2-7b --dummy-weights --skip attention --fraction 0.33")
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog="Example:  notall bench --shape llama-2-7b --dummy-weights --skip attention --fraction 0.33",
+)
 def bench(
     model: Model = "smollm2",
     plan: PlanFile = None,

@@ -8,48 +8,89 @@ from typing import Annotated
 
 import typer
 
+# How the help of a command groups its options.
+MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-DeviceMap = Annotated[str | None, typer.Option(help="spread over devices with accelerate: auto, balanced ...")]
-Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code from the hub")]
-Attention = Annotated[str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=MODEL)]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="spread over devices with accelerate: auto, balanced ...", rich_help_panel=MODEL)
+]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model", rich_help_panel=MODEL)]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the model's own code from the hub", rich_help_panel=MODEL)
+]
+Attention = Annotated[
+    str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...", rich_help_panel=MODEL)
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, as `notall plan` writes it")]
 TextSource = Annotated[
-    str, typer.Option("--text", help="UTF-8 file or .jsonl with a `text` column; prose: ships with Python")
+    str,
+    typer.Option(
+        "--text", help="UTF-8 file or .jsonl with a `text` column; prose: ships with Python", rich_help_panel=TEXT
+    ),
 ]
-Sequences = Annotated[int, typer.Option(help="how many windows of text")]
-Length = Annotated[int, typer.Option(help="tokens a window")]
-BatchSize = Annotated[int, typer.Option(help="windows at a time")]
+Sequences = Annotated[int, typer.Option(help="how many windows of text", rich_help_panel=TEXT)]
+Length = Annotated[int, typer.Option(help="tokens a window", rich_help_panel=TEXT)]
+BatchSize = Annotated[int, typer.Option(help="windows at a time", rich_help_panel=TEXT)]
 Seed = Annotated[int, typer.Option(help="seed of what is drawn")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
-Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing")]
-New = Annotated[int, typer.Option("--new", help="new tokens when timing")]
-Rounds = Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn")]
+Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing", rich_help_panel=TIMING)]
+New = Annotated[int, typer.Option("--new", help="new tokens when timing", rich_help_panel=TIMING)]
+Rounds = Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn", rich_help_panel=TIMING)]
 
 Tasks = Annotated[
     list[str] | None,
-    typer.Option("--tasks", help="openllm, or tasks of lm-evaluation-harness; a comma or another --tasks between them"),
+    typer.Option(
+        "--tasks",
+        help="openllm, or tasks of lm-evaluation-harness; a comma or another --tasks between them",
+        rich_help_panel=BENCHMARKS,
+    ),
 ]
-FewShot = Annotated[int | None, typer.Option("--num-fewshot", help="examples shown; otherwise what the task wants")]
+FewShot = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", help="examples shown; otherwise what the task wants", rich_help_panel=BENCHMARKS),
+]
 Limit = Annotated[
     list[str] | None,
-    typer.Option("--limit", help="documents a task, such as 40; mmlu=2 for one task (a group's: each of its tasks)"),
+    typer.Option(
+        "--limit",
+        help="documents a task, such as 40; mmlu=2 for one task (a group's: each of its tasks)",
+        rich_help_panel=BENCHMARKS,
+    ),
 ]
-TaskPath = Annotated[Path | None, typer.Option("--task-path", help="folder with more tasks (YAML of the harness)")]
-Truncate = Annotated[bool, typer.Option("--truncate", help="cut what is longer than the context, on the left")]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option("--task-path", help="folder with more tasks (YAML of the harness)", rich_help_panel=BENCHMARKS),
+]
+Truncate = Annotated[
+    bool,
+    typer.Option("--truncate", help="cut what is longer than the context, on the left", rich_help_panel=BENCHMARKS),
+]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", help="evaluate on a Ray cluster: local, auto (the running one), or ray://HOST:PORT"),
+    typer.Option(
+        "--ray",
+        help="evaluate on a Ray cluster: local, auto (the running one), or ray://HOST:PORT",
+        rich_help_panel=CLUSTER,
+    ),
 ]
-RayWorkers = Annotated[int | None, typer.Option("--ray-workers", help="how many; otherwise one a GPU")]
-RayGpus = Annotated[int, typer.Option("--ray-gpus", help="GPUs of a worker")]
+RayWorkers = Annotated[
+    int | None, typer.Option("--ray-workers", help="how many; otherwise one a GPU", rich_help_panel=CLUSTER)
+]
+RayGpus = Annotated[int, typer.Option("--ray-gpus", help="GPUs of a worker", rich_help_panel=CLUSTER)]
 Battery = Annotated[
     bool,
-    typer.Option("--battery", help="what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"),
+    typer.Option(
+        "--battery",
+        help="what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K",
+        rich_help_panel=BENCHMARKS,
+    ),
 ]
-TaskBatch = Annotated[str, typer.Option("--batch-size", help="requests at a time: a number, or auto")]
+TaskBatch = Annotated[
+    str, typer.Option("--batch-size", help="requests at a time: a number, or auto", rich_help_panel=BENCHMARKS)
+]
 
 
 class Skippable(str, Enum):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import progress_bar, show
-from .app import app
+from .app import MEASURE, app
 from .columns import CLAIM_COLUMNS
 from .inputs import batch_size_of, loading_of, provenance_of, text_batches, words_of, workers_on
 from .options import (
@@ -37,7 +37,10 @@ from .options import (
 )
 
 
-@app.command(epilog="Example:  notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog="Example:  notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper",
+)
 def paper(
     model: Model = "smollm2",
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for records, tables and the figure")] = Path("paper"),

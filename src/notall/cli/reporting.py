@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import SHOW, app
 
 
-@app.command(epilog="Example:  notall report results -o report.html")
+@app.command(rich_help_panel=SHOW, epilog="Example:  notall report results -o report.html")
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="results folder of `notall sweep`")] = Path("results"),
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
