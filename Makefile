@@ -1,6 +1,6 @@
 # The five commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers4 architectures bench lint fix browser clean
+.PHONY: help setup demo test test-transformers4 architectures bench lint fix docs screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -56,9 +56,21 @@ fix: setup ## repair what ruff can repair
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+package: setup ## build sdist and wheel into dist/, and try the wheel in a clean environment
+	rm -rf dist
+	$(VENV)/bin/python -m hatchling build -d dist
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_package.py
+
+docs: setup ## write the command reference and build the documentation into site/, strictly
+	$(VENV)/bin/python docs/commands.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+screenshots: setup ## take the pictures of results/demo/report.html that the documentation shows
+	$(VENV)/bin/python docs/screenshots.py results/demo/report.html
+
 browser: ## install Debian's chromium, for the tests of the report (as root); without it they skip
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

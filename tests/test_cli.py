@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import notall
 from families import family
 from notall import Plan, cli
+from tiny_checkpoint import save_tiny_checkpoint
 
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
 FAST = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]
@@ -22,18 +21,7 @@ FAST = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a tokenizer of bytes, as a checkpoint folder."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(path)
-    family("llama").build(vocab_size=len(vocabulary), num_hidden_layers=6).save_pretrained(path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6)
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ from ..errors import UsageError
 from . import choosing, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
 from .app import app
 
+# Which extra brings a module that not every command needs.
+EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "pandas": "eval"}
+
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
@@ -20,6 +23,11 @@ def main() -> None:
         app()
     except UsageError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"this needs {error.name}: pip install 'notall[{extra}]'")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +84,7 @@ def sweep(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from .. import grid, plots, results
+    from .. import grid, results
     from ..models import load
 
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
@@ -105,8 +106,11 @@ def sweep(
         )
     rows = results.read(out / grid.SIMILARITY)
     name = provenance["model"]
-    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
-    plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
+    if find_spec("altair"):  # the extra `report`
+        from .. import plots
+
+        plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
+        plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
     show(
         records,
         GRID_COLUMNS,

@@ -1,0 +1,114 @@
+"""Every command and snippet of the README and the documentation runs, on a tiny model and smaller sizes."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from families import family
+from notall import Plan, cli
+from tiny_checkpoint import save_tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+GENERATED = {"architectures.md", "commands.md", "engines.md"}
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
+FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
+SMALL = {
+    "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt 4 --new 2 --rounds 1",
+    "bench": "--prompt 4 --new 2 --rounds 1",
+    "eval": "--sequences 2 --length 32",
+    "similarity": "--sequences 2 --length 32",
+    "generate": "--max-new-tokens 4",
+}
+
+
+def blocks(page):
+    """(language, title, text) of each fenced block."""
+    return [match.groups() for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=16)
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
+    return {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
+
+
+def run_line(line, words, monkeypatch):
+    name, *arguments = shlex.split(line, comments=True)
+    arguments = [str(words.get(argument, argument)) for argument in arguments]
+    small = shlex.split(SMALL.get(arguments[0], "")) if arguments else []
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *small])
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        if leaving.code:
+            pytest.fail(f"{line}: exit code {leaving.code}")
+
+
+def check_line(line):
+    """Its options exist, though it needs more than is here to run."""
+    _, command, *arguments = shlex.split(line, comments=True)
+    typer.main.get_command(cli.app).commands[command].make_context(command, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
+    namespace = {}
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)
+    extras = re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    for language, title, text in blocks(page):
+        if language == "python":
+            exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
+        elif language == "json":
+            Path("read.json").write_text(text)
+            assert Plan.load("read.json")
+        elif language == "sh":
+            for line in filter(str.strip, text.splitlines()):
+                word = line.split()[0]
+                if word == "notall" and title:
+                    assert title.startswith("needs "), title
+                    check_line(line)
+                elif word == "notall":
+                    run_line(line, workplace, monkeypatch)
+                elif word == "make":
+                    assert line.split()[1] in targets
+                else:
+                    assert word == "pip", line
+                    assert set(re.findall(r"notall\[(\w+)\]", line)) <= set(extras)
+        else:
+            assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
+
+
+def test_the_command_reference_is_of_this_code():
+    spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
+    commands = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(commands)
+    written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert written == commands.render(), "run: make docs"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page.name, link)
+
+
+def test_the_documentation_counts_shared_sublayer_runs_right():
+    from notall import grid, locate
+    from notall.replay import Replay
+
+    model = family("llama").build(num_hidden_layers=30)
+    plans = [row.plan for row in grid.paper_grid(locate(model))]
+    replay = Replay(model, plans)
+    told = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"{replay.executions} of the {replay.one_by_one} sublayer runs" in " ".join(told.split())

@@ -1,0 +1,103 @@
+"""The package as people install it: what is in it, that it works on its own, and what it does without its extras."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import result_folders
+from tiny_checkpoint import save_tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "pandas", "datasets", "ray", "mkdocs", "playwright")
+QUICK = ("--sequences", "1", "--length", "16", "--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, check=True, capture_output=True
+    )
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "notall").rglob("*") if file.is_file()}
+    source = {name for name in source if "__pycache__" not in name}
+    assert {"notall/py.typed", "notall/reporting/page.html", "notall/reporting/page.js"} <= source
+    assert {name for name in names if ".dist-info/" not in name} == source
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_what_the_tests_need(dist):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "CHANGELOG.md", "tests/test_package.py", "docs/commands.py"} <= names
+    assert not any(name.startswith((".venv", "results", "site")) for name in names)
+
+
+def test_the_wheel_works_in_a_clean_environment(dist, tmp_path):
+    """Its dependencies are those of this environment; notall itself is the wheel's."""
+    (wheel,) = dist.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True)
+    inside = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    (inside / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert str(inside) in run(python, "-c", "import notall; print(notall.__file__)")
+    notall = tmp_path / "env" / "bin" / "notall"
+    assert "notall sweep" in run(notall)
+    result_folders.write(tmp_path / "results")
+    run(notall, "report", "results", "-o", "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 500_000
+
+
+BLOCKED = """
+import importlib.util, sys
+sys.modules.update(dict.fromkeys({optional}))
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {optional} else find_spec(name, *rest)
+sys.argv = {arguments}
+from notall.cli import main
+main()
+"""
+
+
+def blocked(arguments):
+    """Run notall as if none of its extras were installed."""
+    code = BLOCKED.format(optional=OPTIONAL, arguments=["notall", *map(str, arguments)])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_without_extras_the_main_job_runs_and_the_rest_says_what_to_install(tmp_path):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
+    swept = blocked(["sweep", model, "--out", tmp_path / "results", *QUICK])
+    assert swept.returncode == 0, swept.stderr
+    assert (tmp_path / "results" / "samples.jsonl").exists()
+    assert not (tmp_path / "results" / "tradeoff.png").exists()
+    report = blocked(["report", tmp_path / "results", "-o", tmp_path / "report.html"])
+    assert (report.returncode, len(report.stderr.strip().splitlines())) == (2, 1)
+    assert "pip install 'notall[report]'" in report.stderr
+
+
+def test_importing_notall_takes_less_than_a_third_of_a_second():
+    code = "import time; start = time.perf_counter(); import notall; print(time.perf_counter() - start)"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
+    ]
+    assert min(seconds) < 0.3
