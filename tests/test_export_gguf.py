@@ -14,6 +14,7 @@ from gguf import GGUFEndian, GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import engines
 from families import family
 from notall import Plan, UsageError, export, load, skip
 from notall.exporters import llamacpp
@@ -30,7 +31,7 @@ PLANS = {
     "mixed": Plan(attention=[0, 3], mlp=[1]),
 }
 ORDINARY = ("portable", "block")
-needs_llamacpp = pytest.mark.skipif(not llamacpp.is_installed(), reason="no llama.cpp here: pip install xllamacpp")
+needs_llamacpp = engines.needs("xllamacpp", "pip install xllamacpp")
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
@@ -68,6 +69,8 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
     assert len(found) == llamacpp.LIKELIEST
     for token, value in found.items():
         assert value == pytest.approx(float(expected[token]), abs=2e-3)  # llama.cpp keeps keys and values in float16
+    kind = "portable, whole blocks" if plan in (PLANS["portable"], PLANS["block"]) else "any"
+    engines.works("llama.cpp", "xllamacpp", "gguf", model.config.model_type, kind)
 
 
 @needs_llamacpp
@@ -198,14 +201,16 @@ def test_parallel_blocks_go_whole():
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "gemma3n", "from-the-future"])
 def test_an_architecture_that_is_not_a_stack_of_blocks_is_refused(name):
-    with pytest.raises(UsageError, match=f"layers of {name}"):
+    with pytest.raises(UsageError, match=f"layers of {name}") as refusal:
         cut(sketch(name), Plan([1], [1]))
+    engines.refused("gguf", name, "whole blocks", str(refusal.value))
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("qwen3", "attn_q_norm"), ("llama", "ffn_gate_exps")])
 def test_what_deci_cannot_compute_is_refused(name, tensor):
-    with pytest.raises(UsageError, match=r"choose a portable plan, or export to hf"):
+    with pytest.raises(UsageError, match=r"choose a portable plan, or export to hf") as refusal:
         cut(sketch(name, tensors=("attn_norm", "attn_q", "ffn_norm", tensor)), Plan([1]))
+    engines.refused("gguf", f"{name} with {tensor}", "any", str(refusal.value))
 
 
 def test_a_file_that_does_not_match_the_plan_is_refused(llama, tmp_path):

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, StaticCache
 
+import engines
 from families import FAMILIES, family, silenced
 from notall import Plan, UsageError, locate, skip
 from notall.anatomy import cache_argument
@@ -76,6 +77,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+REGROUPED_HOW = "`trust_remote_code=True`, or after `notall.register()`"
 BASES = [base.removesuffix("_text") for base in REGROUPED]
 each_family = pytest.mark.parametrize("name", BASES)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -91,6 +93,7 @@ def test_regrouped_answers_as_the_slow_twin(exported, name, plan):
     found = load(folder)
     with torch.no_grad(), silenced(dense, family(name), PLANS[plan].attention, PLANS[plan].mlp):
         assert_close(found(**PROMPT).logits[MASK.bool()], dense(**PROMPT).logits[MASK.bool()])
+    engines.works("transformers", "transformers", "hf", name, "any", REGROUPED_HOW)
 
 
 GENERATION = {
@@ -225,6 +228,7 @@ ORDINARY = [f for f in FAMILIES if f.exists and f.name not in REFUSED and f.auto
 @pytest.mark.parametrize("family", ORDINARY, ids=str)
 def test_whole_blocks_leave_an_ordinary_checkpoint(family, tmp_path):
     _check_ordinary(family.build(), family, PORTABLE["block"], tmp_path)
+    engines.works("transformers", "transformers", "hf", family.name, "whole blocks")
 
 
 @pytest.mark.parametrize("family", ORDINARY, ids=str)
@@ -233,14 +237,17 @@ def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
     if not is_portable(locate(model), PORTABLE["portable"]):
         if family.name in REGROUPED:
             return  # written in the regrouped form, which is tested above
-        with pytest.raises(UsageError, match=r"side by side|do not alternate|rule by layer|kinds"):
+        with pytest.raises(UsageError, match=r"side by side|do not alternate|rule by layer|kinds") as refusal:
             export(model, PORTABLE["portable"], "hf", tmp_path / "model")
+        engines.refused("hf", family.name, "portable", str(refusal.value))
         return
     if family.name in UNTOLD:
-        with pytest.raises(UsageError, match="skip whole blocks"):
+        with pytest.raises(UsageError, match="skip whole blocks") as refusal:
             export(model, PORTABLE["portable"], "hf", tmp_path / "model")
+        engines.refused("hf", family.name, "portable", str(refusal.value))
         return
     _check_ordinary(model, family, PORTABLE["portable"], tmp_path)
+    engines.works("transformers", "transformers", "hf", family.name, "portable")
 
 
 def _check_ordinary(dense, family, plan, folder):
@@ -258,9 +265,10 @@ def _check_ordinary(dense, family, plan, folder):
 def test_a_rule_by_depth_is_refused(name, tmp_path):
     if not family(name).exists:
         pytest.skip(f"this transformers has no {name}")
-    with pytest.raises(UsageError, match=r"rule by layer or depth|differs from its recomposition"):
+    with pytest.raises(UsageError, match=r"rule by layer or depth|differs from its recomposition") as refusal:
         export(build(name), PORTABLE["block"], "hf", tmp_path / "model")
     assert not list(tmp_path.iterdir())
+    engines.refused("hf", name, "whole blocks", str(refusal.value))
 
 
 @each_plan

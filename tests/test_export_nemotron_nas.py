@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+import engines
 from families import family
 from notall import Plan, UsageError, export
 from notall.exporters import mlx
@@ -15,7 +16,7 @@ from notall.exporters.nemotron_nas import ffn_mult
 MIXED = Plan(attention=[0, 3], mlp=[1])
 PLANS = {"block": Plan([1], [1]), "attention": Plan([0, 2]), "MLP": Plan(mlp=[1, 3]), "mixed": MIXED}
 FITTING = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}}
-needs_mlx = pytest.mark.skipif(not mlx.is_installed(), reason="no MLX-LM here: pip install mlx-lm 'mlx[cpu]'")
+needs_mlx = engines.needs("mlx_lm")
 
 
 @needs_mlx
@@ -26,6 +27,7 @@ def test_mlx_answers_as_the_skipped_model(name, plan, theta, tmp_path):
     """`export` itself compares, where MLX-LM is installed; with the RoPE base of transformers 4 and another one."""
     model = family(name).build(**FITTING[name], rope_theta=theta)
     export(model, plan, "nemotron-nas", tmp_path / "out")
+    engines.works("MLX-LM", "mlx-lm", "nemotron-nas", name, "any")
 
 
 @needs_mlx
@@ -97,9 +99,11 @@ def test_its_config_has_objects_for_blocks(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_refused(name, changes, reason, tmp_path):
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError, match=reason) as refusal:
         export(family(name).build(**changes), MIXED, "nemotron-nas", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    variant = "".join(f" ({key}={value})" for key, value in changes.items())
+    engines.refused("nemotron-nas", name + variant, "any", str(refusal.value))
 
 
 def test_what_vllm_cannot_take_is_warned_of(tmp_path, caplog):
