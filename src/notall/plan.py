@@ -112,7 +112,10 @@ class Plan(BaseModel):
                 f"this plan was made for {self.fingerprint}, but the model is {anatomy.fingerprint}; "
                 "make a plan for this model, or delete its fingerprint line if you are sure"
             )
-        layers = len(anatomy.blocks)
+        self.check_depth(len(anatomy.blocks))
+
+    def check_depth(self, layers: int) -> None:
+        """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""
         for index in (*self.attention, *self.mlp):
             if index >= layers:
                 raise UsageError(f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}")

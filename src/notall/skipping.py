@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -24,34 +24,7 @@ from .anatomy import Anatomy, Block, Sublayer, base_model, locate, renumber, sli
 from .errors import UsageError
 from .observation import LayerCall, child, parameter_names, run_branches
 from .plan import Plan
-
-
-@dataclass
-class Group:
-    """A layer of the regrouped model, by dense indices: MLPs ahead, one attention, its MLP if `whole`, MLPs behind."""
-
-    attention: int
-    whole: bool
-    before: list[int] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
-
-    @property
-    def untouched(self) -> bool:
-        return self.whole and not self.before and not self.after
-
-
-def regroup(anatomy: Anatomy, plan: Plan) -> list[Group]:
-    """Cut what `plan` keeps into layers of one attention each, in the order of the dense model."""
-    groups: list[Group] = []
-    ahead: list[int] = []  # MLPs before the first live attention
-    for index in range(len(anatomy.blocks)):
-        has_mlp = index not in plan.mlp
-        if index not in plan.attention:
-            groups.append(Group(index, whole=has_mlp, before=ahead))
-            ahead = []
-        elif has_mlp:
-            (groups[-1].after if groups else ahead).append(index)
-    return groups
+from .regrouping import Group, regroup
 
 
 def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
@@ -60,7 +33,7 @@ def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
     it make an ordinary layer, whichever blocks they come from.
     """
-    return all(is_ordinary(anatomy, group) for group in regroup(anatomy, plan))
+    return all(is_ordinary(anatomy, group) for group in regroup(len(anatomy.blocks), plan))
 
 
 def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
@@ -138,7 +111,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(anatomy)
     if not plan:
         return
-    dense, groups = _layers(inner, anatomy), regroup(anatomy, plan)
+    dense, groups = _layers(inner, anatomy), regroup(len(anatomy.blocks), plan)
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     anatomies.forget(inner)
@@ -183,7 +156,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     undo.callback(anatomies.remember, model, dense, anatomy)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
-    groups = regroup(anatomy, plan)
+    groups = regroup(len(anatomy.blocks), plan)
     regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
     try:
         for change in _install(model, anatomy, regrouped, groups):

@@ -8,7 +8,7 @@ import os
 import sys
 
 from ..errors import UsageError
-from . import choosing, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
+from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
 from .app import app
 
 # Which extra brings a module that not every command needs.

@@ -66,3 +66,4 @@ CHECK_COLUMNS = [
     MARK,
 ]
 CLAIM_COLUMNS = [plain("claim"), plain("here"), plain("verdict")]
+FILE_COLUMNS = [plain("file"), size("bytes", "size")]

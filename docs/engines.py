@@ -1,0 +1,66 @@
+"""Render docs/engines.md from docs/engines.jsonl, which the tests write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+HEAD = """# Engines
+
+<!-- Rendered by docs/engines.py from what the tests found: run `make engines`. -->
+
+`notall export MODEL --plan plan.json --to TARGET --out DIR` writes files that engines load. Which target?
+
+| target | what it is | for |
+| --- | --- | --- |
+| `hf` | a portable plan or one of whole blocks: an ordinary checkpoint of the same architecture, with fewer layers | everything that loads the dense model |
+| `hf` | any other plan: the regrouped form, one attention a layer, under a model type of its own | transformers; vLLM |
+| `nemotron-nas` | a DeciLM checkpoint, whose layers may lack a sublayer | vLLM, MLX-LM; made for SGLang, TensorRT-LLM and ExLlamaV3 too, which are not run here |
+| `gguf` | the GGUF file of the dense model, rewritten; other plans than portable ones as `deci` | llama.cpp and what is built on it; turn flash attention on |
+
+A plan is *portable* when what it keeps alternates attention, MLP, attention, MLP. vLLM's nemotron-nas cannot run a
+model whose first layer has an MLP and no attention: export to `hf` then.
+
+## Works
+
+Each was run: the engine's answers equal those of the skipped model in memory (float32; logits, or log-probabilities of
+the likeliest tokens).
+
+| engine | release | target | plans | how | architectures |
+| --- | --- | --- | --- | --- | --- |
+"""
+REFUSED = """
+## Refused
+
+| target | architecture | plans | reason |
+| --- | --- | --- | --- |
+"""
+
+
+def render(lines: list[dict[str, str]]) -> str:
+    """The page, in Markdown."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for line in lines:
+        if line["verdict"] == "works":
+            key = tuple(line[name] for name in ("engine", "version", "target", "plans", "how"))
+            groups.setdefault(key, []).append(line["architecture"])
+    works = [_row(*key, ", ".join(sorted(found, key=str.lower))) for key, found in sorted(groups.items())]
+    refused = [
+        _row(line["target"], line["architecture"], line["plans"], line["reason"].replace("|", "/"))
+        for line in sorted(lines, key=lambda line: (line["target"], line["architecture"].lower()))
+        if line["verdict"] == "refused"
+    ]
+    return HEAD + "".join(works) + REFUSED + "".join(refused)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def read() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (HERE / "engines.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    (HERE / "engines.md").write_text(render(read()), encoding="utf-8")

@@ -1,0 +1,75 @@
+"""The command that turns a plan into files for engines."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import show
+from .app import app
+from .columns import FILE_COLUMNS
+from .inputs import load_model, read_plan, text_batches
+from .options import Json, Model, Revision, Trust
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+class Target(str, Enum):
+    hf = "hf"
+    nemotron_nas = "nemotron-nas"
+    gguf = "gguf"
+
+
+@app.command(epilog="Example:  notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
+def export(
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", help="plan file, as `notall plan` writes it")],
+    to: Annotated[Target, typer.Option("--to", help="which engines read it: see docs/engines.md")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")],
+    measure: Annotated[
+        str | None, typer.Option(help="a text (as --text of eval): what the plan costs on it goes into the model card")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
+    push_to_hub: Annotated[str | None, typer.Option(help="upload it to this repository of the hub")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model without what the plan skips, as files that engines load. OUT appears whole or not at all."""
+    from ..exporters import export as export_model
+
+    wanted = read_plan(plan)
+    export_model(
+        model,
+        wanted,
+        to.value,
+        out,
+        measured=_measured(model, wanted, measure, revision, trust_remote_code) if measure else None,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
+        push_to_hub=push_to_hub,
+    )
+    rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
+    show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
+
+
+def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
+    from ..quality import evaluate
+
+    net, tokenizer = load_model(model, "auto", "auto", None, None, revision, trust_remote_code)
+    batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
+    dense, skipped = evaluate(net, [type(plan)(), plan], batches)
+    return {
+        "text": f"{described['text']}, 8 windows of 256 tokens",
+        "perplexity of the dense model": dense.perplexity,
+        "perplexity": skipped.perplexity,
+        "NLL added, nats a token": f"{skipped.delta_nll:.4f} ± {skipped.delta_nll_se:.4f}",
+        "KL from the dense model, nats a token": f"{skipped.kl:.4f} ± {skipped.kl_se:.4f}",
+        "same first choice as the dense model": f"{skipped.top1_agreement:.2%}",
+    }

@@ -1,0 +1,93 @@
+"""Plans become files that engines serve: `export`, with one module a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UsageError
+from ..plan import Plan
+from .writing import appearing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Target = Literal["hf", "nemotron-nas", "gguf"]
+SHARD_BYTES = 5_000_000_000
+
+
+def export(
+    model: PreTrainedModel | str | Path,
+    plan: Plan,
+    target: Target,
+    out: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    measured: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+    push_to_hub: str | None = None,
+) -> Path:
+    """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
+
+    `model` is what `notall.load` takes, or a live model with its `tokenizer`. Weights are copied file to file, so that
+    memory is needed for `verify` alone, which runs the dense and the written model, one at a time, and compares them.
+    `measured` goes into the model card as a table. `out` appears whole or not at all.
+    Raises `UsageError` for a plan of another model, a folder that exists, damaged or unreadable files, a target that
+    cannot hold the plan, a full disk, and a written model that answers differently.
+    """
+    out = Path(out)
+    with appearing(out) as folder:
+        if target == "gguf":
+            from .gguf import export_gguf
+
+            export_gguf(_gguf(model), plan, folder, measured=measured, check=verify)
+        elif target in ("hf", "nemotron-nas"):
+            from .dense import opened
+            from .hf import export_hf
+            from .nemotron_nas import export_nemotron_nas
+
+            write = export_hf if target == "hf" else export_nemotron_nas
+            with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
+                plan.check(dense.anatomy)
+                write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify)
+        else:
+            raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")
+    if push_to_hub:
+        _push(out, push_to_hub)
+    return out
+
+
+def _gguf(model: Any) -> Path:
+    """The GGUF file to rewrite."""
+    if model == "smollm2":
+        from ..models import default_gguf
+
+        return default_gguf()
+    path = Path(model) if isinstance(model, str | Path) else Path()
+    if path.suffix != ".gguf":
+        raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
+    if not path.is_file():
+        raise UsageError(f"there is no {path}; give the GGUF file of the dense model")
+    return path
+
+
+def _push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
+        raise UsageError(
+            f"{folder} is written, but {repository} did not take it ({_first_line(error)}); "
+            f"try again with `hf upload {repository} {folder}`"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,182 @@
+"""The dense model as files: its config, and where each sublayer's tensors lie. No weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..anatomy import Anatomy, Sublayer, base_model, locate
+from ..complaints import explained, quiet
+from ..errors import UsageError
+from ..models import build_empty, identify, model_source
+from ..skipping import is_skipping
+from .manifest import Origin
+from .tensors import StoredTensor, read_header
+
+# Other forms of the same weights, which a download need not fetch and an export does not copy.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
+
+Tensors = dict[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """`settings` is config.json as it is written, `config` what transformers makes of it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    config: PretrainedConfig
+    empty: PreTrainedModel  # on the meta device
+    anatomy: Anatomy
+    tensors: Tensors
+    origin: Origin
+
+    @cached_property
+    def prefix(self) -> str:
+        """What the names of layer tensors begin with, in the files: such as `model.layers.`."""
+        last = self.anatomy.layers.rpartition(".")[2]
+        found: dict[str, set[int]] = {}
+        for name in self.tensors:
+            if match := re.match(rf"((?:.*?\.)?{re.escape(last)}\.)(\d+)\.", name):
+                found.setdefault(match[1], set()).add(int(match[2]))
+        depth = len(self.anatomy.blocks)
+        whole = [prefix for prefix, numbers in found.items() if numbers >= set(range(depth))]
+        if len(whole) != 1:
+            raise UsageError(
+                f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}, "
+                "expected one; fetch or save the model again"
+            )
+        return whole[0]
+
+    @cached_property
+    def outside_layers(self) -> Tensors:
+        """Embeddings, final norm, head: what every plan keeps."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(self.prefix)}
+
+    @cached_property
+    def _layers(self) -> list[Tensors]:
+        """The tensors of each layer, by their names below it."""
+        layers: list[Tensors] = [{} for _ in self.anatomy.blocks]
+        for name, tensor in self.tensors.items():
+            number, _, rest = name.removeprefix(self.prefix).partition(".")
+            if name.startswith(self.prefix) and int(number) < len(layers):
+                layers[int(number)][rest] = tensor
+        return layers
+
+    def block(self, index: int) -> Tensors:
+        """The tensors of both sublayers of a layer, by their names below it."""
+        return self._layers[index]
+
+    def parts(self, sublayer: Sublayer) -> Tensors:
+        """The tensors of one sublayer, by their names below its layer. Raises `UsageError` where names do not tell."""
+        owner = self._owners(sublayer.index)
+        held = self._layers[sublayer.index]
+        return {name: tensor for name, tensor in held.items() if owner(name) == sublayer.kind}
+
+    def _owners(self, index: int) -> Any:
+        """A function from the name of a tensor of layer `index` to the kind of the sublayer that it is of.
+
+        A name may be nobody's, where transformers renames on loading (Mixtral's block_sparse_moe). It is then that
+        sublayer's of whose own modules one is in no file.
+        """
+        block, held = self.anatomy.blocks[index], self._layers[index]
+        layer = self.empty.get_submodule(f"{self.anatomy.layers}.{index}")
+
+        def is_absent(module: str) -> bool:
+            weighs = any(True for _ in layer.get_submodule(module).parameters())
+            return weighs and not any(name.startswith(module + ".") for name in held)
+
+        parts = (block.attention, block.mlp)
+        absent = [part.kind for part in parts if any(is_absent(module) for module in part.modules)]
+
+        def owner(name: str) -> str:
+            for part in parts:
+                if any(name.startswith(module + ".") for module in part.modules):
+                    return part.kind
+            if len(absent) != 1:
+                raise UsageError(
+                    f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
+                    "transformers renames it on loading; skip whole blocks"
+                )
+            return absent[0]
+
+        return owner
+
+
+@contextmanager
+def opened(
+    model: PreTrainedModel | str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[DenseModel]:
+    """The dense model of a spec as files, fetched if it is a hub id; a live model is saved to a scratch folder first.
+
+    Raises `UsageError` when the model is unknown, out of reach, damaged or not in safetensors files.
+    """
+    if not isinstance(model, str | Path):
+        with tempfile.TemporaryDirectory(prefix="notall-") as scratch:
+            identity = _save(base_model(model), tokenizer, Path(scratch))
+            yield _read(Path(scratch), identity, trust_remote_code)
+        return
+    source = model_source(model, revision)
+    if not isinstance(source, Path):
+        with explained(source):
+            source = Path(snapshot_download(source, revision=revision, ignore_patterns=[*OTHER_WEIGHTS]))
+    yield _read(source, identify(model, revision=revision), trust_remote_code)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> dict[str, str]:
+    if is_skipping(model):
+        raise UsageError("the model is inside a `with notall.skip(...)`; leave it, and give the plan to the export")
+    locate(model)  # refuse before writing gigabytes
+    with quiet():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return {"model": Path(model.name_or_path).name or model.config.model_type, "revision": "in memory"}
+
+
+def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> DenseModel:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with explained(identity["model"]), quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    if config.get_text_config(decoder=True) is not config:
+        raise UsageError(
+            f"{identity['model']} is a model of more than text ({config.model_type}); notall exports text models "
+            "only, and skips in memory here"
+        )
+    model = build_empty(config)
+    anatomy = locate(model)
+    origin = Origin(**identity, layers=len(anatomy.blocks), fingerprint=anatomy.fingerprint, card=folder / "README.md")
+    return DenseModel(folder, settings, config, model, anatomy, _tensors(folder), origin)
+
+
+def _tensors(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint: of the files that its index names, or of its one file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise UsageError(f"{folder.name} has neither model.safetensors nor an index of shards; save it again")
+        return read_header(single)
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {file: read_header(folder / file) for file in sorted(set(where.values()))}
+        return {name: files[file][name] for name, file in where.items()}
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder.name} lacks {Path(error.filename).name}; download it again") from None
+    except KeyError as error:
+        raise UsageError(f"{folder.name}: no shard holds {error}; download it again") from None
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{folder.name}: {index.name} is damaged; download it again") from None

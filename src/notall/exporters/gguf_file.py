@@ -1,0 +1,132 @@
+"""A GGUF file as fields and tensors: read without loading it, written a tensor at a time. No torch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
+
+from ..errors import UsageError
+
+BLOCK = "blk."
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value of the header; `kind` is of its elements where it is a list."""
+
+    value: Any
+    kind: GGUFValueType
+
+    @classmethod
+    def of(cls, value: Any) -> Field:
+        """A count, a text, or a list of counts."""
+        kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
+        return cls(value, kind)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """`data` are its bytes, a row a row, or plain numbers; rows of quantised tensors are independent of each other."""
+
+    data: np.ndarray[Any, Any]
+    quantization: GGMLQuantizationType
+
+    @property
+    def size(self) -> int:
+        return self.data.nbytes
+
+
+@dataclass(frozen=True)
+class GGUF:
+    path: Path
+    fields: dict[str, Field]
+    tensors: dict[str, Tensor]
+    endianness: GGUFEndian
+
+    @property
+    def architecture(self) -> str:
+        return str(self.fields["general.architecture"].value)
+
+    @property
+    def depth(self) -> int:
+        return self.count("block_count")
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting of the architecture, such as `embedding_length`. Raises `UsageError` without it or a default."""
+        field = self.fields.get(f"{self.architecture}.{name}")
+        if field is None and default is None:
+            raise UsageError(f"{self.path.name} lacks {self.architecture}.{name}; convert the model again")
+        return default if field is None else field.value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A setting that counts something. Raises `UsageError` where it does not."""
+        value = self.setting(name, default)
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise UsageError(f"{self.path.name} has {value!r} for {self.architecture}.{name}; download it again")
+        return value
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one block, by their names in it."""
+        start = f"{BLOCK}{index}."
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+
+    @property
+    def outside_blocks(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(BLOCK)}
+
+
+def read_gguf(path: Path) -> GGUF:
+    """Map a GGUF file into memory. Raises `UsageError` when it is truncated or damaged, or one part of several."""
+    try:
+        reader = GGUFReader(path)
+        fields = {name: _field(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        tensors = {tensor.name: Tensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        endianness = reader.endianess
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError) as error:
+        raise UsageError(f"{path.name} is no whole GGUF file: {_first_line(error)}; download it again") from None
+    if "general.architecture" not in fields:
+        raise UsageError(f"{path.name} names no architecture; it is no model")
+    if fields.get("split.count", Field.of(1)).value != 1:
+        raise UsageError(f"{path.name} is a part of several: merge them first with `llama-gguf-split --merge`")
+    return GGUF(path, fields, tensors, endianness)
+
+
+def _field(field: Any) -> Field:
+    return Field(field.contents(), field.types[-1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def write_gguf(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> None:
+    """Write a GGUF file, in the byte order of `source`."""
+    writer = GGUFWriter(path, str(fields["general.architecture"].value), endianess=source.endianness)
+    for name, field in fields.items():
+        if name == "general.architecture":  # the writer has written it
+            continue
+        if isinstance(field.value, list):
+            writer.add_key_value(name, field.value, GGUFValueType.ARRAY, sub_type=field.kind)
+        else:
+            writer.add_key_value(name, field.value, field.kind)
+    for name, tensor in tensors.items():
+        data = tensor.data
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, tensor.quantization)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            writer.write_tensor_data(tensor.data)
+    except OSError as error:
+        if error.errno is None:  # numpy's word for a full disk
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise
+    finally:
+        writer.close()

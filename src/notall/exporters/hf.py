@@ -1,0 +1,126 @@
+"""transformers: an ordinary checkpoint where the plan is portable, else a regrouped one with its own modeling file."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from ..errors import UsageError
+from ..plan import Plan
+from ..regrouping import Layer
+from .dense import OTHER_WEIGHTS, DenseModel, Tensors
+from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
+from .manifest import MANIFEST, describe
+from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
+from .tensors import StoredTensor, write_shards
+from .verification import verify
+
+NOT_COPIED = ("config.json", "README.md", MANIFEST, "*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
+
+
+ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
+REGROUPED_USE = (
+    "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
+    "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
+    "```python\nAutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```"
+)
+
+
+def export_hf(
+    dense: DenseModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    shard_bytes: int,
+    measured: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> None:
+    """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run and compare it.
+
+    Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form.
+    """
+    layers = layers_of(dense.anatomy, plan)
+    is_ordinary = all(layer.is_ordinary for layer in layers)
+    settings = cut_settings(dense, layers)
+    check_twins(dense, build_cut(dense, settings), layers)
+    base = dense.config.model_type
+    if not is_ordinary:
+        _check_regrouped(dense, plan)
+        settings |= _regrouped_settings(base, layers)
+        write_modeling(folder, base)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_shards(folder, dict(_named(dense, layers)), shard_bytes)
+    copy_companions(dense.folder, folder)
+    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
+    describe(folder, dense.origin, plan, settings["model_type"], use, measured)
+    if check:
+        loader: Any = AutoModelForCausalLM
+        if not is_ordinary:
+            loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
+        verify(dense, plan, folder, loader)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: whatever lies beside the weights and the config."""
+    for file in sorted(source.iterdir()):
+        hidden = file.name.startswith(".")
+        if file.is_file() and not hidden and not any(fnmatch.fnmatch(file.name, name) for name in NOT_COPIED):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
+    base, blocks = dense.config.model_type, dense.anatomy.blocks
+    if blocks[0].parallel:
+        raise UsageError(
+            f"in {base} the attention and the MLP of a block run side by side, so that a checkpoint can lack whole "
+            "blocks only; skip blocks"
+        )
+    if base not in FAMILIES:
+        raise UsageError(
+            f"this plan keeps sublayers that do not alternate, attention, MLP, attention, MLP, and notall has no form "
+            f"for that in {base} (it has for {', '.join(FAMILIES)}); skip whole blocks, or choose a portable plan"
+        )
+    kinds = {repr(build_of(dense, block.mlp)) for block in blocks if block.index not in plan.mlp}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"this {base} has MLPs of {len(kinds)} kinds, and an MLP without its attention would be built as the wrong "
+            "one; skip whole blocks, or choose a portable plan"
+        )
+
+
+def _regrouped_settings(base: str, layers: Sequence[Layer]) -> dict[str, Any]:
+    classes = classes_of(base)
+    module = modeling_file(base).removesuffix(".py")
+    return {
+        "model_type": model_type_of(base),
+        "architectures": [classes["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        "sublayers": [asdict(layer) for layer in layers],
+    }
+
+
+def _named(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of the export under their new names."""
+    yield from dense.outside_layers.items()
+    for number, layer in enumerate(layers):
+        start = f"{dense.prefix}{number}."
+        if layer.mlp == layer.attention:
+            yield from _under(start, dense.block(layer.attention))
+        else:
+            yield from _under(start, dense.parts(dense.anatomy.blocks[layer.attention].attention))
+            if layer.mlp is not None:
+                yield from _under(start, dense.parts(dense.anatomy.blocks[layer.mlp].mlp))
+        for place, indices in (("before", layer.before), ("after", layer.after)):
+            for slot, index in enumerate(indices):
+                yield from _under(f"{start}{place}.{slot}.", dense.parts(dense.anatomy.blocks[index].mlp))
+
+
+def _under(start: str, tensors: Tensors) -> Iterator[tuple[str, StoredTensor]]:
+    return ((start + name, tensor) for name, tensor in tensors.items())

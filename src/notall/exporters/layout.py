@@ -1,0 +1,135 @@
+"""From a plan to the layers of the exported model, and to the config that describes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy import LAYER_INDICES, PER_LAYER_LISTS, Anatomy, Sublayer
+from ..errors import UsageError
+from ..models import build_empty
+from ..observation import child
+from ..plan import Plan
+from ..regrouping import Layer, merged, regroup
+from ..skipping import fits
+from .dense import DenseModel
+
+# Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.
+MLP_LISTS = {"mlp_layer_types"}
+LISTS = (*PER_LAYER_LISTS, "num_attention_heads_per_layer")
+# Lists of the indices of layers whose MLP is of one kind, and numbers of layers from the first on with such MLPs.
+MLP_INDICES = ("mlp_only_layers", "moe_layers")
+MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+
+
+def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
+    """The layers of the exported model."""
+    return merged(regroup(len(anatomy.blocks), plan), partial(fits, anatomy))
+
+
+def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:
+    """config.json of a model of `layers`: the dense one, with its per-layer settings cut by the source of each."""
+    settings, config = copy.deepcopy(dense.settings), dense.config
+    attentions = [layer.attention for layer in layers]
+    mlps = [_kind_of_mlp(layer) for layer in layers]
+    for name in LISTS:
+        values = getattr(config, name, None)
+        if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
+            settings[name] = [values[index] for index in (mlps if name in MLP_LISTS else attentions)]
+    if "attention_types" in settings:  # GPT-Neo writes its list as repeated patterns
+        settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
+    for name in MLP_INDICES:
+        if indices := getattr(config, name, None):
+            settings[name] = [number for number, index in enumerate(mlps) if index in indices]
+    for name in MLP_COUNTS:
+        if count := getattr(config, name, None):
+            settings[name] = sum(index < count for index in mlps)
+    if (step := getattr(config, "decoder_sparse_step", 1)) != 1:  # every step-th layer has experts
+        is_sparse = [(index + 1) % step == 0 and index not in (config.mlp_only_layers or ()) for index in mlps]
+        settings["mlp_only_layers"] = [number for number, sparse in enumerate(is_sparse) if not sparse]
+        settings["decoder_sparse_step"] = 1
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return settings | rope_names(settings)
+
+
+def _kind_of_mlp(layer: Layer) -> int:
+    """The dense layer whose MLP says of which kind those of `layer` are."""
+    own = () if layer.mlp is None else (layer.mlp,)
+    return next(iter((*own, *layer.before, *layer.after)), layer.attention)
+
+
+def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """The names that transformers 4 and other engines read RoPE's settings by, where only version 5's are written."""
+    rope = settings.get("rope_parameters")
+    if not rope or "rope_theta" in settings:
+        return {}
+    if "sliding_attention" in rope:  # Gemma 3 has two bases
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        named = {"rope_local_base_freq": local["rope_theta"]}
+    else:
+        named = {}
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if "partial_rotary_factor" in rope:
+        named["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if scaling.get("rope_type", "default") != "default":
+        named["rope_scaling"] = scaling
+    return {**named, "rope_theta": rope["rope_theta"]}
+
+
+def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
+    try:
+        return build_empty(type(dense.config).from_dict(dict(settings)))
+    except (ValueError, UsageError) as error:
+        said = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(
+            f"{dense.anatomy.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
+            "runs in memory only"
+        ) from None
+
+
+def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[Layer]) -> None:
+    """Raise `UsageError` unless each layer of `exported` is built as the dense layers that its sublayers come from.
+
+    Both are on the meta device: this compares classes, shapes and settings, not weights.
+    """
+    ours = exported.get_submodule(dense.anatomy.layers)
+    for number, layer in enumerate(layers):
+        mlp = [] if layer.mlp is None else [dense.anatomy.blocks[layer.mlp].mlp]
+        for part in (dense.anatomy.blocks[layer.attention].attention, *mlp):
+            if _build(ours[number], part) != build_of(dense, part):
+                raise UsageError(
+                    f"{dense.anatomy.model_type} would build {part.name} in another way as a part of layer {number}: "
+                    "its config has a rule by layer or depth that notall cannot cut, so this plan runs in memory only"
+                )
+
+
+def build_of(dense: DenseModel, part: Sublayer) -> dict[str, Any]:
+    """How a sublayer of the dense model is built: the class, settings and shapes of each of its modules."""
+    return _build(dense.empty.get_submodule(f"{dense.anatomy.layers}.{part.index}"), part)
+
+
+def _build(layer: nn.Module, part: Sublayer) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for path in part.modules:
+        for name, module in child(layer, path).named_modules(prefix=path):
+            facts[name] = (type(module).__name__, _settings(module), _shapes(module.named_parameters(recurse=False)))
+    if part.kind == "attention":
+        facts[""] = _settings(layer)
+    return facts
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in LAYER_INDICES}
+
+
+def _shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in parameters}

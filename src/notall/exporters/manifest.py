@@ -1,0 +1,88 @@
+"""What an export says of itself: `notall.json` for programs, a model card for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .. import __version__
+from ..plan import Plan
+
+MANIFEST = "notall.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape, its own card."""
+
+    model: str
+    revision: str
+    layers: int
+    fingerprint: str
+    card: Path
+
+
+def describe(
+    folder: Path, origin: Origin, plan: Plan, form: str, use: str, measured: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the manifest and the card; returns the manifest. `form` is the model type, `use` says how to run it."""
+    manifest = _manifest(origin, plan, form)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(manifest, origin.card, use, measured), encoding="utf-8")
+    return manifest
+
+
+def _manifest(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
+    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it."""
+    kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
+    return {
+        "notall": __version__,
+        "model_type": form,
+        "dense": {name: value for name, value in asdict(origin).items() if name != "card"},
+        "plan": {"attention": list(plan.attention), "mlp": list(plan.mlp), "note": plan.note},
+        "per_layer_config": {str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped},
+    }
+
+
+def _card(manifest: Mapping[str, Any], dense_card: Path, use: str, measured: Mapping[str, Any] | None) -> str:
+    """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
+    known = ModelCard.load(dense_card).data.to_dict() if dense_card.is_file() else {}
+    kept: dict[str, Any] = {
+        name: known[name] for name in ("license", "license_name", "license_link", "language") if name in known
+    }
+    dense, plan = manifest["dense"], manifest["plan"]
+    data = ModelCardData(tags=["notall", "pruned"], **kept | _base(dense["model"]))
+    skipped = [("attention", _numbers(plan["attention"])), ("MLP", _numbers(plan["mlp"]))]
+    sections = [
+        f"# {dense['model']} without some of its sublayers",
+        f"Written by notall {manifest['notall']} from `{dense['model']}` ({dense['revision']}), which has "
+        f"{dense['layers']} layers. What is left out is in no file, takes no time and holds no cache.",
+        _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
+        *([f"Plan: {plan['note']}."] if plan["note"] else []),
+        use,
+    ]
+    if measured:
+        sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
+    return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _base(model: str) -> dict[str, str]:
+    """A hub id is linked to; a folder's name would link to someone else's model."""
+    return {"base_model": model} if "/" in model else {}
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices)) or "none"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in (head, ("---", "---"), *rows))

@@ -1,0 +1,251 @@
+"""nemotron-nas (DeciLMForCausalLM): one checkpoint for vLLM, MLX-LM, SGLang, TensorRT-LLM and ExLlamaV3.
+
+Its layers may lack an attention or an MLP each, which is all that is needed here. It computes Llama's layers, so that
+Llama-like models fit, and Qwen2 with an output bias of zeros. Engines read widths as multiples of 256: other MLPs are
+padded with zeros, which change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..plan import Plan
+from ..regrouping import Row, rows
+from . import mlx
+from .dense import DenseModel
+from .hf import copy_companions
+from .layout import layers_of, rope_names
+from .manifest import describe
+from .tensors import BITS, CHUNK, MadeTensor, StoredTensor, Tensor, write_shards
+from .verification import verify_in_mlx
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "qwen2")
+MULTIPLE = 256  # of which engines take the width of an MLP to be one
+KEPT = (
+    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+    "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_bias",
+    "mlp_bias", "attention_dropout", "use_cache", "torch_dtype", "dtype", "transformers_version",
+)  # fmt: skip
+
+USE = (
+    "MLX-LM, TensorRT-LLM, SGLang and ExLlamaV3 read this checkpoint as it is, and vLLM with `--trust-remote-code`, "
+    "for the small configuration file beside the weights. transformers has no such model: export to hf for it."
+)
+WITHOUT_FIRST_ATTENTION = (
+    "vLLM's own nemotron-nas cannot run a model whose first layer has an MLP and no attention; for vLLM export to hf"
+)
+
+
+def export_nemotron_nas(
+    dense: DenseModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    shard_bytes: int,
+    measured: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> None:
+    """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run it in MLX-LM if here.
+
+    Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
+    """
+    _check(dense)
+    kept = list(rows(layers_of(dense.anatomy, plan)))
+    tensors = dict(_named(dense, kept))
+    (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
+    (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
+    write_shards(folder, tensors, shard_bytes)
+    copy_companions(dense.folder, folder)
+    use = USE
+    if kept[0].attention is None:
+        logger.warning(WITHOUT_FIRST_ATTENTION)
+        use += f" {WITHOUT_FIRST_ATTENTION}."
+    describe(folder, dense.origin, plan, "nemotron-nas", use, measured)
+    if check and mlx.is_installed():
+        verify_in_mlx(dense, plan, folder)
+
+
+def _check(dense: DenseModel) -> None:
+    config = dense.config
+    window = getattr(config, "sliding_window", None)
+    has_window = (
+        bool(window) and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings
+    )
+    if config.model_type not in FAMILIES:
+        problem = f"{config.model_type} is not built of Llama's layers"
+    elif config.hidden_act != "silu":
+        problem = f"its activation is {config.hidden_act}, not silu"
+    elif getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
+        problem = "its heads are not the hidden size divided by their number"
+    elif has_window:
+        problem = f"its attention has a window of {window} tokens"
+    else:
+        return
+    raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
+
+
+def _settings(dense: DenseModel, kept: Sequence[Row]) -> dict[str, Any]:
+    config = dense.config
+    settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
+    if config.model_type == "qwen2":
+        settings["attention_bias"] = True
+    rope: dict[str, Any] = {name: value for name, value in dense.settings.items() if name.startswith("rope_")}
+    rope |= rope_names(dense.settings)
+    rope.setdefault("rope_theta", 10_000.0)  # others take another default
+    return {
+        **settings,
+        **rope,
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+        "hidden_act": "silu",
+        "num_hidden_layers": len(kept),
+        "block_configs": [_block(config, row) for row in kept],
+    }
+
+
+def _block(config: Any, row: Row) -> dict[str, Any]:
+    heads_in_group = config.num_attention_heads // config.num_key_value_heads
+    attention = {
+        "n_heads_in_group": None if row.attention is None else heads_in_group,
+        "no_op": row.attention is None,
+        "num_sink_tokens": None,
+        "replace_with_linear": False,
+        "sparsify": None,
+        "unshifted_sink": False,
+        "use_prefill_window_in_sink_attention": False,
+        "window_length": None,
+    }
+    ffn = {
+        "ffn_mult": None if row.mlp is None else ffn_mult(_padded(config.intermediate_size), config.hidden_size),
+        "no_op": row.mlp is None,
+        "replace_with_linear": False,
+        "sparsify": None,
+    }
+    return {"attention": attention, "ffn": ffn}
+
+
+def ffn_mult(width: int, hidden: int) -> float:
+    """The multiplier from which engines compute an MLP's width: int(2 m h / 3), rounded up to a multiple of 256."""
+    mult = 1.5 * width / hidden
+    assert ceil(int(2 * mult * hidden / 3) / MULTIPLE) * MULTIPLE == width
+    return mult
+
+
+def _padded(width: int) -> int:
+    return ceil(width / MULTIPLE) * MULTIPLE
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _named(dense: DenseModel, kept: Sequence[Row]) -> Iterator[tuple[str, Tensor]]:
+    yield from dense.outside_layers.items()
+    for number, row in enumerate(kept):
+        start = f"{dense.prefix}{number}."
+        if row.attention is not None:
+            parts = dense.parts(dense.anatomy.blocks[row.attention].attention)
+            yield from ((start + name, tensor) for name, tensor in parts.items())
+            if dense.config.model_type == "qwen2":
+                yield f"{start}self_attn.o_proj.bias", _zero_bias(parts["self_attn.o_proj.weight"])
+        if row.mlp is not None:
+            for name, tensor in dense.parts(dense.anatomy.blocks[row.mlp].mlp).items():
+                yield start + name, _pad(name, tensor, _padded(dense.config.intermediate_size))
+
+
+def _zero_bias(weight: StoredTensor) -> MadeTensor:
+    (rows_, _), size = weight.shape, BITS[weight.dtype] // 8
+    return MadeTensor(weight.dtype, (rows_,), bytes(rows_ * size))
+
+
+def _pad(name: str, tensor: StoredTensor, width: int) -> Tensor:
+    module, _, kind = name.rpartition(".")
+    if module.endswith(("gate_proj", "up_proj")) and tensor.shape[0] < width:
+        return PaddedRows(tensor, width)
+    if module.endswith("down_proj") and kind == "weight" and tensor.shape[1] < width:
+        return PaddedColumns(tensor, width)
+    return tensor
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """A stored tensor, (rows, ...), with rows of zeros behind it."""
+
+    source: StoredTensor
+    rows: int
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def size(self) -> int:
+        return self.source.size // self.source.shape[0] * self.rows
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from self.source.chunks()
+        yield bytes(self.size - self.source.size)
+
+
+@dataclass(frozen=True)
+class PaddedColumns:
+    """A stored matrix, (rows, columns), with columns of zeros behind it."""
+
+    source: StoredTensor
+    columns: int
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.source.shape[0], self.columns)
+
+    @property
+    def size(self) -> int:
+        return self.source.size // self.source.shape[1] * self.columns
+
+    def chunks(self) -> Iterator[bytes]:
+        row = self.source.size // self.source.shape[0]
+        padding = bytes(self.size // self.source.shape[0] - row)
+        for piece in self.source.chunks(max(1, CHUNK // row) * row):
+            yield b"".join(piece[start : start + row] + padding for start in range(0, len(piece), row))
+
+
+CONFIGURATION = '''\
+"""The configuration of a DeciLM (nemotron-nas) checkpoint: what each block has, as objects. Written by notall."""
+
+from transformers import PretrainedConfig
+
+
+class Part(dict):
+    """A dictionary whose entries are attributes too, as engines read them."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class DeciLMConfig(PretrainedConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **settings):
+        self.block_configs = [Part({name: Part(part) for name, part in block.items()}) for block in block_configs]
+        super().__init__(**settings)
+'''

@@ -1,0 +1,238 @@
+"""The modeling file of a regrouped checkpoint, written from one template.
+
+The file subclasses transformers' own classes, so attention, cache, masks and generation stay theirs; it needs
+transformers alone. A layer holds exactly one attention; MLPs that lost theirs ride along before and after it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from types import ModuleType
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .. import __version__
+from ..caching import cache_folder
+
+PREFIX = "notall_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Transformers' names for one architecture, and what an MLP sublayer runs there.
+
+    `mlp` are its modules in the order they run, `scaled` what its answer is multiplied with; `experts`: some answers
+    are tuples in transformers 4, and transformers 5 fuses experts as it loads them.
+    """
+
+    name: str
+    package: str
+    mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    text: str = ""  # what its text-only config and model add to the name
+    scaled: str = ""
+    experts: bool = False
+
+
+_SANDWICH = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
+
+FAMILIES = {
+    "llama": Family("Llama", "llama"),
+    "mistral": Family("Mistral", "mistral"),
+    "qwen2": Family("Qwen2", "qwen2"),
+    "qwen3": Family("Qwen3", "qwen3"),
+    "smollm3": Family("SmolLM3", "smollm3"),
+    "gemma2": Family("Gemma2", "gemma2", mlp=_SANDWICH),
+    "gemma3_text": Family("Gemma3", "gemma3", mlp=_SANDWICH, text="Text"),
+    "phi3": Family("Phi3", "phi3", mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout")),
+    "granite": Family("Granite", "granite", scaled=" * self.residual_multiplier"),
+    "olmo2": Family("Olmo2", "olmo2", mlp=("mlp", "post_feedforward_layernorm")),
+    "mixtral": Family("Mixtral", "mixtral", experts=True),
+    "qwen3_moe": Family("Qwen3Moe", "qwen3_moe", experts=True),
+}
+
+
+def model_type_of(base: str) -> str:
+    return f"{PREFIX}{base}"
+
+
+def modeling_file(base: str) -> str:
+    return f"modeling_{model_type_of(base)}.py"
+
+
+def classes_of(base: str) -> dict[str, str]:
+    """The classes of the modeling file, as `auto_map` has them; vLLM looks for AutoModel."""
+    name = f"Notall{FAMILIES[base].name}"
+    return {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+
+
+def load_modeling(folder: Path, base: str) -> ModuleType:
+    """The modeling file in `folder`, run from where it lies: AutoModel would leave it in a cache."""
+    path = folder / modeling_file(base)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def register() -> None:
+    """Make this process's transformers know regrouped checkpoints, with no `trust_remote_code`.
+
+    Their classes are written to the cache folder first, so that `save_pretrained` can copy them beside the weights.
+    """
+    folder = cache_folder() / "modeling" / __version__
+    for base in FAMILIES:
+        if model_type_of(base) in CONFIG_MAPPING:
+            continue
+        write_modeling(folder, base)
+        module = load_modeling(folder, base)
+        sys.modules[module.__name__] = module  # where pickle and save_pretrained look for it
+        config, *models = (getattr(module, name) for name in classes_of(base).values())
+        AutoConfig.register(model_type_of(base), config)
+        for auto, model in zip((AutoModel, AutoModelForCausalLM), models):
+            auto.register(config, model)
+            model.register_for_auto_class(auto.__name__)
+        config.register_for_auto_class()
+
+
+def write_modeling(folder: Path, base: str) -> None:
+    """Write the modeling file into `folder`; whole at any time, whoever else writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{modeling_file(base)}.{os.getpid()}"
+    partial.write_text(source_of(base), encoding="utf-8")
+    partial.replace(folder / modeling_file(base))
+
+
+def source_of(base: str) -> str:
+    """The modeling file for a model type of transformers. Raises `KeyError` for one that is not in `FAMILIES`."""
+    family = FAMILIES[base]
+    mlp = ", ".join("MIXER" if name == "mlp" else f'"{name}"' for name in family.mlp)
+    return _TEMPLATE.substitute(
+        name=family.name,
+        package=family.package,
+        config=f"{family.name}{family.text}Config",
+        model=f"{family.name}{family.text}Model",
+        model_type=model_type_of(base),
+        import_transformers="\nimport transformers" if family.experts else "",
+        mlp=f"({mlp})",
+        head=_EXPERTS_HEAD.substitute(v4_mixer="block_sparse_moe" if base == "mixtral" else "mlp")
+        if family.experts
+        else _HEAD,
+        nothing=_EXPERTS_NOTHING if family.experts else "torch.zeros_like(hidden_states)",
+        untuple=_EXPERTS_UNTUPLE if family.experts else "",
+        keep_scale="\n        self.residual_multiplier = config.residual_multiplier" if family.scaled else "",
+        scaled=family.scaled,
+        rules=_EXPERTS_RULES.substitute(base=base, model_type=model_type_of(base)) if family.experts else "",
+    )
+
+
+_TEMPLATE = Template('''\
+"""$name with sublayers left out: every layer has one attention, and MLPs that lost theirs ride along with it.
+
+Written by notall. `sublayers` in config.json says what each layer holds, by the layer indices of the dense model.
+"""
+
+import torch$import_transformers
+from torch import nn
+from transformers.models.$package.configuration_$package import $config
+from transformers.models.$package.modeling_$package import ${name}DecoderLayer, ${name}ForCausalLM, $model
+
+$head
+MLP = $mlp  # what an MLP sublayer runs, in order
+
+
+class Notall${name}Config($config):
+    model_type = "$model_type"
+
+
+class Nothing(nn.Module):
+    """Stands where an MLP was left out."""
+
+    def forward(self, hidden_states):
+        return $nothing
+
+
+class Notall${name}MLP(nn.Module):
+    """An MLP without an attention, with the norms of its own. (batch, tokens, hidden) to the same."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        layer = ${name}DecoderLayer(config, layer_idx)
+        for name in MLP:
+            setattr(self, name, getattr(layer, name))$keep_scale
+
+    def forward(self, hidden_states):
+        added = hidden_states
+        for name in MLP:
+            added = getattr(self, name)(added)$untuple
+        return hidden_states + added$scaled
+
+
+class Notall${name}DecoderLayer(${name}DecoderLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        held = config.sublayers[layer_idx]
+        self.before = nn.ModuleList(Notall${name}MLP(config, layer_idx) for _ in held["before"])
+        self.after = nn.ModuleList(Notall${name}MLP(config, layer_idx) for _ in held["after"])
+        if held["mlp"] is None:
+            for name in MLP:
+                setattr(self, name, Nothing() if name == MIXER else nn.Identity())
+
+    def forward(self, hidden_states, *args, **kwargs):
+        for mlp in self.before:
+            hidden_states = mlp(hidden_states)
+        answer = super().forward(hidden_states, *args, **kwargs)
+        hidden_states = answer[0] if isinstance(answer, tuple) else answer
+        for mlp in self.after:
+            hidden_states = mlp(hidden_states)
+        return (hidden_states, *answer[1:]) if isinstance(answer, tuple) else hidden_states
+
+
+class Notall${name}Model($model):
+    config_class = Notall${name}Config
+    _no_split_modules = ["Notall${name}DecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            Notall${name}DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class Notall${name}ForCausalLM(${name}ForCausalLM):
+    config_class = Notall${name}Config
+    _no_split_modules = ["Notall${name}DecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Notall${name}Model(config)
+        self.post_init()
+$rules''')
+
+_HEAD = 'MIXER = "mlp"'
+
+_EXPERTS_HEAD = Template('''\
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+MIXER = "$v4_mixer" if TRANSFORMERS_4 else "mlp"''')
+
+_EXPERTS_NOTHING = "(torch.zeros_like(hidden_states), None) if TRANSFORMERS_4 else torch.zeros_like(hidden_states)"
+
+_EXPERTS_UNTUPLE = """
+            added = added[0] if isinstance(added, tuple) else added"""
+
+_EXPERTS_RULES = Template("""
+
+if not TRANSFORMERS_4:  # version 5 fuses the experts of a checkpoint as it loads them, by rules for each model type
+    from transformers import conversion_mapping
+
+    rules = conversion_mapping.get_checkpoint_conversion_mapping("$base")
+    conversion_mapping.register_checkpoint_conversion_mapping("$model_type", rules, overwrite=True)
+""")

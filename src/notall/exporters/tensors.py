@@ -1,0 +1,159 @@
+"""Safetensors files, read and written as bytes: a tensor is a range of a file, and copying it takes no memory.
+
+The format (https://github.com/huggingface/safetensors) is eight bytes of header length, a JSON header of names, dtypes,
+shapes and ranges, and the data. Whatever the dtype, the bytes are carried over as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UsageError
+
+CHUNK = 1 << 22  # bytes held in memory at a time
+LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+}  # fmt: skip
+
+
+class Tensor(Protocol):
+    """A tensor to write: its kind, its shape, its size in bytes, and its bytes, a chunk at a time."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+    def chunks(self) -> Iterator[bytes]: ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a safetensors file, `size` bytes from `start` on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
+        with open(self.file, "rb") as source:
+            source.seek(self.start)
+            left = self.size
+            while left:
+                chunk = source.read(min(most, left))
+                if not chunk:
+                    raise UsageError(f"{self.file.name} ends before its tensors do; download the file again")
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that no file holds, such as a bias of zeros."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name. Raises `UsageError` when the file is truncated or damaged."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, LARGEST_HEADER):
+            raise _damaged(path, "its header is cut off")
+        try:
+            header = json.loads(file.read(length).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no table")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _entry(path: Path, name: str, entry: Any, data: int, end: int) -> StoredTensor:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+        fits = whole and (last - first) * 8 == math.prod(shape) * BITS[dtype]
+    except (TypeError, KeyError, ValueError):
+        raise _damaged(path, f"its entry for {name} is malformed") from None
+    if not fits:
+        raise _damaged(path, f"the size of {name} is not that of its shape")
+    if data + last > end:
+        raise _damaged(path, f"it ends before {name} does")
+    return StoredTensor(dtype, shape, path, data + first, last - first)
+
+
+def _damaged(path: Path, reason: str) -> UsageError:
+    return UsageError(f"{path.name} is no whole safetensors file: {reason}; download the file again")
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, a chunk at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.size],
+        }
+        position += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            for chunk in tensor.chunks():
+                file.write(chunk)
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """Write a checkpoint as transformers does: `model.safetensors`, or shards of at most `shard_bytes` and an index."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        write_file(folder / "model.safetensors", shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard)
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.size for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterable[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.size > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.size
+    yield shard

@@ -1,0 +1,84 @@
+"""Run what was written, and compare it with the dense model that skips the plan in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..anatomy import cache_argument, relative_error, text_config, tolerance
+from ..complaints import explained, quiet
+from ..errors import UsageError
+from ..plan import Plan
+from ..skipping import skip
+from . import mlx
+from .dense import DenseModel
+
+TOKENS, PADDING = 12, 5  # two sequences of 12 tokens, 5 of the first being padding on the left
+
+
+def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> None:
+    """Raise `UsageError` unless the model in `exported`, read by the class `loader`, answers as the skipped one.
+
+    Compared are the logits of a left-padded batch and those of one more token through the cache. One of the two models
+    is in memory at a time.
+    """
+    with explained(dense.origin.model), quiet():
+        model = _load(AutoModelForCausalLM, dense.folder)
+    with skip(model, plan):
+        expected = logits_of(model)
+    del model
+    with explained(exported.name), quiet():
+        found = logits_of(_load(loader, exported))
+    compare(found, expected, tolerance(expected.dtype))
+
+
+def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> None:
+    """Raise `UsageError` unless MLX-LM answers as `skip(dense, plan)` does, on a batch without padding."""
+    with explained(dense.origin.model), quiet():
+        model = _load(AutoModelForCausalLM, dense.folder)
+    tokens = _tokens(model)
+    with skip(model, plan), torch.inference_mode():
+        expected = model(input_ids=tokens).logits
+    most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
+    compare(mlx.logits_of(exported, tokens), expected, most)
+
+
+def compare(found: Tensor, expected: Tensor, most: float) -> None:
+    """Raise `UsageError` where two models' logits differ by more than `most` of the largest."""
+    error = relative_error(found, expected)
+    if not error <= most:
+        raise UsageError(
+            f"the exported model answers differently from the skipped one, by {error:.1e} of the largest logit (at "
+            f"most {most:.0e} was expected), so nothing was written; please report the model and the plan"
+        )
+
+
+def _load(loader: Any, folder: Path) -> PreTrainedModel:
+    model, report = loader.from_pretrained(
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UsageError(f"{len(wrong)} tensors do not match the architecture, {wrong[0]} for one")
+    return model.eval()
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """(unpadded tokens of the prompts and the two that follow, vocabulary)."""
+    tokens = _tokens(model)
+    mask = torch.ones_like(tokens)
+    mask[0, :PADDING] = 0
+    with torch.inference_mode():
+        prompt = model(input_ids=tokens[:, :TOKENS], attention_mask=mask[:, :TOKENS], use_cache=True)
+        name = cache_argument(model)
+        step = model(input_ids=tokens[:, TOKENS:], attention_mask=mask, use_cache=True, **{name: prompt[name]})
+    return torch.cat([prompt.logits[mask[:, :TOKENS].bool()], step.logits[:, -1]])
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(text_config(model).vocab_size, (2, TOKENS + 1), generator=draw)

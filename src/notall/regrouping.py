@@ -1,0 +1,80 @@
+"""What a plan keeps, cut into layers of one attention each: the rule behind `skip` and every export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from .plan import Plan
+
+
+@dataclass
+class Group:
+    """A layer of the regrouped model, by dense indices: MLPs ahead, one attention, its MLP if `whole`, MLPs behind."""
+
+    attention: int
+    whole: bool
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    @property
+    def untouched(self) -> bool:
+        return self.whole and not self.before and not self.after
+
+
+def regroup(depth: int, plan: Plan) -> list[Group]:
+    """Cut what `plan` keeps of `depth` layers into layers of one attention each, in the order of the dense model."""
+    groups: list[Group] = []
+    ahead: list[int] = []  # MLPs before the first live attention
+    for index in range(depth):
+        has_mlp = index not in plan.mlp
+        if index not in plan.attention:
+            groups.append(Group(index, whole=has_mlp, before=ahead))
+            ahead = []
+        elif has_mlp:
+            (groups[-1].after if groups else ahead).append(index)
+    return groups
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of an exported model, by dense indices: an attention, its own MLP or none, MLPs before and after."""
+
+    attention: int
+    mlp: int | None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def is_ordinary(self) -> bool:
+        return self.mlp is not None and not self.before and not self.after
+
+
+def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]:
+    """`groups` with the first MLP behind a lone attention made its layer's own, where it can stand there.
+
+    `fits(i, j)` says whether the MLP of block j can stand in the place of the one of block i.
+    """
+    layers = []
+    for group in groups:
+        mlp, after = group.attention if group.whole else None, list(group.after)
+        if mlp is None and after and fits(group.attention, after[0]):
+            mlp = after.pop(0)
+        layers.append(Layer(group.attention, mlp, tuple(group.before), tuple(after)))
+    return layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer of a model whose layers may lack either sublayer, by dense indices."""
+
+    attention: int | None
+    mlp: int | None
+
+
+def rows(layers: Iterable[Layer]) -> Iterator[Row]:
+    """`layers` for engines that can leave out a sublayer of a layer: each lone MLP becomes a layer of its own."""
+    for layer in layers:
+        yield from (Row(None, mlp) for mlp in layer.before)
+        yield Row(layer.attention, layer.mlp)
+        yield from (Row(None, mlp) for mlp in layer.after)

@@ -1,0 +1,176 @@
+"""vLLM runs exports: the regrouped form natively and through transformers, ordinary ones, and nemotron-nas."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import engines
+from families import family
+from notall import Plan, export, skip
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+pytestmark = [engines.needs("vllm"), pytest.mark.timeout(900)]
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
+# An MLP ahead of the first attention, an attention alone, a whole block and an MLP behind it.
+MIXED = Plan(attention=[0, 3], mlp=[1])
+PORTABLE = Plan(attention=[2], mlp=[1])
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": len(VOCABULARY),
+}
+PROMPTS = [[5, 9, 77, 31, 62, 8, 120], [44, 3, 250]]
+NEW = 6
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function that exports a tiny model with a tokenizer: the dense model and the folder."""
+
+    def write(name, plan, target="hf", **changes):
+        model = family(name).build(**SIZES | changes)
+        out = export(model, plan, target, tmp_path / "out", tokenizer=byte_tokenizer(), verify=False)
+        return model, out
+
+    return write
+
+
+def start(folder, **options):
+    from vllm import LLM
+
+    options = {"enforce_eager": True, "trust_remote_code": False} | options
+    return LLM(str(folder), dtype="float32", max_model_len=64, max_num_seqs=4, disable_log_stats=True, **options)
+
+
+def layers_with_cache(llm):
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    return sorted(name for group in groups for name in group.layer_names)
+
+
+def assert_same_answers(llm, model, plan):
+    """The log-probabilities of the likeliest tokens, of prompts and of what is generated, and the tokens."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=0, max_tokens=NEW, prompt_logprobs=5, logprobs=5, ignore_eos=True)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], asked, use_tqdm=False)
+    for prompt, answer in zip(PROMPTS, answers):
+        said = list(answer.outputs[0].token_ids)
+        with skip(model, plan), torch.no_grad():
+            logprobs = model(torch.tensor([prompt + said])).logits[0].log_softmax(-1)
+        found = [*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]
+        assert len(found) == len(prompt) - 1 + NEW
+        for place, likeliest in zip(logprobs, found):
+            for token, value in likeliest.items():
+                assert value.logprob == pytest.approx(float(place[token]), abs=2e-4)
+        assert said == logprobs[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_native_classes_run_the_regrouped_form_without_trust(written, name):
+    changes = {"sliding_window": None} if name == "mistral" else {}
+    model, folder = written(name, MIXED, **changes)
+    llm = start(folder)
+    assert layers_with_cache(llm) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    assert type(runner.get_model()).__module__ == "notall.vllm_models"
+    assert_same_answers(llm, model, MIXED)
+    engines.works("vLLM", "vllm-cpu", "hf", name, "any", "native classes, no trust flag")
+
+
+def test_native_classes_compile(written):
+    model, folder = written("llama", MIXED)
+    assert_same_answers(start(folder, enforce_eager=False), model, MIXED)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_transformers_backend_runs_the_regrouped_form(written, name):
+    model, folder = written(name, MIXED)
+    llm = start(folder, trust_remote_code=True, model_impl="transformers")
+    assert len(layers_with_cache(llm)) == 2
+    assert_same_answers(llm, model, MIXED)
+    engines.works("vLLM", "vllm-cpu", "hf", name, "any", "transformers backend, `--trust-remote-code`")
+
+
+def test_a_portable_export_is_an_ordinary_model(written):
+    model, folder = written("llama", PORTABLE)
+    llm = start(folder)
+    assert len(layers_with_cache(llm)) == 3
+    assert_same_answers(llm, model, PORTABLE)
+    engines.works("vLLM", "vllm-cpu", "hf", "llama", "portable")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_nemotron_nas_runs(written, name):
+    plan = Plan(attention=[2], mlp=[1, 3])
+    model, folder = written(name, plan, "nemotron-nas")
+    llm = start(folder, trust_remote_code=True)
+    assert len(layers_with_cache(llm)) == 3
+    assert_same_answers(llm, model, plan)
+    how = "`--trust-remote-code`, first attention kept"
+    engines.works("vLLM", "vllm-cpu", "nemotron-nas", name, "any", how)
+
+
+def test_the_server_completes_as_transformers_does(written, tmp_path):
+    _, folder = written("llama", MIXED)
+    tokenizer, text = byte_tokenizer(), "The server says"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    said = reference.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    port = _free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        folder,
+        "--port",
+        str(port),
+        "--dtype=float32",
+    ]
+    command += ["--enforce-eager", "--max-model-len=64", "--served-model-name=tiny"]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait(server, f"http://127.0.0.1:{port}/health", tmp_path / "log")
+        asked = {"model": "tiny", "prompt": ids[0].tolist(), "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        asked["return_token_ids"] = True
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert answer["choices"][0]["token_ids"] == said.tolist()
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(server, address, log):
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(f"no answer: {log.read_text()[-2000:]}")

@@ -1,0 +1,274 @@
+"""What every export owes its user: whole or absent, streamed, complete, and refused in one line where it can't be."""
+
+import errno
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from families import family
+from notall import Plan, UsageError, export, locate, skip
+from notall.exporters import verification
+from notall.exporters.tensors import read_header, write_shards
+
+BLOCK = Plan([1], [1])
+MIXED = Plan([0, 3], [1])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The folder of a dense model, as one would fetch it from a hub: weights, tokenizer, licence, pickles."""
+    folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
+    family("llama").build().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    (folder / "LICENSE").write_text("yours")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nA tiny llama.\n")
+    return folder
+
+
+def assert_one_line(refusal):
+    assert "\n" not in str(refusal)
+
+
+def nothing_left(folder):
+    return not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("plan", [BLOCK, MIXED], ids=["ordinary", "regrouped"])
+def test_companions_go_along_and_other_weights_do_not(dense, plan, tmp_path):
+    out = export(dense, plan, "hf", tmp_path / "out")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (out / name).read_bytes() == (dense / name).read_bytes()
+    assert not (out / "pytorch_model.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert out.stat().st_mode & 0o777 == tmp_path.joinpath("out", "config.json").stat().st_mode & 0o666 | 0o111
+
+
+def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path):
+    out = export(dense, MIXED, "hf", tmp_path / "out", measured={"NLL added, nats": 0.123456, "rounds": 5})
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert "| NLL added, nats | 0.1235 |" in card
+    assert "| rounds | 5 |" in card
+    assert "| attention | 0, 3 |" in card
+    assert str(dense.parent) not in card + (out / "notall.json").read_text()
+
+
+def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
+    whole = load_file(export(dense, MIXED, "hf", tmp_path / "whole") / "model.safetensors")
+    out = export(dense, MIXED, "hf", tmp_path / "shards", shard_bytes=20_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(set(index["weight_map"].values())) == [shard.name for shard in shards]
+    held = {}
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, "pt") as shard:
+            held[name] = shard.get_tensor(name)
+    assert held.keys() == whole.keys()
+    assert all(torch.equal(held[name], whole[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+
+
+def test_a_sharded_model_is_read(dense, tmp_path):
+    family("llama").build().save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert not (tmp_path / "dense" / "model.safetensors").exists()
+    found = load_file(export(tmp_path / "dense", BLOCK, "hf", tmp_path / "a") / "model.safetensors")
+    expected = load_file(export(dense, BLOCK, "hf", tmp_path / "b") / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+STREAMED = """
+import resource, sys, notall.exporters as exporters, notall.exporters.hf
+from notall import Plan
+exporters.export(sys.argv[1], Plan([1], [1]), "hf", sys.argv[2] + "-small", verify=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exporters.export(sys.argv[3], Plan([1], [1]), "hf", sys.argv[2], verify=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_weights_are_streamed(dense, tmp_path):
+    big = family("llama").build(hidden_size=512, intermediate_size=4096, vocab_size=20_000, head_dim=64)
+    big.save_pretrained(tmp_path / "big")
+    size = (tmp_path / "big" / "model.safetensors").stat().st_size
+    assert size > 150_000_000
+    command = [sys.executable, "-c", STREAMED, dense, tmp_path / "out", tmp_path / "big"]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert grown < 0.2 * size  # well under the promised 1.2 times the largest shard
+
+
+def test_a_live_model_is_exported_as_it_is(tmp_path):
+    model = family("llama").build()
+    model.model.layers[2].mlp.up_proj.weight.data.zero_()
+    out = export(model, BLOCK, "hf", tmp_path / "out")
+    weights = load_file(out / "model.safetensors")
+    assert not weights["model.layers.1.mlp.up_proj.weight"].any()
+    with skip(model, BLOCK), pytest.raises(UsageError, match=r"inside a `with notall\.skip"):
+        export(model, BLOCK, "hf", tmp_path / "other")
+
+
+def test_the_kind_of_a_model_is_read_from_its_config(tmp_path):
+    """Their bug: a substring of the path decides it."""
+    family("qwen2").build().save_pretrained(tmp_path / "llama-of-mistral")
+    out = export(tmp_path / "llama-of-mistral", MIXED, "hf", tmp_path / "gemma2")
+    assert json.loads((out / "config.json").read_text())["model_type"] == "notall_qwen2"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2 (sliding)", "smollm3", "llama4"])
+def test_lists_by_layer_are_cut_with_the_layers(name, tmp_path):
+    """Their bug: they keep an entry for each dense layer, so that kinds of attention move to other layers."""
+    if not family(name).exists:
+        pytest.skip(f"this transformers has no {name}")
+    model = family(name).build()
+    kinds = {key: getattr(model.config, key, None) for key in ("layer_types", "no_rope_layers")}
+    out = export(model, BLOCK, "hf", tmp_path / "out", verify=False)
+    found = json.loads((out / "config.json").read_text())
+    assert found["num_hidden_layers"] == 3
+    for key, dense in kinds.items():
+        if dense:
+            assert found[key] == [dense[0], *dense[2:]]
+
+
+def test_a_refused_upload_leaves_the_files_and_says_what_to_do(dense, tmp_path):
+    with pytest.raises(UsageError, match="hf upload me/tiny"):  # the hub is offline here
+        export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_pushing_uploads_what_was_written(dense, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, exist_ok: calls.append(name))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append((repo_id, folder_path)))
+    out = export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
+    assert calls == ["me/tiny", ("me/tiny", out)]
+
+
+# --- refusals, after which nothing is left ----------------------------------------------------------------------------
+
+
+def test_a_folder_that_exists_is_left_alone(dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        export(dense, BLOCK, "hf", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_a_plan_for_another_model_is_refused(dense, tmp_path):
+    other = locate(family("qwen2").build()).fingerprint
+    with pytest.raises(UsageError, match="this plan was made for qwen2"):
+        export(dense, Plan([1], fingerprint=other), "hf", tmp_path / "out")
+    with pytest.raises(UsageError, match="layer 7"):
+        export(dense, Plan([7]), "hf", tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_an_unknown_target_is_refused(dense, tmp_path):
+    with pytest.raises(UsageError, match="choose hf, nemotron-nas or gguf"):
+        export(dense, BLOCK, "onnx", tmp_path / "out")
+
+
+def test_a_form_that_the_architecture_lacks_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="choose a portable plan"):
+        export(family("gpt2").build(), Plan([1]), "hf", tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("notall.exporters.hf.copy_companions", full)
+    with pytest.raises(UsageError, match="no space left"):
+        export(dense, BLOCK, "hf", tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch):
+    load = verification._load
+
+    def bent(loader, folder):
+        model = load(loader, folder)
+        if folder != dense:
+            model.model.norm.weight.data += 1e-3
+        return model
+
+    monkeypatch.setattr(verification, "_load", bent)
+    with pytest.raises(UsageError, match="answers differently"):
+        export(dense, BLOCK, "hf", tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+@pytest.fixture
+def damaged(dense, tmp_path):
+    """A function that exports the dense model with its weights file changed."""
+
+    def run(change):
+        folder = tmp_path / "damaged"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_bytes((dense / "config.json").read_bytes())
+        (folder / "model.safetensors").write_bytes(change((dense / "model.safetensors").read_bytes()))
+        return export(folder, BLOCK, "hf", tmp_path / "out")
+
+    return run
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 5000, -1])
+def test_a_truncated_file_is_refused(damaged, tmp_path, keep):
+    with pytest.raises(UsageError, match="no whole safetensors file"):
+        damaged(lambda data: data[:keep])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    family("llama").build().save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    victim = sorted((tmp_path / "dense").glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(UsageError, match=victim.name):
+        export(tmp_path / "dense", BLOCK, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_crashes_the_reader(dense, tmp_path, data):
+    """A file with a few bytes changed, or cut, is read as some tensors inside it, or refused in one line."""
+    content = bytearray((dense / "model.safetensors").read_bytes())
+    header = struct.unpack("<Q", content[:8])[0] + 8
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))]
+    path = tmp_path / "mutant.safetensors"
+    path.write_bytes(content)
+    try:
+        tensors = read_header(path)
+    except UsageError as refusal:
+        assert_one_line(refusal)
+        return
+    assert all(tensor.start + tensor.size <= len(content) for tensor in tensors.values())
+
+
+def test_written_files_are_what_the_library_reads(tmp_path):
+    kinds = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+    weights = {str(kind): torch.arange(6).reshape(2, 3).to(kind) for kind in kinds}
+    weights |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
+    save_file(weights, tmp_path / "source.safetensors")
+    write_shards(tmp_path, read_header(tmp_path / "source.safetensors"), shard_bytes=1_000)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert found[name].dtype == weight.dtype
+        assert found[name].shape == weight.shape
+        assert torch.equal(found[name].to(torch.float32), weight.to(torch.float32))

@@ -1,0 +1,284 @@
+"""Rewritten GGUF files: what they hold, what is refused, and what llama.cpp, where it is, answers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFEndian, GGUFValueType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import engines
+from families import family
+from notall import Plan, UsageError, export, load, skip
+from notall.exporters import llamacpp
+from notall.exporters.gguf import cut
+from notall.exporters.gguf_file import GGUF, Field, Tensor, read_gguf, write_gguf
+from tiny_gguf import WORDS
+from tiny_gguf import write_gguf as write_tiny
+
+PLANS = {
+    "portable": Plan(attention=[2], mlp=[1]),
+    "block": Plan([1], [1]),
+    "first attention": Plan(attention=[0, 2]),  # trap: llama.cpp reads the size of heads from layer 0
+    "last MLP": Plan(mlp=[1, 3]),  # trap: a deci layer without an MLP loses its attention, and the last one aborts
+    "mixed": Plan(attention=[0, 3], mlp=[1]),
+}
+ORDINARY = ("portable", "block")
+needs_llamacpp = engines.needs("xllamacpp", "pip install xllamacpp")
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def dense(request, tmp_path_factory):
+    """A tiny model as a GGUF file in float32."""
+    model = family(request.param).build(**SIZES, eos_token_id=None)
+    return write_tiny(model, tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf")
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(request, tmp_path_factory, monkeypatch):
+    """Copies of tiny models are not worth keeping; that of the default model is."""
+    if "default_model" not in request.fixturenames:
+        monkeypatch.setenv("NOTALL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return write_tiny(family("llama").build(**SIZES), tmp_path / "llama.gguf")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
+    out = export(dense, plan, "gguf", tmp_path / "out")
+    tokens = [5, 30, 31, 32, 90, 41, 7]
+    found = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
+    model, _ = load(dense, dtype="float32", device="cpu")
+    with skip(model, plan), torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    assert len(found) == llamacpp.LIKELIEST
+    for token, value in found.items():
+        assert value == pytest.approx(float(expected[token]), abs=2e-3)  # llama.cpp keeps keys and values in float16
+    kind = "portable, whole blocks" if plan in (PLANS["portable"], PLANS["block"]) else "any"
+    engines.works("llama.cpp", "xllamacpp", "gguf", model.config.model_type, kind)
+
+
+@needs_llamacpp
+def test_the_default_model_answers_within_its_quantisation(default_model, tmp_path):
+    model, tokenizer = default_model
+    tokens = tokenizer("The history of the Roman Empire begins with")["input_ids"]
+    for plan in (Plan(attention=[0, 5, 11, 12, 29]), Plan(attention=[10, 20], mlp=[9, 19])):
+        out = export("smollm2", plan, "gguf", tmp_path / str(len(plan)), verify=False)
+        found = llamacpp.next_token_logprobs(next(out.glob("*.gguf")), tokens)
+        with skip(model, plan), torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.3
+
+
+# --- what the files hold ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_kept_tensors_are_the_dense_ones(llama, name, tmp_path):
+    plan = PLANS[name]
+    source = read_gguf(llama)
+    out = export(llama, plan, "gguf", tmp_path / "out", verify=False)
+    written = read_gguf(next(out.glob("*.gguf")))
+    assert written.architecture == ("llama" if name in ORDINARY else "deci")
+    held = [tensor.data.tobytes() for tensor in written.tensors.values()]
+    for kind, skipped in (("attn_", plan.attention), ("ffn_", plan.mlp)):
+        for index in range(source.depth):
+            for part, tensor in source.block(index).items():
+                if part.startswith(kind):
+                    assert (tensor.data.tobytes() in held) == (index not in skipped)
+    assert written.fields["tokenizer.ggml.tokens"] == source.fields["tokenizer.ggml.tokens"]
+
+
+def test_deci_layers_say_what_they_lack(llama):
+    fields, tensors = cut(read_gguf(llama), PLANS["mixed"])
+    # M0, A1 alone, A2 M2, M3: the first has a silent head, and the lone attention a narrow MLP of zeros.
+    assert fields["deci.block_count"].value == 4
+    assert fields["deci.attention.head_count"].value == [1, 4, 4, 0]
+    assert fields["deci.attention.head_count_kv"].value == [1, 2, 2, 0]
+    assert fields["deci.feed_forward_length"].value == [96, 32, 96, 96]
+    assert not tensors["blk.0.attn_output.weight"].data.any()
+    assert not tensors["blk.1.ffn_down.weight"].data.any()
+    assert "blk.3.attn_q.weight" not in tensors
+
+
+def test_the_manifest_is_in_the_file_too(llama, tmp_path):
+    out = export(llama, PLANS["mixed"], "gguf", tmp_path / "out")
+    inside = json.loads(read_gguf(next(out.glob("*.gguf"))).fields["notall.manifest"].value)
+    assert inside == json.loads((out / "notall.json").read_text())
+    assert inside["plan"] == {"attention": [0, 3], "mlp": [1], "note": None}
+
+
+def test_no_torch_is_needed(llama, tmp_path):
+    program = (
+        "import sys; from notall.exporters import export; from notall.plan import Plan\n"
+        f"export({str(llama)!r}, Plan([0], [1]), 'gguf', {str(tmp_path / 'out')!r}, verify=False)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# --- rules that llama.cpp keeps by layer ------------------------------------------------------------------------------
+
+
+def sketch(architecture, depth=12, tensors=("attn_norm", "attn_q", "attn_output", "ffn_norm", "ffn_up"), **more):
+    """A GGUF of no model, with one number a tensor."""
+    given = {"block_count": depth, "embedding_length": 8} | {name.replace("__", "."): v for name, v in more.items()}
+    fields = {f"{architecture}.{name}": Field.of(value) for name, value in given.items()}
+    fields["general.architecture"] = Field.of(architecture)
+    numbers = {
+        f"blk.{index}.{name}.weight": Tensor(np.full(1, index, np.float32), Kind.F32)
+        for index in range(depth)
+        for name in tensors
+    }
+    return GGUF(Path(f"{architecture}.gguf"), fields, numbers, GGUFEndian.LITTLE)
+
+
+def test_lists_by_layer_are_cut_by_their_source():
+    lists = {"attention__head_count": list(range(12)), "feed_forward_length": list(range(12))}
+    fields, tensors = cut(sketch("openelm", **lists), Plan(attention=[4], mlp=[3]))
+    assert fields["openelm.attention.head_count"].value == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert fields["openelm.feed_forward_length"].value == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert tensors["blk.3.attn_q.weight"].data[0] == 3
+    assert tensors["blk.3.ffn_up.weight"].data[0] == 4
+
+
+def test_leading_dense_layers_are_counted_again():
+    fields, _ = cut(sketch("deepseek2", leading_dense_block_count=3), Plan([1, 5], [1, 5]))
+    assert fields["deepseek2.leading_dense_block_count"].value == 2
+
+
+def test_windows_are_written_out_where_their_order_changes():
+    fields, _ = cut(sketch("gemma3"), Plan([0], [0]))
+    pattern = fields["gemma3.attention.sliding_window_pattern"]
+    assert pattern.kind == GGUFValueType.BOOL
+    assert pattern.value == [True, True, True, True, False, True, True, True, True, True, False]
+
+
+def test_attentions_without_rope_stay_where_llamacpp_looks_for_them():
+    cut(sketch("smollm3"), Plan([4, 5, 6, 7], [4, 5, 6, 7]))
+    with pytest.raises(UsageError, match="every 4th layer of smollm3"):
+        cut(sketch("smollm3"), Plan([4], [4]))
+
+
+def test_a_depth_that_llamacpp_reads_more_from_is_refused():
+    with pytest.raises(UsageError, match="gemma2 of 46 layers"):
+        cut(sketch("gemma2", depth=46), Plan([0, 1], [0, 1]))
+
+
+def test_a_norm_behind_the_attention_goes_with_it_unless_it_is_the_only_one_before_the_mlp():
+    both = ("attn_norm", "attn_q", "post_attention_norm", "ffn_norm", "ffn_up", "post_ffw_norm")
+    _, tensors = cut(sketch("gemma2", depth=4, tensors=both), Plan(attention=[2], mlp=[1]))
+    assert tensors["blk.1.post_attention_norm.weight"].data[0] == 1
+    only = ("attn_norm", "attn_q", "post_attention_norm", "ffn_up")
+    _, tensors = cut(sketch("seed_oss", depth=4, tensors=only), Plan(attention=[2], mlp=[1]))
+    assert tensors["blk.1.post_attention_norm.weight"].data[0] == 2
+
+
+def test_parallel_blocks_go_whole():
+    parallel = sketch("phi2", tensors=("attn_norm", "attn_q", "ffn_up"))
+    cut(parallel, Plan([1], [1]))
+    with pytest.raises(UsageError, match="export to hf"):
+        cut(parallel, Plan(attention=[2], mlp=[1]))
+
+
+# --- refusals, after which nothing is left ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "gemma3n", "from-the-future"])
+def test_an_architecture_that_is_not_a_stack_of_blocks_is_refused(name):
+    with pytest.raises(UsageError, match=f"layers of {name}") as refusal:
+        cut(sketch(name), Plan([1], [1]))
+    engines.refused("gguf", name, "whole blocks", str(refusal.value))
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("qwen3", "attn_q_norm"), ("llama", "ffn_gate_exps")])
+def test_what_deci_cannot_compute_is_refused(name, tensor):
+    with pytest.raises(UsageError, match=r"choose a portable plan, or export to hf") as refusal:
+        cut(sketch(name, tensors=("attn_norm", "attn_q", "ffn_norm", tensor)), Plan([1]))
+    engines.refused("gguf", f"{name} with {tensor}", "any", str(refusal.value))
+
+
+def test_a_file_that_does_not_match_the_plan_is_refused(llama, tmp_path):
+    for plan in (Plan([1], fingerprint="llama-30x576-1f0c2a9b"), Plan([9])):
+        with pytest.raises(UsageError, match=r"30x576|layer 9"):
+            export(llama, plan, "gguf", tmp_path / "out")
+    with pytest.raises(UsageError, match="give that file"):
+        export(tmp_path, Plan([1]), "gguf", tmp_path / "out")
+    with pytest.raises(UsageError, match="there is no"):
+        export(tmp_path / "absent.gguf", Plan([1]), "gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.gguf"]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 30, 2000, 100_000, -1])
+def test_a_truncated_file_is_refused(llama, tmp_path, keep):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(llama.read_bytes()[:keep])
+    with pytest.raises(UsageError, match=r"no whole GGUF file|names no architecture"):
+        export(path, Plan([1], [1]), "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The bytes of a small whole file, and a folder for its mutants."""
+    folder = tmp_path_factory.mktemp("mutants")
+    sizes = {"attention__head_count": 2, "attention__head_count_kv": 1, "feed_forward_length": 8}
+    source = sketch("llama", depth=4, **sizes)
+    rows = dict.fromkeys(("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), 8) | {"attn_k": 4, "attn_v": 4}
+    shapes = {name: (count, 8) for name, count in rows.items()} | {"attn_norm": (8,), "ffn_norm": (8,)}
+    tensors = {
+        f"blk.{index}.{name}.weight": Tensor(np.ones(shape, np.float32), Kind.F32)
+        for index in range(4)
+        for name, shape in shapes.items()
+    }
+    words = {"tokenizer.ggml.tokens": Field(["a", "bc", "def"], GGUFValueType.STRING)}
+    write_gguf(folder / "small.gguf", source, source.fields | words, tensors)
+    return (folder / "small.gguf").read_bytes(), folder
+
+
+def assert_one_line(refusal):
+    assert "\n" not in str(refusal)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_no_damage_crashes_the_export(small, data):
+    """A file with a few bytes changed, or cut, is rewritten or refused in one line, and nothing is left then."""
+    content, folder = bytearray(small[0]), small[1]
+    header = len(content) - 4 * 4 * (5 * 64 + 2 * 32 + 2 * 8)  # the rest are ones, in float32
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    path, out = folder / "mutant.gguf", folder / "out"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    plan = data.draw(st.sampled_from([Plan([1], [1]), Plan([0, 2], [1])]))
+    try:
+        export(path, plan, "gguf", out, verify=False)
+    except UsageError as refusal:
+        assert_one_line(refusal)
+    else:
+        assert sum(file.stat().st_size for file in out.iterdir()) < 2 * len(small[0])
+        shutil.rmtree(out)
+    assert sorted(found.name for found in folder.iterdir()) == ["mutant.gguf", "small.gguf"]
+
+
+def test_a_whole_file_is_exported_by_the_same_road(small):
+    path = small[1] / "whole.gguf"
+    path.write_bytes(small[0])
+    for plan in (Plan([1], [1]), Plan([0, 2], [1])):
+        shutil.rmtree(export(path, plan, "gguf", small[1] / "out", verify=False))
+    path.unlink()
