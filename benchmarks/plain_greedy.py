@@ -1,4 +1,4 @@
-"""The lazy search against plain greedy: the same text, 20 sublayers of the default model's 60, measured on another text.
+"""The lazy search against plain greedy: on the same text, 20 of the default model's 60 sublayers.
 
 Plain greedy is BlockPruner's algorithm. Here it runs on the engine that shares states; what it costs where every
 candidate runs in full, as published, is counted beside it.

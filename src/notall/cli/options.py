@@ -67,5 +67,4 @@ Objective = Annotated[
     str | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME'; else kl")
 ]
 Prompts = Annotated[Path | None, typer.Option(help="for `answers`: a prompt a line, or .jsonl with `prompt`")]
-TaskPath = Annotated[Path | None, typer.Option(help="a folder with tasks of your own for lm-evaluation-harness")]
 TaskLimit = Annotated[int, typer.Option(help="training questions of a task:NAME objective")]
