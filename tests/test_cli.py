@@ -244,3 +244,119 @@ def test_no_color_means_none(folder):
 def test_importing_notall_is_light():
     code = "import sys, notall; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'altair')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_search_writes_a_plan_and_goes_on(run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    chosen = ["search", folder, "--kind", "attention", "--count", "2", "--keep-last", "-o", path, *QUICK, "--json"]
+    code, out, err = run(*chosen, "--held-out", "prose")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert list(Plan.load(path).attention) == row["plan"]["attention"]
+    assert len(row["order"]) == 2
+    assert row["evaluations"] > 5
+    assert row["delta_nll"] is not None
+    assert str(tmp_path) not in (tmp_path / "plan.search" / "evaluations.jsonl").read_text()
+    before = (tmp_path / "plan.search" / "evaluations.jsonl").read_bytes()
+    code, out, _ = run(*chosen)
+    assert json.loads(out)[0]["plan"] == row["plan"]
+    assert (tmp_path / "plan.search" / "evaluations.jsonl").read_bytes() == before
+    code, _, err = run(*[word if word != "attention" else "block" for word in chosen], "--sequences", "3")
+    assert code == 2
+    assert "another sequences" in err
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [["--params", "0.1"], ["--weights", "20000"], ["--kv", "0.4"], ["--max-nll", "0.3"], ["--max-kl", "0.3"]],
+    ids=lambda budget: budget[0],
+)
+def test_search_by_other_budgets(run, folder, tmp_path, budget):
+    code, out, err = run("search", folder, *budget, "-o", tmp_path / "plan.json", *QUICK, "--json")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert row["plan"]["attention"] or row["plan"]["mlp"]
+    if "max" in budget[0]:
+        assert row["cost"] - row["dense_cost"] <= 0.3
+
+
+def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
+    command = [
+        "search",
+        folder,
+        "--speedup",
+        "1.05",
+        "--prompt",
+        "8",
+        "--new",
+        "4",
+        "-o",
+        tmp_path / "plan.json",
+        *QUICK,
+    ]
+    code, out, err = run(*command, "--json")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert row["predicted_speedup"] >= 1.05
+    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert len(list((tmp_path / "cache" / "times").iterdir())) == 1
+
+
+def test_search_refuses_in_one_line(run, folder, tmp_path):
+    refusals = {
+        "give one budget": [],
+        "give one budget: --count or --kv": ["--count", "2", "--kv", "0.2"],
+        "no criterion 'luck'": ["--count", "2", "--criterion", "luck"],
+        "no objective 'joy'": ["--count", "2", "--objective", "joy"],
+        "needs --prompts": ["--count", "2", "--objective", "answers"],
+        "is no weight": ["--count", "2", "--objective", "x*kl"],
+        "even number": ["--count", "3", "--portable"],
+    }
+    for says, options in refusals.items():
+        code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json", *QUICK)
+        assert code == 2, says
+        assert says in err
+        assert err.count("\n") == 1
+
+
+def test_criteria_are_listed(run):
+    code, out, _ = run("criteria")
+    assert code == 0
+    assert "gate-norm" in out
+
+
+def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
+    out = tmp_path / "c"
+    command = ["compare", folder, "--budget", "attention:1,2", "--budget", "portable:2", "--criterion", "cosine"]
+    command += ["--criterion", "search", "--objective", "nll", "--objective", "kl", "-o", out, *QUICK]
+    code, shown, err = run(*command, "--rounds", "1", "--prompt", "4", "--new", "2", "--json")
+    assert (code, err) == (0, "")
+    records = json.loads(shown)
+    assert len(records) == 9
+    assert (out / "results.jsonl").read_text().count("\n") == 9
+    assert str(tmp_path) not in (out / "results.jsonl").read_text()
+    assert (out / "table.md").read_text().count("###") == 3
+    assert (out / "front.png").stat().st_size > 1000
+    assert run(*command)[0] == 0
+
+
+def test_compare_refuses_in_one_line(run, folder, tmp_path):
+    for says, options in {
+        "is no budget": ["--budget", "heads:3"],
+        "no criterion": ["--criterion", "luck"],
+        "at most": ["--budget", "attention:6"],
+        "tokens": ["--sequences", "9999999"],
+    }.items():
+        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options)
+        assert code == 2, says
+        assert says in err
+        assert err.count("\n") == 1
+
+
+def test_search_draws_the_front(run, folder, tmp_path):
+    command = ["search", folder, "--kind", "block", "--count", "2", "--front", "-o", tmp_path / "plan.json", *QUICK]
+    code, _, err = run(*command)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "plan.search" / "front" / "front.svg").exists()
+    assert "angular" in (tmp_path / "plan.search" / "front" / "table.md").read_text()

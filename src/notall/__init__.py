@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Sublayer, locate
+    from .choosing import choose_plan
     from .criteria import deepest
     from .errors import UnsupportedModel, UsageError
     from .exporters import export
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .quality import evaluate
     from .similarity import measure_similarity
     from .skipping import remove, skip
+    from .space import Space
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,11 @@ _HOMES = {
     "Anatomy": "anatomy",
     "Block": "anatomy",
     "Plan": "plan",
+    "Space": "space",
     "Sublayer": "anatomy",
     "UnsupportedModel": "errors",
     "UsageError": "errors",
+    "choose_plan": "choosing",
     "deepest": "criteria",
     "evaluate": "quality",
     "export": "exporters",

@@ -1,4 +1,4 @@
-"""Two figures: how similar the layers are, and what leaving them out costs and saves."""
+"""The figures: how similar the layers are, what leaving them out costs and saves, and who chooses best."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
 PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 LAST = {False: "skipped too", True: "kept"}
+SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
+            "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5")  # fmt: skip
+INK, GREY, PALE = "#222222", "#666666", "#e6e6e6"
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8)
@@ -141,6 +144,34 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best[::-1]
 
 
+def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
+    """Quality lost (`delta_nll`) against what is skipped, a line a criterion, a panel for what it chose among.
+
+    Records are as `comparison.compare_criteria` answers them: criterion, aim, space, count, delta_nll, delta_nll_se.
+    Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    """
+    rows = [_front_row(record, records) for record in records if _is_number(record["delta_nll"])]
+    names = list(dict.fromkeys(row["criterion"] for row in rows))
+    names.sort(key=lambda name: not name.startswith("search"))
+    chosen = alt.selection_point(fields=["criterion"], bind="legend")
+    colours = [INK, *SPECTRUM[: len(names) - 1]] if names[0].startswith("search") else SPECTRUM[: len(names)]
+    series = alt.Chart().encode(
+        x=alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16)),
+        y=alt.Y("lost:Q", title="NLL added on held-out text, nats per token", **_losses(rows)),
+        color=alt.Color("criterion:N", sort=names, scale=alt.Scale(domain=names, range=colours)),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+        tooltip=["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title="NLL added", format=".3f")],
+    )
+    layers = alt.layer(
+        series.mark_line(strokeWidth=1.5),
+        series.mark_rule(strokeWidth=1.5).encode(y="lost_low:Q", y2="lost_high:Q"),
+        series.mark_point(filled=True, size=50).add_params(chosen),
+        data=alt.Data(values=rows),
+    ).properties(width=300, height=300)
+    panels = layers.facet(facet=alt.Facet("space:N", title=None), columns=2).resolve_scale(x="independent")
+    return _coloured(panels.properties(title=_heading(title, "Lower is better. Bars: standard error."), padding=16))
+
+
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
     """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
 
@@ -180,6 +211,18 @@ def _front(rows: Sequence[Row]) -> alt.Chart:
     data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
     line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
     return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
+def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """A criterion goes by its name, and by its aim too where there are several."""
+    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
+    lost, bar = record["delta_nll"], record["delta_nll_se"] if _is_number(record["delta_nll_se"]) else 0
+    return {
+        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
+        "space": record["space"],
+        "count": record["count"],
+        "lost": lost,
+        "lost_low": lost - bar,
+        "lost_high": lost + bar,
+    }
 
 
 def _paths(series: alt.Chart) -> alt.Chart:
@@ -255,3 +298,22 @@ def _is_number(value: float | None) -> bool:
 def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:
     heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
     return chart.properties(width=640, height=440, title=heading, padding=16).configure(**LIGHT)
+def _dress(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
+    heading = _heading(title, subtitle)
+    return _coloured(chart.properties(width=640, height=440, title=heading, padding=16)).configure_view(stroke=None)
+
+
+def _heading(title: str, subtitle: str) -> alt.Title:
+    return alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
+
+
+def _coloured(chart: Any) -> Any:
+    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
+    axis = {"labelColor": GREY, "gridColor": PALE, "domainColor": GREY, "tickColor": GREY, "titlePadding": 10}
+    return (
+        chart.properties(background="white")
+        .configure(font="Helvetica, Arial, sans-serif")
+        .configure_title(color=INK, fontSize=16, subtitleColor=GREY, subtitleFontSize=12, subtitlePadding=6)
+        .configure_axis(labelFontSize=11, titleColor=INK, **axis, **plain)
+        .configure_legend(labelFontSize=12, labelColor=INK, titleColor=GREY, **plain)
+    )

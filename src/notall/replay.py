@@ -39,6 +39,28 @@ class Step:
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
+    @property
+    def name(self) -> str:
+        return step_name(self.parts)
+
+
+@dataclass
+class Trunk:
+    """States of one plan on one batch, kept where plans that begin alike can go on from them.
+
+    `names` are the steps of the plan, in order. `states` maps a step's place to the stream behind it, (batch, tokens,
+    hidden): one of `every` steps, filled in as they are run.
+    """
+
+    names: tuple[str, ...]
+    every: int = 1
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+    def moved(self, names: tuple[str, ...]) -> Trunk:
+        """The trunk of another plan, with the states that both share."""
+        shared = next((i for i, (ours, theirs) in enumerate(zip(self.names, names)) if ours != theirs), len(names))
+        return Trunk(names, self.every, {place: state for place, state in self.states.items() if place < shared})
+
 
 class Replay:
     """Evaluate `plans` together, batch after batch. Raises as `skip` does when a plan does not fit the model."""
@@ -49,6 +71,7 @@ class Replay:
         self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)
         self.first: dict[str, Step] = {}
         self.one_by_one = 0
+        self.ran = 0  # sublayers run so far, over all batches
         for number, plan in enumerate(plans):
             plan.check(self.anatomy)
             self._plant(number, plan)
@@ -58,23 +81,28 @@ class Replay:
         """Sublayers run for one batch; `one_by_one` says how many there would be without sharing."""
         return sum(len(step.parts) for step in self._steps())
 
-    def hidden_states(self, recording: Recording) -> Iterator[tuple[list[int], Tensor]]:
+    def hidden_states(self, recording: Recording, trunk: Trunk | None = None) -> Iterator[tuple[list[int], Tensor]]:
         """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
 
         The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
-        ends, and otherwise in the order given: the dense model, given first, comes first.
+        ends, and otherwise in the order given: the dense model, given first, comes first. What `trunk` holds of this
+        batch is not run again, and what it lacks is left there when it is run.
         """
-        waiting: list[tuple[Step | list[int], Tensor]]
-        waiting = [(step, recording.embedded) for step in reversed(self.first.values())]
+        waiting: list[tuple[Step | list[int], Tensor | None, int | None]]  # with its place on the trunk
+        start = None if trunk is None else 0
+        waiting = [(step, recording.embedded, start) for step in reversed(self.first.values())]
         while waiting:
-            step, hidden = waiting.pop()
+            step, hidden, place = waiting.pop()
             if isinstance(step, list):
+                assert hidden is not None
                 yield step, hidden
                 continue
-            hidden = self._run(step, hidden, recording.arguments[step.block.index])
+            place = place if _is_at(trunk, place, step) else None
+            hidden = self._behind(step, hidden, recording, trunk, place)
             if step.plans:
-                waiting.append((step.plans, hidden))
-            waiting.extend((child, hidden) for child in reversed(step.after.values()))
+                waiting.append((step.plans, hidden, None))
+            following = None if place is None else place + 1
+            waiting.extend((child, hidden, following) for child in reversed(step.after.values()))
 
     def logits(self, **inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         """For each plan, in the order of `hidden_states`: its number and its logits, (batch, tokens, vocabulary)."""
@@ -87,7 +115,7 @@ class Replay:
     def _plant(self, number: int, plan: Plan) -> None:
         here, step = self.first, None
         for block, parts in live_steps(self.anatomy, plan):
-            name = "+".join(part.name for part in parts)
+            name = step_name(parts)
             step = here.setdefault(name, Step(block, parts))
             here = step.after
             self.one_by_one += len(parts)
@@ -101,12 +129,43 @@ class Replay:
             waiting.extend(step.after.values())
             yield step
 
+    def _behind(
+        self, step: Step, hidden: Tensor | None, recording: Recording, trunk: Trunk | None, place: int | None
+    ) -> Tensor | None:
+        """The stream behind a step: kept, run, or None where all that follows is kept."""
+        if trunk and place is not None and not _is_wanted(step, trunk, place):
+            return trunk.states.get(place)
+        assert hidden is not None
+        hidden = self._run(step, hidden, recording.arguments[step.block.index])
+        if trunk and place is not None and place % trunk.every == 0:
+            trunk.states[place] = hidden
+        return hidden
+
     def _run(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        self.ran += len(step.parts)
         layer = self.layers[step.block.index]
         if len(step.parts) == 2:  # a parallel block adds up in an order of its own
             answer = layer(hidden, **arguments)
             return answer[0] if isinstance(answer, tuple) else answer
         return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
+
+
+def _is_at(trunk: Trunk | None, place: int | None, step: Step) -> bool:
+    """Whether `step` is the trunk's step at `place`, where all before it are the trunk's too."""
+    return trunk is not None and place is not None and place < len(trunk.names) and trunk.names[place] == step.name
+
+
+def _is_wanted(step: Step, trunk: Trunk, place: int) -> bool:
+    """Whether this step of the trunk must be run: it isn't kept, and a plan ends here or what follows needs it."""
+    if place in trunk.states:
+        return False
+    return bool(step.plans) or any(
+        not _is_at(trunk, place + 1, child) or _is_wanted(child, trunk, place + 1) for child in step.after.values()
+    )
+
+
+def step_name(parts: tuple[Sublayer, ...]) -> str:
+    return "+".join(part.name for part in parts)
 
 
 def live_steps(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Block, tuple[Sublayer, ...]]]:

@@ -72,7 +72,7 @@ def append(path: Path, *records: dict[str, Any]) -> None:
     Numbers that are not finite become null. Raises `UsageError` when the file can't be written, and leaves it
     as it was. Only one process may append to a file at a time: see `lock`.
     """
-    lines = b"".join(json.dumps(_finite(record), allow_nan=False).encode() + b"\n" for record in records)
+    lines = b"".join(json.dumps(finite(record), allow_nan=False).encode() + b"\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
@@ -186,12 +186,12 @@ def _check(path: Path, number: int, line: bytes, kind: type[BaseModel] | None) -
     return record
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+def finite(value: Any) -> Any:
+    """`value` as it is written: JSON has no nan and no infinity, and no tuples."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,46 @@ from .app import CHOOSE, app
 from .columns import FOOTPRINT_COLUMNS
 from .inputs import deepest_plan, empty_model
 from .options import Json, Model, Revision, Skippable, Trust
+from ..console import progress_bar, show
+from .app import app
+from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
+from .inputs import (
+    budget_line,
+    budget_of,
+    deepest_plan,
+    empty_model,
+    load_model,
+    settings_of,
+    space_of,
+    text_batches,
+    two_texts,
+)
+from .options import (
+    Among,
+    BatchSize,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    KeepFirst,
+    KeepLast,
+    Kind,
+    Length,
+    Model,
+    New,
+    Objective,
+    Portable,
+    Prompt,
+    Prompts,
+    Revision,
+    Seed,
+    Sequences,
+    Skippable,
+    TaskLimit,
+    TaskPath,
+    TextSource,
+    Trust,
+)
 
 
 @app.command(
@@ -42,3 +82,179 @@ def plan(
         {"model": name, **asdict(footprint(net, which))} for name, which in (("dense", Plan()), ("skipped", chosen))
     ]
     show(rows, FOOTPRINT_COLUMNS, as_json=as_json, title=f"{out}: skip {chosen}")
+
+
+@app.command(epilog="Example:  notall search smollm2 --kind attention --count 8 -o plan.json")
+def search(
+    model: Model = "smollm2",
+    text: TextSource = "prose",
+    held_out: Annotated[str | None, typer.Option(help="another text, to measure the plan on in the end")] = None,
+    kind: Kind = Among.sublayer,
+    portable: Portable = False,
+    keep_first: KeepFirst = False,
+    keep_last: KeepLast = False,
+    count: Annotated[float | None, typer.Option(help="so many of them, or a fraction below 1")] = None,
+    params: Annotated[float | None, typer.Option(help="so many parameters less, or a fraction below 1")] = None,
+    weights: Annotated[float | None, typer.Option(help="so many bytes of weights less, or a fraction below 1")] = None,
+    kv: Annotated[float | None, typer.Option(help="so many KV bytes a token less, or a fraction below 1")] = None,
+    max_nll: Annotated[float | None, typer.Option(help="as many as add at most so many nats of NLL")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="as many as add at most so many nats of KL")] = None,
+    speedup: Annotated[float | None, typer.Option(help="so many times as fast on this machine")] = None,
+    prompt: Annotated[int, typer.Option(help="with --speedup: prompt tokens")] = 512,
+    new: Annotated[int, typer.Option(help="with --speedup: new tokens")] = 128,
+    batch: Annotated[int, typer.Option(help="with --speedup: sequences at once")] = 1,
+    criterion: Annotated[str, typer.Option(help="how to choose; see `notall criteria`")] = "search",
+    objective: Objective = None,
+    prompts: Prompts = None,
+    task_path: TaskPath = None,
+    task_limit: TaskLimit = 100,
+    max_minutes: Annotated[float | None, typer.Option(help="take the best there is after so many minutes")] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="draw the trade-off up to this plan, by other criteria too")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
+    sequences: Sequences = 16,
+    length: Length = 512,
+    batch_size: BatchSize = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose what to skip, by the search or another criterion, to meet a budget.
+
+    Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped.
+    """
+    from ..asking import build_objective
+    from ..choosing import choose_plan
+    from ..comparison import Aim, draw_front
+    from ..latency import Workload
+
+    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    among = space_of(net, kind, portable, keep_first, keep_last)
+    amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
+    amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
+    budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
+    options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
+    objective_of_it = build_objective(objective or aim, net, tokenizer, batches, **options)
+    others: list[Any] = []
+    if held_out:
+        others, _ = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
+    folder = out.with_name(f"{out.stem}.search")
+    settings = settings_of(net, model, revision) | described
+    with progress_bar() as bar:
+        found = choose_plan(
+            net,
+            criterion,
+            among,
+            budget,
+            batches,
+            objective_of_it,
+            folder=folder,
+            settings=settings,
+            max_minutes=max_minutes,
+            seed=seed,
+            held_out=others,
+            times=times,
+            progress=lambda done, doing: bar(done, 1.0, doing),
+        )
+    found.plan.save(out)
+    if front:
+        most = len(found.plan.blocks) if kind is Among.block else len(found.plan)
+        with progress_bar() as bar:
+            by = Aim(objective_of_it, batches)
+            draw_front(net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar)
+    show([choice_row(found)], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+
+
+@app.command(epilog="Example:  notall compare smollm2 --held-out book.txt --budget attention:4,8 --budget portable:8")
+def compare(
+    model: Model = "smollm2",
+    text: TextSource = "prose",
+    held_out: Annotated[
+        str | None, typer.Option(help="another text, to measure on; else other windows of --text")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="attention, mlp, block, sublayer or portable, and counts; again for more. Else attention:4,8"
+        ),
+    ] = None,
+    criterion: Annotated[list[str] | None, typer.Option(help="one to compare; else all. See `notall criteria`")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum; again for another. Else kl")
+    ] = None,
+    keep_first: KeepFirst = False,
+    keep_last: KeepLast = False,
+    prompts: Prompts = None,
+    task_path: TaskPath = None,
+    task_limit: TaskLimit = 100,
+    tasks: Annotated[str | None, typer.Option(help="tasks to run every plan on, with commas between")] = None,
+    limit: Annotated[int | None, typer.Option(help="with --tasks: documents a task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="with --tasks: examples; else the task's own")] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn; 0: no times")] = 0,
+    prompt: Prompt = 128,
+    new: New = 16,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl, table.md and front")] = Path(
+        "comparison"
+    ),
+    sequences: Sequences = 16,
+    length: Length = 512,
+    batch_size: BatchSize = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare ways to choose, on held-out text: criteria x budgets, with what each cost to find.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    from .. import comparison
+    from ..asking import build_objective
+    from ..criteria import CRITERIA
+    from ..grid import Timed
+
+    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
+    options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
+    aims = {
+        name: comparison.Aim(build_objective(name, net, tokenizer, batches, **options), batches)
+        for name in objective or ["kl"]
+    }
+    spaces = [budget_line(net, line, keep_first, keep_last) for line in budget or ["attention:4,8"]]
+    asked = tuple(tasks.split(",")) if tasks else ()
+    with progress_bar() as progress:
+        records = comparison.compare_criteria(
+            net,
+            comparison.rows_of(criterion or list(CRITERIA), list(aims), spaces),
+            aims,
+            others,
+            out,
+            settings_of(net, model, revision) | described,
+            tasks=comparison.Tasks(asked, tokenizer, limit, num_fewshot, task_path) if asked else None,
+            timed=Timed(prompt, new, rounds=rounds) if rounds else None,
+            seed=seed,
+            progress=progress,
+        )
+    comparison.write(records, out, f"Ways to choose, {described['text']}")
+    show(records, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(records)} choices in {out / comparison.RESULTS}")
+
+
+@app.command()
+def criteria() -> None:
+    """List the ways to choose: what each goes by, and where it comes from."""
+    from ..console import plain
+    from ..criteria import CRITERIA
+
+    rows: list[dict[str, Any]] = [
+        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
+    ]
+    show(rows, [plain("criterion"), plain("of"), plain("goes by")], title="criteria")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
 from ..console import Column, number, plain, size, with_error, with_spread
+
+if TYPE_CHECKING:
+    from ..choosing import Choice
 
 QUALITY: list[Column] = [
     with_error("nll", "NLL"),
@@ -21,6 +27,13 @@ WEIGHTS: list[Column] = [
     number("params", "parameters", ","),
     size("weight_bytes", "weights"),
     size("kv_bytes_per_token", "KV/token"),
+]
+TIMES: list[Column] = [
+    number("predicted_ms", "predicted ms", ".0f"),
+    number("measured_ms", "measured ms", ".0f"),
+    number("predicted_speedup", "predicted speedup", ".3f"),
+    with_spread("speedup", "measured speedup", ".3f"),
+    number("off", "off by", "+.1%"),
 ]
 GRID_COLUMNS = [
     plain("variant", "skip"),
@@ -67,3 +80,52 @@ CHECK_COLUMNS = [
 ]
 CLAIM_COLUMNS = [plain("claim"), plain("here"), plain("verdict")]
 FILE_COLUMNS = [plain("file"), size("bytes", "size")]
+
+
+COMPARISON_COLUMNS = [
+    plain("space", "among"),
+    number("count", "count", "d"),
+    plain("criterion"),
+    plain("aim", "by"),
+    *QUALITY,
+    number("evaluations", "evaluations", ",d"),
+    number("forwards", "forward passes", ",.1f"),
+    number("seconds", "CPU s", ",.0f"),
+    number("speedup_decode", "decode speedup", ".2f"),
+]
+
+
+def choice_row(found: Choice) -> dict[str, Any]:
+    """What was chosen, what it took, and what was measured of it, in a row."""
+    row: dict[str, Any] = {
+        "plan": {"attention": list(found.plan.attention), "mlp": list(found.plan.mlp)},
+        "chosen": found.plan.note,
+        "order": [list(unit) for unit in found.order],
+        "dense_cost": found.dense_cost,
+        "cost": found.cost,
+        **asdict(found.spent),
+        "forwards": found.forwards,
+        "in_time": found.in_time,
+    }
+    if found.held_out:
+        row |= asdict(found.held_out[1])
+    if found.times:
+        speedup = found.times.measured_speedup
+        row |= {name: value for name, value in asdict(found.times).items() if name != "measured_speedup"}
+        row |= {"speedup": speedup.median, "speedup_low": speedup.low, "speedup_high": speedup.high}
+        row["off"] = found.times.off
+    return row
+
+
+def choice_columns(found: Choice) -> list[Column]:
+    return [
+        plain("chosen"),
+        number("dense_cost", "dense", ".4f"),
+        number("cost", "skipped", ".4f"),
+        number("evaluations", "evaluations", ",d"),
+        number("forwards", "forward passes", ",.1f"),
+        number("seconds", "CPU s", ",.0f"),
+        Column("in time", lambda row: "yes" if row["in_time"] else "no", right=False),
+        *(QUALITY if found.held_out else ()),
+        *(TIMES if found.times else ()),
+    ]

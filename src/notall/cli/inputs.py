@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError
-from .options import Skippable
+from .options import Among, Skippable
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..budget import Budget, Resource
+    from ..latency import Times, Workload
     from ..plan import Plan
     from ..spreading import Workers
+    from ..space import Space
 
 
 def loading_of(
@@ -138,3 +141,74 @@ def batch_size_of(word: str) -> int | Literal["auto"]:
 def words_of(values: list[str] | None) -> list[str]:
     """The words of an option that may be repeated, or hold several with commas between them."""
     return [word for value in values or () for word in value.split(",") if word]
+
+
+def settings_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
+    """What makes evaluations another's: where they were run does not."""
+    about = provenance_of(model, spec, revision)
+    return {name: about[name] for name in about if name not in ("machine", "versions", "threads", "device")}
+
+
+def space_of(model: PreTrainedModel, kind: Among, portable: bool, keep_first: bool, keep_last: bool) -> Space:
+    from ..anatomy import locate
+    from ..space import Space
+
+    return Space(locate(model), kind.value, portable, int(keep_first), int(keep_last))
+
+
+def budget_line(model: PreTrainedModel, line: str, keep_first: bool, keep_last: bool) -> tuple[Space, list[int]]:
+    """A line such as `attention:4,8` or `portable:8`: what to choose among, and how many."""
+    name, _, counts = line.partition(":")
+    names = [*(kind.value for kind in Among), "portable"]
+    if name not in names or not all(count.strip().isdigit() for count in counts.split(",")):
+        raise UsageError(f"{line!r} is no budget: write attention:4,8, with one of {', '.join(names)}")
+    portable = name == "portable"
+    kind = Among.sublayer if portable else Among(name)
+    return space_of(model, kind, portable, keep_first, keep_last), [int(count) for count in counts.split(",")]
+
+
+def two_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    held_out: str | None,
+    sequences: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """Batches to calibrate on and as many to measure on, of another text or of other windows of the same."""
+    if held_out:
+        batches, described = text_batches(model, tokenizer, text, sequences, length, batch_size, seed)
+        others, about = text_batches(model, tokenizer, held_out, sequences, length, batch_size, seed)
+        return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
+    both, described = text_batches(model, tokenizer, text, 2 * sequences, length, batch_size, seed)
+    half = len(both) // 2
+    return both[:half], both[half:], described | {"held_out": "other windows", "sequences": sequences}
+
+
+def budget_of(
+    model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
+) -> tuple[Budget, str, Times | None]:
+    """The one budget that `amounts` give, the objective that goes with it, and the times it goes by.
+
+    It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
+    """
+    from ..budget import by_count, by_footprint, by_limit
+    from ..latency import by_speedup, measure_times
+
+    given = {name: amount for name, amount in amounts.items() if amount is not None}
+    if len(given) != 1:
+        names = ["--" + name.replace("_", "-") for name in (given or amounts)]
+        raise UsageError(f"give one budget: {' or '.join(names)}")
+    ((name, amount),) = given.items()
+    if name == "count":
+        return by_count(space, amount), "kl", None
+    if name in ("max_nll", "max_kl"):
+        told = name.removeprefix("max_")
+        return by_limit(space, amount, told.upper()), told, None
+    if name == "speedup":
+        times = measure_times(model, workload)
+        return by_speedup(space, times, amount), "kl", times
+    resources: dict[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
+    return by_footprint(model, space, resources[name], amount), "kl", None

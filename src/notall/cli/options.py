@@ -97,3 +97,21 @@ class Skippable(str, Enum):
     attention = "attention"
     mlp = "mlp"
     block = "block"
+
+
+class Among(str, Enum):
+    attention = "attention"
+    mlp = "mlp"
+    block = "block"
+    sublayer = "sublayer"
+
+
+Kind = Annotated[Among, typer.Option(help="what to choose among; sublayer: attentions and MLPs")]
+Portable = Annotated[bool, typer.Option("--portable", help="only sets whose result is an ordinary checkpoint")]
+KeepFirst = Annotated[bool, typer.Option("--keep-first", help="preserve the first layer")]
+KeepLast = Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")]
+Objective = Annotated[
+    str | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME'; else kl")
+]
+Prompts = Annotated[Path | None, typer.Option(help="for `answers`: a prompt a line, or .jsonl with `prompt`")]
+TaskLimit = Annotated[int, typer.Option(help="training questions of a task:NAME objective")]

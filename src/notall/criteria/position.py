@@ -1,12 +1,14 @@
-"""Ways to choose what to skip: functions from an anatomy to a plan."""
+"""By place alone: the deepest, as the paper has it, the shallowest, and any."""
 
 from __future__ import annotations
 
+import random
 from typing import get_args
 
-from .anatomy import Anatomy
-from .errors import UsageError
-from .plan import Plan, Skippable
+from ..anatomy import Anatomy
+from ..errors import UsageError
+from ..plan import Plan, Skippable
+from .setting import Scores, Setting
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
 
@@ -33,3 +35,19 @@ def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bo
     )
     plan.check(anatomy)
     return plan
+
+
+def score_deepest(setting: Setting) -> Scores:
+    """The deepest first (arXiv 2407.15516); for one kind the same sets as `deepest`."""
+    return {unit: -float(place) for place, unit in enumerate(setting.space.units)}
+
+
+def score_shallowest(setting: Setting) -> Scores:
+    """The shallowest first."""
+    return {unit: float(place) for place, unit in enumerate(setting.space.units)}
+
+
+def score_random(setting: Setting) -> Scores:
+    """In an order drawn with the setting's seed: what any criterion must beat."""
+    draw = random.Random(setting.seed)
+    return {unit: draw.random() for unit in setting.space.units}

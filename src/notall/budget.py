@@ -1,0 +1,88 @@
+"""How much a plan must save, or how much it may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from .errors import UsageError
+from .footprint import footprint
+from .plan import Plan
+from .space import Skipped, Space, Unit
+
+Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`saves` says what skipping a sublayer saves, by name; the plan is to save `target` in all.
+
+    With `limit` it is to save as much as it can while the objective rises by at most `limit`, and `target` is infinite.
+    `told` describes it, for people.
+    """
+
+    saves: Mapping[str, float]
+    target: float
+    told: str
+    limit: float = math.inf
+
+    def saved(self, skipped: Iterable[str]) -> float:
+        return math.fsum(self.saves[name] for name in skipped)
+
+    def met(self, skipped: Skipped) -> bool:
+        return self.saved(skipped) >= self.target * (1 - 1e-9)
+
+    def rate(self, unit: Unit, rise: float, skipped: Skipped) -> float:
+        """What `unit` costs for what it saves; what is saved beyond the target counts for nothing.
+
+        `rise` is what the objective rises by; where it falls, saving more makes it better still.
+        """
+        worth = min(self.saved(unit), max(self.target - self.saved(skipped), 0.0)) or 1e-12
+        return rise / worth if rise > 0 else rise * worth
+
+
+def by_count(space: Space, count: float) -> Budget:
+    """So many of the space's kind (blocks count whole, portable sets by sublayers), or a fraction of them.
+
+    A number below 1 is a fraction, rounded to the nearest whole number. Raises `UsageError` when there are fewer, and
+    for an odd number of sublayers of a portable set.
+    """
+    whole = round(count * len(space.units)) if 0 < count < 1 else int(count)
+    if count < 0 or (count >= 1 and whole != count):
+        raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
+    if space.portable and space.kind == "sublayer" and whole % 2:
+        raise UsageError(f"a portable set has an even number of sublayers: give {whole - 1} or {whole + 1}")
+    saves = {name: 1 / len(unit) for unit in space.units for name in unit}
+    return _possible(space, Budget(saves, whole, f"{whole} {space}"))
+
+
+def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:
+    """So many parameters, bytes of weights or bytes of KV cache a token less, or a fraction (below 1) of the dense."""
+    sizes = {part.name: part for part in space.anatomy.sublayers}
+    field = "parameters" if resource == "params" else resource
+    saves = {name: float(getattr(sizes[name], field)) for name in space.names}
+    dense = getattr(footprint(model, Plan()), resource)
+    target = amount * dense if amount < 1 else amount
+    return _possible(space, Budget(saves, target, f"{target:,.0f} {resource} less"))
+
+
+def by_limit(space: Space, limit: float, told: str = "of the objective") -> Budget:
+    """As many sublayers as can be had while the objective rises by at most `limit` nats."""
+    if not limit >= 0:
+        raise UsageError(f"the objective cannot be held to a rise of {limit}: give 0 or more")
+    return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {told}", limit)
+
+
+def _possible(space: Space, budget: Budget) -> Budget:
+    """`budget`, unless all that may be skipped, but one attention, saves less than it asks for."""
+    most = budget.saved(space.names)
+    if not any(name.startswith("mlp") for name in space.names) or space.kind == "block":
+        least = min(budget.saved(unit) for unit in space.units)
+        most -= least if len(space.units) == len(space.anatomy.blocks) else 0  # one attention stays
+    if not 0 <= budget.target <= most * (1 + 1e-9):
+        raise UsageError(f"{budget.told} cannot be saved: what may be skipped saves at most {most:,.0f}")
+    return budget

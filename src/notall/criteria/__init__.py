@@ -1,0 +1,97 @@
+"""Ways to choose what to skip, one idea a file. A new one is one function, and a line in `CRITERIA`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..budget import Budget
+from ..errors import UsageError
+from ..searching import search
+from ..space import CHOICES, Choice, Space
+from .evolution import choose_by_evolution
+from .features import choose_angular, score_cosine, score_relative_magnitude
+from .gradients import score_first_order, score_fisher
+from .losses import choose_greedily, score_leave_one_out
+from .position import SKIPPABLE, deepest, score_deepest, score_random, score_shallowest
+from .setting import Chosen, Scores, Setting, take
+from .weights import score_gate_norm
+
+__all__ = [
+    "CRITERIA",
+    "SKIPPABLE",
+    "Chosen",
+    "Criterion",
+    "Scores",
+    "Setting",
+    "choose",
+    "criterion",
+    "deepest",
+    "suits",
+]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective."""
+
+    name: str
+    told: str
+    score: Callable[[Setting], Scores] | None = None
+    choose: Callable[[Setting, Budget], Chosen] | None = None
+    measured: bool = False
+    kinds: tuple[Choice, ...] = CHOICES
+
+
+def choose_by_search(setting: Setting, budget: Budget) -> Chosen:
+    """The lazy search with its refinement (see `searching`), in the order of the cosine where nothing is known yet."""
+    found = search(
+        setting.space,
+        budget,
+        setting.evaluator,
+        cheap=score_cosine(setting),
+        late=lambda: setting.late,
+        progress=setting.progress,
+    )
+    return Chosen(found.skipped, found.order)
+
+
+_ALL = (
+    Criterion("deepest", "place: the deepest first (the paper's rule, 2407.15516)", score_deepest),
+    Criterion("shallowest", "place: the shallowest first", score_shallowest),
+    Criterion("random", "chance: an order drawn with the seed", score_random),
+    Criterion("cosine", "1 - cosine before and after (LLM-Drop 2406.15786, ShortGPT 2403.03853)", score_cosine),
+    Criterion("angular", "angle over a run of blocks (2403.17887)", choose=choose_angular, kinds=("block",)),
+    Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude),
+    Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order),
+    Criterion("fisher", "that gradient squared, by sequence (1801.05787)", score_fisher),
+    Criterion("gate-norm", "|W_Q W_K^T|, without a text (2512.20636)", score_gate_norm, kinds=("attention",)),
+    Criterion("leave-one-out", "the objective without each one alone", score_leave_one_out, measured=True),
+    Criterion("greedy", "the objective, step by step (SLEB, BlockPruner, FinerCut)", None, choose_greedily, True),
+    Criterion("evolution", "sets that swap and are selected (EvoPress 2410.14649)", None, choose_by_evolution, True),
+    Criterion("search", "lazy greedy, refined by swaps", None, choose_by_search, True),
+)
+CRITERIA = {one.name: one for one in _ALL}
+
+
+def criterion(name: str) -> Criterion:
+    """The criterion of this name. Raises `UsageError` for another."""
+    if name not in CRITERIA:
+        raise UsageError(f"there is no criterion {name!r}: choose from {', '.join(CRITERIA)}")
+    return CRITERIA[name]
+
+
+def suits(name: str, space: Space) -> bool:
+    """Whether the criterion `name` can choose from `space`."""
+    return space.kind in criterion(name).kinds
+
+
+def choose(name: str, setting: Setting, budget: Budget) -> Chosen:
+    """What the criterion `name` skips of `setting.space` to meet `budget`. Raises `UsageError` where it can't."""
+    one = criterion(name)
+    if not suits(name, setting.space):
+        raise UsageError(f"{name} chooses among {' and '.join(one.kinds)} only, not {setting.space.kind}")
+    if one.score:
+        return take(setting, one.score(setting), budget)
+    assert one.choose
+    return one.choose(setting, budget)

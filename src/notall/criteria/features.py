@@ -1,0 +1,97 @@
+"""By what a sublayer or a block does to the residual stream of the dense model: one pass over the text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..budget import Budget
+from ..errors import UsageError
+from ..replay import walk
+from ..space import Unit
+from .setting import Chosen, Scores, Setting
+
+Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
+
+
+def score_cosine(setting: Setting) -> Scores:
+    """1 - cos(x, x + f(x)), the mean over tokens: what changes the direction of its input least goes first.
+
+    Sources: LLM-Drop, arXiv 2406.15786, section 3 (sublayers, residual included); ShortGPT, arXiv 2403.03853, "Block
+    Influence" (blocks). The last block is taken before the final norm, which is no part of it.
+    """
+    return _measured(setting, lambda before, after: 1 - cosine_similarity(before, after, dim=-1))
+
+
+def score_relative_magnitude(setting: Setting) -> Scores:
+    """|f(x)| / |x + f(x)|, the mean over tokens. Source: arXiv 2312.09299, as in ShortGPT 2403.03853."""
+    return _measured(setting, lambda before, after: (after - before).norm(dim=-1) / after.norm(dim=-1))
+
+
+def choose_angular(setting: Setting, budget: Budget) -> Chosen:
+    """The contiguous run of blocks with the least angle between what goes in and what comes out.
+
+    arccos(cos(x[l], x[l + n])) / pi, at the last token of each sequence, the mean over sequences; x[l + n] of a run
+    that ends with the last block is taken before the final norm. Source: arXiv 2403.17887, section 3.
+    Raises `UsageError` when the budget is no fixed number of blocks.
+    """
+    space = setting.space
+    if space.kind != "block" or budget.target == math.inf:
+        raise UsageError("the angular distance chooses a run of so many blocks: give that number")
+    states = _last_tokens(setting)
+    runs: dict[int, list[tuple[str, ...]]] = {}
+    for first in range(len(space.units)):
+        for behind in range(first, len(space.units) + 1):
+            run = space.units[first:behind]
+            names = frozenset(name for unit in run for name in unit)
+            if budget.met(names) and space.allows(names):
+                runs[first] = list(run)
+                break
+    angles = {first: _angle(states[first + space.keep_first], states[first + space.keep_first + len(run)])
+              for first, run in runs.items()}  # fmt: skip
+    order = tuple(runs[min(angles, key=angles.__getitem__)])
+    return Chosen(frozenset(name for unit in order for name in unit), order)
+
+
+def _angle(before: Tensor, after: Tensor) -> float:
+    cosine = cosine_similarity(before, after, dim=-1).clamp(-1, 1)
+    return float((cosine.arccos() / math.pi).mean())
+
+
+@torch.no_grad()
+def _last_tokens(setting: Setting) -> list[Tensor]:
+    """The stream at each sequence's last token, before each block and behind the last: (sequences, hidden) each."""
+    start = time.process_time()
+    blocks = len(setting.space.anatomy.blocks)
+    states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+    for tokens in setting.batches:
+        for passage in walk(setting.model, input_ids=tokens):
+            states[passage.block.index].append(passage.before[:, -1].double().cpu())
+        states[blocks].append(passage.after[:, -1].double().cpu())
+    setting.passed(1, start)
+    return [torch.cat(rows) for rows in states]
+
+
+@torch.no_grad()
+def _measured(setting: Setting, measure: Measure) -> Scores:
+    """The mean over tokens of what is measured of each unit."""
+    start = time.process_time()
+    totals = dict.fromkeys(setting.space.units, 0.0)
+    for tokens in setting.batches:
+        for passage in walk(setting.model, input_ids=tokens):
+            block = passage.block
+            pairs: dict[Unit, tuple[Tensor, Tensor]] = {
+                (part.name,): passage.around[part.kind] for part in block.sublayers
+            }
+            pairs[tuple(part.name for part in block.sublayers)] = passage.before, passage.after
+            for unit, (before, after) in pairs.items():
+                if unit in totals:
+                    totals[unit] += float(measure(before.float(), after.float()).sum())
+    setting.passed(1, start)
+    count = sum(tokens.numel() for tokens in setting.batches)
+    return {unit: total / count for unit, total in totals.items()}

@@ -1,0 +1,185 @@
+"""The one engine that evaluates sets of skipped sublayers: for every criterion, and for the search.
+
+Sets that keep the same first sublayers share them (see `replay`), and sets that are asked for one after the other go
+on from the states of a base set, the trunk. Work is counted in sublayer executions over the whole calibration set.
+What was evaluated is written down, so that a run that was killed asks for it again and has it at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import results
+from .anatomy import base_model, locate
+from .objective import Objective
+from .plan import Plan
+from .replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
+from .space import Skipped, plan_of
+
+STATES_BYTES = 2 * 2**30
+
+
+@dataclass
+class Spent:
+    """What evaluations took: how many, sublayers run over the whole calibration set, what they would be without
+    sharing, and CPU seconds of all threads."""
+
+    evaluations: int = 0
+    executions: float = 0.0
+    one_by_one: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, other: Spent) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Evaluator:
+    """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
+
+    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept.
+    `log` is a file of what was evaluated; `settings` tell whose it is. Raises `UsageError` when it is another's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        *,
+        states_bytes: int = STATES_BYTES,
+        log: Path | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.objective, self.log = base_model(model), objective, log
+        self.anatomy = locate(self.model)
+        self.all = objective.part(1.0)
+        self.tokens = sum(batch.tokens for batch in objective.batches)
+        self.spent, self._counted = Spent(), set[tuple[Any, ...]]()
+        self._known = self._read(settings or {})
+        self._recordings: list[Recording] | None = None
+        self._trunks: dict[int, Trunk] = {}
+        self._trunk = self._steps(frozenset())
+        self._dense_ends: dict[int, Tensor] = {}  # the dense model's last states, where a loss compares with it
+        self._states_bytes = states_bytes
+
+    @property
+    def forward(self) -> int:
+        """Sublayer executions of one dense forward pass over the calibration set."""
+        return len(self.anatomy.sublayers)
+
+    def stand_on(self, base: Skipped) -> None:
+        """Keep the states of this set: what is asked for next begins like it."""
+        self._trunk = self._steps(base)
+
+    def cost(self, skipped: Skipped, share: float = 1.0) -> float:
+        """The objective of one set, or of the first `share` of each of its terms."""
+        return self.costs([skipped], share)[0]
+
+    def costs(self, sets: Sequence[Skipped], share: float = 1.0) -> list[float]:
+        """The objective of each set; all are run together."""
+        numbers = self.objective.part(share)
+        new = [s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known]
+        if new:
+            self._evaluate(new, numbers)
+        return [self._recall(self._key(skipped, numbers)) for skipped in sets]
+
+    def _recall(self, key: tuple[Any, ...]) -> float:
+        cost, spent = self._known[key]
+        if key not in self._counted:
+            self._counted.add(key)
+            self.spent.add(spent)
+        return cost
+
+    def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
+        start = time.process_time()
+        replay = Replay(self.model, [plan_of(skipped) for skipped in sets])
+        losses: list[dict[int, list[float]]] = [{} for _ in sets]
+        ran = one_by_one = 0.0
+        for number in sorted(numbers):
+            before = replay.ran
+            for place, items in self._run(replay, number):
+                losses[place][number] = items
+            share = self.objective.batches[number].tokens / self.tokens
+            ran += (replay.ran - before) * share
+            one_by_one += replay.one_by_one * share
+        each = Spent(1, ran / len(sets), one_by_one / len(sets), (time.process_time() - start) / len(sets))
+        for skipped, found in zip(sets, losses):
+            self._note(skipped, numbers, self.objective.total(found), each)
+
+    @torch.inference_mode()
+    def _run(self, replay: Replay, number: int) -> list[tuple[int, list[float]]]:
+        """For each of the replay's plans: its number, and the losses of the items of one batch."""
+        batch, recording = self.objective.batches[number], self._recording(number)
+        dense = self._dense_logits(number) if batch.needs_dense else None
+        found = []
+        for places, hidden in replay.hidden_states(recording, self._trunk_of(number)):
+            items = batch.loss(run_head(self.model, recording, hidden), dense).tolist()
+            found += [(place, items) for place in places]
+        return found
+
+    def _recording(self, number: int) -> Recording:
+        if self._recordings is None:
+            with torch.inference_mode():
+                self._recordings = [record(self.model, **batch.inputs) for batch in self.objective.batches]
+        return self._recordings[number]
+
+    def _dense_logits(self, number: int) -> Tensor:
+        recording = self._recording(number)
+        if number not in self._dense_ends:
+            replay = Replay(self.model, [Plan()])
+            (_, self._dense_ends[number]) = next(replay.hidden_states(recording, self._trunk_of(number)))
+        return run_head(self.model, recording, self._dense_ends[number])
+
+    def _trunk_of(self, number: int) -> Trunk:
+        trunk = self._trunks.get(number)
+        if trunk is None:
+            embedded = self._recording(number).embedded
+            all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
+            trunk = Trunk(self._trunk, math.ceil(all_states / self._states_bytes))
+        if trunk.names != self._trunk:
+            trunk = trunk.moved(self._trunk)
+        self._trunks[number] = trunk
+        return trunk
+
+    def _steps(self, skipped: Skipped) -> tuple[str, ...]:
+        return tuple(step_name(parts) for _, parts in live_steps(self.anatomy, plan_of(skipped)))
+
+    # --- what is written down
+
+    def _key(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[Any, ...]:
+        return skipped, "all" if numbers == self.all else len(numbers)
+
+    def _note(self, skipped: Skipped, numbers: frozenset[int], cost: float, spent: Spent) -> None:
+        key = self._key(skipped, numbers)
+        if not math.isfinite(cost):
+            cost = math.inf  # a model that overflows without these is as bad as can be
+        self._known[key] = cost, spent
+        if self.log:
+            line = {"skipped": sorted(skipped), "batches": key[1], "cost": cost, **vars(spent)}
+            results.append(self.log, line)
+
+    def _read(self, settings: dict[str, Any]) -> dict[tuple[Any, ...], tuple[float, Spent]]:
+        settings = settings | {"objective": self.objective.name, "calibration": self.objective.digest()}
+        settings |= {"fingerprint": self.anatomy.fingerprint, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        if self.log is None:
+            return {}
+        held = results.read(self.log)
+        if not held:
+            results.append(self.log, {"settings": settings})
+            return {}
+        results.check_same(held[0].get("settings") or {}, settings, self.log.parent)
+        known = {}
+        for line in held[1:]:
+            key = frozenset(line["skipped"]), line["batches"]
+            cost = math.inf if line["cost"] is None else line["cost"]
+            known[key] = cost, Spent(*(line[name] for name in vars(Spent())))
+        return known

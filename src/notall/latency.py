@@ -1,0 +1,167 @@
+"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .anatomy import Sublayer, locate, text_config
+from .budget import Budget
+from .caching import cache_folder
+from .errors import UsageError
+from .plan import Plan
+from .skipping import skip
+from .space import Space
+from .speed import Spread, Timing, compare, machine, speedup
+
+DECODED = 32  # new tokens that are really decoded where more are asked about
+MOST_OFF = 0.05  # how far a prediction may be from what is measured
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A prompt of so many tokens, so many new ones, so many sequences at once."""
+
+    prompt: int = 512
+    new: int = 128
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a workload: of the dense model, and of each sublayer by name (prefill and all new tokens)."""
+
+    workload: Workload
+    dense_ms: float
+    sublayer_ms: Mapping[str, float]
+
+    def predicted_ms(self, plan: Plan) -> float:
+        """The dense model's time less what the skipped sublayers take."""
+        return self.dense_ms - sum(self.sublayer_ms[name] for name in str(plan).split() if plan)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A plan's speedup as it was predicted and as it was measured, in turn with the dense model; `off` relates them."""
+
+    predicted_ms: float
+    measured_ms: float
+    predicted_speedup: float
+    measured_speedup: Spread
+
+    @property
+    def off(self) -> float:
+        return self.predicted_speedup / self.measured_speedup.median - 1
+
+
+def measure_times(model: PreTrainedModel, workload: Workload, *, rounds: int = 5, seed: int = 0) -> Times:
+    """What each sublayer takes, by leaving out half of those that are alike, in turn with the dense model.
+
+    Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Of more than 32 new tokens 32
+    are decoded, behind the prompt, and counted as many times as needed. Raises as `speed.compare` does.
+    """
+    anatomy = locate(model)
+    about: dict[str, Any] = {
+        "fingerprint": anatomy.fingerprint,
+        "dtype": str(model.dtype),
+        "machine": machine(model.device),
+    }
+    about |= {"attention": text_config(model)._attn_implementation, "rounds": rounds, **asdict(workload)}
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / "times" / f"{key}.json"
+    if path.is_file():
+        held = json.loads(path.read_text())
+        return Times(workload, held["dense_ms"], held["sublayer_ms"])
+    times = _measure(model, workload, _alike(model), rounds, seed)
+    with suppress(OSError):  # a full disk costs the next run time, and this one nothing
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            json.dumps({"about": about, "dense_ms": times.dense_ms, "sublayer_ms": dict(times.sublayer_ms)})
+        )
+    return times
+
+
+def by_speedup(space: Space, times: Times, faster: float) -> Budget:
+    """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
+    if not faster >= 1:
+        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
+    saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
+    target, most = times.dense_ms * (1 - 1 / faster), sum(saves.values())
+    if target > most:
+        raise UsageError(
+            f"{faster:g} times as fast cannot be had: without all that may be skipped it is "
+            f"{times.dense_ms / (times.dense_ms - most):.2f}; choose among more sublayers, or a lower speedup"
+        )
+    w = times.workload
+    return Budget(saves, target, f"{faster:g}x at prompt {w.prompt}, {w.new} new, batch {w.batch}")
+
+
+def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int = 5, seed: int = 0) -> Check:
+    """Time `plan` in turn with the dense model, and hold it against what the sublayers' times add up to."""
+    found = _compare(model, {"dense": nullcontext, "skipped": partial(skip, model, plan)}, times.workload, rounds, seed)
+    dense, skipped = (_totals(found[name], times.workload) for name in ("dense", "skipped"))
+    predicted = times.predicted_ms(plan)
+    return Check(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
+
+
+def _measure(model: PreTrainedModel, workload: Workload, groups: list[list[Sublayer]], rounds: int, seed: int) -> Times:
+    plans = {str(number): _half(group, locate(model).blocks) for number, group in enumerate(groups)}
+    variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
+    variants |= {name: partial(skip, model, plan) for name, plan in plans.items() if plan}
+    found = _compare(model, variants, workload, rounds, seed)
+    dense = _totals(found["dense"], workload)
+    each: dict[str, float] = {}
+    for number, group in enumerate(groups):
+        plan = plans[str(number)]
+        saved = 0.0
+        if plan:
+            without = _totals(found[str(number)], workload)
+            saved = statistics.median(a - b for a, b in zip(dense, without)) / len(plan)
+        each |= {part.name: saved for part in group}
+    return Times(workload, statistics.median(dense), each)
+
+
+def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
+    """The sublayers in groups of the same kind, size and window, which take the same time."""
+    kinds = getattr(text_config(model), "layer_types", None) or [None] * len(locate(model).blocks)
+    groups: dict[tuple[Any, ...], list[Sublayer]] = {}
+    for part in locate(model).sublayers:
+        window = kinds[part.index] if part.kind == "attention" else None
+        groups.setdefault((part.kind, part.parameters, part.kv_bytes_per_token, window), []).append(part)
+    return list(groups.values())
+
+
+def _half(group: list[Sublayer], blocks: Sequence[object]) -> Plan:
+    """The plan that skips every second one of a group; the only attention of a model stays."""
+    chosen = [part.index for part in group[::2]]
+    if group[0].kind == "mlp":
+        return Plan(mlp=chosen)
+    return Plan(chosen) if len(chosen) < len(blocks) else Plan(chosen[1:])
+
+
+def _compare(
+    model: PreTrainedModel, variants: Mapping[str, Callable[[], Any]], workload: Workload, rounds: int, seed: int
+) -> dict[str, Timing]:
+    return compare(
+        model,
+        variants,
+        prompt_tokens=workload.prompt,
+        new_tokens=min(workload.new, DECODED),
+        batch_size=workload.batch,
+        rounds=rounds,
+        seed=seed,
+    )
+
+
+def _totals(timing: Timing, workload: Workload) -> list[float]:
+    """Milliseconds of the whole workload, a round each."""
+    pairs = zip(timing.prefill_samples_ms, timing.decode_samples_ms)
+    return [prefill + workload.new * decode for prefill, decode in pairs]

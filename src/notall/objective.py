@@ -1,0 +1,117 @@
+"""What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
+
+An `Objective` is a weighted sum of terms, a term a list of batches, each with a function from logits to one loss an
+item (a sequence, or a question). So a new objective is a new list of batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+# From logits of the skipped and of the dense model (None unless wanted), (batch, tokens, vocabulary), to (items,).
+Loss = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass, as for the model's forward, and the loss of what comes out, in nats."""
+
+    inputs: dict[str, Tensor]
+    loss: Loss
+    needs_dense: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs["input_ids"].numel()
+
+
+@dataclass(frozen=True)
+class Term:
+    """The mean of a loss over all items of its batches, times `weight`."""
+
+    name: str
+    batches: tuple[Batch, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The sum of its terms: lower is better."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(t.name if t.weight == 1 else f"{t.weight:g}*{t.name}" for t in self.terms)
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        return tuple(batch for term in self.terms for batch in term.batches)
+
+    def part(self, share: float) -> frozenset[int]:
+        """The numbers of the first batches of each term: `share` of them, at least one a term."""
+        chosen: list[int] = []
+        start = 0
+        for term in self.terms:
+            chosen += range(start, start + math.ceil(share * len(term.batches) - 1e-9) or 1)
+            start += len(term.batches)
+        return frozenset(chosen)
+
+    def total(self, losses: dict[int, list[float]]) -> float:
+        """The objective, from the losses of each batch's items by the batch's number; batches may be lacking."""
+        total, start = 0.0, 0
+        for term in self.terms:
+            numbers = range(start, start + len(term.batches))
+            items = [value for number in numbers for value in losses.get(number, ())]
+            total += term.weight * math.fsum(items) / len(items)
+            start += len(term.batches)
+        return total
+
+    def digest(self) -> str:
+        """A hash of what is measured: the terms, their weights and their inputs."""
+        digest = hashlib.sha256(self.name.encode())
+        for batch in self.batches:
+            for name, value in sorted(batch.inputs.items()):
+                digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
+    """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
+    return Objective((Term("nll", tuple(Batch({"input_ids": ids}, _nll(ids)) for ids in batches), weight),))
+
+
+def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
+    """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
+    return Objective((Term("kl", tuple(Batch({"input_ids": ids}, _kl, True) for ids in batches), weight),))
+
+
+def mix(objectives: Sequence[Objective]) -> Objective:
+    """Their sum."""
+    return Objective(tuple(term for objective in objectives for term in objective.terms))
+
+
+def _nll(ids: Tensor) -> Loss:
+    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
+        rows = zip(logits[:, :-1], ids[:, 1:])  # a sequence at a time in memory
+        return torch.stack([cross_entropy(row.float(), target.to(row.device)) for row, target in rows])
+
+    return loss
+
+
+def _kl(logits: Tensor, dense: Tensor | None) -> Tensor:
+    assert dense is not None
+    return torch.stack([divergence(base[:-1], row[:-1]) for base, row in zip(dense, logits)])
+
+
+def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
+    """KL(dense || skipped) in nats, the mean over tokens; logits, (tokens, vocabulary) each."""
+    log_p, log_q = log_softmax(dense.float(), -1), log_softmax(skipped.float(), -1)
+    return kl_div(log_q, log_p, log_target=True, reduction="sum") / len(log_p)

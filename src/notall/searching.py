@@ -1,0 +1,194 @@
+"""The search: greedy, but lazy, and then refined by swaps.
+
+A candidate is evaluated again only when it comes to the top of the queue: what it cost when it was last evaluated is a
+good guess, since costs mostly grow as more is skipped. The first guesses are made on a part of the text. Importances do
+not add up, so what was skipped early may not be best in the end: swaps that lower the objective follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .budget import Budget
+from .evaluator import Evaluator
+from .space import Skipped, Space, Unit
+
+SCREENED = 0.25  # the share of the text that first guesses are made on
+PATIENCE = 8  # swaps in a row that don't lower the objective, before the refinement ends
+RECHECKS = 3.0  # evaluations a step, to guess the time left
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found, what the objective is with it and was without, and whether it had the time it wanted.
+
+    `order` is as in `criteria.Chosen`; `path` holds each set on the way, with its cost, before the refinement and after
+    it.
+    """
+
+    skipped: Skipped
+    order: tuple[Unit, ...]
+    cost: float
+    dense_cost: float
+    complete: bool
+    path: tuple[tuple[Skipped, float], ...]
+
+
+def search(
+    space: Space,
+    budget: Budget,
+    evaluator: Evaluator,
+    *,
+    cheap: Mapping[Unit, float] | None = None,
+    screened: float = SCREENED,
+    patience: int = PATIENCE,
+    late: Callable[[], bool] = lambda: False,
+    progress: Callable[[float, str], None] = lambda done, doing: None,
+) -> Found:
+    """The set of `space` that meets `budget` and raises the objective least, as far as this search sees.
+
+    `cheap` scores order the first round. When it gets `late`, the set is completed by the guesses there are, so that
+    what comes back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
+    """
+    looking = _Search(space, budget, evaluator, cheap or {}, late, _told(progress, space, budget, screened, patience))
+    looking.screen(screened)
+    while looking.grow() and looking.refine(patience):
+        pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
+    progress(1.0, "done")
+    cost = evaluator.cost(looking.skipped)
+    path = (*looking.path, (looking.skipped, cost))
+    return Found(looking.skipped, tuple(looking.order), cost, looking.dense, not late(), path)
+
+
+class _Search:
+    """A set that grows and changes, what it costs, and what is known of each unit.
+
+    `rises` is what the objective rose by when a unit was skipped, `falls` what it fell by when it was given back, when
+    that was last evaluated.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        budget: Budget,
+        evaluator: Evaluator,
+        cheap: Mapping[Unit, float],
+        late: Callable[[], bool],
+        told: Callable[[float, str], None],
+    ) -> None:
+        self.space, self.budget, self.evaluator, self.late, self.told = space, budget, evaluator, late, told
+        self.cheap = cheap
+        self.skipped: Skipped = frozenset()
+        self.order: list[Unit] = []
+        self.path: list[tuple[Skipped, float]] = []
+        self.dense = self.cost = evaluator.cost(self.skipped)
+        self.rises: dict[Unit, float] = {}
+        self.falls: dict[Unit, float] = {}
+        self.moves = functools.cache(space.moves)
+
+    def screen(self, share: float) -> None:
+        """First guesses, on a part of the text, of what is cheap first."""
+        dense = self.evaluator.cost(frozenset(), share)
+        for unit in sorted(self.moves(frozenset()), key=self._cheap):
+            if self.late():
+                return
+            self.rises[unit] = self._evaluate(frozenset(unit), share) - dense
+
+    def grow(self) -> bool:
+        """Skip more until the budget is met, and say whether anything was."""
+        before = self.skipped
+        while not self.budget.met(self.skipped):
+            unit = self._next()
+            if unit is None or self.cost + self.rises.get(unit, 0.0) - self.dense > self.budget.limit:
+                break
+            self.cost += self.rises.get(unit, 0.0)
+            self.skipped = self.skipped.union(unit)
+            self.order.append(unit)
+            self.path.append((self.skipped, self.cost))
+        return self.skipped != before
+
+    def refine(self, patience: int) -> bool:
+        """Swap what lowers the objective, until `patience` swaps in a row did not, and say whether any did."""
+        before, failed, tried = self.cost, 0, {self.skipped}
+        self.evaluator.stand_on(self.skipped)
+        while failed < patience and not self.late() and (swap := self._best_swap(tried)):
+            back, unit = swap
+            swapped = self.skipped.difference(back).union(unit)
+            tried.add(swapped)
+            cost = self._evaluate(swapped)
+            failed += 1
+            if cost < self.cost:
+                self._swap(back, unit, cost)
+                failed = 0
+        return self.cost < before
+
+    def _next(self) -> Unit | None:
+        """The unit that is worth most, known on top of what is skipped now; a guess when it is late."""
+        self.evaluator.stand_on(self.skipped)
+        moves, fresh = self.moves(self.skipped), set()
+        while moves:
+            best = min(moves, key=self._rate)
+            if best in fresh:
+                return best
+            if self.late():
+                return best if self.budget.limit == math.inf else None
+            self.rises[best] = self._evaluate(self.skipped.union(best)) - self.cost
+            fresh.add(best)
+        return None
+
+    def _rate(self, unit: Unit) -> tuple[float, float]:
+        """What the queue is ordered by; what was never evaluated comes first, or last when it is late."""
+        if unit not in self.rises:
+            return (math.inf if self.late() else -math.inf), self._cheap(unit)
+        return self.budget.rate(unit, self.rises[unit], self.skipped), self._cheap(unit)
+
+    def _best_swap(self, tried: set[Skipped]) -> tuple[Unit, Unit] | None:
+        """What to give back and what to skip for it, by the guesses there are, if they promise a lower objective."""
+        best, best_gain = None, 0.0
+        enough = min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9))
+        for back in self.space.returns(self.skipped):
+            less = self.skipped.difference(back)
+            if back not in self.falls:
+                self.falls[back] = self.cost - self._evaluate(less)
+            for unit in self.moves(less):
+                gain = self.falls[back] - self.rises.get(unit, math.inf)
+                swapped = less.union(unit)
+                if gain > best_gain and swapped not in tried and self.budget.saved(swapped) >= enough:
+                    best, best_gain = (back, unit), gain
+        return best
+
+    def _swap(self, back: Unit, unit: Unit, cost: float) -> None:
+        less_cost = self.cost - self.falls[back]
+        self.rises[back], self.falls[unit] = self.falls.pop(back), cost - less_cost
+        self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
+        kept = (tuple(name for name in before if name not in back) for before in self.order)
+        self.order = [*filter(None, kept), unit]
+        self.evaluator.stand_on(self.skipped)
+
+    def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
+        cost = self.evaluator.cost(skipped, share)
+        self.told(share, f"{len(self.skipped)} skipped, objective {self.cost:.4f}")
+        return cost
+
+    def _cheap(self, unit: Unit) -> float:
+        return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
+
+
+def _told(
+    progress: Callable[[float, str], None], space: Space, budget: Budget, screened: float, patience: int
+) -> Callable[[float, str], None]:
+    """What is told of each evaluation, on what share of the text, and tells `progress` what share is done."""
+    units = len(space.units)
+    mean = budget.saved(space.names) / units
+    steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
+    total, done = units * screened + steps * RECHECKS + steps + patience, 0.0
+
+    def evaluated(share: float, doing: str) -> None:
+        nonlocal done
+        done += share
+        progress(min(done / total, 0.99), doing)
+
+    return evaluated

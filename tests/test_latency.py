@@ -1,0 +1,116 @@
+"""Times of sublayers add up: with a clock that counts what is run, so that nothing here depends on the machine."""
+
+import pytest
+import torch
+
+from families import family
+from notall import Plan, UsageError, latency, locate
+from notall.budget import Budget
+from notall.latency import Workload, by_speedup, check_times, measure_times
+from notall.searching import search
+from notall.space import Space
+from notall.speed import Timing
+from test_searching import Table
+
+WORK = Workload(prompt=8, new=10, batch=2)
+EACH = {"attn": (2.0, 0.3), "mlp": (3.0, 0.1)}  # prefill and decode milliseconds
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`compare` with a clock of its own: what each sublayer that runs takes, and 10 ms and 1 ms for the rest."""
+    calls = []
+
+    def compare(model, variants, *, prompt_tokens, new_tokens, batch_size, rounds, seed):
+        calls.append(sorted(variants))
+        found = {}
+        for name, variant in variants.items():
+            ran = []
+            handles = []
+            for layer in model.model.layers:
+                handles.append(layer.self_attn.register_forward_hook(lambda *_, ran=ran: ran.append("attn")))
+                handles.append(layer.mlp.register_forward_hook(lambda *_, ran=ran: ran.append("mlp")))
+            with variant(), torch.no_grad():
+                model(torch.ones(batch_size, prompt_tokens, dtype=torch.int64))
+            for handle in handles:
+                handle.remove()
+            prefill, decode = (start + sum(EACH[r][which] for r in ran) for which, start in enumerate((10.0, 1.0)))
+            drift = [1.0, 1.5, 1.1][:rounds]  # the machine is slower in the second round
+            found[name] = Timing(tuple(d * prefill for d in drift), tuple(d * decode for d in drift), None)
+        return found
+
+    monkeypatch.setattr(latency, "compare", compare)
+    return calls
+
+
+@pytest.fixture
+def model():
+    return family("llama").build(num_hidden_layers=6)
+
+
+def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
+    times = measure_times(model, WORK, rounds=1)
+    assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 10 * 0.3)
+    assert times.sublayer_ms["mlp.0"] == pytest.approx(3.0 + 10 * 0.1)
+    assert times.dense_ms == pytest.approx(10 + 10 * 1 + 6 * (5 + 4))
+    plan = Plan([0, 2, 3], [5])
+    check = check_times(model, plan, times, rounds=3)
+    assert check.predicted_ms == pytest.approx(times.dense_ms - 3 * 5 - 4)
+    assert check.measured_speedup.median == pytest.approx(times.dense_ms / check.predicted_ms)
+    assert check.off == pytest.approx(0)
+
+
+def test_they_are_measured_once(model, clock, cache):
+    first = measure_times(model, WORK, rounds=1)
+    again = measure_times(family("llama").build(num_hidden_layers=6), WORK, rounds=1)
+    assert first == again
+    assert len(clock) == 1
+    for other in (Workload(8, 10, 1), Workload(8, 11, 2), Workload(9, 10, 2)):
+        measure_times(model, other, rounds=1)
+    assert len(clock) == 4
+    measure_times(family("llama").build(num_hidden_layers=5), WORK, rounds=1)
+    assert len(clock) == 5
+
+
+def test_sublayers_that_differ_are_timed_apart():
+    """Windows and full attention; experts and plain MLPs."""
+    groups = {len(latency._alike(family(name).build())) for name in ("gemma3", "qwen3_moe")}
+    assert groups == {3}
+    assert len(latency._alike(family("llama").build())) == 2
+
+
+def test_a_group_of_one_is_timed_and_the_last_attention_is_not(model, clock):
+    one = family("llama").build(num_hidden_layers=1)
+    times = measure_times(one, WORK, rounds=1)
+    assert times.sublayer_ms == {"attn.0": 0.0, "mlp.0": pytest.approx(4.0)}
+
+
+def test_a_speedup_is_met_in_predicted_time(model, clock):
+    times = measure_times(model, WORK, rounds=1)
+    space = Space(locate(model))
+    budget = by_speedup(space, times, 1.3)
+    found = search(space, budget, Table(space, 1))
+    assert times.dense_ms / times.predicted_ms(space.plan(found.skipped)) >= 1.3
+    least = min(times.sublayer_ms.values())
+    assert times.dense_ms / (times.predicted_ms(space.plan(found.skipped)) + least) < 1.3 * 1.1
+    with pytest.raises(UsageError, match=r"cannot be had.*2\.00"):
+        by_speedup(Space(locate(model)), latency.Times(WORK, 100.0, dict.fromkeys(space.names, 50 / 12)), 2.5)
+    with pytest.raises(UsageError, match="is none"):
+        by_speedup(space, times, 0.9)
+
+
+def test_the_dear_sublayer_is_taken_for_the_time_it_saves():
+    """At equal cost for the loss, what takes twice the time is skipped first."""
+    net = family("llama").build()
+    space = Space(locate(net))
+    table = Table(space, 0)
+    table.single = dict.fromkeys(space.order, 1.0)
+    saves = {name: 2.0 if name.startswith("mlp") else 1.0 for name in space.names}
+    found = search(space, Budget(saves, 6.0, "6 ms"), table, patience=0)
+    assert [unit[0].partition(".")[0] for unit in found.order] == ["mlp"] * 3

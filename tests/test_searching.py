@@ -1,0 +1,330 @@
+"""The lazy search: what plain greedy finds, for less; it goes on when killed, and is done when its time is up."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+import notall.evaluator
+from families import family
+from notall import UsageError, locate, results
+from notall.budget import by_count, by_footprint, by_limit
+from notall.criteria import Setting, choose
+from notall.criteria.losses import choose_greedily
+from notall.evaluator import Evaluator, Spent
+from notall.objective import kl, mix, nll
+from notall.quality import evaluate
+from notall.searching import search
+from notall.space import Space
+
+BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama").build(num_hidden_layers=LAYERS)
+
+
+class Table:
+    """Costs that are made up: of each sublayer, and of pairs, never negative, so that rises never fall."""
+
+    def __init__(self, space, seed, pairs=0.0, forgiving=False):
+        draw = random.Random(seed)
+        self.single = {name: draw.uniform(0, 1) for name in space.order}
+        names = sorted(space.order)
+        self.pairs = {pair: pairs * draw.uniform(-1 if forgiving else 0, 1) for pair in combinations(names, 2)}
+        self.asked, self.spent = [], Spent()
+
+    def stand_on(self, base):
+        pass
+
+    def cost(self, skipped, share=1.0):
+        if share == 1.0:
+            self.asked.append(skipped)
+        extra = sum(self.pairs[pair] for pair in combinations(sorted(skipped), 2))
+        return 3.0 + sum(self.single[name] for name in skipped) + extra
+
+
+@pytest.mark.parametrize("kind", ["attention", "block", "sublayer", "portable"])
+@pytest.mark.parametrize("seed", range(4))
+def test_where_rises_never_fall_it_takes_what_plain_greedy_takes_and_asks_less(model, kind, seed):
+    portable = kind == "portable"
+    space = Space(locate(model), "sublayer" if portable else kind, portable=portable)
+    budget = by_count(space, 4 if portable else 5)
+    lazy, plain = Table(space, seed, 0.05), Table(space, seed, 0.05)
+    found = search(space, budget, lazy, patience=0)
+    chosen = choose_greedily(Setting(model, space, [], plain), budget)
+    assert (found.skipped, found.order) == (chosen.skipped, chosen.order)
+    assert len(lazy.asked) < len(plain.asked)
+    assert found.complete
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_swaps_never_make_it_worse_and_leave_no_better_single_swap_untried(model, seed):
+    space = Space(locate(model), "attention")
+    budget = by_count(space, 4)
+    table = Table(space, seed, 1.5, forgiving=True)
+    before = search(space, budget, table, patience=0)
+    after = search(space, budget, table, patience=99)
+    assert after.cost <= before.cost
+    assert len(after.skipped) == 4
+    assert after.cost == pytest.approx(table.cost(after.skipped))
+    assert frozenset(name for unit in after.order for name in unit) == after.skipped
+
+
+def test_some_swap_is_found(model):
+    space = Space(locate(model), "attention")
+    costs = []
+    for seed in range(20):
+        table = Table(space, seed, 1.5, forgiving=True)
+        costs.append([search(space, by_count(space, 4), table, patience=p).cost for p in (0, 8)])
+    assert any(after < before for before, after in costs)
+
+
+@pytest.mark.parametrize("objective", [nll, kl], ids=["nll", "kl"])
+@pytest.mark.parametrize("kind", ["attention", "block", "sublayer", "portable"])
+def test_on_a_model_it_is_as_good_as_plain_greedy_for_less(model, kind, objective):
+    portable = kind == "portable"
+    space = Space(locate(model), "sublayer" if portable else kind, portable=portable)
+    budget = by_count(space, 4)
+    found, costs = {}, {}
+    for name in ("search", "greedy"):
+        asked = Setting(model, space, BATCHES, Evaluator(model, objective(BATCHES)))
+        found[name] = choose(name, asked, budget)
+        spent = asked.evaluator.spent
+        costs[name] = spent.executions if name == "search" else spent.one_by_one
+        quality = evaluate(model, [space.plan(found[name].skipped)], BATCHES)[0]
+        costs[name, "objective"] = quality.nll if objective is nll else quality.kl
+        assert asked.evaluator.cost(found[name].skipped) == pytest.approx(costs[name, "objective"], rel=1e-5)
+    assert costs["search", "objective"] <= costs["greedy", "objective"] + 0.1  # of random weights, on 72 tokens
+    assert costs["search"] < costs["greedy"] / 2
+
+
+def test_costs_do_not_depend_on_the_trunk_or_on_company(model):
+    space = Space(locate(model))
+    draw = random.Random(1)
+    sets = [frozenset(draw.sample(space.names, draw.randint(0, 7))) for _ in range(12)]
+    alone = [Evaluator(model, mix([nll(BATCHES), kl(BATCHES, 0.5)])).cost(skipped) for skipped in sets]
+    assert Evaluator(model, mix([nll(BATCHES), kl(BATCHES, 0.5)])).costs(sets) == pytest.approx(alone, rel=1e-6)
+    bound = 3 * 2 * 9 * 32 * 4 * len(BATCHES)  # every sixth state or so
+    for states_bytes in (bound, 2**30):
+        walking = Evaluator(model, mix([nll(BATCHES), kl(BATCHES, 0.5)]), states_bytes=states_bytes)
+        for base, skipped, cost in zip(sets[3:] + sets[:3], sets, alone):
+            walking.stand_on(base)
+            assert walking.cost(skipped) == pytest.approx(cost, rel=1e-6)
+            walking.stand_on(skipped)
+        held = sum(state.numel() * 4 for trunk in walking._trunks.values() for state in trunk.states.values())
+        assert held <= 1.1 * states_bytes + 2 * 9 * 32 * 4 * len(BATCHES)
+
+
+def test_a_candidate_runs_only_what_is_behind_what_it_skips(model):
+    evaluator = Evaluator(model, nll(BATCHES))
+    runs = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+        layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    evaluator.cost(frozenset())
+    assert len(runs) == 2 * LAYERS * len(BATCHES)
+    for skipped, left in ((["attn.5"], 5), (["mlp.7"], 0), (["attn.7"], 1), (["attn.4", "mlp.6"], 6)):
+        runs.clear()
+        before = evaluator.spent.executions
+        evaluator.cost(frozenset(skipped))
+        assert len(runs) == left * len(BATCHES)
+        assert evaluator.spent.executions - before == pytest.approx(left)
+    assert evaluator.spent.evaluations == 5
+    for layer in model.model.layers:
+        layer.self_attn._forward_hooks.clear()
+        layer.mlp._forward_hooks.clear()
+
+
+def test_a_part_of_the_text_is_the_first_batches_of_each_term(model):
+    both = Evaluator(model, mix([nll(BATCHES), nll(BATCHES[2:], 2.0)]))
+    part = Evaluator(model, mix([nll(BATCHES[:1]), nll(BATCHES[2:3], 2.0)]))
+    assert both.cost(frozenset(["attn.3"]), 0.25) == pytest.approx(part.cost(frozenset(["attn.3"])), rel=1e-6)
+    assert both.spent.executions == pytest.approx(15 * 4 / 12, rel=0.01)
+
+
+def test_late_it_completes_the_set_by_what_it_knows(model):
+    space = Space(locate(model), "attention")
+    for asked in (0, 5, 12, 40):
+        table = Table(space, 1, 0.05)
+        found = search(space, by_count(space, 4), table, cheap=table.single and {(n,): 1.0 for n in space.names},
+                       late=lambda table=table, asked=asked: len(table.asked) > asked)  # fmt: skip
+        assert len(found.skipped) == 4
+        assert found.cost == pytest.approx(table.cost(found.skipped))
+    assert not search(space, by_count(space, 4), Table(space, 1), late=lambda: True).complete
+
+
+def test_late_before_anything_is_known_it_goes_by_the_cheap_scores(model):
+    space = Space(locate(model), "attention")
+    cheap = {(name,): -float(place) for place, name in enumerate(space.names)}
+    found = search(space, by_count(space, 2), Table(space, 1), cheap=cheap, late=lambda: True)
+    assert found.skipped == {"attn.7", "attn.6"}
+
+
+def test_progress_grows_to_one(model):
+    space, seen = Space(locate(model)), []
+    search(space, by_count(space, 4), Table(space, 2), progress=lambda done, doing: seen.append(done))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def test_counts_and_fractions(model):
+    anatomy = locate(model)
+    block, pairs = Space(anatomy, "block"), Space(anatomy, portable=True)
+    budget = by_count(block, 3)
+    assert not budget.met(frozenset(["attn.0", "mlp.0", "attn.1", "mlp.1", "attn.2"]))
+    assert budget.met(frozenset(["attn.0", "mlp.0", "attn.1", "mlp.1", "attn.2", "mlp.2"]))
+    assert by_count(Space(anatomy), 0.25).target == 4
+    with pytest.raises(UsageError, match="even"):
+        by_count(pairs, 3)
+    with pytest.raises(UsageError, match="whole number"):
+        by_count(block, 2.5)
+    with pytest.raises(UsageError, match="at most 7"):
+        by_count(Space(anatomy, "attention"), 8)
+    assert by_count(Space(anatomy, "attention", keep_last=1), 7).target == 7
+
+
+@pytest.mark.parametrize("resource", ["params", "weight_bytes", "kv_bytes_per_token"])
+def test_a_budget_of_a_resource_is_what_the_footprint_says(model, resource):
+    from notall.footprint import footprint
+    from notall.plan import Plan
+
+    space = Space(locate(model))
+    budget = by_footprint(model, space, resource, 0.3)
+    found = search(space, budget, Table(space, 3))
+    dense, left = (getattr(footprint(model, plan), resource) for plan in (Plan(), space.plan(found.skipped)))
+    assert dense - left == pytest.approx(budget.saved(found.skipped))
+    assert dense - left >= 0.3 * dense
+    least = min(saved for saved in budget.saves.values() if saved)
+    assert dense - left < 0.3 * dense + 2 * max(budget.saves.values()) + least
+
+
+def test_what_saves_more_for_what_it_costs_is_skipped_first(model):
+    space = Space(locate(model))
+    table = Table(space, 5)
+    table.single = {name: 1.0 if name.startswith("attn") else 1.2 for name in space.order}
+    budget = by_footprint(model, space, "params", 0.2)
+    mlp, attention = budget.saves["mlp.0"], budget.saves["attn.0"]
+    assert mlp > 1.2 * attention  # so MLPs save more for each nat
+    assert {unit[0].partition(".")[0] for unit in search(space, budget, table, patience=0).order[:2]} == {"mlp"}
+    assert budget.rate(("mlp.0",), -1.0, frozenset()) < budget.rate(("attn.0",), -1.0, frozenset())
+
+
+def test_a_limit_takes_as_many_as_it_can(model):
+    space = Space(locate(model), "attention")
+    table = Table(space, 2)
+    found = search(space, by_limit(space, 1.0), table)
+    cheapest = sorted(table.single[name] for name in space.names)
+    fit = next(n for n in range(9) if sum(cheapest[: n + 1]) > 1.0)
+    assert len(found.skipped) == fit
+    assert found.cost - found.dense_cost <= 1.0
+    with pytest.raises(UsageError, match="0 or more"):
+        by_limit(space, -1)
+
+
+def test_spaces_that_hold_nothing_are_refused(model):
+    anatomy = locate(model)
+    with pytest.raises(UsageError, match="portable"):
+        Space(anatomy, "attention", portable=True)
+    with pytest.raises(UsageError, match="preserved"):
+        Space(anatomy, keep_first=5, keep_last=5)
+    with pytest.raises(UsageError, match="one of"):
+        Space(anatomy, "heads")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_portable_moves_reach_every_portable_set_and_no_other(name):
+    """All sets of four layers by brute force: those whose maximal runs of skipped sublayers have even length."""
+    net = family(name).build()
+    space = Space(locate(net), portable=True)
+    reached, waiting = {frozenset()}, [frozenset()]
+    while waiting:
+        skipped = waiting.pop()
+        for unit in space.moves(skipped):
+            if (grown := skipped.union(unit)) not in reached:
+                reached.add(grown)
+                waiting.append(grown)
+    names = list(space.order)
+    expected = set()
+    for bits in range(2 ** len(names)):
+        marks = "".join("x" if bits >> place & 1 else "." for place in range(len(names)))
+        even = all(len(run) % 2 == 0 for run in marks.split("."))
+        if name == "gpt_neox":  # a parallel block is skipped whole
+            even = all(marks[place] == marks[place + 1] for place in range(0, len(names), 2))
+        if even and "x" * len(names) != marks:
+            expected.add(frozenset(n for n, mark in zip(names, marks) if mark == "x"))
+    assert reached == expected
+    for skipped in expected:
+        assert all(skipped.difference(unit) in expected for unit in space.returns(skipped))
+        assert bool(space.returns(skipped)) == bool(skipped)
+
+
+# --- killed and asked again -------------------------------------------------------------------------------------------
+
+
+def run_search(model, folder, delay=0.0, name="tiny"):
+    space = Space(locate(model))
+    evaluator = Evaluator(model, nll(BATCHES), log=folder / "evaluations.jsonl", settings={"model": name})
+    if delay:
+        evaluate_all = evaluator._evaluate
+
+        def slowly(*arguments):
+            time.sleep(delay)
+            evaluate_all(*arguments)
+
+        evaluator._evaluate = slowly
+    asked = Setting(model, space, BATCHES, evaluator)
+    return choose("search", asked, by_count(space, 6)), evaluator
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_searching
+from families import family
+model = family("llama").build(num_hidden_layers=test_searching.LAYERS)
+test_searching.run_search(model, Path(sys.argv[1]), delay=0.05)
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
+    expected, whole = run_search(model, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(Path(__file__).parent)]
+    path = folder / "evaluations.jsonl"
+    with subprocess.Popen(command) as process:
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 25):
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    killed = path.read_bytes()
+    killed = killed[: killed.rfind(b"\n") + 1]
+    found, again = run_search(model, folder)
+    assert found == expected
+    assert path.read_bytes().startswith(killed)
+    lines, all_lines = (results.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
+    assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in all_lines]
+    assert again.spent.evaluations == whole.spent.evaluations
+    # All of it again costs nothing, and is counted as what it took.
+    monkeypatch.setattr(notall.evaluator, "Replay", None)
+    assert run_search(model, folder)[0] == expected
+
+
+def test_evaluations_of_other_settings_are_not_taken(model, tmp_path):
+    run_search(model, tmp_path)
+    with pytest.raises(UsageError, match="another model"):
+        run_search(model, tmp_path, name="other")
+    with pytest.raises(UsageError, match="another calibration"):
+        Evaluator(model, nll(BATCHES[:1]), log=tmp_path / "evaluations.jsonl", settings={"model": "tiny"})
