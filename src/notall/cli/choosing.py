@@ -8,13 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import show
-from .app import CHOOSE, app
-from .columns import FOOTPRINT_COLUMNS
-from .inputs import deepest_plan, empty_model
-from .options import Json, Model, Revision, Skippable, Trust
 from ..console import progress_bar, show
-from .app import app
+from .app import CHOOSE, app
 from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
 from .inputs import (
     budget_line,

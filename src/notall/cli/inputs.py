@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..budget import Budget, Resource
     from ..latency import Times, Workload
     from ..plan import Plan
-    from ..spreading import Workers
     from ..space import Space
+    from ..spreading import Workers
 
 
 def loading_of(
