@@ -3,7 +3,7 @@
 Four models: dense; 33 % of the attentions left out; 33 % of the blocks; a portable plan of as many sublayers as the
 blocks. `stock` is a checkpoint of transformers' own with as many layers as the last two: they should be as fast.
 Each runs in a process of its own; in every round all are asked in turn, so that what disturbs one disturbs the others.
-The last line is JSON.
+Speedups are over the dense model: median [quartiles] (ideal). The last line is JSON.
 
     python benchmarks/engines/measure.py [--engines transformers,llama.cpp] [--rounds 7] [--prompt 128] [--new 16]
 """
@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import notall
-from notall.exporters.gguf_file import read_gguf
-from notall.models import default_gguf, load_config
+from notall.models import load_config
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -71,11 +70,11 @@ class Running:
         return self._answer(self.process)
 
 
-def write(target: str, folder: Path) -> dict[str, Path]:
+def write(model: str, target: str, folder: Path) -> dict[str, Path]:
     """The exports of every plan for one target, and the stock checkpoint."""
-    depth = load_config("smollm2").num_hidden_layers
+    depth = load_config(model).num_hidden_layers
     folders = {
-        name: notall.export("smollm2", plan, target, folder / name, verify=False)  # type: ignore[arg-type]
+        name: notall.export(model, plan, target, folder / name, verify=False)  # type: ignore[arg-type]
         for name, plan in plans(depth).items()
     }
     if target == "hf":
@@ -97,9 +96,8 @@ def weight_file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def ideal(prompt: int, new: int, held: dict[str, dict[str, Any]], variant: str) -> dict[str, float]:
-    """Speedups that FLOPs promise of the prefill, and bytes of the decode: weights and the cache are read once a token."""
-    config = load_config("smollm2")
+def ideal(config: Any, prompt: int, new: int, held: dict[str, dict[str, Any]], variant: str) -> dict[str, float]:
+    """Speedups that FLOPs promise of the prefill, and bytes of the decode: weights and cache are read once a token."""
     chosen = plans(config.num_hidden_layers)["block" if variant == "stock" else variant]
 
     def flops(plan: notall.Plan) -> float:
@@ -111,7 +109,7 @@ def ideal(prompt: int, new: int, held: dict[str, dict[str, Any]], variant: str) 
         return prompt * (live * (projections + scores) + mlps) + width * config.vocab_size  # the head, for one token
 
     def read(facts: dict[str, Any]) -> float:
-        return facts["weight_bytes"] + (facts["kv_bytes_per_token"] or 0) * (prompt + new / 2)
+        return facts["weight_bytes"] + facts["kv_bytes_per_token"] * (prompt + new / 2)
 
     return {
         "prefill": flops(notall.Plan()) / flops(chosen),
@@ -119,7 +117,9 @@ def ideal(prompt: int, new: int, held: dict[str, dict[str, Any]], variant: str) 
     }
 
 
-def measure(engine: str, python: str, folders: dict[str, Path], prompt: int, new: int, rounds: int) -> list[Any]:
+def measure(
+    engine: str, python: str, folders: dict[str, Path], config: Any, prompt: int, new: int, rounds: int
+) -> list[Any]:
     context = 64 * math.ceil((prompt + new + 2) / 64)
     running = {name: Running.start(python, engine, folder, context) for name, folder in folders.items()}
     for model in running.values():  # warm up
@@ -137,12 +137,9 @@ def measure(engine: str, python: str, folders: dict[str, Path], prompt: int, new
             "model": name,
             "file_bytes": weight_file_bytes(folders[name]),
             **model.facts,
-            **{f"ideal_{what}": value for what, value in ideal(prompt, new, held, name).items()},
+            **{f"ideal_{what}": value for what, value in ideal(config, prompt, new, held, name).items()},
             **{what: paired(running["dense"], model, f"{what}_ms") for what in ("prefill", "decode")},
-            **{
-                f"{what}_ms": statistics.median(t[f"{what}_ms"] for t in model.timings)
-                for what in ("prefill", "decode")
-            },
+            **{what: statistics.median(t[what] for t in model.timings) for what in ("prefill_ms", "decode_ms")},
         }
         for name, model in running.items()
     ]
@@ -155,8 +152,8 @@ def paired(dense: Running, model: Running, what: str) -> list[float]:
 
 
 def show(rows: list[Any]) -> None:
-    print("| engine | model | file MB | weights MB | KV bytes/token | prefill ms | decode ms | prefill speedup (ideal) |"
-          " decode speedup (ideal) |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |")  # fmt: skip
+    print("| engine | model | file MB | weights MB | KV bytes/token | prefill ms | decode ms | prefill | decode |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |")
     for row in rows:
         speedups = [
             "{1:.2f} [{0:.2f}, {2:.2f}] ({3:.2f})".format(*row[what], row[f"ideal_{what}"])
@@ -169,21 +166,22 @@ def show(rows: list[Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a .gguf file, which llama.cpp needs")
     parser.add_argument("--engines", default="transformers,vllm,llama.cpp")
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter of vLLM's environment")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=16)
     given = parser.parse_args()
-    rows = []
+    rows, config = [], load_config(given.model)
     with tempfile.TemporaryDirectory() as scratch:
         targets = {engine: "gguf" if engine == "llama.cpp" else "hf" for engine in given.engines.split(",")}
-        folders = {target: write(target, Path(scratch) / target) for target in sorted(set(targets.values()))}
-        if "gguf" in folders:
-            assert read_gguf(default_gguf()).depth == load_config("smollm2").num_hidden_layers
+        folders = {
+            target: write(given.model, target, Path(scratch) / target) for target in sorted(set(targets.values()))
+        }
         for engine, target in targets.items():
             python = given.vllm_python if engine == "vllm" else sys.executable
-            rows += measure(engine, python, folders[target], given.prompt, given.new, given.rounds)
+            rows += measure(engine, python, folders[target], config, given.prompt, given.new, given.rounds)
     show(rows)
     print(json.dumps(rows))
 

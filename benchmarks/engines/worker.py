@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ Ask = Callable[[int, int], Timing]
 
 
 def tokens(count: int) -> list[int]:
-    return [100 + (7 * index) % 5000 for index in range(count)]
+    return [3 + (7 * index) % 250 for index in range(count)]
 
 
 def transformers(model: str, context: int) -> tuple[dict[str, Any], Ask]:
@@ -93,12 +93,15 @@ def llamacpp(model: str, context: int) -> tuple[dict[str, Any], Ask]:
     settings.n_ctx = settings.n_batch = context
     settings.n_parallel = 1
     settings.warmup = False
+    settings.verbosity = 5  # to read the size of the cache from its log
     settings.cpuparams.n_threads = len(os.sched_getaffinity(0))
     settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    with said() as log:
-        server = llama.Server(settings)
-    buffers = re.findall(r"KV buffer size = +([\d.]+) MiB", log.read_text(errors="replace"))
-    cells = re.search(r"n_ctx += +(\d+)", log.read_text(errors="replace"))
+    with tempfile.TemporaryDirectory() as folder:
+        with logged(Path(folder) / "log"):
+            server = llama.Server(settings)
+        log = (Path(folder) / "log").read_text(errors="replace")
+    kv_mebibytes = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", log)))
+    cells = int(re.findall(r"\( *(\d+) cells", log)[-1])
 
     def ask(prompt: int, new: int) -> Timing:
         asked = {"prompt": tokens(prompt), "max_tokens": 1 + new, "temperature": 0, "ignore_eos": True}
@@ -106,36 +109,26 @@ def llamacpp(model: str, context: int) -> tuple[dict[str, Any], Ask]:
         timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
         return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_per_token_ms"]}
 
-    kv = sum(map(float, buffers)) * 2**20 / int(cells[1] if cells else context) if buffers else None
     return {
         "weight_bytes": sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors),
-        "kv_bytes_per_token": None if kv is None else round(kv),
+        "kv_bytes_per_token": round(kv_mebibytes * 2**20 / cells),
     }, ask
 
 
 @contextmanager
-def said() -> Any:
-    """What libraries write to stderr meanwhile, as a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        kept = os.dup(2)
-        with log.open("wb") as file:
-            os.dup2(file.fileno(), 2)
+def logged(path: Path) -> Iterator[None]:
+    """What libraries write to stdout and stderr meanwhile goes to a file."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with path.open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
         try:
-            text = _Log(log)
-            yield text
-            text.contents = log.read_text(errors="replace")
+            yield
+            time.sleep(1)  # llama.cpp writes its log from a thread
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-class _Log:
-    def __init__(self, path: Path) -> None:
-        self.path, self.contents = path, ""
-
-    def read_text(self, errors: str = "strict") -> str:
-        return self.contents
+            for number, old in zip((1, 2), kept):
+                os.dup2(old, number)
+                os.close(old)
 
 
 ENGINES = {"transformers": transformers, "vllm": vllm, "llama.cpp": llamacpp}

@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
 @functools.cache
 def _regrouped_class(layer_class: Any) -> Any:
-    class Regrouped(layer_class):  # type: ignore[misc]
+    class Regrouped(layer_class):
         def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
             for mlp in self.before:
                 hidden, residual = mlp(hidden, residual)
@@ -110,7 +110,7 @@ def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
 def _model(base: str) -> type:
     stock: Any = getattr(_vllm_module(base.removesuffix("_text")), f"{FAMILIES[base].name}ForCausalLM")
 
-    class Model(stock):  # type: ignore[misc]
+    class Model(stock):
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             with _regrouping(base, vllm_config):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
