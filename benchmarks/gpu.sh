@@ -11,14 +11,14 @@ if [ "${1:-}" = --smoke ]; then
   echo '{"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
          "num_attention_heads": 4, "vocab_size": 128}' > "$out/tiny.json"
   for mode in "" --compile; do
-    "$python" benchmarks/paper_times.py --shape "$out/tiny.json" --out "$out/tiny${mode:+-compiled}" --dtype float32 \
+    "$python" benchmarks/gpu/paper_times.py --shape "$out/tiny.json" --out "$out/tiny${mode:+-compiled}" --dtype float32 \
       --prompt 8 16 --batch 1 2 --new 2 --rounds 1 $mode
   done
   exit
 fi
 
 # Minutes are shared out so that both sizes, eager and compiled, end within eight.
-"$python" benchmarks/paper_times.py --shape llama-2-7b --out "$out/7b" --minutes 1.5
-"$python" benchmarks/paper_times.py --shape llama-2-13b --out "$out/13b" --minutes 1.5
-"$python" benchmarks/paper_times.py --shape llama-2-7b --out "$out/7b-compiled" --minutes 1.5 --compile
-"$python" benchmarks/paper_times.py --shape llama-2-13b --out "$out/13b-compiled" --minutes 1.5 --compile
+"$python" benchmarks/gpu/paper_times.py --shape llama-2-7b --out "$out/7b" --minutes 1.5
+"$python" benchmarks/gpu/paper_times.py --shape llama-2-13b --out "$out/13b" --minutes 1.5
+"$python" benchmarks/gpu/paper_times.py --shape llama-2-7b --out "$out/7b-compiled" --minutes 1.5 --compile
+"$python" benchmarks/gpu/paper_times.py --shape llama-2-13b --out "$out/13b-compiled" --minutes 1.5 --compile

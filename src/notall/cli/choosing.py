@@ -79,7 +79,7 @@ def plan(
     show(rows, FOOTPRINT_COLUMNS, as_json=as_json, title=f"{out}: skip {chosen}")
 
 
-@app.command(epilog="Example:  notall search smollm2 --kind attention --count 8 -o plan.json")
+@app.command(rich_help_panel=CHOOSE, epilog="Example:  notall search smollm2 --kind attention --count 8 -o plan.json")
 def search(
     model: Model = "smollm2",
     text: TextSource = "prose",
@@ -166,7 +166,10 @@ def search(
     show([choice_row(found)], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
 
 
-@app.command(epilog="Example:  notall compare smollm2 --held-out book.txt --budget attention:4,8 --budget portable:8")
+@app.command(
+    rich_help_panel=CHOOSE,
+    epilog="Example:  notall compare smollm2 --held-out book.txt --budget attention:4,8 --budget portable:8",
+)
 def compare(
     model: Model = "smollm2",
     text: TextSource = "prose",
@@ -243,7 +246,7 @@ def compare(
     show(records, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(records)} choices in {out / comparison.RESULTS}")
 
 
-@app.command()
+@app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria")
 def criteria() -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..console import plain

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import show
-from .app import app
+from .app import SHOW, app
 from .columns import FILE_COLUMNS
 from .inputs import load_model, read_plan, text_batches
 from .options import Json, Model, Revision, Trust
@@ -24,7 +24,9 @@ class Target(str, Enum):
     gguf = "gguf"
 
 
-@app.command(epilog="Example:  notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
+@app.command(
+    rich_help_panel=SHOW, epilog="Example:  notall export smollm2 --plan plan.json --to hf --out smollm2-pruned"
+)
 def export(
     model: Model,
     plan: Annotated[Path, typer.Option("--plan", help="plan file, as `notall plan` writes it")],

@@ -1,6 +1,6 @@
 """The paper's time tables for a shape with random weights: prefill and decode of the whole grid, eager and compiled.
 
-    python benchmarks/paper_times.py --shape llama-2-7b --out results/times-7b
+    python benchmarks/gpu/paper_times.py --shape llama-2-7b --out results/times-7b
 
 Meant for one CUDA device (see gpu.sh); `--shape` takes a config.json too, so a tiny one makes a smoke test anywhere.
 Compiled: each decoder layer by itself (torch.compile), so that layers of one form are compiled once.
