@@ -246,8 +246,8 @@ def compare(
     show(records, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(records)} choices in {out / comparison.RESULTS}")
 
 
-@app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria")
-def criteria() -> None:
+@app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")
+def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..console import plain
     from ..criteria import CRITERIA
@@ -255,4 +255,4 @@ def criteria() -> None:
     rows: list[dict[str, Any]] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
     ]
-    show(rows, [plain("criterion"), plain("of"), plain("goes by")], title="criteria")
+    show(rows, [plain("criterion"), plain("of"), plain("goes by")], as_json=as_json, title="criteria")
