@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from notall.exporters.gguf import ORDINARY
+
 HERE = Path(__file__).parent
 HEAD = """# Engines
 
@@ -21,6 +23,9 @@ HEAD = """# Engines
 
 A plan is *portable* when what it keeps alternates attention, MLP, attention, MLP. vLLM's nemotron-nas cannot run a
 model whose first layer has an MLP and no attention: export to `hf` then.
+
+`gguf` writes portable plans and whole blocks for every architecture that llama.cpp builds of blocks of one attention and
+one MLP; only those in the table below were run: GGUF.
 
 ## Works
 
@@ -51,7 +56,8 @@ def render(lines: list[dict[str, str]]) -> str:
         for line in sorted(lines, key=lambda line: (line["target"], line["architecture"].lower()))
         if line["verdict"] == "refused"
     ]
-    return HEAD + "".join(works) + REFUSED + "".join(refused)
+    head = HEAD.replace("GGUF.\n", f"{', '.join(sorted(ORDINARY))}.\n")
+    return head + "".join(works) + REFUSED + "".join(refused)
 
 
 def _row(*cells: str) -> str:
