@@ -252,12 +252,12 @@ def _answers(
         num_fewshot=tasks.num_fewshot,
         limit=tasks.limit,
         task_path=tasks.folder,
-        folder=out,
+        folder=out / "answers",
         progress=lambda task, done, total: told.at(0.95, f"{task}: {done} of {total} requests"),
     )
     by_plan: dict[str, dict[str, Any]] = {skipped: {} for skipped in names}
     for result in found:
-        skipped = next(name for name in names if plans.get(name, Plan()) == result.plan)
+        skipped = names[result.number]
         fields = ("value", "stderr", "delta", "delta_stderr", "p_value", "num_fewshot")
         by_plan[skipped][f"{result.task} {result.metric.partition(',')[0]}"] = {
             **{name: getattr(result, name) for name in fields},
