@@ -18,7 +18,11 @@ def save_tiny_checkpoint(path: Path, **config: Any) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types
     ).save_pretrained(path)
     family("llama").build(vocab_size=len(vocabulary), **config).save_pretrained(path)
     return path
