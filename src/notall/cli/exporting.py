@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import show
-from .app import SHOW, app
+from .app import TAKE, app
 from .columns import FILE_COLUMNS
 from .inputs import load_model, read_plan, text_batches
 from .options import Json, Model, Revision, Trust
@@ -25,7 +25,7 @@ class Target(str, Enum):
 
 
 @app.command(
-    rich_help_panel=SHOW, epilog="Example:  notall export smollm2 --plan plan.json --to hf --out smollm2-pruned"
+    rich_help_panel=TAKE, epilog="Example:  notall export smollm2 --plan plan.json --to hf --out smollm2-pruned"
 )
 def export(
     model: Model,
