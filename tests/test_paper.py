@@ -90,8 +90,9 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     records = [cell for row in scores.cells.values() for cell in row.values()]
     lacking = benchmark("gsm8k", KEYS[0], [0.0, 1.0], [0.0, 1.0])
     words = [benchmark("wikitext", key, [700.0, 900.0], [700.0, 900.0]) for key in KEYS]
-    more = Scoreboard([*records, lacking, *words])
-    assert more.shared == ["ARC-C", "MMLU"]
+    rounded = [benchmark("truthfulqa_mc2", key, [0.2, 1.0000001], [0.2, 1.0]) for key in KEYS]
+    more = Scoreboard([*records, lacking, *words, *rounded])
+    assert more.shared == ["ARC-C", "MMLU", "TruthfulQA"]
     table = benchmark_table(more, keep_last=True)
     assert table.loc[("block", "67%"), "GSM8K"] == "–"
     assert table.loc[("block", "67%"), "wikitext"] == "800"

@@ -24,6 +24,7 @@ HEADINGS = {
     "gsm8k": "GSM8K",
 }
 SIGNIFICANT = 0.05
+ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
 
 
 def key_of(record: Record) -> Key:
@@ -158,7 +159,7 @@ def _percent(value: float | None) -> str:
 
 def _is_share(record: Record) -> bool:
     values: Sequence[float] | None = record["values"]
-    return record["value"] is not None and values is not None and all(0 <= value <= 1 for value in values)
+    return record["value"] is not None and values is not None and all(-ROUNDING <= value <= 1 + ROUNDING for value in values)
 
 
 def _escaped(text: str) -> str:
