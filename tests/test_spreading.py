@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
-from notall import Plan, UsageError, grid, load, locate
+from notall import Plan, UsageError, grid, load, locate, spreading
 from notall.grid import paper_grid
 from notall.quality import score
 from notall.replay import Replay
@@ -92,16 +91,21 @@ def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path
 
 
 @pytest.mark.timeout(600)
-def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, model, plans):
-    many = [Request(tuple(range(5, 200 + n % 30)), (n % 50 + 3,)) for n in range(240)]
-    timer = threading.Timer(1.0, kill, [workers.processes[0]])
-    timer.start()
-    found = answers(SpreadScorer(workers, Scorer(model, 1)), plans, many)
-    assert not timer.is_alive(), "it was done before a worker was killed"
+def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, model, plans, monkeypatch):
+    many = [Request(tuple(range(5, 60 + n % 30)), (n % 50 + 3,)) for n in range(120)]
+    monkeypatch.setattr(spreading, "SLICE", 20)
+    found = []
+    for scores in SpreadScorer(workers, Scorer(model)).score(plans, many):
+        found.append((scores.requests, scores.log_likelihoods, scores.greedy))
+        if len(found) == 2:
+            kill(workers.processes[0])
+    assert len(found) == 6
     assert len(workers.actors) == 1
-    for ours, theirs in zip(found, answers(Scorer(model, 1), plans, many)):
-        assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
-        assert ours[1] == theirs[1]
+    expected = answers(Scorer(model), plans, many)
+    for requests, likely, greedy in found:
+        for number, ours, said in zip(requests, likely.T.tolist(), greedy.T.tolist()):
+            assert ours == pytest.approx(expected[number][0], abs=1e-4)
+            assert said == expected[number][1]
     kill(workers.processes[1])
     with pytest.raises(UsageError, match="lost"):
         workers.score(plans[1:], TOKENS)

@@ -159,7 +159,9 @@ def _percent(value: float | None) -> str:
 
 def _is_share(record: Record) -> bool:
     values: Sequence[float] | None = record["values"]
-    return record["value"] is not None and values is not None and all(-ROUNDING <= value <= 1 + ROUNDING for value in values)
+    if record["value"] is None or values is None:
+        return False
+    return all(-ROUNDING <= value <= 1 + ROUNDING for value in values)
 
 
 def _escaped(text: str) -> str:
