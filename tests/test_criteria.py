@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,6 +146,7 @@ class Largest(TorchDispatchMode):
         return answer
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 makes a mask of that size itself")
 def test_no_square_of_tokens_is_made_for_its_diagonal():
     long = family("llama").build("sdpa", num_hidden_layers=2, max_position_embeddings=600)
     ids = torch.arange(600)[None] % 90 + 3

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from .errors import UsageError
@@ -38,7 +37,7 @@ def explained(spec: str | Path) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
         said = " ".join(str(error).split())
         fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
         raise UsageError(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
