@@ -13,6 +13,7 @@ import torch
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
+from families import family
 from notall import Plan, UsageError, grid, load, locate, spreading
 from notall.grid import paper_grid
 from notall.quality import score
@@ -111,14 +112,21 @@ def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, mod
         workers.score(plans[1:], TOKENS)
 
 
-def test_branches_are_cut_in_equal_work_and_lie_together(model):
+def test_branches_are_cut_in_equal_work_and_lie_together():
+    model = family("llama").build(num_hidden_layers=12)
     anatomy = locate(model)
     plans = [row.plan for row in paper_grid(anatomy)]
     groups = split_branches(anatomy, plans, 2)
     assert sorted(number for group in groups for number in group) == list(range(len(plans)))
-    work = [Replay(model, [plans[number] for number in group]).executions for group in groups]
-    apart = [Replay(model, plans[start::2]).executions for start in (0, 1)]
-    assert max(work) <= max(apart)
+
+    def work(some):
+        return [Replay(model, [plans[number] for number in group]).executions for group in some]
+
+    dealt_out = [range(start, len(plans), 2) for start in (0, 1)]
+    assert max(work(groups)) < max(work(dealt_out))
+    order = [number for group in groups for number in group]
+    every_cut = [max(work([order[:cut], order[cut:]])) for cut in range(1, len(order))]
+    assert max(work(groups)) <= min(every_cut) + 2  # heads count as well
     assert len(split_branches(anatomy, plans[:1], 4)) == 1
     assert sum(map(len, split_branches(anatomy, [Plan()] * 3, 2))) == 3
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ class Pack:
         return seen
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share from their beginning."""
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How much two sequences share from their beginning."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .errors import UsageError
+from .packing import common
 from .plan import Plan
 from .quality import Scores, score
 from .replay import live_steps
@@ -163,25 +164,32 @@ class SpreadScorer:
 
 
 def split_branches(anatomy: Anatomy, plans: Sequence[Plan], parts: int) -> list[list[int]]:
-    """The numbers of `plans` in at most `parts` groups of about equal work that share as much as they can.
+    """The numbers of `plans` in at most `parts` groups of plans that share as much as they can.
 
-    Plans are put in the order in which a walk through their tree meets them, and cut where the work done, sublayers
-    not shared with the plan before, reaches the next part of the whole.
+    Plans are put in the order in which a walk through their tree meets them, and cut so that the largest group has as
+    little work, sublayers and heads, as cutting that order allows: the first plan of a group pays for its whole path.
     """
-    paths = [tuple(part.name for _, parts_ in live_steps(anatomy, plan) for part in parts_) for plan in plans]
+    paths = [tuple(part.name for _, live in live_steps(anatomy, plan) for part in live) for plan in plans]
     order = sorted(range(len(plans)), key=paths.__getitem__)
-    work: list[int] = []
-    before: tuple[str, ...] = ()
+    most = max(map(len, paths)) + 1
+    while len(groups := _filled(order, paths, most)) > parts:
+        most += 1
+    return groups
+
+
+def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -> list[list[int]]:
+    """`order` cut into groups of at most `most` work each, each as full as it gets."""
+    groups: list[list[int]] = []
+    work = most
     for number in order:
-        shared = next((i for i, (a, b) in enumerate(zip(before, paths[number])) if a != b), len(before))
-        work.append(len(paths[number]) - shared + 1)
-        before = paths[number]
-    groups: list[list[int]] = [[] for _ in range(parts)]
-    done, whole = 0, sum(work)
-    for number, amount in zip(order, work):
-        groups[min(parts - 1, (done + amount // 2) * parts // whole)].append(number)
-        done += amount
-    return [group for group in groups if group]
+        path = paths[number]
+        shared = common(paths[groups[-1][-1]], path) if groups else 0
+        work += len(path) - shared + 1
+        if work > most:
+            groups.append([])
+            work = len(path) + 1
+        groups[-1].append(number)
+    return groups
 
 
 class _Worker:
