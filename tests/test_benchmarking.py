@@ -16,10 +16,11 @@ if importlib.util.find_spec("lm_eval") is None:
 from lm_eval.tasks import TaskManager
 
 from notall import UsageError, locate, results, tasks
-from notall.benchmarking import BENCHMARKS, BenchmarkRecord, Limits, run_benchmarks
+from notall.benchmarking import BENCHMARKS, BenchmarkRecord, run_benchmarks
 from notall.grid import paper_grid
 from notall.harness import run_tasks
 from notall.scoring import Scorer
+from notall.tasks import Limits
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -137,7 +138,8 @@ from functools import partial
 from pathlib import Path
 from lm_eval.tasks import TaskManager
 from notall import locate, tasks
-from notall.benchmarking import Limits, run_benchmarks
+from notall.benchmarking import run_benchmarks
+from notall.tasks import Limits
 from notall.grid import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)

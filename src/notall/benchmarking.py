@@ -11,10 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import results
-from .errors import UsageError
 from .grid import Configuration
 from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
-from .tasks import Job, TaskShelf, stock_name
+from .tasks import Job, Limits, TaskShelf
 
 if TYPE_CHECKING:
     from .spreading import Workers
@@ -43,33 +42,6 @@ class BenchmarkRecord(BaseModel):
     higher_is_better: bool | None
     values: list[float] | None = Field(description="the metric of each document in order, where it is a number")
     provenance: dict[str, Any] = Field(description="model, dtype, limit, versions: what to repeat it with")
-
-
-class Limits:
-    """How many documents of a task are used: `most`, unless `by_task` names the task or the group it was asked as."""
-
-    def __init__(self, most: int | None = None, by_task: Mapping[str, int] | None = None) -> None:
-        self.most, self.by_task = most, dict(by_task or {})
-        if any(count < 1 for count in (*self.by_task.values(), *([] if most is None else [most]))):
-            raise UsageError("a limit below 1 leaves no document; give a number from 1, or none for all")
-
-    @classmethod
-    def parse(cls, words: Sequence[str]) -> Limits:
-        """From words such as `40` and `mmlu=2`. Raises `UsageError` for anything else."""
-        most, by_task = None, {}
-        for word in words:
-            name, _, count = word.rpartition("=")
-            if not count.isdecimal():
-                raise UsageError(f"--limit {word} is no number of documents; give 40, or mmlu=2 for one task")
-            if name:
-                by_task[name] = int(count)
-            else:
-                most = int(count)
-        return cls(most, by_task)
-
-    def of(self, task: str) -> int | None:
-        """The limit of `task`; a group's holds for each of its tasks."""
-        return self.by_task.get(task, self.by_task.get(stock_name(task), self.most))
 
 
 def run_benchmarks(

@@ -82,41 +82,36 @@ def _tasks(
     tasks: Sequence[str],
     limits: Sequence[str],
     progress: Progress,
-    *,
-    task_path: str | Path | None,
     **how: Any,
 ) -> list[dict[str, Any]]:
-    from .benchmarking import Limits
     from .harness import run_tasks
-    from .tasks import TaskShelf
+    from .tasks import Limits
 
-    shared, rows = Limits.parse(limits), []
-    for name in TaskShelf(task_path).names(tasks):
-        for result in run_tasks(
-            model,
-            tokenizer,
-            [plan],
-            [name],
-            limit=shared.of(name),
-            task_path=task_path,
-            progress=lambda task, done, total: progress(done, total, task),
-            **how,
-        ):
-            sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]
-            rows.append(
-                {
-                    "task": result.task,
-                    "metric": result.metric,
-                    "num_fewshot": result.num_fewshot,
-                    "documents": len(result.documents),
-                    "dense": result.value - result.delta,
-                    "value": result.value,
-                    "value_se": result.stderr,
-                    "delta": result.delta,
-                    "delta_se": result.delta_stderr,
-                    "p_value": result.p_value,
-                    "higher_is_better": result.higher_is_better,
-                    "worse": sign * result.delta < 0 and result.p_value < SIGNIFICANT,
-                }
-            )
+    rows = []
+    for result in run_tasks(
+        model,
+        tokenizer,
+        [plan],
+        tasks,
+        limit=Limits.parse(limits),
+        progress=lambda task, done, total: progress(done, total, task),
+        **how,
+    ):
+        sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]
+        rows.append(
+            {
+                "task": result.task,
+                "metric": result.metric,
+                "num_fewshot": result.num_fewshot,
+                "documents": len(result.documents),
+                "dense": result.value - result.delta,
+                "value": result.value,
+                "value_se": result.stderr,
+                "delta": result.delta,
+                "delta_se": result.delta_stderr,
+                "p_value": result.p_value,
+                "higher_is_better": result.higher_is_better,
+                "worse": sign * result.delta < 0 and result.p_value < SIGNIFICANT,
+            }
+        )
     return rows

@@ -40,7 +40,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from .tasks import Job, TaskShelf, no_bars
+    from .tasks import Job, Limits, TaskShelf, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
@@ -98,7 +98,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     num_fewshot: int | None = None,
-    limit: int | None = None,
+    limit: int | Limits | None = None,
     task_path: str | Path | None = None,
     batch_size: int | Literal["auto"] = "auto",
     folder: Path | None = None,
@@ -108,15 +108,14 @@ def run_tasks(
     """Evaluate each of `plans` on each of `tasks` (names of the harness, or `openllm`): task by task, plan by plan.
 
     The tasks of the leaderboard come with its number of examples and its metric, others with what they say, unless
-    `num_fewshot` is given. `limit` is in documents a task. Answers are kept in `folder`, so that a run that was
+    `num_fewshot` is given. `limit` is in documents a task, or by task. Answers are kept in `folder`, so that a run that was
     killed goes on. Requests longer than the model's context raise `UsageError`
     before anything of their task is computed, or lose tokens on the left, as in the harness, with `truncate`.
 
     Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk, a
     folder that another process works in.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit} leaves no document; give a number from 1, or none for all")
+    limits = limit if isinstance(limit, Limits) else Limits(limit)
     if num_fewshot is not None and num_fewshot < 0:
         raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
     shelf = TaskShelf(task_path)
@@ -131,7 +130,9 @@ def run_tasks(
             truncate=truncate,
             progress=progress,
         )
-        return [result for name in names for result in evaluate_job(lm, shelf.build(name, num_fewshot, limit))]
+        return [
+            result for name in names for result in evaluate_job(lm, shelf.build(name, num_fewshot, limits.of(name)))
+        ]
 
 
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:

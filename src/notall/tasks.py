@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,34 @@ OPENLLM = (
 def stock_name(name: str) -> str:
     """The harness's own name of a task: one of a folder that stands in for it is named local_ and its name."""
     return name.removeprefix("local_")
+
+
+class Limits:
+    """How many documents of a task are used: `most`, unless `by_task` names the task or the group it was asked as."""
+
+    def __init__(self, most: int | None = None, by_task: Mapping[str, int] | None = None) -> None:
+        self.most, self.by_task = most, dict(by_task or {})
+        for count in (*self.by_task.values(), *([] if most is None else [most])):
+            if count < 1:
+                raise UsageError(f"limit {count} leaves no document; give a number from 1, or none for all")
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Limits:
+        """From words such as `40` and `mmlu=2`. Raises `UsageError` for anything else."""
+        most, by_task = None, {}
+        for word in words:
+            name, _, count = word.rpartition("=")
+            if not count.isdecimal():
+                raise UsageError(f"--limit {word} is no number of documents; give 40, or mmlu=2 for one task")
+            if name:
+                by_task[name] = int(count)
+            else:
+                most = int(count)
+        return cls(most, by_task)
+
+    def of(self, task: str) -> int | None:
+        """The limit of `task`; a group's holds for each of its tasks."""
+        return self.by_task.get(task, self.by_task.get(stock_name(task), self.most))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import plots, results
 from ..anatomy import locate
-from ..benchmarking import Limits, run_benchmarks
+from ..benchmarking import run_benchmarks
 from ..grid import paper_grid
 from ..similarity import measure_similarity
+from ..tasks import Limits
 from .claims import Claim, claims_of
 from .tables import Scoreboard, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid
