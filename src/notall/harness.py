@@ -108,9 +108,9 @@ def run_tasks(
     """Evaluate each of `plans` on each of `tasks` (names of the harness, or `openllm`): task by task, plan by plan.
 
     The tasks of the leaderboard come with its number of examples and its metric, others with what they say, unless
-    `num_fewshot` is given. `limit` is in documents a task, or by task. Answers are kept in `folder`, so that a run that was
-    killed goes on. Requests longer than the model's context raise `UsageError`
-    before anything of their task is computed, or lose tokens on the left, as in the harness, with `truncate`.
+    `num_fewshot` is given. `limit` is in documents a task, or by task. Answers are kept in `folder`, so that a run that
+    was killed goes on. Requests longer than the model's context raise `UsageError` before anything of their task is
+    computed, or lose tokens on the left, as in the harness, with `truncate`.
 
     Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk, a
     folder that another process works in.
