@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import notall
 from notall.asking import task
@@ -24,7 +24,7 @@ from notall.console import progress_bar
 from notall.criteria import suits
 from notall.grid import Timed
 from notall.objective import kl, mix, nll
-from notall.space import Space
+from notall.space import Choice, Space
 from notall.texts import read_text, token_batches
 
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
@@ -32,16 +32,18 @@ ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sequences of `length` tokens: to calibrate on, on a few for what is costly, to measure on; and what is asked."""
+    """What is compared, on how much: `sequences` and `held_out` are of `length` tokens each.
+
+    `special` are rows of a criterion, an aim, a space and a count; `other` are sequences of the aims "nll, less text"
+    and so on.
+    """
 
     length: int
     sequences: int
-    few: int
     held_out: int
     budgets: dict[str, tuple[int, ...]]
-    portable: tuple[int, ...]
-    by_nll: tuple[str, ...]  # where the search goes by NLL, too
-    costly: tuple[tuple[str, str, int], ...]  # plain greedy and evolution, and the search on as little text
+    special: tuple[tuple[str, str, str, int], ...]
+    other: dict[str, int]
     tasks: tuple[str, ...]
     limit: int
     rounds: int
@@ -50,16 +52,18 @@ class Sizes:
 FULL = Sizes(
     length=512,
     sequences=16,
-    few=2,
     held_out=32,
-    budgets={"attention": (4, 8, 12), "sublayer": (8, 16), "block": (2, 4, 6)},
-    portable=(4, 8, 12),
-    by_nll=("attention",),
-    costly=(
-        *((name, "attention", 12) for name in ("greedy", "search")),
-        *((name, "block", 6) for name in ("greedy", "search")),
-        ("evolution", "attention", 8),
+    budgets={"attention": (4, 8, 12), "sublayer": (8, 16), "block": (2, 4, 6), "portable": (4, 8, 12)},
+    special=(
+        *(("search", aim, "attention", 8) for aim in ("nll", "nll, C4", "task", "kl + 0.1*task")),
+        # plain greedy and evolution evaluate so often that they get little text, and so does the search beside them
+        *((name, "nll, least text", "sublayer", 20) for name in ("search", "greedy")),
+        *((name, "nll, less text", "block", 4) for name in ("search", "greedy")),
+        *((name, "nll, less text", "attention", 8) for name in ("search", "greedy", "evolution")),
+        # how much text is enough
+        *(("search", aim, "attention", 8) for aim in ("nll, least text", "nll, more text")),
     ),
+    other={"least": 1, "less": 4, "more": 64},
     tasks=("local_arc_challenge", "local_hellaswag", "local_winogrande"),
     limit=25,
     rounds=5,
@@ -67,53 +71,60 @@ FULL = Sizes(
 QUICK = Sizes(
     length=128,
     sequences=4,
-    few=2,
     held_out=8,
-    budgets={"attention": (4, 8), "sublayer": (8,), "block": (2, 4)},
-    portable=(4, 8),
-    by_nll=("attention", "sublayer", "block", "portable"),
-    costly=(),
+    budgets={"attention": (4, 8), "sublayer": (8,), "block": (2, 4), "portable": (4, 8)},
+    special=tuple(("search", "nll", name, 4) for name in ("attention", "sublayer", "block", "portable")),
+    other={},
     tasks=(),
     limit=0,
     rounds=0,
 )
 
 
-def rows(anatomy: notall.Anatomy, sizes: Sizes, others: list[str]) -> list[Row]:
-    """All that is asked: one-shot criteria, losses, the search by other aims, and what is costly on a few sequences."""
-    spaces = {str(s): s for s in (*(Space(anatomy, kind) for kind in sizes.budgets), Space(anatomy, portable=True))}  # type: ignore[arg-type]
-    counts = {**sizes.budgets, "portable": sizes.portable}
-    found = []
-    for name, space in spaces.items():
-        for criterion in (*ONE_SHOT, "leave-one-out", *(["search"] if name in sizes.by_nll else [])):
-            if suits(criterion, space):
-                found += [Row(criterion, "nll", space, count) for count in counts[name]]
-        found += [Row("search", "kl", space, count) for count in counts[name]]
-    for aim in others:  # objective x calibration text x size
-        found.append(Row("search", aim, spaces["attention"], 8))
-    for criterion, name, count in sizes.costly:
-        found.append(Row(criterion, "nll, few", spaces[name], count))
-    return found
+def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Row]:
+    """One-shot criteria, losses one by one and the search by KL at every budget, and what is special."""
+    spaces = {"portable": Space(anatomy, portable=True)}
+    spaces |= {kind: Space(anatomy, kind) for kind in get_args(Choice)}
+    aims = dict.fromkeys(ONE_SHOT, "nll") | {"leave-one-out": "nll", "search": "kl"}
+    found = [
+        Row(criterion, aim, spaces[name], count)
+        for name, counts in sizes.budgets.items()
+        for criterion, aim in aims.items()
+        for count in counts
+        if suits(criterion, spaces[name])
+    ]
+    return found + [Row(criterion, aim, spaces[name], count) for criterion, aim, name, count in sizes.special]
 
 
-def aims(model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path | None) -> dict[str, Aim]:
-    """NLL and KL on WikiText-2 train, NLL on C4 and on a few sequences, and a task's training questions."""
+def aims(
+    wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path | None
+) -> dict[str, Aim]:
+    """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training questions."""
     wiki, c4 = (read_text(data / name) for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl"))
 
-    def batches(text: Any, sequences: int) -> list[Any]:
+    def batches(text: Any, sequences: int = sizes.sequences) -> list[Any]:
         return token_batches(tokenizer, text, sequences=sequences, length=sizes.length, batch_size=1)
 
-    many, others, few = batches(wiki, sizes.sequences), batches(c4, sizes.sequences), batches(wiki, sizes.few)
-    found = {
-        "nll": Aim(nll(many), many),
-        "kl": Aim(kl(many), many),
-        "nll, C4": Aim(nll(others), others),
-        "nll, few": Aim(nll(few), few),
-    }
-    if sizes.tasks:
-        questions = task(model, tokenizer, sizes.tasks[0], task_path, limit=50)
-        found["task"] = Aim(questions, many)
-        found["kl + 0.1*task"] = Aim(mix([kl(many), task(model, tokenizer, sizes.tasks[0], task_path, 50, 0.1)]), many)
+    def questions(weight: float) -> Any:
+        return task(model, tokenizer, sizes.tasks[0], task_path, 50, weight)
+
+    many = batches(wiki)
+    found = {}
+    for name in wanted:
+        if name == "nll":
+            found[name] = Aim(nll(many), many)
+        elif name == "kl":
+            found[name] = Aim(kl(many), many)
+        elif name == "task":
+            found[name] = Aim(questions(1.0), many)
+        elif name == "kl + 0.1*task":
+            found[name] = Aim(mix([kl(many), questions(0.1)]), many)
+        elif name == "nll, C4":
+            others = batches(c4)
+            found[name] = Aim(nll(others), others)
+        else:
+            some = batches(wiki, sizes.other[name.removeprefix("nll, ").removesuffix(" text")])
+            found[name] = Aim(nll(some), some)
     return found
 
 
@@ -121,18 +132,19 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--out", type=Path, default=None)
+    options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--quick", action="store_true")
     arguments = options.parse_args()
     if not arguments.data.is_dir():
         sys.exit(f"skipped: no folder {arguments.data} with texts and tasks; give one with --data")
     sizes = QUICK if arguments.quick else FULL
     out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
-    model, tokenizer = notall.load(dtype="float32")
+    model, tokenizer = notall.load(dtype=arguments.dtype)
     task_path = None
     if sizes.tasks:
         task_path = out / "task-files"
         subprocess.run([sys.executable, arguments.data / "make_tasks.py", task_path], check=True)
-    asked = aims(model, tokenizer, arguments.data, sizes, task_path)
+    asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
     held_out = token_batches(tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2)
     about = provenance_of(model, "smollm2", None) | {"calibration": "WikiText-2 train", "held_out": text.name}
@@ -140,8 +152,8 @@ def main() -> None:
     with progress_bar() as progress:
         records = compare_criteria(
             model,
-            rows(notall.locate(model), sizes, [name for name in asked if name not in ("nll", "kl", "nll, few")]),
             asked,
+            aims({row.aim for row in asked}, model, tokenizer, arguments.data, sizes, task_path),
             held_out,
             out,
             about,

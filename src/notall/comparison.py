@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,7 @@ def _choose(
     )
     budget = by_count(row.space, row.count)
     score_units = criterion(row.criterion).score
+    rise: float | None = None
     if score_units:
         key = row.criterion, row.aim, str(row.space)
         if key not in scored:
@@ -184,7 +185,9 @@ def _choose(
         scores, spent = scored[key]
         chosen = take(setting, scores, budget)
     else:
-        chosen, spent = choose(row.criterion, setting, budget), evaluator.spent
+        chosen, spent = choose(row.criterion, setting, budget), replace(evaluator.spent)
+        if log:  # known already, so it costs nothing
+            rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
     return {
         **row.key,
         "skipped": " ".join(row.space.sorted(chosen.skipped)),
@@ -192,6 +195,8 @@ def _choose(
         "calibration_tokens": sum(tokens.numel() for tokens in aim.batches),
         **vars(spent),
         "forwards": spent.executions / evaluator.forward,
+        "forwards_in_full": spent.one_by_one / evaluator.forward,
+        "calibration_delta": rise,
         "settings": settings | {"by": _by(aim)},
     }
 

@@ -46,7 +46,8 @@ class Spent:
 class Evaluator:
     """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
 
-    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept.
+    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept. It
+    bounds the dense model's logits, too, which are kept where they all fit.
     `log` is a file of what was evaluated; `settings` tell whose it is. Raises `UsageError` when it is another's.
     """
 
@@ -69,6 +70,7 @@ class Evaluator:
         self._trunks: dict[int, Trunk] = {}
         self._trunk = self._steps(frozenset())
         self._dense_ends: dict[int, Tensor] = {}  # the dense model's last states, where a loss compares with it
+        self._dense_kept: dict[int, Tensor] = {}  # its logits
         self._states_bytes = states_bytes
 
     @property
@@ -133,11 +135,17 @@ class Evaluator:
         return self._recordings[number]
 
     def _dense_logits(self, number: int) -> Tensor:
+        """Of one batch, kept where those of all batches fit in `states_bytes`."""
+        if number in self._dense_kept:
+            return self._dense_kept[number]
         recording = self._recording(number)
         if number not in self._dense_ends:
             replay = Replay(self.model, [Plan()])
             (_, self._dense_ends[number]) = next(replay.hidden_states(recording, self._trunk_of(number)))
-        return run_head(self.model, recording, self._dense_ends[number])
+        logits = run_head(self.model, recording, self._dense_ends[number])
+        if self.tokens * logits.shape[-1] * logits.element_size() <= self._states_bytes:
+            self._dense_kept[number] = logits
+        return logits
 
     def _trunk_of(self, number: int) -> Trunk:
         trunk = self._trunks.get(number)

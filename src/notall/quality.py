@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from .objective import divergence
 from .plan import Plan
 from .replay import Replay
 from .statistics import mean_and_error
@@ -90,8 +91,7 @@ def _score(logits: Tensor, dense: Tensor, targets: Tensor) -> Scores:
     """(batch, tokens, vocabulary) twice, and (batch, tokens): one value a sequence, a sequence at a time in memory."""
     scores = Scores()
     for row, base, target in zip(logits, dense, targets):
-        log_p, log_q = log_softmax(base.float(), -1), log_softmax(row.float(), -1)
         scores.nll.append(float(cross_entropy(row.float(), target.to(row.device))))
-        scores.kl.append(float(kl_div(log_q, log_p, log_target=True, reduction="sum") / len(target)))
+        scores.kl.append(float(divergence(base, row)))
         scores.top1_agreement.append(float((row.argmax(-1) == base.argmax(-1)).float().mean()))
     return scores
