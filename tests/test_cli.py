@@ -12,7 +12,8 @@ import typer
 
 import notall
 from families import family
-from notall import Plan, cli
+from notall import Plan, UsageError, cli
+from notall.cli import measuring
 from tiny_checkpoint import save_tiny_checkpoint
 
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -360,3 +361,19 @@ def test_search_draws_the_front(run, folder, tmp_path):
     assert (code, err) == (0, "")
     assert (tmp_path / "plan.search" / "front" / "front.svg").exists()
     assert "angular" in (tmp_path / "plan.search" / "front" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [("", None), ("--ray", "any"), ("--ray --ray-gpus 2", "any"), ("--ray local", "local"), ("--ray=auto", "auto")],
+)
+def test_ray_may_stand_without_an_address(run, folder, tmp_path, monkeypatch, words, address):
+    asked = []
+
+    def no_cluster(given, *_, **__):
+        asked.append(given)
+        raise UsageError("there is no cluster in this test")
+
+    monkeypatch.setattr(measuring, "workers_on", no_cluster)
+    code, _, said = run("sweep", folder, "--out", tmp_path, *QUICK, *words.split())
+    assert (code, asked) == (2, [address]), said

@@ -4,7 +4,11 @@ import csv
 import importlib.util
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -18,7 +22,7 @@ from notall import Plan, UsageError, cli, locate, results, tasks
 from notall.grid import paper_grid
 from notall.paper import times as timing
 from notall.paper.claims import claims_of
-from notall.paper.tables import Scoreboard, benchmark_table, latex, time_table
+from notall.paper.tables import Scoreboard, battery_table, benchmark_table, latex, time_table
 from notall.paper.times import TIMES, time_grid
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
@@ -110,6 +114,23 @@ def test_latex_has_no_bare_signs():
     assert "50.0 $\\pm$ 5.0" in text
     assert "67\\%" in text
     assert text.count("\\toprule") == 1
+
+
+def test_the_battery_s_table_marks_what_got_worse():
+    def check(name, value, delta, key, worse):
+        fields = dict(zip(("variant", "fraction", "keep_last"), key))
+        return fields | {"check": name, "value": value, "delta": delta, "delta_se": 0.02, "worse": worse}
+
+    records = [
+        check("NLL at 0 to 63", 3.5, 0.5, ("mlp", 0.33, False), True),
+        check("repetition", 0.25, -0.05, ("mlp", 0.33, False), False),
+        check("NLL at 0 to 63", 9.0, 6.0, ("mlp", 0.33, True), True),
+        check("repetition", None, None, ("block", 0.33, False), False),
+    ]
+    table = battery_table(records, keep_last=False)
+    assert table.loc[("dense", "100%")].to_list() == ["3", "0.3"]
+    assert table.loc[("mlp", "67%")].to_list() == ["3.5 (+0.5 ± 0.02*)", "0.25 (-0.05 ± 0.02)"]
+    assert len(table) == 2
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -251,23 +272,79 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
         task_path,
         "--json",
     ]
-    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16"]
+    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16", "--battery"]
     times = ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1", "--dtype", "float32"]
     claims = run(*words, *sizes, *times)
     assert {claim["verdict"] for claim in claims} <= {"holds", "does not hold", "within error"}
     assert len(claims) >= 10
     story = (tmp_path / "paper.md").read_text()
-    assert story.count("\n### ") == 6
+    assert story.count("\n### ") == 8
     for claim in claims:
         assert claim["claim"] in story
     assert {path.name for path in tmp_path.glob("*.tex")} == {
         f"{name}-{ending}.tex"
-        for name in ("benchmarks", "prefill", "decode")
+        for name in ("benchmarks", "battery", "prefill", "decode")
         for ending in ("last-kept", "last-skipped")
     }
-    with open(tmp_path / "benchmarks.csv") as file:
-        assert len(list(csv.DictReader(file))) == len(results.read(tmp_path / "benchmarks.jsonl"))
+    for name in ("benchmarks", "battery"):
+        with open(tmp_path / f"{name}.csv") as file:
+            assert len(list(csv.DictReader(file))) == len(results.read(tmp_path / f"{name}.jsonl"))
+    checks = results.read(tmp_path / "battery.jsonl")
+    assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
+    assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".jsonl", ".csv")}
     assert run(*words, *sizes, *times) == claims
     assert before == {path: path.read_bytes() for path in before}
+
+
+COMMAND = """
+from functools import partial
+from lm_eval.tasks import TaskManager
+from notall import cli, tasks
+tasks.TaskManager = partial(TaskManager, include_defaults=False)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("stage", ["battery.jsonl", "times.jsonl"])
+def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
+    model, task_path = folders
+    words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "30"]
+    words += ["--batch-size", "1", "--sequences", "2", "--length", "16", "--battery", "--dtype", "float32"]
+    words += ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1"]
+    command = [sys.executable, "-c", COMMAND, *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment)
+    written = tmp_path / stage
+    while not (written.exists() and written.read_bytes().count(b"\n") > 4):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "paper.md").exists()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    for path, held in before.items():
+        assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
+    for name, keys in {"battery": ("check",), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():
+        records = results.read(tmp_path / f"{name}.jsonl")
+        found = [tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys)) for r in records]
+        assert len(found) == len(set(found)), "a record was written twice"
+    assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
+    model, task_path = folders
+    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    words = ["notall", "paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path]
+    words += ["--limit", "3", "--sequences", "2", "--length", "16", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    (tmp_path / "times.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert leaving.value.code == 2
+    assert said.startswith("error: cannot write")
+    assert "No space left" in said
+    assert len(results.read(tmp_path / "benchmarks.jsonl")) == 2 * 19

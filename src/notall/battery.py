@@ -21,6 +21,9 @@ from .statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 SIGNIFICANT = 0.05
 BINS = 15  # of confidence, as in Guo et al.
 DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
+CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
+PARTS = ("long texts", "passkey", "writing")
+WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the battery is given unless it is told otherwise
 NGRAM = 4
 
 Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
@@ -56,24 +59,28 @@ def run_battery(
     plans: Sequence[Plan],
     windows: Sequence[Tensor],
     *,
-    contexts: Sequence[int] = (256, 512, 1024),
+    parts: Sequence[str] = PARTS,
+    contexts: Sequence[int] = CONTEXTS,
     new_tokens: int = 64,
     seed: int = 0,
     progress: Progress = lambda done, total, doing: None,
 ) -> list[Check]:
-    """All checks of each of `plans` beside the dense model.
+    """The checks of each of `plans` beside the dense model: all, or some `parts` of them.
 
     `windows` are token ids, (1, tokens) each, the longer the better: they give NLL by position and calibration, their
     beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
     `UsageError` when a plan does not fit, and when windows or contexts are too short.
     """
+    checks: dict[str, Callable[[], list[Check]]] = {
+        "long texts": lambda: check_texts(model, plans, windows),
+        "passkey": lambda: check_passkey(model, tokenizer, plans, windows, contexts, seed=seed),
+        "writing": lambda: check_writing(model, plans, windows, new_tokens),
+    }
     found = []
-    progress(0, 3, "long texts, all plans")
-    found += check_texts(model, plans, windows)
-    progress(1, 3, "passkey, all plans")
-    found += check_passkey(model, tokenizer, plans, windows, contexts, seed=seed)
-    progress(2, 3, "writing, plan by plan")
-    return found + check_writing(model, plans, windows, new_tokens)
+    for done, part in enumerate(parts):
+        progress(done, len(parts), f"{part}, {len(plans)} plans")
+        found += checks[part]()
+    return found
 
 
 # --- long texts -------------------------------------------------------------------------------------------------------

@@ -367,13 +367,18 @@ def write(records: Sequence[dict[str, Any]], out: Path, title: str) -> None:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """The comparison in Markdown, a part for each space and count, what loses least first."""
+    """The comparison in Markdown, a part for each space and count, what loses least first.
+
+    "On its own text" is what the objective rises by on the calibration text, "run in full" how many forward passes the
+    evaluations would be without shared states.
+    """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["space"], record["count"]), []).append(record)
     tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
     timed = all("speedup_decode" in record for record in records)
-    head = ["criterion", "by", "ΔNLL ± s.e.", "KL", "top-1", *tasks, "evaluations", "forward passes", "CPU s"]
+    head = [*["criterion", "by", "ΔNLL ± s.e.", "KL", "top-1"], *tasks]
+    head += ["on its own text", "evaluations", "forward passes", "run in full", "CPU s"]
     head += ["decode speedup"] if timed else []
     lines = []
     for (space, count), group in groups.items():
@@ -384,7 +389,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             cells += [f"{record['top1_agreement']:.2f}"]
             cells += [f"{record['tasks'][t]['value']:.3f} ({record['tasks'][t]['delta']:+.3f} "
                       f"± {record['tasks'][t]['delta_stderr']:.3f})" for t in tasks]  # fmt: skip
-            cells += [f"{record['evaluations']:,}", f"{record['forwards']:,.1f}", f"{record['seconds']:,.0f}"]
+            rise = record["calibration_delta"]
+            cells += ["" if rise is None else f"{rise:+.3f}", f"{record['evaluations']:,}"]
+            cells += [f"{record['forwards']:,.1f}", f"{record['forwards_in_full']:,.1f}", f"{record['seconds']:,.0f}"]
             cells += [f"{record['speedup_decode']:.2f}"] if timed else []
             lines.append(_line(cells))
     return "\n".join(lines) + "\n"

@@ -38,7 +38,8 @@ Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
 class Workers:
     """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
 
-    `address` is local (start a cluster here), auto (the running one), or ray://HOST:PORT. There are `count` workers,
+    `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here), or
+    ray://HOST:PORT. There are `count` workers,
     or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs. Raises `UsageError` when
     no cluster is there, when it has no room, and when a worker can't load the model.
     """
@@ -56,7 +57,8 @@ class Workers:
         self.started = not ray.is_initialized()
         if self.started:
             try:
-                ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+                where = None if address == "any" else address
+                ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
             except (ConnectionError, RayError, ValueError) as error:
                 said = " ".join(str(error).split())[:200]
                 raise UsageError(f"no Ray cluster at {address}: {said}; give local, auto or ray://HOST:PORT") from None

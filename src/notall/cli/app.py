@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 
@@ -38,6 +38,19 @@ class Tour(TyperGroup):
 
     def list_commands(self, context: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: _place(self.commands[name]))
+
+
+class OnRay(TyperCommand):
+    """A command whose `--ray` may stand without an address, which typer's options cannot."""
+
+    def parse_args(self, context: Any, words: list[str]) -> list[str]:
+        return super().parse_args(context, _with_address(words))
+
+
+def _with_address(words: list[str]) -> list[str]:
+    """`--ray` alone as `--ray any`."""
+    alone = (word == "--ray" and after.startswith("-") for word, after in zip(words, [*words[1:], "-"]))
+    return [added for word, bare in zip(words, alone) for added in ([word, "any"] if bare else [word])]
 
 
 app = typer.Typer(

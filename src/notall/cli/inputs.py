@@ -90,6 +90,13 @@ def text_batches(
     return [batch.to(model.device) for batch in batches], described
 
 
+def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:
+    """The windows of text that `--battery` goes by."""
+    from ..battery import WINDOW_TOKENS, WINDOWS
+
+    return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
+
+
 def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
     from ..models import identify
     from ..speed import machine
@@ -120,7 +127,7 @@ def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_
 def workers_on(
     address: str | None, count: int | None, gpus: int, model: PreTrainedModel, **load_options: Any
 ) -> AbstractContextManager[Workers | None]:
-    """The workers of `--ray`, each with its own copy of the model; None without."""
+    """The workers of `--ray`, each with its own copy of the model; None without it."""
     if address is None:
         return nullcontext()
     from ..anatomy import locate

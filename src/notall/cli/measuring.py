@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from ..console import Shown, progress_bar, show, show_all
-from .app import MEASURE, app
+from .app import MEASURE, OnRay, app
 from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
 from .inputs import (
     batch_size_of,
+    battery_windows,
     deepest_plan,
     dummy_model,
     load_model,
@@ -54,10 +55,8 @@ from .options import (
     Trust,
 )
 
-BATTERY_TOKENS = 1024  # of a window of text for the battery
 
-
-@app.command(rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
+@app.command(cls=OnRay, rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
 def sweep(
     model: Model = "smollm2",
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl and figures")] = Path("results"),
@@ -159,7 +158,7 @@ def evaluate(
     net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     windows = 4 if size == "auto" else size
     batches, _ = text_batches(net, tokenizer, text, sequences, length, windows, seed)
-    long_ones = text_batches(net, tokenizer, text, 4, BATTERY_TOKENS, 1, seed)[0] if battery else None
+    long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
     with progress_bar() as progress:
         found = evaluate_plan(
             net,

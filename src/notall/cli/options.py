@@ -72,7 +72,8 @@ Ray = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="evaluate on a Ray cluster: local, auto (the running one), or ray://HOST:PORT",
+        metavar="[ADDRESS]",
+        help="evaluate on a Ray cluster: the running one, else one started here; or ADDRESS: local, auto, ray://HOST:PORT",
         rich_help_panel=CLUSTER,
     ),
 ]

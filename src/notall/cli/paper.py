@@ -9,11 +9,20 @@ from typing import Annotated
 import typer
 
 from ..console import progress_bar, show
-from .app import MEASURE, app
+from .app import MEASURE, OnRay, app
 from .columns import CLAIM_COLUMNS
-from .inputs import batch_size_of, loading_of, provenance_of, text_batches, words_of, workers_on
+from .inputs import (
+    batch_size_of,
+    battery_windows,
+    loading_of,
+    provenance_of,
+    text_batches,
+    words_of,
+    workers_on,
+)
 from .options import (
     Attention,
+    Battery,
     Device,
     DeviceMap,
     Dtype,
@@ -38,6 +47,7 @@ from .options import (
 
 
 @app.command(
+    cls=OnRay,
     rich_help_panel=MEASURE,
     epilog="Example:  notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper",
 )
@@ -49,6 +59,7 @@ def paper(
     num_fewshot: FewShot = None,
     task_path: TaskPath = None,
     truncate: Truncate = False,
+    battery: Battery = False,
     batch_size: TaskBatch = "auto",
     generate_all: Annotated[
         bool, typer.Option("--generate-all", help="tasks that generate text on all configurations, not only 33 %")
@@ -103,6 +114,7 @@ def paper(
             about,
             evaluation=evaluation,
             timing=timing,
+            battery=battery_windows(net, tokenizer, text, seed) if battery else (),
             seed=seed,
             progress=progress,
             workers=workers,

@@ -12,18 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import plots, results
 from ..anatomy import locate
+from ..battery import CONTEXTS, PARTS, run_battery
 from ..benchmarking import run_benchmarks
-from ..grid import paper_grid
+from ..grid import Configuration, paper_grid
 from ..similarity import measure_similarity
 from ..tasks import Limits
 from .claims import Claim, claims_of
-from .tables import Scoreboard, benchmark_table, time_table, write_csv, write_tables
+from .tables import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid
 
 if TYPE_CHECKING:
     from ..spreading import Workers
 
-SIMILARITY = "similarity.jsonl"
+SIMILARITY, BATTERY = "similarity.jsonl", "battery.jsonl"
 LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
 
 Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
@@ -61,15 +62,17 @@ def run_paper(
     *,
     evaluation: Evaluation = Evaluation(),
     timing: Timing = Timing(),
+    battery: Sequence[Tensor] = (),
     seed: int = 0,
     progress: Progress = lambda done, total, doing: None,
     workers: Workers | None = None,
 ) -> list[Claim]:
     """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.
 
-    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. What is finished
-    stays in `out`, and the same call goes on from there. Writes paper.md, a .tex for each table, benchmarks.csv,
-    times.csv and the figure. Raises as `run_benchmarks` and `time_grid` do.
+    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `battery` are the
+    windows for `run_battery`, if it is wanted. What is finished stays in `out`, and the same call goes on from there.
+    Writes paper.md, a .tex for each table, a .csv for each kind of records, and the figure. Raises as
+    `run_benchmarks`, `run_battery` and `time_grid` do.
     """
     rows = paper_grid(locate(model))
     most = max(row.fraction for row in rows)
@@ -95,8 +98,9 @@ def run_paper(
         if evaluation.tasks
         else []
     )
+    checks = _battery(model, tokenizer, rows[1:], battery, out, provenance, seed, progress) if battery else []
     times = time_grid(model, rows, out, provenance, **asdict(timing), seed=seed, progress=progress)
-    return write_paper(out, similarity, benchmarks, times)
+    return write_paper(out, similarity, benchmarks, times, checks)
 
 
 def write_paper(
@@ -104,6 +108,7 @@ def write_paper(
     similarity: Sequence[Mapping[str, Any]],
     benchmarks: Sequence[Mapping[str, Any]],
     times: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]] = (),
 ) -> list[Claim]:
     """Tables, figure and claims from what was measured, into `out`."""
     about = [*benchmarks, *times, *similarity][0]["provenance"]
@@ -113,12 +118,16 @@ def write_paper(
         ending = "last-kept" if keep_last else "last-skipped"
         if board:
             tables[f"benchmarks-{ending}"] = benchmark_table(board, keep_last)
+        if checks:
+            tables[f"battery-{ending}"] = battery_table(checks, keep_last)
         for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
             if times:
                 tables[f"{name}-{ending}"] = time_table(times, keep_last, quantity)
     write_tables(tables, out)
     write_csv(benchmarks, out / "benchmarks.csv")
     write_csv(times, out / "times.csv")
+    if checks:
+        write_csv(checks, out / "battery.csv")
     plots.save(plots.similarity_chart(similarity, f"Similarity by depth, {about['model']}"), out / "similarity")
     claims = claims_of(similarity, board, times)
     (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times))
@@ -128,13 +137,54 @@ def write_paper(
 def _similarity(
     model: PreTrainedModel, batches: Sequence[Tensor], out: Path, provenance: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    held = results.read(out / SIMILARITY)
-    for row in held:
-        results.check_same(row["provenance"], provenance, out, ignoring=("threads",))
-    if not held:
-        held = [asdict(row) | {"provenance": dict(provenance)} for row in measure_similarity(model, batches)]
-        results.append(out / SIMILARITY, *held)
-    return held
+    with results.lock(out):
+        held = results.read(out / SIMILARITY)
+        for row in held:
+            results.check_same(row["provenance"], provenance, out, ignoring=("threads",))
+        if not held:
+            held = [asdict(row) | {"provenance": dict(provenance)} for row in measure_similarity(model, batches)]
+            results.append(out / SIMILARITY, *held)
+        return held
+
+
+def _battery(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Configuration],
+    windows: Sequence[Tensor],
+    out: Path,
+    provenance: Mapping[str, Any],
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """One record a configuration and check; a part of the battery is kept as soon as it is done."""
+    settings = dict(provenance) | {"seed": seed, "windows": [len(windows), windows[0].numel()], "contexts": [*CONTEXTS]}
+    with results.lock(out):
+        held = results.read(out / BATTERY)
+        for record in held:
+            results.check_same(record["provenance"], settings, out, ignoring=("threads",))
+        for place, part in enumerate(PARTS):
+            if any(record["part"] == part for record in held):
+                continue
+            progress(place, len(PARTS), f"battery: {part}, all configurations")
+            plans = [row.plan for row in rows]
+            checks = run_battery(model, tokenizer, plans, windows, parts=[part], seed=seed)
+            fresh = [
+                {
+                    "part": part,
+                    "variant": rows[check.plan].variant,
+                    "fraction": rows[check.plan].fraction,
+                    "keep_last": rows[check.plan].keep_last,
+                    **{name: value for name, value in asdict(check).items() if name != "plan"},
+                    "plan": rows[check.plan].plan.indices,
+                    "worse": check.worse,
+                    "provenance": settings,
+                }
+                for check in checks
+            ]
+            results.append(out / BATTERY, *fresh)
+            held += results.finite(fresh)
+        return held
 
 
 def _story(
@@ -163,6 +213,15 @@ def _story(
             "comparisons. The average is over the tasks that every row has.",
         ]
         lines += _section(tables, "benchmarks")
+    if any(name.startswith("battery") for name in tables):
+        lines += ["", "## What accuracy hides", ""]
+        lines += [
+            "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
+            "expected calibration error of the next token, and greedy continuations beside the dense model's. In "
+            "brackets the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the "
+            "number of comparisons.",
+        ]
+        lines += _section(tables, "battery")
     if times:
         lines += ["", "## Times", ""]
         lines += [

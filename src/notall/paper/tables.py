@@ -100,6 +100,21 @@ def time_table(records: Iterable[Record], keep_last: bool, quantity: str) -> pd.
     return _frame(rows)
 
 
+def battery_table(records: Iterable[Record], keep_last: bool) -> pd.DataFrame:
+    """Each check's value, with the paired difference to dense ± its standard error; * where it got worse beyond it."""
+    rows: dict[tuple[str, str], dict[str, str]] = {("dense", "100%"): {}}
+    for record in records:
+        check, value, delta = record["check"], record["value"], record["delta"]
+        if value is None or delta is None:  # of a model that overflows
+            continue
+        rows["dense", "100%"][check] = f"{value - delta:.3g}"
+        if record["keep_last"] == keep_last:
+            error = "–" if record["delta_se"] is None else f"{record['delta_se']:.2g}"
+            mark = "*" if record["worse"] else ""
+            rows.setdefault(_label(key_of(record)), {})[check] = f"{value:.3g} ({delta:+.2g} ± {error}{mark})"
+    return _frame(rows)
+
+
 def write_tables(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Each table as out/NAME.tex; the Markdown is put together by whoever tells the story."""
     out.mkdir(parents=True, exist_ok=True)

@@ -45,39 +45,40 @@ def time_grid(
     does not fit into memory half of it is timed, and the record's `batch_size` says so beside `asked_batch_size`.
     `compiled`: each decoder layer by torch.compile, compiled in the round that is thrown away, one configuration after
     the other.
-    Raises as `compare` does, and `UsageError` when not even one sequence fits.
+    Raises as `compare` does, and `UsageError` when not even one sequence fits, and when another process works in `out`.
     """
-    settings = dict(provenance) | {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
-    held = {_key(record): record for record in results.read(out / TIMES)}
-    for record in held.values():
-        results.check_same(record["provenance"], settings, out)
-    sizes = [(prompt, batch) for prompt in prompts for batch in batch_sizes]
-    for number, (prompt, batch) in enumerate(sizes):
-        progress(number, len(sizes), f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
-        wanted = [(prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows]
-        if held.keys() >= set(wanted):
-            continue
-        how = {"prompt_tokens": prompt, "new_tokens": new_tokens, "rounds": rounds, "seed": seed}
-        run = partial(_compare, model, rows, compiled, **how)
-        fitted, timings = _fitting(run, batch)
-        dense = timings[rows[0].name]
-        fresh = [
-            {
-                "prompt_tokens": prompt,
-                "batch_size": fitted,
-                "asked_batch_size": batch,
-                "variant": row.variant,
-                "fraction": row.fraction,
-                "keep_last": row.keep_last,
-                "plan": row.plan.indices,
-                **timing_fields(model, row.plan, dense, timings[row.name]),
-                "provenance": settings,
-            }
-            for row in rows
-        ]
-        results.append(out / TIMES, *fresh)
-        held |= {_key(record): record for record in fresh}
-    return [record for record in held.values() if _key(record)[:2] in sizes]
+    with results.lock(out):
+        settings = dict(provenance) | {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
+        held = {_key(record): record for record in results.read(out / TIMES)}
+        for record in held.values():
+            results.check_same(record["provenance"], settings, out)
+        sizes = [(prompt, batch) for prompt in prompts for batch in batch_sizes]
+        for number, (prompt, batch) in enumerate(sizes):
+            progress(number, len(sizes), f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
+            wanted = [(prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows]
+            if held.keys() >= set(wanted):
+                continue
+            how = {"prompt_tokens": prompt, "new_tokens": new_tokens, "rounds": rounds, "seed": seed}
+            run = partial(_compare, model, rows, compiled, **how)
+            fitted, timings = _fitting(run, batch)
+            dense = timings[rows[0].name]
+            fresh = [
+                {
+                    "prompt_tokens": prompt,
+                    "batch_size": fitted,
+                    "asked_batch_size": batch,
+                    "variant": row.variant,
+                    "fraction": row.fraction,
+                    "keep_last": row.keep_last,
+                    "plan": row.plan.indices,
+                    **timing_fields(model, row.plan, dense, timings[row.name]),
+                    "provenance": settings,
+                }
+                for row in rows
+            ]
+            results.append(out / TIMES, *fresh)
+            held |= {_key(record): record for record in fresh}
+        return [record for record in held.values() if _key(record)[:2] in sizes]
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:

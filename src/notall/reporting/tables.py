@@ -36,6 +36,14 @@ OTHERS = {
         ("delta", with_error("delta", "difference to dense ± s.e.")),
         ("p_value", number("p_value", "p", ".3f")),
     ),
+    "battery": (
+        ("check", plain("check")),
+        ("variant", Column("skip", name_of, right=False)),
+        ("value", with_error("value", "value ± s.e.")),
+        ("delta", with_error("delta", "difference to dense ± s.e.")),
+        ("p_value", number("p_value", "p", ".3f")),
+        ("worse", Column("worse", lambda row: "worse" if row["worse"] else "", right=False)),
+    ),
     "times": (
         ("variant", Column("skip", name_of, right=False)),
         ("prompt_tokens", number("prompt_tokens", "prompt tokens", "d")),
