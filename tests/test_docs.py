@@ -11,6 +11,7 @@ import typer
 
 from families import family
 from notall import Plan, cli
+from notall.criteria import CRITERIA
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,8 @@ SMALL = {
     "eval": "--sequences 2 --length 32",
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",
+    "search": "--sequences 2 --length 32 --batch-size 1",
+    "compare": "--sequences 2 --length 32 --batch-size 1",
 }
 
 
@@ -40,13 +43,18 @@ def tiny(tmp_path_factory):
 def workplace(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
-    return {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
+    kept = dict(CRITERIA)
+    yield {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
+    CRITERIA.clear()  # a page adds one
+    CRITERIA.update(kept)
 
 
 def run_line(line, words, monkeypatch):
     name, *arguments = shlex.split(line, comments=True)
     arguments = [str(words.get(argument, argument)) for argument in arguments]
     small = shlex.split(SMALL.get(arguments[0], "")) if arguments else []
+    if "--speedup" in arguments:
+        small += ["--prompt", "4", "--new", "2"]
     monkeypatch.setattr(sys, "argv", [name, *arguments, *small])
     try:
         cli.main()
@@ -85,7 +93,7 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
                 else:
                     assert word == "pip", line
                     assert set(re.findall(r"notall\[(\w+)\]", line)) <= set(extras)
-        else:
+        else:  # what other programs take
             assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
 
 
