@@ -55,7 +55,16 @@ def transformers(model: str, context: int) -> tuple[dict[str, Any], Ask]:
 def vllm(model: str, context: int) -> tuple[dict[str, Any], Ask]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.model_loader import base_loader
 
+    loaded: list[int] = []
+    pack = base_loader.process_weights_after_loading
+
+    def counted(net: Any, *rest: Any) -> None:
+        loaded.append(sum(weight.nbytes for weight in net.parameters()))
+        pack(net, *rest)  # on a CPU it packs most of them away, where they can't be counted
+
+    base_loader.process_weights_after_loading = counted
     llm = LLM(
         model, dtype="float32", max_model_len=context, max_num_seqs=1, enable_prefix_caching=False,
         disable_log_stats=True,
@@ -71,14 +80,13 @@ def vllm(model: str, context: int) -> tuple[dict[str, Any], Ask]:
         prefill = generate(prompt, 1)
         return {"prefill_ms": prefill, "decode_ms": (generate(prompt, 1 + new) - prefill) / new}
 
-    net = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
     pages = [
         (len(group.layer_names), group.kv_cache_spec.page_size_bytes, group.kv_cache_spec.block_size)
         for group in groups
     ]
     return {
-        "weight_bytes": sum(weight.nbytes for weight in net.parameters()),
+        "weight_bytes": loaded[0],
         "kv_bytes_per_token": sum(layers * size // block for layers, size, block in pages),
     }, ask
 
@@ -94,7 +102,9 @@ def llamacpp(model: str, context: int) -> tuple[dict[str, Any], Ask]:
     settings.n_parallel = 1
     settings.warmup = False
     settings.verbosity = 5  # to read the size of the cache from its log
-    settings.cpuparams.n_threads = len(os.sched_getaffinity(0))
+    for threads in (settings.cpuparams, settings.cpuparams_batch):
+        threads.n_threads = len(os.sched_getaffinity(0))
+        threads.poll = 0  # threads that wait must not take the cores from the other models
     settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     with tempfile.TemporaryDirectory() as folder:
         with logged(Path(folder) / "log"):
@@ -102,6 +112,9 @@ def llamacpp(model: str, context: int) -> tuple[dict[str, Any], Ask]:
         log = (Path(folder) / "log").read_text(errors="replace")
     kv_mebibytes = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", log)))
     cells = int(re.findall(r"\( *(\d+) cells", log)[-1])
+    file = GGUFReader(path)
+    kv_bytes_per_token = kv_bytes(file)
+    assert abs(kv_mebibytes * 2**20 / cells / kv_bytes_per_token - 1) < 0.005, "its log rounds to a hundredth of a MiB"
 
     def ask(prompt: int, new: int) -> Timing:
         asked = {"prompt": tokens(prompt), "max_tokens": 1 + new, "temperature": 0, "ignore_eos": True}
@@ -110,9 +123,20 @@ def llamacpp(model: str, context: int) -> tuple[dict[str, Any], Ask]:
         return {"prefill_ms": timings["prompt_ms"], "decode_ms": timings["predicted_per_token_ms"]}
 
     return {
-        "weight_bytes": sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors),
-        "kv_bytes_per_token": round(kv_mebibytes * 2**20 / cells),
+        "weight_bytes": sum(int(tensor.n_bytes) for tensor in file.tensors),
+        "kv_bytes_per_token": kv_bytes_per_token,
     }, ask
+
+
+def kv_bytes(file: Any) -> int:
+    """Of a token, in float16, by the header of a GGUF file whose heads are as wide as most."""
+
+    def setting(name: str) -> Any:
+        return file.get_field(f"{file.get_field('general.architecture').contents()}.{name}").contents()
+
+    heads, kv_heads = setting("attention.head_count"), setting("attention.head_count_kv")
+    width = setting("embedding_length") // (max(heads) if isinstance(heads, list) else heads)
+    return 2 * 2 * width * (sum(kv_heads) if isinstance(kv_heads, list) else kv_heads * setting("block_count"))
 
 
 @contextmanager
