@@ -55,13 +55,13 @@ FULL = Sizes(
     held_out=32,
     budgets={"attention": (4, 8, 12), "sublayer": (8, 16), "block": (2, 4, 6), "portable": (4, 8, 12)},
     special=(
-        *(("search", aim, "attention", 8) for aim in ("nll", "nll, C4", "task", "kl + 0.1*task")),
-        # plain greedy and evolution evaluate so often that they get little text, and so does the search beside them
+        # other objectives, other text, more and less of it
+        *(("search", aim, "attention", 8) for aim in ("nll", "nll, C4", "task", "kl + 0.1*task", "nll, less text")),
+        # plain greedy and evolution evaluate so often that they get the least text, and so does the search beside them
+        *((name, "nll, least text", "attention", 8) for name in ("search", "greedy", "evolution")),
+        *((name, "nll, least text", "block", 4) for name in ("search", "greedy")),
         *((name, "nll, least text", "sublayer", 20) for name in ("search", "greedy")),
-        *((name, "nll, less text", "block", 4) for name in ("search", "greedy")),
-        *((name, "nll, less text", "attention", 8) for name in ("search", "greedy", "evolution")),
-        # how much text is enough
-        *(("search", aim, "attention", 8) for aim in ("nll, least text", "nll, more text")),
+        ("search", "nll, more text", "attention", 8),
     ),
     other={"least": 1, "less": 4, "more": 64},
     tasks=("local_arc_challenge", "local_hellaswag", "local_winogrande"),
