@@ -79,6 +79,96 @@ def samples(prompt: str = "One, two,", said: str = "three.") -> list[dict[str, A
     ]
 
 
+def alone() -> list[dict[str, Any]]:
+    """What leaving out each sublayer costs, as a sweep writes it."""
+    return [
+        {"kind": kind, "layer": i, "delta_nll": 0.1 * i, "delta_nll_se": 0.01, "sequences": 2, "provenance": ABOUT}
+        for kind in ("attention", "mlp")
+        for i in range(LAYERS)
+    ]
+
+
+def evaluations(objective: str = "kl", layers: int = LAYERS, batches: Any = "all") -> list[dict[str, Any]]:
+    """What a search or a comparison evaluated: the dense model, each attention alone, and two together."""
+    sets = [[], *([f"attn.{i}"] for i in range(layers)), ["attn.1", "attn.2"]]
+    costs = [1.0, *(1 + 0.1 * i for i in range(layers)), 9.0]
+    lines = [{"skipped": names, "batches": batches, "cost": cost} for names, cost in zip(sets, costs)]
+    return [{"settings": {"objective": objective}}, *lines]
+
+
+def compared(criterion: str, space: str, count: int, lost: float | None, **changes: Any) -> dict[str, Any]:
+    window = list(range(LAYERS - count, LAYERS))
+    measured = record("attention", 0.1, False, lost)
+    return {
+        "criterion": criterion,
+        "aim": "kl",
+        "space": space,
+        "count": count,
+        "skipped": " ".join(f"attn.{index}" for index in window),
+        "order": [[f"attn.{index}"] for index in reversed(window)],
+        "calibration_delta": None,
+        "evaluations": 10 * count,
+        "forwards": 2.5 * count,
+        "forwards_in_full": 9.5 * count,
+        "seconds": 1.5,
+        "plan": {"attention": window, "mlp": []},
+        **{name: measured[name] for name in ("delta_nll", "delta_nll_se", "kl", "kl_se", "top1_agreement")},
+        "tasks": {"arc_easy acc": {"value": 0.5, "delta": -0.01 * count, "delta_stderr": 0.02, "p_value": 0.5}},
+        **{name: value for name, value in measured.items() if name.startswith(("prefill", "decode", "speed"))},
+        "provenance": ABOUT | {"fingerprint": f"llama-{LAYERS + 2}x64-00000000"},
+    } | changes
+
+
+def all_compared() -> list[dict[str, Any]]:
+    """Two spaces, three ways to choose, two counts."""
+    ways = (("search", 0.1), ("cosine", 0.3), ("deepest", 0.9))
+    return [
+        compared(way, space, count, lost * count)
+        for space, counts in (("attention", (2, 4)), ("portable", (2, 6)))
+        for way, lost in ways
+        for count in counts
+    ]
+
+
+def write_comparison(folder: Path, records: list[dict[str, Any]] | None = None) -> Path:
+    raw = [{"settings": {"raw": True}}]
+    write(folder, results=records or all_compared(), choices=raw, held_out=raw, times=raw)
+    return write(
+        folder, **{"evaluations/leave-one-out-kl": evaluations(), "evaluations/search-kl": evaluations("kl", 3, 2)}
+    )
+
+
+def chosen(count: int, **changes: Any) -> dict[str, Any]:
+    names = ("criterion", "aim", "space", "count", "skipped", "tasks")
+    row = {name: value for name, value in compared("search", "attention", count, 0.2).items() if name not in names}
+    row = {name: value for name, value in row.items() if not name.startswith(("prefill", "decode", "speed"))}
+    found = {"chosen": f"search by kl: {count} attention", "dense_cost": 0.0, "cost": 0.25, "in_time": True}
+    times = {"predicted_speedup": 1.2, "speedup": 1.25, "speedup_low": 1.2, "speedup_high": 1.3}
+    return row | found | times | changes
+
+
+def benched(variant: str, model: str, **changes: Any) -> dict[str, Any]:
+    times = ("prefill", "decode", "speed", "params", "weight", "kv_", "plan", "peak", "provenance")
+    row = {
+        name: value
+        for name, value in record(variant, 0.33 * (variant != "dense"), False, 0.0).items()
+        if name.startswith(times)
+    }
+    return {"model": model, **row, "prompt_tokens": 128, "new_tokens": 32, "batch_size": 1, "rounds": 5} | changes
+
+
+def all_benched() -> list[dict[str, Any]]:
+    """Two models' benches, one after the other."""
+    dense = benched("dense", "dense")
+    larger = dense | {"weight_bytes": 8_000_000, "batch_size": 4}
+    return [
+        dense,
+        benched("attention", "skipped"),
+        larger,
+        benched("block", "skipped", batch_size=4),
+    ]
+
+
 def write(folder: Path, **files: list[dict[str, Any]]) -> Path:
     """A folder with the files that are named, or with all that a sweep writes."""
     files = files or {
@@ -93,9 +183,22 @@ def write(folder: Path, **files: list[dict[str, Any]]) -> Path:
     return folder
 
 
+def nasty_about() -> dict[str, Any]:
+    return {**ABOUT, "model": NASTY, "text": NASTY, NASTY[:40]: NASTY}
+
+
+def write_nasty_comparison(folder: Path) -> Path:
+    """A comparison in which every name is hostile."""
+    task = {"value": 0.5, "delta": 0.1, "delta_stderr": 0.1}
+    named = {"aim": NASTY, "provenance": nasty_about(), "tasks": {NASTY: task}}
+    rows = [compared(NASTY, NASTY, count, 0.1 * count, **named) for count in (2, 4)]
+    write(folder, **{"evaluations/leave-one-out-x": evaluations(NASTY)})
+    return write_comparison(folder, [*rows, compared("cosine", "attention", 2, 0.3)])
+
+
 def write_nasty(folder: Path) -> Path:
     """A folder in which every text is hostile."""
-    about = {**ABOUT, "model": NASTY, "text": NASTY, NASTY[:40]: NASTY}
+    about = nasty_about()
     return write(
         folder,
         results=[row | {"provenance": about} for row in all_records()],

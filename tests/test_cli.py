@@ -64,7 +64,7 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
         "seed",
     } <= set(record["provenance"])
     assert str(folder.parent) not in json.dumps(record)
-    for name, lines in (("similarity", 18), ("samples", 4)):
+    for name, lines in (("similarity", 18), ("samples", 4), ("leave_one_out", 12)):
         assert (tmp_path / "r" / f"{name}.jsonl").read_text().count("\n") == lines
     code, out, err = run("report", tmp_path / "r", "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
@@ -115,6 +115,25 @@ def test_similarity_prints_and_draws(run, folder, tmp_path):
     assert code == 0
     assert len(json.loads(out)) == 18
     assert (tmp_path / "fig1.png").exists()
+
+
+def test_bench_keeps_its_records_for_a_report(run, folder, tmp_path):
+    out, page = tmp_path / "b", tmp_path / "report.html"
+    for batch in ("1", "2"):
+        code, shown, err = run(
+            *("bench", folder, "--skip", "mlp", "--fraction", "0.5", *FAST, "--batch-size", batch, "-o", out, "--json")
+        )
+        assert (code, err) == (0, "")
+    dense, skipped = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()][2:]
+    assert [{name: line[name] for name in row} for line, row in zip((dense, skipped), json.loads(shown))] == json.loads(
+        shown
+    )
+    assert (dense["plan"]["mlp"], skipped["plan"]["mlp"]) == ([], [3, 4, 5])
+    assert (skipped["batch_size"], skipped["prompt_tokens"]) == (2, 4)
+    assert {"model", "revision", "dtype", "machine", "seed", "dummy_weights"} <= skipped["provenance"].keys()
+    assert str(tmp_path) not in (out / "bench.jsonl").read_text()
+    assert run("report", out, "-o", page)[0] == 0
+    assert "3 MLP" in page.read_text(encoding="utf-8")
 
 
 def test_bench_of_a_shape_with_dummy_weights(run, folder, tmp_path):
@@ -267,6 +286,26 @@ def test_search_writes_a_plan_and_goes_on(run, folder, tmp_path):
     assert "another sequences" in err
 
 
+def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
+    command = ["search", folder, "--kind", "attention", "-o", tmp_path / "plan.json", *QUICK, "--json"]
+    kept, page = tmp_path / "plan.search" / "chosen.jsonl", tmp_path / "report.html"
+    for count, lines in (("2", 1), ("2", 1), ("1", 2)):
+        code, shown, err = run(*command, "--count", count)
+        assert (code, err) == (0, "")
+        assert kept.read_text().count("\n") == lines
+    assert run(*command, "--count", "1", "--held-out", "prose")[0] == 0  # measured now, so it says more
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [line.get("delta_nll") is not None for line in lines] == [False, False, True]
+    assert lines[2]["provenance"]["held_out"] == "prose"
+    (row,) = json.loads(shown)
+    assert lines[1] == row | {"seconds": lines[1]["seconds"], "provenance": lines[1]["provenance"]}
+    assert str(tmp_path) not in kept.read_text()
+    assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
+    told = page.read_text(encoding="utf-8")
+    assert "search by kl: 1 attention" in told
+    assert "KL added, nats per token" in told
+
+
 @pytest.mark.parametrize(
     "budget",
     [["--params", "0.1"], ["--weights", "20000"], ["--kv", "0.4"], ["--max-nll", "0.3"], ["--max-kl", "0.3"]],
@@ -340,6 +379,9 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     assert (out / "table.md").read_text().count("###") == 3
     assert (out / "front.png").stat().st_size > 1000
     assert run(*command)[0] == 0
+    code, _, err = run("report", out, "-o", tmp_path / "report.html")
+    assert (code, err) == (0, "")
+    assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_compare_refuses_in_one_line(run, folder, tmp_path):
@@ -360,6 +402,7 @@ def test_search_draws_the_front(run, folder, tmp_path):
     code, _, err = run(*command)
     assert (code, err) == (0, "")
     assert (tmp_path / "plan.search" / "front" / "front.svg").exists()
+    assert run("report", tmp_path / "plan.search" / "front", "-o", tmp_path / "report.html")[0] == 0
     assert "angular" in (tmp_path / "plan.search" / "front" / "table.md").read_text()
 
 

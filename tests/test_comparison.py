@@ -69,6 +69,7 @@ def test_each_row_is_its_parts_alone(model, compared):
         assert record["delta_nll_se"] == pytest.approx(quality.delta_nll_se, rel=1e-3)
         assert record["kl"] == pytest.approx(quality.kl, abs=1e-5)
         assert record["evaluations"] == evaluator.spent.evaluations
+        assert record["provenance"] == ABOUT | {"seed": 0, "fingerprint": locate(model).fingerprint}
         assert record["forwards_in_full"] == pytest.approx(evaluator.spent.one_by_one / evaluator.forward)
         if row.criterion in ("greedy", "evolution", "search"):
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())

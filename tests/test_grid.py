@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from families import family, silenced
-from notall import Plan, UsageError, grid, locate, results
+from notall import Plan, UsageError, grid, locate, results, skip
 from notall.quality import score, summarize
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
@@ -59,6 +59,59 @@ def test_every_line_equals_its_slow_twin(model, swept):
                     losses.append(float(cross_entropy(model(row[None]).logits[0, :-1], row[1:])))
         assert record["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5), record["variant"]
         assert record["sequences"] == 3
+
+
+@torch.no_grad()
+def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
+    """The model that `skip` leaves, uncached, on the first two sequences alone."""
+    lines = results.read(swept[0] / grid.LEAVE_ONE_OUT)
+    assert [(line["kind"], line["layer"]) for line in lines] == [
+        (kind, layer) for layer in range(DEPTH) for kind in ("attention", "mlp")
+    ]
+
+    def losses():
+        return torch.stack([cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in BATCHES[0]])
+
+    dense = losses()
+    for line in lines:
+        with skip(model, Plan(**{line["kind"]: [line["layer"]]})):
+            delta = losses() - dense
+        assert line["delta_nll"] == pytest.approx(float(delta.mean()), abs=1e-5), line
+        assert line["delta_nll_se"] == pytest.approx(float(delta.std() / 2**0.5), abs=1e-5), line
+        assert line["sequences"] == 2
+
+
+def test_sublayers_are_left_out_on_two_sequences_however_they_are_batched(model, swept, tmp_path):
+    rows = torch.cat(BATCHES)
+    grid.sweep(model, [rows[:1], rows[1:]], tmp_path, ABOUT, timed=TIMED)
+    lines, again = (results.read(folder / grid.LEAVE_ONE_OUT) for folder in (swept[0], tmp_path))
+    assert [line["sequences"] for line in again] == [2] * 2 * DEPTH
+    assert [line["delta_nll"] for line in again] == pytest.approx([line["delta_nll"] for line in lines], abs=1e-5)
+
+
+def test_what_sublayers_cost_is_not_measured_twice(model, swept, tmp_path, monkeypatch):
+    folder, _ = swept
+    for path in folder.glob("*.jsonl"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = (tmp_path / grid.LEAVE_ONE_OUT).read_text()
+    scored = []
+    monkeypatch.setattr(grid, "score", lambda *arguments: scored.append(1) or score(*arguments))
+    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    assert scored == []
+    (tmp_path / grid.LEAVE_ONE_OUT).write_text("".join(whole.splitlines(keepends=True)[:7]))
+    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    assert scored == [1]
+    assert (tmp_path / grid.LEAVE_ONE_OUT).read_text() == whole
+    other = whole.replace('"seed": 0', '"seed": 1')
+    (tmp_path / grid.LEAVE_ONE_OUT).write_text(other)
+    with pytest.raises(UsageError, match="another seed"):
+        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+
+
+def test_the_only_attention_of_a_model_is_not_left_out():
+    model = family("llama").build(num_hidden_layers=1)
+    parts = grid._removable(locate(model))
+    assert [(part.kind, part.index) for part in parts] == [("mlp", 0)]
 
 
 def test_a_finished_sweep_does_nothing_again(model, swept):

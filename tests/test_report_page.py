@@ -35,6 +35,18 @@ def nasty(tmp_path_factory):
     return write_report(folder, folder / "report.html")
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = result_folders.write_comparison(tmp_path_factory.mktemp("comparison"))
+    return write_report(folder, folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def nasty_comparison(tmp_path_factory):
+    folder = result_folders.write_nasty_comparison(tmp_path_factory.mktemp("nasty-comparison"))
+    return write_report(folder, folder / "report.html")
+
+
 @pytest.fixture
 def view(browser):
     """Open a report; whatever it complains of or fetches fails the test."""
@@ -149,9 +161,10 @@ def test_figures_are_saved_and_numbers_copied(view, report, tmp_path):
     assert len(copied.splitlines()) == 20
 
 
+@pytest.mark.parametrize("which", ["report", "comparison"])
 @pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")])
-def test_it_fits_and_can_be_read_in_every_size_and_colour(view, report, width, colours):
-    page = view(report, width, colours)
+def test_it_fits_and_can_be_read_in_every_size_and_colour(view, request, which, width, colours):
+    page = view(request.getfixturevalue(which), width, colours)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ink = page.locator("#plans").evaluate("section => getComputedStyle(section).color")
     paper = page.locator("#plans").evaluate("section => getComputedStyle(section).backgroundColor")
@@ -187,6 +200,96 @@ def test_hostile_text_is_shown_as_text(view, nasty, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_label("filter").last.fill("=1+1")
     assert page.locator("#table-other tbody tr:visible").count() == 1
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
+    page = view(comparison, colours=colours)
+    assert page.get_attribute("body", "data-drawn") == "5"
+    assert marks(page, "map", "rect") == 2 * (result_folders.LAYERS + 2) + 2
+    assert marks(page, "savings", "rect") == 2
+    for panel in ("front0", "front1"):
+        assert marks(page, panel, "line") == 3
+        assert marks(page, panel, "rule") == 6
+        assert marks(page, panel, "symbol") == 2 * 6  # and their rings
+    assert marks(page, "tradeoff", "symbol") == 2 * 12 + 1
+    assert (
+        page.locator("#front0 .mark-line.role-mark path").first.get_attribute("stroke")
+        == {
+            "light": "#222222",
+            "dark": "#e8eaed",
+        }[colours]
+    )
+
+
+def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, comparison):
+    page = view(comparison)
+    assert page.locator("#plan-name").inner_text() == "search by kl: 2 attention"
+    assert hatched(page) == 2
+    page.get_by_role("button", name="next plan").click()
+    page.wait_for_function("views.map.signal('skipped').length == 4")
+    assert hatched(page) == 4
+    assert "attn.9, attn.8, attn.7, attn.6" in page.locator("#plan-told").inner_text()
+    page.locator("#front1 .mark-symbol.role-mark path").nth(5).dispatch_event("click")
+    page.wait_for_function("document.querySelector('#plan').value == '11'")
+    assert page.evaluate("[views.front0, views.front1, views.tradeoff].map(view => view.signal('plan'))") == [11] * 3
+    assert page.locator("tr.chosen td").all_inner_texts()[:4] == ["deepest", "kl", "portable", "6"]
+    rings = page.locator("#front1 .mark-symbol.role-mark path[stroke-width='2.5']")
+    drawn = rings.evaluate_all("rings => rings.map(ring => ring.getBoundingClientRect().width > 10)")
+    assert drawn == [False] * 5 + [True]
+    page.locator("#table-results button[data-show='2']").click()
+    page.wait_for_function("views.tradeoff.signal('plan') == 2")
+
+
+def test_the_table_of_a_comparison_sorts_and_filters(view, comparison):
+    page = view(comparison)
+    for heading, column in (("NLL added", 5), ("arc_easy", 8), ("CPU s", 11)):
+        page.get_by_role("button", name=heading).click()
+        cells = page.locator(f"#table-results tbody tr td:nth-child({column})")
+        values = [float(value) for value in cells.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+        assert len(values) == 12
+        assert values == sorted(values)
+    page.get_by_label("filter").fill("cosine portable")
+    assert page.locator("#table-results tbody tr:visible").count() == 2
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_hostile_names_of_a_comparison_are_shown_as_text(view, nasty_comparison, width):
+    page = view(nasty_comparison, width)
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
+    assert "<script>window.pwned = 1</script>" in page.locator("#plan-name").inner_text()
+    assert len(page.locator("#plan-name").inner_text()) < 200
+    assert "<script>window.pwned" in page.locator("#table-results tbody td").first.inner_text()
+    assert len(page.locator("#table-results").inner_text()) < 4_000
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("button", name="next plan").click()
+    page.wait_for_function("views.map.signal('skipped').length == 4")
+
+
+def test_a_search_is_a_map_and_a_table(view, tmp_path):
+    rows = [result_folders.chosen(3)]
+    folder = result_folders.write(tmp_path / "p.search", chosen=rows, evaluations=result_folders.evaluations())
+    page = view(write_report(folder, tmp_path / "report.html"))
+    assert hatched(page) == 3
+    assert page.locator("#plan").is_hidden()
+    assert page.locator("#table-results tbody tr").count() == 1
+    cells = page.locator("#map .mark-rect.role-mark > path[fill]").evaluate_all(
+        "cells => cells.map(cell => cell.getAttribute('fill'))"
+    )
+    assert cells.count("#8884") == result_folders.LAYERS + 2 + 2  # the MLPs, and attentions that were not tried
+    assert len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
+
+
+def test_a_bench_is_bars_and_a_table(view, tmp_path):
+    folder = result_folders.write(tmp_path / "b", bench=result_folders.all_benched())
+    page = view(write_report(folder, tmp_path / "report.html"))
+    assert marks(page, "savings", "rect") == 4
+    assert hatched(page) == 6
+    page.get_by_role("button", name="previous plan").click()
+    page.wait_for_function("views.savings.signal('plan') == 2")
+    assert "weights: 8 MiB of 8 MiB" in page.locator("#savings").inner_text()
+    assert page.locator("#table-results tbody tr").count() == 4
 
 
 def test_a_folder_of_one_file_is_a_page_too(view, tmp_path):

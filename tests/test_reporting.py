@@ -10,8 +10,10 @@ import pytest
 import result_folders
 from notall import UsageError
 from notall.reporting import figures, write_report
-from notall.reporting.folder import flatten, name_of, read_folder
-from notall.reporting.tables import other_table, paired_table
+from notall.reporting.findings import findings_of, first_plan, told
+from notall.reporting.folder import flatten, read_folder
+from notall.reporting.records import name_of
+from notall.reporting.tables import other_table, stepped_table
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +71,21 @@ def test_sections_without_their_file_are_left_out(tmp_path):
 
 
 def test_costs_that_were_measured_shade_the_map(tmp_path, folder):
-    measured = [{"kind": kind, "layer": i, "delta_nll": 0.1 * i} for kind in ("attention", "mlp") for i in range(10)]
     rows, source = figures.map_rows(read_folder(folder))
     assert source == "similarity"
     assert rows[3] == {"name": "attn.3", "layer": 3, "row": "attention", "cosine": 0.62, "cost": pytest.approx(0.38)}
-    result_folders.write(tmp_path, results=result_folders.all_records(), leave_one_out=measured)
+    result_folders.write(tmp_path, results=result_folders.all_records(), leave_one_out=result_folders.alone())
     rows, source = figures.map_rows(read_folder(tmp_path))
     assert source == "measured"
     assert [row["cost"] for row in rows[:3]] == [0, 0.1, 0.2]
+    page = " ".join(write_report(tmp_path, tmp_path / "r.html").read_text().split())
+    assert "left out: NLL added, nats per token, measured on 2 windows of text." in page
+    assert "a stand-in" not in page
 
 
 def test_savings_are_shares_of_the_dense_model():
     records = result_folders.all_records()
-    rows = [row for row in figures.savings_rows(records, records[0]) if row["plan"] == 5]  # 33 % of the attentions
+    rows = [row for row in figures.savings_rows(records) if row["plan"] == 5]  # 33 % of the attentions
     found = {row["measure"]: row["share"] for row in rows}
     assert found["first token"] == pytest.approx(1 / (1 + 0.33 * 0.5))
     assert found["weights"] == pytest.approx((4_000_000 - 3 * 40_000) / 4_000_000)
@@ -91,7 +95,7 @@ def test_savings_are_shares_of_the_dense_model():
 
 def test_the_table_says_and_sorts_by_the_records():
     records = result_folders.all_records()
-    table = paired_table(records)
+    table = stepped_table("sweep", records)
     assert [cell.text for cell in table.rows[2]][:4] == ["attention", "10%", "kept", "0.10 ± 0.01"]
     assert [row[3].value for row in table.rows] == [record["delta_nll"] for record in records]
     copied = list(csv.DictReader(io.StringIO(table.csv)))
@@ -146,8 +150,139 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
     assert data_of(page)["csv"]["benchmarks"].splitlines()[0].startswith("skipped,variant,")
 
 
-def test_hostile_text_is_text(tmp_path):
-    page = markup(write_report(result_folders.write_nasty(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8"))
+def test_a_comparison_is_a_map_of_its_choices_fronts_and_a_table(tmp_path):
+    folder = result_folders.write_comparison(tmp_path)
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    data = data_of(page)
+    assert list(data["specs"]) == ["front0", "front1", "map", "savings", "tradeoff"]
+    assert len(page.encode()) < 3_000_000
+    assert [plan["name"] for plan in data["plans"]][:2] == ["search by kl: 2 attention", "search by kl: 4 attention"]
+    assert data["plans"][0]["skipped"] == ["attn.8", "attn.9"]
+    assert "skipped in this order: attn.9, attn.8." in data["plans"][0]["told"]
+    assert "left out: KL added, nats per token, measured on the text that was chosen by." in " ".join(page.split())
+    assert not {"choices", "held_out", "times"} & data["csv"].keys()
+    assert "table-times" not in page
+    assert read_folder(folder).layers == result_folders.LAYERS + 2  # as the fingerprint says
+    front = list(csv.DictReader(io.StringIO(data["csv"]["front1"])))
+    assert {row["space"] for row in front} == {"portable"}
+    assert len(front) == 6
+
+
+def test_the_table_of_a_comparison_has_its_tasks():
+    records = result_folders.all_compared()
+    records[1]["tasks"] = {}
+    table = stepped_table("compare", records)
+    assert table.headings[:5] == ("criterion", "by", "among", "count", "NLL added ± s.e.")
+    column = table.headings.index("arc_easy acc, to dense ± s.e.")
+    assert [row[column].text for row in table.rows[:3]] == ["-0.020 ± 0.020", "-", "-0.020 ± 0.020"]
+    assert table.rows[0][column].value == -0.02
+    copied = next(csv.DictReader(io.StringIO(table.csv)))
+    assert (copied["arc_easy acc value"], copied["arc_easy acc delta_se"]) == ("0.5", "0.02")
+    untimed = [{name: value for name, value in row.items() if "speedup" not in name} for row in records]
+    assert not [heading for heading in stepped_table("compare", untimed).headings if "speedup" in heading]
+
+
+def test_of_a_comparison_that_was_not_timed_no_speed_is_drawn(tmp_path):
+    timed = ("prefill", "decode", "speed")
+    records = [
+        {name: value for name, value in row.items() if not name.startswith(timed)}
+        for row in result_folders.all_compared()
+    ]
+    folder = result_folders.write_comparison(tmp_path, records)
+    assert list(data_of(write_report(folder, tmp_path / "r.html").read_text())["specs"]) == ["front0", "front1", "map"]
+
+
+def test_the_last_answer_to_a_question_counts(tmp_path):
+    again = result_folders.compared("search", "attention", 2, 0.123)
+    folder = result_folders.write_comparison(tmp_path, [*result_folders.all_compared(), again])
+    records = read_folder(folder).records
+    assert len(records) == 12
+    assert records[0]["delta_nll"] == 0.123
+
+
+def test_the_cards_of_a_comparison_say_what_loses_least_at_the_largest_counts(tmp_path):
+    lacking = result_folders.compared("greedy", "attention", 4, None)
+    found = findings_of(
+        read_folder(result_folders.write_comparison(tmp_path, [*result_folders.all_compared(), lacking]))
+    )
+    assert [card.title for card in found] == ["Loses least: 4 attention", "Loses least: 6 portable"]
+    assert found[0].figure == "+0.40"
+    assert found[0].text.startswith(
+        "search by kl, 10.0 forward passes to find; next, +1.20 nats a token (± 0.12): cosine"
+    )
+
+
+def test_what_sublayers_cost_alone_is_taken_from_whatever_tells_of_most(tmp_path):
+    result_folders.write_comparison(tmp_path)
+    costs = read_folder(tmp_path).costs
+    assert costs.found == {("attention", i): pytest.approx(0.1 * i) for i in range(result_folders.LAYERS)}
+    partly = result_folders.evaluations("task:arc", result_folders.LAYERS + 1, 3)
+    result_folders.write(tmp_path, evaluations=[*partly, {"skipped": ["attn.0"], "batches": "all", "cost": 7.0}])
+    costs = read_folder(tmp_path).costs
+    assert len(costs.found) == result_folders.LAYERS + 1
+    assert (costs.title, costs.measured_on) == ("rise of task:arc", "the text that was chosen by, on 3 of its batches")
+    undone = [line for line in result_folders.evaluations("kl", 30) if line.get("skipped") != []]
+    result_folders.write(tmp_path, **{"evaluations/no-dense": undone})
+    assert read_folder(tmp_path).costs == costs
+
+
+def test_a_search_shows_what_it_chose_last(tmp_path):
+    rows = [result_folders.chosen(2), result_folders.chosen(3, in_time=False)]
+    folder = result_folders.write(tmp_path, chosen=rows, evaluations=result_folders.evaluations())
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    data = data_of(page)
+    assert list(data["specs"]) == ["map"]
+    assert "evaluations" not in data["csv"]
+    assert [plan["name"] for plan in data["plans"]] == ["search by kl: 2 attention", "search by kl: 3 attention"]
+    assert first_plan(read_folder(folder)) == 1
+    assert "skipped in this order: attn.9, attn.8, attn.7." in data["plans"][1]["told"]
+    cards = {card.title: card for card in findings_of(read_folder(folder))}
+    assert (cards["Skips"].figure, cards["As fast"].figure, cards["Objective"].figure) == ("3", "1.25×", "+0.250")
+    assert "time was up" in cards["Took"].text
+    table = stepped_table("search", rows)
+    assert [cell.text for cell in table.rows[0]][:3] == ["search by kl: 2 attention", "0.0000", "0.2500"]
+    assert [row[-1].text for row in table.rows] == ["yes", "no"]
+
+
+def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
+    measured = ("delta_nll", "kl", "top1", "speedup", "predicted")
+    row = {name: value for name, value in result_folders.chosen(2).items() if not name.startswith(measured)}
+    assert stepped_table("search", [row]).headings == (
+        *("chosen", "objective, dense", "objective, skipped"),
+        *("evaluations", "forward passes", "CPU s", "in time"),
+    )
+    folder = read_folder(result_folders.write(tmp_path, chosen=[row]))
+    assert [card.title for card in findings_of(folder)] == ["Skips", "Objective", "Took"]
+    assert told(row) == "2 sublayers skipped; skipped in this order: attn.9, attn.8."
+
+
+def test_a_bench_is_held_against_the_dense_model_that_it_was_timed_with(tmp_path):
+    rows = result_folders.all_benched()
+    folder = result_folders.write(tmp_path, bench=rows)
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    assert list(data_of(page)["specs"]) == ["map", "savings"]
+    assert len(data_of(page)["plans"]) == 4
+    weights = {row["plan"]: row["share"] for row in figures.savings_rows(rows) if row["measure"] == "weights"}
+    assert weights == {0: 1, 1: 3_880_000 / 4_000_000, 2: 1, 3: 3_880_000 / 8_000_000}
+    table = stepped_table("bench", rows)
+    assert [row[0].text for row in table.rows] == ["dense", "3 attention", "dense", "3 attention, 3 MLP"]
+    assert name_of(rows[3]) == "3 attention, 3 MLP, 128 + 32 tokens, batch 4"
+
+
+def test_a_bench_kept_in_the_folder_of_a_sweep_is_a_table(tmp_path):
+    rows = result_folders.all_benched()
+    page = write_report(
+        result_folders.write(tmp_path, results=result_folders.all_records(), bench=rows), tmp_path / "r.html"
+    ).read_text()
+    assert len(data_of(page)["plans"]) == 19
+    assert 'id="table-bench"' in page
+
+
+@pytest.mark.parametrize("write", [result_folders.write_nasty, result_folders.write_nasty_comparison])
+def test_hostile_text_is_text(tmp_path, write):
+    whole = write_report(write(tmp_path), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert len(whole.encode()) < 3_000_000
+    page = markup(whole)
     assert "<script>window" not in page
     assert "<img" not in page
     assert page.lower().count("<script") == page.lower().count("</script>") == 3
@@ -160,6 +295,17 @@ def test_hostile_text_is_text(tmp_path):
     [
         ({}, "holds no results; make some with notall sweep"),
         ({"results": [{"variant": "dense"}]}, "line 1 of"),
+        (
+            {"results": [result_folders.compared("x", "mlp", 1, 0.1, evaluations="1")]},
+            "line 1 of .*results.jsonl: evalu",
+        ),
+        ({"chosen": [result_folders.chosen(1), {"chosen": "x"}]}, "line 2 of .*chosen.jsonl: plan: Field required"),
+        ({"bench": [result_folders.benched("dense", "other")]}, "line 1 of .*bench.jsonl: model"),
+        ({"results": result_folders.all_records(), "bench": [{"model": "dense"}]}, "line 1 of .*bench.jsonl: plan"),
+        ({"leave_one_out": [{"kind": "attention", "layer": "1"}]}, "line 1 of .*leave_one_out.jsonl: layer"),
+        ({"evaluations": [{"skipped": "attn.1", "cost": 1.0}]}, "line 1 of .*evaluations.jsonl: skipped"),
+        ({"choices": [{"settings": {}}], "held_out": [{"batch": 0}]}, "holds no results; .* or let a run end"),
+        ({"evaluations": result_folders.evaluations()}, "holds no results; .* or let a run end"),
     ],
 )
 def test_a_folder_without_results_is_one_clear_line(files, says, tmp_path):

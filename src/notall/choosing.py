@@ -22,7 +22,7 @@ from .plan import Plan
 from .quality import Quality, evaluate
 from .space import Space, Unit
 
-EVALUATIONS = "evaluations.jsonl"
+EVALUATIONS, CHOSEN = "evaluations.jsonl", "chosen.jsonl"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import plots, results
+from .anatomy import locate
 from .budget import by_count
 from .criteria import CRITERIA, Scores, Setting, choose, criterion, suits
 from .criteria.setting import take
@@ -123,7 +124,7 @@ def compare_criteria(
                 **asdict(footprint(model, plan)),
                 "tasks": answers.get(skipped, {}),
                 **times.get(skipped, {}),
-                "provenance": settings,
+                "provenance": settings | {"fingerprint": locate(model).fingerprint},
             }
             if held.get(_key(record)) != results.finite(record):
                 results.append(out / RESULTS, record)

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import results
-from .anatomy import Anatomy, locate
+from .anatomy import Anatomy, Sublayer, locate
 from .criteria import SKIPPABLE, deepest
 from .generating import continue_prompts
 from .plan import Plan, Variant
-from .quality import Quality, Scores, score, summarize
+from .quality import Quality, Scores, gather, score, summarize
 from .similarity import measure_similarity
 from .timing import time_plan
 
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 FRACTIONS = (0.10, 0.25, 0.33)
 RESULTS, SCORES, SIMILARITY, SAMPLES = "results.jsonl", "scores.jsonl", "similarity.jsonl", "samples.jsonl"
+LEAVE_ONE_OUT = "leave_one_out.jsonl"
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
+FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
 
 Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
@@ -85,10 +87,10 @@ def sweep(
     """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.
 
     Writes to `out`: results.jsonl, a line as soon as a configuration is done; scores.jsonl, the scores of every
-    sequence; similarity.jsonl, a line for each layer and kind; and, given a tokenizer, samples.jsonl, what some of the
-    plans say. Called again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are
-    always this process's. Raises `UsageError` when the folder holds
-    the results of other settings, is in use, or cannot be written.
+    sequence; similarity.jsonl, a line for each layer and kind; leave_one_out.jsonl, what leaving out each sublayer
+    alone costs on the first two sequences; and, given a tokenizer, samples.jsonl, what some of the plans say. Called
+    again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are always this process's.
+    Raises `UsageError` when the folder holds the results of other settings, is in use, or cannot be written.
     """
     rows = paper_grid(locate(model))
     settings = provenance | {"timed": asdict(timed), "seed": seed, "batches": _digest(batches)}
@@ -96,7 +98,8 @@ def sweep(
         done = {(r["variant"], r["fraction"], r["keep_last"]): r for r in results.read(out / RESULTS, results.Record)}
         for record in done.values():
             results.check_same(record["provenance"], settings, out)
-        steps = _Steps(progress, batches, rows, timed, locate(model).sublayers)
+        parts, few = _removable(locate(model)), _first(batches, FEW_SEQUENCES)
+        steps = _Steps(progress, batches, rows, timed, locate(model).sublayers, parts, few)
         score_batch = workers.score if workers else partial(score, model)
         scores = _score(score_batch, rows, batches, out, settings, steps)
         for row, found in zip(rows, scores):
@@ -108,6 +111,7 @@ def sweep(
             steps.timed()
         records = [done[row.variant, row.fraction, row.keep_last] for row in rows]
         _similarity(model, batches, out, settings, steps)
+        _leave_one_out(score_batch, parts, few, out, settings, steps)
         if tokenizer:
             _samples(model, tokenizer, records, out, settings, steps)
         return records
@@ -151,6 +155,46 @@ def _similarity(
         steps.doing("comparing the layers")
         rows = [asdict(row) | {"provenance": settings} for row in measure_similarity(model, batches)]
         results.append(out / SIMILARITY, *(row for row in rows if (row["layer"], row["kind"]) not in done))
+
+
+def _removable(anatomy: Anatomy) -> list[Sublayer]:
+    """The sublayers that can be left out alone: the only attention of a model cannot."""
+    return [part for part in anatomy.sublayers if part.kind == "mlp" or len(anatomy.blocks) > 1]
+
+
+def _first(batches: Sequence[Tensor], sequences: int) -> list[Tensor]:
+    """The first sequences of `batches`, in as many batches as they are spread over."""
+    few: list[Tensor] = []
+    for tokens in batches:
+        few.append(tokens[: sequences - sum(map(len, few))])
+    return [tokens for tokens in few if len(tokens)]
+
+
+def _leave_one_out(
+    score_batch: Callable[[Sequence[Plan], Tensor], list[Scores]],
+    parts: Sequence[Sublayer],
+    few: Sequence[Tensor],
+    out: Path,
+    settings: dict[str, Any],
+    steps: _Steps,
+) -> None:
+    """What leaving out each of the sublayers alone costs, on a few sequences."""
+    held = results.read(out / LEAVE_ONE_OUT)
+    for line in held:
+        results.check_same(line["provenance"], settings, out)
+    done = {(line["kind"], line["layer"]) for line in held}
+    if len(done) < len(parts):
+        steps.doing("leaving out each sublayer alone")
+        plans = [Plan(**{part.kind: [part.index]}) for part in parts]
+        qualities = gather(score_batch(plans, tokens) for tokens in few)
+        rows = [_cost(part, quality) | {"provenance": settings} for part, quality in zip(parts, qualities)]
+        results.append(out / LEAVE_ONE_OUT, *(row for row in rows if (row["kind"], row["layer"]) not in done))
+    steps.left_out()
+
+
+def _cost(part: Sublayer, quality: Quality) -> dict[str, Any]:
+    fields = ("delta_nll", "delta_nll_se", "sequences")
+    return {"kind": part.kind, "layer": part.index} | {name: getattr(quality, name) for name in fields}
 
 
 def _samples(
@@ -221,13 +265,17 @@ class _Steps:
         rows: list[Configuration],
         timed: Timed,
         sublayers: Sequence[object],
+        left_out: Sequence[object],
+        few: Sequence[Tensor],
     ) -> None:
         self.progress, self.done, self.label = progress, 0.0, ""
         kept = len(rows) * len(sublayers) - sum(len(row.plan) for row in rows)
         self.score_factor = kept / len(sublayers) / 4  # about a quarter of the work is left by sharing
         per_run = timed.batch_size * (timed.prompt_tokens + DECODED_TOKEN * timed.new_tokens)
         self.timing = 2 * (timed.rounds + 1) * per_run
-        self.total = sum(tokens.numel() for tokens in batches) * self.score_factor + len(rows) * self.timing
+        self.leaving_out = sum(tokens.numel() for tokens in few) * len(left_out) / 2  # half of it is shared
+        scoring = sum(tokens.numel() for tokens in batches) * self.score_factor
+        self.total = scoring + len(rows) * self.timing + self.leaving_out
 
     def doing(self, label: str) -> None:
         self.label = label
@@ -238,6 +286,9 @@ class _Steps:
 
     def timed(self) -> None:
         self._advance(self.timing)
+
+    def left_out(self) -> None:
+        self._advance(self.leaving_out)
 
     def _advance(self, amount: float) -> None:
         self.done += amount

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ Row = Mapping[str, Any]
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
 PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
-BLACK = "#222222"
 SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
             "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5")  # fmt: skip
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 LAST = {False: "skipped too", True: "kept"}
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
-TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8)
+TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
+HELD_OUT = "NLL added on held-out text, nats per token"
 MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
 
 
@@ -112,19 +113,12 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
         for number, record in enumerate(records)
         if record["variant"] != "dense" and _is_number(record["delta_nll"])
     ]
-    chosen = alt.selection_point(fields=["skipped"], bind="legend")
-    series = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28)),
-        y=alt.Y("lost:Q", title="NLL added, nats per token", **_losses(rows)),
-        color=_colour("skipped", rows),
-        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
-    )
+    series, chosen = _series(rows, _speedup(), "NLL added, nats per token", _colour("skipped", rows))
     above = series.transform_filter(alt.datum.last == LAST[False])
     below = series.transform_filter(alt.datum.last == LAST[True])
     layers = [
         _paths(series),
-        series.mark_rule(strokeWidth=1.5).encode(y="lost_low:Q", y2="lost_high:Q"),
-        series.mark_rule(strokeWidth=1.5).encode(x="speedup_low:Q", x2="speedup_high:Q"),
+        *_bars(series),
         _front(rows),
         _points(series).add_params(chosen),
         # Paths go up and to the right: there is room left of them above, and right of them below.
@@ -144,33 +138,51 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best[::-1]
 
 
+def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
+    """Quality lost against decode speedup of `front_rows` that were timed: a colour a criterion, a shape a space."""
+    series, chosen = _series(rows, _speedup(), HELD_OUT, _by_criterion(rows, colours))
+    points = series.mark_point(filled=True, size=60).encode(
+        shape=alt.Shape("space:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
+        tooltip=[*_asked(), alt.Tooltip("speedup:Q", format=".3f")],
+    )
+    return alt.LayerChart(layer=[*_bars(series), _front(rows), points.add_params(chosen), *_dense()])
+
+
 def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
     """Quality lost (`delta_nll`) against what is skipped, a line a criterion, a panel for what it chose among.
 
     Records are as `comparison.compare_criteria` answers them: criterion, aim, space, count, delta_nll, delta_nll_se.
     Losses of 1 nat and more get a logarithmic scale, linear near 0.
     """
-    rows = [_front_row(record, records) for record in records if _is_number(record["delta_nll"])]
-    names = list(dict.fromkeys(row["criterion"] for row in rows))
-    names.sort(key=lambda name: not name.startswith("search"))
-    chosen = alt.selection_point(fields=["criterion"], bind="legend")
-    colours = [BLACK, *SPECTRUM[: len(names) - 1]] if names[0].startswith("search") else SPECTRUM[: len(names)]
-    series = alt.Chart().encode(
-        x=alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16)),
-        y=alt.Y("lost:Q", title="NLL added on held-out text, nats per token", **_losses(rows)),
-        color=alt.Color("criterion:N", sort=names, scale=alt.Scale(domain=names, range=colours)),
-        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
-        tooltip=["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title="NLL added", format=".3f")],
-    )
-    layers = alt.layer(
-        series.mark_line(strokeWidth=1.5),
-        series.mark_rule(strokeWidth=1.5).encode(y="lost_low:Q", y2="lost_high:Q"),
-        series.mark_point(filled=True, size=50).add_params(chosen),
-        data=alt.Data(values=rows),
-    ).properties(width=300, height=300)
+    rows = front_rows(records)
+    layers = front_layers(rows, criterion_colours(rows)).properties(width=300, height=300)
     panels = layers.facet(facet=alt.Facet("space:N", title=None), columns=2).resolve_scale(x="independent")
     told = alt.Title(title, subtitle="Lower is better. Bars: standard error.", anchor="start", frame="group", offset=14)
     return panels.properties(title=told, padding=16).configure(**LIGHT)
+
+
+def front_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
+    """What a panel of `front_chart` draws of `front_rows`, without size, title and theme."""
+    counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16))
+    series, chosen = _series(rows, counts, HELD_OUT, _by_criterion(rows, colours))
+    points = series.mark_point(filled=True, size=50).encode(tooltip=_asked())
+    return series.mark_line(strokeWidth=1.5) + _bars(series)[0] + points.add_params(chosen)
+
+
+def front_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
+    """A row for each record with a loss; `plan` counts the records from 0."""
+    return [
+        _front_row(record, records) | {"plan": number}
+        for number, record in enumerate(records)
+        if _is_number(record["delta_nll"])
+    ]
+
+
+def criterion_colours(rows: Sequence[Row]) -> dict[str, Any]:
+    """A colour for each criterion of `front_rows`; the search comes first, in the colour of ink."""
+    names = sorted(dict.fromkeys(row["criterion"] for row in rows), key=lambda name: not name.startswith("search"))
+    searched = bool(names) and names[0].startswith("search")
+    return dict(zip(names, cycle(SPECTRUM))) | ({names[0]: alt.expr("ink")} if searched else {})
 
 
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
@@ -191,20 +203,56 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
 
 
 def _tradeoff_row(record: Row) -> dict[str, Any]:
-    lost, error = record["delta_nll"], record["delta_nll_se"]
-    bar = error if _is_number(error) else 0
     return {
         "skipped": NAMES[record["variant"]],
         "fraction": f"{record['fraction']:.0%}",
         "share": record["fraction"],
         "last": LAST[record["keep_last"]],
-        "speedup": record["speedup_decode"],
-        "speedup_low": record["speedup_decode_low"],
-        "speedup_high": record["speedup_decode_high"],
-        "lost": lost,
-        "lost_low": lost - bar,
-        "lost_high": lost + bar,
+        **_measured(record),
     }
+
+
+def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """A criterion goes by its name, and by its aim too where there are several."""
+    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
+    return {
+        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
+        "space": record["space"],
+        "count": record["count"],
+        **_measured(record),
+    }
+
+
+def _measured(record: Row) -> dict[str, Any]:
+    """The loss with its error, and the speedup with its quartiles, where it was timed."""
+    lost, error = record["delta_nll"], record["delta_nll_se"]
+    bar = error if _is_number(error) else 0
+    ends = [end for end in ("", "_low", "_high") if f"speedup_decode{end}" in record]
+    return {"lost": lost, "lost_low": lost - bar, "lost_high": lost + bar} | {
+        f"speedup{end}": record[f"speedup_decode{end}"] for end in ends
+    }
+
+
+def _series(rows: Sequence[Row], x: alt.X, title: str, colour: alt.Color) -> tuple[alt.Chart, alt.Parameter]:
+    """Losses of a series a colour, the others dim while one is chosen in the legend; and that choice."""
+    chosen = alt.selection_point(encodings=["color"], bind="legend")
+    series = alt.Chart(alt.Data(values=list(rows))).encode(
+        x=x,
+        y=alt.Y("lost:Q", title=title, **_losses(rows)),
+        color=colour,
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+    )
+    return series, chosen
+
+
+def _bars(series: alt.Chart) -> list[alt.Chart]:
+    """Errors of the loss, and quartiles of the speedup."""
+    bar = series.mark_rule(strokeWidth=1.5)
+    return [bar.encode(y="lost_low:Q", y2="lost_high:Q"), bar.encode(x="speedup_low:Q", x2="speedup_high:Q")]
+
+
+def _speedup() -> alt.X:
+    return alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28))
 
 
 def _front(rows: Sequence[Row]) -> alt.Chart:
@@ -280,22 +328,18 @@ def _colour(field: str, rows: Sequence[Row]) -> alt.Color:
     )
 
 
+def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
+    names = [name for name in colours if any(row["criterion"] == name for row in rows)]
+    scale = alt.Scale(domain=names, range=[colours[name] for name in names])
+    return alt.Color("criterion:N", title="criterion", sort=names, scale=scale)
+
+
+def _asked() -> list[Any]:
+    return ["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title="NLL added", format=".3f")]
+
+
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
-    """A criterion goes by its name, and by its aim too where there are several."""
-    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
-    lost, bar = record["delta_nll"], record["delta_nll_se"] if _is_number(record["delta_nll_se"]) else 0
-    return {
-        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
-        "space": record["space"],
-        "count": record["count"],
-        "lost": lost,
-        "lost_low": lost - bar,
-        "lost_high": lost + bar,
-    }
 
 
 def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:

@@ -56,12 +56,7 @@ def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Te
 
     All plans run together, sharing their first sublayers (see `Replay`). Raises `UsageError` when a plan does not fit.
     """
-    totals = [Scores() for _ in range(len(plans) + 1)]
-    for tokens in batches:
-        for total, scores in zip(totals, score(model, plans, tokens)):
-            total.extend(scores)
-    dense, *rest = totals
-    return [summarize(scores, dense) for scores in rest]
+    return gather(score(model, plans, tokens) for tokens in batches)
 
 
 def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
@@ -77,6 +72,12 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
     return [found[number] for number in range(len(plans) + 1)]
 
 
+def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
+    """The quality of each plan from what `score` answers for each batch."""
+    dense, *rest = map(_joined, zip(*batches))
+    return [summarize(scores, dense) for scores in rest]
+
+
 def summarize(scores: Scores, dense: Scores) -> Quality:
     """Means and errors over sequences, paired with the dense model's scores on the same sequences."""
     nll, nll_se = mean_and_error(scores.nll)
@@ -85,6 +86,13 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
     agreement, agreement_se = mean_and_error(scores.top1_agreement)
     perplexity = math.exp(min(nll, 700.0))
     return Quality(nll, nll_se, delta, delta_se, perplexity, kl, kl_se, agreement, agreement_se, len(scores.nll))
+
+
+def _joined(parts: Iterable[Scores]) -> Scores:
+    whole = Scores()
+    for part in parts:
+        whole.extend(part)
+    return whole
 
 
 def _score(logits: Tensor, dense: Tensor, targets: Tensor) -> Scores:

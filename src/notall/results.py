@@ -81,6 +81,14 @@ def append(path: Path, *records: dict[str, Any]) -> None:
         raise _cannot_write(path, error) from None
 
 
+def append_new(path: Path, record: dict[str, Any], names: Sequence[str]) -> None:
+    """`append` unless the file holds a record that says the same under `names`. Raises as `append` and `lock` do."""
+    wanted = finite({name: record[name] for name in names})
+    with lock(path.parent):
+        if not any({name: held.get(name) for name in names} == wanted for held in read(path)):
+            append(path, record)
+
+
 def read(path: Path, kind: type[BaseModel] | None = None) -> list[dict[str, Any]]:
     """The records of a file in their order, each checked to be of `kind` if given; [] without a file.
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from . import results
 from .footprint import footprint
 from .plan import Plan
 from .skipping import skip
 from .speed import Spread, Timing, compare, speedup
+
+BENCH = "bench.jsonl"
 
 
 def time_plan(
@@ -57,6 +61,16 @@ def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Tim
         "peak_bytes": timing.peak_bytes,
         **asdict(footprint(model, plan)),
     }
+
+
+def keep_times(out: Path, rows: Sequence[dict[str, Any]], plan: Plan, about: Mapping[str, Any]) -> None:
+    """Append what `time_plan` answers for `plan` to `out/bench.jsonl`, each row with its plan and what `about` says.
+
+    Raises `UsageError` when the folder is in use or cannot be written.
+    """
+    plans = {"dense": Plan(), "skipped": plan}
+    with results.lock(out):
+        results.append(out / BENCH, *({**row, "plan": plans[row["model"]].indices, **about} for row in rows))
 
 
 def _with_spread(name: str, spread: Spread) -> dict[str, float]:

@@ -17,6 +17,7 @@ from .inputs import (
     deepest_plan,
     empty_model,
     load_model,
+    provenance_of,
     settings_of,
     space_of,
     text_batches,
@@ -121,10 +122,12 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another criterion, to meet a budget.
 
-    Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped.
+    Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped, and
+    `notall report` makes a page of them.
     """
+    from .. import results
     from ..asking import build_objective
-    from ..choosing import choose_plan
+    from ..choosing import CHOSEN, choose_plan
     from ..comparison import Aim, draw_front
     from ..latency import Workload
 
@@ -137,8 +140,10 @@ def search(
     options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
     objective_of_it = build_objective(objective or aim, net, tokenizer, batches, **options)
     others: list[Any] = []
+    measured_on: dict[str, Any] = {}
     if held_out:
-        others, _ = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
+        others, other = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
+        measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]}
     folder = out.with_name(f"{out.stem}.search")
     settings = settings_of(net, model, revision) | described
     with progress_bar() as bar:
@@ -158,12 +163,16 @@ def search(
             progress=lambda done, doing: bar(done, 1.0, doing),
         )
     found.plan.save(out)
+    row = choice_row(found)
+    about = provenance_of(net, model, revision) | described | measured_on | {"fingerprint": found.plan.fingerprint}
+    same = ("chosen", "plan", "evaluations", "in_time", "provenance")  # times are never the same twice
+    results.append_new(folder / CHOSEN, row | {"provenance": about}, same)
     if front:
         most = len(found.plan.blocks) if kind is Among.block else len(found.plan)
         with progress_bar() as bar:
             by = Aim(objective_of_it, batches)
             draw_front(net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar)
-    show([choice_row(found)], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+    show([row], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
 
 
 @app.command(

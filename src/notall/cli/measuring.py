@@ -204,6 +204,9 @@ def bench(
     new: New = 32,
     batch_size: Annotated[int, typer.Option(help="sequences at once")] = 1,
     rounds: Rounds = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="keep the records here, for `notall report`")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
@@ -213,15 +216,21 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
+    from ..anatomy import locate
     from ..speed import machine
-    from ..timing import time_plan
+    from ..timing import keep_times, time_plan
 
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)
     else:
         net, _ = load_model(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
     wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
-    rows = time_plan(net, wanted, prompt_tokens=prompt, new_tokens=new, batch_size=batch_size, rounds=rounds, seed=seed)
+    asked = {"prompt_tokens": prompt, "new_tokens": new, "batch_size": batch_size, "rounds": rounds}
+    rows = time_plan(net, wanted, **asked, seed=seed)
+    if out:
+        source = provenance_of(net, shape or model, revision)
+        source |= {"dummy_weights": dummy_weights, "seed": seed, "fingerprint": locate(net).fingerprint}
+        keep_times(out, rows, wanted, asked | {"provenance": source})
     about = machine(net.device)
     title = (
         f"{shape or model}, {str(net.dtype).removeprefix('torch.')}, batch {batch_size}, "

@@ -12,7 +12,9 @@ from .app import SHOW, app
 
 @app.command(rich_help_panel=SHOW, epilog="Example:  notall report results -o report.html")
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="results folder of `notall sweep`")] = Path("results"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="what sweep, paper, compare, search or bench left")
+    ] = Path("results"),
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""

@@ -8,15 +8,19 @@ from typing import Any
 import altair as alt
 
 from .. import plots
-from .folder import SHORT, Folder, Row, name_of
+from .folder import Folder
+from .records import SHORT, Row, name_of, shorten, sublayers
 
 ROWS = {"attention": "attention", "mlp": "MLP"}
 STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
+UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 TIMES = {
     "prefill": ("prefill_ms", "first token"),
     "decode": ("decode_ms_per_token", "each further token"),
 }
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token"}
+FRONT = "front"  # what the names of its panels begin with
+NAMES = ("criterion", "aim", "space")
 
 
 def draw_all(folder: Folder) -> dict[str, dict[str, Any]]:
@@ -24,18 +28,20 @@ def draw_all(folder: Folder) -> dict[str, dict[str, Any]]:
     drawn: dict[str, alt.LayerChart] = {}
     if folder.plans and folder.layers:
         drawn["map"] = draw_map(folder).properties(height=104)
-    if folder.dense:
-        drawn["savings"] = draw_savings(folder.records, folder.dense).properties(height=190)
+    if saved := savings_rows(folder.records):
+        drawn["savings"] = draw_savings(saved).properties(height=48 * len({row["measure"] for row in saved}))
     if folder.similarity:
         drawn["similarity"] = plots.similarity_layers(folder.similarity).properties(height=340)
-    if len(folder.records) > 1:
+    if folder.kind == "sweep" and len(folder.records) > 1:
         drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=460)
+    if folder.kind == "compare":
+        drawn |= draw_comparison(folder.records)
     return {name: chart.properties(width="container").to_dict() for name, chart in drawn.items()}
 
 
 def map_rows(folder: Folder) -> tuple[list[Row], str]:
     """A row a sublayer with what is known of leaving it out, and how that was got: measured, similarity or nothing."""
-    measured = {(row["kind"], row["layer"]): row["delta_nll"] for row in folder.leave_one_out}
+    measured = folder.costs.found if folder.costs else {}
     cosines = {(row["kind"], row["layer"]): row["cosine"] for row in folder.similarity}
     source = "measured" if measured else "similarity" if cosines else "nothing"
     rows = []
@@ -52,7 +58,7 @@ def map_rows(folder: Folder) -> tuple[list[Row], str]:
 def draw_map(folder: Folder) -> alt.LayerChart:
     """Columns = layers, two rows; shade = cost; the sublayers that the param `skipped` names are hatched."""
     rows, source = map_rows(folder)
-    title = "NLL added, nats per token" if source == "measured" else "changed: 1 − cosine"
+    title = shorten(folder.costs.title) if folder.costs else "changed: 1 − cosine"
     cells = (
         alt.Chart(alt.Data(values=rows))
         .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
@@ -67,13 +73,15 @@ def draw_map(folder: Folder) -> alt.LayerChart:
             ],
         )
     )
-    legend = None if source == "nothing" else alt.Legend(orient="bottom", gradientLength=180, title=title)
+    legend = alt.Legend(orient="bottom", gradientLength=180, title=title)
     shade = alt.Color("cost:Q", scale=alt.Scale(type="sqrt"), legend=legend)
-    shaded = cells.mark_rect(stroke=alt.expr("paper"), strokeWidth=1.5).encode(color=shade)
+    framed = cells.mark_rect(stroke=alt.expr("paper"), strokeWidth=1.5)
+    unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
+    shaded = [] if source == "nothing" else [framed.encode(color=shade).transform_filter("isValid(datum.cost)")]
     hatched = cells.mark_rect(fill=_stripes(), stroke=STRIPE, strokeWidth=2).transform_filter(
         "datum.state == 'skipped'"
     )
-    return (shaded + hatched).add_params(alt.param(name="skipped", value=[]))
+    return alt.LayerChart(layer=[unknown, *shaded, hatched]).add_params(alt.param(name="skipped", value=[]))
 
 
 def _stripes() -> alt.LinearGradient:
@@ -87,27 +95,33 @@ def _stripes() -> alt.LinearGradient:
     return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
 
 
-def savings_rows(records: Sequence[Row], dense: Row) -> list[Row]:
-    """For each record and measure its share of the dense model's; of times as they were paired, round by round."""
+def savings_rows(records: Sequence[Row]) -> list[Row]:
+    """For each record and measure its share of the dense model's; of times as they were paired, round by round.
+
+    The dense model is the record before that skips nothing; where there is none, bytes have nothing to be a share of.
+    """
     rows: list[Row] = []
+    dense: Row | None = None
     for plan, record in enumerate(records):
-        about = {"plan": plan, "name": name_of(record)}
+        about = {"plan": plan, "name": shorten(name_of(record))}
+        dense = dense if sublayers(record) else record
         for name, (key, title) in TIMES.items():
+            if f"speedup_{name}" not in record:
+                continue
             low, middle, high = (record[f"speedup_{name}{end}"] for end in ("_low", "", "_high"))
             share = {"share": 1 / middle, "low": 1 / high, "high": 1 / low}
-            text = f"{title}: {record[key]:.0f} ms, {middle:.2f}× as fast"
+            text = f"{title}: {record[key]:,.1f} ms, {middle:.2f}× as fast"
             rows.append(about | {"measure": title, "text": text} | share)
         for key, title in BYTES.items():
-            if dense[key]:
+            if dense and dense.get(key):
                 share = dict.fromkeys(("share", "low", "high"), record[key] / dense[key])
                 text = f"{title}: {_bytes(record[key])} of {_bytes(dense[key])}"
                 rows.append(about | {"measure": title, "text": text} | share)
     return rows
 
 
-def draw_savings(records: Sequence[Row], dense: Row) -> alt.LayerChart:
+def draw_savings(rows: Sequence[Row]) -> alt.LayerChart:
     """What the plan takes of the dense model's time and bytes."""
-    rows = savings_rows(records, dense)
     most = max([1.15, *(row["high"] for row in rows)])
     base = (
         alt.Chart(alt.Data(values=rows))
@@ -136,13 +150,37 @@ def draw_tradeoff(records: Sequence[Row]) -> alt.LayerChart:
         for number, record in enumerate(records)
         if record["delta_nll"] is not None
     ]
+    return _ringed(plots.tradeoff_layers(records), points, "speedup")
+
+
+def draw_comparison(records: Sequence[Row]) -> dict[str, alt.LayerChart]:
+    """A panel of the front for each space that was chosen from, and quality against speed where that was measured."""
+    rows = plots.front_rows([record | {name: shorten(record[name]) for name in NAMES} for record in records])
+    colours = plots.criterion_colours(rows)
+    drawn = {}
+    for number, space in enumerate(spaces(records)):
+        panel = [row for row in rows if row["space"] == shorten(space)]
+        drawn[f"{FRONT}{number}"] = _ringed(plots.front_layers(panel, colours), panel, "count").properties(height=340)
+    timed = [row for row in rows if "speedup" in row]
+    if timed:
+        chart = _ringed(plots.compared_layers(timed, colours), timed, "speedup")
+        drawn["tradeoff"] = chart.properties(height=460)
+    return drawn
+
+
+def spaces(records: Sequence[Row]) -> list[str]:
+    """What was chosen from, by those that have a loss to draw."""
+    return list(dict.fromkeys(record["space"] for record in records if record["delta_nll"] is not None))
+
+
+def _ringed(chart: alt.LayerChart, points: Sequence[Row], x: str) -> alt.LayerChart:
+    """The chart with a ring around the point of the plan that is stepped to."""
     ring = (
-        alt.Chart(alt.Data(values=points))
-        .transform_filter("datum.plan == plan")
-        .mark_point(size=330, strokeWidth=2.5, stroke=alt.expr("ink"), fill=None, opacity=1)
-        .encode(x="speedup:Q", y="lost:Q")
+        alt.Chart(alt.Data(values=list(points)))
+        .mark_point(strokeWidth=2.5, stroke=alt.expr("ink"), fill=None, opacity=1)
+        .encode(x=f"{x}:Q", y="lost:Q", size=alt.condition("datum.plan == plan", alt.value(330), alt.value(0)))
     )
-    return (plots.tradeoff_layers(records) + ring).add_params(alt.param(name="plan", value=0))
+    return (chart + ring).add_params(alt.param(name="plan", value=0))
 
 
 def _bytes(value: float) -> str:

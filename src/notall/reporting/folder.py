@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,27 +11,32 @@ from typing import Any
 
 from .. import results
 from ..errors import UsageError
+from .costs import EVALUATIONS, LEAVE_ONE_OUT, Costs, read_costs
+from .records import MODELS, SHORT, Row, kind_of, name_of
 
-Row = dict[str, Any]
-
-# Files that have a section of their own, or that hold what others sum up.
-RESULTS, SIMILARITY, SAMPLES = "results.jsonl", "similarity.jsonl", "samples.jsonl"
-LEAVE_ONE_OUT = "leave_one_out.jsonl"
-RAW = {"scores.jsonl", "answers.jsonl"}
-
-KINDS = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
-SHORT = {"attention": "attn", "mlp": "mlp"}
+# Files that a page steps through, the first that is there, and those that have a section of their own.
+STEPPED = ("results.jsonl", "chosen.jsonl", "bench.jsonl")
+SIMILARITY, SAMPLES = "similarity.jsonl", "samples.jsonl"
+# Files that hold what others sum up; of a comparison, also what `notall paper` has a table of.
+RAW = {"scores.jsonl", "answers.jsonl", f"{EVALUATIONS}.jsonl"}
+CHOICES = "choices.jsonl"
+RAW_OF_COMPARISON = {CHOICES, "held_out.jsonl", "times.jsonl"}
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Records by file name, without the suffix; a file that is absent has none."""
+    """Records to step through, and those of other files by name, without the suffix; a file that is absent has none."""
 
     records: tuple[Row, ...]
     similarity: tuple[Row, ...]
-    leave_one_out: tuple[Row, ...]
+    costs: Costs | None
     samples: tuple[Row, ...]
     others: Mapping[str, tuple[Row, ...]]
+
+    @property
+    def kind(self) -> str | None:
+        """The command that wrote the records, if there are any."""
+        return kind_of(self.records[0]) if self.records else None
 
     @cached_property
     def provenance(self) -> Row:
@@ -41,57 +47,58 @@ class Folder:
 
     @cached_property
     def plans(self) -> tuple[Row, ...]:
-        """One record of each configuration: those of a sweep in their order, else what other files are about."""
+        """The records, else one of each configuration that other files are about."""
         found: dict[str, Row] = {}
-        for rows in (self.records, *(() if self.records else self.others.values())):
+        for rows in self.others.values():
             for row in rows:
                 if {"variant", "fraction", "keep_last", "plan"} <= row.keys():
                     found.setdefault(name_of(row), row)
-        return tuple(found.values())
-
-    @property
-    def dense(self) -> Row | None:
-        return next((record for record in self.records if record["variant"] == "dense"), None)
+        return self.records or tuple(found.values())
 
     @property
     def layers(self) -> int:
         """How many the model has, as far as the folder tells."""
+        shape = re.search(r"-(\d{1,5})x\d+-", str(self.provenance.get("fingerprint")))
         named = (index for record in self.plans for kind in SHORT for index in record["plan"].get(kind, ()))
-        return max([*named, *(row["layer"] for row in (*self.similarity, *self.leave_one_out))], default=-1) + 1
+        alone = (layer for _, layer in (self.costs.found if self.costs else ()))
+        most = max([*named, *alone, *(row["layer"] for row in self.similarity)], default=-1) + 1
+        return max(most, int(shape[1]) if shape else 0)
 
 
 def read_folder(path: Path) -> Folder:
     """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
-    known = {RESULTS, SIMILARITY, SAMPLES, LEAVE_ONE_OUT}
+    stepped = next((name for name in STEPPED if (path / name).exists()), None)
+    apart = {stepped, SIMILARITY, SAMPLES, LEAVE_ONE_OUT, *RAW}
+    apart |= RAW_OF_COMPARISON if (path / CHOICES).exists() else set()
     folder = Folder(
-        records=tuple(results.read(path / RESULTS, results.Record)),
+        records=_latest(_read(path / stepped)) if stepped else (),
         similarity=tuple(results.read(path / SIMILARITY)),
-        leave_one_out=tuple(results.read(path / LEAVE_ONE_OUT)),
+        costs=read_costs(path),
         samples=tuple(results.read(path / SAMPLES)),
         others={
-            file.stem: tuple(rows)
+            file.stem: rows
             for file in sorted(path.glob("*.jsonl"))
-            if file.name not in known | RAW and (rows := results.read(file))
+            if file.name not in apart and (rows := tuple(_read(file) if file.name in STEPPED else results.read(file)))
         },
     )
     if not (folder.records or folder.similarity or folder.others):
-        raise UsageError(f"{path} holds no results; make some with notall sweep --out {path}")
+        raise UsageError(f"{path} holds no results; make some with notall sweep --out {path}, or let a run end")
     return folder
 
 
-def name_of(record: Mapping[str, Any]) -> str:
-    """A configuration in words, such as `attention 10%, last layer kept`."""
-    if record["variant"] == "dense":
-        return "dense"
-    kept = ", last layer kept" if record["keep_last"] else ""
-    return f"{KINDS[record['variant']]} {record['fraction']:.0%}{kept}"
+def _read(file: Path) -> list[Row]:
+    """The records of one command, checked to be what its are."""
+    first = results.read(file)[:1]
+    return results.read(file, MODELS[kind_of(first[0])]) if first else []
 
 
-def sublayers(record: Mapping[str, Any]) -> list[str]:
-    """What a record's plan skips, as `attn.3`, `mlp.3`."""
-    return [f"{short}.{index}" for kind, short in SHORT.items() for index in record["plan"].get(kind, ())]
+def _latest(records: list[Row]) -> tuple[Row, ...]:
+    """Of each question the last answer; every measurement of a bench is one of its own."""
+    if records and kind_of(records[0]) == "bench":
+        return tuple(records)
+    return tuple({name_of(record): record for record in records}.values())
 
 
 def flatten(value: Any, name: str = "") -> Iterable[tuple[str, str]]:

@@ -4,6 +4,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 600px)");
 const slider = document.getElementById("plan");
 const views = {};
+const followers = Object.keys(specs).filter((id) => specs[id].params?.some((param) => param.name === "plan"));
 
 const say = (element, text) => {
   const before = element.textContent;
@@ -13,14 +14,14 @@ const say = (element, text) => {
 
 async function draw() {
   const name = dark.matches ? "dark" : "light";
-  const legend = { ...themes[name].legend, ...(narrow.matches && { orient: "bottom", columns: 3, layout: { bottom: { direction: "vertical", anchor: "start" } } }) };
+  const legend = { ...themes[name].legend, ...(narrow.matches && { orient: "bottom", columns: 2, labelLimit: 110, layout: { bottom: { direction: "vertical", anchor: "start" } } }) };
   const config = { ...themes[name], legend };
   for (const [id, spec] of Object.entries(specs)) {
     views[id]?.finalize();
     const options = { config, renderer: "svg", actions: false, tooltip: { theme: name } };
     views[id] = (await vegaEmbed("#" + id, spec, options)).view;
   }
-  views.tradeoff?.addEventListener("click", (_, item) => item?.datum?.plan !== undefined && step(item.datum.plan));
+  for (const id of followers) views[id].addEventListener("click", (_, item) => item?.datum?.plan !== undefined && step(item.datum.plan));
   await step(slider ? +slider.value : 0);
   document.body.dataset.drawn = Object.keys(views).length;
 }
@@ -38,7 +39,7 @@ async function step(plan) {
   for (const row of document.querySelectorAll("tr[data-plan]")) row.classList.toggle("chosen", row.dataset.plan === slider.value);
   await views.map?.signal("skipped", shown.skipped).runAsync();
   reveal(shown.skipped);
-  for (const id of ["savings", "tradeoff"]) await views[id]?.signal("plan", +slider.value).runAsync();
+  for (const id of followers) await views[id].signal("plan", +slider.value).runAsync();
 }
 
 // Scrolls a map that is wider than the screen to what is skipped.
@@ -70,7 +71,7 @@ function filter(input) {
   for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
   const shown = rows.filter((row) => !row.hidden).length;
   const count = document.querySelector(`[data-count="${CSS.escape(input.dataset.filter)}"]`);
-  count.textContent = shown === rows.length ? `${shown} rows` : `${shown} of ${rows.length} rows`;
+  count.textContent = (shown === rows.length ? "" : `${shown} of `) + `${rows.length} row${rows.length === 1 ? "" : "s"}`;
 }
 
 function save(url, name) {

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..plots import DARK, LIGHT, front
-from .figures import draw_all, map_rows, savings_rows
-from .folder import Folder, Row, flatten, name_of, read_folder, sublayers
-from .tables import other_table, paired_table, to_csv
-
-SHORT_NAME = 120  # letters of a name in a heading; the provenance has all of them
+from ..plots import DARK, LIGHT
+from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
+from .findings import findings_of, first_plan, told
+from .folder import Folder, flatten, read_folder
+from .records import Row, name_of, shorten, sublayers
+from .tables import other_table, stepped_table, to_csv
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -41,7 +41,7 @@ def render(folder: Folder) -> str:
     )
     templates.filters["short"] = shorten
     specs = draw_all(folder)
-    tables = {"results": paired_table(folder.records)} if folder.records else {}
+    tables = {"results": stepped_table(folder.kind, folder.records)} if folder.kind else {}
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
     others = {name: other_table(name, rows, names) for name, rows in folder.others.items()}
     return templates.get_template("page.html").render(
@@ -52,9 +52,12 @@ def render(folder: Folder) -> str:
         csv=_csv(folder) | {name: table.csv for name, table in (tables | others).items()},
         themes={"light": LIGHT, "dark": DARK},
         plans=[_plan(record) for record in folder.plans],
-        first=_first(folder),
-        findings=_findings(folder),
+        kind=folder.kind,
+        first=first_plan(folder),
+        findings=findings_of(folder),
         shade=map_rows(folder)[1] if "map" in specs else "nothing",
+        costs=folder.costs,
+        fronts=_fronts(folder),
         layers=folder.layers,
         results=tables.get("results"),
         others=others,
@@ -63,10 +66,6 @@ def render(folder: Folder) -> str:
         js=_asset("page.js"),
         runtime=_runtime(),
     )
-
-
-def shorten(text: str, length: int = SHORT_NAME) -> str:
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def _asset(name: str) -> str:
@@ -93,77 +92,7 @@ def _without_doubles(about: Row) -> Row:
 
 
 def _plan(record: Row) -> dict[str, Any]:
-    return {"name": name_of(record), "skipped": sublayers(record), "told": _told(record)}
-
-
-def _told(record: Row) -> str:
-    """One sentence of a configuration's figures."""
-    if "delta_nll" not in record:
-        return f"{len(sublayers(record))} sublayers skipped."
-    if record["variant"] == "dense":
-        return f"nothing is skipped; {record['decode_ms_per_token']:.0f} ms a token."
-    count = len(sublayers(record))
-    counted = f"{count} sublayer{'s' if count > 1 else ''} skipped"
-    lost = "an unknown loss" if record["delta_nll"] is None else f"{record['delta_nll']:+.2f} nats a token"
-    error = "" if record["delta_nll_se"] is None else f" (± {record['delta_nll_se']:.2f})"
-    return (
-        f"{counted}, {lost}{error}; decodes {record['speedup_decode']:.2f} times as fast "
-        f"[{record['speedup_decode_low']:.2f} to {record['speedup_decode_high']:.2f}]."
-    )
-
-
-def _findings(folder: Folder) -> list[dict[str, str]]:
-    """The figures to see first: of the dense model, of what loses least, of what is fastest, of the front."""
-    dense = folder.dense
-    skipping = [record for record in folder.records if sublayers(record) and record["delta_nll"] is not None]
-    if not dense or not skipping:
-        return []
-    least = folder.records[_first(folder)]
-    fastest = max(skipping, key=lambda record: record["speedup_decode"])
-    best = front([(1.0, 0.0), *((record["speedup_decode"], record["delta_nll"]) for record in skipping)])
-    on_front = [record for record in skipping if (record["speedup_decode"], record["delta_nll"]) in best]
-    return [
-        {
-            "title": "Dense model",
-            "figure": f"{dense['perplexity']:,.1f}",
-            "unit": "perplexity",
-            "text": f"{dense['decode_ms_per_token']:.0f} ms a token, {dense['params'] / 1e6:,.0f} million parameters",
-        },
-        {
-            "title": "Loses least",
-            "figure": f"{least['delta_nll']:+.2f}",
-            "unit": "nats a token",
-            "text": f"{name_of(least)}; decodes {least['speedup_decode']:.2f}×",
-        },
-        {
-            "title": "Fastest",
-            "figure": f"{fastest['speedup_decode']:.2f}×",
-            "unit": "decode speedup",
-            "text": f"{name_of(fastest)}; {fastest['delta_nll']:+.2f} nats a token",
-        },
-        {
-            "title": "On the front",
-            "figure": f"{len(on_front)} of {len(skipping)}",
-            "unit": "plans",
-            "text": "no other plan is both faster and better: "
-            + ", ".join(map(_brief, on_front[:5]))
-            + (" …" if len(on_front) > 5 else ""),
-        },
-    ]
-
-
-def _first(folder: Folder) -> int:
-    """The plan to begin with: what loses least."""
-    lost = [
-        (row["delta_nll"], plan)
-        for plan, row in enumerate(folder.records)
-        if sublayers(row) and row["delta_nll"] is not None
-    ]
-    return min(lost, default=(0, 0))[1]
-
-
-def _brief(record: Row) -> str:
-    return name_of(record).replace(", last layer kept", " kept")
+    return {"name": shorten(name_of(record)), "skipped": sublayers(record), "told": told(record)}
 
 
 def _samples(folder: Folder) -> list[dict[str, Any]]:
@@ -178,8 +107,19 @@ def _samples(folder: Folder) -> list[dict[str, Any]]:
 
 def _csv(folder: Folder) -> dict[str, str]:
     """What each figure draws."""
-    found = {"map": to_csv(map_rows(folder)[0]), "similarity": to_csv(folder.similarity)}
-    if folder.dense:
-        found["savings"] = to_csv(savings_rows(folder.records, folder.dense))
-    found["tradeoff"] = to_csv([{"name": name_of(record), **record} for record in folder.records])
-    return found
+    named = [{"name": name_of(record), **record} for record in folder.records]
+    fronts = {
+        f"{FRONT}{number}": to_csv([row for row in named if row["space"] == space])
+        for number, space in enumerate(_fronts(folder))
+    }
+    return fronts | {
+        "map": to_csv(map_rows(folder)[0]),
+        "savings": to_csv(savings_rows(folder.records)),
+        "similarity": to_csv(folder.similarity),
+        "tradeoff": to_csv(named),
+    }
+
+
+def _fronts(folder: Folder) -> list[str]:
+    """What a panel each of the front is about."""
+    return spaces(folder.records) if folder.kind == "compare" else []

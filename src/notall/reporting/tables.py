@@ -9,9 +9,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..console import Column, number, plain, size, with_error, with_spread
-from .folder import KINDS, Row, name_of, sublayers
+from .records import KINDS, Row, counted, name_of, sublayers
 
-COLUMNS = (
+Columns = Sequence[tuple[str, Column]]  # each with the field that it sorts by
+
+SKIPPED = ("variant", Column("skip", name_of, right=False))
+SPEEDUPS = (
+    ("speedup_prefill", with_spread("speedup_prefill", "prefill speedup [quartiles]", ".2f")),
+    ("speedup_decode", with_spread("speedup_decode", "decode speedup [quartiles]", ".2f")),
+)
+TIMES = (
+    ("prefill_ms", with_spread("prefill_ms", "prefill ms [quartiles]")),
+    ("decode_ms_per_token", with_spread("decode_ms_per_token", "decode ms a token [quartiles]")),
+    *SPEEDUPS,
+)
+BYTES = (
+    ("weight_bytes", size("weight_bytes", "weights")),
+    ("kv_bytes_per_token", size("kv_bytes_per_token", "KV a token")),
+)
+SPENT = (
+    ("evaluations", number("evaluations", "evaluations", ",d")),
+    ("forwards", number("forwards", "forward passes", ",.1f")),
+    ("seconds", number("seconds", "CPU s", ",.1f")),
+)
+QUALITY = (
+    ("delta_nll", with_error("delta_nll", "NLL added ± s.e.")),
+    ("kl", with_error("kl", "KL ± s.e.")),
+    ("top1_agreement", number("top1_agreement", "same first choice", ".0%")),
+)
+SWEEP = (
     ("variant", Column("skip", lambda row: KINDS[row["variant"]], right=False)),
     ("fraction", number("fraction", "fraction", ".0%")),
     ("keep_last", Column("last layer", lambda row: "kept" if row["keep_last"] else "", right=False)),
@@ -19,16 +45,43 @@ COLUMNS = (
     ("perplexity", Column("perplexity", lambda row: _perplexity(row["perplexity"]))),
     ("kl", with_error("kl", "KL ± s.e.", ".2f")),
     ("top1_agreement", number("top1_agreement", "same first choice", ".0%")),
-    ("speedup_prefill", with_spread("speedup_prefill", "prefill speedup [quartiles]", ".2f")),
-    ("speedup_decode", with_spread("speedup_decode", "decode speedup [quartiles]", ".2f")),
-    ("weight_bytes", size("weight_bytes", "weights")),
-    ("kv_bytes_per_token", size("kv_bytes_per_token", "KV a token")),
+    *SPEEDUPS,
+    *BYTES,
+)
+COMPARED = (
+    ("criterion", plain("criterion")),
+    ("aim", plain("aim", "by")),
+    ("space", plain("space", "among")),
+    ("count", number("count", "count", "d")),
+    *QUALITY,
+)
+CHOSEN = (
+    ("chosen", plain("chosen")),
+    ("dense_cost", number("dense_cost", "objective, dense", ".4f")),
+    ("cost", number("cost", "objective, skipped", ".4f")),
+    *QUALITY,
+    ("predicted_speedup", number("predicted_speedup", "predicted speedup", ".3f")),
+    ("speedup", with_spread("speedup", "measured speedup [quartiles]", ".3f")),
+    *SPENT,
+    ("in_time", Column("in time", lambda row: "yes" if row["in_time"] else "no", right=False)),
+)
+BENCHED = (
+    ("model", Column("skip", counted, right=False)),
+    ("prompt_tokens", number("prompt_tokens", "prompt tokens", "d")),
+    ("new_tokens", number("new_tokens", "new tokens", "d")),
+    ("batch_size", number("batch_size", "batch", "d")),
+    *TIMES,
+    ("params", number("params", "parameters", ",")),
+    *BYTES,
+    ("peak_bytes", size("peak_bytes", "peak memory")),
 )
 # Of files that other commands write. A file that is not here is shown as it is.
-OTHERS = {
+OTHERS: dict[str, Columns] = {
+    "chosen": CHOSEN,
+    "bench": BENCHED,
     "benchmarks": (
         ("task", plain("task")),
-        ("variant", Column("skip", name_of, right=False)),
+        SKIPPED,
         ("num_fewshot", number("num_fewshot", "shots", "d")),
         ("documents", number("documents", "documents", "d")),
         ("metric", plain("metric")),
@@ -38,20 +91,17 @@ OTHERS = {
     ),
     "battery": (
         ("check", plain("check")),
-        ("variant", Column("skip", name_of, right=False)),
+        SKIPPED,
         ("value", with_error("value", "value ± s.e.")),
         ("delta", with_error("delta", "difference to dense ± s.e.")),
         ("p_value", number("p_value", "p", ".3f")),
         ("worse", Column("worse", lambda row: "worse" if row["worse"] else "", right=False)),
     ),
     "times": (
-        ("variant", Column("skip", name_of, right=False)),
+        SKIPPED,
         ("prompt_tokens", number("prompt_tokens", "prompt tokens", "d")),
         ("batch_size", number("batch_size", "batch", "d")),
-        ("prefill_ms", with_spread("prefill_ms", "prefill ms [quartiles]")),
-        ("decode_ms_per_token", with_spread("decode_ms_per_token", "decode ms a token [quartiles]")),
-        ("speedup_prefill", with_spread("speedup_prefill", "prefill speedup [quartiles]", ".2f")),
-        ("speedup_decode", with_spread("speedup_decode", "decode speedup [quartiles]", ".2f")),
+        *TIMES,
     ),
 }
 
@@ -76,9 +126,27 @@ class Table:
     csv: str
 
 
-def paired_table(records: Sequence[Row]) -> Table:
-    """Every configuration of a sweep beside the dense model."""
-    return _table("results", records, COLUMNS, tuple(range(len(records))))
+def stepped_table(kind: str, records: Sequence[Row]) -> Table:
+    """The records that the page steps through, as the command of this kind writes them."""
+    rows = [_with_tasks(record) for record in records]
+    columns = {"sweep": SWEEP, "compare": _compared(rows), "search": CHOSEN, "bench": BENCHED}[kind]
+    return _table("results", rows, columns, tuple(range(len(rows))))
+
+
+def _with_tasks(record: Row) -> Row:
+    """A record with the figures of its tasks beside its others."""
+    figures = {
+        f"{task} {name}": figure[field]
+        for task, figure in record.get("tasks", {}).items()
+        for field, name in (("value", "value"), ("delta", "delta"), ("delta_stderr", "delta_se"))
+    }
+    return record | figures
+
+
+def _compared(rows: Sequence[Row]) -> Columns:
+    tasks = dict.fromkeys(task for row in rows for task in row.get("tasks", ()))
+    paired = ((f"{task} delta", with_error(f"{task} delta", f"{task}, to dense ± s.e.")) for task in tasks)
+    return (*COMPARED, *paired, *SPENT, SPEEDUPS[1])
 
 
 def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
@@ -90,21 +158,25 @@ def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> 
     return _table(name, records, columns, shown)
 
 
-def _table(
-    name: str, records: Sequence[Row], columns: Sequence[tuple[str, Column]], plans: tuple[int | None, ...]
-) -> Table:
-    keys = dict.fromkeys(key for key, _ in columns)
+def _table(name: str, records: Sequence[Row], columns: Columns, plans: tuple[int | None, ...]) -> Table:
+    """Of the columns those that a record has something in."""
+    columns = [(key, column) for key, column in columns if any(row.get(key) is not None for row in records)]
     return Table(
         name,
         tuple(column.heading for _, column in columns),
         tuple(column.right for _, column in columns),
-        tuple(tuple(Cell(column.text(keys | row), row.get(key)) for key, column in columns) for row in records),
+        tuple(tuple(_cell(row, key, column) for key, column in columns) for row in records),
         plans,
         to_csv([{"skipped": " ".join(sublayers(row)), **row} if "plan" in row else row for row in records]),
     )
 
 
-def _columns(records: Sequence[Row]) -> list[tuple[str, Column]]:
+def _cell(row: Row, key: str, column: Column) -> Cell:
+    value = row.get(key)
+    return Cell("-" if value is None else column.text(row), value)
+
+
+def _columns(records: Sequence[Row]) -> Columns:
     """Every field but the long ones, as it is."""
     keys = dict.fromkeys(key for record in records for key, value in record.items() if not isinstance(value, list))
     keys.pop("provenance", None)

@@ -1,0 +1,67 @@
+"""What leaving out each sublayer alone costs, as far as a results folder knows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import results
+from .records import SHORT, Evaluated, LeftOut, Number
+
+Place = tuple[str, int]  # kind, layer
+
+LEAVE_ONE_OUT, EVALUATIONS = "leave_one_out.jsonl", "evaluations"
+NAME = re.compile(rf"({'|'.join(SHORT.values())})\.(\d{{1,5}})")
+KIND = {short: kind for kind, short in SHORT.items()}
+TITLES = {"nll": "NLL added, nats per token", "kl": "KL added, nats per token"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """By kind and layer; `title` says what is counted, `measured_on` on how much text."""
+
+    found: Mapping[Place, Number]
+    title: str
+    measured_on: str
+
+
+def read_costs(path: Path) -> Costs | None:
+    """Of all that a folder's files tell, what tells of most sublayers. Raises `UsageError` on a malformed line."""
+    told = [*_left_out(path / LEAVE_ONE_OUT)]
+    for file in (path / f"{EVALUATIONS}.jsonl", *sorted((path / EVALUATIONS).glob("*.jsonl"))):
+        told += _evaluated(file)
+    return max(told, key=lambda costs: len(costs.found), default=None)
+
+
+def _left_out(file: Path) -> Iterator[Costs]:
+    """Of a sweep."""
+    rows = results.read(file, LeftOut)
+    if rows:
+        windows = rows[0].get("sequences")
+        found = {(row["kind"], row["layer"]): row["delta_nll"] for row in rows}
+        yield Costs(found, TITLES["nll"], f"{windows} windows of text" if windows else "some text")
+
+
+def _evaluated(file: Path) -> Iterator[Costs]:
+    """Of a search or a comparison, which may have evaluated sublayers alone on all of its text, and on parts of it."""
+    rows = results.read(file, Evaluated)
+    objective = next((row["settings"].get("objective") for row in rows if row.get("settings")), None)
+    by_share: dict[int | str, dict[tuple[str, ...], float]] = {}
+    for row in rows:
+        if row.get("skipped") is not None and row.get("cost") is not None:
+            by_share.setdefault(row.get("batches", "all"), {})[tuple(row["skipped"])] = row["cost"]
+    for share, costs in by_share.items():
+        alone = {place: cost for names, cost in costs.items() if (place := _place(names))}
+        if alone and () in costs:
+            found = {place: cost - costs[()] for place, cost in alone.items()}
+            title = TITLES.get(str(objective), f"rise of {objective}")
+            part = "" if share == "all" else f", on {share} of its batches"
+            yield Costs(found, title, f"the text that was chosen by{part}")
+
+
+def _place(names: tuple[str, ...]) -> Place | None:
+    """Of the one sublayer that is named."""
+    match = NAME.fullmatch(names[0]) if len(names) == 1 else None
+    return (KIND[match[1]], int(match[2])) if match else None
