@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError
 from .plan import Plan
+from .progress import Progress, silent
 from .replay import Replay
 from .scoring import Request, Scorer
 from .skipping import skip
@@ -25,8 +26,6 @@ CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the battery is given unless it is told otherwise
 NGRAM = 4
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def run_battery(
     contexts: Sequence[int] = CONTEXTS,
     new_tokens: int = 64,
     seed: int = 0,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """The checks of each of `plans` beside the dense model: all, or some `parts` of them.
 

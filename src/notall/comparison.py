@@ -7,7 +7,7 @@ held-out text, answer tasks together, are timed, and become a line each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .footprint import footprint
 from .grid import Timed
 from .objective import Objective
 from .plan import Plan
+from .progress import Progress, silent
 from .quality import Scores as Losses
 from .quality import score, summarize
 from .space import Space, plan_of
@@ -32,8 +33,6 @@ from .timing import time_plan
 
 RESULTS, CHOICES, HELD_OUT, TIMES = "results.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl"
 DEAR = ("greedy", "evolution")  # criteria that evaluate many times as often as the search
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def compare_criteria(
     tasks: Tasks | None = None,
     timed: Timed | None = None,
     seed: int = 0,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Choose, score, ask and time as `rows` say; one record a row, in `out/results.jsonl` too.
 
@@ -346,7 +345,7 @@ def draw_front(
     provenance: dict[str, Any],
     *,
     seed: int = 0,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """The trade-off up to `most` of `space`, at four sizes, by all criteria but those that cost more than the search.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .battery import SIGNIFICANT, run_battery
 from .errors import UsageError
 from .plan import Plan
+from .progress import Progress, silent
 from .quality import evaluate
 
 GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def evaluate_plan(
     batch_size: int | Literal["auto"] = "auto",
     folder: Path | None = None,
     battery: Sequence[Tensor] | None = None,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
 ) -> Evaluated:
     """Quality of `plan` on `batches` of token ids, (batch, tokens) each, then `tasks`, then the battery.
 

@@ -17,6 +17,7 @@ from .anatomy import Anatomy, Sublayer, locate
 from .criteria import SKIPPABLE, deepest
 from .generating import continue_prompts
 from .plan import Plan, Variant
+from .progress import Progress, silent
 from .quality import Quality, Scores, gather, score, summarize
 from .similarity import measure_similarity
 from .timing import time_plan
@@ -31,8 +32,6 @@ PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # fo
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def sweep(
     timed: Timed = Timed(),
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
     workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.

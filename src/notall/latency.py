@@ -18,6 +18,7 @@ from .budget import Budget
 from .caching import cache_folder
 from .errors import UsageError
 from .plan import Plan
+from .progress import Progress, silent
 from .skipping import skip
 from .space import Space
 from .speed import Spread, Timing, compare, machine, speedup
@@ -62,7 +63,14 @@ class Check:
         return self.predicted_speedup / self.measured_speedup.median - 1
 
 
-def measure_times(model: PreTrainedModel, workload: Workload, *, rounds: int = 5, seed: int = 0) -> Times:
+def measure_times(
+    model: PreTrainedModel,
+    workload: Workload,
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Times:
     """What each sublayer takes, by leaving out half of those that are alike, in turn with the dense model.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Of more than 32 new tokens 32
@@ -80,7 +88,7 @@ def measure_times(model: PreTrainedModel, workload: Workload, *, rounds: int = 5
     if path.is_file():
         held = json.loads(path.read_text())
         return Times(workload, held["dense_ms"], held["sublayer_ms"])
-    times = _measure(model, workload, _alike(model), rounds, seed)
+    times = _measure(model, workload, _alike(model), rounds, seed, progress)
     with suppress(OSError):  # a full disk costs the next run time, and this one nothing
         path.parent.mkdir(exist_ok=True)
         path.write_text(
@@ -112,11 +120,20 @@ def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int
     return Check(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
 
 
-def _measure(model: PreTrainedModel, workload: Workload, groups: list[list[Sublayer]], rounds: int, seed: int) -> Times:
+def _measure(
+    model: PreTrainedModel,
+    workload: Workload,
+    groups: list[list[Sublayer]],
+    rounds: int,
+    seed: int,
+    progress: Progress,
+) -> Times:
     plans = {str(number): _half(group, locate(model).blocks) for number, group in enumerate(groups)}
     variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
     variants |= {name: partial(skip, model, plan) for name, plan in plans.items() if plan}
-    found = _compare(model, variants, workload, rounds, seed)
+    found = _compare(
+        model, variants, workload, rounds, seed, lambda done, total, _: progress(done, total, "timing the sublayers")
+    )
     dense = _totals(found["dense"], workload)
     each: dict[str, float] = {}
     for number, group in enumerate(groups):
@@ -148,7 +165,12 @@ def _half(group: list[Sublayer], blocks: Sequence[object]) -> Plan:
 
 
 def _compare(
-    model: PreTrainedModel, variants: Mapping[str, Callable[[], Any]], workload: Workload, rounds: int, seed: int
+    model: PreTrainedModel,
+    variants: Mapping[str, Callable[[], Any]],
+    workload: Workload,
+    rounds: int,
+    seed: int,
+    progress: Progress = silent,
 ) -> dict[str, Timing]:
     return compare(
         model,
@@ -158,6 +180,7 @@ def _compare(
         batch_size=workload.batch,
         rounds=rounds,
         seed=seed,
+        progress=progress,
     )
 
 

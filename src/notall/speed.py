@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .errors import UsageError
+from .progress import Progress, silent
 
 Variant = Callable[[], AbstractContextManager[Any]]
 
@@ -96,6 +97,7 @@ def compare(
     rounds: int = 5,
     warmup: int = 1,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> dict[str, Timing]:
     """Time each variant once a round, in an order that is reversed every other round, so that drift cancels.
 
@@ -111,7 +113,8 @@ def compare(
     prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
     samples: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in variants}
     for index in range(warmup + rounds):
-        for name in list(variants)[:: -1 if index % 2 else 1]:
+        for place, name in enumerate(list(variants)[:: -1 if index % 2 else 1]):
+            progress(index * len(variants) + place, (warmup + rounds) * len(variants), f"timing {name}")
             with variants[name]():
                 samples[name].append(_measure(model, prompt, new_tokens))
     return {name: _summarise(rows[warmup:]) for name, rows in samples.items()}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from . import results
 from .footprint import footprint
 from .plan import Plan
+from .progress import Progress, silent
 from .skipping import skip
 from .speed import Spread, Timing, compare, speedup
 
@@ -28,6 +29,7 @@ def time_plan(
     batch_size: int = 1,
     rounds: int = 5,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """One row for the dense model and, unless the plan is empty, one for the skipped model.
 
@@ -45,6 +47,7 @@ def time_plan(
         batch_size=batch_size,
         rounds=rounds,
         seed=seed,
+        progress=progress,
     )
     plans = {"dense": Plan(), "skipped": plan}
     dense = timings["dense"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from .inputs import (
     two_texts,
 )
 from .options import (
+    BUDGET,
     Among,
     BatchSize,
     Device,
@@ -49,6 +51,8 @@ from .options import (
     TextSource,
     Trust,
 )
+
+of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 
 
 @app.command(
@@ -89,16 +93,16 @@ def search(
     portable: Portable = False,
     keep_first: KeepFirst = False,
     keep_last: KeepLast = False,
-    count: Annotated[float | None, typer.Option(help="so many of them, or a fraction below 1")] = None,
-    params: Annotated[float | None, typer.Option(help="so many parameters less, or a fraction below 1")] = None,
-    weights: Annotated[float | None, typer.Option(help="so many bytes of weights less, or a fraction below 1")] = None,
-    kv: Annotated[float | None, typer.Option(help="so many KV bytes a token less, or a fraction below 1")] = None,
-    max_nll: Annotated[float | None, typer.Option(help="as many as add at most so many nats of NLL")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="as many as add at most so many nats of KL")] = None,
-    speedup: Annotated[float | None, typer.Option(help="so many times as fast on this machine")] = None,
-    prompt: Annotated[int, typer.Option(help="with --speedup: prompt tokens")] = 512,
-    new: Annotated[int, typer.Option(help="with --speedup: new tokens")] = 128,
-    batch: Annotated[int, typer.Option(help="with --speedup: sequences at once")] = 1,
+    count: Annotated[float | None, of_budget(help="so many of them, or a fraction below 1")] = None,
+    params: Annotated[float | None, of_budget(help="so many parameters less, or a fraction below 1")] = None,
+    weights: Annotated[float | None, of_budget(help="so many bytes of weights less, or a fraction below 1")] = None,
+    kv: Annotated[float | None, of_budget(help="so many KV bytes a token less, or a fraction below 1")] = None,
+    max_nll: Annotated[float | None, of_budget(help="as many as add at most so many nats of NLL")] = None,
+    max_kl: Annotated[float | None, of_budget(help="as many as add at most so many nats of KL")] = None,
+    speedup: Annotated[float | None, of_budget(help="so many times as fast on this machine")] = None,
+    prompt: Annotated[int, of_budget(help="with --speedup: prompt tokens")] = 512,
+    new: Annotated[int, of_budget(help="with --speedup: new tokens")] = 128,
+    batch: Annotated[int, of_budget(help="with --speedup: sequences at once")] = 1,
     criterion: Annotated[str, typer.Option(help="how to choose; see `notall criteria`")] = "search",
     objective: Objective = None,
     prompts: Prompts = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import show
+from ..console import progress_bar, show
 from .app import TAKE, app
 from .columns import FILE_COLUMNS
 from .inputs import load_model, read_plan, text_batches
@@ -45,17 +45,20 @@ def export(
     from ..exporters import export as export_model
 
     wanted = read_plan(plan)
-    export_model(
-        model,
-        wanted,
-        to.value,
-        out,
-        measured=_measured(model, wanted, measure, revision, trust_remote_code) if measure else None,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        verify=verify,
-        push_to_hub=push_to_hub,
-    )
+    measured = _measured(model, wanted, measure, revision, trust_remote_code) if measure else None
+    with progress_bar() as progress:
+        export_model(
+            model,
+            wanted,
+            to.value,
+            out,
+            measured=measured,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            progress=progress,
+        )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
     show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
 

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..console import progress_bar
 from ..errors import UsageError
 from .options import Among, Skippable
 
@@ -215,7 +216,8 @@ def budget_of(
         told = name.removeprefix("max_")
         return by_limit(space, amount, told.upper()), told, None
     if name == "speedup":
-        times = measure_times(model, workload)
+        with progress_bar() as progress:
+            times = measure_times(model, workload, progress=progress)
         return by_speedup(space, times, amount), "kl", times
     resources: dict[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
     return by_footprint(model, space, resources[name], amount), "kl", None

@@ -226,7 +226,8 @@ def bench(
         net, _ = load_model(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
     wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
     asked = {"prompt_tokens": prompt, "new_tokens": new, "batch_size": batch_size, "rounds": rounds}
-    rows = time_plan(net, wanted, **asked, seed=seed)
+    with progress_bar() as progress:
+        rows = time_plan(net, wanted, **asked, seed=seed, progress=progress)
     if out:
         source = provenance_of(net, shape or model, revision)
         source |= {"dummy_weights": dummy_weights, "seed": seed, "fingerprint": locate(net).fingerprint}

@@ -10,6 +10,7 @@ import typer
 
 # How the help of a command groups its options.
 MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
+BUDGET, JUDGED_BY = "Budget: one of them", "What a set is judged by"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
@@ -112,7 +113,13 @@ Portable = Annotated[bool, typer.Option("--portable", help="only sets whose resu
 KeepFirst = Annotated[bool, typer.Option("--keep-first", help="preserve the first layer")]
 KeepLast = Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")]
 Objective = Annotated[
-    str | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME'; else kl")
+    str | None,
+    typer.Option(
+        help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME'; else kl", rich_help_panel=JUDGED_BY
+    ),
 ]
-Prompts = Annotated[Path | None, typer.Option(help="for `answers`: a prompt a line, or .jsonl with `prompt`")]
-TaskLimit = Annotated[int, typer.Option(help="training questions of a task:NAME objective")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="for `answers`: a prompt a line, or .jsonl with `prompt`", rich_help_panel=JUDGED_BY),
+]
+TaskLimit = Annotated[int, typer.Option(help="training questions of a task:NAME objective", rich_help_panel=JUDGED_BY)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError
 from ..plan import Plan
+from ..progress import Progress, silent
 from .writing import appearing
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
     push_to_hub: str | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
 
@@ -44,7 +46,7 @@ def export(
         if target == "gguf":
             from .gguf import export_gguf
 
-            export_gguf(_gguf(model), plan, folder, measured=measured, check=verify)
+            export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
         elif target in ("hf", "nemotron-nas"):
             from .dense import opened
             from .hf import export_hf
@@ -53,7 +55,7 @@ def export(
             write = export_hf if target == "hf" else export_nemotron_nas
             with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
                 plan.check(dense.anatomy)
-                write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify)
+                write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify, progress=progress)
         else:
             raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")
     if push_to_hub:

@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
 from ..caching import sha256
 from ..errors import UsageError
 from ..plan import Plan
+from ..progress import Progress, silent
 from ..regrouping import Layer, merged, regroup, rows
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, write_gguf
@@ -57,7 +58,13 @@ TOLERANCE = 0.5  # nats; quantised products of llama.cpp on the dense default mo
 
 
 def export_gguf(
-    dense: Path, plan: Plan, folder: Path, *, measured: Mapping[str, Any] | None = None, check: bool = True
+    dense: Path,
+    plan: Plan,
+    folder: Path,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    check: bool = True,
+    progress: Progress = silent,
 ) -> None:
     """Write the GGUF file, its manifest and its card into an empty folder; with `check`, read back and run it.
 
@@ -73,8 +80,9 @@ def export_gguf(
     manifest = describe(folder, origin, plan, form, USE, measured)
     fields["notall.manifest"] = Field.of(json.dumps(manifest))
     written = folder / f"{dense.stem}-notall.gguf"
-    write_gguf(written, source, fields, tensors)
+    write_gguf(written, source, fields, tensors, progress)
     if check:
+        progress(0, 1, "comparing with the skipped model")
         _check_copy(read_gguf(written), fields, tensors)
         if llamacpp.is_installed():
             _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))

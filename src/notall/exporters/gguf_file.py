@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
 
 from ..errors import UsageError
+from ..progress import Progress, silent
 
 BLOCK = "blk."
 
@@ -105,7 +106,13 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def write_gguf(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> None:
+def write_gguf(
+    path: Path,
+    source: GGUF,
+    fields: Mapping[str, Field],
+    tensors: Mapping[str, Tensor],
+    progress: Progress = silent,
+) -> None:
     """Write a GGUF file, in the byte order of `source`."""
     writer = GGUFWriter(path, str(fields["general.architecture"].value), endianess=source.endianness)
     for name, field in fields.items():
@@ -122,7 +129,8 @@ def write_gguf(path: Path, source: GGUF, fields: Mapping[str, Field], tensors: M
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors.values():
+        for number, tensor in enumerate(tensors.values()):
+            progress(number, len(tensors), "copying weights")
             writer.write_tensor_data(tensor.data)
     except OSError as error:
         if error.errno is None:  # numpy's word for a full disk

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import UsageError
 from ..plan import Plan
+from ..progress import Progress, silent
 from ..regrouping import Layer
 from .dense import OTHER_WEIGHTS, DenseModel, Tensors
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
@@ -41,6 +42,7 @@ def export_hf(
     shard_bytes: int,
     measured: Mapping[str, Any] | None = None,
     check: bool = True,
+    progress: Progress = silent,
 ) -> None:
     """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run and compare it.
 
@@ -56,7 +58,7 @@ def export_hf(
         settings |= _regrouped_settings(base, layers)
         write_modeling(folder, base)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, dict(_named(dense, layers)), shard_bytes)
+    write_shards(folder, dict(_named(dense, layers)), shard_bytes, progress)
     copy_companions(dense.folder, folder)
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     describe(folder, dense.origin, plan, settings["model_type"], use, measured)
@@ -64,6 +66,7 @@ def export_hf(
         loader: Any = AutoModelForCausalLM
         if not is_ordinary:
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
+        progress(0, 1, "comparing with the skipped model")
         verify(dense, plan, folder, loader)
 
 

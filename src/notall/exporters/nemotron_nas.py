@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..plan import Plan
+from ..progress import Progress, silent
 from ..regrouping import Row, rows
 from . import mlx
 from .dense import DenseModel
@@ -53,6 +54,7 @@ def export_nemotron_nas(
     shard_bytes: int,
     measured: Mapping[str, Any] | None = None,
     check: bool = True,
+    progress: Progress = silent,
 ) -> None:
     """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run it in MLX-LM if here.
 
@@ -63,7 +65,7 @@ def export_nemotron_nas(
     tensors = dict(_named(dense, kept))
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
-    write_shards(folder, tensors, shard_bytes)
+    write_shards(folder, tensors, shard_bytes, progress)
     copy_companions(dense.folder, folder)
     use = USE
     if kept[0].attention is None:
@@ -71,6 +73,7 @@ def export_nemotron_nas(
         use += f" {WITHOUT_FIRST_ATTENTION}."
     describe(folder, dense.origin, plan, "nemotron-nas", use, measured)
     if check and mlx.is_installed():
+        progress(0, 1, "comparing with the skipped model")
         verify_in_mlx(dense, plan, folder)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError
+from ..progress import Progress, silent
 
 CHUNK = 1 << 22  # bytes held in memory at a time
 LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
@@ -111,8 +112,8 @@ def _damaged(path: Path, reason: str) -> UsageError:
     return UsageError(f"{path.name} is no whole safetensors file: {reason}; download the file again")
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, a chunk at a time."""
+def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda size: None) -> None:
+    """Write one safetensors file, a chunk at a time; `wrote` is told the bytes of each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in tensors.items():
@@ -129,20 +130,27 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             for chunk in tensor.chunks():
                 file.write(chunk)
+                wrote(len(chunk))
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, progress: Progress = silent) -> None:
     """Write a checkpoint as transformers does: `model.safetensors`, or shards of at most `shard_bytes` and an index."""
     shards = list(_shards(tensors, shard_bytes))
+    total, done = sum(tensor.size for tensor in tensors.values()), 0
+
+    def wrote(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total, "copying weights")
+
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0])
+        write_file(folder / "model.safetensors", shards[0], wrote)
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard)
+        write_file(folder / file, shard, wrote)
         where |= dict.fromkeys(shard, file)
-    total = sum(tensor.size for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

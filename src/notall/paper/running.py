@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from ..anatomy import locate
 from ..battery import CONTEXTS, PARTS, run_battery
 from ..benchmarking import run_benchmarks
 from ..grid import Configuration, paper_grid
+from ..progress import Progress, silent
 from ..similarity import measure_similarity
 from ..tasks import Limits
 from .claims import Claim, claims_of
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 SIMILARITY, BATTERY = "similarity.jsonl", "battery.jsonl"
 LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def run_paper(
     timing: Timing = Timing(),
     battery: Sequence[Tensor] = (),
     seed: int = 0,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
     workers: Workers | None = None,
 ) -> list[Claim]:
     """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.

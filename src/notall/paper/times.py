@@ -16,13 +16,12 @@ from .. import results
 from ..anatomy import base_model, locate
 from ..errors import UsageError
 from ..grid import Configuration
+from ..progress import Progress, silent
 from ..skipping import skip
 from ..speed import Timing, compare
 from ..timing import timing_fields
 
 TIMES = "times.jsonl"
-
-Progress = Callable[[float, float, str], None]  # done, of how much, what is being done
 
 
 def time_grid(
@@ -37,7 +36,7 @@ def time_grid(
     rounds: int = 3,
     seed: int = 0,
     compiled: bool = False,
-    progress: Progress = lambda done, total, doing: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Time all `rows` (the dense one first) in turn, for each prompt length and batch size; one record each.
 
@@ -85,7 +84,7 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last"))
 
 
-def _compare(model: PreTrainedModel, rows: Sequence[Configuration], compiled: bool, **how: int) -> dict[str, Timing]:
+def _compare(model: PreTrainedModel, rows: Sequence[Configuration], compiled: bool, **how: Any) -> dict[str, Timing]:
     if not compiled:
         return compare(model, {row.name: partial(skip, model, row.plan) for row in rows}, **how)
     found: dict[str, Timing] = {}
