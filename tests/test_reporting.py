@@ -326,3 +326,9 @@ def test_a_page_that_cannot_be_written_is_one_clear_line(folder):
 def test_names_and_nested_provenance_are_words():
     assert name_of(result_folders.record("mlp", 0.25, True, 1.0)) == "MLP 25%, last layer kept"
     assert dict(flatten({"a": {"b": 1, "c": {"d": "x"}}})) == {"a.b": "1", "a.c.d": "x"}
+
+
+def test_a_folder_of_folders_names_one_that_holds_results(tmp_path):
+    result_folders.write(tmp_path / "demo")
+    with pytest.raises(UsageError, match=r"holds no results; .*demo does"):
+        read_folder(tmp_path)

@@ -84,7 +84,9 @@ def read_folder(path: Path) -> Folder:
         },
     )
     if not (folder.records or folder.similarity or folder.others):
-        raise UsageError(f"{path} holds no results; make some with notall sweep --out {path}, or let a run end")
+        inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
+        advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
+        raise UsageError(f"{path} holds no results; {advice}")
     return folder
 
 
