@@ -27,7 +27,7 @@ def clock(monkeypatch):
     """`compare` with a clock of its own: what each sublayer that runs takes, and 10 ms and 1 ms for the rest."""
     calls = []
 
-    def compare(model, variants, *, prompt_tokens, new_tokens, batch_size, rounds, seed):
+    def compare(model, variants, *, prompt_tokens, new_tokens, batch_size, rounds, seed, progress):
         calls.append(sorted(variants))
         found = {}
         for name, variant in variants.items():
