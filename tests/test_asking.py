@@ -8,10 +8,10 @@ import torch
 from families import family as family_of
 from families import silenced
 from notall import Plan, UsageError, locate
-from notall.asking import answers, build_objective, read_prompts, task
-from notall.evaluator import Evaluator
-from notall.harness import run_tasks
-from notall.objective import kl, mix, nll
+from notall.choosing.asking import answers, build_objective, read_prompts, task
+from notall.choosing.evaluator import Evaluator
+from notall.choosing.objective import kl, mix, nll
+from notall.evaluation.harness import run_tasks
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 BATCHES = [torch.arange(2 * 9).view(2, 9) * 7 % 90 + 3]

@@ -15,12 +15,13 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.tasks import TaskManager
 
-from notall import UsageError, locate, results, tasks
-from notall.benchmarking import BENCHMARKS, BenchmarkRecord, run_benchmarks
+from notall import UsageError, locate, results
+from notall.evaluation import tasks
+from notall.evaluation.benchmarking import BENCHMARKS, BenchmarkRecord, run_benchmarks
+from notall.evaluation.harness import run_tasks
+from notall.evaluation.scoring import Scorer
+from notall.evaluation.tasks import Limits
 from notall.grid import paper_grid
-from notall.harness import run_tasks
-from notall.scoring import Scorer
-from notall.tasks import Limits
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -137,9 +138,10 @@ import sys
 from functools import partial
 from pathlib import Path
 from lm_eval.tasks import TaskManager
-from notall import locate, tasks
-from notall.benchmarking import run_benchmarks
-from notall.tasks import Limits
+from notall import locate
+from notall.evaluation import tasks
+from notall.evaluation.benchmarking import run_benchmarks
+from notall.evaluation.tasks import Limits
 from notall.grid import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)

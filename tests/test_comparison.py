@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from families import family
-from notall import Plan, UsageError, comparison, locate, plots, results
-from notall.budget import by_count
-from notall.comparison import Aim, Row, compare_criteria, rows_of, table
-from notall.criteria import CRITERIA, Setting, choose
-from notall.evaluator import Evaluator
+from notall import Plan, UsageError, locate, plots, results
+from notall.choosing import comparison
+from notall.choosing.budget import by_count
+from notall.choosing.comparison import Aim, Row, compare_criteria, rows_of, table
+from notall.choosing.criteria import CRITERIA, Setting, choose
+from notall.choosing.evaluator import Evaluator
+from notall.choosing.objective import kl, nll
 from notall.grid import Timed
-from notall.objective import kl, nll
 from notall.quality import evaluate
 from notall.space import Space
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
@@ -130,7 +131,7 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
 
 
 def test_tasks_are_answered_for_every_plan(tmp_path):
-    from notall.harness import run_tasks
+    from notall.evaluation.harness import run_tasks
 
     model, tokenizer = tiny_llama(), byte_tokenizer()
     folder = write_tasks(tmp_path / "tasks", documents=12)

@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import family, silenced
 from notall import UsageError, deepest, locate, skip
-from notall.budget import by_count, by_limit
-from notall.criteria import CRITERIA, Setting, choose
-from notall.criteria.features import score_cosine, score_relative_magnitude
-from notall.criteria.gradients import score_first_order, score_fisher
-from notall.criteria.losses import score_leave_one_out
-from notall.criteria.position import score_random
-from notall.criteria.weights import score_gate_norm
-from notall.evaluator import Evaluator
-from notall.objective import kl, nll
+from notall.choosing.budget import by_count, by_limit
+from notall.choosing.criteria import CRITERIA, Setting, choose
+from notall.choosing.criteria.features import score_cosine, score_relative_magnitude
+from notall.choosing.criteria.gradients import score_first_order, score_fisher
+from notall.choosing.criteria.losses import score_leave_one_out
+from notall.choosing.criteria.position import score_random
+from notall.choosing.criteria.weights import score_gate_norm
+from notall.choosing.evaluator import Evaluator
+from notall.choosing.objective import kl, nll
 from notall.space import Space, names_of
 
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))

@@ -11,7 +11,7 @@ import typer
 
 from families import family
 from notall import Plan, cli
-from notall.criteria import CRITERIA
+from notall.choosing.criteria import CRITERIA
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent

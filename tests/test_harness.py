@@ -19,10 +19,11 @@ from lm_eval.evaluator import evaluate, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from notall import Plan, UsageError, harness, skip, tasks
-from notall.harness import run_tasks
-from notall.scoring import Scorer
-from notall.tasks import OPENLLM, TaskShelf, no_bars
+from notall import Plan, UsageError, skip
+from notall.evaluation import harness, tasks
+from notall.evaluation.harness import run_tasks
+from notall.evaluation.scoring import Scorer
+from notall.evaluation.tasks import OPENLLM, TaskShelf, no_bars
 from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -291,8 +292,9 @@ KILLED = """
 import os, signal
 from functools import partial
 from pathlib import Path
-from notall import Plan, results, tasks
-from notall.harness import run_tasks
+from notall import Plan, results
+from notall.evaluation import tasks
+from notall.evaluation.harness import run_tasks
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 append, left = results.append, {lines}
@@ -442,7 +444,7 @@ def test_importing_notall_imports_no_harness():
 
 
 def test_without_the_harness_the_extra_is_named():
-    code = "import sys; sys.modules['lm_eval'] = None\nimport notall.harness"
+    code = "import sys; sys.modules['lm_eval'] = None\nimport notall.evaluation.harness"
     found = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert "UsageError: benchmarks need lm_eval" in found.stderr
     assert "pip install 'notall[eval]'" in found.stderr

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from families import family
-from notall import Plan, UsageError, latency, locate
-from notall.budget import Budget
-from notall.latency import Workload, by_speedup, check_times, measure_times
-from notall.searching import search
+from notall import Plan, UsageError, locate
+from notall.choosing import latency
+from notall.choosing.budget import Budget
+from notall.choosing.latency import Workload, by_speedup, check_times, measure_times
+from notall.choosing.searching import search
 from notall.space import Space
 from notall.speed import Timing
 from test_searching import Table

@@ -8,8 +8,8 @@ import torch
 
 from families import FAMILIES, WINDOW
 from notall import Plan, UsageError
-from notall.packing import Pack, inputs_of, packed, plain
-from notall.scoring import Request, Scorer
+from notall.evaluation.packing import Pack, inputs_of, packed, plain
+from notall.evaluation.scoring import Request, Scorer
 
 
 def questions(count, seed, *, shared=6, own=4, answers=3, vocabulary=90):

@@ -18,7 +18,8 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.tasks import TaskManager
 
-from notall import Plan, UsageError, cli, locate, results, tasks
+from notall import Plan, UsageError, cli, locate, results
+from notall.evaluation import tasks
 from notall.grid import paper_grid
 from notall.paper import times as timing
 from notall.paper.claims import claims_of
@@ -301,7 +302,8 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
 COMMAND = """
 from functools import partial
 from lm_eval.tasks import TaskManager
-from notall import cli, tasks
+from notall import cli
+from notall.evaluation import tasks
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 cli.main()
 """

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import notall.evaluator
+import notall.choosing.evaluator
 from families import family
 from notall import UsageError, locate, results
-from notall.budget import by_count, by_footprint, by_limit
-from notall.criteria import Setting, choose
-from notall.criteria.losses import choose_greedily
-from notall.evaluator import Evaluator, Spent
-from notall.objective import kl, mix, nll
+from notall.choosing.budget import by_count, by_footprint, by_limit
+from notall.choosing.criteria import Setting, choose
+from notall.choosing.criteria.losses import choose_greedily
+from notall.choosing.evaluator import Evaluator, Spent
+from notall.choosing.objective import kl, mix, nll
+from notall.choosing.searching import search
 from notall.quality import evaluate
-from notall.searching import search
 from notall.space import Space
 
 BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
@@ -318,7 +318,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in all_lines]
     assert again.spent.evaluations == whole.spent.evaluations
     # All of it again costs nothing, and is counted as what it took.
-    monkeypatch.setattr(notall.evaluator, "Replay", None)
+    monkeypatch.setattr(notall.choosing.evaluator, "Replay", None)
     assert run_search(model, folder)[0] == expected
 
 

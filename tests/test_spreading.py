@@ -15,10 +15,10 @@ if importlib.util.find_spec("ray") is None:
 
 from families import family
 from notall import Plan, UsageError, grid, load, locate, spreading
+from notall.evaluation.scoring import Request, Scorer
 from notall.grid import paper_grid
 from notall.quality import score
 from notall.replay import Replay
-from notall.scoring import Request, Scorer
 from notall.spreading import SpreadScorer, Workers, split_branches
 from tiny_tasks import byte_tokenizer, tiny_llama
 
@@ -132,7 +132,7 @@ def test_branches_are_cut_in_equal_work_and_lie_together():
 
 
 def test_ray_is_not_imported_without_being_asked_for():
-    check = "import sys, notall.cli, notall.grid, notall.harness, notall.paper; print('ray' in sys.modules)"
+    check = "import sys, notall.cli, notall.grid, notall.evaluation.harness, notall.paper; print('ray' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "False"

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import notall
-from notall.asking import task
+from notall.choosing.asking import task
+from notall.choosing.comparison import Aim, Row, Tasks, compare_criteria, write
+from notall.choosing.criteria import suits
+from notall.choosing.objective import kl, mix, nll
 from notall.cli.inputs import provenance_of
-from notall.comparison import Aim, Row, Tasks, compare_criteria, write
 from notall.console import progress_bar
-from notall.criteria import suits
 from notall.grid import Timed
-from notall.objective import kl, mix, nll
 from notall.space import Choice, Space
 from notall.texts import read_text, token_batches
 

@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import notall
-from notall.budget import by_count
-from notall.choosing import choose_plan
+from notall.choosing.budget import by_count
+from notall.choosing.objective import nll
+from notall.choosing.one_plan import choose_plan
 from notall.console import number, show
-from notall.objective import nll
 from notall.space import Space
 
 

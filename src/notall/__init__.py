@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Sublayer, locate
-    from .choosing import choose_plan
-    from .criteria import deepest
+    from .choosing.criteria import deepest
+    from .choosing.one_plan import choose_plan
     from .errors import UnsupportedModel, UsageError
     from .exporters import export
     from .exporters.remote_code import register
@@ -29,8 +29,8 @@ _HOMES = {
     "Sublayer": "anatomy",
     "UnsupportedModel": "errors",
     "UsageError": "errors",
-    "choose_plan": "choosing",
-    "deepest": "criteria",
+    "choose_plan": "choosing.one_plan",
+    "deepest": "choosing.criteria",
     "evaluate": "quality",
     "export": "exporters",
     "load": "models",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import results
 from .anatomy import Anatomy, Sublayer, locate
-from .criteria import SKIPPABLE, deepest
+from .choosing.criteria import SKIPPABLE, deepest
 from .generating import continue_prompts
 from .plan import Plan, Variant
 from .progress import Progress, silent

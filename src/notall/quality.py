@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
-from .objective import divergence
 from .plan import Plan
 from .replay import Replay
 from .statistics import mean_and_error
+
+CHUNK = 16  # tokens whose log-probabilities are made at once: they stay in a cache, several times as fast
 
 
 @dataclass
@@ -103,3 +104,14 @@ def _score(logits: Tensor, dense: Tensor, targets: Tensor) -> Scores:
         scores.kl.append(float(divergence(base, row)))
         scores.top1_agreement.append(float((row.argmax(-1) == base.argmax(-1)).float().mean()))
     return scores
+
+
+def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
+    """KL(dense || skipped) in nats, the mean over tokens; logits, (tokens, vocabulary) each."""
+    return torch.cat([_divergences(*pair) for pair in zip(dense.split(CHUNK), skipped.split(CHUNK))]).mean()
+
+
+def _divergences(dense: Tensor, skipped: Tensor) -> Tensor:
+    """One value a token. Written out, since torch's `kl_div` takes four times as long on a CPU."""
+    log_p, log_q = log_softmax(dense.float(), -1), log_softmax(skipped.float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

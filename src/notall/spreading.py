@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .anatomy import Anatomy
 from .errors import UsageError
-from .packing import common
+from .evaluation.packing import common
+from .evaluation.scoring import Request, Scorer
+from .evaluation.scoring import Scores as RequestScores
 from .plan import Plan
 from .quality import Scores, score
 from .replay import live_steps
-from .scoring import Request, Scorer
-from .scoring import Scores as RequestScores
 
 try:
     import ray

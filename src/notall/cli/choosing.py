@@ -130,10 +130,10 @@ def search(
     `notall report` makes a page of them.
     """
     from .. import results
-    from ..asking import build_objective
-    from ..choosing import CHOSEN, choose_plan
-    from ..comparison import Aim, draw_front
-    from ..latency import Workload
+    from ..choosing.asking import build_objective
+    from ..choosing.comparison import Aim, draw_front
+    from ..choosing.latency import Workload
+    from ..choosing.one_plan import CHOSEN, choose_plan
 
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
@@ -228,9 +228,9 @@ def compare(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from .. import comparison
-    from ..asking import build_objective
-    from ..criteria import CRITERIA
+    from ..choosing import comparison
+    from ..choosing.asking import build_objective
+    from ..choosing.criteria import CRITERIA
     from ..grid import Timed
 
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
@@ -262,8 +262,8 @@ def compare(
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
+    from ..choosing.criteria import CRITERIA
     from ..console import plain
-    from ..criteria import CRITERIA
 
     rows: list[dict[str, Any]] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()

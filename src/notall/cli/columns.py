@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..console import Column, number, plain, size, with_error, with_spread
 
 if TYPE_CHECKING:
-    from ..choosing import Choice
+    from ..choosing.one_plan import Choice
 
 QUALITY: list[Column] = [
     with_error("nll", "NLL"),

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..budget import Budget, Resource
-    from ..latency import Times, Workload
+    from ..choosing.budget import Budget, Resource
+    from ..choosing.latency import Times, Workload
     from ..plan import Plan
     from ..space import Space
     from ..spreading import Workers
@@ -93,7 +93,7 @@ def text_batches(
 
 def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:
     """The windows of text that `--battery` goes by."""
-    from ..battery import WINDOW_TOKENS, WINDOWS
+    from ..evaluation.battery import WINDOW_TOKENS, WINDOWS
 
     return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
 
@@ -120,7 +120,7 @@ def read_plan(path: Path | None) -> Plan:
 
 def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last: bool) -> Plan:
     from ..anatomy import locate
-    from ..criteria import deepest
+    from ..choosing.criteria import deepest
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
 
@@ -202,8 +202,8 @@ def budget_of(
 
     It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
     """
-    from ..budget import by_count, by_footprint, by_limit
-    from ..latency import by_speedup, measure_times
+    from ..choosing.budget import by_count, by_footprint, by_limit
+    from ..choosing.latency import by_speedup, measure_times
 
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     if len(given) != 1:

@@ -150,7 +150,7 @@ def evaluate(
 
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
-    from ..evaluating import evaluate_plan
+    from ..evaluation.one_plan import evaluate_plan
 
     wanted = read_plan(plan)
     size = batch_size_of(batch_size)

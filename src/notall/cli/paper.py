@@ -87,9 +87,9 @@ def paper(
 
     Interrupted, the same command goes on where it stopped. Needs: pip install 'notall[eval]'.
     """
+    from ..evaluation.tasks import Limits
     from ..models import load
     from ..paper import Evaluation, Timing, run_paper
-    from ..tasks import Limits
 
     evaluation = Evaluation(
         tasks=words_of(tasks) or ["openllm"],

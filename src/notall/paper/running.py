@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import plots, results
 from ..anatomy import locate
-from ..battery import CONTEXTS, PARTS, run_battery
-from ..benchmarking import run_benchmarks
+from ..evaluation.battery import CONTEXTS, PARTS, run_battery
+from ..evaluation.benchmarking import run_benchmarks
+from ..evaluation.tasks import Limits
 from ..grid import Configuration, paper_grid
 from ..progress import Progress, silent
 from ..similarity import measure_similarity
-from ..tasks import Limits
 from .claims import Claim, claims_of
 from .tables import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from ..evaluation.tasks import stock_name
 from ..statistics import mean_and_error
-from ..tasks import stock_name
 
 Record = Mapping[str, Any]
 Key = tuple[str, float, bool]  # variant, fraction, keep_last

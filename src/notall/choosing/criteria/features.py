@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ...errors import UsageError
+from ...replay import walk
+from ...space import Unit
 from ..budget import Budget
-from ..errors import UsageError
-from ..replay import walk
-from ..space import Unit
 from .setting import Chosen, Scores, Setting
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)

@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import results
+from .. import results
+from ..plan import Plan
+from ..quality import Quality, evaluate
+from ..space import Space, Unit
 from .budget import Budget
 from .criteria import Setting, choose
 from .evaluator import STATES_BYTES, Evaluator, Spent
 from .latency import Check, Times, check_times
 from .objective import Objective
-from .plan import Plan
-from .quality import Quality, evaluate
-from .space import Space, Unit
 
 EVALUATIONS, CHOSEN = "evaluations.jsonl", "chosen.jsonl"
 

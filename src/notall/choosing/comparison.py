@@ -15,21 +15,21 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import plots, results
-from .anatomy import locate
+from .. import plots, results
+from ..anatomy import locate
+from ..footprint import footprint
+from ..grid import Timed
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..quality import Scores as Losses
+from ..quality import score, summarize
+from ..space import Space, plan_of
+from ..timing import time_plan
 from .budget import by_count
 from .criteria import CRITERIA, Scores, Setting, choose, criterion, suits
 from .criteria.setting import take
 from .evaluator import Evaluator, Spent
-from .footprint import footprint
-from .grid import Timed
 from .objective import Objective
-from .plan import Plan
-from .progress import Progress, silent
-from .quality import Scores as Losses
-from .quality import score, summarize
-from .space import Space, plan_of
-from .timing import time_plan
 
 RESULTS, CHOICES, HELD_OUT, TIMES = "results.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl"
 DEAR = ("greedy", "evolution")  # criteria that evaluate many times as often as the search
@@ -246,7 +246,7 @@ def _answers(
     model: PreTrainedModel, plans: dict[str, Plan], tasks: Tasks, out: Path, told: _Told
 ) -> dict[str, dict[str, Any]]:
     """Each plan's metric of each task, with its difference to the dense model, paired by document."""
-    from .harness import run_tasks
+    from ..evaluation.harness import run_tasks
 
     names = ["", *(skipped for skipped in plans if skipped)]
     found = run_tasks(

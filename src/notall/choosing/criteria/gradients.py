@@ -7,10 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy, base_model
+from ...anatomy import Anatomy, base_model
+from ...observation import LayerCall, run_branches
+from ...replay import record, run_head
 from ..objective import nll
-from ..observation import LayerCall, run_branches
-from ..replay import record, run_head
 from .setting import Scores, Setting
 
 

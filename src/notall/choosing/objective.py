@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 
-CHUNK = 16  # tokens whose log-probabilities are made at once: they stay in a cache, several times as fast
+from ..quality import divergence
 
 # From logits of the skipped and of the dense model (None unless wanted), (batch, tokens, vocabulary), to (items,).
 Loss = Callable[[Tensor, Tensor | None], Tensor]
@@ -111,14 +111,3 @@ def _nll(ids: Tensor) -> Loss:
 def _kl(logits: Tensor, dense: Tensor | None) -> Tensor:
     assert dense is not None
     return torch.stack([divergence(base[:-1], row[:-1]) for base, row in zip(dense, logits)])
-
-
-def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
-    """KL(dense || skipped) in nats, the mean over tokens; logits, (tokens, vocabulary) each."""
-    return torch.cat([_divergences(*pair) for pair in zip(dense.split(CHUNK), skipped.split(CHUNK))]).mean()
-
-
-def _divergences(dense: Tensor, skipped: Tensor) -> Tensor:
-    """One value a token. Written out, since torch's `kl_div` takes four times as long on a CPU."""
-    log_p, log_q = log_softmax(dense.float(), -1), log_softmax(skipped.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

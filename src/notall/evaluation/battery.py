@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import UsageError
-from .plan import Plan
-from .progress import Progress, silent
-from .replay import Replay
+from ..errors import UsageError
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..replay import Replay
+from ..skipping import skip
+from ..statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from .scoring import Request, Scorer
-from .skipping import skip
-from .statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 
 SIGNIFICANT = 0.05
 BINS = 15  # of confidence, as in Guo et al.

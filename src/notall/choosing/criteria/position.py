@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import get_args
 
-from ..anatomy import Anatomy
-from ..errors import UsageError
-from ..plan import Plan, Skippable
+from ...anatomy import Anatomy
+from ...errors import UsageError
+from ...plan import Plan, Skippable
 from .setting import Scores, Setting
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)

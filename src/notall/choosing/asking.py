@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import UsageError
-from .objective import Batch, Loss, Objective, Term, divergence, kl, mix, nll
+from ..errors import UsageError
+from ..quality import divergence
+from .objective import Batch, Loss, Objective, Term, kl, mix, nll
 
 TOKENS_AT_ONCE = 1024
 
@@ -105,8 +106,8 @@ def task(
     The margin is the gold answer's log-likelihood less that of the best other one, without examples. The questions and
     their encoding are lm-evaluation-harness's. Raises `UsageError` for a task without training questions or choices.
     """
-    from .harness import PlansLM
-    from .tasks import TaskShelf
+    from ..evaluation.harness import PlansLM
+    from ..evaluation.tasks import TaskShelf
 
     shelf = TaskShelf(task_path)
     (name,) = shelf.names([name])

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..space import Skipped, Space, Unit
 from .budget import Budget
 from .evaluator import Evaluator
-from .space import Skipped, Space, Unit
 
 SCREENED = 0.25  # the share of the text that first guesses are made on
 PATIENCE = 8  # swaps in a row that don't lower the objective, before the refinement ends

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import results
-from .grid import Configuration
+from .. import results
+from ..grid import Configuration
 from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
 from .tasks import Job, Limits, TaskShelf
 
 if TYPE_CHECKING:
-    from .spreading import Workers
+    from ..spreading import Workers
 
 BENCHMARKS = "benchmarks.jsonl"
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import results
-from .plan import Plan
+from .. import results
+from ..plan import Plan
 
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
 

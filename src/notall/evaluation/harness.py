@@ -24,14 +24,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import results
+from .. import results
+from ..complaints import quiet
+from ..errors import UsageError
+from ..plan import Plan
+from ..skipping import skip
+from ..statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from .answers import Answers
-from .complaints import quiet
-from .errors import UsageError
-from .plan import Plan
 from .scoring import Request, Scorer
-from .skipping import skip
-from .statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 
 try:
     from lm_eval.api.instance import Instance
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
 if TYPE_CHECKING:
-    from .spreading import SpreadScorer, Workers
+    from ..spreading import SpreadScorer, Workers
 
 ANSWERS = "answers.jsonl"
 LM_EVAL_VERSION = version("lm_eval")

@@ -19,11 +19,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .anatomy import base_model, text_config
-from .errors import UsageError
+from ..anatomy import base_model, text_config
+from ..errors import UsageError
+from ..plan import Plan
+from ..replay import Replay
 from .packing import Pack, inputs_of, packed, plain
-from .plan import Plan
-from .replay import Replay
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
 MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take any mask

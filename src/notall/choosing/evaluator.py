@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import results
-from .anatomy import base_model, locate
+from .. import results
+from ..anatomy import base_model, locate
+from ..plan import Plan
+from ..replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
+from ..space import Skipped, plan_of
 from .objective import Objective
-from .plan import Plan
-from .replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
-from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
 
