@@ -77,6 +77,11 @@ def test_swaps_never_make_it_worse_and_leave_no_better_single_swap_untried(model
     assert len(after.skipped) == 4
     assert after.cost == pytest.approx(table.cost(after.skipped))
     assert frozenset(name for unit in after.order for name in unit) == after.skipped
+    swaps = [
+        after.skipped - {back} | {name} for back in after.skipped for name in space.names if name not in after.skipped
+    ]
+    assert len(swaps) == 16
+    assert after.cost <= min(table.cost(swapped) for swapped in swaps) + 1e-9
 
 
 def test_some_swap_is_found(model):
@@ -86,6 +91,29 @@ def test_some_swap_is_found(model):
         table = Table(space, seed, 1.5, forgiving=True)
         costs.append([search(space, by_count(space, 4), table, patience=p).cost for p in (0, 8)])
     assert any(after < before for before, after in costs)
+
+
+@pytest.mark.parametrize("other", ["mlp.3", "mlp.2", "mlp.6"])
+def test_what_is_no_longer_needed_without_its_neighbour_is_found(model, other):
+    space = Space(locate(model))
+    table = Table(space, 0)
+    table.single |= dict.fromkeys(table.single, 0.5) | {"attn.3": 0.1, other: 2.0}
+    table.pairs["attn.3", other] = -2.0  # it costs nothing more where attn.3 is gone
+    found = search(space, by_count(space, 2), table, patience=0)
+    beside = other in ("mlp.2", "mlp.3")
+    assert (found.skipped == {"attn.3", other}) == beside
+    assert len(found.skipped) == 2
+    assert search(space, by_count(space, 2), table, patience=99).skipped == {"attn.3", other}
+
+
+def test_beside_is_the_nearest_that_is_left_on_both_sides(model):
+    anatomy = locate(model)
+    skipped = frozenset({"attn.3", "mlp.3", "attn.4"})
+    assert Space(anatomy).beside(("attn.3",), skipped) == [("mlp.2",), ("mlp.4",)]
+    assert Space(anatomy, "attention").beside(("attn.3",), frozenset({"attn.3"})) == [("attn.2",), ("attn.4",)]
+    assert Space(anatomy, "block").beside(("attn.0", "mlp.0"), frozenset({"attn.0", "mlp.0"})) == [("attn.1", "mlp.1")]
+    pairs = Space(anatomy, portable=True).beside(("attn.3", "mlp.3"), frozenset({"attn.3", "mlp.3"}))
+    assert pairs == [("attn.2", "mlp.2"), ("mlp.2", "attn.4"), ("attn.4", "mlp.4")]
 
 
 @pytest.mark.parametrize("objective", [nll, kl], ids=["nll", "kl"])
@@ -104,7 +132,7 @@ def test_on_a_model_it_is_as_good_as_plain_greedy_for_less(model, kind, objectiv
         costs[name, "objective"] = quality.nll if objective is nll else quality.kl
         assert asked.evaluator.cost(found[name].skipped) == pytest.approx(costs[name, "objective"], rel=1e-5)
     assert costs["search", "objective"] <= costs["greedy", "objective"] + 0.1  # of random weights, on 72 tokens
-    assert costs["search"] < costs["greedy"] / 2
+    assert costs["search"] < costs["greedy"] * (0.5 if len(space.units) > 8 else 0.75)  # swaps weigh more among few
 
 
 def test_costs_do_not_depend_on_the_trunk_or_on_company(model):

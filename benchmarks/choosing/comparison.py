@@ -34,8 +34,8 @@ ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order"
 class Sizes:
     """What is compared, on how much: `sequences` and `held_out` are of `length` tokens each.
 
-    `special` are rows of a criterion, an aim, a space and a count; `other` are sequences of the aims "nll, less text"
-    and so on.
+    `special` are rows of a criterion, an aim, a space and a count; `other` are sequences and tokens each of the aims
+    "nll, less text" and so on.
     """
 
     length: int
@@ -43,7 +43,7 @@ class Sizes:
     held_out: int
     budgets: dict[str, tuple[int, ...]]
     special: tuple[tuple[str, str, str, int], ...]
-    other: dict[str, int]
+    other: dict[str, tuple[int, int]]
     tasks: tuple[str, ...]
     limit: int
     rounds: int
@@ -63,7 +63,7 @@ FULL = Sizes(
         *((name, "nll, least text", "sublayer", 20) for name in ("search", "greedy")),
         ("search", "nll, more text", "attention", 8),
     ),
-    other={"least": 1, "less": 4, "more": 64},
+    other={"least": (4, 128), "less": (4, 512), "more": (64, 512)},
     tasks=("local_arc_challenge", "local_hellaswag", "local_winogrande"),
     limit=25,
     rounds=5,
@@ -102,8 +102,8 @@ def aims(
     """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training questions."""
     wiki, c4 = (read_text(data / name) for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl"))
 
-    def batches(text: Any, sequences: int = sizes.sequences) -> list[Any]:
-        return token_batches(tokenizer, text, sequences=sequences, length=sizes.length, batch_size=1)
+    def batches(text: Any, sequences: int = sizes.sequences, length: int = sizes.length) -> list[Any]:
+        return token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=1)
 
     def questions(weight: float) -> Any:
         return task(model, tokenizer, sizes.tasks[0], task_path, 50, weight)
@@ -123,7 +123,7 @@ def aims(
             others = batches(c4)
             found[name] = Aim(nll(others), others)
         else:
-            some = batches(wiki, sizes.other[name.removeprefix("nll, ").removesuffix(" text")])
+            some = batches(wiki, *sizes.other[name.removeprefix("nll, ").removesuffix(" text")])
             found[name] = Aim(nll(some), some)
     return found
 

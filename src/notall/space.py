@@ -72,6 +72,14 @@ class Space:
         free = [unit for unit in self.units if not skipped.intersection(unit)]
         return [unit for unit in free if self.allows(skipped.union(unit))]
 
+    def beside(self, unit: Unit, skipped: Skipped) -> list[Unit]:
+        """The moves that take the nearest that is left before `unit`, or after it."""
+        places = [self.order[name] for name in unit]
+        left = [name for name in self.names if name not in skipped]
+        before = [name for name in left if self.order[name] < min(places)][-1:]
+        after = [name for name in left if self.order[name] > max(places)][:1]
+        return [move for move in self.moves(skipped) if {*before, *after}.intersection(move)]
+
     def returns(self, skipped: Skipped) -> list[Unit]:
         """What may be given back of `skipped`; of a portable set, pairs that follow each other."""
         if self.portable and self.kind == "sublayer":

@@ -1,8 +1,10 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
 A candidate is evaluated again only when it comes to the top of the queue: what it cost when it was last evaluated is a
-good guess, since costs mostly grow as more is skipped. The first guesses are made on a part of the text. Importances do
-not add up, so what was skipped early may not be best in the end: swaps that lower the objective follow.
+good guess, since costs mostly grow as more is skipped. The exception are neighbours: what an attention prepares, the
+MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
+units are at first. Importances do not add up, so what was skipped early may not be best in the end: swaps that lower
+the objective follow.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from ..space import Skipped, Space, Unit
 from .budget import Budget
 from .evaluator import Evaluator
 
-SCREENED = 0.25  # the share of the text that first guesses are made on
+SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 8  # swaps in a row that don't lower the objective, before the refinement ends
-RECHECKS = 3.0  # evaluations a step, to guess the time left
+RECHECKS = 3.5  # evaluations a step, to guess the time left
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def search(
     `cheap` scores order the first round. When it gets `late`, the set is completed by the guesses there are, so that
     what comes back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
-    looking = _Search(space, budget, evaluator, cheap or {}, late, _told(progress, space, budget, screened, patience))
-    looking.screen(screened)
+    looking = _Search(
+        space, budget, evaluator, cheap or {}, screened, late, _told(progress, space, budget, screened, patience)
+    )
+    looking.guess(space.moves(frozenset()))
     while looking.grow() and looking.refine(patience):
         pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
     progress(1.0, "done")
@@ -76,11 +80,12 @@ class _Search:
         budget: Budget,
         evaluator: Evaluator,
         cheap: Mapping[Unit, float],
+        screened: float,
         late: Callable[[], bool],
         told: Callable[[float, str], None],
     ) -> None:
         self.space, self.budget, self.evaluator, self.late, self.told = space, budget, evaluator, late, told
-        self.cheap = cheap
+        self.cheap, self.screened = cheap, screened
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
         self.path: list[tuple[Skipped, float]] = []
@@ -89,13 +94,16 @@ class _Search:
         self.falls: dict[Unit, float] = {}
         self.moves = functools.cache(space.moves)
 
-    def screen(self, share: float) -> None:
-        """First guesses, on a part of the text, of what is cheap first."""
-        dense = self.evaluator.cost(frozenset(), share)
-        for unit in sorted(self.moves(frozenset()), key=self._cheap):
+    def guess(self, units: list[Unit]) -> None:
+        """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
+        if not units or self.late():
+            return
+        self.evaluator.stand_on(self.skipped)
+        base = self.evaluator.cost(self.skipped, self.screened)
+        for unit in sorted(units, key=self._cheap):
             if self.late():
                 return
-            self.rises[unit] = self._evaluate(frozenset(unit), share) - dense
+            self.rises[unit] = self._evaluate(self.skipped.union(unit), self.screened) - base
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -108,6 +116,8 @@ class _Search:
             self.skipped = self.skipped.union(unit)
             self.order.append(unit)
             self.path.append((self.skipped, self.cost))
+            if not self.budget.met(self.skipped):
+                self.guess(self.space.beside(unit, self.skipped))
         return self.skipped != before
 
     def refine(self, patience: int) -> bool:
@@ -119,6 +129,7 @@ class _Search:
             swapped = self.skipped.difference(back).union(unit)
             tried.add(swapped)
             cost = self._evaluate(swapped)
+            self.rises[unit] = cost - (self.cost - self.falls[back])
             failed += 1
             if cost < self.cost:
                 self._swap(back, unit, cost)
@@ -146,8 +157,8 @@ class _Search:
         return self.budget.rate(unit, self.rises[unit], self.skipped), self._cheap(unit)
 
     def _best_swap(self, tried: set[Skipped]) -> tuple[Unit, Unit] | None:
-        """What to give back and what to skip for it, by the guesses there are, if they promise a lower objective."""
-        best, best_gain = None, 0.0
+        """What to give back and what to skip for it, of what was not tried, by the guesses there are."""
+        best, best_gain = None, -math.inf
         enough = min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9))
         for back in self.space.returns(self.skipped):
             less = self.skipped.difference(back)
