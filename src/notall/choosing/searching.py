@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..space import Skipped, Space, Unit
 from .budget import Budget
@@ -55,16 +55,30 @@ def search(
     `cheap` scores order the first round. When it gets `late`, the set is completed by the guesses there are, so that
     what comes back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
+    blocks = _blocks_of(space)
+    own = (lambda done, doing: progress(0.6 * done, doing)) if blocks else progress
     looking = _Search(
-        space, budget, evaluator, cheap or {}, screened, late, _told(progress, space, budget, screened, patience)
+        space, budget, evaluator, cheap or {}, screened, late, _told(own, space, budget, screened, patience)
     )
     looking.guess(space.moves(frozenset()))
-    while looking.grow() and looking.refine(patience):
-        pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
+    looking.settle(patience)
+    if blocks and not late():
+        told = _told(lambda done, doing: progress(0.6 + 0.4 * done, doing), blocks, budget, screened, patience)
+        whole = _Search(blocks, budget, evaluator, cheap or {}, screened, late, told)
+        whole.guess(blocks.moves(frozenset()))
+        whole.settle(patience)
+        if whole.worth > looking.worth:
+            looking.go_on_from(whole)
+            looking.settle(patience)
     progress(1.0, "done")
     cost = evaluator.cost(looking.skipped)
     path = (*looking.path, (looking.skipped, cost))
     return Found(looking.skipped, tuple(looking.order), cost, looking.dense, not late(), path)
+
+
+def _blocks_of(space: Space) -> Space | None:
+    """Whole blocks are portable, and a shorter way there: a search among them, too, leaves none that is better."""
+    return replace(space, kind="block") if space.portable and space.kind == "sublayer" else None
 
 
 class _Search:
@@ -104,6 +118,21 @@ class _Search:
             if self.late():
                 return
             self.rises[unit] = self._evaluate(self.skipped.union(unit), self.screened) - base
+
+    def settle(self, patience: int) -> None:
+        """Grow and refine, in turn, until one of them changes nothing."""
+        self.grow()
+        while self.refine(patience) and self.grow():
+            pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
+
+    @property
+    def worth(self) -> tuple[float, float]:
+        """The higher the better: what is saved as far as it was asked for, then the objective."""
+        return min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9)), -self.cost
+
+    def go_on_from(self, other: _Search) -> None:
+        self.skipped, self.cost = other.skipped, other.cost
+        self.order, self.path, self.falls = [*other.order], [*other.path], {}
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
