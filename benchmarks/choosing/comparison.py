@@ -57,6 +57,10 @@ FULL = Sizes(
     special=(
         # other objectives, other text, more and less of it
         *(("search", aim, "attention", 8) for aim in ("nll", "nll, C4", "task", "kl + 0.1*task", "nll, less text")),
+        *(
+            ("search", "nll", name, count)
+            for name, count in (("block", 4), ("block", 6), ("portable", 8), ("portable", 12))
+        ),
         # plain greedy and evolution evaluate so often that they get the least text, and so does the search beside them
         *((name, "nll, least text", "attention", 8) for name in ("search", "greedy", "evolution")),
         *((name, "nll, least text", "block", 4) for name in ("search", "greedy")),
