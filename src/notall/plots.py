@@ -18,7 +18,8 @@ Row = Mapping[str, Any]
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
 PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
 SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
-            "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5")  # fmt: skip
+            "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5",
+            "#393b79", "#8c6d31", "#843c39", "#7b4173")  # fmt: skip
 NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 LAST = {False: "skipped too", True: "kept"}
 
