@@ -14,6 +14,7 @@ import torch
 import notall.choosing.evaluator
 from families import family
 from notall import UsageError, locate, results
+from notall.choosing import searching
 from notall.choosing.budget import by_count, by_footprint, by_limit
 from notall.choosing.criteria import Setting, choose
 from notall.choosing.criteria.losses import choose_greedily
@@ -120,6 +121,25 @@ def test_a_portable_set_is_no_worse_than_whole_blocks(model):
         assert frozenset(name for unit in found.order for name in unit) == found.skipped
         better += found.cost < whole.cost - 1e-9
     assert better
+
+
+def test_late_among_the_blocks_it_keeps_the_set_that_it_knows(model, monkeypatch):
+    class Misleading(Table):
+        def cost(self, skipped, share=1.0):
+            return super().cost(skipped) if share == 1.0 else 3.0
+
+    space, told = Space(locate(model), portable=True), [0.0]
+    late = search(
+        space,
+        by_count(space, 6),
+        Misleading(space, 0),
+        late=lambda: max(told) > 0.5,
+        progress=lambda done, doing: told.append(done),
+    )
+    monkeypatch.setattr(searching, "_spaces", lambda space: [space])
+    alone = search(space, by_count(space, 6), Misleading(space, 0))
+    assert (late.skipped, late.cost) == (alone.skipped, alone.cost)
+    assert not late.complete
 
 
 def test_beside_is_the_nearest_that_is_left_on_both_sides(model):

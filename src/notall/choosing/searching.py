@@ -55,30 +55,29 @@ def search(
     `cheap` scores order the first round. When it gets `late`, the set is completed by the guesses there are, so that
     what comes back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
-    blocks = _blocks_of(space)
-    own = (lambda done, doing: progress(0.6 * done, doing)) if blocks else progress
-    looking = _Search(
-        space, budget, evaluator, cheap or {}, screened, late, _told(own, space, budget, screened, patience)
-    )
-    looking.guess(space.moves(frozenset()))
-    looking.settle(patience)
-    if blocks and not late():
-        told = _told(lambda done, doing: progress(0.6 + 0.4 * done, doing), blocks, budget, screened, patience)
-        whole = _Search(blocks, budget, evaluator, cheap or {}, screened, late, told)
-        whole.guess(blocks.moves(frozenset()))
-        whole.settle(patience)
-        if whole.worth > looking.worth:
-            looking.go_on_from(whole)
-            looking.settle(patience)
+    spaces = _spaces(space)
+    searches = []
+    for number, each in enumerate(spaces):
+        told = _told(_part_of(progress, number, len(spaces)), each, budget, screened, patience)
+        searches.append(_Search(each, budget, evaluator, cheap or {}, screened, late, told))
+        searches[-1].guess(each.moves(frozenset()))
+        searches[-1].settle(patience)
+        if late():
+            break
+    looking = searches[0]
+    best = max(searches, key=lambda one: one.worth)
+    if best is not looking and not late():  # what a late one says that it costs is a guess
+        looking.go_on_from(best)
+        looking.settle(patience)
     progress(1.0, "done")
     cost = evaluator.cost(looking.skipped)
     path = (*looking.path, (looking.skipped, cost))
     return Found(looking.skipped, tuple(looking.order), cost, looking.dense, not late(), path)
 
 
-def _blocks_of(space: Space) -> Space | None:
-    """Whole blocks are portable, and a shorter way there: a search among them, too, leaves none that is better."""
-    return replace(space, kind="block") if space.portable and space.kind == "sublayer" else None
+def _spaces(space: Space) -> list[Space]:
+    """Where to look: whole blocks are portable sets, which a search among single pairs does not always find."""
+    return [space, replace(space, kind="block")] if space.portable and space.kind == "sublayer" else [space]
 
 
 class _Search:
@@ -215,6 +214,10 @@ class _Search:
 
     def _cheap(self, unit: Unit) -> float:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
+
+
+def _part_of(progress: Callable[[float, str], None], number: int, parts: int) -> Callable[[float, str], None]:
+    return lambda done, doing: progress((number + done) / parts, doing)
 
 
 def _told(
