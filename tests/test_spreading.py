@@ -1,11 +1,17 @@
 """A cluster of two workers here: what they answer is what one process answers, also when one is killed."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,9 +68,27 @@ def kill(process):
     os.kill(process, signal.SIGKILL)
 
 
-def test_no_cluster_is_one_line(options, model):
-    with pytest.raises(UsageError, match="no Ray cluster at auto"):
-        Workers(options, locate(model), "auto")
+def sweep_on(options, folder, address, workers=1, **environment):
+    """`notall sweep` on a cluster, in a process of its own: a process can't leave one cluster for another.
+
+    No test looks for a running cluster, as another test process may just run one.
+    """
+    words = f"sweep {options['spec']} --dtype float32 --device cpu --ray {address} --ray-workers {workers} --json"
+    words += f" --sequences 2 --length 16 --prompt 4 --new 1 --rounds 1 --out {folder}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    command = [sys.executable, "-m", "notall", *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "ray://127.0.0.1:1"])
+def test_no_cluster_is_one_line(options, tmp_path, address):
+    quickly = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
+    done = sweep_on(options, tmp_path, address, **quickly)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"no Ray cluster at {address}" in said
+    assert "give local, auto, HOST:PORT or ray://HOST:PORT" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.timeout(600)
@@ -112,6 +136,44 @@ def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, mod
         workers.score(plans[1:], TOKENS)
 
 
+@pytest.fixture
+def cluster():
+    """Ports of a cluster that is not ours: its own and its client's."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0)), other.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], other.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's socket names are long, and may have 107 characters
+    words = f"start --head --block --port {ports[0]} --ray-client-server-port {ports[1]} --temp-dir {folder}"
+    words += " --num-cpus 2 --include-dashboard=false --disable-usage-stats"
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test" * 6}
+    running = subprocess.Popen([ray, *words.split()], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(ports[1], running)
+        yield ports, {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    finally:
+        running.terminate()
+        running.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(port, running):
+    while running.poll() is None:
+        with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the cluster ended before it listened")
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, cluster, tmp_path):
+    ports, token = cluster
+    for name, address in (("inside", f"127.0.0.1:{ports[0]}"), ("outside", f"ray://127.0.0.1:{ports[1]}")):
+        done = sweep_on(options, tmp_path / name, address, **token)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)) == 19
+
+
 def test_branches_are_cut_in_equal_work_and_lie_together():
     model = family("llama").build(num_hidden_layers=12)
     anatomy = locate(model)
@@ -140,10 +202,6 @@ def test_ray_is_not_imported_without_being_asked_for():
 
 @pytest.mark.timeout(600)
 def test_the_command_spreads(options, tmp_path):
-    command = [sys.executable, "-m", "notall", "sweep", options["spec"], "--out", tmp_path, "--json", "--ray", "local"]
-    sizes = ["--ray-workers", "2", "--sequences", "2", "--length", "16", "--dtype", "float32"]
-    times = ["--prompt", "4", "--new", "1", "--rounds", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, *sizes, *times], capture_output=True, text=True, env=environment)
+    done = sweep_on(options, tmp_path, "local", workers=2)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 19

@@ -38,10 +38,10 @@ Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
 class Workers:
     """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
 
-    `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here), or
-    ray://HOST:PORT. There are `count` workers,
-    or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs. Raises `UsageError` when
-    no cluster is there, when it has no room, and when a worker can't load the model.
+    `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here),
+    HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside, by Ray's client). There are `count`
+    workers, or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs. Raises
+    `UsageError` when no cluster is there, when it has no room, and when a worker can't load the model.
     """
 
     def __init__(
@@ -61,7 +61,10 @@ class Workers:
                 ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
             except (ConnectionError, RayError, ValueError) as error:
                 said = " ".join(str(error).split())[:200]
-                raise UsageError(f"no Ray cluster at {address}: {said}; give local, auto or ray://HOST:PORT") from None
+                raise UsageError(
+                    f"no Ray cluster at {address}: {said}; give local, auto, HOST:PORT or ray://HOST:PORT, and set "
+                    "RAY_AUTH_MODE=token where the cluster wants a token"
+                ) from None
         held = ray.cluster_resources()
         has_gpus = held.get("GPU", 0) >= gpus
         room = int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))

@@ -74,7 +74,8 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="evaluate on a Ray cluster: the running one, else one started here; or ADDRESS: local, auto, ray://HOST:PORT",
+        help="evaluate on a Ray cluster: the running one, else one started here; or ADDRESS: local, auto, HOST:PORT, "
+        "ray://HOST:PORT",
         rich_help_panel=CLUSTER,
     ),
 ]
