@@ -243,6 +243,15 @@ def test_the_help_is_a_tour_with_an_example_for_each_command(run):
         command.make_context(name, example)  # every option of the example exists
 
 
+def test_no_word_of_the_help_is_lost_as_markup(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for name, command in commands().items():
+        shown = run(name, "--help")[1]
+        for text in (command.help, command.epilog, *(param.help or "" for param in command.params)):
+            for word in text.replace("[bold]", "").replace("[/bold]", "").split():
+                assert word in shown, (name, word)
+
+
 def test_every_command_that_prints_a_table_has_json(run):
     without = {
         name for name, command in commands().items() if "--json" not in {o for p in command.params for o in p.opts}

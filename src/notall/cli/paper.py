@@ -85,7 +85,7 @@ def paper(
 ) -> None:
     """Run the paper's evaluation: Fig. 1, the benchmark and time tables, its claims beside what the model shows.
 
-    Interrupted, the same command goes on where it stopped. Needs: pip install 'notall[eval]'.
+    Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
     from ..evaluation.tasks import Limits
     from ..models import load
