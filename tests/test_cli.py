@@ -295,6 +295,21 @@ def test_search_writes_a_plan_and_goes_on(run, folder, tmp_path):
     assert "another sequences" in err
 
 
+def test_a_search_with_more_patience_goes_on_and_is_no_worse(run, folder, tmp_path):
+    command = ["search", folder, "--count", "3", "-o", tmp_path / "plan.json", *QUICK, "--json", "--patience"]
+    kept = tmp_path / "plan.search" / "evaluations.jsonl"
+    found, files = [], []
+    for patience in ("0", "99"):
+        code, out, err = run(*command, patience)
+        assert (code, err) == (0, "")
+        found.append(json.loads(out)[0])
+        files.append(kept.read_bytes())
+    assert files[1].startswith(files[0])
+    assert found[1]["evaluations"] > found[0]["evaluations"]
+    assert found[1]["cost"] <= found[0]["cost"]
+    assert run(*command, "-1")[0] == 2
+
+
 def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
     command = ["search", folder, "--kind", "attention", "-o", tmp_path / "plan.json", *QUICK, "--json"]
     kept, page = tmp_path / "plan.search" / "chosen.jsonl", tmp_path / "report.html"

@@ -56,11 +56,7 @@ FULL = Sizes(
     budgets={"attention": (4, 8, 12), "sublayer": (8, 16), "block": (2, 4, 6), "portable": (4, 8, 12)},
     special=(
         # other objectives, other text, more and less of it
-        *(("search", aim, "attention", 8) for aim in ("nll", "nll, C4", "task", "kl + 0.1*task", "nll, less text")),
-        *(
-            ("search", "nll", name, count)
-            for name, count in (("block", 4), ("block", 6), ("portable", 8), ("portable", 12))
-        ),
+        *(("search", aim, "attention", 8) for aim in ("nll, C4", "task", "kl + 0.1*task", "nll, less text")),
         # plain greedy and evolution evaluate so often that they get the least text, and so does the search beside them
         *((name, "nll, least text", "attention", 8) for name in ("search", "greedy", "evolution")),
         *((name, "nll, least text", "block", 4) for name in ("search", "greedy")),
@@ -77,7 +73,7 @@ QUICK = Sizes(
     sequences=4,
     held_out=8,
     budgets={"attention": (4, 8), "sublayer": (8,), "block": (2, 4), "portable": (4, 8)},
-    special=tuple(("search", "nll", name, 4) for name in ("attention", "sublayer", "block", "portable")),
+    special=(),
     other={},
     tasks=(),
     limit=0,
@@ -86,14 +82,14 @@ QUICK = Sizes(
 
 
 def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Row]:
-    """One-shot criteria, losses one by one and the search by KL at every budget, and what is special."""
+    """One-shot criteria, losses one by one and the search by KL and by NLL at every budget, and what is special."""
     spaces = {"portable": Space(anatomy, portable=True)}
     spaces |= {kind: Space(anatomy, kind) for kind in get_args(Choice)}
-    aims = dict.fromkeys(ONE_SHOT, "nll") | {"leave-one-out": "nll", "search": "kl"}
+    by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out")] + [("search", "kl"), ("search", "nll")]
     found = [
         Row(criterion, aim, spaces[name], count)
         for name, counts in sizes.budgets.items()
-        for criterion, aim in aims.items()
+        for criterion, aim in by
         for count in counts
         if suits(criterion, spaces[name])
     ]

@@ -21,6 +21,7 @@ from .criteria import Setting, choose
 from .evaluator import STATES_BYTES, Evaluator, Spent
 from .latency import Check, Times, check_times
 from .objective import Objective
+from .searching import PATIENCE
 
 EVALUATIONS, CHOSEN = "evaluations.jsonl", "chosen.jsonl"
 
@@ -55,6 +56,7 @@ def choose_plan(
     folder: Path | None = None,
     settings: dict[str, Any] | None = None,
     max_minutes: float | None = None,
+    patience: int = PATIENCE,
     seed: int = 0,
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
@@ -64,15 +66,16 @@ def choose_plan(
     """What `criterion` skips of `space` to meet `budget`, measured by `objective` on `batches` of token ids.
 
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
-    `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then. The plan is then
-    measured on `held_out`, and timed against what `times` predict, where these are given. Raises `UsageError` when the
-    folder holds other work or is in use, and as `criteria.choose` does.
+    `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
+    `patience` after so many swaps in a row that did not lower the objective. The plan is then measured on `held_out`,
+    and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
+    or is in use, and as `criteria.choose` does.
     """
     with results.lock(folder) if folder else nullcontext():
         log = folder / EVALUATIONS if folder else None
         evaluator = Evaluator(model, objective, states_bytes=states_bytes, log=log, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
-        setting = Setting(model, space, batches, evaluator, seed, deadline, progress)
+        setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         chosen = choose(criterion, setting, budget)
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice

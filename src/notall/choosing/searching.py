@@ -19,7 +19,7 @@ from .budget import Budget
 from .evaluator import Evaluator
 
 SCREENED = 0.25  # the share of the text that guesses are made on
-PATIENCE = 8  # swaps in a row that don't lower the objective, before the refinement ends
+PATIENCE = 8
 RECHECKS = 3.5  # evaluations a step, to guess the time left
 
 
@@ -52,8 +52,9 @@ def search(
 ) -> Found:
     """The set of `space` that meets `budget` and raises the objective least, as far as this search sees.
 
-    `cheap` scores order the first round. When it gets `late`, the set is completed by the guesses there are, so that
-    what comes back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
+    `cheap` scores order the first round; the refinement ends after `patience` swaps in a row that don't lower the
+    objective. When it gets `late`, the set is completed by the guesses there are, so that what comes back meets the
+    budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
     spaces = _spaces(space)
     searches = []

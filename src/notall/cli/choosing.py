@@ -109,6 +109,7 @@ def search(
     task_path: TaskPath = None,
     task_limit: TaskLimit = 100,
     max_minutes: Annotated[float | None, typer.Option(help="take the best there is after so many minutes")] = None,
+    patience: Annotated[int, typer.Option(min=0, help="swaps in a row that bring nothing, before it ends")] = 8,
     front: Annotated[
         bool, typer.Option("--front", help="draw the trade-off up to this plan, by other criteria too")
     ] = False,
@@ -161,6 +162,7 @@ def search(
             folder=folder,
             settings=settings,
             max_minutes=max_minutes,
+            patience=patience,
             seed=seed,
             held_out=others,
             times=times,

@@ -50,6 +50,7 @@ def choose_by_search(setting: Setting, budget: Budget) -> Chosen:
         budget,
         setting.evaluator,
         cheap=score_cosine(setting),
+        patience=setting.patience,
         late=lambda: setting.late,
         progress=setting.progress,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ...space import Skipped, Space, Unit
 from ..budget import Budget
 from ..evaluator import Evaluator, Spent
+from ..searching import PATIENCE
 
 Scores = Mapping[Unit, float]  # the lowest is skipped first
 
@@ -20,7 +21,8 @@ Scores = Mapping[Unit, float]  # the lowest is skipped first
 class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
-    `deadline` is when to stop looking, on the clock of `time.monotonic`; `progress` is told what share is done.
+    `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is that of `searching.search`;
+    `progress` is told what share is done.
     """
 
     model: PreTrainedModel
@@ -29,6 +31,7 @@ class Setting:
     evaluator: Evaluator
     seed: int = 0
     deadline: float = float("inf")
+    patience: int = PATIENCE
     progress: Callable[[float, str], None] = lambda done, doing: None
 
     @property

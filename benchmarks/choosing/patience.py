@@ -1,0 +1,92 @@
+"""What more patience buys: what the search loses, and what it takes, when it ends after 0, 8 or 24 swaps in vain.
+
+    python benchmarks/choosing/patience.py --data DATA   # half an hour on one core
+
+DATA holds `wikitext2/wiki.train.first1MB.txt`, to choose by, and `wikitext2/wiki.test.raw`, to measure on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from torch import Tensor
+
+import notall
+from notall.choosing.budget import by_count
+from notall.choosing.objective import nll
+from notall.choosing.one_plan import choose_plan
+from notall.console import number, plain, show, with_error
+from notall.space import Choice, Space
+from notall.texts import read_text, token_batches
+
+PATIENCES = (0, 8, 24)
+BUDGETS = (("attention", 4), ("attention", 8), ("block", 4), ("portable", 4), ("portable", 8), ("sublayer", 16))
+
+
+def searched(model: Any, space: Space, count: int, train: list[Tensor], test: list[Tensor]) -> list[dict[str, Any]]:
+    """A row a patience; each goes on from what the one before it evaluated."""
+    rows = []
+    with TemporaryDirectory() as folder:
+        for patience in PATIENCES:
+            found = choose_plan(
+                model,
+                "search",
+                space,
+                by_count(space, count),
+                train,
+                nll(train),
+                folder=Path(folder),
+                patience=patience,
+                held_out=test,
+            )
+            assert found.held_out
+            rows.append({
+                "budget": f"{count} {space}",
+                "patience": patience,
+                "own": found.cost - found.dense_cost,
+                "delta_nll": found.held_out[1].delta_nll,
+                "delta_nll_se": found.held_out[1].delta_nll_se,
+                "forwards": found.forwards,
+            })  # fmt: skip
+            print(rows[-1], found.plan, file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, default=Path("../shared/data"))
+    options.add_argument("--sequences", type=int, default=4, help="of 512 tokens each, to choose by")
+    options.add_argument("--held-out", type=int, default=32, help="of 512 tokens each, to measure on")
+    arguments = options.parse_args()
+    if not arguments.data.is_dir():
+        sys.exit(f"skipped: no folder {arguments.data} with texts; give one with --data")
+    model, tokenizer = notall.load(dtype="bfloat16")
+    anatomy = notall.locate(model)
+
+    def batches(name: str, sequences: int, size: int) -> list[Tensor]:
+        text = read_text(arguments.data / "wikitext2" / name)
+        return token_batches(tokenizer, text, sequences=sequences, length=512, batch_size=size)
+
+    train = batches("wiki.train.first1MB.txt", arguments.sequences, 1)
+    test = batches("wiki.test.raw", arguments.held_out, 2)
+    spaces = {"portable": Space(anatomy, portable=True)} | {kind: Space(anatomy, kind) for kind in get_args(Choice)}
+    rows = [row for name, count in BUDGETS for row in searched(model, spaces[name], count, train, test)]
+    columns = [
+        plain("budget", "skip"),
+        number("patience", "patience", "d"),
+        number("own", "NLL added, own text"),
+        with_error("delta_nll", "held-out ± s.e."),
+        number("forwards", "forward passes", ".1f"),
+    ]
+    sizes = [f"{sum(tokens.numel() for tokens in some):,}" for some in (train, test)]
+    show(
+        rows, columns, title=f"By the NLL of {sizes[0]} tokens of WikiText-2 train, measured on {sizes[1]} of its test"
+    )
+
+
+if __name__ == "__main__":
+    main()
