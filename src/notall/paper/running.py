@@ -199,8 +199,8 @@ def _story(
     lines = [
         f"# The evaluation of arXiv 2407.15516 on {about['model']}",
         "",
-        f"{about['dtype']} on {machine['device_name']}, {machine['cores']} cores; {versions}. "
-        f"Weights: {about['revision']}.",
+        f"{about['dtype']} on {machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}; "
+        f"{versions}. Weights: {about['revision']}.",
         "",
         "![Similarity by depth](similarity.png)",
     ]
