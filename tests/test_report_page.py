@@ -267,6 +267,17 @@ def test_hostile_names_of_a_comparison_are_shown_as_text(view, nasty_comparison,
     page.wait_for_function("views.map.signal('skipped').length == 4")
 
 
+def test_a_long_table_scrolls_in_itself_under_its_headings(view, tmp_path):
+    rows = [{"check": f"check {number}", "lost": number} for number in range(200)]
+    result_folders.write(tmp_path, similarity=result_folders.similarity(), checks=rows)
+    page = view(write_report(tmp_path, tmp_path / "report.html"))
+    assert page.evaluate("document.documentElement.scrollHeight") < 4000
+    box, heading = page.locator(".long"), page.locator("#table-checks thead")
+    box.evaluate("box => box.scrollTop = 2000")
+    inside = box.evaluate("box => box.getBoundingClientRect().top")
+    assert abs(heading.evaluate("head => head.getBoundingClientRect().top") - inside) < 2
+
+
 def test_a_search_is_a_map_and_a_table(view, tmp_path):
     rows = [result_folders.chosen(3)]
     folder = result_folders.write(tmp_path / "p.search", chosen=rows, evaluations=result_folders.evaluations())

@@ -111,6 +111,13 @@ def test_files_of_other_commands_become_tables_as_they_are():
     assert table.csv.splitlines()[:2] == ["skipped,criterion,lost,cost", "mlp.1,cosine,0.25,"]
 
 
+def test_small_probabilities_are_not_called_none():
+    rows = [{"check": "passkey", "variant": "dense", "fraction": 0.0, "keep_last": False, "p_value": p, "worse": False}
+            for p in (0.0, 0.0125, 1.0)]  # fmt: skip
+    table = other_table("battery", rows, {})
+    assert [row[table.headings.index("p")].text for row in table.rows] == ["< 0.001", "0.013", "1.000"]
+
+
 def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
     measured = result_folders.all_records()
     keys = ("variant", "fraction", "keep_last", "plan")
@@ -145,7 +152,7 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
     assert list(data_of(page)["specs"]) == ["map", "similarity"]
     assert len(data_of(page)["plans"]) == 19
     assert "-0.200 ± 0.050" in page
-    assert 'id="table-times"' in page
+    assert page.index("<h2>Benchmarks</h2>") < page.index("<h2>Times</h2>")
     assert 'id="table-answers"' not in page
     assert data_of(page)["csv"]["benchmarks"].splitlines()[0].startswith("skipped,variant,")
 

@@ -14,7 +14,7 @@ from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
 from .records import Row, name_of, shorten, sublayers
-from .tables import other_table, stepped_table, to_csv
+from .tables import TITLES, other_table, stepped_table, to_csv
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -43,7 +43,8 @@ def render(folder: Folder) -> str:
     specs = draw_all(folder)
     tables = {"results": stepped_table(folder.kind, folder.records)} if folder.kind else {}
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
-    others = {name: other_table(name, rows, names) for name, rows in folder.others.items()}
+    order = sorted(folder.others, key=[*TITLES, *folder.others].index)
+    others = {name: other_table(name, folder.others[name], names) for name in order}
     return templates.get_template("page.html").render(
         model=str(folder.provenance.get("model", "a model")),
         about=folder.provenance,
@@ -61,6 +62,7 @@ def render(folder: Folder) -> str:
         layers=folder.layers,
         results=tables.get("results"),
         others=others,
+        titles=TITLES,
         samples=_samples(folder),
         css=_asset("page.css"),
         js=_asset("page.js"),

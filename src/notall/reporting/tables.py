@@ -75,6 +75,7 @@ BENCHED = (
     *BYTES,
     ("peak_bytes", size("peak_bytes", "peak memory")),
 )
+P_VALUE = ("p_value", Column("p", lambda row: "< 0.001" if row["p_value"] < 0.001 else f"{row['p_value']:.3f}"))
 # Of files that other commands write. A file that is not here is shown as it is.
 OTHERS: dict[str, Columns] = {
     "chosen": CHOSEN,
@@ -87,14 +88,14 @@ OTHERS: dict[str, Columns] = {
         ("metric", plain("metric")),
         ("value", with_error("value", "value ± s.e.")),
         ("delta", with_error("delta", "difference to dense ± s.e.")),
-        ("p_value", number("p_value", "p", ".3f")),
+        P_VALUE,
     ),
     "battery": (
         ("check", plain("check")),
         SKIPPED,
         ("value", with_error("value", "value ± s.e.")),
         ("delta", with_error("delta", "difference to dense ± s.e.")),
-        ("p_value", number("p_value", "p", ".3f")),
+        P_VALUE,
         ("worse", Column("worse", lambda row: "worse" if row["worse"] else "", right=False)),
     ),
     "times": (
@@ -104,6 +105,7 @@ OTHERS: dict[str, Columns] = {
         *TIMES,
     ),
 }
+TITLES = {"benchmarks": "Benchmarks", "battery": "What accuracy hides", "times": "Times"}
 
 
 @dataclass(frozen=True)
