@@ -1,6 +1,6 @@
 """What more patience buys: what the search loses, and what it takes, when it ends after 0, 8 or 24 swaps in vain.
 
-    python benchmarks/choosing/patience.py --data DATA   # half an hour on one core
+    python benchmarks/choosing/patience.py --data DATA   # an hour on one core
 
 DATA holds `wikitext2/wiki.train.first1MB.txt`, to choose by, and `wikitext2/wiki.test.raw`, to measure on.
 """
