@@ -1,6 +1,6 @@
 """Every criterion on the default model, at every budget, by several objectives, texts and sizes: one resumable command.
 
-    python benchmarks/choosing/comparison.py --data DATA          # under three hours on 2 cores with AMX, some five without
+    python benchmarks/choosing/comparison.py --data DATA          # under three hours on 2 cores with AMX, five without
     python benchmarks/choosing/comparison.py --data DATA --quick  # a look, under a quarter of an hour on one core
 
 DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `make_tasks.py`,
