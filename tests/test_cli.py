@@ -90,6 +90,13 @@ def test_inspect_needs_only_a_config(run, folder, tmp_path):
     )
 
 
+def test_bytes_say_of_which_dtype_they_are(run, folder, tmp_path):
+    for command in (["inspect", folder], ["plan", folder, "-o", tmp_path / "plan.json"]):
+        code, out, _ = run(*command)
+        assert code == 0
+        assert "in float32" in " ".join(out.split())
+
+
 def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
     path = tmp_path / "plan.json"
     code, out, _ = run("plan", folder, "--skip", "attention", "--fraction", "0.33", "--keep-last", "-o", path, "--json")

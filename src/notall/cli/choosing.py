@@ -16,6 +16,7 @@ from .inputs import (
     budget_line,
     budget_of,
     deepest_plan,
+    dtype_name,
     empty_model,
     load_model,
     provenance_of,
@@ -81,7 +82,7 @@ def plan(
     rows = [
         {"model": name, **asdict(footprint(net, which))} for name, which in (("dense", Plan()), ("skipped", chosen))
     ]
-    show(rows, FOOTPRINT_COLUMNS, as_json=as_json, title=f"{out}: skip {chosen}")
+    show(rows, FOOTPRINT_COLUMNS, as_json=as_json, title=f"{out}: skip {chosen}, in {dtype_name(net)}")
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall search smollm2 --kind attention --count 8 -o plan.json")

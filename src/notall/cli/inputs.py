@@ -98,13 +98,17 @@ def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
 
 
+def dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
     from ..models import identify
     from ..speed import machine
 
     about = machine(model.device)
     return identify(spec, revision=revision) | {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model),
         "device": about["device"],
         "threads": about["threads"],
         "versions": about["versions"],

@@ -11,7 +11,7 @@ import typer
 from ..console import progress_bar, show, tracked
 from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
-from .inputs import empty_model, load_model, read_plan, text_batches
+from .inputs import dtype_name, empty_model, load_model, read_plan, text_batches
 from .options import (
     BatchSize,
     Device,
@@ -59,7 +59,7 @@ def inspect(
     shape = "parallel blocks" if any(block.parallel for block in anatomy.blocks) else "blocks"
     title = (
         f"{anatomy.fingerprint}: {len(anatomy.blocks)} {shape}, {total.params:,} parameters, "
-        f"{total.kv_bytes_per_token:,} KV bytes a token"
+        f"{total.kv_bytes_per_token:,} KV bytes a token in {dtype_name(net)}"
     )
     show(rows, INSPECT_COLUMNS, as_json=as_json, title=title)
 
