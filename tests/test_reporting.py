@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import math
 import re
 
 import pytest
 
 import result_folders
 from notall import UsageError
+from notall.console import probability
 from notall.reporting import figures, write_report
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
@@ -112,10 +114,17 @@ def test_files_of_other_commands_become_tables_as_they_are():
 
 
 def test_small_probabilities_are_not_called_none():
-    rows = [{"check": "passkey", "variant": "dense", "fraction": 0.0, "keep_last": False, "p_value": p, "worse": False}
-            for p in (0.0, 0.0125, 1.0)]  # fmt: skip
+    column = probability("p", "p")
+    assert [column.text({"p": p}) for p in (0.0, 0.0125, 1.0, math.nan, None)] == [
+        "< 0.001",
+        "0.013",
+        "1.000",
+        "-",
+        "-",
+    ]
+    rows = [{"check": "passkey", "variant": "dense", "fraction": 0.0, "keep_last": False, "p_value": 0.0}]
     table = other_table("battery", rows, {})
-    assert [row[table.headings.index("p")].text for row in table.rows] == ["< 0.001", "0.013", "1.000"]
+    assert table.rows[0][table.headings.index("p")].text == "< 0.001"
 
 
 def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):

@@ -42,6 +42,16 @@ def number(name: str, heading: str, form: str = ".3f") -> Column:
     return Column(heading, lambda row: _format(row.get(name), form))
 
 
+def probability(name: str, heading: str) -> Column:
+    """A p value; a small one is not rounded to none."""
+
+    def told(row: Row) -> str:
+        value = row.get(name)
+        return "< 0.001" if value is not None and value < 0.001 else _format(value, ".3f")
+
+    return Column(heading, told)
+
+
 def with_error(name: str, heading: str, form: str = ".3f") -> Column:
     """A mean and its standard error."""
     return Column(heading, lambda row: f"{_format(row[name], form)} ± {_format(row[name + '_se'], form)}")

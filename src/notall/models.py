@@ -109,6 +109,10 @@ def load_config(
     return config
 
 
+def dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def build_empty(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config on the meta device: every module and shape, no memory."""
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .. import results
 from ..anatomy import base_model, locate
+from ..models import dtype_name
 from ..plan import Plan
 from ..replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
 from ..space import Skipped, plan_of
@@ -177,7 +178,7 @@ class Evaluator:
 
     def _read(self, settings: dict[str, Any]) -> dict[tuple[Any, ...], tuple[float, Spent]]:
         settings = settings | {"objective": self.objective.name, "calibration": self.objective.digest()}
-        settings |= {"fingerprint": self.anatomy.fingerprint, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        settings |= {"fingerprint": self.anatomy.fingerprint, "dtype": dtype_name(self.model)}
         if self.log is None:
             return {}
         held = results.read(self.log)

@@ -16,7 +16,6 @@ from .inputs import (
     budget_line,
     budget_of,
     deepest_plan,
-    dtype_name,
     empty_model,
     load_model,
     provenance_of,
@@ -74,6 +73,7 @@ def plan(
 ) -> None:
     """Write the paper's plan: skip the deepest sublayers. Needs only a config."""
     from ..footprint import footprint
+    from ..models import dtype_name
     from ..plan import Plan
 
     net = empty_model(model, revision, trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..console import Column, number, plain, size, with_error, with_spread
+from ..console import Column, number, plain, probability, size, with_error, with_spread
 
 if TYPE_CHECKING:
     from ..choosing.one_plan import Choice
@@ -67,7 +67,7 @@ TASK_COLUMNS = [
     number("dense", "dense", ".4f"),
     with_error("value", "skipped", ".4f"),
     with_error("delta", "difference", ".4f"),
-    number("p_value", "p", ".3f"),
+    probability("p_value", "p"),
     MARK,
 ]
 CHECK_COLUMNS = [
@@ -75,7 +75,7 @@ CHECK_COLUMNS = [
     number("dense", "dense"),
     with_error("value", "skipped"),
     with_error("delta", "difference"),
-    number("p_value", "p", ".3f"),
+    probability("p_value", "p"),
     MARK,
 ]
 CLAIM_COLUMNS = [plain("claim"), plain("here"), plain("verdict")]

@@ -98,12 +98,8 @@ def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
 
 
-def dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
 def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
-    from ..models import identify
+    from ..models import dtype_name, identify
     from ..speed import machine
 
     about = machine(model.device)

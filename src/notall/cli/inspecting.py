@@ -11,7 +11,7 @@ import typer
 from ..console import progress_bar, show, tracked
 from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
-from .inputs import dtype_name, empty_model, load_model, read_plan, text_batches
+from .inputs import empty_model, load_model, read_plan, text_batches
 from .options import (
     BatchSize,
     Device,
@@ -39,6 +39,7 @@ def inspect(
     """Show every sublayer: kind, index, parameters, share of the weights, KV bytes a token. Needs only a config."""
     from ..anatomy import locate
     from ..footprint import footprint
+    from ..models import dtype_name
     from ..plan import Plan
 
     net = empty_model(model, revision, trust_remote_code)

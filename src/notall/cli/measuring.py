@@ -217,6 +217,7 @@ def bench(
 ) -> None:
     """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
     from ..anatomy import locate
+    from ..models import dtype_name
     from ..speed import machine
     from ..timing import keep_times, time_plan
 
@@ -234,7 +235,7 @@ def bench(
         keep_times(out, rows, wanted, asked | {"provenance": source})
     about = machine(net.device)
     title = (
-        f"{shape or model}, {str(net.dtype).removeprefix('torch.')}, batch {batch_size}, "
+        f"{shape or model}, {dtype_name(net)}, batch {batch_size}, "
         f"prompt {prompt}, {new} new tokens; "
         f"{about['device_name']}, {about['threads']} threads; median of {rounds} [quartiles]"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..console import Column, number, plain, size, with_error, with_spread
+from ..console import Column, number, plain, probability, size, with_error, with_spread
 from .records import KINDS, Row, counted, name_of, sublayers
 
 Columns = Sequence[tuple[str, Column]]  # each with the field that it sorts by
@@ -75,7 +75,6 @@ BENCHED = (
     *BYTES,
     ("peak_bytes", size("peak_bytes", "peak memory")),
 )
-P_VALUE = ("p_value", Column("p", lambda row: "< 0.001" if row["p_value"] < 0.001 else f"{row['p_value']:.3f}"))
 # Of files that other commands write. A file that is not here is shown as it is.
 OTHERS: dict[str, Columns] = {
     "chosen": CHOSEN,
@@ -88,14 +87,14 @@ OTHERS: dict[str, Columns] = {
         ("metric", plain("metric")),
         ("value", with_error("value", "value ± s.e.")),
         ("delta", with_error("delta", "difference to dense ± s.e.")),
-        P_VALUE,
+        ("p_value", probability("p_value", "p")),
     ),
     "battery": (
         ("check", plain("check")),
         SKIPPED,
         ("value", with_error("value", "value ± s.e.")),
         ("delta", with_error("delta", "difference to dense ± s.e.")),
-        P_VALUE,
+        ("p_value", probability("p_value", "p")),
         ("worse", Column("worse", lambda row: "worse" if row["worse"] else "", right=False)),
     ),
     "times": (
