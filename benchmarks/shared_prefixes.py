@@ -19,8 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import notall
 from notall.console import number, plain, show, with_spread
-from notall.grid import paper_grid
-from notall.plan import Plan
+from notall.plan import Plan, paper_grid
 from notall.plots import save
 from notall.replay import Replay, record, run_head
 from notall.speed import Spread, machine

@@ -21,7 +21,7 @@ from notall.evaluation.benchmarking import BENCHMARKS, BenchmarkRecord, run_benc
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Scorer
 from notall.evaluation.tasks import Limits
-from notall.grid import paper_grid
+from notall.plan import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -142,7 +142,7 @@ from notall import locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import run_benchmarks
 from notall.evaluation.tasks import Limits
-from notall.grid import paper_grid
+from notall.plan import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 model = tiny_llama()

@@ -11,9 +11,9 @@ from notall.choosing.comparison import Aim, Row, compare_criteria, rows_of, tabl
 from notall.choosing.criteria import CRITERIA, Setting, choose
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, nll
-from notall.grid import Timed
 from notall.quality import evaluate
 from notall.space import Space
+from notall.timing import Timed
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 CALIBRATION = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(2))

@@ -19,7 +19,7 @@ from notall.exporters import export
 from notall.exporters.remote_code import FAMILIES as REGROUPED
 from notall.exporters.remote_code import source_of
 from notall.footprint import footprint
-from notall.skipping import is_portable
+from notall.regrouping import is_portable
 from test_weightless import NEEDS_VALUES
 
 PLANS = {

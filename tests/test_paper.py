@@ -20,11 +20,11 @@ from lm_eval.tasks import TaskManager
 
 from notall import Plan, UsageError, cli, locate, results
 from notall.evaluation import tasks
-from notall.grid import paper_grid
 from notall.paper import times as timing
 from notall.paper.claims import claims_of
 from notall.paper.tables import Scoreboard, battery_table, benchmark_table, latex, time_table
 from notall.paper.times import TIMES, time_grid
+from notall.plan import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}

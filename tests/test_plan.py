@@ -6,8 +6,7 @@ import pytest
 
 from families import family
 from notall import Plan, UsageError, deepest, locate
-from notall.regrouping import Group, regroup
-from notall.skipping import is_portable
+from notall.regrouping import Group, is_portable, regroup
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ if importlib.util.find_spec("ray") is None:
 from families import family
 from notall import Plan, UsageError, grid, load, locate, spreading
 from notall.evaluation.scoring import Request, Scorer
-from notall.grid import paper_grid
+from notall.plan import paper_grid
 from notall.quality import score
 from notall.replay import Replay
 from notall.spreading import SpreadScorer, Workers, split_branches

@@ -23,9 +23,9 @@ from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll
 from notall.cli.inputs import provenance_of
 from notall.console import progress_bar
-from notall.grid import Timed
 from notall.space import Choice, Space
 from notall.texts import read_text, token_batches
+from notall.timing import Timed
 
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
 

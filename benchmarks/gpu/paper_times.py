@@ -16,10 +16,10 @@ import torch
 
 import notall
 from notall.console import progress_bar
-from notall.grid import FRACTIONS, paper_grid
 from notall.models import build_random, load_config, resolve_device, resolve_dtype
 from notall.paper.tables import time_table, write_csv, write_tables
 from notall.paper.times import time_grid
+from notall.plan import FRACTIONS, paper_grid
 from notall.speed import machine
 
 

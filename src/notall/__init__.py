@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy, Block, Sublayer, locate
-    from .choosing.criteria import deepest
     from .choosing.one_plan import choose_plan
     from .errors import UnsupportedModel, UsageError
     from .exporters import export
     from .exporters.remote_code import register
     from .models import load
-    from .plan import Plan
+    from .plan import Plan, deepest
     from .quality import evaluate
     from .similarity import measure_similarity
     from .skipping import remove, skip
@@ -30,7 +29,7 @@ _HOMES = {
     "UnsupportedModel": "errors",
     "UsageError": "errors",
     "choose_plan": "choosing.one_plan",
-    "deepest": "choosing.criteria",
+    "deepest": "plan",
     "evaluate": "quality",
     "export": "exporters",
     "load": "models",

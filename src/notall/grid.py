@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import results
 from .anatomy import Anatomy, Sublayer, locate
-from .choosing.criteria import SKIPPABLE, deepest
 from .generating import continue_prompts
-from .plan import Plan, Variant
+from .plan import Configuration, Plan, paper_grid
 from .progress import Progress, silent
 from .quality import Quality, Scores, gather, score, summarize
 from .similarity import measure_similarity
-from .timing import time_plan
+from .timing import TIMED, Timed, time_plan
 
 if TYPE_CHECKING:
     from .spreading import Workers
 
-FRACTIONS = (0.10, 0.25, 0.33)
 RESULTS, SCORES, SIMILARITY, SAMPLES = "results.jsonl", "scores.jsonl", "similarity.jsonl", "samples.jsonl"
 LEAVE_ONE_OUT = "leave_one_out.jsonl"
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
@@ -34,50 +32,13 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One row of the grid; `fraction` is what was asked for, and the plan holds round(fraction x layers) of them."""
-
-    variant: Variant
-    fraction: float
-    keep_last: bool
-    plan: Plan
-
-    @property
-    def name(self) -> str:
-        if self.variant == "dense":
-            return "dense"
-        return f"{self.variant} {self.fraction:.0%}{' keep last' if self.keep_last else ''}"
-
-
-@dataclass(frozen=True)
-class Timed:
-    """How a sweep times a configuration: `rounds` of a prompt and new tokens, dense and skipped in turn."""
-
-    prompt_tokens: int = 128
-    new_tokens: int = 16
-    batch_size: int = 1
-    rounds: int = 5
-
-
-def paper_grid(anatomy: Anatomy, fractions: Sequence[float] = FRACTIONS) -> list[Configuration]:
-    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
-    rows = [Configuration("dense", 0.0, False, Plan(fingerprint=anatomy.fingerprint))]
-    for variant in SKIPPABLE:
-        for fraction in fractions:
-            for keep_last in (False, True):
-                plan = deepest(anatomy, variant, fraction, keep_last=keep_last)
-                rows.append(Configuration(variant, fraction, keep_last, plan))
-    return rows
-
-
 def sweep(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     out: Path,
     provenance: dict[str, Any],
     *,
-    timed: Timed = Timed(),
+    timed: Timed = TIMED,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,

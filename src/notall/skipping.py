@@ -24,32 +24,7 @@ from .anatomy import Anatomy, Block, Sublayer, base_model, locate, renumber, sli
 from .errors import UsageError
 from .observation import LayerCall, child, parameter_names, run_branches
 from .plan import Plan
-from .regrouping import Group, regroup
-
-
-def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
-    """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
-
-    So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
-    it make an ordinary layer, whichever blocks they come from.
-    """
-    return all(is_ordinary(anatomy, group) for group in regroup(len(anatomy.blocks), plan))
-
-
-def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
-    """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
-    if group.untouched:
-        return True
-    if group.whole or group.before or len(group.after) != 1:
-        return False
-    return fits(anatomy, group.attention, group.after[0])
-
-
-def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
-    """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
-    block, other = anatomy.blocks[attention], anatomy.blocks[mlp]
-    attention_first = block.sublayers[0].kind == "attention"
-    return not block.parallel and attention_first and block.mlp.branches == other.mlp.branches
+from .regrouping import Group, is_ordinary, regroup
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from .anatomy import Anatomy
 from .errors import UsageError
 from .plan import Plan
-from .skipping import is_portable
+from .regrouping import is_portable
 
 Choice = Literal["attention", "mlp", "block", "sublayer"]
 Unit = tuple[str, ...]  # names of sublayers that are skipped together, such as ("attn.3",), in the model's order
@@ -24,7 +24,7 @@ class Space:
     """The sets to choose from: of one `kind` ("sublayer": attentions and MLPs), first and last layers preserved.
 
     `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
-    length, so they are skipped in pairs that follow each other (see `skipping.is_portable`).
+    length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
     """
 
     anatomy: Anatomy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,19 @@ from .skipping import skip
 from .speed import Spread, Timing, compare, speedup
 
 BENCH = "bench.jsonl"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How a plan is timed: `rounds` of a prompt and new tokens, dense and skipped in turn."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    batch_size: int = 1
+    rounds: int = 5
+
+
+TIMED = Timed()
 
 
 def time_plan(

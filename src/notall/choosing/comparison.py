@@ -18,13 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import plots, results
 from ..anatomy import locate
 from ..footprint import footprint
-from ..grid import Timed
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..quality import Scores as Losses
 from ..quality import score, summarize
 from ..space import Space, plan_of
-from ..timing import time_plan
+from ..timing import Timed, time_plan
 from .budget import by_count
 from .criteria import CRITERIA, Scores, Setting, choose, criterion, suits
 from .criteria.setting import take

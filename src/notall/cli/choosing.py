@@ -234,7 +234,7 @@ def compare(
     from ..choosing import comparison
     from ..choosing.asking import build_objective
     from ..choosing.criteria import CRITERIA
-    from ..grid import Timed
+    from ..timing import Timed
 
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)

@@ -120,7 +120,7 @@ def read_plan(path: Path | None) -> Plan:
 
 def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last: bool) -> Plan:
     from ..anatomy import locate
-    from ..choosing.criteria import deepest
+    from ..plan import deepest
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
 

@@ -85,12 +85,13 @@ def sweep(
     """
     from .. import grid, results
     from ..models import load
+    from ..timing import Timed
 
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load(**loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     provenance = provenance_of(net, model, revision) | described
-    timed = grid.Timed(prompt, new, rounds=rounds)
+    timed = Timed(prompt, new, rounds=rounds)
     with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
         records = grid.sweep(
             net,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import results
-from ..grid import Configuration
+from ..plan import Configuration
 from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
 from .tasks import Job, Limits, TaskShelf
 

@@ -15,8 +15,7 @@ from ..errors import UsageError
 from ..models import build_empty
 from ..observation import child
 from ..plan import Plan
-from ..regrouping import Layer, merged, regroup
-from ..skipping import fits
+from ..regrouping import Layer, fits, merged, regroup
 from .dense import DenseModel
 
 # Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.

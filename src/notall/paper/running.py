@@ -15,7 +15,7 @@ from ..anatomy import locate
 from ..evaluation.battery import CONTEXTS, PARTS, run_battery
 from ..evaluation.benchmarking import run_benchmarks
 from ..evaluation.tasks import Limits
-from ..grid import Configuration, paper_grid
+from ..plan import Configuration, paper_grid
 from ..progress import Progress, silent
 from ..similarity import measure_similarity
 from .claims import Claim, claims_of

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .. import results
 from ..anatomy import base_model, locate
 from ..errors import UsageError
-from ..grid import Configuration
+from ..plan import Configuration
 from ..progress import Progress, silent
 from ..skipping import skip
 from ..speed import Timing, compare

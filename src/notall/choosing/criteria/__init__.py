@@ -13,20 +13,18 @@ from .evolution import choose_by_evolution
 from .features import choose_angular, score_cosine, score_relative_magnitude
 from .gradients import score_first_order, score_fisher
 from .losses import choose_greedily, score_leave_one_out
-from .position import SKIPPABLE, deepest, score_deepest, score_random, score_shallowest
+from .position import score_deepest, score_random, score_shallowest
 from .setting import Chosen, Scores, Setting, take
 from .weights import score_gate_norm
 
 __all__ = [
     "CRITERIA",
-    "SKIPPABLE",
     "Chosen",
     "Criterion",
     "Scores",
     "Setting",
     "choose",
     "criterion",
-    "deepest",
     "suits",
 ]
 
