@@ -80,10 +80,11 @@ bench: setup ## run every program in benchmarks/ and print its figures
 bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
 
-lint: setup ## check style and types
+lint: setup ## check style, types, and that imports point one way
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 fix: setup ## repair what ruff can repair
 	$(VENV)/bin/ruff check --fix

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import notall
 from notall.cli.columns import TIMING_COLUMNS
-from notall.console import show
-from notall.speed import machine
-from notall.timing import time_plan
+from notall.measuring.plan_times import time_plan
+from notall.measuring.speed import machine
+from notall.reporting.console import show
 
 
 def main() -> None:

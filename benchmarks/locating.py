@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import notall
-from notall.anatomy import forget
-from notall.models import build_random, load_config
-from notall.speed import machine
+from notall.measuring.speed import machine
+from notall.models.loading import build_random, load_config
+from notall.structure.anatomy import forget
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

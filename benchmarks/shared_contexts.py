@@ -16,9 +16,9 @@ from typing import Any
 
 import notall
 from notall import Plan
-from notall.console import number, plain, show
 from notall.evaluation.harness import PlansLM, TaskResult, evaluate_job
 from notall.evaluation.tasks import TaskShelf
+from notall.reporting.console import number, plain, show
 
 TASKS = {"local_arc_challenge": 25, "local_hellaswag": 10}  # examples shown
 

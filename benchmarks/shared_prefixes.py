@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import notall
-from notall.console import number, plain, show, with_spread
+from notall.measuring.speed import Spread, machine
+from notall.models.texts import read_text, token_batches
 from notall.plan import Plan, paper_grid
-from notall.plots import save
-from notall.replay import Replay, record, run_head
-from notall.speed import Spread, machine
-from notall.texts import read_text, token_batches
+from notall.reporting.console import number, plain, show, with_spread
+from notall.reporting.plots import save
+from notall.running.replay import Replay, record, run_head
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "shared-prefixes"
 

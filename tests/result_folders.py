@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from notall import results
+from notall.records import ledger
 
 LAYERS = 10
 ABOUT = {
@@ -179,7 +179,7 @@ def write(folder: Path, **files: list[dict[str, Any]]) -> Path:
     }
     for name, rows in files.items():
         for row in rows:
-            results.append(folder / f"{name}.jsonl", row)
+            ledger.append(folder / f"{name}.jsonl", row)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from families import family as family_of
 from families import silenced
 from notall import Plan, UsageError, locate
-from notall.choosing.asking import answers, build_objective, read_prompts, task
+from notall.choosing.answer_objectives import answers, build_objective, read_prompts, task
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, mix, nll
 from notall.evaluation.harness import run_tasks

@@ -15,13 +15,14 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.tasks import TaskManager
 
-from notall import UsageError, locate, results
+from notall import UsageError, locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import BENCHMARKS, BenchmarkRecord, run_benchmarks
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Scorer
 from notall.evaluation.tasks import Limits
 from notall.plan import paper_grid
+from notall.records import ledger
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -65,7 +66,7 @@ def nothing_computed(monkeypatch):
 
 def test_records_are_the_results_of_the_same_run(run, model, folder, tmp_path):
     records = run(["tiny_choice"], tmp_path, ABOUT)
-    assert results.read(tmp_path / BENCHMARKS, BenchmarkRecord) == records
+    assert ledger.read(tmp_path / BENCHMARKS, BenchmarkRecord) == records
     rows = paper_grid(locate(model))
     expected = run_tasks(
         model, byte_tokenizer(), [row.plan for row in rows], ["tiny_choice"], limit=6, task_path=folder
@@ -124,12 +125,12 @@ def test_other_settings_want_another_folder(run, tmp_path, changes, told):
 
 
 def test_a_second_run_on_the_folder_is_told_so(run, tmp_path):
-    with results.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
         run(["tiny_choice"], tmp_path, ABOUT)
 
 
 def test_tasks_on_a_locked_folder_are_told_so(model, folder, tmp_path):
-    with results.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
         run_tasks(model, byte_tokenizer(), [], ["tiny_choice"], task_path=folder, folder=tmp_path)
 
 
@@ -168,10 +169,10 @@ def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     after = answers.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert after.startswith(finished)
-    again = results.read(answers)
+    again = ledger.read(answers)
     keys = [(key, plan) for line in again for key in line["answers"] for plan in line["plans"]]
     assert len(keys) == len(set(keys)), "an answer was computed twice"
-    whole, killed = (results.read(tmp_path / name / BENCHMARKS) for name in ("whole", "killed"))
+    whole, killed = (ledger.read(tmp_path / name / BENCHMARKS) for name in ("whole", "killed"))
     assert len(whole) == len(killed) == 2 * 2 * 19
     for ours, theirs in zip(killed, whole):
         assert ours["values"] == theirs["values"]

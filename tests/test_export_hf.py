@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, StaticCache
 import engines
 from families import FAMILIES, family, silenced
 from notall import Plan, UsageError, locate, skip
-from notall.anatomy import cache_argument
 from notall.exporters import export
 from notall.exporters.remote_code import FAMILIES as REGROUPED
 from notall.exporters.remote_code import source_of
-from notall.footprint import footprint
-from notall.regrouping import is_portable
+from notall.running.footprint import footprint
+from notall.running.regrouping import is_portable
+from notall.structure.anatomy import cache_argument
 from test_weightless import NEEDS_VALUES
 
 PLANS = {

@@ -5,7 +5,7 @@ import torch
 
 from families import FAMILIES, family
 from notall import Plan, remove, skip
-from notall.footprint import footprint
+from notall.running.footprint import footprint
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "gemma3", "mixtral"])

@@ -12,8 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from families import family, silenced
-from notall import Plan, UsageError, grid, locate, results, skip
-from notall.quality import score, summarize
+from notall import Plan, UsageError, locate, skip
+from notall.evaluation.paper import sweep as grid
+from notall.measuring.quality import score, summarize
+from notall.records import ledger
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
 TIMED = grid.Timed(prompt_tokens=4, new_tokens=2, rounds=1)
@@ -34,7 +36,7 @@ def swept(model, tmp_path_factory):
 
 def test_the_papers_nineteen_configurations(model, swept):
     folder, records = swept
-    assert results.read(folder / grid.RESULTS, results.Record) == records
+    assert ledger.read(folder / grid.RESULTS, ledger.Record) == records
     keys = [(r["variant"], r["fraction"], r["keep_last"]) for r in records]
     assert len(keys) == len(set(keys)) == 19
     assert keys[0] == ("dense", 0.0, False)
@@ -64,7 +66,7 @@ def test_every_line_equals_its_slow_twin(model, swept):
 @torch.no_grad()
 def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
     """The model that `skip` leaves, uncached, on the first two sequences alone."""
-    lines = results.read(swept[0] / grid.LEAVE_ONE_OUT)
+    lines = ledger.read(swept[0] / grid.LEAVE_ONE_OUT)
     assert [(line["kind"], line["layer"]) for line in lines] == [
         (kind, layer) for layer in range(DEPTH) for kind in ("attention", "mlp")
     ]
@@ -84,7 +86,7 @@ def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
 def test_sublayers_are_left_out_on_two_sequences_however_they_are_batched(model, swept, tmp_path):
     rows = torch.cat(BATCHES)
     grid.sweep(model, [rows[:1], rows[1:]], tmp_path, ABOUT, timed=TIMED)
-    lines, again = (results.read(folder / grid.LEAVE_ONE_OUT) for folder in (swept[0], tmp_path))
+    lines, again = (ledger.read(folder / grid.LEAVE_ONE_OUT) for folder in (swept[0], tmp_path))
     assert [line["sequences"] for line in again] == [2] * 2 * DEPTH
     assert [line["delta_nll"] for line in again] == pytest.approx([line["delta_nll"] for line in lines], abs=1e-5)
 
@@ -156,7 +158,7 @@ def test_results_of_other_settings_are_not_mixed_in(model, swept, change, says):
 
 
 def test_a_second_sweep_on_the_folder_is_told_so(model, swept):
-    with results.lock(swept[0]), pytest.raises(UsageError, match="another run"):
+    with ledger.lock(swept[0]), pytest.raises(UsageError, match="another run"):
         grid.sweep(model, BATCHES, swept[0], ABOUT, timed=TIMED)
 
 
@@ -195,7 +197,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     subprocess.run(command, check=True)
     assert path.read_bytes().startswith(whole)
     assert (tmp_path / grid.SCORES).read_bytes() == scores
-    records = results.read(path, results.Record)
+    records = ledger.read(path, ledger.Record)
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in records}) == len(records) == 19
 
 

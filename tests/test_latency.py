@@ -9,8 +9,8 @@ from notall.choosing import latency
 from notall.choosing.budget import Budget
 from notall.choosing.latency import Workload, by_speedup, check_times, measure_times
 from notall.choosing.searching import search
-from notall.space import Space
-from notall.speed import Timing
+from notall.choosing.space import Space
+from notall.measuring.speed import Timing
 from test_searching import Table
 
 WORK = Workload(prompt=8, new=10, batch=2)

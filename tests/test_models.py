@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from families import family
-from notall import caching, gguf_copies, models
 from notall.errors import UsageError
+from notall.models import cache as caching
+from notall.models import gguf_copies
+from notall.models import loading as models
 from tiny_gguf import WORDS, write_gguf
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")

@@ -18,13 +18,14 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.tasks import TaskManager
 
-from notall import Plan, UsageError, cli, locate, results
+from notall import Plan, UsageError, cli, locate
 from notall.evaluation import tasks
-from notall.paper import times as timing
-from notall.paper.claims import claims_of
-from notall.paper.tables import Scoreboard, battery_table, benchmark_table, latex, time_table
-from notall.paper.times import TIMES, time_grid
+from notall.evaluation.paper import times as timing
+from notall.evaluation.paper.claims import claims_of
+from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
+from notall.evaluation.paper.times import TIMES, time_grid
 from notall.plan import paper_grid
+from notall.records import ledger
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
@@ -289,8 +290,8 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     }
     for name in ("benchmarks", "battery"):
         with open(tmp_path / f"{name}.csv") as file:
-            assert len(list(csv.DictReader(file))) == len(results.read(tmp_path / f"{name}.jsonl"))
-    checks = results.read(tmp_path / "battery.jsonl")
+            assert len(list(csv.DictReader(file))) == len(ledger.read(tmp_path / f"{name}.jsonl"))
+    checks = ledger.read(tmp_path / "battery.jsonl")
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
@@ -330,7 +331,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     for path, held in before.items():
         assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
     for name, keys in {"battery": ("check",), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():
-        records = results.read(tmp_path / f"{name}.jsonl")
+        records = ledger.read(tmp_path / f"{name}.jsonl")
         found = [tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys)) for r in records]
         assert len(found) == len(set(found)), "a record was written twice"
     assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
@@ -349,4 +350,4 @@ def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tm
     assert leaving.value.code == 2
     assert said.startswith("error: cannot write")
     assert "No space left" in said
-    assert len(results.read(tmp_path / "benchmarks.jsonl")) == 2 * 19
+    assert len(ledger.read(tmp_path / "benchmarks.jsonl")) == 2 * 19

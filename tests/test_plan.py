@@ -6,7 +6,7 @@ import pytest
 
 from families import family
 from notall import Plan, UsageError, deepest, locate
-from notall.regrouping import Group, is_portable, regroup
+from notall.running.regrouping import Group, is_portable, regroup
 
 
 @pytest.fixture(scope="module")

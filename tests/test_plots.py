@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from notall import plots
 from notall.errors import UsageError
+from notall.reporting import plots
 
 SIMILARITY = [
     {"layer": layer, "kind": kind, "cosine": 0.6 + 0.01 * layer}

@@ -5,7 +5,7 @@ import torch
 
 from families import FAMILIES, family
 from notall import Plan, UnsupportedModel, deepest, locate, skip
-from notall.replay import Replay, walk
+from notall.running.replay import Replay, walk
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 MASK = torch.ones_like(IDS)

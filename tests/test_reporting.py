@@ -10,8 +10,8 @@ import pytest
 
 import result_folders
 from notall import UsageError
-from notall.console import probability
 from notall.reporting import figures, write_report
+from notall.reporting.console import probability
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.records import name_of

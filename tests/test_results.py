@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from notall import results
 from notall.errors import UsageError
+from notall.records import ledger
 
 RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)]
 
@@ -22,14 +22,14 @@ RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29
 def path(tmp_path):
     path = tmp_path / "deep" / "folder" / "results.jsonl"
     for record in RECORDS:
-        results.append(path, record)
+        ledger.append(path, record)
     return path
 
 
 def read_quietly(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return results.read(path)
+        return ledger.read(path)
 
 
 def test_records_come_back_in_order_one_a_line(path):
@@ -46,8 +46,8 @@ def test_no_file_holds_no_records(tmp_path):
 
 def test_floats_come_back_exactly_and_no_number_is_null(tmp_path):
     path = tmp_path / "results.jsonl"
-    results.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
-    assert results.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
+    ledger.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
+    assert ledger.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
 
 
 def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
@@ -56,8 +56,8 @@ def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
     for cut in range(2, last):
         path.write_bytes(whole[:-cut])
         with pytest.warns(UserWarning, match="torn"):
-            assert results.read(path) == RECORDS[:2]
-        results.append(path, RECORDS[2])
+            assert ledger.read(path) == RECORDS[:2]
+        ledger.append(path, RECORDS[2])
         assert path.read_bytes() == whole
 
 
@@ -65,7 +65,7 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert read_quietly(path) == RECORDS
-    results.append(path, {"variant": "mlp"})
+    ledger.append(path, {"variant": "mlp"})
     assert read_quietly(path) == [*RECORDS, {"variant": "mlp"}]
     assert path.read_bytes().startswith(whole)
 
@@ -76,8 +76,8 @@ def test_a_malformed_line_elsewhere_is_named(path, bad):
     path.write_bytes(b"\n".join([lines[0], b"", bad, lines[2]]) + b"\n")
     before = path.read_bytes()
     with pytest.raises(UsageError, match=r"line 3 of .*results.jsonl is no JSON record; repair or delete"):
-        results.read(path)
-    results.append(path, {"variant": "mlp"})
+        ledger.read(path)
+    ledger.append(path, {"variant": "mlp"})
     assert path.read_bytes() == before + b'{"variant": "mlp"}\n'
 
 
@@ -85,7 +85,7 @@ def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):
     with path.open("ab") as file:
         file.write(b'{"variant": oops}\n')
     with pytest.raises(UsageError, match="line 4"):
-        results.read(path)
+        ledger.read(path)
 
 
 RECORD = {
@@ -102,10 +102,10 @@ RECORD = {
 
 def test_records_are_checked_by_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    results.append(path, RECORD)
-    results.append(path, RECORD | {"variant": "dense"})
-    assert results.read(path, results.Record) == [RECORD, RECORD | {"variant": "dense"}]
-    assert results.Record(**RECORD).model_dump() == RECORD
+    ledger.append(path, RECORD)
+    ledger.append(path, RECORD | {"variant": "dense"})
+    assert ledger.read(path, ledger.Record) == [RECORD, RECORD | {"variant": "dense"}]
+    assert ledger.Record(**RECORD).model_dump() == RECORD
 
 
 @pytest.mark.parametrize(
@@ -119,41 +119,41 @@ def test_records_are_checked_by_line(tmp_path):
 )
 def test_a_record_with_a_wrong_field_is_named_with_its_line(tmp_path, change, named):
     path = tmp_path / "results.jsonl"
-    results.append(path, RECORD)
-    results.append(path, RECORD | change)
+    ledger.append(path, RECORD)
+    ledger.append(path, RECORD | change)
     with pytest.raises(UsageError, match=rf"line 2 of .*results.jsonl: {named}: "):
-        results.read(path, results.Record)
+        ledger.read(path, ledger.Record)
 
 
 def test_a_record_without_a_field_is_named_with_its_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    results.append(path, {name: value for name, value in RECORD.items() if name != "nll"})
+    ledger.append(path, {name: value for name, value in RECORD.items() if name != "nll"})
     with pytest.raises(UsageError, match=r"line 1 of .*: nll: Field required"):
-        results.read(path, results.Record)
+        ledger.read(path, ledger.Record)
 
 
 def test_every_field_is_described():
-    assert [name for name, field in results.Record.model_fields.items() if not field.description] == []
+    assert [name for name, field in ledger.Record.model_fields.items() if not field.description] == []
 
 
 def test_a_path_that_cannot_be_written_or_read_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     for act in (
-        lambda: results.append(tmp_path / "file" / "results.jsonl", {}),
+        lambda: ledger.append(tmp_path / "file" / "results.jsonl", {}),
         lambda: enter(tmp_path / "file"),
     ):
         with pytest.raises(UsageError, match=r"^cannot write .*file.*choose another folder$") as caught:
             act()
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match=r"cannot read .*: Is a directory"):
-        results.read(tmp_path)
+        ledger.read(tmp_path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_device_is_one_clear_line():
     with pytest.raises(UsageError, match="No space left on device; make room"):
-        results.append(Path("/dev/full"), RECORDS[0])
-    assert results.read(Path("/dev/full")) == []
+        ledger.append(Path("/dev/full"), RECORDS[0])
+    assert ledger.read(Path("/dev/full")) == []
 
 
 @contextmanager
@@ -175,16 +175,16 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_file_as_it_was(
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     with room_for(len(whole) + room), pytest.raises(UsageError, match="File too large; make room"):
-        results.append(path, RECORDS[0])
+        ledger.append(path, RECORDS[0])
     assert path.read_bytes() == whole
-    results.append(path, RECORDS[0])
+    ledger.append(path, RECORDS[0])
     assert read_quietly(path) == [*RECORDS, RECORDS[0]]
 
 
 def test_a_record_that_is_no_json_writes_nothing(path):
     whole = path.read_bytes()
     with pytest.raises(TypeError):
-        results.append(path, {"plan": object()})
+        ledger.append(path, {"plan": object()})
     assert path.read_bytes() == whole
 
 
@@ -197,9 +197,9 @@ import sys
 from pathlib import Path
 from notall import results
 path = Path(sys.argv[1])
-start = len(results.read(path))
+start = len(ledger.read(path))
 for number in range(start, start + 100_000):
-    results.append(path, {"number": number, "text": "x" * 200_000})
+    ledger.append(path, {"number": number, "text": "x" * 200_000})
     print(number, flush=True)
 """
 
@@ -215,7 +215,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
         writer.kill()
         reported = max([reported, *map(int, writer.stdout.read().split())])
         writer.wait()
-        numbers = [record["number"] for record in results.read(path)]
+        numbers = [record["number"] for record in ledger.read(path)]
         assert numbers == list(range(len(numbers)))
         assert len(numbers) > reported
 
@@ -224,14 +224,14 @@ HOLDER = """
 import sys
 from pathlib import Path
 from notall import results
-with results.lock(Path(sys.argv[1])):
+with ledger.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def enter(folder):
-    with results.lock(folder):
+    with ledger.lock(folder):
         pass
 
 
@@ -248,8 +248,8 @@ def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock
 
 
 def test_a_folder_is_free_again_after_an_error(tmp_path):
-    with pytest.raises(KeyError), results.lock(tmp_path):
+    with pytest.raises(KeyError), ledger.lock(tmp_path):
         raise KeyError
     enter(tmp_path)
-    with results.lock(tmp_path), pytest.raises(UsageError, match="another run"):
+    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run"):
         enter(tmp_path)

@@ -13,7 +13,7 @@ import torch
 
 import notall.choosing.evaluator
 from families import family
-from notall import UsageError, locate, results
+from notall import UsageError, locate
 from notall.choosing import searching
 from notall.choosing.budget import by_count, by_footprint, by_limit
 from notall.choosing.criteria import Setting, choose
@@ -21,8 +21,9 @@ from notall.choosing.criteria.losses import choose_greedily
 from notall.choosing.evaluator import Evaluator, Spent
 from notall.choosing.objective import kl, mix, nll
 from notall.choosing.searching import search
-from notall.quality import evaluate
-from notall.space import Space
+from notall.choosing.space import Space
+from notall.measuring.quality import evaluate
+from notall.records import ledger
 
 BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
 LAYERS = 8
@@ -263,8 +264,8 @@ def test_counts_and_fractions(model):
 
 @pytest.mark.parametrize("resource", ["params", "weight_bytes", "kv_bytes_per_token"])
 def test_a_budget_of_a_resource_is_what_the_footprint_says(model, resource):
-    from notall.footprint import footprint
     from notall.plan import Plan
+    from notall.running.footprint import footprint
 
     space = Space(locate(model))
     budget = by_footprint(model, space, resource, 0.3)
@@ -380,7 +381,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     found, again = run_search(model, folder)
     assert found == expected
     assert path.read_bytes().startswith(killed)
-    lines, all_lines = (results.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
+    lines, all_lines = (ledger.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
     assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in all_lines]
     assert again.spent.evaluations == whole.spent.evaluations
     # All of it again costs nothing, and is counted as what it took.

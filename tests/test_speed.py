@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import notall
-from notall import speed
 from notall.errors import UsageError
+from notall.measuring import speed
 
 
 @pytest.fixture

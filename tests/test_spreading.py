@@ -20,12 +20,14 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 from families import family
-from notall import Plan, UsageError, grid, load, locate, spreading
+from notall import Plan, UsageError, load, locate
+from notall.evaluation import ray_workers as spreading
+from notall.evaluation.paper import sweep as grid
+from notall.evaluation.ray_workers import SpreadScorer, Workers, split_branches
 from notall.evaluation.scoring import Request, Scorer
+from notall.measuring.quality import score
 from notall.plan import paper_grid
-from notall.quality import score
-from notall.replay import Replay
-from notall.spreading import SpreadScorer, Workers, split_branches
+from notall.running.replay import Replay
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 250 + 3

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from notall.errors import UsageError
-from notall.texts import Text, read_text, token_batches
+from notall.models.texts import Text, read_text, token_batches
 
 
 def numbers_tokenizer(*, starts_with_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from families import TRANSFORMERS_5, family, silenced, stack_of
-from notall import Plan, UnsupportedModel, locate, observation, skip, skipping
-from notall import anatomy as anatomies
-from notall.anatomy import relative_error
-from notall.observation import Argument, Branch, FunctionOp
+from notall import Plan, UnsupportedModel, locate, skip
+from notall.running import skipping
+from notall.structure import anatomy as anatomies
+from notall.structure import observation
+from notall.structure.anatomy import relative_error
+from notall.structure.observation import Argument, Branch, FunctionOp
 from test_architectures import EXACT, PLANS, PROMPT, check_family, generate, mask_for, prompt, uncached
 
 Patch = pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
-from notall.anatomy import relative_error
+from notall.structure.anatomy import relative_error
 
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))
@@ -121,7 +121,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 def test_compiled_whole_with_a_static_cache(name: str) -> None:
     from transformers import StaticCache
 
-    from notall.anatomy import cache_argument
+    from notall.structure.anatomy import cache_argument
 
     model = family(name).build("sdpa")
     with skip(model, PLAN), torch.no_grad():

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import notall
-from notall.choosing.asking import task
+from notall.choosing.answer_objectives import task
 from notall.choosing.comparison import Aim, Row, Tasks, compare_criteria, write
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll
+from notall.choosing.space import Choice, Space
 from notall.cli.inputs import provenance_of
-from notall.console import progress_bar
-from notall.space import Choice, Space
-from notall.texts import read_text, token_batches
-from notall.timing import Timed
+from notall.measuring.plan_times import Timed
+from notall.models.texts import read_text, token_batches
+from notall.reporting.console import progress_bar
 
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import notall
 from notall.choosing.budget import by_count
+from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
-from notall.choosing.one_plan import choose_plan
-from notall.console import number, plain, show, with_error
-from notall.space import Choice, Space
-from notall.texts import read_text, token_batches
+from notall.choosing.space import Choice, Space
+from notall.models.texts import read_text, token_batches
+from notall.reporting.console import number, plain, show, with_error
 
 PATIENCES = (0, 8, 24)
 BUDGETS = (("attention", 4), ("attention", 8), ("block", 4), ("portable", 4), ("portable", 8), ("sublayer", 16))

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import notall
 from notall.choosing.budget import by_count
+from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
-from notall.choosing.one_plan import choose_plan
-from notall.console import number, show
-from notall.space import Space
+from notall.choosing.space import Space
+from notall.reporting.console import number, show
 
 
 def tiny(blocks: int) -> LlamaForCausalLM:

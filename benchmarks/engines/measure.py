@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import notall
-from notall.models import load_config
+from notall.models.loading import load_config
 
 WORKER = Path(__file__).with_name("worker.py")
 

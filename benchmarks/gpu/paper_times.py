@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import notall
-from notall.console import progress_bar
-from notall.models import build_random, load_config, resolve_device, resolve_dtype
-from notall.paper.tables import time_table, write_csv, write_tables
-from notall.paper.times import time_grid
+from notall.evaluation.paper.scoreboard import time_table, write_csv, write_tables
+from notall.evaluation.paper.times import time_grid
+from notall.measuring.speed import machine
+from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
 from notall.plan import FRACTIONS, paper_grid
-from notall.speed import machine
+from notall.reporting.console import progress_bar
 
 
 def main() -> None:

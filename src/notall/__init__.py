@@ -6,38 +6,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy, Block, Sublayer, locate
-    from .choosing.one_plan import choose_plan
+    from .choosing.choice import choose_plan
+    from .choosing.space import Space
     from .errors import UnsupportedModel, UsageError
     from .exporters import export
     from .exporters.remote_code import register
-    from .models import load
+    from .measuring.quality import evaluate
+    from .measuring.similarity import measure_similarity
+    from .models.loading import load
     from .plan import Plan, deepest
-    from .quality import evaluate
-    from .similarity import measure_similarity
-    from .skipping import remove, skip
-    from .space import Space
+    from .running.skipping import remove, skip
+    from .structure.anatomy import Anatomy, Block, Sublayer, locate
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Anatomy": "anatomy",
-    "Block": "anatomy",
+    "Anatomy": "structure.anatomy",
+    "Block": "structure.anatomy",
     "Plan": "plan",
-    "Space": "space",
-    "Sublayer": "anatomy",
+    "Space": "choosing.space",
+    "Sublayer": "structure.anatomy",
     "UnsupportedModel": "errors",
     "UsageError": "errors",
-    "choose_plan": "choosing.one_plan",
+    "choose_plan": "choosing.choice",
     "deepest": "plan",
-    "evaluate": "quality",
+    "evaluate": "measuring.quality",
     "export": "exporters",
-    "load": "models",
-    "locate": "anatomy",
-    "measure_similarity": "similarity",
+    "load": "models.loading",
+    "locate": "structure.anatomy",
+    "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",
-    "remove": "skipping",
-    "skip": "skipping",
+    "remove": "running.skipping",
+    "skip": "running.skipping",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

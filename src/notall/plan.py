@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .anatomy import Anatomy
+    from .structure.anatomy import Anatomy
 
 Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]

@@ -10,9 +10,9 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
-from ..footprint import footprint
 from ..plan import Plan
-from ..space import Skipped, Space, Unit
+from ..running.footprint import footprint
+from .space import Skipped, Space, Unit
 
 Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]
 

@@ -15,20 +15,20 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import plots, results
-from ..anatomy import locate
-from ..footprint import footprint
+from ..measuring.plan_times import Timed, time_plan
+from ..measuring.quality import Scores as Losses
+from ..measuring.quality import score, summarize
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..quality import Scores as Losses
-from ..quality import score, summarize
-from ..space import Space, plan_of
-from ..timing import Timed, time_plan
+from ..records import ledger
+from ..running.footprint import footprint
+from ..structure.anatomy import locate
 from .budget import by_count
 from .criteria import CRITERIA, Scores, Setting, choose, criterion, suits
 from .criteria.setting import take
 from .evaluator import Evaluator, Spent
 from .objective import Objective
+from .space import Space, plan_of
 
 RESULTS, CHOICES, HELD_OUT, TIMES = "results.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl"
 DEAR = ("greedy", "evolution")  # criteria that evaluate many times as often as the search
@@ -102,7 +102,7 @@ def compare_criteria(
     `UsageError` when the folder holds work of other settings, is in use or cannot be written, and as `choose` does.
     """
     settings = provenance | {"seed": seed}
-    with results.lock(out):
+    with ledger.lock(out):
         told = _Told(progress, rows, held_out)
         choices = _choices(model, rows, aims, out, settings, seed, told)
         plans = {choice["skipped"]: plan_of(choice["skipped"].split()) for choice in choices}
@@ -110,7 +110,7 @@ def compare_criteria(
         answers = _answers(model, plans, tasks, out, told) if tasks else {}
         times = _times(model, plans, timed, out, settings, seed, told) if timed else {}
         told.at(1.0, "done")
-        held = {_key(record): record for record in results.read(out / RESULTS)}
+        held = {_key(record): record for record in ledger.read(out / RESULTS)}
         records = []
         for choice in choices:
             skipped = choice["skipped"]
@@ -124,8 +124,8 @@ def compare_criteria(
                 **times.get(skipped, {}),
                 "provenance": settings | {"fingerprint": locate(model).fingerprint},
             }
-            if held.get(_key(record)) != results.finite(record):
-                results.append(out / RESULTS, record)
+            if held.get(_key(record)) != ledger.finite(record):
+                ledger.append(out / RESULTS, record)
             records.append(record)
         return records
 
@@ -143,16 +143,16 @@ def _choices(
     told: _Told,
 ) -> list[dict[str, Any]]:
     """What each row skips, taken from the folder where it is there."""
-    held = {_key(line): line for line in results.read(out / CHOICES)}
+    held = {_key(line): line for line in ledger.read(out / CHOICES)}
     scored: dict[tuple[str, str, str], tuple[Scores, Spent]] = {}
     for row in rows:
         line = held.get(_key(row.key))
         if line:
-            results.check_same(line["settings"], settings | {"by": _by(aims[row.aim])}, out)
+            ledger.check_same(line["settings"], settings | {"by": _by(aims[row.aim])}, out)
             told.chose(row)
             continue
         held[_key(row.key)] = line = _choose(model, row, aims[row.aim], out, settings, seed, scored, told)
-        results.append(out / CHOICES, line)
+        ledger.append(out / CHOICES, line)
         told.chose(row)
     return [{name: value for name, value in held[_key(row.key)].items() if name != "settings"} for row in rows]
 
@@ -222,8 +222,8 @@ def _losses(
     """The scores of the dense model ("") and of each plan on the held-out text; what lacks is computed together."""
     held: dict[tuple[int, str], dict[str, list[float]]] = {}
     settings = settings | {"held_out_tokens": sum(tokens.numel() for tokens in held_out)}
-    for line in results.read(out / HELD_OUT):
-        results.check_same(line["settings"], settings, out)
+    for line in ledger.read(out / HELD_OUT):
+        ledger.check_same(line["settings"], settings, out)
         held |= {(line["batch"], skipped): scores for skipped, scores in line["scores"].items()}
     for number, tokens in enumerate(held_out):
         lacking = [skipped for skipped in plans if skipped and (number, skipped) not in held]
@@ -231,7 +231,7 @@ def _losses(
             told.measuring(number, f"scoring {len(lacking)} plans on held-out text")
             found = score(model, [plans[skipped] for skipped in lacking], tokens)
             new = {skipped: asdict(scores) for skipped, scores in zip(["", *lacking], found)}
-            results.append(out / HELD_OUT, {"batch": number, "scores": new, "settings": settings})
+            ledger.append(out / HELD_OUT, {"batch": number, "scores": new, "settings": settings})
             held |= {(number, skipped): scores for skipped, scores in new.items()}
     totals = {skipped: Losses() for skipped in ("", *plans)}
     for skipped, total in totals.items():
@@ -282,8 +282,8 @@ def _times(
     """Each plan's times in turn with the dense model; plans that leave as much of each kind are timed once."""
     settings = settings | {"timed": asdict(timed)}
     held: dict[str, dict[str, Any]] = {}
-    for line in results.read(out / TIMES):
-        results.check_same(line["settings"], settings, out)
+    for line in ledger.read(out / TIMES):
+        ledger.check_same(line["settings"], settings, out)
         held[line["left"]] = line["times"]
     found = {}
     for skipped, plan in plans.items():
@@ -294,7 +294,7 @@ def _times(
             held[left] = {
                 name: value for name, value in times.items() if name.startswith(("prefill", "decode", "speed"))
             }
-            results.append(out / TIMES, {"left": left, "times": held[left], "settings": settings})
+            ledger.append(out / TIMES, {"left": left, "times": held[left], "settings": settings})
         found[skipped] = held[left]
     return found
 
@@ -334,7 +334,7 @@ def _guess(row: Row) -> float:
     return guesses.get(row.criterion, 1.0)
 
 
-def draw_front(
+def compare_front(
     model: PreTrainedModel,
     space: Space,
     most: int,
@@ -348,53 +348,10 @@ def draw_front(
 ) -> list[dict[str, Any]]:
     """The trade-off up to `most` of `space`, at four sizes, by all criteria but those that cost more than the search.
 
-    Writes what `compare_criteria` and `write` do to `out`, and raises as they do.
+    Writes what `compare_criteria` does to `out`, and raises as it does.
     """
     step = 2 if str(space) == "portable" else 1
     counts = sorted({max(step, step * round(most * part / 4 / step)) for part in (1, 2, 3, 4)})
     name = aim.objective.name
     rows = rows_of([c for c in CRITERIA if c not in DEAR], [name], [(space, counts)])
-    records = compare_criteria(model, rows, {name: aim}, held_out, out, provenance, seed=seed, progress=progress)
-    write(records, out, f"NLL added by up to {most} of {space}")
-    return records
-
-
-def write(records: Sequence[dict[str, Any]], out: Path, title: str) -> None:
-    """The table, `out/table.md`, and the front, `out/front.png`, .svg and .html. Raises `UsageError` as plots do."""
-    (out / "table.md").write_text(table(records), encoding="utf-8")
-    plots.save(plots.front_chart(records, title), out / "front")
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The comparison in Markdown, a part for each space and count, what loses least first.
-
-    "On its own text" is what the objective rises by on the calibration text, "run in full" how many forward passes the
-    evaluations would be without shared states.
-    """
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault((record["space"], record["count"]), []).append(record)
-    tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
-    timed = all("speedup_decode" in record for record in records)
-    head = [*["criterion", "by", "ΔNLL ± s.e.", "KL", "top-1"], *tasks]
-    head += ["on its own text", "evaluations", "forward passes", "run in full", "CPU s"]
-    head += ["decode speedup"] if timed else []
-    lines = []
-    for (space, count), group in groups.items():
-        lines += [f"\n### {count} of {space}\n", _line(head), _line(["---", "---", *["---:"] * (len(head) - 2)])]
-        for record in sorted(group, key=lambda r: r["delta_nll"] if r["delta_nll"] is not None else math.inf):
-            cells = [record["criterion"], f"{record['aim']}, {record['calibration_tokens']:,} tokens"]
-            cells += [f"{record['delta_nll']:.3f} ± {record['delta_nll_se']:.3f}", f"{record['kl']:.3f}"]
-            cells += [f"{record['top1_agreement']:.2f}"]
-            cells += [f"{record['tasks'][t]['value']:.3f} ({record['tasks'][t]['delta']:+.3f} "
-                      f"± {record['tasks'][t]['delta_stderr']:.3f})" for t in tasks]  # fmt: skip
-            rise = record["calibration_delta"]
-            cells += ["" if rise is None else f"{rise:+.3f}", f"{record['evaluations']:,}"]
-            cells += [f"{record['forwards']:,.1f}", f"{record['forwards_in_full']:,.1f}", f"{record['seconds']:,.0f}"]
-            cells += [f"{record['speedup_decode']:.2f}"] if timed else []
-            lines.append(_line(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return compare_criteria(model, rows, {name: aim}, held_out, out, provenance, seed=seed, progress=progress)

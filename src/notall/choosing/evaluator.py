@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import results
-from ..anatomy import base_model, locate
-from ..models import dtype_name
+from ..models.loading import dtype_name
 from ..plan import Plan
-from ..replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
-from ..space import Skipped, plan_of
+from ..records import ledger
+from ..running.replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
+from ..structure.anatomy import base_model, locate
 from .objective import Objective
+from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
 
@@ -174,18 +174,18 @@ class Evaluator:
         self._known[key] = cost, spent
         if self.log:
             line = {"skipped": sorted(skipped), "batches": key[1], "cost": cost, **vars(spent)}
-            results.append(self.log, line)
+            ledger.append(self.log, line)
 
     def _read(self, settings: dict[str, Any]) -> dict[tuple[Any, ...], tuple[float, Spent]]:
         settings = settings | {"objective": self.objective.name, "calibration": self.objective.digest()}
         settings |= {"fingerprint": self.anatomy.fingerprint, "dtype": dtype_name(self.model)}
         if self.log is None:
             return {}
-        held = results.read(self.log)
+        held = ledger.read(self.log)
         if not held:
-            results.append(self.log, {"settings": settings})
+            ledger.append(self.log, {"settings": settings})
             return {}
-        results.check_same(held[0].get("settings") or {}, settings, self.log.parent)
+        ledger.check_same(held[0].get("settings") or {}, settings, self.log.parent)
         known = {}
         for line in held[1:]:
             key = frozenset(line["skipped"]), line["batches"]

@@ -13,15 +13,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..anatomy import Sublayer, locate, text_config
-from ..caching import cache_folder
 from ..errors import UsageError
+from ..measuring.speed import Spread, Timing, compare, machine, speedup
+from ..models.cache import cache_folder
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..skipping import skip
-from ..space import Space
-from ..speed import Spread, Timing, compare, machine, speedup
+from ..running.skipping import skip
+from ..structure.anatomy import Sublayer, locate, text_config
 from .budget import Budget
+from .space import Space
 
 DECODED = 32  # new tokens that are really decoded where more are asked about
 MOST_OFF = 0.05  # how far a prediction may be from what is measured

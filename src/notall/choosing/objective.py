@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..quality import divergence
+from ..measuring.quality import divergence
 
 # From logits of the skipped and of the dense model (None unless wanted), (batch, tokens, vocabulary), to (items,).
 Loss = Callable[[Tensor, Tensor | None], Tensor]

@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ..space import Skipped, Space, Unit
 from .budget import Budget
 from .evaluator import Evaluator
+from .space import Skipped, Space, Unit
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 8

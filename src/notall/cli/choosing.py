@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import progress_bar, show
+from ..reporting.console import progress_bar, show
 from .app import CHOOSE, app
 from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
 from .inputs import (
@@ -72,9 +72,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Write the paper's plan: skip the deepest sublayers. Needs only a config."""
-    from ..footprint import footprint
-    from ..models import dtype_name
+    from ..models.loading import dtype_name
     from ..plan import Plan
+    from ..running.footprint import footprint
 
     net = empty_model(model, revision, trust_remote_code)
     chosen = deepest_plan(net, skip, fraction, keep_last)
@@ -131,11 +131,11 @@ def search(
     Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped, and
     `notall report` makes a page of them.
     """
-    from .. import results
-    from ..choosing.asking import build_objective
-    from ..choosing.comparison import Aim, draw_front
+    from ..choosing.answer_objectives import build_objective
+    from ..choosing.choice import CHOSEN, choose_plan
+    from ..choosing.comparison import Aim, compare_front
     from ..choosing.latency import Workload
-    from ..choosing.one_plan import CHOSEN, choose_plan
+    from ..records import ledger
 
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
@@ -173,12 +173,17 @@ def search(
     row = choice_row(found)
     about = provenance_of(net, model, revision) | described | measured_on | {"fingerprint": found.plan.fingerprint}
     same = ("chosen", "plan", "evaluations", "in_time", "provenance")  # times are never the same twice
-    results.append_new(folder / CHOSEN, row | {"provenance": about}, same)
+    ledger.append_new(folder / CHOSEN, row | {"provenance": about}, same)
     if front:
+        from ..reporting.comparison_files import write_comparison
+
         most = len(found.plan.blocks) if kind is Among.block else len(found.plan)
         with progress_bar() as bar:
             by = Aim(objective_of_it, batches)
-            draw_front(net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar)
+            points = compare_front(
+                net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar
+            )
+        write_comparison(points, folder / "front", f"NLL added by up to {most} of {among}")
     show([row], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
 
 
@@ -232,9 +237,10 @@ def compare(
     Interrupted, the same command goes on where it stopped.
     """
     from ..choosing import comparison
-    from ..choosing.asking import build_objective
+    from ..choosing.answer_objectives import build_objective
     from ..choosing.criteria import CRITERIA
-    from ..timing import Timed
+    from ..measuring.plan_times import Timed
+    from ..reporting.comparison_files import write_comparison
 
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
@@ -258,7 +264,7 @@ def compare(
             seed=seed,
             progress=progress,
         )
-    comparison.write(records, out, f"Ways to choose, {described['text']}")
+    write_comparison(records, out, f"Ways to choose, {described['text']}")
     show(records, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(records)} choices in {out / comparison.RESULTS}")
 
 
@@ -266,7 +272,7 @@ def compare(
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..choosing.criteria import CRITERIA
-    from ..console import plain
+    from ..reporting.console import plain
 
     rows: list[dict[str, Any]] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()

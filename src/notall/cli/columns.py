@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..console import Column, number, plain, probability, size, with_error, with_spread
+from ..reporting.console import Column, number, plain, probability, size, with_error, with_spread
 
 if TYPE_CHECKING:
-    from ..choosing.one_plan import Choice
+    from ..choosing.choice import Choice
 
 QUALITY: list[Column] = [
     with_error("nll", "NLL"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import progress_bar, show
+from ..reporting.console import progress_bar, show
 from .app import TAKE, app
 from .columns import FILE_COLUMNS
 from .inputs import load_model, read_plan, text_batches
@@ -65,7 +65,7 @@ def export(
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
-    from ..quality import evaluate
+    from ..measuring.quality import evaluate
 
     net, tokenizer = load_model(model, "auto", "auto", None, None, revision, trust_remote_code)
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..console import progress_bar
 from ..errors import UsageError
+from ..reporting.console import progress_bar
 from .options import Among, Skippable
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from ..choosing.budget import Budget, Resource
     from ..choosing.latency import Times, Workload
+    from ..choosing.space import Space
+    from ..evaluation.ray_workers import Workers
     from ..plan import Plan
-    from ..space import Space
-    from ..spreading import Workers
 
 
 def loading_of(
@@ -44,13 +44,13 @@ def loading_of(
 
 def load_model(*options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer that the options, as those of `loading_of`, say."""
-    from ..models import load
+    from ..models.loading import load
 
     return load(**loading_of(*options))
 
 
 def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    from ..models import build_empty, load_config
+    from ..models.loading import build_empty, load_config
 
     return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
 
@@ -64,7 +64,7 @@ def dummy_model(
     trust_remote_code: bool,
     seed: int,
 ) -> PreTrainedModel:
-    from ..models import build_random, load_config, resolve_device, resolve_dtype
+    from ..models.loading import build_random, load_config, resolve_device, resolve_dtype
 
     if not dummy_weights:
         raise UsageError("--shape has no weights of its own: add --dummy-weights")
@@ -83,7 +83,7 @@ def text_batches(
     seed: int,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Token batches on the model's device, and what they are, for the record."""
-    from ..texts import read_text, token_batches
+    from ..models.texts import read_text, token_batches
 
     text = read_text(source)
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
@@ -99,8 +99,8 @@ def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
-    from ..models import dtype_name, identify
-    from ..speed import machine
+    from ..measuring.speed import machine
+    from ..models.loading import dtype_name, identify
 
     about = machine(model.device)
     return identify(spec, revision=revision) | {
@@ -119,8 +119,8 @@ def read_plan(path: Path | None) -> Plan:
 
 
 def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last: bool) -> Plan:
-    from ..anatomy import locate
     from ..plan import deepest
+    from ..structure.anatomy import locate
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
 
@@ -131,8 +131,8 @@ def workers_on(
     """The workers of `--ray`, each with its own copy of the model; None without it."""
     if address is None:
         return nullcontext()
-    from ..anatomy import locate
-    from ..spreading import Workers
+    from ..evaluation.ray_workers import Workers
+    from ..structure.anatomy import locate
 
     return Workers(load_options, locate(model), address, count=count, gpus=gpus)
 
@@ -158,8 +158,8 @@ def settings_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict
 
 
 def space_of(model: PreTrainedModel, kind: Among, portable: bool, keep_first: bool, keep_last: bool) -> Space:
-    from ..anatomy import locate
-    from ..space import Space
+    from ..choosing.space import Space
+    from ..structure.anatomy import locate
 
     return Space(locate(model), kind.value, portable, int(keep_first), int(keep_last))
 

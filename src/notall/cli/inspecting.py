@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import progress_bar, show, tracked
+from ..reporting.console import progress_bar, show, tracked
 from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
 from .inputs import empty_model, load_model, read_plan, text_batches
@@ -37,10 +37,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show every sublayer: kind, index, parameters, share of the weights, KV bytes a token. Needs only a config."""
-    from ..anatomy import locate
-    from ..footprint import footprint
-    from ..models import dtype_name
+    from ..models.loading import dtype_name
     from ..plan import Plan
+    from ..running.footprint import footprint
+    from ..structure.anatomy import locate
 
     net = empty_model(model, revision, trust_remote_code)
     anatomy = locate(net)
@@ -81,14 +81,14 @@ def similarity(
     as_json: Json = False,
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
-    from ..similarity import measure_similarity
+    from ..measuring.similarity import measure_similarity
 
     net, tokenizer = load_model(model, dtype, device, None, None, revision, trust_remote_code)
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:
         rows = [asdict(row) for row in measure_similarity(net, tracked(batches, "comparing the layers", progress))]
     if out:
-        from .. import plots
+        from ..reporting import plots
 
         plots.save(plots.similarity_chart(rows, f"Similarity by depth, {model}"), out)
     show(rows, SIMILARITY_COLUMNS, as_json=as_json, title="cosine of the residual stream before and after")
@@ -114,7 +114,7 @@ def generate(
     """Continue a prompt with the skipped model."""
     from transformers import TextStreamer
 
-    from ..generating import generate_text
+    from ..running.generating import generate_text
 
     wanted = read_plan(plan)
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..console import Shown, progress_bar, show, show_all
+from ..reporting.console import Shown, progress_bar, show, show_all
 from .app import MEASURE, OnRay, app
 from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
 from .inputs import (
@@ -83,9 +83,10 @@ def sweep(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from .. import grid, results
-    from ..models import load
-    from ..timing import Timed
+    from ..evaluation.paper import sweep as grid
+    from ..measuring.plan_times import Timed
+    from ..models.loading import load
+    from ..records import ledger
 
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load(**loading)
@@ -104,10 +105,10 @@ def sweep(
             progress=progress,
             workers=workers,
         )
-    rows = results.read(out / grid.SIMILARITY)
+    rows = ledger.read(out / grid.SIMILARITY)
     name = provenance["model"]
     if find_spec("altair"):  # the extra `report`
-        from .. import plots
+        from ..reporting import plots
 
         plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
         plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
@@ -217,10 +218,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
-    from ..anatomy import locate
-    from ..models import dtype_name
-    from ..speed import machine
-    from ..timing import keep_times, time_plan
+    from ..measuring.plan_times import keep_times, time_plan
+    from ..measuring.speed import machine
+    from ..models.loading import dtype_name
+    from ..structure.anatomy import locate
 
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)

@@ -8,18 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..console import progress_bar, show
+from ..reporting.console import progress_bar, show
 from .app import MEASURE, OnRay, app
 from .columns import CLAIM_COLUMNS
-from .inputs import (
-    batch_size_of,
-    battery_windows,
-    loading_of,
-    provenance_of,
-    text_batches,
-    words_of,
-    workers_on,
-)
+from .inputs import batch_size_of, battery_windows, loading_of, provenance_of, text_batches, words_of, workers_on
 from .options import (
     Attention,
     Battery,
@@ -87,9 +79,11 @@ def paper(
 
     Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
+    from ..evaluation.paper import SIMILARITY, Evaluation, Timing, run_paper
     from ..evaluation.tasks import Limits
-    from ..models import load
-    from ..paper import Evaluation, Timing, run_paper
+    from ..models.loading import load
+    from ..records import ledger
+    from ..reporting import plots
 
     evaluation = Evaluation(
         tasks=words_of(tasks) or ["openllm"],
@@ -119,4 +113,6 @@ def paper(
             progress=progress,
             workers=workers,
         )
+    rows = ledger.read(out / SIMILARITY)
+    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about['model']}"), out / "similarity")
     show([asdict(claim) for claim in claims], CLAIM_COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

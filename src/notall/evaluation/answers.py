@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import results
 from ..plan import Plan
+from ..records import ledger
 
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
 
@@ -27,7 +27,7 @@ class Answers:
         self.names = [_digest(plan.attention, plan.mlp) for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._held: dict[str, dict[str, Answer]] = {}
-        for line in results.read(path) if path else ():
+        for line in ledger.read(path) if path else ():
             self._hold(line["plans"], line["answers"])
 
     def key(self, *request: Any) -> str:
@@ -53,7 +53,7 @@ class Answers:
         """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
         names = [self.names[number] for number in numbers]
         if self.path:
-            results.append(self.path, {"plans": names, "answers": answers})
+            ledger.append(self.path, {"plans": names, "answers": answers})
         self._hold(names, answers)
 
     def _hold(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..replay import Replay
-from ..skipping import skip
-from ..statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..running.replay import Replay
+from ..running.skipping import skip
 from .scoring import Request, Scorer
 
 SIGNIFICANT = 0.05

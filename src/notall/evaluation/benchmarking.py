@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import results
 from ..plan import Configuration
+from ..records import ledger
 from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
 from .tasks import Job, Limits, TaskShelf
 
 if TYPE_CHECKING:
-    from ..spreading import Workers
+    from .ray_workers import Workers
 
 BENCHMARKS = "benchmarks.jsonl"
 
@@ -76,10 +76,10 @@ def run_benchmarks(
         "asked_fewshot": num_fewshot,
         "truncate": truncate,
     }
-    with results.lock(out):
-        records = results.read(out / BENCHMARKS, BenchmarkRecord)
+    with ledger.lock(out):
+        records = ledger.read(out / BENCHMARKS, BenchmarkRecord)
         for record in records:
-            results.check_same(record["provenance"], settings, out, ignoring=("limit", "asked"))
+            ledger.check_same(record["provenance"], settings, out, ignoring=("limit", "asked"))
         models: dict[tuple[str, ...], PlansLM] = {}
 
         def lm_for(chosen: Sequence[Configuration]) -> PlansLM:
@@ -101,7 +101,7 @@ def run_benchmarks(
             about = settings | {"asked": name, "limit": limits.of(name)}
             held = [record for record in records if record["provenance"]["asked"] == name]
             for record in held:
-                results.check_same(record["provenance"], about, out)
+                ledger.check_same(record["provenance"], about, out)
             if held and len(held) == held[0]["provenance"]["records"]:
                 continue
             job = shelf.build(name, num_fewshot, limits.of(name))
@@ -110,7 +110,7 @@ def run_benchmarks(
             about["records"] = len(found)
             every = [_record(chosen[result.number], result, about) for result in found]
             fresh = [record for record in every if _key(record) not in set(map(_key, held))]
-            results.append(out / BENCHMARKS, *fresh)
+            ledger.append(out / BENCHMARKS, *fresh)
             records += fresh
         return [record for record in records if record["provenance"]["asked"] in names]
 

@@ -24,12 +24,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import results
-from ..complaints import quiet
 from ..errors import UsageError
+from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..models.load_errors import quiet
 from ..plan import Plan
-from ..skipping import skip
-from ..statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..records import ledger
+from ..running.skipping import skip
 from .answers import Answers
 from .scoring import Request, Scorer
 
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
 if TYPE_CHECKING:
-    from ..spreading import SpreadScorer, Workers
+    from .ray_workers import SpreadScorer, Workers
 
 ANSWERS = "answers.jsonl"
 LM_EVAL_VERSION = version("lm_eval")
@@ -120,7 +120,7 @@ def run_tasks(
         raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
     shelf = TaskShelf(task_path)
     names = shelf.names(tasks)
-    with results.lock(folder) if folder else nullcontext():
+    with ledger.lock(folder) if folder else nullcontext():
         lm = PlansLM(
             model,
             tokenizer,

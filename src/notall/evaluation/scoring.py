@@ -19,10 +19,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..anatomy import base_model, text_config
 from ..errors import UsageError
 from ..plan import Plan
-from ..replay import Replay
+from ..running.replay import Replay
+from ..structure.anatomy import base_model, text_config
 from .packing import Pack, inputs_of, packed, plain
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed

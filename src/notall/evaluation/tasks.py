@@ -20,8 +20,8 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from ..complaints import quiet
 from ..errors import UsageError
+from ..models.load_errors import quiet
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def export(
 def _gguf(model: Any) -> Path:
     """The GGUF file to rewrite."""
     if model == "smollm2":
-        from ..models import default_gguf
+        from ..models.loading import default_gguf
 
         return default_gguf()
     path = Path(model) if isinstance(model, str | Path) else Path()

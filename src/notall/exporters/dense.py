@@ -15,11 +15,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..anatomy import Anatomy, Sublayer, base_model, locate
-from ..complaints import explained, quiet
 from ..errors import UsageError
-from ..models import build_empty, identify, model_source
-from ..skipping import is_skipping
+from ..models.load_errors import explained, quiet
+from ..models.loading import build_empty, identify, model_source
+from ..running.skipping import is_skipping
+from ..structure.anatomy import Anatomy, Sublayer, base_model, locate
 from .manifest import Origin
 from .tensors import StoredTensor, read_header
 

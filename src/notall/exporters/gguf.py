@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
 
-from ..caching import sha256
 from ..errors import UsageError
+from ..models.cache import sha256
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..regrouping import Layer, merged, regroup, rows
+from ..running.regrouping import Layer, merged, regroup, rows
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, write_gguf
 from .manifest import Origin, describe
@@ -98,8 +98,8 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> N
     """Compare llama.cpp's most likely next tokens with those of the dense model that skips the plan in transformers."""
     import torch
 
-    from ..models import load
-    from ..skipping import skip
+    from ..models.loading import load
+    from ..running.skipping import skip
 
     tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
     found = llamacpp.next_token_logprobs(written, tokens.tolist())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..regrouping import Layer
+from ..running.regrouping import Layer
 from .dense import OTHER_WEIGHTS, DenseModel, Tensors
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
 from .manifest import MANIFEST, describe

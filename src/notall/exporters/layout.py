@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import LAYER_INDICES, PER_LAYER_LISTS, Anatomy, Sublayer
 from ..errors import UsageError
-from ..models import build_empty
-from ..observation import child
+from ..models.loading import build_empty
 from ..plan import Plan
-from ..regrouping import Layer, fits, merged, regroup
+from ..running.regrouping import Layer, fits, merged, regroup
+from ..structure.anatomy import LAYER_INDICES, PER_LAYER_LISTS, Anatomy, Sublayer
+from ..structure.observation import child
 from .dense import DenseModel
 
 # Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.

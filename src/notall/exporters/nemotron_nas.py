@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..regrouping import Row, rows
+from ..running.regrouping import Row, rows
 from . import mlx
 from .dense import DenseModel
 from .hf import copy_companions

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
-from ..caching import cache_folder
+from ..models.cache import cache_folder
 
 PREFIX = "notall_"
 

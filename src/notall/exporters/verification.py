@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..anatomy import cache_argument, relative_error, text_config, tolerance
-from ..complaints import explained, quiet
 from ..errors import UsageError
+from ..models.load_errors import explained, quiet
 from ..plan import Plan
-from ..skipping import skip
+from ..running.skipping import skip
+from ..structure.anatomy import cache_argument, relative_error, text_config, tolerance
 from . import mlx
 from .dense import DenseModel
 

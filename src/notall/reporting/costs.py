@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import results
+from ..records import ledger
 from .records import SHORT, Evaluated, LeftOut, Number
 
 Place = tuple[str, int]  # kind, layer
@@ -37,7 +37,7 @@ def read_costs(path: Path) -> Costs | None:
 
 def _left_out(file: Path) -> Iterator[Costs]:
     """Of a sweep."""
-    rows = results.read(file, LeftOut)
+    rows = ledger.read(file, LeftOut)
     if rows:
         windows = rows[0].get("sequences")
         found = {(row["kind"], row["layer"]): row["delta_nll"] for row in rows}
@@ -46,7 +46,7 @@ def _left_out(file: Path) -> Iterator[Costs]:
 
 def _evaluated(file: Path) -> Iterator[Costs]:
     """Of a search or a comparison, which may have evaluated sublayers alone on all of its text, and on parts of it."""
-    rows = results.read(file, Evaluated)
+    rows = ledger.read(file, Evaluated)
     objective = next((row["settings"].get("objective") for row in rows if row.get("settings")), None)
     by_share: dict[int | str, dict[tuple[str, ...], float]] = {}
     for row in rows:

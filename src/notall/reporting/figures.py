@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from .. import plots
+from . import plots
 from .folder import Folder
 from .records import SHORT, Row, name_of, shorten, sublayers
 

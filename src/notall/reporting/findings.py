@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..plots import front
 from .folder import Folder
+from .plots import front
 from .records import Row, counted, name_of, sublayers
 
 MOST_CARDS = 5

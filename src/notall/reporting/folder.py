@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import results
 from ..errors import UsageError
+from ..records import ledger
 from .costs import EVALUATIONS, LEAVE_ONE_OUT, Costs, read_costs
 from .records import MODELS, SHORT, Row, kind_of, name_of
 
@@ -74,13 +74,13 @@ def read_folder(path: Path) -> Folder:
     apart |= RAW_OF_COMPARISON if (path / CHOICES).exists() else set()
     folder = Folder(
         records=_latest(_read(path / stepped)) if stepped else (),
-        similarity=tuple(results.read(path / SIMILARITY)),
+        similarity=tuple(ledger.read(path / SIMILARITY)),
         costs=read_costs(path),
-        samples=tuple(results.read(path / SAMPLES)),
+        samples=tuple(ledger.read(path / SAMPLES)),
         others={
             file.stem: rows
             for file in sorted(path.glob("*.jsonl"))
-            if file.name not in apart and (rows := tuple(_read(file) if file.name in STEPPED else results.read(file)))
+            if file.name not in apart and (rows := tuple(_read(file) if file.name in STEPPED else ledger.read(file)))
         },
     )
     if not (folder.records or folder.similarity or folder.others):
@@ -92,8 +92,8 @@ def read_folder(path: Path) -> Folder:
 
 def _read(file: Path) -> list[Row]:
     """The records of one command, checked to be what its are."""
-    first = results.read(file)[:1]
-    return results.read(file, MODELS[kind_of(first[0])]) if first else []
+    first = ledger.read(file)[:1]
+    return ledger.read(file, MODELS[kind_of(first[0])]) if first else []
 
 
 def _latest(records: list[Row]) -> tuple[Row, ...]:

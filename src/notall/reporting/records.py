@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .. import results
+from ..records import ledger
 
 Row = dict[str, Any]
 Number = float | None  # None: what came out as no finite number
@@ -117,7 +117,7 @@ class Evaluated(Line):
 
 
 MODELS: dict[str, type[BaseModel]] = {
-    "sweep": results.Record,
+    "sweep": ledger.Record,
     "compare": Compared,
     "search": Chosen,
     "bench": Benched,

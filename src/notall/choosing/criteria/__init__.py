@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import UsageError
-from ...space import CHOICES, Choice, Space
 from ..budget import Budget
 from ..searching import search
+from ..space import CHOICES, Choice, Space
 from .evolution import choose_by_evolution
 from .features import choose_angular, score_cosine, score_relative_magnitude
 from .gradients import score_first_order, score_fisher

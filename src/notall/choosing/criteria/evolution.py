@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from ...space import Skipped
 from ..budget import Budget
+from ..space import Skipped
 from .setting import Chosen, Setting
 
 OFFSPRING, GENERATIONS = 16, 20

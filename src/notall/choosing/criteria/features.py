@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...errors import UsageError
-from ...replay import walk
-from ...space import Unit
+from ...running.replay import walk
 from ..budget import Budget
+from ..space import Unit
 from .setting import Chosen, Scores, Setting
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)

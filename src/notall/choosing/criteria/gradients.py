@@ -7,9 +7,9 @@ import time
 import torch
 from torch import Tensor
 
-from ...anatomy import Anatomy, base_model
-from ...observation import LayerCall, run_branches
-from ...replay import record, run_head
+from ...running.replay import record, run_head
+from ...structure.anatomy import Anatomy, base_model
+from ...structure.observation import LayerCall, run_branches
 from ..objective import nll
 from .setting import Scores, Setting
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...space import Skipped, Unit
 from ..budget import Budget
+from ..space import Skipped, Unit
 from .setting import Chosen, Scores, Setting
 
 

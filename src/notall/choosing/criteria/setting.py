@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...space import Skipped, Space, Unit
 from ..budget import Budget
 from ..evaluator import Evaluator, Spent
 from ..searching import PATIENCE
+from ..space import Skipped, Space, Unit
 
 Scores = Mapping[Unit, float]  # the lowest is skipped first
 

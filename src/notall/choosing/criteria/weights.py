@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...anatomy import base_model
 from ...errors import UsageError
+from ...structure.anatomy import base_model
 from .setting import Scores, Setting
 
 

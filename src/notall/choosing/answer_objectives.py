@@ -1,0 +1,188 @@
+"""Objectives that are the user's own: their prompts with the dense model's answers, a task's training questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from ..measuring.quality import divergence
+from .objective import Batch, Loss, Objective, Term, kl, mix, nll
+
+TOKENS_AT_ONCE = 1024
+
+
+def build_objective(
+    told: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Tensor],
+    *,
+    prompts: Path | None = None,
+    task_path: Path | None = None,
+    task_limit: int = 100,
+) -> Objective:
+    """The objective that `told` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix such as `kl + 0.5*task:NAME`.
+
+    `nll` and `kl` are of `batches`, (batch, tokens) token ids each; `answers` is the KL on the dense model's own
+    answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.
+    """
+    terms = []
+    for word in told.split("+"):
+        weight, _, name = word.strip().rpartition("*")
+        try:
+            factor = float(weight) if weight else 1.0
+        except ValueError:
+            raise UsageError(f"{weight!r} is no weight: write an objective such as kl + 0.5*task:NAME") from None
+        name = name.strip()
+        if name in ("nll", "kl"):
+            terms.append((nll if name == "nll" else kl)(batches, factor))
+        elif name == "answers":
+            if prompts is None:
+                raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
+            terms.append(answers(model, tokenizer, read_prompts(prompts), factor))
+        elif name.startswith("task:"):
+            terms.append(task(model, tokenizer, name[5:], task_path, task_limit, factor))
+        else:
+            raise UsageError(f"there is no objective {name!r}: give nll, kl, answers, task:NAME, or a sum of them")
+    return mix(terms)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where there is none."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except OSError as error:
+        raise UsageError(f"cannot read the prompts {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f'{path} holds no prompts: give UTF-8 lines, or lines such as {{"prompt": "..."}}') from None
+    if not prompts:
+        raise UsageError(f"{path} holds no prompts: give one a line")
+    return prompts
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    weight: float = 1.0,
+    new_tokens: int = 48,
+) -> Objective:
+    """KL(dense || skipped), the mean over the tokens of the dense model's own greedy answers, by prompt."""
+    rows, starts = [], []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        with torch.inference_mode():
+            whole = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+            )
+        rows.append(whole[0].tolist())
+        starts.append(ids.shape[1])
+    made = []
+    for numbers in _together([len(row) for row in rows]):
+        spans = [(starts[n] - 1, len(rows[n]) - 1) for n in numbers]  # the places that predict the answer's tokens
+        made.append(Batch(_padded([rows[n] for n in numbers], model.device), _answered(spans), True))
+    return Objective((Term("answers", tuple(made), weight),))
+
+
+def task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    task_path: Path | None = None,
+    limit: int = 100,
+    weight: float = 1.0,
+) -> Objective:
+    """Minus the margin of the gold answer, in nats, on the first `limit` questions of a task's training split.
+
+    The margin is the gold answer's log-likelihood less that of the best other one, without examples. The questions and
+    their encoding are lm-evaluation-harness's. Raises `UsageError` for a task without training questions or choices.
+    """
+    from ..evaluation.harness import PlansLM
+    from ..evaluation.tasks import TaskShelf
+
+    shelf = TaskShelf(task_path)
+    (name,) = shelf.names([name])
+    (harness_task,) = shelf.build(name, 0, 1).tasks.values()
+    questions = _questions(harness_task, name, limit)
+    encode = PlansLM(model, tokenizer, [])._encode_pair
+    encoded = [[encode(*pair) for pair in pairs] for pairs, _ in questions]
+    made = []
+    widest = [len(pairs) * max(len(a) + len(b) for a, b in pairs) for pairs in encoded]
+    for numbers in _together(widest):
+        rows = [(n, *pair) for n in numbers for pair in encoded[n]]
+        inputs = _padded([context + answer for _, context, answer in rows], model.device)
+        owners = [numbers.index(n) for n, *_ in rows]
+        places = [(len(context) - 1, answer) for _, context, answer in rows]
+        made.append(Batch(inputs, _margins(owners, places, [questions[n][1] for n in numbers])))
+    return Objective((Term(f"task:{name}", tuple(made), weight),))
+
+
+def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tuple[str, str]], int]]:
+    """For each question its (context, answer) pairs, and which of them is gold."""
+    if harness_task.OUTPUT_TYPE != "multiple_choice" or not harness_task.has_training_docs():
+        raise UsageError(f"{name} has no training questions with answers to choose from: take another task")
+    found = []
+    for doc in list(harness_task.training_docs())[:limit]:
+        doc = harness_task._process_doc(doc)
+        context = harness_task.fewshot_context(doc, num_fewshot=0)
+        requests = harness_task.construct_requests(doc, context, metadata=(name, 0, 1))
+        choices = len(harness_task.doc_to_choice(doc))
+        gold = harness_task.doc_to_text(doc) if harness_task.multiple_input else harness_task.doc_to_target(doc)
+        if isinstance(gold, int) and 0 <= gold < choices > 1:
+            found.append(([request.args for request in requests[:choices]], gold))
+    if not found:
+        raise UsageError(f"no training question of {name} has one right answer: take another task")
+    return found
+
+
+def _margins(owners: Sequence[int], places: Sequence[tuple[int, list[int]]], golds: Sequence[int]) -> Loss:
+    """Of logits with a row an answer: minus the margin of each question. `places`: before the answer, its tokens."""
+
+    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
+        likely: list[list[Tensor]] = [[] for _ in golds]
+        for row, owner, (start, answer) in zip(logits, owners, places):
+            picked = row[start : start + len(answer)].float().log_softmax(-1)  # (answer, vocabulary)
+            likely[owner].append(picked.gather(1, torch.tensor(answer, device=row.device)[:, None]).sum())
+        margins = [
+            values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max() for values, gold in zip(likely, golds)
+        ]
+        return -torch.stack(margins)
+
+    return loss
+
+
+def _answered(spans: Sequence[tuple[int, int]]) -> Loss:
+    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
+        assert dense is not None
+        rows = zip(dense, logits, spans)
+        return torch.stack([divergence(base[start:end], row[start:end]) for base, row, (start, end) in rows])
+
+    return loss
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Padded on the right, where a causal model does not see it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _together(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of items in their order, cut so that each part has about `TOKENS_AT_ONCE` tokens."""
+    bounds, held = [0], 0
+    for number, size in enumerate(sizes):
+        if held and held + size > TOKENS_AT_ONCE:
+            bounds.append(number)
+            held = 0
+        held += size
+    return [list(range(start, end)) for start, end in pairwise([*bounds, len(sizes)])]

@@ -1,0 +1,93 @@
+"""Choose a plan as `notall search` does: with a record of what was evaluated, so that it goes on when asked again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..measuring.quality import Quality, evaluate
+from ..plan import Plan
+from ..records import ledger
+from .budget import Budget
+from .criteria import Setting, choose
+from .evaluator import STATES_BYTES, Evaluator, Spent
+from .latency import Check, Times, check_times
+from .objective import Objective
+from .searching import PATIENCE
+from .space import Space, Unit
+
+EVALUATIONS, CHOSEN = "evaluations.jsonl", "chosen.jsonl"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, the objective without and with it, what it took, and the order in which it came to be.
+
+    `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
+    found before the time was up.
+    """
+
+    plan: Plan
+    order: tuple[Unit, ...]
+    dense_cost: float
+    cost: float
+    spent: Spent
+    forwards: float
+    in_time: bool
+    held_out: tuple[Quality, Quality] | None = None  # dense, skipped
+    times: Check | None = None
+
+
+def choose_plan(
+    model: PreTrainedModel,
+    criterion: str,
+    space: Space,
+    budget: Budget,
+    batches: Sequence[Tensor],
+    objective: Objective,
+    *,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    max_minutes: float | None = None,
+    patience: int = PATIENCE,
+    seed: int = 0,
+    states_bytes: int = STATES_BYTES,
+    held_out: Sequence[Tensor] = (),
+    times: Times | None = None,
+    progress: Callable[[float, str], None] = lambda done, doing: None,
+) -> Choice:
+    """What `criterion` skips of `space` to meet `budget`, measured by `objective` on `batches` of token ids.
+
+    With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
+    `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
+    `patience` after so many swaps in a row that did not lower the objective. The plan is then measured on `held_out`,
+    and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
+    or is in use, and as `criteria.choose` does.
+    """
+    with ledger.lock(folder) if folder else nullcontext():
+        log = folder / EVALUATIONS if folder else None
+        evaluator = Evaluator(model, objective, states_bytes=states_bytes, log=log, settings=settings)
+        deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+        setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
+        chosen = choose(criterion, setting, budget)
+        spent = Spent(**vars(evaluator.spent))
+        dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
+    plan = space.plan(chosen.skipped, f"{criterion} by {objective.name}: {budget.told}")
+    return Choice(
+        plan,
+        chosen.order,
+        dense,
+        cost,
+        spent,
+        spent.executions / evaluator.forward,
+        not setting.late,
+        tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
+        check_times(model, plan, times, seed=seed) if times else None,
+    )

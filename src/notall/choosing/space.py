@@ -1,0 +1,117 @@
+"""What may be skipped, and what may come next: the sets of sublayers that a criterion or a search chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from ..errors import UsageError
+from ..plan import Plan
+from ..running.regrouping import is_portable
+from ..structure.anatomy import Anatomy
+
+Choice = Literal["attention", "mlp", "block", "sublayer"]
+Unit = tuple[str, ...]  # names of sublayers that are skipped together, such as ("attn.3",), in the model's order
+Skipped = frozenset[str]
+
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The sets to choose from: of one `kind` ("sublayer": attentions and MLPs), first and last layers preserved.
+
+    `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
+    length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
+    """
+
+    anatomy: Anatomy
+    kind: Choice = "sublayer"
+    portable: bool = False
+    keep_first: int = 0
+    keep_last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHOICES:
+            raise UsageError(f"cannot choose among {self.kind!r}: give one of {', '.join(CHOICES)}")
+        if self.portable and self.kind in ("attention", "mlp"):
+            raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
+        if not self.names:
+            raise UsageError("every layer is preserved: keep fewer of the first and last layers")
+
+    def __str__(self) -> str:
+        return "portable" if self.portable and self.kind == "sublayer" else self.kind
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Every sublayer of the model, by name, with its place."""
+        return {part.name: place for place, part in enumerate(self.anatomy.sublayers)}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sublayers that may be skipped, in the model's order."""
+        inner = range(self.keep_first, len(self.anatomy.blocks) - self.keep_last)
+        kinds = (self.kind,) if self.kind in ("attention", "mlp") else ("attention", "mlp")
+        return tuple(part.name for part in self.anatomy.sublayers if part.index in inner and part.kind in kinds)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What scores are given to: a sublayer each, or the two of a block."""
+        if self.kind != "block":
+            return tuple((name,) for name in self.names)
+        return tuple(zip(self.names[::2], self.names[1::2]))
+
+    def moves(self, skipped: Skipped) -> list[Unit]:
+        """What may be skipped next, beside `skipped`."""
+        if self.portable and self.kind == "sublayer":
+            live = [name for name in self.order if name not in skipped]
+            pairs = [pair for pair in zip(live, live[1:]) if set(pair) <= set(self.names)]
+            return [pair for pair in pairs if self.allows(skipped.union(pair))]
+        free = [unit for unit in self.units if not skipped.intersection(unit)]
+        return [unit for unit in free if self.allows(skipped.union(unit))]
+
+    def beside(self, unit: Unit, skipped: Skipped) -> list[Unit]:
+        """The moves that take the nearest that is left before `unit`, or after it."""
+        places = [self.order[name] for name in unit]
+        left = [name for name in self.names if name not in skipped]
+        before = [name for name in left if self.order[name] < min(places)][-1:]
+        after = [name for name in left if self.order[name] > max(places)][:1]
+        return [move for move in self.moves(skipped) if {*before, *after}.intersection(move)]
+
+    def returns(self, skipped: Skipped) -> list[Unit]:
+        """What may be given back of `skipped`; of a portable set, pairs that follow each other."""
+        if self.portable and self.kind == "sublayer":
+            places = self.order
+            inside = self.sorted(skipped)
+            pairs = [pair for pair in zip(inside, inside[1:]) if places[pair[1]] == places[pair[0]] + 1]
+            return [pair for pair in pairs if self.allows(skipped.difference(pair))]
+        return [unit for unit in self.units if skipped.issuperset(unit)]
+
+    def allows(self, skipped: Skipped) -> bool:
+        """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model."""
+        if sum(name.startswith("attn") for name in skipped) == len(self.anatomy.blocks):
+            return False
+        return not self.portable or is_portable(self.anatomy, self.plan(skipped))
+
+    def sorted(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=self.order.__getitem__)
+
+    def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
+        """The plan that skips the sublayers of these names."""
+        return plan_of(skipped, self.anatomy.fingerprint, note)
+
+
+def plan_of(skipped: Iterable[str], fingerprint: str | None = None, note: str | None = None) -> Plan:
+    """The plan that skips the sublayers of these names, such as attn.3."""
+    indices: dict[str, list[int]] = {"attn": [], "mlp": []}
+    for name in skipped:
+        kind, _, index = name.partition(".")
+        indices[kind].append(int(index))
+    return Plan(indices["attn"], indices["mlp"], fingerprint=fingerprint, note=note)
+
+
+def names_of(plan: Plan) -> Skipped:
+    """The names of the sublayers that a plan skips."""
+    return frozenset(str(plan).split()) if plan else frozenset()

@@ -1,0 +1,132 @@
+"""What the paper says of Llama-2, beside what a model shows: it holds, it does not, or the errors leave it open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from .scoreboard import Key, Scoreboard, key_of
+
+Record = Mapping[str, Any]
+Verdict = Literal["holds", "does not hold", "within error"]
+ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
+
+    claim: str
+    here: str
+    verdict: Verdict
+
+
+def claims_of(similarity: Sequence[Record], board: Scoreboard | None, times: Sequence[Record]) -> list[Claim]:
+    """Every claim that the given figures bear on.
+
+    `similarity` rows are as in `measure_similarity`; `times` as in `time_grid`: those of the longest prompt and the
+    smallest batch are used.
+    """
+    found = list(_similarity_claims(similarity))
+    if board and board.shared:
+        found += _quality_claims(board)
+    if times:
+        found += _time_claims(times)
+    return found
+
+
+def _judge(difference: float, error: float) -> Verdict:
+    """Whether a difference that the claim says is positive is so, beyond its error."""
+    if math.isnan(error) or abs(difference) <= ERRORS * error:
+        return "within error"
+    return "holds" if difference > 0 else "does not hold"
+
+
+def _similarity_claims(similarity: Sequence[Record]) -> Iterable[Claim]:
+    blocks = sorted((row for row in similarity if row["kind"] == "block"), key=lambda row: row["layer"])
+    if len(blocks) < 4:
+        return
+    inner = pd.DataFrame({"layer": range(len(blocks) - 1), "cosine": [row["cosine"] for row in blocks[:-1]]})
+    rho = float(inner.corr(method="spearman").loc["layer", "cosine"])
+    yield Claim(
+        "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
+        f"rank correlation of cosine and depth {rho:+.2f}",
+        _judge(rho, 1 / math.sqrt(len(inner) - 1)),
+    )
+    before, last = blocks[-2], blocks[-1]
+    drop = before["cosine"] - last["cosine"]
+    error = math.hypot(before["cosine_se"] or math.nan, last["cosine_se"] or math.nan)
+    yield Claim(
+        "Fig. 1: the very last layer is less similar than the one before it",
+        f"cosine {last['cosine']:.3f} after {before['cosine']:.3f}",
+        _judge(drop, error),
+    )
+
+
+def _quality_claims(board: Scoreboard) -> Iterable[Claim]:
+    most = max(fraction for _, fraction, _ in board.cells)
+    dense: Key = ("dense", 0.0, False)
+    share = f"{most:.0%}"
+
+    def compare(claim: str, key: Key, other: Key, at_least: float = 0.0) -> Claim:
+        difference, error = board.difference(key, other)
+        here = f"{100 * difference:+.1f} ± {100 * error:.1f} points of the average"
+        return Claim(claim, here, _judge(difference - at_least, error))
+
+    yield compare(
+        f"skipping the deepest {share} of the attentions loses no more than 1.8 points of the average (13B)",
+        ("attention", most, False),
+        dense,
+        at_least=-0.018,
+    )
+    for fraction in sorted({fraction for _, fraction, _ in board.cells} - {0.0}):
+        yield compare(
+            f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
+            ("attention", fraction, False),
+            ("mlp", fraction, False),
+        )
+    for variant in ("mlp", "block"):
+        yield compare(
+            f"keeping the last layer lowers quality when {share} are skipped: {variant}",
+            (variant, most, False),
+            (variant, most, True),
+        )
+    yield compare(f"... but not for attention ({share})", ("attention", most, True), ("attention", most, False))
+
+
+def _time_claims(times: Sequence[Record]) -> Iterable[Claim]:
+    longest = max(record["prompt_tokens"] for record in times)
+    smallest = min(record["batch_size"] for record in times if record["prompt_tokens"] == longest)
+    cells = {
+        key_of(record): record
+        for record in times
+        if (record["prompt_tokens"], record["batch_size"]) == (longest, smallest)
+    }
+    most = max(fraction for _, fraction, _ in cells)
+    attention, mlp, block = (cells[variant, most, False] for variant in ("attention", "mlp", "block"))
+    at = f"prompt {longest}, batch {smallest}"
+    for name in ("prefill", "decode"):
+        gain = f"speedup_{name}"
+        yield Claim(
+            f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {name}, {at}",
+            _gain(attention, gain),
+            _by_quartiles(attention[f"{gain}_low"] - 1.18, attention[f"{gain}_high"] - 1.18),
+        )
+        for saver, word in ((attention, "attentions"), (block, "blocks")):
+            yield Claim(
+                f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {name}, {at}",
+                f"{_gain(saver, gain)} against {_gain(mlp, gain)}",
+                _by_quartiles(saver[f"{gain}_low"] - mlp[f"{gain}_high"], saver[f"{gain}_high"] - mlp[f"{gain}_low"]),
+            )
+
+
+def _by_quartiles(low: float, high: float) -> Verdict:
+    return "holds" if low > 0 else "does not hold" if high < 0 else "within error"
+
+
+def _gain(record: Record, name: str) -> str:
+    return f"{record[name]:.2f}× [{record[f'{name}_low']:.2f}, {record[f'{name}_high']:.2f}]"

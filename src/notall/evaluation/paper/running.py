@@ -1,0 +1,248 @@
+"""`notall paper`: measure what the paper measured, write its tables and figure, and hold its claims against them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...measuring.similarity import measure_similarity
+from ...plan import Configuration, paper_grid
+from ...progress import Progress, silent
+from ...records import ledger
+from ...structure.anatomy import locate
+from ..battery import CONTEXTS, PARTS, run_battery
+from ..benchmarking import run_benchmarks
+from ..tasks import Limits
+from .claims import Claim, claims_of
+from .scoreboard import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
+from .times import time_grid
+
+if TYPE_CHECKING:
+    from ..ray_workers import Workers
+
+SIMILARITY, BATTERY = "similarity.jsonl", "battery.jsonl"
+LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which tasks of the harness, on how many documents, with how many examples."""
+
+    tasks: Sequence[str] = ("openllm",)
+    limits: Limits = field(default_factory=Limits)
+    num_fewshot: int | None = None
+    task_path: str | Path | None = None
+    batch_size: int | Literal["auto"] = "auto"
+    truncate: bool = False
+    generate_all: bool = False  # also tasks that generate text, on every configuration
+
+
+@dataclass(frozen=True)
+class Timing:
+    """At which prompt lengths and batch sizes the grid is timed, and how often."""
+
+    prompts: Sequence[int] = (128, 512)
+    batch_sizes: Sequence[int] = (1,)
+    new_tokens: int = 16
+    rounds: int = 3
+
+
+def run_paper(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Tensor],
+    out: Path,
+    provenance: Mapping[str, Any],
+    *,
+    evaluation: Evaluation = Evaluation(),
+    timing: Timing = Timing(),
+    battery: Sequence[Tensor] = (),
+    seed: int = 0,
+    progress: Progress = silent,
+    workers: Workers | None = None,
+) -> list[Claim]:
+    """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.
+
+    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `battery` are the
+    windows for `run_battery`, if it is wanted. What is finished stays in `out`, and the same call goes on from there.
+    Writes paper.md, a .tex for each table and a .csv for each kind of records. Raises as `run_benchmarks`,
+    `run_battery` and `time_grid` do.
+    """
+    rows = paper_grid(locate(model))
+    most = max(row.fraction for row in rows)
+    progress(0, 1, "similarity by depth")
+    similarity = _similarity(model, batches, out, provenance)
+    benchmarks = (
+        run_benchmarks(
+            model,
+            tokenizer,
+            rows,
+            evaluation.tasks,
+            out,
+            provenance,
+            generating_rows=None if evaluation.generate_all else [r for r in rows if r.fraction in (0.0, most)],
+            num_fewshot=evaluation.num_fewshot,
+            limits=evaluation.limits,
+            task_path=evaluation.task_path,
+            batch_size=evaluation.batch_size,
+            truncate=evaluation.truncate,
+            progress=lambda task, done, total: progress(done, total, f"{task}, all configurations"),
+            workers=workers,
+        )
+        if evaluation.tasks
+        else []
+    )
+    checks = _battery(model, tokenizer, rows[1:], battery, out, provenance, seed, progress) if battery else []
+    times = time_grid(model, rows, out, provenance, **asdict(timing), seed=seed, progress=progress)
+    return write_paper(out, similarity, benchmarks, times, checks)
+
+
+def write_paper(
+    out: Path,
+    similarity: Sequence[Mapping[str, Any]],
+    benchmarks: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]] = (),
+) -> list[Claim]:
+    """Tables and claims from what was measured, into `out`."""
+    about = [*benchmarks, *times, *similarity][0]["provenance"]
+    board = Scoreboard(benchmarks) if benchmarks else None
+    tables = {}
+    for keep_last in (False, True):
+        ending = "last-kept" if keep_last else "last-skipped"
+        if board:
+            tables[f"benchmarks-{ending}"] = benchmark_table(board, keep_last)
+        if checks:
+            tables[f"battery-{ending}"] = battery_table(checks, keep_last)
+        for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
+            if times:
+                tables[f"{name}-{ending}"] = time_table(times, keep_last, quantity)
+    write_tables(tables, out)
+    write_csv(benchmarks, out / "benchmarks.csv")
+    write_csv(times, out / "times.csv")
+    if checks:
+        write_csv(checks, out / "battery.csv")
+    claims = claims_of(similarity, board, times)
+    (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times))
+    return claims
+
+
+def _similarity(
+    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, provenance: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    with ledger.lock(out):
+        held = ledger.read(out / SIMILARITY)
+        for row in held:
+            ledger.check_same(row["provenance"], provenance, out, ignoring=("threads",))
+        if not held:
+            held = [asdict(row) | {"provenance": dict(provenance)} for row in measure_similarity(model, batches)]
+            ledger.append(out / SIMILARITY, *held)
+        return held
+
+
+def _battery(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Configuration],
+    windows: Sequence[Tensor],
+    out: Path,
+    provenance: Mapping[str, Any],
+    seed: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """One record a configuration and check; a part of the battery is kept as soon as it is done."""
+    settings = dict(provenance) | {"seed": seed, "windows": [len(windows), windows[0].numel()], "contexts": [*CONTEXTS]}
+    with ledger.lock(out):
+        held = ledger.read(out / BATTERY)
+        for record in held:
+            ledger.check_same(record["provenance"], settings, out, ignoring=("threads",))
+        for place, part in enumerate(PARTS):
+            if any(record["part"] == part for record in held):
+                continue
+            progress(place, len(PARTS), f"battery: {part}, all configurations")
+            plans = [row.plan for row in rows]
+            checks = run_battery(model, tokenizer, plans, windows, parts=[part], seed=seed)
+            fresh = [
+                {
+                    "part": part,
+                    "variant": rows[check.plan].variant,
+                    "fraction": rows[check.plan].fraction,
+                    "keep_last": rows[check.plan].keep_last,
+                    **{name: value for name, value in asdict(check).items() if name != "plan"},
+                    "plan": rows[check.plan].plan.indices,
+                    "worse": check.worse,
+                    "provenance": settings,
+                }
+                for check in checks
+            ]
+            ledger.append(out / BATTERY, *fresh)
+            held += ledger.finite(fresh)
+        return held
+
+
+def _story(
+    about: Mapping[str, Any],
+    tables: Mapping[str, Any],
+    claims: Sequence[Claim],
+    benchmarks: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+) -> str:
+    """paper.md: the tables, and the claims beside them."""
+    machine = about["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"# The evaluation of arXiv 2407.15516 on {about['model']}",
+        "",
+        f"{about['dtype']} on {machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}; "
+        f"{versions}. Weights: {about['revision']}.",
+        "",
+        "![Similarity by depth](similarity.png)",
+    ]
+    if benchmarks:
+        lines += ["", "## Benchmarks", "", _documents(benchmarks), ""]
+        lines += [
+            "Per cent ± standard error; in brackets the difference to the dense model, paired by document, "
+            "± its standard error. * p < 0.05 (McNemar's exact test for accuracies), not corrected for the number of "
+            "comparisons. The average is over the tasks that every row has.",
+        ]
+        lines += _section(tables, "benchmarks")
+    if any(name.startswith("battery") for name in tables):
+        lines += ["", "## What accuracy hides", ""]
+        lines += [
+            "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
+            "expected calibration error of the next token, and greedy continuations beside the dense model's. In "
+            "brackets the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the "
+            "number of comparisons.",
+        ]
+        lines += _section(tables, "battery")
+    if times:
+        lines += ["", "## Times", ""]
+        lines += [
+            f"Milliseconds (median of {times[0]['provenance']['rounds']} rounds, all configurations in turn, a real KV "
+            "cache); in brackets how many times the dense model's speed [quartiles of the rounds' own ratios].",
+        ]
+        lines += _section(tables, "prefill") + _section(tables, "decode")
+    lines += ["", "## The paper's claims, and this model", "", "| claim | here | verdict |", "|---|---|---|"]
+    lines += [f"| {claim.claim} | {claim.here} | {claim.verdict} |" for claim in claims]
+    lines += ["", "A difference counts from two standard errors; a speed when the quartiles agree.", ""]
+    return "\n".join(lines)
+
+
+def _section(tables: Mapping[str, Any], kind: str) -> list[str]:
+    lines = []
+    for keep_last, told in LAST.items():
+        table = tables.get(f"{kind}-{'last-kept' if keep_last else 'last-skipped'}")
+        if table is not None:
+            lines += ["", f"### {kind.capitalize()}: {told}", "", table.reset_index().to_markdown(index=False)]
+    return lines
+
+
+def _documents(benchmarks: Sequence[Mapping[str, Any]]) -> str:
+    counts = {record["task"]: (record["num_fewshot"], record["documents"]) for record in benchmarks}
+    told = (f"{task} {shots}-shot, {documents} documents" for task, (shots, documents) in counts.items())
+    return f"lm-evaluation-harness {benchmarks[0]['provenance']['lm_eval']}: {'; '.join(told)}."

@@ -1,0 +1,184 @@
+"""The paper's tables from the records: benchmarks and times, by variant and fraction kept, in three formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ...measuring.statistics import mean_and_error
+from ..tasks import stock_name
+
+Record = Mapping[str, Any]
+Key = tuple[str, float, bool]  # variant, fraction, keep_last
+
+HEADINGS = {
+    "arc_challenge": "ARC-C",
+    "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+    "truthfulqa_mc2": "TruthfulQA",
+    "winogrande": "Winogrande",
+    "gsm8k": "GSM8K",
+}
+SIGNIFICANT = 0.05
+ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
+
+
+def key_of(record: Record) -> Key:
+    return record["variant"], record["fraction"], record["keep_last"]
+
+
+class Scoreboard:
+    """Benchmark records by configuration and column; a column is a task, or task and metric where it has several."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        records = list(records)
+        self.cells: dict[Key, dict[str, Record]] = {}
+        metrics: dict[str, set[str]] = {}
+        for record in records:
+            metrics.setdefault(record["task"], set()).add(record["metric"])
+        for record in records:
+            task: str = record["task"]
+            name = HEADINGS.get(stock_name(task), task)
+            column = name if len(metrics[record["task"]]) == 1 else f"{name} {record['metric'].partition(',')[0]}"
+            self.cells.setdefault(key_of(record), {})[column] = record
+        self.columns = list(dict.fromkeys(column for row in self.cells.values() for column in row))
+
+    @property
+    def shared(self) -> list[str]:
+        """The columns that every configuration has, as shares of 0 to 1: what an average is taken over."""
+        return [
+            column
+            for column in self.columns
+            if all(column in row and _is_share(row[column]) for row in self.cells.values())
+        ]
+
+    def average(self, key: Key) -> float:
+        return mean_and_error([self.cells[key][column]["value"] for column in self.shared])[0]
+
+    def difference(self, key: Key, other: Key) -> tuple[float, float]:
+        """The average of `key` less that of `other`, with its standard error, paired by document."""
+        means, errors = [], []
+        for column in self.shared:
+            ours, theirs = self.cells[key][column], self.cells[other][column]
+            means.append(ours["value"] - theirs["value"])
+            errors.append(mean_and_error([a - b for a, b in zip(ours["values"], theirs["values"])])[1])
+        count = len(self.shared)
+        return math.fsum(means) / count, math.sqrt(math.fsum(error**2 for error in errors)) / count
+
+
+def benchmark_table(board: Scoreboard, keep_last: bool) -> pd.DataFrame:
+    """Values in per cent, with the paired difference to dense ± its standard error; * where p < 0.05."""
+    rows = {}
+    for key, cells in board.cells.items():
+        if key[0] != "dense" and key[2] != keep_last:
+            continue
+        row = {column: _score(cells.get(column)) for column in board.columns}
+        if board.shared:
+            row["average"] = _with_difference(board.average(key), *board.difference(key, _dense(board)), key)
+        rows[_label(key)] = row
+    return _frame(rows)
+
+
+def time_table(records: Iterable[Record], keep_last: bool, quantity: str) -> pd.DataFrame:
+    """`quantity` (prefill_ms or decode_ms_per_token) by prompt length: median, and how many times dense's speed.
+
+    The speedup is the median of the rounds' own ratios, with its quartiles.
+    """
+    speedup = {"prefill_ms": "speedup_prefill", "decode_ms_per_token": "speedup_decode"}[quantity]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for record in records:
+        if record["variant"] != "dense" and record["keep_last"] != keep_last:
+            continue
+        column = f"prompt {record['prompt_tokens']}, batch {record['batch_size']}"
+        low, high = record[f"{speedup}_low"], record[f"{speedup}_high"]
+        gain = f" ({record[speedup]:.2f}× [{low:.2f}, {high:.2f}])" if record["variant"] != "dense" else ""
+        rows.setdefault(_label(key_of(record)), {})[column] = f"{record[quantity]:.1f}{gain}"
+    return _frame(rows)
+
+
+def battery_table(records: Iterable[Record], keep_last: bool) -> pd.DataFrame:
+    """Each check's value, with the paired difference to dense ± its standard error; * where it got worse beyond it."""
+    rows: dict[tuple[str, str], dict[str, str]] = {("dense", "100%"): {}}
+    for record in records:
+        check, value, delta = record["check"], record["value"], record["delta"]
+        if value is None or delta is None:  # of a model that overflows
+            continue
+        rows["dense", "100%"][check] = f"{value - delta:.3g}"
+        if record["keep_last"] == keep_last:
+            error = "–" if record["delta_se"] is None else f"{record['delta_se']:.2g}"
+            mark = "*" if record["worse"] else ""
+            rows.setdefault(_label(key_of(record)), {})[check] = f"{value:.3g} ({delta:+.2g} ± {error}{mark})"
+    return _frame(rows)
+
+
+def write_tables(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Each table as out/NAME.tex; the Markdown is put together by whoever tells the story."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        (out / f"{name}.tex").write_text(latex(table, name))
+
+
+def latex(table: pd.DataFrame, name: str) -> str:
+    caption = name.replace("-", " ").replace("_", " ")
+    escaped = table.reset_index().map(_escaped).rename(columns=_escaped)
+    return str(escaped.style.hide(axis="index").to_latex(hrules=True, caption=caption, label=f"tab:{name}"))
+
+
+def write_csv(records: Sequence[Record], path: Path) -> None:
+    """The records as they are, a line each, without what is no figure."""
+    left_out = ("values", "provenance", "plan")
+    rows = [{name: value for name, value in record.items() if name not in left_out} for record in records]
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def _dense(board: Scoreboard) -> Key:
+    return next(key for key in board.cells if key[0] == "dense")
+
+
+def _label(key: Key) -> tuple[str, str]:
+    variant, fraction, _ = key
+    return variant, f"{1 - fraction:.0%}"
+
+
+def _frame(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["skipped", "kept"]))
+    return table.fillna("–")
+
+
+def _score(record: Record | None) -> str:
+    if record is None or record["value"] is None:
+        return "–"
+    if not _is_share(record):
+        return f"{record['value']:.3g}"
+    if record["variant"] == "dense":
+        return f"{100 * record['value']:.1f} ± {_percent(record['value_se'])}"
+    mark = "*" if (record["p_value"] or 1) < SIGNIFICANT else ""
+    delta, error = 100 * record["delta"], _percent(record["delta_se"])
+    return f"{100 * record['value']:.1f} ({delta:+.1f} ± {error}{mark})"
+
+
+def _with_difference(value: float, delta: float, error: float, key: Key) -> str:
+    if key[0] == "dense":
+        return f"{100 * value:.1f}"
+    mark = "*" if abs(delta) > 1.96 * error else ""
+    return f"{100 * value:.1f} ({100 * delta:+.1f} ± {_percent(error)}{mark})"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _is_share(record: Record) -> bool:
+    values: Sequence[float] | None = record["values"]
+    if record["value"] is None or values is None:
+        return False
+    return all(-ROUNDING <= value <= 1 + ROUNDING for value in values)
+
+
+def _escaped(text: str) -> str:
+    signs: dict[str, str] = {"%": r"\%", "±": r"$\pm$", "×": r"$\times$", "–": "--", "_": r"\_", "#": r"\#"}
+    return "".join(signs.get(sign, sign) for sign in text)

@@ -1,0 +1,225 @@
+"""Many machines: the branches of the tree of plans, spread over the workers of a Ray cluster. Needs the extra `ray`.
+
+Each worker holds the whole model and takes plans that lie together in the tree. What a lost worker was doing is done
+again by another one, once. Results are those of one process: the same functions run, on fewer plans at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..measuring.quality import Scores, score
+from ..plan import Plan
+from ..running.replay import live_steps
+from ..structure.anatomy import Anatomy
+from .packing import common
+from .scoring import Request, Scorer
+from .scoring import Scores as RequestScores
+
+try:
+    import ray
+    from ray.exceptions import RayActorError, RayError
+except ModuleNotFoundError:
+    raise UsageError("spreading over machines needs ray; pip install 'notall[ray]'") from None
+
+SLICE = 256  # requests that are answered before anything is kept
+
+Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
+
+
+class Workers:
+    """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
+
+    `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here),
+    HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside, by Ray's client). There are `count`
+    workers, or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs. Raises
+    `UsageError` when no cluster is there, when it has no room, and when a worker can't load the model.
+    """
+
+    def __init__(
+        self,
+        load_options: Mapping[str, Any],
+        anatomy: Anatomy,
+        address: str = "local",
+        *,
+        count: int | None = None,
+        gpus: int = 1,
+    ) -> None:
+        self.anatomy = anatomy
+        self.started = not ray.is_initialized()
+        if self.started:
+            try:
+                where = None if address == "any" else address
+                ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            except (ConnectionError, RayError, ValueError) as error:
+                said = " ".join(str(error).split())[:200]
+                raise UsageError(
+                    f"no Ray cluster at {address}: {said}; give local, auto, HOST:PORT or ray://HOST:PORT, and set "
+                    "RAY_AUTH_MODE=token where the cluster wants a token"
+                ) from None
+        held = ray.cluster_resources()
+        has_gpus = held.get("GPU", 0) >= gpus
+        room = int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))
+        remote = ray.remote(num_cpus=1, num_gpus=gpus if has_gpus else 0)(_Worker)
+        self.actors: list[Any] = [remote.remote(dict(load_options)) for _ in range(count or room)]
+        self.processes = self._processes()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        if self.started:
+            ray.shutdown()
+
+    def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
+        """As `quality.score`: scores of the dense model, then of each plan, on one batch of token ids."""
+        groups = self.split(plans)
+        tasks = [("score", ([plans[number] for number in group], tokens.cpu())) for group in groups]
+        answers = self.run(tasks)
+        found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
+        return [answers[0][0], *(found[number] for number in range(len(plans)))]
+
+    def score_requests(
+        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: int | Literal["auto"]
+    ) -> RequestScores:
+        """As `Scorer.score`, of all `requests` at once, in their order."""
+        groups = self.split(plans)
+        chosen = [[plans[number] for number in group] for group in groups]
+        tasks = [("score_requests", (some, list(requests), batch_size)) for some in chosen]
+        order = [number for group in groups for number in group]
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+        likely, greedy = zip(*self.run(tasks))
+        return RequestScores(list(range(len(requests))), torch.cat(likely)[back], torch.cat(greedy)[back])
+
+    def scorer(self, here: Scorer) -> SpreadScorer:
+        """What scores requests on the workers, and does the rest as `here`, the scorer of this process, does."""
+        return SpreadScorer(self, here)
+
+    def split(self, plans: Sequence[Plan]) -> list[list[int]]:
+        """The numbers of `plans` in groups of about equal work, one a worker, of plans that share their beginnings."""
+        return split_branches(self.anatomy, plans, len(self.actors))
+
+    def run(self, tasks: Sequence[Task]) -> list[Any]:
+        """The answers to `tasks`, in order; what a lost worker was doing goes to another one, once."""
+        waiting = list(enumerate(tasks))[::-1]
+        tried = [0] * len(tasks)
+        running: dict[Any, tuple[int, Any]] = {}
+        answers: dict[int, Any] = {}
+        idle = list(self.actors)
+        while waiting or running:
+            while waiting and idle:
+                number, (method, arguments) = waiting.pop()
+                actor = idle.pop()
+                tried[number] += 1
+                running[getattr(actor, method).remote(*arguments)] = (number, actor)
+            if not running:
+                raise UsageError("every worker is lost; look at the cluster's logs and start again: nothing is lost")
+            (ready, *_), _ = ray.wait(list(running))
+            number, actor = running.pop(ready)
+            try:
+                answers[number] = ray.get(ready)
+                idle.append(actor)
+            except RayActorError:
+                self.actors.remove(actor)
+                if tried[number] > 1:
+                    raise UsageError("two workers were lost on the same branches; look at the cluster's logs") from None
+                waiting.append((number, tasks[number]))
+        return [answers[number] for number in range(len(tasks))]
+
+    def _processes(self) -> list[int]:
+        """Of the workers, once each has its model."""
+        try:
+            return ray.get([actor.ready.remote() for actor in self.actors], timeout=1800)
+        except RayError as error:
+            cause = getattr(error, "cause", None) or error
+            said = " ".join(str(cause).split())[-300:]
+            raise UsageError(f"a worker could not load the model: {said}") from None
+
+
+@dataclass
+class SpreadScorer:
+    """Stands in for a `Scorer` where requests are scored; the rest is that of `here`, the scorer of this process."""
+
+    workers: Workers
+    here: Scorer
+
+    def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
+        size = "auto" if self.here.most_tokens < float("inf") else int(self.here.most_packs)
+        order = sorted(range(len(requests)), key=lambda number: requests[number].sequence)  # what begins alike together
+        for start in range(0, len(order), SLICE):
+            numbers = order[start : start + SLICE]
+            found = self.workers.score_requests(plans, [requests[n] for n in numbers], size)  # type: ignore[arg-type]
+            yield RequestScores(numbers, found.log_likelihoods, found.greedy)
+
+    def fitting(self, width: int, count: int) -> int:
+        return self.here.fitting(width, count)
+
+    def shrink(self, rows: int, width: int) -> None:
+        self.here.shrink(rows, width)
+
+
+def split_branches(anatomy: Anatomy, plans: Sequence[Plan], parts: int) -> list[list[int]]:
+    """The numbers of `plans` in at most `parts` groups of plans that share as much as they can.
+
+    Plans are put in the order in which a walk through their tree meets them, and cut so that the largest group has as
+    little work, sublayers and heads, as cutting that order allows: the first plan of a group pays for its whole path.
+    """
+    paths = [tuple(part.name for _, live in live_steps(anatomy, plan) for part in live) for plan in plans]
+    order = sorted(range(len(plans)), key=paths.__getitem__)
+    most = max(map(len, paths)) + 1
+    while len(groups := _filled(order, paths, most)) > parts:
+        most += 1
+    return groups
+
+
+def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -> list[list[int]]:
+    """`order` cut into groups of at most `most` work each, each as full as it gets."""
+    groups: list[list[int]] = []
+    work = most
+    for number in order:
+        path = paths[number]
+        shared = common(paths[groups[-1][-1]], path) if groups else 0
+        work += len(path) - shared + 1
+        if work > most:
+            groups.append([])
+            work = len(path) + 1
+        groups[-1].append(number)
+    return groups
+
+
+class _Worker:
+    """What runs on a machine of the cluster."""
+
+    def __init__(self, load_options: dict[str, Any]) -> None:
+        from ..models.loading import load
+
+        self.model, _ = load(**load_options)
+        self.scorers: dict[Any, Scorer] = {}
+
+    def ready(self) -> int:
+        """The process that has the model loaded."""
+        return os.getpid()
+
+    def score(self, plans: list[Plan], tokens: Tensor) -> list[Scores]:
+        return score(self.model, plans, tokens.to(self.model.device))
+
+    def score_requests(
+        self, plans: list[Plan], requests: list[Request], batch_size: int | Literal["auto"]
+    ) -> tuple[Tensor, Tensor]:
+        scorer = self.scorers.setdefault(batch_size, Scorer(self.model, batch_size))
+        likely = torch.empty(len(plans), len(requests), dtype=torch.float64)
+        greedy = torch.empty(len(plans), len(requests), dtype=torch.bool)
+        for scores in scorer.score(plans, requests):
+            likely[:, scores.requests] = scores.log_likelihoods
+            greedy[:, scores.requests] = scores.greedy
+        return likely, greedy

@@ -1,0 +1,123 @@
+"""vLLM's native models, with layers as a regrouped checkpoint has them: one attention each, MLPs before and after.
+
+Each model is vLLM's own; while it is built, the function that makes its list of layers is replaced by one that makes
+each layer and then gives it what `config.sublayers` says. In vLLM a layer hands on (hidden, residual), and the next
+norm adds them: what is left out passes the pair on, at no cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..remote_code import FAMILIES, classes_of
+from .plugin import NATIVE
+
+# The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
+LAYERS_IN = {"mistral": "llama", "qwen3": "qwen2"}
+
+
+class Passed(nn.Module):
+    """Stands for the norm before an MLP that was left out."""
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, residual
+
+
+class MLP(nn.Module):
+    """An MLP without an attention, with the norms of its own, taken from a layer of vLLM's.
+
+    Both tensors are (tokens, hidden); the sum of the two is the residual stream.
+    """
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in names:
+            setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        norm, *rest = (getattr(self, name) for name in self.names)
+        if residual is None:  # ahead of the first attention
+            hidden, residual = norm(hidden), hidden
+        else:
+            hidden, residual = norm(hidden, residual)
+        for module in rest:
+            hidden = module(hidden)
+        return hidden, residual
+
+
+@functools.cache
+def _regrouped_class(layer_class: Any) -> Any:
+    class Regrouped(layer_class):
+        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
+            for mlp in self.before:
+                hidden, residual = mlp(hidden, residual)
+            hidden, residual = super().forward(positions, hidden, residual, **kwargs)
+            for mlp in self.after:
+                hidden, residual = mlp(hidden, residual)
+            return hidden, residual
+
+    return Regrouped
+
+
+def _vllm_module(name: str) -> Any:
+    return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+@contextmanager
+def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
+    """Have vLLM build the layers of `base` as the config of the checkpoint says."""
+    module = _vllm_module(LAYERS_IN.get(base, base.removesuffix("_text")))
+    make_layers, names = module.make_layers, FAMILIES[base].mlp
+    attentions = vllm_config.compilation_config.static_forward_context
+
+    def mlp_of(make: Callable[..., nn.Module], prefix: str) -> MLP:
+        known = set(attentions)
+        layer = make(prefix=prefix)
+        for name in set(attentions) - known:  # else vLLM holds a cache for the attention of this layer
+            del attentions[name]
+        return MLP(layer, names)
+
+    def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
+        def layer(prefix: str) -> nn.Module:
+            held = vllm_config.model_config.hf_config.sublayers[int(prefix.rpartition(".")[2])]
+            extras = {where: [mlp_of(make, prefix) for _ in held[where]] for where in ("before", "after")}
+            made = make(prefix=prefix)
+            made.__class__ = _regrouped_class(type(made))  # type: ignore[arg-type]
+            made.before, made.after = nn.ModuleList(extras["before"]), nn.ModuleList(extras["after"])
+            if held["mlp"] is None:
+                norm, *rest = names
+                setattr(made, norm, Passed())
+                for name in rest:
+                    setattr(made, name, nn.Identity())
+            return made
+
+        return make_layers(count, layer, prefix=prefix)
+
+    module.make_layers = regrouped
+    try:
+        yield
+    finally:
+        module.make_layers = make_layers
+
+
+def _model(base: str) -> type:
+    stock: Any = getattr(_vllm_module(base.removesuffix("_text")), f"{FAMILIES[base].name}ForCausalLM")
+
+    class Model(stock):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            with _regrouping(base, vllm_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    Model.__name__ = Model.__qualname__ = classes_of(base)["AutoModelForCausalLM"]
+    return Model
+
+
+for _base in NATIVE:
+    globals()[classes_of(_base)["AutoModelForCausalLM"]] = _model(_base)

@@ -1,0 +1,47 @@
+"""How similar each layer's features are to the previous layer's (the paper's Fig. 1), and each sublayer's likewise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from ..running.replay import walk
+from .statistics import mean_and_error
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Cosine of the residual stream before and after one block or sublayer: mean over tokens, error over sequences."""
+
+    layer: int
+    kind: Literal["block", "attention", "mlp"]
+    cosine: float
+    cosine_se: float
+
+
+def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
+    """Cosine similarity of the residual stream before and after each block, attention and MLP of the dense model.
+
+    `batches` are token ids, (batch, tokens) each. The last block is compared before the final norm. Costs less than a
+    forward pass, since no head is run, and keeps one block's hidden states at a time.
+    Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
+    """
+    found: dict[tuple[int, str], list[Tensor]] = {}
+    with torch.no_grad():
+        for tokens in batches:
+            for passage in walk(model, input_ids=tokens):
+                pairs = {"block": (passage.before, passage.after)} | passage.around
+                for kind, (before, after) in pairs.items():
+                    cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
+                    found.setdefault((passage.block.index, kind), []).append(cosine)
+    rows = []
+    for (layer, kind), values in found.items():
+        mean, error = mean_and_error(torch.cat(values).tolist())
+        rows.append(Similarity(layer, kind, mean, error))  # type: ignore[arg-type]
+    return rows

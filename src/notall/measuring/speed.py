@@ -1,0 +1,215 @@
+"""How long a model takes: prefill apart from decode, variants interleaved. Knows nothing of plans."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..errors import UsageError
+from ..progress import Progress, silent
+
+Variant = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of `n` samples and their quartiles, in the unit of the samples."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Summarise at least one sample; quartiles interpolate linearly."""
+        quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quartiles).tolist()
+        return cls(median, low, high, len(samples))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one variant took, one sample a round, in the order of the rounds.
+
+    `peak_bytes` is the most CUDA memory allocated in a round, summed over devices. It counts weights that
+    are held but not used. None without CUDA.
+    """
+
+    prefill_samples_ms: tuple[float, ...]
+    decode_samples_ms: tuple[float, ...]  # a token
+    peak_bytes: int | None
+
+    @property
+    def prefill_ms(self) -> Spread:
+        return Spread.of(self.prefill_samples_ms)
+
+    @property
+    def decode_ms_per_token(self) -> Spread:
+        return Spread.of(self.decode_samples_ms)
+
+
+def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
+
+    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known, so each of the
+    `new` steps is a decode step; a step serves all B sequences. Accelerators are synchronised where the clock
+    is read, not between steps. Raises `UsageError` if the model keeps no cache.
+    """
+    devices = _accelerators(model)
+    # As `generate` does: the logits of the whole prompt would dominate the prefill of small models.
+    takes = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    with torch.inference_mode():
+        start = _now(devices)
+        output = model(input_ids=prompt, use_cache=True, **last_only)
+        token = output.logits[:, -1:].argmax(-1)  # (B, 1)
+        prefilled = _now(devices)
+        name = _cache_name(output)
+        for _ in range(new):
+            output = model(input_ids=token, use_cache=True, **{name: output[name]}, **last_only)
+            token = output.logits[:, -1:].argmax(-1)
+        decoded = _now(devices)
+    return 1e3 * (prefilled - start), 1e3 * (decoded - prefilled) / new
+
+
+def compare(
+    model: PreTrainedModel,
+    variants: Mapping[str, Variant],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch_size: int = 1,
+    rounds: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Timing]:
+    """Time each variant once a round, in an order that is reversed every other round, so that drift cancels.
+
+    A variant is a function that returns a context manager, entered and left outside of the timed region. The
+    first `warmup` rounds are run in full and thrown away. The prompt is the same for all: random ids of shape
+    (batch_size, prompt_tokens). Raises `UsageError` for counts that are too low, and for more tokens than the
+    model has positions.
+    """
+    _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds)
+    if warmup < 0:
+        raise UsageError(f"warmup is {warmup}; give 0 or more")
+    _check_positions(model, prompt_tokens, new_tokens)
+    prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
+    samples: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in variants}
+    for index in range(warmup + rounds):
+        for place, name in enumerate(list(variants)[:: -1 if index % 2 else 1]):
+            progress(index * len(variants) + place, (warmup + rounds) * len(variants), f"timing {name}")
+            with variants[name]():
+                samples[name].append(_measure(model, prompt, new_tokens))
+    return {name: _summarise(rows[warmup:]) for name, rows in samples.items()}
+
+
+def speedup(baseline: Sequence[float], other: Sequence[float]) -> Spread:
+    """How many times faster `other` is than `baseline` (above 1: faster), paired: one ratio for each round.
+
+    Both are samples of one `compare`, for example `dense.decode_samples_ms` and `skipped.decode_samples_ms`.
+    """
+    return Spread.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
+    cpu = _cpu_model()
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "cpu": cpu,
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "notall": __version__,
+        },
+    }
+
+
+def _measure(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float, int | None]:
+    gpus = [device for device in _accelerators(model) if device.type == "cuda"]
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    prefill_ms, decode_ms = time_once(model, prompt, new)
+    return prefill_ms, decode_ms, sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None
+
+
+def _summarise(rows: list[tuple[float, float, int | None]]) -> Timing:
+    prefill, decode, peaks = zip(*rows, strict=True)
+    return Timing(prefill, decode, None if None in peaks else max(peaks))
+
+
+def _now(devices: set[torch.device]) -> float:
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _accelerators(model: PreTrainedModel) -> set[torch.device]:
+    return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
+
+
+def _cache_name(output: Mapping[str, Any]) -> str:
+    # transformers renamed it in 5.24; a model returns its cache under the name by which it takes it.
+    for name in ("cache", "past_key_values"):
+        if output.get(name) is not None:
+            return name
+    raise UsageError("the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache")
+
+
+def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} is {count}; give 1 or more")
+
+
+def _check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
+            f"lower them to {limit} together"
+        )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: what a container or taskset leaves us
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

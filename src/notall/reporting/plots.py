@@ -1,0 +1,348 @@
+"""Two figures: how similar the layers are, and what leaving them out costs and saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from ..errors import UsageError
+
+Row = Mapping[str, Any]
+
+# From Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
+PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
+SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
+            "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5",
+            "#393b79", "#8c6d31", "#843c39", "#7b4173")  # fmt: skip
+NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
+LAST = {False: "skipped too", True: "kept"}
+
+NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
+TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
+HELD_OUT = "NLL added on held-out text, nats per token"
+MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
+
+
+def theme(
+    ink: str, grey: str, pale: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
+) -> dict[str, Any]:
+    """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
+    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
+    named = {"ink": ink, "grey": grey, "paper": paper} | {f"colour_{name}": hue for name, hue in colours.items()}
+    return {
+        "background": paper,
+        "font": "system-ui, Helvetica, Arial, sans-serif",
+        "params": [{"name": name, "value": value} for name, value in named.items()],
+        "range": {"heatmap": list(ramp)},
+        "title": {"color": ink, "fontSize": 16, "subtitleColor": grey, "subtitleFontSize": 12, "subtitlePadding": 6},
+        "axis": {
+            "labelFontSize": 11,
+            "labelColor": grey,
+            "titleColor": ink,
+            "gridColor": pale,
+            "domainColor": grey,
+            "tickColor": grey,
+            "titlePadding": 10,
+            **plain,
+        },
+        "legend": {"labelFontSize": 12, "labelColor": grey, "titleColor": grey, **plain},
+        "view": {"stroke": None},
+    }
+
+
+LIGHT = theme("#222222", "#666666", "#e6e6e6", "#ffffff", ("#eef1f5", "#08306b"), COLOURS)
+DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#15181c", ("#272c33", "#9ecbff"), PALER)
+
+
+def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
+    """Cosine similarity of each layer's features with the previous layer's, by depth (the paper's Fig. 1).
+
+    A row holds `layer` (from 0), `kind` (block, attention or mlp) and `cosine`.
+    """
+    return _dress(similarity_layers(similarity), title, "Close to 1: little of the input is changed")
+
+
+def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
+    """Quality lost (`delta_nll`) against decode speedup, a point for each configuration.
+
+    Records are as in `results.Record`. A label is the fraction skipped; bars are one standard error of the
+    loss and the quartiles of the speedup. Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    """
+    told = [
+        "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup.",
+        "Grey line: the front, where nothing measured is both faster and better.",
+    ]
+    return _dress(tradeoff_layers(records), title, told)
+
+
+def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
+    """What `similarity_chart` draws, without size, title and theme."""
+    rows = [
+        {"layer": row["layer"], "kind": NAMES[row["kind"]], "cosine": row["cosine"]}
+        for row in similarity
+        if _is_number(row["cosine"])
+    ]
+    layers = alt.Axis(
+        values=sorted({row["layer"] for row in rows}),
+        format="d",
+        labelOverlap=True,
+        labelSeparation=4,
+        grid=False,
+    )
+    chosen = alt.selection_point(fields=["kind"], bind="legend")
+    lines = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("layer:Q", title="layer", axis=layers, scale=_snug(12)),
+        y=alt.Y("cosine:Q", title="cosine of the features before and after", scale=_snug(16)),
+        color=_colour("kind", rows),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+        tooltip=["kind:N", "layer:Q", alt.Tooltip("cosine:Q", format=".4f")],
+    )
+    points = lines.mark_point(filled=True, size=38).add_params(chosen)
+    return lines.mark_line(strokeWidth=2) + points
+
+
+def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
+    """What `tradeoff_chart` draws, without size, title and theme. `plan` in its data counts the records from 0."""
+    rows = [
+        _tradeoff_row(record) | {"plan": number}
+        for number, record in enumerate(records)
+        if record["variant"] != "dense" and _is_number(record["delta_nll"])
+    ]
+    series, chosen = _series(rows, _speedup(), "NLL added, nats per token", _colour("skipped", rows))
+    above = series.transform_filter(alt.datum.last == LAST[False])
+    below = series.transform_filter(alt.datum.last == LAST[True])
+    layers = [
+        _paths(series),
+        *_bars(series),
+        _front(rows),
+        _points(series).add_params(chosen),
+        # Paths go up and to the right: there is room left of them above, and right of them below.
+        *_labels(above, "fraction:N", align="right", dx=-7, dy=-8),
+        *_labels(below, "fraction:N", align="left", dx=7, dy=9),
+        *_dense(),
+    ]
+    return alt.LayerChart(layer=layers)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (speedup, loss) pairs those that no other beats in both, from the slowest to the fastest."""
+    best: list[tuple[float, float]] = []
+    for speedup, lost in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or lost < best[-1][1]:
+            best.append((speedup, lost))
+    return best[::-1]
+
+
+def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
+    """Quality lost against decode speedup of `front_rows` that were timed: a colour a criterion, a shape a space."""
+    series, chosen = _series(rows, _speedup(), HELD_OUT, _by_criterion(rows, colours))
+    points = series.mark_point(filled=True, size=60).encode(
+        shape=alt.Shape("space:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
+        tooltip=[*_asked(), alt.Tooltip("speedup:Q", format=".3f")],
+    )
+    return alt.LayerChart(layer=[*_bars(series), _front(rows), points.add_params(chosen), *_dense()])
+
+
+def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
+    """Quality lost (`delta_nll`) against what is skipped, a line a criterion, a panel for what it chose among.
+
+    Records are as `comparison.compare_criteria` answers them: criterion, aim, space, count, delta_nll, delta_nll_se.
+    Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    """
+    rows = front_rows(records)
+    layers = front_layers(rows, criterion_colours(rows)).properties(width=300, height=300)
+    panels = layers.facet(facet=alt.Facet("space:N", title=None), columns=2).resolve_scale(x="independent")
+    told = alt.Title(title, subtitle="Lower is better. Bars: standard error.", anchor="start", frame="group", offset=14)
+    return panels.properties(title=told, padding=16).configure(**LIGHT)
+
+
+def front_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
+    """What a panel of `front_chart` draws of `front_rows`, without size, title and theme."""
+    counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16))
+    series, chosen = _series(rows, counts, HELD_OUT, _by_criterion(rows, colours))
+    points = series.mark_point(filled=True, size=50).encode(tooltip=_asked())
+    return series.mark_line(strokeWidth=1.5) + _bars(series)[0] + points.add_params(chosen)
+
+
+def front_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
+    """A row for each record with a loss; `plan` counts the records from 0."""
+    return [
+        _front_row(record, records) | {"plan": number}
+        for number, record in enumerate(records)
+        if _is_number(record["delta_nll"])
+    ]
+
+
+def criterion_colours(rows: Sequence[Row]) -> dict[str, Any]:
+    """A colour for each criterion of `front_rows`; the search comes first, in the colour of ink."""
+    names = sorted(dict.fromkeys(row["criterion"] for row in rows), key=lambda name: not name.startswith("search"))
+    searched = bool(names) and names[0].startswith("search")
+    return dict(zip(names, cycle(SPECTRUM))) | ({names[0]: alt.expr("ink")} if searched else {})
+
+
+def save(chart: alt.TopLevelMixin, stem: Path) -> None:
+    """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
+
+    Raises `UsageError` when they can't be written.
+    """
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        chart.save(f"{stem}.png", scale_factor=2)
+        chart.save(f"{stem}.svg")
+        chart.save(f"{stem}.html", inline=True, embed_options={"actions": MENU})
+    except OSError as error:
+        raise UsageError(
+            f"cannot write figures to {stem.parent}: {error.strerror}; "
+            "make room or give access, or choose another folder"
+        ) from None
+
+
+def _tradeoff_row(record: Row) -> dict[str, Any]:
+    return {
+        "skipped": NAMES[record["variant"]],
+        "fraction": f"{record['fraction']:.0%}",
+        "share": record["fraction"],
+        "last": LAST[record["keep_last"]],
+        **_measured(record),
+    }
+
+
+def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
+    """A criterion goes by its name, and by its aim too where there are several."""
+    aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
+    return {
+        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
+        "space": record["space"],
+        "count": record["count"],
+        **_measured(record),
+    }
+
+
+def _measured(record: Row) -> dict[str, Any]:
+    """The loss with its error, and the speedup with its quartiles, where it was timed."""
+    lost, error = record["delta_nll"], record["delta_nll_se"]
+    bar = error if _is_number(error) else 0
+    ends = [end for end in ("", "_low", "_high") if f"speedup_decode{end}" in record]
+    return {"lost": lost, "lost_low": lost - bar, "lost_high": lost + bar} | {
+        f"speedup{end}": record[f"speedup_decode{end}"] for end in ends
+    }
+
+
+def _series(rows: Sequence[Row], x: alt.X, title: str, colour: alt.Color) -> tuple[alt.Chart, alt.Parameter]:
+    """Losses of a series a colour, the others dim while one is chosen in the legend; and that choice."""
+    chosen = alt.selection_point(encodings=["color"], bind="legend")
+    series = alt.Chart(alt.Data(values=list(rows))).encode(
+        x=x,
+        y=alt.Y("lost:Q", title=title, **_losses(rows)),
+        color=colour,
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+    )
+    return series, chosen
+
+
+def _bars(series: alt.Chart) -> list[alt.Chart]:
+    """Errors of the loss, and quartiles of the speedup."""
+    bar = series.mark_rule(strokeWidth=1.5)
+    return [bar.encode(y="lost_low:Q", y2="lost_high:Q"), bar.encode(x="speedup_low:Q", x2="speedup_high:Q")]
+
+
+def _speedup() -> alt.X:
+    return alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28))
+
+
+def _front(rows: Sequence[Row]) -> alt.Chart:
+    best = front([(1.0, 0.0), *((row["speedup"], row["lost"]) for row in rows)])
+    data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
+    line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
+    return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
+
+
+def _paths(series: alt.Chart) -> alt.Chart:
+    """From the smallest fraction to the largest."""
+    dash = alt.StrokeDash("last:N", title="last layer", scale=_by_last([1, 0], [4, 3]))
+    return series.mark_line(strokeWidth=1).encode(order="share:Q", strokeDash=dash)
+
+
+def _points(series: alt.Chart) -> alt.Chart:
+    return series.mark_point(filled=True, size=85).encode(
+        shape=alt.Shape(
+            "last:N",
+            title="last layer",
+            scale=_by_last("circle", "square"),
+            legend=alt.Legend(symbolFillColor=alt.expr("grey"), symbolStrokeWidth=0),
+        ),
+        tooltip=[
+            "skipped:N",
+            "fraction:N",
+            alt.Tooltip("last:N", title="last layer"),
+            alt.Tooltip("speedup:Q", format=".3f"),
+            alt.Tooltip("lost:Q", title="NLL added", format=".3f"),
+        ],
+    )
+
+
+def _labels(series: alt.Chart, text: str, **place: Any) -> list[alt.Chart]:
+    """On a white halo, to be read across lines."""
+    halo = series.mark_text(fontSize=11, stroke=alt.expr("paper"), strokeWidth=3, **place)
+    return [halo.encode(text=text), series.mark_text(fontSize=11, **place).encode(text=text)]
+
+
+def _dense() -> list[alt.Chart]:
+    row = {"speedup": 1, "lost": 0, "name": "dense"}
+    dense = alt.Chart(alt.Data(values=[row])).encode(x="speedup:Q", y="lost:Q", color=alt.value(alt.expr("ink")))
+    return [
+        dense.mark_point(shape="diamond", filled=True, size=110, opacity=1),
+        *_labels(dense, "name:N", align="center", dx=0, dy=16),
+    ]
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, Any]:
+    """Scale and axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
+    low = min([0, *(row["lost_low"] for row in rows)])
+    high = max([0, *(row["lost_high"] for row in rows)])
+    if high < 1:
+        return {"scale": _snug(24)}
+    ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
+    scale = alt.Scale(type="symlog", constant=0.1, domain=[low, high], nice=False, padding=24)
+    return {"scale": scale, "axis": alt.Axis(values=ticks, format="~g")}
+
+
+def _snug(padding: int) -> alt.Scale:
+    """From the least to the greatest value, with some pixels around."""
+    return alt.Scale(zero=False, nice=False, padding=padding)
+
+
+def _by_last(skipped: Any, kept: Any) -> alt.Scale:
+    return alt.Scale(domain=[LAST[False], LAST[True]], range=[skipped, kept])
+
+
+def _colour(field: str, rows: Sequence[Row]) -> alt.Color:
+    present = [name for name in COLOURS if any(row[field] == name for row in rows)]
+    return alt.Color(
+        f"{field}:N", scale=alt.Scale(domain=present, range=[alt.expr(f"colour_{name}") for name in present])
+    )
+
+
+def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
+    names = [name for name in colours if any(row["criterion"] == name for row in rows)]
+    scale = alt.Scale(domain=names, range=[colours[name] for name in names])
+    return alt.Color("criterion:N", title="criterion", sort=names, scale=scale)
+
+
+def _asked() -> list[Any]:
+    return ["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title="NLL added", format=".3f")]
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:
+    heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
+    return chart.properties(width=640, height=440, title=heading, padding=16).configure(**LIGHT)

@@ -1,0 +1,48 @@
+"""What a model weighs when a plan is applied: parameters, bytes of weights, bytes of KV cache a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..plan import Plan
+from ..structure.anatomy import Block, base_model, locate
+from ..structure.observation import child
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """`params` in elements, `weight_bytes` as loaded, `kv_bytes_per_token` for one sequence."""
+
+    params: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
+    """What `model` weighs without the sublayers of `plan`. Tied and shared weights count once.
+
+    Works on the meta device too. Raises as `skip` does when the plan does not fit the model.
+    """
+    inner = base_model(model)
+    anatomy = locate(inner)
+    plan.check(anatomy)
+    layers = list(inner.get_submodule(anatomy.layers).children())
+    dead = {id(weight) for block in anatomy.blocks for weight in _dead(layers[block.index], block, plan)}
+    live = [weight for weight in inner.parameters() if id(weight) not in dead]
+    cached = (block.attention.kv_bytes_per_token for block in anatomy.blocks if block.index not in plan.attention)
+    return Footprint(
+        sum(weight.numel() for weight in live),
+        sum(weight.numel() * weight.element_size() for weight in live),
+        sum(cached),
+    )
+
+
+def _dead(layer: nn.Module, block: Block, plan: Plan) -> list[nn.Parameter]:
+    """The weights of a layer that only skipped sublayers use."""
+    skipped = {part.kind for part in block.sublayers if block.index in getattr(plan, part.kind)}
+    needed = {name for part in block.sublayers if part.kind not in skipped for name in part.modules}
+    unneeded = {name for part in block.sublayers for name in part.modules} - needed
+    return [weight for name in unneeded for weight in child(layer, name).parameters()]

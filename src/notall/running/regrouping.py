@@ -1,0 +1,106 @@
+"""What a plan keeps, cut into layers of one attention each: the rule behind `skip` and every export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ..plan import Plan
+from ..structure.anatomy import Anatomy
+
+
+@dataclass
+class Group:
+    """A layer of the regrouped model, by dense indices: MLPs ahead, one attention, its MLP if `whole`, MLPs behind."""
+
+    attention: int
+    whole: bool
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+    @property
+    def untouched(self) -> bool:
+        return self.whole and not self.before and not self.after
+
+
+def regroup(depth: int, plan: Plan) -> list[Group]:
+    """Cut what `plan` keeps of `depth` layers into layers of one attention each, in the order of the dense model."""
+    groups: list[Group] = []
+    ahead: list[int] = []  # MLPs before the first live attention
+    for index in range(depth):
+        has_mlp = index not in plan.mlp
+        if index not in plan.attention:
+            groups.append(Group(index, whole=has_mlp, before=ahead))
+            ahead = []
+        elif has_mlp:
+            (groups[-1].after if groups else ahead).append(index)
+    return groups
+
+
+def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
+    """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
+
+    So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
+    it make an ordinary layer, whichever blocks they come from.
+    """
+    return all(is_ordinary(anatomy, group) for group in regroup(len(anatomy.blocks), plan))
+
+
+def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
+    """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
+    if group.untouched:
+        return True
+    if group.whole or group.before or len(group.after) != 1:
+        return False
+    return fits(anatomy, group.attention, group.after[0])
+
+
+def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
+    """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
+    block, other = anatomy.blocks[attention], anatomy.blocks[mlp]
+    attention_first = block.sublayers[0].kind == "attention"
+    return not block.parallel and attention_first and block.mlp.branches == other.mlp.branches
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of an exported model, by dense indices: an attention, its own MLP or none, MLPs before and after."""
+
+    attention: int
+    mlp: int | None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def is_ordinary(self) -> bool:
+        return self.mlp is not None and not self.before and not self.after
+
+
+def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]:
+    """`groups` with the first MLP behind a lone attention made its layer's own, where it can stand there.
+
+    `fits(i, j)` says whether the MLP of block j can stand in the place of the one of block i.
+    """
+    layers = []
+    for group in groups:
+        mlp, after = group.attention if group.whole else None, list(group.after)
+        if mlp is None and after and fits(group.attention, after[0]):
+            mlp = after.pop(0)
+        layers.append(Layer(group.attention, mlp, tuple(group.before), tuple(after)))
+    return layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer of a model whose layers may lack either sublayer, by dense indices."""
+
+    attention: int | None
+    mlp: int | None
+
+
+def rows(layers: Iterable[Layer]) -> Iterator[Row]:
+    """`layers` for engines that can leave out a sublayer of a layer: each lone MLP becomes a layer of its own."""
+    for layer in layers:
+        yield from (Row(None, mlp) for mlp in layer.before)
+        yield Row(layer.attention, layer.mlp)
+        yield from (Row(None, mlp) for mlp in layer.after)

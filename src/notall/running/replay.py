@@ -1,0 +1,276 @@
+"""Run many plans over one batch, computing what they share only once.
+
+Plans that keep the same first sublayers share everything before they part. `Replay` lays the kept sublayers of all
+plans out as a tree, writes down what each layer is called with (masks, position embeddings: they do not depend on the
+hidden states), and walks the tree depth first, so that only the states along one branch are alive at a time.
+The embedding and the head are the model's own forward, with hidden states standing in for its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..plan import Plan
+from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, locate
+from ..structure.observation import LayerCall, parameter_names, run_branches
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One batch, ready to be replayed: what went into the first layer, and what each layer was called with besides."""
+
+    inputs: dict[str, Tensor]
+    embedded: Tensor  # (batch, tokens, hidden)
+    arguments: tuple[dict[str, Any], ...]  # a layer each
+
+
+@dataclass
+class Step:
+    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it."""
+
+    block: Block
+    parts: tuple[Sublayer, ...]
+    after: dict[str, Step] = field(default_factory=dict)
+    plans: list[int] = field(default_factory=list)  # the plans that end here
+
+    @property
+    def name(self) -> str:
+        return step_name(self.parts)
+
+
+@dataclass
+class Trunk:
+    """States of one plan on one batch, kept where plans that begin alike can go on from them.
+
+    `names` are the steps of the plan, in order. `states` maps a step's place to the stream behind it, (batch, tokens,
+    hidden): one of `every` steps, filled in as they are run.
+    """
+
+    names: tuple[str, ...]
+    every: int = 1
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+    def moved(self, names: tuple[str, ...]) -> Trunk:
+        """The trunk of another plan, with the states that both share."""
+        shared = next((i for i, (ours, theirs) in enumerate(zip(self.names, names)) if ours != theirs), len(names))
+        return Trunk(names, self.every, {place: state for place, state in self.states.items() if place < shared})
+
+
+class Replay:
+    """Evaluate `plans` together, batch after batch. Raises as `skip` does when a plan does not fit the model."""
+
+    def __init__(self, model: PreTrainedModel, plans: Sequence[Plan]) -> None:
+        self.model = base_model(model)
+        self.anatomy = locate(self.model)
+        self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)
+        self.first: dict[str, Step] = {}
+        self.one_by_one = 0
+        self.ran = 0  # sublayers run so far, over all batches
+        for number, plan in enumerate(plans):
+            plan.check(self.anatomy)
+            self._plant(number, plan)
+
+    @property
+    def executions(self) -> int:
+        """Sublayers run for one batch; `one_by_one` says how many there would be without sharing."""
+        return sum(len(step.parts) for step in self._steps())
+
+    def hidden_states(self, recording: Recording, trunk: Trunk | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
+
+        The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
+        ends, and otherwise in the order given: the dense model, given first, comes first. What `trunk` holds of this
+        batch is not run again, and what it lacks is left there when it is run.
+        """
+        waiting: list[tuple[Step | list[int], Tensor | None, int | None]]  # with its place on the trunk
+        start = None if trunk is None else 0
+        waiting = [(step, recording.embedded, start) for step in reversed(self.first.values())]
+        while waiting:
+            step, hidden, place = waiting.pop()
+            if isinstance(step, list):
+                assert hidden is not None
+                yield step, hidden
+                continue
+            place = place if _is_at(trunk, place, step) else None
+            hidden = self._behind(step, hidden, recording, trunk, place)
+            if step.plans:
+                waiting.append((step.plans, hidden, None))
+            following = None if place is None else place + 1
+            waiting.extend((child, hidden, following) for child in reversed(step.after.values()))
+
+    def logits(self, **inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """For each plan, in the order of `hidden_states`: its number and its logits, (batch, tokens, vocabulary)."""
+        recording = record(self.model, **inputs)
+        for numbers, hidden in self.hidden_states(recording):
+            logits = run_head(self.model, recording, hidden)
+            for number in numbers:
+                yield number, logits
+
+    def _plant(self, number: int, plan: Plan) -> None:
+        here, step = self.first, None
+        for block, parts in live_steps(self.anatomy, plan):
+            name = step_name(parts)
+            step = here.setdefault(name, Step(block, parts))
+            here = step.after
+            self.one_by_one += len(parts)
+        assert step is not None, "a plan keeps at least one attention"
+        step.plans.append(number)
+
+    def _steps(self) -> Iterator[Step]:
+        waiting = list(self.first.values())
+        while waiting:
+            step = waiting.pop()
+            waiting.extend(step.after.values())
+            yield step
+
+    def _behind(
+        self, step: Step, hidden: Tensor | None, recording: Recording, trunk: Trunk | None, place: int | None
+    ) -> Tensor | None:
+        """The stream behind a step: kept, run, or None where all that follows is kept."""
+        if trunk and place is not None and not _is_wanted(step, trunk, place):
+            return trunk.states.get(place)
+        assert hidden is not None
+        hidden = self._run(step, hidden, recording.arguments[step.block.index])
+        if trunk and place is not None and place % trunk.every == 0:
+            trunk.states[place] = hidden
+        return hidden
+
+    def _run(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        self.ran += len(step.parts)
+        layer = self.layers[step.block.index]
+        if len(step.parts) == 2:  # a parallel block adds up in an order of its own
+            answer = layer(hidden, **arguments)
+            return answer[0] if isinstance(answer, tuple) else answer
+        return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
+
+
+def _is_at(trunk: Trunk | None, place: int | None, step: Step) -> bool:
+    """Whether `step` is the trunk's step at `place`, where all before it are the trunk's too."""
+    return trunk is not None and place is not None and place < len(trunk.names) and trunk.names[place] == step.name
+
+
+def _is_wanted(step: Step, trunk: Trunk, place: int) -> bool:
+    """Whether this step of the trunk must be run: it isn't kept, and a plan ends here or what follows needs it."""
+    if place in trunk.states:
+        return False
+    return bool(step.plans) or any(
+        not _is_at(trunk, place + 1, child) or _is_wanted(child, trunk, place + 1) for child in step.after.values()
+    )
+
+
+def step_name(parts: tuple[Sublayer, ...]) -> str:
+    return "+".join(part.name for part in parts)
+
+
+def live_steps(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Block, tuple[Sublayer, ...]]]:
+    """What `plan` keeps, in order: sublayer by sublayer, a parallel block that is kept whole as one."""
+    for block in anatomy.blocks:
+        live = [part for part in block.sublayers if block.index not in getattr(plan, part.kind)]
+        if block.parallel and len(live) == 2:
+            yield block, tuple(live)
+        else:
+            yield from ((block, (part,)) for part in live)
+
+
+def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
+    """Run the embedding of `model` on `inputs` (as for its forward), and note what each layer is called with."""
+    inner = base_model(model)
+    anatomy = locate(inner)
+    calls: list[dict[str, Any]] = []
+
+    def note(layer: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+        calls.append(arguments)
+        embedded.append(hidden)
+        if len(calls) == len(anatomy.blocks):
+            raise _Recorded
+        return hidden
+
+    embedded: list[Tensor] = []
+    try:
+        with standing_in(inner, anatomy, note):
+            inner(**inputs, use_cache=False)
+    except _Recorded:
+        pass
+    return Recording(inputs, embedded[0], tuple(calls))
+
+
+def run_head(model: PreTrainedModel, recording: Recording, hidden: Tensor) -> Tensor:
+    """The logits, (batch, tokens, vocabulary), of the last layer's output `hidden`, by the model's own head."""
+    inner = base_model(model)
+    with standing_in(inner, locate(inner), lambda *_: hidden):
+        return inner(**recording.inputs, use_cache=False).logits
+
+
+class _Recorded(Exception):
+    """The last layer was called: no need to run the head."""
+
+
+@contextmanager
+def standing_in(
+    model: nn.Module, anatomy: Anatomy, answer: Callable[[nn.Module, dict[str, Any], Tensor], Tensor]
+) -> Iterator[None]:
+    """Have `answer(layer, arguments, hidden)` stand in for each layer's forward, for the time of the `with`.
+
+    Below an accelerate hook, so that arguments come on the layer's own device.
+    """
+    layers = model.get_submodule(anatomy.layers)
+    before: list[tuple[nn.Module, str, Any]] = []
+
+    def stand_in(layer: nn.Module, block: Block) -> Callable[..., Any]:
+        names = parameter_names(layer)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(names, args)) | kwargs
+            hidden = answer(layer, arguments, arguments.pop(names[0]))
+            return hidden if block.answer is None else (hidden, *(None for _ in block.answer))
+
+        return forward
+
+    try:
+        for layer, block in zip(layers.children(), anatomy.blocks):
+            name = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
+            before.append((layer, name, layer.__dict__.get(name)))
+            layer.__dict__[name] = stand_in(layer, block)
+        yield
+    finally:
+        for layer, name, old in before:
+            if old is None:
+                del layer.__dict__[name]
+            else:
+                layer.__dict__[name] = old
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block's passage: the residual stream, (batch, tokens, hidden), before and after it and around its sublayers.
+
+    `around` maps a kind to the stream (before, after) that sublayer.
+    """
+
+    block: Block
+    before: Tensor
+    after: Tensor
+    around: dict[str, tuple[Tensor, Tensor]]
+
+
+def walk(model: PreTrainedModel, **inputs: Tensor) -> Iterator[Passage]:
+    """Through the dense model, block by block; only one block's states are alive at a time."""
+    inner = base_model(model)
+    anatomy = locate(inner)
+    layers = inner.get_submodule(anatomy.layers)
+    recording = record(inner, **inputs)
+    before = recording.embedded
+    for block, layer, arguments in zip(anatomy.blocks, layers.children(), recording.arguments):
+        first, second = block.sublayers
+        middle = run_branches(first.branches, layer, before, LayerCall(arguments))
+        start = before if block.parallel else middle
+        end = run_branches(second.branches, layer, start, LayerCall(arguments))
+        after = middle + (end - before) if block.parallel else end
+        yield Passage(block, before, after, {first.kind: (before, middle), second.kind: (start, end)})
+        before = after
