@@ -176,7 +176,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_grid
 from families import family
-from notall import grid
+from notall.evaluation.paper import sweep as grid
 model = family("llama").build(num_hidden_layers=test_grid.DEPTH)
 grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 40, rounds=2))
 """

@@ -195,7 +195,7 @@ def python(code, *arguments):
 WRITER = """
 import sys
 from pathlib import Path
-from notall import results
+from notall.records import ledger
 path = Path(sys.argv[1])
 start = len(ledger.read(path))
 for number in range(start, start + 100_000):
@@ -223,7 +223,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
 HOLDER = """
 import sys
 from pathlib import Path
-from notall import results
+from notall.records import ledger
 with ledger.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
