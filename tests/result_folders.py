@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from notall.records import ledger
+from notall.records import lines
 
 LAYERS = 10
 ABOUT = {
@@ -17,6 +17,11 @@ ABOUT = {
     "versions": {"torch": "2"},
     "text": "t",
 }
+QUALITY = (
+    *("nll", "nll_se", "delta_nll", "delta_nll_se", "perplexity"),
+    *("kl", "kl_se", "top1_agreement", "top1_agreement_se", "sequences"),
+)
+SPENT = {"evaluations": 1, "executions": 2.0, "one_by_one": 5.0, "seconds": 0.1}
 NASTY = (
     "<script>window.pwned = 1</script></script><img src=x onerror='window.pwned = 1'> \"quoted' {{ 7 * 7 }} `${1}` "
     "\u202e\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 " + "x" * 10_000
@@ -92,7 +97,7 @@ def evaluations(objective: str = "kl", layers: int = LAYERS, batches: Any = "all
     """What a search or a comparison evaluated: the dense model, each attention alone, and two together."""
     sets = [[], *([f"attn.{i}"] for i in range(layers)), ["attn.1", "attn.2"]]
     costs = [1.0, *(1 + 0.1 * i for i in range(layers)), 9.0]
-    lines = [{"skipped": names, "batches": batches, "cost": cost} for names, cost in zip(sets, costs)]
+    lines = [{"skipped": names, "batches": batches, "cost": cost} | SPENT for names, cost in zip(sets, costs)]
     return [{"settings": {"objective": objective}}, *lines]
 
 
@@ -107,12 +112,16 @@ def compared(criterion: str, space: str, count: int, lost: float | None, **chang
         "skipped": " ".join(f"attn.{index}" for index in window),
         "order": [[f"attn.{index}"] for index in reversed(window)],
         "calibration_delta": None,
+        "calibration_tokens": 512,
         "evaluations": 10 * count,
+        "executions": 20.0 * count,
+        "one_by_one": 80.0 * count,
         "forwards": 2.5 * count,
         "forwards_in_full": 9.5 * count,
         "seconds": 1.5,
         "plan": {"attention": window, "mlp": []},
-        **{name: measured[name] for name in ("delta_nll", "delta_nll_se", "kl", "kl_se", "top1_agreement")},
+        **{name: measured[name] for name in QUALITY},
+        **{name: measured[name] for name in ("params", "weight_bytes", "kv_bytes_per_token")},
         "tasks": {"arc_easy acc": {"value": 0.5, "delta": -0.01 * count, "delta_stderr": 0.02, "p_value": 0.5}},
         **{name: value for name, value in measured.items() if name.startswith(("prefill", "decode", "speed"))},
         "provenance": ABOUT | {"fingerprint": f"llama-{LAYERS + 2}x64-00000000"},
@@ -131,19 +140,21 @@ def all_compared() -> list[dict[str, Any]]:
 
 
 def write_comparison(folder: Path, records: list[dict[str, Any]] | None = None) -> Path:
-    raw = [{"settings": {"raw": True}}]
-    write(folder, results=records or all_compared(), choices=raw, held_out=raw, times=raw)
+    raw = {"settings": {"raw": True}}
+    write(folder, results=records or all_compared(), choices=[raw], held_out=[raw], times=[raw | {"left": "raw"}])
     return write(
         folder, **{"evaluations/leave-one-out-kl": evaluations(), "evaluations/search-kl": evaluations("kl", 3, 2)}
     )
 
 
 def chosen(count: int, **changes: Any) -> dict[str, Any]:
-    names = ("criterion", "aim", "space", "count", "skipped", "tasks")
+    names = ("criterion", "aim", "space", "count", "skipped", "tasks", "params", "weight_bytes", "kv_bytes_per_token")
+    names += ("calibration_tokens", "forwards_in_full", "calibration_delta")
     row = {name: value for name, value in compared("search", "attention", count, 0.2).items() if name not in names}
     row = {name: value for name, value in row.items() if not name.startswith(("prefill", "decode", "speed"))}
     found = {"chosen": f"search by kl: {count} attention", "dense_cost": 0.0, "cost": 0.25, "in_time": True}
-    times = {"predicted_speedup": 1.2, "speedup": 1.25, "speedup_low": 1.2, "speedup_high": 1.3}
+    times = {"predicted_ms": 80.0, "measured_ms": 78.0, "predicted_speedup": 1.2, "off": -0.04}
+    times |= {"speedup": 1.25, "speedup_low": 1.2, "speedup_high": 1.3}
     return row | found | times | changes
 
 
@@ -179,7 +190,7 @@ def write(folder: Path, **files: list[dict[str, Any]]) -> Path:
     }
     for name, rows in files.items():
         for row in rows:
-            ledger.append(folder / f"{name}.jsonl", row)
+            lines.append(folder / f"{name}.jsonl", row)
     return folder
 
 

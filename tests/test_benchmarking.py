@@ -17,12 +17,14 @@ from lm_eval.tasks import TaskManager
 
 from notall import UsageError, locate
 from notall.evaluation import tasks
-from notall.evaluation.benchmarking import BENCHMARKS, BenchmarkRecord, run_benchmarks
+from notall.evaluation.benchmarking import run_benchmarks
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Scorer
 from notall.evaluation.tasks import Limits
 from notall.plan import paper_grid
-from notall.records import ledger
+from notall.records import lines
+from notall.records.benchmarks import BenchmarkRecord
+from notall.records.ledger import read
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -66,41 +68,41 @@ def nothing_computed(monkeypatch):
 
 def test_records_are_the_results_of_the_same_run(run, model, folder, tmp_path):
     records = run(["tiny_choice"], tmp_path, ABOUT)
-    assert ledger.read(tmp_path / BENCHMARKS, BenchmarkRecord) == records
+    assert read(tmp_path / BenchmarkRecord.file, BenchmarkRecord) == records
     rows = paper_grid(locate(model))
     expected = run_tasks(
         model, byte_tokenizer(), [row.plan for row in rows], ["tiny_choice"], limit=6, task_path=folder
     )
-    by_key = {(r["variant"], r["fraction"], r["keep_last"], r["metric"]): r for r in records}
+    by_key = {(r.variant, r.fraction, r.keep_last, r.metric): r for r in records}
     assert len(by_key) == len(records) == len(expected) == 19 * 2
     for result in expected:
         row = rows[result.number]
         record = by_key[row.variant, row.fraction, row.keep_last, result.metric]
-        assert record["plan"] == {"attention": list(row.plan.attention), "mlp": list(row.plan.mlp)}
-        assert record["value"] == pytest.approx(result.value)
-        assert record["delta"] == pytest.approx(result.delta)
-        assert record["values"] == [document.value for document in result.documents]
-        assert record["documents"] == 6
+        assert record.plan.indices == row.plan.indices
+        assert record.value == pytest.approx(result.value)
+        assert record.delta == pytest.approx(result.delta)
+        assert list(record.values) == [document.value for document in result.documents]
+        assert record.documents == 6
 
 
 def test_what_generates_text_is_run_where_it_was_asked_for(run, tmp_path):
     records = run(["tiny_words", "tiny_choice"], tmp_path, ABOUT)
-    assert {r["fraction"] for r in records if r["task"] == "tiny_words"} == {0.0, 0.33}
-    assert {r["documents"] for r in records if r["task"] == "tiny_words"} == {2}
-    assert {r["fraction"] for r in records if r["task"] == "tiny_choice"} == {0.0, 0.10, 0.25, 0.33}
+    assert {r.fraction for r in records if r.task == "tiny_words"} == {0.0, 0.33}
+    assert {r.documents for r in records if r.task == "tiny_words"} == {2}
+    assert {r.fraction for r in records if r.task == "tiny_choice"} == {0.0, 0.10, 0.25, 0.33}
 
 
 def test_a_finished_task_is_taken_from_the_folder(run, tmp_path, nothing_computed):
     first = run(["tiny_choice", "tiny_words"], tmp_path, ABOUT)
-    held = (tmp_path / BENCHMARKS).read_bytes()
+    held = (tmp_path / BenchmarkRecord.file).read_bytes()
     nothing_computed()
     assert run(["tiny_choice", "tiny_words"], tmp_path, ABOUT | {"threads": 8}) == first
-    assert (tmp_path / BENCHMARKS).read_bytes() == held
+    assert (tmp_path / BenchmarkRecord.file).read_bytes() == held
 
 
 def test_records_that_an_interruption_left_out_are_added_once(run, tmp_path, monkeypatch):
     run(["tiny_choice"], tmp_path, ABOUT)
-    path = tmp_path / BENCHMARKS
+    path = tmp_path / BenchmarkRecord.file
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]) + b'{"task": "tiny_ch')
     with pytest.warns(UserWarning, match="torn"):
@@ -125,12 +127,12 @@ def test_other_settings_want_another_folder(run, tmp_path, changes, told):
 
 
 def test_a_second_run_on_the_folder_is_told_so(run, tmp_path):
-    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+    with lines.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
         run(["tiny_choice"], tmp_path, ABOUT)
 
 
 def test_tasks_on_a_locked_folder_are_told_so(model, folder, tmp_path):
-    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+    with lines.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
         run_tasks(model, byte_tokenizer(), [], ["tiny_choice"], task_path=folder, folder=tmp_path)
 
 
@@ -169,13 +171,13 @@ def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     after = answers.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert after.startswith(finished)
-    again = ledger.read(answers)
+    again = lines.read(answers)
     keys = [(key, plan) for line in again for key in line["answers"] for plan in line["plans"]]
     assert len(keys) == len(set(keys)), "an answer was computed twice"
-    whole, killed = (ledger.read(tmp_path / name / BENCHMARKS) for name in ("whole", "killed"))
+    whole, killed = (read(tmp_path / name / BenchmarkRecord.file, BenchmarkRecord) for name in ("whole", "killed"))
     assert len(whole) == len(killed) == 2 * 2 * 19
     for ours, theirs in zip(killed, whole):
-        assert ours["values"] == theirs["values"]
+        assert ours.values == theirs.values
 
 
 @pytest.mark.parametrize("word", ["forty", "mmlu=", "=3x", "0", "mmlu=0", "-3"])

@@ -52,17 +52,9 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     assert out.count("keep") >= 1
     assert len([line for line in out.splitlines() if line.startswith("│")]) == 19
     record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
-    assert {
-        "model",
-        "revision",
-        "text",
-        "text_sha256",
-        "dtype",
-        "device",
-        "threads",
-        "versions",
-        "seed",
-    } <= set(record["provenance"])
+    assert {"model", "revision", "text", "text_sha256", "dtype", "seed"} <= set(record["provenance"]["what"])
+    assert {"device", "threads", "versions", "machine", "command", "date"} == set(record["provenance"]["where"])
+    assert record["provenance"]["where"]["command"].startswith("notall sweep ")
     assert str(folder.parent) not in json.dumps(record)
     for name, lines in (("similarity", 18), ("samples", 4), ("leave_one_out", 12)):
         assert (tmp_path / "r" / f"{name}.jsonl").read_text().count("\n") == lines
@@ -132,12 +124,13 @@ def test_bench_keeps_its_records_for_a_report(run, folder, tmp_path):
         )
         assert (code, err) == (0, "")
     dense, skipped = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()][2:]
-    assert [{name: line[name] for name in row} for line, row in zip((dense, skipped), json.loads(shown))] == json.loads(
-        shown
-    )
+    for line, row in zip((dense, skipped), json.loads(shown), strict=True):
+        assert {name: line[name] for name in row if name != "provenance"} == {
+            name: row[name] for name in row if name != "provenance"
+        }
     assert (dense["plan"]["mlp"], skipped["plan"]["mlp"]) == ([], [3, 4, 5])
     assert (skipped["batch_size"], skipped["prompt_tokens"]) == (2, 4)
-    assert {"model", "revision", "dtype", "machine", "seed", "dummy_weights"} <= skipped["provenance"].keys()
+    assert {"model", "revision", "dtype", "seed", "dummy_weights"} <= skipped["provenance"]["what"].keys()
     assert str(tmp_path) not in (out / "bench.jsonl").read_text()
     assert run("report", out, "-o", page)[0] == 0
     assert "3 MLP" in page.read_text(encoding="utf-8")
@@ -326,10 +319,11 @@ def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
         assert kept.read_text().count("\n") == lines
     assert run(*command, "--count", "1", "--held-out", "prose")[0] == 0  # measured now, so it says more
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [line.get("delta_nll") is not None for line in lines] == [False, False, True]
-    assert lines[2]["provenance"]["held_out"] == "prose"
+    assert [line["quality"] is not None for line in lines] == [False, False, True]
+    assert lines[2]["provenance"]["what"]["held_out"] == "prose"
     (row,) = json.loads(shown)
-    assert lines[1] == row | {"seconds": lines[1]["seconds"], "provenance": lines[1]["provenance"]}
+    given = {name: value for name, value in row.items() if name not in ("seconds", "provenance")}
+    assert given.items() <= lines[1].items()
     assert str(tmp_path) not in kept.read_text()
     assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
     told = page.read_text(encoding="utf-8")
@@ -405,8 +399,8 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     assert (code, err) == (0, "")
     records = json.loads(shown)
     assert len(records) == 9
-    assert (out / "results.jsonl").read_text().count("\n") == 9
-    assert str(tmp_path) not in (out / "results.jsonl").read_text()
+    assert (out / "comparison.jsonl").read_text().count("\n") == 9
+    assert str(tmp_path) not in (out / "comparison.jsonl").read_text()
     assert (out / "table.md").read_text().count("###") == 3
     assert (out / "front.png").stat().st_size > 1000
     assert run(*command)[0] == 0

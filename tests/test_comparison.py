@@ -4,18 +4,20 @@ import pytest
 import torch
 
 from families import family
-from notall import Plan, UsageError, locate
+from notall import UsageError, locate
 from notall.choosing import comparison
 from notall.choosing.budget import by_count
-from notall.choosing.comparison import Aim, Row, compare_criteria, rows_of, table
+from notall.choosing.comparison import Aim, Question, compare_criteria, questions_of
 from notall.choosing.criteria import CRITERIA, Setting, choose
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, nll
 from notall.choosing.space import Space
 from notall.measuring.plan_times import Timed
 from notall.measuring.quality import evaluate
-from notall.records import ledger
+from notall.records.comparison import ChoiceRecord, ComparisonRecord
+from notall.records.ledger import read
 from notall.reporting import plots
+from notall.reporting.comparison_files import comparison_table
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 CALIBRATION = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(2))
@@ -36,7 +38,7 @@ def all_rows(model, criteria=tuple(CRITERIA)):
         (Space(anatomy, "block"), [1]),
         (Space(anatomy, portable=True), [2]),
     ]
-    return rows_of(criteria, list(AIMS), spaces)
+    return questions_of(criteria, list(AIMS), spaces)
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +60,28 @@ def test_every_criterion_is_asked_at_every_budget_it_can(model):
 
 def test_each_row_is_its_parts_alone(model, compared):
     out, records = compared
-    assert ledger.read(out / comparison.RESULTS) == [ledger.finite(record) for record in records]
+    assert read(out / ComparisonRecord.file, ComparisonRecord) == records
     for row, record in zip(all_rows(model), records):
         aim = AIMS[row.aim]
         evaluator = Evaluator(model, aim.objective)
         chosen = choose(
             row.criterion, Setting(model, row.space, aim.batches, evaluator), by_count(row.space, row.count)
         )
-        assert record["skipped"] == " ".join(row.space.sorted(chosen.skipped)), row.name
-        assert record["order"] == [list(unit) for unit in chosen.order]
+        assert record.skipped == " ".join(row.space.sorted(chosen.skipped)), row.name
+        assert record.order == chosen.order
         (quality,) = evaluate(model, [row.space.plan(chosen.skipped)], HELD_OUT)
-        assert record["delta_nll"] == pytest.approx(quality.delta_nll, abs=1e-5)
-        assert record["delta_nll_se"] == pytest.approx(quality.delta_nll_se, rel=1e-3)
-        assert record["kl"] == pytest.approx(quality.kl, abs=1e-5)
-        assert record["evaluations"] == evaluator.spent.evaluations
-        assert record["provenance"] == ABOUT | {"seed": 0, "fingerprint": locate(model).fingerprint}
-        assert record["forwards_in_full"] == pytest.approx(evaluator.spent.one_by_one / evaluator.forward)
+        assert record.delta_nll == pytest.approx(quality.delta_nll, abs=1e-5)
+        assert record.delta_nll_se == pytest.approx(quality.delta_nll_se, rel=1e-3)
+        assert record.kl == pytest.approx(quality.kl, abs=1e-5)
+        assert record.evaluations == evaluator.spent.evaluations
+        assert record.provenance.what == ABOUT | {"seed": 0, "fingerprint": locate(model).fingerprint}
+        assert record.forwards_in_full == pytest.approx(evaluator.spent.one_by_one / evaluator.forward)
         if row.criterion in ("greedy", "evolution", "search"):
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
-            assert record["calibration_delta"] == pytest.approx(rise)
+            assert record.calibration_delta == pytest.approx(rise)
         else:
-            assert record["calibration_delta"] is None
-        assert record["speedup_decode"] > 0
+            assert record.calibration_delta is None
+        assert record.times.speedup_decode > 0
 
 
 def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
@@ -88,14 +90,15 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
     monkeypatch.setattr(comparison, "score", None)
     monkeypatch.setattr(comparison, "time_plan", None)
     again = compare_criteria(model, all_rows(model), AIMS, HELD_OUT, out, ABOUT, timed=Timed(4, 2, rounds=1))
-    assert again == [ledger.finite(record) for record in records] or len(again) == len(records)
+    assert again == records
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
 
 
 @pytest.mark.parametrize("stage", ["score", "time_plan", "_choose"])
 def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch, stage):
     _, records = compared
-    rows, kept = all_rows(model, ("cosine", "search")), getattr(comparison, stage)
+    rows, owner = all_rows(model, ("cosine", "search")), comparison._Choosing if stage == "_choose" else comparison
+    kept = getattr(owner, stage)
     calls = []
 
     def stopping(*arguments, **options):
@@ -105,27 +108,27 @@ def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch,
         return kept(*arguments, **options)
 
     timed = Timed(4, 2, rounds=1)
-    monkeypatch.setattr(comparison, stage, stopping)
+    monkeypatch.setattr(owner, stage, stopping)
     with pytest.raises(KeyboardInterrupt):
         compare_criteria(model, rows, AIMS, HELD_OUT, tmp_path, ABOUT, timed=timed)
     found = compare_criteria(model, rows, AIMS, HELD_OUT, tmp_path, ABOUT, timed=timed)
-    whole = {tuple(r[n] for n in ("criterion", "aim", "space", "count")): r for r in records}
+    whole = {record.key: record for record in records}
     for record in found:
-        other = whole[tuple(record[n] for n in ("criterion", "aim", "space", "count"))]
-        assert record["skipped"] == other["skipped"]
-        assert record["delta_nll"] == pytest.approx(other["delta_nll"], abs=1e-6)
-        assert record["evaluations"] == other["evaluations"]
-    lines = ledger.read(tmp_path / comparison.CHOICES)
+        other = whole[record.key]
+        assert record.skipped == other.skipped
+        assert record.delta_nll == pytest.approx(other.delta_nll, abs=1e-6)
+        assert record.evaluations == other.evaluations
+    lines = read(tmp_path / ChoiceRecord.file, ChoiceRecord)
     assert len(lines) == len(rows)
 
 
 def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
     space = Space(locate(model), "attention")
-    first = [Row("cosine", "nll", space, 2)]
+    first = [Question("cosine", "nll", space, 2)]
     compare_criteria(model, first, AIMS, HELD_OUT, tmp_path, ABOUT)
-    records = compare_criteria(model, [*first, Row("deepest", "nll", space, 2)], AIMS, HELD_OUT, tmp_path, ABOUT)
-    assert [record["criterion"] for record in records] == ["cosine", "deepest"]
-    assert len(ledger.read(tmp_path / comparison.RESULTS)) == 2
+    records = compare_criteria(model, [*first, Question("deepest", "nll", space, 2)], AIMS, HELD_OUT, tmp_path, ABOUT)
+    assert [record.criterion for record in records] == ["cosine", "deepest"]
+    assert len(read(tmp_path / ComparisonRecord.file, ComparisonRecord)) == 2
     with pytest.raises(UsageError, match="another model"):
         compare_criteria(model, first, AIMS, HELD_OUT, tmp_path, {"model": "other"})
     with pytest.raises(UsageError, match="another by"):
@@ -138,29 +141,29 @@ def test_tasks_are_answered_for_every_plan(tmp_path):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     folder = write_tasks(tmp_path / "tasks", documents=12)
     space = Space(locate(model), "attention")
-    rows = [Row(name, "nll", space, 1) for name in ("deepest", "shallowest")]
+    rows = [Question(name, "nll", space, 1) for name in ("deepest", "shallowest")]
     asked = comparison.Tasks(("tiny_choice",), tokenizer, limit=10, folder=folder)
     records = compare_criteria(model, rows, AIMS, HELD_OUT, tmp_path / "out", ABOUT, tasks=asked)
-    plans = [Plan(**record["plan"]) for record in records]
+    plans = [record.plan for record in records]
     for result in run_tasks(model, tokenizer, plans, ["tiny_choice"], limit=10, task_path=folder):
-        entry = records[result.number]["tasks"][f"tiny_choice {result.metric.partition(',')[0]}"]
-        assert (entry["value"], entry["delta"]) == (result.value, result.delta)
-        assert entry["documents"] == 10
-    assert "tiny_choice acc" in table(records)
+        entry = records[result.number].tasks[f"tiny_choice {result.metric.partition(',')[0]}"]
+        assert (entry.value, entry.delta) == (result.value, result.delta)
+        assert entry.documents == 10
+    assert "tiny_choice acc" in comparison_table([record.row() for record in records])
 
 
 def test_the_table_has_a_part_for_each_budget_and_the_best_first(compared):
-    text = table(compared[1])
+    text = comparison_table([record.row() for record in compared[1]])
     assert text.count("###") == 4
     part = text.partition("### 2 of attention")[2].partition("###")[0]
     rows = [line for line in part.splitlines() if line.startswith("| ") and "±" in line and "criterion" not in line]
     losses = [float(row.split("|")[3].split("±")[0]) for row in rows]
-    assert len(losses) == len([r for r in compared[1] if r["space"] == "attention" and r["count"] == 2])
+    assert len(losses) == len([r for r in compared[1] if r.space == "attention" and r.count == 2])
     assert losses == sorted(losses)
 
 
 def test_the_front_holds_every_choice(compared, tmp_path):
-    chart = plots.front_chart(compared[1], "front")
+    chart = plots.front_chart([record.row() for record in compared[1]], "front")
     whole = chart.to_dict()
     rows = whole.get("data", whole["spec"].get("data"))["values"]
     assert len(rows) == len(compared[1])

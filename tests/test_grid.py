@@ -15,7 +15,10 @@ from families import family, silenced
 from notall import Plan, UsageError, locate, skip
 from notall.evaluation.paper import sweep as grid
 from notall.measuring.quality import score, summarize
-from notall.records import ledger
+from notall.records import lines
+from notall.records.leave_one_out import LeaveOneOutRecord
+from notall.records.ledger import read
+from notall.records.sweep import ScoresRecord, SweepRecord
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
 TIMED = grid.Timed(prompt_tokens=4, new_tokens=2, rounds=1)
@@ -36,18 +39,18 @@ def swept(model, tmp_path_factory):
 
 def test_the_papers_nineteen_configurations(model, swept):
     folder, records = swept
-    assert ledger.read(folder / grid.RESULTS, ledger.Record) == records
-    keys = [(r["variant"], r["fraction"], r["keep_last"]) for r in records]
+    assert read(folder / SweepRecord.file, SweepRecord) == records
+    keys = [(r.variant, r.fraction, r.keep_last) for r in records]
     assert len(keys) == len(set(keys)) == 19
     assert keys[0] == ("dense", 0.0, False)
     assert {v for v, _, _ in keys} == {"dense", "attention", "mlp", "block"}
     assert {f for _, f, _ in keys[1:]} == {0.10, 0.25, 0.33}
     for record in records[1:]:
-        count = round(record["fraction"] * DEPTH)
-        last = DEPTH - 1 if record["keep_last"] else DEPTH
+        count = round(record.fraction * DEPTH)
+        last = DEPTH - 1 if record.keep_last else DEPTH
         window = list(range(last - count, last))
-        assert record["plan"]["attention"] == (window if record["variant"] != "mlp" else [])
-        assert record["plan"]["mlp"] == (window if record["variant"] != "attention" else [])
+        assert record.plan.indices["attention"] == (window if record.variant != "mlp" else [])
+        assert record.plan.indices["mlp"] == (window if record.variant != "attention" else [])
 
 
 @torch.no_grad()
@@ -55,19 +58,19 @@ def test_every_line_equals_its_slow_twin(model, swept):
     """The plain model, uncached, with the contributions of the skipped sublayers silenced."""
     for record in swept[1]:
         losses = []
-        with silenced(model, family("llama"), **record["plan"]):
+        with silenced(model, family("llama"), **record.plan.indices):
             for tokens in BATCHES:
                 for row in tokens:
                     losses.append(float(cross_entropy(model(row[None]).logits[0, :-1], row[1:])))
-        assert record["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5), record["variant"]
-        assert record["sequences"] == 3
+        assert record.nll == pytest.approx(sum(losses) / len(losses), rel=1e-5), record.variant
+        assert record.sequences == 3
 
 
 @torch.no_grad()
 def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
     """The model that `skip` leaves, uncached, on the first two sequences alone."""
-    lines = ledger.read(swept[0] / grid.LEAVE_ONE_OUT)
-    assert [(line["kind"], line["layer"]) for line in lines] == [
+    found = lines.read(swept[0] / LeaveOneOutRecord.file)
+    assert [(line["kind"], line["layer"]) for line in found] == [
         (kind, layer) for layer in range(DEPTH) for kind in ("attention", "mlp")
     ]
 
@@ -75,7 +78,7 @@ def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
         return torch.stack([cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in BATCHES[0]])
 
     dense = losses()
-    for line in lines:
+    for line in found:
         with skip(model, Plan(**{line["kind"]: [line["layer"]]})):
             delta = losses() - dense
         assert line["delta_nll"] == pytest.approx(float(delta.mean()), abs=1e-5), line
@@ -86,26 +89,26 @@ def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
 def test_sublayers_are_left_out_on_two_sequences_however_they_are_batched(model, swept, tmp_path):
     rows = torch.cat(BATCHES)
     grid.sweep(model, [rows[:1], rows[1:]], tmp_path, ABOUT, timed=TIMED)
-    lines, again = (ledger.read(folder / grid.LEAVE_ONE_OUT) for folder in (swept[0], tmp_path))
+    found, again = (lines.read(folder / LeaveOneOutRecord.file) for folder in (swept[0], tmp_path))
     assert [line["sequences"] for line in again] == [2] * 2 * DEPTH
-    assert [line["delta_nll"] for line in again] == pytest.approx([line["delta_nll"] for line in lines], abs=1e-5)
+    assert [line["delta_nll"] for line in again] == pytest.approx([line["delta_nll"] for line in found], abs=1e-5)
 
 
 def test_what_sublayers_cost_is_not_measured_twice(model, swept, tmp_path, monkeypatch):
     folder, _ = swept
     for path in folder.glob("*.jsonl"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    whole = (tmp_path / grid.LEAVE_ONE_OUT).read_text()
+    whole = (tmp_path / LeaveOneOutRecord.file).read_text()
     scored = []
     monkeypatch.setattr(grid, "score", lambda *arguments: scored.append(1) or score(*arguments))
     grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
     assert scored == []
-    (tmp_path / grid.LEAVE_ONE_OUT).write_text("".join(whole.splitlines(keepends=True)[:7]))
+    (tmp_path / LeaveOneOutRecord.file).write_text("".join(whole.splitlines(keepends=True)[:7]))
     grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
     assert scored == [1]
-    assert (tmp_path / grid.LEAVE_ONE_OUT).read_text() == whole
+    assert (tmp_path / LeaveOneOutRecord.file).read_text() == whole
     other = whole.replace('"seed": 0', '"seed": 1')
-    (tmp_path / grid.LEAVE_ONE_OUT).write_text(other)
+    (tmp_path / LeaveOneOutRecord.file).write_text(other)
     with pytest.raises(UsageError, match="another seed"):
         grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
 
@@ -118,27 +121,27 @@ def test_the_only_attention_of_a_model_is_not_left_out():
 
 def test_a_finished_sweep_does_nothing_again(model, swept):
     folder, records = swept
-    before = (folder / grid.RESULTS).read_bytes()
+    before = (folder / SweepRecord.file).read_bytes()
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     again = grid.sweep(model, BATCHES, folder, ABOUT, timed=TIMED)
     handle.remove()
     assert again == records
     assert not calls
-    assert (folder / grid.RESULTS).read_bytes() == before
+    assert (folder / SweepRecord.file).read_bytes() == before
 
 
 def test_a_torn_last_line_is_done_again_and_no_other(model, swept, tmp_path):
     folder, records = swept
-    lines = (folder / grid.RESULTS).read_bytes().splitlines(keepends=True)
-    (tmp_path / grid.RESULTS).write_bytes(b"".join(lines[:7]) + lines[7][:50])
-    (tmp_path / grid.SCORES).write_bytes((folder / grid.SCORES).read_bytes())
+    whole = (folder / SweepRecord.file).read_bytes().splitlines(keepends=True)
+    (tmp_path / SweepRecord.file).write_bytes(b"".join(whole[:7]) + whole[7][:50])
+    (tmp_path / ScoresRecord.file).write_bytes((folder / ScoresRecord.file).read_bytes())
     with pytest.warns(UserWarning, match="torn"):
         grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
-    again = (tmp_path / grid.RESULTS).read_bytes().splitlines(keepends=True)
-    assert again[:7] == lines[:7]
+    again = (tmp_path / SweepRecord.file).read_bytes().splitlines(keepends=True)
+    assert again[:7] == whole[:7]
     assert len(again) == 19
-    assert [json.loads(line)["nll"] for line in again] == [record["nll"] for record in records]
+    assert [json.loads(line)["nll"] for line in again] == [record.nll for record in records]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_results_of_other_settings_are_not_mixed_in(model, swept, change, says):
 
 
 def test_a_second_sweep_on_the_folder_is_told_so(model, swept):
-    with ledger.lock(swept[0]), pytest.raises(UsageError, match="another run"):
+    with lines.lock(swept[0]), pytest.raises(UsageError, match="another run"):
         grid.sweep(model, BATCHES, swept[0], ABOUT, timed=TIMED)
 
 
@@ -184,7 +187,7 @@ grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=g
 
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
-    path = tmp_path / grid.RESULTS
+    path = tmp_path / SweepRecord.file
     with subprocess.Popen(command) as process:
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
             time.sleep(0.01)
@@ -192,13 +195,13 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
         process.send_signal(signal.SIGKILL)
     killed = path.read_bytes()
     whole = killed[: killed.rfind(b"\n") + 1]
-    scores = (tmp_path / grid.SCORES).read_bytes()
+    scores = (tmp_path / ScoresRecord.file).read_bytes()
     assert 4 <= whole.count(b"\n") < 19
     subprocess.run(command, check=True)
     assert path.read_bytes().startswith(whole)
-    assert (tmp_path / grid.SCORES).read_bytes() == scores
-    records = ledger.read(path, ledger.Record)
-    assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in records}) == len(records) == 19
+    assert (tmp_path / ScoresRecord.file).read_bytes() == scores
+    records = read(path, SweepRecord)
+    assert len({(r.variant, r.fraction, r.keep_last) for r in records}) == len(records) == 19
 
 
 @torch.no_grad()

@@ -430,7 +430,8 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
+        "from notall.models.loading import identify, load\n"
+        "print(identify('org/tiny'), load('org/tiny')[0].num_parameters())"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)

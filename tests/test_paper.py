@@ -23,9 +23,11 @@ from notall.evaluation import tasks
 from notall.evaluation.paper import times as timing
 from notall.evaluation.paper.claims import claims_of
 from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
-from notall.evaluation.paper.times import TIMES, time_grid
+from notall.evaluation.paper.times import time_grid
 from notall.plan import paper_grid
-from notall.records import ledger
+from notall.records import lines
+from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from notall.records.similarity import SimilarityRecord
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
@@ -33,10 +35,11 @@ ABOUT = {"model": "tiny"}
 
 def benchmark(task, key, values, dense):
     mean, base = sum(values) / len(values), sum(dense) / len(dense)
-    return {
+    fields = {
         "task": task, "metric": "acc,none", "variant": key[0], "fraction": key[1], "keep_last": key[2],
         "value": mean, "value_se": 0.05, "delta": mean - base, "delta_se": 0.01, "p_value": 0.01, "values": values,
     }  # fmt: skip
+    return BenchmarkRecord.model_construct(documents=len(values), **fields)
 
 
 KEYS = [("dense", 0.0, False)] + [
@@ -62,7 +65,7 @@ def timed(key, prefill, decode, prompt=128):
     row = {"prompt_tokens": prompt, "batch_size": 1, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
     for name, value in (("prefill", prefill), ("decode", decode)):
         row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
-    return row | {"prefill_ms": 100 / prefill, "decode_ms_per_token": 10 / decode}
+    return TimesRecord.model_construct(prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, **row)
 
 
 def verdicts(claims):
@@ -121,7 +124,7 @@ def test_latex_has_no_bare_signs():
 def test_the_battery_s_table_marks_what_got_worse():
     def check(name, value, delta, key, worse):
         fields = dict(zip(("variant", "fraction", "keep_last"), key))
-        return fields | {"check": name, "value": value, "delta": delta, "delta_se": 0.02, "worse": worse}
+        return BatteryRecord.model_construct(**fields, check=name, value=value, delta=delta, delta_se=0.02, worse=worse)
 
     records = [
         check("NLL at 0 to 63", 3.5, 0.5, ("mlp", 0.33, False), True),
@@ -159,7 +162,7 @@ def test_claims_that_hold_and_do_not():
 
 def test_claims_about_similarity():
     def rows(cosines):
-        return [{"layer": i, "kind": "block", "cosine": c, "cosine_se": 0.001} for i, c in enumerate(cosines)]
+        return [SimilarityRecord(layer=i, kind="block", cosine=c, cosine_se=0.001) for i, c in enumerate(cosines)]
 
     rising = [0.5 + 0.01 * i for i in range(20)]
     assert list(verdicts(claims_of(rows([*rising, 0.4]), None, [])).values()) == ["holds", "holds"]
@@ -192,12 +195,12 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
     run = partial(time_grid, model, rows, tmp_path, ABOUT, new_tokens=2, rounds=1)
     first = run(prompts=(4,))
     assert len(first) == 19
-    assert first[0]["speedup_decode"] == 1
-    assert {record["prompt_tokens"] for record in run(prompts=(4, 8))} == {4, 8}
-    held = (tmp_path / TIMES).read_bytes()
+    assert first[0].speedup_decode == 1
+    assert {record.prompt_tokens for record in run(prompts=(4, 8))} == {4, 8}
+    held = (tmp_path / TimesRecord.file).read_bytes()
     monkeypatch.setattr(timing, "compare", None)
     assert run(prompts=(4,)) == first
-    assert (tmp_path / TIMES).read_bytes() == held
+    assert (tmp_path / TimesRecord.file).read_bytes() == held
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
@@ -213,7 +216,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
     rows = paper_grid(locate(model))[:2]
     (dense, _) = time_grid(model, rows, tmp_path, ABOUT, prompts=(4,), batch_sizes=(8,), new_tokens=1, rounds=1)
     assert tried == [8, 4, 2]
-    assert (dense["batch_size"], dense["asked_batch_size"]) == (2, 8)
+    assert (dense.batch_size, dense.asked_batch_size) == (2, 8)
     monkeypatch.setattr(timing, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
     with pytest.raises(UsageError, match="one sequence"):
         time_grid(model, rows, tmp_path / "b", ABOUT, prompts=(4,), new_tokens=1, rounds=1)
@@ -290,8 +293,8 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     }
     for name in ("benchmarks", "battery"):
         with open(tmp_path / f"{name}.csv") as file:
-            assert len(list(csv.DictReader(file))) == len(ledger.read(tmp_path / f"{name}.jsonl"))
-    checks = ledger.read(tmp_path / "battery.jsonl")
+            assert len(list(csv.DictReader(file))) == len(lines.read(tmp_path / f"{name}.jsonl"))
+    checks = lines.read(tmp_path / "battery.jsonl")
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
@@ -331,7 +334,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     for path, held in before.items():
         assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
     for name, keys in {"battery": ("check",), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():
-        records = ledger.read(tmp_path / f"{name}.jsonl")
+        records = lines.read(tmp_path / f"{name}.jsonl")
         found = [tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys)) for r in records]
         assert len(found) == len(set(found)), "a record was written twice"
     assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
@@ -350,4 +353,4 @@ def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tm
     assert leaving.value.code == 2
     assert said.startswith("error: cannot write")
     assert "No space left" in said
-    assert len(ledger.read(tmp_path / "benchmarks.jsonl")) == 2 * 19
+    assert len(lines.read(tmp_path / "benchmarks.jsonl")) == 2 * 19

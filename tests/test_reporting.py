@@ -14,7 +14,7 @@ from notall.reporting import figures, write_report
 from notall.reporting.console import probability
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
-from notall.reporting.records import name_of
+from notall.reporting.rows import name_of
 from notall.reporting.tables import other_table, stepped_table
 
 
@@ -140,7 +140,9 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
         "delta": -0.2,
         "delta_se": 0.05,
         "p_value": 0.04,
+        "higher_is_better": True,
     }
+    sizes = ("params", "weight_bytes", "kv_bytes_per_token", "peak_bytes")
     result_folders.write(
         tmp_path,
         similarity=result_folders.similarity(),
@@ -151,8 +153,8 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
             for row in measured
         ],
         times=[
-            {key: value for key, value in row.items() if key in keys or key.startswith(timed)}
-            | {"prompt_tokens": 128, "batch_size": 1}
+            {key: value for key, value in row.items() if key in (*keys, *sizes) or key.startswith(timed)}
+            | {"prompt_tokens": 128, "batch_size": 1, "asked_batch_size": 1}
             for row in measured
         ],
         answers=[{"raw": True}],
@@ -233,7 +235,9 @@ def test_what_sublayers_cost_alone_is_taken_from_whatever_tells_of_most(tmp_path
     costs = read_folder(tmp_path).costs
     assert costs.found == {("attention", i): pytest.approx(0.1 * i) for i in range(result_folders.LAYERS)}
     partly = result_folders.evaluations("task:arc", result_folders.LAYERS + 1, 3)
-    result_folders.write(tmp_path, evaluations=[*partly, {"skipped": ["attn.0"], "batches": "all", "cost": 7.0}])
+    result_folders.write(
+        tmp_path, evaluations=[*partly, result_folders.SPENT | {"skipped": ["attn.0"], "batches": "all", "cost": 7.0}]
+    )
     costs = read_folder(tmp_path).costs
     assert len(costs.found) == result_folders.LAYERS + 1
     assert (costs.title, costs.measured_on) == ("rise of task:arc", "the text that was chosen by, on 3 of its batches")
@@ -261,8 +265,9 @@ def test_a_search_shows_what_it_chose_last(tmp_path):
 
 
 def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
-    measured = ("delta_nll", "kl", "top1", "speedup", "predicted")
-    row = {name: value for name, value in result_folders.chosen(2).items() if not name.startswith(measured)}
+    names = (*result_folders.QUALITY, "predicted_ms", "measured_ms", "predicted_speedup", "off")
+    names += ("speedup", "speedup_low", "speedup_high")
+    row = {name: value for name, value in result_folders.chosen(2).items() if name not in names}
     assert stepped_table("search", [row]).headings == (
         *("chosen", "objective, dense", "objective, skipped"),
         *("evaluations", "forward passes", "CPU s", "in time"),
@@ -319,7 +324,11 @@ def test_hostile_text_is_text(tmp_path, write):
         ({"bench": [result_folders.benched("dense", "other")]}, "line 1 of .*bench.jsonl: model"),
         ({"results": result_folders.all_records(), "bench": [{"model": "dense"}]}, "line 1 of .*bench.jsonl: plan"),
         ({"leave_one_out": [{"kind": "attention", "layer": "1"}]}, "line 1 of .*leave_one_out.jsonl: layer"),
-        ({"evaluations": [{"skipped": "attn.1", "cost": 1.0}]}, "line 1 of .*evaluations.jsonl: skipped"),
+        (
+            {"evaluations": [{"settings": {}}, {"skipped": "attn.1", "cost": 1.0}]},
+            "line 2 of .*evaluations.jsonl: ",
+        ),
+        ({"evaluations": [{"skipped": ["attn.1"], "cost": 1.0}]}, "line 1 of .*evaluations.jsonl: record"),
         ({"choices": [{"settings": {}}], "held_out": [{"batch": 0}]}, "holds no results; .* or let a run end"),
         ({"evaluations": result_folders.evaluations()}, "holds no results; .* or let a run end"),
     ],

@@ -1,4 +1,4 @@
-"""What is written stays: torn lines, full disks, killed writers, two processes."""
+"""Records: what is written stays, and each is of a kind: torn lines, full disks, killed writers, two processes."""
 
 import json
 import os
@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from notall import Plan
 from notall.errors import UsageError
-from notall.records import ledger
+from notall.records import lines
+from notall.records.kinds import KINDS
+from notall.records.ledger import Ledger, header_of, read, refuse_foreign, working_in
+from notall.records.provenance import Provenance
+from notall.records.search import EvaluationRecord
+from notall.records.sweep import SweepRecord
 
 RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)]
 
@@ -22,14 +28,14 @@ RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29
 def path(tmp_path):
     path = tmp_path / "deep" / "folder" / "results.jsonl"
     for record in RECORDS:
-        ledger.append(path, record)
+        lines.append(path, record)
     return path
 
 
 def read_quietly(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return ledger.read(path)
+        return lines.read(path)
 
 
 def test_records_come_back_in_order_one_a_line(path):
@@ -46,8 +52,8 @@ def test_no_file_holds_no_records(tmp_path):
 
 def test_floats_come_back_exactly_and_no_number_is_null(tmp_path):
     path = tmp_path / "results.jsonl"
-    ledger.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
-    assert ledger.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
+    lines.append(path, {"nll": 0.1 + 0.2, "se": float("nan"), "all": [float("inf"), (1.5, {"x": float("-inf")})]})
+    assert lines.read(path) == [{"nll": 0.1 + 0.2, "se": None, "all": [None, [1.5, {"x": None}]]}]
 
 
 def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
@@ -56,8 +62,8 @@ def test_any_torn_last_line_is_dropped_with_a_warning_and_overwritten(path):
     for cut in range(2, last):
         path.write_bytes(whole[:-cut])
         with pytest.warns(UserWarning, match="torn"):
-            assert ledger.read(path) == RECORDS[:2]
-        ledger.append(path, RECORDS[2])
+            assert lines.read(path) == RECORDS[:2]
+        lines.append(path, RECORDS[2])
         assert path.read_bytes() == whole
 
 
@@ -65,19 +71,19 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert read_quietly(path) == RECORDS
-    ledger.append(path, {"variant": "mlp"})
+    lines.append(path, {"variant": "mlp"})
     assert read_quietly(path) == [*RECORDS, {"variant": "mlp"}]
     assert path.read_bytes().startswith(whole)
 
 
 @pytest.mark.parametrize("bad", [b'{"variant": "att', b"[1, 2]", b"17", b"\xff\xfe{}"])
 def test_a_malformed_line_elsewhere_is_named(path, bad):
-    lines = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([lines[0], b"", bad, lines[2]]) + b"\n")
+    whole = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([whole[0], b"", bad, whole[2]]) + b"\n")
     before = path.read_bytes()
     with pytest.raises(UsageError, match=r"line 3 of .*results.jsonl is no JSON record; repair or delete"):
-        ledger.read(path)
-    ledger.append(path, {"variant": "mlp"})
+        lines.read(path)
+    lines.append(path, {"variant": "mlp"})
     assert path.read_bytes() == before + b'{"variant": "mlp"}\n'
 
 
@@ -85,7 +91,7 @@ def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):
     with path.open("ab") as file:
         file.write(b'{"variant": oops}\n')
     with pytest.raises(UsageError, match="line 4"):
-        ledger.read(path)
+        lines.read(path)
 
 
 RECORD = {
@@ -100,12 +106,21 @@ RECORD = {
 }
 
 
-def test_records_are_checked_by_line(tmp_path):
+def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
     path = tmp_path / "results.jsonl"
-    ledger.append(path, RECORD)
-    ledger.append(path, RECORD | {"variant": "dense"})
-    assert ledger.read(path, ledger.Record) == [RECORD, RECORD | {"variant": "dense"}]
-    assert ledger.Record(**RECORD).model_dump() == RECORD
+    lines.append(path, RECORD, RECORD | {"variant": "dense"})
+    mlp, dense = read(path, SweepRecord)
+    assert (mlp.variant, dense.variant, mlp.nll, mlp.delta_nll_se) == ("mlp", "dense", 2.9, None)
+    assert mlp.plan == Plan(mlp=[27, 28])
+    assert mlp.provenance.what == {"model": "smollm2", "seed": 0}
+    again = tmp_path / "again.jsonl"
+    lines.append(again, mlp.line())
+    assert lines.read(again)[0] == RECORD | {
+        "record": "sweep",
+        "provenance": {"what": {"model": "smollm2", "seed": 0}, "where": {}},
+    }
+    assert read(again, SweepRecord) == [mlp]
+    assert mlp.row() == RECORD
 
 
 @pytest.mark.parametrize(
@@ -113,47 +128,147 @@ def test_records_are_checked_by_line(tmp_path):
     [
         ({"variant": "atention"}, "variant"),
         ({"fraction": 1.2}, "fraction"),
-        ({"plan": {"attention": ["x"], "mlp": []}}, "plan.attention.0"),
+        ({"plan": {"attention": ["x"], "mlp": []}}, "plan"),
+        ({"plan": {"attention": [40_000_000], "mlp": []}}, "plan"),
+        ({"plan": [3]}, "plan"),
+        ({"nll": "2.5"}, "nll"),
+        ({"sequences": 2.5}, "sequences"),
+        ({"provenance": 3}, "provenance"),
         ({"speedup": 2.0}, "speedup"),
     ],
 )
 def test_a_record_with_a_wrong_field_is_named_with_its_line(tmp_path, change, named):
     path = tmp_path / "results.jsonl"
-    ledger.append(path, RECORD)
-    ledger.append(path, RECORD | change)
+    lines.append(path, RECORD)
+    lines.append(path, RECORD | change)
     with pytest.raises(UsageError, match=rf"line 2 of .*results.jsonl: {named}: "):
-        ledger.read(path, ledger.Record)
+        read(path, SweepRecord)
 
 
 def test_a_record_without_a_field_is_named_with_its_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    ledger.append(path, {name: value for name, value in RECORD.items() if name != "nll"})
+    lines.append(path, {name: value for name, value in RECORD.items() if name != "nll"})
     with pytest.raises(UsageError, match=r"line 1 of .*: nll: Field required"):
-        ledger.read(path, ledger.Record)
+        read(path, SweepRecord)
 
 
-def test_every_field_is_described():
-    assert [name for name, field in ledger.Record.model_fields.items() if not field.description] == []
+def test_every_field_of_a_sweep_is_described():
+    assert [name for name, field in SweepRecord.model_fields.items() if not field.description] == ["record"]
+
+
+def test_a_line_nested_deeper_than_any_record_is_named(path):
+    with path.open("ab") as file:
+        file.write(b"[" * 5000 + b"]" * 5000 + b"\n")
+        file.write(b'{"plan":' * 5000 + b"1" + b"}" * 5000 + b"\n")
+    with pytest.raises(UsageError, match=r"line 4 of .* is no JSON record"):
+        lines.read(path)
+
+
+def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
+    path = tmp_path / "results.jsonl"
+    lines.append(path, RECORD | {"x" * 10_000: 1})
+    with pytest.raises(UsageError) as error:
+        read(path, SweepRecord)
+    assert len(str(error.value)) < 300 + len(str(path))
+
+
+# --- kinds, and what a folder is of -----------------------------------------------------------------------------------
+
+
+def test_each_kind_has_a_file_and_a_name_of_its_own():
+    assert len({kind.file for kind in KINDS.values()}) == len(KINDS) == 16
+    for kind in KINDS.values():
+        assert kind.commands
+        assert set(kind.key_fields) <= kind.model_fields.keys() | set(dir(kind))
+
+
+def sweep_record(variant="mlp", **what):
+    return SweepRecord(**RECORD | {"variant": variant, "plan": Plan(), "provenance": Provenance(what=what)})
+
+
+def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
+    about = Provenance(what={"seed": 0}, where={"date": "today"})
+    ledger = Ledger(tmp_path, SweepRecord, about)
+    keys = [("mlp", 0.1, True), ("dense", 0.1, True), ("mlp", 0.1, True)]
+    assert ledger.missing(keys) == keys[:2]
+    ledger.add(sweep_record(seed=0))
+    assert ledger.missing(keys) == keys[1:2]
+    again = Ledger(tmp_path, SweepRecord, about)
+    assert list(again) == list(ledger)
+    assert keys[0] in again
+    assert again[keys[0]].variant == "mlp"
+    assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
+    with pytest.raises(UsageError, match=r"holds results of another seed \(0, not 1\); choose another --out"):
+        Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
+
+
+def test_a_file_with_a_header_is_held_against_it(tmp_path):
+    about = Provenance(what={"objective": "kl"})
+    found = EvaluationRecord(
+        skipped=("attn.1",),
+        batches="all",
+        cost=float("inf"),
+        evaluations=1,
+        executions=2.0,
+        one_by_one=3.0,
+        seconds=0.1,
+    )
+    Ledger(tmp_path, EvaluationRecord, about).add(found)
+    path = tmp_path / EvaluationRecord.file
+    assert header_of(path).provenance == about
+    assert [line["record"] for line in lines.read(path)] == ["header", "evaluation"]
+    assert Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost is None
+    with pytest.raises(UsageError, match="another objective"):
+        Ledger(tmp_path, EvaluationRecord, Provenance(what={"objective": "nll"}))
+    Ledger(tmp_path, EvaluationRecord, about).add(found)
+    assert len(lines.read(path)) == 3  # one header
+
+
+@pytest.mark.parametrize(
+    ("held", "command", "says"),
+    [
+        ({"results.jsonl": RECORD}, "compare", r"holds results of notall sweep \(results.jsonl\)"),
+        ({"results.jsonl": {"criterion": "cosine"}}, "sweep", "holds results of notall compare"),
+        ({"times.jsonl": {"left": "", "times": {}}}, "paper", "holds results of notall compare"),
+        ({"times.jsonl": {"prompt_tokens": 4}}, "compare", "holds results of notall paper"),
+        ({"bench.jsonl": {"model": "dense"}}, "sweep", "holds results of notall bench"),
+        ({"chosen.jsonl": {"chosen": "x"}}, "paper", "holds results of notall search"),
+        ({"held_out.jsonl": {"record": "held_out"}}, "bench", "holds results of notall compare"),
+        ({"any.jsonl": {"record": "benchmark"}}, "eval", "holds results of notall paper"),
+    ],
+)
+def test_a_folder_of_another_command_is_refused(tmp_path, held, command, says):
+    for name, line in held.items():
+        lines.append(tmp_path / name, line)
+    with pytest.raises(UsageError, match=says), working_in(tmp_path, command):
+        raise AssertionError("it went on")
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_of_no_command_is_anyones(tmp_path):
+    lines.append(tmp_path / "notes.jsonl", {"mine": 1})
+    refuse_foreign(tmp_path, "sweep")
+    refuse_foreign(tmp_path / "absent", "sweep")
 
 
 def test_a_path_that_cannot_be_written_or_read_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     for act in (
-        lambda: ledger.append(tmp_path / "file" / "results.jsonl", {}),
+        lambda: lines.append(tmp_path / "file" / "results.jsonl", {}),
         lambda: enter(tmp_path / "file"),
     ):
         with pytest.raises(UsageError, match=r"^cannot write .*file.*choose another folder$") as caught:
             act()
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match=r"cannot read .*: Is a directory"):
-        ledger.read(tmp_path)
+        lines.read(tmp_path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_device_is_one_clear_line():
     with pytest.raises(UsageError, match="No space left on device; make room"):
-        ledger.append(Path("/dev/full"), RECORDS[0])
-    assert ledger.read(Path("/dev/full")) == []
+        lines.append(Path("/dev/full"), RECORDS[0])
+    assert lines.read(Path("/dev/full")) == []
 
 
 @contextmanager
@@ -175,16 +290,16 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_the_file_as_it_was(
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     with room_for(len(whole) + room), pytest.raises(UsageError, match="File too large; make room"):
-        ledger.append(path, RECORDS[0])
+        lines.append(path, RECORDS[0])
     assert path.read_bytes() == whole
-    ledger.append(path, RECORDS[0])
+    lines.append(path, RECORDS[0])
     assert read_quietly(path) == [*RECORDS, RECORDS[0]]
 
 
 def test_a_record_that_is_no_json_writes_nothing(path):
     whole = path.read_bytes()
     with pytest.raises(TypeError):
-        ledger.append(path, {"plan": object()})
+        lines.append(path, {"plan": object()})
     assert path.read_bytes() == whole
 
 
@@ -195,11 +310,11 @@ def python(code, *arguments):
 WRITER = """
 import sys
 from pathlib import Path
-from notall.records import ledger
+from notall.records import lines
 path = Path(sys.argv[1])
-start = len(ledger.read(path))
+start = len(lines.read(path))
 for number in range(start, start + 100_000):
-    ledger.append(path, {"number": number, "text": "x" * 200_000})
+    lines.append(path, {"number": number, "text": "x" * 200_000})
     print(number, flush=True)
 """
 
@@ -215,7 +330,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
         writer.kill()
         reported = max([reported, *map(int, writer.stdout.read().split())])
         writer.wait()
-        numbers = [record["number"] for record in ledger.read(path)]
+        numbers = [record["number"] for record in lines.read(path)]
         assert numbers == list(range(len(numbers)))
         assert len(numbers) > reported
 
@@ -223,15 +338,15 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
 HOLDER = """
 import sys
 from pathlib import Path
-from notall.records import ledger
-with ledger.lock(Path(sys.argv[1])):
+from notall.records import lines
+with lines.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def enter(folder):
-    with ledger.lock(folder):
+    with lines.lock(folder):
         pass
 
 
@@ -248,8 +363,8 @@ def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock
 
 
 def test_a_folder_is_free_again_after_an_error(tmp_path):
-    with pytest.raises(KeyError), ledger.lock(tmp_path):
+    with pytest.raises(KeyError), lines.lock(tmp_path):
         raise KeyError
     enter(tmp_path)
-    with ledger.lock(tmp_path), pytest.raises(UsageError, match="another run"):
+    with lines.lock(tmp_path), pytest.raises(UsageError, match="another run"):
         enter(tmp_path)

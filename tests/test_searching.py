@@ -23,7 +23,7 @@ from notall.choosing.objective import kl, mix, nll
 from notall.choosing.searching import search
 from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
-from notall.records import ledger
+from notall.records import lines
 
 BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
 LAYERS = 8
@@ -135,7 +135,7 @@ def test_late_among_the_blocks_it_keeps_the_set_that_it_knows(model, monkeypatch
         by_count(space, 6),
         Misleading(space, 0),
         late=lambda: max(told) > 0.5,
-        progress=lambda done, doing: told.append(done),
+        progress=lambda done, total, doing: told.append(done / total),
     )
     monkeypatch.setattr(searching, "_spaces", lambda space: [space])
     alone = search(space, by_count(space, 6), Misleading(space, 0))
@@ -238,7 +238,7 @@ def test_late_before_anything_is_known_it_goes_by_the_cheap_scores(model):
 
 def test_progress_grows_to_one(model):
     space, seen = Space(locate(model)), []
-    search(space, by_count(space, 4), Table(space, 2), progress=lambda done, doing: seen.append(done))
+    search(space, by_count(space, 4), Table(space, 2), progress=lambda done, total, doing: seen.append(done / total))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
@@ -342,7 +342,7 @@ def test_portable_moves_reach_every_portable_set_and_no_other(name):
 
 def run_search(model, folder, delay=0.0, name="tiny"):
     space = Space(locate(model))
-    evaluator = Evaluator(model, nll(BATCHES), log=folder / "evaluations.jsonl", settings={"model": name})
+    evaluator = Evaluator(model, nll(BATCHES), folder=folder, settings={"model": name})
     if delay:
         evaluate_all = evaluator._evaluate
 
@@ -381,8 +381,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     found, again = run_search(model, folder)
     assert found == expected
     assert path.read_bytes().startswith(killed)
-    lines, all_lines = (ledger.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
-    assert [line.get("skipped") for line in lines] == [line.get("skipped") for line in all_lines]
+    found_lines, all_lines = (lines.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
+    assert [line.get("skipped") for line in found_lines] == [line.get("skipped") for line in all_lines]
     assert again.spent.evaluations == whole.spent.evaluations
     # All of it again costs nothing, and is counted as what it took.
     monkeypatch.setattr(notall.choosing.evaluator, "Replay", None)
@@ -394,4 +394,4 @@ def test_evaluations_of_other_settings_are_not_taken(model, tmp_path):
     with pytest.raises(UsageError, match="another model"):
         run_search(model, tmp_path, name="other")
     with pytest.raises(UsageError, match="another calibration"):
-        Evaluator(model, nll(BATCHES[:1]), log=tmp_path / "evaluations.jsonl", settings={"model": "tiny"})
+        Evaluator(model, nll(BATCHES[:1]), folder=tmp_path, settings={"model": "tiny"})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ from transformers import PreTrainedModel
 
 from ..measuring.quality import Quality, evaluate
 from ..plan import Plan
-from ..records import ledger
+from ..progress import Progress, silent
+from ..records.ledger import Ledger, working_in
+from ..records.provenance import Provenance
+from ..records.record import QualityFields
+from ..records.search import SearchRecord, SpeedCheck
 from .budget import Budget
 from .criteria import Setting, choose
 from .evaluator import STATES_BYTES, Evaluator, Spent
@@ -23,11 +27,9 @@ from .objective import Objective
 from .searching import PATIENCE
 from .space import Space, Unit
 
-EVALUATIONS, CHOSEN = "evaluations.jsonl", "chosen.jsonl"
-
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenPlan:
     """A plan, the objective without and with it, what it took, and the order in which it came to be.
 
     `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
@@ -44,6 +46,43 @@ class Choice:
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
     times: Check | None = None
 
+    def record(self, about: Provenance) -> SearchRecord:
+        """As it is written down: what was chosen, what it took, and what was measured of it."""
+        return SearchRecord(
+            plan=self.plan,
+            chosen=self.plan.note or "",
+            order=tuple(tuple(unit) for unit in self.order),
+            dense_cost=self.dense_cost,
+            cost=self.cost,
+            **vars(self.spent),
+            forwards=self.forwards,
+            in_time=self.in_time,
+            quality=QualityFields(**asdict(self.held_out[1])) if self.held_out else None,
+            check=_speed_check(self.times) if self.times else None,
+            provenance=about,
+        )
+
+
+def keep_choice(folder: Path, record: SearchRecord) -> None:
+    """Write a choice into `folder`, unless the same one is there. Raises `UsageError` as `Ledger` does."""
+    with working_in(folder, "search"):
+        kept = Ledger(folder, SearchRecord)
+        if record.key not in kept:
+            kept.add(record)
+
+
+def _speed_check(times: Check) -> SpeedCheck:
+    speedup = times.measured_speedup
+    return SpeedCheck(
+        predicted_ms=times.predicted_ms,
+        measured_ms=times.measured_ms,
+        predicted_speedup=times.predicted_speedup,
+        speedup=speedup.median,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
+        off=times.off,
+    )
+
 
 def choose_plan(
     model: PreTrainedModel,
@@ -54,15 +93,15 @@ def choose_plan(
     objective: Objective,
     *,
     folder: Path | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: Provenance | Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
     patience: int = PATIENCE,
     seed: int = 0,
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
     times: Times | None = None,
-    progress: Callable[[float, str], None] = lambda done, doing: None,
-) -> Choice:
+    progress: Progress = silent,
+) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`, measured by `objective` on `batches` of token ids.
 
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
@@ -71,16 +110,15 @@ def choose_plan(
     and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
     or is in use, and as `criteria.choose` does.
     """
-    with ledger.lock(folder) if folder else nullcontext():
-        log = folder / EVALUATIONS if folder else None
-        evaluator = Evaluator(model, objective, states_bytes=states_bytes, log=log, settings=settings)
+    with working_in(folder, "search") if folder else nullcontext():
+        evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         chosen = choose(criterion, setting, budget)
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
     plan = space.plan(chosen.skipped, f"{criterion} by {objective.name}: {budget.told}")
-    return Choice(
+    return ChosenPlan(
         plan,
         chosen.order,
         dense,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from ..models.loading import dtype_name
 from ..plan import Plan
-from ..records import ledger
+from ..records.ledger import Ledger
+from ..records.provenance import Provenance
+from ..records.search import EvaluationRecord
 from ..running.replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
 from ..structure.anatomy import base_model, locate
 from .objective import Objective
@@ -49,7 +51,8 @@ class Evaluator:
 
     `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept. It
     bounds the dense model's logits, too, which are kept where they all fit.
-    `log` is a file of what was evaluated; `settings` tell whose it is. Raises `UsageError` when it is another's.
+    `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. Raises
+    `UsageError` when it is another's.
     """
 
     def __init__(
@@ -58,15 +61,17 @@ class Evaluator:
         objective: Objective,
         *,
         states_bytes: int = STATES_BYTES,
-        log: Path | None = None,
-        settings: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        name: str | None = None,
+        settings: Provenance | Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.objective, self.log = base_model(model), objective, log
+        self.model, self.objective = base_model(model), objective
         self.anatomy = locate(self.model)
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
         self.spent, self._counted = Spent(), set[tuple[Any, ...]]()
-        self._known = self._read(settings or {})
+        self._known: dict[tuple[Any, ...], tuple[float, Spent]] = {}
+        self._kept = self._open(folder, name, settings or {}) if folder else None
         self._recordings: list[Recording] | None = None
         self._trunks: dict[int, Trunk] = {}
         self._trunk = self._steps(frozenset())
@@ -172,23 +177,24 @@ class Evaluator:
         if not math.isfinite(cost):
             cost = math.inf  # a model that overflows without these is as bad as can be
         self._known[key] = cost, spent
-        if self.log:
-            line = {"skipped": sorted(skipped), "batches": key[1], "cost": cost, **vars(spent)}
-            ledger.append(self.log, line)
+        if self._kept is not None:
+            names = tuple(sorted(skipped))
+            self._kept.add(EvaluationRecord(skipped=names, batches=key[1], cost=cost, **vars(spent)))
 
-    def _read(self, settings: dict[str, Any]) -> dict[tuple[Any, ...], tuple[float, Spent]]:
-        settings = settings | {"objective": self.objective.name, "calibration": self.objective.digest()}
-        settings |= {"fingerprint": self.anatomy.fingerprint, "dtype": dtype_name(self.model)}
-        if self.log is None:
-            return {}
-        held = ledger.read(self.log)
-        if not held:
-            ledger.append(self.log, {"settings": settings})
-            return {}
-        ledger.check_same(held[0].get("settings") or {}, settings, self.log.parent)
-        known = {}
-        for line in held[1:]:
-            key = frozenset(line["skipped"]), line["batches"]
-            cost = math.inf if line["cost"] is None else line["cost"]
-            known[key] = cost, Spent(*(line[name] for name in vars(Spent())))
-        return known
+    def _open(
+        self, folder: Path, name: str | None, settings: Provenance | Mapping[str, Any]
+    ) -> Ledger[EvaluationRecord]:
+        """What was evaluated before, and where more goes."""
+        about = Provenance.of(
+            settings,
+            objective=self.objective.name,
+            calibration=self.objective.digest(),
+            fingerprint=self.anatomy.fingerprint,
+            dtype=dtype_name(self.model),
+        )
+        kept = Ledger(folder, EvaluationRecord, about, name=name)
+        for line in kept:
+            spent = Spent(line.evaluations, line.executions, line.one_by_one, line.seconds)
+            cost = math.inf if line.cost is None else line.cost
+            self._known[frozenset(line.skipped), line.batches] = cost, spent
+        return kept

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from ..progress import Progress, Stages, silent
 from .budget import Budget
 from .evaluator import Evaluator
 from .space import Skipped, Space, Unit
@@ -48,7 +49,7 @@ def search(
     screened: float = SCREENED,
     patience: int = PATIENCE,
     late: Callable[[], bool] = lambda: False,
-    progress: Callable[[float, str], None] = lambda done, doing: None,
+    progress: Progress = silent,
 ) -> Found:
     """The set of `space` that meets `budget` and raises the objective least, as far as this search sees.
 
@@ -58,9 +59,11 @@ def search(
     """
     spaces = _spaces(space)
     searches = []
-    for number, each in enumerate(spaces):
-        told = _told(_part_of(progress, number, len(spaces)), each, budget, screened, patience)
-        searches.append(_Search(each, budget, evaluator, cheap or {}, screened, late, told))
+    counts = [_Count(each, budget, screened, patience) for each in spaces]
+    stages = Stages(progress, sum(count.total for count in counts))
+    for each, count in zip(spaces, counts):
+        count.progress = stages.stage(count.total)
+        searches.append(_Search(each, budget, evaluator, cheap or {}, screened, late, count))
         searches[-1].guess(each.moves(frozenset()))
         searches[-1].settle(patience)
         if late():
@@ -70,7 +73,7 @@ def search(
     if best is not looking and not late():  # what a late one says that it costs is a guess
         looking.go_on_from(best)
         looking.settle(patience)
-    progress(1.0, "done")
+    progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     cost = evaluator.cost(looking.skipped)
     path = (*looking.path, (looking.skipped, cost))
     return Found(looking.skipped, tuple(looking.order), cost, looking.dense, not late(), path)
@@ -96,9 +99,9 @@ class _Search:
         cheap: Mapping[Unit, float],
         screened: float,
         late: Callable[[], bool],
-        told: Callable[[float, str], None],
+        count: _Count,
     ) -> None:
-        self.space, self.budget, self.evaluator, self.late, self.told = space, budget, evaluator, late, told
+        self.space, self.budget, self.evaluator, self.late, self.count = space, budget, evaluator, late, count
         self.cheap, self.screened = cheap, screened
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
@@ -210,29 +213,24 @@ class _Search:
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
-        self.told(share, f"{len(self.skipped)} skipped, objective {self.cost:.4f}")
+        self.count.evaluated(share, f"{len(self.skipped)} skipped, objective {self.cost:.4f}")
         return cost
 
     def _cheap(self, unit: Unit) -> float:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
 
 
-def _part_of(progress: Callable[[float, str], None], number: int, parts: int) -> Callable[[float, str], None]:
-    return lambda done, doing: progress((number + done) / parts, doing)
+class _Count:
+    """Evaluations of the whole text: how many were done, and how many a search takes at most, about."""
 
+    def __init__(self, space: Space, budget: Budget, screened: float, patience: int) -> None:
+        units = len(space.units)
+        mean = budget.saved(space.names) / units
+        steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
+        self.total, self.done = units * screened + steps * RECHECKS + steps + patience, 0.0
+        self.progress: Progress = silent
 
-def _told(
-    progress: Callable[[float, str], None], space: Space, budget: Budget, screened: float, patience: int
-) -> Callable[[float, str], None]:
-    """What is told of each evaluation, on what share of the text, and tells `progress` what share is done."""
-    units = len(space.units)
-    mean = budget.saved(space.names) / units
-    steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
-    total, done = units * screened + steps * RECHECKS + steps + patience, 0.0
-
-    def evaluated(share: float, doing: str) -> None:
-        nonlocal done
-        done += share
-        progress(min(done / total, 0.99), doing)
-
-    return evaluated
+    def evaluated(self, share: float, doing: str) -> None:
+        """Count one evaluation on a share of the text."""
+        self.done += share
+        self.progress(min(self.done, 0.99 * self.total), self.total, doing)

@@ -11,7 +11,7 @@ import typer
 
 from ..reporting.console import progress_bar, show
 from .app import CHOOSE, app
-from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
+from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns
 from .inputs import (
     budget_line,
     budget_of,
@@ -19,7 +19,6 @@ from .inputs import (
     empty_model,
     load_model,
     provenance_of,
-    settings_of,
     space_of,
     text_batches,
     two_texts,
@@ -132,11 +131,13 @@ def search(
     `notall report` makes a page of them.
     """
     from ..choosing.answer_objectives import build_objective
-    from ..choosing.choice import CHOSEN, choose_plan
+    from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim, compare_front
     from ..choosing.latency import Workload
-    from ..records import ledger
+    from ..records.ledger import refuse_foreign
 
+    folder = out.with_name(f"{out.stem}.search")
+    refuse_foreign(folder, "search")
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     among = space_of(net, kind, portable, keep_first, keep_last)
@@ -150,8 +151,7 @@ def search(
     if held_out:
         others, other = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
         measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]}
-    folder = out.with_name(f"{out.stem}.search")
-    settings = settings_of(net, model, revision) | described
+    settings = provenance_of(net, model, revision, **described)
     with progress_bar() as bar:
         found = choose_plan(
             net,
@@ -167,13 +167,12 @@ def search(
             seed=seed,
             held_out=others,
             times=times,
-            progress=lambda done, doing: bar(done, 1.0, doing),
+            progress=bar,
         )
     found.plan.save(out)
-    row = choice_row(found)
-    about = provenance_of(net, model, revision) | described | measured_on | {"fingerprint": found.plan.fingerprint}
-    same = ("chosen", "plan", "evaluations", "in_time", "provenance")  # times are never the same twice
-    ledger.append_new(folder / CHOSEN, row | {"provenance": about}, same)
+    about = provenance_of(net, model, revision, **described, **measured_on, fingerprint=found.plan.fingerprint)
+    record = found.record(about)
+    keep_choice(folder, record)
     if front:
         from ..reporting.comparison_files import write_comparison
 
@@ -184,7 +183,7 @@ def search(
                 net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar
             )
         write_comparison(points, folder / "front", f"NLL added by up to {most} of {among}")
-    show([row], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+    show([record.row()], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
 
 
 @app.command(
@@ -218,7 +217,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn; 0: no times")] = 0,
     prompt: Prompt = 128,
     new: New = 16,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl, table.md and front")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the records, table.md and front")] = Path(
         "comparison"
     ),
     sequences: Sequences = 16,
@@ -240,8 +239,10 @@ def compare(
     from ..choosing.answer_objectives import build_objective
     from ..choosing.criteria import CRITERIA
     from ..measuring.plan_times import Timed
+    from ..records.ledger import refuse_foreign
     from ..reporting.comparison_files import write_comparison
 
+    refuse_foreign(out, "compare")
     net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
     options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
@@ -254,18 +255,19 @@ def compare(
     with progress_bar() as progress:
         records = comparison.compare_criteria(
             net,
-            comparison.rows_of(criterion or list(CRITERIA), list(aims), spaces),
+            comparison.questions_of(criterion or list(CRITERIA), list(aims), spaces),
             aims,
             others,
             out,
-            settings_of(net, model, revision) | described,
+            provenance_of(net, model, revision, **described),
             tasks=comparison.Tasks(asked, tokenizer, limit, num_fewshot, task_path) if asked else None,
             timed=Timed(prompt, new, rounds=rounds) if rounds else None,
             seed=seed,
             progress=progress,
         )
     write_comparison(records, out, f"Ways to choose, {described['text']}")
-    show(records, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(records)} choices in {out / comparison.RESULTS}")
+    rows = [record.row() for record in records]
+    show(rows, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(rows)} choices in {out}")
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..reporting.console import Column, number, plain, probability, size, with_error, with_spread
 
 if TYPE_CHECKING:
-    from ..choosing.choice import Choice
+    from ..choosing.choice import ChosenPlan
 
 QUALITY: list[Column] = [
     with_error("nll", "NLL"),
@@ -95,29 +94,7 @@ COMPARISON_COLUMNS = [
 ]
 
 
-def choice_row(found: Choice) -> dict[str, Any]:
-    """What was chosen, what it took, and what was measured of it, in a row."""
-    row: dict[str, Any] = {
-        "plan": {"attention": list(found.plan.attention), "mlp": list(found.plan.mlp)},
-        "chosen": found.plan.note,
-        "order": [list(unit) for unit in found.order],
-        "dense_cost": found.dense_cost,
-        "cost": found.cost,
-        **asdict(found.spent),
-        "forwards": found.forwards,
-        "in_time": found.in_time,
-    }
-    if found.held_out:
-        row |= asdict(found.held_out[1])
-    if found.times:
-        speedup = found.times.measured_speedup
-        row |= {name: value for name, value in asdict(found.times).items() if name != "measured_speedup"}
-        row |= {"speedup": speedup.median, "speedup_low": speedup.low, "speedup_high": speedup.high}
-        row["off"] = found.times.off
-    return row
-
-
-def choice_columns(found: Choice) -> list[Column]:
+def choice_columns(found: ChosenPlan) -> list[Column]:
     return [
         plain("chosen"),
         number("dense_cost", "dense", ".4f"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
     from ..plan import Plan
+    from ..records.provenance import Provenance
 
 
 def loading_of(
@@ -98,18 +99,16 @@ def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
 
 
-def provenance_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
+def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **more: Any) -> Provenance:
+    """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
     from ..measuring.speed import machine
     from ..models.loading import dtype_name, identify
+    from ..records.provenance import Provenance, this_run
 
     about = machine(model.device)
-    return identify(spec, revision=revision) | {
-        "dtype": dtype_name(model),
-        "device": about["device"],
-        "threads": about["threads"],
-        "versions": about["versions"],
-        "machine": about,
-    }
+    where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
+    what = {**identify(spec, revision=revision), "dtype": dtype_name(model), **more}
+    return Provenance(what=what, where=where)
 
 
 def read_plan(path: Path | None) -> Plan:
@@ -149,12 +148,6 @@ def batch_size_of(word: str) -> int | Literal["auto"]:
 def words_of(values: list[str] | None) -> list[str]:
     """The words of an option that may be repeated, or hold several with commas between them."""
     return [word for value in values or () for word in value.split(",") if word]
-
-
-def settings_of(model: PreTrainedModel, spec: str, revision: str | None) -> dict[str, Any]:
-    """What makes evaluations another's: where they were run does not."""
-    about = provenance_of(model, spec, revision)
-    return {name: about[name] for name in about if name not in ("machine", "versions", "threads", "device")}
 
 
 def space_of(model: PreTrainedModel, kind: Among, portable: bool, keep_first: bool, keep_last: bool) -> Space:

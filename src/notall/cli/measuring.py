@@ -59,7 +59,7 @@ from .options import (
 @app.command(cls=OnRay, rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
 def sweep(
     model: Model = "smollm2",
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for results.jsonl and figures")] = Path("results"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the records and figures")] = Path("results"),
     text: TextSource = "prose",
     sequences: Sequences = 8,
     length: Length = 256,
@@ -83,41 +83,39 @@ def sweep(
 
     Interrupted, the same command goes on where it stopped.
     """
-    from ..evaluation.paper import sweep as grid
+    from ..evaluation.paper.sweep import sweep as sweep_grid
     from ..measuring.plan_times import Timed
     from ..models.loading import load
-    from ..records import ledger
+    from ..records.ledger import read, refuse_foreign
+    from ..records.similarity import SimilarityRecord
 
+    refuse_foreign(out, "sweep")
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load(**loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
-    provenance = provenance_of(net, model, revision) | described
+    about = provenance_of(net, model, revision, **described)
     timed = Timed(prompt, new, rounds=rounds)
     with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
-        records = grid.sweep(
+        records = sweep_grid(
             net,
             batches,
             out,
-            provenance,
+            about,
             timed=timed,
             seed=seed,
             tokenizer=tokenizer,
             progress=progress,
             workers=workers,
         )
-    rows = ledger.read(out / grid.SIMILARITY)
-    name = provenance["model"]
+    rows = [record.row() for record in records]
+    name = about.what["model"]
     if find_spec("altair"):  # the extra `report`
         from ..reporting import plots
 
-        plots.save(plots.similarity_chart(rows, f"Similarity by depth, {name}"), out / "similarity")
-        plots.save(plots.tradeoff_chart(records, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
-    show(
-        records,
-        GRID_COLUMNS,
-        as_json=as_json,
-        title=f"{name}: {len(records)} configurations in {out / grid.RESULTS}",
-    )
+        depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
+        plots.save(plots.similarity_chart(depths, f"Similarity by depth, {name}"), out / "similarity")
+        plots.save(plots.tradeoff_chart(rows, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
+    show(rows, GRID_COLUMNS, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
 
 
 @app.command(
@@ -153,7 +151,10 @@ def evaluate(
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
     from ..evaluation.one_plan import evaluate_plan
+    from ..records.ledger import refuse_foreign
 
+    if out:
+        refuse_foreign(out, "eval")
     wanted = read_plan(plan)
     size = batch_size_of(batch_size)
     limits = words_of(limit)
@@ -218,27 +219,34 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
-    from ..measuring.plan_times import keep_times, time_plan
+    from ..measuring.plan_times import Timed
+    from ..measuring.plan_times import bench as bench_plan
     from ..measuring.speed import machine
     from ..models.loading import dtype_name
+    from ..records.ledger import refuse_foreign
     from ..structure.anatomy import locate
 
+    if out:
+        refuse_foreign(out, "bench")
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)
     else:
         net, _ = load_model(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
     wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
-    asked = {"prompt_tokens": prompt, "new_tokens": new, "batch_size": batch_size, "rounds": rounds}
+    about = provenance_of(
+        net,
+        shape or model,
+        revision,
+        dummy_weights=dummy_weights,
+        fingerprint=locate(net).fingerprint,
+    )
+    timed = Timed(prompt, new, batch_size, rounds)
     with progress_bar() as progress:
-        rows = time_plan(net, wanted, **asked, seed=seed, progress=progress)
-    if out:
-        source = provenance_of(net, shape or model, revision)
-        source |= {"dummy_weights": dummy_weights, "seed": seed, "fingerprint": locate(net).fingerprint}
-        keep_times(out, rows, wanted, asked | {"provenance": source})
-    about = machine(net.device)
+        records = bench_plan(net, wanted, timed, about, out=out, seed=seed, progress=progress)
+    here = machine(net.device)
     title = (
         f"{shape or model}, {dtype_name(net)}, batch {batch_size}, "
         f"prompt {prompt}, {new} new tokens; "
-        f"{about['device_name']}, {about['threads']} threads; median of {rounds} [quartiles]"
+        f"{here['device_name']}, {here['threads']} threads; median of {rounds} [quartiles]"
     )
-    show(rows, TIMING_COLUMNS, as_json=as_json, title=title)
+    show([record.row() for record in records], TIMING_COLUMNS, as_json=as_json, title=title)

@@ -79,12 +79,14 @@ def paper(
 
     Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
-    from ..evaluation.paper import SIMILARITY, Evaluation, Timing, run_paper
+    from ..evaluation.paper import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
     from ..models.loading import load
-    from ..records import ledger
+    from ..records.ledger import read, refuse_foreign
+    from ..records.similarity import SimilarityRecord
     from ..reporting import plots
 
+    refuse_foreign(out, "paper")
     evaluation = Evaluation(
         tasks=words_of(tasks) or ["openllm"],
         limits=Limits.parse(words_of(limit)),
@@ -94,11 +96,11 @@ def paper(
         truncate=truncate,
         generate_all=generate_all,
     )
-    timing = Timing(tuple(prompt or (128, 512)), tuple(bench_batch or (1,)), new, rounds)
+    timing = TimeGrid(tuple(prompt or (128, 512)), tuple(bench_batch or (1,)), new, rounds)
     loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load(**loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, 4, seed)
-    about = provenance_of(net, model, revision) | described
+    about = provenance_of(net, model, revision, **described)
     with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
         claims = run_paper(
             net,
@@ -113,6 +115,6 @@ def paper(
             progress=progress,
             workers=workers,
         )
-    rows = ledger.read(out / SIMILARITY)
-    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about['model']}"), out / "similarity")
+    rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
+    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about.what['model']}"), out / "similarity")
     show([asdict(claim) for claim in claims], CLAIM_COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

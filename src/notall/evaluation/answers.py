@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..plan import Plan
-from ..records import ledger
+from ..records.answers import AnswersRecord
+from ..records.ledger import Ledger, read
 
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
 
@@ -22,13 +23,14 @@ class Answers:
     fits is used. Raises `UsageError` when the file can't be read or written, or is damaged before its last line.
     """
 
-    def __init__(self, path: Path | None, origin: str, plans: Sequence[Plan]) -> None:
-        self.path, self.origin = path, origin
+    def __init__(self, folder: Path | None, origin: str, plans: Sequence[Plan]) -> None:
+        self.origin = origin
         self.names = [_digest(plan.attention, plan.mlp) for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._held: dict[str, dict[str, Answer]] = {}
-        for line in ledger.read(path) if path else ():
-            self._hold(line["plans"], line["answers"])
+        self._kept = Ledger(folder, AnswersRecord) if folder else None
+        for record in read(self._kept.path, AnswersRecord) if self._kept is not None else ():
+            self._hold(record.plans, record.answers)
 
     def key(self, *request: Any) -> str:
         """A request's name, the same in every run."""
@@ -52,13 +54,21 @@ class Answers:
     def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Answer]]) -> None:
         """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
         names = [self.names[number] for number in numbers]
-        if self.path:
-            ledger.append(self.path, {"plans": names, "answers": answers})
+        if self._kept is not None:
+            said = {key: tuple(map(_plain, values)) for key, values in answers.items()}
+            self._kept.add(AnswersRecord(plans=tuple(names), answers=said))
         self._hold(names, answers)
 
     def _hold(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:
         for key, values in answers.items():
             self._held.setdefault(key, {}).update(zip(names, map(_restored, values)))
+
+
+def _plain(value: Any) -> Any:
+    """As a record takes it: no numpy."""
+    if isinstance(value, list | tuple):
+        return (float(value[0]), bool(value[1]))
+    return value if isinstance(value, str) else float(value)
 
 
 def _restored(value: Any) -> Answer:

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..plan import Configuration
-from ..records import ledger
-from .harness import ANSWERS, LM_EVAL_VERSION, PlansLM, Progress, TaskResult, evaluate_job
+from ..progress import Progress, Stages, silent
+from ..records.benchmarks import BenchmarkRecord
+from ..records.ledger import Ledger, working_in
+from ..records.provenance import Provenance
+from .harness import LM_EVAL_VERSION, PlansLM, TaskResult, evaluate_job
 from .tasks import Job, Limits, TaskShelf
 
 if TYPE_CHECKING:
     from .ray_workers import Workers
-
-BENCHMARKS = "benchmarks.jsonl"
-
-
-class BenchmarkRecord(BaseModel):
-    """One configuration on one task, beside the dense model on the same documents. What is no number is None."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str = Field(description="as the harness names it")
-    metric: str = Field(description="metric,filter of the harness")
-    variant: Literal["dense", "attention", "mlp", "block", "plan"] = Field(description="what is skipped")
-    fraction: float = Field(ge=0, le=1, description="share of the layers that was asked for, 0 to 1")
-    keep_last: bool = Field(description="whether the last layer is preserved")
-    plan: dict[Literal["attention", "mlp"], list[int]] = Field(description="indices of the skipped layers, from 0")
-    num_fewshot: int = Field(description="examples shown before a question")
-    documents: int = Field(description="how many were evaluated")
-    value: float | None = Field(description="the harness's own figure")
-    value_se: float | None = Field(description="its standard error over documents, as the harness has it")
-    delta: float | None = Field(description="value less the dense model's")
-    delta_se: float | None = Field(description="standard error of delta, paired by document")
-    p_value: float | None = Field(description="of no difference: McNemar's exact test for accuracies, else normal")
-    higher_is_better: bool | None
-    values: list[float] | None = Field(description="the metric of each document in order, where it is a number")
-    provenance: dict[str, Any] = Field(description="model, dtype, limit, versions: what to repeat it with")
 
 
 def run_benchmarks(
@@ -50,7 +26,7 @@ def run_benchmarks(
     rows: Sequence[Configuration],
     tasks: Sequence[str],
     out: Path,
-    provenance: Mapping[str, Any],
+    provenance: Provenance | Mapping[str, Any],
     *,
     generating_rows: Sequence[Configuration] | None = None,
     num_fewshot: int | None = None,
@@ -58,65 +34,61 @@ def run_benchmarks(
     task_path: str | Path | None = None,
     batch_size: int | Literal["auto"] = "auto",
     truncate: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     workers: Workers | None = None,
-) -> list[dict[str, Any]]:
+) -> list[BenchmarkRecord]:
     """Evaluate `rows` (the dense one first) on `tasks`, as `run_tasks` does; one record a task, metric and row.
 
-    Tasks that generate text take a pass for each row: they are run on `generating_rows`, where given. Writes
-    `out/benchmarks.jsonl`, the records of a task as soon as it is done, and each answer as it comes: the same call
-    goes on where it stopped. Raises `UsageError` as `run_tasks` does, when `out` holds the results of other settings,
-    and when another process works in it.
+    Tasks that generate text take a pass for each row: they are run on `generating_rows`, where given. Writes to `out`
+    the records of a task as soon as it is done, and each answer as it comes: the same call goes on where it stopped.
+    Raises `UsageError` as `run_tasks` does, when `out` holds the results of other settings or of another command, and
+    when another process works in it.
     """
     limits = limits or Limits()
     shelf = TaskShelf(task_path)
     names = shelf.names(tasks)
-    settings = {name: value for name, value in provenance.items() if name != "threads"} | {
-        "lm_eval": LM_EVAL_VERSION,
-        "asked_fewshot": num_fewshot,
-        "truncate": truncate,
-    }
-    with ledger.lock(out):
-        records = ledger.read(out / BENCHMARKS, BenchmarkRecord)
-        for record in records:
-            ledger.check_same(record["provenance"], settings, out, ignoring=("limit", "asked"))
-        models: dict[tuple[str, ...], PlansLM] = {}
-
-        def lm_for(chosen: Sequence[Configuration]) -> PlansLM:
-            key = tuple(row.name for row in chosen)
-            if key not in models:
-                models[key] = PlansLM(
-                    model,
-                    tokenizer,
-                    [row.plan for row in chosen],
-                    out / ANSWERS,
-                    batch_size=batch_size,
-                    truncate=truncate,
-                    progress=progress,
-                    workers=workers,
-                )
-            return models[key]
-
+    settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": num_fewshot, "truncate": truncate}
+    about = Provenance.of(provenance, **settings)
+    abouts = {name: Provenance.of(about, asked=name, limit=limits.of(name)) for name in names}
+    with working_in(out, "paper"):
+        records = Ledger(out, BenchmarkRecord, lambda record: abouts.get(_what(record)["asked"], about))
+        how = {"batch_size": batch_size, "truncate": truncate, "workers": workers}
+        models = _Models(model, tokenizer, out, how)
+        stages = Stages(progress, len(names))
         for name in names:
-            about = settings | {"asked": name, "limit": limits.of(name)}
-            held = [record for record in records if record["provenance"]["asked"] == name]
-            for record in held:
-                ledger.check_same(record["provenance"], about, out)
-            if held and len(held) == held[0]["provenance"]["records"]:
+            telling = stages.stage(1)
+            held = [record for record in records if _what(record)["asked"] == name]
+            if held and len(held) == _what(held[0])["records"]:
                 continue
             job = shelf.build(name, num_fewshot, limits.of(name))
             chosen = generating_rows if generating_rows and generates(job) else rows
-            found = evaluate_job(lm_for(chosen), job)
-            about["records"] = len(found)
-            every = [_record(chosen[result.number], result, about) for result in found]
-            fresh = [record for record in every if _key(record) not in set(map(_key, held))]
-            ledger.append(out / BENCHMARKS, *fresh)
-            records += fresh
-        return [record for record in records if record["provenance"]["asked"] in names]
+            found = evaluate_job(models.of(chosen, telling), job)
+            source = Provenance.of(abouts[name], records=len(found))
+            every = [_record(chosen[result.number], result, source) for result in found]
+            records.add(*(record for record in every if record.key not in records))
+        progress(len(names), len(names), "benchmarks")
+        return [record for record in records if _what(record)["asked"] in names]
 
 
-def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("task", "metric", "variant", "fraction", "keep_last"))
+def _what(record: BenchmarkRecord) -> Mapping[str, Any]:
+    return record.provenance.what if record.provenance else {}
+
+
+class _Models:
+    """A harness model for each choice of configurations, made when it is first needed."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, how: Mapping[str, Any]
+    ) -> None:
+        self.model, self.tokenizer, self.out, self.how = model, tokenizer, out, how
+        self.made: dict[tuple[str, ...], PlansLM] = {}
+
+    def of(self, rows: Sequence[Configuration], progress: Progress) -> PlansLM:
+        key = tuple(row.name for row in rows)
+        if key not in self.made:
+            self.made[key] = PlansLM(self.model, self.tokenizer, [row.plan for row in rows], self.out, **self.how)
+        self.made[key].progress = progress
+        return self.made[key]
 
 
 def generates(job: Job) -> bool:
@@ -124,28 +96,24 @@ def generates(job: Job) -> bool:
     return any(task.OUTPUT_TYPE == "generate_until" for task in job.tasks.values())
 
 
-def _record(row: Configuration, result: TaskResult, about: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Configuration, result: TaskResult, about: Provenance) -> BenchmarkRecord:
     values = [document.value for document in result.documents]
     numeric = all(isinstance(value, int | float) for value in values)
-    return {
-        "task": result.task,
-        "metric": result.metric,
-        "variant": row.variant,
-        "fraction": row.fraction,
-        "keep_last": row.keep_last,
-        "plan": row.plan.indices,
-        "num_fewshot": result.num_fewshot,
-        "documents": len(result.documents),
-        "value": _or_none(result.value),
-        "value_se": _or_none(result.stderr),
-        "delta": _or_none(result.delta),
-        "delta_se": _or_none(result.delta_stderr),
-        "p_value": _or_none(result.p_value),
-        "higher_is_better": result.higher_is_better,
-        "values": [float(value) for value in values] if numeric else None,
-        "provenance": about,
-    }
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return BenchmarkRecord(
+        task=result.task,
+        metric=result.metric,
+        variant=row.variant,
+        fraction=row.fraction,
+        keep_last=row.keep_last,
+        plan=row.plan,
+        num_fewshot=result.num_fewshot,
+        documents=len(result.documents),
+        value=result.value,
+        value_se=result.stderr,
+        delta=result.delta,
+        delta_se=result.delta_stderr,
+        p_value=result.p_value,
+        higher_is_better=result.higher_is_better,
+        values=tuple(map(float, values)) if numeric else None,
+        provenance=about,
+    )

@@ -28,7 +28,8 @@ from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
 from ..plan import Plan
-from ..records import ledger
+from ..progress import Progress, silent
+from ..records.ledger import working_in
 from ..running.skipping import skip
 from .answers import Answers
 from .scoring import Request, Scorer
@@ -47,12 +48,9 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from .ray_workers import SpreadScorer, Workers
 
-ANSWERS = "answers.jsonl"
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
 BOOTSTRAP_ROUNDS = 1000  # for the errors of metrics that are no means
-
-Progress = Callable[[str, int, int], None]  # the task, requests answered, of how many
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def run_tasks(
     batch_size: int | Literal["auto"] = "auto",
     folder: Path | None = None,
     truncate: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[TaskResult]:
     """Evaluate each of `plans` on each of `tasks` (names of the harness, or `openllm`): task by task, plan by plan.
 
@@ -120,12 +118,12 @@ def run_tasks(
         raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
     shelf = TaskShelf(task_path)
     names = shelf.names(tasks)
-    with ledger.lock(folder) if folder else nullcontext():
+    with working_in(folder, "eval") if folder else nullcontext():
         lm = PlansLM(
             model,
             tokenizer,
             plans,
-            folder and folder / ANSWERS,
+            folder,
             batch_size=batch_size,
             truncate=truncate,
             progress=progress,
@@ -161,11 +159,11 @@ class PlansLM(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         plans: Sequence[Plan],
-        answers: Path | None = None,
+        folder: Path | None = None,
         *,
         batch_size: int | Literal["auto"] = "auto",
         truncate: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         workers: Workers | None = None,
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
@@ -174,7 +172,7 @@ class PlansLM(HFLM):
         self.scorer: Scorer | SpreadScorer = Scorer(model, batch_size)
         if workers:
             self.scorer = workers.scorer(self.scorer)
-        self.answers = Answers(answers, origin(model, tokenizer), self.plans)
+        self.answers = Answers(folder, origin(model, tokenizer), self.plans)
         self.truncate, self.progress = truncate, progress
         self.number, self.task = 0, ""
         self.running: tuple[int, ...] = ()  # the plans that what is being computed is for
@@ -305,8 +303,7 @@ class PlansLM(HFLM):
             )
 
     def _report(self, done: int, total: int) -> None:
-        if self.progress:
-            self.progress(self.task, done, total)
+        self.progress(done, total, f"{self.task}: answering")
 
 
 def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -93,7 +93,7 @@ def _tasks(
         [plan],
         tasks,
         limit=Limits.parse(limits),
-        progress=lambda task, done, total: progress(done, total, task),
+        progress=progress,
         **how,
     ):
         sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..records import ledger
+from ..records.bench import BenchRecord
+from ..records.ledger import Ledger, working_in
+from ..records.provenance import Provenance
 from ..running.footprint import footprint
 from ..running.skipping import skip
 from .speed import Spread, Timing, compare, speedup
-
-BENCH = "bench.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,9 @@ TIMED = Timed()
 
 
 def time_plan(
-    model: PreTrainedModel,
-    plan: Plan,
-    *,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    batch_size: int = 1,
-    rounds: int = 5,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> list[dict[str, Any]]:
-    """One row for the dense model and, unless the plan is empty, one for the skipped model.
+    model: PreTrainedModel, plan: Plan, timed: Timed = TIMED, *, seed: int = 0, progress: Progress = silent
+) -> dict[str, dict[str, Any]]:
+    """Figures of the dense model and, unless the plan is empty, of the skipped model, by those names.
 
     Times are medians over rounds with their quartiles (`_low`, `_high`); a speedup is the median of the rounds' own
     ratios to dense. `peak_bytes` is CUDA memory, None elsewhere. Raises as `skip` and `compare` do.
@@ -52,19 +44,10 @@ def time_plan(
     variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
     if plan:
         variants["skipped"] = lambda: skip(model, plan)
-    timings = compare(
-        model,
-        variants,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        rounds=rounds,
-        seed=seed,
-        progress=progress,
-    )
+    timings = compare(model, variants, **asdict(timed), seed=seed, progress=progress)
     plans = {"dense": Plan(), "skipped": plan}
     dense = timings["dense"]
-    return [{"model": name} | timing_fields(model, plans[name], dense, timing) for name, timing in timings.items()]
+    return {name: timing_fields(model, plans[name], dense, timing) for name, timing in timings.items()}
 
 
 def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> dict[str, Any]:
@@ -79,14 +62,33 @@ def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Tim
     }
 
 
-def keep_times(out: Path, rows: Sequence[dict[str, Any]], plan: Plan, about: Mapping[str, Any]) -> None:
-    """Append what `time_plan` answers for `plan` to `out/bench.jsonl`, each row with its plan and what `about` says.
+def bench(
+    model: PreTrainedModel,
+    plan: Plan,
+    timed: Timed,
+    about: Provenance | Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Sequence[BenchRecord]:
+    """`time_plan` as records, kept in the folder `out` beside earlier ones, if given.
 
-    Raises `UsageError` when the folder is in use or cannot be written.
+    Raises `UsageError` before anything is timed when the folder is in use, holds another command's results or cannot
+    be written.
     """
     plans = {"dense": Plan(), "skipped": plan}
-    with ledger.lock(out):
-        ledger.append(out / BENCH, *({**row, "plan": plans[row["model"]].indices, **about} for row in rows))
+    source = Provenance.of(about, seed=seed)
+    with working_in(out, "bench") if out else nullcontext():
+        kept = Ledger(out, BenchRecord) if out else None
+        found = time_plan(model, plan, timed, seed=seed, progress=progress)
+        records = [
+            BenchRecord(model=name, plan=plans[name], **asdict(timed), **figures, provenance=source)  # type: ignore[arg-type]
+            for name, figures in found.items()
+        ]
+        if kept is not None:
+            kept.add(*records)
+    return records
 
 
 def _with_spread(name: str, spread: Spread) -> dict[str, float]:

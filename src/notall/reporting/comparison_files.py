@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..records.comparison import ComparisonRecord
 from . import plots
 
 
-def write_comparison(records: Sequence[dict[str, Any]], out: Path, title: str) -> None:
+def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str) -> None:
     """The table, `out/table.md`, and the front, `out/front.png`, .svg and .html. Raises `UsageError` as plots do."""
-    (out / "table.md").write_text(comparison_table(records), encoding="utf-8")
-    plots.save(plots.front_chart(records, title), out / "front")
+    rows = [record.row() for record in records]
+    (out / "table.md").write_text(comparison_table(rows), encoding="utf-8")
+    plots.save(plots.front_chart(rows, title), out / "front")
 
 
 def comparison_table(records: Sequence[dict[str, Any]]) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..records import ledger
-from .records import SHORT, Evaluated, LeftOut, Number
+from ..records.leave_one_out import LeaveOneOutRecord
+from ..records.ledger import header_of, read
+from ..records.search import EvaluationRecord
+from .rows import SHORT, Number
 
 Place = tuple[str, int]  # kind, layer
 
-LEAVE_ONE_OUT, EVALUATIONS = "leave_one_out.jsonl", "evaluations"
-NAME = re.compile(rf"({'|'.join(SHORT.values())})\.(\d{{1,5}})")
+NAME = re.compile(rf"({'|'.join(SHORT.values())})\.(\d{{1,4}})")
 KIND = {short: kind for kind, short in SHORT.items()}
 TITLES = {"nll": "NLL added, nats per token", "kl": "KL added, nats per token"}
 
@@ -29,33 +30,34 @@ class Costs:
 
 def read_costs(path: Path) -> Costs | None:
     """Of all that a folder's files tell, what tells of most sublayers. Raises `UsageError` on a malformed line."""
-    told = [*_left_out(path / LEAVE_ONE_OUT)]
-    for file in (path / f"{EVALUATIONS}.jsonl", *sorted((path / EVALUATIONS).glob("*.jsonl"))):
-        told += _evaluated(file)
-    return max(told, key=lambda costs: len(costs.found), default=None)
+    found = [*_left_out(path / LeaveOneOutRecord.file)]
+    log = path / EvaluationRecord.file
+    for file in (log, *sorted(log.with_suffix("").glob("*.jsonl"))):
+        found += _evaluated(file)
+    return max(found, key=lambda costs: len(costs.found), default=None)
 
 
 def _left_out(file: Path) -> Iterator[Costs]:
     """Of a sweep."""
-    rows = ledger.read(file, LeftOut)
+    rows = read(file, LeaveOneOutRecord)
     if rows:
-        windows = rows[0].get("sequences")
-        found = {(row["kind"], row["layer"]): row["delta_nll"] for row in rows}
+        windows = rows[0].sequences
+        found: dict[Place, Number] = {(row.kind, row.layer): row.delta_nll for row in rows}
         yield Costs(found, TITLES["nll"], f"{windows} windows of text" if windows else "some text")
 
 
 def _evaluated(file: Path) -> Iterator[Costs]:
     """Of a search or a comparison, which may have evaluated sublayers alone on all of its text, and on parts of it."""
-    rows = ledger.read(file, Evaluated)
-    objective = next((row["settings"].get("objective") for row in rows if row.get("settings")), None)
+    header = header_of(file)
+    objective = header.provenance.what.get("objective") if header else None
     by_share: dict[int | str, dict[tuple[str, ...], float]] = {}
-    for row in rows:
-        if row.get("skipped") is not None and row.get("cost") is not None:
-            by_share.setdefault(row.get("batches", "all"), {})[tuple(row["skipped"])] = row["cost"]
+    for row in read(file, EvaluationRecord):
+        if row.cost is not None:
+            by_share.setdefault(row.batches, {})[row.skipped] = row.cost
     for share, costs in by_share.items():
         alone = {place: cost for names, cost in costs.items() if (place := _place(names))}
         if alone and () in costs:
-            found = {place: cost - costs[()] for place, cost in alone.items()}
+            found: dict[Place, Number] = {place: cost - costs[()] for place, cost in alone.items()}
             title = TITLES.get(str(objective), f"rise of {objective}")
             part = "" if share == "all" else f", on {share} of its batches"
             yield Costs(found, title, f"the text that was chosen by{part}")

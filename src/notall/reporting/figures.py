@@ -9,7 +9,7 @@ import altair as alt
 
 from . import plots
 from .folder import Folder
-from .records import SHORT, Row, name_of, shorten, sublayers
+from .rows import SHORT, Row, name_of, shorten, sublayers
 
 ROWS = {"attention": "attention", "mlp": "MLP"}
 STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .folder import Folder
 from .plots import front
-from .records import Row, counted, name_of, sublayers
+from .rows import Row, counted, name_of, sublayers
 
 MOST_CARDS = 5
 

@@ -10,17 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import ledger
-from .costs import EVALUATIONS, LEAVE_ONE_OUT, Costs, read_costs
-from .records import MODELS, SHORT, Row, kind_of, name_of
+from ..records import lines
+from ..records.answers import AnswersRecord
+from ..records.bench import BenchRecord
+from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
+from ..records.kinds import kind_at
+from ..records.leave_one_out import LeaveOneOutRecord
+from ..records.ledger import read
+from ..records.record import Record
+from ..records.search import EvaluationRecord, SearchRecord
+from ..records.similarity import SimilarityRecord
+from ..records.sweep import SampleRecord, ScoresRecord, SweepRecord
+from .costs import Costs, read_costs
+from .rows import SHORT, Row, kind_of, name_of
 
-# Files that a page steps through, the first that is there, and those that have a section of their own.
-STEPPED = ("results.jsonl", "chosen.jsonl", "bench.jsonl")
-SIMILARITY, SAMPLES = "similarity.jsonl", "samples.jsonl"
-# Files that hold what others sum up; of a comparison, also what `notall paper` has a table of.
-RAW = {"scores.jsonl", "answers.jsonl", f"{EVALUATIONS}.jsonl"}
-CHOICES = "choices.jsonl"
-RAW_OF_COMPARISON = {CHOICES, "held_out.jsonl", "times.jsonl"}
+# Kinds that a page steps through, the first that is there, and those that have a section of their own.
+STEPPED: tuple[type[Record], ...] = (SweepRecord, ComparisonRecord, SearchRecord, BenchRecord)
+APART: tuple[type[Record], ...] = (SimilarityRecord, SampleRecord, LeaveOneOutRecord)
+# Kinds that hold what others sum up.
+RAW: tuple[type[Record], ...] = (
+    *(ScoresRecord, AnswersRecord, EvaluationRecord),
+    *(ChoiceRecord, HeldOutRecord, PlanTimesRecord),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Folder:
     @property
     def layers(self) -> int:
         """How many the model has, as far as the folder tells."""
-        shape = re.search(r"-(\d{1,5})x\d+-", str(self.provenance.get("fingerprint")))
+        shape = re.search(r"-(\d{1,4})x\d+-", str(self.provenance.get("fingerprint")))
         named = (index for record in self.plans for kind in SHORT for index in record["plan"].get(kind, ()))
         alone = (layer for _, layer in (self.costs.found if self.costs else ()))
         most = max([*named, *alone, *(row["layer"] for row in self.similarity)], default=-1) + 1
@@ -69,18 +80,18 @@ def read_folder(path: Path) -> Folder:
     """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
-    stepped = next((name for name in STEPPED if (path / name).exists()), None)
-    apart = {stepped, SIMILARITY, SAMPLES, LEAVE_ONE_OUT, *RAW}
-    apart |= RAW_OF_COMPARISON if (path / CHOICES).exists() else set()
+    files = [(file, kind_at(file)) for file in sorted(path.glob("*.jsonl"))]
+    by_kind = {kind: file for file, kind in files if kind}
+    stepped = next((kind for kind in STEPPED if kind in by_kind), None)
     folder = Folder(
-        records=_latest(_read(path / stepped)) if stepped else (),
-        similarity=tuple(ledger.read(path / SIMILARITY)),
+        records=_latest(_rows(by_kind[stepped], stepped)) if stepped else (),
+        similarity=_rows_of(by_kind, SimilarityRecord),
         costs=read_costs(path),
-        samples=tuple(ledger.read(path / SAMPLES)),
+        samples=_rows_of(by_kind, SampleRecord),
         others={
             file.stem: rows
-            for file in sorted(path.glob("*.jsonl"))
-            if file.name not in apart and (rows := tuple(_read(file) if file.name in STEPPED else ledger.read(file)))
+            for file, kind in files
+            if kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
         },
     )
     if not (folder.records or folder.similarity or folder.others):
@@ -90,10 +101,13 @@ def read_folder(path: Path) -> Folder:
     return folder
 
 
-def _read(file: Path) -> list[Row]:
-    """The records of one command, checked to be what its are."""
-    first = ledger.read(file)[:1]
-    return ledger.read(file, MODELS[kind_of(first[0])]) if first else []
+def _rows_of(files: Mapping[type[Record], Path], kind: type[Record]) -> tuple[Row, ...]:
+    return tuple(_rows(files[kind], kind)) if kind in files else ()
+
+
+def _rows(file: Path, kind: type[Record] | None) -> list[Row]:
+    """The records of a file; of no kind, the lines as they are."""
+    return [record.row() for record in read(file, kind)] if kind else lines.read(file)
 
 
 def _latest(records: list[Row]) -> tuple[Row, ...]:

@@ -13,7 +13,7 @@ from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
 from .plots import DARK, LIGHT
-from .records import Row, name_of, shorten, sublayers
+from .rows import Row, name_of, shorten, sublayers
 from .tables import TITLES, other_table, stepped_table, to_csv
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .console import Column, number, plain, probability, size, with_error, with_spread
-from .records import KINDS, Row, counted, name_of, sublayers
+from .rows import KINDS, Row, counted, name_of, sublayers
 
 Columns = Sequence[tuple[str, Column]]  # each with the field that it sorts by
 

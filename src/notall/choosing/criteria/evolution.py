@@ -32,7 +32,7 @@ def choose_by_evolution(setting: Setting, budget: Budget) -> Chosen:
             costs = dict(zip(pool, setting.evaluator.costs(pool, share)))
             pool = sorted(pool, key=costs.__getitem__)[:survivors]
         parent = pool[0]
-        setting.progress((generation + 1) / GENERATIONS, f"generation {generation + 1} of {GENERATIONS}")
+        setting.progress(generation + 1, GENERATIONS, f"generation {generation + 1} of {GENERATIONS}")
     return Chosen(parent, tuple((name,) for name in setting.space.sorted(parent)))
 
 

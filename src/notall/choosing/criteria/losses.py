@@ -15,7 +15,7 @@ def score_leave_one_out(setting: Setting) -> Scores:
     scores = {}
     for place, unit in enumerate(setting.space.units):
         scores[unit] = evaluator.cost(frozenset(unit)) - dense
-        setting.progress((place + 1) / len(setting.space.units), f"leaving out {'+'.join(unit)}")
+        setting.progress(place + 1, len(setting.space.units), f"leaving out {'+'.join(unit)}")
     return scores
 
 
@@ -38,5 +38,5 @@ def choose_greedily(setting: Setting, budget: Budget) -> Chosen:
             break
         skipped, cost = skipped.union(best), found[best]
         order.append(best)
-        setting.progress(min(budget.saved(skipped) / budget.target, 1.0), f"greedy, {len(skipped)} skipped")
+        setting.progress(min(budget.saved(skipped), budget.target), budget.target, f"greedy, {len(skipped)} skipped")
     return Chosen(skipped, tuple(order))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...progress import Progress, silent
 from ..budget import Budget
 from ..evaluator import Evaluator, Spent
 from ..searching import PATIENCE
@@ -22,7 +23,7 @@ class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
     `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is that of `searching.search`;
-    `progress` is told what share is done.
+    `progress` is told how far the choice is.
     """
 
     model: PreTrainedModel
@@ -32,7 +33,7 @@ class Setting:
     seed: int = 0
     deadline: float = float("inf")
     patience: int = PATIENCE
-    progress: Callable[[float, str], None] = lambda done, doing: None
+    progress: Progress = silent
 
     @property
     def late(self) -> bool:

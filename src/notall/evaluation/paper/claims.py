@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
+from ...records.benchmarks import TimesRecord
+from ...records.similarity import SimilarityRecord
 from .scoreboard import Key, Scoreboard, key_of
 
-Record = Mapping[str, Any]
 Verdict = Literal["holds", "does not hold", "within error"]
 ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
 
@@ -25,7 +26,9 @@ class Claim:
     verdict: Verdict
 
 
-def claims_of(similarity: Sequence[Record], board: Scoreboard | None, times: Sequence[Record]) -> list[Claim]:
+def claims_of(
+    similarity: Sequence[SimilarityRecord], board: Scoreboard | None, times: Sequence[TimesRecord]
+) -> list[Claim]:
     """Every claim that the given figures bear on.
 
     `similarity` rows are as in `measure_similarity`; `times` as in `time_grid`: those of the longest prompt and the
@@ -46,11 +49,11 @@ def _judge(difference: float, error: float) -> Verdict:
     return "holds" if difference > 0 else "does not hold"
 
 
-def _similarity_claims(similarity: Sequence[Record]) -> Iterable[Claim]:
-    blocks = sorted((row for row in similarity if row["kind"] == "block"), key=lambda row: row["layer"])
+def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim]:
+    blocks = sorted((row for row in similarity if row.kind == "block"), key=lambda row: row.layer)
     if len(blocks) < 4:
         return
-    inner = pd.DataFrame({"layer": range(len(blocks) - 1), "cosine": [row["cosine"] for row in blocks[:-1]]})
+    inner = pd.DataFrame({"layer": range(len(blocks) - 1), "cosine": [row.cosine for row in blocks[:-1]]})
     rho = float(inner.corr(method="spearman").loc["layer", "cosine"])
     yield Claim(
         "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
@@ -58,11 +61,13 @@ def _similarity_claims(similarity: Sequence[Record]) -> Iterable[Claim]:
         _judge(rho, 1 / math.sqrt(len(inner) - 1)),
     )
     before, last = blocks[-2], blocks[-1]
-    drop = before["cosine"] - last["cosine"]
-    error = math.hypot(before["cosine_se"] or math.nan, last["cosine_se"] or math.nan)
+    if before.cosine is None or last.cosine is None:
+        return
+    drop = before.cosine - last.cosine
+    error = math.hypot(before.cosine_se or math.nan, last.cosine_se or math.nan)
     yield Claim(
         "Fig. 1: the very last layer is less similar than the one before it",
-        f"cosine {last['cosine']:.3f} after {before['cosine']:.3f}",
+        f"cosine {last.cosine:.3f} after {before.cosine:.3f}",
         _judge(drop, error),
     )
 
@@ -98,13 +103,11 @@ def _quality_claims(board: Scoreboard) -> Iterable[Claim]:
     yield compare(f"... but not for attention ({share})", ("attention", most, True), ("attention", most, False))
 
 
-def _time_claims(times: Sequence[Record]) -> Iterable[Claim]:
-    longest = max(record["prompt_tokens"] for record in times)
-    smallest = min(record["batch_size"] for record in times if record["prompt_tokens"] == longest)
+def _time_claims(times: Sequence[TimesRecord]) -> Iterable[Claim]:
+    longest = max(record.prompt_tokens for record in times)
+    smallest = min(record.batch_size for record in times if record.prompt_tokens == longest)
     cells = {
-        key_of(record): record
-        for record in times
-        if (record["prompt_tokens"], record["batch_size"]) == (longest, smallest)
+        key_of(record): record for record in times if (record.prompt_tokens, record.batch_size) == (longest, smallest)
     }
     most = max(fraction for _, fraction, _ in cells)
     attention, mlp, block = (cells[variant, most, False] for variant in ("attention", "mlp", "block"))
@@ -114,13 +117,15 @@ def _time_claims(times: Sequence[Record]) -> Iterable[Claim]:
         yield Claim(
             f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {name}, {at}",
             _gain(attention, gain),
-            _by_quartiles(attention[f"{gain}_low"] - 1.18, attention[f"{gain}_high"] - 1.18),
+            _by_quartiles(getattr(attention, f"{gain}_low") - 1.18, getattr(attention, f"{gain}_high") - 1.18),
         )
         for saver, word in ((attention, "attentions"), (block, "blocks")):
+            slowest = getattr(saver, f"{gain}_low") - getattr(mlp, f"{gain}_high")
+            fastest = getattr(saver, f"{gain}_high") - getattr(mlp, f"{gain}_low")
             yield Claim(
                 f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {name}, {at}",
                 f"{_gain(saver, gain)} against {_gain(mlp, gain)}",
-                _by_quartiles(saver[f"{gain}_low"] - mlp[f"{gain}_high"], saver[f"{gain}_high"] - mlp[f"{gain}_low"]),
+                _by_quartiles(slowest, fastest),
             )
 
 
@@ -128,5 +133,5 @@ def _by_quartiles(low: float, high: float) -> Verdict:
     return "holds" if low > 0 else "does not hold" if high < 0 else "within error"
 
 
-def _gain(record: Record, name: str) -> str:
-    return f"{record[name]:.2f}× [{record[f'{name}_low']:.2f}, {record[f'{name}_high']:.2f}]"
+def _gain(record: TimesRecord, name: str) -> str:
+    return f"{getattr(record, name):.2f}× [{getattr(record, f'{name}_low'):.2f}, {getattr(record, f'{name}_high'):.2f}]"

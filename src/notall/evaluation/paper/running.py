@@ -12,10 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...measuring.similarity import measure_similarity
 from ...plan import Configuration, paper_grid
-from ...progress import Progress, silent
-from ...records import ledger
+from ...progress import Progress, Stages, silent
+from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ...records.ledger import Ledger, working_in
+from ...records.provenance import Provenance
+from ...records.record import Record
+from ...records.similarity import SimilarityRecord
 from ...structure.anatomy import locate
-from ..battery import CONTEXTS, PARTS, run_battery
+from ..battery import CONTEXTS, PARTS, Check, run_battery
 from ..benchmarking import run_benchmarks
 from ..tasks import Limits
 from .claims import Claim, claims_of
@@ -25,7 +29,6 @@ from .times import time_grid
 if TYPE_CHECKING:
     from ..ray_workers import Workers
 
-SIMILARITY, BATTERY = "similarity.jsonl", "battery.jsonl"
 LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
 
 
@@ -43,7 +46,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimeGrid:
     """At which prompt lengths and batch sizes the grid is timed, and how often."""
 
     prompts: Sequence[int] = (128, 512)
@@ -57,10 +60,10 @@ def run_paper(
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[Tensor],
     out: Path,
-    provenance: Mapping[str, Any],
+    provenance: Provenance | Mapping[str, Any],
     *,
     evaluation: Evaluation = Evaluation(),
-    timing: Timing = Timing(),
+    timing: TimeGrid = TimeGrid(),
     battery: Sequence[Tensor] = (),
     seed: int = 0,
     progress: Progress = silent,
@@ -75,8 +78,9 @@ def run_paper(
     """
     rows = paper_grid(locate(model))
     most = max(row.fraction for row in rows)
-    progress(0, 1, "similarity by depth")
-    similarity = _similarity(model, batches, out, provenance)
+    about = Provenance.of(provenance)
+    stages = Stages(progress, 1 + 20 * bool(evaluation.tasks) + 10 * bool(battery) + 10)
+    similarity = _similarity(model, batches, out, about, stages.stage(1))
     benchmarks = (
         run_benchmarks(
             model,
@@ -84,33 +88,34 @@ def run_paper(
             rows,
             evaluation.tasks,
             out,
-            provenance,
+            about,
             generating_rows=None if evaluation.generate_all else [r for r in rows if r.fraction in (0.0, most)],
             num_fewshot=evaluation.num_fewshot,
             limits=evaluation.limits,
             task_path=evaluation.task_path,
             batch_size=evaluation.batch_size,
             truncate=evaluation.truncate,
-            progress=lambda task, done, total: progress(done, total, f"{task}, all configurations"),
+            progress=stages.stage(20),
             workers=workers,
         )
         if evaluation.tasks
         else []
     )
-    checks = _battery(model, tokenizer, rows[1:], battery, out, provenance, seed, progress) if battery else []
-    times = time_grid(model, rows, out, provenance, **asdict(timing), seed=seed, progress=progress)
+    checks = _battery(model, tokenizer, rows[1:], battery, out, about, seed, stages.stage(10)) if battery else []
+    times = time_grid(model, rows, out, about, **asdict(timing), seed=seed, progress=stages.stage(10))
     return write_paper(out, similarity, benchmarks, times, checks)
 
 
 def write_paper(
     out: Path,
-    similarity: Sequence[Mapping[str, Any]],
-    benchmarks: Sequence[Mapping[str, Any]],
-    times: Sequence[Mapping[str, Any]],
-    checks: Sequence[Mapping[str, Any]] = (),
+    similarity: Sequence[SimilarityRecord],
+    benchmarks: Sequence[BenchmarkRecord],
+    times: Sequence[TimesRecord],
+    checks: Sequence[BatteryRecord] = (),
 ) -> list[Claim]:
     """Tables and claims from what was measured, into `out`."""
-    about = [*benchmarks, *times, *similarity][0]["provenance"]
+    records: list[Record] = [*benchmarks, *times, *similarity]
+    about = next(record.provenance for record in records if record.provenance)
     board = Scoreboard(benchmarks) if benchmarks else None
     tables = {}
     for keep_last in (False, True):
@@ -128,21 +133,20 @@ def write_paper(
     if checks:
         write_csv(checks, out / "battery.csv")
     claims = claims_of(similarity, board, times)
-    (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times))
+    (out / "paper.md").write_text(_story(about.flat, tables, claims, benchmarks, times), encoding="utf-8")
     return claims
 
 
 def _similarity(
-    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, provenance: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    with ledger.lock(out):
-        held = ledger.read(out / SIMILARITY)
-        for row in held:
-            ledger.check_same(row["provenance"], provenance, out, ignoring=("threads",))
-        if not held:
-            held = [asdict(row) | {"provenance": dict(provenance)} for row in measure_similarity(model, batches)]
-            ledger.append(out / SIMILARITY, *held)
-        return held
+    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, about: Provenance, progress: Progress
+) -> list[SimilarityRecord]:
+    progress(0, 1, "similarity by depth")
+    with working_in(out, "paper"):
+        held = Ledger(out, SimilarityRecord, about)
+        if not len(held):
+            held.add(*(SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)))
+        progress(1, 1, "similarity by depth")
+        return list(held)
 
 
 def _battery(
@@ -151,46 +155,45 @@ def _battery(
     rows: Sequence[Configuration],
     windows: Sequence[Tensor],
     out: Path,
-    provenance: Mapping[str, Any],
+    about: Provenance,
     seed: int,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[BatteryRecord]:
     """One record a configuration and check; a part of the battery is kept as soon as it is done."""
-    settings = dict(provenance) | {"seed": seed, "windows": [len(windows), windows[0].numel()], "contexts": [*CONTEXTS]}
-    with ledger.lock(out):
-        held = ledger.read(out / BATTERY)
-        for record in held:
-            ledger.check_same(record["provenance"], settings, out, ignoring=("threads",))
+    about = Provenance.of(about, seed=seed, windows=[len(windows), windows[0].numel()], contexts=[*CONTEXTS])
+    plans = [row.plan for row in rows]
+    with working_in(out, "paper"):
+        held = Ledger(out, BatteryRecord, about)
         for place, part in enumerate(PARTS):
-            if any(record["part"] == part for record in held):
-                continue
             progress(place, len(PARTS), f"battery: {part}, all configurations")
-            plans = [row.plan for row in rows]
+            if any(record.part == part for record in held):
+                continue
             checks = run_battery(model, tokenizer, plans, windows, parts=[part], seed=seed)
-            fresh = [
-                {
-                    "part": part,
-                    "variant": rows[check.plan].variant,
-                    "fraction": rows[check.plan].fraction,
-                    "keep_last": rows[check.plan].keep_last,
-                    **{name: value for name, value in asdict(check).items() if name != "plan"},
-                    "plan": rows[check.plan].plan.indices,
-                    "worse": check.worse,
-                    "provenance": settings,
-                }
-                for check in checks
-            ]
-            ledger.append(out / BATTERY, *fresh)
-            held += ledger.finite(fresh)
-        return held
+            held.add(*(_battery_record(part, rows[check.plan], check, about) for check in checks))
+        progress(1, 1, "battery")
+        return list(held)
+
+
+def _battery_record(part: str, row: Configuration, check: Check, about: Provenance) -> BatteryRecord:
+    figures = {name: value for name, value in asdict(check).items() if name != "plan"}
+    return BatteryRecord(
+        part=part,
+        variant=row.variant,
+        fraction=row.fraction,
+        keep_last=row.keep_last,
+        plan=row.plan,
+        **figures,
+        worse=check.worse,
+        provenance=about,
+    )
 
 
 def _story(
     about: Mapping[str, Any],
     tables: Mapping[str, Any],
     claims: Sequence[Claim],
-    benchmarks: Sequence[Mapping[str, Any]],
-    times: Sequence[Mapping[str, Any]],
+    benchmarks: Sequence[BenchmarkRecord],
+    times: Sequence[TimesRecord],
 ) -> str:
     """paper.md: the tables, and the claims beside them."""
     machine = about["machine"]
@@ -223,7 +226,7 @@ def _story(
     if times:
         lines += ["", "## Times", ""]
         lines += [
-            f"Milliseconds (median of {times[0]['provenance']['rounds']} rounds, all configurations in turn, a real KV "
+            f"Milliseconds (median of {_about(times[0])['rounds']} rounds, all configurations in turn, a real KV "
             "cache); in brackets how many times the dense model's speed [quartiles of the rounds' own ratios].",
         ]
         lines += _section(tables, "prefill") + _section(tables, "decode")
@@ -242,7 +245,11 @@ def _section(tables: Mapping[str, Any], kind: str) -> list[str]:
     return lines
 
 
-def _documents(benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    counts = {record["task"]: (record["num_fewshot"], record["documents"]) for record in benchmarks}
+def _about(record: Record) -> Mapping[str, Any]:
+    return record.provenance.what if record.provenance else {}
+
+
+def _documents(benchmarks: Sequence[BenchmarkRecord]) -> str:
+    counts = {record.task: (record.num_fewshot, record.documents) for record in benchmarks}
     told = (f"{task} {shots}-shot, {documents} documents" for task, (shots, documents) in counts.items())
-    return f"lm-evaluation-harness {benchmarks[0]['provenance']['lm_eval']}: {'; '.join(told)}."
+    return f"lm-evaluation-harness {_about(benchmarks[0])['lm_eval']}: {'; '.join(told)}."

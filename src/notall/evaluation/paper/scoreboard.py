@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ...measuring.statistics import mean_and_error
+from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ...records.record import Configured, Record
 from ..tasks import stock_name
 
-Record = Mapping[str, Any]
 Key = tuple[str, float, bool]  # variant, fraction, keep_last
 
 HEADINGS = {
@@ -27,23 +27,23 @@ SIGNIFICANT = 0.05
 ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
 
 
-def key_of(record: Record) -> Key:
-    return record["variant"], record["fraction"], record["keep_last"]
+def key_of(record: Configured) -> Key:
+    return record.variant, record.fraction, record.keep_last
 
 
 class Scoreboard:
     """Benchmark records by configuration and column; a column is a task, or task and metric where it has several."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[BenchmarkRecord]) -> None:
         records = list(records)
-        self.cells: dict[Key, dict[str, Record]] = {}
+        self.cells: dict[Key, dict[str, BenchmarkRecord]] = {}
         metrics: dict[str, set[str]] = {}
         for record in records:
-            metrics.setdefault(record["task"], set()).add(record["metric"])
+            metrics.setdefault(record.task, set()).add(record.metric)
         for record in records:
-            task: str = record["task"]
+            task: str = record.task
             name = HEADINGS.get(stock_name(task), task)
-            column = name if len(metrics[record["task"]]) == 1 else f"{name} {record['metric'].partition(',')[0]}"
+            column = name if len(metrics[record.task]) == 1 else f"{name} {record.metric.partition(',')[0]}"
             self.cells.setdefault(key_of(record), {})[column] = record
         self.columns = list(dict.fromkeys(column for row in self.cells.values() for column in row))
 
@@ -57,15 +57,20 @@ class Scoreboard:
         ]
 
     def average(self, key: Key) -> float:
-        return mean_and_error([self.cells[key][column]["value"] for column in self.shared])[0]
+        return mean_and_error([self._value(key, column) for column in self.shared])[0]
+
+    def _value(self, key: Key, column: str) -> float:
+        value = self.cells[key][column].value
+        assert value is not None  # of a shared column
+        return value
 
     def difference(self, key: Key, other: Key) -> tuple[float, float]:
         """The average of `key` less that of `other`, with its standard error, paired by document."""
         means, errors = [], []
         for column in self.shared:
-            ours, theirs = self.cells[key][column], self.cells[other][column]
-            means.append(ours["value"] - theirs["value"])
-            errors.append(mean_and_error([a - b for a, b in zip(ours["values"], theirs["values"])])[1])
+            ours, theirs = _shares(self.cells[key][column]), _shares(self.cells[other][column])
+            means.append(self._value(key, column) - self._value(other, column))
+            errors.append(mean_and_error([a - b for a, b in zip(ours, theirs)])[1])
         count = len(self.shared)
         return math.fsum(means) / count, math.sqrt(math.fsum(error**2 for error in errors)) / count
 
@@ -83,7 +88,7 @@ def benchmark_table(board: Scoreboard, keep_last: bool) -> pd.DataFrame:
     return _frame(rows)
 
 
-def time_table(records: Iterable[Record], keep_last: bool, quantity: str) -> pd.DataFrame:
+def time_table(records: Iterable[TimesRecord], keep_last: bool, quantity: str) -> pd.DataFrame:
     """`quantity` (prefill_ms or decode_ms_per_token) by prompt length: median, and how many times dense's speed.
 
     The speedup is the median of the rounds' own ratios, with its quartiles.
@@ -91,26 +96,26 @@ def time_table(records: Iterable[Record], keep_last: bool, quantity: str) -> pd.
     speedup = {"prefill_ms": "speedup_prefill", "decode_ms_per_token": "speedup_decode"}[quantity]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for record in records:
-        if record["variant"] != "dense" and record["keep_last"] != keep_last:
+        if record.variant != "dense" and record.keep_last != keep_last:
             continue
-        column = f"prompt {record['prompt_tokens']}, batch {record['batch_size']}"
-        low, high = record[f"{speedup}_low"], record[f"{speedup}_high"]
-        gain = f" ({record[speedup]:.2f}× [{low:.2f}, {high:.2f}])" if record["variant"] != "dense" else ""
-        rows.setdefault(_label(key_of(record)), {})[column] = f"{record[quantity]:.1f}{gain}"
+        column = f"prompt {record.prompt_tokens}, batch {record.batch_size}"
+        low, high = getattr(record, f"{speedup}_low"), getattr(record, f"{speedup}_high")
+        gain = f" ({getattr(record, speedup):.2f}× [{low:.2f}, {high:.2f}])" if record.variant != "dense" else ""
+        rows.setdefault(_label(key_of(record)), {})[column] = f"{getattr(record, quantity):.1f}{gain}"
     return _frame(rows)
 
 
-def battery_table(records: Iterable[Record], keep_last: bool) -> pd.DataFrame:
+def battery_table(records: Iterable[BatteryRecord], keep_last: bool) -> pd.DataFrame:
     """Each check's value, with the paired difference to dense ± its standard error; * where it got worse beyond it."""
     rows: dict[tuple[str, str], dict[str, str]] = {("dense", "100%"): {}}
     for record in records:
-        check, value, delta = record["check"], record["value"], record["delta"]
+        check, value, delta = record.check, record.value, record.delta
         if value is None or delta is None:  # of a model that overflows
             continue
         rows["dense", "100%"][check] = f"{value - delta:.3g}"
-        if record["keep_last"] == keep_last:
-            error = "–" if record["delta_se"] is None else f"{record['delta_se']:.2g}"
-            mark = "*" if record["worse"] else ""
+        if record.keep_last == keep_last:
+            error = "–" if record.delta_se is None else f"{record.delta_se:.2g}"
+            mark = "*" if record.worse else ""
             rows.setdefault(_label(key_of(record)), {})[check] = f"{value:.3g} ({delta:+.2g} ± {error}{mark})"
     return _frame(rows)
 
@@ -119,7 +124,7 @@ def write_tables(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Each table as out/NAME.tex; the Markdown is put together by whoever tells the story."""
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        (out / f"{name}.tex").write_text(latex(table, name))
+        (out / f"{name}.tex").write_text(latex(table, name), encoding="utf-8")
 
 
 def latex(table: pd.DataFrame, name: str) -> str:
@@ -131,7 +136,7 @@ def latex(table: pd.DataFrame, name: str) -> str:
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """The records as they are, a line each, without what is no figure."""
     left_out = ("values", "provenance", "plan")
-    rows = [{name: value for name, value in record.items() if name not in left_out} for record in records]
+    rows = [{name: value for name, value in record.row().items() if name not in left_out} for record in records]
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
@@ -149,16 +154,16 @@ def _frame(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> pd.DataFrame:
     return table.fillna("–")
 
 
-def _score(record: Record | None) -> str:
-    if record is None or record["value"] is None:
+def _score(record: BenchmarkRecord | None) -> str:
+    if record is None or record.value is None:
         return "–"
     if not _is_share(record):
-        return f"{record['value']:.3g}"
-    if record["variant"] == "dense":
-        return f"{100 * record['value']:.1f} ± {_percent(record['value_se'])}"
-    mark = "*" if (record["p_value"] or 1) < SIGNIFICANT else ""
-    delta, error = 100 * record["delta"], _percent(record["delta_se"])
-    return f"{100 * record['value']:.1f} ({delta:+.1f} ± {error}{mark})"
+        return f"{record.value:.3g}"
+    if record.variant == "dense":
+        return f"{100 * record.value:.1f} ± {_percent(record.value_se)}"
+    mark = "*" if record.p_value is not None and record.p_value < SIGNIFICANT else ""
+    delta = "–" if record.delta is None else f"{100 * record.delta:+.1f}"
+    return f"{100 * record.value:.1f} ({delta} ± {_percent(record.delta_se)}{mark})"
 
 
 def _with_difference(value: float, delta: float, error: float, key: Key) -> str:
@@ -172,11 +177,16 @@ def _percent(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _is_share(record: Record) -> bool:
-    values: Sequence[float] | None = record["values"]
-    if record["value"] is None or values is None:
+def _is_share(record: BenchmarkRecord) -> bool:
+    shares = _shares(record)
+    if record.value is None or not shares or len(shares) < record.documents:
         return False
-    return all(-ROUNDING <= value <= 1 + ROUNDING for value in values)
+    return all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
+
+
+def _shares(record: BenchmarkRecord) -> list[float]:
+    """The metric of each document that has one."""
+    return [value for value in record.values or () if value is not None]
 
 
 def _escaped(text: str) -> str:

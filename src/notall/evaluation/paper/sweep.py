@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,108 +14,116 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...measuring.plan_times import TIMED, Timed, time_plan
-from ...measuring.quality import Quality, Scores, gather, score, summarize
+from ...measuring.quality import Scores, gather, score, summarize
 from ...measuring.similarity import measure_similarity
 from ...plan import Configuration, Plan, paper_grid
-from ...progress import Progress, silent
-from ...records import ledger
+from ...progress import Progress, Stages, silent
+from ...records.leave_one_out import LeaveOneOutRecord
+from ...records.ledger import Ledger, working_in
+from ...records.provenance import Provenance
+from ...records.similarity import SimilarityRecord
+from ...records.sweep import Sample, SampleRecord, ScoresRecord, SequenceScores, SweepRecord
 from ...running.generating import continue_prompts
 from ...structure.anatomy import Anatomy, Sublayer, locate
 
 if TYPE_CHECKING:
     from ..ray_workers import Workers
 
-RESULTS, SCORES, SIMILARITY, SAMPLES = "results.jsonl", "scores.jsonl", "similarity.jsonl", "samples.jsonl"
-LEAVE_ONE_OUT = "leave_one_out.jsonl"
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
-DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones, to guess the time left
+DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
+
+ScoreBatch = Callable[[Sequence[Plan], Tensor], list[Scores]]
 
 
 def sweep(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     out: Path,
-    provenance: dict[str, Any],
+    provenance: Provenance | Mapping[str, Any],
     *,
     timed: Timed = TIMED,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = silent,
     workers: Workers | None = None,
-) -> list[dict[str, Any]]:
+) -> list[SweepRecord]:
     """Evaluate and time the paper's grid on `batches` of token ids, (batch, tokens) each; one record a configuration.
 
-    Writes to `out`: results.jsonl, a line as soon as a configuration is done; scores.jsonl, the scores of every
-    sequence; similarity.jsonl, a line for each layer and kind; leave_one_out.jsonl, what leaving out each sublayer
-    alone costs on the first two sequences; and, given a tokenizer, samples.jsonl, what some of the plans say. Called
-    again on the same folder it goes on where it stopped. `workers` evaluate, if given; times are always this process's.
-    Raises `UsageError` when the folder holds the results of other settings, is in use, or cannot be written.
+    Writes to `out`: a record as soon as a configuration is done; the scores of every sequence; the similarity of each
+    layer and kind; what leaving out each sublayer alone costs on the first two sequences; and, given a tokenizer, what
+    some of the plans say. Called again on the same folder it goes on where it stopped. `workers` evaluate, if given;
+    times are always this process's. Raises `UsageError` when the folder holds the results of other settings or of
+    another command, is in use, or cannot be written.
     """
-    rows = paper_grid(locate(model))
-    settings = provenance | {"timed": asdict(timed), "seed": seed, "batches": _digest(batches)}
-    with ledger.lock(out):
-        done = {(r["variant"], r["fraction"], r["keep_last"]): r for r in ledger.read(out / RESULTS, ledger.Record)}
-        for record in done.values():
-            ledger.check_same(record["provenance"], settings, out)
-        parts, few = _removable(locate(model)), _first(batches, FEW_SEQUENCES)
-        steps = _Steps(progress, batches, rows, timed, locate(model).sublayers, parts, few)
+    anatomy = locate(model)
+    rows = paper_grid(anatomy)
+    about = Provenance.of(provenance, timed=asdict(timed), seed=seed, batches=_digest(batches))
+    with working_in(out, "sweep"):
+        done = Ledger(out, SweepRecord, about)
+        parts, few = _removable(anatomy), _first(batches, FEW_SEQUENCES)
+        steps = _Steps(progress, batches, rows, timed, anatomy, parts, few, tokenizer is not None)
         score_batch = workers.score if workers else partial(score, model)
-        scores = _score(score_batch, rows, batches, out, settings, steps)
-        for row, found in zip(rows, scores):
-            key = (row.variant, row.fraction, row.keep_last)
-            if key not in done:
-                steps.doing(f"timing {row.name}")
-                done[key] = _record(model, row, summarize(found, scores[0]), settings, timed, seed)
-                ledger.append(out / RESULTS, done[key])
-            steps.timed()
+        scores = _score(score_batch, rows, batches, Ledger(out, ScoresRecord, about), about, steps.scoring)
+        for row, found, telling in zip(rows, scores, steps.timing):
+            if (row.variant, row.fraction, row.keep_last) not in done:
+                times = time_plan(model, row.plan, timed, seed=seed, progress=_naming(telling, row))
+                done.add(_record(row, scores[0], found, list(times.values())[-1], about))
+            telling(1, 1, f"timed {row.name}")
         records = [done[row.variant, row.fraction, row.keep_last] for row in rows]
-        _similarity(model, batches, out, settings, steps)
-        _leave_one_out(score_batch, parts, few, out, settings, steps)
+        _similarity(model, anatomy, batches, Ledger(out, SimilarityRecord, about), about, steps.comparing)
+        _leave_one_out(score_batch, parts, few, Ledger(out, LeaveOneOutRecord, about), about, steps.leaving_out)
         if tokenizer:
-            _samples(model, tokenizer, records, out, settings, steps)
+            _samples(model, tokenizer, records, Ledger(out, SampleRecord, about), about, steps.sampling)
         return records
 
 
 def _score(
-    score_batch: Callable[[Sequence[Plan], Tensor], list[Scores]],
+    score_batch: ScoreBatch,
     rows: list[Configuration],
     batches: Sequence[Tensor],
-    out: Path,
-    settings: dict[str, Any],
-    steps: _Steps,
+    held: Ledger[ScoresRecord],
+    about: Provenance,
+    progress: Progress,
 ) -> list[Scores]:
     """Scores of each row over all batches, taken from the folder as far as they are there."""
-    path = out / SCORES
-    held = ledger.read(path)
-    for line in held:
-        ledger.check_same(line["provenance"], settings, out)
-    lines = {line["batch"]: line["scores"] for line in held}
     totals = [Scores() for _ in rows]
     for number, tokens in enumerate(batches):
-        if number not in lines:
-            steps.doing("evaluating all configurations")
+        progress(number, len(batches), "evaluating all configurations")
+        if (number,) not in held:
             found = score_batch([row.plan for row in rows[1:]], tokens)
-            lines[number] = [asdict(scores) for scores in found]
-            ledger.append(path, {"batch": number, "scores": lines[number], "provenance": settings})
-        for total, scores in zip(totals, lines[number]):
-            total.extend(Scores(**scores))
-        steps.scored(tokens)
+            held.add(ScoresRecord(batch=number, scores=tuple(map(as_record, found)), provenance=about))
+        for total, scores in zip(totals, held[number,].scores, strict=True):
+            total.extend(as_scores(scores))
+    progress(1, 1, "evaluated all configurations")
     return totals
 
 
+def as_record(scores: Scores) -> SequenceScores:
+    """As it is written down: what overflowed is no number."""
+    return SequenceScores(**{name: tuple(values) for name, values in asdict(scores).items()})
+
+
+def as_scores(record: SequenceScores) -> Scores:
+    """As it was measured: what is no number is infinite."""
+    values = {name: [math.inf if value is None else value for value in row] for name, row in record}
+    return Scores(**values)
+
+
 def _similarity(
-    model: PreTrainedModel, batches: Sequence[Tensor], out: Path, settings: dict[str, Any], steps: _Steps
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    batches: Sequence[Tensor],
+    held: Ledger[SimilarityRecord],
+    about: Provenance,
+    progress: Progress,
 ) -> None:
-    held = ledger.read(out / SIMILARITY)
-    for line in held:
-        ledger.check_same(line["provenance"], settings, out)
-    done = {(line["layer"], line["kind"]) for line in held}
-    if len(done) < 3 * len(locate(model).blocks):
-        steps.doing("comparing the layers")
-        rows = [asdict(row) | {"provenance": settings} for row in measure_similarity(model, batches)]
-        ledger.append(out / SIMILARITY, *(row for row in rows if (row["layer"], row["kind"]) not in done))
+    progress(0, 1, "comparing the layers")
+    if len(held) < 3 * len(anatomy.blocks):
+        rows = [SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)]
+        held.add(*(row for row in rows if row.key not in held))
+    progress(1, 1, "compared the layers")
 
 
 def _removable(anatomy: Anatomy) -> list[Sublayer]:
@@ -131,81 +140,80 @@ def _first(batches: Sequence[Tensor], sequences: int) -> list[Tensor]:
 
 
 def _leave_one_out(
-    score_batch: Callable[[Sequence[Plan], Tensor], list[Scores]],
+    score_batch: ScoreBatch,
     parts: Sequence[Sublayer],
     few: Sequence[Tensor],
-    out: Path,
-    settings: dict[str, Any],
-    steps: _Steps,
+    held: Ledger[LeaveOneOutRecord],
+    about: Provenance,
+    progress: Progress,
 ) -> None:
     """What leaving out each of the sublayers alone costs, on a few sequences."""
-    held = ledger.read(out / LEAVE_ONE_OUT)
-    for line in held:
-        ledger.check_same(line["provenance"], settings, out)
-    done = {(line["kind"], line["layer"]) for line in held}
-    if len(done) < len(parts):
-        steps.doing("leaving out each sublayer alone")
+    progress(0, 1, "leaving out each sublayer alone")
+    if held.missing((part.kind, part.index) for part in parts):
         plans = [Plan(**{part.kind: [part.index]}) for part in parts]
         qualities = gather(score_batch(plans, tokens) for tokens in few)
-        rows = [_cost(part, quality) | {"provenance": settings} for part, quality in zip(parts, qualities)]
-        ledger.append(out / LEAVE_ONE_OUT, *(row for row in rows if (row["kind"], row["layer"]) not in done))
-    steps.left_out()
-
-
-def _cost(part: Sublayer, quality: Quality) -> dict[str, Any]:
-    fields = ("delta_nll", "delta_nll_se", "sequences")
-    return {"kind": part.kind, "layer": part.index} | {name: getattr(quality, name) for name in fields}
+        rows = [
+            LeaveOneOutRecord(
+                kind=part.kind,
+                layer=part.index,
+                delta_nll=quality.delta_nll,
+                delta_nll_se=quality.delta_nll_se,
+                sequences=quality.sequences,
+                provenance=about,
+            )
+            for part, quality in zip(parts, qualities)
+        ]
+        held.add(*(row for row in rows if row.key not in held))
+    progress(1, 1, "left out each sublayer alone")
 
 
 def _samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    records: list[dict[str, Any]],
-    out: Path,
-    settings: dict[str, Any],
-    steps: _Steps,
+    records: list[SweepRecord],
+    held: Ledger[SampleRecord],
+    about: Provenance,
+    progress: Progress,
 ) -> None:
     """How the dense model, and of each variant the plan that loses least, continue a few prompts."""
-    held = ledger.read(out / SAMPLES)
-    for line in held:
-        ledger.check_same(line["provenance"], settings, out)
-    done = [line["plan"] for line in held]
-    for record in _least_lost(records):
-        if record["plan"] not in done:
-            steps.doing(f"generating, {record['variant']}")
-            said = continue_prompts(model, tokenizer, Plan(**record["plan"]), PROMPTS, SAMPLE_TOKENS)
-            samples = [{"prompt": prompt, "said": text} for prompt, text in zip(PROMPTS, said)]
-            key = {name: record[name] for name in ("variant", "fraction", "keep_last", "plan")}
-            ledger.append(out / SAMPLES, key | {"samples": samples, "provenance": settings})
+    best = _least_lost(records)
+    for number, record in enumerate(best):
+        progress(number, len(best), f"generating, {record.variant}")
+        if (record.variant, record.fraction, record.keep_last, record.plan) not in held:
+            said = continue_prompts(model, tokenizer, record.plan, PROMPTS, SAMPLE_TOKENS)
+            held.add(
+                SampleRecord(
+                    variant=record.variant,
+                    fraction=record.fraction,
+                    keep_last=record.keep_last,
+                    plan=record.plan,
+                    samples=tuple(Sample(prompt=prompt, said=text) for prompt, text in zip(PROMPTS, said)),
+                    provenance=about,
+                )
+            )
+    progress(1, 1, "generated examples")
 
 
-def _least_lost(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _least_lost(records: list[SweepRecord]) -> list[SweepRecord]:
     """Of each variant the record with the smallest loss, in the order of the grid."""
-    best: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda record: record["nll"] if record["nll"] is not None else float("inf")):
-        best.setdefault(record["variant"], record)
-    return [record for record in records if record is best[record["variant"]]]
+    best: dict[str, SweepRecord] = {}
+    for record in sorted(records, key=lambda record: math.inf if record.nll is None else record.nll):
+        best.setdefault(record.variant, record)
+    return [record for record in records if record is best[record.variant]]
 
 
 def _record(
-    model: PreTrainedModel,
-    row: Configuration,
-    quality: Quality,
-    settings: dict[str, Any],
-    timed: Timed,
-    seed: int,
-) -> dict[str, Any]:
-    timing = time_plan(model, row.plan, **asdict(timed), seed=seed)[-1]
-    del timing["model"]
-    return {
-        "variant": row.variant,
-        "fraction": row.fraction,
-        "keep_last": row.keep_last,
-        "plan": row.plan.indices,
-        **asdict(quality),
-        **timing,
-        "provenance": settings,
-    }
+    row: Configuration, dense: Scores, found: Scores, times: Mapping[str, Any], about: Provenance
+) -> SweepRecord:
+    return SweepRecord(
+        variant=row.variant,
+        fraction=row.fraction,
+        keep_last=row.keep_last,
+        plan=row.plan,
+        **asdict(summarize(found, dense)),
+        **times,
+        provenance=about,
+    )
 
 
 def _digest(batches: Sequence[Tensor]) -> str:
@@ -215,8 +223,12 @@ def _digest(batches: Sequence[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _naming(progress: Progress, row: Configuration) -> Progress:
+    return lambda done, total, doing: progress(done, total, f"timing {row.name}")
+
+
 class _Steps:
-    """How far a sweep is, in tokens prefilled."""
+    """The stages of a sweep, each as many steps as it prefills tokens."""
 
     def __init__(
         self,
@@ -224,32 +236,22 @@ class _Steps:
         batches: Sequence[Tensor],
         rows: list[Configuration],
         timed: Timed,
-        sublayers: Sequence[object],
-        left_out: Sequence[object],
+        anatomy: Anatomy,
+        left_out: Sequence[Sublayer],
         few: Sequence[Tensor],
+        with_samples: bool,
     ) -> None:
-        self.progress, self.done, self.label = progress, 0.0, ""
-        kept = len(rows) * len(sublayers) - sum(len(row.plan) for row in rows)
-        self.score_factor = kept / len(sublayers) / 4  # about a quarter of the work is left by sharing
+        tokens = sum(batch.numel() for batch in batches)
+        sublayers = len(anatomy.sublayers)
+        kept = len(rows) * sublayers - sum(len(row.plan) for row in rows)
+        scoring = tokens * kept / sublayers / 4  # about a quarter of the work is left by sharing
         per_run = timed.batch_size * (timed.prompt_tokens + DECODED_TOKEN * timed.new_tokens)
-        self.timing = 2 * (timed.rounds + 1) * per_run
-        self.leaving_out = sum(tokens.numel() for tokens in few) * len(left_out) / 2  # half of it is shared
-        scoring = sum(tokens.numel() for tokens in batches) * self.score_factor
-        self.total = scoring + len(rows) * self.timing + self.leaving_out
-
-    def doing(self, label: str) -> None:
-        self.label = label
-        self.progress(self.done, self.total, label)
-
-    def scored(self, tokens: Tensor) -> None:
-        self._advance(tokens.numel() * self.score_factor)
-
-    def timed(self) -> None:
-        self._advance(self.timing)
-
-    def left_out(self) -> None:
-        self._advance(self.leaving_out)
-
-    def _advance(self, amount: float) -> None:
-        self.done += amount
-        self.progress(self.done, self.total, self.label)
+        timing = 2 * (timed.rounds + 1) * per_run
+        leaving_out = sum(batch.numel() for batch in few) * len(left_out) / 2  # half of it is shared
+        sampling = 4 * DECODED_TOKEN * SAMPLE_TOKENS if with_samples else 0
+        stages = Stages(progress, scoring + len(rows) * timing + tokens + leaving_out + sampling)
+        self.scoring = stages.stage(scoring)
+        self.timing = [stages.stage(timing) for _ in rows]
+        self.comparing = stages.stage(tokens)
+        self.leaving_out = stages.stage(leaving_out)
+        self.sampling = stages.stage(sampling)

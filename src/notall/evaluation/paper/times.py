@@ -16,19 +16,19 @@ from ...errors import UsageError
 from ...measuring.plan_times import timing_fields
 from ...measuring.speed import Timing, compare
 from ...plan import Configuration
-from ...progress import Progress, silent
-from ...records import ledger
+from ...progress import Progress, Stages, silent
+from ...records.benchmarks import TimesRecord
+from ...records.ledger import Ledger, working_in
+from ...records.provenance import Provenance
 from ...running.skipping import skip
 from ...structure.anatomy import base_model, locate
-
-TIMES = "times.jsonl"
 
 
 def time_grid(
     model: PreTrainedModel,
     rows: Sequence[Configuration],
     out: Path,
-    provenance: Mapping[str, Any],
+    provenance: Provenance | Mapping[str, Any],
     *,
     prompts: Sequence[int] = (128, 512),
     batch_sizes: Sequence[int] = (1,),
@@ -37,51 +37,47 @@ def time_grid(
     seed: int = 0,
     compiled: bool = False,
     progress: Progress = silent,
-) -> list[dict[str, Any]]:
+) -> list[TimesRecord]:
     """Time all `rows` (the dense one first) in turn, for each prompt length and batch size; one record each.
 
-    Appends to `out/times.jsonl` when a prompt length and batch size is done, and takes what is there. Where a batch
+    Writes to `out` when a prompt length and batch size is done, and takes what is there. Where a batch
     does not fit into memory half of it is timed, and the record's `batch_size` says so beside `asked_batch_size`.
     `compiled`: each decoder layer by torch.compile, compiled in the round that is thrown away, one configuration after
     the other.
     Raises as `compare` does, and `UsageError` when not even one sequence fits, and when another process works in `out`.
     """
-    with ledger.lock(out):
-        settings = dict(provenance) | {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
-        held = {_key(record): record for record in ledger.read(out / TIMES)}
-        for record in held.values():
-            ledger.check_same(record["provenance"], settings, out)
+    about = Provenance.of(provenance, new_tokens=new_tokens, rounds=rounds, seed=seed)
+    with working_in(out, "paper"):
+        held = Ledger(out, TimesRecord, about)
         sizes = [(prompt, batch) for prompt in prompts for batch in batch_sizes]
-        for number, (prompt, batch) in enumerate(sizes):
-            progress(number, len(sizes), f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
-            wanted = [(prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows]
-            if held.keys() >= set(wanted):
+        stages = Stages(progress, len(sizes))
+        for prompt, batch in sizes:
+            telling = stages.stage(1)
+            telling(0, 1, f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
+            if not held.missing((prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows):
                 continue
             how = {"prompt_tokens": prompt, "new_tokens": new_tokens, "rounds": rounds, "seed": seed}
-            run = partial(_compare, model, rows, compiled, **how)
+            run = partial(_compare, model, rows, compiled, **how, progress=telling)
             fitted, timings = _fitting(run, batch)
             dense = timings[rows[0].name]
-            fresh = [
-                {
-                    "prompt_tokens": prompt,
-                    "batch_size": fitted,
-                    "asked_batch_size": batch,
-                    "variant": row.variant,
-                    "fraction": row.fraction,
-                    "keep_last": row.keep_last,
-                    "plan": row.plan.indices,
-                    **timing_fields(model, row.plan, dense, timings[row.name]),
-                    "provenance": settings,
-                }
-                for row in rows
-            ]
-            ledger.append(out / TIMES, *fresh)
-            held |= {_key(record): record for record in fresh}
-        return [record for record in held.values() if _key(record)[:2] in sizes]
-
-
-def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last"))
+            held.add(
+                *(
+                    TimesRecord(
+                        prompt_tokens=prompt,
+                        batch_size=fitted,
+                        asked_batch_size=batch,
+                        variant=row.variant,
+                        fraction=row.fraction,
+                        keep_last=row.keep_last,
+                        plan=row.plan,
+                        **timing_fields(model, row.plan, dense, timings[row.name]),
+                        provenance=about,
+                    )
+                    for row in rows
+                )
+            )
+        progress(len(sizes), len(sizes), "timed all configurations")
+        return [record for record in held if record.key[:2] in sizes]
 
 
 def _compare(model: PreTrainedModel, rows: Sequence[Configuration], compiled: bool, **how: Any) -> dict[str, Timing]:

@@ -1,0 +1,23 @@
+"""What plans answered to the requests of benchmarks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .record import Number, Record
+
+Said = tuple[Number, bool] | Number | str  # log-likelihood and whether it is greedy, a log-likelihood, a text
+
+
+class AnswersRecord(Record):
+    """Answers to some requests, by the requests' digests, each in the order of the plans' digests."""
+
+    file = "answers.jsonl"
+    commands = ("eval", "paper")
+    key_fields = ()
+
+    record: Literal["answers"] = "answers"
+    plans: tuple[str, ...]
+    answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")

@@ -1,0 +1,25 @@
+"""What `notall bench` writes down: times of the dense model and of a plan beside it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .record import Record, SizeFields, Skips, TimeFields
+
+
+class BenchRecord(Record, SizeFields, TimeFields, Skips):
+    """The dense model, or the skipped one of the same run. Every measurement is one of its own."""
+
+    file = "bench.jsonl"
+    commands = ("bench",)
+    key_fields = ()
+
+    record: Literal["bench"] = "bench"
+    model: Literal["dense", "skipped"]
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int = Field(description="sequences at once")
+    rounds: int = Field(description="how often both were timed, in turn")
+    peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")

@@ -1,0 +1,63 @@
+"""What `notall paper` writes down: the grid on benchmarks, what accuracy hides, and times by prompt and batch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .record import Configured, Number, Record, SizeFields, TimeFields
+
+
+class BenchmarkRecord(Record, Configured):
+    """One configuration on one task, beside the dense model on the same documents."""
+
+    file = "benchmarks.jsonl"
+    commands = ("paper",)
+    key_fields = ("task", "metric", "variant", "fraction", "keep_last")
+
+    record: Literal["benchmark"] = "benchmark"
+    task: str = Field(description="as the harness names it")
+    metric: str = Field(description="metric,filter of the harness")
+    num_fewshot: int = Field(description="examples shown before a question")
+    documents: int = Field(description="how many were evaluated")
+    value: Number = Field(description="the harness's own figure")
+    value_se: Number = Field(description="its standard error over documents, as the harness has it")
+    delta: Number = Field(description="value less the dense model's")
+    delta_se: Number = Field(description="standard error of delta, paired by document")
+    p_value: Number = Field(description="of no difference: McNemar's exact test for accuracies, else normal")
+    higher_is_better: bool | None
+    values: tuple[Number, ...] | None = Field(description="the metric of each document, where it is a number")
+
+
+class BatteryRecord(Record, Configured):
+    """One check of one configuration beside the dense model."""
+
+    file = "battery.jsonl"
+    commands = ("paper",)
+    key_fields = ("part", "check", "variant", "fraction", "keep_last")
+
+    record: Literal["battery"] = "battery"
+    part: str = Field(description="of the battery")
+    check: str
+    value: Number
+    value_se: Number
+    delta: Number = Field(description="value less the dense model's")
+    delta_se: Number
+    p_value: Number
+    better: Literal["higher", "lower"] | None
+    worse: bool = Field(description="worse beyond its error: p < 0.05, not corrected for the number of checks")
+
+
+class TimesRecord(Record, SizeFields, TimeFields, Configured):
+    """One configuration at one prompt length and batch size."""
+
+    file = "times.jsonl"
+    commands = ("paper",)
+    key_fields = ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last")
+
+    record: Literal["times"] = "times"
+    prompt_tokens: int
+    batch_size: int = Field(description="sequences at once, as many as memory held")
+    asked_batch_size: int
+    peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")

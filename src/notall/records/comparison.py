@@ -1,0 +1,95 @@
+"""What `notall compare` writes down: what each way to choose skips, what that costs, and what it took to find."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .record import Fields, Number, QualityFields, Record, SizeFields, Skips, SpentFields, TimeFields
+from .sweep import SequenceScores
+
+
+class Asked(Fields):
+    """One question."""
+
+    criterion: str = Field(description="the way to choose")
+    aim: str = Field(description="the objective that it goes by")
+    space: str = Field(description="what it chooses among")
+    count: int = Field(description="how many it skips")
+
+
+ASKED = ("criterion", "aim", "space", "count")
+
+
+class Found(SpentFields, Asked):
+    """What was chosen, and what that took."""
+
+    skipped: str = Field(description="names of sublayers, in the model's order")
+    order: tuple[tuple[str, ...], ...] = Field(description="what was skipped together, in the order of choosing")
+    calibration_tokens: int = Field(description="of the text that was chosen by")
+    forwards: float = Field(description="executions in dense forward passes over that text")
+    forwards_in_full: float = Field(description="what they would be without shared states")
+    calibration_delta: Number = Field(description="the objective's rise on that text, where it is known")
+
+
+class ChoiceRecord(Record, Found):
+    """What one question was answered."""
+
+    file = "choices.jsonl"
+    commands = ("compare",)
+    key_fields = ASKED
+
+    record: Literal["choice"] = "choice"
+
+
+class HeldOutRecord(Record):
+    """Scores on one batch of the held-out text, by what was skipped; of the dense model by nothing."""
+
+    file = "held_out.jsonl"
+    commands = ("compare",)
+    key_fields = ("batch", "names")
+
+    record: Literal["held_out"] = "held_out"
+    batch: int = Field(ge=0, description="its number, from 0")
+    scores: dict[str, SequenceScores]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.scores)
+
+
+class PlanTimesRecord(Record, SizeFields):
+    """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
+
+    file = "plan_times.jsonl"
+    commands = ("compare",)
+    key_fields = ("params", "weight_bytes", "kv_bytes_per_token")
+
+    record: Literal["plan_times"] = "plan_times"
+    times: TimeFields
+
+
+class TaskFigure(Fields):
+    """A metric of a task, paired with the dense model by document."""
+
+    value: Number
+    stderr: Number = Field(None, description="standard error of value, as the harness has it")
+    delta: Number = Field(description="value less the dense model's")
+    delta_stderr: Number = Field(description="standard error of delta")
+    p_value: Number = None
+    num_fewshot: int | None = None
+    documents: int | None = None
+
+
+class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Found):
+    """One answer, measured on the held-out text."""
+
+    file = "comparison.jsonl"
+    commands = ("compare",)
+    key_fields = ASKED
+    groups = ("times",)
+
+    record: Literal["comparison"] = "comparison"
+    tasks: dict[str, TaskFigure] = Field(description="by task and metric")
+    times: TimeFields | None = Field(None, description="where plans were timed")

@@ -1,0 +1,138 @@
+"""Files of JSON lines that are only ever added to: what is written stays, whatever happens next."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+from pydantic_core import from_json
+
+from ..errors import UsageError
+
+Line = dict[str, Any]
+
+
+def append(path: Path, *lines: Line) -> None:
+    """Add `lines` to the file, on disk when this returns; a torn last line is cut off first.
+
+    Numbers that are not finite become null. Raises `UsageError` when the file can't be written, and leaves it
+    as it was. Only one process may append to a file at a time: see `lock`.
+    """
+    text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            _write(file, text)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file in their order; [] without a file.
+
+    A torn last line, the most that an interrupted `append` leaves, is dropped with a warning. Raises
+    `UsageError` that names the line where another one is malformed.
+    """
+    return [line for _, line in numbered(path)]
+
+
+def numbered(path: Path, most: int | None = None) -> Iterator[tuple[int, Line]]:
+    """`read`, each line with its number in the file, from 1; at most the first `most` lines."""
+    try:
+        with open(path, "rb") as file:
+            lines = _contents(file).split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
+    if _parse(lines[-1]) is None and lines.pop():
+        warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
+    for number, text in enumerate(lines[:most], 1):
+        if text.strip():
+            line = _parse(text)
+            if line is None:
+                raise UsageError(f"line {number} of {path} is no JSON record; repair or delete that line")
+            yield number, line
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made where it is missing, for this process; a killed process leaves no lock behind.
+
+    Raises `UsageError` when another one has it, and when it can't be written.
+    """
+    held = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def finite(value: Any) -> Any:
+    """`value` as it is written: JSON has no nan and no infinity, and no tuples."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _contents(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read(os.fstat(file.fileno()).st_size)  # bounded: a device such as /dev/full never ends
+
+
+def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """Where the line that no newline ends starts, and what is in it: nothing, unless writing was interrupted."""
+    start = os.fstat(file.fileno()).st_size
+    tail = b""
+    while start and b"\n" not in tail:
+        step = min(start, 65536)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    newline = tail.rfind(b"\n") + 1
+    return start + newline, tail[newline:]
+
+
+def _write(file: IO[bytes], lines: bytes) -> None:
+    end, last = _last_line(file)
+    if _parse(last) is not None:  # whole, only its newline is missing
+        lines, end = b"\n" + lines, end + len(last)
+    elif last:
+        file.truncate(end)
+    try:
+        while lines:
+            lines = lines[file.write(lines) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def _parse(text: bytes) -> Line | None:
+    """The record in a line; None if there is none. Part of a record is never one: a torn line shows."""
+    try:
+        line = from_json(text, allow_inf_nan=False)
+    except ValueError:  # also what is nested deeper than any record
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _cannot_write(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write {path}: {error.strerror}; make room or give access, or choose another folder")

@@ -1,0 +1,41 @@
+"""Where a record comes from: what was asked for, which decides whether a run goes on, and where it ran."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
+
+
+class Provenance(BaseModel):
+    """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: dict[str, Any] = Field(description="model, text, dtype, seed, settings: what to repeat it with")
+    where: dict[str, Any] = Field({}, description="machine, threads, versions, command, date")
+
+    @classmethod
+    def of(cls, about: Provenance | Mapping[str, Any], **more: Any) -> Provenance:
+        """`about` with what `more` says; of a flat mapping, the names in `PLACES` are where it ran."""
+        if isinstance(about, Provenance):
+            return about.model_copy(update={"what": {**about.what, **more}}) if more else about
+        what = {name: value for name, value in about.items() if name not in PLACES}
+        return cls(what=what | more, where={name: about[name] for name in PLACES if name in about})
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Both in one, for a page."""
+        return {**self.what, **self.where}
+
+
+def this_run() -> dict[str, str]:
+    """The command as it was typed, without the folders of a machine, and the date, in UTC to the minute."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return {"command": " ".join(["notall", *words]), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}

@@ -1,0 +1,60 @@
+"""What `notall search` writes down: every set that it evaluated, and the plans that it chose."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from .record import Fields, Key, Number, QualityFields, Record, Skips, SpentFields
+
+
+class EvaluationRecord(Record, SpentFields):
+    """One set of sublayers, evaluated; of the whole file the first line says by what."""
+
+    file = "evaluations.jsonl"
+    commands = ("search", "compare")
+    key_fields = ("skipped", "batches")
+    headed = True
+
+    record: Literal["evaluation"] = "evaluation"
+    skipped: tuple[str, ...] = Field(description="names of sublayers, sorted")
+    batches: int | Literal["all"] = Field(description="on how many of the objective's batches")
+    cost: Number = Field(description="the objective; None where the model overflows without these")
+
+
+class SpeedCheck(Fields):
+    """The speedup that was predicted, and the one that was measured."""
+
+    predicted_ms: float
+    measured_ms: float
+    predicted_speedup: float = Field(description="ratio to the dense model")
+    speedup: float = Field(description="measured, the rounds' own ratios: median")
+    speedup_low: float = Field(description="quartile")
+    speedup_high: float = Field(description="quartile")
+    off: float = Field(description="predicted over measured, less 1")
+
+
+class SearchRecord(Record, SpentFields, Skips):
+    """A plan that was chosen, and what was measured of it, if anything."""
+
+    file = "chosen.jsonl"
+    commands = ("search",)
+    key_fields = ("chosen", "plan", "evaluations", "in_time")  # times are never the same twice
+    groups = ("quality", "check")
+
+    record: Literal["search"] = "search"
+    chosen: str = Field(description="how, by what, and how much")
+    order: tuple[tuple[str, ...], ...] = Field(description="what was skipped together, in the order of choosing")
+    dense_cost: Number = Field(description="the objective of the dense model")
+    cost: Number = Field(description="the objective of the plan")
+    forwards: float = Field(description="executions in dense forward passes over the calibration text")
+    in_time: bool = Field(description="found before the time was up")
+    quality: QualityFields | None = Field(None, description="on held-out text")
+    check: SpeedCheck | None = Field(None, description="where a speedup was asked for")
+
+    @property
+    def key(self) -> Key:
+        """Chosen again from the same text, it is the same choice."""
+        return (*super().key, self.provenance and json.dumps(self.provenance.what, sort_keys=True))

@@ -1,0 +1,23 @@
+"""How similar the residual stream is before and after each layer and sublayer: a line each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .record import LayerIndex, Number, Record
+
+
+class SimilarityRecord(Record):
+    """Cosine before and after one block or sublayer: mean over tokens, error over sequences."""
+
+    file = "similarity.jsonl"
+    commands = ("sweep", "paper")
+    key_fields = ("layer", "kind")
+
+    record: Literal["similarity"] = "similarity"
+    layer: LayerIndex
+    kind: Literal["block", "attention", "mlp"]
+    cosine: Number = Field(description="-1 to 1")
+    cosine_se: Number = Field(description="standard error over sequences")
