@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -53,6 +54,55 @@ def test_companions_go_along_and_other_weights_do_not(dense, plan, tmp_path):
     assert not (out / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert out.stat().st_mode & 0o777 == tmp_path.joinpath("out", "config.json").stat().st_mode & 0o666 | 0o111
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("target", "name"), [("hf", "modeling_notall_llama.py"), ("nemotron-nas", "configuration_decilm.py")]
+)
+def test_code_beside_the_model_never_takes_the_place_of_ours(dense, target, name, trusted, tmp_path):
+    ours = (export(dense, MIXED, target, tmp_path / "ours") / name).read_text()
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    out = export(tmp_path / "dense", MIXED, target, tmp_path / "out", trust_remote_code=trusted)
+    assert not (tmp_path / "ran").exists()
+    assert (out / name).read_text() == ours
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_python_goes_along_only_where_it_is_allowed(dense, target, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "tokenization_own.py").write_text("")
+    for trusted in (False, True):
+        out = export(tmp_path / "dense", BLOCK, target, tmp_path / f"{trusted}", trust_remote_code=trusted)
+        assert (out / "tokenization_own.py").exists() == trusted
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_of_its_own_code_is_exported_where_that_is_allowed(dense, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (source / "modeling_own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((source / "config.json").read_text()) | {"auto_map": auto_map}
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "own_llama"}))
+    with pytest.raises(UsageError, match="allow it with trust_remote_code"):
+        export(source, BLOCK, "hf", tmp_path / "out")
+    out = export(source, BLOCK, "hf", tmp_path / "out", trust_remote_code=True)
+    assert json.loads((out / "config.json").read_text())["auto_map"] == auto_map
+    (source / "config.json").write_text(json.dumps(config))  # transformers has a class for it: its own code isn't read
+    plain = export(source, BLOCK, "hf", tmp_path / "plain")
+    assert "auto_map" not in json.loads((plain / "config.json").read_text())
 
 
 def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path):
@@ -199,8 +249,8 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
 def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch):
     load = verification._load
 
-    def bent(loader, folder):
-        model = load(loader, folder)
+    def bent(loader, folder, trusted):
+        model = load(loader, folder, trusted)
         if folder != dense:
             model.model.norm.weight.data += 1e-3
         return model

@@ -40,6 +40,7 @@ class DenseModel:
     anatomy: Anatomy
     tensors: Tensors
     origin: Origin
+    trusted: bool  # whether the model's own code may be run
 
     @cached_property
     def prefix(self) -> str:
@@ -160,7 +161,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     model = build_empty(config)
     anatomy = locate(model)
     origin = Origin(**identity, layers=len(anatomy.blocks), fingerprint=anatomy.fingerprint, card=folder / "README.md")
-    return DenseModel(folder, settings, config, model, anatomy, _tensors(folder), origin)
+    return DenseModel(folder, settings, config, model, anatomy, _tensors(folder), origin, trust_remote_code)
 
 
 def _tensors(folder: Path) -> Tensors:

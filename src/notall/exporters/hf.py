@@ -57,9 +57,11 @@ def export_hf(
         _check_regrouped(dense, plan)
         settings |= _regrouped_settings(base, layers)
         write_modeling(folder, base)
+    elif not dense.trusted:
+        settings.pop("auto_map", None)  # the code that it names does not go along
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     write_shards(folder, dict(_named(dense, layers)), shard_bytes, progress)
-    copy_companions(dense.folder, folder)
+    copy_companions(dense, folder)
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     describe(folder, dense.origin, plan, settings["model_type"], use, measured)
     if check:
@@ -70,11 +72,15 @@ def export_hf(
         verify(dense, plan, folder, loader)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: whatever lies beside the weights and the config."""
-    for file in sorted(source.iterdir()):
-        hidden = file.name.startswith(".")
-        if file.is_file() and not hidden and not any(fnmatch.fnmatch(file.name, name) for name in NOT_COPIED):
+def copy_companions(dense: DenseModel, folder: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: whatever lies beside the weights and the config.
+
+    What the export has written itself stays, and Python files go along only where the model's own code is allowed.
+    """
+    not_copied = NOT_COPIED if dense.trusted else (*NOT_COPIED, "*.py")
+    for file in sorted(dense.folder.iterdir()):
+        is_left = file.name.startswith(".") or any(fnmatch.fnmatch(file.name, name) for name in not_copied)
+        if file.is_file() and not is_left and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

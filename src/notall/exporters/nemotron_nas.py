@@ -66,7 +66,7 @@ def export_nemotron_nas(
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
     write_shards(folder, tensors, shard_bytes, progress)
-    copy_companions(dense.folder, folder)
+    copy_companions(dense, folder)
     use = USE
     if kept[0].attention is None:
         logger.warning(WITHOUT_FIRST_ATTENTION)

@@ -27,19 +27,19 @@ def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> None:
     is in memory at a time.
     """
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
     with skip(model, plan):
         expected = logits_of(model)
     del model
     with explained(exported.name), quiet():
-        found = logits_of(_load(loader, exported))
+        found = logits_of(_load(loader, exported, dense.trusted))
     compare(found, expected, tolerance(expected.dtype))
 
 
 def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> None:
     """Raise `UsageError` unless MLX-LM answers as `skip(dense, plan)` does, on a batch without padding."""
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
     tokens = _tokens(model)
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits
@@ -57,9 +57,14 @@ def compare(found: Tensor, expected: Tensor, most: float) -> None:
         )
 
 
-def _load(loader: Any, folder: Path) -> PreTrainedModel:
+def _load(loader: Any, folder: Path, trusted: bool) -> PreTrainedModel:
     model, report = loader.from_pretrained(
-        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trusted,
     )
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
