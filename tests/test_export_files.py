@@ -14,11 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import family
 from notall import Plan, UsageError, export, locate, skip
 from notall.exporters import verification
 from notall.exporters.tensors import read_header, write_shards
+from notall.exporters.weights import check_tensors, read_tensors
+from notall.models.loading import build_empty
 
 BLOCK = Plan([1], [1])
 MIXED = Plan([0, 3], [1])
@@ -289,6 +292,106 @@ def test_a_missing_shard_is_named(tmp_path):
     with pytest.raises(UsageError, match=victim.name):
         export(tmp_path / "dense", BLOCK, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def shards(dense, tmp_path):
+    """A copy of the dense model in shards, and the index of them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shutil.copyfile(dense / "config.json", folder / "config.json")
+    write_shards(folder, read_header(dense / "model.safetensors"), shard_bytes=20_000)
+    return folder, json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def assert_refused(folder, target, match, tmp_path):
+    with pytest.raises(UsageError, match=match) as refusal:
+        export(folder, BLOCK, target, tmp_path / "out", verify=False)
+    assert_one_line(refusal)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_same_weights(found, expected):
+    found, expected = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_tensor_that_the_index_forgets_is_written_all_the_same(dense, shards, target, tmp_path):
+    folder, index = shards
+    del index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = export(folder, BLOCK, target, tmp_path / "found", verify=False)
+    assert_same_weights(found, export(dense, BLOCK, target, tmp_path / "expected", verify=False))
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_of_two_sources_of_weights_the_one_that_load_reads_is_written(dense, shards, target, tmp_path):
+    folder, _ = shards
+    weights = load_file(dense / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # as `notall.load` does
+    found = load_file(export(folder, Plan([3], [3]), target, tmp_path / "out", verify=False) / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert torch.equal(found[name], loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_renamed_or_absent_tensor_is_refused(dense, target, name, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    for other in (None, name.replace("weight", "weighs"), name.replace("2", "7")):
+        weights = load_file(dense / "model.safetensors")
+        weight = weights.pop(name)
+        if other and other != name:
+            weights[other] = weight
+        save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+        assert_refused(tmp_path / "dense", target, f"lacks weights .*{name}", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_tensor_of_another_shape_is_refused(dense, target, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    weights = load_file(dense / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(40, 32)
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    assert_refused(tmp_path / "dense", target, "not those of llama", tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(shards, tmp_path):
+    folder, _ = shards
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    both = load_file(first) | load_file(second)
+    save_file(both, second, {"format": "pt"})
+    assert_refused(folder, "hf", "two shards hold", tmp_path)
+
+
+def test_of_a_quantised_model_each_module_must_have_tensors(dense, tmp_path):
+    """Its tensors have names of their own, which only its quantiser knows."""
+    config = AutoConfig.from_pretrained(dense)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    tensors = {}
+    for name, tensor in read_header(dense / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        packed = {f"{module}.qweight": tensor, f"{module}.scales": tensor}
+        tensors |= packed if module.endswith("_proj") else {name: tensor}
+    model = build_empty(config)
+    check_tensors("tiny", model, tensors)
+    del tensors["model.layers.3.mlp.up_proj.scales"], tensors["model.layers.3.mlp.up_proj.qweight"]
+    with pytest.raises(UsageError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
+        check_tensors("tiny", model, tensors)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt2"])
+def test_names_that_transformers_changes_on_loading_are_known(name, tmp_path):
+    model = family(name).build()
+    model.save_pretrained(tmp_path)
+    tensors, empty = read_tensors(tmp_path), build_empty(model.config)
+    check_tensors(name, empty, tensors)
+    for victim in [name for name in tensors if "layers" not in name or "layers.2." in name]:
+        with pytest.raises(UsageError, match=r"lacks weights|are not those of"):
+            check_tensors(name, empty, {key: tensor for key, tensor in tensors.items() if key != victim})
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -21,12 +21,10 @@ from ..models.loading import build_empty, identify, model_source
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model, locate
 from .manifest import Origin
-from .tensors import StoredTensor, read_header
+from .weights import Tensors, check_tensors, read_tensors
 
 # Other forms of the same weights, which a download need not fetch and an export does not copy.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
-
-Tensors = dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -159,25 +157,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
             "only, and skips in memory here"
         )
     model = build_empty(config)
-    anatomy = locate(model)
+    anatomy, tensors = locate(model), read_tensors(folder)
+    check_tensors(identity["model"], model, tensors)
     origin = Origin(**identity, layers=len(anatomy.blocks), fingerprint=anatomy.fingerprint, card=folder / "README.md")
-    return DenseModel(folder, settings, config, model, anatomy, _tensors(folder), origin, trust_remote_code)
-
-
-def _tensors(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint: of the files that its index names, or of its one file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            raise UsageError(f"{folder.name} has neither model.safetensors nor an index of shards; save it again")
-        return read_header(single)
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: read_header(folder / file) for file in sorted(set(where.values()))}
-        return {name: files[file][name] for name, file in where.items()}
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder.name} lacks {Path(error.filename).name}; download it again") from None
-    except KeyError as error:
-        raise UsageError(f"{folder.name}: no shard holds {error}; download it again") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{folder.name}: {index.name} is damaged; download it again") from None
+    return DenseModel(folder, settings, config, model, anatomy, tensors, origin, trust_remote_code)

@@ -16,12 +16,13 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Layer
-from .dense import OTHER_WEIGHTS, DenseModel, Tensors
+from .dense import OTHER_WEIGHTS, DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
 from .manifest import MANIFEST, describe
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
 from .tensors import StoredTensor, write_shards
 from .verification import verify
+from .weights import Tensors
 
 NOT_COPIED = ("config.json", "README.md", MANIFEST, "*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
 
