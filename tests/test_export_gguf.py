@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import engines
 from families import family
 from notall import Plan, UsageError, export, load, skip
+from notall.errors import UnknownArchitecture
 from notall.exporters import llamacpp
 from notall.exporters.gguf import cut
 from notall.exporters.gguf_file import GGUF, Field, Tensor, read_gguf, write_gguf
@@ -71,6 +72,61 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
         assert value == pytest.approx(float(expected[token]), abs=2e-3)  # llama.cpp keeps keys and values in float16
     kind = "portable, whole blocks" if plan in (PLANS["portable"], PLANS["block"]) else "any"
     engines.works("llama.cpp", "xllamacpp", "gguf", model.config.model_type, kind)
+
+
+def answering(monkeypatch, logprobs):
+    """Let `logprobs`, of tokens from 0, stand for what llama.cpp answers."""
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: True)
+    monkeypatch.setattr(llamacpp, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
+
+
+@pytest.mark.parametrize("logprobs", [[-50.0] * 10, [0.0] + [float("nan")] * 9, [float("nan")] * 10])
+def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, monkeypatch, tmp_path):
+    answering(monkeypatch, logprobs)
+    with pytest.raises(UsageError, match="answers differently from the skipped model"):
+        export(llama, PLANS["portable"], "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, tmp_path, caplog):
+    """Any other failure to read the dense file, such as too little memory, is the user's to know."""
+    answering(monkeypatch, [-1.0] * 10)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("notall.models.loading.load", fail)
+    error = UsageError("cannot load llama.gguf: not enough memory")
+    with pytest.raises(UsageError, match="not enough memory"):
+        export(llama, PLANS["portable"], "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    error = UnknownArchitecture("transformers has no mumble")
+    export(llama, PLANS["portable"], "gguf", tmp_path / "out")
+    assert "transformers has no mumble" in caplog.text
+
+
+def test_what_transformers_cannot_read_at_all_has_a_word_of_its_own(llama, tmp_path):
+    """The real words of transformers and of llama.cpp, not ours."""
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(llama.read_bytes().replace(b"llama", b"plamo"))
+    with pytest.raises(UnknownArchitecture):
+        load(path)
+    path.write_bytes(llama.read_bytes()[:-1])
+    with pytest.raises(UsageError) as refusal:
+        load(path)
+    assert not isinstance(refusal.value, UnknownArchitecture)
+
+
+@needs_llamacpp
+def test_what_llamacpp_says_is_told(llama, tmp_path):
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(llama.read_bytes().replace(b"llama", b"mlama"))
+    with pytest.raises(UnknownArchitecture, match=r"foreign.gguf: unknown model architecture: 'mlama'"):
+        llamacpp.next_token_logprobs(path, [1, 2])
+    path.write_bytes(llama.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"is not within the file bounds, model is corrupted") as refusal:
+        llamacpp.next_token_logprobs(path, [1, 2])
+    assert not isinstance(refusal.value, UnknownArchitecture)
 
 
 @needs_llamacpp

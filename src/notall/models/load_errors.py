@@ -11,14 +11,17 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UsageError
+from ..errors import UnknownArchitecture, UsageError
 
 SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
 
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
 
+NO_SUCH_GGUF = "GGUF model with architecture"
+
 # Words of transformers and the hub, and what to do then.
 FIXES = (
+    (NO_SUCH_GGUF, "give the model's safetensors instead"),
     ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
     ("gated repo", "accept its terms on its page, then run `hf auth login`"),
     ("not a valid model identifier", "check its spelling"),
@@ -40,7 +43,8 @@ def explained(spec: str | Path) -> Iterator[None]:
     except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
         said = " ".join(str(error).split())
         fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
-        raise UsageError(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
+        kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
+        raise kind(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
 
 
 def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
