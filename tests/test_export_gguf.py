@@ -77,18 +77,20 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
 def answering(monkeypatch, logprobs):
     """Let `logprobs`, of tokens from 0, stand for what llama.cpp answers."""
     monkeypatch.setattr(llamacpp, "is_installed", lambda: True)
+    monkeypatch.setattr(llamacpp, "release", lambda: "of this test")
     monkeypatch.setattr(llamacpp, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
 
 
-@pytest.mark.parametrize("logprobs", [[-50.0] * 10, [0.0] + [float("nan")] * 9, [float("nan")] * 10])
-def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("logprobs", "most"), [([-50.0] * 10, 0.5), ([-1.0] + [float("nan")] * 9, 99)])
+def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, most, monkeypatch, tmp_path):
     answering(monkeypatch, logprobs)
+    monkeypatch.setattr("notall.exporters.gguf.TOLERANCE", most)
     with pytest.raises(UsageError, match="answers differently from the skipped model"):
         export(llama, PLANS["portable"], "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, tmp_path, caplog):
+def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, tmp_path):
     """Any other failure to read the dense file, such as too little memory, is the user's to know."""
     answering(monkeypatch, [-1.0] * 10)
 
@@ -101,8 +103,20 @@ def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, t
         export(llama, PLANS["portable"], "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     error = UnknownArchitecture("transformers has no mumble")
-    export(llama, PLANS["portable"], "gguf", tmp_path / "out")
-    assert "transformers has no mumble" in caplog.text
+    assert verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "out")) == {"not_run": str(error)}
+
+
+def verdict(out):
+    return json.loads((out / "notall.json").read_text())["verified"]
+
+
+def test_an_export_says_by_what_it_was_checked_or_why_it_was_not(llama, monkeypatch, tmp_path):
+    if llamacpp.is_installed():
+        found = verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "checked"))
+        assert found["by"] == f"llama.cpp (xllamacpp {llamacpp.release()})"
+        assert found["difference"] < found["most"]
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    assert "not installed" in verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "out"))["not_run"]
 
 
 def test_what_transformers_cannot_read_at_all_has_a_word_of_its_own(llama, tmp_path):
@@ -175,7 +189,9 @@ def test_deci_layers_say_what_they_lack(llama):
 def test_the_manifest_is_in_the_file_too(llama, tmp_path):
     out = export(llama, PLANS["mixed"], "gguf", tmp_path / "out")
     inside = json.loads(read_gguf(next(out.glob("*.gguf"))).fields["notall.manifest"].value)
-    assert inside == json.loads((out / "notall.json").read_text())
+    outside = json.loads((out / "notall.json").read_text())
+    assert outside.items() > inside.items()
+    assert outside.keys() - inside.keys() == {"verified", "weight_bytes"}
     assert inside["plan"] == {"attention": [0, 3], "mlp": [1], "note": None}
 
 

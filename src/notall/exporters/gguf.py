@@ -8,7 +8,6 @@ a layer, without a setting in the file, cannot be carried over, and is refused w
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,17 @@ from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Layer, merged, regroup, rows
 from . import llamacpp
-from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, write_gguf
-from .manifest import Origin, describe
-
-logger = logging.getLogger(__name__)
+from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf
+from .manifest import (
+    TURNED_OFF,
+    NotVerified,
+    Origin,
+    Verdict,
+    Verified,
+    WeightBytes,
+    describe,
+    manifest_of,
+)
 
 # Their blocks hold one attention and one MLP each, or recurrent halves that take an attention's place: not ours to cut.
 ORDINARY = {
@@ -80,15 +86,17 @@ def export_gguf(
     origin = Origin(
         dense.name, f"sha256:{sha256(dense)}", source.depth, f"{source.architecture}-{source.depth}x{width}", Path()
     )
-    manifest = describe(folder, origin, plan, form, USE, measured)
+    manifest = manifest_of(origin, plan, form)
     fields["notall.manifest"] = Field.of(json.dumps(manifest))
     written = folder / f"{dense.stem}-notall.gguf"
     write_gguf(written, source, fields, tensors, progress)
+    verdict: Verdict = TURNED_OFF
     if check:
         progress(0, 1, "comparing with the skipped model")
         _check_copy(read_gguf(written), fields, tensors)
-        if llamacpp.is_installed():
-            _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))
+        verdict = _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))
+    weights = WeightBytes(total_bytes(source.tensors), total_bytes(tensors))
+    describe(folder, manifest, origin.card, USE, verdict=verdict, weights=weights, measured=measured)
 
 
 def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> None:
@@ -97,8 +105,10 @@ def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, 
         raise UsageError(f"{found.path.name} does not hold what was written to it; check the disk, and export again")
 
 
-def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> None:
+def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> Verdict:
     """Compare llama.cpp's most likely next tokens with those of the dense model that skips the plan in transformers."""
+    if not llamacpp.is_installed():
+        return NotVerified("llama.cpp is not installed (pip install 'notall[export]')")
     import torch
 
     from ..models.loading import load
@@ -109,8 +119,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> N
         found = llamacpp.next_token_logprobs(written, tokens.tolist())
         model, _ = load(dense, dtype="float32", device="cpu")
     except UnknownArchitecture as reason:
-        logger.warning("the export is not compared with the skipped model: %s", reason)
-        return
+        return NotVerified(str(reason))
     with skip(model, plan), torch.inference_mode():
         expected = model(tokens[None]).logits[0, -1].log_softmax(-1)
     error = float((torch.tensor(list(found.values())) - expected[list(found)]).abs().max())
@@ -119,6 +128,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> N
             f"llama.cpp answers differently from the skipped model, by {error:.2f} nats (at most {TOLERANCE} was "
             "expected), so nothing was written; please report the model and the plan"
         )
+    return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats")
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, Tensor]]:

@@ -18,9 +18,9 @@ from ..progress import Progress, silent
 from ..running.regrouping import Layer
 from .dense import OTHER_WEIGHTS, DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
-from .manifest import MANIFEST, describe
+from .manifest import MANIFEST, TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import StoredTensor, write_shards
+from .tensors import StoredTensor, total_bytes, write_shards
 from .verification import verify
 from .weights import Tensors
 
@@ -61,16 +61,20 @@ def export_hf(
     elif not dense.trusted:
         settings.pop("auto_map", None)  # the code that it names does not go along
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, dict(_named(dense, layers)), shard_bytes, progress)
+    tensors = dict(_named(dense, layers))
+    write_shards(folder, tensors, shard_bytes, progress)
     copy_companions(dense, folder)
-    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
-    describe(folder, dense.origin, plan, settings["model_type"], use, measured)
+    verdict: Verdict = TURNED_OFF
     if check:
         loader: Any = AutoModelForCausalLM
         if not is_ordinary:
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
         progress(0, 1, "comparing with the skipped model")
-        verify(dense, plan, folder, loader)
+        verdict = verify(dense, plan, folder, loader)
+    manifest = manifest_of(dense.origin, plan, settings["model_type"])
+    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
+    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
+    describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 
 def copy_companions(dense: DenseModel, folder: Path) -> None:

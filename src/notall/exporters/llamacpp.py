@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import UnknownArchitecture, UsageError, shortened
@@ -17,6 +18,10 @@ LOADING = "error loading model: "  # what llama.cpp says before its reason
 
 def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
+
+
+def release() -> str:
+    return version("xllamacpp")
 
 
 def next_token_logprobs(path: Path, tokens: Sequence[int]) -> dict[int, float]:

@@ -27,18 +27,60 @@ class Origin:
     card: Path
 
 
+@dataclass(frozen=True)
+class Verified:
+    """An engine ran what was written, and answered as the dense model that skips the plan."""
+
+    by: str  # the engine and its release
+    difference: float  # the largest, in `unit`
+    most: float  # that is let pass
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.by} answers as the skipped model does, within {self.difference:.1e} {self.unit}"
+
+
+@dataclass(frozen=True)
+class NotVerified:
+    """What was written was not run."""
+
+    not_run: str  # because
+
+    def __str__(self) -> str:
+        return f"not compared with the skipped model: {self.not_run}"
+
+
+Verdict = Verified | NotVerified
+TURNED_OFF = NotVerified("it was turned off (--no-verify)")
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    dense: int
+    written: int
+
+
 def describe(
-    folder: Path, origin: Origin, plan: Plan, form: str, use: str, measured: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write the manifest and the card; returns the manifest. `form` is the model type, `use` says how to run it."""
-    manifest = _manifest(origin, plan, form)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(manifest, origin.card, use, measured), encoding="utf-8")
-    return manifest
+    folder: Path,
+    manifest: Mapping[str, Any],
+    dense_card: Path,
+    use: str,
+    *,
+    verdict: Verdict,
+    weights: WeightBytes,
+    measured: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the manifest, with what is known now that the weights are written, and the card. `use` says how to run."""
+    whole = {**manifest, "weight_bytes": asdict(weights), "verified": asdict(verdict)}
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(manifest, dense_card, use, verdict, measured), encoding="utf-8")
 
 
-def _manifest(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
-    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it."""
+def manifest_of(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
+    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it.
+
+    `form` is the model type that is written.
+    """
     kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
     return {
         "notall": __version__,
@@ -49,7 +91,19 @@ def _manifest(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
     }
 
 
-def _card(manifest: Mapping[str, Any], dense_card: Path, use: str, measured: Mapping[str, Any] | None) -> str:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `export` wrote."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def verdict_of(manifest: Mapping[str, Any]) -> Verdict:
+    found = manifest["verified"]
+    return NotVerified(**found) if "not_run" in found else Verified(**found)
+
+
+def _card(
+    manifest: Mapping[str, Any], dense_card: Path, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
+) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
     known = ModelCard.load(dense_card).data.to_dict() if dense_card.is_file() else {}
     kept: dict[str, Any] = {
@@ -65,6 +119,7 @@ def _card(manifest: Mapping[str, Any], dense_card: Path, use: str, measured: Map
         _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
         use,
+        f"Check: {verdict}.",
     ]
     if measured:
         sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
