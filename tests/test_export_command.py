@@ -2,15 +2,17 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import family
 from notall import Plan, cli
 from notall.exporters import mlx
+from tiny_checkpoint import save_tiny_checkpoint
 
 
 @pytest.fixture
@@ -51,8 +53,17 @@ def test_each_export_says_at_the_terminal_by_what_it_was_checked(run):
     assert verified["difference"] <= verified["most"]
 
 
-def test_the_next_command_of_a_regrouped_export_allows_its_modeling_file(run):
-    assert "--trust-remote-code\n" in run("--to", "hf", "--out", "written", "--no-verify", plan=Plan([2]))[1]
+@pytest.mark.parametrize("plan", [Plan([1], [1]), Plan([2])], ids=["ordinary", "regrouped"])
+def test_the_next_command_runs_the_export(run, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.rmtree("dense")
+    save_tiny_checkpoint(Path("dense"))
+    _, out, _ = run("--to", "hf", "--out", "written", "--no-verify", plan=plan)
+    command = re.search(r"^Next: +(.*)$", out, re.M)[1]
+    monkeypatch.setattr("sys.argv", [*shlex.split(command), "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
 
 
 def test_as_json_the_check_is_said_beside_the_list(run):
