@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def dense(tmp_path_factory):
 
 def assert_one_line(refusal):
     assert "\n" not in str(refusal)
+    assert len(str(getattr(refusal, "value", refusal))) < 300
 
 
 def nothing_left(folder):
@@ -317,6 +320,157 @@ def assert_same_weights(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.fixture
+def beside(dense, tmp_path):
+    """A copy of the dense model, to lay things beside."""
+    return Path(shutil.copytree(dense, tmp_path / "beside"))
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_what_is_not_on_the_list_stays_where_it_is(beside, target, tmp_path):
+    secrets = ("secrets.json", "train.log", "optimizer.safetensors", ".env", "id_rsa", "notes.md")
+    for name in secrets:
+        (beside / name).write_text("mine")
+    out = export(beside, BLOCK, target, tmp_path / "out", verify=False)
+    assert not {path.name for path in out.iterdir()} & set(secrets)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (out / name).is_file()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "README.md", "config.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(beside, name, tmp_path):
+    (beside / name).rename(tmp_path / "elsewhere")
+    (beside / name).symlink_to(tmp_path / "elsewhere")
+    for target in ("hf", "nemotron-nas"):
+        assert_refused(beside, target, f"{name} of beside is a link out", tmp_path)
+
+
+def test_links_within_the_folder_and_to_the_blobs_of_a_hub_cache_are_followed(dense, beside, tmp_path):
+    (beside / "LICENSE").rename(beside / "terms.txt")
+    (beside / "LICENSE").symlink_to("terms.txt")
+    assert (export(beside, BLOCK, "hf", tmp_path / "a", verify=False) / "LICENSE").read_text() == "yours"
+    repository = tmp_path / "models--me--tiny"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    snapshot = Path(shutil.copytree(dense, repository / "snapshots" / "0123"))
+    for file in snapshot.iterdir():
+        file.rename(repository / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    found = export(snapshot, BLOCK, "hf", tmp_path / "b", verify=False)
+    assert (found / "LICENSE").read_text() == "yours"
+    assert_same_weights(found, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "..", ""])
+def test_an_index_that_leads_out_of_the_folder_is_refused(shards, name, tmp_path):
+    folder, index = shards
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(folder, "hf", "is not in it|lacks", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "model.safetensors", "README.md", "config.json", "a.safetensors"])
+def test_a_fifo_does_not_hang(beside, name, tmp_path):
+    (beside / name).unlink(missing_ok=True)
+    os.mkfifo(beside / name)
+    try:
+        out = export(beside, BLOCK, "hf", tmp_path / "out", verify=False)
+    except UsageError as refusal:
+        assert_one_line(refusal)
+    else:
+        assert name in ("LICENSE", "README.md", "a.safetensors")
+        assert not (out / "LICENSE").exists() or name != "LICENSE"
+
+
+CARDS = {
+    "broken": b"---\nlicense: [mit\n---\n",
+    "a list": b"---\n- license\n- mit\n---\n",
+    "bad UTF-8": b"---\nlicense: mit\n---\n\xff\xfe",
+    "deep": b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
+    "no mapping": b"---\n5\n---\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_a_damaged_card_costs_the_licence_and_is_said(beside, card, tmp_path, caplog):
+    (beside / "README.md").write_bytes(card)
+    out = export(beside, BLOCK, "hf", tmp_path / "out", verify=False)
+    assert "license" not in (out / "README.md").read_text().lower()
+    assert "look its licence up" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "more", ["model-index: 5", "model-index:\n- name: 3\n  results: 4", "language: {a: 1}", "tags: 7"]
+)
+def test_odd_fields_of_a_card_pass(beside, more, tmp_path):
+    (beside / "README.md").write_text(f"---\nlicense: mit\n{more}\n---\n")
+    card = (export(beside, BLOCK, "hf", tmp_path / "out", verify=False) / "README.md").read_text()
+    assert "license: mit" in card
+    assert "language" not in card
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"model_type": "llama"', "[1]", "5", '{"a":' * 5000 + "1" + "}" * 5000, "\xff"]
+)
+def test_a_damaged_config_is_refused(beside, text, tmp_path):
+    (beside / "config.json").write_bytes(text.encode("latin-1"))
+    assert_refused(beside, "hf", "config.json is damaged", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"hidden_size": "wide"}, "cannot load"),
+    ],
+)
+def test_an_impossible_config_is_refused_at_once(beside, change, said, tmp_path):
+    config = json.loads((beside / "config.json").read_text())
+    (beside / "config.json").write_text(json.dumps(config | change))
+    assert_refused(beside, "hf", said, tmp_path)
+
+
+def test_a_truncated_shard_is_named(shards, tmp_path):
+    folder, _ = shards
+    victim = sorted(folder.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert_refused(folder, "hf", f"{victim.name} is no whole safetensors file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a":' * 5000 + "1" + "}" * 5000]
+)
+def test_a_damaged_index_is_named(shards, text, tmp_path):
+    folder, _ = shards
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert_refused(folder, "hf", "index.json is damaged", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "../other.safetensors", "/etc/hostname", 5])
+def test_weights_that_the_config_names_are_safetensors_in_the_folder(beside, name, tmp_path):
+    config = json.loads((beside / "config.json").read_text()) | {"transformers_weights": name}
+    (beside / "config.json").write_text(json.dumps(config))
+    for target in ("hf", "nemotron-nas"):
+        assert_refused(beside, target, "take transformers_weights out of config.json|hostname|cannot load", tmp_path)
+
+
+def test_weights_of_another_name_are_read_and_recorded(dense, beside, tmp_path):
+    weights = {name: weight + 1 for name, weight in load_file(dense / "model.safetensors").items()}
+    save_file(weights, beside / "other.safetensors", {"format": "pt"})
+    config = json.loads((beside / "config.json").read_text()) | {"transformers_weights": "other.safetensors"}
+    (beside / "config.json").write_text(json.dumps(config))
+    out = export(beside, BLOCK, "hf", tmp_path / "out")
+    assert torch.equal(load_file(out / "model.safetensors")["model.norm.weight"], weights["model.norm.weight"])
+    assert json.loads((out / "notall.json").read_text())["dense"]["weights"] == "other.safetensors"
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_lora_beside_the_model_is_refused(beside, target, tmp_path):
+    (beside / "adapter_config.json").write_text("{}")
+    assert_refused(beside, target, "merge it", tmp_path)
+
+
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
 def test_a_tensor_that_the_index_forgets_is_written_all_the_same(dense, shards, target, tmp_path):
     folder, index = shards
@@ -387,7 +541,7 @@ def test_of_a_quantised_model_each_module_must_have_tensors(dense, tmp_path):
 def test_names_that_transformers_changes_on_loading_are_known(name, tmp_path):
     model = family(name).build()
     model.save_pretrained(tmp_path)
-    tensors, empty = read_tensors(tmp_path), build_empty(model.config)
+    (_, tensors), empty = read_tensors(tmp_path), build_empty(model.config)
     check_tensors(name, empty, tensors)
     for victim in [name for name in tensors if "layers" not in name or "layers.2." in name]:
         with pytest.raises(UsageError, match=r"lacks weights|are not those of"):

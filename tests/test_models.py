@@ -185,6 +185,27 @@ def test_a_damaged_folder_is_refused_in_one_line(folder, damage, says):
     assert says in refused(models.load, folder)
 
 
+def test_a_lora_beside_a_model_is_refused(folder):
+    """transformers merges it in silence where peft is installed, and not where it is not."""
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge it with peft" in refused(models.load, folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../tiny/model.safetensors", 7])
+def test_weights_that_a_config_names_are_safetensors_of_its_folder(folder, name):
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "take transformers_weights out" in refused(models.load, folder)
+
+
+def test_a_config_of_a_million_layers_is_refused_at_once(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**6}
+    (folder / "config.json").write_text(json.dumps(config))
+    for function in (models.load, models.load_config):
+        assert "num_hidden_layers = 1000000" in refused(function, folder)
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -429,9 +450,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "refs" / "main").write_text(commit)
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
-    program = (
-        "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
-    )
+    program = "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     parameters = family("llama").build().num_parameters()

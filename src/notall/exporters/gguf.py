@@ -82,10 +82,8 @@ def export_gguf(
     source = read_gguf(dense)
     fields, tensors = cut(source, plan)
     form = str(fields["general.architecture"].value)
-    width = source.count("embedding_length")
-    origin = Origin(
-        dense.name, f"sha256:{sha256(dense)}", source.depth, f"{source.architecture}-{source.depth}x{width}", Path()
-    )
+    fingerprint = f"{source.architecture}-{source.depth}x{source.count('embedding_length')}"
+    origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)
     manifest = manifest_of(origin, plan, form)
     fields["notall.manifest"] = Field.of(json.dumps(manifest))
     written = folder / f"{dense.stem}-notall.gguf"

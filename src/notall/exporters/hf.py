@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +14,14 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Layer
-from .dense import OTHER_WEIGHTS, DenseModel
+from .companions import companions, copy_companions
+from .dense import DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
-from .manifest import MANIFEST, TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
+from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
 from .tensors import StoredTensor, total_bytes, write_shards
 from .verification import verify
 from .weights import Tensors
-
-NOT_COPIED = ("config.json", "README.md", MANIFEST, "*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
-
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -49,7 +45,7 @@ def export_hf(
 
     Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form.
     """
-    layers = layers_of(dense.anatomy, plan)
+    layers, beside = layers_of(dense.anatomy, plan), companions(dense.folder, code=dense.trusted)
     is_ordinary = all(layer.is_ordinary for layer in layers)
     settings = cut_settings(dense, layers)
     check_twins(dense, build_cut(dense, settings), layers)
@@ -63,7 +59,7 @@ def export_hf(
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tensors = dict(_named(dense, layers))
     write_shards(folder, tensors, shard_bytes, progress)
-    copy_companions(dense, folder)
+    copy_companions(beside, folder)
     verdict: Verdict = TURNED_OFF
     if check:
         loader: Any = AutoModelForCausalLM
@@ -75,18 +71,6 @@ def export_hf(
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
-
-
-def copy_companions(dense: DenseModel, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: whatever lies beside the weights and the config.
-
-    What the export has written itself stays, and Python files go along only where the model's own code is allowed.
-    """
-    not_copied = NOT_COPIED if dense.trusted else (*NOT_COPIED, "*.py")
-    for file in sorted(dense.folder.iterdir()):
-        is_left = file.name.startswith(".") or any(fnmatch.fnmatch(file.name, name) for name in not_copied)
-        if file.is_file() and not is_left and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:

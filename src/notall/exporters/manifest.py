@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
 from ..plan import Plan
 
 MANIFEST = "notall.json"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Origin:
-    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape, its own card."""
+    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape.
+
+    `weights` is the file that its weights were read from, or the index of them; `card` its own model card, if any.
+    """
 
     model: str
     revision: str
     layers: int
     fingerprint: str
-    card: Path
+    weights: str
+    card: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class WeightBytes:
 def describe(
     folder: Path,
     manifest: Mapping[str, Any],
-    dense_card: Path,
+    dense_card: Path | None,
     use: str,
     *,
     verdict: Verdict,
@@ -102,13 +109,10 @@ def verdict_of(manifest: Mapping[str, Any]) -> Verdict:
 
 
 def _card(
-    manifest: Mapping[str, Any], dense_card: Path, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
+    manifest: Mapping[str, Any], dense_card: Path | None, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
 ) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
-    known = ModelCard.load(dense_card).data.to_dict() if dense_card.is_file() else {}
-    kept: dict[str, Any] = {
-        name: known[name] for name in ("license", "license_name", "license_link", "language") if name in known
-    }
+    kept = _terms(dense_card) if dense_card else {}
     dense, plan = manifest["dense"], manifest["plan"]
     data = ModelCardData(tags=["notall", "pruned"], **kept | _base(dense["model"]))
     skipped = [("attention", _numbers(plan["attention"])), ("MLP", _numbers(plan["mlp"]))]
@@ -124,6 +128,22 @@ def _card(
     if measured:
         sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
     return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _terms(dense_card: Path) -> dict[str, Any]:
+    """What the dense model's card says of its licence and language: words, or lists of words."""
+    try:
+        known = metadata_load(dense_card) or {}
+    except Exception:  # whatever YAML makes of it
+        logger.warning("%s of the dense model is damaged: look its licence up, and add it", dense_card.name)
+        return {}
+    kept = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
+    return {name: value for name, value in kept.items() if _is_words(value)}
+
+
+def _is_words(value: Any) -> bool:
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) for word in words)
 
 
 def _base(model: str) -> dict[str, str]:

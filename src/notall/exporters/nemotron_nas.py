@@ -19,8 +19,8 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Row, rows
+from .companions import companions, copy_companions
 from .dense import DenseModel
-from .hf import copy_companions
 from .layout import layers_of, rope_names
 from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .tensors import BITS, CHUNK, MadeTensor, StoredTensor, Tensor, total_bytes, write_shards
@@ -60,12 +60,12 @@ def export_nemotron_nas(
     Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
     """
     _check(dense)
-    kept = list(rows(layers_of(dense.anatomy, plan)))
+    kept, beside = list(rows(layers_of(dense.anatomy, plan))), companions(dense.folder, code=dense.trusted)
     tensors = dict(_named(dense, kept))
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
     write_shards(folder, tensors, shard_bytes, progress)
-    copy_companions(dense, folder)
+    copy_companions(beside, folder)
     use = USE
     if kept[0].attention is None:
         logger.warning(WITHOUT_FIRST_ATTENTION)

@@ -11,35 +11,38 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, shortened
+from ..models.folders import INDEX, SINGLE, own_file
 from ..models.load_errors import check_weights, quiet
 from .tensors import StoredTensor, read_header
 
 Tensors = dict[str, StoredTensor]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
+    """The file that transformers begins with, and every tensor that it reads.
 
-def read_tensors(folder: Path) -> Tensors:
-    """Every tensor that transformers reads: of the one file where there is one, else of all shards that are indexed.
-
+    That file is the one that the config has `named`, else the one file where there is one, else the index of shards.
     The index tells the shards alone; what they hold is in their own headers.
     """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
-        raise UsageError(f"{folder.name} has neither {SINGLE} nor an index of shards; save it again")
-    where = _index(folder / INDEX)
+    names = (named,) if named else (SINGLE, INDEX)
+    file = next((path for name in names if (path := own_file(folder, name))), None)
+    if file is None:
+        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+    if file.suffix == ".safetensors":
+        return file.name, read_header(file)
+    where = _index(file)
     tensors: Tensors = {}
-    for file in sorted(set(where.values())):
-        if not (folder / file).is_file():
-            raise UsageError(f"{folder.name} lacks {shortened(file)}; download it again")
-        found = read_header(folder / file)
+    for name in sorted(set(where.values())):
+        shard = own_file(folder, name)
+        if shard is None:
+            raise UsageError(f"{folder.name} lacks {shortened(name)}; download it again")
+        found = read_header(shard)
         if twice := found.keys() & tensors.keys():
             raise UsageError(f"{folder.name}: two shards hold {shortened(min(twice))}; download it again")
         tensors |= found
     if lost := where.keys() - tensors.keys():
         raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
-    return tensors
+    return file.name, tensors
 
 
 def _index(path: Path) -> dict[str, str]:
