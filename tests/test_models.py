@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -183,6 +184,38 @@ def reshape(folder):
 def test_a_damaged_folder_is_refused_in_one_line(folder, damage, says):
     damage(folder)
     assert says in refused(models.load, folder)
+
+
+def test_a_missing_shard_is_named_and_is_no_pickle(folder):
+    family("llama").build().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    victim = sorted(folder.glob("*.safetensors"))[1]
+    victim.unlink()
+    said = refused(models.load, folder)
+    assert victim.name in said
+    assert "a file is missing; fetch or save the model again" in said
+    assert "pickle" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (MemoryError(), "free some memory"),
+        (MemoryError("Cannot allocate memory (os error 12)"), "free some memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "free some memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "free some memory"),
+        (OSError(28, "No space left on device"), "free some disk space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some disk space"),
+    ],
+)
+def test_too_little_room_is_not_the_files_fault(folder, error, fix, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    said = refused(models.load, folder)
+    assert fix in said
+    assert "check its files" not in said
 
 
 def test_a_lora_beside_a_model_is_refused(folder):
