@@ -1,13 +1,18 @@
 """`notall export`, as one types it."""
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import family
 from notall import Plan, cli
-from notall.exporters import verification
+from notall.exporters import mlx
+from tiny_checkpoint import save_tiny_checkpoint
 
 
 @pytest.fixture
@@ -35,6 +40,54 @@ def test_a_folder_is_written_and_listed(run):
     assert AutoModelForCausalLM.from_pretrained("written").config.num_hidden_layers == 3
 
 
+def test_each_export_says_at_the_terminal_by_what_it_was_checked(run):
+    code, out, _ = run("--to", "hf", "--out", "checked")
+    assert code == 0
+    assert re.search(
+        r"^Check:   transformers \S+ answers as the skipped model does, within \d\.\de[-+]\d\d of", out, re.M
+    )
+    assert re.search(r"^Weights: [\d.]+ KiB, 79% of the dense model's [\d.]+ KiB$", out, re.M)
+    assert re.search(r"^Next:    notall generate checked '.*'$", out, re.M)
+    verified = json.loads(Path("checked/notall.json").read_text())["verified"]
+    assert verified["by"].startswith("transformers ")
+    assert verified["difference"] <= verified["most"]
+
+
+@pytest.mark.parametrize("plan", [Plan([1], [1]), Plan([2])], ids=["ordinary", "regrouped"])
+def test_the_next_command_runs_the_export(run, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.rmtree("dense")
+    save_tiny_checkpoint(Path("dense"))
+    _, out, _ = run("--to", "hf", "--out", "written", "--no-verify", plan=plan)
+    command = re.search(r"^Next: +(.*)$", out, re.M)[1]
+    monkeypatch.setattr("sys.argv", [*shlex.split(command), "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+
+
+def test_as_json_the_check_is_said_beside_the_list(run):
+    code, out, err = run("--to", "hf", "--out", "written", "--json")
+    assert code == 0
+    assert json.loads(out)
+    assert "Check:   transformers" in err
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_an_export_that_was_not_checked_says_why(run, target, monkeypatch):
+    monkeypatch.setattr(mlx, "is_installed", lambda: False)
+    reason = "MLX-LM is not installed (pip install mlx-lm)"
+    for options, not_run in (((), reason), (("--no-verify",), "it was turned off (--no-verify)")):
+        if target == "hf" and not options:
+            continue  # transformers is always here
+        code, out, _ = run("--to", target, "--out", "written", *options)
+        assert code == 0
+        assert f"Check:   not compared with the skipped model: {not_run}\n" in out
+        assert json.loads(Path("written/notall.json").read_text())["verified"] == {"not_run": not_run}
+        assert f"not compared with the skipped model: {not_run}" in Path("written/README.md").read_text()
+        shutil.rmtree("written")
+
+
 def test_nemotron_nas_is_a_target(run):
     assert run("--to", "nemotron-nas", "--out", "written", plan=Plan([2]))[0] == 0
 
@@ -56,5 +109,7 @@ def test_bad_input_is_one_line_and_exit_2(run, arguments, plan, said, tmp_path):
 
 
 def test_no_verify_runs_nothing(run, monkeypatch):
-    monkeypatch.setattr(verification, "verify", lambda *args: pytest.fail("the model was run"))
+    monkeypatch.setattr("notall.exporters.hf.verify", lambda *_: pytest.fail("the model was run"))
     assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 0
+    with pytest.raises(pytest.fail.Exception):  # which would be seen
+        run("--to", "hf", "--out", "other")

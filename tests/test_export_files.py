@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import family
 from notall import Plan, UsageError, export, locate, skip
 from notall.exporters import verification
 from notall.exporters.tensors import read_header, write_shards
+from notall.exporters.weights import check_tensors, read_tensors
+from notall.models.loading import build_empty
 
 BLOCK = Plan([1], [1])
 MIXED = Plan([0, 3], [1])
@@ -39,6 +45,7 @@ def dense(tmp_path_factory):
 
 def assert_one_line(refusal):
     assert "\n" not in str(refusal)
+    assert len(str(getattr(refusal, "value", refusal))) < 300
 
 
 def nothing_left(folder):
@@ -53,6 +60,55 @@ def test_companions_go_along_and_other_weights_do_not(dense, plan, tmp_path):
     assert not (out / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert out.stat().st_mode & 0o777 == tmp_path.joinpath("out", "config.json").stat().st_mode & 0o666 | 0o111
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("target", "name"), [("hf", "modeling_notall_llama.py"), ("nemotron-nas", "configuration_decilm.py")]
+)
+def test_code_beside_the_model_never_takes_the_place_of_ours(dense, target, name, trusted, tmp_path):
+    ours = (export(dense, MIXED, target, tmp_path / "ours") / name).read_text()
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    out = export(tmp_path / "dense", MIXED, target, tmp_path / "out", trust_remote_code=trusted)
+    assert not (tmp_path / "ran").exists()
+    assert (out / name).read_text() == ours
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_python_goes_along_only_where_it_is_allowed(dense, target, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "tokenization_own.py").write_text("")
+    for trusted in (False, True):
+        out = export(tmp_path / "dense", BLOCK, target, tmp_path / f"{trusted}", trust_remote_code=trusted)
+        assert (out / "tokenization_own.py").exists() == trusted
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_of_its_own_code_is_exported_where_that_is_allowed(dense, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (source / "modeling_own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((source / "config.json").read_text()) | {"auto_map": auto_map}
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "own_llama"}))
+    with pytest.raises(UsageError, match="allow it with trust_remote_code"):
+        export(source, BLOCK, "hf", tmp_path / "out")
+    out = export(source, BLOCK, "hf", tmp_path / "out", trust_remote_code=True)
+    assert json.loads((out / "config.json").read_text())["auto_map"] == auto_map
+    (source / "config.json").write_text(json.dumps(config))  # transformers has a class for it: its own code isn't read
+    plain = export(source, BLOCK, "hf", tmp_path / "plain")
+    assert "auto_map" not in json.loads((plain / "config.json").read_text())
 
 
 def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path):
@@ -199,8 +255,8 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
 def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch):
     load = verification._load
 
-    def bent(loader, folder):
-        model = load(loader, folder)
+    def bent(loader, folder, trusted):
+        model = load(loader, folder, trusted)
         if folder != dense:
             model.model.norm.weight.data += 1e-3
         return model
@@ -239,6 +295,257 @@ def test_a_missing_shard_is_named(tmp_path):
     with pytest.raises(UsageError, match=victim.name):
         export(tmp_path / "dense", BLOCK, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def shards(dense, tmp_path):
+    """A copy of the dense model in shards, and the index of them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    shutil.copyfile(dense / "config.json", folder / "config.json")
+    write_shards(folder, read_header(dense / "model.safetensors"), shard_bytes=20_000)
+    return folder, json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def assert_refused(folder, target, match, tmp_path):
+    with pytest.raises(UsageError, match=match) as refusal:
+        export(folder, BLOCK, target, tmp_path / "out", verify=False)
+    assert_one_line(refusal)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_same_weights(found, expected):
+    found, expected = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def beside(dense, tmp_path):
+    """A copy of the dense model, to lay things beside."""
+    return Path(shutil.copytree(dense, tmp_path / "beside"))
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_what_is_not_on_the_list_stays_where_it_is(beside, target, tmp_path):
+    secrets = ("secrets.json", "train.log", "optimizer.safetensors", ".env", "id_rsa", "notes.md")
+    for name in secrets:
+        (beside / name).write_text("mine")
+    out = export(beside, BLOCK, target, tmp_path / "out", verify=False)
+    assert not {path.name for path in out.iterdir()} & set(secrets)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (out / name).is_file()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "README.md", "config.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(beside, name, tmp_path):
+    (beside / name).rename(tmp_path / "elsewhere")
+    (beside / name).symlink_to(tmp_path / "elsewhere")
+    for target in ("hf", "nemotron-nas"):
+        assert_refused(beside, target, f"{name} of beside is a link out", tmp_path)
+
+
+def test_links_within_the_folder_and_to_the_blobs_of_a_hub_cache_are_followed(dense, beside, tmp_path):
+    (beside / "LICENSE").rename(beside / "terms.txt")
+    (beside / "LICENSE").symlink_to("terms.txt")
+    assert (export(beside, BLOCK, "hf", tmp_path / "a", verify=False) / "LICENSE").read_text() == "yours"
+    repository = tmp_path / "models--me--tiny"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    snapshot = Path(shutil.copytree(dense, repository / "snapshots" / "0123"))
+    for file in snapshot.iterdir():
+        file.rename(repository / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    found = export(snapshot, BLOCK, "hf", tmp_path / "b", verify=False)
+    assert (found / "LICENSE").read_text() == "yours"
+    assert_same_weights(found, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "..", ""])
+def test_an_index_that_leads_out_of_the_folder_is_refused(shards, name, tmp_path):
+    folder, index = shards
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(folder, "hf", "is not in it|lacks", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "model.safetensors", "README.md", "config.json", "a.safetensors"])
+def test_a_fifo_does_not_hang(beside, name, tmp_path):
+    (beside / name).unlink(missing_ok=True)
+    os.mkfifo(beside / name)
+    try:
+        out = export(beside, BLOCK, "hf", tmp_path / "out", verify=False)
+    except UsageError as refusal:
+        assert_one_line(refusal)
+    else:
+        assert name in ("LICENSE", "README.md", "a.safetensors")
+        assert not (out / "LICENSE").exists() or name != "LICENSE"
+
+
+CARDS = {
+    "broken": b"---\nlicense: [mit\n---\n",
+    "a list": b"---\n- license\n- mit\n---\n",
+    "bad UTF-8": b"---\nlicense: mit\n---\n\xff\xfe",
+    "deep": b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
+    "no mapping": b"---\n5\n---\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_a_damaged_card_costs_the_licence_and_is_said(beside, card, tmp_path, caplog):
+    (beside / "README.md").write_bytes(card)
+    out = export(beside, BLOCK, "hf", tmp_path / "out", verify=False)
+    assert "license" not in (out / "README.md").read_text().lower()
+    assert "look its licence up" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "more", ["model-index: 5", "model-index:\n- name: 3\n  results: 4", "language: {a: 1}", "tags: 7"]
+)
+def test_odd_fields_of_a_card_pass(beside, more, tmp_path):
+    (beside / "README.md").write_text(f"---\nlicense: mit\n{more}\n---\n")
+    card = (export(beside, BLOCK, "hf", tmp_path / "out", verify=False) / "README.md").read_text()
+    assert "license: mit" in card
+    assert "language" not in card
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"model_type": "llama"', "[1]", "5", '{"a":' * 5000 + "1" + "}" * 5000, "\xff"]
+)
+def test_a_damaged_config_is_refused(beside, text, tmp_path):
+    (beside / "config.json").write_bytes(text.encode("latin-1"))
+    assert_refused(beside, "hf", "config.json is damaged", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+        ({"hidden_size": "wide"}, "cannot load"),
+    ],
+)
+def test_an_impossible_config_is_refused_at_once(beside, change, said, tmp_path):
+    config = json.loads((beside / "config.json").read_text())
+    (beside / "config.json").write_text(json.dumps(config | change))
+    assert_refused(beside, "hf", said, tmp_path)
+
+
+def test_a_truncated_shard_is_named(shards, tmp_path):
+    folder, _ = shards
+    victim = sorted(folder.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert_refused(folder, "hf", f"{victim.name} is no whole safetensors file", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a":' * 5000 + "1" + "}" * 5000]
+)
+def test_a_damaged_index_is_named(shards, text, tmp_path):
+    folder, _ = shards
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert_refused(folder, "hf", "index.json is damaged", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "../other.safetensors", "/etc/hostname", 5])
+def test_weights_that_the_config_names_are_safetensors_in_the_folder(beside, name, tmp_path):
+    config = json.loads((beside / "config.json").read_text()) | {"transformers_weights": name}
+    (beside / "config.json").write_text(json.dumps(config))
+    for target in ("hf", "nemotron-nas"):
+        assert_refused(beside, target, "take transformers_weights out of config.json|hostname|cannot load", tmp_path)
+
+
+def test_weights_of_another_name_are_read_and_recorded(dense, beside, tmp_path):
+    weights = {name: weight + 1 for name, weight in load_file(dense / "model.safetensors").items()}
+    save_file(weights, beside / "other.safetensors", {"format": "pt"})
+    config = json.loads((beside / "config.json").read_text()) | {"transformers_weights": "other.safetensors"}
+    (beside / "config.json").write_text(json.dumps(config))
+    out = export(beside, BLOCK, "hf", tmp_path / "out")
+    assert torch.equal(load_file(out / "model.safetensors")["model.norm.weight"], weights["model.norm.weight"])
+    assert json.loads((out / "notall.json").read_text())["dense"]["weights"] == "other.safetensors"
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_lora_beside_the_model_is_refused(beside, target, tmp_path):
+    (beside / "adapter_config.json").write_text("{}")
+    assert_refused(beside, target, "merge it", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_tensor_that_the_index_forgets_is_written_all_the_same(dense, shards, target, tmp_path):
+    folder, index = shards
+    del index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = export(folder, BLOCK, target, tmp_path / "found", verify=False)
+    assert_same_weights(found, export(dense, BLOCK, target, tmp_path / "expected", verify=False))
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_of_two_sources_of_weights_the_one_that_load_reads_is_written(dense, shards, target, tmp_path):
+    folder, _ = shards
+    weights = load_file(dense / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # as `notall.load` does
+    found = load_file(export(folder, Plan([3], [3]), target, tmp_path / "out", verify=False) / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert torch.equal(found[name], loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_renamed_or_absent_tensor_is_refused(dense, target, name, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    for other in (None, name.replace("weight", "weighs"), name.replace("2", "7")):
+        weights = load_file(dense / "model.safetensors")
+        weight = weights.pop(name)
+        if other and other != name:
+            weights[other] = weight
+        save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+        assert_refused(tmp_path / "dense", target, f"lacks weights .*{name}", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_a_tensor_of_another_shape_is_refused(dense, target, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    weights = load_file(dense / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(40, 32)
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    assert_refused(tmp_path / "dense", target, "not those of llama", tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(shards, tmp_path):
+    folder, _ = shards
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    both = load_file(first) | load_file(second)
+    save_file(both, second, {"format": "pt"})
+    assert_refused(folder, "hf", "two shards hold", tmp_path)
+
+
+def test_of_a_quantised_model_each_module_must_have_tensors(dense, tmp_path):
+    """Its tensors have names of their own, which only its quantiser knows."""
+    config = AutoConfig.from_pretrained(dense)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    tensors = {}
+    for name, tensor in read_header(dense / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        packed = {f"{module}.qweight": tensor, f"{module}.scales": tensor}
+        tensors |= packed if module.endswith("_proj") else {name: tensor}
+    model = build_empty(config)
+    check_tensors("tiny", model, tensors)
+    del tensors["model.layers.3.mlp.up_proj.scales"], tensors["model.layers.3.mlp.up_proj.qweight"]
+    with pytest.raises(UsageError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
+        check_tensors("tiny", model, tensors)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt2"])
+def test_names_that_transformers_changes_on_loading_are_known(name, tmp_path):
+    model = family(name).build()
+    model.save_pretrained(tmp_path)
+    (_, tensors), empty = read_tensors(tmp_path), build_empty(model.config)
+    check_tensors(name, empty, tensors)
+    for victim in [name for name in tensors if "layers" not in name or "layers.2." in name]:
+        with pytest.raises(UsageError, match=r"lacks weights|are not those of"):
+            check_tensors(name, empty, {key: tensor for key, tensor in tensors.items() if key != victim})
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

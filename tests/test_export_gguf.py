@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import engines
 from families import family
 from notall import Plan, UsageError, export, load, skip
+from notall.errors import UnknownArchitecture
 from notall.exporters import llamacpp
 from notall.exporters.gguf import cut
 from notall.exporters.gguf_file import GGUF, Field, Tensor, read_gguf, write_gguf
@@ -73,6 +74,75 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
     engines.works("llama.cpp", "xllamacpp", "gguf", model.config.model_type, kind)
 
 
+def answering(monkeypatch, logprobs):
+    """Let `logprobs`, of tokens from 0, stand for what llama.cpp answers."""
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: True)
+    monkeypatch.setattr(llamacpp, "release", lambda: "of this test")
+    monkeypatch.setattr(llamacpp, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
+
+
+@pytest.mark.parametrize(("logprobs", "most"), [([-50.0] * 10, 0.5), ([-1.0] + [float("nan")] * 9, 99)])
+def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, most, monkeypatch, tmp_path):
+    answering(monkeypatch, logprobs)
+    monkeypatch.setattr("notall.exporters.gguf.TOLERANCE", most)
+    with pytest.raises(UsageError, match="answers differently from the skipped model"):
+        export(llama, PLANS["portable"], "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, tmp_path):
+    """Any other failure to read the dense file, such as too little memory, is the user's to know."""
+    answering(monkeypatch, [-1.0] * 10)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("notall.models.loading.load", fail)
+    error = UsageError("cannot load llama.gguf: not enough memory")
+    with pytest.raises(UsageError, match="not enough memory"):
+        export(llama, PLANS["portable"], "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    error = UnknownArchitecture("transformers has no mumble")
+    assert verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "out")) == {"not_run": str(error)}
+
+
+def verdict(out):
+    return json.loads((out / "notall.json").read_text())["verified"]
+
+
+def test_an_export_says_by_what_it_was_checked_or_why_it_was_not(llama, monkeypatch, tmp_path):
+    if llamacpp.is_installed():
+        found = verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "checked"))
+        assert found["by"] == f"llama.cpp (xllamacpp {llamacpp.release()})"
+        assert found["difference"] < found["most"]
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    assert "not installed" in verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "out"))["not_run"]
+
+
+def test_what_transformers_cannot_read_at_all_has_a_word_of_its_own(llama, tmp_path):
+    """The real words of transformers and of llama.cpp, not ours."""
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(llama.read_bytes().replace(b"llama", b"plamo"))
+    with pytest.raises(UnknownArchitecture):
+        load(path)
+    path.write_bytes(llama.read_bytes()[:-1])
+    with pytest.raises(UsageError) as refusal:
+        load(path)
+    assert not isinstance(refusal.value, UnknownArchitecture)
+
+
+@needs_llamacpp
+def test_what_llamacpp_says_is_told(llama, tmp_path):
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(llama.read_bytes().replace(b"llama", b"mlama"))
+    with pytest.raises(UnknownArchitecture, match=r"foreign.gguf: unknown model architecture: 'mlama'"):
+        llamacpp.next_token_logprobs(path, [1, 2])
+    path.write_bytes(llama.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"is not within the file bounds, model is corrupted") as refusal:
+        llamacpp.next_token_logprobs(path, [1, 2])
+    assert not isinstance(refusal.value, UnknownArchitecture)
+
+
 @needs_llamacpp
 def test_the_default_model_answers_within_its_quantisation(default_model, tmp_path):
     model, tokenizer = default_model
@@ -119,7 +189,9 @@ def test_deci_layers_say_what_they_lack(llama):
 def test_the_manifest_is_in_the_file_too(llama, tmp_path):
     out = export(llama, PLANS["mixed"], "gguf", tmp_path / "out")
     inside = json.loads(read_gguf(next(out.glob("*.gguf"))).fields["notall.manifest"].value)
-    assert inside == json.loads((out / "notall.json").read_text())
+    outside = json.loads((out / "notall.json").read_text())
+    assert outside.items() > inside.items()
+    assert outside.keys() - inside.keys() == {"verified", "weight_bytes"}
     assert inside["plan"] == {"attention": [0, 3], "mlp": [1], "note": None}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -183,6 +184,59 @@ def reshape(folder):
 def test_a_damaged_folder_is_refused_in_one_line(folder, damage, says):
     damage(folder)
     assert says in refused(models.load, folder)
+
+
+def test_a_missing_shard_is_named_and_is_no_pickle(folder):
+    family("llama").build().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    victim = sorted(folder.glob("*.safetensors"))[1]
+    victim.unlink()
+    said = refused(models.load, folder)
+    assert victim.name in said
+    assert "a file is missing; fetch or save the model again" in said
+    assert "pickle" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (MemoryError(), "free some memory"),
+        (MemoryError("Cannot allocate memory (os error 12)"), "free some memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "free some memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "free some memory"),
+        (OSError(28, "No space left on device"), "free some disk space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some disk space"),
+    ],
+)
+def test_too_little_room_is_not_the_files_fault(folder, error, fix, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    said = refused(models.load, folder)
+    assert fix in said
+    assert "check its files" not in said
+
+
+def test_a_lora_beside_a_model_is_refused(folder):
+    """transformers merges it in silence where peft is installed, and not where it is not."""
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge it with peft" in refused(models.load, folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../tiny/model.safetensors", 7])
+def test_weights_that_a_config_names_are_safetensors_of_its_folder(folder, name):
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "take transformers_weights out" in refused(models.load, folder)
+
+
+def test_a_config_of_a_million_layers_is_refused_at_once(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**6}
+    (folder / "config.json").write_text(json.dumps(config))
+    for function in (models.load, models.load_config):
+        assert "num_hidden_layers = 1000000" in refused(function, folder)
 
 
 @pytest.mark.parametrize(

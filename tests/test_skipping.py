@@ -125,6 +125,23 @@ def test_what_cannot_be_saved_as_this_architecture_is_not_saved(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("plan", [PLAN, Plan(attention=[2], mlp=[1])], ids=["any", "portable"])
+def test_a_skipped_model_is_not_saved_under_names_that_a_load_does_not_know(model, plan, tmp_path):
+    with skip(model, plan), pytest.raises(UsageError, match=r"notall\.export"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)  # outside, it is its own again
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path, attn_implementation="eager")), logits(model))
+
+
+def test_a_model_without_whole_blocks_is_saved_as_it_runs(tmp_path):
+    model, plan = family("llama").build(), Plan([1], [1])
+    with skip(model, plan):
+        skipped = logits(model)
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path, attn_implementation="eager")), skipped)
+
+
 def test_a_portable_plan_leaves_an_ordinary_model(tmp_path):
     model = family("llama").build()
     plan = Plan(attention=[2], mlp=[1, 3])  # A0 M0 A1 . . M2 A3 . : the last attention loses its MLP: not portable

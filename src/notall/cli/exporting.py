@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..reporting.console import progress_bar, show
+from ..reporting.console import in_bytes, progress_bar, show
 from .app import TAKE, app
 from .columns import FILE_COLUMNS
 from .inputs import load_model, read_plan, text_batches
@@ -61,6 +63,30 @@ def export(
         )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
     show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
+    for line in _conclusion(out, to):
+        typer.echo(line, err=as_json)
+
+
+def _conclusion(out: Path, to: Target) -> Iterator[str]:
+    """What one wants to know of an export: was it checked, how small is it, how is it run."""
+    from ..exporters.manifest import read_manifest, verdict_of
+
+    manifest = read_manifest(out)
+    dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
+    yield f"Check:   {verdict_of(manifest)}"
+    yield f"Weights: {in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
+    yield f"Next:    {_next(out, to, manifest['model_type'])}"
+
+
+def _next(out: Path, to: Target, form: str) -> str:
+    """A command to run the export with."""
+    if to is Target.gguf:
+        return f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
+    folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
+    if to is Target.nemotron_nas:
+        return f"mlx_lm.generate --model {folder} --prompt {prompt}"
+    trust = " --trust-remote-code" if form.startswith("notall_") else ""
+    return f"notall generate {folder} {prompt}{trust}"
 
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
-from ..models.loading import build_empty, identify, model_source
+from ..models.loading import build_empty, identify, load_config, model_source
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model, locate
 from .manifest import Origin
-from .tensors import StoredTensor, read_header
+from .weights import Tensors, check_tensors, read_tensors
 
-# Other forms of the same weights, which a download need not fetch and an export does not copy.
+# Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
-
-Tensors = dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class DenseModel:
     anatomy: Anatomy
     tensors: Tensors
     origin: Origin
+    trusted: bool  # whether the model's own code may be run
 
     @cached_property
     def prefix(self) -> str:
@@ -149,34 +149,38 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
 
 
 def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> DenseModel:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with explained(identity["model"]), quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    name = identity["model"]
+    settings = _settings(folder)
+    refuse_adapter(name, (folder / ADAPTER).exists())
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     if config.get_text_config(decoder=True) is not config:
         raise UsageError(
-            f"{identity['model']} is a model of more than text ({config.model_type}); notall exports text models "
-            "only, and skips in memory here"
+            f"{name} is a model of more than text ({config.model_type}); notall exports text models only, and skips "
+            "in memory here"
         )
+    weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)
     anatomy = locate(model)
-    origin = Origin(**identity, layers=len(anatomy.blocks), fingerprint=anatomy.fingerprint, card=folder / "README.md")
-    return DenseModel(folder, settings, config, model, anatomy, _tensors(folder), origin)
+    check_tensors(name, model, tensors)
+    origin = Origin(
+        **identity,
+        layers=len(anatomy.blocks),
+        fingerprint=anatomy.fingerprint,
+        weights=weights,
+        card=own_file(folder, "README.md"),
+    )
+    return DenseModel(folder, settings, config, model, anatomy, tensors, origin, trust_remote_code)
 
 
-def _tensors(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint: of the files that its index names, or of its one file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            raise UsageError(f"{folder.name} has neither model.safetensors nor an index of shards; save it again")
-        return read_header(single)
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json as it is written."""
+    path = own_file(folder, "config.json")
+    if path is None:
+        raise UsageError(f"{folder.name} has no config.json; download or save it again")
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: read_header(folder / file) for file in sorted(set(where.values()))}
-        return {name: files[file][name] for name, file in where.items()}
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder.name} lacks {Path(error.filename).name}; download it again") from None
-    except KeyError as error:
-        raise UsageError(f"{folder.name}: no shard holds {error}; download it again") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{folder.name}: {index.name} is damaged; download it again") from None
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{folder.name}: config.json is damaged; download it again")
+    return settings

@@ -16,14 +16,23 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
 
-from ..errors import UsageError
+from ..errors import UnknownArchitecture, UsageError
 from ..models.cache import sha256
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Layer, merged, regroup, rows
 from . import llamacpp
-from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, write_gguf
-from .manifest import Origin, describe
+from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf
+from .manifest import (
+    TURNED_OFF,
+    NotVerified,
+    Origin,
+    Verdict,
+    Verified,
+    WeightBytes,
+    describe,
+    manifest_of,
+)
 
 # Their blocks hold one attention and one MLP each, or recurrent halves that take an attention's place: not ours to cut.
 ORDINARY = {
@@ -73,19 +82,19 @@ def export_gguf(
     source = read_gguf(dense)
     fields, tensors = cut(source, plan)
     form = str(fields["general.architecture"].value)
-    width = source.count("embedding_length")
-    origin = Origin(
-        dense.name, f"sha256:{sha256(dense)}", source.depth, f"{source.architecture}-{source.depth}x{width}", Path()
-    )
-    manifest = describe(folder, origin, plan, form, USE, measured)
+    fingerprint = f"{source.architecture}-{source.depth}x{source.count('embedding_length')}"
+    origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)
+    manifest = manifest_of(origin, plan, form)
     fields["notall.manifest"] = Field.of(json.dumps(manifest))
     written = folder / f"{dense.stem}-notall.gguf"
     write_gguf(written, source, fields, tensors, progress)
+    verdict: Verdict = TURNED_OFF
     if check:
         progress(0, 1, "comparing with the skipped model")
         _check_copy(read_gguf(written), fields, tensors)
-        if llamacpp.is_installed():
-            _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))
+        verdict = _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))
+    weights = WeightBytes(total_bytes(source.tensors), total_bytes(tensors))
+    describe(folder, manifest, origin.card, USE, verdict=verdict, weights=weights, measured=measured)
 
 
 def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> None:
@@ -94,27 +103,30 @@ def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, 
         raise UsageError(f"{found.path.name} does not hold what was written to it; check the disk, and export again")
 
 
-def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> None:
+def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> Verdict:
     """Compare llama.cpp's most likely next tokens with those of the dense model that skips the plan in transformers."""
+    if not llamacpp.is_installed():
+        return NotVerified("llama.cpp is not installed (pip install 'notall[export]')")
     import torch
 
     from ..models.loading import load
     from ..running.skipping import skip
 
     tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
-    found = llamacpp.next_token_logprobs(written, tokens.tolist())
     try:
+        found = llamacpp.next_token_logprobs(written, tokens.tolist())
         model, _ = load(dense, dtype="float32", device="cpu")
-    except UsageError:
-        return  # transformers does not read this architecture; llama.cpp ran it
+    except UnknownArchitecture as reason:
+        return NotVerified(str(reason))
     with skip(model, plan), torch.inference_mode():
         expected = model(tokens[None]).logits[0, -1].log_softmax(-1)
-    error = max(abs(value - float(expected[token])) for token, value in found.items())
+    error = float((torch.tensor(list(found.values())) - expected[list(found)]).abs().max())
     if not error <= TOLERANCE:
         raise UsageError(
             f"llama.cpp answers differently from the skipped model, by {error:.2f} nats (at most {TOLERANCE} was "
             "expected), so nothing was written; please report the model and the plan"
         )
+    return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats")
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, Tensor]]:

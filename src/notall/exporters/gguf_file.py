@@ -82,6 +82,10 @@ class GGUF:
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(BLOCK)}
 
 
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.size for tensor in tensors.values())
+
+
 def read_gguf(path: Path) -> GGUF:
     """Map a GGUF file into memory. Raises `UsageError` when it is truncated or damaged, or one part of several."""
     try:

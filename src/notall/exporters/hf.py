@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,15 +14,14 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Layer
-from .dense import OTHER_WEIGHTS, DenseModel, Tensors
+from .companions import companions, copy_companions
+from .dense import DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
-from .manifest import MANIFEST, describe
+from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import StoredTensor, write_shards
+from .tensors import StoredTensor, total_bytes, write_shards
 from .verification import verify
-
-NOT_COPIED = ("config.json", "README.md", MANIFEST, "*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
-
+from .weights import Tensors
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -48,7 +45,7 @@ def export_hf(
 
     Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form.
     """
-    layers = layers_of(dense.anatomy, plan)
+    layers, beside = layers_of(dense.anatomy, plan), companions(dense.folder, code=dense.trusted)
     is_ordinary = all(layer.is_ordinary for layer in layers)
     settings = cut_settings(dense, layers)
     check_twins(dense, build_cut(dense, settings), layers)
@@ -57,25 +54,23 @@ def export_hf(
         _check_regrouped(dense, plan)
         settings |= _regrouped_settings(base, layers)
         write_modeling(folder, base)
+    elif not dense.trusted:
+        settings.pop("auto_map", None)  # the code that it names does not go along
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, dict(_named(dense, layers)), shard_bytes, progress)
-    copy_companions(dense.folder, folder)
-    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
-    describe(folder, dense.origin, plan, settings["model_type"], use, measured)
+    tensors = dict(_named(dense, layers))
+    write_shards(folder, tensors, shard_bytes, progress)
+    copy_companions(beside, folder)
+    verdict: Verdict = TURNED_OFF
     if check:
         loader: Any = AutoModelForCausalLM
         if not is_ordinary:
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
         progress(0, 1, "comparing with the skipped model")
-        verify(dense, plan, folder, loader)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: whatever lies beside the weights and the config."""
-    for file in sorted(source.iterdir()):
-        hidden = file.name.startswith(".")
-        if file.is_file() and not hidden and not any(fnmatch.fnmatch(file.name, name) for name in NOT_COPIED):
-            shutil.copyfile(file, folder / file.name)
+        verdict = verify(dense, plan, folder, loader)
+    manifest = manifest_of(dense.origin, plan, settings["model_type"])
+    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
+    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
+    describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:

@@ -34,6 +34,7 @@ def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:
     """config.json of a model of `layers`: the dense one, with its per-layer settings cut by the source of each."""
     settings, config = copy.deepcopy(dense.settings), dense.config
+    settings.pop("transformers_weights", None)  # the weights of an export have the usual names
     attentions = [layer.attention for layer in layers]
     mlps = [_kind_of_mlp(layer) for layer in layers]
     for name in LISTS:
@@ -85,7 +86,9 @@ def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
 def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
     """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
     try:
-        return build_empty(type(dense.config).from_dict(dict(settings)))
+        config = type(dense.config).from_dict(dict(settings))
+        config.name_or_path = dense.config.name_or_path  # where code of the model's own is found
+        return build_empty(config)
     except (ValueError, UsageError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise UsageError(

@@ -7,28 +7,39 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UnknownArchitecture, UsageError, shortened
 
 LIKELIEST = 10  # tokens compared
+LOADING = "error loading model: "  # what llama.cpp says before its reason
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
+def release() -> str:
+    return version("xllamacpp")
+
+
 def next_token_logprobs(path: Path, tokens: Sequence[int]) -> dict[int, float]:
     """The most likely tokens after `tokens`, with their log-probabilities in nats, as llama.cpp computes them.
 
-    Raises `UsageError` when llama.cpp cannot load or run the file.
+    Raises `UnknownArchitecture` when llama.cpp has no such architecture, `UsageError` when it cannot run the file.
     """
     command = [sys.executable, "-c", _PROGRAM, str(path), json.dumps(list(tokens)), str(LIKELIEST)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        said = [line for line in run.stderr.splitlines() if line.strip()]
-        raise UsageError(f"llama.cpp cannot run {path.name}: {said[-1] if said else f'it ended with {run.returncode}'}")
-    return {int(token): float(value) for token, value in json.loads(run.stdout.splitlines()[-1]).items()}
+        said = [line for line in run.stderr.splitlines() if line.strip()] or [f"it ended with {run.returncode}"]
+        reason = next((line.partition(LOADING)[2] for line in said if LOADING in line), said[-1])
+        kind = UnknownArchitecture if "unknown model architecture" in reason else UsageError
+        raise kind(f"llama.cpp cannot run {path.name}: {shortened(reason, 160)}")
+    found = {int(token): float(value) for token, value in json.loads(run.stdout.splitlines()[-1]).items()}
+    if len(found) < LIKELIEST:
+        raise UsageError(f"llama.cpp gives {len(found)} tokens for {path.name}, expected {LIKELIEST}")
+    return found
 
 
 _PROGRAM = """
@@ -40,7 +51,7 @@ settings = llama.CommonParams()
 settings.model.path = path
 settings.n_ctx = settings.n_batch = 256
 settings.n_parallel = 1
-settings.verbosity = 0
+settings.verbosity = 1  # errors
 settings.warmup = False
 settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
 server = llama.Server(settings)

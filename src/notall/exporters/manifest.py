@@ -3,42 +3,91 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
 from ..plan import Plan
 
 MANIFEST = "notall.json"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Origin:
-    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape, its own card."""
+    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape.
+
+    `weights` is the file that its weights were read from, or the index of them; `card` its own model card, if any.
+    """
 
     model: str
     revision: str
     layers: int
     fingerprint: str
-    card: Path
+    weights: str
+    card: Path | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """An engine ran what was written, and answered as the dense model that skips the plan."""
+
+    by: str  # the engine and its release
+    difference: float  # the largest, in `unit`
+    most: float  # that is let pass
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.by} answers as the skipped model does, within {self.difference:.1e} {self.unit}"
+
+
+@dataclass(frozen=True)
+class NotVerified:
+    """What was written was not run."""
+
+    not_run: str  # because
+
+    def __str__(self) -> str:
+        return f"not compared with the skipped model: {self.not_run}"
+
+
+Verdict = Verified | NotVerified
+TURNED_OFF = NotVerified("it was turned off (--no-verify)")
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    dense: int
+    written: int
 
 
 def describe(
-    folder: Path, origin: Origin, plan: Plan, form: str, use: str, measured: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write the manifest and the card; returns the manifest. `form` is the model type, `use` says how to run it."""
-    manifest = _manifest(origin, plan, form)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(manifest, origin.card, use, measured), encoding="utf-8")
-    return manifest
+    folder: Path,
+    manifest: Mapping[str, Any],
+    dense_card: Path | None,
+    use: str,
+    *,
+    verdict: Verdict,
+    weights: WeightBytes,
+    measured: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the manifest, with what is known now that the weights are written, and the card. `use` says how to run."""
+    whole = {**manifest, "weight_bytes": asdict(weights), "verified": asdict(verdict)}
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(manifest, dense_card, use, verdict, measured), encoding="utf-8")
 
 
-def _manifest(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
-    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it."""
+def manifest_of(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
+    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it.
+
+    `form` is the model type that is written.
+    """
     kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
     return {
         "notall": __version__,
@@ -49,12 +98,21 @@ def _manifest(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
     }
 
 
-def _card(manifest: Mapping[str, Any], dense_card: Path, use: str, measured: Mapping[str, Any] | None) -> str:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `export` wrote."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def verdict_of(manifest: Mapping[str, Any]) -> Verdict:
+    found = manifest["verified"]
+    return NotVerified(**found) if "not_run" in found else Verified(**found)
+
+
+def _card(
+    manifest: Mapping[str, Any], dense_card: Path | None, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
+) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
-    known = ModelCard.load(dense_card).data.to_dict() if dense_card.is_file() else {}
-    kept: dict[str, Any] = {
-        name: known[name] for name in ("license", "license_name", "license_link", "language") if name in known
-    }
+    kept = _terms(dense_card) if dense_card else {}
     dense, plan = manifest["dense"], manifest["plan"]
     data = ModelCardData(tags=["notall", "pruned"], **kept | _base(dense["model"]))
     skipped = [("attention", _numbers(plan["attention"])), ("MLP", _numbers(plan["mlp"]))]
@@ -65,10 +123,27 @@ def _card(manifest: Mapping[str, Any], dense_card: Path, use: str, measured: Map
         _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
         use,
+        f"Check: {verdict}.",
     ]
     if measured:
         sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
     return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _terms(dense_card: Path) -> dict[str, Any]:
+    """What the dense model's card says of its licence and language: words, or lists of words."""
+    try:
+        known = metadata_load(dense_card) or {}
+    except Exception:  # whatever YAML makes of it
+        logger.warning("%s of the dense model is damaged: look its licence up, and add it", dense_card.name)
+        return {}
+    kept = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
+    return {name: value for name, value in kept.items() if _is_words(value)}
+
+
+def _is_words(value: Any) -> bool:
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) for word in words)
 
 
 def _base(model: str) -> dict[str, str]:

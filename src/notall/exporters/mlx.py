@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 def is_installed() -> bool:
     return importlib.util.find_spec("mlx_lm") is not None
+
+
+def release() -> str:
+    return version("mlx-lm")
 
 
 def logits_of(folder: Path, tokens: Tensor) -> Tensor:

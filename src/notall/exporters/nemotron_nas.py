@@ -19,12 +19,11 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.regrouping import Row, rows
-from . import mlx
+from .companions import companions, copy_companions
 from .dense import DenseModel
-from .hf import copy_companions
 from .layout import layers_of, rope_names
-from .manifest import describe
-from .tensors import BITS, CHUNK, MadeTensor, StoredTensor, Tensor, write_shards
+from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
+from .tensors import BITS, CHUNK, MadeTensor, StoredTensor, Tensor, total_bytes, write_shards
 from .verification import verify_in_mlx
 
 logger = logging.getLogger(__name__)
@@ -61,20 +60,23 @@ def export_nemotron_nas(
     Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
     """
     _check(dense)
-    kept = list(rows(layers_of(dense.anatomy, plan)))
+    kept, beside = list(rows(layers_of(dense.anatomy, plan))), companions(dense.folder, code=dense.trusted)
     tensors = dict(_named(dense, kept))
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
     write_shards(folder, tensors, shard_bytes, progress)
-    copy_companions(dense.folder, folder)
+    copy_companions(beside, folder)
     use = USE
     if kept[0].attention is None:
         logger.warning(WITHOUT_FIRST_ATTENTION)
         use += f" {WITHOUT_FIRST_ATTENTION}."
-    describe(folder, dense.origin, plan, "nemotron-nas", use, measured)
-    if check and mlx.is_installed():
+    verdict: Verdict = TURNED_OFF
+    if check:
         progress(0, 1, "comparing with the skipped model")
-        verify_in_mlx(dense, plan, folder)
+        verdict = verify_in_mlx(dense, plan, folder)
+    manifest = manifest_of(dense.origin, plan, "nemotron-nas")
+    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
+    describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 
 def _check(dense: DenseModel) -> None:

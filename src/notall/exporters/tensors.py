@@ -136,7 +136,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, progress: Progress = silent) -> None:
     """Write a checkpoint as transformers does: `model.safetensors`, or shards of at most `shard_bytes` and an index."""
     shards = list(_shards(tensors, shard_bytes))
-    total, done = sum(tensor.size for tensor in tensors.values()), 0
+    total, done = total_bytes(tensors), 0
 
     def wrote(size: int) -> None:
         nonlocal done
@@ -153,6 +153,10 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, 
         where |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.size for tensor in tensors.values())
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterable[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -16,38 +17,41 @@ from ..running.skipping import skip
 from ..structure.anatomy import cache_argument, relative_error, text_config, tolerance
 from . import mlx
 from .dense import DenseModel
+from .manifest import NotVerified, Verdict, Verified
 
 TOKENS, PADDING = 12, 5  # two sequences of 12 tokens, 5 of the first being padding on the left
 
 
-def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> None:
+def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> Verified:
     """Raise `UsageError` unless the model in `exported`, read by the class `loader`, answers as the skipped one.
 
     Compared are the logits of a left-padded batch and those of one more token through the cache. One of the two models
     is in memory at a time.
     """
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
     with skip(model, plan):
         expected = logits_of(model)
     del model
     with explained(exported.name), quiet():
-        found = logits_of(_load(loader, exported))
-    compare(found, expected, tolerance(expected.dtype))
+        found = logits_of(_load(loader, exported, dense.trusted))
+    return compare(f"transformers {transformers.__version__}", found, expected, tolerance(expected.dtype))
 
 
-def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> None:
-    """Raise `UsageError` unless MLX-LM answers as `skip(dense, plan)` does, on a batch without padding."""
+def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:
+    """As `verify`, in MLX-LM, on a batch without padding; says so where MLX-LM is not installed."""
+    if not mlx.is_installed():
+        return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
     tokens = _tokens(model)
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits
     most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
-    compare(mlx.logits_of(exported, tokens), expected, most)
+    return compare(f"MLX-LM {mlx.release()}", mlx.logits_of(exported, tokens), expected, most)
 
 
-def compare(found: Tensor, expected: Tensor, most: float) -> None:
+def compare(by: str, found: Tensor, expected: Tensor, most: float) -> Verified:
     """Raise `UsageError` where two models' logits differ by more than `most` of the largest."""
     error = relative_error(found, expected)
     if not error <= most:
@@ -55,11 +59,17 @@ def compare(found: Tensor, expected: Tensor, most: float) -> None:
             f"the exported model answers differently from the skipped one, by {error:.1e} of the largest logit (at "
             f"most {most:.0e} was expected), so nothing was written; please report the model and the plan"
         )
+    return Verified(by, error, most, "of the largest logit")
 
 
-def _load(loader: Any, folder: Path) -> PreTrainedModel:
+def _load(loader: Any, folder: Path, trusted: bool) -> PreTrainedModel:
     model, report = loader.from_pretrained(
-        folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder,
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trusted,
     )
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:

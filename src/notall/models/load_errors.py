@@ -11,22 +11,30 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UsageError
+from ..errors import UnknownArchitecture, UsageError
 
 SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
 
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
 
-# Words of transformers and the hub, and what to do then.
+NO_SUCH_GGUF = "GGUF model with architecture"
+MEMORY = "free some memory, or give a smaller dtype, or device_map='auto'"
+
+# Words of transformers, torch, the hub and the system, and what to do then: the first that is found tells.
 FIXES = (
+    (NO_SUCH_GGUF, "give the model's safetensors instead"),
     ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
     ("gated repo", "accept its terms on its page, then run `hf auth login`"),
     ("not a valid model identifier", "check its spelling"),
     ("couldn't connect", OFFLINE),
     ("find the requested files", OFFLINE),
     ("Repository Not Found", "check its spelling"),
+    ("out of memory", MEMORY),
+    ("allocate memory", MEMORY),
+    ("MemoryError", MEMORY),
+    ("No space left", "free some disk space, or put the caches elsewhere (HF_HOME, NOTALL_CACHE)"),
+    ("No such file or directory", "a file is missing; fetch or save the model again"),
     ("safetensors", SAFETENSORS_ONLY),
-    ("out of memory", "give a smaller dtype, or device_map='auto'"),
 )
 
 
@@ -38,9 +46,10 @@ def explained(spec: str | Path) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()) or type(error).__name__
         fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
-        raise UsageError(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
+        kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
+        raise kind(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
 
 
 def check_weights(spec: str | Path, report: dict[str, Any]) -> None:

@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from ..errors import UsageError
 from .cache import sha256
+from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 
@@ -48,6 +50,8 @@ SHAPES = {
     "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
     "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
 }
+
+MOST = 10_000  # layers, or experts of a layer, that any model has
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,6 +79,7 @@ def load(
     with explained(spec):
         source = model_source(spec, revision)
         options = _options(source, revision, trust_remote_code)
+        _check_config(spec, source, options)
         with quiet(progress=not isinstance(source, Path)):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -106,6 +111,7 @@ def load_config(
             options = _options(source, revision, trust_remote_code)
             config = AutoConfig.from_pretrained(source, **gguf, **options)
     _refuse_unread_rope(spec, config)
+    _refuse_endless(spec, config)
     return config
 
 
@@ -253,6 +259,16 @@ def _options(source: Path | str, revision: str | None, trust_remote_code: bool) 
     }
 
 
+def _check_config(spec: str | Path, source: Path | str, options: dict[str, Any]) -> None:
+    """Refuse a config by which transformers would read other weights than the model's safetensors, or not end."""
+    where = {name: options[name] for name in ("revision", "local_files_only")}
+    refuse_adapter(spec, find_adapter_config_file(source, **where))
+    with quiet():
+        config = AutoConfig.from_pretrained(source, **options)
+    named_weights(spec, config)
+    _refuse_endless(spec, config)
+
+
 def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     # Code of the model's own was allowed when its config was loaded.
     trusted = type(config).__module__.startswith("transformers_modules")
@@ -269,8 +285,17 @@ def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
 
 
 def _folder_hash(folder: Path) -> str:
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    files = sorted(file for file in (*folder.glob("*.safetensors"), *folder.glob("config.json")) if file.is_file())
     return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _refuse_endless(spec: str | Path, config: PretrainedConfig) -> None:
+    """A damaged config may ask for layers or experts that would take hours to lay out."""
+    text = config.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count > MOST:
+            raise UsageError(f"the config of {spec} has {name} = {count}: it is damaged; fetch it again")
 
 
 def _refuse_unread_rope(spec: str | Path, config: PretrainedConfig) -> None:

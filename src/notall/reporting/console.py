@@ -69,7 +69,7 @@ def with_spread(name: str, heading: str, form: str = ".1f") -> Column:
 
 def size(name: str, heading: str) -> Column:
     """Bytes, in the unit that suits them."""
-    return Column(heading, lambda row: _bytes(row[name]))
+    return Column(heading, lambda row: in_bytes(row[name]))
 
 
 def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json: bool = False) -> None:
@@ -141,7 +141,8 @@ def _format(value: Any, form: str) -> str:
     return format(value, form)
 
 
-def _bytes(value: float | None) -> str:
+def in_bytes(value: float | None) -> str:
+    """Bytes in the unit that suits them."""
     if value is None:
         return "-"
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def generate_text(
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # some tokenizers give more
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    with skip(model, plan), torch.inference_mode():
+    skipping = skip(model, plan) if plan else nullcontext()  # without a plan any model runs, an export too
+    with skipping, torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..plan import Plan
-from ..structure.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from ..structure.anatomy import Anatomy  # it needs torch, and this does not
 
 
 @dataclass

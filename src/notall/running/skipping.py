@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -90,14 +90,26 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     anatomies.forget(inner)
-    if any(isinstance(layer, RegroupedLayer) for layer in layers):
+    if _are_regrouped(layers):
         inner.save_pretrained = _refuse_to_save
+
+
+def _are_regrouped(layers: Iterable[nn.Module]) -> bool:
+    """Whether a checkpoint of these layers would have names that the architecture does not know."""
+    return any(isinstance(layer, RegroupedLayer) for layer in layers)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
     raise UsageError(
         "this plan leaves layers that the architecture's own checkpoint cannot hold, and a load would fill them with "
         "random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
+    )
+
+
+def _refuse_to_save_skipped(*args: object, **kwargs: object) -> NoReturn:
+    raise UsageError(
+        "inside a `with notall.skip(...)` the layers have names that a load would not know, and would fill with random "
+        "weights; leave it, then save the dense model, or write the smaller one with notall.export"
     )
 
 
@@ -136,6 +148,8 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     try:
         for change in _install(model, anatomy, regrouped, groups):
             undo.callback(setattr, *change)
+        if _are_regrouped(regrouped):
+            undo.enter_context(_unsaveable(model))
         anatomies.remember(model, regrouped, anatomy)
     except BaseException:
         undo.close()
@@ -153,6 +167,18 @@ def _install(
         slice_config(config, [group.attention for group in groups])
     parent._modules[anatomy.layers.rpartition(".")[2]] = layers
     return [change for index, layer in enumerate(layers) for change in renumber(layer, index)]
+
+
+@contextmanager
+def _unsaveable(model: PreTrainedModel) -> Iterator[None]:
+    before = model.__dict__.get("save_pretrained")
+    model.save_pretrained = _refuse_to_save_skipped
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
 
 
 def _restore(config: PretrainedConfig, before: dict[str, Any]) -> None:

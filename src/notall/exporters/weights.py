@@ -1,0 +1,94 @@
+"""The weights of a checkpoint: the files that transformers reads them from, and that they are the architecture's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import UsageError, shortened
+from ..models.folders import INDEX, SINGLE, own_file
+from ..models.load_errors import check_weights, quiet
+from .tensors import StoredTensor, read_header
+
+Tensors = dict[str, StoredTensor]
+
+
+def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
+    """The file that transformers begins with, and every tensor that it reads.
+
+    That file is the one that the config has `named`, else the one file where there is one, else the index of shards.
+    The index tells the shards alone; what they hold is in their own headers.
+    """
+    names = (named,) if named else (SINGLE, INDEX)
+    file = next((path for name in names if (path := own_file(folder, name))), None)
+    if file is None:
+        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+    if file.suffix == ".safetensors":
+        return file.name, read_header(file)
+    where = _index(file)
+    tensors: Tensors = {}
+    for name in sorted(set(where.values())):
+        shard = own_file(folder, name)
+        if shard is None:
+            raise UsageError(f"{folder.name} lacks {shortened(name)}; download it again")
+        found = read_header(shard)
+        if twice := found.keys() & tensors.keys():
+            raise UsageError(f"{folder.name}: two shards hold {shortened(min(twice))}; download it again")
+        tensors |= found
+    if lost := where.keys() - tensors.keys():
+        raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
+    return file.name, tensors
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Which shard each tensor is said to be in."""
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        whole = bool(where) and all(isinstance(file, str) for file in where.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again")
+    return where
+
+
+def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
+    """Raise `UsageError` unless names and shapes are those of `model`, which is on the meta device.
+
+    transformers itself loads them, as tensors without values: it knows what it renames and fuses as it loads. Of a
+    quantised model, whose tensors have other names, each module must have some.
+    """
+    config, is_quantised = _unquantised(model.config)
+    try:
+        with quiet():
+            _, report = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict={key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()},
+                device_map="meta",
+                ignore_mismatched_sizes=is_quantised,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError) as error:  # where tensors that it would fuse are not all there, or not alike
+        raise UsageError(
+            f"the tensors of {name} are not those of {config.model_type} ({shortened(str(error), 80)}): "
+            "fetch or save it again"
+        ) from None
+    if is_quantised:
+        held = {key.rpartition(".")[0] for key in tensors}
+        missing = {key for key in report["missing_keys"] if key.rpartition(".")[0] not in held}
+        report = {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}
+    check_weights(name, report)
+
+
+def _unquantised(config: PretrainedConfig) -> tuple[PretrainedConfig, bool]:
+    if getattr(config, "quantization_config", None) is None:
+        return config, False
+    plain: Any = copy.deepcopy(config)
+    del plain.quantization_config
+    return plain, True
