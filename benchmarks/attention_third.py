@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import notall
 from notall.cli.columns import TIMING_COLUMNS
-from notall.measuring.plan_times import time_plan
+from notall.measuring.plan_times import Timed, time_plan
 from notall.measuring.speed import machine
 from notall.reporting.console import show
 
@@ -14,7 +14,8 @@ def main() -> None:
     about = machine(model.device)
     plan = notall.deepest(notall.locate(model), "attention", 0.33, keep_last=True)
     for prompt in (128, 1024):
-        rows = time_plan(model, plan, prompt_tokens=prompt, new_tokens=24, rounds=7)
+        times = time_plan(model, plan, Timed(prompt, 24, rounds=7))
+        rows = [{"model": name, **figures} for name, figures in times.items()]
         title = f"33 % of attentions, prompt {prompt}, {about['cpu']}, {about['threads']} threads, {model.dtype}"
         show(rows, TIMING_COLUMNS, title=title)
 

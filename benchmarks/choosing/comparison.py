@@ -18,13 +18,14 @@ from typing import Any, get_args
 
 import notall
 from notall.choosing.answer_objectives import task
-from notall.choosing.comparison import Aim, Row, Tasks, compare_criteria, write
+from notall.choosing.comparison import Aim, Question, Tasks, compare_criteria
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll
 from notall.choosing.space import Choice, Space
 from notall.cli.inputs import provenance_of
 from notall.measuring.plan_times import Timed
 from notall.models.texts import read_text, token_batches
+from notall.reporting.comparison_files import write_comparison
 from notall.reporting.console import progress_bar
 
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
@@ -81,19 +82,19 @@ QUICK = Sizes(
 )
 
 
-def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Row]:
+def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Question]:
     """One-shot criteria, losses one by one and the search by KL and by NLL at every budget, and what is special."""
     spaces = {"portable": Space(anatomy, portable=True)}
     spaces |= {kind: Space(anatomy, kind) for kind in get_args(Choice)}
     by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out")] + [("search", "kl"), ("search", "nll")]
     found = [
-        Row(criterion, aim, spaces[name], count)
+        Question(criterion, aim, spaces[name], count)
         for name, counts in sizes.budgets.items()
         for criterion, aim in by
         for count in counts
         if suits(criterion, spaces[name])
     ]
-    return found + [Row(criterion, aim, spaces[name], count) for criterion, aim, name, count in sizes.special]
+    return found + [Question(criterion, aim, spaces[name], count) for criterion, aim, name, count in sizes.special]
 
 
 def aims(
@@ -147,8 +148,7 @@ def main() -> None:
     asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
     held_out = token_batches(tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2)
-    about = provenance_of(model, "smollm2", None) | {"calibration": "WikiText-2 train", "held_out": text.name}
-    del about["versions"], about["threads"]  # it may go on on another machine
+    about = provenance_of(model, "smollm2", None, calibration="WikiText-2 train", held_out=text.name)
     with progress_bar() as progress:
         records = compare_criteria(
             model,
@@ -161,7 +161,7 @@ def main() -> None:
             timed=Timed(rounds=sizes.rounds) if sizes.rounds else None,
             progress=progress,
         )
-    write(records, out, "NLL added on WikiText-2 test by what is skipped, SmolLM2-135M-Instruct")
+    write_comparison(records, out, "NLL added on WikiText-2 test by what is skipped, SmolLM2-135M-Instruct")
     print((out / "table.md").read_text())
 
 
