@@ -18,6 +18,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""
-    from ..reporting import write_report
+    from ..reporting.page import write_report
 
     typer.echo(f"{write_report(folder, out)}: open it in a browser")
