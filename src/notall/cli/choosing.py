@@ -11,7 +11,7 @@ import typer
 
 from ..reporting.console import progress_bar, show
 from .app import CHOOSE, app
-from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
+from .columns import COMPARISON_COLUMNS, CRITERIA_COLUMNS, FOOTPRINT_COLUMNS, choice_columns, choice_row
 from .inputs import (
     budget_line,
     budget_of,
@@ -272,9 +272,8 @@ def compare(
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..choosing.criteria import CRITERIA
-    from ..reporting.console import plain
 
     rows: list[dict[str, Any]] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
     ]
-    show(rows, [plain("criterion"), plain("of"), plain("goes by")], as_json=as_json, title="criteria")
+    show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..reporting.printable import printable
 from .app import SHOW, app
 
 
@@ -20,4 +21,4 @@ def report(
     """Turn a results folder into one page that opens anywhere, without a network."""
     from ..reporting.page import write_report
 
-    typer.echo(f"{write_report(folder, out)}: open it in a browser")
+    typer.echo(printable(f"{write_report(folder, out)}: open it in a browser"))

@@ -128,7 +128,7 @@ def write_paper(
     if checks:
         write_csv(checks, out / "battery.csv")
     claims = claims_of(similarity, board, times)
-    (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times))
+    (out / "paper.md").write_text(_story(about, tables, claims, benchmarks, times), encoding="utf-8")
     return claims
 
 

@@ -119,7 +119,7 @@ def write_tables(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Each table as out/NAME.tex; the Markdown is put together by whoever tells the story."""
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        (out / f"{name}.tex").write_text(latex(table, name))
+        (out / f"{name}.tex").write_text(latex(table, name), encoding="utf-8")
 
 
 def latex(table: pd.DataFrame, name: str) -> str:
