@@ -61,7 +61,9 @@ of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 )
 def plan(
     model: Model = "smollm2",
-    skip: Annotated[Skippable, typer.Option(help="what to leave out")] = Skippable.attention,
+    skip: Annotated[
+        Skippable, typer.Option(metavar="KIND", help="what to leave out: attention, mlp or block")
+    ] = Skippable.attention,
     fraction: Annotated[
         float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")
     ] = 0.33,
@@ -128,8 +130,8 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another criterion, to meet a budget.
 
-    Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped, and
-    `notall report` makes a page of them.
+    Evaluations are kept beside the plan, in OUT.search: `notall report` makes a page of them.
+    Interrupted, the same command goes on where it stopped.
     """
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import CHOSEN, choose_plan
