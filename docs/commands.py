@@ -24,6 +24,9 @@ completion to your shell.
 | 2 | bad input, named in one line with the fix |
 | 130 | interrupted; the same command goes on where it stopped |
 
+A table fits your terminal: where it is too narrow for all columns, a line below names those left out. A file or a pipe
+gets every column, and `--json` every digit.
+
 Progress with the time left is shown on stderr, and only at a terminal. `NO_COLOR=1` turns colours off.
 """
 

@@ -242,13 +242,16 @@ def test_the_help_is_a_tour_with_an_example_for_each_command(run):
         command.make_context(name, example)  # every option of the example exists
 
 
-def test_no_word_of_the_help_is_lost_as_markup(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
+@pytest.mark.parametrize("width", ["80", "1000"])
+def test_no_word_of_the_help_is_lost_as_markup_or_cut(run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
     for name, command in commands().items():
         shown = run(name, "--help")[1]
-        for text in (command.help, command.epilog, *(param.help or "" for param in command.params)):
+        options = [word for param in command.params if param.param_type_name == "option" for word in param.opts]
+        for text in (command.help, command.epilog, *options, *(param.help or "" for param in command.params)):
             for word in text.replace("[bold]", "").replace("[/bold]", "").split():
                 assert word in shown, (name, word)
+        assert not re.findall("<[^>\n]*$", shown, re.M), name
 
 
 def test_every_command_that_prints_a_table_has_json(run):

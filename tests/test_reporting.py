@@ -10,10 +10,11 @@ import pytest
 
 import result_folders
 from notall import UsageError
-from notall.reporting import figures, write_report
+from notall.reporting import figures
 from notall.reporting.console import probability
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
+from notall.reporting.page import write_report
 from notall.reporting.rows import name_of
 from notall.reporting.tables import other_table, stepped_table
 

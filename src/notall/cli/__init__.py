@@ -8,6 +8,7 @@ import os
 import sys
 
 from ..errors import UsageError
+from ..reporting.printable import print_in_any_encoding, printable
 from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
 from .app import app
 
@@ -19,6 +20,7 @@ def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
     for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
         logging.getLogger(talker).setLevel(logging.ERROR)
+    print_in_any_encoding()
     try:
         app()
     except UsageError as error:
@@ -39,5 +41,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
     sys.exit(2)

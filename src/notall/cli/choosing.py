@@ -11,7 +11,7 @@ import typer
 
 from ..reporting.console import progress_bar, show
 from .app import CHOOSE, app
-from .columns import COMPARISON_COLUMNS, FOOTPRINT_COLUMNS, choice_columns
+from .columns import COMPARISON_COLUMNS, CRITERIA_COLUMNS, FOOTPRINT_COLUMNS, choice_columns
 from .inputs import (
     budget_line,
     budget_of,
@@ -60,7 +60,9 @@ of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 )
 def plan(
     model: Model = "smollm2",
-    skip: Annotated[Skippable, typer.Option(help="what to leave out")] = Skippable.attention,
+    skip: Annotated[
+        Skippable, typer.Option(metavar="KIND", help="what to leave out: attention, mlp or block")
+    ] = Skippable.attention,
     fraction: Annotated[
         float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")
     ] = 0.33,
@@ -127,8 +129,8 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another criterion, to meet a budget.
 
-    Evaluations are kept beside the plan, in OUT.search: interrupted, the same command goes on where it stopped, and
-    `notall report` makes a page of them.
+    Evaluations are kept beside the plan, in OUT.search: `notall report` makes a page of them.
+    Interrupted, the same command goes on where it stopped.
     """
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
@@ -274,9 +276,8 @@ def compare(
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..choosing.criteria import CRITERIA
-    from ..reporting.console import plain
 
     rows: list[dict[str, Any]] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
     ]
-    show(rows, [plain("criterion"), plain("of"), plain("goes by")], as_json=as_json, title="criteria")
+    show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")

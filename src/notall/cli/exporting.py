@@ -32,7 +32,7 @@ class Target(str, Enum):
 def export(
     model: Model,
     plan: Annotated[Path, typer.Option("--plan", help="plan file, as `notall plan` writes it")],
-    to: Annotated[Target, typer.Option("--to", help="which engines read it: see docs/engines.md")],
+    to: Annotated[Target, typer.Option("--to", metavar="FORM", help="hf, nemotron-nas or gguf: see docs/engines.md")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")],
     measure: Annotated[
         str | None, typer.Option(help="a text (as --text of eval): what the plan costs on it goes into the model card")

@@ -193,7 +193,9 @@ def evaluate(
 def bench(
     model: Model = "smollm2",
     plan: PlanFile = None,
-    skip: Annotated[Skippable | None, typer.Option(help="or: skip the deepest of these")] = None,
+    skip: Annotated[
+        Skippable | None, typer.Option(metavar="KIND", help="or: skip the deepest of attention, mlp or block")
+    ] = None,
     fraction: Annotated[float, typer.Option(help="with --skip: share of the layers")] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")] = False,
     shape: Annotated[

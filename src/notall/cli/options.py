@@ -109,7 +109,7 @@ class Among(str, Enum):
     sublayer = "sublayer"
 
 
-Kind = Annotated[Among, typer.Option(help="what to choose among; sublayer: attentions and MLPs")]
+Kind = Annotated[Among, typer.Option(metavar="KIND", help="attention, mlp, block or sublayer (attentions and MLPs)")]
 Portable = Annotated[bool, typer.Option("--portable", help="only sets whose result is an ordinary checkpoint")]
 KeepFirst = Annotated[bool, typer.Option("--keep-first", help="preserve the first layer")]
 KeepLast = Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")]

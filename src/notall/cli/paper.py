@@ -79,7 +79,7 @@ def paper(
 
     Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
-    from ..evaluation.paper import Evaluation, TimeGrid, run_paper
+    from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
     from ..models.loading import load
     from ..records.ledger import read, refuse_foreign

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..reporting.printable import printable
 from .app import SHOW, app
 
 
@@ -18,6 +19,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""
-    from ..reporting import write_report
+    from ..reporting.page import write_report
 
-    typer.echo(f"{write_report(folder, out)}: open it in a browser")
+    typer.echo(printable(f"{write_report(folder, out)}: open it in a browser"))

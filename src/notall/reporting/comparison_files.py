@@ -29,7 +29,7 @@ def comparison_table(records: Sequence[dict[str, Any]]) -> str:
         groups.setdefault((record["space"], record["count"]), []).append(record)
     tasks = list(dict.fromkeys(name for record in records for name in record["tasks"]))
     timed = all("speedup_decode" in record for record in records)
-    head = [*["criterion", "by", "ΔNLL ± s.e.", "KL", "top-1"], *tasks]
+    head = [*["criterion", "by", "NLL added ± s.e.", "KL", "top-1"], *tasks]
     head += ["on its own text", "evaluations", "forward passes", "run in full", "CPU s"]
     head += ["decode speedup"] if timed else []
     lines = []

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import (
     BarColumn,
     Progress,
@@ -20,6 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from .printable import printable
+from .table_layout import Strip, lay_out, listed, width_of
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -27,11 +31,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading and how a row is written in it."""
+    """A column of a table: its heading, and what a row says in it.
+
+    `beside` is the error or the spread of a number; it goes below the number where the terminal is narrow.
+    """
 
     heading: str
-    text: Callable[[Row], str]
+    value: Callable[[Row], str]
     right: bool = True
+    beside: Callable[[Row], str] = lambda row: ""
+
+    def text(self, row: Row) -> str:
+        return f"{self.value(row)} {self.beside(row)}".rstrip()
 
 
 def plain(name: str, heading: str | None = None) -> Column:
@@ -54,16 +65,19 @@ def probability(name: str, heading: str) -> Column:
 
 def with_error(name: str, heading: str, form: str = ".3f") -> Column:
     """A mean and its standard error."""
-    return Column(heading, lambda row: f"{_format(row[name], form)} ± {_format(row[name + '_se'], form)}")
+    return Column(
+        heading,
+        lambda row: _format(row[name], form),
+        beside=lambda row: f"± {_format(row[name + '_se'], form)}",
+    )
 
 
 def with_spread(name: str, heading: str, form: str = ".1f") -> Column:
     """A median and its quartiles."""
     return Column(
         heading,
-        lambda row: (
-            f"{_format(row[name], form)} [{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]"
-        ),
+        lambda row: _format(row[name], form),
+        beside=lambda row: f"[{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]",
     )
 
 
@@ -73,20 +87,50 @@ def size(name: str, heading: str) -> Column:
 
 
 def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json: bool = False) -> None:
-    """Print `rows` as a table on stdout, or whole, as JSON."""
+    """Print `rows` as a table on stdout, or whole, as JSON.
+
+    `columns` come in the order of their importance: a narrow terminal leaves out the last ones, and says so. A file or
+    a pipe gets all of them.
+    """
     if as_json:
         json.dump([dict(row) for row in rows], sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(column.text(row) for column in columns))
     console = Console()
-    if not console.is_terminal:  # a file or a pipe: as wide as the table is
-        console = Console(width=1000)
-    console.print(table)
+    strips = [_strip(rows, column, console.encoding) for column in columns]
+    screen = sys.stdout.isatty()
+    if not screen:
+        console.size = ConsoleDimensions(width_of(strips), 1)
+    layout = lay_out(strips, console.width)
+    console.print(Text(printable(title, console.encoding), style="bold"), soft_wrap=not screen)
+    if layout is None:
+        console.print(Text("\n".join(listed(strips))), soft_wrap=True)
+        return
+    console.print(_table(layout.strips))
+    if layout.left_out:
+        console.print(Text(f"also measured: {', '.join(layout.left_out)}; see --json or a wider terminal"))
+
+
+def _strip(rows: Sequence[Row], column: Column, encoding: str) -> Strip:
+    """A column as the terminal's encoding can write it."""
+
+    def pieces(row: Row) -> tuple[str, ...]:
+        value, beside = printable(column.value(row), encoding), printable(column.beside(row), encoding)
+        whole = (value,) if column.right else value.split(" ")
+        return (*whole, beside) if beside else tuple(whole)
+
+    return Strip(tuple(printable(column.heading, encoding).split(" ")), tuple(map(pieces, rows)), column.right)
+
+
+def _table(strips: Sequence[Strip]) -> Table:
+    """Each piece on a line of its own; with rules between the rows where that takes several lines."""
+    table = Table(show_lines=any(len(cell) > 1 for strip in strips for cell in strip.cells))
+    for strip in strips:
+        justify: Literal["left", "right"] = "right" if strip.right else "left"
+        table.add_column(Text("\n".join(strip.heading)), justify=justify, no_wrap=True)
+    for cells in zip(*(strip.cells for strip in strips)):
+        table.add_row(*(Text("\n".join(cell)) for cell in cells))
+    return table
 
 
 @dataclass(frozen=True)
@@ -113,8 +157,8 @@ def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
     """A bar with the time left on stderr; nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
@@ -123,7 +167,7 @@ def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
         task = bar.add_task("starting", total=None)
 
         def report(done: float, total: float, doing: str) -> None:
-            bar.update(task, completed=done, total=total, description=doing)
+            bar.update(task, completed=done, total=total, description=printable(doing, console.encoding))
 
         yield report
 
