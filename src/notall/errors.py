@@ -1,5 +1,7 @@
 """What a user did wrong, said in one line."""
 
+from os import PathLike
+
 
 class UsageError(ValueError):
     """Bad input: the message is one clear line that names the fix. The command line prints it and exits with 2."""
@@ -7,3 +9,11 @@ class UsageError(ValueError):
 
 class UnsupportedModel(UsageError):
     """The model is not an embedding, a residual stream of sublayers and a head; the message says where it differs."""
+
+
+def shortened(given: object, most: int = 80) -> str:
+    """What a user gave, as a message quotes it: one printable line, of a long path its end, else its beginning."""
+    line = " ".join(str(given).split())
+    if len(line) > most:
+        line = f"…{line[1 - most :]}" if isinstance(given, PathLike) else f"{line[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else "�" for letter in line)
