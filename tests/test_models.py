@@ -438,7 +438,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     assert ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n", ran.stderr
 
 
-def test_a_hash_is_computed_again_only_for_another_file(tmp_path, monkeypatch):
+def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
@@ -446,6 +446,10 @@ def test_a_hash_is_computed_again_only_for_another_file(tmp_path, monkeypatch):
         read = Path.open
         patch.setattr(Path, "open", lambda path, *how, **more: path != file and read(path, *how, **more))
         assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    (note,) = (cache / "sha256").iterdir()
+    for torn in (b"", b"2d", b"\xff" * 64):
+        note.write_bytes(torn)
+        assert caching.sha256(file) == note.read_text() == hashlib.sha256(b"one").hexdigest()
     file.write_bytes(b"two")
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()

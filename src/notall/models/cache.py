@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from ..errors import UsageError
@@ -25,18 +26,27 @@ def sha256(path: Path) -> str:
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()
     note = cache_folder() / "sha256" / key
-    if note.is_file():
-        return note.read_text()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", kept := note.read_text(encoding="utf-8")):
+            return kept
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
-    with contextlib.suppress(OSError):  # a full disk costs the next run time, and this one nothing
-        note.parent.mkdir(exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}")
-        partial.write_text(digest.hexdigest())
-        partial.replace(note)
+    keep(note, digest.hexdigest())
     return digest.hexdigest()
+
+
+def keep(path: Path, content: str) -> None:
+    """Write a file of the cache, whole or not at all; where it can't be, only the next run is slower."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:
