@@ -74,6 +74,8 @@ def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
     assert len(margins) == 20
     objective = task(model, tokenizer, "tiny_choice", tasks)
     assert cost(model, objective) == pytest.approx(-sum(margins) / 20, rel=1e-4)
+    with pytest.raises(UsageError, match="give 1 or more"):
+        task(model, tokenizer, "tiny_choice", tasks, limit=0)
     few = task(model, tokenizer, "tiny_choice", tasks, limit=7)
     assert cost(model, few) == pytest.approx(-sum(margins[:7]) / 7, rel=1e-4)
 
@@ -87,8 +89,16 @@ def test_a_mix_is_the_weighted_sum(model, tokenizer, tasks):
 
 
 def test_what_is_no_objective_is_refused_in_one_line(model, tokenizer, tasks, tmp_path):
-    for told, says in {"joy": "no objective", "y*kl": "no weight", "answers": "--prompts", "task:tiny_text": "training",
-                       "task:nowhere": "no task"}.items():  # fmt: skip
+    for told, says in {
+        "joy": "no objective",
+        "y*kl": "no weight",
+        "nan*kl": "no weight",
+        "inf*kl": "no weight",
+        "0*kl": "no weight",
+        "answers": "--prompts",
+        "task:tiny_text": "training",
+        "task:nowhere": "no task",
+    }.items():
         with pytest.raises(UsageError, match=says):
             build_objective(told, model, tokenizer, BATCHES, task_path=tasks)
 

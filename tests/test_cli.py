@@ -374,7 +374,15 @@ def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp
     assert len(list((tmp_path / "cache" / "times").iterdir())) == 1
 
 
-def test_search_refuses_in_one_line(run, folder, tmp_path):
+@pytest.fixture
+def text(tmp_path):
+    """As little as will do: the default takes a second to tokenize."""
+    path = tmp_path / "text.txt"
+    path.write_text("a bird sings under the winter light of an old stone; " * 4)
+    return path
+
+
+def test_search_refuses_in_one_line(run, folder, text, tmp_path):
     refusals = {
         "give one budget": [],
         "give one budget: --count or --kv": ["--count", "2", "--kv", "0.2"],
@@ -382,13 +390,28 @@ def test_search_refuses_in_one_line(run, folder, tmp_path):
         "no objective 'joy'": ["--count", "2", "--objective", "joy"],
         "needs --prompts": ["--count", "2", "--objective", "answers"],
         "is no weight": ["--count", "2", "--objective", "x*kl"],
+        "'nan' is no weight": ["--count", "2", "--objective", "nan*kl"],
         "even number": ["--count", "3", "--portable"],
+        "cannot skip nan of them": ["--count", "nan"],
+        "cannot skip inf of them": ["--count", "inf"],
+        "cannot be saved": ["--count", "1e300"],
+        "cannot save nan params": ["--params", "nan"],
+        "cannot save inf weight_bytes": ["--weights", "inf"],
+        "cannot save -1.0 kv_bytes_per_token": ["--kv", "-1"],
+        "less cannot be saved": ["--params", "1e300"],
+        "a rise of nan": ["--max-nll", "nan"],
+        "a rise of inf": ["--max-kl", "inf"],
+        "end after nan minutes": ["--count", "2", "--max-minutes", "nan"],
+        "end after -1.0 minutes": ["--count", "2", "--max-minutes", "-1"],
+        "--seed 1180591620717411303424 is none": ["--count", "2", "--seed", str(2**70)],
+        "--seed -1 is none": ["--count", "2", "--seed", "-1"],
     }
     for says, options in refusals.items():
-        code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json", *QUICK)
+        code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json", *QUICK, "--text", text)
         assert code == 2, says
         assert says in err
         assert err.count("\n") == 1
+        assert len(err) < 300
 
 
 def test_criteria_are_listed(run):
@@ -415,17 +438,21 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_compare_refuses_in_one_line(run, folder, tmp_path):
+def test_compare_refuses_in_one_line(run, folder, text, tmp_path):
     for says, options in {
         "is no budget": ["--budget", "heads:3"],
+        "'attention:²' is no budget": ["--budget", "attention:²"],
+        "'attention:4,,8' is no budget": ["--budget", "attention:4,,8"],
+        "'attention:999": ["--budget", "attention:" + "9" * 5000],
         "no criterion": ["--criterion", "luck"],
         "at most": ["--budget", "attention:6"],
         "tokens": ["--sequences", "9999999"],
     }.items():
-        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options)
+        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options, "--text", text)
         assert code == 2, says
         assert says in err
         assert err.count("\n") == 1
+        assert len(err) < 300
 
 
 def test_search_draws_the_front(run, folder, tmp_path):

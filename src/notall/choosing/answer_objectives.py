@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,10 +39,7 @@ def build_objective(
     terms = []
     for word in told.split("+"):
         weight, _, name = word.strip().rpartition("*")
-        try:
-            factor = float(weight) if weight else 1.0
-        except ValueError:
-            raise UsageError(f"{weight!r} is no weight: write an objective such as kl + 0.5*task:NAME") from None
+        factor = _weight(weight)
         name = name.strip()
         if name in ("nll", "kl"):
             terms.append((nll if name == "nll" else kl)(batches, factor))
@@ -54,6 +52,16 @@ def build_objective(
         else:
             raise UsageError(f"there is no objective {name!r}: give nll, kl, answers, task:NAME, or a sum of them")
     return mix(terms)
+
+
+def _weight(word: str) -> float:
+    try:
+        weight = float(word or 1)
+    except ValueError:
+        weight = 0.0
+    if weight == 0 or not math.isfinite(weight):
+        raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
+    return weight
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -115,6 +123,8 @@ def task(
     from ..evaluation.harness import PlansLM
     from ..evaluation.tasks import TaskShelf
 
+    if limit < 1:
+        raise UsageError(f"{limit} training questions of {name} make no objective: give 1 or more")
     shelf = TaskShelf(task_path)
     (name,) = shelf.names([name])
     (harness_task,) = shelf.build(name, 0, 1).tasks.values()

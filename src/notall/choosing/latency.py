@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,7 @@ def _read(path: Path, names: set[str]) -> _Kept | None:
 
 def by_speedup(space: Space, times: Times, faster: float) -> Budget:
     """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
-    if not faster >= 1:
+    if not 1 <= faster < math.inf:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
     saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
     target, most = times.dense_ms * (1 - 1 / faster), sum(saves.values())
