@@ -25,6 +25,7 @@ from notall.errors import UsageError
 from notall.models import cache as caching
 from notall.models import gguf_copies
 from notall.models import loading as models
+from notall.models.texts import read_text
 from tiny_gguf import WORDS, write_gguf
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -398,6 +399,16 @@ def test_a_cache_that_cannot_be_made_names_the_variable(gguf, monkeypatch):
         assert "set NOTALL_CACHE" in refused(function, gguf)
 
 
+def test_without_a_home_directory_the_message_says_what_to_set(gguf, monkeypatch):
+    monkeypatch.delenv("NOTALL_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    for function in (models.load, models.load_config, models.identify):
+        assert "set NOTALL_CACHE" in refused(function, gguf)
+        assert "write the path without ~" in refused(function, "~/tiny")
+    assert "write the path without ~" in refused(read_text, "~/book.txt")
+
+
 # --- identify ---
 
 
@@ -429,9 +440,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "refs" / "main").write_text(commit)
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
-    program = (
-        "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
-    )
+    program = "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     parameters = family("llama").build().num_parameters()

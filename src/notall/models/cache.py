@@ -13,7 +13,10 @@ from ..errors import UsageError
 
 def cache_folder() -> Path:
     """The folder of all that is kept between runs, made if absent. Raises UsageError where it can't be."""
-    folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+    try:
+        folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+    except RuntimeError:
+        raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

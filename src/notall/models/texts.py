@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
+from .paths import expanded
 
 DEFAULT_TEXT = "prose"
 MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
@@ -33,7 +34,7 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     little between Python versions, and so does its hash. Raises UsageError for a text that is missing, empty
     or not UTF-8.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     name = shortened(path.name)
     if source == DEFAULT_TEXT:
         content = _prose()
