@@ -440,7 +440,10 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "refs" / "main").write_text(commit)
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
-    program = "from notall.models import loading as models\nprint(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
+    program = (
+        "from notall.models import loading as models\n"
+        "print(models.identify('org/tiny'), models.load('org/tiny')[0].num_parameters())"
+    )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     parameters = family("llama").build().num_parameters()
@@ -461,6 +464,21 @@ def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeyp
         assert caching.sha256(file) == note.read_text() == hashlib.sha256(b"one").hexdigest()
     file.write_bytes(b"two")
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
+
+
+@pytest.mark.parametrize("way", ["in place", "renamed over"])
+def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path, way):
+    file, other = tmp_path / "weights.gguf", tmp_path / "other.gguf"
+    file.write_bytes(b"one")
+    date = file.stat()
+    assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    target = file if way == "in place" else other
+    time.sleep(0.05)  # clocks of file systems tick every few milliseconds
+    target.write_bytes(b"two")
+    os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))  # as cp -p and rsync do
+    target.replace(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (date.st_size, date.st_mtime_ns)
     assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
 
 

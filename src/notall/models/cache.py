@@ -25,10 +25,11 @@ def cache_folder() -> Path:
 
 
 def sha256(path: Path) -> str:
-    """The hex digest of a file's bytes, computed again only when its size or its time of change is new."""
+    """The hex digest of a file's bytes, computed again only when the file is another or was changed."""
     state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()).hexdigest()
-    note = cache_folder() / "sha256" / key
+    # The time of modification can be set, and rsync and cp -p do so; inode and time of change cannot.
+    same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
+    note = cache_folder() / "sha256" / hashlib.sha256(":".join(map(str, same)).encode()).hexdigest()
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", kept := note.read_text(encoding="utf-8")):
             return kept
