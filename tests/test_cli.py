@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -13,7 +15,7 @@ import typer
 import notall
 from families import family
 from notall import Plan, UsageError, cli
-from notall.cli import measuring
+from notall.cli import inspecting, measuring
 from tiny_checkpoint import save_tiny_checkpoint
 
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -188,6 +190,13 @@ def bad_inputs(folder, tmp_path):
         "a shape with no weights": (["bench", "--shape", "llama-2-7b"], "--dummy-weights"),
         "a report of no results": (["report", tmp_path / "absent"], "notall sweep"),
         "an unwritable plan": (["plan", folder, "-o", file / "plan.json"], "cannot write"),
+        "a misspelt command": (["serach", folder], "'search'"),
+        "a misspelt option": (["eval", folder, "--sed", "3"], "--seed"),
+        "an option without its value": (["eval", folder, "--seed"], "requires an argument"),
+        "a word for a number": (["eval", folder, "--length", "long"], "--length"),
+        "a word too long": (["eval", folder, "--length", "long" * 999], "--length"),
+        "a word too many": (["inspect", folder, folder], "see `notall inspect --help`"),
+        "no prompt": (["generate", folder], "see `notall generate --help`"),
     }
 
 
@@ -197,8 +206,23 @@ def test_bad_input_is_one_line_that_names_the_fix_and_exit_code_2(run, folder, t
         assert code == 2, (case, code, err)
         assert says in err, (case, err)
         assert "Traceback" not in err, case
-        if not err.startswith("Usage"):  # Typer frames its own complaints
-            assert len(err.strip().splitlines()) == 1, (case, err)
+        assert err.startswith("error: "), (case, err)
+        assert len(err.strip().splitlines()) == 1, (case, err)
+        assert len(err) < 300 + len(str(tmp_path)), (case, err)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a signal"])
+def test_an_interrupted_command_says_so_in_one_line(run, folder, monkeypatch, how):
+    def interrupt(*_):
+        if how == "a signal":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspecting, "empty_model", interrupt)
+    code, out, err = run("inspect", folder)
+    assert (code, out) == (130, "")
+    assert err == "interrupted: what is finished is kept; run the same command again to go on\n"
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_path, monkeypatch):
