@@ -74,6 +74,8 @@ def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
     assert len(margins) == 20
     objective = task(model, tokenizer, "tiny_choice", tasks)
     assert cost(model, objective) == pytest.approx(-sum(margins) / 20, rel=1e-4)
+    with pytest.raises(UsageError, match="give 1 or more"):
+        task(model, tokenizer, "tiny_choice", tasks, limit=0)
     few = task(model, tokenizer, "tiny_choice", tasks, limit=7)
     assert cost(model, few) == pytest.approx(-sum(margins[:7]) / 7, rel=1e-4)
 
@@ -87,16 +89,51 @@ def test_a_mix_is_the_weighted_sum(model, tokenizer, tasks):
 
 
 def test_what_is_no_objective_is_refused_in_one_line(model, tokenizer, tasks, tmp_path):
-    empty, broken = tmp_path / "empty.txt", tmp_path / "broken.jsonl"
-    empty.write_text("\n")
-    broken.write_text('{"text": "no prompt"}\n')
-    for told, says in {"joy": "no objective", "y*kl": "no weight", "answers": "--prompts", "task:tiny_text": "training",
-                       "task:nowhere": "no task"}.items():  # fmt: skip
+    for told, says in {
+        "joy": "no objective",
+        "y*kl": "no weight",
+        "nan*kl": "no weight",
+        "inf*kl": "no weight",
+        "0*kl": "no weight",
+        "answers": "--prompts",
+        "task:tiny_text": "training",
+        "task:nowhere": "no task",
+    }.items():
         with pytest.raises(UsageError, match=says):
             build_objective(told, model, tokenizer, BATCHES, task_path=tasks)
-    for path in (empty, broken, tmp_path / "absent.txt"):
-        with pytest.raises(UsageError, match=r"prompts"):
-            read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.txt", b"\n", "holds no prompts"),
+        ("empty.jsonl", b"\n\n", "holds no prompts"),
+        ("latin.txt", b"caf\xe9", "not UTF-8"),
+        ("other.jsonl", b'{"prompt": "a"}\n{"text": "b"}', 'line 2.*"prompt"'),
+        ("torn.jsonl", b'{"prompt": "a', "line 1"),
+        ("number.jsonl", b'{"prompt": "a"}\n\n{"prompt": 3}', "line 3"),
+        ("null.jsonl", b'{"prompt": null}', "line 1"),
+        ("lists.jsonl", b"[1]", "line 1"),
+        ("bare.jsonl", b"3", "line 1"),
+        ("blank.jsonl", b'{"prompt": "a"}\n{"prompt": ""}', "empty prompt"),
+        ("deep.jsonl", b"[" * 5000, "line 1"),
+    ],
+)
+def test_a_file_of_no_prompts_is_refused_in_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=says) as error:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"cannot read.*give a file of prompts"):
+        read_prompts(tmp_path / "absent.txt")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "no tokens"), ("half a pair \ud83d", "not UTF-8"), ("too long " * 99, "positions")]
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(model, tokenizer, prompt, says):
+    with pytest.raises(UsageError, match=says):
+        answers(model, tokenizer, [prompt])
 
 
 def test_prompts_are_lines_or_a_field(tmp_path):

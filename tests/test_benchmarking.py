@@ -180,7 +180,7 @@ def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
         assert ours.values == theirs.values
 
 
-@pytest.mark.parametrize("word", ["forty", "mmlu=", "=3x", "0", "mmlu=0", "-3"])
+@pytest.mark.parametrize("word", ["forty", "²", "9" * 5000, "mmlu=", "=3x", "0", "mmlu=0", "-3"])
 def test_limits_that_are_none(word):
     with pytest.raises(UsageError, match="limit"):
         Limits.parse([word])

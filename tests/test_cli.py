@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -13,7 +15,7 @@ import typer
 import notall
 from families import family
 from notall import Plan, UsageError, cli
-from notall.cli import measuring
+from notall.cli import inspecting, measuring
 from tiny_checkpoint import save_tiny_checkpoint
 
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -180,6 +182,13 @@ def bad_inputs(folder, tmp_path):
         "a shape with no weights": (["bench", "--shape", "llama-2-7b"], "--dummy-weights"),
         "a report of no results": (["report", tmp_path / "absent"], "notall sweep"),
         "an unwritable plan": (["plan", folder, "-o", file / "plan.json"], "cannot write"),
+        "a misspelt command": (["serach", folder], "'search'"),
+        "a misspelt option": (["eval", folder, "--sed", "3"], "--seed"),
+        "an option without its value": (["eval", folder, "--seed"], "requires an argument"),
+        "a word for a number": (["eval", folder, "--length", "long"], "--length"),
+        "a word too long": (["eval", folder, "--length", "long" * 999], "--length"),
+        "a word too many": (["inspect", folder, folder], "see `notall inspect --help`"),
+        "no prompt": (["generate", folder], "see `notall generate --help`"),
     }
 
 
@@ -189,8 +198,23 @@ def test_bad_input_is_one_line_that_names_the_fix_and_exit_code_2(run, folder, t
         assert code == 2, (case, code, err)
         assert says in err, (case, err)
         assert "Traceback" not in err, case
-        if not err.startswith("Usage"):  # Typer frames its own complaints
-            assert len(err.strip().splitlines()) == 1, (case, err)
+        assert err.startswith("error: "), (case, err)
+        assert len(err.strip().splitlines()) == 1, (case, err)
+        assert len(err) < 300 + len(str(tmp_path)), (case, err)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a signal"])
+def test_an_interrupted_command_says_so_in_one_line(run, folder, monkeypatch, how):
+    def interrupt(*_):
+        if how == "a signal":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspecting, "empty_model", interrupt)
+    code, out, err = run("inspect", folder)
+    assert (code, out) == (130, "")
+    assert err == "interrupted: what is finished is kept; run the same command again to go on\n"
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_path, monkeypatch):
@@ -370,7 +394,15 @@ def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp
     assert len(list((tmp_path / "cache" / "times").iterdir())) == 1
 
 
-def test_search_refuses_in_one_line(run, folder, tmp_path):
+@pytest.fixture
+def text(tmp_path):
+    """As little as will do: the default takes a second to tokenize."""
+    path = tmp_path / "text.txt"
+    path.write_text("a bird sings under the winter light of an old stone; " * 4)
+    return path
+
+
+def test_search_refuses_in_one_line(run, folder, text, tmp_path):
     refusals = {
         "give one budget": [],
         "give one budget: --count or --kv": ["--count", "2", "--kv", "0.2"],
@@ -378,13 +410,28 @@ def test_search_refuses_in_one_line(run, folder, tmp_path):
         "no objective 'joy'": ["--count", "2", "--objective", "joy"],
         "needs --prompts": ["--count", "2", "--objective", "answers"],
         "is no weight": ["--count", "2", "--objective", "x*kl"],
+        "'nan' is no weight": ["--count", "2", "--objective", "nan*kl"],
         "even number": ["--count", "3", "--portable"],
+        "cannot skip nan of them": ["--count", "nan"],
+        "cannot skip inf of them": ["--count", "inf"],
+        "cannot be saved": ["--count", "1e300"],
+        "cannot save nan params": ["--params", "nan"],
+        "cannot save inf weight_bytes": ["--weights", "inf"],
+        "cannot save -1.0 kv_bytes_per_token": ["--kv", "-1"],
+        "less cannot be saved": ["--params", "1e300"],
+        "a rise of nan": ["--max-nll", "nan"],
+        "a rise of inf": ["--max-kl", "inf"],
+        "end after nan minutes": ["--count", "2", "--max-minutes", "nan"],
+        "end after -1.0 minutes": ["--count", "2", "--max-minutes", "-1"],
+        "--seed 1180591620717411303424 is none": ["--count", "2", "--seed", str(2**70)],
+        "--seed -1 is none": ["--count", "2", "--seed", "-1"],
     }
     for says, options in refusals.items():
-        code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json", *QUICK)
+        code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json", *QUICK, "--text", text)
         assert code == 2, says
         assert says in err
         assert err.count("\n") == 1
+        assert len(err) < 300
 
 
 def test_criteria_are_listed(run):
@@ -411,17 +458,21 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_compare_refuses_in_one_line(run, folder, tmp_path):
+def test_compare_refuses_in_one_line(run, folder, text, tmp_path):
     for says, options in {
         "is no budget": ["--budget", "heads:3"],
+        "'attention:²' is no budget": ["--budget", "attention:²"],
+        "'attention:4,,8' is no budget": ["--budget", "attention:4,,8"],
+        "'attention:999": ["--budget", "attention:" + "9" * 5000],
         "no criterion": ["--criterion", "luck"],
         "at most": ["--budget", "attention:6"],
         "tokens": ["--sequences", "9999999"],
     }.items():
-        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options)
+        code, _, err = run("compare", folder, "-o", tmp_path / "c", *QUICK, *options, "--text", text)
         assert code == 2, says
         assert says in err
         assert err.count("\n") == 1
+        assert len(err) < 300
 
 
 def test_search_draws_the_front(run, folder, tmp_path):

@@ -1,5 +1,9 @@
 """Times of sublayers add up: with a clock that counts what is run, so that nothing here depends on the machine."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,6 +81,47 @@ def test_they_are_measured_once(model, clock, cache):
     assert len(clock) == 4
     measure_times(family("llama").build(num_hidden_layers=5), WORK, rounds=1)
     assert len(clock) == 5
+
+
+def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
+    first = measure_times(model, WORK, rounds=1)
+    (kept,) = (cache / "times").iterdir()
+    whole = kept.read_text()
+    held = json.loads(whole)
+    for damage in (
+        whole[: len(whole) // 2],
+        "",
+        "[1]",
+        "\xff\x00",
+        json.dumps(held | {"dense_ms": "slow"}),
+        json.dumps(held | {"dense_ms": float("nan")}),
+        json.dumps(held | {"dense_ms": 0}),
+        json.dumps(held | {"sublayer_ms": [1.0]}),
+        json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": None}}),
+        json.dumps(held | {"sublayer_ms": {"attn.0": 1.0}}),
+        '{"about": ' + "[" * 5000 + "]" * 5000 + "}",
+    ):
+        kept.write_text(damage, encoding="latin-1")
+        with pytest.warns(UserWarning, match=r"damaged.*measured anew"):
+            assert measure_times(model, WORK, rounds=1) == first
+        assert kept.read_text() == whole
+    assert len(clock) == 12
+    measure_times(model, WORK, rounds=1)
+    assert len(clock) == 12
+
+
+def test_a_full_disk_leaves_no_torn_times(model, clock, cache, monkeypatch):
+    def tear(path, content, **_):
+        with open(path, "w") as file:
+            file.write(content[:20])
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", tear)
+        first = measure_times(model, WORK, rounds=1)
+    assert list((cache / "times").iterdir()) == []
+    assert measure_times(model, WORK, rounds=1) == first
+    assert len(list((cache / "times").iterdir())) == 1
 
 
 def test_sublayers_that_differ_are_timed_apart():

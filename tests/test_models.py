@@ -26,6 +26,7 @@ from notall.errors import UsageError
 from notall.models import cache as caching
 from notall.models import gguf_copies
 from notall.models import loading as models
+from notall.models.texts import read_text
 from tiny_gguf import WORDS, write_gguf
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -452,6 +453,16 @@ def test_a_cache_that_cannot_be_made_names_the_variable(gguf, monkeypatch):
         assert "set NOTALL_CACHE" in refused(function, gguf)
 
 
+def test_without_a_home_directory_the_message_says_what_to_set(gguf, monkeypatch):
+    monkeypatch.delenv("NOTALL_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    for function in (models.load, models.load_config, models.identify):
+        assert "set NOTALL_CACHE" in refused(function, gguf)
+        assert "write the path without ~" in refused(function, "~/tiny")
+    assert "write the path without ~" in refused(read_text, "~/book.txt")
+
+
 # --- identify ---
 
 
@@ -493,7 +504,7 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     assert ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n", ran.stderr
 
 
-def test_a_hash_is_computed_again_only_for_another_file(tmp_path, monkeypatch):
+def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
@@ -501,8 +512,27 @@ def test_a_hash_is_computed_again_only_for_another_file(tmp_path, monkeypatch):
         read = Path.open
         patch.setattr(Path, "open", lambda path, *how, **more: path != file and read(path, *how, **more))
         assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    (note,) = (cache / "sha256").iterdir()
+    for torn in (b"", b"2d", b"\xff" * 64):
+        note.write_bytes(torn)
+        assert caching.sha256(file) == note.read_text() == hashlib.sha256(b"one").hexdigest()
     file.write_bytes(b"two")
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
+
+
+@pytest.mark.parametrize("way", ["in place", "renamed over"])
+def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path, way):
+    file, other = tmp_path / "weights.gguf", tmp_path / "other.gguf"
+    file.write_bytes(b"one")
+    date = file.stat()
+    assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    target = file if way == "in place" else other
+    time.sleep(0.05)  # clocks of file systems tick every few milliseconds
+    target.write_bytes(b"two")
+    os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))  # as cp -p and rsync do
+    target.replace(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (date.st_size, date.st_mtime_ns)
     assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
 
 

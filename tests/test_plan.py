@@ -1,7 +1,11 @@
 """Plans: what people read, write and get wrong."""
 
 import json
+import time
+import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from families import family
@@ -40,6 +44,29 @@ def test_a_plan_is_frozen():
         ('{"attention": [1.5]}', "attention"),
         ('{"attention": 3}', "attention"),
         ('{"attention": [1, "a"]}', "attention"),
+        ('{"attention": "12", "mlp": {"0": [3]}}', "give a list"),
+        ('{"attention": [1], "mlp": {"0": [3]}}', "mlp: give a list"),
+        ('{"attention": ["1"]}', "'1' is no layer index"),
+        ('{"attention": [1.0]}', "1.0 is no layer index"),
+        ('{"attention": [true]}', "True is no layer index"),
+        ('{"attention": [[1]]}', r"\[1\] is no layer index"),
+        ('{"attention": null}', "give a list"),
+        ('{"attention": [NaN]}', "no layer index"),
+        ('{"attention": [1], "mlp": [], "attention": [2]}', 'says "attention" twice'),
+        ('{"attention": [40000000]}', "no model has a layer 40000000"),
+        ('{"attention": [2147483648]}', "no model has a layer"),
+        ('{"attention": [-%s]}' % ("9" * 4000), "start at 0"),
+        ('{"attention": [%s]}' % ("9" * 9999), "not valid JSON"),
+        ('{"attention": ' + "[" * 5000 + "]" * 5000 + "}", "not valid JSON"),
+        ('{"attention": [1], "note": {"a": 1, "a": 2}}', 'says "a" twice'),
+        ('{"attention": [1], "note": 3}', "note"),
+        ('{"attention": [1], "self": 3}', "self"),
+        ('{"attention": [1], "%s": 3}' % ("speed" * 999), "speed"),
+        ('{"attention": [1], "%s": [{"a": 1, "a": 2}]}' % ("speed" * 999), 'says "a" twice'),
+        ('{"%s": 1, "%s": 2}' % (("speed" * 999,) * 2), 'says "speed'),
+        ('{"attention": "%s"}' % ("x\x1b[31m" * 999), "not valid JSON"),
+        ('{"attention": "%s"}' % ("x" * 999), "give a list"),
+        ('{"attention": ["\\u001b[31m\\n"]}', "no layer index"),
     ],
 )
 def test_malformed_plans_say_what_is_wrong(tmp_path, text, says):
@@ -47,8 +74,63 @@ def test_malformed_plans_say_what_is_wrong(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(UsageError, match=says) as error:
         Plan.load(path)
-    assert "\n" not in str(error.value)
-    assert "plan.json" in str(error.value)
+    said = str(error.value)
+    assert said.isprintable()  # one line, and nothing that a terminal obeys
+    assert len(said) < 300
+    assert "plan.json" in said
+
+
+def test_a_plan_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(b'{"attention": [1], "note": "\xff"}')
+    with pytest.raises(UsageError, match="not valid JSON"):
+        Plan.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"attention": [1]}')  # some editors begin UTF-8 so
+    assert Plan.load(path) == Plan([1])
+
+
+@pytest.mark.parametrize("huge", ["/dev/zero", None])
+def test_a_file_that_has_no_end_is_not_read_to_its_end(tmp_path, huge):
+    path = Path(huge or tmp_path / "huge.json")
+    if huge is None:
+        path.write_text('{"attention": [1], "note": "%s"}' % ("x" * (1 << 20)))
+    elif not path.exists():
+        pytest.skip(f"no {path} here")
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="more than 1,048,576 bytes"):
+        Plan.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+def test_many_layers_are_read_in_no_time():
+    """Each index against each other would take minutes."""
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match="layer 99999 is named twice"):
+        Plan([*range(100_000), 99_999])
+    assert time.perf_counter() - started < 5
+
+
+def test_indices_may_be_any_whole_numbers_in_any_order():
+    assert Plan(np.array([3, 1]), {2, 0}) == Plan(iter((1, 3)), range(0, 3, 2))
+    assert all(type(index) is int for index in Plan(np.array([3, 1])).attention)
+    with pytest.raises(UsageError, match="no layer index"):
+        Plan([True])
+    with pytest.raises(UsageError, match="give a list"):
+        Plan("12")
+
+
+def test_messages_cut_what_they_quote(anatomy, tmp_path):
+    far = tmp_path.joinpath(*["folder" * 9] * 9)
+    for work in (
+        lambda: Plan([1], fingerprint="llama" * 999).check(anatomy),
+        lambda: Plan.load(far),
+        lambda: Plan([1]).save(far),
+    ):
+        with pytest.raises(UsageError) as error:
+            work()
+        assert len(str(error.value)) < 300
 
 
 def test_a_missing_plan_and_an_unwritable_place(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from notall.errors import UsageError
+from notall.models import texts
 from notall.models.texts import Text, read_text, token_batches
 
 
@@ -69,6 +71,8 @@ def test_jsonl_gives_its_text_fields(tmp_path):
         ("list.jsonl", b'["text"]', "line 1"),
         ("null.jsonl", b'{"text": null}', "line 1"),
         ("half.jsonl", b'{"text": "\\ud83d"}', "UTF-8"),
+        ("deep.jsonl", b"[" * 5000, "line 1"),
+        ("long" * 50 + ".txt", b"", "…"),
     ],
 )
 def test_a_bad_text_is_refused_in_one_line(tmp_path, name, content, says):
@@ -76,6 +80,18 @@ def test_a_bad_text_is_refused_in_one_line(tmp_path, name, content, says):
     with pytest.raises(UsageError, match=says) as error:
         read_text(tmp_path / name)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_text_without_an_end_is_read_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "MOST_BYTES", 100)
+    (tmp_path / "a.txt").write_text("x" * 100)
+    assert read_text(tmp_path / "a.txt").content == "x" * 100
+    (tmp_path / "a.txt").write_text("x" * 101)
+    for path in (tmp_path / "a.txt", "/dev/zero"):
+        if Path(path).exists():
+            with pytest.raises(UsageError, match="more than 100 bytes: give a part"):
+                read_text(path)
 
 
 def test_no_such_text(tmp_path):

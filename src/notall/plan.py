@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import UsageError
+from .errors import UsageError, shortened
 
 if TYPE_CHECKING:
     from .structure.anatomy import Anatomy
@@ -22,13 +24,16 @@ Variant = Literal["dense", "attention", "mlp", "block"]
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
 FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
+MOST_LAYERS = 100_000  # a hundred times as deep as any model
+MOST_BYTES = 1 << 20  # of a plan file; a device such as /dev/zero never ends
 
 
 class Plan(BaseModel):
     """The sublayers to skip, by their layer index in the dense model, from 0.
 
     A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
-    (see `Anatomy.fingerprint`); `note` is free text. Raises `UsageError` on an index that is negative or named twice.
+    (see `Anatomy.fingerprint`); `note` is free text. Raises `UsageError` on what is no whole number, and on an index
+    that is negative, named twice or deeper than any model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,21 +43,26 @@ class Plan(BaseModel):
     fingerprint: str | None = Field(None, description="shape of the model that this plan was made for")
     note: str | None = Field(None, description="where this plan comes from")
 
-    def __init__(self, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
+    def __init__(self, /, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
         try:
-            super().__init__(attention=_sorted(attention), mlp=_sorted(mlp), **fields)
+            super().__init__(attention=attention, mlp=mlp, **fields)
         except ValidationError as error:
             raise UsageError(f"this is no plan: {_first(error)}") from None
 
-    @field_validator("attention", "mlp")
+    @field_validator("attention", "mlp", mode="before")
     @classmethod
-    def _each_once(cls, indices: tuple[int, ...]) -> tuple[int, ...]:
-        if any(index < 0 for index in indices):
-            raise ValueError(f"layer indices start at 0, but {min(indices)} is named")
-        twice = sorted({index for index in indices if indices.count(index) > 1})
+    def _each_once(cls, given: Any) -> tuple[int, ...]:
+        if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
+            raise ValueError(f"give a list of layer indices such as [3, 4], not {shortened(given)}")
+        indices = sorted(map(_index, given))
+        if indices and indices[0] < 0:
+            raise ValueError(f"layer indices start at 0, but {shortened(indices[0])} is named")
+        if indices and indices[-1] >= MOST_LAYERS:
+            raise ValueError(f"no model has a layer {shortened(indices[-1])}")
+        twice = [index for index, count in Counter(indices).items() if count > 1]
         if twice:
             raise ValueError(f"layer {twice[0]} is named twice")
-        return indices
+        return tuple(indices)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -91,29 +101,39 @@ class Plan(BaseModel):
         try:
             Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"cannot write the plan to {path}: {error.strerror}; choose another path") from None
+            where = shortened(Path(path))
+            raise UsageError(f"cannot write the plan to {where}: {error.strerror}; choose another path") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that `save` or a person wrote. Raises `UsageError` when it is missing, truncated or malformed."""
+        path = Path(path)
+        where = shortened(path)
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
         except OSError as error:
-            raise UsageError(f"cannot read the plan {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is no plan: not valid JSON ({error}); write it again") from None
+            raise UsageError(f"cannot read the plan {where}: {error.strerror}; `notall plan` writes one") from None
+        if len(content) > MOST_BYTES:
+            raise UsageError(f"{where} is no plan: it has more than {MOST_BYTES:,} bytes; `notall plan` writes one")
+        try:
+            fields = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
+        except _DoubledKey as error:
+            raise UsageError(f"{where} is no plan: it says {error} twice; merge the two") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where} is no plan: not valid JSON ({shortened(error)}); write it again") from None
         if not isinstance(fields, dict) or not {"attention", "mlp"} & fields.keys():
-            raise UsageError(f'{path} is no plan: expected {{"attention": [...], "mlp": [...]}}')
+            raise UsageError(f'{where} is no plan: expected {{"attention": [...], "mlp": [...]}}')
         try:
             return cls(**fields)
-        except (UsageError, TypeError) as error:
-            raise UsageError(f"{path}: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise `UsageError` unless this plan fits the model and leaves it at least one attention."""
         if self.fingerprint and self.fingerprint != anatomy.fingerprint:
             raise UsageError(
-                f"this plan was made for {self.fingerprint}, but the model is {anatomy.fingerprint}; "
+                f"this plan was made for {shortened(self.fingerprint)}, but the model is {anatomy.fingerprint}; "
                 "make a plan for this model, or delete its fingerprint line if you are sure"
             )
         self.check_depth(len(anatomy.blocks))
@@ -178,15 +198,30 @@ def paper_grid(anatomy: Anatomy, fractions: Sequence[float] = FRACTIONS) -> list
     return rows
 
 
-def _sorted(indices: Iterable[int]) -> tuple[int, ...] | object:
-    """In order where they can be ordered; what cannot be is left to the validator, which names it."""
+class _DoubledKey(ValueError):
+    pass
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; JSON itself takes the last of a doubled key without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _DoubledKey(f'"{shortened(key)}"')
+    return fields
+
+
+def _index(given: Any) -> int:
+    """A whole number of any kind, NumPy's too; True, 1.0 and "1" are none."""
     try:
-        return tuple(sorted(indices))
+        if isinstance(given, bool):
+            raise TypeError
+        return operator.index(given)
     except TypeError:
-        return indices
+        raise ValueError(f"{shortened(repr(given))} is no layer index: give whole numbers") from None
 
 
 def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(shortened(part) for part in problem["loc"])
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..measuring.quality import divergence
+from ..models.texts import fields, prompt_tokens, read_file
+from ..running.generating import check_positions
 from .objective import Batch, Loss, Objective, Term, kl, mix, nll
 
 TOKENS_AT_ONCE = 1024
@@ -37,10 +39,7 @@ def build_objective(
     terms = []
     for word in told.split("+"):
         weight, _, name = word.strip().rpartition("*")
-        try:
-            factor = float(weight) if weight else 1.0
-        except ValueError:
-            raise UsageError(f"{weight!r} is no weight: write an objective such as kl + 0.5*task:NAME") from None
+        factor = _weight(weight)
         name = name.strip()
         if name in ("nll", "kl"):
             terms.append((nll if name == "nll" else kl)(batches, factor))
@@ -55,17 +54,28 @@ def build_objective(
     return mix(terms)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where there is none."""
+def _weight(word: str) -> float:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        prompts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    except OSError as error:
-        raise UsageError(f"cannot read the prompts {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f'{path} holds no prompts: give UTF-8 lines, or lines such as {{"prompt": "..."}}') from None
+        weight = float(word or 1)
+    except ValueError:
+        weight = 0.0
+    if weight == 0 or not math.isfinite(weight):
+        raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
+    return weight
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
+    name = shortened(path)
+    content = read_file(path, "a file of prompts")
+    if path.suffix == ".jsonl":
+        prompts = fields(path, content, "prompt")
+        if not all(prompt.strip() for prompt in prompts):
+            raise UsageError(f"{name} holds an empty prompt: write one that says something, or leave its line out")
+    else:
+        prompts = [line for line in content.split("\n") if line.strip()]
     if not prompts:
-        raise UsageError(f"{path} holds no prompts: give one a line")
+        raise UsageError(f"{name} holds no prompts: give one a line")
     return prompts
 
 
@@ -76,13 +86,17 @@ def answers(
     weight: float = 1.0,
     new_tokens: int = 48,
 ) -> Objective:
-    """KL(dense || skipped), the mean over the tokens of the dense model's own greedy answers, by prompt."""
+    """KL(dense || skipped), the mean over the tokens of the dense model's own greedy answers, by prompt.
+
+    Raises `UsageError` as `prompt_tokens` and `check_positions` do.
+    """
     rows, starts = [], []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
+        check_positions(model, ids.shape[1], new_tokens)
         with torch.inference_mode():
             whole = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1
             )
         rows.append(whole[0].tolist())
         starts.append(ids.shape[1])
@@ -109,6 +123,8 @@ def task(
     from ..evaluation.harness import PlansLM
     from ..evaluation.tasks import TaskShelf
 
+    if limit < 1:
+        raise UsageError(f"{limit} training questions of {name} make no objective: give 1 or more")
     shelf = TaskShelf(task_path)
     (name,) = shelf.names([name])
     (harness_task,) = shelf.build(name, 0, 1).tasks.values()

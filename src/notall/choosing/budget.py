@@ -9,7 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..plan import Plan
 from ..running.footprint import footprint
 from .space import Skipped, Space, Unit
@@ -51,13 +51,13 @@ def by_count(space: Space, count: float) -> Budget:
     A number below 1 is a fraction, rounded to the nearest whole number. Raises `UsageError` when there are fewer, and
     for an odd number of sublayers of a portable set.
     """
-    whole = round(count * len(space.units)) if 0 < count < 1 else int(count)
-    if count < 0 or (count >= 1 and whole != count):
+    if not 0 <= count < math.inf or (count >= 1 and count != int(count)):
         raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
+    whole = round(count * len(space.units)) if count < 1 else int(count)
     if space.portable and space.kind == "sublayer" and whole % 2:
         raise UsageError(f"a portable set has an even number of sublayers: give {whole - 1} or {whole + 1}")
     saves = {name: 1 / len(unit) for unit in space.units for name in unit}
-    return _possible(space, Budget(saves, whole, f"{whole} {space}"))
+    return _possible(space, Budget(saves, whole, f"{shortened(whole)} {space}"))
 
 
 def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:
@@ -66,14 +66,17 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     field = "parameters" if resource == "params" else resource
     saves = {name: float(getattr(sizes[name], field)) for name in space.names}
     dense = getattr(footprint(model, Plan()), resource)
+    if not 0 <= amount < math.inf:
+        raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
-    return _possible(space, Budget(saves, target, f"{target:,.0f} {resource} less"))
+    told = f"{target:,.0f}"
+    return _possible(space, Budget(saves, target, f"{shortened(told)} {resource} less"))
 
 
 def by_limit(space: Space, limit: float, told: str = "of the objective") -> Budget:
     """As many sublayers as can be had while the objective rises by at most `limit` nats."""
-    if not limit >= 0:
-        raise UsageError(f"the objective cannot be held to a rise of {limit}: give 0 or more")
+    if not 0 <= limit < math.inf:
+        raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
     return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {told}", limit)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import UsageError
 from ..measuring.quality import Quality, evaluate
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -110,6 +111,8 @@ def choose_plan(
     and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
     or is in use, and as `criteria.choose` does.
     """
+    if max_minutes is not None and not max_minutes >= 0:
+        raise UsageError(f"the search cannot end after {max_minutes} minutes: give 0 or more")
     with working_in(folder, "search") if folder else nullcontext():
         evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..measuring.speed import Spread, Timing, compare, machine, speedup
-from ..models.cache import cache_folder
+from ..models.cache import cache_folder, keep
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.skipping import skip
@@ -85,21 +89,40 @@ def measure_times(
     about |= {"attention": text_config(model)._attn_implementation, "rounds": rounds, **asdict(workload)}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "times" / f"{key}.json"
-    if path.is_file():
-        held = json.loads(path.read_text())
-        return Times(workload, held["dense_ms"], held["sublayer_ms"])
+    if held := _read(path, {part.name for part in anatomy.sublayers}):
+        return Times(workload, held.dense_ms, held.sublayer_ms)
     times = _measure(model, workload, _alike(model), rounds, seed, progress)
-    with suppress(OSError):  # a full disk costs the next run time, and this one nothing
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(
-            json.dumps({"about": about, "dense_ms": times.dense_ms, "sublayer_ms": dict(times.sublayer_ms)})
-        )
+    keep(path, _Kept(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
     return times
+
+
+class _Kept(BaseModel):
+    """Times as they are kept, in milliseconds of the whole workload, and what they are of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    about: dict[str, Any]
+    dense_ms: float = Field(gt=0, allow_inf_nan=False)
+    sublayer_ms: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+def _read(path: Path, names: set[str]) -> _Kept | None:
+    """The times in a file of the cache; None without one, and with a warning where it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        kept = _Kept.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        kept = None
+    if kept is None or kept.sublayer_ms.keys() != names:
+        warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
+        return None
+    return kept
 
 
 def by_speedup(space: Space, times: Times, faster: float) -> Budget:
     """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
-    if not faster >= 1:
+    if not 1 <= faster < math.inf:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
     saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
     target, most = times.dense_ms * (1 - 1 / faster), sum(saves.values())

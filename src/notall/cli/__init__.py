@@ -6,14 +6,20 @@ import errno
 import logging
 import os
 import sys
+from typing import Any
 
-from ..errors import UsageError
+import typer
+
+from ..errors import UsageError, shortened
 from ..reporting.printable import print_in_any_encoding, printable
 from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
-from .app import app
+from .app import Interrupted, app
 
 # Which extra brings a module that not every command needs.
 EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "pandas": "eval"}
+
+# What Typer raises over words that it cannot read; its releases keep the class in different places.
+MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
@@ -22,9 +28,11 @@ def main() -> None:
         logging.getLogger(talker).setLevel(logging.ERROR)
     print_in_any_encoding()
     try:
-        app()
+        sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
         _fail(str(error))
+    except MISTYPED as error:
+        _fail(_told(error))
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -35,9 +43,16 @@ def main() -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{os.strerror(error.errno)}{where}: what is finished is kept; choose another folder or free some space")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt):
+        print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _told(error: Any) -> str:
+    """What Typer says of a command, an option or a value that it cannot read, and where the right ones are."""
+    said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
+    where = error.ctx.command_path if error.ctx else "notall"
+    return f"{shortened(said, 200)}; see `{where} --help`"
 
 
 def _fail(message: str) -> None:

@@ -33,8 +33,18 @@ def _place(command: Any) -> int:
     return PANELS.index(panel) if panel in PANELS else len(PANELS)
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, under a name that Typer lets pass: of a KeyboardInterrupt it makes an exit without a word."""
+
+
 class Tour(TyperGroup):
     """Lists the commands in the order in which one comes to need them."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
     def list_commands(self, context: Any) -> list[str]:
         return sorted(self.commands, key=lambda name: _place(self.commands[name]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..reporting.console import progress_bar
 from .options import Among, Skippable
 
@@ -140,9 +141,15 @@ def batch_size_of(word: str) -> int | Literal["auto"]:
     """What `--batch-size` says. Raises `UsageError` for anything but a number and auto."""
     if word == "auto":
         return "auto"
-    if not word.isdecimal():
-        raise UsageError(f"--batch-size {word} is neither a number nor auto; give one of them")
-    return int(word)
+    number = whole_number(word)
+    if number is None:
+        raise UsageError(f"--batch-size {shortened(word)} is neither a number nor auto; give one of them")
+    return number
+
+
+def whole_number(word: str) -> int | None:
+    """The number that a word of up to nine digits says; None for any other, such as the digit-like `²`."""
+    return int(word) if re.fullmatch("[0-9]{1,9}", word.strip()) else None
 
 
 def words_of(values: list[str] | None) -> list[str]:
@@ -161,11 +168,12 @@ def budget_line(model: PreTrainedModel, line: str, keep_first: bool, keep_last: 
     """A line such as `attention:4,8` or `portable:8`: what to choose among, and how many."""
     name, _, counts = line.partition(":")
     names = [*(kind.value for kind in Among), "portable"]
-    if name not in names or not all(count.strip().isdigit() for count in counts.split(",")):
-        raise UsageError(f"{line!r} is no budget: write attention:4,8, with one of {', '.join(names)}")
+    numbers = [number for count in counts.split(",") if (number := whole_number(count)) is not None]
+    if name not in names or len(numbers) <= counts.count(","):
+        raise UsageError(f"{shortened(line)!r} is no budget: write attention:4,8, with one of {', '.join(names)}")
     portable = name == "portable"
     kind = Among.sublayer if portable else Among(name)
-    return space_of(model, kind, portable, keep_first, keep_last), [int(count) for count in counts.split(",")]
+    return space_of(model, kind, portable, keep_first, keep_last), numbers
 
 
 def two_texts(

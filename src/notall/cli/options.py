@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError, shortened
+
 # How the help of a command groups its options.
 MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
 BUDGET, JUDGED_BY = "Budget: one of them", "What a set is judged by"
@@ -35,7 +37,15 @@ TextSource = Annotated[
 Sequences = Annotated[int, typer.Option(help="how many windows of text", rich_help_panel=TEXT)]
 Length = Annotated[int, typer.Option(help="tokens a window", rich_help_panel=TEXT)]
 BatchSize = Annotated[int, typer.Option(help="windows at a time", rich_help_panel=TEXT)]
-Seed = Annotated[int, typer.Option(help="seed of what is drawn")]
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"--seed {shortened(seed)} is none: give a whole number from 0 to {(1 << 63) - 1}")
+    return seed
+
+
+Seed = Annotated[int, typer.Option(callback=_seed, help="seed of what is drawn")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing", rich_help_panel=TIMING)]
 New = Annotated[int, typer.Option("--new", help="new tokens when timing", rich_help_panel=TIMING)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..models.load_errors import quiet
 
 
@@ -64,8 +65,8 @@ class Limits:
         most, by_task = None, {}
         for word in words:
             name, _, count = word.rpartition("=")
-            if not count.isdecimal():
-                raise UsageError(f"--limit {word} is no number of documents; give 40, or mmlu=2 for one task")
+            if not re.fullmatch("[0-9]{1,9}", count):
+                raise UsageError(f"--limit {shortened(word)} counts no documents; give 40, or mmlu=2 for one task")
             if name:
                 by_task[name] = int(count)
             else:

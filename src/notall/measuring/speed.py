@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..errors import UsageError
 from ..progress import Progress, silent
+from ..running.generating import check_positions
 
 Variant = Callable[[], AbstractContextManager[Any]]
 
@@ -109,7 +110,7 @@ def compare(
     _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds)
     if warmup < 0:
         raise UsageError(f"warmup is {warmup}; give 0 or more")
-    _check_positions(model, prompt_tokens, new_tokens)
+    check_positions(model, prompt_tokens, new_tokens)
     prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
     samples: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in variants}
     for index in range(warmup + rounds):
@@ -188,15 +189,6 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} is {count}; give 1 or more")
-
-
-def _check_positions(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + new_tokens > limit:
-        raise UsageError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions; "
-            f"lower them to {limit} together"
-        )
 
 
 def _cores() -> int:

@@ -27,6 +27,7 @@ from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
+from .paths import expanded
 
 DEFAULT_MODEL = "smollm2"
 
@@ -155,7 +156,7 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
     """
     if spec in SHAPES:
         return {"model": str(spec), "revision": "built-in"}
-    path = default_gguf() if spec == DEFAULT_MODEL else Path(spec).expanduser()
+    path = default_gguf() if spec == DEFAULT_MODEL else expanded(spec)
     name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name
     with explained(spec):
         if path.is_file():
@@ -210,7 +211,7 @@ def _gguf(spec: str | Path) -> Path | None:
     """The GGUF file that a spec means, if it means one."""
     if spec == DEFAULT_MODEL:
         return default_gguf()
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
@@ -220,7 +221,7 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
         raise UsageError(f"{spec} is a shape without weights: give a model, or time it with dummy weights")
     if gguf := _gguf(spec):
         return convert_gguf(gguf)
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not path.exists():
         return _hub_id(spec)
     if not path.is_dir():
@@ -239,7 +240,7 @@ def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, 
     if gguf := _gguf(spec):
         folder = converted_folder(gguf)
         return (folder, {}) if folder.is_dir() else (gguf.parent, {"gguf_file": gguf.name})
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     return (path if path.exists() else _hub_id(spec)), {}
 
 

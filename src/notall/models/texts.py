@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
+from .paths import expanded
 
 DEFAULT_TEXT = "prose"
+MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,20 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     little between Python versions, and so does its hash. Raises UsageError for a text that is missing, empty
     or not UTF-8.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
+    name = shortened(path.name)
     if source == DEFAULT_TEXT:
         content = _prose()
     else:
-        content = _read_file(path)
+        content = read_file(path, "`prose` or a text file")
         if path.suffix == ".jsonl":
-            content = "\n\n".join(_text_fields(path, content))
+            content = "\n\n".join(fields(path, content, "text"))
     if not content.strip():
-        raise UsageError(f"the text {path.name} is empty: give one with words in it")
+        raise UsageError(f"the text {name} is empty: give one with words in it")
     try:
         digest = hashlib.sha256(content.encode()).hexdigest()
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
-        raise UsageError(f"the text {path.name} has characters that UTF-8 can't hold: {error.reason}") from error
+        raise UsageError(f"the text {name} has characters that UTF-8 can't hold: {error.reason}") from error
     return Text(path.name, digest, content)
 
 
@@ -74,13 +77,25 @@ def token_batches(
     if windows < sequences:
         fits = _what_fits(windows, len(ids) // sequences + len(start))
         raise UsageError(
-            f"the text {text.name} has {len(ids)} tokens, and {sequences} sequences of {length} need "
+            f"the text {shortened(text.name)} has {len(ids)} tokens, and {sequences} sequences of {length} need "
             f"{sequences * width}: {fits}"
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
     rows = torch.tensor(ids[: windows * width]).view(windows, width)[order]  # (sequences, width)
     rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)
     return list(rows.split(batch_size))
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a prompt, with BOS where the tokenizer puts it. Raises UsageError where there are none."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, or bytes of another encoding on the command line
+        raise UsageError(f"the prompt {shortened(repr(prompt))} is not UTF-8: give one that is") from None
+    ids = list(tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    if not ids:
+        raise UsageError(f"the prompt {shortened(repr(prompt))} has no tokens: give a word to begin with")
+    return ids
 
 
 def _what_fits(sequences: int, length: int) -> str:
@@ -103,25 +118,31 @@ def _prose() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path, wanted: str) -> str:
+    """A UTF-8 file's text. Raises UsageError, which says to give `wanted`, for none and for one without an end."""
+    name = shortened(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UsageError(f"{name} has more than {MOST_BYTES:,} bytes: give a part of it")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"the text {path} is not UTF-8 (byte {error.start}): convert it, or give another") from error
+        raise UsageError(f"the text {name} is not UTF-8 (byte {error.start}): convert it, or give another") from error
     except OSError as error:
-        raise UsageError(f"cannot read the text {path} ({error.strerror}): give `prose` or a text file") from error
+        raise UsageError(f"cannot read the text {name} ({error.strerror}): give {wanted}") from error
 
 
-def _text_fields(path: Path, content: str) -> list[str]:
-    """The `text` of every line of JSON; blank lines are skipped."""
-    return [_text_field(path, *line) for line in enumerate(content.split("\n"), 1) if line[1].strip()]
+def fields(path: Path, content: str, name: str) -> list[str]:
+    """The field `name` of every line of JSON, each a string; blank lines are skipped."""
+    return [_field(path, *line, name) for line in enumerate(content.split("\n"), 1) if line[1].strip()]
 
 
-def _text_field(path: Path, number: int, line: str) -> str:
+def _field(path: Path, number: int, line: str, name: str) -> str:
     try:
-        field = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+        field = json.loads(line)[name]
+    except (ValueError, KeyError, TypeError, RecursionError):
         field = None
     if not isinstance(field, str):
-        raise UsageError(f'{path}, line {number}: give a JSON object with a string named "text"')
+        raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
     return field

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import UsageError, shortened
+from ..models.chat_template import in_chat_template
+from ..models.texts import prompt_tokens
 from ..plan import Plan
 from .skipping import skip
 
@@ -25,19 +29,43 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """The continuation of `prompt`; greedy at temperature 0. `streamer` is transformers' own. Raises as `skip` does."""
+    """The continuation of `prompt`; greedy at temperature 0. `streamer` is transformers' own.
+
+    Raises `UsageError` for a prompt without tokens, counts and temperatures that make no text, more tokens than the
+    model has positions, and as `in_chat_template` and `skip` do.
+    """
+    if not (temperature == 0 or 0.001 <= temperature < math.inf):
+        raise UsageError(f"temperature is {temperature}: give 0, or from 0.001")
     if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}  # some tokenizers give more
+        prompt = in_chat_template(tokenizer, prompt)
+    ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)], device=model.device)
+    check_positions(model, ids.shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     skipping = skip(model, plan) if plan else nullcontext()  # without a plan any model runs, an export too
     with skipping, torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
-    new = tokens[0, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            num_beams=1,  # whatever the model's own generation_config.json says
+            streamer=streamer,
+            **sampling,
+        )
+    new = tokens[0, ids.shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Raise `UsageError` unless a prompt of so many tokens and so many new ones fit the model."""
+    if new < 1:
+        raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt + new > limit:
+        raise UsageError(
+            f"{prompt} prompt tokens and {shortened(new)} new ones exceed the model's {limit} positions; "
+            f"lower them to {limit} together"
+        )
 
 
 def continue_prompts(
@@ -48,7 +76,7 @@ def continue_prompts(
     new_tokens: int,
 ) -> list[str]:
     """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, encoded))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)

@@ -1,0 +1,138 @@
+"""Text of the skipped model: together as one at a time, and what makes no text refused in one line."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+
+from families import family, silenced
+from notall import Plan, UsageError
+from notall.models import chat_template
+from notall.running.generating import continue_prompts, generate_text
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+PLAN = Plan([1], [2])
+PROMPTS = ["the river", "old stone in", "a bird sings under the winter light of", "x"]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@torch.no_grad()
+def slow(model, tokenizer, prompt, plan):
+    """Greedy, without a cache, on the plain model with its sublayers silenced."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with silenced(model, family("llama"), plan.attention, plan.mlp):
+        for _ in range(NEW):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("plan", [Plan(), PLAN, Plan([0, 1, 2])], ids=str)
+def test_prompts_together_are_continued_as_one_at_a_time(model, tokenizer, plan):
+    """Padded on the left, so that positions and masks matter."""
+    alone = [slow(model, tokenizer, prompt, plan) for prompt in PROMPTS]
+    assert len(set(alone)) > 1
+    assert continue_prompts(model, tokenizer, plan, PROMPTS, NEW) == alone
+    for prompt, said in zip(PROMPTS, alone):
+        assert generate_text(model, tokenizer, plan, prompt, max_new_tokens=NEW) == said
+
+
+def test_greedy_is_greedy_whatever_the_model_would_rather_do(tokenizer):
+    model = tiny_llama()
+    expected = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)
+    model.generation_config.num_beams = 4
+    assert generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW) == expected
+
+
+def test_the_seed_decides_what_is_drawn(model, tokenizer):
+    first, again, other = (
+        generate_text(model, tokenizer, PLAN, "the", max_new_tokens=20, temperature=5.0, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("", {}, "no tokens"),
+        ("half a pair \udcff", {}, "not UTF-8"),
+        ("the", {"max_new_tokens": 0}, "give 1 or more"),
+        ("the", {"max_new_tokens": -3}, "give 1 or more"),
+        ("the", {"max_new_tokens": 600}, "positions"),
+        ("the " * 999, {}, "positions"),
+        ("the", {"temperature": -1.0}, "give 0, or from 0.001"),
+        ("the", {"temperature": float("nan")}, "give 0, or from 0.001"),
+        ("the", {"temperature": float("inf")}, "give 0, or from 0.001"),
+        ("the", {"temperature": 5e-324}, "give 0, or from 0.001"),
+        ("the", {"chat": True}, "no chat template: leave chat out"),
+    ],
+)
+def test_what_makes_no_text_is_refused_in_one_line(model, tokenizer, prompt, options, says):
+    with pytest.raises(UsageError, match=says) as error:
+        generate_text(model, tokenizer, PLAN, prompt, **options)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
+ENDLESS = "{% for i in range(90000) %}{% for j in range(90000) %}{% set x = j %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0]['content']",
+        "{% raise %}",
+        "{{ raise_exception('no\n\x1b[31m users') }}",
+        "{{ messages[7].content.nothing }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{% include 'other' %}",
+        "{{ raise_exception('x' * 9999) }}",
+        {"tool_use": "{{ messages }}"},
+        ENDLESS,
+    ],
+)
+def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(model, tokenizer, template, monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 1.0)
+    tokenizer.chat_template = template
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match="chat template fails") as error:
+        generate_text(model, tokenizer, PLAN, "the", chat=True)
+    assert time.perf_counter() - started < 30
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+    assert "leave chat out" in str(error.value)
+    if template == ENDLESS:
+        assert "within 1 seconds" in str(error.value)
+
+
+def test_a_chat_template_is_what_the_model_reads(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    tracing = sys.gettrace()
+    said = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW, chat=True)
+    assert sys.gettrace() is tracing
+    tokenizer.chat_template = None
+    assert said == generate_text(model, tokenizer, PLAN, "<s>user: the river</s>", max_new_tokens=NEW)
+    assert said != generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)
+
+
+def test_an_empty_chat_template_leaves_no_prompt(model, tokenizer):
+    tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(UsageError, match="no tokens"):
+        generate_text(model, tokenizer, PLAN, "the", chat=True)
