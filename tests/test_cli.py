@@ -321,6 +321,17 @@ def test_search_writes_a_plan_and_goes_on(run, folder, tmp_path):
     assert "another sequences" in err
 
 
+@pytest.mark.parametrize(
+    ("criterion", "kept", "skipped"), [("shallowest", "--keep-first", 1), ("deepest", "--keep-last", 4)]
+)
+def test_search_keeps_the_layer_that_is_named(run, folder, tmp_path, criterion, kept, skipped):
+    """Of six: the first, where it would go first, and the last likewise."""
+    path = tmp_path / "plan.json"
+    chosen = ["search", folder, "--kind", "attention", "--count", "1", "--criterion", criterion, "-o", path, *QUICK]
+    assert run(*chosen, kept)[0] == 0
+    assert Plan.load(path).attention == (skipped,)
+
+
 def test_a_search_with_more_patience_goes_on_and_is_no_worse(run, folder, tmp_path):
     command = ["search", folder, "--count", "3", "-o", tmp_path / "plan.json", *QUICK, "--json", "--patience"]
     kept = tmp_path / "plan.search" / "evaluations.jsonl"
@@ -367,6 +378,7 @@ def test_search_by_other_budgets(run, folder, tmp_path, budget):
     assert (code, err) == (0, "")
     (row,) = json.loads(out)
     assert row["plan"]["attention"] or row["plan"]["mlp"]
+    assert row["chosen"].startswith("search by nll: " if budget[0] == "--max-nll" else "search by kl: ")
     if "max" in budget[0]:
         assert row["cost"] - row["dense_cost"] <= 0.3
 
@@ -389,6 +401,7 @@ def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp
     code, out, err = run(*command, "--json")
     assert (code, err) == (0, "")
     (row,) = json.loads(out)
+    assert row["chosen"] == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
     assert row["predicted_speedup"] >= 1.05
     assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
     assert len(list((tmp_path / "cache" / "times").iterdir())) == 1

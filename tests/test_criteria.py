@@ -12,6 +12,7 @@ from families import family, silenced
 from notall import UsageError, deepest, locate, skip
 from notall.choosing.budget import by_count, by_limit
 from notall.choosing.criteria import CRITERIA, Setting, choose
+from notall.choosing.criteria.evolution import GENERATIONS
 from notall.choosing.criteria.features import score_cosine, score_relative_magnitude
 from notall.choosing.criteria.gradients import score_first_order, score_fisher
 from notall.choosing.criteria.losses import score_leave_one_out
@@ -253,6 +254,24 @@ def test_evolution_never_gets_worse_and_is_the_same_each_time(model):
     assert chosen[0] == chosen[1]
     assert len(chosen[0]) == 4
     assert slow_cost(model, chosen[0]) < min(slow_cost(model, _drawn(model, budget, seed)) for seed in range(5))
+
+
+def test_no_generation_of_an_evolution_is_worse_than_the_one_before(model, monkeypatch):
+    """Its parent is among those that are compared on all of the text."""
+    asked, best = setting(model), []
+    costs = asked.evaluator.costs
+
+    def noting(sets, share=1.0):
+        found = costs(sets, share)
+        if share == 1.0 and len(sets) > 1:
+            best.append(min(found))
+        return found
+
+    monkeypatch.setattr(asked.evaluator, "costs", noting)
+    chosen = choose("evolution", asked, by_count(asked.space, 4)).skipped
+    assert len(best) == GENERATIONS
+    assert best == sorted(best, reverse=True)
+    assert asked.evaluator.cost(chosen) == best[-1]
 
 
 def _drawn(model, budget, seed):

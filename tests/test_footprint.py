@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import FAMILIES, family
-from notall import Plan, remove, skip
+from notall import Plan, locate, remove, skip
 from notall.running.footprint import footprint
 
 
@@ -24,6 +24,16 @@ def test_counts_equal_what_is_left_after_removing(name, plan):
     left = {id(p): p for p in model.parameters()}.values()
     assert expected.params == sum(p.numel() for p in left)
     assert expected.weight_bytes == sum(p.nbytes for p in left)
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "falcon (one norm)", "phi"])
+def test_each_weight_of_a_layer_is_counted_with_one_sublayer(name):
+    """Also a norm that both sublayers of a parallel block read."""
+    model = family(name).build()
+    anatomy = locate(model)
+    for block, layer in zip(anatomy.blocks, model.get_submodule(anatomy.layers)):
+        assert sum(part.parameters for part in block.sublayers) == sum(p.numel() for p in layer.parameters())
+        assert sum(part.weight_bytes for part in block.sublayers) == sum(p.nbytes for p in layer.parameters())
 
 
 def test_families_are_many():

@@ -124,6 +124,26 @@ def test_a_full_disk_leaves_no_torn_times(model, clock, cache, monkeypatch):
     assert len(list((cache / "times").iterdir())) == 1
 
 
+def test_another_dtype_is_measured_anew(model, clock):
+    measure_times(model, WORK, rounds=1)
+    measure_times(model.to(torch.bfloat16), WORK, rounds=1)
+    assert len(clock) == 2
+
+
+def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(model, clock, monkeypatch):
+    decoded, timed = [], latency.compare
+
+    def noting(*args, new_tokens, **options):
+        decoded.append(new_tokens)
+        return timed(*args, new_tokens=new_tokens, **options)
+
+    monkeypatch.setattr(latency, "compare", noting)
+    times = measure_times(model, Workload(prompt=8, new=100, batch=2), rounds=1)
+    assert decoded == [latency.DECODED]
+    assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 100 * 0.3)
+    assert times.dense_ms == pytest.approx(10 + 100 * 1 + 6 * (5 + 40))
+
+
 def test_sublayers_that_differ_are_timed_apart():
     """Windows and full attention; experts and plain MLPs."""
     groups = {len(latency._alike(family(name).build())) for name in ("gemma3", "qwen3_moe")}

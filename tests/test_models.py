@@ -481,6 +481,14 @@ def test_a_folder_is_known_by_its_weights_wherever_it_is(folder, tmp_path, monke
     assert models.identify(".")["revision"] != first["revision"]
 
 
+def test_a_folder_is_known_by_its_config_too(folder):
+    """The same weights with another constant in their norms are another model."""
+    first = models.identify(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert models.identify(folder)["revision"] != first["revision"]
+
+
 def test_a_file_and_a_shape_are_known(gguf):
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert models.identify(gguf) == {"model": "tiny.gguf", "revision": f"sha256:{digest}"}

@@ -11,7 +11,7 @@ import pytest
 import result_folders
 from notall import UsageError
 from notall.reporting import figures
-from notall.reporting.console import probability
+from notall.reporting.console import probability, size
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
@@ -114,10 +114,18 @@ def test_files_of_other_commands_become_tables_as_they_are():
     assert table.csv.splitlines()[:2] == ["skipped,criterion,lost,cost", "mlp.1,cosine,0.25,"]
 
 
+def test_bytes_come_in_the_unit_that_suits_them():
+    column = size("b", "b")
+    told = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1000 * 2**10: "1000.0 KiB", 2**20: "1.0 MiB", None: "-"}
+    assert {value: column.text({"b": value}) for value in told} == told
+    assert column.text({"b": 5000 * 2**30}) == "5000.0 GiB"
+
+
 def test_small_probabilities_are_not_called_none():
     column = probability("p", "p")
-    assert [column.text({"p": p}) for p in (0.0, 0.0125, 1.0, math.nan, None)] == [
+    assert [column.text({"p": p}) for p in (0.0, 0.002, 0.0125, 1.0, math.nan, None)] == [
         "< 0.001",
+        "0.002",
         "0.013",
         "1.000",
         "-",

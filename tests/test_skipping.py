@@ -7,6 +7,7 @@ import torch
 
 from families import family, silenced
 from notall import Plan, UsageError, locate, remove, skip
+from notall.structure.observation import LayerCall, run_branches
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 PLAN = Plan(attention=[0, 2], mlp=[2, 3])
@@ -190,3 +191,27 @@ def test_hidden_states_first_asked_for_inside_a_skip_are_there_outside(model):
     with skip(model, PLAN):
         assert len(model(IDS, output_hidden_states=True).hidden_states) == layers - len(PLAN.attention) + 1
         assert (logits(model) - model(IDS).logits).abs().max() == 0
+
+
+@torch.no_grad()
+def test_dropout_that_a_layer_applies_itself_follows_its_mode():
+    """OPT's layers drop out what their sublayers answer with a function, which is seen in evaluation mode."""
+    model = family("opt").build(dropout=0.5)
+    anatomy = locate(model)
+    layer, mlp = model.get_submodule(anatomy.layers)[1], anatomy.blocks[1].mlp
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    def ran_twice():
+        return [run_branches(mlp.branches, layer, hidden, LayerCall({})) for _ in range(2)]
+
+    assert torch.equal(*ran_twice())
+    layer.train()
+    assert not torch.equal(*ran_twice())
+
+
+def test_locating_puts_each_module_back_into_its_mode(model):
+    model.train()
+    model.model.layers[1].mlp.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    locate(model)
+    assert {name: module.training for name, module in model.named_modules()} == before

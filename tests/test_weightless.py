@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from families import FAMILIES, TRANSFORMERS_5, Family
+from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family
 from notall import Anatomy, UnsupportedModel, locate
+from notall.structure.anatomy import fingerprint
 
 # In transformers 4.57 these go by values: of the router (DeepSeek), or at construction (Apertus).
 NEEDS_VALUES = {} if TRANSFORMERS_5 else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}
@@ -41,6 +42,25 @@ def empty(family: Family) -> Any:
 
 def facts(anatomy: Anatomy) -> Any:
     return anatomy.model_type, anatomy.layers, anatomy.fingerprint, anatomy.blocks
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 98},
+        {"hidden_size": 64},
+        {"intermediate_size": 47},
+        {"num_hidden_layers": 5},
+        {"num_attention_heads": 8},
+        {"num_key_value_heads": 4},
+        {"head_dim": 16},
+    ],
+    ids=str,
+)
+def test_a_fingerprint_tells_shapes_apart(change: dict[str, int]) -> None:
+    """So that a plan is refused by a model of another shape."""
+    shape = {**LLAMA, **change}
+    assert fingerprint(AutoConfig.for_model("llama", **shape)) != fingerprint(AutoConfig.for_model("llama", **LLAMA))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
+from notall.structure import anatomy
 from notall.structure.anatomy import relative_error
 
 PLAN = Plan([0, 2], [2, 3])
@@ -184,6 +185,19 @@ def test_weights_offloaded_by_accelerate(name: str, tmp_path: Path) -> None:
                 expected[:, -1],
             )
         assert torch.equal(model(BATCH).logits, before)
+
+
+def test_a_model_whose_embedding_is_offloaded_too_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies on the meta device, as a model without weights does, of which only the structure is read."""
+    from accelerate import disk_offload
+
+    model = family("llama").build("sdpa")
+    disk_offload(model, str(tmp_path))
+    assert next(model.parameters()).device.type == "meta"
+    proved: list[Any] = []
+    monkeypatch.setattr(anatomy, "_prove", lambda *layer: proved.append(layer))
+    locate(model)
+    assert len(proved) == 4
 
 
 @needs("peft")
