@@ -23,8 +23,9 @@ from notall.choosing import latency
 from notall.choosing.criteria import CRITERIA
 from notall.cli import columns as lists
 from notall.evaluation.paper import running, scoreboard
-from notall.reporting.console import number, plain, progress_bar, show, with_error
+from notall.reporting.console import number, plain, show, with_error
 from notall.reporting.printable import print_in_any_encoding, printable
+from notall.reporting.progress_bars import progress_bar
 from tiny_checkpoint import save_tiny_checkpoint
 
 WIDTHS = (60, 80, 120, 200)

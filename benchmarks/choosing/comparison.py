@@ -26,7 +26,7 @@ from notall.cli.inputs import provenance_of
 from notall.measuring.plan_times import Timed
 from notall.models.texts import read_text, token_batches
 from notall.reporting.comparison_files import write_comparison
-from notall.reporting.console import progress_bar
+from notall.reporting.progress_bars import progress_bar
 
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
 

@@ -20,7 +20,7 @@ from notall.evaluation.paper.times import time_grid
 from notall.measuring.speed import machine
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
 from notall.plan import FRACTIONS, paper_grid
-from notall.reporting.console import progress_bar
+from notall.reporting.progress_bars import progress_bar
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from ..reporting.progress_bars import working
 
 # How `notall --help` groups the commands, in this order.
 PANELS = LOOK, CHOOSE, MEASURE, SHOW, TAKE = (
@@ -17,6 +19,8 @@ PANELS = LOOK, CHOOSE, MEASURE, SHOW, TAKE = (
     "Show what was measured",
     "Take the result elsewhere",
 )
+
+WITHOUT_MODEL = {"criteria", "report", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
 notall leaves out what a language model does not need, and measures what that costs and saves.
@@ -93,3 +97,11 @@ def notall(
     """
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS, nl=False)
+    elif sys.stderr.isatty() and not WITHOUT_MODEL.intersection(sys.argv):
+        _import_models()
+
+
+def _import_models() -> None:
+    """Import what each command that has a model needs, and show that: it takes seconds."""
+    with working("starting torch and transformers"):
+        import transformers  # noqa: F401

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..reporting.console import progress_bar, show
+from ..reporting.console import show
+from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
 from .columns import COMPARISON_COLUMNS, CRITERIA_COLUMNS, FOOTPRINT_COLUMNS, choice_columns
 from .inputs import (
+    Loading,
     budget_line,
     budget_of,
     deepest_plan,
@@ -140,7 +142,9 @@ def search(
 
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
-    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    net, tokenizer = load_model(
+        Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
+    )
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     among = space_of(net, kind, portable, keep_first, keep_last)
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
@@ -245,7 +249,9 @@ def compare(
     from ..reporting.comparison_files import write_comparison
 
     refuse_foreign(out, "compare")
-    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    net, tokenizer = load_model(
+        Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
+    )
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
     options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
     aims = {

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..reporting.console import in_bytes, progress_bar, show
+from ..reporting.console import in_bytes, show
+from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
 from .columns import FILE_COLUMNS
-from .inputs import load_model, read_plan, text_batches
+from .inputs import Loading, load_model, read_plan, text_batches
 from .options import Json, Model, Revision, Trust
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_rem
     """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
     from ..measuring.quality import evaluate
 
-    net, tokenizer = load_model(model, "auto", "auto", None, None, revision, trust_remote_code)
+    net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
     dense, skipped = evaluate(net, [type(plan)(), plan], batches)
     return {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError, shortened
-from ..reporting.console import progress_bar
+from ..reporting.progress_bars import progress_bar, working
 from .options import Among, Skippable
 
 if TYPE_CHECKING:
@@ -23,38 +24,33 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
 
 
-def loading_of(
-    spec: str,
-    dtype: str,
-    device: str,
-    device_map: str | None,
-    attn_implementation: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    """The arguments of `load` that the options say."""
-    return {
-        "spec": spec,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "attn_implementation": attn_implementation,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
+@dataclass(frozen=True)
+class Loading:
+    """What the options say of how to load a model: the arguments of `notall.load`."""
+
+    spec: str
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
-def load_model(*options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer that the options, as those of `loading_of`, say."""
+def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer."""
     from ..models.loading import load
 
-    return load(**loading_of(*options))
+    with working(f"loading {loading.spec}"):
+        return load(**asdict(loading))
 
 
 def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, without weights."""
     from ..models.loading import build_empty, load_config
 
-    return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
+    with working(f"reading the config of {spec}"):
+        return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def dummy_model(
@@ -126,7 +122,7 @@ def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_
 
 
 def workers_on(
-    address: str | None, count: int | None, gpus: int, model: PreTrainedModel, **load_options: Any
+    address: str | None, count: int | None, gpus: int, model: PreTrainedModel, loading: Loading
 ) -> AbstractContextManager[Workers | None]:
     """The workers of `--ray`, each with its own copy of the model; None without it."""
     if address is None:
@@ -134,7 +130,7 @@ def workers_on(
     from ..evaluation.ray_workers import Workers
     from ..structure.anatomy import locate
 
-    return Workers(load_options, locate(model), address, count=count, gpus=gpus)
+    return Workers(asdict(loading), locate(model), address, count=count, gpus=gpus)
 
 
 def batch_size_of(word: str) -> int | Literal["auto"]:

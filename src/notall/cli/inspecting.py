@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ..reporting.console import progress_bar, show, tracked
+from ..progress import tracked
+from ..reporting.console import show
+from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
-from .inputs import empty_model, load_model, read_plan, text_batches
+from .inputs import Loading, empty_model, load_model, read_plan, text_batches
 from .options import (
     BatchSize,
     Device,
@@ -83,7 +85,7 @@ def similarity(
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..measuring.similarity import measure_similarity
 
-    net, tokenizer = load_model(model, dtype, device, None, None, revision, trust_remote_code)
+    net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:
         rows = [asdict(row) for row in measure_similarity(net, tracked(batches, "comparing the layers", progress))]
@@ -117,7 +119,9 @@ def generate(
     from ..running.generating import generate_text
 
     wanted = read_plan(plan)
-    net, tokenizer = load_model(model, dtype, device, device_map, None, revision, trust_remote_code)
+    net, tokenizer = load_model(
+        Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
+    )
     generate_text(
         net,
         tokenizer,

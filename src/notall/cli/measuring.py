@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from ..reporting.console import Shown, progress_bar, show, show_all
+from ..reporting.console import Shown, show, show_all
+from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
 from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
 from .inputs import (
+    Loading,
     batch_size_of,
     battery_windows,
     deepest_plan,
     dummy_model,
     load_model,
-    loading_of,
     provenance_of,
     read_plan,
     text_batches,
@@ -85,17 +86,16 @@ def sweep(
     """
     from ..evaluation.paper.sweep import sweep as sweep_grid
     from ..measuring.plan_times import Timed
-    from ..models.loading import load
     from ..records.ledger import read, refuse_foreign
     from ..records.similarity import SimilarityRecord
 
     refuse_foreign(out, "sweep")
-    loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
-    net, tokenizer = load(**loading)
+    loading = Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    net, tokenizer = load_model(loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     about = provenance_of(net, model, revision, **described)
     timed = Timed(prompt, new, rounds=rounds)
-    with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
+    with workers_on(ray, ray_workers, ray_gpus, net, loading) as workers, progress_bar() as progress:
         records = sweep_grid(
             net,
             batches,
@@ -158,7 +158,9 @@ def evaluate(
     wanted = read_plan(plan)
     size = batch_size_of(batch_size)
     limits = words_of(limit)
-    net, tokenizer = load_model(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    net, tokenizer = load_model(
+        Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    )
     windows = 4 if size == "auto" else size
     batches, _ = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
@@ -233,7 +235,16 @@ def bench(
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)
     else:
-        net, _ = load_model(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
+        net, _ = load_model(
+            Loading(
+                model,
+                dtype,
+                device,
+                attn_implementation=attn_implementation,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+        )
     wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
     about = provenance_of(
         net,

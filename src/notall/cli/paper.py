@@ -8,10 +8,20 @@ from typing import Annotated
 
 import typer
 
-from ..reporting.console import progress_bar, show
+from ..reporting.console import show
+from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
 from .columns import CLAIM_COLUMNS
-from .inputs import batch_size_of, battery_windows, loading_of, provenance_of, text_batches, words_of, workers_on
+from .inputs import (
+    Loading,
+    batch_size_of,
+    battery_windows,
+    load_model,
+    provenance_of,
+    text_batches,
+    words_of,
+    workers_on,
+)
 from .options import (
     Attention,
     Battery,
@@ -81,7 +91,6 @@ def paper(
     """
     from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
-    from ..models.loading import load
     from ..records.ledger import read, refuse_foreign
     from ..records.similarity import SimilarityRecord
     from ..reporting import plots
@@ -97,11 +106,11 @@ def paper(
         generate_all=generate_all,
     )
     timing = TimeGrid(tuple(prompt or (128, 512)), tuple(bench_batch or (1,)), new, rounds)
-    loading = loading_of(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
-    net, tokenizer = load(**loading)
+    loading = Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
+    net, tokenizer = load_model(loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, 4, seed)
     about = provenance_of(net, model, revision, **described)
-    with workers_on(ray, ray_workers, ray_gpus, net, **loading) as workers, progress_bar() as progress:
+    with workers_on(ray, ray_workers, ray_gpus, net, loading) as workers, progress_bar() as progress:
         claims = run_paper(
             net,
             tokenizer,

@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console, ConsoleDimensions
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -150,33 +141,6 @@ def show_all(tables: Mapping[str, Shown], *, as_json: bool = False) -> None:
         return
     for table in tables.values():
         show(table.rows, table.columns, title=table.title)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[float, float, str], None]]:
-    """A bar with the time left on stderr; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(done: float, total: float, doing: str) -> None:
-            bar.update(task, completed=done, total=total, description=printable(doing, console.encoding))
-
-        yield report
-
-
-def tracked(items: Sequence[Item], doing: str, progress: Callable[[float, float, str], None]) -> Iterator[Item]:
-    """`items`, with progress told as they are used up."""
-    for number, item in enumerate(items):
-        progress(number, len(items), doing)
-        yield item
 
 
 def _format(value: Any, form: str) -> str:

@@ -1,0 +1,53 @@
+"""How far long work is, at the terminal: what is being done, for how long, and how long it still takes, about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from ..progress import Progress
+from .printable import printable
+
+
+class Clock(ProgressColumn):
+    """The time that has passed and, once Rich can tell from the steps so far, the time that is left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        passed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
+        left = task.time_remaining
+        return Text(f"{passed}, about {timedelta(seconds=int(left))} left" if left else passed)
+
+
+@contextmanager
+def progress_bar(doing: str = "starting") -> Iterator[Progress]:
+    """A bar on stderr while work goes on, gone when it ends; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        Clock(),
+    )
+    with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(printable(doing, console.encoding), total=None)
+
+        def tell(done: float, total: float, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=printable(doing, console.encoding))
+
+        yield tell
+
+
+@contextmanager
+def working(doing: str) -> Iterator[None]:
+    """A bar without steps, for what tells of none: loading a model, or importing what does."""
+    with progress_bar(doing):
+        yield

@@ -1,0 +1,94 @@
+"""How far long work is: one count for its stages, and a bar that says what has passed and what is left."""
+
+import sys
+
+import pytest
+from rich.console import Console
+from rich.progress import Task
+
+from notall.progress import Stages, tracked
+from notall.reporting import progress_bars
+from notall.reporting.progress_bars import Clock, progress_bar, working
+
+
+def test_stages_are_one_count_in_steps_of_the_whole():
+    seen = []
+    stages = Stages(lambda *state: seen.append(state), 10)
+    first, second = stages.stage(4), stages.stage(6)
+    first(1, 2, "reading")
+    first(2, 2, "reading")
+    second(0, 3, "writing")
+    second(1, 3, "writing")
+    second(0, 0, "nothing to write")
+    assert seen == [
+        (2, 10, "reading"),
+        (4, 10, "reading"),
+        (4, 10, "writing"),
+        (6, 10, "writing"),
+        (10, 10, "nothing to write"),
+    ]
+
+
+def test_stages_nest():
+    seen = []
+    outer = Stages(lambda *state: seen.append(state[:2]), 8)
+    outer.stage(4)
+    inner = Stages(outer.stage(4), 2)
+    inner.stage(1)(1, 1, "")
+    inner.stage(1)(1, 2, "")
+    assert seen == [(6, 8), (7, 8)]
+
+
+def test_what_is_tracked_reaches_its_end():
+    seen = []
+    assert list(tracked("abc", "spelling", lambda *state: seen.append(state))) == ["a", "b", "c"]
+    assert seen == [(number, 3, "spelling") for number in range(4)]
+
+
+class Passed(Task):
+    elapsed, time_remaining = 83.9, None
+
+
+class Guessed(Passed):
+    time_remaining = 3601.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [(Passed, "0:01:23 elapsed"), (Guessed, "0:01:23 elapsed, about 1:00:01 left")]
+)
+def test_the_clock_names_what_it_shows(kind, says):
+    task = kind(id=0, description="", total=None, completed=0, _get_time=lambda: 0.0)
+    assert Clock().render(task).plain == says
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard error as a terminal of 120 columns, and what is written there."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def console(**options):
+        return Console(**options, force_terminal=True, width=120)
+
+    monkeypatch.setattr(progress_bars, "Console", console)
+
+
+def test_a_bar_says_what_is_done_and_leaves_nothing(terminal, capsys):
+    with progress_bar() as progress:
+        progress(1, 4, "evaluating [bold]this[/bold]")
+    shown = capsys.readouterr().err
+    assert "evaluating [bold]this[/bold]" in shown
+    assert "25%" in shown
+    assert "elapsed" in shown
+    assert shown.endswith("\x1b[2K")  # the line is cleared: nothing stands there when the work is over
+
+
+def test_what_tells_of_no_steps_is_shown_too(terminal, capsys):
+    with working("loading tiny"):
+        pass
+    assert "loading tiny" in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_nobody_looks(capsys):
+    with progress_bar() as progress:
+        progress(1, 4, "evaluating")
+    assert capsys.readouterr().err == ""
