@@ -21,7 +21,7 @@ from notall.choosing.answer_objectives import task
 from notall.choosing.comparison import Aim, Question, Tasks, compare_criteria
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll
-from notall.choosing.space import Choice, Space
+from notall.choosing.space import Space, UnitKind
 from notall.cli.inputs import provenance_of
 from notall.measuring.plan_times import Timed
 from notall.models.texts import read_text, token_batches
@@ -85,7 +85,7 @@ QUICK = Sizes(
 def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Question]:
     """One-shot criteria, losses one by one and the search by KL and by NLL at every budget, and what is special."""
     spaces = {"portable": Space(anatomy, portable=True)}
-    spaces |= {kind: Space(anatomy, kind) for kind in get_args(Choice)}
+    spaces |= {kind: Space(anatomy, kind) for kind in get_args(UnitKind)}
     by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out")] + [("search", "kl"), ("search", "nll")]
     found = [
         Question(criterion, aim, spaces[name], count)

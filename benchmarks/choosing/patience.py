@@ -19,7 +19,7 @@ import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
-from notall.choosing.space import Choice, Space
+from notall.choosing.space import Space, UnitKind
 from notall.models.texts import read_text, token_batches
 from notall.reporting.console import number, plain, show, with_error
 
@@ -73,7 +73,7 @@ def main() -> None:
 
     train = batches("wiki.train.first1MB.txt", arguments.sequences, 1)
     test = batches("wiki.test.raw", arguments.held_out, 2)
-    spaces = {"portable": Space(anatomy, portable=True)} | {kind: Space(anatomy, kind) for kind in get_args(Choice)}
+    spaces = {"portable": Space(anatomy, portable=True)} | {kind: Space(anatomy, kind) for kind in get_args(UnitKind)}
     rows = [row for name, count in BUDGETS for row in searched(model, spaces[name], count, train, test)]
     columns = [
         plain("budget", "skip"),

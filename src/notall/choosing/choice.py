@@ -23,7 +23,7 @@ from ..records.search import SearchRecord, SpeedCheck
 from .budget import Budget
 from .criteria import Setting, choose
 from .evaluator import STATES_BYTES, Evaluator, Spent
-from .latency import Check, Times, check_times
+from .latency import Prediction, Times, check_times
 from .objective import Objective
 from .searching import PATIENCE
 from .space import Space, Unit
@@ -45,7 +45,7 @@ class ChosenPlan:
     forwards: float
     in_time: bool
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
-    times: Check | None = None
+    times: Prediction | None = None
 
     def record(self, about: Provenance) -> SearchRecord:
         """As it is written down: what was chosen, what it took, and what was measured of it."""
@@ -72,7 +72,7 @@ def keep_choice(folder: Path, record: SearchRecord) -> None:
             kept.add(record)
 
 
-def _speed_check(times: Check) -> SpeedCheck:
+def _speed_check(times: Prediction) -> SpeedCheck:
     speedup = times.measured_speedup
     return SpeedCheck(
         predicted_ms=times.predicted_ms,

@@ -28,7 +28,7 @@ from ..records.search import EvaluationRecord
 from ..running.footprint import footprint
 from ..structure.anatomy import locate
 from .budget import by_count
-from .criteria import CRITERIA, Scores, Setting, choose, criterion, suits
+from .criteria import CRITERIA, Setting, UnitScores, choose, criterion, suits
 from .criteria.setting import Chosen, take
 from .evaluator import Evaluator, Spent
 from .objective import Objective
@@ -156,7 +156,7 @@ class _Choosing:
         self, model: PreTrainedModel, aims: Mapping[str, Aim], out: Path, about: Provenance, seed: int
     ) -> None:
         self.model, self.aims, self.out, self.about, self.seed = model, aims, out, about, seed
-        self.scored: dict[tuple[str, str, str], tuple[Scores, Spent]] = {}
+        self.scored: dict[tuple[str, str, str], tuple[UnitScores, Spent]] = {}
         self.held = Ledger(out, ChoiceRecord, lambda record: self._about(record.aim))
 
     def choices(self, asked: Sequence[tuple[Question, Progress]]) -> list[ChoiceRecord]:

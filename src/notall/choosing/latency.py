@@ -54,7 +54,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Check:
+class Prediction:
     """A plan's speedup as it was predicted and as it was measured, in turn with the dense model; `off` relates them."""
 
     predicted_ms: float
@@ -135,12 +135,12 @@ def by_speedup(space: Space, times: Times, faster: float) -> Budget:
     return Budget(saves, target, f"{faster:g}x at prompt {w.prompt}, {w.new} new, batch {w.batch}")
 
 
-def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int = 5, seed: int = 0) -> Check:
+def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int = 5, seed: int = 0) -> Prediction:
     """Time `plan` in turn with the dense model, and hold it against what the sublayers' times add up to."""
     found = _compare(model, {"dense": nullcontext, "skipped": partial(skip, model, plan)}, times.workload, rounds, seed)
     dense, skipped = (_totals(found[name], times.workload) for name in ("dense", "skipped"))
     predicted = times.predicted_ms(plan)
-    return Check(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
+    return Prediction(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
 
 
 def _measure(

@@ -12,11 +12,11 @@ from ..plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
 
-Choice = Literal["attention", "mlp", "block", "sublayer"]
+UnitKind = Literal["attention", "mlp", "block", "sublayer"]
 Unit = tuple[str, ...]  # names of sublayers that are skipped together, such as ("attn.3",), in the model's order
 Skipped = frozenset[str]
 
-CHOICES: tuple[Choice, ...] = get_args(Choice)
+UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Space:
     """
 
     anatomy: Anatomy
-    kind: Choice = "sublayer"
+    kind: UnitKind = "sublayer"
     portable: bool = False
     keep_first: int = 0
     keep_last: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in CHOICES:
-            raise UsageError(f"cannot choose among {self.kind!r}: give one of {', '.join(CHOICES)}")
+        if self.kind not in UNIT_KINDS:
+            raise UsageError(f"cannot choose among {self.kind!r}: give one of {', '.join(UNIT_KINDS)}")
         if self.portable and self.kind in ("attention", "mlp"):
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
         if not self.names:

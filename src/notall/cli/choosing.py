@@ -46,7 +46,7 @@ from .options import (
     Revision,
     Seed,
     Sequences,
-    Skippable,
+    SkippedKind,
     TaskLimit,
     TaskPath,
     TextSource,
@@ -63,8 +63,8 @@ of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 def plan(
     model: Model = "smollm2",
     skip: Annotated[
-        Skippable, typer.Option(metavar="KIND", help="what to leave out: attention, mlp or block")
-    ] = Skippable.attention,
+        SkippedKind, typer.Option(metavar="KIND", help="what to leave out: attention, mlp or block")
+    ] = SkippedKind.attention,
     fraction: Annotated[
         float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")
     ] = 0.33,

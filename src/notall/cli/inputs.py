@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError, shortened
 from ..reporting.progress_bars import progress_bar, working
-from .options import Among, Skippable
+from .options import Among, SkippedKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def read_plan(path: Path | None) -> Plan:
     return Plan.load(path) if path else Plan()
 
 
-def deepest_plan(model: PreTrainedModel, skip: Skippable, fraction: float, keep_last: bool) -> Plan:
+def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
     from ..plan import deepest
     from ..structure.anatomy import locate
 

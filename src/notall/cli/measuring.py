@@ -47,7 +47,7 @@ from .options import (
     Rounds,
     Seed,
     Sequences,
-    Skippable,
+    SkippedKind,
     TaskBatch,
     TaskPath,
     Tasks,
@@ -196,7 +196,7 @@ def bench(
     model: Model = "smollm2",
     plan: PlanFile = None,
     skip: Annotated[
-        Skippable | None, typer.Option(metavar="KIND", help="or: skip the deepest of attention, mlp or block")
+        SkippedKind | None, typer.Option(metavar="KIND", help="or: skip the deepest of attention, mlp or block")
     ] = None,
     fraction: Annotated[float, typer.Option(help="with --skip: share of the layers")] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")] = False,

@@ -106,7 +106,7 @@ TaskBatch = Annotated[
 ]
 
 
-class Skippable(str, Enum):
+class SkippedKind(str, Enum):
     attention = "attention"
     mlp = "mlp"
     block = "block"

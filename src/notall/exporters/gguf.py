@@ -20,7 +20,7 @@ from ..errors import UnknownArchitecture, UsageError
 from ..models.cache import sha256
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..running.regrouping import Layer, merged, regroup, rows
+from ..running.regrouping import Layer, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf
 from .manifest import (
@@ -246,7 +246,7 @@ def _fits(source: GGUF, attention: int, mlp: int) -> bool:
 def _deci(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, Tensor]]:
     _check_deci(source)
     _check_sizes(source)
-    kept = list(rows(layers))
+    kept = list(sparse_layers(layers))
     heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
     width, head_size = source.count("feed_forward_length"), _head_size(source)
     fields = _renamed(source)

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..running.regrouping import Row, rows
+from ..running.regrouping import SparseLayer, sparse_layers
 from .companions import companions, copy_companions
 from .dense import DenseModel
 from .layout import layers_of, rope_names
@@ -60,7 +60,7 @@ def export_nemotron_nas(
     Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
     """
     _check(dense)
-    kept, beside = list(rows(layers_of(dense.anatomy, plan))), companions(dense.folder, code=dense.trusted)
+    kept, beside = list(sparse_layers(layers_of(dense.anatomy, plan))), companions(dense.folder, code=dense.trusted)
     tensors = dict(_named(dense, kept))
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
@@ -98,7 +98,7 @@ def _check(dense: DenseModel) -> None:
     raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
 
 
-def _settings(dense: DenseModel, kept: Sequence[Row]) -> dict[str, Any]:
+def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> dict[str, Any]:
     config = dense.config
     settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
     if config.model_type == "qwen2":
@@ -118,7 +118,7 @@ def _settings(dense: DenseModel, kept: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _block(config: Any, row: Row) -> dict[str, Any]:
+def _block(config: Any, row: SparseLayer) -> dict[str, Any]:
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
     attention = {
         "n_heads_in_group": None if row.attention is None else heads_in_group,
@@ -153,7 +153,7 @@ def _padded(width: int) -> int:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _named(dense: DenseModel, kept: Sequence[Row]) -> Iterator[tuple[str, Tensor]]:
+def _named(dense: DenseModel, kept: Sequence[SparseLayer]) -> Iterator[tuple[str, Tensor]]:
     yield from dense.outside_layers.items()
     for number, row in enumerate(kept):
         start = f"{dense.prefix}{number}."

@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..progress import Progress, silent
 from ..running.generating import check_positions
 
-Variant = Callable[[], AbstractContextManager[Any]]
+Entering = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
 
 def compare(
     model: PreTrainedModel,
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, Entering],
     *,
     prompt_tokens: int = 128,
     new_tokens: int = 32,

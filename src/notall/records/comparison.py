@@ -22,7 +22,7 @@ class Asked(Fields):
 ASKED = ("criterion", "aim", "space", "count")
 
 
-class Found(SpentFields, Asked):
+class Answered(SpentFields, Asked):
     """What was chosen, and what that took."""
 
     skipped: str = Field(description="names of sublayers, in the model's order")
@@ -33,7 +33,7 @@ class Found(SpentFields, Asked):
     calibration_delta: Number = Field(description="the objective's rise on that text, where it is known")
 
 
-class ChoiceRecord(Record, Found):
+class ChoiceRecord(Record, Answered):
     """What one question was answered."""
 
     file = "choices.jsonl"
@@ -82,7 +82,7 @@ class TaskFigure(Fields):
     documents: int | None = None
 
 
-class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Found):
+class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
     """One answer, measured on the held-out text."""
 
     file = "comparison.jsonl"

@@ -94,16 +94,16 @@ def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]
 
 
 @dataclass(frozen=True)
-class Row:
+class SparseLayer:
     """A layer of a model whose layers may lack either sublayer, by dense indices."""
 
     attention: int | None
     mlp: int | None
 
 
-def rows(layers: Iterable[Layer]) -> Iterator[Row]:
+def sparse_layers(layers: Iterable[Layer]) -> Iterator[SparseLayer]:
     """`layers` for engines that can leave out a sublayer of a layer: each lone MLP becomes a layer of its own."""
     for layer in layers:
-        yield from (Row(None, mlp) for mlp in layer.before)
-        yield Row(layer.attention, layer.mlp)
-        yield from (Row(None, mlp) for mlp in layer.after)
+        yield from (SparseLayer(None, mlp) for mlp in layer.before)
+        yield SparseLayer(layer.attention, layer.mlp)
+        yield from (SparseLayer(None, mlp) for mlp in layer.after)

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from ...errors import UsageError
 from ..budget import Budget
 from ..searching import search
-from ..space import CHOICES, Choice, Space
+from ..space import UNIT_KINDS, Space, UnitKind
 from .evolution import choose_by_evolution
 from .features import choose_angular, score_cosine, score_relative_magnitude
 from .gradients import score_first_order, score_fisher
 from .losses import choose_greedily, score_leave_one_out
 from .position import score_deepest, score_random, score_shallowest
-from .setting import Chosen, Scores, Setting, take
+from .setting import Chosen, Setting, UnitScores, take
 from .weights import score_gate_norm
 
 __all__ = [
     "CRITERIA",
     "Chosen",
     "Criterion",
-    "Scores",
     "Setting",
+    "UnitScores",
     "choose",
     "criterion",
     "suits",
@@ -35,10 +35,10 @@ class Criterion:
 
     name: str
     told: str
-    score: Callable[[Setting], Scores] | None = None
+    score: Callable[[Setting], UnitScores] | None = None
     choose: Callable[[Setting, Budget], Chosen] | None = None
     measured: bool = False
-    kinds: tuple[Choice, ...] = CHOICES
+    kinds: tuple[UnitKind, ...] = UNIT_KINDS
 
 
 def choose_by_search(setting: Setting, budget: Budget) -> Chosen:

@@ -14,12 +14,12 @@ from ...errors import UsageError
 from ...running.replay import walk
 from ..budget import Budget
 from ..space import Unit
-from .setting import Chosen, Scores, Setting
+from .setting import Chosen, Setting, UnitScores
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
 
 
-def score_cosine(setting: Setting) -> Scores:
+def score_cosine(setting: Setting) -> UnitScores:
     """1 - cos(x, x + f(x)), the mean over tokens: what changes the direction of its input least goes first.
 
     Sources: LLM-Drop, arXiv 2406.15786, section 3 (sublayers, residual included); ShortGPT, arXiv 2403.03853, "Block
@@ -28,7 +28,7 @@ def score_cosine(setting: Setting) -> Scores:
     return _measured(setting, lambda before, after: 1 - cosine_similarity(before, after, dim=-1))
 
 
-def score_relative_magnitude(setting: Setting) -> Scores:
+def score_relative_magnitude(setting: Setting) -> UnitScores:
     """|f(x)| / |x + f(x)|, the mean over tokens. Source: arXiv 2312.09299, as in ShortGPT 2403.03853."""
     return _measured(setting, lambda before, after: (after - before).norm(dim=-1) / after.norm(dim=-1))
 
@@ -78,7 +78,7 @@ def _last_tokens(setting: Setting) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _measured(setting: Setting, measure: Measure) -> Scores:
+def _measured(setting: Setting, measure: Measure) -> UnitScores:
     """The mean over tokens of what is measured of each unit."""
     start = time.process_time()
     totals = dict.fromkeys(setting.space.units, 0.0)

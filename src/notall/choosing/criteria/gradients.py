@@ -11,10 +11,10 @@ from ...running.replay import record, run_head
 from ...structure.anatomy import Anatomy, base_model
 from ...structure.observation import LayerCall, run_branches
 from ..objective import nll
-from .setting import Scores, Setting
+from .setting import Setting, UnitScores
 
 
-def score_first_order(setting: Setting) -> Scores:
+def score_first_order(setting: Setting) -> UnitScores:
     """-dL/dgate: what the NLL rises by when the gate is closed, to first order.
 
     L is the NLL on the text whatever the objective is, because the gradient of the KL to the dense model is zero there.
@@ -23,7 +23,7 @@ def score_first_order(setting: Setting) -> Scores:
     return {unit: -float(gradients.mean()) for unit, gradients in _gradients(setting).items()}
 
 
-def score_fisher(setting: Setting) -> Scores:
+def score_fisher(setting: Setting) -> UnitScores:
     """(dL/dgate)^2 / 2, the mean over sequences: to second order, by the empirical Fisher information.
 
     Source: Theis et al., arXiv 1801.05787, equation 7.

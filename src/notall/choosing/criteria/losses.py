@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..budget import Budget
 from ..space import Skipped, Unit
-from .setting import Chosen, Scores, Setting
+from .setting import Chosen, Setting, UnitScores
 
 
-def score_leave_one_out(setting: Setting) -> Scores:
+def score_leave_one_out(setting: Setting) -> UnitScores:
     """The objective without this unit alone, less that of the dense model."""
     evaluator = setting.evaluator
     evaluator.stand_on(frozenset())

@@ -15,7 +15,7 @@ from ..evaluator import Evaluator, Spent
 from ..searching import PATIENCE
 from ..space import Skipped, Space, Unit
 
-Scores = Mapping[Unit, float]  # the lowest is skipped first
+UnitScores = Mapping[Unit, float]  # the lowest is skipped first
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chosen:
     order: tuple[Unit, ...]
 
 
-def take(setting: Setting, scores: Scores, budget: Budget) -> Chosen:
+def take(setting: Setting, scores: UnitScores, budget: Budget) -> Chosen:
     """The units with the lowest scores, until the budget is met; a portable set takes the pairs of the lowest sums.
 
     Where the budget is a limit on the objective, sets are evaluated as they grow, and the last within it is taken.

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from ...errors import UsageError
 from ...structure.anatomy import base_model
-from .setting import Scores, Setting
+from .setting import Setting, UnitScores
 
 
-def score_gate_norm(setting: Setting) -> Scores:
+def score_gate_norm(setting: Setting) -> UnitScores:
     """|W_Q W_K^T|, the Frobenius norm: the attentions whose queries and keys are least coupled go first.
 
     Keys that a group of query heads share are repeated for each. Source: Gate-Norm, arXiv 2512.20636. Raises

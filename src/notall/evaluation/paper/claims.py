@@ -11,7 +11,7 @@ import pandas as pd
 
 from ...records.benchmarks import TimesRecord
 from ...records.similarity import SimilarityRecord
-from .scoreboard import Key, Scoreboard, key_of
+from .scoreboard import ConfigurationKey, Scoreboard, key_of
 
 Verdict = Literal["holds", "does not hold", "within error"]
 ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
@@ -74,10 +74,10 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim
 
 def _quality_claims(board: Scoreboard) -> Iterable[Claim]:
     most = max(fraction for _, fraction, _ in board.cells)
-    dense: Key = ("dense", 0.0, False)
+    dense: ConfigurationKey = ("dense", 0.0, False)
     share = f"{most:.0%}"
 
-    def compare(claim: str, key: Key, other: Key, at_least: float = 0.0) -> Claim:
+    def compare(claim: str, key: ConfigurationKey, other: ConfigurationKey, at_least: float = 0.0) -> Claim:
         difference, error = board.difference(key, other)
         here = f"{100 * difference:+.1f} ± {100 * error:.1f} points of the average"
         return Claim(claim, here, _judge(difference - at_least, error))

@@ -13,7 +13,7 @@ from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from ...records.record import Configured, Record
 from ..tasks import stock_name
 
-Key = tuple[str, float, bool]  # variant, fraction, keep_last
+ConfigurationKey = tuple[str, float, bool]  # variant, fraction, keep_last
 
 HEADINGS = {
     "arc_challenge": "ARC-C",
@@ -27,7 +27,7 @@ SIGNIFICANT = 0.05
 ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
 
 
-def key_of(record: Configured) -> Key:
+def key_of(record: Configured) -> ConfigurationKey:
     return record.variant, record.fraction, record.keep_last
 
 
@@ -36,7 +36,7 @@ class Scoreboard:
 
     def __init__(self, records: Iterable[BenchmarkRecord]) -> None:
         records = list(records)
-        self.cells: dict[Key, dict[str, BenchmarkRecord]] = {}
+        self.cells: dict[ConfigurationKey, dict[str, BenchmarkRecord]] = {}
         metrics: dict[str, set[str]] = {}
         for record in records:
             metrics.setdefault(record.task, set()).add(record.metric)
@@ -56,15 +56,15 @@ class Scoreboard:
             if all(column in row and _is_share(row[column]) for row in self.cells.values())
         ]
 
-    def average(self, key: Key) -> float:
+    def average(self, key: ConfigurationKey) -> float:
         return mean_and_error([self._value(key, column) for column in self.shared])[0]
 
-    def _value(self, key: Key, column: str) -> float:
+    def _value(self, key: ConfigurationKey, column: str) -> float:
         value = self.cells[key][column].value
         assert value is not None  # of a shared column
         return value
 
-    def difference(self, key: Key, other: Key) -> tuple[float, float]:
+    def difference(self, key: ConfigurationKey, other: ConfigurationKey) -> tuple[float, float]:
         """The average of `key` less that of `other`, with its standard error, paired by document."""
         means, errors = [], []
         for column in self.shared:
@@ -140,11 +140,11 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
-def _dense(board: Scoreboard) -> Key:
+def _dense(board: Scoreboard) -> ConfigurationKey:
     return next(key for key in board.cells if key[0] == "dense")
 
 
-def _label(key: Key) -> tuple[str, str]:
+def _label(key: ConfigurationKey) -> tuple[str, str]:
     variant, fraction, _ = key
     return variant, f"{1 - fraction:.0%}"
 
@@ -166,7 +166,7 @@ def _score(record: BenchmarkRecord | None) -> str:
     return f"{100 * record.value:.1f} ({delta} ± {_percent(record.delta_se)}{mark})"
 
 
-def _with_difference(value: float, delta: float, error: float, key: Key) -> str:
+def _with_difference(value: float, delta: float, error: float, key: ConfigurationKey) -> str:
     if key[0] == "dense":
         return f"{100 * value:.1f}"
     mark = "*" if abs(delta) > 1.96 * error else ""
