@@ -18,7 +18,7 @@ import torch
 import notall
 from notall.measuring.speed import machine
 from notall.models.loading import build_random, load_config
-from notall.structure.anatomy import forget
+from notall.structure.locating import forget
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

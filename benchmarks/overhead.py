@@ -178,7 +178,7 @@ def main() -> None:
     plan = notall.deepest(notall.locate(model), "attention", 0.33)
     samples = milliseconds(lambda: enter_and_leave(model, plan), 50)
     print(f"Entering and leaving skip on 30 blocks: {statistics.median(samples):.2f} ms (target: under 20)")
-    located = milliseconds(lambda: (notall.structure.anatomy.forget(model), notall.locate(model)), 5)
+    located = milliseconds(lambda: (notall.structure.locating.forget(model), notall.locate(model)), 5)
     forward = milliseconds(lambda: model(torch.ones(2, 4, dtype=torch.int64)), 5)
     print(f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens: {statistics.median(forward):.0f} ms")
     ratios = similarity_ratio(model, tokenizer, arguments.rounds)

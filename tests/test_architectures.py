@@ -13,8 +13,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from families import FAMILIES, TRANSFORMERS_5, Family, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
-from notall.structure.anatomy import cache_argument, relative_error
+from notall.structure.anatomy import cache_argument
 from notall.structure.observation import ModuleOp
+from notall.structure.proving import relative_error
 from verdicts import compare_or_record
 
 PROMPT, NEW = 6, 6

@@ -54,7 +54,7 @@ def test_an_exception_inside_restores_the_model_too(model):
 
 def test_a_failure_while_entering_restores_the_model_too(model, monkeypatch):
     before, dense = state(model), logits(model)
-    monkeypatch.setattr("notall.running.skipping.anatomies.remember", _fail_for_regrouped(model))
+    monkeypatch.setattr("notall.running.skipping.locating.remember", _fail_for_regrouped(model))
     with pytest.raises(RuntimeError, match="planted"), skip(model, PLAN):
         pass
     assert state(model) == before

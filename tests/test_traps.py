@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, locate, skip
 from notall.running import skipping
-from notall.structure import anatomy as anatomies
-from notall.structure import observation
-from notall.structure.anatomy import relative_error
+from notall.structure import locating, observation, proving, slicing
 from notall.structure.observation import Argument, Branch, FunctionOp
+from notall.structure.proving import relative_error
 from test_architectures import EXACT, PLANS, PROMPT, check_family, generate, mask_for, prompt, uncached
 
 Patch = pytest.MonkeyPatch
@@ -64,7 +63,7 @@ def test_stale_layer_index(name: str, monkeypatch: Patch) -> None:
 
 
 def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(anatomies, "renumber", lambda *_: [])
+    monkeypatch.setattr(slicing, "renumber", lambda *_: [])
     assert is_caught_by_recomposition("llama")
 
 
@@ -92,7 +91,7 @@ def test_residual_multiplier_forgotten(name: str, monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("name", ["olmo3", "gemma3", "gpt_oss", "cohere2", "ministral"])
 def test_layer_list_not_sliced(name: str, monkeypatch: Patch) -> None:
     """Windows and the two kinds of RoPE: masks and caches are chosen by `config.layer_types`."""
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(anatomies, "PER_LAYER_LISTS", ()))
+    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(slicing, "PER_LAYER_LISTS", ()))
 
 
 @pytest.mark.parametrize("name", ["olmo3", "gemma3", "gpt_oss"])
@@ -152,7 +151,7 @@ def test_attention_scaled_by_its_layer_index(monkeypatch: Patch) -> None:
         assert not is_caught_by_recomposition(name)
         return
     assert is_caught_by_recomposition(name)
-    monkeypatch.setattr(anatomies, "_prove", lambda *_: None)
+    monkeypatch.setattr(locating, "prove", lambda *_: None)
     assert is_caught_by_comparison(name)
 
 
@@ -216,26 +215,26 @@ def test_soft_cap_lost(monkeypatch: Patch) -> None:
     "name", ["gpt_neox", "phi", "cohere", "falcon (parallel)", "falcon (two norms)", "stablelm (parallel)"]
 )
 def test_parallel_block_taken_for_a_sequence(name: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(anatomies, "block_lines", lambda block: [part.branches for part in block.sublayers])
+    monkeypatch.setattr(proving, "block_lines", lambda block: [part.branches for part in block.sublayers])
     assert is_caught_by_recomposition(name)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox (sequential)"])
 def test_sequence_taken_for_a_parallel_block(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(
-        anatomies, "block_lines", lambda block: [block.sublayers[0].branches + block.sublayers[1].branches]
+        proving, "block_lines", lambda block: [block.sublayers[0].branches + block.sublayers[1].branches]
     )
     assert is_caught_by_recomposition(name)
 
 
 @pytest.mark.parametrize("name", ["olmo2", "olmo3", "gemma2", "exaone4", "glm4"])
 def test_norm_behind_the_mixer_forgotten(name: str, monkeypatch: Patch) -> None:
-    right = anatomies.lines_of
+    right = locating.lines_of
 
     def wrong(trace: Any) -> Any:
         return [tuple(replace(branch, ops=branch.ops[:-1]) for branch in line) for line in right(trace)]
 
-    monkeypatch.setattr(anatomies, "lines_of", wrong)
+    monkeypatch.setattr(locating, "lines_of", wrong)
     assert is_caught_by_recomposition(name)
 
 
@@ -254,10 +253,10 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
 def test_residual_added_twice(name: str, monkeypatch: Patch) -> None:
     """These modules are handed the residual and add it themselves."""
-    right = anatomies.lines_of
+    right = locating.lines_of
 
     def wrong(trace: Any) -> Any:
         return [tuple(replace(branch, adds_itself=False) for branch in line) for line in right(trace)]
 
-    monkeypatch.setattr(anatomies, "lines_of", wrong)
+    monkeypatch.setattr(locating, "lines_of", wrong)
     assert is_caught_by_recomposition(name)

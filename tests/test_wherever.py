@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
 from notall.structure import anatomy
-from notall.structure.anatomy import relative_error
+from notall.structure.proving import relative_error
 
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))

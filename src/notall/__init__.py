@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .models.loading import load
     from .plan import Plan, deepest
     from .running.skipping import remove, skip
-    from .structure.anatomy import Anatomy, Block, Sublayer, locate
+    from .structure.anatomy import Anatomy, Block, Sublayer
+    from .structure.locating import locate
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ _HOMES = {
     "evaluate": "measuring.quality",
     "export": "exporters",
     "load": "models.loading",
-    "locate": "structure.anatomy",
+    "locate": "structure.locating",
     "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",
     "remove": "running.skipping",

@@ -26,7 +26,7 @@ from ..records.provenance import Provenance
 from ..records.record import TimeFields
 from ..records.search import EvaluationRecord
 from ..running.footprint import footprint
-from ..structure.anatomy import locate
+from ..structure.locating import locate
 from .budget import by_count
 from .criteria import CRITERIA, Setting, UnitScores, choose, criterion, suits
 from .criteria.setting import Chosen, take

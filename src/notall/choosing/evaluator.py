@@ -24,7 +24,8 @@ from ..records.ledger import Ledger
 from ..records.provenance import Provenance
 from ..records.search import EvaluationRecord
 from ..running.replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
-from ..structure.anatomy import base_model, locate
+from ..structure.anatomy import base_model
+from ..structure.locating import locate
 from .objective import Objective
 from .space import Skipped, plan_of
 

@@ -23,7 +23,8 @@ from ..models.cache import cache_folder, keep
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.skipping import skip
-from ..structure.anatomy import Sublayer, locate, text_config
+from ..structure.anatomy import Sublayer, text_config
+from ..structure.locating import locate
 from .budget import Budget
 from .space import Space
 

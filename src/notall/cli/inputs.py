@@ -116,7 +116,7 @@ def read_plan(path: Path | None) -> Plan:
 
 def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
     from ..plan import deepest
-    from ..structure.anatomy import locate
+    from ..structure.locating import locate
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
 
@@ -128,7 +128,7 @@ def workers_on(
     if address is None:
         return nullcontext()
     from ..evaluation.ray_workers import Workers
-    from ..structure.anatomy import locate
+    from ..structure.locating import locate
 
     return Workers(asdict(loading), locate(model), address, count=count, gpus=gpus)
 
@@ -155,7 +155,7 @@ def words_of(values: list[str] | None) -> list[str]:
 
 def space_of(model: PreTrainedModel, kind: Among, portable: bool, keep_first: bool, keep_last: bool) -> Space:
     from ..choosing.space import Space
-    from ..structure.anatomy import locate
+    from ..structure.locating import locate
 
     return Space(locate(model), kind.value, portable, int(keep_first), int(keep_last))
 

@@ -42,7 +42,7 @@ def inspect(
     from ..models.loading import dtype_name
     from ..plan import Plan
     from ..running.footprint import footprint
-    from ..structure.anatomy import locate
+    from ..structure.locating import locate
 
     net = empty_model(model, revision, trust_remote_code)
     anatomy = locate(net)

@@ -228,7 +228,7 @@ def bench(
     from ..measuring.speed import machine
     from ..models.loading import dtype_name
     from ..records.ledger import refuse_foreign
-    from ..structure.anatomy import locate
+    from ..structure.locating import locate
 
     if out:
         refuse_foreign(out, "bench")

@@ -20,7 +20,8 @@ from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source
 from ..running.skipping import is_skipping
-from ..structure.anatomy import Anatomy, Sublayer, base_model, locate
+from ..structure.anatomy import Anatomy, Sublayer, base_model
+from ..structure.locating import locate
 from .manifest import Origin
 from .weights import Tensors, check_tensors, read_tensors
 

@@ -20,6 +20,7 @@ from ..errors import UnknownArchitecture, UsageError
 from ..models.cache import sha256
 from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.fingerprint import Fingerprint
 from ..running.regrouping import Layer, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf
@@ -82,7 +83,7 @@ def export_gguf(
     source = read_gguf(dense)
     fields, tensors = cut(source, plan)
     form = str(fields["general.architecture"].value)
-    fingerprint = f"{source.architecture}-{source.depth}x{source.count('embedding_length')}"
+    fingerprint = str(Fingerprint(source.architecture, source.depth, source.count("embedding_length")))
     origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)
     manifest = manifest_of(origin, plan, form)
     fields["notall.manifest"] = Field.of(json.dumps(manifest))
@@ -139,7 +140,7 @@ def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, Tensor]]:
 
 
 def _check(source: GGUF, plan: Plan) -> None:
-    shape = re.search(r"-(\d+)x(\d+)-", plan.fingerprint or "")
+    shape = Fingerprint.parse(plan.fingerprint)
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
@@ -147,7 +148,7 @@ def _check(source: GGUF, plan: Plan) -> None:
             f"{source.path.name} has tensors for {len(numbers)} blocks, and its header says {source.depth}; "
             "download it again"
         )
-    if shape and (int(shape[1]), int(shape[2])) != ours:
+    if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)
     name = source.architecture

@@ -14,8 +14,9 @@ from ..errors import UsageError
 from ..models.loading import build_empty
 from ..plan import Plan
 from ..running.regrouping import Layer, fits, merged, regroup
-from ..structure.anatomy import LAYER_INDICES, PER_LAYER_LISTS, Anatomy, Sublayer
+from ..structure.anatomy import Anatomy, Sublayer
 from ..structure.observation import child
+from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 
 # Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.

@@ -14,7 +14,8 @@ from ..errors import UsageError
 from ..models.load_errors import explained, quiet
 from ..plan import Plan
 from ..running.skipping import skip
-from ..structure.anatomy import cache_argument, relative_error, text_config, tolerance
+from ..structure.anatomy import cache_argument, text_config
+from ..structure.proving import relative_error, tolerance
 from . import mlx
 from .dense import DenseModel
 from .manifest import NotVerified, Verdict, Verified

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from ..records import lines
 from ..records.answers import AnswersRecord
 from ..records.bench import BenchRecord
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
+from ..records.fingerprint import Fingerprint
 from ..records.kinds import kind_at
 from ..records.leave_one_out import LeaveOneOutRecord
 from ..records.ledger import read
@@ -69,11 +69,11 @@ class Folder:
     @property
     def layers(self) -> int:
         """How many the model has, as far as the folder tells."""
-        shape = re.search(r"-(\d{1,4})x\d+-", str(self.provenance.get("fingerprint")))
+        shape = Fingerprint.parse(self.provenance.get("fingerprint"))
         named = (index for record in self.plans for kind in SHORT for index in record["plan"].get(kind, ()))
         alone = (layer for _, layer in (self.costs.found if self.costs else ()))
         most = max([*named, *alone, *(row["layer"] for row in self.similarity)], default=-1) + 1
-        return max(most, int(shape[1]) if shape else 0)
+        return max(most, shape.layers if shape else 0)
 
 
 def read_folder(path: Path) -> Folder:

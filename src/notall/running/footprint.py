@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..plan import Plan
-from ..structure.anatomy import Block, base_model, locate
+from ..structure.anatomy import Block, base_model
+from ..structure.locating import locate
 from ..structure.observation import child
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..plan import Plan
-from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, locate
+from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
+from ..structure.locating import locate
 from ..structure.observation import LayerCall, parameter_names, run_branches
 
 

@@ -21,9 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
 from ..plan import Plan
-from ..structure import anatomy as anatomies
-from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, locate, renumber, slice_config, text_config
+from ..structure import locating
+from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
+from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
+from ..structure.slicing import renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
 
 
@@ -89,7 +91,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     dense, groups = _layers(inner, anatomy), regroup(len(anatomy.blocks), plan)
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
-    anatomies.forget(inner)
+    locating.forget(inner)
     if _are_regrouped(layers):
         inner.save_pretrained = _refuse_to_save
 
@@ -140,7 +142,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     for config in _configs(model, parent):
         undo.callback(_restore, config, dict(config.__dict__))
     undo.callback(parent._modules.__setitem__, anatomy.layers.rpartition(".")[2], dense)
-    undo.callback(anatomies.remember, model, dense, anatomy)
+    undo.callback(locating.remember, model, dense, anatomy)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
     groups = regroup(len(anatomy.blocks), plan)
@@ -150,7 +152,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
             undo.callback(setattr, *change)
         if _are_regrouped(regrouped):
             undo.enter_context(_unsaveable(model))
-        anatomies.remember(model, regrouped, anatomy)
+        locating.remember(model, regrouped, anatomy)
     except BaseException:
         undo.close()
         raise

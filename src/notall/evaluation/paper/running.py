@@ -18,7 +18,7 @@ from ...records.ledger import Ledger, working_in
 from ...records.provenance import Provenance
 from ...records.record import Record
 from ...records.similarity import SimilarityRecord
-from ...structure.anatomy import locate
+from ...structure.locating import locate
 from ..battery import CONTEXTS, PARTS, Check, run_battery
 from ..benchmarking import run_benchmarks
 from ..tasks import Limits

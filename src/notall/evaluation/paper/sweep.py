@@ -24,7 +24,8 @@ from ...records.provenance import Provenance
 from ...records.similarity import SimilarityRecord
 from ...records.sweep import Sample, SampleRecord, ScoresRecord, SequenceScores, SweepRecord
 from ...running.generating import continue_prompts
-from ...structure.anatomy import Anatomy, Sublayer, locate
+from ...structure.anatomy import Anatomy, Sublayer
+from ...structure.locating import locate
 
 if TYPE_CHECKING:
     from ..ray_workers import Workers

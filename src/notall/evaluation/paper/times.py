@@ -21,7 +21,8 @@ from ...records.benchmarks import TimesRecord
 from ...records.ledger import Ledger, working_in
 from ...records.provenance import Provenance
 from ...running.skipping import skip
-from ...structure.anatomy import base_model, locate
+from ...structure.anatomy import base_model
+from ...structure.locating import locate
 
 
 def time_grid(
