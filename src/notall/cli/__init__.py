@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
+from typing import NoReturn
 
 from ..errors import UsageError
 from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
@@ -19,6 +22,8 @@ def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
     for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
         logging.getLogger(talker).setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except UsageError as error:
@@ -36,6 +41,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End by an exception, so that half-written folders are taken away."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str) -> None:
