@@ -1,9 +1,11 @@
 """`notall export`, as one types it."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,15 @@ def test_no_verify_runs_nothing(run, monkeypatch):
     assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 0
     with pytest.raises(pytest.fail.Exception):  # which would be seen
         run("--to", "hf", "--out", "other")
+
+
+def test_an_export_that_is_terminated_leaves_nothing(run, monkeypatch, tmp_path):
+    """A job scheduler's SIGTERM ends Python where it stands, unless someone makes an exception of it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # without the mend this goes on, in place of ending pytest
+        monkeypatch.setattr("notall.exporters.hf.write_shards", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "plan.json", "cache"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import typer
 
@@ -27,6 +29,8 @@ def main() -> None:
     for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
         logging.getLogger(talker).setLevel(logging.ERROR)
     print_in_any_encoding()
+    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
@@ -53,6 +57,11 @@ def _told(error: Any) -> str:
     said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
     where = error.ctx.command_path if error.ctx else "notall"
     return f"{shortened(said, 200)}; see `{where} --help`"
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """End by an exception, so that half-written folders are taken away."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str) -> None:
