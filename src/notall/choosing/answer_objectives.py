@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
-from ..measuring.quality import divergence
 from ..models.texts import fields, prompt_tokens, read_file
 from ..running.generating import check_positions
-from .objective import Batch, Loss, Objective, Term, kl, mix, nll
+from .objective import Batch, Objective, Term, kl, mix, nll
 
 TOKENS_AT_ONCE = 1024
 
@@ -102,8 +101,9 @@ def answers(
         starts.append(ids.shape[1])
     made = []
     for numbers in _together([len(row) for row in rows]):
-        spans = [(starts[n] - 1, len(rows[n]) - 1) for n in numbers]  # the places that predict the answer's tokens
-        made.append(Batch(_padded([rows[n] for n in numbers], model.device), _answered(spans), True))
+        spans = [range(starts[n] - 1, len(rows[n]) - 1) for n in numbers]  # the places that predict the answer's tokens
+        inputs = _padded([rows[n] for n in numbers], model.device)
+        made.append(Batch(inputs, *_places(spans), _means(list(map(len, spans)))))
     return Objective((Term("answers", tuple(made), weight),))
 
 
@@ -137,8 +137,10 @@ def task(
         rows = [(n, *pair) for n in numbers for pair in encoded[n]]
         inputs = _padded([context + answer for _, context, answer in rows], model.device)
         owners = [numbers.index(n) for n, *_ in rows]
-        places = [(len(context) - 1, answer) for _, context, answer in rows]
-        made.append(Batch(inputs, _margins(owners, places, [questions[n][1] for n in numbers])))
+        spans = [range(len(context) - 1, len(context) + len(answer) - 1) for _, context, answer in rows]
+        margins = _margins(owners, list(map(len, spans)), [questions[n][1] for n in numbers])
+        targets = torch.tensor([token for *_, answer in rows for token in answer])
+        made.append(Batch(inputs, *_places(spans), margins, targets))
     return Objective((Term(f"task:{name}", tuple(made), weight),))
 
 
@@ -160,29 +162,29 @@ def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tupl
     return found
 
 
-def _margins(owners: Sequence[int], places: Sequence[tuple[int, list[int]]], golds: Sequence[int]) -> Loss:
-    """Of logits with a row an answer: minus the margin of each question. `places`: before the answer, its tokens."""
+def _margins(owners: Sequence[int], lengths: list[int], golds: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """From NLLs, (tokens,), of answers of so many tokens, each to the question `owners` says: minus each's margin."""
 
-    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
+    def items(values: Tensor) -> Tensor:
         likely: list[list[Tensor]] = [[] for _ in golds]
-        for row, owner, (start, answer) in zip(logits, owners, places):
-            picked = row[start : start + len(answer)].float().log_softmax(-1)  # (answer, vocabulary)
-            likely[owner].append(picked.gather(1, torch.tensor(answer, device=row.device)[:, None]).sum())
+        for owner, answer in zip(owners, values.split(lengths)):
+            likely[owner].append(-answer.sum())
         margins = [
             values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max() for values, gold in zip(likely, golds)
         ]
         return -torch.stack(margins)
 
-    return loss
+    return items
 
 
-def _answered(spans: Sequence[tuple[int, int]]) -> Loss:
-    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
-        assert dense is not None
-        rows = zip(dense, logits, spans)
-        return torch.stack([divergence(base[start:end], row[start:end]) for base, row, (start, end) in rows])
+def _means(lengths: list[int]) -> Callable[[Tensor], Tensor]:
+    return lambda values: torch.stack([answer.mean() for answer in values.split(lengths)])
 
-    return loss
+
+def _places(spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """The rows and columns, (places,) each, of a span of columns a row."""
+    rows = [row for row, span in enumerate(spans) for _ in span]
+    return torch.tensor(rows), torch.tensor([column for span in spans for column in span])
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:

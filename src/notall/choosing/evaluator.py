@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
 from ..plan import Plan
 from ..records.ledger import Ledger
 from ..records.provenance import Provenance
 from ..records.search import EvaluationRecord
-from ..running.replay import Recording, Replay, Trunk, live_steps, record, run_head, step_name
+from ..running.replay import Recording, Replay, Trunk, live_steps, record, step_name
 from ..structure.anatomy import base_model
 from ..structure.locating import locate
-from .objective import Objective
+from .objective import Batch, Objective
 from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
@@ -50,8 +51,7 @@ class Spent:
 class Evaluator:
     """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
 
-    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept. It
-    bounds the dense model's logits, too, which are kept where they all fit.
+    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept.
     `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. Raises
     `UsageError` when it is another's.
     """
@@ -76,8 +76,8 @@ class Evaluator:
         self._recordings: list[Recording] | None = None
         self._trunks: dict[int, Trunk] = {}
         self._trunk = self._steps(frozenset())
-        self._dense_ends: dict[int, Tensor] = {}  # the dense model's last states, where a loss compares with it
-        self._dense_kept: dict[int, Tensor] = {}  # its logits
+        self._scorer = TokenScorer(self.model)
+        self._dense_kept: dict[int, Dense] = {}
         self._states_bytes = states_bytes
 
     @property
@@ -128,10 +128,12 @@ class Evaluator:
     def _run(self, replay: Replay, number: int) -> list[tuple[int, list[float]]]:
         """For each of the replay's plans: its number, and the losses of the items of one batch."""
         batch, recording = self.objective.batches[number], self._recording(number)
-        dense = self._dense_logits(number) if batch.needs_dense else None
+        dense = self._dense(number) if batch.targets is None else None
         found = []
         for places, hidden in replay.hidden_states(recording, self._trunk_of(number)):
-            items = batch.loss(run_head(self.model, recording, hidden), dense).tolist()
+            scores = self._scorer.score(_asked(batch, hidden), batch.targets, dense)
+            values = scores.kl if batch.targets is None else scores.nll
+            items = batch.items(values).tolist()
             found += [(place, items) for place in places]
         return found
 
@@ -141,18 +143,12 @@ class Evaluator:
                 self._recordings = [record(self.model, **batch.inputs) for batch in self.objective.batches]
         return self._recordings[number]
 
-    def _dense_logits(self, number: int) -> Tensor:
-        """Of one batch, kept where those of all batches fit in `states_bytes`."""
-        if number in self._dense_kept:
-            return self._dense_kept[number]
-        recording = self._recording(number)
-        if number not in self._dense_ends:
+    def _dense(self, number: int) -> Dense:
+        if number not in self._dense_kept:
             replay = Replay(self.model, [Plan()])
-            (_, self._dense_ends[number]) = next(replay.hidden_states(recording, self._trunk_of(number)))
-        logits = run_head(self.model, recording, self._dense_ends[number])
-        if self.tokens * logits.shape[-1] * logits.element_size() <= self._states_bytes:
-            self._dense_kept[number] = logits
-        return logits
+            (_, hidden) = next(replay.hidden_states(self._recording(number), self._trunk_of(number)))
+            _, self._dense_kept[number] = self._scorer.dense(_asked(self.objective.batches[number], hidden))
+        return self._dense_kept[number]
 
     def _trunk_of(self, number: int) -> Trunk:
         trunk = self._trunks.get(number)
@@ -199,3 +195,8 @@ class Evaluator:
             cost = math.inf if line.cost is None else line.cost
             self._known[frozenset(line.skipped), line.batches] = cost, spent
         return kept
+
+
+def _asked(batch: Batch, hidden: Tensor) -> Tensor:
+    """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
+    return hidden[batch.rows.to(hidden.device), batch.columns.to(hidden.device)]

@@ -1,7 +1,8 @@
 """What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
 
-An `Objective` is a weighted sum of terms, a term a list of batches, each with a function from logits to one loss an
-item (a sequence, or a question). So a new objective is a new list of batches.
+An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
+judged and a function from what is found there to one loss an item (a sequence, or a question). So a new objective is a
+new list of batches.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-
-from ..measuring.quality import divergence
-
-# From logits of the skipped and of the dense model (None unless wanted), (batch, tokens, vocabulary), to (items,).
-Loss = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward pass, as for the model's forward, and the loss of what comes out, in nats."""
+    """Inputs of one forward pass, as for the model's forward, and what is asked of it.
+
+    At each place, `rows` and `columns` of the inputs, (places,) each, the loss in nats is the NLL of its target, the
+    token id in `targets`, or, without targets, KL(dense || skipped) of the next token. `items` makes the losses of the
+    items, (items,), of those of the places, (places,).
+    """
 
     inputs: dict[str, Tensor]
-    loss: Loss
-    needs_dense: bool = False
+    rows: Tensor
+    columns: Tensor
+    items: Callable[[Tensor], Tensor]
+    targets: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -87,12 +89,12 @@ class Objective:
 
 def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return Objective((Term("nll", tuple(Batch({"input_ids": ids}, _nll(ids)) for ids in batches), weight),))
+    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in batches), weight),))
 
 
 def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    return Objective((Term("kl", tuple(Batch({"input_ids": ids}, _kl, True) for ids in batches), weight),))
+    return Objective((Term("kl", tuple(_text(ids, None) for ids in batches), weight),))
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:
@@ -100,14 +102,7 @@ def mix(objectives: Sequence[Objective]) -> Objective:
     return Objective(tuple(term for objective in objectives for term in objective.terms))
 
 
-def _nll(ids: Tensor) -> Loss:
-    def loss(logits: Tensor, dense: Tensor | None) -> Tensor:
-        rows = zip(logits[:, :-1], ids[:, 1:])  # a sequence at a time in memory
-        return torch.stack([cross_entropy(row.float(), target.to(row.device)) for row, target in rows])
-
-    return loss
-
-
-def _kl(logits: Tensor, dense: Tensor | None) -> Tensor:
-    assert dense is not None
-    return torch.stack([divergence(base[:-1], row[:-1]) for base, row in zip(dense, logits)])
+def _text(ids: Tensor, targets: Tensor | None) -> Batch:
+    """Judged by the mean over each sequence, (batch, tokens) token ids, at all places but its last."""
+    rows, columns = torch.ones_like(ids[:, 1:]).nonzero(as_tuple=True)
+    return Batch({"input_ids": ids}, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets)

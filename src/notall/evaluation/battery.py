@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..running.replay import Replay
+from ..running.replay import Replay, record
 from ..running.skipping import skip
 from .scoring import Request, Scorer
 
@@ -132,14 +133,14 @@ def calibration_error(reads: Sequence[_Read]) -> float:
 
 
 def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Iterable[_Read]:
+    replay, scorer = Replay(model, plans), TokenScorer(model)
+    targets = window[0, 1:].cpu()
     found: dict[int, _Read] = {}
     with torch.inference_mode():
-        for number, logits in Replay(model, plans).logits(input_ids=window):
-            likely = logits[0, :-1].float().log_softmax(-1)
-            targets = window[0, 1:].to(likely.device)
-            best, choice = likely.max(-1)
-            nll = -likely.gather(1, targets[:, None])[:, 0]
-            found[number] = _Read(nll.cpu(), best.exp().cpu(), (choice == targets).cpu())
+        for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=window)):
+            scores = scorer.score(hidden[0, :-1], targets, likeliest=True)
+            read = _Read(scores.nll.cpu(), scores.confidence.cpu(), scores.likeliest.cpu() == targets)
+            found |= dict.fromkeys(numbers, read)
     return [found[number] for number in range(len(plans))]
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
+from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
-from ..running.replay import Replay
+from ..running.replay import Replay, record
 from ..structure.anatomy import base_model, text_config
 from .packing import Pack, inputs_of, packed, plain
 
@@ -69,6 +70,7 @@ class Scorer:
         # Some models have buffers as long as their context, so a pack must not be longer.
         self.context = getattr(config, "max_position_embeddings", None) or math.inf
         self.window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
+        self.token_scorer = TokenScorer(self.model)
         self.proved = 0  # the longest sequence for which packed was seen to equal plain
         self.tokens = self.plain_tokens = 0
 
@@ -163,25 +165,19 @@ class Scorer:
     def _run(self, replay: Replay, packs: list[Pack], about: Sequences, requests: Sequence[Request]) -> Scores:
         numbers, places = _places(packs, about, requests)
         owners, rows, columns, targets = torch.tensor(places).T
-        inputs = inputs_of(packs, self.model.dtype)
-        if "logits_to_keep" in _parameters(self.model):
-            inputs["logits_to_keep"], columns = columns.unique(return_inverse=True)
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs = {name: value.to(self.device) for name, value in inputs_of(packs, self.model.dtype).items()}
         self.tokens += sum(map(len, packs))
-        sums: dict[int, Tensor] = {}
-        misses: dict[int, Tensor] = {}
+        likely = torch.empty(replay.plans, len(numbers), dtype=torch.float64)
+        missed = torch.empty_like(likely)
         with torch.inference_mode():
-            for plan, logits in replay.logits(**inputs):
-                picked = logits[rows.to(logits.device), columns.to(logits.device)]  # (scored tokens, vocabulary)
-                wanted = targets.to(logits.device)
-                likely = picked.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0].cpu().double()
-                missed = (picked.argmax(-1) != wanted).cpu().double()
-                sums[plan], misses[plan] = (
+            for plans, hidden in replay.hidden_states(record(self.model, **inputs)):
+                asked = hidden[rows.to(hidden.device), columns.to(hidden.device)]
+                scores = self.token_scorer.score(asked, targets, likeliest=True)
+                likely[plans], missed[plans] = (
                     torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owners, values)
-                    for values in (likely, missed)
+                    for values in (-scores.nll.cpu().double(), (scores.likeliest.cpu() != targets).double())
                 )
-        log_likelihoods, missing = (torch.stack([by[plan] for plan in sorted(by)]) for by in (sums, misses))
-        return Scores(numbers, log_likelihoods, missing == 0)
+        return Scores(numbers, likely, missed == 0)
 
 
 def tolerance(dtype: torch.dtype, tokens: int) -> float:

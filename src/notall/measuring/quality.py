@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 from transformers import PreTrainedModel
 
 from ..plan import Plan
-from ..running.replay import Replay
+from ..running.replay import Replay, record
 from .statistics import mean_and_error
-
-CHUNK = 16  # tokens whose log-probabilities are made at once: they stay in a cache, several times as fast
+from .token_scores import TokenScorer, TokenScores
 
 
 @dataclass
@@ -62,14 +60,20 @@ def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Te
 
 def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
     """Scores of the dense model, then of each plan, on one batch of token ids, (batch, tokens)."""
-    replay = Replay(model, [Plan(), *plans])
+    replay, scorer = Replay(model, [Plan(), *plans]), TokenScorer(model)
+    targets = tokens[:, 1:].flatten()
     found: dict[int, Scores] = {}
-    dense: Tensor | None = None
+    dense, likeliest = None, targets
     with torch.inference_mode():
-        for number, logits in replay.logits(input_ids=tokens):
-            logits = logits[:, :-1]
-            dense = logits if dense is None else dense
-            found[number] = _score(logits, dense, tokens[:, 1:])
+        for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=tokens)):
+            rows = hidden[:, :-1].flatten(0, 1)
+            if dense is None:  # the dense model comes first
+                scores, dense = scorer.dense(rows, targets, likeliest=True)
+                likeliest = scores.likeliest
+            else:
+                scores = scorer.score(rows, targets, dense, likeliest=True)
+            means = _by_sequence(scores, likeliest, len(tokens))
+            found |= dict.fromkeys(numbers, means)
     return [found[number] for number in range(len(plans) + 1)]
 
 
@@ -96,22 +100,8 @@ def _joined(parts: Iterable[Scores]) -> Scores:
     return whole
 
 
-def _score(logits: Tensor, dense: Tensor, targets: Tensor) -> Scores:
-    """(batch, tokens, vocabulary) twice, and (batch, tokens): one value a sequence, a sequence at a time in memory."""
-    scores = Scores()
-    for row, base, target in zip(logits, dense, targets):
-        scores.nll.append(float(cross_entropy(row.float(), target.to(row.device))))
-        scores.kl.append(float(divergence(base, row)))
-        scores.top1_agreement.append(float((row.argmax(-1) == base.argmax(-1)).float().mean()))
-    return scores
-
-
-def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
-    """KL(dense || skipped) in nats, the mean over tokens; logits, (tokens, vocabulary) each."""
-    return torch.cat([_divergences(*pair) for pair in zip(dense.split(CHUNK), skipped.split(CHUNK))]).mean()
-
-
-def _divergences(dense: Tensor, skipped: Tensor) -> Tensor:
-    """One value a token. Written out, since torch's `kl_div` takes four times as long on a CPU."""
-    log_p, log_q = log_softmax(dense.float(), -1), log_softmax(skipped.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _by_sequence(scores: TokenScores, dense: Tensor, sequences: int) -> Scores:
+    """Means over each sequence's tokens; `dense` is the dense model's likeliest token, (tokens of all,)."""
+    same = (scores.likeliest == dense).to(scores.nll)
+    values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
+    return Scores(*values.view(3, sequences, -1).mean(-1).tolist())

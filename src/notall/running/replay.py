@@ -9,7 +9,7 @@ The embedding and the head are the model's own forward, with hidden states stand
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ class Replay:
         self.anatomy = locate(self.model)
         self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)
         self.first: dict[str, Step] = {}
+        self.plans = len(plans)
         self.one_by_one = 0
         self.ran = 0  # sublayers run so far, over all batches
         for number, plan in enumerate(plans):
@@ -220,8 +221,6 @@ def standing_in(
 
     Below an accelerate hook, so that arguments come on the layer's own device.
     """
-    layers = model.get_submodule(anatomy.layers)
-    before: list[tuple[nn.Module, str, Any]] = []
 
     def stand_in(layer: nn.Module, block: Block) -> Callable[..., Any]:
         names = parameter_names(layer)
@@ -233,18 +232,25 @@ def standing_in(
 
         return forward
 
+    with ExitStack() as replaced:
+        for layer, block in zip(model.get_submodule(anatomy.layers).children(), anatomy.blocks):
+            replaced.enter_context(forward_replaced(layer, stand_in(layer, block)))
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
+    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    before = module.__dict__.get(name)
+    module.__dict__[name] = forward
     try:
-        for layer, block in zip(layers.children(), anatomy.blocks):
-            name = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
-            before.append((layer, name, layer.__dict__.get(name)))
-            layer.__dict__[name] = stand_in(layer, block)
         yield
     finally:
-        for layer, name, old in before:
-            if old is None:
-                del layer.__dict__[name]
-            else:
-                layer.__dict__[name] = old
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import time
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ...running.replay import record, run_head
 from ...structure.anatomy import Anatomy, base_model
 from ...structure.observation import LayerCall, run_branches
-from ..objective import nll
 from .setting import Setting, UnitScores
 
 
@@ -36,15 +36,16 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
     start = time.process_time()
     space, model = setting.space, base_model(setting.model)
     found: dict[tuple[str, ...], list[Tensor]] = {unit: [] for unit in space.units}
-    for batch in nll(setting.batches).batches:
+    for ids in setting.batches:
         with torch.no_grad():
-            recording = record(model, **batch.inputs)
+            recording = record(model, input_ids=ids)
         rows = len(recording.embedded)
         device = recording.embedded.device
         gates = {name: torch.ones(rows, 1, 1, device=device, requires_grad=True) for name in space.order}
         with torch.enable_grad():
             hidden = _gated(model, space.anatomy, recording.embedded, recording.arguments, gates)
-            loss = batch.loss(run_head(model, recording, hidden), None).sum()
+            logits = run_head(model, recording, hidden)[:, :-1].float()
+            loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device)) * rows
         by_gate = dict(zip(gates, torch.autograd.grad(loss, list(gates.values()))))
         for unit, parts in found.items():
             parts.append(torch.stack([by_gate[name].double().flatten().cpu() for name in unit]).sum(0))

@@ -1,0 +1,144 @@
+"""The model's head alone: from rows of the last layer's output to next-token logits, without the rest of the model.
+
+What comes behind the layers is run by the model's own forward, a sequence of one token for each row, with the rows
+standing in for what the layers answer. Most heads end in a plain matrix: a probe finds that out, once a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModel
+from ..structure.anatomy import base_model, text_config
+from ..structure.locating import locate
+from .replay import forward_replaced, standing_in
+
+LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A head that is a matrix: its logits are `scale` * states @ `weight`.T + `bias`.
+
+    `weight` is (vocabulary, width), the model's own; `bias` is (vocabulary,) in float32, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+class Head:
+    """What comes behind the last layer of `model`. `projection` is None where it is no matrix.
+
+    Raises `UnsupportedModel` when a token's logits depend on more than its own hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = base_model(model)
+        self.anatomy = locate(self.model)
+        self.output: nn.Module | None = self.model.get_output_embeddings()
+        known = _PROBED.get(self.model)
+        if known is None or known[0] is not self.output:
+            known = _PROBED[self.model] = self.output, self._probe()
+        self.projection = known[1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
+        return self._behind(hidden[:, None]).flatten(0, -2)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the output projection is given, (rows, width), from rows of the last layer's output, (rows, hidden)."""
+        assert self.output is not None
+
+        def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = self.output.register_forward_pre_hook(reach)
+        try:
+            self._behind(hidden[:, None])
+        except _Reached as reached:
+            return reached.states.flatten(0, -2)
+        finally:
+            handle.remove()
+        raise UnsupportedModel(f"{type(self.model).__name__} makes logits without its output embeddings")
+
+    def _behind(self, hidden: Tensor) -> Tensor:
+        """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
+        device = _present(self.model.get_input_embeddings().weight.device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
+        with standing_in(self.model, self.anatomy, lambda *_: hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def _probe(self) -> Projection | None:
+        """The head's matrix, where random rows say that it is one."""
+        device = next(self.model.get_submodule(self.anatomy.layers).parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 4, text_config(self.model).hidden_size, generator=generator)
+        hidden = hidden.to(_present(device), self.model.dtype)
+        expected = self._behind(hidden).flatten(0, 1)
+        rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
+        if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
+            raise UnsupportedModel(
+                f"the head of {type(self.model).__name__} makes a token's logits from more than its own hidden state; "
+                "expected a head that reads tokens one by one. Choose another model"
+            )
+        output = self.output
+        if not _is_plain(output) or (scale := self._scale(output, hidden[0], generator)) is None:
+            return None
+        bias = None if output.bias is None else output.bias.detach().float() * scale
+        found = Projection(output.weight.detach(), bias, scale)
+        states = self.states(hidden.flatten(0, 1)).to(found.weight.device)
+        logits = scale * (states @ found.weight.T).float() + (0.0 if bias is None else bias)
+        return found if _close(logits, expected, rounding) else None
+
+    def _scale(self, output: nn.Linear, hidden: Tensor, generator: torch.Generator) -> float | None:
+        """By what the model multiplies what `output` answers; None where it does anything else."""
+        made = LARGE * torch.randn(len(hidden), output.out_features, generator=generator)
+
+        def answer(states: Tensor) -> Tensor:
+            return made.to(states.device).view(*states.shape[:-1], -1)
+
+        with forward_replaced(output, answer):
+            given = self.logits(hidden).cpu().double()
+        if given.shape != made.shape:
+            return None
+        scale = float((given * made).sum() / made.double().square().sum())
+        rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
+        return scale if ((given - scale * made).abs() <= rounding * abs(scale) * made.abs()).all() else None
+
+
+class _Reached(Exception):
+    """The output projection was called: no need to run it."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = WeakKeyDictionary()
+
+
+def _present(device: torch.device) -> torch.device:
+    """Where inputs go: accelerate takes them from the CPU to where it keeps what is offloaded."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _is_plain(output: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether it is a matrix that lies in memory as it is: not quantized, adapted or offloaded."""
+    if type(output) is not nn.Linear or type(output.weight) is not nn.Parameter:
+        return False
+    return output.weight.is_floating_point() and output.weight.device.type != "meta"
+
+
+def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
+    if found.shape != expected.shape:
+        return False
+    difference = (found.float() - expected.float().to(found.device)).abs().max()
+    return bool(difference <= rounding * expected.float().abs().max())
