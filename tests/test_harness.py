@@ -76,7 +76,7 @@ def answers_of(model, tokenizer, plan, job):
 
 def close(ours, theirs):
     if isinstance(theirs, tuple):
-        return ours[1] == theirs[1] and ours[0] == pytest.approx(theirs[0], abs=1e-4)
+        return ours[1] == theirs[1] and ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-4)
     return ours == theirs if isinstance(theirs, str) else ours == pytest.approx(theirs, abs=1e-3)
 
 
