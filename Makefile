@@ -10,7 +10,7 @@ VENV := .venv
 VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
-PYTEST := -m pytest -n 2 -q
+PYTEST := -m pytest -n 2 --dist worksteal -q
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -52,8 +52,8 @@ demo: setup ## run the paper's experiment on the default model: table, figures a
 test: lint ## check style and types, then run the tests
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
 
-test-transformers4: $(VENV4)/.done ## run the same tests on transformers 4.57
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST)
+test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not slow and not any_transformers'
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error.
 test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own

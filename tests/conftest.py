@@ -18,3 +18,24 @@ def default_model():
     import notall
 
     return notall.load("smollm2", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def short_prose(monkeypatch):
+    """The beginning of the default text: of all of it, the bytes are most of what a command on a tiny model takes."""
+    from notall.models import texts
+
+    whole = texts._prose
+    monkeypatch.setattr(texts, "_prose", lambda: whole()[:40_000])
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """The harness's own fifteen thousand task files take seconds to read, each time."""
+    from functools import partial
+
+    from lm_eval.tasks import TaskManager
+
+    from notall.evaluation import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))

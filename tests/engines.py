@@ -39,6 +39,12 @@ def refused(target: str, architecture: str, plans: str, reason: str) -> None:
     _compare_or_record(key, {"verdict": "refused"}, "", reason=reason)
 
 
+def refusing(target: str, plans: str) -> set[str]:
+    """The architectures of which there is no such export."""
+    asked = {"verdict": "refused", "target": target, "plans": plans}
+    return {line["architecture"] for line in read() if asked.items() <= line.items()}
+
+
 def read() -> list[dict[str, str]]:
     return [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
 

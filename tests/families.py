@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from verdicts import LINE, RECORDING, read
+
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 VOCABULARY, LAYERS = 99, 4
@@ -343,6 +345,31 @@ FAMILIES = [
 
 def family(name: str) -> Family:
     return next(found for found in FAMILIES if found.name == name)
+
+
+# --- representatives --------------------------------------------------------------------------------------------------
+
+PROVED = {line["family"]: line for line in read() if line["line"] == LINE}
+
+
+def structure(family: Family) -> Any:
+    """What test_architectures proved of its layers, the kinds of attention among them, and whether a larger model holds them.
+
+    A family of which nothing is kept, or which is refused, is like no other.
+    """
+    proved = PROVED.get(family.name, {"verdict": "unknown"})
+    if proved["verdict"] != "exact":
+        return family.name
+    config = AutoConfig.for_model(family.model_type, **family.config).get_text_config()
+    facts = {name: str(fact) for name, fact in proved.items() if name not in ("family", "line", "transformers")}
+    return str(facts), str(getattr(config, "layer_types", None)), family.auto
+
+
+def representatives() -> list[Family]:
+    """The first family of every structure; all of them where the run records what it finds."""
+    existing = [family for family in FAMILIES if family.exists]
+    first = {structure(family): family for family in reversed(existing)}
+    return existing if RECORDING else [family for family in existing if family in first.values()]
 
 
 # --- the slow twin -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from families import FAMILIES, TRANSFORMERS_5, Family, silenced, stack_of
+from families import FAMILIES, TRANSFORMERS_5, Family, representatives, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from notall.structure.anatomy import cache_argument
 from notall.structure.observation import ModuleOp
 from notall.structure.proving import relative_error
-from verdicts import compare_or_record
+from verdicts import RECORDING, compare_or_record
 
-PROMPT, NEW = 6, 6
+PROMPT, NEW = 8, 4  # past two windows, and past chunks of one window both in the prompt and behind it
 PLANS = {
     "first attention": Plan([0]),
     "middle attention": Plan([2]),
@@ -29,6 +30,8 @@ PLANS = {
     "block": Plan([1], [1]),
     "mixed": Plan([0, 1], [2, 3]),
 }
+# Where a fused attention may differ from the plain one: a first layer without a cache, one layer alone, a mixture.
+FUSED = PLANS if RECORDING else {n: PLANS[n] for n in ("first attention", "all but one attention", "mixed")}
 EXACT = 1e-5
 # There the attention divides by the very index that addresses the cache.
 REFUSED_IN_4 = {"gpt2 (scaled by layer)"}
@@ -43,16 +46,18 @@ def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
             locate(family.build())
         compare_or_record(family.name, verdict="refused", reason=str(refusal.value))
         return
-    proved = [a for a in ("eager", "sdpa") if (model := build(family, a)) and check_family(family, model)]
+    plans = {"eager": PLANS, "sdpa": FUSED}
+    proved = [a for a in plans if (model := build(family, a)) and check_family(family, model, plans[a])]
     model = family.build()
-    block = locate(model).blocks[-1]
+    layers = described(model)
     compare_or_record(
         family.name,
         verdict="exact",
         attention=", ".join(proved),
         static_cache=static_cache_works(model),
-        block="parallel" if block.parallel else "sequential",
-        sublayers=[describe(sublayer, stack_of(model)[block.index]) for sublayer in block.sublayers],
+        block="parallel" if locate(model).blocks[-1].parallel else "sequential",
+        alike=layers[0] == layers[-1],
+        sublayers=layers[-1],
     )
 
 
@@ -68,6 +73,29 @@ def test_every_sublayer_matters(family: Family) -> None:
         for attention, mlp in (((index,), ()), ((), (index,))):
             with silenced(model, family, attention, mlp):
                 assert relative_error(uncached(model, tokens, None), dense) > 1e-3
+
+
+def test_every_structure_has_a_representative() -> None:
+    """Layer by layer, from the models themselves; the representatives are chosen by what is kept of them."""
+
+    def structures(families: list[Family]) -> set[str]:
+        found = set()
+        for family in families:
+            model = family.build()
+            with contextlib.suppress(UnsupportedModel):
+                kinds = getattr(model.config.get_text_config(), "layer_types", None)
+                found.add(f"{described(model)} {kinds}")
+        return found
+
+    everyone = structures([family for family in FAMILIES if family.exists])
+    assert len(everyone) > 30
+    assert structures(representatives()) == everyone
+
+
+def described(model: PreTrainedModel) -> list[list[str]]:
+    """The sublayers of every layer."""
+    layers = stack_of(model)
+    return [[describe(sublayer, layers[b.index]) for sublayer in b.sublayers] for b in locate(model).blocks]
 
 
 def describe(sublayer: Sublayer, layer: nn.Module) -> str:

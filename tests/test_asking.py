@@ -14,6 +14,7 @@ from notall.choosing.objective import kl, mix, nll
 from notall.evaluation.harness import run_tasks
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 BATCHES = [torch.arange(2 * 9).view(2, 9) * 7 % 90 + 3]
 SKIPPED = frozenset(["attn.1", "mlp.2"])
 PLAN = Plan([1], [2])

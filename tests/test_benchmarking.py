@@ -13,8 +13,6 @@ import pytest
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
-from lm_eval.tasks import TaskManager
-
 from notall import UsageError, locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import run_benchmarks
@@ -27,12 +25,8 @@ from notall.records.benchmarks import BenchmarkRecord
 from notall.records.ledger import read
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
-
-
-@pytest.fixture(autouse=True)
-def own_tasks_only(monkeypatch):
-    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +149,7 @@ run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice
 """
 
 
+@pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     command = [sys.executable, "-c", KILLED]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -135,6 +135,7 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
         compare_criteria(model, first, {"nll": Aim(nll(HELD_OUT), HELD_OUT)}, HELD_OUT, tmp_path, ABOUT)
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_tasks_are_answered_for_every_plan(tmp_path):
     from notall.evaluation.harness import run_tasks
 

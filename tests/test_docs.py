@@ -40,7 +40,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(tiny, tmp_path, monkeypatch):
+def workplace(tiny, tmp_path, monkeypatch, short_prose):
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
     kept = dict(CRITERIA)
@@ -97,6 +97,7 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
             assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
 
 
+@pytest.mark.any_transformers
 def test_the_command_reference_is_of_this_code():
     spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
     commands = importlib.util.module_from_spec(spec)
@@ -105,6 +106,7 @@ def test_the_command_reference_is_of_this_code():
     assert written == commands.render(), "run: make docs"
 
 
+@pytest.mark.any_transformers
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):

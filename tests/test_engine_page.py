@@ -3,9 +3,12 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.any_transformers
 def test_the_page_is_up_to_date():
     spec = importlib.util.spec_from_file_location("engines_page", DOCS / "engines.py")
     page = importlib.util.module_from_spec(spec)

@@ -548,6 +548,7 @@ def test_names_that_transformers_changes_on_loading_are_known(name, tmp_path):
             check_tensors(name, empty, {key: tensor for key, tensor in tensors.items() if key != victim})
 
 
+@pytest.mark.any_transformers
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_crashes_the_reader(dense, tmp_path, data):

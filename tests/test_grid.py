@@ -185,6 +185,7 @@ grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=g
 """
 
 
+@pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
     path = tmp_path / SweepRecord.file

@@ -12,6 +12,8 @@ import pytest
 import result_folders
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it packs and installs files
+
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "pandas", "datasets", "ray", "mkdocs", "playwright")
 QUICK = ("--sequences", "1", "--length", "16", "--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32")
@@ -47,9 +49,9 @@ def test_the_sdist_holds_what_the_tests_need(dist):
 def test_the_wheel_works_in_a_clean_environment(dist, tmp_path):
     """Its dependencies are those of this environment; notall itself is the wheel's."""
     (wheel,) = dist.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True)
     inside = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     (inside / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")

@@ -16,10 +16,8 @@ import pytest
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
-from lm_eval.tasks import TaskManager
 
 from notall import Plan, UsageError, cli, locate
-from notall.evaluation import tasks
 from notall.evaluation.paper import times as timing
 from notall.evaluation.paper.claims import claims_of
 from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
@@ -234,9 +232,8 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, capsys, own_tasks_only):
     """Run `notall ARGUMENTS... --json`; what it prints."""
-    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments), "--json"])
@@ -313,6 +310,7 @@ cli.main()
 """
 
 
+@pytest.mark.any_transformers
 @pytest.mark.parametrize("stage", ["battery.jsonl", "times.jsonl"])
 def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     model, task_path = folders
@@ -340,9 +338,9 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     assert "## What accuracy hides" in (tmp_path / "paper.md").read_text()
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
     model, task_path = folders
-    monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
     words = ["notall", "paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path]
     words += ["--limit", "3", "--sequences", "2", "--length", "16", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])

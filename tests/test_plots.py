@@ -9,6 +9,8 @@ import pytest
 from notall.errors import UsageError
 from notall.reporting import plots
 
+pytestmark = pytest.mark.any_transformers  # it draws records, and runs no model
+
 SIMILARITY = [
     {"layer": layer, "kind": kind, "cosine": 0.6 + 0.01 * layer}
     for layer in range(30)

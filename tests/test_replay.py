@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from families import FAMILIES, family
+from families import family, representatives
 from notall import Plan, UnsupportedModel, deepest, locate, skip
 from notall.running.replay import Replay, walk
 
@@ -22,7 +22,7 @@ def plans_for(anatomy):
     return [Plan(), *grid, Plan(attention=[0], mlp=[0, 2]), Plan(attention=[1, 2]), Plan(mlp=[0, 1, 2, 3])]
 
 
-@pytest.mark.parametrize("tested", [f for f in FAMILIES if f.exists], ids=str)
+@pytest.mark.parametrize("tested", representatives(), ids=str)
 @torch.no_grad()
 def test_replay_equals_one_by_one(tested):
     model = tested.build()

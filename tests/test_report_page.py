@@ -12,7 +12,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no chromium here: make browser, or apt-get install chromium", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install 'notall[dev]'")
-pytestmark = pytest.mark.xdist_group("browser")
+pytestmark = pytest.mark.any_transformers  # it looks at a page
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from notall.reporting.page import write_report
 from notall.reporting.rows import name_of
 from notall.reporting.tables import other_table, stepped_table
 
+pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -21,6 +21,8 @@ from notall.records.provenance import Provenance
 from notall.records.search import EvaluationRecord
 from notall.records.sweep import SweepRecord
 
+pytestmark = pytest.mark.any_transformers  # it writes and reads lines of JSON
+
 RECORDS = [{"variant": "attention", "nll": 2.5 + i, "plan": {"attention": [i, 29], "mlp": []}} for i in range(3)]
 
 

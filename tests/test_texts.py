@@ -16,6 +16,8 @@ from notall.errors import UsageError
 from notall.models import texts
 from notall.models.texts import Text, read_text, token_batches
 
+pytestmark = pytest.mark.any_transformers  # it cuts texts into tokens, for no model
+
 
 def numbers_tokenizer(*, starts_with_bos: bool = False) -> PreTrainedTokenizerFast:
     """Words "0" to "999" are the tokens 0 to 999."""

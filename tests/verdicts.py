@@ -16,6 +16,7 @@ import transformers
 from filelock import FileLock
 
 KEPT = Path(__file__).parent.parent / "docs" / "architectures.jsonl"
+RECORDING = bool(os.environ.get("NOTALL_RECORD"))
 LINE = "4.57" if transformers.__version__.startswith("4.") else "5"
 
 
@@ -25,7 +26,7 @@ def compare_or_record(family: str, **found: Any) -> None:
         # Numbers of a recomposition differ from machine to machine.
         found["reason"] = re.sub(r"\d\.\de-\d\d", "...", found["reason"])
     found = {"family": family, "line": LINE, "transformers": transformers.__version__} | found
-    if os.environ.get("NOTALL_RECORD"):
+    if RECORDING:
         with FileLock(f"{KEPT}.lock"):
             others = [line for line in read() if (line["family"], line["line"]) != (family, LINE)]
             lines = sorted([*others, found], key=lambda line: (line["verdict"], line["family"].lower(), line["line"]))
