@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..structure.anatomy import base_model, text_config
 from ..structure.locating import locate
-from .replay import forward_replaced, standing_in
+from ..structure.observation import forward_replaced
+from .replay import standing_in
 
 LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
-from ..structure.observation import LayerCall, parameter_names, run_branches
+from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
 
 
 @dataclass(frozen=True)
@@ -236,21 +236,6 @@ def standing_in(
         for layer, block in zip(model.get_submodule(anatomy.layers).children(), anatomy.blocks):
             replaced.enter_context(forward_replaced(layer, stand_in(layer, block)))
         yield
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
-    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
-    before = module.__dict__.get(name)
-    module.__dict__[name] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
 
 
 @dataclass(frozen=True)

@@ -350,15 +350,8 @@ def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None
         watch.leave_layer(answer)
         return answer
 
-    # Below an accelerate hook, which moves what the layer is given to the layer's own device.
-    name = "_old_forward" if "_hf_hook" in layer.__dict__ else "forward"
-    before = layer.__dict__.get(name)
-    forward = getattr(layer, name)
-    layer.__dict__[name] = watched
-    if before is None:
-        undo.callback(layer.__dict__.pop, name)
-    else:
-        undo.callback(layer.__dict__.__setitem__, name, before)
+    forward = getattr(layer, _forward_name(layer))
+    undo.enter_context(forward_replaced(layer, watched))
     for name, module in callable_children(layer):
 
         def before_child(_: nn.Module, args: Any, name: str = name) -> None:
@@ -369,6 +362,28 @@ def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None
 
         undo.callback(module.register_forward_pre_hook(before_child).remove)
         undo.callback(module.register_forward_hook(after_child, with_kwargs=True).remove)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have `forward` run in place of the module's own, for the time of the `with`.
+
+    Below an accelerate hook, which moves what the module is given to its own device.
+    """
+    name = _forward_name(module)
+    before = module.__dict__.get(name)
+    module.__dict__[name] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
+
+
+def _forward_name(module: nn.Module) -> str:
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 # --- reading what was watched -----------------------------------------------------------------------------------------
