@@ -288,6 +288,16 @@ def test_a_truncated_file_is_refused(damaged, tmp_path, keep):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [-4, 4])
+def test_a_range_that_is_not_that_of_its_shape_is_refused(tmp_path, more):
+    header = {"weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24 + more]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(UsageError, match="the size of weight is not that of its shape"):
+        read_header(path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     family("llama").build().save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     victim = sorted((tmp_path / "dense").glob("*.safetensors"))[1]

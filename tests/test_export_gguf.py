@@ -230,7 +230,10 @@ def test_lists_by_layer_are_cut_by_their_source():
 
 
 def test_leading_dense_layers_are_counted_again():
-    fields, _ = cut(sketch("deepseek2", leading_dense_block_count=3), Plan([1, 5], [1, 5]))
+    source = sketch("deepseek2", leading_dense_block_count=3)
+    fields, _ = cut(source, Plan([1, 5], [1, 5]))
+    assert fields["deepseek2.leading_dense_block_count"].value == 2
+    fields, _ = cut(source, Plan(attention=[3], mlp=[2]))  # layer 2 has the MLP of block 3, which has experts
     assert fields["deepseek2.leading_dense_block_count"].value == 2
 
 

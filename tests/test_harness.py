@@ -298,6 +298,19 @@ def test_shots_are_the_leaderboards_unless_given(tmp_path):
     assert [shots("local_winogrande"), shots("local_winogrande", 1), shots("tiny_choice")] == [5, 1, 0]
 
 
+def test_a_task_that_shows_no_examples_of_its_own_accord_shows_none(tmp_path):
+    """As in the harness: a task written for none has no place for them; another number may be changed."""
+    folder = write_tasks(tmp_path)
+    for own in (0, 3):
+        copy_task(folder, "tiny_choice", f"tiny_own_{own}")
+        with (folder / f"tiny_own_{own}.yaml").open("a") as file:
+            file.write(f"num_fewshot: {own}\n")
+    shelf = TaskShelf(folder)
+    names = ("tiny_own_0", "tiny_own_3")
+    shown = {name: shelf.build(name, 2, limit=2).tasks[name].config.num_fewshot for name in names}
+    assert shown == {"tiny_own_0": 0, "tiny_own_3": 2}
+
+
 def test_only_the_metric_of_the_leaderboard_is_reported(model, tokenizer, tmp_path):
     copy_task(write_tasks(tmp_path), "tiny_choice", "local_winogrande")
     (result,) = run_tasks(model, tokenizer, PLANS[:1], ["local_winogrande"], num_fewshot=0, limit=3, task_path=tmp_path)
