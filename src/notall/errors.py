@@ -1,5 +1,7 @@
 """What a user did wrong, said in one line."""
 
+from os import PathLike
+
 
 class UsageError(ValueError):
     """Bad input: the message is one clear line that names the fix. The command line prints it and exits with 2."""
@@ -13,7 +15,9 @@ class UnknownArchitecture(UsageError):
     """An engine has no code for this architecture at all, whatever its files hold."""
 
 
-def shortened(said: str, most: int = 60) -> str:
-    """What a message quotes: one line of at most `most` characters, all of them printable."""
-    line = "".join(letter if letter.isprintable() else "�" for letter in " ".join(said.split()))
-    return line if len(line) <= most else f"{line[:most]}…"
+def shortened(given: object, most: int = 80) -> str:
+    """What a user gave, as a message quotes it: one printable line, of a long path its end, else its beginning."""
+    line = " ".join(str(given).split())
+    if len(line) > most:
+        line = f"…{line[1 - most :]}" if isinstance(given, PathLike) else f"{line[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else "�" for letter in line)
