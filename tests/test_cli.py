@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import typer
 
 import notall
 from families import family
-from notall import Plan, UsageError, cli
+from notall import Plan, UsageError, cli, extras
 from notall.cli import inspecting, measuring
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -236,6 +237,30 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_pat
     assert path.read_text() == kept
 
 
+@pytest.mark.parametrize(
+    ("lacks", "command"),
+    [
+        ("vl_convert", ["similarity", "--out", "OUT"]),
+        ("vl_convert", ["search", "--count", "1", "--front", "-o", "OUT"]),
+        ("vl_convert", ["paper", "--out", "OUT"]),
+        ("vl_convert", ["report", "-o", "OUT"]),
+        ("tabulate", ["paper", "--out", "OUT"]),
+        ("lm_eval", ["eval", "--tasks", "arc_easy", "--out", "OUT"]),
+        ("lm_eval", ["eval", "--battery", "--out", "OUT"]),
+        ("lm_eval", ["search", "--count", "1", "--objective", "kl + task:arc_easy", "-o", "OUT"]),
+        ("lm_eval", ["compare", "--tasks", "arc_easy", "-o", "OUT"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_extra_that_lacks_is_named_before_any_work(run, folder, tmp_path, monkeypatch, lacks, command):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
+    name, *options = [tmp_path / "out" if word == "OUT" else word for word in command]
+    code, out, err = run(name, folder, *options)
+    assert (code, out) == (2, "")
+    assert err == f"error: this needs {lacks}: pip install 'notall[{extras.EXTRAS[lacks]}]'\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_notall_alone_says_what_to_do_first(run):
     code, out, err = run()
     assert (code, err) == (0, "")
@@ -413,7 +438,7 @@ def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp
 def text(tmp_path):
     """As little as will do: the default takes a second to tokenize."""
     path = tmp_path / "text.txt"
-    path.write_text("a bird sings under the winter light of an old stone; " * 4)
+    path.write_text(" ".join(map(str, range(300))))
     return path
 
 
