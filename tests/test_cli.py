@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 import notall
 from families import family
 from notall import Plan, UsageError, cli, extras
 from notall.cli import inspecting, measuring
+from notall.cli.inputs import two_texts
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("short_prose")
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -496,6 +500,17 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
     assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("sequences", "batch_size"), [(1, 2), (3, 2), (4, 2), (2, 9)])
+def test_calibration_and_held_out_windows_are_as_many_and_others(text, sequences, batch_size):
+    """Also where a batch would hold windows of both."""
+    model, tokenizer = SimpleNamespace(device="cpu"), byte_tokenizer()
+    ours, others, about = two_texts(model, tokenizer, str(text), None, sequences, 16, batch_size, seed=0)
+    assert [sum(map(len, part)) for part in (ours, others)] == [sequences, sequences]
+    assert max(map(len, (*ours, *others))) <= batch_size
+    assert about["sequences"] == sequences
+    assert not {tuple(row) for row in torch.cat(ours).tolist()} & {tuple(row) for row in torch.cat(others).tolist()}
 
 
 def test_compare_refuses_in_one_line(run, folder, text, tmp_path):
