@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 import notall
 from families import family
-from notall import Plan, UsageError, cli
+from notall import Plan, UsageError, cli, extras
 from notall.cli import inspecting, measuring
+from notall.cli.inputs import two_texts
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("short_prose")
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
@@ -236,6 +241,30 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_pat
     assert path.read_text() == kept
 
 
+@pytest.mark.parametrize(
+    ("lacks", "command"),
+    [
+        ("vl_convert", ["similarity", "--out", "OUT"]),
+        ("vl_convert", ["search", "--count", "1", "--front", "-o", "OUT"]),
+        ("vl_convert", ["paper", "--out", "OUT"]),
+        ("vl_convert", ["report", "-o", "OUT"]),
+        ("tabulate", ["paper", "--out", "OUT"]),
+        ("lm_eval", ["eval", "--tasks", "arc_easy", "--out", "OUT"]),
+        ("lm_eval", ["eval", "--battery", "--out", "OUT"]),
+        ("lm_eval", ["search", "--count", "1", "--objective", "kl + task:arc_easy", "-o", "OUT"]),
+        ("lm_eval", ["compare", "--tasks", "arc_easy", "-o", "OUT"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_an_extra_that_lacks_is_named_before_any_work(run, folder, tmp_path, monkeypatch, lacks, command):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
+    name, *options = [tmp_path / "out" if word == "OUT" else word for word in command]
+    code, out, err = run(name, folder, *options)
+    assert (code, out) == (2, "")
+    assert err == f"error: this needs {lacks}: pip install 'notall[{extras.EXTRAS[lacks]}]'\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_notall_alone_says_what_to_do_first(run):
     code, out, err = run()
     assert (code, err) == (0, "")
@@ -413,7 +442,7 @@ def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp
 def text(tmp_path):
     """As little as will do: the default takes a second to tokenize."""
     path = tmp_path / "text.txt"
-    path.write_text("a bird sings under the winter light of an old stone; " * 4)
+    path.write_text(" ".join(map(str, range(300))))
     return path
 
 
@@ -471,6 +500,17 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
     assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("sequences", "batch_size"), [(1, 2), (3, 2), (4, 2), (2, 9)])
+def test_calibration_and_held_out_windows_are_as_many_and_others(text, sequences, batch_size):
+    """Also where a batch would hold windows of both."""
+    model, tokenizer = SimpleNamespace(device="cpu"), byte_tokenizer()
+    ours, others, about = two_texts(model, tokenizer, str(text), None, sequences, 16, batch_size, seed=0)
+    assert [sum(map(len, part)) for part in (ours, others)] == [sequences, sequences]
+    assert max(map(len, (*ours, *others))) <= batch_size
+    assert about["sequences"] == sequences
+    assert not {tuple(row) for row in torch.cat(ours).tolist()} & {tuple(row) for row in torch.cat(others).tolist()}
 
 
 def test_compare_refuses_in_one_line(run, folder, text, tmp_path):

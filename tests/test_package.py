@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import result_folders
+from notall import Plan
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
@@ -95,6 +96,21 @@ def test_without_extras_the_main_job_runs_and_the_rest_says_what_to_install(tmp_
     report = blocked(["report", tmp_path / "results", "-o", tmp_path / "report.html"])
     assert (report.returncode, len(report.stderr.strip().splitlines())) == (2, 1)
     assert "pip install 'notall[report]'" in report.stderr
+
+
+def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
+    (tmp_path / "text.txt").write_text("a bird sings under the winter light of an old stone; " * 4)
+    asked = ["--sequences", "1", "--length", "16", "--dtype", "float32", "--text", tmp_path / "text.txt"]
+    searched = blocked(["search", model, "--kind", "attention", "--count", "1", "-o", tmp_path / "plan.json", *asked])
+    assert searched.returncode == 0, searched.stderr
+    assert len(Plan.load(tmp_path / "plan.json").attention) == 1
+    criteria = ["--criterion", "cosine", "--criterion", "search", "--budget", "attention:1"]
+    compared = blocked(["compare", model, *criteria, "-o", tmp_path / "c", *asked])
+    assert compared.returncode == 0, compared.stderr
+    assert (tmp_path / "c" / "results.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "c" / "table.md").read_text().count("###") == 1
+    assert not (tmp_path / "c" / "front.png").exists()
 
 
 def test_importing_notall_takes_less_than_a_third_of_a_second():

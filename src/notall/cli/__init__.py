@@ -13,12 +13,10 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import UsageError, shortened
+from ..extras import EXTRAS
 from ..reporting.printable import print_in_any_encoding, printable
 from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
 from .app import Interrupted, app
-
-# Which extra brings a module that not every command needs.
-EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "pandas": "eval"}
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.
 MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..extras import FIGURES, need
 from ..reporting.console import show
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
@@ -134,6 +135,10 @@ def search(
     Evaluations are kept beside the plan, in OUT.search: `notall report` makes a page of them.
     Interrupted, the same command goes on where it stopped.
     """
+    if front:
+        need(*FIGURES)
+    if "task:" in (objective or ""):
+        need("lm_eval")
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim, compare_front
@@ -241,6 +246,8 @@ def compare(
 
     Interrupted, the same command goes on where it stopped.
     """
+    if tasks or any("task:" in one for one in objective or ()):
+        need("lm_eval")
     from ..choosing import comparison
     from ..choosing.answer_objectives import build_objective
     from ..choosing.criteria import CRITERIA

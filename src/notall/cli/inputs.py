@@ -183,13 +183,15 @@ def two_texts(
     seed: int,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
     """Batches to calibrate on and as many to measure on, of another text or of other windows of the same."""
+    from torch import cat
+
     if held_out:
         batches, described = text_batches(model, tokenizer, text, sequences, length, batch_size, seed)
         others, about = text_batches(model, tokenizer, held_out, sequences, length, batch_size, seed)
         return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
     both, described = text_batches(model, tokenizer, text, 2 * sequences, length, batch_size, seed)
-    half = len(both) // 2
-    return both[:half], both[half:], described | {"held_out": "other windows", "sequences": sequences}
+    batches, others = (list(half.split(batch_size)) for half in cat(both).split(sequences))
+    return batches, others, described | {"held_out": "other windows", "sequences": sequences}
 
 
 def budget_of(

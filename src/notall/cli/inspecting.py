@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import FIGURES, need
 from ..progress import tracked
 from ..reporting.console import show
 from ..reporting.progress_bars import progress_bar
@@ -85,6 +86,8 @@ def similarity(
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..measuring.similarity import measure_similarity
 
+    if out:
+        need(*FIGURES)
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..extras import FIGURES, installed, need
 from ..reporting.console import Shown, show, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
@@ -109,7 +109,7 @@ def sweep(
         )
     rows = [record.row() for record in records]
     name = about.what["model"]
-    if find_spec("altair"):  # the extra `report`
+    if installed(*FIGURES):
         from ..reporting import plots
 
         depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
@@ -150,6 +150,8 @@ def evaluate(
 
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
+    if tasks or battery:
+        need("lm_eval")
     from ..evaluation.one_plan import evaluate_plan
     from ..records.ledger import refuse_foreign
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import FIGURES, need
 from ..reporting.console import show
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
@@ -89,6 +90,7 @@ def paper(
 
     Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
+    need(*FIGURES, "lm_eval", "pandas", "tabulate")
     from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
     from ..records.ledger import read, refuse_foreign

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..extras import FIGURES, need
 from ..reporting.printable import printable
 from .app import SHOW, app
 
@@ -19,6 +20,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""
+    need(*FIGURES, "jinja2")
     from ..reporting.page import write_report
 
     typer.echo(printable(f"{write_report(folder, out)}: open it in a browser"))

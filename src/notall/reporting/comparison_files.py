@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..extras import FIGURES, installed
 from ..records.comparison import ComparisonRecord
-from . import plots
 
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str) -> None:
-    """The table, `out/table.md`, and the front, `out/front.png`, .svg and .html. Raises `UsageError` as plots do."""
+    """The table, `out/table.md`, and with the extra `report` the front, `out/front.png`, .svg and .html.
+
+    Raises `UsageError` as plots do.
+    """
     rows = [record.row() for record in records]
     (out / "table.md").write_text(comparison_table(rows), encoding="utf-8")
+    if not installed(*FIGURES):
+        return
+    from . import plots
+
     plots.save(plots.front_chart(rows, title), out / "front")
 
 

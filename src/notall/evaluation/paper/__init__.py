@@ -1,1 +1,4 @@
-"""The paper's whole evaluation of a model: its Fig. 1, its tables, and its claims beside what the model shows."""
+"""The paper's sweep on a text, its tables and claims.
+
+Nothing is imported here: the sweep needs no extra, the rest lm-evaluation-harness.
+"""
