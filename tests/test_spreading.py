@@ -115,8 +115,8 @@ def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path
         for name, some in (("here", None), ("there", workers))
     )
     for ours, theirs in zip(there, here):
-        assert ours["plan"] == theirs["plan"]
-        assert (ours["nll"], ours["kl"]) == (theirs["nll"], theirs["kl"])
+        assert ours.plan == theirs.plan
+        assert (ours.nll, ours.kl) == (theirs.nll, theirs.kl)
 
 
 @pytest.mark.timeout(600)

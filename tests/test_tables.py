@@ -23,6 +23,8 @@ from notall.choosing import latency
 from notall.choosing.criteria import CRITERIA
 from notall.cli import columns as lists
 from notall.evaluation.paper import running, scoreboard
+from notall.records.provenance import Provenance
+from notall.records.similarity import SimilarityRecord
 from notall.reporting.console import number, plain, show, with_error
 from notall.reporting.printable import print_in_any_encoding, printable
 from notall.reporting.progress_bars import progress_bar
@@ -314,7 +316,7 @@ def test_complaints_and_progress_show_names_as_they_are(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     said = capsys.readouterr().err
-    assert r"a[/b]\x1b[2J" in said
+    assert "a[/b]�[2J" in said
     assert "\x1b" not in said
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -453,7 +455,8 @@ def test_files_are_utf8_wherever_they_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", of_an_old_machine)
     machine = {"device_name": "cpu", "cores": 1, "threads": 1, "versions": {}}
     about = {"model": "modèle", "dtype": "float32", "revision": "", "machine": machine}
-    running.write_paper(tmp_path, [{"layer": 0, "kind": "block", "provenance": about}], [], [])
+    depth = SimilarityRecord(layer=0, kind="block", cosine=0.5, cosine_se=0.1, provenance=Provenance.of(about))
+    running.write_paper(tmp_path, [depth], [], [])
     scoreboard.write_tables(
         {"times": pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))}, tmp_path
     )

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
-from notall.structure import anatomy
+from notall.structure import locating
 from notall.structure.proving import relative_error
 
 PLAN = Plan([0, 2], [2, 3])
@@ -195,7 +195,7 @@ def test_a_model_whose_embedding_is_offloaded_too_is_proved(tmp_path: Path, monk
     disk_offload(model, str(tmp_path))
     assert next(model.parameters()).device.type == "meta"
     proved: list[Any] = []
-    monkeypatch.setattr(anatomy, "_prove", lambda *layer: proved.append(layer))
+    monkeypatch.setattr(locating, "prove", lambda *layer: proved.append(layer))
     locate(model)
     assert len(proved) == 4
 
