@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,6 +53,17 @@ from .options import (
     TextSource,
     Trust,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ..choosing.comparison import Aim
+    from ..choosing.space import Space
+    from ..plan import Plan
+    from ..records.provenance import Provenance
 
 of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 
@@ -141,7 +152,7 @@ def search(
         need("lm_eval")
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
-    from ..choosing.comparison import Aim, compare_front
+    from ..choosing.comparison import Aim
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
 
@@ -185,16 +196,29 @@ def search(
     record = found.record(about)
     keep_choice(folder, record)
     if front:
-        from ..reporting.comparison_files import write_comparison
-
-        most = len(found.plan.blocks) if kind is Among.block else len(found.plan)
-        with progress_bar() as bar:
-            by = Aim(objective_of_it, batches)
-            points = compare_front(
-                net, among, most, by, others or batches, folder / "front", settings, seed=seed, progress=bar
-            )
-        write_comparison(points, folder / "front", f"NLL added by up to {most} of {among}")
+        by = Aim(objective_of_it, batches)
+        _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
     show([record.row()], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+
+
+def _draw_front(
+    net: PreTrainedModel,
+    among: Space,
+    plan: Plan,
+    by: Aim,
+    held_out: Sequence[Tensor],
+    folder: Path,
+    settings: Provenance,
+    seed: int,
+) -> None:
+    """The trade-off up to `plan`, as a table and a figure in `folder`."""
+    from ..choosing.comparison import compare_front
+    from ..reporting.comparison_files import write_comparison
+
+    most = len(plan.blocks) if among.kind == "block" else len(plan)
+    with progress_bar() as bar:
+        points = compare_front(net, among, most, by, held_out, folder, settings, seed=seed, progress=bar)
+    write_comparison(points, folder, f"NLL added by up to {most} of {among}")
 
 
 @app.command(
