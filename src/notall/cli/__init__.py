@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import UsageError, shortened
-from ..extras import EXTRAS
+from ..reporting.extras import EXTRAS
 from ..reporting.printable import print_in_any_encoding, printable
 from . import choosing, exporting, inspecting, measuring, paper, reporting  # noqa: F401  (they add their commands)
 from .app import Interrupted, app

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..extras import FIGURES, need
 from ..reporting.console import show
+from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
 from .columns import COMPARISON_COLUMNS, CRITERIA_COLUMNS, FOOTPRINT_COLUMNS, choice_columns

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..extras import FIGURES, need
 from ..progress import tracked
 from ..reporting.console import show
+from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
 from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS

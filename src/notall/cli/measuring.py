@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..extras import FIGURES, installed, need
 from ..reporting.console import Shown, show, show_all
+from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
 from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS

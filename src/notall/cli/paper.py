@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..extras import FIGURES, need
 from ..reporting.console import show
+from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
 from .columns import CLAIM_COLUMNS

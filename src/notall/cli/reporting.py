@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..extras import FIGURES, need
+from ..reporting.extras import FIGURES, need
 from ..reporting.printable import printable
 from .app import SHOW, app
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..extras import FIGURES, installed
 from ..records.comparison import ComparisonRecord
+from .extras import FIGURES, installed
 
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from .errors import UsageError
+from ..errors import UsageError
 
 # Which extra brings a module that not every command needs.
 EXTRAS = {
