@@ -17,9 +17,10 @@ import typer
 
 import notall
 from families import family
-from notall import Plan, UsageError, cli, extras
+from notall import Plan, UsageError, cli
 from notall.cli import inspecting, measuring
 from notall.cli.inputs import two_texts
+from notall.reporting import extras
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tokenizer import byte_tokenizer
 
