@@ -298,6 +298,58 @@ def test_a_range_that_is_not_that_of_its_shape_is_refused(tmp_path, more):
         read_header(path)
 
 
+def rewritten(path, change):
+    """Give a safetensors file another header, made of its own by `change`."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+
+
+def overlapping(header):
+    first, second = [entry for name, entry in header.items() if name.endswith(("q_proj.weight", "o_proj.weight"))][:2]
+    second["data_offsets"] = first["data_offsets"]
+    return header
+
+
+ODD_HEADERS = {
+    "overlap": overlapping,
+    "gap": lambda header: {name: entry for name, entry in header.items() if name != "model.norm.weight"},
+    "huge": lambda header: header | {"x": {"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}},
+    "long name": lambda header: header | {"\x1b[31m" * 1000: {"dtype": "F32", "shape": [1], "data_offsets": [0, 3]}},
+    "list": lambda header: [header],
+    "deep": lambda header: header | {"x": json.loads("[" * 900 + "]" * 900)},
+}
+
+
+@pytest.mark.parametrize("change", ODD_HEADERS.values(), ids=ODD_HEADERS)
+def test_an_odd_header_is_refused_in_one_short_line(beside, change, tmp_path):
+    rewritten(beside / "model.safetensors", change)
+    assert_refused(beside, "hf", "safetensors file|lacks weights|not those of", tmp_path)
+
+
+ODD = [None, True, -1, 0, 3, 2**70, 1e308, "", "x" * 9000, [], {}, [[]], {"a": {}}, [1] * 4, "\x1b[31m"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_odd_value_of_a_config_ends_in_a_traceback(dense, tmp_path, data):
+    """It is exported, if nothing reads the value, or refused in one short line."""
+    folder = tmp_path / "odd"
+    if not folder.exists():
+        shutil.copytree(dense, folder)
+    config = json.loads((dense / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from([*sorted(config), "rope_scaling", "quantization_config", "auto_map"]))
+        config[name] = data.draw(st.sampled_from(ODD))
+    (folder / "config.json").write_text(json.dumps(config))
+    plan, target = data.draw(st.sampled_from([BLOCK, MIXED])), data.draw(st.sampled_from(["hf", "nemotron-nas"]))
+    try:
+        shutil.rmtree(export(folder, plan, target, tmp_path / "out", verify=False))
+    except UsageError as refusal:
+        assert_one_line(refusal)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     family("llama").build().save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     victim = sorted((tmp_path / "dense").glob("*.safetensors"))[1]

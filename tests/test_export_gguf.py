@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,30 @@ def test_a_truncated_file_is_refused(llama, tmp_path, keep):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("count", [2**40, 2**22 + 1, 265])
+@pytest.mark.parametrize("key", ["tokenizer.ggml.token_type", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"])
+def test_a_list_that_counts_more_than_the_file_holds_is_refused_at_once(llama, key, count, tmp_path):
+    """The library would read on behind the end of the file, an empty number at a time."""
+    content = bytearray(llama.read_bytes())
+    at = content.index(key.encode()) + len(key) + 4 + 4  # behind the types of the value and of its elements
+    content[at : at + 8] = struct.pack("<Q", count)
+    path = tmp_path / "counts.gguf"
+    path.write_bytes(content)
+    for function in (lambda: export(path, Plan([1], [1]), "gguf", tmp_path / "out", verify=False), lambda: load(path)):
+        with pytest.raises(UsageError, match="no whole GGUF file") as refusal:
+            function()
+        assert_one_line(refusal)
+
+
+def test_lists_in_lists_end(llama, tmp_path):
+    lists = struct.pack("<IQ", 9, 1) * 20_000 + struct.pack("<IQ", 4, 0)
+    field = struct.pack("<Q", 4) + b"deep" + struct.pack("<I", 9) + lists
+    (tmp_path / "deep.gguf").write_bytes(llama.read_bytes()[:16] + struct.pack("<Q", 1) + field)
+    with pytest.raises(UsageError, match="no whole GGUF file"):
+        export(tmp_path / "deep.gguf", Plan([1], [1]), "gguf", tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The bytes of a small whole file, and a folder for its mutants."""
@@ -328,6 +353,7 @@ def small(tmp_path_factory):
 
 def assert_one_line(refusal):
     assert "\n" not in str(refusal)
+    assert len(str(getattr(refusal, "value", refusal))) < 300
 
 
 @pytest.mark.any_transformers

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import datasets
 import lm_eval.api.task
@@ -174,13 +173,14 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Without the progress bars of the harness and of datasets, which would be in the way of our own."""
-    shown = datasets.are_progress_bars_disabled()
+    hidden, bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda things, **_: things
     try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", lambda things, **_: things):
-            yield
+        yield
     finally:
-        if not shown:
+        lm_eval.api.task.tqdm = bar
+        if not hidden:
             datasets.enable_progress_bars()
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError
+from ..models.names import hub_id, named_gguf
+from ..models.paths import expanded
 from ..plan import Plan
 from ..progress import Progress, silent
 from .writing import appearing
@@ -65,16 +67,12 @@ def export(
 
 def _gguf(model: Any) -> Path:
     """The GGUF file to rewrite."""
-    if model == "smollm2":
-        from ..models.loading import default_gguf
-
-        return default_gguf()
-    path = Path(model) if isinstance(model, str | Path) else Path()
-    if path.suffix != ".gguf":
-        raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
-    if not path.is_file():
-        raise UsageError(f"there is no {path}; give the GGUF file of the dense model")
-    return path
+    if isinstance(model, str | Path):
+        if path := named_gguf(model):
+            return path
+        if not expanded(model).exists():
+            hub_id(model)
+    raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
+from ..models.gguf_header import check_gguf
 from ..progress import Progress, silent
 
 BLOCK = "blk."
@@ -88,13 +89,25 @@ def total_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def read_gguf(path: Path) -> GGUF:
     """Map a GGUF file into memory. Raises `UsageError` when it is truncated or damaged, or one part of several."""
+    check_gguf(path)
     try:
         reader = GGUFReader(path)
         fields = {name: _field(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         tensors = {tensor.name: Tensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
         endianness = reader.endianess
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError) as error:
-        raise UsageError(f"{path.name} is no whole GGUF file: {_first_line(error)}; download it again") from None
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise UsageError(
+            f"{path.name} is no whole GGUF file: {shortened(str(error) or type(error).__name__)}; download it again"
+        ) from None
     if "general.architecture" not in fields:
         raise UsageError(f"{path.name} names no architecture; it is no model")
     if fields.get("split.count", Field.of(1)).value != 1:
@@ -104,10 +117,6 @@ def read_gguf(path: Path) -> GGUF:
 
 def _field(field: Any) -> Field:
     return Field(field.contents(), field.types[-1])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def write_gguf(

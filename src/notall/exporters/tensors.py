@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ..errors import UsageError, shortened
+from ..models.folders import INDEX
 from ..progress import Progress, silent
 
 CHUNK = 1 << 22  # bytes held in memory at a time
@@ -91,20 +94,28 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no table")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    position = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != position:
+            raise _damaged(path, "its tensors overlap, or leave gaps")
+        position += tensor.size
+    if position != size:
+        raise _damaged(path, "it goes on behind its tensors")
+    return tensors
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, end: int) -> StoredTensor:
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+        whole = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, first, last))
         fits = whole and (last - first) * 8 == math.prod(shape) * BITS[dtype]
     except (TypeError, KeyError, ValueError):
-        raise _damaged(path, f"its entry for {name} is malformed") from None
+        raise _damaged(path, f"its entry for {shortened(name)} is malformed") from None
     if not fits:
-        raise _damaged(path, f"the size of {name} is not that of its shape")
+        raise _damaged(path, f"the size of {shortened(name)} is not that of its shape")
     if data + last > end:
-        raise _damaged(path, f"it ends before {name} does")
+        raise _damaged(path, f"it ends before {shortened(name)} does")
     return StoredTensor(dtype, shape, path, data + first, last - first)
 
 
@@ -134,8 +145,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, progress: Progress = silent) -> None:
-    """Write a checkpoint as transformers does: `model.safetensors`, or shards of at most `shard_bytes` and an index."""
-    shards = list(_shards(tensors, shard_bytes))
+    """Write a checkpoint as transformers does: `model.safetensors`, or shards of about `shard_bytes` and an index."""
     total, done = total_bytes(tensors), 0
 
     def wrote(size: int) -> None:
@@ -143,29 +153,18 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, 
         done += size
         progress(done, total, "copying weights")
 
-    if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], wrote)
-        return
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, wrote)
-        where |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_file(folder / file, {name: tensors[name] for name in names}, wrote)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.size for tensor in tensors.values())
-
-
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterable[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.size > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.size
-    yield shard

