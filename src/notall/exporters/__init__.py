@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError
 from ..models.names import hub_id, named_gguf
+from ..models.paths import expanded
 from ..plan import Plan
 from ..progress import Progress, silent
 from .writing import appearing
@@ -69,7 +70,7 @@ def _gguf(model: Any) -> Path:
     if isinstance(model, str | Path):
         if path := named_gguf(model):
             return path
-        if not Path(model).expanduser().exists():
+        if not expanded(model).exists():
             hub_id(model)
     raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
 
