@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import notall
-from notall.cli.columns import TIMING_COLUMNS
 from notall.measuring.plan_times import Timed, time_plan
 from notall.measuring.speed import machine
+from notall.records.bench import BenchRecord
+from notall.records.columns import plain
 from notall.reporting.console import show
 
 
@@ -17,7 +18,7 @@ def main() -> None:
         times = time_plan(model, plan, Timed(prompt, 24, rounds=7))
         rows = [{"model": name, **figures} for name, figures in times.items()]
         title = f"33 % of attentions, prompt {prompt}, {about['cpu']}, {about['threads']} threads, {model.dtype}"
-        show(rows, TIMING_COLUMNS, title=title)
+        show(rows, [plain("model"), *BenchRecord.columns[1:]], title=title)
 
 
 if __name__ == "__main__":

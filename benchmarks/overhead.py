@@ -20,7 +20,8 @@ from torch import nn
 import notall
 from notall.measuring.speed import Spread, compare, machine, speedup
 from notall.models.texts import read_text, token_batches
-from notall.reporting.console import plain, show, with_spread
+from notall.records.columns import plain, with_spread
+from notall.reporting.console import show
 
 
 def attention_only(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

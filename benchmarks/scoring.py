@@ -32,7 +32,8 @@ from notall.measuring.speed import Spread, machine
 from notall.measuring.token_scores import Dense, TokenScorer, TokenScores
 from notall.models.texts import read_text, token_batches
 from notall.plan import Plan
-from notall.reporting.console import plain, show, with_spread
+from notall.records.columns import plain, with_spread
+from notall.reporting.console import show
 from notall.running.replay import Replay, record
 
 IN_CACHE = 16  # rows of logits whose log-probabilities the slow twin makes at once: as fast as it gets

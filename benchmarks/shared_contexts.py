@@ -18,7 +18,8 @@ import notall
 from notall import Plan
 from notall.evaluation.harness import PlansLM, TaskResult, evaluate_job
 from notall.evaluation.tasks import TaskShelf
-from notall.reporting.console import number, plain, show
+from notall.records.columns import number, plain
+from notall.reporting.console import show
 
 TASKS = {"local_arc_challenge": 25, "local_hellaswag": 10}  # examples shown
 

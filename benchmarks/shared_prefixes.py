@@ -21,7 +21,8 @@ import notall
 from notall.measuring.speed import Spread, machine
 from notall.models.texts import read_text, token_batches
 from notall.plan import Plan, paper_grid
-from notall.reporting.console import number, plain, show, with_spread
+from notall.records.columns import number, plain, with_spread
+from notall.reporting.console import show
 from notall.reporting.plots import save
 from notall.running.replay import Replay, record, run_head
 

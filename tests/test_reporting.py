@@ -10,8 +10,8 @@ import pytest
 
 import result_folders
 from notall import UsageError
+from notall.records.columns import probability, size
 from notall.reporting import figures
-from notall.reporting.console import probability, size
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
@@ -101,7 +101,7 @@ def test_savings_are_shares_of_the_dense_model():
 def test_the_table_says_and_sorts_by_the_records():
     records = result_folders.all_records()
     table = stepped_table("sweep", records)
-    assert [cell.text for cell in table.rows[2]][:4] == ["attention", "10%", "kept", "0.10 ± 0.01"]
+    assert [cell.text for cell in table.rows[2]][:4] == ["attention", "10%", "kept", "0.100 ± 0.010"]
     assert [row[3].value for row in table.rows] == [record["delta_nll"] for record in records]
     copied = list(csv.DictReader(io.StringIO(table.csv)))
     assert [float(row["delta_nll"]) for row in copied] == [record["delta_nll"] for record in records]
@@ -176,7 +176,7 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
     assert "-0.200 ± 0.050" in page
     assert page.index("<h2>Benchmarks</h2>") < page.index("<h2>Times</h2>")
     assert 'id="table-answers"' not in page
-    assert data_of(page)["csv"]["benchmarks"].splitlines()[0].startswith("skipped,variant,")
+    assert data_of(page)["csv"]["benchmarks"].splitlines()[0].startswith("skipped,task,metric,variant,")
 
 
 def test_a_comparison_is_a_map_of_its_choices_fronts_and_a_table(tmp_path):
@@ -201,10 +201,10 @@ def test_the_table_of_a_comparison_has_its_tasks():
     records = result_folders.all_compared()
     records[1]["tasks"] = {}
     table = stepped_table("compare", records)
-    assert table.headings[:5] == ("criterion", "by", "among", "count", "NLL added ± s.e.")
-    column = table.headings.index("arc_easy acc, to dense ± s.e.")
-    assert [row[column].text for row in table.rows[:3]] == ["-0.020 ± 0.020", "-", "-0.020 ± 0.020"]
-    assert table.rows[0][column].value == -0.02
+    assert table.headings[:5] == ("criterion", "by", "among", "count", "NLL added")
+    column = table.headings.index("arc_easy acc")
+    assert [row[column].text for row in table.rows[:3]] == ["0.500 (-0.020 ± 0.020)", "-", "0.500 (-0.020 ± 0.020)"]
+    assert table.rows[0][column].value == 0.5
     copied = next(csv.DictReader(io.StringIO(table.csv)))
     assert (copied["arc_easy acc value"], copied["arc_easy acc delta_se"]) == ("0.5", "0.02")
     untimed = [{name: value for name, value in row.items() if "speedup" not in name} for row in records]
@@ -271,8 +271,13 @@ def test_a_search_shows_what_it_chose_last(tmp_path):
     assert (cards["Skips"].figure, cards["As fast"].figure, cards["Objective"].figure) == ("3", "1.25×", "+0.250")
     assert "time was up" in cards["Took"].text
     table = stepped_table("search", rows)
-    assert [cell.text for cell in table.rows[0]][:3] == ["search by kl: 2 attention", "0.0000", "0.2500"]
-    assert [row[-1].text for row in table.rows] == ["yes", "no"]
+    told = [dict(zip(table.headings, (cell.text for cell in row))) for row in table.rows]
+    assert [told[0][name] for name in ("chosen", "objective", "dense objective")] == [
+        "search by kl: 2 attention",
+        "0.2500",
+        "0.0000",
+    ]
+    assert [row["in time"] for row in told] == ["yes", "no"]
 
 
 def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
@@ -280,8 +285,8 @@ def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
     names += ("speedup", "speedup_low", "speedup_high")
     row = {name: value for name, value in result_folders.chosen(2).items() if name not in names}
     assert stepped_table("search", [row]).headings == (
-        *("chosen", "objective, dense", "objective, skipped"),
-        *("evaluations", "forward passes", "CPU s", "in time"),
+        *("chosen", "objective", "dense objective", "in time"),
+        *("evaluations", "forward passes", "CPU s"),
     )
     folder = read_folder(result_folders.write(tmp_path, chosen=[row]))
     assert [card.title for card in findings_of(folder)] == ["Skips", "Objective", "Took"]

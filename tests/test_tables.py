@@ -13,7 +13,6 @@ import sys
 import termios
 from fcntl import ioctl
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -22,10 +21,15 @@ from notall import Plan, UsageError, cli
 from notall.choosing import latency
 from notall.choosing.criteria import CRITERIA
 from notall.cli import columns as lists
-from notall.evaluation.paper import running, scoreboard
+from notall.evaluation.paper import claims, running, scoreboard
+from notall.records.bench import BenchRecord
+from notall.records.columns import number, plain, with_error
+from notall.records.comparison import ComparisonRecord
 from notall.records.provenance import Provenance
+from notall.records.search import SearchRecord
 from notall.records.similarity import SimilarityRecord
-from notall.reporting.console import number, plain, show, with_error
+from notall.records.sweep import SweepRecord
+from notall.reporting.console import show
 from notall.reporting.printable import print_in_any_encoding, printable
 from notall.reporting.progress_bars import progress_bar
 from tiny_checkpoint import save_tiny_checkpoint
@@ -64,6 +68,12 @@ MEASURED = {
     "sequences": 1024,
     "evaluations": 123_456,
     "forwards": 34_567.8,
+    "forwards_in_full": 345_678.9,
+    "calibration_delta": 0.1234,
+    "calibration_tokens": 8192,
+    "prompt_tokens": 2048,
+    "new_tokens": 128,
+    "batch_size": 16,
     "seconds": 43_210,
     "predicted_ms": 12_345,
     "measured_ms": 12_543,
@@ -89,7 +99,8 @@ def rows(**names):
 
 TWO = {"model": ["dense", "skipped"]}
 CHOSEN = {"chosen": ["leave-one-out by 0.5*kl+task:arc_easy: 13 sublayer"]}
-WHOLE = SimpleNamespace(held_out=True, times=True)
+PLANS = {"plan": [{}, {"attention": [*range(40)], "mlp": [*range(12)]}]}
+UNMEASURED = ("chosen", "cost", "dense_cost", "in_time", "evaluations", "forwards", "seconds")
 TASKS = ["arc_challenge", "mmlu_high_school_european_history", "truthfulqa_mc2"]
 CLAIMS = {
     "claim": [
@@ -110,8 +121,8 @@ TABLES = {
         rows(
             variant=["dense", "attention", "mlp", "block"], fraction=[0, 0.1, 0.25, 0.33], keep_last=[False, True] * 2
         ),
-        lists.GRID_COLUMNS,
-        ("skip", "fraction", "keep last", "NLL added", "decode speedup"),
+        SweepRecord.columns,
+        ("skipped", "fraction", "last layer", "NLL added", "decode speedup"),
     ),
     "inspect": (
         rows(sublayer=[f"attn+mlp.{layer}" for layer in (7, 78, 126)]),
@@ -120,12 +131,12 @@ TABLES = {
     ),
     "similarity": (
         rows(layer=[0, 78, 126], kind=["attention", "mlp", "block"]),
-        lists.SIMILARITY_COLUMNS,
+        SimilarityRecord.columns,
         ("layer", "kind", "cosine"),
     ),
     "plan": (rows(**TWO), lists.FOOTPRINT_COLUMNS, ("model", "weights", "KV/token", "parameters")),
     "eval": (rows(**TWO), lists.QUALITY_COLUMNS, ("model", "NLL added", "KL")),
-    "bench": (rows(**TWO), lists.TIMING_COLUMNS, ("model", "decode speedup", "weights", "KV/token", "peak memory")),
+    "bench": (rows(**PLANS), BenchRecord.columns, ("skipped", "decode speedup", "weights", "KV/token", "peak memory")),
     "tasks": (
         rows(task=TASKS, metric=["acc_norm,none", "exact_match,strict-match", "acc,none"]),
         lists.TASK_COLUMNS,
@@ -136,7 +147,7 @@ TABLES = {
         lists.CHECK_COLUMNS,
         ("check", "difference", "worse"),
     ),
-    "paper": (rows(**CLAIMS), lists.CLAIM_COLUMNS, ("claim", "verdict")),
+    "paper": (rows(**CLAIMS), claims.COLUMNS, ("claim", "verdict")),
     "export": (
         rows(file=["config.json", "model-00001-of-00002.safetensors", "m.gguf"], bytes=[7, 5_368_709_120, 1]),
         lists.FILE_COLUMNS,
@@ -149,15 +160,15 @@ TABLES = {
             criterion=["leave-one-out", "first-order", "search"],
             aim=["kl", "0.5*kl+task:arc_easy", "answers"],
         ),
-        lists.COMPARISON_COLUMNS,
+        ComparisonRecord.columns,
         ("criterion", "by", "among", "count", "NLL added"),
     ),
     "search": (
-        rows(**CHOSEN),
-        lists.choice_columns(SimpleNamespace(held_out=None, times=None)),
-        ("chosen", "skipped", "dense", "in time"),
+        [{name: value for name, value in row.items() if name in UNMEASURED} for row in rows(**CHOSEN)],
+        [column for column in SearchRecord.columns if column.fields[0] in UNMEASURED],
+        ("chosen", "objective", "dense objective", "in time"),
     ),
-    "search --speedup": (rows(**CHOSEN), lists.choice_columns(WHOLE), ("chosen", "NLL added", "measured speedup")),
+    "search --speedup": (rows(**CHOSEN), SearchRecord.columns, ("chosen", "NLL added", "measured speedup")),
     "criteria": (
         [{"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()],
         lists.CRITERIA_COLUMNS,
@@ -357,7 +368,8 @@ def test_any_text_goes_to_any_stream(monkeypatch):
 
 def test_a_real_terminal_says_how_wide_it_is():
     program = (
-        "from notall.reporting.console import number, plain, show\n"
+        "from notall.records.columns import number, plain\n"
+        "from notall.reporting.console import show\n"
         "rows = [{'name': 'n' * 40, 'first': 1.5, 'second': 2.5}] * 3\n"
         "show(rows, [plain('name'), number('first', 'first'), number('second', 'second')], title='t')\n"
     )
@@ -401,7 +413,7 @@ def command(name, folder, tmp_path):
     return {
         "inspect": (["inspect", folder], lists.INSPECT_COLUMNS, None),
         "plan": (["plan", folder, "-o", tmp_path / "plan.json"], lists.FOOTPRINT_COLUMNS, None),
-        "similarity": (["similarity", folder, *text], lists.SIMILARITY_COLUMNS, None),
+        "similarity": (["similarity", folder, *text], SimilarityRecord.columns, None),
         "eval": (["eval", folder, *plan, *text], lists.QUALITY_COLUMNS, "quality"),
         "criteria": (["criteria"], lists.CRITERIA_COLUMNS, None),
     }[name]
@@ -426,12 +438,12 @@ def test_commands_that_time_show_their_answer(folder, tmp_path, monkeypatch):
     search += ["-o", tmp_path / "p.json"]
     bench = ["bench", folder, "--plan", folder / "plan.json", *TIMED]
     for words, columns, count, answer in (
-        (search, lists.choice_columns(WHOLE), 1, {"chosen", "NLL added", "measured speedup"}),
-        (bench, lists.TIMING_COLUMNS, 2, {"model", "decode speedup", "weights"}),
+        (search, SearchRecord.columns, 1, {"chosen", "NLL added", "measured speedup"}),
+        (bench, BenchRecord.columns, 2, {"skipped", "decode speedup", "weights"}),
     ):
         records, _ = read_back(run(words, Screen(), monkeypatch, 80), columns, count)
         assert answer <= set(records[0])
-        assert all(re.search(r"\d", record[heading]) for record in records for heading in answer - {"model"})
+        assert all(re.search(r"\d", record[heading]) for record in records for heading in answer - {"skipped"})
 
 
 def test_a_terminal_of_ascii_gets_the_table_and_what_the_model_says(folder, monkeypatch):

@@ -21,7 +21,8 @@ from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
 from notall.choosing.space import Space, UnitKind
 from notall.models.texts import read_text, token_batches
-from notall.reporting.console import number, plain, show, with_error
+from notall.records.columns import number, plain, with_error
+from notall.reporting.console import show
 
 PATIENCES = (0, 8, 24)
 BUDGETS = (("attention", 4), ("attention", 8), ("block", 4), ("portable", 4), ("portable", 8), ("sublayer", 16))

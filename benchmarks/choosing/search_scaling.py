@@ -13,7 +13,8 @@ from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
 from notall.choosing.space import Space
-from notall.reporting.console import number, show
+from notall.records.columns import number
+from notall.reporting.console import show
 
 
 def tiny(blocks: int) -> LlamaForCausalLM:

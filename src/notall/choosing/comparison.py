@@ -20,6 +20,7 @@ from ..measuring.quality import Scores as Losses
 from ..measuring.quality import score, summarize
 from ..plan import Plan
 from ..progress import Progress, Stages, silent
+from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord, TaskFigure
 from ..records.ledger import Ledger, working_in
 from ..records.provenance import Provenance
@@ -141,7 +142,7 @@ def compare_criteria(
         return records
 
 
-def _figures(record: ComparisonRecord) -> dict[str, Any]:
+def _figures(record: ComparisonRecord) -> Row:
     """All that a record says, but for where it was measured."""
     return record.model_dump(exclude={"provenance": {"where"}})
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..records.columns import Row
 from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
-from .columns import COMPARISON_COLUMNS, CRITERIA_COLUMNS, FOOTPRINT_COLUMNS, choice_columns
 from .inputs import (
     Loading,
     budget_line,
@@ -90,6 +90,7 @@ def plan(
     from ..models.loading import dtype_name
     from ..plan import Plan
     from ..running.footprint import footprint
+    from .columns import FOOTPRINT_COLUMNS
 
     net = empty_model(model, revision, trust_remote_code)
     chosen = deepest_plan(net, skip, fraction, keep_last)
@@ -155,6 +156,7 @@ def search(
     from ..choosing.comparison import Aim
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
+    from ..records.search import SearchRecord
 
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
@@ -166,10 +168,10 @@ def search(
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
     budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
-    options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
-    objective_of_it = build_objective(objective or aim, net, tokenizer, batches, **options)
+    build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
+    objective_of_it = build(objective or aim, net, tokenizer, batches)
     others: list[Any] = []
-    measured_on: dict[str, Any] = {}
+    measured_on: dict[str, str] = {}
     if held_out:
         others, other = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
         measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]}
@@ -198,7 +200,7 @@ def search(
     if front:
         by = Aim(objective_of_it, batches)
         _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
-    show([record.row()], choice_columns(found), as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+    show([record.row()], SearchRecord.columns, as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
 
 
 def _draw_front(
@@ -276,6 +278,7 @@ def compare(
     from ..choosing.answer_objectives import build_objective
     from ..choosing.criteria import CRITERIA
     from ..measuring.plan_times import Timed
+    from ..records.comparison import columns_of, with_tasks
     from ..records.ledger import refuse_foreign
     from ..reporting.comparison_files import write_comparison
 
@@ -284,11 +287,8 @@ def compare(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
-    options: dict[str, Any] = {"prompts": prompts, "task_path": task_path, "task_limit": task_limit}
-    aims = {
-        name: comparison.Aim(build_objective(name, net, tokenizer, batches, **options), batches)
-        for name in objective or ["kl"]
-    }
+    build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
+    aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in objective or ["kl"]}
     spaces = [budget_line(net, line, keep_first, keep_last) for line in budget or ["attention:4,8"]]
     asked = tuple(tasks.split(",")) if tasks else ()
     with progress_bar() as progress:
@@ -306,15 +306,17 @@ def compare(
         )
     write_comparison(records, out, f"Ways to choose, {described['text']}")
     rows = [record.row() for record in records]
-    show(rows, COMPARISON_COLUMNS, as_json=as_json, title=f"{len(rows)} choices in {out}")
+    shown = rows if as_json else [with_tasks(row) for row in rows]
+    show(shown, columns_of(rows), as_json=as_json, title=f"{len(rows)} choices in {out}")
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
     from ..choosing.criteria import CRITERIA
+    from .columns import CRITERIA_COLUMNS
 
-    rows: list[dict[str, Any]] = [
+    rows: list[Row] = [
         {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
     ]
     show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")

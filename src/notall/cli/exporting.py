@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..reporting.console import in_bytes, show
+from ..records.columns import Row, in_bytes
+from ..reporting.console import show
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
-from .columns import FILE_COLUMNS
 from .inputs import Loading, load_model, read_plan, text_batches
 from .options import Json, Model, Revision, Trust
 
@@ -46,6 +47,7 @@ def export(
 ) -> None:
     """Write the model without what the plan skips, as files that engines load. OUT appears whole or not at all."""
     from ..exporters import export as export_model
+    from .columns import FILE_COLUMNS
 
     wanted = read_plan(plan)
     measured = _measured(model, wanted, measure, revision, trust_remote_code) if measure else None
@@ -90,18 +92,16 @@ def _next(out: Path, to: Target, form: str) -> str:
     return f"notall generate {folder} {prompt}{trust}"
 
 
-def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> Row:
     """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
     from ..measuring.quality import evaluate
+    from ..records.record import DELTA_NLL, KL, PERPLEXITY, TOP1
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
     dense, skipped = evaluate(net, [type(plan)(), plan], batches)
     return {
         "text": f"{described['text']}, 8 windows of 256 tokens",
-        "perplexity of the dense model": dense.perplexity,
-        "perplexity": skipped.perplexity,
-        "NLL added, nats a token": f"{skipped.delta_nll:.4f} ± {skipped.delta_nll_se:.4f}",
-        "KL from the dense model, nats a token": f"{skipped.kl:.4f} ± {skipped.kl_se:.4f}",
-        "same first choice as the dense model": f"{skipped.top1_agreement:.2%}",
+        f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(asdict(dense)),
+        **{column.titled: column.text(asdict(skipped)) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
     }

@@ -13,7 +13,6 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
-from .columns import INSPECT_COLUMNS, SIMILARITY_COLUMNS
 from .inputs import Loading, empty_model, load_model, read_plan, text_batches
 from .options import (
     BatchSize,
@@ -44,6 +43,7 @@ def inspect(
     from ..plan import Plan
     from ..running.footprint import footprint
     from ..structure.locating import locate
+    from .columns import INSPECT_COLUMNS
 
     net = empty_model(model, revision, trust_remote_code)
     anatomy = locate(net)
@@ -85,6 +85,7 @@ def similarity(
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..measuring.similarity import measure_similarity
+    from ..records.similarity import SimilarityRecord
 
     if out:
         need(*FIGURES)
@@ -96,7 +97,7 @@ def similarity(
         from ..reporting import plots
 
         plots.save(plots.similarity_chart(rows, f"Similarity by depth, {model}"), out)
-    show(rows, SIMILARITY_COLUMNS, as_json=as_json, title="cosine of the residual stream before and after")
+    show(rows, SimilarityRecord.columns, as_json=as_json, title="cosine of the residual stream before and after")
 
 
 @app.command(

@@ -11,7 +11,6 @@ from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
-from .columns import CHECK_COLUMNS, GRID_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS, TIMING_COLUMNS
 from .inputs import (
     Loading,
     batch_size_of,
@@ -88,6 +87,7 @@ def sweep(
     from ..measuring.plan_times import Timed
     from ..records.ledger import read, refuse_foreign
     from ..records.similarity import SimilarityRecord
+    from ..records.sweep import SweepRecord
 
     refuse_foreign(out, "sweep")
     loading = Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
@@ -115,7 +115,7 @@ def sweep(
         depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
         plots.save(plots.similarity_chart(depths, f"Similarity by depth, {name}"), out / "similarity")
         plots.save(plots.tradeoff_chart(rows, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
-    show(rows, GRID_COLUMNS, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
+    show(rows, SweepRecord.columns, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
 
 
 @app.command(
@@ -154,6 +154,7 @@ def evaluate(
         need("lm_eval")
     from ..evaluation.one_plan import evaluate_plan
     from ..records.ledger import refuse_foreign
+    from .columns import CHECK_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS
 
     if out:
         refuse_foreign(out, "eval")
@@ -229,6 +230,7 @@ def bench(
     from ..measuring.plan_times import bench as bench_plan
     from ..measuring.speed import machine
     from ..models.loading import dtype_name
+    from ..records.bench import BenchRecord
     from ..records.ledger import refuse_foreign
     from ..structure.locating import locate
 
@@ -264,4 +266,4 @@ def bench(
         f"prompt {prompt}, {new} new tokens; "
         f"{here['device_name']}, {here['threads']} threads; median of {rounds} [quartiles]"
     )
-    show([record.row() for record in records], TIMING_COLUMNS, as_json=as_json, title=title)
+    show([record.row() for record in records], BenchRecord.columns, as_json=as_json, title=title)

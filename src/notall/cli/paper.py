@@ -12,7 +12,6 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
-from .columns import CLAIM_COLUMNS
 from .inputs import (
     Loading,
     batch_size_of,
@@ -91,6 +90,7 @@ def paper(
     Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
     """
     need(*FIGURES, "lm_eval", "pandas", "tabulate")
+    from ..evaluation.paper.claims import COLUMNS
     from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
     from ..records.ledger import read, refuse_foreign
@@ -128,4 +128,4 @@ def paper(
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
     plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about.what['model']}"), out / "similarity")
-    show([asdict(claim) for claim in claims], CLAIM_COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")
+    show([asdict(claim) for claim in claims], COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

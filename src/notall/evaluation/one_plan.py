@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..measuring.quality import evaluate
 from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.columns import Row
 from .battery import SIGNIFICANT, run_battery
 
 GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
@@ -24,9 +25,9 @@ GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --lim
 class Evaluated:
     """Rows as tables show them: of quality on a text, of tasks, of the battery's checks."""
 
-    quality: list[dict[str, Any]]
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    battery: list[dict[str, Any]] = field(default_factory=list)
+    quality: list[Row]
+    tasks: list[Row] = field(default_factory=list)
+    battery: list[Row] = field(default_factory=list)
 
 
 def evaluate_plan(
@@ -82,7 +83,7 @@ def _tasks(
     limits: Sequence[str],
     progress: Progress,
     **how: Any,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     from .harness import run_tasks
     from .tasks import Limits
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.bench import BenchRecord
+from ..records.columns import Row
 from ..records.ledger import Ledger, working_in
 from ..records.provenance import Provenance
 from ..running.footprint import footprint
@@ -35,7 +36,7 @@ TIMED = Timed()
 
 def time_plan(
     model: PreTrainedModel, plan: Plan, timed: Timed = TIMED, *, seed: int = 0, progress: Progress = silent
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
     """Figures of the dense model and, unless the plan is empty, of the skipped model, by those names.
 
     Times are medians over rounds with their quartiles (`_low`, `_high`); a speedup is the median of the rounds' own
@@ -50,7 +51,7 @@ def time_plan(
     return {name: timing_fields(model, plans[name], dense, timing) for name, timing in timings.items()}
 
 
-def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> dict[str, Any]:
+def timing_fields(model: PreTrainedModel, plan: Plan, dense: Timing, timing: Timing) -> Row:
     """What a record says of one plan's times beside the dense model's of the same rounds, and of its memory."""
     return {
         **_with_spread("prefill_ms", timing.prefill_ms),

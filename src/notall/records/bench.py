@@ -6,7 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from .record import Record, SizeFields, Skips, TimeFields
+from .columns import number
+from .record import PEAK, PLAN, SIZE, TIMES, Record, SizeFields, Skips, TimeFields
+
+PROMPT, BATCH = number("prompt_tokens", "prompt tokens", "d"), number("batch_size", "batch", "d")
 
 
 class BenchRecord(Record, SizeFields, TimeFields, Skips):
@@ -15,6 +18,7 @@ class BenchRecord(Record, SizeFields, TimeFields, Skips):
     file = "bench.jsonl"
     commands = ("bench",)
     key_fields = ()
+    columns = (PLAN, *TIMES, *SIZE, PEAK, PROMPT, number("new_tokens", "new tokens", "d"), BATCH)
 
     record: Literal["bench"] = "bench"
     model: Literal["dense", "skipped"]

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from .record import Configured, Number, Record, SizeFields, TimeFields
+from .bench import BATCH, PROMPT
+from .columns import number, plain, probability, with_error
+from .record import CONFIGURED, PEAK, SIZE, TIMES, Configured, Number, Record, SizeFields, TimeFields
+
+TASK = (plain("task"), plain("metric"))
+DIFFERENCE = with_error("delta", "difference")
+WORSE = plain("worse", told=lambda worse: "worse" if worse else "")
+P = probability("p_value", "p")
+VALUE = with_error("value", "value")
+DOCUMENTS = (number("num_fewshot", "shots", "d"), number("documents", "documents", "d"))
 
 
 class BenchmarkRecord(Record, Configured):
@@ -15,6 +24,7 @@ class BenchmarkRecord(Record, Configured):
     file = "benchmarks.jsonl"
     commands = ("paper",)
     key_fields = ("task", "metric", "variant", "fraction", "keep_last")
+    columns = (*TASK, *CONFIGURED, DIFFERENCE, P, VALUE, *DOCUMENTS)
 
     record: Literal["benchmark"] = "benchmark"
     task: str = Field(description="as the harness names it")
@@ -36,6 +46,7 @@ class BatteryRecord(Record, Configured):
     file = "battery.jsonl"
     commands = ("paper",)
     key_fields = ("part", "check", "variant", "fraction", "keep_last")
+    columns = (plain("check"), *CONFIGURED, DIFFERENCE, WORSE, P, VALUE)
 
     record: Literal["battery"] = "battery"
     part: str = Field(description="of the battery")
@@ -55,6 +66,7 @@ class TimesRecord(Record, SizeFields, TimeFields, Configured):
     file = "times.jsonl"
     commands = ("paper",)
     key_fields = ("prompt_tokens", "asked_batch_size", "variant", "fraction", "keep_last")
+    columns = (*CONFIGURED, PROMPT, BATCH, *TIMES, *SIZE, PEAK)
 
     record: Literal["times"] = "times"
     prompt_tokens: int

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from .record import Fields, Number, QualityFields, Record, SizeFields, Skips, SpentFields, TimeFields
+from .columns import Column, Row, number, plain, with_difference
+from .record import (
+    QUALITY,
+    SPEEDUPS,
+    SPENT,
+    Fields,
+    Number,
+    QualityFields,
+    Record,
+    SizeFields,
+    Skips,
+    SpentFields,
+    TimeFields,
+)
 from .sweep import SequenceScores
 
 
@@ -89,7 +103,33 @@ class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
     commands = ("compare",)
     key_fields = ASKED
     groups = ("times",)
+    columns = (
+        *(plain("criterion"), plain("aim", "by"), plain("space", "among"), plain("count")),
+        *QUALITY,
+        *SPEEDUPS,
+        *SPENT,
+        number("forwards_in_full", "run in full", ",.1f"),
+        number("calibration_delta", "on its own text", "+.3f"),
+        number("calibration_tokens", "calibration tokens", ",d"),
+    )
 
     record: Literal["comparison"] = "comparison"
     tasks: dict[str, TaskFigure] = Field(description="by task and metric")
     times: TimeFields | None = Field(None, description="where plans were timed")
+
+
+def with_tasks(row: Row) -> Row:
+    """A row with the figures of its tasks beside its others."""
+    figures = {
+        f"{task} {name}": figure[field]
+        for task, figure in row.get("tasks", {}).items()
+        for field, name in (("value", "value"), ("delta", "delta"), ("delta_stderr", "delta_se"))
+    }
+    return row | figures
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """The columns of a comparison; those of the tasks of `rows`, as `with_tasks` has them, follow the quality."""
+    tasks = dict.fromkeys(task for row in rows for task in row.get("tasks", ()))
+    place = 1 + ComparisonRecord.columns.index(QUALITY[-1])
+    return (*ComparisonRecord.columns[:place], *map(with_difference, tasks), *ComparisonRecord.columns[place:])

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .columns import Row
+
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
 
@@ -30,7 +32,7 @@ class Provenance(BaseModel):
         return cls(what=what | more, where={name: about[name] for name in PLACES if name in about})
 
     @property
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Row:
         """Both in one, for a page."""
         return {**self.what, **self.where}
 

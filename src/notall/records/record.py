@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from ..plan import Plan
+from .columns import Column, Row, magnitude, number, plain, size, with_error, with_spread
 from .provenance import Provenance
 
 MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become a page of gigabytes
 
 Key = tuple[Any, ...]
-Row = dict[str, Any]
 Command = Literal["sweep", "compare", "search", "paper", "bench", "eval"]
 
 
@@ -62,6 +63,7 @@ class Record(Fields):
     key_fields: ClassVar[tuple[str, ...]]
     headed: ClassVar[bool] = False  # whether the first line of the file holds the provenance of all
     groups: ClassVar[tuple[str, ...]] = ()  # fields that are groups of fields, None where they were not measured
+    columns: ClassVar[tuple[Column, ...]] = ()  # of tables: which row it is, the answer, then the rest by importance
 
     record: str = Field(description="the kind of this line")
     provenance: Provenance | None = Field(None, description="where the figures come from")
@@ -99,12 +101,31 @@ class Skips(Fields):
     plan: Skipped = Field(description="indices of the skipped layers, from 0")
 
 
+VARIANTS = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
+
+
+def counted(plan: Mapping[str, Sequence[int]]) -> str:
+    """How many of each kind a plan skips."""
+    counts = {kind: len(plan.get(kind, ())) for kind in ("attention", "mlp")}
+    return ", ".join(f"{count} {VARIANTS[kind]}" for kind, count in counts.items() if count) or "dense"
+
+
+PLAN = plain("plan", "skipped", counted)
+
+
 class Configured(Skips):
     """A row of the paper's grid."""
 
     variant: Literal["dense", "attention", "mlp", "block", "plan"] = Field(description="what is skipped")
     fraction: float = Field(ge=0, le=1, description="share of the layers that was asked for, 0 to 1")
     keep_last: bool = Field(description="whether the last layer is preserved")
+
+
+CONFIGURED = (
+    plain("variant", "skipped", VARIANTS.__getitem__),
+    plain("fraction", told="{:.0%}".format),
+    plain("keep_last", "last layer", lambda kept: "kept" if kept else ""),
+)
 
 
 class QualityFields(Fields):
@@ -120,6 +141,14 @@ class QualityFields(Fields):
     top1_agreement: Number = Field(description="share of tokens with the dense model's first choice, 0 to 1")
     top1_agreement_se: Number = Field(description="0 to 1")
     sequences: int = Field(description="how many sequences the quality was measured on")
+
+
+NATS = "nats per token"
+DELTA_NLL = with_error("delta_nll", "NLL added", unit=NATS)
+KL = with_error("kl", "KL", unit=NATS)
+TOP1 = with_error("top1_agreement", "top-1 agreement", ".2f")
+PERPLEXITY = magnitude("perplexity", "perplexity")
+QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, with_error("nll", "NLL", unit=NATS))
 
 
 class TimeFields(Fields):
@@ -139,12 +168,28 @@ class TimeFields(Fields):
     speedup_decode_high: float = Field(description="ratio")
 
 
+SPEEDUPS = (
+    with_spread("speedup_decode", "decode speedup", ".2f"),
+    with_spread("speedup_prefill", "prefill speedup", ".2f"),
+)
+TIMES = (
+    *SPEEDUPS,
+    with_spread("decode_ms_per_token", "decode ms/token"),
+    with_spread("prefill_ms", "prefill ms"),
+)
+
+
 class SizeFields(Fields):
     """What a plan leaves of a model."""
 
     params: int = Field(description="parameters that are left")
     weight_bytes: int = Field(description="bytes of the weights that are left, as loaded")
     kv_bytes_per_token: int = Field(description="bytes of KV cache a token of one sequence takes")
+
+
+WEIGHTS, KV = size("weight_bytes", "weights"), size("kv_bytes_per_token", "KV/token")
+SIZE = (WEIGHTS, KV, number("params", "parameters", ","))
+PEAK = size("peak_bytes", "peak memory")
 
 
 class SpentFields(Fields):
@@ -154,3 +199,7 @@ class SpentFields(Fields):
     executions: float = Field(description="sublayers run, in passes over the whole calibration text")
     one_by_one: float = Field(description="what they would be without shared states")
     seconds: float = Field(description="CPU seconds of all threads")
+
+
+SECONDS = number("seconds", "CPU s", ",.1f")
+SPENT = (number("evaluations", "evaluations", ",d"), number("forwards", "forward passes", ",.1f"), SECONDS)

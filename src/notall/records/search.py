@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from .record import Fields, Key, Number, QualityFields, Record, Skips, SpentFields
+from .columns import number, plain, with_spread
+from .record import QUALITY, SPENT, Fields, Key, Number, QualityFields, Record, Skips, SpentFields
 
 
 class EvaluationRecord(Record, SpentFields):
@@ -36,6 +37,15 @@ class SpeedCheck(Fields):
     off: float = Field(description="predicted over measured, less 1")
 
 
+CHECK = (
+    with_spread("speedup", "measured speedup", ".3f"),
+    number("predicted_speedup", "predicted speedup", ".3f"),
+    number("off", "off by", "+.1%"),
+    number("measured_ms", "measured ms", ".0f"),
+    number("predicted_ms", "predicted ms", ".0f"),
+)
+
+
 class SearchRecord(Record, SpentFields, Skips):
     """A plan that was chosen, and what was measured of it, if anything."""
 
@@ -43,6 +53,15 @@ class SearchRecord(Record, SpentFields, Skips):
     commands = ("search",)
     key_fields = ("chosen", "plan", "evaluations", "in_time")  # times are never the same twice
     groups = ("quality", "check")
+    columns = (
+        plain("chosen"),
+        *QUALITY,
+        *CHECK,
+        number("cost", "objective", ".4f"),
+        number("dense_cost", "dense objective", ".4f"),
+        plain("in_time", "in time", lambda in_time: "yes" if in_time else "no"),
+        *SPENT,
+    )
 
     record: Literal["search"] = "search"
     chosen: str = Field(description="how, by what, and how much")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from .columns import number, plain, with_error
 from .record import LayerIndex, Number, Record
 
 
@@ -15,6 +16,7 @@ class SimilarityRecord(Record):
     file = "similarity.jsonl"
     commands = ("sweep", "paper")
     key_fields = ("layer", "kind")
+    columns = (number("layer", "layer", "d"), plain("kind"), with_error("cosine", "cosine", ".4f"))
 
     record: Literal["similarity"] = "similarity"
     layer: LayerIndex

@@ -6,7 +6,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from .record import Configured, Fields, Number, QualityFields, Record, SizeFields, TimeFields
+from .record import (
+    CONFIGURED,
+    DELTA_NLL,
+    KL,
+    PEAK,
+    PERPLEXITY,
+    SIZE,
+    SPEEDUPS,
+    TOP1,
+    Configured,
+    Fields,
+    Number,
+    QualityFields,
+    Record,
+    SizeFields,
+    TimeFields,
+)
 
 
 class SweepRecord(Record, SizeFields, TimeFields, QualityFields, Configured):
@@ -15,6 +31,7 @@ class SweepRecord(Record, SizeFields, TimeFields, QualityFields, Configured):
     file = "results.jsonl"
     commands = ("sweep",)
     key_fields = ("variant", "fraction", "keep_last")
+    columns = (*CONFIGURED, DELTA_NLL, *SPEEDUPS, KL, TOP1, PERPLEXITY, *SIZE, PEAK)
 
     record: Literal["sweep"] = "sweep"
     peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")

@@ -1,94 +1,34 @@
-"""What people see at the terminal: tables, and progress with the time left."""
+"""Tables at the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from rich.console import Console, ConsoleDimensions
 from rich.table import Table
 from rich.text import Text
 
+from ..records.columns import Column, Row, given
 from .printable import printable
 from .table_layout import Strip, lay_out, listed, width_of
-
-Row = Mapping[str, Any]
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its heading, and what a row says in it.
-
-    `beside` is the error or the spread of a number; it goes below the number where the terminal is narrow.
-    """
-
-    heading: str
-    value: Callable[[Row], str]
-    right: bool = True
-    beside: Callable[[Row], str] = lambda row: ""
-
-    def text(self, row: Row) -> str:
-        return f"{self.value(row)} {self.beside(row)}".rstrip()
-
-
-def plain(name: str, heading: str | None = None) -> Column:
-    return Column(heading or name, lambda row: str(row[name]), right=False)
-
-
-def number(name: str, heading: str, form: str = ".3f") -> Column:
-    return Column(heading, lambda row: _format(row.get(name), form))
-
-
-def probability(name: str, heading: str) -> Column:
-    """A p value; a small one is not rounded to none."""
-
-    def told(row: Row) -> str:
-        value = row.get(name)
-        return "< 0.001" if value is not None and value < 0.001 else _format(value, ".3f")
-
-    return Column(heading, told)
-
-
-def with_error(name: str, heading: str, form: str = ".3f") -> Column:
-    """A mean and its standard error."""
-    return Column(
-        heading,
-        lambda row: _format(row[name], form),
-        beside=lambda row: f"± {_format(row[name + '_se'], form)}",
-    )
-
-
-def with_spread(name: str, heading: str, form: str = ".1f") -> Column:
-    """A median and its quartiles."""
-    return Column(
-        heading,
-        lambda row: _format(row[name], form),
-        beside=lambda row: f"[{_format(row[name + '_low'], form)}, {_format(row[name + '_high'], form)}]",
-    )
-
-
-def size(name: str, heading: str) -> Column:
-    """Bytes, in the unit that suits them."""
-    return Column(heading, lambda row: in_bytes(row[name]))
 
 
 def show(rows: Sequence[Row], columns: Sequence[Column], *, title: str, as_json: bool = False) -> None:
     """Print `rows` as a table on stdout, or whole, as JSON.
 
     `columns` come in the order of their importance: a narrow terminal leaves out the last ones, and says so. A file or
-    a pipe gets all of them.
+    a pipe gets all of them, but for those that no row has anything in.
     """
     if as_json:
-        json.dump([dict(row) for row in rows], sys.stdout, indent=2)
+        json.dump(list(rows), sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
     console = Console()
-    strips = [_strip(rows, column, console.encoding) for column in columns]
+    strips = [_strip(rows, column, console.encoding) for column in given(columns, rows)]
     screen = sys.stdout.isatty()
     if not screen:
         console.size = ConsoleDimensions(width_of(strips), 1)
@@ -136,25 +76,8 @@ class Shown:
 def show_all(tables: Mapping[str, Shown], *, as_json: bool = False) -> None:
     """Print several tables; as JSON, one object with a list of rows by the tables' names."""
     if as_json:
-        json.dump({name: [dict(row) for row in table.rows] for name, table in tables.items()}, sys.stdout, indent=2)
+        json.dump({name: list(table.rows) for name, table in tables.items()}, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
     for table in tables.values():
         show(table.rows, table.columns, title=table.title)
-
-
-def _format(value: Any, form: str) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    return format(value, form)
-
-
-def in_bytes(value: float | None) -> str:
-    """Bytes in the unit that suits them."""
-    if value is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..records.leave_one_out import LeaveOneOutRecord
 from ..records.ledger import header_of, read
+from ..records.record import DELTA_NLL, KL
 from ..records.search import EvaluationRecord
 from .rows import SHORT, Number
 
@@ -16,7 +17,7 @@ Place = tuple[str, int]  # kind, layer
 
 NAME = re.compile(rf"({'|'.join(SHORT.values())})\.(\d{{1,4}})")
 KIND = {short: kind for kind, short in SHORT.items()}
-TITLES = {"nll": "NLL added, nats per token", "kl": "KL added, nats per token"}
+TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}
 
 
 @dataclass(frozen=True)

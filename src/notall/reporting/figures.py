@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import altair as alt
 
+from ..records.columns import Row, in_bytes
+from ..records.record import VARIANTS
 from . import plots
 from .folder import Folder
-from .rows import SHORT, Row, name_of, shorten, sublayers
+from .rows import SHORT, name_of, shorten, sublayers
 
-ROWS = {"attention": "attention", "mlp": "MLP"}
 STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
 TIMES = {
@@ -23,7 +23,7 @@ FRONT = "front"  # what the names of its panels begin with
 NAMES = ("criterion", "aim", "space")
 
 
-def draw_all(folder: Folder) -> dict[str, dict[str, Any]]:
+def draw_all(folder: Folder) -> dict[str, Row]:
     """Vega-Lite specs by the name of the figure, without theme, as wide as the page gives."""
     drawn: dict[str, alt.LayerChart] = {}
     if folder.plans and folder.layers:
@@ -51,7 +51,7 @@ def map_rows(folder: Folder) -> tuple[list[Row], str]:
             changed = None if cosine is None else 1 - cosine
             cost = measured.get((kind, layer)) if measured else changed
             name = f"{short}.{layer}"
-            rows.append({"name": name, "layer": layer, "row": ROWS[kind], "cosine": cosine, "cost": cost})
+            rows.append({"name": name, "layer": layer, "row": VARIANTS[kind], "cosine": cosine, "cost": cost})
     return rows, source
 
 
@@ -64,7 +64,9 @@ def draw_map(folder: Folder) -> alt.LayerChart:
         .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
         .encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)),
-            y=alt.Y("row:N", title=None, sort=list(ROWS.values()), axis=alt.Axis(ticks=False, domain=False)),
+            y=alt.Y(
+                "row:N", title=None, sort=[VARIANTS[kind] for kind in SHORT], axis=alt.Axis(ticks=False, domain=False)
+            ),
             tooltip=[
                 alt.Tooltip("name:N", title="sublayer"),
                 alt.Tooltip("state:N", title="in this plan"),
@@ -115,7 +117,7 @@ def savings_rows(records: Sequence[Row]) -> list[Row]:
         for key, title in BYTES.items():
             if dense and dense.get(key):
                 share = dict.fromkeys(("share", "low", "high"), record[key] / dense[key])
-                text = f"{title}: {_bytes(record[key])} of {_bytes(dense[key])}"
+                text = f"{title}: {in_bytes(record[key])} of {in_bytes(dense[key])}"
                 rows.append(about | {"measure": title, "text": text} | share)
     return rows
 
@@ -181,11 +183,3 @@ def _ringed(chart: alt.LayerChart, points: Sequence[Row], x: str) -> alt.LayerCh
         .encode(x=f"{x}:Q", y="lost:Q", size=alt.condition("datum.plan == plan", alt.value(330), alt.value(0)))
     )
     return (chart + ring).add_params(alt.param(name="plan", value=0))
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..records.columns import Row
+from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
 from .folder import Folder
 from .plots import front
-from .rows import Row, counted, name_of, sublayers
+from .rows import name_of, sublayers
 
 MOST_CARDS = 5
 
@@ -68,8 +70,8 @@ def _of_sweep(folder: Folder) -> list[Finding]:
     return [
         Finding(
             "Dense model",
-            f"{dense['perplexity']:,.1f}",
-            "perplexity",
+            PERPLEXITY.value(dense),
+            PERPLEXITY.heading,
             f"{dense['decode_ms_per_token']:.0f} ms a token, {dense['params'] / 1e6:,.0f} million parameters",
         ),
         Finding(
@@ -81,7 +83,7 @@ def _of_sweep(folder: Folder) -> list[Finding]:
         Finding(
             "Fastest",
             f"{fastest['speedup_decode']:.2f}×",
-            "decode speedup",
+            SPEEDUPS[0].heading,
             f"{name_of(fastest)}; {fastest['delta_nll']:+.2f} nats a token",
         ),
         Finding(
@@ -117,10 +119,12 @@ def _least(ranked: Sequence[Row], title: str) -> Finding:
 
 def _of_search(record: Row) -> list[Finding]:
     """What was chosen last: how much of it, what it costs, what it saves, what it took."""
-    found = [Finding("Skips", str(len(sublayers(record))), "sublayers", f"{counted(record)}; {record['chosen']}")]
+    found = [
+        Finding("Skips", str(len(sublayers(record))), "sublayers", f"{counted(record['plan'])}; {record['chosen']}")
+    ]
     if _lost(record):
         unit = f"{_error(record)} nats a token"
-        found.append(Finding("Loses", f"{record['delta_nll']:+.2f}", unit, "NLL added on the held-out text"))
+        found.append(Finding("Loses", f"{record['delta_nll']:+.2f}", unit, f"{DELTA_NLL.heading} on the held-out text"))
     if None not in (record["cost"], record["dense_cost"]):
         rise = record["cost"] - record["dense_cost"]
         text = f"{record['dense_cost']:.4f} dense, {record['cost']:.4f} with the plan, on the text that was chosen by"
@@ -129,9 +133,10 @@ def _of_search(record: Row) -> list[Finding]:
         spread = f"[{record['speedup_low']:.2f}, {record['speedup_high']:.2f}]"
         text = f"{spread} of the rounds; {record['predicted_speedup']:.2f}× was predicted"
         found.append(Finding("As fast", f"{record['speedup']:.2f}×", "measured", text))
-    text = f"{record['evaluations']:,} evaluations, {record['seconds']:,.1f} CPU s"
+    evaluations, forwards, seconds = SPENT
+    text = ", ".join(f"{column.text(record)} {column.heading}" for column in (evaluations, seconds))
     text += "" if record["in_time"] else "; the time was up before the search was done"
-    return [*found, Finding("Took", f"{record['forwards']:,.1f}", "forward passes", text)]
+    return [*found, Finding("Took", forwards.text(record), forwards.heading, text)]
 
 
 def _lost(record: Row) -> bool:

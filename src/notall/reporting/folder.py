@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..records import lines
 from ..records.answers import AnswersRecord
 from ..records.bench import BenchRecord
+from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from ..records.fingerprint import Fingerprint
 from ..records.kinds import kind_at
@@ -22,7 +23,7 @@ from ..records.search import EvaluationRecord, SearchRecord
 from ..records.similarity import SimilarityRecord
 from ..records.sweep import SampleRecord, ScoresRecord, SweepRecord
 from .costs import Costs, read_costs
-from .rows import SHORT, Row, kind_of, name_of
+from .rows import SHORT, kind_of, name_of
 
 # Kinds that a page steps through, the first that is there, and those that have a section of their own.
 STEPPED: tuple[type[Record], ...] = (SweepRecord, ComparisonRecord, SearchRecord, BenchRecord)

@@ -6,15 +6,15 @@ import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
+from ..records.columns import Row, as_csv, legend
 from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
 from .plots import DARK, LIGHT
-from .rows import Row, name_of, shorten, sublayers
-from .tables import TITLES, other_table, stepped_table, to_csv
+from .rows import name_of, shorten, sublayers
+from .tables import TITLES, other_table, stepped_table
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -39,7 +39,7 @@ def render(folder: Folder) -> str:
     templates = Environment(
         loader=PackageLoader("notall.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters["short"] = shorten
+    templates.filters |= {"short": shorten, "legend": legend}
     specs = draw_all(folder)
     tables = {"results": stepped_table(folder.kind, folder.records)} if folder.kind else {}
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
@@ -93,11 +93,11 @@ def _without_doubles(about: Row) -> Row:
     return about | {"machine": {key: value for key, value in machine.items() if about.get(key) != value}}
 
 
-def _plan(record: Row) -> dict[str, Any]:
+def _plan(record: Row) -> Row:
     return {"name": shorten(name_of(record)), "skipped": sublayers(record), "told": told(record)}
 
 
-def _samples(folder: Folder) -> list[dict[str, Any]]:
+def _samples(folder: Folder) -> list[Row]:
     """For each prompt what each plan says."""
     prompts: dict[str, list[dict[str, str]]] = {}
     for record in folder.samples:
@@ -111,14 +111,14 @@ def _csv(folder: Folder) -> dict[str, str]:
     """What each figure draws."""
     named = [{"name": name_of(record), **record} for record in folder.records]
     fronts = {
-        f"{FRONT}{number}": to_csv([row for row in named if row["space"] == space])
+        f"{FRONT}{number}": as_csv([row for row in named if row["space"] == space])
         for number, space in enumerate(_fronts(folder))
     }
     return fronts | {
-        "map": to_csv(map_rows(folder)[0]),
-        "savings": to_csv(savings_rows(folder.records)),
-        "similarity": to_csv(folder.similarity),
-        "tradeoff": to_csv(named),
+        "map": as_csv(map_rows(folder)[0]),
+        "savings": as_csv(savings_rows(folder.records)),
+        "similarity": as_csv(folder.similarity),
+        "tradeoff": as_csv(named),
     }
 
 

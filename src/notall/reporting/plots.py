@@ -11,8 +11,8 @@ from typing import Any
 import altair as alt
 
 from ..errors import UsageError
-
-Row = Mapping[str, Any]
+from ..records.columns import Row
+from ..records.record import CONFIGURED, DELTA_NLL, SPEEDUPS, VARIANTS
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
@@ -20,18 +20,18 @@ PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the sa
 SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
             "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5",
             "#393b79", "#8c6d31", "#843c39", "#7b4173")  # fmt: skip
-NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
 LAST = {False: "skipped too", True: "kept"}
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
-HELD_OUT = "NLL added on held-out text, nats per token"
+HELD_OUT = f"{DELTA_NLL.heading} on held-out text, {DELTA_NLL.unit}"
+LAYER, SPEEDUP = CONFIGURED[2].heading, SPEEDUPS[0].heading
 MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
 
 
 def theme(
     ink: str, grey: str, pale: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
     plain = {"titleFontWeight": "normal", "titleFontSize": 12}
     named = {"ink": ink, "grey": grey, "paper": paper} | {f"colour_{name}": hue for name, hue in colours.items()}
@@ -84,7 +84,7 @@ def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
 def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
     """What `similarity_chart` draws, without size, title and theme."""
     rows = [
-        {"layer": row["layer"], "kind": NAMES[row["kind"]], "cosine": row["cosine"]}
+        {"layer": row["layer"], "kind": VARIANTS[row["kind"]], "cosine": row["cosine"]}
         for row in similarity
         if _is_number(row["cosine"])
     ]
@@ -114,7 +114,7 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
         for number, record in enumerate(records)
         if record["variant"] != "dense" and _is_number(record["delta_nll"])
     ]
-    series, chosen = _series(rows, _speedup(), "NLL added, nats per token", _colour("skipped", rows))
+    series, chosen = _series(rows, _speedup(), DELTA_NLL.titled, _colour("skipped", rows))
     above = series.transform_filter(alt.datum.last == LAST[False])
     below = series.transform_filter(alt.datum.last == LAST[True])
     layers = [
@@ -170,7 +170,7 @@ def front_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerCh
     return series.mark_line(strokeWidth=1.5) + _bars(series)[0] + points.add_params(chosen)
 
 
-def front_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
+def front_rows(records: Sequence[Row]) -> list[Row]:
     """A row for each record with a loss; `plan` counts the records from 0."""
     return [
         _front_row(record, records) | {"plan": number}
@@ -179,7 +179,7 @@ def front_rows(records: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def criterion_colours(rows: Sequence[Row]) -> dict[str, Any]:
+def criterion_colours(rows: Sequence[Row]) -> Mapping[str, Any]:
     """A colour for each criterion of `front_rows`; the search comes first, in the colour of ink."""
     names = sorted(dict.fromkeys(row["criterion"] for row in rows), key=lambda name: not name.startswith("search"))
     searched = bool(names) and names[0].startswith("search")
@@ -203,9 +203,9 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
         ) from None
 
 
-def _tradeoff_row(record: Row) -> dict[str, Any]:
+def _tradeoff_row(record: Row) -> Row:
     return {
-        "skipped": NAMES[record["variant"]],
+        "skipped": VARIANTS[record["variant"]],
         "fraction": f"{record['fraction']:.0%}",
         "share": record["fraction"],
         "last": LAST[record["keep_last"]],
@@ -213,7 +213,7 @@ def _tradeoff_row(record: Row) -> dict[str, Any]:
     }
 
 
-def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
+def _front_row(record: Row, records: Sequence[Row]) -> Row:
     """A criterion goes by its name, and by its aim too where there are several."""
     aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
     return {
@@ -224,7 +224,7 @@ def _front_row(record: Row, records: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _measured(record: Row) -> dict[str, Any]:
+def _measured(record: Row) -> Row:
     """The loss with its error, and the speedup with its quartiles, where it was timed."""
     lost, error = record["delta_nll"], record["delta_nll_se"]
     bar = error if _is_number(error) else 0
@@ -253,7 +253,7 @@ def _bars(series: alt.Chart) -> list[alt.Chart]:
 
 
 def _speedup() -> alt.X:
-    return alt.X("speedup:Q", title="decode speedup over the dense model", axis=TIMES, scale=_snug(28))
+    return alt.X("speedup:Q", title=f"{SPEEDUP} over the dense model", axis=TIMES, scale=_snug(28))
 
 
 def _front(rows: Sequence[Row]) -> alt.Chart:
@@ -265,7 +265,7 @@ def _front(rows: Sequence[Row]) -> alt.Chart:
 
 def _paths(series: alt.Chart) -> alt.Chart:
     """From the smallest fraction to the largest."""
-    dash = alt.StrokeDash("last:N", title="last layer", scale=_by_last([1, 0], [4, 3]))
+    dash = alt.StrokeDash("last:N", title=LAYER, scale=_by_last([1, 0], [4, 3]))
     return series.mark_line(strokeWidth=1).encode(order="share:Q", strokeDash=dash)
 
 
@@ -273,16 +273,16 @@ def _points(series: alt.Chart) -> alt.Chart:
     return series.mark_point(filled=True, size=85).encode(
         shape=alt.Shape(
             "last:N",
-            title="last layer",
+            title=LAYER,
             scale=_by_last("circle", "square"),
             legend=alt.Legend(symbolFillColor=alt.expr("grey"), symbolStrokeWidth=0),
         ),
         tooltip=[
             "skipped:N",
             "fraction:N",
-            alt.Tooltip("last:N", title="last layer"),
+            alt.Tooltip("last:N", title=LAYER),
             alt.Tooltip("speedup:Q", format=".3f"),
-            alt.Tooltip("lost:Q", title="NLL added", format=".3f"),
+            alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f"),
         ],
     )
 
@@ -302,7 +302,7 @@ def _dense() -> list[alt.Chart]:
     ]
 
 
-def _losses(rows: Sequence[Row]) -> dict[str, Any]:
+def _losses(rows: Sequence[Row]) -> Mapping[str, Any]:
     """Scale and axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
     low = min([0, *(row["lost_low"] for row in rows)])
     high = max([0, *(row["lost_high"] for row in rows)])
@@ -336,7 +336,7 @@ def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
 
 
 def _asked() -> list[Any]:
-    return ["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title="NLL added", format=".3f")]
+    return ["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f")]
 
 
 def _is_number(value: float | None) -> bool:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from ..records.record import Row
+from ..records.columns import Row
+from ..records.record import VARIANTS, counted
 
 Number = float | None  # None: what came out as no finite number
 
-KINDS = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
 SHORT = {"attention": "attn", "mlp": "mlp"}
 SHORT_NAME = 120  # letters of a name in a heading or a figure; the tables' CSV and the provenance have all of them
 
-__all__ = ["KINDS", "SHORT", "Number", "Row", "counted", "kind_of", "name_of", "shorten", "sublayers"]
 
-
-def kind_of(record: Mapping[str, Any]) -> str:
+def kind_of(record: Row) -> str:
     """The command that wrote it."""
     marks = {"variant": "sweep", "criterion": "compare", "chosen": "search"}
     return next((kind for mark, kind in marks.items() if mark in record), "bench")
 
 
-def name_of(record: Mapping[str, Any]) -> str:
+def name_of(record: Row) -> str:
     """A configuration in words, such as `attention 10%, last layer kept` or `search by kl: 4 attention`."""
     kind = kind_of(record)
     if kind == "compare":
@@ -31,23 +26,17 @@ def name_of(record: Mapping[str, Any]) -> str:
         return str(record["chosen"])
     if kind == "bench":
         tokens = f"{record['prompt_tokens']} + {record['new_tokens']} tokens"
-        return f"{counted(record)}, {tokens}, batch {record['batch_size']}"
+        return f"{counted(record['plan'])}, {tokens}, batch {record['batch_size']}"
     if record["variant"] == "dense":
         return "dense"
     kept = ", last layer kept" if record["keep_last"] else ""
-    return f"{KINDS[record['variant']]} {record['fraction']:.0%}{kept}"
+    return f"{VARIANTS[record['variant']]} {record['fraction']:.0%}{kept}"
 
 
 def shorten(text: str, length: int = SHORT_NAME) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def sublayers(record: Mapping[str, Any]) -> list[str]:
+def sublayers(record: Row) -> list[str]:
     """What a record's plan skips, as `attn.3`, `mlp.3`."""
     return [f"{short}.{index}" for kind, short in SHORT.items() for index in record["plan"].get(kind, ())]
-
-
-def counted(record: Mapping[str, Any]) -> str:
-    """How many of each kind a record's plan skips."""
-    counts = {KINDS[kind]: len(record["plan"].get(kind, ())) for kind in SHORT}
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "dense"

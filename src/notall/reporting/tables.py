@@ -2,108 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .console import Column, number, plain, probability, size, with_error, with_spread
-from .rows import KINDS, Row, counted, name_of, sublayers
+from ..records.columns import Column, Row, as_csv, given, number, plain
+from ..records.comparison import ComparisonRecord, columns_of, with_tasks
+from ..records.kinds import KINDS
+from ..records.record import Record
+from .folder import STEPPED
+from .rows import name_of, sublayers
 
-Columns = Sequence[tuple[str, Column]]  # each with the field that it sorts by
-
-SKIPPED = ("variant", Column("skip", name_of, right=False))
-SPEEDUPS = (
-    ("speedup_prefill", with_spread("speedup_prefill", "prefill speedup [quartiles]", ".2f")),
-    ("speedup_decode", with_spread("speedup_decode", "decode speedup [quartiles]", ".2f")),
-)
-TIMES = (
-    ("prefill_ms", with_spread("prefill_ms", "prefill ms [quartiles]")),
-    ("decode_ms_per_token", with_spread("decode_ms_per_token", "decode ms a token [quartiles]")),
-    *SPEEDUPS,
-)
-BYTES = (
-    ("weight_bytes", size("weight_bytes", "weights")),
-    ("kv_bytes_per_token", size("kv_bytes_per_token", "KV a token")),
-)
-SPENT = (
-    ("evaluations", number("evaluations", "evaluations", ",d")),
-    ("forwards", number("forwards", "forward passes", ",.1f")),
-    ("seconds", number("seconds", "CPU s", ",.1f")),
-)
-QUALITY = (
-    ("delta_nll", with_error("delta_nll", "NLL added ± s.e.")),
-    ("kl", with_error("kl", "KL ± s.e.")),
-    ("top1_agreement", number("top1_agreement", "same first choice", ".0%")),
-)
-SWEEP = (
-    ("variant", Column("skip", lambda row: KINDS[row["variant"]], right=False)),
-    ("fraction", number("fraction", "fraction", ".0%")),
-    ("keep_last", Column("last layer", lambda row: "kept" if row["keep_last"] else "", right=False)),
-    ("delta_nll", with_error("delta_nll", "NLL added ± s.e.", ".2f")),
-    ("perplexity", Column("perplexity", lambda row: _perplexity(row["perplexity"]))),
-    ("kl", with_error("kl", "KL ± s.e.", ".2f")),
-    ("top1_agreement", number("top1_agreement", "same first choice", ".0%")),
-    *SPEEDUPS,
-    *BYTES,
-)
-COMPARED = (
-    ("criterion", plain("criterion")),
-    ("aim", plain("aim", "by")),
-    ("space", plain("space", "among")),
-    ("count", number("count", "count", "d")),
-    *QUALITY,
-)
-CHOSEN = (
-    ("chosen", plain("chosen")),
-    ("dense_cost", number("dense_cost", "objective, dense", ".4f")),
-    ("cost", number("cost", "objective, skipped", ".4f")),
-    *QUALITY,
-    ("predicted_speedup", number("predicted_speedup", "predicted speedup", ".3f")),
-    ("speedup", with_spread("speedup", "measured speedup [quartiles]", ".3f")),
-    *SPENT,
-    ("in_time", Column("in time", lambda row: "yes" if row["in_time"] else "no", right=False)),
-)
-BENCHED = (
-    ("model", Column("skip", counted, right=False)),
-    ("prompt_tokens", number("prompt_tokens", "prompt tokens", "d")),
-    ("new_tokens", number("new_tokens", "new tokens", "d")),
-    ("batch_size", number("batch_size", "batch", "d")),
-    *TIMES,
-    ("params", number("params", "parameters", ",")),
-    *BYTES,
-    ("peak_bytes", size("peak_bytes", "peak memory")),
-)
-# Of files that other commands write. A file that is not here is shown as it is.
-OTHERS: dict[str, Columns] = {
-    "chosen": CHOSEN,
-    "bench": BENCHED,
-    "benchmarks": (
-        ("task", plain("task")),
-        SKIPPED,
-        ("num_fewshot", number("num_fewshot", "shots", "d")),
-        ("documents", number("documents", "documents", "d")),
-        ("metric", plain("metric")),
-        ("value", with_error("value", "value ± s.e.")),
-        ("delta", with_error("delta", "difference to dense ± s.e.")),
-        ("p_value", probability("p_value", "p")),
-    ),
-    "battery": (
-        ("check", plain("check")),
-        SKIPPED,
-        ("value", with_error("value", "value ± s.e.")),
-        ("delta", with_error("delta", "difference to dense ± s.e.")),
-        ("p_value", probability("p_value", "p")),
-        ("worse", Column("worse", lambda row: "worse" if row["worse"] else "", right=False)),
-    ),
-    "times": (
-        SKIPPED,
-        ("prompt_tokens", number("prompt_tokens", "prompt tokens", "d")),
-        ("batch_size", number("batch_size", "batch", "d")),
-        *TIMES,
-    ),
-}
+IN_TABLES = {Path(kind.file).stem: kind for kind in KINDS.values() if kind.columns}
 TITLES = {"benchmarks": "Benchmarks", "battery": "What accuracy hides", "times": "Times"}
 
 
@@ -112,7 +23,7 @@ class Cell:
     """`value` is what is sorted by: a number, or else text."""
 
     text: str
-    value: Any
+    value: float | str | None
 
 
 @dataclass(frozen=True)
@@ -120,89 +31,52 @@ class Table:
     """`plans` holds, for each row, the plan that it is about, if it is about one."""
 
     name: str
-    headings: tuple[str, ...]
-    right: tuple[bool, ...]
+    columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     plans: tuple[int | None, ...]
     csv: str
 
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return tuple(column.heading for column in self.columns)
+
 
 def stepped_table(kind: str, records: Sequence[Row]) -> Table:
     """The records that the page steps through, as the command of this kind writes them."""
-    rows = [_with_tasks(record) for record in records]
-    columns = {"sweep": SWEEP, "compare": _compared(rows), "search": CHOSEN, "bench": BENCHED}[kind]
-    return _table("results", rows, columns, tuple(range(len(rows))))
-
-
-def _with_tasks(record: Row) -> Row:
-    """A record with the figures of its tasks beside its others."""
-    figures = {
-        f"{task} {name}": figure[field]
-        for task, figure in record.get("tasks", {}).items()
-        for field, name in (("value", "value"), ("delta", "delta"), ("delta_stderr", "delta_se"))
-    }
-    return record | figures
-
-
-def _compared(rows: Sequence[Row]) -> Columns:
-    tasks = dict.fromkeys(task for row in rows for task in row.get("tasks", ()))
-    paired = ((f"{task} delta", with_error(f"{task} delta", f"{task}, to dense ± s.e.")) for task in tasks)
-    return (*COMPARED, *paired, *SPENT, SPEEDUPS[1])
+    by_command: dict[str, type[Record]] = {kind.commands[0]: kind for kind in STEPPED}
+    return _table("results", records, by_command[kind], tuple(range(len(records))))
 
 
 def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
-    """What another command wrote; its rows show the plan of their name on the map."""
-    columns = OTHERS.get(name) or _columns(records)
-    shown: tuple[int | None, ...] = (None,) * len(records)
-    if name in OTHERS:
-        shown = tuple(plans.get(name_of(record)) for record in records)
-    return _table(name, records, columns, shown)
+    """What another command wrote; its rows show the plan of their name on the map.
+
+    A file that is of no kind is shown as it is.
+    """
+    kind = IN_TABLES.get(name)
+    shown = tuple(plans.get(name_of(record)) if kind else None for record in records)
+    return _table(name, records, kind, shown)
 
 
-def _table(name: str, records: Sequence[Row], columns: Columns, plans: tuple[int | None, ...]) -> Table:
-    """Of the columns those that a record has something in."""
-    columns = [(key, column) for key, column in columns if any(row.get(key) is not None for row in records)]
-    return Table(
-        name,
-        tuple(column.heading for _, column in columns),
-        tuple(column.right for _, column in columns),
-        tuple(tuple(_cell(row, key, column) for key, column in columns) for row in records),
-        plans,
-        to_csv([{"skipped": " ".join(sublayers(row)), **row} if "plan" in row else row for row in records]),
-    )
+def _table(name: str, records: Sequence[Row], kind: type[Record] | None, plans: tuple[int | None, ...]) -> Table:
+    rows = [with_tasks(record) for record in records]
+    columns = given(_columns(rows, kind), rows)
+    cells = (tuple(Cell(column.text(row), column.sorted_by(row)) for column in columns) for row in rows)
+    named = [{"skipped": " ".join(sublayers(row)), **row} if "plan" in row else row for row in rows]
+    return Table(name, tuple(columns), tuple(cells), plans, as_csv(named, [plain("skipped"), *columns]))
 
 
-def _cell(row: Row, key: str, column: Column) -> Cell:
-    value = row.get(key)
-    return Cell("-" if value is None else column.text(row), value)
+def _columns(rows: Sequence[Row], kind: type[Record] | None) -> Sequence[Column]:
+    if kind is ComparisonRecord:
+        return columns_of(rows)
+    return kind.columns if kind else _as_they_are(rows)
 
 
-def _columns(records: Sequence[Row]) -> Columns:
-    """Every field but the long ones, as it is."""
+def _as_they_are(records: Sequence[Row]) -> list[Column]:
+    """Every field but the long ones."""
     keys = dict.fromkeys(key for record in records for key, value in record.items() if not isinstance(value, list))
     keys.pop("provenance", None)
     numeric = {key: all(_is_number(record.get(key)) for record in records) for key in keys}
-    return [(key, number(key, key, ".4g") if numeric[key] else plain(key)) for key in keys]
-
-
-def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Every field that is a number or text, with every digit."""
-    flat = [
-        {key: value for key, value in record.items() if not isinstance(value, (dict, list, tuple))}
-        for record in records
-    ]
-    names = list(dict.fromkeys(name for record in flat for name in record))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return out.getvalue()
-
-
-def _perplexity(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.1f}" if value < 1e5 else f"{value:.1e}"
+    return [number(key, key, ".4g") if numeric[key] else plain(key) for key in keys]
 
 
 def _is_number(value: Any) -> bool:

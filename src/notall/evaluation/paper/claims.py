@@ -10,6 +10,7 @@ from typing import Literal
 import pandas as pd
 
 from ...records.benchmarks import TimesRecord
+from ...records.columns import plain
 from ...records.similarity import SimilarityRecord
 from .scoreboard import ConfigurationKey, Scoreboard, key_of
 
@@ -24,6 +25,9 @@ class Claim:
     claim: str
     here: str
     verdict: Verdict
+
+
+COLUMNS = (plain("claim"), plain("verdict"), plain("here"))
 
 
 def claims_of(

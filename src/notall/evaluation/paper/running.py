@@ -14,6 +14,7 @@ from ...measuring.similarity import measure_similarity
 from ...plan import Configuration, paper_grid
 from ...progress import Progress, Stages, silent
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ...records.columns import as_markdown
 from ...records.ledger import Ledger, working_in
 from ...records.provenance import Provenance
 from ...records.record import Record
@@ -22,7 +23,7 @@ from ...structure.locating import locate
 from ..battery import CONTEXTS, PARTS, Check, run_battery
 from ..benchmarking import run_benchmarks
 from ..tasks import Limits
-from .claims import Claim, claims_of
+from .claims import COLUMNS, Claim, claims_of
 from .scoreboard import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid
 
@@ -230,9 +231,8 @@ def _story(
             "cache); in brackets how many times the dense model's speed [quartiles of the rounds' own ratios].",
         ]
         lines += _section(tables, "prefill") + _section(tables, "decode")
-    lines += ["", "## The paper's claims, and this model", "", "| claim | here | verdict |", "|---|---|---|"]
-    lines += [f"| {claim.claim} | {claim.here} | {claim.verdict} |" for claim in claims]
-    lines += ["", "A difference counts from two standard errors; a speed when the quartiles agree.", ""]
+    lines += ["", "## The paper's claims, and this model", "", as_markdown([asdict(row) for row in claims], COLUMNS)]
+    lines += ["A difference counts from two standard errors; a speed when the quartiles agree.", ""]
     return "\n".join(lines)
 
 

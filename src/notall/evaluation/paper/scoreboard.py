@@ -10,7 +10,8 @@ import pandas as pd
 
 from ...measuring.statistics import mean_and_error
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
-from ...records.record import Configured, Record
+from ...records.columns import as_csv
+from ...records.record import CONFIGURED, TIMES, Configured, Record
 from ..tasks import stock_name
 
 ConfigurationKey = tuple[str, float, bool]  # variant, fraction, keep_last
@@ -93,15 +94,17 @@ def time_table(records: Iterable[TimesRecord], keep_last: bool, quantity: str) -
 
     The speedup is the median of the rounds' own ratios, with its quartiles.
     """
+    by_field = {column.fields[0]: column for column in TIMES}
     speedup = {"prefill_ms": "speedup_prefill", "decode_ms_per_token": "speedup_decode"}[quantity]
+    taken, gained = by_field[quantity], by_field[speedup]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for record in records:
         if record.variant != "dense" and record.keep_last != keep_last:
             continue
         column = f"prompt {record.prompt_tokens}, batch {record.batch_size}"
-        low, high = getattr(record, f"{speedup}_low"), getattr(record, f"{speedup}_high")
-        gain = f" ({getattr(record, speedup):.2f}× [{low:.2f}, {high:.2f}])" if record.variant != "dense" else ""
-        rows.setdefault(_label(key_of(record)), {})[column] = f"{getattr(record, quantity):.1f}{gain}"
+        row = record.row()
+        gain = f" ({gained.value(row)}× {gained.beside(row)})" if record.variant != "dense" else ""
+        rows.setdefault(_label(key_of(record)), {})[column] = f"{taken.value(row)}{gain}"
     return _frame(rows)
 
 
@@ -135,9 +138,8 @@ def latex(table: pd.DataFrame, name: str) -> str:
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """The records as they are, a line each, without what is no figure."""
-    left_out = ("values", "provenance", "plan")
-    rows = [{name: value for name, value in record.row().items() if name not in left_out} for record in records]
-    pd.DataFrame(rows).to_csv(path, index=False)
+    rows = [{name: value for name, value in record.row().items() if name != "values"} for record in records]
+    path.write_text(as_csv(rows, records[0].columns if records else ()), encoding="utf-8")
 
 
 def _dense(board: Scoreboard) -> ConfigurationKey:
@@ -150,7 +152,7 @@ def _label(key: ConfigurationKey) -> tuple[str, str]:
 
 
 def _frame(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["skipped", "kept"]))
+    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=[CONFIGURED[0].heading, "kept"]))
     return table.fillna("–")
 
 
