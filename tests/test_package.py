@@ -1,5 +1,6 @@
 """The package as people install it: what is in it, that it works on its own, and what it does without its extras."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -111,6 +112,20 @@ def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
     assert (tmp_path / "c" / "results.jsonl").read_text().count("\n") == 2
     assert (tmp_path / "c" / "table.md").read_text().count("###") == 1
     assert not (tmp_path / "c" / "front.png").exists()
+
+
+IMPORTS = """
+import sys
+import notall.measuring.quality, notall.running.skipping
+assert "lm_eval" not in sys.modules
+import notall.cli, notall.evaluation.harness, notall.evaluation.paper.running
+assert "ray" not in sys.modules
+"""
+
+
+def test_the_harness_and_ray_are_imported_only_where_they_are_asked_for():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, env=environment)
 
 
 def test_importing_notall_takes_less_than_a_third_of_a_second():

@@ -197,14 +197,6 @@ def test_branches_are_cut_in_equal_work_and_lie_together():
     assert sum(map(len, split_branches(anatomy, [Plan()] * 3, 2))) == 3
 
 
-def test_ray_is_not_imported_without_being_asked_for():
-    check = "import sys, notall.cli, notall.evaluation.harness, notall.evaluation.paper.running\n"
-    check += "print('ray' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.timeout(600)
 def test_the_command_spreads(options, tmp_path):
     done = sweep_on(options, tmp_path, "local", workers=2)
