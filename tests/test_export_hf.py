@@ -214,7 +214,6 @@ def test_no_layer_keeps_its_dense_index(exported, name):
 @each_form
 def test_stock_transformers_refuses_the_regrouped_form(exported, name, monkeypatch):
     """Their bug: `model_type: llama` loads as a dense model, with random weights for what was left out."""
-    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # whatever this process was told by `register`
     folder = exported(name, "mixed")[1]
     monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})  # other tests register the form in this process
     with pytest.raises(ValueError, match=r"notall_|trust_remote_code"):
