@@ -172,8 +172,9 @@ def wait_for(port, running):
 @pytest.mark.timeout(600)
 def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, cluster, tmp_path):
     ports, token = cluster
-    for name, address in (("inside", f"127.0.0.1:{ports[0]}"), ("outside", f"ray://127.0.0.1:{ports[1]}")):
-        done = sweep_on(options, tmp_path / name, address, **token)
+    places = (("inside", f"127.0.0.1:{ports[0]}", 2), ("outside", f"ray://127.0.0.1:{ports[1]}", 1))
+    for name, address, workers in places:
+        done = sweep_on(options, tmp_path / name, address, workers, **token)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)) == 19
 
@@ -195,10 +196,3 @@ def test_branches_are_cut_in_equal_work_and_lie_together():
     assert max(work(groups)) <= min(every_cut) + 2  # heads count as well
     assert len(split_branches(anatomy, plans[:1], 4)) == 1
     assert sum(map(len, split_branches(anatomy, [Plan()] * 3, 2))) == 3
-
-
-@pytest.mark.timeout(600)
-def test_the_command_spreads(options, tmp_path):
-    done = sweep_on(options, tmp_path, "local", workers=2)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 19
