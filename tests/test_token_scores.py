@@ -178,6 +178,38 @@ def test_targets_beyond_all_reach_are_as_unlikely_as_they_are(name):
     assert torch.equal(ours.likeliest, log_q.argmax(-1))
 
 
+def test_logits_far_below_their_targets_are_raised_to_what_counts_for_nothing(monkeypatch):
+    """And where the largest one is far below what it is taken less, sums of what was raised are not believed."""
+    found, model = build("phi")
+    with torch.no_grad():
+        model.lm_head.bias.sub_(300)  # of every logit, so that nothing changes
+        model.lm_head.bias[:50].sub_(100)  # and half of the words as good as gone
+    raised = []
+    monkeypatch.setattr(torch.Tensor, "clamp_", count_calls(torch.Tensor.clamp_, raised))
+    log_p, log_q = slow(found, model)
+    dense, ours, nll_alone, kl_alone = fast(model)
+    assert raised
+    close = {"rtol": 1e-6, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(dense.nll, nll_of(log_p), **close)
+    for nll in (ours.nll, nll_alone.nll):
+        torch.testing.assert_close(nll, nll_of(log_q), **close)
+    for kl in (ours.kl, kl_alone.kl):
+        torch.testing.assert_close(kl, kl_of(log_p, log_q), **close)
+    with torch.inference_mode():
+        rows = next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=IDS)))[1][:, :-1].flatten(0, 1)
+        _, without_targets = TokenScorer(model).dense(rows)
+        again = TokenScorer(model).score(rows, None, without_targets)
+    torch.testing.assert_close(again.kl, torch.zeros_like(again.kl), rtol=0, atol=1e-4)
+
+
+def count_calls(function, calls):
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return counted
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_rows_that_overflow_have_no_loss_that_is_a_number(name):
     _, model = build(name)

@@ -22,6 +22,7 @@ from ..structure.anatomy import text_config
 # Rows and columns of a tile, by device: small enough for a cache, or large enough to keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
 LOGITS = {True: 2**23, False: 2**27}  # of a head that is no matrix, at once: on a CPU, and elsewhere
+NOTHING = -80.0  # exp() of less is as good as none, and takes a CPU up to 150 times as long
 CACHED = 16  # of their rows, whose log-probabilities are made at once on a CPU: they stay in a cache
 
 
@@ -136,7 +137,7 @@ class _Tiled:
 
     def _sums(self, states: Tensor, about: Tensor, largest: bool = False, mean: bool = False) -> _Sums:
         sums = self._summed(states, about, largest, mean)
-        if not sums.log_sums.isfinite().all():  # `about` is too far from the largest logits to be summed beside them
+        if not (sums.log_sums.isfinite() & (sums.log_sums > NOTHING / 2)).all():  # `about` is far from the largest
             about = about + self._summed(states, about, True, False).largest
             sums = self._summed(states, about, largest, mean)
         return sums
@@ -146,7 +147,12 @@ class _Tiled:
         totals, shares = states.new_zeros(2, len(states), dtype=self.exact)
         top, place = torch.full_like(totals, -torch.inf), torch.zeros_like(totals, dtype=torch.long)
         rows_of_head = states.new_zeros(states.shape if mean else (0,), dtype=self.exact)
+        far = False
         for rows, columns, tile in self._tiles(states, about):
+            if columns.start == 0 and tile.device.type == "cpu":
+                far = bool(tile.amin() < NOTHING)
+            if far:
+                tile.clamp_(min=NOTHING)
             if largest:
                 values = tile.amax(-1)
                 better = (values > top[rows]).nonzero()[:, 0]  # few: a maximum with its place takes four times as long
