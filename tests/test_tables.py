@@ -170,7 +170,7 @@ TABLES = {
     ),
     "search --speedup": (rows(**CHOSEN), SearchRecord.columns, ("chosen", "NLL added", "measured speedup")),
     "criteria": (
-        [{"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()],
+        [{"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description} for one in CRITERIA.values()],
         lists.CRITERIA_COLUMNS,
         ("criterion", "of", "goes by"),
     ),

@@ -21,7 +21,7 @@ TOKENS_AT_ONCE = 1024
 
 
 def build_objective(
-    told: str,
+    wanted: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[Tensor],
@@ -30,13 +30,13 @@ def build_objective(
     task_path: Path | None = None,
     task_limit: int = 100,
 ) -> Objective:
-    """The objective that `told` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix such as `kl + 0.5*task:NAME`.
+    """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix such as `kl + 0.5*task:NAME`.
 
     `nll` and `kl` are of `batches`, (batch, tokens) token ids each; `answers` is the KL on the dense model's own
     answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.
     """
     terms = []
-    for word in told.split("+"):
+    for word in wanted.split("+"):
         weight, _, name = word.strip().rpartition("*")
         factor = _weight(weight)
         name = name.strip()

@@ -22,12 +22,12 @@ class Budget:
     """`saves` says what skipping a sublayer saves, by name; the plan is to save `target` in all.
 
     With `limit` it is to save as much as it can while the objective rises by at most `limit`, and `target` is infinite.
-    `told` describes it, for people.
+    `description` is for people.
     """
 
     saves: Mapping[str, float]
     target: float
-    told: str
+    description: str
     limit: float = math.inf
 
     def saved(self, skipped: Iterable[str]) -> float:
@@ -69,15 +69,15 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     if not 0 <= amount < math.inf:
         raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
-    told = f"{target:,.0f}"
-    return _possible(space, Budget(saves, target, f"{shortened(told)} {resource} less"))
+    wanted = f"{target:,.0f}"
+    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less"))
 
 
-def by_limit(space: Space, limit: float, told: str = "of the objective") -> Budget:
+def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:
     """As many sublayers as can be had while the objective rises by at most `limit` nats."""
     if not 0 <= limit < math.inf:
         raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
-    return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {told}", limit)
+    return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {of_what}", limit)
 
 
 def _possible(space: Space, budget: Budget) -> Budget:
@@ -87,5 +87,5 @@ def _possible(space: Space, budget: Budget) -> Budget:
         least = min(budget.saved(unit) for unit in space.units)
         most -= least if len(space.units) == len(space.anatomy.blocks) else 0  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
-        raise UsageError(f"{budget.told} cannot be saved: what may be skipped saves at most {most:,.0f}")
+        raise UsageError(f"{budget.description} cannot be saved: what may be skipped saves at most {most:,.0f}")
     return budget

@@ -120,7 +120,7 @@ def choose_plan(
         chosen = choose(criterion, setting, budget)
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
-    plan = space.plan(chosen.skipped, f"{criterion} by {objective.name}: {budget.told}")
+    plan = space.plan(chosen.skipped, f"{criterion} by {objective.name}: {budget.description}")
     return ChosenPlan(
         plan,
         chosen.order,

@@ -200,7 +200,7 @@ def search(
     if front:
         by = Aim(objective_of_it, batches)
         _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
-    show([record.row()], SearchRecord.columns, as_json=as_json, title=f"{out}: {budget.told}, skip {found.plan}")
+    show([record.row()], SearchRecord.columns, as_json=as_json, title=f"{out}: {budget.description}, skip {found.plan}")
 
 
 def _draw_front(
@@ -317,6 +317,6 @@ def criteria(as_json: Json = False) -> None:
     from .columns import CRITERIA_COLUMNS
 
     rows: list[Row] = [
-        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.told} for one in CRITERIA.values()
+        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description} for one in CRITERIA.values()
     ]
     show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")

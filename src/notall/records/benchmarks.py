@@ -12,7 +12,7 @@ from .record import CONFIGURED, PEAK, SIZE, TIMES, Configured, Number, Record, S
 
 TASK = (plain("task"), plain("metric"))
 DIFFERENCE = with_error("delta", "difference")
-WORSE = plain("worse", told=lambda worse: "worse" if worse else "")
+WORSE = plain("worse", write=lambda worse: "worse" if worse else "")
 P = probability("p_value", "p")
 VALUE = with_error("value", "value")
 DOCUMENTS = (number("num_fewshot", "shots", "d"), number("documents", "documents", "d"))

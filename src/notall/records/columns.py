@@ -22,14 +22,14 @@ LARGE = 1e5  # from here on a number is told by its magnitude
 class Column:
     """A heading, and what a row says below it; rows are sorted by the first of `fields`.
 
-    `told` writes the first field, `told_beside` the others, which are the error or the spread of a number: they go
+    `write` writes the first field, `write_beside` the others, which are the error or the spread of a number: they go
     below it where the terminal is narrow. `unit` and `note` say what the heading and the cells take for granted.
     """
 
     fields: tuple[str, ...]
     heading: str
-    told: Callable[[Any], str] = str
-    told_beside: Callable[..., str] | None = None
+    write: Callable[[Any], str] = str
+    write_beside: Callable[..., str] | None = None
     right: bool = True
     unit: str = ""
     note: str = ""
@@ -41,12 +41,12 @@ class Column:
 
     def value(self, row: Row) -> str:
         value = row.get(self.fields[0])
-        return NOTHING if _is_nothing(value) else self.told(value)
+        return NOTHING if _is_nothing(value) else self.write(value)
 
     def beside(self, row: Row) -> str:
-        if not self.told_beside or _is_nothing(row.get(self.fields[0])):
+        if not self.write_beside or _is_nothing(row.get(self.fields[0])):
             return ""
-        return self.told_beside(*(row.get(field) for field in self.fields[1:]))
+        return self.write_beside(*(row.get(field) for field in self.fields[1:]))
 
     def text(self, row: Row) -> str:
         return f"{self.value(row)} {self.beside(row)}".rstrip()
@@ -57,9 +57,9 @@ class Column:
         return value if value is None or isinstance(value, (int, float, str)) else self.value(row)
 
 
-def plain(field: str, heading: str | None = None, told: Callable[[Any], str] = str) -> Column:
+def plain(field: str, heading: str | None = None, write: Callable[[Any], str] = str) -> Column:
     """Words."""
-    return Column((field,), heading or field, told, right=False)
+    return Column((field,), heading or field, write, right=False)
 
 
 def number(field: str, heading: str, form: str = ".3f", unit: str = "") -> Column:
@@ -79,24 +79,24 @@ def probability(field: str, heading: str) -> Column:
 def with_error(field: str, heading: str, form: str = ".3f", unit: str = "") -> Column:
     """A mean and its standard error."""
     fields = (field, f"{field}_se")
-    told = _formatted(form)
-    return Column(fields, heading, told, lambda error: f"± {told(error)}", unit=unit, note="±: one standard error")
+    write = _formatted(form)
+    return Column(fields, heading, write, lambda error: f"± {write(error)}", unit=unit, note="±: one standard error")
 
 
 def with_spread(field: str, heading: str, form: str = ".1f") -> Column:
     """A median and its quartiles."""
-    told = _formatted(form)
+    write = _formatted(form)
     fields = (field, f"{field}_low", f"{field}_high")
     spread = "[ ]: quartiles of the rounds"
-    return Column(fields, heading, told, lambda low, high: f"[{told(low)}, {told(high)}]", note=spread)
+    return Column(fields, heading, write, lambda low, high: f"[{write(low)}, {write(high)}]", note=spread)
 
 
 def with_difference(name: str, form: str = ".3f") -> Column:
     """A figure with its difference to the dense model and that one's standard error."""
-    told, signed = _formatted(form), _formatted(f"+{form}")
+    write, signed = _formatted(form), _formatted(f"+{form}")
     fields = (f"{name} value", f"{name} delta", f"{name} delta_se")
     note = "( ): difference to the dense model ± its standard error"
-    return Column(fields, name, told, lambda delta, error: f"({signed(delta)} ± {told(error)})", note=note)
+    return Column(fields, name, write, lambda delta, error: f"({signed(delta)} ± {write(error)})", note=note)
 
 
 def size(field: str, heading: str) -> Column:

@@ -81,10 +81,10 @@ def _grouped(fields: lines.Line, name: str, group: type[Any]) -> lines.Line:
     return {key: value for key, value in fields.items() if key not in inside} | {name: inside}
 
 
-def _left(told: Any) -> lines.Line:
+def _left(text: Any) -> lines.Line:
     """The sizes that were once written as one text."""
     try:
-        sizes = ast.literal_eval(told)
+        sizes = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {}
     return sizes if isinstance(sizes, dict) else {}

@@ -123,7 +123,7 @@ class Configured(Skips):
 
 CONFIGURED = (
     plain("variant", "skipped", VARIANTS.__getitem__),
-    plain("fraction", told="{:.0%}".format),
+    plain("fraction", write="{:.0%}".format),
     plain("keep_last", "last layer", lambda kept: "kept" if kept else ""),
 )
 

@@ -34,7 +34,7 @@ class Criterion:
     """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective."""
 
     name: str
-    told: str
+    description: str
     score: Callable[[Setting], UnitScores] | None = None
     choose: Callable[[Setting, Budget], Chosen] | None = None
     measured: bool = False
