@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -27,10 +29,9 @@ def main() -> None:
     for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
         logging.getLogger(talker).setLevel(logging.ERROR)
     print_in_any_encoding()
-    if threading.current_thread() is threading.main_thread():  # no other may say what signals do
-        signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app(prog_name="notall", standalone_mode=False))
+        with _termination_raises():
+            sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
         _fail(str(error))
     except MISTYPED as error:
@@ -57,9 +58,21 @@ def _told(error: Any) -> str:
     return f"{shortened(said, 200)}; see `{where} --help`"
 
 
-def _terminated(number: int, frame: object) -> NoReturn:
-    """End by an exception, so that half-written folders are taken away."""
-    sys.exit(128 + number)
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Inside, SIGTERM ends by an exception, so that half-written folders are taken away."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:
