@@ -92,7 +92,7 @@ def read_folder(path: Path) -> Folder:
         others={
             file.stem: rows
             for file, kind in files
-            if kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
+            if not (kind and kind in (stepped, *APART, *RAW)) and (rows := tuple(_rows(file, kind)))
         },
     )
     if not (folder.records or folder.similarity or folder.others):
