@@ -203,10 +203,10 @@ def test_the_table_of_a_comparison_has_its_tasks():
     table = stepped_table("compare", records)
     assert table.headings[:5] == ("criterion", "by", "among", "count", "NLL added")
     column = table.headings.index("arc_easy acc")
-    assert [row[column].text for row in table.rows[:3]] == ["0.500 (-0.020 ± 0.020)", "-", "0.500 (-0.020 ± 0.020)"]
-    assert table.rows[0][column].value == 0.5
+    assert [row[column].text for row in table.rows[:3]] == ["0.480 (-0.020 ± 0.020)", "-", "0.480 (-0.020 ± 0.020)"]
+    assert table.rows[0][column].value == 0.48
     copied = next(csv.DictReader(io.StringIO(table.csv)))
-    assert (copied["arc_easy acc value"], copied["arc_easy acc delta_se"]) == ("0.5", "0.02")
+    assert (copied["arc_easy acc value"], copied["arc_easy acc delta_se"]) == ("0.48", "0.02")
     untimed = [{name: value for name, value in row.items() if "speedup" not in name} for row in records]
     assert not [heading for heading in stepped_table("compare", untimed).headings if "speedup" in heading]
 
@@ -373,3 +373,9 @@ def test_a_folder_of_folders_names_one_that_holds_results(tmp_path):
     result_folders.write(tmp_path / "demo")
     with pytest.raises(UsageError, match=r"holds no results; .*demo does"):
         read_folder(tmp_path)
+
+
+def test_a_folder_of_a_file_of_no_kind_shows_it_as_it_is(tmp_path):
+    folder = read_folder(result_folders.write(tmp_path, front=[{"criterion": "cosine", "lost": 0.1}]))
+    assert folder.kind is None
+    assert folder.others == {"front": ({"criterion": "cosine", "lost": 0.1},)}
