@@ -30,7 +30,7 @@ def build_objective(
     task_path: Path | None = None,
     task_limit: int = 100,
 ) -> Objective:
-    """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix such as `kl + 0.5*task:NAME`.
+    """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix: `kl + 0.5*task:NAME`.
 
     `nll` and `kl` are of `batches`, (batch, tokens) token ids each; `answers` is the KL on the dense model's own
     answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import time
+import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
 
 MOST_SECONDS = 5.0  # a template takes milliseconds
-TEMPLATE = "<template>"  # the file that Jinja says its code is in
 
 
 def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -30,19 +27,21 @@ def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         raise UsageError(f"the model's chat template fails ({said}): leave chat out, or mend the template") from error
 
 
+class _Endless(Exception):
+    """Said of a template that does not end."""
+
+    def __str__(self) -> str:
+        return f"it does not end within {MOST_SECONDS:g} seconds"
+
+
 @contextmanager
 def _ending_in_time() -> Iterator[None]:
     """Stop a template after MOST_SECONDS. A single operation, such as a power of huge numbers, is not interrupted."""
-    end = time.monotonic() + MOST_SECONDS
-
-    def watch(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"it does not end within {MOST_SECONDS:g} seconds")
-        return watch if frame.f_code.co_filename == TEMPLATE else None  # line by line in the template alone
-
-    before = sys.gettrace()
-    sys.settrace(watch)
+    thread = ctypes.c_ulong(threading.get_ident())
+    raise_there = ctypes.pythonapi.PyThreadState_SetAsyncExc  # also where this is not the main thread
+    timer = threading.Timer(MOST_SECONDS, lambda: raise_there(thread, ctypes.py_object(_Endless)))
+    timer.start()
     try:
         yield
     finally:
-        sys.settrace(before)
+        timer.cancel()
