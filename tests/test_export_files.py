@@ -431,6 +431,14 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(shards, name, tmp_path
     assert_refused(folder, "hf", "is not in it|lacks", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 100_000, "\0"])
+def test_an_index_that_names_what_no_file_is_called_is_refused(shards, name, tmp_path):
+    folder, index = shards
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(folder, "hf", r"(names x+…: File name too long|lacks �); download it again", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "model.safetensors", "README.md", "config.json", "a.safetensors"])
 def test_a_fifo_does_not_hang(beside, name, tmp_path):
     (beside / name).unlink(missing_ok=True)

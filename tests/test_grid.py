@@ -145,6 +145,23 @@ def test_a_torn_last_line_is_done_again_and_no_other(model, swept, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("cut", "says"),
+    [
+        (lambda scores: scores[:-1], r"batch 0 of .* is of 18 plans, not 19; delete that file, to score anew"),
+        (
+            lambda scores: [{name: row[:1] for name, row in one.items()} for one in scores],
+            r"of 1 sequences, not 2; delete",
+        ),
+    ],
+)
+def test_scores_of_other_plans_or_sequences_are_not_taken(model, swept, tmp_path, cut, says):
+    first, *others = lines.read(swept[0] / ScoresRecord.file)
+    lines.append(tmp_path / ScoresRecord.file, first | {"scores": cut(first["scores"])}, *others)
+    with pytest.raises(UsageError, match=says):
+        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"provenance": {"model": "other", "revision": "none"}}, "model"),

@@ -383,6 +383,25 @@ def test_what_is_kept_is_not_computed_again_and_a_new_plan_costs_only_itself(run
     assert len(scored) == 8 * 4 * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"), [("tiny_choice", 1.5), ("tiny_choice", "a"), ("tiny_text", "a"), ("tiny_words", [1.5, True])]
+)
+def test_an_answer_of_another_form_is_named(run, tmp_path, name, answer):
+    run([], [name], limit=2, folder=tmp_path)
+    path = tmp_path / AnswersRecord.file
+    first, *others = map(json.loads, path.read_text().splitlines())
+    first["answers"] |= {key: [answer] for key in first["answers"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    refused(
+        r"answers.jsonl has .* for an answer that is none; delete it, to ask anew",
+        run,
+        [],
+        [name],
+        limit=2,
+        folder=tmp_path,
+    )
+
+
 def test_answers_of_another_model_or_tokenizer_are_not_taken(run, folder, tmp_path, scored):
     run([], ["tiny_choice"], limit=4, folder=tmp_path)
     other = tiny_llama()

@@ -99,15 +99,19 @@ def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
         json.dumps(held | {"sublayer_ms": [1.0]}),
         json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": None}}),
         json.dumps(held | {"sublayer_ms": {"attn.0": 1.0}}),
+        json.dumps(held | {"dense_ms": str(held["dense_ms"])}),
+        json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": 2 * held["dense_ms"]}}),
+        json.dumps(held | {"about": held["about"] | {"prompt": 9}}),
+        whole[:-1] + ', "dense_ms": 1.0}',
         '{"about": ' + "[" * 5000 + "]" * 5000 + "}",
     ):
         kept.write_text(damage, encoding="latin-1")
         with pytest.warns(UserWarning, match=r"damaged.*measured anew"):
             assert measure_times(model, WORK, rounds=1) == first
         assert kept.read_text() == whole
-    assert len(clock) == 12
+    assert len(clock) == 16
     measure_times(model, WORK, rounds=1)
-    assert len(clock) == 12
+    assert len(clock) == 16
 
 
 def test_a_full_disk_leaves_no_torn_times(model, clock, cache, monkeypatch):

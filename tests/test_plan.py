@@ -51,7 +51,7 @@ def test_a_plan_is_frozen():
         ('{"attention": [true]}', "True is no layer index"),
         ('{"attention": [[1]]}', r"\[1\] is no layer index"),
         ('{"attention": null}', "give a list"),
-        ('{"attention": [NaN]}', "no layer index"),
+        ('{"attention": [NaN]}', "not valid JSON"),
         ('{"attention": [1], "mlp": [], "attention": [2]}', 'says "attention" twice'),
         ('{"attention": [40000000]}', "no model has a layer 40000000"),
         ('{"attention": [2147483648]}', "no model has a layer"),

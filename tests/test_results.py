@@ -15,11 +15,12 @@ import pytest
 from notall import Plan
 from notall.errors import UsageError
 from notall.records import lines
+from notall.records.answers import AnswersRecord
 from notall.records.kinds import KINDS
 from notall.records.ledger import Ledger, header_of, read, refuse_foreign, working_in
 from notall.records.provenance import Provenance
 from notall.records.search import EvaluationRecord
-from notall.records.sweep import SweepRecord
+from notall.records.sweep import ScoresRecord, SweepRecord
 
 pytestmark = pytest.mark.any_transformers  # it writes and reads lines of JSON
 
@@ -134,6 +135,16 @@ def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
         ({"plan": {"attention": [40_000_000], "mlp": []}}, "plan"),
         ({"plan": [3]}, "plan"),
         ({"nll": "2.5"}, "nll"),
+        ({"nll_se": -0.1}, "nll_se"),
+        ({"top1_agreement": 1.5}, "top1_agreement"),
+        ({"prefill_ms": -300.0}, "prefill_ms"),
+        ({"prefill_ms": 1e300}, "prefill_ms"),
+        ({"speedup_decode": 0.0}, "speedup_decode"),
+        ({"speedup_decode_low": None}, "speedup_decode_low"),
+        ({"sequences": -8}, "sequences"),
+        ({"params": 2**63}, "params"),
+        ({"params": 10**400}, "params"),
+        ({"kv_bytes_per_token": 46_080.0}, "kv_bytes_per_token"),
         ({"sequences": 2.5}, "sequences"),
         ({"provenance": 3}, "provenance"),
         ({"speedup": 2.0}, "speedup"),
@@ -164,6 +175,32 @@ def test_a_line_nested_deeper_than_any_record_is_named(path):
         file.write(b'{"plan":' * 5000 + b"1" + b"}" * 5000 + b"\n")
     with pytest.raises(UsageError, match=r"line 4 of .* is no JSON record"):
         lines.read(path)
+
+
+@pytest.mark.parametrize("doubled", ['"nll": 2.9', '"provenance": {"model": "a", "model": "b"}', '"kl": 1e999'])
+def test_a_line_that_says_two_things_or_no_number_is_named(tmp_path, doubled):
+    path = tmp_path / "results.jsonl"
+    whole = json.dumps({name: value for name, value in RECORD.items() if name != "provenance"})
+    path.write_text(f"{whole[:-1]}, {doubled}}}\n")
+    with pytest.raises(UsageError, match=r"line 1 of .* is no JSON record; repair or delete"):
+        read(path, SweepRecord)
+
+
+def test_scores_and_answers_that_are_not_one_for_each_are_named(tmp_path):
+    scores = {"nll": [2.5, 2.6], "kl": [0.1, 0.2], "top1_agreement": [0.5, 0.5]}
+    path = tmp_path / "scores.jsonl"
+    lines.append(path, {"batch": 0, "scores": [scores]})
+    assert read(path, ScoresRecord)[0].scores[0].kl == (0.1, 0.2)
+    lines.append(path, {"batch": 1, "scores": [scores, scores | {"kl": [0.1]}]})
+    with pytest.raises(UsageError, match=r"line 2 of .*scores.1: .* of different numbers of sequences; repair"):
+        read(path, ScoresRecord)
+    path = tmp_path / "answers.jsonl"
+    lines.append(path, {"plans": ["a", "b"], "answers": {"x": [1.5, 2.5]}})
+    assert read(path, AnswersRecord)[0].answers["x"] == (1.5, 2.5)
+    for wrong in ([1.5], [1.5, 2.5, 3.5]):
+        path.write_text(json.dumps({"plans": ["a", "b"], "answers": {"x": wrong}}) + "\n")
+        with pytest.raises(UsageError, match=r"line 1 of .* not one answer for each plan; repair or delete"):
+            read(path, AnswersRecord)
 
 
 def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
@@ -202,6 +239,9 @@ def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
     assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
     with pytest.raises(UsageError, match=r"holds results of another seed \(0, not 1\); choose another --out"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
+    lines.append(tmp_path / SweepRecord.file, {n: v for n, v in RECORD.items() if n != "provenance"})
+    with pytest.raises(UsageError, match="does not say where it comes from; delete its line, or choose another folder"):
+        Ledger(tmp_path, SweepRecord, about)
 
 
 def test_a_file_with_a_header_is_held_against_it(tmp_path):

@@ -250,6 +250,13 @@ def test_a_head_that_is_exchanged_is_probed_again():
     assert Head(model).projection is None
 
 
+def test_a_cap_beyond_what_random_rows_reach_is_found():
+    _, model = build("gemma2, far")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)
+    assert Head(model).projection is None
+
+
 def test_a_head_that_reads_several_tokens_is_refused():
     with pytest.raises(UnsupportedModel, match="more than its own hidden state"):
         Head(with_head(Mixing))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError, shortened
+from .strict_json import DoubledKey, read_json
 
 if TYPE_CHECKING:
     from .structure.anatomy import Anatomy
@@ -117,10 +118,10 @@ class Plan(BaseModel):
         if len(content) > MOST_BYTES:
             raise UsageError(f"{where} is no plan: it has more than {MOST_BYTES:,} bytes; `notall plan` writes one")
         try:
-            fields = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
-        except _DoubledKey as error:
-            raise UsageError(f"{where} is no plan: it says {error} twice; merge the two") from None
-        except (ValueError, RecursionError) as error:
+            fields = read_json(content.decode("utf-8-sig"))
+        except DoubledKey as error:
+            raise UsageError(f"{where} is no plan: it says {shortened(error)} twice; merge the two") from None
+        except ValueError as error:
             raise UsageError(f"{where} is no plan: not valid JSON ({shortened(error)}); write it again") from None
         if not isinstance(fields, dict) or not {"attention", "mlp"} & fields.keys():
             raise UsageError(f'{where} is no plan: expected {{"attention": [...], "mlp": [...]}}')
@@ -196,19 +197,6 @@ def paper_grid(anatomy: Anatomy, fractions: Sequence[float] = FRACTIONS) -> list
                 plan = deepest(anatomy, variant, fraction, keep_last=keep_last)
                 rows.append(Configuration(variant, fraction, keep_last, plan))
     return rows
-
-
-class _DoubledKey(ValueError):
-    pass
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; JSON itself takes the last of a doubled key without a word."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _DoubledKey(f'"{shortened(key)}"')
-    return fields
 
 
 def _index(given: Any) -> int:

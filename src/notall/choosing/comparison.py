@@ -261,7 +261,7 @@ def _losses(
     totals = {skipped: Losses() for skipped in ("", *plans)}
     for skipped, total in totals.items():
         for number in range(len(held_out)):
-            total.extend(as_scores(held[number, skipped]))
+            total.extend(as_scores(held[number, skipped], len(held_out[number]), kept.path))
     return totals
 
 

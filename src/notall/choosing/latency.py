@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
@@ -23,6 +23,7 @@ from ..models.cache import cache_folder, keep
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..running.skipping import skip
+from ..strict_json import read_json
 from ..structure.anatomy import Sublayer, text_config
 from ..structure.locating import locate
 from .budget import Budget
@@ -90,7 +91,7 @@ def measure_times(
     about |= {"attention": text_config(model)._attn_implementation, "rounds": rounds, **asdict(workload)}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "times" / f"{key}.json"
-    if held := _read(path, {part.name for part in anatomy.sublayers}):
+    if held := _read(path, about, {part.name for part in anatomy.sublayers}):
         return Times(workload, held.dense_ms, held.sublayer_ms)
     times = _measure(model, workload, _alike(model), rounds, seed, progress)
     keep(path, _Kept(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
@@ -100,22 +101,27 @@ def measure_times(
 class _Kept(BaseModel):
     """Times as they are kept, in milliseconds of the whole workload, and what they are of."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     about: dict[str, Any]
-    dense_ms: float = Field(gt=0, allow_inf_nan=False)
-    sublayer_ms: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    dense_ms: float = Field(gt=0)
+    sublayer_ms: dict[str, float]
+
+    def are(self, about: Mapping[str, Any], names: set[str]) -> bool:
+        """Whether they are of this model and workload, and of each sublayer no more than the whole model takes."""
+        plausible = all(abs(ms) <= self.dense_ms for ms in self.sublayer_ms.values())
+        return plausible and self.about == about and self.sublayer_ms.keys() == names
 
 
-def _read(path: Path, names: set[str]) -> _Kept | None:
+def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Kept | None:
     """The times in a file of the cache; None without one, and with a warning where it is damaged."""
     if not path.exists():
         return None
     try:
-        kept = _Kept.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        kept = _Kept.model_validate(read_json(path.read_bytes()))
+    except (OSError, ValueError):
         kept = None
-    if kept is None or kept.sublayer_ms.keys() != names:
+    if kept is None or not kept.are(about, names):
         warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
         return None
     return kept

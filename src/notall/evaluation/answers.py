@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..errors import UsageError, shortened
 from ..plan import Plan
 from ..records.answers import AnswersRecord
 from ..records.ledger import Ledger, read
 
+A = TypeVar("A")
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
 
 
@@ -36,8 +38,15 @@ class Answers:
         """A request's name, the same in every run."""
         return _digest(self.origin, *request)
 
-    def get(self, key: str, number: int) -> Answer:
-        return self._held[key][self.names[number]]
+    def get(self, key: str, number: int, form: type[A]) -> A:
+        """Raises `UsageError` where the file has something of another form."""
+        answer = self._held[key][self.names[number]]
+        if not isinstance(answer, form):
+            where = self._kept.path if self._kept is not None else "what was answered"
+            raise UsageError(
+                f"{where} has {shortened(repr(answer))} for an answer that is none; delete it, to ask anew"
+            )
+        return answer
 
     def has(self, key: str, number: int) -> bool:
         return self.names[number] in self._held.get(key, ())

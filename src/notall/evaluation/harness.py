@@ -189,7 +189,7 @@ class PlansLM(HFLM):
         self._check_fit([len(self.tok_encode(text)) for text in texts], self.max_length + 1)
         for chunk in self._missing(keys, requests, CHUNK):
             super().loglikelihood(chunk, disable_tqdm=True)
-        return [self.answers.get(key, self.number) for key in keys]  # type: ignore[misc]
+        return [self.answers.get(key, self.number, tuple) for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         keys = [self.answers.key("loglikelihood_rolling", *request.args) for request in requests]
@@ -197,7 +197,7 @@ class PlansLM(HFLM):
             (totals,) = super().loglikelihood_rolling(chunk, disable_tqdm=True)
             key = self.answers.key("loglikelihood_rolling", *chunk[0].args)
             self.answers.add(self.running, {key: np.broadcast_to(totals, len(self.running)).tolist()})
-        return [self.answers.get(key, self.number) for key in keys]  # type: ignore[misc]
+        return [self.answers.get(key, self.number, float) for key in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         keys = self._generation_keys(requests)
@@ -214,7 +214,7 @@ class PlansLM(HFLM):
                 self.answers.add([self.number], {key: [text] for (key, _), text in zip(chunk, texts)})
                 waiting = waiting[len(chunk) :]
         self._report((self.number + 1) * len(keys), len(keys) * len(self.plans))
-        return [self.answers.get(key, self.number) for key in keys]  # type: ignore[misc]
+        return [self.answers.get(key, self.number, str) for key in keys]
 
     def _generate(self, requests: list[Instance]) -> list[str] | None:
         """What the live model says, or None when it takes more memory than there is."""

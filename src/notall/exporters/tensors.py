@@ -19,6 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX
 from ..progress import Progress, silent
+from ..strict_json import read_json
 
 CHUNK = 1 << 22  # bytes held in memory at a time
 LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
@@ -88,8 +89,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if length > min(size - 8, LARGEST_HEADER):
             raise _damaged(path, "its header is cut off")
         try:
-            header = json.loads(file.read(length).decode("utf-8"))
-        except (ValueError, RecursionError):
+            header = read_json(file.read(length))
+        except ValueError:
             raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no table")

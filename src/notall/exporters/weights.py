@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX, SINGLE, own_file
 from ..models.load_errors import check_weights, quiet
+from ..strict_json import read_json
 from .tensors import StoredTensor, read_header
 
 Tensors = dict[str, StoredTensor]
@@ -48,9 +48,9 @@ def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
 def _index(path: Path) -> dict[str, str]:
     """Which shard each tensor is said to be in."""
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        where = read_json(path.read_bytes())["weight_map"]
         whole = bool(where) and all(isinstance(file, str) for file in where.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again")

@@ -19,8 +19,11 @@ def own_file(folder: Path, name: str) -> Path | None:
     """
     if Path(name).name != name:
         raise UsageError(f"{folder.name} names {shortened(name)}, which is not in it; download it again")
-    if not (folder / name).is_file():
-        return None
+    try:
+        if not (folder / name).is_file():
+            return None
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"{folder.name} names {shortened(name)}: {error.strerror}; download it again") from None
     place, home = (folder / name).resolve(), folder.resolve()
     if not place.is_relative_to(home) and place.parent != _blobs(home):
         raise UsageError(f"{shortened(name)} of {folder.name} is a link out of that folder; put the file itself there")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
+from ..strict_json import read_json
 from .paths import expanded
 
 DEFAULT_TEXT = "prose"
@@ -44,11 +44,7 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
             content = "\n\n".join(fields(path, content, "text"))
     if not content.strip():
         raise UsageError(f"the text {name} is empty: give one with words in it")
-    try:
-        digest = hashlib.sha256(content.encode()).hexdigest()
-    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
-        raise UsageError(f"the text {name} has characters that UTF-8 can't hold: {error.reason}") from error
-    return Text(path.name, digest, content)
+    return Text(path.name, hashlib.sha256(content.encode()).hexdigest(), content)
 
 
 def token_batches(
@@ -140,8 +136,8 @@ def fields(path: Path, content: str, name: str) -> list[str]:
 
 def _field(path: Path, number: int, line: str, name: str) -> str:
     try:
-        field = json.loads(line)[name]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        field = read_json(line)[name]
+    except (ValueError, KeyError, TypeError):
         field = None
     if not isinstance(field, str):
         raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .record import Number, Record
 
@@ -21,3 +21,9 @@ class AnswersRecord(Record):
     record: Literal["answers"] = "answers"
     plans: tuple[str, ...]
     answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")
+
+    @model_validator(mode="after")
+    def _of_each_plan(self) -> AnswersRecord:
+        if any(len(said) != len(self.plans) for said in self.answers.values()):
+            raise ValueError("there is not one answer for each plan")
+        return self

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .columns import number
-from .record import PEAK, PLAN, SIZE, TIMES, Record, SizeFields, Skips, TimeFields
+from .record import PEAK, PLAN, SIZE, TIMES, Count, Record, SizeFields, Skips, TimeFields
 
 PROMPT, BATCH = number("prompt_tokens", "prompt tokens", "d"), number("batch_size", "batch", "d")
 
@@ -22,8 +22,8 @@ class BenchRecord(Record, SizeFields, TimeFields, Skips):
 
     record: Literal["bench"] = "bench"
     model: Literal["dense", "skipped"]
-    prompt_tokens: int
-    new_tokens: int
-    batch_size: int = Field(description="sequences at once")
-    rounds: int = Field(description="how often both were timed, in turn")
-    peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")
+    prompt_tokens: Count
+    new_tokens: Count
+    batch_size: Count = Field(description="sequences at once")
+    rounds: Count = Field(description="how often both were timed, in turn")
+    peak_bytes: Count | None = Field(description="most CUDA memory allocated while timing; None without CUDA")

@@ -8,7 +8,20 @@ from pydantic import Field
 
 from .bench import BATCH, PROMPT
 from .columns import number, plain, probability, with_error
-from .record import CONFIGURED, PEAK, SIZE, TIMES, Configured, Number, Record, SizeFields, TimeFields
+from .record import (
+    CONFIGURED,
+    PEAK,
+    SIZE,
+    TIMES,
+    Configured,
+    Count,
+    Number,
+    Record,
+    Share,
+    SizeFields,
+    TimeFields,
+    Unsigned,
+)
 
 TASK = (plain("task"), plain("metric"))
 DIFFERENCE = with_error("delta", "difference")
@@ -29,13 +42,13 @@ class BenchmarkRecord(Record, Configured):
     record: Literal["benchmark"] = "benchmark"
     task: str = Field(description="as the harness names it")
     metric: str = Field(description="metric,filter of the harness")
-    num_fewshot: int = Field(description="examples shown before a question")
-    documents: int = Field(description="how many were evaluated")
+    num_fewshot: Count = Field(description="examples shown before a question")
+    documents: Count = Field(description="how many were evaluated")
     value: Number = Field(description="the harness's own figure")
-    value_se: Number = Field(description="its standard error over documents, as the harness has it")
+    value_se: Unsigned = Field(description="its standard error over documents, as the harness has it")
     delta: Number = Field(description="value less the dense model's")
-    delta_se: Number = Field(description="standard error of delta, paired by document")
-    p_value: Number = Field(description="of no difference: McNemar's exact test for accuracies, else normal")
+    delta_se: Unsigned = Field(description="standard error of delta, paired by document")
+    p_value: Share = Field(description="of no difference: McNemar's exact test for accuracies, else normal")
     higher_is_better: bool | None
     values: tuple[Number, ...] | None = Field(description="the metric of each document, where it is a number")
 
@@ -52,10 +65,10 @@ class BatteryRecord(Record, Configured):
     part: str = Field(description="of the battery")
     check: str
     value: Number
-    value_se: Number
+    value_se: Unsigned
     delta: Number = Field(description="value less the dense model's")
-    delta_se: Number
-    p_value: Number
+    delta_se: Unsigned
+    p_value: Share
     better: Literal["higher", "lower"] | None
     worse: bool = Field(description="worse beyond its error: p < 0.05, not corrected for the number of checks")
 
@@ -69,7 +82,7 @@ class TimesRecord(Record, SizeFields, TimeFields, Configured):
     columns = (*CONFIGURED, PROMPT, BATCH, *TIMES, *SIZE, PEAK)
 
     record: Literal["times"] = "times"
-    prompt_tokens: int
-    batch_size: int = Field(description="sequences at once, as many as memory held")
-    asked_batch_size: int
-    peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")
+    prompt_tokens: Count
+    batch_size: Count = Field(description="sequences at once, as many as memory held")
+    asked_batch_size: Count
+    peak_bytes: Count | None = Field(description="most CUDA memory allocated while timing; None without CUDA")

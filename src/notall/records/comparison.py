@@ -12,14 +12,20 @@ from .record import (
     QUALITY,
     SPEEDUPS,
     SPENT,
+    Amount,
+    Count,
     Fields,
     Number,
     QualityFields,
     Record,
+    Share,
     SizeFields,
     Skips,
     SpentFields,
+    SublayerName,
+    SublayerNames,
     TimeFields,
+    Unsigned,
 )
 from .sweep import SequenceScores
 
@@ -30,7 +36,7 @@ class Asked(Fields):
     criterion: str = Field(description="the way to choose")
     aim: str = Field(description="the objective that it goes by")
     space: str = Field(description="what it chooses among")
-    count: int = Field(description="how many it skips")
+    count: Count = Field(description="how many it skips")
 
 
 ASKED = ("criterion", "aim", "space", "count")
@@ -39,11 +45,13 @@ ASKED = ("criterion", "aim", "space", "count")
 class Answered(SpentFields, Asked):
     """What was chosen, and what that took."""
 
-    skipped: str = Field(description="names of sublayers, in the model's order")
-    order: tuple[tuple[str, ...], ...] = Field(description="what was skipped together, in the order of choosing")
-    calibration_tokens: int = Field(description="of the text that was chosen by")
-    forwards: float = Field(description="executions in dense forward passes over that text")
-    forwards_in_full: float = Field(description="what they would be without shared states")
+    skipped: SublayerNames = Field(description="names of sublayers, in the model's order")
+    order: tuple[tuple[SublayerName, ...], ...] = Field(
+        description="what was skipped together, in the order of choosing"
+    )
+    calibration_tokens: Count = Field(description="of the text that was chosen by")
+    forwards: Amount = Field(description="executions in dense forward passes over that text")
+    forwards_in_full: Amount = Field(description="what they would be without shared states")
     calibration_delta: Number = Field(description="the objective's rise on that text, where it is known")
 
 
@@ -65,8 +73,8 @@ class HeldOutRecord(Record):
     key_fields = ("batch", "names")
 
     record: Literal["held_out"] = "held_out"
-    batch: int = Field(ge=0, description="its number, from 0")
-    scores: dict[str, SequenceScores]
+    batch: Count = Field(description="its number, from 0")
+    scores: dict[SublayerNames, SequenceScores]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,12 +96,12 @@ class TaskFigure(Fields):
     """A metric of a task, paired with the dense model by document."""
 
     value: Number
-    stderr: Number = Field(None, description="standard error of value, as the harness has it")
+    stderr: Unsigned = Field(None, description="standard error of value, as the harness has it")
     delta: Number = Field(description="value less the dense model's")
-    delta_stderr: Number = Field(description="standard error of delta")
-    p_value: Number = None
-    num_fewshot: int | None = None
-    documents: int | None = None
+    delta_stderr: Unsigned = Field(description="standard error of delta")
+    p_value: Share = None
+    num_fewshot: Count | None = None
+    documents: Count | None = None
 
 
 class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .record import LayerIndex, Number, Record
+from .record import Count, LayerIndex, Number, Record, Unsigned
 
 
 class LeaveOneOutRecord(Record):
@@ -20,5 +20,5 @@ class LeaveOneOutRecord(Record):
     kind: Literal["attention", "mlp"]
     layer: LayerIndex
     delta_nll: Number = Field(description="nll less the dense model's, nats per token")
-    delta_nll_se: Number = Field(None, description="of the paired differences, nats per token")
-    sequences: int | None = Field(None, description="on how many")
+    delta_nll_se: Unsigned = Field(None, description="of the paired differences, nats per token")
+    sequences: Count | None = Field(None, description="on how many")

@@ -43,6 +43,11 @@ class Ledger(Generic[R]):
             wanted = about(record) if callable(about) else about
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
+            elif wanted and not kind.headed:
+                raise UsageError(
+                    f"{self.path} has a record that does not say where it comes from; delete its line, or choose "
+                    "another folder"
+                )
         self._held |= {record.key: record for record in records}
         self._header = HeaderRecord(provenance=about) if kind.headed and not header else None  # type: ignore[arg-type]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
-from pydantic_core import from_json
 
 from ..errors import UsageError
+from ..strict_json import read_json
 
 Line = dict[str, Any]
 
@@ -128,8 +128,8 @@ def _write(file: IO[bytes], lines: bytes) -> None:
 def _parse(text: bytes) -> Line | None:
     """The record in a line; None if there is none. Part of a record is never one: a torn line shows."""
     try:
-        line = from_json(text, allow_inf_nan=False)
-    except ValueError:  # also what is nested deeper than any record
+        line = read_json(text)
+    except ValueError:
         return None
     return line if isinstance(line, dict) else None
 

@@ -22,7 +22,15 @@ def _none_if_infinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-Number = Annotated[float | None, BeforeValidator(_none_if_infinite)]  # None: what came out as no finite number
+_OrNone = BeforeValidator(_none_if_infinite)
+Number = Annotated[float | None, _OrNone]  # None: what came out as no finite number
+Unsigned = Annotated[Annotated[float, Field(ge=0)] | None, _OrNone]  # likewise: a standard error
+Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _OrNone]  # likewise: of tokens, or a probability
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Amount = Annotated[float, Field(ge=0, lt=1e18)]  # of work
+Positive = Annotated[float, Field(gt=1e-9, lt=1e18)]  # a time, a ratio of times: it is divided by
+SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
+SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
@@ -132,15 +140,15 @@ class QualityFields(Fields):
     """What a plan costs. `_se`: standard error over sequences."""
 
     nll: Number = Field(description="negative log-likelihood, nats per token")
-    nll_se: Number = Field(description="nats per token")
+    nll_se: Unsigned = Field(description="nats per token")
     delta_nll: Number = Field(description="nll less the dense model's on the same sequences, nats per token")
-    delta_nll_se: Number = Field(description="of the paired differences, nats per token")
-    perplexity: Number = Field(description="exp(nll)")
+    delta_nll_se: Unsigned = Field(description="of the paired differences, nats per token")
+    perplexity: Unsigned = Field(description="exp(nll)")
     kl: Number = Field(description="KL(dense || skipped) of the next token, nats per token")
-    kl_se: Number = Field(description="nats per token")
-    top1_agreement: Number = Field(description="share of tokens with the dense model's first choice, 0 to 1")
-    top1_agreement_se: Number = Field(description="0 to 1")
-    sequences: int = Field(description="how many sequences the quality was measured on")
+    kl_se: Unsigned = Field(description="nats per token")
+    top1_agreement: Share = Field(description="share of tokens with the dense model's first choice, 0 to 1")
+    top1_agreement_se: Unsigned = Field(description="0 to 1")
+    sequences: Count = Field(description="how many sequences the quality was measured on")
 
 
 NATS = "nats per token"
@@ -154,18 +162,18 @@ QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, with_error("nll", "NLL", unit=NATS))
 class TimeFields(Fields):
     """What a plan takes. `_low` and `_high`: quartiles over rounds."""
 
-    prefill_ms: float = Field(description="milliseconds from the prompt to the first new token, median")
-    prefill_ms_low: float = Field(description="milliseconds")
-    prefill_ms_high: float = Field(description="milliseconds")
-    decode_ms_per_token: float = Field(description="milliseconds a decode step, for the whole batch, median")
-    decode_ms_per_token_low: float = Field(description="milliseconds")
-    decode_ms_per_token_high: float = Field(description="milliseconds")
-    speedup_prefill: float = Field(description="dense prefill_ms / this one's, paired by round, median; > 1: faster")
-    speedup_prefill_low: float = Field(description="ratio")
-    speedup_prefill_high: float = Field(description="ratio")
-    speedup_decode: float = Field(description="dense decode_ms_per_token / this one's, likewise")
-    speedup_decode_low: float = Field(description="ratio")
-    speedup_decode_high: float = Field(description="ratio")
+    prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token, median")
+    prefill_ms_low: Positive = Field(description="milliseconds")
+    prefill_ms_high: Positive = Field(description="milliseconds")
+    decode_ms_per_token: Positive = Field(description="milliseconds a decode step, for the whole batch, median")
+    decode_ms_per_token_low: Positive = Field(description="milliseconds")
+    decode_ms_per_token_high: Positive = Field(description="milliseconds")
+    speedup_prefill: Positive = Field(description="dense prefill_ms / this one's, paired by round, median; > 1: faster")
+    speedup_prefill_low: Positive = Field(description="ratio")
+    speedup_prefill_high: Positive = Field(description="ratio")
+    speedup_decode: Positive = Field(description="dense decode_ms_per_token / this one's, likewise")
+    speedup_decode_low: Positive = Field(description="ratio")
+    speedup_decode_high: Positive = Field(description="ratio")
 
 
 SPEEDUPS = (
@@ -182,9 +190,9 @@ TIMES = (
 class SizeFields(Fields):
     """What a plan leaves of a model."""
 
-    params: int = Field(description="parameters that are left")
-    weight_bytes: int = Field(description="bytes of the weights that are left, as loaded")
-    kv_bytes_per_token: int = Field(description="bytes of KV cache a token of one sequence takes")
+    params: Count = Field(description="parameters that are left")
+    weight_bytes: Count = Field(description="bytes of the weights that are left, as loaded")
+    kv_bytes_per_token: Count = Field(description="bytes of KV cache a token of one sequence takes")
 
 
 WEIGHTS, KV = size("weight_bytes", "weights"), size("kv_bytes_per_token", "KV/token")
@@ -195,10 +203,10 @@ PEAK = size("peak_bytes", "peak memory")
 class SpentFields(Fields):
     """What choosing took."""
 
-    evaluations: int = Field(description="sets of sublayers that were evaluated")
-    executions: float = Field(description="sublayers run, in passes over the whole calibration text")
-    one_by_one: float = Field(description="what they would be without shared states")
-    seconds: float = Field(description="CPU seconds of all threads")
+    evaluations: Count = Field(description="sets of sublayers that were evaluated")
+    executions: Amount = Field(description="sublayers run, in passes over the whole calibration text")
+    one_by_one: Amount = Field(description="what they would be without shared states")
+    seconds: Amount = Field(description="CPU seconds of all threads")
 
 
 SECONDS = number("seconds", "CPU s", ",.1f")

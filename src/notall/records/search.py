@@ -8,7 +8,21 @@ from typing import Literal
 from pydantic import Field
 
 from .columns import number, plain, with_spread
-from .record import QUALITY, SPENT, Fields, Key, Number, QualityFields, Record, Skips, SpentFields
+from .record import (
+    QUALITY,
+    SPENT,
+    Amount,
+    Count,
+    Fields,
+    Key,
+    Number,
+    Positive,
+    QualityFields,
+    Record,
+    Skips,
+    SpentFields,
+    SublayerName,
+)
 
 
 class EvaluationRecord(Record, SpentFields):
@@ -20,8 +34,8 @@ class EvaluationRecord(Record, SpentFields):
     headed = True
 
     record: Literal["evaluation"] = "evaluation"
-    skipped: tuple[str, ...] = Field(description="names of sublayers, sorted")
-    batches: int | Literal["all"] = Field(description="on how many of the objective's batches")
+    skipped: tuple[SublayerName, ...] = Field(description="names of sublayers, sorted")
+    batches: Count | Literal["all"] = Field(description="on how many of the objective's batches")
     cost: Number = Field(description="the objective; None where the model overflows without these")
 
 
@@ -29,11 +43,11 @@ class SpeedCheck(Fields):
     """The speedup that was predicted, and the one that was measured."""
 
     predicted_ms: float
-    measured_ms: float
+    measured_ms: Positive
     predicted_speedup: float = Field(description="ratio to the dense model")
-    speedup: float = Field(description="measured, the rounds' own ratios: median")
-    speedup_low: float = Field(description="quartile")
-    speedup_high: float = Field(description="quartile")
+    speedup: Positive = Field(description="measured, the rounds' own ratios: median")
+    speedup_low: Positive = Field(description="quartile")
+    speedup_high: Positive = Field(description="quartile")
     off: float = Field(description="predicted over measured, less 1")
 
 
@@ -65,10 +79,12 @@ class SearchRecord(Record, SpentFields, Skips):
 
     record: Literal["search"] = "search"
     chosen: str = Field(description="how, by what, and how much")
-    order: tuple[tuple[str, ...], ...] = Field(description="what was skipped together, in the order of choosing")
+    order: tuple[tuple[SublayerName, ...], ...] = Field(
+        description="what was skipped together, in the order of choosing"
+    )
     dense_cost: Number = Field(description="the objective of the dense model")
     cost: Number = Field(description="the objective of the plan")
-    forwards: float = Field(description="executions in dense forward passes over the calibration text")
+    forwards: Amount = Field(description="executions in dense forward passes over the calibration text")
     in_time: bool = Field(description="found before the time was up")
     quality: QualityFields | None = Field(None, description="on held-out text")
     check: SpeedCheck | None = Field(None, description="where a speedup was asked for")

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .columns import number, plain, with_error
-from .record import LayerIndex, Number, Record
+from .record import LayerIndex, Number, Record, Unsigned
 
 
 class SimilarityRecord(Record):
@@ -22,4 +22,4 @@ class SimilarityRecord(Record):
     layer: LayerIndex
     kind: Literal["block", "attention", "mlp"]
     cosine: Number = Field(description="-1 to 1")
-    cosine_se: Number = Field(description="standard error over sequences")
+    cosine_se: Unsigned = Field(description="standard error over sequences")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .record import (
     CONFIGURED,
@@ -16,10 +16,12 @@ from .record import (
     SPEEDUPS,
     TOP1,
     Configured,
+    Count,
     Fields,
     Number,
     QualityFields,
     Record,
+    Share,
     SizeFields,
     TimeFields,
 )
@@ -34,7 +36,7 @@ class SweepRecord(Record, SizeFields, TimeFields, QualityFields, Configured):
     columns = (*CONFIGURED, DELTA_NLL, *SPEEDUPS, KL, TOP1, PERPLEXITY, *SIZE, PEAK)
 
     record: Literal["sweep"] = "sweep"
-    peak_bytes: int | None = Field(description="most CUDA memory allocated while timing; None without CUDA")
+    peak_bytes: Count | None = Field(description="most CUDA memory allocated while timing; None without CUDA")
 
 
 class SequenceScores(Fields):
@@ -42,7 +44,13 @@ class SequenceScores(Fields):
 
     nll: tuple[Number, ...] = Field(description="nats per token")
     kl: tuple[Number, ...] = Field(description="nats per token")
-    top1_agreement: tuple[Number, ...] = Field(description="0 to 1")
+    top1_agreement: tuple[Share, ...] = Field(description="0 to 1")
+
+    @model_validator(mode="after")
+    def _of_each_sequence(self) -> SequenceScores:
+        if not len(self.nll) == len(self.kl) == len(self.top1_agreement):
+            raise ValueError("nll, kl and top1_agreement are of different numbers of sequences")
+        return self
 
 
 class ScoresRecord(Record):
@@ -53,7 +61,7 @@ class ScoresRecord(Record):
     key_fields = ("batch",)
 
     record: Literal["scores"] = "scores"
-    batch: int = Field(ge=0, description="its number, from 0")
+    batch: Count = Field(description="its number, from 0")
     scores: tuple[SequenceScores, ...]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...errors import UsageError
 from ...measuring.plan_times import TIMED, Timed, time_plan
 from ...measuring.quality import Scores, gather, score, summarize
 from ...measuring.similarity import measure_similarity
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
+DELETE = "delete that file, to score anew"
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 ScoreBatch = Callable[[Sequence[Plan], Tensor], list[Scores]]
@@ -95,8 +97,11 @@ def _score(
         if (number,) not in held:
             found = score_batch([row.plan for row in rows[1:]], tokens)
             held.add(ScoresRecord(batch=number, scores=tuple(map(as_record, found)), provenance=about))
-        for total, scores in zip(totals, held[number,].scores, strict=True):
-            total.extend(as_scores(scores))
+        known = held[number,].scores
+        if len(known) != len(rows):
+            raise UsageError(f"batch {number} of {held.path} is of {len(known)} plans, not {len(rows)}; {DELETE}")
+        for total, scores in zip(totals, known):
+            total.extend(as_scores(scores, len(tokens), held.path))
     progress(1, 1, "evaluated all configurations")
     return totals
 
@@ -106,8 +111,10 @@ def as_record(scores: Scores) -> SequenceScores:
     return SequenceScores(**{name: tuple(values) for name, values in asdict(scores).items()})
 
 
-def as_scores(record: SequenceScores) -> Scores:
-    """As it was measured: what is no number is infinite."""
+def as_scores(record: SequenceScores, sequences: int, path: Path) -> Scores:
+    """As it was measured: what is no number is infinite. Raises `UsageError` unless it is of so many sequences."""
+    if len(record.nll) != sequences:
+        raise UsageError(f"{path} has scores of {len(record.nll)} sequences, not {sequences}; {DELETE}")
     values = {name: [math.inf if value is None else value for value in row] for name, row in record}
     return Scores(**values)
 
