@@ -31,8 +31,8 @@ from notall.measuring.quality import evaluate
 from notall.measuring.speed import Spread, machine
 from notall.measuring.token_scores import Dense, TokenScorer, TokenScores
 from notall.models.texts import read_text, token_batches
-from notall.plan import Plan
 from notall.records.columns import plain, with_spread
+from notall.records.plan import Plan
 from notall.reporting.console import show
 from notall.running.replay import Replay, record
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import notall
+from notall.evaluation.paper.grid import paper_grid
 from notall.measuring.speed import Spread, machine
 from notall.measuring.token_scores import TokenScorer
 from notall.models.texts import read_text, token_batches
-from notall.plan import Plan, paper_grid
 from notall.records.columns import number, plain, with_spread
+from notall.records.plan import Plan
 from notall.reporting.console import show
 from notall.reporting.plots import save
 from notall.running.replay import Replay, record

@@ -17,9 +17,9 @@ from notall import UsageError, locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import run_benchmarks
 from notall.evaluation.harness import run_tasks
+from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.scoring import Scorer
 from notall.evaluation.tasks import Limits
-from notall.plan import paper_grid
 from notall.records import lines
 from notall.records.benchmarks import BenchmarkRecord
 from notall.records.ledger import read
@@ -139,7 +139,7 @@ from notall import locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import run_benchmarks
 from notall.evaluation.tasks import Limits
-from notall.plan import paper_grid
+from notall.evaluation.paper.grid import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 model = tiny_llama()

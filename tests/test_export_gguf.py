@@ -198,7 +198,7 @@ def test_the_manifest_is_in_the_file_too(llama, tmp_path):
 
 def test_no_torch_is_needed(llama, tmp_path):
     program = (
-        "import sys; from notall.exporters import export; from notall.plan import Plan\n"
+        "import sys; from notall.exporters import export; from notall.records.plan import Plan\n"
         f"export({str(llama)!r}, Plan([0], [1]), 'gguf', {str(tmp_path / 'out')!r}, verify=False)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

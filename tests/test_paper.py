@@ -20,9 +20,9 @@ if importlib.util.find_spec("lm_eval") is None:
 from notall import Plan, UsageError, cli, locate
 from notall.evaluation.paper import times as timing
 from notall.evaluation.paper.claims import claims_of
+from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
 from notall.evaluation.paper.times import time_grid
-from notall.plan import paper_grid
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from notall.records.similarity import SimilarityRecord

@@ -264,7 +264,7 @@ def test_counts_and_fractions(model):
 
 @pytest.mark.parametrize("resource", ["params", "weight_bytes", "kv_bytes_per_token"])
 def test_a_budget_of_a_resource_is_what_the_footprint_says(model, resource):
-    from notall.plan import Plan
+    from notall.records.plan import Plan
     from notall.running.footprint import footprint
 
     space = Space(locate(model))

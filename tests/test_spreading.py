@@ -23,10 +23,10 @@ from families import family
 from notall import Plan, UsageError, load, locate
 from notall.evaluation import ray_workers as spreading
 from notall.evaluation.paper import sweep as grid
+from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.ray_workers import SpreadScorer, Workers, split_branches
 from notall.evaluation.scoring import Request, Scorer
 from notall.measuring.quality import score
-from notall.plan import paper_grid
 from notall.running.replay import Replay
 from tiny_tasks import byte_tokenizer, tiny_llama
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from notall.strict_json import DoubledKey, read_json
+from notall.records.strict_json import DoubledKey, read_json
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, -0.5, null, true, "é"], "b": {"a": {}}}', "1e300", '"\\ud83d\\ude00"'])

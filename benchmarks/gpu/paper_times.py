@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import notall
+from notall.evaluation.paper.grid import FRACTIONS, paper_grid
 from notall.evaluation.paper.scoreboard import time_table, write_csv, write_tables
 from notall.evaluation.paper.times import time_grid
 from notall.measuring.speed import machine
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
-from notall.plan import FRACTIONS, paper_grid
 from notall.reporting.progress_bars import progress_bar
 
 

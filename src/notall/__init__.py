@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from .choosing.choice import choose_plan
     from .choosing.space import Space
     from .errors import UnsupportedModel, UsageError
+    from .evaluation.paper.grid import deepest
     from .exporters import export
     from .exporters.remote_code import register
     from .measuring.quality import evaluate
     from .measuring.similarity import measure_similarity
     from .models.loading import load
-    from .plan import Plan, deepest
+    from .records.plan import Plan
     from .running.skipping import remove, skip
     from .structure.anatomy import Anatomy, Block, Sublayer
     from .structure.locating import locate
@@ -24,13 +25,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "structure.anatomy",
     "Block": "structure.anatomy",
-    "Plan": "plan",
+    "Plan": "records.plan",
     "Space": "choosing.space",
     "Sublayer": "structure.anatomy",
     "UnsupportedModel": "errors",
     "UsageError": "errors",
     "choose_plan": "choosing.choice",
-    "deepest": "plan",
+    "deepest": "evaluation.paper.grid",
     "evaluate": "measuring.quality",
     "export": "exporters",
     "load": "models.loading",

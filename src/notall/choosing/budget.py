@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.footprint import footprint
 from .space import Skipped, Space, Unit
 

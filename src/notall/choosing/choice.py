@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..measuring.quality import Quality, evaluate
-from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.ledger import Ledger, working_in
+from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.record import QualityFields
 from ..records.search import SearchRecord, SpeedCheck

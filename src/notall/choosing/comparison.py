@@ -18,11 +18,11 @@ from ..evaluation.paper.sweep import as_record, as_scores
 from ..measuring.plan_times import Timed, time_plan
 from ..measuring.quality import Scores as Losses
 from ..measuring.quality import score, summarize
-from ..plan import Plan
 from ..progress import Progress, Stages, silent
 from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord, TaskFigure
 from ..records.ledger import Ledger, working_in
+from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.record import TimeFields
 from ..records.search import EvaluationRecord

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
-from ..plan import Plan
 from ..records.ledger import Ledger
+from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.search import EvaluationRecord
 from ..running.replay import Recording, Replay, Trunk, live_steps, record, step_name

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..measuring.speed import Spread, Timing, compare, machine, speedup
 from ..models.cache import cache_folder, keep
-from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.plan import Plan
+from ..records.strict_json import read_json
 from ..running.skipping import skip
-from ..strict_json import read_json
 from ..structure.anatomy import Sublayer, text_config
 from ..structure.locating import locate
 from .budget import Budget

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from ..errors import UsageError
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
 

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from ..choosing.comparison import Aim
     from ..choosing.space import Space
-    from ..plan import Plan
+    from ..records.plan import Plan
     from ..records.provenance import Provenance
 
 of_budget = partial(typer.Option, rich_help_panel=BUDGET)
@@ -88,7 +88,7 @@ def plan(
 ) -> None:
     """Write the paper's plan: skip the deepest sublayers. Needs only a config."""
     from ..models.loading import dtype_name
-    from ..plan import Plan
+    from ..records.plan import Plan
     from ..running.footprint import footprint
     from .columns import FOOTPRINT_COLUMNS
 

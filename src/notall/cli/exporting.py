@@ -19,7 +19,7 @@ from .inputs import Loading, load_model, read_plan, text_batches
 from .options import Json, Model, Revision, Trust
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..records.plan import Plan
 
 
 class Target(str, Enum):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..choosing.latency import Times, Workload
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
-    from ..plan import Plan
+    from ..records.plan import Plan
     from ..records.provenance import Provenance
 
 
@@ -109,13 +109,13 @@ def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **mor
 
 
 def read_plan(path: Path | None) -> Plan:
-    from ..plan import Plan
+    from ..records.plan import Plan
 
     return Plan.load(path) if path else Plan()
 
 
 def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
-    from ..plan import deepest
+    from ..evaluation.paper.grid import deepest
     from ..structure.locating import locate
 
     return deepest(locate(model), skip.value, fraction, keep_last=keep_last)

@@ -40,7 +40,7 @@ def inspect(
 ) -> None:
     """Show every sublayer: kind, index, parameters, share of the weights, KV bytes a token. Needs only a config."""
     from ..models.loading import dtype_name
-    from ..plan import Plan
+    from ..records.plan import Plan
     from ..running.footprint import footprint
     from ..structure.locating import locate
     from .columns import INSPECT_COLUMNS

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UsageError, shortened
-from ..plan import Plan
 from ..records.answers import AnswersRecord
 from ..records.ledger import Ledger, read
+from ..records.plan import Plan
 
 A = TypeVar("A")
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text

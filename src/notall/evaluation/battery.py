@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..measuring.token_scores import TokenScorer
-from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.plan import Plan
 from ..running.replay import Replay, record
 from ..running.skipping import skip
 from .scoring import Request, Scorer

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..plan import Configuration
 from ..progress import Progress, Stages, silent
 from ..records.benchmarks import BenchmarkRecord
 from ..records.ledger import Ledger, working_in
 from ..records.provenance import Provenance
 from .harness import LM_EVAL_VERSION, PlansLM, TaskResult, evaluate_job
+from .paper.grid import Configuration
 from .tasks import Job, Limits, TaskShelf
 
 if TYPE_CHECKING:

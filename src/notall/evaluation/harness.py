@@ -27,9 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
-from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.ledger import working_in
+from ..records.plan import Plan
 from ..running.skipping import skip
 from .answers import Answers
 from .scoring import Request, Scorer

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..measuring.quality import evaluate
-from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.columns import Row
+from ..records.plan import Plan
 from .battery import SIGNIFICANT, run_battery
 
 GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more

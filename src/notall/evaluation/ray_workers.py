@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..measuring.quality import Scores, score
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.replay import live_steps
 from ..structure.anatomy import Anatomy
 from .packing import common

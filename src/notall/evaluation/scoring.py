@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.replay import Replay, record
 from ..structure.anatomy import base_model, text_config
 from .packing import Pack, inputs_of, packed, plain

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError
 from ..models.names import hub_id, named_gguf
 from ..models.paths import expanded
-from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.plan import Plan
 from .writing import appearing
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
 
 from ..errors import UnknownArchitecture, UsageError
 from ..models.cache import sha256
-from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.fingerprint import Fingerprint
+from ..records.plan import Plan
 from ..running.regrouping import Layer, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from ..errors import UsageError
-from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.plan import Plan
 from ..running.regrouping import Layer
 from .companions import companions, copy_companions
 from .dense import DenseModel

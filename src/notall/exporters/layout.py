@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..models.loading import build_empty
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.regrouping import Layer, fits, merged, regroup
 from ..structure.anatomy import Anatomy, Sublayer
 from ..structure.observation import child

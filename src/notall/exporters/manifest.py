@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
-from ..plan import Plan
+from ..records.plan import Plan
 
 MANIFEST = "notall.json"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..plan import Plan
 from ..progress import Progress, silent
+from ..records.plan import Plan
 from ..running.regrouping import SparseLayer, sparse_layers
 from .companions import companions, copy_companions
 from .dense import DenseModel

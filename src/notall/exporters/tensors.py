@@ -19,7 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX
 from ..progress import Progress, silent
-from ..strict_json import read_json
+from ..records.strict_json import read_json
 
 CHUNK = 1 << 22  # bytes held in memory at a time
 LARGEST_HEADER = 100 << 20  # what the safetensors library accepts

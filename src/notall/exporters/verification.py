@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UsageError
 from ..models.load_errors import explained, quiet
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.skipping import skip
 from ..structure.anatomy import cache_argument, text_config
 from ..structure.proving import relative_error, tolerance

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX, SINGLE, own_file
 from ..models.load_errors import check_weights, quiet
-from ..strict_json import read_json
+from ..records.strict_json import read_json
 from .tensors import StoredTensor, read_header
 
 Tensors = dict[str, StoredTensor]

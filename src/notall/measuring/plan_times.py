@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..plan import Plan
 from ..progress import Progress, silent
 from ..records.bench import BenchRecord
 from ..records.columns import Row
 from ..records.ledger import Ledger, working_in
+from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..running.footprint import footprint
 from ..running.skipping import skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..plan import Plan
+from ..records.plan import Plan
 from ..running.replay import Replay, record
 from .statistics import mean_and_error
 from .token_scores import TokenScorer, TokenScores

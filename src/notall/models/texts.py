@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
-from ..strict_json import read_json
+from ..records.strict_json import read_json
 from .paths import expanded
 
 DEFAULT_TEXT = "prose"

@@ -14,7 +14,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..strict_json import read_json
+from .strict_json import read_json
 
 Line = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from ..plan import Plan
 from .columns import Column, Row, magnitude, number, plain, size, with_error, with_spread
+from .plan import Plan
 from .provenance import Provenance
 
 MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become a page of gigabytes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..plan import Plan
+from ..records.plan import Plan
 from ..structure.anatomy import Block, base_model
 from ..structure.locating import locate
 from ..structure.observation import child

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
-from ..plan import Plan
+from ..records.plan import Plan
 from .skipping import skip
 
 

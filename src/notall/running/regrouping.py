@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..plan import Plan
+from ..records.plan import Plan
 
 if TYPE_CHECKING:
     from ..structure.anatomy import Anatomy  # it needs torch, and this does not

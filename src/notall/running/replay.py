@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..plan import Plan
+from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
-from ..plan import Plan
+from ..records.plan import Plan
 from ..structure import locating
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
 from ..structure.locating import locate

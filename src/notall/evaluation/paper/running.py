@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...measuring.similarity import measure_similarity
-from ...plan import Configuration, paper_grid
 from ...progress import Progress, Stages, silent
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from ...records.columns import as_markdown
@@ -24,6 +23,7 @@ from ..battery import CONTEXTS, PARTS, Check, run_battery
 from ..benchmarking import run_benchmarks
 from ..tasks import Limits
 from .claims import COLUMNS, Claim, claims_of
+from .grid import Configuration, paper_grid
 from .scoreboard import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
 from .times import time_grid
 

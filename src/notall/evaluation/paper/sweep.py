@@ -17,16 +17,17 @@ from ...errors import UsageError
 from ...measuring.plan_times import TIMED, Timed, time_plan
 from ...measuring.quality import Scores, gather, score, summarize
 from ...measuring.similarity import measure_similarity
-from ...plan import Configuration, Plan, paper_grid
 from ...progress import Progress, Stages, silent
 from ...records.leave_one_out import LeaveOneOutRecord
 from ...records.ledger import Ledger, working_in
+from ...records.plan import Plan
 from ...records.provenance import Provenance
 from ...records.similarity import SimilarityRecord
 from ...records.sweep import Sample, SampleRecord, ScoresRecord, SequenceScores, SweepRecord
 from ...running.generating import continue_prompts
 from ...structure.anatomy import Anatomy, Sublayer
 from ...structure.locating import locate
+from .grid import Configuration, paper_grid
 
 if TYPE_CHECKING:
     from ..ray_workers import Workers

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ...errors import UsageError
 from ...measuring.plan_times import timing_fields
 from ...measuring.speed import Timing, compare
-from ...plan import Configuration
 from ...progress import Progress, Stages, silent
 from ...records.benchmarks import TimesRecord
 from ...records.ledger import Ledger, working_in
@@ -23,6 +22,7 @@ from ...records.provenance import Provenance
 from ...running.skipping import skip
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
+from .grid import Configuration
 
 
 def time_grid(

@@ -6,25 +6,22 @@ import json
 import operator
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import UsageError, shortened
+from ..errors import UsageError, shortened
 from .strict_json import DoubledKey, read_json
 
 if TYPE_CHECKING:
-    from .structure.anatomy import Anatomy
+    from ..structure.anatomy import Anatomy
 
 Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]
 Variant = Literal["dense", "attention", "mlp", "block"]
 
-SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
-FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_BYTES = 1 << 20  # of a plan file; a device such as /dev/zero never ends
 
@@ -146,57 +143,6 @@ class Plan(BaseModel):
                 raise UsageError(f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}")
         if len(self.attention) == layers:
             raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
-
-
-def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bool = False) -> Plan:
-    """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
-
-    Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a fraction outside 0..1, or a
-    fraction that leaves no attention.
-    """
-    if skip not in SKIPPABLE:
-        raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
-    if not 0 <= fraction <= 1:
-        raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
-    layers = len(anatomy.blocks)
-    count = min(round(fraction * layers), layers - keep_last)
-    last = layers - 1 if keep_last else layers
-    indices = range(last - count, last)
-    plan = Plan(
-        attention=indices if skip != "mlp" else (),
-        mlp=indices if skip != "attention" else (),
-        fingerprint=anatomy.fingerprint,
-        note=f"deepest {count} of {layers} {skip}{', last kept' if keep_last else ''}",
-    )
-    plan.check(anatomy)
-    return plan
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One row of the grid; `fraction` is what was asked for, and the plan holds round(fraction x layers) of them."""
-
-    variant: Variant
-    fraction: float
-    keep_last: bool
-    plan: Plan
-
-    @property
-    def name(self) -> str:
-        if self.variant == "dense":
-            return "dense"
-        return f"{self.variant} {self.fraction:.0%}{' keep last' if self.keep_last else ''}"
-
-
-def paper_grid(anatomy: Anatomy, fractions: Sequence[float] = FRACTIONS) -> list[Configuration]:
-    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
-    rows = [Configuration("dense", 0.0, False, Plan(fingerprint=anatomy.fingerprint))]
-    for variant in SKIPPABLE:
-        for fraction in fractions:
-            for keep_last in (False, True):
-                plan = deepest(anatomy, variant, fraction, keep_last=keep_last)
-                rows.append(Configuration(variant, fraction, keep_last, plan))
-    return rows
 
 
 def _index(given: Any) -> int:
