@@ -109,7 +109,7 @@ def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
     criteria = ["--criterion", "cosine", "--criterion", "search", "--budget", "attention:1"]
     compared = blocked(["compare", model, *criteria, "-o", tmp_path / "c", *asked])
     assert compared.returncode == 0, compared.stderr
-    assert (tmp_path / "c" / "results.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "c" / "comparison.jsonl").read_text().count("\n") == 2
     assert (tmp_path / "c" / "table.md").read_text().count("###") == 1
     assert not (tmp_path / "c" / "front.png").exists()
 
