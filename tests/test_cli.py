@@ -133,6 +133,7 @@ def test_bench_keeps_its_records_for_a_report(run, folder, tmp_path):
         )
         assert (code, err) == (0, "")
     dense, skipped = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()][2:]
+    assert dense["beside"] == skipped["plan"]
     for line, row in zip((dense, skipped), json.loads(shown), strict=True):
         del row["provenance"]
         assert row.items() <= line.items()
@@ -142,6 +143,29 @@ def test_bench_keeps_its_records_for_a_report(run, folder, tmp_path):
     assert str(tmp_path) not in (out / "bench.jsonl").read_text()
     assert run("report", out, "-o", page)[0] == 0
     assert "3 MLP" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", ["sweep", "compare", "search", "paper", "bench", "eval"])
+def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, command):
+    other = "results.jsonl" if command == "bench" else "bench.jsonl"
+    out = tmp_path / ("plan.search" if command == "search" else "out")
+    out.mkdir()
+    (out / other).write_text('{"variant": "dense"}\n' if command == "bench" else '{"model": "dense"}\n')
+    given = tmp_path / "plan.json" if command == "search" else out
+    code, _, err = run(command, tmp_path / "no-model", "--out", given)
+    assert code == 2
+    assert "holds results of notall " in err
+    assert err.rstrip().endswith(f"choose another folder for notall {command}")
+
+
+def test_bench_times_nothing_where_it_may_not_write(monkeypatch, tmp_path):
+    from notall.measuring import plan_times
+    from notall.records import lines
+
+    monkeypatch.setattr(plan_times, "time_plan", lambda *_, **__: pytest.fail("it was timed"))
+    model = family("llama").build()
+    with lines.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+        plan_times.bench(model, Plan([1]), plan_times.Timed(), {}, out=tmp_path)
 
 
 def test_bench_of_a_shape_with_dummy_weights(run, folder, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
+import datasets
 from lm_eval.evaluator import evaluate, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -435,6 +436,15 @@ def refused(message, run, *args, **options):
     with pytest.raises(UsageError, match=message) as caught:
         run(*args, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_tasks_of_a_folder_ask_no_host(folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", lambda: pytest.fail("a host was asked"))
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    assert before
+    assert TaskShelf(folder).build("tiny_choice").tasks
+    assert before == datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 def test_an_unknown_task_is_named_with_its_like(run):

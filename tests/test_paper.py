@@ -92,6 +92,13 @@ def test_the_table_says_value_difference_error_and_significance():
     assert len(table) == 1 + 6
 
 
+@pytest.mark.parametrize(("p_value", "mark"), [(0.0, "*"), (0.049, "*"), (0.05, ""), (1.0, ""), (None, "")])
+def test_a_star_is_a_small_probability_also_one_that_underflows(p_value, mark):
+    records = [cell for row in board({("mlp", 0.33, False): 0.3}).cells.values() for cell in row.values()]
+    scores = Scoreboard([record.model_copy(update={"p_value": p_value}) for record in records])
+    assert benchmark_table(scores, keep_last=False).loc[("mlp", "67%"), "MMLU"] == f"30.0 (-20.0 ± 1.0{mark})"
+
+
 def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     scores = board({})
     records = [cell for row in scores.cells.values() for cell in row.values()]

@@ -101,6 +101,17 @@ def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path):
         plots.save(plots.similarity_chart(SIMILARITY, "Similarity"), tmp_path / "file" / "similarity")
 
 
+NASTY = "</script><script>alert(1)</script><!-- \x00\x1b\u2028\ufffe"
+
+
+def test_a_title_is_text_whatever_it_says(tmp_path):
+    plots.save(plots.similarity_chart(SIMILARITY, NASTY), tmp_path / "figure")
+    page = (tmp_path / "figure.html").read_text(encoding="utf-8").lower()
+    assert page.count("<script") - page.count("</script") == 0
+    assert "<script>alert" not in page
+    assert "</script><script>alert(1)</script><!-- ∖x00∖x1b ∖ufffe" in texts(tmp_path / "figure.svg")
+
+
 def test_every_similarity_is_drawn_by_layer_and_kind():
     drawn = {(row["layer"], row["kind"]): row["cosine"] for row in points(plots.similarity_chart(SIMILARITY, ""))}
     names = {"block": "block", "attention": "attention", "mlp": "MLP"}

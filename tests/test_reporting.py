@@ -7,16 +7,18 @@ import math
 import re
 
 import pytest
+import vl_convert
 
 import result_folders
 from notall import UsageError
 from notall.records.columns import probability, size
-from notall.reporting import figures
+from notall.reporting import figures, plots
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
 from notall.reporting.rows import name_of
 from notall.reporting.tables import other_table, stepped_table
+from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
 
@@ -306,6 +308,17 @@ def test_a_bench_is_held_against_the_dense_model_that_it_was_timed_with(tmp_path
     assert name_of(rows[3]) == "3 attention, 3 MLP, 128 + 32 tokens, batch 4"
 
 
+def test_a_bench_that_was_torn_in_the_middle_of_its_pair_is_dropped(tmp_path):
+    rows = [result_folders.benched("dense", "dense"), *result_folders.all_benched()[:2]]  # the first one stood alone
+    torn = result_folders.benched("dense", "dense", beside=rows[2]["plan"])
+    folder = result_folders.write(tmp_path, bench=[*rows, torn])
+    with pytest.warns(UserWarning, match="times of a dense model without those of its plan"):
+        assert [row["model"] for row in read_folder(folder).records] == ["dense", "dense", "skipped"]
+    result_folders.write(tmp_path, bench=[torn, rows[2]])
+    with pytest.warns(UserWarning, match="times of a dense model"):
+        assert len(read_folder(folder).records) == 5
+
+
 def test_a_bench_kept_in_the_folder_of_a_sweep_is_a_table(tmp_path):
     rows = result_folders.all_benched()
     page = write_report(
@@ -347,6 +360,10 @@ def test_hostile_text_is_text(tmp_path, write):
         ({"evaluations": [{"skipped": ["attn.1"], "cost": 1.0}]}, "line 1 of .*evaluations.jsonl: record"),
         ({"choices": [{"settings": {}}], "held_out": [{"batch": 0}]}, "holds no results; .* or let a run end"),
         ({"evaluations": result_folders.evaluations()}, "holds no results; .* or let a run end"),
+        (
+            {"answers": [{"record": "answers", "plans": [], "answers": {}}]},
+            "answers alone make no page: notall eval prints what they come to, notall paper keeps it$",
+        ),
     ],
 )
 def test_a_folder_without_results_is_one_clear_line(files, says, tmp_path):
@@ -359,9 +376,80 @@ def test_a_folder_without_results_is_one_clear_line(files, says, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+FAR = 40_000_000
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"similarity": [{"layer": FAR, "kind": "mlp", "cosine": 0.5, "cosine_se": 0.1}]},
+        {"leave_one_out": [result_folders.alone()[0] | {"layer": FAR}]},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_a_layer_that_no_model_has_is_refused(tmp_path, files):
+    folder = result_folders.write(tmp_path, **files)
+    with pytest.raises(UsageError, match=r"line 1 of .*: layer: Input should be less than"):
+        read_folder(folder)
+
+
+def test_names_of_layers_that_no_model_has_make_no_page_of_gigabytes(tmp_path):
+    far = result_folders.SPENT | {"skipped": [f"mlp.{FAR}"], "batches": "all", "cost": 1.0}
+    dense = result_folders.record("dense", 0.0, False, 0.0, provenance={"fingerprint": f"llama-{FAR}x64-0"})
+    folder = result_folders.write(tmp_path, results=[dense], evaluations=[*result_folders.evaluations(), far])
+    assert read_folder(folder).layers == result_folders.LAYERS
+
+
 def test_a_page_that_cannot_be_written_is_one_clear_line(folder):
     with pytest.raises(UsageError, match=r"cannot write .*choose another -o"):
         write_report(folder, folder / "results.jsonl" / "report.html")
+
+
+def test_a_disk_that_fills_up_leaves_the_page_that_was_there_and_nothing_beside_it(folder, tmp_path):
+    path = write_report(folder, tmp_path / "report.html")
+    whole = path.read_bytes()
+    with room_for(1000), pytest.raises(UsageError, match=r"cannot write .*File too large; choose another -o"):
+        write_report(folder, path)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(whole[:20_000])
+    assert write_report(folder, path).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("results.jsonl", r"results.jsonl is no name of a page: choose one that ends in .html"),
+        ("notes.html", r"notes.html is there, and is no page of notall: choose another -o"),
+    ],
+)
+def test_what_is_no_page_is_never_written_over(tmp_path, name, says):
+    result_folders.write(tmp_path)
+    (tmp_path / "notes.html").write_text("<p>mine: notall report</p>")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UsageError, match=says):
+        write_report(tmp_path, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_page_behind_a_link_is_written_where_the_link_leads(folder, tmp_path):
+    (tmp_path / "link.html").symlink_to(tmp_path / "there.html")
+    write_report(folder, tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "there.html").stat().st_size > 500_000
+
+
+@pytest.mark.parametrize("name", ["a\u2028b", 'a\\"b', "a\\", "a\x00b\x1b\n\x85\ufffe\u202eb", "<b> & </script>"])
+def test_any_name_can_be_drawn(tmp_path, name):
+    """By the compiler that the page has too, which parses its expressions."""
+    rows = [row | {"aim": name} for row in result_folders.all_compared()[:2]]
+    folder = result_folders.write_comparison(tmp_path, [*rows, result_folders.all_compared()[0]])
+    result_folders.write(folder, **{"evaluations/leave-one-out-x": result_folders.evaluations(name, 11)})
+    specs = figures.draw_all(read_folder(folder))
+    assert set(specs) == {"front0", "map", "savings", "tradeoff"}
+    for figure in ("front0", "map", "tradeoff"):
+        spec = specs[figure] | {"width": 300, "config": plots.LIGHT}
+        assert "<svg" in vl_convert.vegalite_to_svg(spec, vl_version=plots.VEGALITE)
 
 
 def test_names_and_nested_provenance_are_words():

@@ -2,12 +2,9 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from notall.records.ledger import Ledger, header_of, read, refuse_foreign, worki
 from notall.records.provenance import Provenance
 from notall.records.search import EvaluationRecord
 from notall.records.sweep import ScoresRecord, SweepRecord
+from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it writes and reads lines of JSON
 
@@ -311,19 +309,6 @@ def test_a_full_device_is_one_clear_line():
     with pytest.raises(UsageError, match="No space left on device; make room"):
         lines.append(Path("/dev/full"), RECORDS[0])
     assert lines.read(Path("/dev/full")) == []
-
-
-@contextmanager
-def room_for(size):
-    """No file may grow beyond `size` bytes: a write stops in the middle, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])

@@ -385,9 +385,19 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     found_lines, all_lines = (lines.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
     assert [line.get("skipped") for line in found_lines] == [line.get("skipped") for line in all_lines]
     assert again.spent.evaluations == whole.spent.evaluations
+    assert again.spent.one_by_one == pytest.approx(whole.spent.one_by_one)
+    assert 0 <= again.spent.executions - whole.spent.executions <= again.forward  # the trunk's states, run again
     # All of it again costs nothing, and is counted as what it took.
     monkeypatch.setattr(notall.choosing.evaluator, "Replay", None)
     assert run_search(model, folder)[0] == expected
+
+
+def test_what_was_evaluated_together_is_written_together(model, tmp_path, monkeypatch):
+    written = []
+    evaluator = Evaluator(model, nll(BATCHES), folder=tmp_path)
+    monkeypatch.setattr(lines, "append", lambda path, *records: written.append(len(records)))
+    evaluator.costs([frozenset(), frozenset({"attn.1"}), frozenset({"mlp.2"})])
+    assert written == [1 + 3]  # with the header
 
 
 def test_evaluations_of_other_settings_are_not_taken(model, tmp_path):

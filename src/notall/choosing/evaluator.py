@@ -51,6 +51,7 @@ class Spent:
 class Evaluator:
     """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
 
+    Going on after a kill, it runs the states of its trunk again and counts them: up to one forward pass more.
     `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept.
     `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. Raises
     `UsageError` when it is another's.
@@ -121,8 +122,7 @@ class Evaluator:
             ran += (replay.ran - before) * share
             one_by_one += replay.one_by_one * share
         each = Spent(1, ran / len(sets), one_by_one / len(sets), (time.process_time() - start) / len(sets))
-        for skipped, found in zip(sets, losses):
-            self._note(skipped, numbers, self.objective.total(found), each)
+        self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
 
     @torch.inference_mode()
     def _run(self, replay: Replay, number: int) -> list[tuple[int, list[float]]]:
@@ -169,14 +169,17 @@ class Evaluator:
     def _key(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[Any, ...]:
         return skipped, "all" if numbers == self.all else len(numbers)
 
-    def _note(self, skipped: Skipped, numbers: frozenset[int], cost: float, spent: Spent) -> None:
-        key = self._key(skipped, numbers)
-        if not math.isfinite(cost):
-            cost = math.inf  # a model that overflows without these is as bad as can be
-        self._known[key] = cost, spent
-        if self._kept is not None:
+    def _note(self, numbers: frozenset[int], costs: Mapping[Skipped, float], spent: Spent) -> None:
+        records = []
+        for skipped, cost in costs.items():
+            key = self._key(skipped, numbers)
+            if not math.isfinite(cost):
+                cost = math.inf  # a model that overflows without these is as bad as can be
+            self._known[key] = cost, spent
             names = tuple(sorted(skipped))
-            self._kept.add(EvaluationRecord(skipped=names, batches=key[1], cost=cost, **vars(spent)))
+            records.append(EvaluationRecord(skipped=names, batches=key[1], cost=cost, **vars(spent)))
+        if self._kept is not None:
+            self._kept.add(*records)
 
     def _open(
         self, folder: Path, name: str | None, settings: Provenance | Mapping[str, Any]

@@ -134,7 +134,7 @@ class TaskShelf:
         if num_fewshot is None and benchmark:
             num_fewshot = benchmark.num_fewshot
         _seed()
-        with quiet(), no_bars():
+        with quiet(), no_bars(), uncounted():
             try:
                 loaded = self.manager.load([name])
                 for task in loaded["tasks"].values():
@@ -182,6 +182,17 @@ def no_bars() -> Iterator[None]:
         lm_eval.api.task.tqdm = bar
         if not hidden:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Without the host that datasets asks to count a download, also of files that are here."""
+    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
 def _complaint(name: str, error: Exception) -> str:

@@ -84,7 +84,14 @@ def bench(
         kept = Ledger(out, BenchRecord) if out else None
         found = time_plan(model, plan, timed, seed=seed, progress=progress)
         records = [
-            BenchRecord(model=name, plan=plans[name], **asdict(timed), **figures, provenance=source)  # type: ignore[arg-type]
+            BenchRecord(
+                model=name,  # type: ignore[arg-type]
+                plan=plans[name],
+                beside=plan if name == "dense" and plan else None,
+                **asdict(timed),
+                **figures,
+                provenance=source,
+            )
             for name, figures in found.items()
         ]
         if kept is not None:

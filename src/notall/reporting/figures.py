@@ -36,7 +36,7 @@ def draw_all(folder: Folder) -> dict[str, Row]:
         drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=460)
     if folder.kind == "compare":
         drawn |= draw_comparison(folder.records)
-    return {name: chart.properties(width="container").to_dict() for name, chart in drawn.items()}
+    return {name: plots.spec_of(chart.properties(width="container")) for name, chart in drawn.items()}
 
 
 def map_rows(folder: Folder) -> tuple[list[Row], str]:

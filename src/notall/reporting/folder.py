@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UsageError
 from ..records import lines
 from ..records.answers import AnswersRecord
-from ..records.bench import BenchRecord
+from ..records.bench import BenchRecord, pairs_of
 from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from ..records.fingerprint import Fingerprint
@@ -98,6 +98,8 @@ def read_folder(path: Path) -> Folder:
     if not (folder.records or folder.similarity or folder.others):
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
+        if AnswersRecord in by_kind:  # of eval, whose results are not kept, or of a paper that has only begun
+            advice = "answers alone make no page: notall eval prints what they come to, notall paper keeps it"
         raise UsageError(f"{path} holds no results; {advice}")
     return folder
 
@@ -108,7 +110,10 @@ def _rows_of(files: Mapping[type[Record], Path], kind: type[Record]) -> tuple[Ro
 
 def _rows(file: Path, kind: type[Record] | None) -> list[Row]:
     """The records of a file; of no kind, the lines as they are."""
-    return [record.row() for record in read(file, kind)] if kind else lines.read(file)
+    if not kind:
+        return lines.read(file)
+    records: Iterable[Record] = pairs_of(read(file, BenchRecord)) if kind is BenchRecord else read(file, kind)
+    return [record.row() for record in records]
 
 
 def _latest(records: list[Row]) -> tuple[Row, ...]:

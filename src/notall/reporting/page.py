@@ -7,12 +7,12 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.columns import Row, as_csv, legend
 from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
-from .plots import DARK, LIGHT
+from .plots import DARK, LIGHT, VEGALITE
 from .rows import name_of, shorten, sublayers
 from .tables import TITLES, other_table, stepped_table
 
@@ -20,16 +20,37 @@ from .tables import TITLES, other_table, stepped_table
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write the page of a results folder to `out`, and answer where it is.
 
-    Raises `UsageError` when the folder holds no results, a line of them is malformed, or `out` can't be written.
+    Raises `UsageError` when the folder holds no results, a line of them is malformed, or `out` can't be written or is
+    no page. A page that is there already is replaced by a whole one, or stays.
     """
-    page = render(read_folder(Path(folder)))
     path = Path(out)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
     try:
+        if path.exists() and not _is_page(path):
+            raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")
+        page = render(read_folder(Path(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        _replace(path.resolve(), page)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another -o") from None
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
     return path
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(100_000)
+    return not head or b'<p class="kicker">notall report</p>' in head
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the file, and take its place when all is written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def render(folder: Folder) -> str:
@@ -77,11 +98,10 @@ def _asset(name: str) -> str:
 @cache
 def _runtime() -> str:
     """Vega, Vega-Lite and Vega-Embed in the version that Altair writes for."""
-    import altair as alt
     import vl_convert
 
     names = "window.vegaEmbed = vegaEmbed;"
-    bundle = vl_convert.javascript_bundle(names, vl_version=alt.VEGALITE_VERSION.rpartition(".")[0])
+    bundle = vl_convert.javascript_bundle(names, vl_version=VEGALITE)
     return str(bundle).replace("</script", r"<\/script")
 
 

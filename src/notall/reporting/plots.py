@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+from altair.utils.mimebundle import spec_to_mimebundle
 
 from ..errors import UsageError
 from ..records.columns import Row
 from ..records.record import CONFIGURED, DELTA_NLL, SPEEDUPS, VARIANTS
+from .printable import printable
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
@@ -26,6 +29,7 @@ NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
 HELD_OUT = f"{DELTA_NLL.heading} on held-out text, {DELTA_NLL.unit}"
 LAYER, SPEEDUP = CONFIGURED[2].heading, SPEEDUPS[0].heading
+VEGALITE = alt.VEGALITE_VERSION.rpartition(".")[0]
 MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
 
 
@@ -186,16 +190,56 @@ def criterion_colours(rows: Sequence[Row]) -> Mapping[str, Any]:
     return dict(zip(names, cycle(SPECTRUM))) | ({names[0]: alt.expr("ink")} if searched else {})
 
 
+def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
+    spec: dict[str, Any] = _drawable(chart.to_dict())
+    return spec
+
+
+def _drawable(value: Any) -> Any:
+    """`value` with its texts in one line of printable letters; a backslash would take away what Vega quotes them by."""
+    if isinstance(value, str):
+        return printable(value).replace("\\", "∖")
+    if isinstance(value, dict):
+        return {key: _drawable(item) for key, item in value.items()}
+    return [_drawable(item) for item in value] if isinstance(value, list) else value
+
+
+def _page(spec: dict[str, Any]) -> str:
+    bundle: Any = spec_to_mimebundle(
+        spec,
+        "html",
+        mode="vega-lite",
+        vega_version=alt.VEGA_VERSION,
+        vegalite_version=alt.VEGALITE_VERSION,
+        vegaembed_version=alt.VEGAEMBED_VERSION,
+        embed_options={"actions": MENU},
+        json_kwds={"cls": _InScript},
+        template="inline",
+    )
+    return str(bundle["text/html"])
+
+
+class _InScript(json.JSONEncoder):
+    """JSON within a `<script>`, which no text in it ends."""
+
+    def encode(self, value: Any) -> str:
+        return super().encode(value).replace("<", "\\u003c")
+
+
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
     """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
 
     Raises `UsageError` when they can't be written.
     """
+    import vl_convert
+
+    spec = spec_of(chart)
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        chart.save(f"{stem}.png", scale_factor=2)
-        chart.save(f"{stem}.svg")
-        chart.save(f"{stem}.html", inline=True, embed_options={"actions": MENU})
+        Path(f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
+        Path(f"{stem}.svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE), encoding="utf-8")
+        Path(f"{stem}.html").write_text(_page(spec), encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"cannot write figures to {stem.parent}: {error.strerror}; "
