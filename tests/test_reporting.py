@@ -396,8 +396,11 @@ def test_a_layer_that_no_model_has_is_refused(tmp_path, files):
 def test_names_of_layers_that_no_model_has_make_no_page_of_gigabytes(tmp_path):
     far = result_folders.SPENT | {"skipped": [f"mlp.{FAR}"], "batches": "all", "cost": 1.0}
     dense = result_folders.record("dense", 0.0, False, 0.0, provenance={"fingerprint": f"llama-{FAR}x64-0"})
-    folder = result_folders.write(tmp_path, results=[dense], evaluations=[*result_folders.evaluations(), far])
+    folder = result_folders.write(tmp_path / "shape", results=[dense], evaluations=result_folders.evaluations())
     assert read_folder(folder).layers == result_folders.LAYERS
+    folder = result_folders.write(tmp_path / "name", results=[dense], evaluations=[*result_folders.evaluations(), far])
+    with pytest.raises(UsageError, match=r"line 14 of .*evaluations.jsonl: skipped.0: "):
+        read_folder(folder)
 
 
 def test_a_page_that_cannot_be_written_is_one_clear_line(folder):
