@@ -200,3 +200,7 @@ def test_portable_is_an_even_length_of_every_skipped_run(anatomy):
             continue
         kept = "".join("AM"[position % 2] for position in range(8) if not skipped[position])
         assert is_portable(anatomy, plan) == (kept == "AM" * (len(kept) // 2) and len(kept) % 2 == 0), plan
+
+
+def test_a_complaint_is_one_line_whatever_it_quotes():
+    assert str(UsageError("blk.0.\nattn_q\r\nis\u2028odd")) == "blk.0. attn_q is odd"

@@ -6,6 +6,9 @@ from os import PathLike
 class UsageError(ValueError):
     """Bad input: the message is one clear line that names the fix. The command line prints it and exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what it quotes of a file may hold line breaks
+
 
 class UnsupportedModel(UsageError):
     """The model is not an embedding, a residual stream of sublayers and a head; the message says where it differs."""
