@@ -209,5 +209,8 @@ class SpentFields(Fields):
     seconds: Amount = Field(description="CPU seconds of all threads")
 
 
-SECONDS = number("seconds", "CPU s", ",.1f")
-SPENT = (number("evaluations", "evaluations", ",d"), number("forwards", "forward passes", ",.1f"), SECONDS)
+SPENT = (
+    number("evaluations", "evaluations", ",d"),
+    number("forwards", "forward passes", ",.1f"),
+    number("seconds", "CPU s", ",.1f"),
+)
