@@ -1,4 +1,4 @@
-# The five commands one needs are in CONTRIBUTING.md.
+# The commands that one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-transformers4 test-engines engines architectures bench bench-engines lint fix \
   docs screenshots package browser clean

@@ -73,7 +73,11 @@ Limit = Annotated[
 ]
 TaskPath = Annotated[
     Path | None,
-    typer.Option("--task-path", help="folder with more tasks (YAML of the harness)", rich_help_panel=BENCHMARKS),
+    typer.Option(
+        "--task-path",
+        help="folder with more tasks (YAML of the harness, whose !function runs code)",
+        rich_help_panel=BENCHMARKS,
+    ),
 ]
 Truncate = Annotated[
     bool,
