@@ -217,7 +217,7 @@ def test_gate_norm_is_the_norm_of_the_product_with_keys_repeated(model):
 
 def test_gate_norm_says_what_it_cannot_rank(model):
     fused = family("gpt2").build()
-    with pytest.raises(UsageError, match="no q_proj"):
+    with pytest.raises(UsageError, match="no q_proj; take another criterion"):
         score_gate_norm(Setting(fused, Space(locate(fused), "attention"), BATCHES, None))
     with pytest.raises(UsageError, match="attention only"):
         choose("gate-norm", setting(model, "block"), by_count(Space(locate(model), "block"), 1))
@@ -318,6 +318,8 @@ def test_every_criterion_keeps_to_its_space(model, name, kind):
     with skip(model, asked.space.plan(skipped)):
         assert model(BATCHES[0]).logits.isfinite().all()
     assert asked.space.allows(skipped)
+    kept = "".join(name[0] for name in asked.space.order if name not in skipped)
+    assert not portable or kept == "am" * (len(kept) // 2)  # attention, MLP, attention, MLP: an ordinary model
 
 
 def test_a_limit_on_the_objective_is_kept(model):

@@ -37,4 +37,7 @@ def _projection(layer: nn.Module, name: str) -> Tensor:
     for path, module in layer.named_modules():
         if path.rpartition(".")[2] == name and isinstance(module, nn.Linear):
             return module.weight.detach().float()
-    raise UsageError(f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}")
+    raise UsageError(
+        f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
+        "take another criterion"
+    )
