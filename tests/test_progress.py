@@ -92,3 +92,11 @@ def test_nothing_is_written_where_nobody_looks(capsys):
     with progress_bar() as progress:
         progress(1, 4, "evaluating")
     assert capsys.readouterr().err == ""
+
+
+def test_a_line_of_80_columns_holds_the_clock_whole(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(progress_bars, "Console", lambda **options: Console(**options, force_terminal=True, width=80))
+    monkeypatch.setattr(Clock, "render", lambda self, task: "10:01:23 elapsed, about 12:00:01 left")
+    with progress_bar() as progress:
+        progress(1, 4, "comparing what the skipped model says with what every other one does")
+    assert "10:01:23 elapsed, about 12:00:01 left" in capsys.readouterr().err

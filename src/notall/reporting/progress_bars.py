@@ -9,10 +9,14 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
+from ..errors import shortened
 from ..progress import Progress
 from .printable import printable
+
+OTHERS = 56  # letters of a line that are not the description
 
 
 class Clock(ProgressColumn):
@@ -33,17 +37,22 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TaskProgressColumn(),
-        Clock(),
+        Clock(table_column=Column(no_wrap=True)),
     )
     with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(printable(doing, console.encoding), total=None)
+        task = bar.add_task(_fitting(doing, console), total=None)
 
         def tell(done: float, total: float, doing: str) -> None:
-            bar.update(task, completed=done, total=total, description=printable(doing, console.encoding))
+            bar.update(task, completed=done, total=total, description=_fitting(doing, console))
 
         yield tell
+
+
+def _fitting(doing: str, console: Console) -> str:
+    """What is being done, in the room that the other columns leave of a line."""
+    return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
 
 @contextmanager
