@@ -99,4 +99,5 @@ def test_a_line_of_80_columns_holds_the_clock_whole(terminal, capsys, monkeypatc
     monkeypatch.setattr(Clock, "render", lambda self, task: "10:01:23 elapsed, about 12:00:01 left")
     with progress_bar() as progress:
         progress(1, 4, "comparing with the skipped model")
-    assert "10:01:23 elapsed, about 12:00:01 left" in capsys.readouterr().err
+    line = next(line for line in capsys.readouterr().err.splitlines() if "comparing" in line)
+    assert "10:01:23 elapsed, about 12:00:01 left" in line.partition("comparing")[2]
