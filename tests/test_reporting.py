@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 
@@ -12,12 +11,13 @@ import vl_convert
 import result_folders
 from notall import UsageError
 from notall.records.columns import probability, size
+from notall.records.strict_json import read_json
 from notall.reporting import figures, plots
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
 from notall.reporting.rows import name_of
-from notall.reporting.tables import other_table, stepped_table
+from notall.reporting.tables import foreign_table, other_table, stepped_table
 from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
@@ -39,7 +39,7 @@ def markup(page):
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    return read_json(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
 def test_the_page_fetches_nothing_and_is_small(page):
@@ -112,10 +112,33 @@ def test_the_table_says_and_sorts_by_the_records():
 
 def test_files_of_other_commands_become_tables_as_they_are():
     rows = [{"criterion": "cosine", "lost": 0.25, "plan": {"mlp": [1]}}, {"criterion": "kl", "cost": 3}]
-    table = other_table("front", rows, {})
+    table = foreign_table("front", rows)
     assert table.headings == ("criterion", "lost", "plan", "cost")
     assert [cell.text for cell in table.rows[0]] == ["cosine", "0.25", "{'mlp': [1]}", "-"]
-    assert table.csv.splitlines()[:2] == ["skipped,criterion,lost,cost", "mlp.1,cosine,0.25,"]
+    assert table.csv.splitlines()[:2] == ["criterion,lost,cost", "cosine,0.25,"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"provenance": "here", "value": 1},
+        {"provenance": [{"model": "a"}]},
+        {"plan": "attn.1", "tasks": [1]},
+        {"plan": {"attention": 3}, "tasks": {"arc": "0.5"}},
+        {"variant": "x", "fraction": "y", "keep_last": None, "plan": None},
+        {"value": 10**400, "other": -(10**400)},
+    ],
+)
+def test_what_no_command_wrote_is_shown_whatever_it_is(tmp_path, odd):
+    result_folders.write(tmp_path, bench=result_folders.all_benched()[:2], mine=[odd, {"value": 2.5}])
+    page = write_report(tmp_path, tmp_path / "r.html").read_text()
+    assert "2.5" in data_of(page)["csv"]["mine"]
+
+
+def test_a_browser_reads_figures_of_what_is_very_large(tmp_path):
+    large = {"delta_nll": 1e308, "delta_nll_se": 1e308}
+    result_folders.write(tmp_path, results=[row | large for row in result_folders.all_records()])
+    assert data_of(write_report(tmp_path, tmp_path / "r.html").read_text())["specs"]
 
 
 def test_bytes_come_in_the_unit_that_suits_them():
@@ -469,4 +492,4 @@ def test_a_folder_of_folders_names_one_that_holds_results(tmp_path):
 def test_a_folder_of_a_file_of_no_kind_shows_it_as_it_is(tmp_path):
     folder = read_folder(result_folders.write(tmp_path, front=[{"criterion": "cosine", "lost": 0.1}]))
     assert folder.kind is None
-    assert folder.others == {"front": ({"criterion": "cosine", "lost": 0.1},)}
+    assert folder.foreign == {"front": ({"criterion": "cosine", "lost": 0.1},)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,23 +51,30 @@ def run_benchmarks(
     about = Provenance.of(provenance, **settings)
     abouts = {name: Provenance.of(about, asked=name, limit=limits.of(name)) for name in names}
     with working_in(out, "paper"):
-        records = Ledger(out, BenchmarkRecord, lambda record: abouts.get(_what(record)["asked"], about))
+        records = Ledger(out, BenchmarkRecord, lambda record: abouts.get(str(_what(record).get("asked")), about))
         how = {"batch_size": batch_size, "truncate": truncate, "workers": workers}
         models = _Models(model, tokenizer, out, how)
         stages = Stages(progress, len(names))
         for name in names:
             telling = stages.stage(1)
-            held = [record for record in records if _what(record)["asked"] == name]
-            if held and len(held) == _what(held[0])["records"]:
+            held = _held(records, name, rows)
+            if held and len(held) == _what(held[0]).get("records"):
                 continue
             job = shelf.build(name, num_fewshot, limits.of(name))
             chosen = generating_rows if generating_rows and generates(job) else rows
             found = evaluate_job(models.of(chosen, telling), job)
             source = Provenance.of(abouts[name], records=len(found))
             every = [_record(chosen[result.number], result, source) for result in found]
-            records.add(*(record for record in every if record.key not in records))
+            known = {record.key for record in held}
+            records.add(*(record for record in every if record.key not in known))
         progress(len(names), len(names), "benchmarks")
-        return [record for record in records if _what(record)["asked"] in names]
+        return [record for name in names for record in _held(records, name, rows)]
+
+
+def _held(records: Iterable[BenchmarkRecord], name: str, rows: Sequence[Configuration]) -> list[BenchmarkRecord]:
+    """What is known of these rows, of the task that was asked for by this name."""
+    asked = (record for record in records if _what(record).get("asked") == name)
+    return [record for record in asked if any(row.describes(record) for row in rows)]
 
 
 def _what(record: BenchmarkRecord) -> Mapping[str, Any]:

@@ -37,13 +37,17 @@ RAW: tuple[type[Record], ...] = (
 
 @dataclass(frozen=True)
 class Folder:
-    """Records to step through, and those of other files by name, without the suffix; a file that is absent has none."""
+    """Records to step through, and those of other files by name, without the suffix; a file that is absent has none.
+
+    `foreign` are files that no command of ours wrote: their lines as they are.
+    """
 
     records: tuple[Row, ...]
     similarity: tuple[Row, ...]
     costs: Costs | None
     samples: tuple[Row, ...]
     others: Mapping[str, tuple[Row, ...]]
+    foreign: Mapping[str, tuple[Row, ...]]
 
     @property
     def kind(self) -> str | None:
@@ -92,10 +96,11 @@ def read_folder(path: Path) -> Folder:
         others={
             file.stem: rows
             for file, kind in files
-            if not (kind and kind in (stepped, *APART, *RAW)) and (rows := tuple(_rows(file, kind)))
+            if kind and kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
         },
+        foreign={file.stem: rows for file, kind in files if not kind and (rows := tuple(lines.read(file)))},
     )
-    if not (folder.records or folder.similarity or folder.others):
+    if not (folder.records or folder.similarity or folder.others or folder.foreign):
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         if AnswersRecord in by_kind:  # of eval, whose results are not kept, or of a paper that has only begun
@@ -108,10 +113,7 @@ def _rows_of(files: Mapping[type[Record], Path], kind: type[Record]) -> tuple[Ro
     return tuple(_rows(files[kind], kind)) if kind in files else ()
 
 
-def _rows(file: Path, kind: type[Record] | None) -> list[Row]:
-    """The records of a file; of no kind, the lines as they are."""
-    if not kind:
-        return lines.read(file)
+def _rows(file: Path, kind: type[Record]) -> list[Row]:
     records: Iterable[Record] = pairs_of(read(file, BenchRecord)) if kind is BenchRecord else read(file, kind)
     return [record.row() for record in records]
 

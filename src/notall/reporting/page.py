@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row, as_csv, legend
+from ..records.lines import finite
 from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
 from .plots import DARK, LIGHT, VEGALITE
 from .rows import name_of, shorten, sublayers
-from .tables import TITLES, other_table, stepped_table
+from .tables import TITLES, foreign_table, other_table, stepped_table
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -61,11 +62,12 @@ def render(folder: Folder) -> str:
         loader=PackageLoader("notall.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"short": shorten, "legend": legend}
-    specs = draw_all(folder)
+    specs = finite(draw_all(folder))  # sums of what is very large: a browser's JSON knows no infinity
     tables = {"results": stepped_table(folder.kind, folder.records)} if folder.kind else {}
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
     order = sorted(folder.others, key=[*TITLES, *folder.others].index)
     others = {name: other_table(name, folder.others[name], names) for name in order}
+    others |= {name: foreign_table(name, rows) for name, rows in folder.foreign.items()}
     return templates.get_template("page.html").render(
         model=str(folder.provenance.get("model", "a model")),
         about=folder.provenance,

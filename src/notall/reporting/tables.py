@@ -17,6 +17,8 @@ from .rows import name_of, sublayers
 IN_TABLES = {Path(kind.file).stem: kind for kind in KINDS.values() if kind.columns}
 TITLES = {"benchmarks": "Benchmarks", "battery": "What accuracy hides", "times": "Times"}
 
+MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -48,13 +50,17 @@ def stepped_table(kind: str, records: Sequence[Row]) -> Table:
 
 
 def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
-    """What another command wrote; its rows show the plan of their name on the map.
-
-    A file that is of no kind is shown as it is.
-    """
+    """What another command wrote; its rows show the plan of their name on the map."""
     kind = IN_TABLES.get(name)
     shown = tuple(plans.get(name_of(record)) if kind else None for record in records)
     return _table(name, records, kind, shown)
+
+
+def foreign_table(name: str, records: Sequence[Row]) -> Table:
+    """What no command of ours wrote, as it is: its plans and provenance may be anything."""
+    columns = given(_as_they_are(records), records)
+    cells = (tuple(Cell(column.text(row), column.sorted_by(row)) for column in columns) for row in records)
+    return Table(name, tuple(columns), tuple(cells), (None,) * len(records), as_csv(records, columns))
 
 
 def _table(name: str, records: Sequence[Row], kind: type[Record] | None, plans: tuple[int | None, ...]) -> Table:
@@ -80,4 +86,4 @@ def _as_they_are(records: Sequence[Row]) -> list[Column]:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST)

@@ -8,6 +8,7 @@ from typing import get_args
 
 from ...errors import UsageError
 from ...records.plan import Plan, Skippable, Variant
+from ...records.record import Configured
 from ...structure.anatomy import Anatomy
 
 SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
@@ -46,6 +47,11 @@ class Configuration:
     fraction: float
     keep_last: bool
     plan: Plan
+
+    def describes(self, record: Configured) -> bool:
+        """Whether a record is of this row, and of the plan that the row stands for in this model."""
+        same = (self.variant, self.fraction, self.keep_last) == (record.variant, record.fraction, record.keep_last)
+        return same and self.plan.indices == record.plan.indices
 
     @property
     def name(self) -> str:

@@ -144,10 +144,12 @@ def _similarity(
     progress(0, 1, "similarity by depth")
     with working_in(out, "paper"):
         held = Ledger(out, SimilarityRecord, about)
-        if not len(held):
-            held.add(*(SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)))
+        wanted = [(block.index, kind) for block in locate(model).blocks for kind in ("block", "attention", "mlp")]
+        if held.missing(wanted):
+            rows = [SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)]
+            held.add(*(row for row in rows if row.key not in held))
         progress(1, 1, "similarity by depth")
-        return list(held)
+        return [held[key] for key in wanted]
 
 
 def _battery(
@@ -167,12 +169,13 @@ def _battery(
         held = Ledger(out, BatteryRecord, about)
         for place, part in enumerate(PARTS):
             progress(place, len(PARTS), f"battery: {part}, all configurations")
-            if any(record.part == part for record in held):
+            counts = {sum(record.part == part and row.describes(record) for record in held) for row in rows}
+            if len(counts) == 1 and counts != {0}:
                 continue
             checks = run_battery(model, tokenizer, plans, windows, parts=[part], seed=seed)
             held.add(*(_battery_record(part, rows[check.plan], check, about) for check in checks))
         progress(1, 1, "battery")
-        return list(held)
+        return [record for record in held if any(row.describes(record) for row in rows)]
 
 
 def _battery_record(part: str, row: Configuration, check: Check, about: Provenance) -> BatteryRecord:
@@ -197,13 +200,10 @@ def _story(
     times: Sequence[TimesRecord],
 ) -> str:
     """paper.md: the tables, and the claims beside them."""
-    machine = about["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
         f"# The evaluation of arXiv 2407.15516 on {about['model']}",
         "",
-        f"{about['dtype']} on {machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}; "
-        f"{versions}. Weights: {about['revision']}.",
+        f"{about['dtype']} on {_place(about.get('machine'))}. Weights: {about['revision']}.",
         "",
         "![Similarity by depth](similarity.png)",
     ]
@@ -234,6 +234,15 @@ def _story(
     lines += ["", "## The paper's claims, and this model", "", as_markdown([asdict(row) for row in claims], COLUMNS)]
     lines += ["A difference counts from two standard errors; a speed when the quartiles agree.", ""]
     return "\n".join(lines)
+
+
+def _place(machine: Any) -> str:
+    """Where it was measured, as far as that was written down."""
+    try:
+        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        return f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}; {versions}"
+    except (TypeError, KeyError, AttributeError):
+        return "a machine that is not told"
 
 
 def _section(tables: Mapping[str, Any], kind: str) -> list[str]:

@@ -71,7 +71,8 @@ def sweep(
         score_batch = workers.score if workers else partial(score, model)
         scores = _score(score_batch, rows, batches, Ledger(out, ScoresRecord, about), about, steps.scoring)
         for row, found, telling in zip(rows, scores, steps.timing):
-            if (row.variant, row.fraction, row.keep_last) not in done:
+            key = row.variant, row.fraction, row.keep_last
+            if key not in done or not row.describes(done[key]):
                 times = time_plan(model, row.plan, timed, seed=seed, progress=_naming(telling, row))
                 done.add(_record(row, scores[0], found, list(times.values())[-1], about))
             telling(1, 1, f"timed {row.name}")
@@ -129,7 +130,7 @@ def _similarity(
     progress: Progress,
 ) -> None:
     progress(0, 1, "comparing the layers")
-    if len(held) < 3 * len(anatomy.blocks):
+    if held.missing((block.index, kind) for block in anatomy.blocks for kind in ("block", "attention", "mlp")):
         rows = [SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)]
         held.add(*(row for row in rows if row.key not in held))
     progress(1, 1, "compared the layers")

@@ -19,6 +19,7 @@ from ...progress import Progress, Stages, silent
 from ...records.benchmarks import TimesRecord
 from ...records.ledger import Ledger, working_in
 from ...records.provenance import Provenance
+from ...records.record import Key
 from ...running.skipping import skip
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
@@ -55,7 +56,10 @@ def time_grid(
         for prompt, batch in sizes:
             telling = stages.stage(1)
             telling(0, 1, f"timing {len(rows)} configurations at {prompt} prompt tokens, batch {batch}")
-            if not held.missing((prompt, batch, row.variant, row.fraction, row.keep_last) for row in rows):
+            known = [
+                held[key] for row in rows if (key := _key(prompt, batch, row)) in held and row.describes(held[key])
+            ]
+            if len(known) == len(rows) and len({record.batch_size for record in known}) == 1:
                 continue
             how = {"prompt_tokens": prompt, "new_tokens": new_tokens, "rounds": rounds, "seed": seed}
             run = partial(_compare, model, rows, compiled, **how, progress=telling)
@@ -78,7 +82,11 @@ def time_grid(
                 )
             )
         progress(len(sizes), len(sizes), "timed all configurations")
-        return [record for record in held if record.key[:2] in sizes]
+        return [held[_key(prompt, batch, row)] for prompt, batch in sizes for row in rows]
+
+
+def _key(prompt: int, batch: int, row: Configuration) -> Key:
+    return prompt, batch, row.variant, row.fraction, row.keep_last
 
 
 def _compare(model: PreTrainedModel, rows: Sequence[Configuration], compiled: bool, **how: Any) -> dict[str, Timing]:
