@@ -21,7 +21,7 @@ from notall import Plan, UsageError, export, load, skip
 from notall.errors import UnknownArchitecture
 from notall.exporters import llamacpp
 from notall.exporters.gguf import cut
-from notall.exporters.gguf_file import GGUF, Field, Tensor, read_gguf, write_gguf
+from notall.exporters.gguf_file import GGUF, Field, GGUFTensor, read_gguf, write_gguf
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
 
@@ -214,7 +214,7 @@ def sketch(architecture, depth=12, tensors=("attn_norm", "attn_q", "attn_output"
     fields = {f"{architecture}.{name}": Field.of(value) for name, value in given.items()}
     fields["general.architecture"] = Field.of(architecture)
     numbers = {
-        f"blk.{index}.{name}.weight": Tensor(np.full(1, index, np.float32), Kind.F32)
+        f"blk.{index}.{name}.weight": GGUFTensor(np.full(1, index, np.float32), Kind.F32)
         for index in range(depth)
         for name in tensors
     }
@@ -342,7 +342,7 @@ def small(tmp_path_factory):
     rows = dict.fromkeys(("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), 8) | {"attn_k": 4, "attn_v": 4}
     shapes = {name: (count, 8) for name, count in rows.items()} | {"attn_norm": (8,), "ffn_norm": (8,)}
     tensors = {
-        f"blk.{index}.{name}.weight": Tensor(np.ones(shape, np.float32), Kind.F32)
+        f"blk.{index}.{name}.weight": GGUFTensor(np.ones(shape, np.float32), Kind.F32)
         for index in range(4)
         for name, shape in shapes.items()
     }

@@ -21,8 +21,7 @@ from ..records.plan import Plan
 from ..running.replay import live_steps
 from ..structure.anatomy import Anatomy
 from .packing import common
-from .scoring import Request, Scorer
-from .scoring import Scores as RequestScores
+from .scoring import Request, RequestScores, Scorer
 
 try:
     import ray

@@ -43,7 +43,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Scores:
+class RequestScores:
     """For some requests: log-likelihoods in nats, and whether greedy decoding says the same; (plans, requests) each."""
 
     requests: list[int]
@@ -74,7 +74,7 @@ class Scorer:
         self.proved = 0  # the longest sequence for which packed was seen to equal plain
         self.tokens = self.plain_tokens = 0
 
-    def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[Scores]:
+    def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
         """Score all `requests` under each of `plans`, the longest first, batch after batch.
 
         Raises `UsageError` when a single sequence takes more memory than there is.
@@ -119,7 +119,7 @@ class Scorer:
 
     def _attempt(
         self, replay: Replay, batch: list[Pack], about: Sequences, requests: Sequence[Request]
-    ) -> Scores | None:
+    ) -> RequestScores | None:
         """The scores of a batch, or None when it does not fit into memory."""
         try:
             return self._run(replay, batch, about, requests)
@@ -162,7 +162,7 @@ class Scorer:
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: list[Pack], about: Sequences, requests: Sequence[Request]) -> Scores:
+    def _run(self, replay: Replay, packs: list[Pack], about: Sequences, requests: Sequence[Request]) -> RequestScores:
         numbers, places = _places(packs, about, requests)
         owners, rows, columns, targets = torch.tensor(places).T
         inputs = {name: value.to(self.device) for name, value in inputs_of(packs, self.model.dtype).items()}
@@ -177,7 +177,7 @@ class Scorer:
                     torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owners, values)
                     for values in (-scores.nll.cpu().double(), (scores.likeliest.cpu() != targets).double())
                 )
-        return Scores(numbers, likely, missed == 0)
+        return RequestScores(numbers, likely, missed == 0)
 
 
 def tolerance(dtype: torch.dtype, tokens: int) -> float:

@@ -23,7 +23,7 @@ from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
 from ..running.regrouping import Layer, merged, regroup, sparse_layers
 from . import llamacpp
-from .gguf_file import BLOCK, GGUF, Field, Tensor, read_gguf, total_bytes, write_gguf
+from .gguf_file import BLOCK, GGUF, Field, GGUFTensor, read_gguf, total_bytes, write_gguf
 from .manifest import (
     TURNED_OFF,
     NotVerified,
@@ -98,7 +98,7 @@ def export_gguf(
     describe(folder, manifest, origin.card, USE, verdict=verdict, weights=weights, measured=measured)
 
 
-def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> None:
+def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, GGUFTensor]) -> None:
     same = found.fields.keys() == fields.keys() and found.tensors.keys() == tensors.keys()
     if not same or any(not np.array_equal(found.tensors[name].data, tensors[name].data) for name in tensors):
         raise UsageError(f"{found.path.name} does not hold what was written to it; check the disk, and export again")
@@ -130,7 +130,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
     return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats")
 
 
-def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, Tensor]]:
+def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
     """Fields and tensors of the file without what `plan` skips. Raises `UsageError` where no file can say so."""
     _check(source, plan)
     layers = merged(regroup(source.depth, plan), lambda attention, mlp: _fits(source, attention, mlp))
@@ -161,7 +161,7 @@ def _check(source: GGUF, plan: Plan) -> None:
 # --- ordinary files ---------------------------------------------------------------------------------------------------
 
 
-def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, Tensor]]:
+def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
     attentions = [layer.attention for layer in layers]
     mlps = [layer.mlp for layer in layers if layer.mlp is not None]
     _check_rules_by_index(source, attentions, mlps)
@@ -218,15 +218,15 @@ def _window_pattern(source: GGUF, attentions: Sequence[int]) -> Field | None:
     return Field([not _is_last(index, given) for index in attentions], GGUFValueType.BOOL)
 
 
-def _attention(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _attention(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
     return {name: tensor for name, tensor in block.items() if not _is_mlp(name, block)}
 
 
-def _mlp(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _mlp(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
     return {name: tensor for name, tensor in block.items() if _is_mlp(name, block)}
 
 
-def _is_mlp(name: str, block: Mapping[str, Tensor]) -> bool:
+def _is_mlp(name: str, block: Mapping[str, GGUFTensor]) -> bool:
     if name.startswith("post_attention_norm."):  # the norm after the attention, or the only one before the MLP
         return not any(other.startswith(("ffn_norm.", "post_ffw_norm.")) for other in block)
     return name.startswith(("ffn_", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
@@ -244,7 +244,7 @@ def _fits(source: GGUF, attention: int, mlp: int) -> bool:
 # --- deci -------------------------------------------------------------------------------------------------------------
 
 
-def _deci(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, Tensor]]:
+def _deci(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
     _check_deci(source)
     _check_sizes(source)
     kept = list(sparse_layers(layers))
@@ -258,7 +258,7 @@ def _deci(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict
     }
     tensors = source.outside_blocks
     for number, row in enumerate(kept):
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, GGUFTensor] = {}
         if row.attention is not None:
             parts |= _rotated(source, _attention(source.block(row.attention)), heads, kv_heads)
         elif number == 0:  # llama.cpp reads the size of heads only if layer 0 has some
@@ -327,13 +327,13 @@ def _renamed(source: GGUF) -> dict[str, Field]:
     return fields | {"general.architecture": Field.of("deci")}
 
 
-def _rotated(source: GGUF, parts: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
+def _rotated(source: GGUF, parts: dict[str, GGUFTensor], heads: int, kv_heads: int) -> dict[str, GGUFTensor]:
     """`deci` rotates neighbours, and qwen2 the halves of a head: bring the rows of queries and keys into that order."""
     if source.architecture == "llama":
         return parts
     counts = {"attn_q": heads, "attn_k": kv_heads}
     return {
-        name: Tensor(_interleaved(tensor.data, counts[name.split(".")[0]]), tensor.quantization)
+        name: GGUFTensor(_interleaved(tensor.data, counts[name.split(".")[0]]), tensor.quantization)
         if name.split(".")[0] in counts
         else tensor
         for name, tensor in parts.items()
@@ -346,21 +346,21 @@ def _interleaved(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
 
 
-def _silent_attention(source: GGUF, head_size: int) -> dict[str, Tensor]:
+def _silent_attention(source: GGUF, head_size: int) -> dict[str, GGUFTensor]:
     width = source.count("embedding_length")
     parts = {f"attn_{name}.weight": _zeros(head_size, width) for name in "qkv"}
     return parts | {"attn_output.weight": _zeros(width, head_size), "attn_norm.weight": _zeros(width)}
 
 
-def _silent_mlp(source: GGUF) -> dict[str, Tensor]:
+def _silent_mlp(source: GGUF) -> dict[str, GGUFTensor]:
     width = source.count("embedding_length")
     parts = {f"ffn_{name}.weight": _zeros(NARROW, width) for name in ("gate", "up")}
     return parts | {"ffn_down.weight": _zeros(width, NARROW), "ffn_norm.weight": _zeros(width)}
 
 
-def _zeros(*shape: int) -> Tensor:
+def _zeros(*shape: int) -> GGUFTensor:
     """In 8 bits where rows allow it: a block of zero bytes is a block of zeros."""
     if len(shape) > 1 and shape[-1] % 32 == 0:
         kind = GGMLQuantizationType.Q8_0
-        return Tensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
-    return Tensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
+        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
+    return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)

@@ -33,7 +33,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GGUFTensor:
     """`data` are its bytes, a row a row, or plain numbers; rows of quantised tensors are independent of each other."""
 
     data: np.ndarray[Any, Any]
@@ -48,7 +48,7 @@ class Tensor:
 class GGUF:
     path: Path
     fields: dict[str, Field]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GGUFTensor]
     endianness: GGUFEndian
 
     @property
@@ -73,17 +73,17 @@ class GGUF:
             raise UsageError(f"{self.path.name} has {value!r} for {self.architecture}.{name}; download it again")
         return value
 
-    def block(self, index: int) -> dict[str, Tensor]:
+    def block(self, index: int) -> dict[str, GGUFTensor]:
         """The tensors of one block, by their names in it."""
         start = f"{BLOCK}{index}."
         return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
 
     @property
-    def outside_blocks(self) -> dict[str, Tensor]:
+    def outside_blocks(self) -> dict[str, GGUFTensor]:
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(BLOCK)}
 
 
-def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+def total_bytes(tensors: Mapping[str, GGUFTensor]) -> int:
     return sum(tensor.size for tensor in tensors.values())
 
 
@@ -93,7 +93,7 @@ def read_gguf(path: Path) -> GGUF:
     try:
         reader = GGUFReader(path)
         fields = {name: _field(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        tensors = {tensor.name: Tensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        tensors = {tensor.name: GGUFTensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
         endianness = reader.endianess
     except (
         ValueError,
@@ -123,7 +123,7 @@ def write_gguf(
     path: Path,
     source: GGUF,
     fields: Mapping[str, Field],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, GGUFTensor],
     progress: Progress = silent,
 ) -> None:
     """Write a GGUF file, in the byte order of `source`."""
