@@ -453,6 +453,7 @@ def test_an_unknown_task_is_named_with_its_like(run):
     refused("no task is named", run, [], [])
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_tasks_of_a_folder_ask_no_host(tmp_path, monkeypatch):
     import datasets.load
 
