@@ -58,8 +58,8 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     for figure in ("similarity", "tradeoff"):
         for suffix in ("png", "svg", "html"):
             assert (tmp_path / "r" / f"{figure}.{suffix}").stat().st_size > 1000
-    assert "last layer" in out
-    assert len([line for line in out.splitlines() if line.startswith("│")]) == 19
+    rows = [line.split("│")[1].split()[0] for line in out.splitlines() if line.startswith("│")]
+    assert rows == ["dense", *["attention"] * 6, *["mlp"] * 6, *["block"] * 6]
     record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
     assert {"model", "revision", "text", "text_sha256", "dtype", "seed"} <= set(record["provenance"]["what"])
     assert {"device", "threads", "versions", "machine", "command", "date"} == set(record["provenance"]["where"])
@@ -475,8 +475,10 @@ def test_search_refuses_in_one_line(run, folder, text, tmp_path):
     refusals = {
         "give one budget": [],
         "give one budget: --count or --kv": ["--count", "2", "--kv", "0.2"],
-        "no criterion 'luck'": ["--count", "2", "--criterion", "luck"],
-        "no objective 'joy'": ["--count", "2", "--objective", "joy"],
+        "no criterion 'luck': choose": ["--count", "2", "--criterion", "luck"],
+        "no criterion 'serch' (did you mean search?)": ["--count", "2", "--criterion", "serch"],
+        "no objective 'joy': give": ["--count", "2", "--objective", "joy"],
+        "no objective 'answer' (did you mean answers?)": ["--count", "2", "--objective", "answer"],
         "needs --prompts": ["--count", "2", "--objective", "answers"],
         "is no weight": ["--count", "2", "--objective", "x*kl"],
         "'nan' is no weight": ["--count", "2", "--objective", "nan*kl"],
@@ -487,7 +489,7 @@ def test_search_refuses_in_one_line(run, folder, text, tmp_path):
         "cannot save nan params": ["--params", "nan"],
         "cannot save inf weight_bytes": ["--weights", "inf"],
         "cannot save -1.0 kv_bytes_per_token": ["--kv", "-1"],
-        "less cannot be saved": ["--params", "1e300"],
+        "less cannot be saved: ask for at most": ["--params", "1e300"],
         "a rise of nan": ["--max-nll", "nan"],
         "a rise of inf": ["--max-kl", "inf"],
         "end after nan minutes": ["--count", "2", "--max-minutes", "nan"],

@@ -88,7 +88,7 @@ def test_dtype_and_attention_are_as_asked(folder):
     model, _ = models.load(str(folder), dtype="bfloat16", attn_implementation="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
-    assert "cannot load" in refused(models.load, folder, attn_implementation="wishful")
+    assert "give sdpa or eager" in refused(models.load, folder, attn_implementation="wishful")
 
 
 def test_a_device_map_places_the_model(folder):
@@ -260,6 +260,25 @@ def test_an_unknown_model_is_refused_in_one_line(spec, says):
 def test_without_a_network_a_hub_id_names_what_works_without():
     for function in (models.load, models.load_config, models.identify):
         assert "without a network give a folder" in refused(function, "org/unknown")
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [
+        ("smolm2", "smollm2"),
+        ("lama-2-7b", "llama-2-7b"),
+        ("models/tinny", "tiny"),
+        ("models/tinny.gguf", "tiny.gguf"),
+        ("./models/tinny", "tiny"),
+    ],
+)
+def test_a_misspelt_model_names_the_one_that_is_like_it(tmp_path, monkeypatch, spec, near):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny.gguf").touch()
+    for function in (models.load_config, models.identify):
+        assert f"(did you mean {near}?)" in refused(function, spec)
+    assert "did you mean" not in refused(models.load_config, "org/unknown")
 
 
 def test_what_is_no_model_is_refused(folder):

@@ -144,7 +144,7 @@ def test_a_missing_plan_and_an_unwritable_place(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (Plan(attention=[4]), "0 to 3"),
+        (Plan(attention=[4]), "0 to 3; make a plan for it"),
         (Plan(mlp=[99]), "0 to 3"),
         (Plan(attention=range(4)), "keep at least one"),
         (Plan(attention=range(4), mlp=range(4)), "keep at least one"),

@@ -1,5 +1,7 @@
 """What a user did wrong, said in one line."""
 
+import difflib
+from collections.abc import Sequence
 from os import PathLike
 
 
@@ -16,6 +18,12 @@ class UnsupportedModel(UsageError):
 
 class UnknownArchitecture(UsageError):
     """An engine has no code for this architecture at all, whatever its files hold."""
+
+
+def nearest(word: object, names: Sequence[str]) -> str:
+    """` (did you mean NAME?)` where one of `names` is like `word`, else nothing."""
+    near = difflib.get_close_matches(str(word)[:200], names, 1)
+    return f" (did you mean {shortened(near[0])}?)" if near else ""
 
 
 def shortened(given: object, most: int = 80) -> str:

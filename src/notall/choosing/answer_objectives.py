@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from ..models.texts import fields, prompt_tokens, read_file
 from ..running.generating import check_positions
 from .objective import Batch, Objective, Term, kl, mix, nll
@@ -49,7 +49,9 @@ def build_objective(
         elif name.startswith("task:"):
             terms.append(task(model, tokenizer, name[5:], task_path, task_limit, factor))
         else:
-            raise UsageError(f"there is no objective {name!r}: give nll, kl, answers, task:NAME, or a sum of them")
+            near = nearest(name, ("nll", "kl", "answers"))
+            said = f"there is no objective {shortened(name)!r}{near}"
+            raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
     return mix(terms)
 
 

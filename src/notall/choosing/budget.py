@@ -87,5 +87,5 @@ def _possible(space: Space, budget: Budget) -> Budget:
         least = min(budget.saved(unit) for unit in space.units)
         most -= least if len(space.units) == len(space.anatomy.blocks) else 0  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
-        raise UsageError(f"{budget.description} cannot be saved: what may be skipped saves at most {most:,.0f}")
+        raise UsageError(f"{budget.description} cannot be saved: ask for at most {most:,.0f}, all that may be skipped")
     return budget

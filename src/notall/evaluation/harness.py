@@ -289,7 +289,9 @@ class PlansLM(HFLM):
             prompt, options = request.args
             new = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             if new >= self.max_length:
-                raise UsageError(f"{self.task} generates {new} tokens, but the model's context is {self.max_length}")
+                raise UsageError(
+                    f"{self.task} generates {new} tokens, but the model's context is {self.max_length}; leave it out"
+                )
             widths.append(len(self.tok_encode(prompt)) + new)
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)

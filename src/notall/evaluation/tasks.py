@@ -120,7 +120,7 @@ class TaskShelf:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
                 hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-                raise UsageError(f"the harness has no task {name!r}; {hint}")
+                raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
         if not found:
             raise UsageError("no task is named; give openllm, or names of the harness's tasks")
         return list(dict.fromkeys(found))
@@ -168,6 +168,17 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
             instance.resps, instance.filtered_resps = [], {}
 
     task.build_all_requests = renew
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Without telling the hub what is read: datasets has it count each time that even a local file is."""
+    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from ..errors import UnknownArchitecture, UsageError
+from ..errors import UnknownArchitecture, UsageError, shortened
+from .names import near_model
 
 SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
 
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
+
+SPELLING = "check its spelling"
 
 NO_SUCH_GGUF = "GGUF model with architecture"
 MEMORY = "free some memory, or give a smaller dtype, or device_map='auto'"
@@ -25,16 +28,17 @@ FIXES = (
     (NO_SUCH_GGUF, "give the model's safetensors instead"),
     ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
     ("gated repo", "accept its terms on its page, then run `hf auth login`"),
-    ("not a valid model identifier", "check its spelling"),
+    ("not a valid model identifier", SPELLING),
     ("couldn't connect", OFFLINE),
     ("find the requested files", OFFLINE),
-    ("Repository Not Found", "check its spelling"),
+    ("Repository Not Found", SPELLING),
     ("out of memory", MEMORY),
     ("allocate memory", MEMORY),
     ("MemoryError", MEMORY),
     ("No space left", "free some disk space, or put the caches elsewhere (HF_HOME, NOTALL_CACHE)"),
     ("No such file or directory", "a file is missing; fetch or save the model again"),
     ("safetensors", SAFETENSORS_ONLY),
+    ("attn_implementation", "give sdpa or eager"),
 )
 
 
@@ -48,14 +52,16 @@ def explained(spec: str | Path) -> Iterator[None]:
     except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
         said = " ".join(str(error).split()) or type(error).__name__
         fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
+        near = near_model(spec) if fix in (OFFLINE, SPELLING) else ""
         kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
-        raise kind(f"cannot load {spec}: {_shortened(said)}; {fix}") from error
+        raise kind(f"cannot load {shortened(spec)}{near}: {_shortened(said)}; {fix}") from error
 
 
 def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
     """Refuse a model with weights missing, which transformers would make up; warn of weights that it passes over."""
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise UsageError(f"{spec} lacks weights ({len(missing)}, first {missing[0]}): fetch or save it again")
+        first = shortened(missing[0])
+        raise UsageError(f"{shortened(spec)} lacks weights ({len(missing)}, first {first}): fetch or save it again")
     if unused := sorted(map(str, report["unexpected_keys"])):
         said = f"{spec} has weights that its architecture does not use ({len(unused)}, first {unused[0]})"
         warnings.warn(said, stacklevel=3)
@@ -78,5 +84,4 @@ def quiet(*, progress: bool = False) -> Iterator[None]:
 
 def _shortened(said: str, most: int = 160) -> str:
     """The first sentence of a message that may be pages long."""
-    sentence = said.split(". ")[0].rstrip(".")
-    return sentence if len(sentence) <= most else f"{sentence[:most]}…"
+    return shortened(said.split(". ")[0].rstrip("."), most)

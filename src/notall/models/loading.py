@@ -27,29 +27,8 @@ from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .gguf_header import check_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
-from .names import DEFAULT_MODEL, default_gguf, hub_id, named_gguf
+from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .paths import expanded
-
-
-def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": 32000,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }
-
-
-# The arguments of LlamaConfig for each shape that can be timed without its weights.
-SHAPES = {
-    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
-    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
-    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
-}
 
 MOST = 10_000  # layers, or experts of a layer, that any model has
 

@@ -1,14 +1,37 @@
-"""What a model's name means: the default model, a GGUF file, or a hub id. No torch."""
+"""What a model's name means: the default model, a shape, a GGUF file, or a hub id. No torch."""
 
 from __future__ import annotations
 
 import importlib.util
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest, shortened
 from .paths import expanded
 
 DEFAULT_MODEL = "smollm2"
+
+
+def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 32000,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+# The arguments of LlamaConfig for each shape that can be timed without its weights.
+SHAPES = {
+    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
+    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
+    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
+}
 
 
 def default_gguf() -> Path:
@@ -26,9 +49,22 @@ def named_gguf(spec: str | Path) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
+def near_model(spec: str | Path) -> str:
+    """` (did you mean NAME?)` of the model beside `spec`, or of those that notall knows, that is named most like it."""
+    path = Path(spec)
+    try:
+        beside = [
+            entry.name for entry in islice(path.parent.iterdir(), 1000) if entry.is_dir() or ".gguf" in entry.name
+        ]
+    except OSError:
+        beside = []
+    return nearest(path.name, [*beside, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])])
+
+
 def hub_id(spec: str | Path) -> str:
     """A spec that is no path here, if it can be a hub id."""
     text = str(spec)
     if text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1:
-        raise UsageError(f"there is no {spec} here: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
+        said = f"there is no {shortened(spec)} here{near_model(spec)}"
+        raise UsageError(f"{said}: give a folder, a .gguf file, a hub id or {DEFAULT_MODEL}")
     return text

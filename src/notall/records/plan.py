@@ -140,7 +140,9 @@ class Plan(BaseModel):
         """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""
         for index in (*self.attention, *self.mlp):
             if index >= layers:
-                raise UsageError(f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}")
+                raise UsageError(
+                    f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}; make a plan for it"
+                )
         if len(self.attention) == layers:
             raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...errors import UsageError
+from ...errors import UsageError, nearest, shortened
 from ..budget import Budget
 from ..searching import search
 from ..space import UNIT_KINDS, Space, UnitKind
@@ -76,7 +76,8 @@ CRITERIA = {one.name: one for one in _ALL}
 def criterion(name: str) -> Criterion:
     """The criterion of this name. Raises `UsageError` for another."""
     if name not in CRITERIA:
-        raise UsageError(f"there is no criterion {name!r}: choose from {', '.join(CRITERIA)}")
+        near = nearest(name, list(CRITERIA))
+        raise UsageError(f"there is no criterion {shortened(name)!r}{near}: choose from {', '.join(CRITERIA)}")
     return CRITERIA[name]
 
 
