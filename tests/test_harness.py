@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -454,20 +453,6 @@ def test_an_unknown_task_is_named_with_its_like(run):
 
 
 @pytest.mark.usefixtures("own_tasks_only")
-def test_tasks_of_a_folder_ask_no_host(tmp_path, monkeypatch):
-    import datasets.load
-
-    asked = []
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("a host"))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **_: asked.append(host))
-    counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    TaskShelf(write_tasks(tmp_path / "tasks", documents=3)).build("tiny_choice")
-    assert asked == []
-    assert counted == datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-
-
 def test_a_missing_task_folder_is_named(run, tmp_path):
     refused("no task folder .*nowhere", run, [], ["tiny_choice"], task_path=tmp_path / "nowhere")
 

@@ -195,17 +195,6 @@ def no_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Without the host that datasets asks to count a download, also of files that are here."""
-    counting = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counting
-
-
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
     said = " ".join(str(cause).split()) or type(cause).__name__
