@@ -383,7 +383,7 @@ BY_ANSWERS = f"search ../model -o chosen.json --criterion deepest --count 1 --ki
 
 
 def write_plan(folder: Path) -> None:
-    from notall.plan import Plan
+    from notall.records.plan import Plan
 
     Plan([1, 2], [2], fingerprint="llama-4x32-48d1233b", note="by hand").save(folder / "plan.json")
 
@@ -481,7 +481,7 @@ def tasks(folder: Path) -> None:
 
 
 def checkpoint(folder: Path) -> None:
-    from notall.plan import Plan
+    from notall.records.plan import Plan
 
     save_tiny_checkpoint(folder / "m", num_hidden_layers=2)
     (folder / "m" / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n\n# A model\n")
@@ -499,7 +499,7 @@ def shards(folder: Path) -> None:
 
 
 def gguf(folder: Path) -> None:
-    from notall.plan import Plan
+    from notall.records.plan import Plan
 
     (folder / "cache").mkdir()
     write_gguf(family("llama").build(vocab_size=len(WORDS), num_hidden_layers=2), folder / "m.gguf")

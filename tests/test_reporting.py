@@ -18,7 +18,6 @@ from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
 from notall.reporting.rows import name_of
 from notall.reporting.tables import foreign_table, other_table, stepped_table
-from notall.strict_json import read_json
 from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
