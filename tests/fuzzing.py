@@ -619,7 +619,7 @@ class Seeds:
         (self.folder / "plan.json").write_text('{"attention": [1], "mlp": []}')
 
     def of(self, name: str) -> Path:
-        place = self.folder / name.replace(" ", "-")
+        place = self.folder / f"of-{name.replace(' ', '-')}"
         if not place.exists():
             place.mkdir()
             if "../tasks" in " ".join(KINDS[name].commands):

@@ -105,6 +105,29 @@ def test_records_that_an_interruption_left_out_are_added_once(run, tmp_path, mon
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"fraction": 0.5},
+        {"plan": {"attention": [0], "mlp": []}},
+        *({"asked": wrong} for wrong in ("tiny_words", None, ["tiny_choice"])),
+        {"records": None},
+    ],
+)
+def test_records_of_another_row_or_task_are_made_again(run, tmp_path, change):
+    first = run(["tiny_choice"], tmp_path, ABOUT)
+    path = tmp_path / BenchmarkRecord.file
+    held = lines.read(path)
+    about = {name: change[name] for name in change.keys() & {"asked", "records"}}
+    damaged = held[0] | {name: value for name, value in change.items() if name not in about}
+    damaged["provenance"] = {**held[0]["provenance"], "what": held[0]["provenance"]["what"] | about}
+    path.unlink()
+    lines.append(path, damaged, *held[1:])
+    again = run(["tiny_choice"], tmp_path, ABOUT)
+    assert sorted(record.key for record in again) == sorted(record.key for record in first)
+    assert {record.key: record.value for record in again} == {record.key: record.value for record in first}
+
+
+@pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"limits": Limits(5)}, "another limit"),

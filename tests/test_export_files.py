@@ -507,6 +507,17 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
     assert_refused(folder, "hf", f"{victim.name} is no whole safetensors file", tmp_path)
 
 
+@pytest.mark.parametrize("told", ["[]", '{"format": 1}', '{"format": "pt", "format": "pt"}', "NaN"])
+def test_a_header_that_transformers_would_not_read_is_refused(beside, told, tmp_path):
+    whole = (beside / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    del header["__metadata__"]
+    text = (json.dumps(header)[:-1] + f', "__metadata__": {told}}}').encode()
+    (beside / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+    assert_refused(beside, "hf", "is no whole safetensors file: its (metadata|header) is no", tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a":' * 5000 + "1" + "}" * 5000]
 )

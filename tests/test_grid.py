@@ -18,6 +18,7 @@ from notall.measuring.quality import score, summarize
 from notall.records import lines
 from notall.records.leave_one_out import LeaveOneOutRecord
 from notall.records.ledger import read
+from notall.records.similarity import SimilarityRecord
 from notall.records.sweep import ScoresRecord, SweepRecord
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
@@ -142,6 +143,26 @@ def test_a_torn_last_line_is_done_again_and_no_other(model, swept, tmp_path):
     assert again[:7] == whole[:7]
     assert len(again) == 19
     assert [json.loads(line)["nll"] for line in again] == [record.nll for record in records]
+
+
+def test_what_is_of_no_row_and_no_layer_is_measured_again(model, swept, tmp_path):
+    folder, records = swept
+    for file in folder.glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = records[5].model_copy(update={"plan": Plan([0]), "nll": 9.0})
+    similarities = lines.read(folder / SimilarityRecord.file)
+    for name, held in (
+        (
+            SweepRecord.file,
+            [*(record.line() for record in records[:5]), other.line(), *(r.line() for r in records[6:])],
+        ),
+        (SimilarityRecord.file, [*similarities[:4], similarities[4] | {"layer": DEPTH + 1}, *similarities[5:]]),
+    ):
+        (tmp_path / name).unlink()
+        lines.append(tmp_path / name, *held)
+    again = grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    assert [(record.plan, record.nll) for record in again] == [(record.plan, record.nll) for record in records]
+    assert lines.read(tmp_path / SimilarityRecord.file)[-1]["cosine"] == pytest.approx(similarities[4]["cosine"])
 
 
 @pytest.mark.parametrize(

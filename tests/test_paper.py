@@ -18,6 +18,7 @@ if importlib.util.find_spec("lm_eval") is None:
 
 
 from notall import Plan, UsageError, cli, locate
+from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
 from notall.evaluation.paper.claims import claims_of
 from notall.evaluation.paper.grid import paper_grid
@@ -206,6 +207,33 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "compare", None)
     assert run(prompts=(4,)) == first
     assert (tmp_path / TimesRecord.file).read_bytes() == held
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": {"attention": [0], "mlp": []}},
+        {"fraction": 0.5},
+        {"variant": "plan"},
+        {"batch_size": 3},
+        {"prompt_tokens": 5},
+    ],
+)
+def test_times_of_another_row_or_batch_are_measured_again(model, tmp_path, change):
+    run = partial(time_grid, model, paper_grid(locate(model)), tmp_path, ABOUT, prompts=(4,), new_tokens=2, rounds=1)
+    first = run()
+    path = tmp_path / TimesRecord.file
+    held = lines.read(path)
+    path.unlink()
+    lines.append(path, *held[:5], held[5] | change, *held[6:])
+    again = run()
+    assert [(record.key, record.plan) for record in again] == [(record.key, record.plan) for record in first]
+    assert {record.batch_size for record in again} == {1}
+
+
+@pytest.mark.parametrize("machine", [None, "here", {}, {"versions": []}, {"versions": {"torch": "2"}}])
+def test_a_machine_that_is_not_told_is_none(machine):
+    assert running._place(machine) == "a machine that is not told"
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):

@@ -94,7 +94,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no table")
-    header.pop("__metadata__", None)
+    told = header.pop("__metadata__", {})
+    if not isinstance(told, dict) or not all(isinstance(word, str) for word in told.values()):
+        raise _damaged(path, "its metadata is no table of texts")
     tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     position = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):

@@ -51,7 +51,7 @@ def time_grid(
     about = Provenance.of(provenance, new_tokens=new_tokens, rounds=rounds, seed=seed)
     with working_in(out, "paper"):
         held = Ledger(out, TimesRecord, about)
-        sizes = [(prompt, batch) for prompt in prompts for batch in batch_sizes]
+        sizes = list(dict.fromkeys((prompt, batch) for prompt in prompts for batch in batch_sizes))
         stages = Stages(progress, len(sizes))
         for prompt, batch in sizes:
             telling = stages.stage(1)
