@@ -59,7 +59,7 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
         for suffix in ("png", "svg", "html"):
             assert (tmp_path / "r" / f"{figure}.{suffix}").stat().st_size > 1000
     rows = [line.split("│")[1].split()[0] for line in out.splitlines() if line.startswith("│")]
-    assert rows == ["dense", *["attention"] * 6, *["mlp"] * 6, *["block"] * 6]
+    assert rows == ["dense", *["attention"] * 6, *["MLP"] * 6, *["block"] * 6]
     record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
     assert {"model", "revision", "text", "text_sha256", "dtype", "seed"} <= set(record["provenance"]["what"])
     assert {"device", "threads", "versions", "machine", "command", "date"} == set(record["provenance"]["where"])
