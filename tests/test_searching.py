@@ -168,7 +168,7 @@ def test_on_a_model_it_is_as_good_as_plain_greedy_for_less(model, kind, objectiv
         quality = evaluate(model, [space.plan(found[name].skipped)], BATCHES)[0]
         costs[name, "objective"] = quality.nll if objective is nll else quality.kl
         assert asked.evaluator.cost(found[name].skipped) == pytest.approx(costs[name, "objective"], rel=1e-5)
-    assert costs["search", "objective"] <= costs["greedy", "objective"] + 0.1  # of random weights, on 72 tokens
+    assert costs["search", "objective"] <= costs["greedy", "objective"] + 1e-4  # the rounding of sums
     assert costs["search"] < costs["greedy"] * (
         0.5 if kind == "sublayer" else 0.75
     )  # swaps weigh more where there are few
