@@ -309,7 +309,10 @@ def lines_alike(seen: Seen) -> str | None:
             value = strict_json(line)
         except ValueError as error:
             return f"took line {number}: {error}"
-        if not any(alike(value, model) for model in models):
+        # Before lines named their kind they were of just this form.
+        unnamed = isinstance(value, dict) and "record" in models[0] and "record" not in value
+        named = {"record": models[0]["record"]} | value if unnamed else value
+        if not any(alike(named, model) for model in models):
             return f"took line {number}"
         values.append(value)
     if "--json" in seen.command and all(value in models for value in values):
