@@ -1,10 +1,6 @@
 """Benchmarks in a folder: the records are what `run_tasks` says, and what is finished is never done again."""
 
 import importlib.util
-import os
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -13,6 +9,7 @@ import pytest
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
+import forked
 from notall import UsageError, locate
 from notall.evaluation import tasks
 from notall.evaluation.benchmarking import run_benchmarks
@@ -174,18 +171,16 @@ run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice
 
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
-    command = [sys.executable, "-c", KILLED]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([*command, tmp_path / "whole", folder], check=True, env=environment)
-    process = subprocess.Popen([*command, tmp_path / "killed", folder], env=environment)
+    assert forked.run(KILLED, tmp_path / "whole", folder) == 0
+    process = forked.start(KILLED, tmp_path / "killed", folder)
     answers = tmp_path / "killed" / "answers.jsonl"
     while not (answers.exists() and answers.read_bytes().count(b"\n") > 20):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = answers.read_bytes()
-    subprocess.run([*command, tmp_path / "killed", folder], check=True, env=environment)
+    assert forked.run(KILLED, tmp_path / "killed", folder) == 0
     after = answers.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert after.startswith(finished)

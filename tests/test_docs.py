@@ -25,7 +25,7 @@ SMALL = {
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",
     "search": "--sequences 2 --length 32 --batch-size 1",
-    "compare": "--sequences 2 --length 32 --batch-size 1",
+    "compare": "--sequences 2 --length 32 --batch-size 1 --criterion cosine --criterion search",
 }
 
 

@@ -1,16 +1,13 @@
 """The sweep: 19 configurations, each checked against a slow twin; killed anywhere, it goes on."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import forked
 from families import family, silenced
 from notall import Plan, UsageError, locate, skip
 from notall.evaluation.paper import sweep as grid
@@ -214,29 +211,28 @@ def test_progress_reaches_its_total(model, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 import test_grid
 from families import family
 from notall.evaluation.paper import sweep as grid
 model = family("llama").build(num_hidden_layers=test_grid.DEPTH)
-grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 40, rounds=2))
+grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 10, rounds=1))
 """
 
 
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
     path = tmp_path / SweepRecord.file
-    with subprocess.Popen(command) as process:
-        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 4):
-            time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
+    process = forked.start(SCRIPT, tmp_path)
+    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 4):
+        time.sleep(0.01)
+    assert process.is_alive(), "it ended before it could be killed"
+    process.kill()
+    process.join()
     killed = path.read_bytes()
     whole = killed[: killed.rfind(b"\n") + 1]
     scores = (tmp_path / ScoresRecord.file).read_bytes()
     assert 4 <= whole.count(b"\n") < 19
-    subprocess.run(command, check=True)
+    assert forked.run(SCRIPT, tmp_path) == 0
     assert path.read_bytes().startswith(whole)
     assert (tmp_path / ScoresRecord.file).read_bytes() == scores
     records = read(path, SweepRecord)

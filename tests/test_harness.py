@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from lm_eval.evaluator import evaluate, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import forked
 from notall import Plan, UsageError, skip
 from notall.evaluation import harness
 from notall.evaluation.harness import run_tasks
@@ -32,7 +32,6 @@ from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PLANS = [Plan(attention=[3]), Plan(attention=[2, 3], mlp=[3]), Plan(mlp=[1])]
 TASKS = ["tiny_choice", "tiny_letters", "tiny_text", "tiny_words"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(autouse=True)
@@ -352,8 +351,7 @@ run_tasks(tiny_llama(), byte_tokenizer(), plans, [{name!r}], **options)
 def run_until_killed(folder, out, name, lines):
     plans = [{"attention": plan.attention, "mlp": plan.mlp} for plan in PLANS]
     code = KILLED.format(lines=lines, plans=plans, name=name, folder=str(folder), out=str(out))
-    killed = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert forked.run(code) == -signal.SIGKILL
 
 
 @pytest.mark.any_transformers

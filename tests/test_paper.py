@@ -4,9 +4,6 @@ import csv
 import importlib.util
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -17,6 +14,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 
+import forked
 from notall import Plan, UsageError, cli, locate
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
@@ -349,21 +347,19 @@ cli.main()
 @pytest.mark.parametrize("stage", ["battery.jsonl", "times.jsonl"])
 def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     model, task_path = folders
-    words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "30"]
+    words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "6"]
     words += ["--batch-size", "1", "--sequences", "2", "--length", "16", "--battery", "--dtype", "float32"]
     words += ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1"]
-    command = [sys.executable, "-c", COMMAND, *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment)
+    process = forked.start(COMMAND, *words)
     written = tmp_path / stage
     while not (written.exists() and written.read_bytes().count(b"\n") > 4):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "paper.md").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert forked.run(COMMAND, *words) == 0
     for path, held in before.items():
         assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
     for name, keys in {"battery": ("check",), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():

@@ -1,16 +1,13 @@
 """The lazy search: what plain greedy finds, for less; it goes on when killed, and is done when its time is up."""
 
 import random
-import signal
-import subprocess
-import sys
 import time
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 import notall.choosing.evaluator
 from families import family
 from notall import UsageError, locate
@@ -358,7 +355,6 @@ def run_search(model, folder, delay=0.0, name="tiny"):
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 import test_searching
 from families import family
 model = family("llama").build(num_hidden_layers=test_searching.LAYERS)
@@ -370,13 +366,13 @@ test_searching.run_search(model, Path(sys.argv[1]), delay=0.05)
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     expected, whole = run_search(model, tmp_path / "whole")
     folder = tmp_path / "killed"
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(Path(__file__).parent)]
     path = folder / "evaluations.jsonl"
-    with subprocess.Popen(command) as process:
-        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 25):
-            time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
+    process = forked.start(SCRIPT, folder)
+    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 25):
+        time.sleep(0.01)
+    assert process.is_alive(), "it ended before it could be killed"
+    process.kill()
+    process.join()
     killed = path.read_bytes()
     killed = killed[: killed.rfind(b"\n") + 1]
     found, again = run_search(model, folder)

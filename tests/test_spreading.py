@@ -169,6 +169,7 @@ def wait_for(port, running):
     raise AssertionError("the cluster ended before it listened")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, cluster, tmp_path):
     ports, token = cluster
