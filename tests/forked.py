@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["notall", "notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"]
-)
+_CONTEXT.set_forkserver_preload(["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"])
+NOTALL = "from notall import cli; cli.main()"
 
 
-def start(program: str, *arguments: Any) -> BaseProcess:
-    """`python -c program arguments`, with this process's path; to be waited for, or killed."""
+def start(program: str, *arguments: Any, says: Path | None = None) -> BaseProcess:
+    """`python -c program arguments`, with this process's path; to be waited for, or killed.
+
+    What it prints goes to the files `out` and `err` in the folder `says`, if that is given.
+    """
     words = [str(argument) for argument in arguments]
-    process = _CONTEXT.Process(target=_run, args=(program, words, sys.path, dict(os.environ)))
+    process = _CONTEXT.Process(target=_run, args=(program, words, sys.path, dict(os.environ), says))
     process.start()
     return process
 
 
-def run(program: str, *arguments: Any) -> int:
-    """Its exit code, or minus the signal that ended it."""
-    process = start(program, *arguments)
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+def run(program: str, *arguments: Any) -> CompletedProcess[str]:
+    """What it printed and its exit code, or minus the signal that ended it."""
+    with tempfile.TemporaryDirectory() as says:
+        process = start(program, *arguments, says=Path(says))
+        process.join()
+        assert process.exitcode is not None
+        out, err = ((Path(says) / name).read_text() for name in ("out", "err"))
+    return CompletedProcess(arguments, process.exitcode, out, err)
 
 
-def _run(program: str, words: list[str], path: list[str], environment: dict[str, str]) -> None:
+def _run(program: str, words: list[str], path: list[str], environment: dict[str, str], says: Path | None) -> None:
     sys.argv, sys.path[:] = ["-c", *words], path
     os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")) if says else ():
+        os.dup2(os.open(says / name, os.O_WRONLY | os.O_CREAT), number)
     exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

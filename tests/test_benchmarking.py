@@ -171,7 +171,7 @@ run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice
 
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
-    assert forked.run(KILLED, tmp_path / "whole", folder) == 0
+    assert forked.run(KILLED, tmp_path / "whole", folder).returncode == 0
     process = forked.start(KILLED, tmp_path / "killed", folder)
     answers = tmp_path / "killed" / "answers.jsonl"
     while not (answers.exists() and answers.read_bytes().count(b"\n") > 20):
@@ -180,7 +180,7 @@ def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     process.kill()
     process.join()
     before = answers.read_bytes()
-    assert forked.run(KILLED, tmp_path / "killed", folder) == 0
+    assert forked.run(KILLED, tmp_path / "killed", folder).returncode == 0
     after = answers.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert after.startswith(finished)

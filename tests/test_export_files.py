@@ -630,7 +630,7 @@ def test_names_that_transformers_changes_on_loading_are_known(name, tmp_path):
 
 
 @pytest.mark.any_transformers
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_damage_crashes_the_reader(dense, tmp_path, data):
     """A file with a few bytes changed, or cut, is read as some tensors inside it, or refused in one line."""

@@ -357,7 +357,7 @@ def assert_one_line(refusal):
 
 
 @pytest.mark.any_transformers
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_no_damage_crashes_the_export(small, data):
     """A file with a few bytes changed, or cut, is rewritten or refused in one line, and nothing is left then."""

@@ -232,7 +232,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     whole = killed[: killed.rfind(b"\n") + 1]
     scores = (tmp_path / ScoresRecord.file).read_bytes()
     assert 4 <= whole.count(b"\n") < 19
-    assert forked.run(SCRIPT, tmp_path) == 0
+    assert forked.run(SCRIPT, tmp_path).returncode == 0
     assert path.read_bytes().startswith(whole)
     assert (tmp_path / ScoresRecord.file).read_bytes() == scores
     records = read(path, SweepRecord)

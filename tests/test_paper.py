@@ -359,7 +359,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     process.join()
     assert not (tmp_path / "paper.md").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    assert forked.run(COMMAND, *words) == 0
+    assert forked.run(COMMAND, *words).returncode == 0
     for path, held in before.items():
         assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
     for name, keys in {"battery": ("check",), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
+import forked
 from families import family
 from notall import Plan, UsageError, load, locate
 from notall.evaluation import ray_workers as spreading
@@ -79,9 +81,8 @@ def sweep_on(options, folder, address, workers=1, **environment):
     """
     words = f"sweep {options['spec']} --dtype float32 --device cpu --ray {address} --ray-workers {workers} --json"
     words += f" --sequences 2 --length 16 --prompt 4 --new 1 --rounds 1 --out {folder}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    command = [sys.executable, "-m", "notall", *words.split()]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)} | environment):
+        return forked.run(forked.NOTALL, *words.split())
 
 
 @pytest.mark.parametrize("address", ["nowhere", "ray://127.0.0.1:1"])
