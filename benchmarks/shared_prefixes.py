@@ -32,7 +32,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "shared-prefixes"
 
 
 def nll(logits: Tensor, tokens: Tensor) -> float:
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))
 
 
 @torch.inference_mode()
@@ -81,7 +81,10 @@ def grid(model: Any, tokens: Tensor, rounds: int) -> None:
     plans = [row.plan for row in paper_grid(notall.locate(model))]
     replay = Replay(model, plans)
     off = max(abs(a - b) for a, b in zip(together(model, plans, tokens), one_by_one(model, plans, tokens)))
-    assert off < 1e-4, f"one pass gives other figures, by {off} nats"
+    rounding = (
+        1e-4 if model.dtype == torch.float32 else 1e-2
+    )  # of whole logits in few bits; tiles are summed in float32
+    assert off < rounding, f"one pass gives other figures, by {off} nats"
     with torch.inference_mode():
         (_, hidden) = next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=tokens)))
     last = hidden[:, :-1].flatten(0, 1)
