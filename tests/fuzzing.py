@@ -246,8 +246,7 @@ def alike(value: Any, model: Any, name: str = "") -> bool:
             model and not model.keys() & {"record"} and all(" " in key or len(key) > 20 for key in model)
         ):
             return True
-        full = name == "plan" or value.keys() == model.keys()  # a plan says what it skips, not what it keeps
-        return full and value.keys() <= model.keys() and all(alike(value[key], model[key], key) for key in value)
+        return value.keys() == model.keys() and all(alike(value[key], model[key], key) for key in model)
     if isinstance(model, list):
         return isinstance(value, list) and all(not model or any(alike(one, it, name) for it in model) for one in value)
     if isinstance(model, bool | str):

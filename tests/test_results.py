@@ -132,6 +132,7 @@ def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
         ({"plan": {"attention": ["x"], "mlp": []}}, "plan"),
         ({"plan": {"attention": [40_000_000], "mlp": []}}, "plan"),
         ({"plan": [3]}, "plan"),
+        ({"plan": {"mlp": [27, 28]}}, "plan"),
         ({"nll": "2.5"}, "nll"),
         ({"nll_se": -0.1}, "nll_se"),
         ({"top1_agreement": 1.5}, "top1_agreement"),

@@ -46,7 +46,7 @@ def _bare(plan: Plan) -> Plan:
 def _plausible(value: Any) -> Any:
     """Refuse a plan of more layers than a model has, before a page is made of it."""
     indices = value.indices if isinstance(value, Plan) else value
-    if not isinstance(indices, dict) or not indices.keys() <= {"attention", "mlp"}:
+    if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
     for layers in indices.values():
         if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < MOST_LAYERS for layer in layers):
