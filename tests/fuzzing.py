@@ -259,7 +259,7 @@ def alike(value: Any, model: Any, name: str = "") -> bool:
         return False
     if isinstance(model, int) and isinstance(value, float):
         return False
-    return abs(value) < 1e19 or isinstance(value, float) if value >= 0 or ANY_SIGN.search(name) else False
+    return abs(value) < 1e19 or isinstance(model, float) if value >= 0 or ANY_SIGN.search(name) else False
 
 
 def page_is_read(seen: Seen) -> str | None:

@@ -107,7 +107,7 @@ def choose_plan(
 
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
     `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
-    `patience` after so many swaps in a row that did not lower the objective. The plan is then measured on `held_out`,
+    `patience` after so many evaluations that did not lower the objective. The plan is then measured on `held_out`,
     and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
     or is in use, and as `criteria.choose` does.
     """

@@ -4,7 +4,7 @@ A candidate is evaluated again only when it comes to the top of the queue: what 
 good guess, since costs mostly grow as more is skipped. The exception are neighbours: what an attention prepares, the
 MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
 units are at first. Importances do not add up, so what was skipped early may not be best in the end: swaps that lower
-the objective follow.
+the objective follow, many of them for the price of an evaluation, since a part of the text says which are worth one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .space import Skipped, Space, Unit
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 8
+CLOSE = 0.02  # of what skipping costs: nearer than this, a part of the text cannot tell what is better
 RECHECKS = 3.5  # evaluations a step, to guess the time left
 
 
@@ -53,9 +54,9 @@ def search(
 ) -> Found:
     """The set of `space` that meets `budget` and raises the objective least, as far as this search sees.
 
-    `cheap` scores order the first round; the refinement ends after `patience` swaps in a row that don't lower the
-    objective. When it gets `late`, the set is completed by the guesses there are, so that what comes back meets the
-    budget. Asked again with an evaluator that has a log, it goes on where it was.
+    `cheap` scores order the first round; the refinement ends after swaps worth `patience` evaluations of the text that
+    don't lower the objective. When it gets `late`, the set is completed by the guesses there are, so that what comes
+    back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
     spaces = _spaces(space)
     searches = []
@@ -87,8 +88,8 @@ def _spaces(space: Space) -> list[Space]:
 class _Search:
     """A set that grows and changes, what it costs, and what is known of each unit.
 
-    `rises` is what the objective rose by when a unit was skipped, `falls` what it fell by when it was given back, when
-    that was last evaluated.
+    `rises` is what the objective rose by when a unit was skipped, when that was last evaluated; `falls`, on a part of
+    the text, what it falls by when one is given back.
     """
 
     def __init__(
@@ -116,11 +117,10 @@ class _Search:
         if not units or self.late():
             return
         self.evaluator.stand_on(self.skipped)
-        base = self.evaluator.cost(self.skipped, self.screened)
         for unit in sorted(units, key=self._cheap):
             if self.late():
                 return
-            self.rises[unit] = self._evaluate(self.skipped.union(unit), self.screened) - base
+            self.rises[unit] = self._on_a_part(self.skipped.union(unit))
 
     def settle(self, patience: int) -> None:
         """Grow and refine, in turn, until one of them changes nothing."""
@@ -135,7 +135,7 @@ class _Search:
 
     def go_on_from(self, other: _Search) -> None:
         self.skipped, self.cost = other.skipped, other.cost
-        self.order, self.path, self.falls = [*other.order], [*other.path], {}
+        self.order, self.path = [*other.order], [*other.path]
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -153,19 +153,25 @@ class _Search:
         return self.skipped != before
 
     def refine(self, patience: int) -> bool:
-        """Swap what lowers the objective, until `patience` swaps in a row did not, and say whether any did."""
-        before, failed, tried = self.cost, 0, {self.skipped}
+        """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
+
+        Each swap is tried on a part of the text first: on all of it only what is about as good there.
+        """
+        before, spent, tried = self.cost, 0.0, {self.skipped}
+        self.falls = {}
         self.evaluator.stand_on(self.skipped)
-        while failed < patience and not self.late() and (swap := self._best_swap(tried)):
+        while spent < patience and not self.late() and (swap := self._best_swap(tried)):
             back, unit = swap
             swapped = self.skipped.difference(back).union(unit)
             tried.add(swapped)
-            cost = self._evaluate(swapped)
-            self.rises[unit] = cost - (self.cost - self.falls[back])
-            failed += 1
-            if cost < self.cost:
-                self._swap(back, unit, cost)
-                failed = 0
+            self.rises[unit] = self.falls[back] + self._on_a_part(swapped)
+            spent += self.screened
+            if self.rises[unit] - self.falls[back] <= CLOSE * max(self.cost - self.dense, 0.0):
+                cost = self._evaluate(swapped)
+                spent += 1
+                if cost < self.cost:
+                    self._swap(back, unit, cost)
+                    spent = 0
         return self.cost < before
 
     def _next(self) -> Unit | None:
@@ -195,7 +201,7 @@ class _Search:
         for back in self.space.returns(self.skipped):
             less = self.skipped.difference(back)
             if back not in self.falls:
-                self.falls[back] = self.cost - self._evaluate(less)
+                self.falls[back] = -self._on_a_part(less)
             for unit in self.moves(less):
                 gain = self.falls[back] - self.rises.get(unit, math.inf)
                 swapped = less.union(unit)
@@ -204,12 +210,16 @@ class _Search:
         return best
 
     def _swap(self, back: Unit, unit: Unit, cost: float) -> None:
-        less_cost = self.cost - self.falls[back]
-        self.rises[back], self.falls[unit] = self.falls.pop(back), cost - less_cost
+        self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
         self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
         kept = (tuple(name for name in before if name not in back) for before in self.order)
         self.order = [*filter(None, kept), unit]
         self.evaluator.stand_on(self.skipped)
+
+    def _on_a_part(self, skipped: Skipped) -> float:
+        """How much more than what is skipped now it costs, on a part of the text."""
+        now = self.evaluator.cost(self.skipped, self.screened)
+        return self._evaluate(skipped, self.screened) - now
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
