@@ -234,7 +234,7 @@ def strict_json(content: bytes) -> Any:
 
 
 FREE = {"provenance", "what", "where", "settings", "versions", "machine", "tasks", "about"}  # hold any keys
-ANY_SIGN = re.compile("delta|cosine$|cost$|value|off$|answers|kl")
+ANY_SIGN = re.compile(r"delta|cosine$|cost$|value|off$|answers|kl|^(attn|mlp)\.")  # a time saved is a difference, too
 
 
 def alike(value: Any, model: Any, name: str = "") -> bool:
