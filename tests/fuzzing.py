@@ -277,6 +277,7 @@ def page_is_read(seen: Seen) -> str | None:
 UNREAD = {
     "report": ("scores.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl", "plan_times.jsonl", "answers.jsonl"),
     "compare": ("r/evaluations/", "r/results.jsonl", "r/times.jsonl"),
+    "paper": ("r/answers.jsonl",),
 }
 
 
