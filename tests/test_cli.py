@@ -18,6 +18,7 @@ import typer
 import notall
 from families import family
 from notall import Plan, UsageError, cli
+from notall.choosing import comparison
 from notall.cli import inspecting, measuring
 from notall.cli.inputs import two_texts
 from notall.reporting import extras
@@ -278,6 +279,8 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_pat
         ("lm_eval", ["eval", "--battery", "--out", "OUT"]),
         ("lm_eval", ["search", "--count", "1", "--objective", "kl + task:arc_easy", "-o", "OUT"]),
         ("lm_eval", ["compare", "--tasks", "arc_easy", "-o", "OUT"]),
+        ("scipy", ["search", "--count", "1", "--criterion", "quadratic", "-o", "OUT"]),
+        ("scipy", ["compare", "--criterion", "quadratic", "-o", "OUT"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -288,6 +291,19 @@ def test_an_extra_that_lacks_is_named_before_any_work(run, folder, tmp_path, mon
     assert (code, out) == (2, "")
     assert err == f"error: this needs {lacks}: pip install 'notall[{extras.EXTRAS[lacks]}]'\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lacks", ["scipy", None])
+def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_path, monkeypatch, lacks):
+    def stop(model, questions, *_, **__):
+        raise UsageError(" ".join(question.criterion for question in questions))
+
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
+    monkeypatch.setattr(comparison, "compare_criteria", stop)
+    code, _, err = run("compare", folder, "--budget", "attention:1", "-o", tmp_path / "c", *QUICK)
+    assert code == 2
+    assert "cosine" in err
+    assert ("quadratic" in err) == (not lacks)
 
 
 def test_notall_alone_says_what_to_do_first(run):

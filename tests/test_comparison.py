@@ -76,7 +76,7 @@ def test_each_row_is_its_parts_alone(model, compared):
         assert record.evaluations == evaluator.spent.evaluations
         assert record.provenance.what == ABOUT | {"seed": 0, "fingerprint": locate(model).fingerprint}
         assert record.forwards_in_full == pytest.approx(evaluator.spent.one_by_one / evaluator.forward)
-        if row.criterion in ("greedy", "evolution", "search"):
+        if row.criterion in ("greedy", "evolution", "quadratic", "search"):
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
             assert record.calibration_delta == pytest.approx(rise)
         else:

@@ -325,7 +325,7 @@ def test_every_criterion_keeps_to_its_space(model, name, kind):
 def test_a_limit_on_the_objective_is_kept(model):
     asked = setting(model)
     dense = asked.evaluator.cost(frozenset())
-    for name in ("cosine", "greedy", "search"):
+    for name in ("cosine", "greedy", "quadratic", "search"):
         skipped = choose(name, setting(model), by_limit(asked.space, 0.5)).skipped
         assert asked.evaluator.cost(skipped) - dense <= 0.5
         assert skipped

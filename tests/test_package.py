@@ -17,7 +17,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "pandas", "datasets", "ray", "mkdocs", "playwright")
+OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "pandas", "scipy", "datasets", "ray", "mkdocs", "playwright")
 QUICK = ("--sequences", "1", "--length", "16", "--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32")
 
 

@@ -35,7 +35,7 @@ from .evaluator import Evaluator, Spent
 from .objective import Objective
 from .space import Space, plan_of
 
-DEAR = ("greedy", "evolution")  # criteria that evaluate many times as often as the search
+DEAR = ("greedy", "evolution", "quadratic")  # criteria that evaluate many times as often as the search
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _Choosing:
         )
         chosen, spent = self._answer(question, setting)
         rise = None
-        if one.measured and not one.score:  # known already, so it costs nothing
+        if one.measured and not one.score:  # known already, or one evaluation more
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
         return ChoiceRecord(
             criterion=question.criterion,
@@ -230,6 +230,7 @@ def _guess(question: Question) -> float:
         "leave-one-out": units / 2,
         "greedy": units * question.count / 2,
         "evolution": 150,
+        "quadratic": units**2 / 24,
         "search": 2 * question.count + 20,
     }
     return guesses.get(question.criterion, 1.0)

@@ -11,7 +11,7 @@ import typer
 
 from ..records.columns import Row
 from ..reporting.console import show
-from ..reporting.extras import FIGURES, need
+from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
 from .inputs import (
@@ -154,10 +154,12 @@ def search(
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim
+    from ..choosing.criteria import criterion as criterion_of
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
 
+    need(*criterion_of(criterion).needs)
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
     net, tokenizer = load_model(
@@ -270,6 +272,7 @@ def compare(
 ) -> None:
     """Compare ways to choose, on held-out text: criteria x budgets, with what each cost to find.
 
+    The criterion `quadratic` needs the extra `solver`; without it, the others are compared.
     Interrupted, the same command goes on where it stopped.
     """
     if tasks or any("task:" in one for one in objective or ()):
@@ -277,11 +280,14 @@ def compare(
     from ..choosing import comparison
     from ..choosing.answer_objectives import build_objective
     from ..choosing.criteria import CRITERIA
+    from ..choosing.criteria import criterion as criterion_of
     from ..measuring.plan_times import Timed
     from ..records.comparison import columns_of, with_tasks
     from ..records.ledger import refuse_foreign
     from ..reporting.comparison_files import write_comparison
 
+    asked_for = criterion or [name for name, one in CRITERIA.items() if installed(*one.needs)]
+    need(*(module for name in asked_for for module in criterion_of(name).needs))
     refuse_foreign(out, "compare")
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
@@ -294,7 +300,7 @@ def compare(
     with progress_bar() as progress:
         records = comparison.compare_criteria(
             net,
-            comparison.questions_of(criterion or list(CRITERIA), list(aims), spaces),
+            comparison.questions_of(asked_for, list(aims), spaces),
             aims,
             others,
             out,

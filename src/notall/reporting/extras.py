@@ -14,6 +14,7 @@ EXTRAS = {
     "lm_eval": "eval",
     "pandas": "eval",
     "tabulate": "eval",
+    "scipy": "solver",
 }
 FIGURES = ("altair", "vl_convert")
 

@@ -14,6 +14,7 @@ from .features import choose_angular, score_cosine, score_relative_magnitude
 from .gradients import score_first_order, score_fisher
 from .losses import choose_greedily, score_leave_one_out
 from .position import score_deepest, score_random, score_shallowest
+from .quadratic import choose_quadratic
 from .setting import Chosen, Setting, UnitScores, take
 from .weights import score_gate_norm
 
@@ -31,7 +32,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective."""
+    """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective.
+
+    `needs` names modules that an extra brings.
+    """
 
     name: str
     description: str
@@ -39,6 +43,7 @@ class Criterion:
     choose: Callable[[Setting, Budget], Chosen] | None = None
     measured: bool = False
     kinds: tuple[UnitKind, ...] = UNIT_KINDS
+    needs: tuple[str, ...] = ()
 
 
 def choose_by_search(setting: Setting, budget: Budget) -> Chosen:
@@ -68,6 +73,13 @@ _ALL = (
     Criterion("leave-one-out", "the objective without each one alone", score_leave_one_out, measured=True),
     Criterion("greedy", "the objective, step by step (SLEB, BlockPruner, FinerCut)", None, choose_greedily, True),
     Criterion("evolution", "sets that swap and are selected (EvoPress 2410.14649)", None, choose_by_evolution, True),
+    Criterion(
+        "quadratic",
+        "effects of one and of two, the least sum (after 2602.00161; extra: solver)",
+        choose=choose_quadratic,
+        measured=True,
+        needs=("scipy",),
+    ),
     Criterion("search", "lazy greedy, refined by swaps", None, choose_by_search, True),
 )
 CRITERIA = {one.name: one for one in _ALL}
