@@ -28,6 +28,7 @@ from notall.models import cache as caching
 from notall.models import gguf_copies
 from notall.models import loading as models
 from notall.models.texts import read_text
+from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -562,6 +563,14 @@ def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path, way):
     target.replace(file)
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (date.st_size, date.st_mtime_ns)
     assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_anything_runs(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "tiny")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": {}}))
+    with pytest.raises(UsageError, match=r"cannot load .*'>' not supported .*; check its files"):
+        models.load(folder)
 
 
 # --- the default model ---

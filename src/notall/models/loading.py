@@ -61,6 +61,7 @@ def load(
         _check_config(spec, source, options)
         with quiet(progress=not isinstance(source, Path)):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=resolve_dtype(dtype, place),
