@@ -1,8 +1,10 @@
 """What a user did wrong, said in one line."""
 
 import difflib
+import traceback
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -18,6 +20,12 @@ class UnsupportedModel(UsageError):
 
 class UnknownArchitecture(UsageError):
     """An engine has no code for this architecture at all, whatever its files hold."""
+
+
+def raised_in(package: str, error: BaseException) -> bool:
+    """Whether `error` comes out of the code of `package`, and not out of what that called."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return package in Path(frame.filename).parts
 
 
 def nearest(word: object, names: Sequence[str]) -> str:

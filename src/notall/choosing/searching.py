@@ -21,8 +21,10 @@ from .space import Skipped, Space, Unit
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 8
-CLOSE = 0.02  # of what skipping costs: nearer than this, a part of the text cannot tell what is better
+LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all of it
 RECHECKS = 3.5  # evaluations a step, to guess the time left
+
+Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
 @dataclass(frozen=True)
@@ -155,24 +157,39 @@ class _Search:
     def refine(self, patience: int) -> bool:
         """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
 
-        Each swap is tried on a part of the text first: on all of it only what is about as good there.
+        Swaps are tried on a part of the text, `LOOKS` at a time, and of those that were the best on all of it.
         """
         before, spent, tried = self.cost, 0.0, {self.skipped}
+        guesses: dict[Swap, float] = {}
         self.falls = {}
         self.evaluator.stand_on(self.skipped)
-        while spent < patience and not self.late() and (swap := self._best_swap(tried)):
+        while spent < patience and not self.late():
+            known = len(guesses)
+            self._look(guesses, tried)
+            spent += (len(guesses) - known) * self.screened + 1
+            if not guesses:
+                break
+            back, unit = min(guesses, key=guesses.__getitem__)
+            del guesses[back, unit]
+            cost = self._evaluate(self.skipped.difference(back).union(unit))
+            if cost < self.cost:
+                self._swap(back, unit, cost)
+                guesses, spent = {}, 0.0
+        return self.cost < before
+
+    def _look(self, guesses: dict[Swap, float], tried: set[Skipped]) -> None:
+        """Try a few swaps on a part of the text, until one gains there."""
+        for _ in range(LOOKS):
+            swap = None if self.late() else self._best_swap(tried)
+            if swap is None:
+                return
             back, unit = swap
             swapped = self.skipped.difference(back).union(unit)
             tried.add(swapped)
-            self.rises[unit] = self.falls[back] + self._on_a_part(swapped)
-            spent += self.screened
-            if self.rises[unit] - self.falls[back] <= CLOSE * max(self.cost - self.dense, 0.0):
-                cost = self._evaluate(swapped)
-                spent += 1
-                if cost < self.cost:
-                    self._swap(back, unit, cost)
-                    spent = 0
-        return self.cost < before
+            guesses[swap] = more = self._on_a_part(swapped)
+            self.rises[unit] = self.falls[back] + more
+            if more < 0:
+                return
 
     def _next(self) -> Unit | None:
         """The unit that is worth most, known on top of what is skipped now; a guess when it is late."""
@@ -194,7 +211,7 @@ class _Search:
             return (math.inf if self.late() else -math.inf), self._cheap(unit)
         return self.budget.rate(unit, self.rises[unit], self.skipped), self._cheap(unit)
 
-    def _best_swap(self, tried: set[Skipped]) -> tuple[Unit, Unit] | None:
+    def _best_swap(self, tried: set[Skipped]) -> Swap | None:
         """What to give back and what to skip for it, of what was not tried, by the guesses there are."""
         best, best_gain = None, -math.inf
         enough = min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9))

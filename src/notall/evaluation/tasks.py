@@ -198,6 +198,7 @@ def no_bars() -> Iterator[None]:
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
     said = " ".join(str(cause).split()) or type(cause).__name__
-    if len(said) > 200:
-        said = f"{said[:200]}…"
-    return f"cannot build the requests of {name}: {said}; check its data (a network, or its files), examples and limit"
+    return (
+        f"cannot build the requests of {name}: {shortened(said, 160)}; check its data (a network, or its files), "
+        "examples and limit"
+    )

@@ -10,12 +10,18 @@ Item = TypeVar("Item")
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error (sample standard deviation / sqrt(n)); the error of one value is nan."""
+    """The mean, and its standard error (sample standard deviation / sqrt(n)); the error of one value is nan.
+
+    Where sums overflow both are infinite.
+    """
     n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    try:
+        mean = math.fsum(values) / n
+        if n < 2:
+            return mean, math.nan
+        variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    except OverflowError:
+        return math.inf, math.inf
     return mean, math.sqrt(variance / n)
 
 

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, raised_in, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
 from ..records.plan import Plan
@@ -44,7 +45,8 @@ def generate_text(
     torch.manual_seed(seed)
     skipping = skip(model, plan) if plan else nullcontext()  # without a plan any model runs, an export too
     with skipping, torch.inference_mode():
-        tokens = model.generate(
+        tokens = _generate(
+            model,
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -54,6 +56,19 @@ def generate_text(
         )
     new = tokens[0, ids.shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Raises `UsageError` for what transformers cannot do with the model's own generation_config.json."""
+    try:
+        return model.generate(ids, **options)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if not raised_in("transformers", error):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"cannot generate: {shortened(said, 160)}; check the model's generation_config.json"
+        ) from error
 
 
 def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
@@ -83,7 +98,7 @@ def continue_prompts(
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     padding = next(token for token in ends if token is not None)
     with skip(model, plan), torch.inference_mode():
-        tokens = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
+        tokens = _generate(
+            model, ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
         )
     return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in tokens]
