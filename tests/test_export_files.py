@@ -135,6 +135,8 @@ def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
     assert held.keys() == whole.keys()
     assert all(torch.equal(held[name], whole[name]) for name in whole)
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+    sizes = [[held[name].nbytes for name, where in index["weight_map"].items() if where == s.name] for s in shards]
+    assert all(sum(each) <= 20_000 or len(each) == 1 for each in sizes)
 
 
 def test_a_sharded_model_is_read(dense, tmp_path):
