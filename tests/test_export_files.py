@@ -119,6 +119,7 @@ def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path)
     assert "| rounds | 5 |" in card
     assert "| attention | 0, 3 |" in card
     assert str(dense.parent) not in card + (out / "notall.json").read_text()
+    assert "base_model" not in card  # of a folder: its name would link to someone else's model
 
 
 def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
