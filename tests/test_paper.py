@@ -62,8 +62,8 @@ def board(shares):
     return Scoreboard(records)
 
 
-def timed(key, prefill, decode, prompt=128):
-    row = {"prompt_tokens": prompt, "batch_size": 1, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
+def timed(key, prefill, decode, prompt=128, batch=1):
+    row = {"prompt_tokens": prompt, "batch_size": batch, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
     for name, value in (("prefill", prefill), ("decode", decode)):
         row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
     return TimesRecord.model_construct(prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, **row)
@@ -179,12 +179,13 @@ def test_claims_about_similarity():
     assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["within error"] * 2
 
 
-def test_claims_about_time_are_judged_at_the_longest_prompt():
-    def grid(attention, mlp, block, prompt):
+def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_batch():
+    def grid(attention, mlp, block, *size):
         cells = {("attention", 0.33, False): attention, ("mlp", 0.33, False): mlp, ("block", 0.33, False): block}
-        return [timed(KEYS[0], 1, 1, prompt), *(timed(key, value, value, prompt) for key, value in cells.items())]
+        return [timed(KEYS[0], 1, 1, *size), *(timed(key, value, value, *size) for key, value in cells.items())]
 
-    found = claims_of([], None, [*grid(1.0, 2.0, 1.0, 128), *grid(1.3, 1.1, 1.12, 512)])
+    others = [*grid(1.0, 2.0, 1.0, 128), *grid(1.0, 2.0, 1.0, 512, 8)]
+    found = claims_of([], None, [*others, *grid(1.3, 1.1, 1.12, 512)])
     assert [claim.verdict for claim in found] == ["holds", "holds", "within error"] * 2
     found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
     assert {claim.verdict for claim in found} == {"does not hold"}
