@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -255,13 +256,14 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     assert nothing_left(tmp_path)
 
 
-def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [1e-3, math.nan])
+def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch, more):
     load = verification._load
 
     def bent(loader, folder, trusted):
         model = load(loader, folder, trusted)
         if folder != dense:
-            model.model.norm.weight.data += 1e-3
+            model.model.norm.weight.data += more
         return model
 
     monkeypatch.setattr(verification, "_load", bent)
