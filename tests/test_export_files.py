@@ -202,6 +202,14 @@ def test_lists_by_layer_are_cut_with_the_layers(name, tmp_path):
             assert found[key] == [dense[0], *dense[2:]]
 
 
+@pytest.mark.parametrize(("skipped", "leading"), [(0, 0), (1, 1), (2, 1)])
+def test_leading_layers_without_experts_are_counted_again(skipped, leading, tmp_path):
+    model = family("glm4_moe").build()
+    assert model.config.first_k_dense_replace == 1
+    out = export(model, Plan([skipped], [skipped]), "hf", tmp_path / "out", verify=False)
+    assert json.loads((out / "config.json").read_text())["first_k_dense_replace"] == leading
+
+
 def test_a_refused_upload_leaves_the_files_and_says_what_to_do(dense, tmp_path):
     with pytest.raises(UsageError, match="hf upload me/tiny"):  # the hub is offline here
         export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
