@@ -13,7 +13,7 @@ import pytest
 import result_folders
 from notall.cli import columns as lists
 from notall.evaluation.paper import claims
-from notall.records.columns import Column, as_csv, as_markdown, given, legend, magnitude, plain, with_error
+from notall.records.columns import Column, as_csv, as_markdown, given, legend, magnitude, plain, with_error, with_spread
 from notall.records.comparison import columns_of, with_tasks
 from notall.records.kinds import KINDS
 from notall.records.record import Fields
@@ -120,6 +120,11 @@ def test_the_readme_shows_the_headings_of_a_sweep():
     assert {"skipped", "NLL added", "decode speedup", "perplexity"} <= set(headings)
     columns = [column for column in SweepRecord.columns if column.heading in headings]
     assert readme.partition(table)[2].strip().startswith(legend(columns))
+
+
+def test_quartiles_are_written_from_the_low_to_the_high():
+    record = {"speedup_decode": 1.25, "speedup_decode_low": 1.0, "speedup_decode_high": 1.5}
+    assert with_spread("speedup_decode", "decode", ".2f").text(record) == "1.25 [1.00, 1.50]"
 
 
 def test_a_perplexity_can_be_read_however_large():

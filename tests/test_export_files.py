@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -119,6 +120,7 @@ def test_the_card_keeps_the_licence_and_shows_what_was_measured(dense, tmp_path)
     assert "| rounds | 5 |" in card
     assert "| attention | 0, 3 |" in card
     assert str(dense.parent) not in card + (out / "notall.json").read_text()
+    assert "base_model" not in card  # of a folder: its name would link to someone else's model
 
 
 def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
@@ -135,6 +137,8 @@ def test_shards_are_indexed_and_hold_the_same(dense, tmp_path):
     assert held.keys() == whole.keys()
     assert all(torch.equal(held[name], whole[name]) for name in whole)
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+    sizes = [[held[name].nbytes for name, where in index["weight_map"].items() if where == s.name] for s in shards]
+    assert all(sum(each) <= 20_000 or len(each) == 1 for each in sizes)
 
 
 def test_a_sharded_model_is_read(dense, tmp_path):
@@ -198,6 +202,14 @@ def test_lists_by_layer_are_cut_with_the_layers(name, tmp_path):
             assert found[key] == [dense[0], *dense[2:]]
 
 
+@pytest.mark.parametrize(("skipped", "leading"), [(0, 0), (1, 1), (2, 1)])
+def test_leading_layers_without_experts_are_counted_again(skipped, leading, tmp_path):
+    model = family("glm4_moe").build()
+    assert model.config.first_k_dense_replace == 1
+    out = export(model, Plan([skipped], [skipped]), "hf", tmp_path / "out", verify=False)
+    assert json.loads((out / "config.json").read_text())["first_k_dense_replace"] == leading
+
+
 def test_a_refused_upload_leaves_the_files_and_says_what_to_do(dense, tmp_path):
     with pytest.raises(UsageError, match="hf upload me/tiny"):  # the hub is offline here
         export(dense, BLOCK, "hf", tmp_path / "out", push_to_hub="me/tiny")
@@ -252,13 +264,14 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     assert nothing_left(tmp_path)
 
 
-def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [1e-3, math.nan])
+def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch, more):
     load = verification._load
 
     def bent(loader, folder, trusted):
         model = load(loader, folder, trusted)
         if folder != dense:
-            model.model.norm.weight.data += 1e-3
+            model.model.norm.weight.data += more
         return model
 
     monkeypatch.setattr(verification, "_load", bent)

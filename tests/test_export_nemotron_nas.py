@@ -61,6 +61,16 @@ def test_blocks_say_what_they_lack(tmp_path):
     assert "model.layers.1.post_attention_layernorm.weight" not in weights
 
 
+def test_a_rope_base_that_llamas_config_leaves_out_is_written(tmp_path):
+    """Its default is 10,000; DeciLM's is another."""
+    family("llama").build().save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if not name.startswith("rope_")}))
+    out = export(tmp_path / "dense", MIXED, "nemotron-nas", tmp_path / "out", verify=False)
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == 10_000.0
+
+
 def test_narrow_mlps_are_padded_with_zeros(tmp_path):
     model = family("llama").build()  # 48 wide
     weights = load_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_a_chat_template_is_what_the_model_reads(model, tokenizer):
     tokenizer.chat_template = None
     assert said == generate_text(model, tokenizer, PLAN, "<s>user: the river</s>", max_new_tokens=NEW)
     assert said != generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)
+
+
+def test_a_chat_begins_with_the_bos_of_its_template_and_no_other(model):
+    tokenizer, read = byte_tokenizer(adds_bos=True), []
+    streamer = SimpleNamespace(put=read.append, end=lambda: None)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    for chat in (True, False):
+        generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=1, chat=chat, streamer=streamer)
+        assert read[0].flatten().tolist() == tokenizer("the river")["input_ids"]
+        read.clear()
 
 
 def test_an_empty_chat_template_leaves_no_prompt(model, tokenizer):

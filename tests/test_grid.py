@@ -51,6 +51,13 @@ def test_the_papers_nineteen_configurations(model, swept):
         assert record.plan.indices["mlp"] == (window if record.variant != "attention" else [])
 
 
+def test_examples_are_of_what_loses_least_of_each_variant(swept):
+    records = [swept[1][1].model_copy(update={"nll": None}), *swept[1]]  # a loss beyond all numbers comes last
+    best = {record.variant: record.nll for record in grid._least_lost(records)}
+    assert best == {name: min(r.nll for r in swept[1] if r.variant == name) for name in best}
+    assert len(best) == 4
+
+
 @torch.no_grad()
 def test_every_line_equals_its_slow_twin(model, swept):
     """The plain model, uncached, with the contributions of the skipped sublayers silenced."""

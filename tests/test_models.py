@@ -27,6 +27,7 @@ from notall.errors import UsageError
 from notall.models import cache as caching
 from notall.models import gguf_copies
 from notall.models import loading as models
+from notall.models.load_errors import check_weights
 from notall.models.texts import read_text
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
@@ -198,6 +199,19 @@ def test_a_missing_shard_is_named_and_is_no_pickle(folder):
     assert victim.name in said
     assert "a file is missing; fetch or save the model again" in said
     assert "pickle" not in said
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [{"missing_keys": {"head.weight"}}, {"mismatched_keys": {("head.weight", torch.Size([2]), torch.Size([3]))}}],
+    ids=["absent", "of another shape"],
+)
+def test_what_transformers_would_make_up_is_refused_where_it_only_reports_it(lacking):
+    report = {"missing_keys": set(), "mismatched_keys": set(), "unexpected_keys": set()}
+    check_weights("tiny", report)
+    said = refused(check_weights, "tiny", report | lacking)
+    assert "tiny lacks weights (1, first" in said
+    assert "head.weight" in said
 
 
 @pytest.mark.parametrize(

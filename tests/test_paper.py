@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
@@ -16,14 +17,17 @@ if importlib.util.find_spec("lm_eval") is None:
 
 import forked
 from notall import Plan, UsageError, cli, locate
+from notall.evaluation.battery import Check
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
 from notall.evaluation.paper.claims import claims_of
 from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
 from notall.evaluation.paper.times import time_grid
+from notall.progress import silent
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from notall.records.provenance import Provenance
 from notall.records.similarity import SimilarityRecord
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
@@ -58,8 +62,8 @@ def board(shares):
     return Scoreboard(records)
 
 
-def timed(key, prefill, decode, prompt=128):
-    row = {"prompt_tokens": prompt, "batch_size": 1, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
+def timed(key, prefill, decode, prompt=128, batch=1):
+    row = {"prompt_tokens": prompt, "batch_size": batch, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
     for name, value in (("prefill", prefill), ("decode", decode)):
         row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
     return TimesRecord.model_construct(prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, **row)
@@ -175,12 +179,13 @@ def test_claims_about_similarity():
     assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["within error"] * 2
 
 
-def test_claims_about_time_are_judged_at_the_longest_prompt():
-    def grid(attention, mlp, block, prompt):
+def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_batch():
+    def grid(attention, mlp, block, *size):
         cells = {("attention", 0.33, False): attention, ("mlp", 0.33, False): mlp, ("block", 0.33, False): block}
-        return [timed(KEYS[0], 1, 1, prompt), *(timed(key, value, value, prompt) for key, value in cells.items())]
+        return [timed(KEYS[0], 1, 1, *size), *(timed(key, value, value, *size) for key, value in cells.items())]
 
-    found = claims_of([], None, [*grid(1.0, 2.0, 1.0, 128), *grid(1.3, 1.1, 1.12, 512)])
+    others = [*grid(1.0, 2.0, 1.0, 128), *grid(1.0, 2.0, 1.0, 512, 8)]
+    found = claims_of([], None, [*others, *grid(1.3, 1.1, 1.12, 512)])
     assert [claim.verdict for claim in found] == ["holds", "holds", "within error"] * 2
     found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
     assert {claim.verdict for claim in found} == {"does not hold"}
@@ -251,6 +256,22 @@ def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
     with pytest.raises(UsageError, match="one sequence"):
         time_grid(model, rows, tmp_path / "b", ABOUT, prompts=(4,), new_tokens=1, rounds=1)
+
+
+# --- the battery ------------------------------------------------------------------------------------------------------
+
+
+def test_each_check_of_the_battery_is_of_its_own_row(model, tmp_path, monkeypatch):
+    def attentions(model, tokenizer, plans, windows, *, parts, seed):
+        return [Check("attentions", number, sum(p.attention), 0, 0, 0, 1, None) for number, p in enumerate(plans)]
+
+    monkeypatch.setattr(running, "run_battery", attentions)
+    rows, windows = paper_grid(locate(model))[1:], [torch.zeros(1, 8)]
+    records = running._battery(model, None, rows, windows, tmp_path, Provenance.of(ABOUT), 0, silent)
+    assert len(records) == 3 * len(rows)
+    assert len({record.value for record in records}) > 2
+    for record in records:
+        assert record.value == sum(record.plan.attention)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -194,6 +194,13 @@ def test_module_that_scales_the_stream_it_is_given() -> None:
         locate(model)
 
 
+def test_a_layer_that_answers_no_number_is_not_proved() -> None:
+    model = family("llama").build()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UnsupportedModel, match=r"layer 1 .* differs from its recomposition by nan"):
+        locate(model)
+
+
 def test_model_without_a_list_of_layers() -> None:
     model = family("llama").build()
     model.model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.model.layers)})

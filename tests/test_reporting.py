@@ -110,6 +110,14 @@ def test_the_table_says_and_sorts_by_the_records():
     assert copied[2]["skipped"] == "attn.8"
 
 
+def test_a_sweep_begins_with_the_plan_that_loses_least(folder):
+    read = read_folder(folder)
+    losses = [record["delta_nll"] for record in read.records if record["variant"] != "dense"]
+    assert read.records[first_plan(read)]["delta_nll"] == min(losses) < max(losses)
+    cards = {card.title: card.figure for card in findings_of(read)}
+    assert cards["Loses least"] == f"{min(losses):+.2f}" != f"{max(losses):+.2f}"
+
+
 def test_files_of_other_commands_become_tables_as_they_are():
     rows = [{"criterion": "cosine", "lost": 0.25, "plan": {"mlp": [1]}}, {"criterion": "kl", "cost": 3}]
     table = foreign_table("front", rows)

@@ -238,6 +238,8 @@ def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
     assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
     with pytest.raises(UsageError, match=r"holds results of another seed \(0, not 1\); choose another --out"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
+    with pytest.raises(UsageError, match=r"holds results of another length \(None, not 8\)"):
+        Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0, "length": 8}))
     lines.append(tmp_path / SweepRecord.file, {n: v for n, v in RECORD.items() if n != "provenance"})
     with pytest.raises(UsageError, match="does not say where it comes from; delete its line, or choose another folder"):
         Ledger(tmp_path, SweepRecord, about)

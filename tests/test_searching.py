@@ -121,6 +121,27 @@ def test_a_portable_set_is_no_worse_than_whole_blocks(model):
     assert better
 
 
+def test_where_whole_blocks_are_better_each_of_them_is_given_back_anew(model, monkeypatch):
+    """What it gained to give a pair back is of the set that is left, not of the one that the search goes on from."""
+    space, wanted, known = Space(locate(model), portable=True), set(), 0
+
+    def noting(self, other, go_on_from=searching._Search.go_on_from):
+        nonlocal wanted, known
+        units = space.returns(other.skipped)
+        wanted = {other.skipped.difference(unit) for unit in units}
+        known += len(self.falls.keys() & units)
+        go_on_from(self, other)
+        self.evaluator.asked.clear()
+
+    monkeypatch.setattr(searching._Search, "go_on_from", noting)
+    for seed in range(12):
+        table = Table(space, seed, 1.0, forgiving=True)
+        search(space, by_count(space, 6), table)
+        assert wanted <= {*table.asked}
+        wanted = set()
+    assert known
+
+
 def test_late_among_the_blocks_it_keeps_the_set_that_it_knows(model, monkeypatch):
     class Misleading(Table):
         def cost(self, skipped, share=1.0):

@@ -173,6 +173,7 @@ def test_a_static_cache_that_generate_kept_is_not_used_for_another_plan(model):
             IDS, max_new_tokens=4, do_sample=False, cache_implementation="static",
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
+        assert len(out.past_key_values.layers) == len(model.model.layers)
         return torch.stack(out.logits)
 
     dense = generated()
