@@ -1,4 +1,4 @@
-"""What more patience buys: what the search loses, and what it takes, when it ends after 0, 8 or 24 swaps in vain.
+"""What more patience buys: what the search loses, and what it takes, when it ends after 0, 8, 12 or 24 evaluations in vain.
 
     python benchmarks/choosing/patience.py --data DATA   # an hour on one core
 
@@ -24,8 +24,16 @@ from notall.models.texts import read_text, token_batches
 from notall.records.columns import number, plain, with_error
 from notall.reporting.console import show
 
-PATIENCES = (0, 8, 24)
-BUDGETS = (("attention", 4), ("attention", 8), ("block", 4), ("portable", 4), ("portable", 8), ("sublayer", 16))
+PATIENCES = (0, 8, 12, 24)
+BUDGETS = (
+    ("attention", 4),
+    ("attention", 8),
+    ("block", 4),
+    ("block", 6),
+    ("portable", 4),
+    ("portable", 8),
+    ("sublayer", 16),
+)
 
 
 def searched(model: Any, space: Space, count: int, train: list[Tensor], test: list[Tensor]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from .evaluator import Evaluator
 from .space import Skipped, Space, Unit
 
 SCREENED = 0.25  # the share of the text that guesses are made on
-PATIENCE = 8
+PATIENCE = 12
 LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all of it
 RECHECKS = 3.5  # evaluations a step, to guess the time left
 

@@ -126,7 +126,7 @@ def search(
     task_path: TaskPath = None,
     task_limit: TaskLimit = 100,
     max_minutes: Annotated[float | None, typer.Option(help="take the best there is after so many minutes")] = None,
-    patience: Annotated[int, typer.Option(min=0, help="evaluations that bring nothing, before it ends")] = 8,
+    patience: Annotated[int, typer.Option(min=0, help="evaluations that bring nothing, before it ends")] = 12,
     front: Annotated[
         bool, typer.Option("--front", help="draw the trade-off up to this plan, by other criteria too")
     ] = False,
