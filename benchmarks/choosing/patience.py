@@ -1,4 +1,4 @@
-"""What more patience buys: what the search loses, and what it takes, when it ends after 0, 8, 12 or 24 evaluations in vain.
+"""What more patience buys: what the search loses, and what it takes, by how many evaluations in vain end it.
 
     python benchmarks/choosing/patience.py --data DATA   # an hour on one core
 
