@@ -172,8 +172,7 @@ def search(
     budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
     build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
     objective_of_it = build(objective or aim, net, tokenizer, batches)
-    others: list[Any] = []
-    measured_on: dict[str, str] = {}
+    others, measured_on = list[Any](), dict[str, str]()
     if held_out:
         others, other = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
         measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]}
