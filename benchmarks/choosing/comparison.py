@@ -1,7 +1,8 @@
-"""Every criterion on the default model, at every budget, by several objectives, texts and sizes: one resumable command.
+"""Every criterion on a model, at every budget, by several objectives, texts and sizes: one resumable command.
 
     python benchmarks/choosing/comparison.py --data DATA          # under three hours on 2 cores with AMX, five without
     python benchmarks/choosing/comparison.py --data DATA --quick  # a look, under a quarter of an hour on one core
+    python benchmarks/choosing/comparison.py --data DATA --model GGUF --name "Gemma 3 270M" --out results/gemma
 
 DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `make_tasks.py`,
 which writes the multiple-choice tasks; see benchmarks/README.md. Results, table and front land in --out.
@@ -28,6 +29,7 @@ from notall.models.texts import read_text, token_batches
 from notall.reporting.comparison_files import write_comparison
 from notall.reporting.progress_bars import progress_bar
 
+BLOCKS = 30
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
 
 
@@ -35,8 +37,8 @@ ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order"
 class Sizes:
     """What is compared, on how much: `sequences` and `held_out` are of `length` tokens each.
 
-    `special` are rows of a criterion, an aim, a space and a count; `other` are sequences and tokens each of the aims
-    "nll, less text" and so on.
+    Budgets are of a model of 30 blocks: of another the nearest shares. `special` are rows of a criterion, an aim, a
+    space and a count; `other` are sequences and tokens each of the aims "nll, less text" and so on.
     """
 
     length: int
@@ -86,15 +88,22 @@ def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Question]:
     """One-shot criteria, losses one by one and the search by KL and by NLL at every budget, and what is special."""
     spaces = {"portable": Space(anatomy, portable=True)}
     spaces |= {kind: Space(anatomy, kind) for kind in get_args(UnitKind)}
-    by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out")] + [("search", "kl"), ("search", "nll")]
+    by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out", "quadratic")]
+    by += [("search", "kl"), ("search", "nll")]
+
+    def share(name: str, count: int) -> int:
+        step = 2 if name == "portable" else 1
+        return max(1, round(count * len(anatomy.blocks) / BLOCKS / step)) * step
+
     found = [
-        Question(criterion, aim, spaces[name], count)
+        Question(criterion, aim, spaces[name], share(name, count))
         for name, counts in sizes.budgets.items()
         for criterion, aim in by
         for count in counts
         if suits(criterion, spaces[name])
     ]
-    return found + [Question(criterion, aim, spaces[name], count) for criterion, aim, name, count in sizes.special]
+    special = [Question(by, aim, spaces[name], share(name, count)) for by, aim, name, count in sizes.special]
+    return found + special
 
 
 def aims(
@@ -133,6 +142,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, default=Path("../shared/data"))
     options.add_argument("--out", type=Path, default=None)
+    options.add_argument("--model", default="smollm2")
+    options.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--quick", action="store_true")
     arguments = options.parse_args()
@@ -140,7 +151,7 @@ def main() -> None:
         sys.exit(f"skipped: no folder {arguments.data} with texts and tasks; give one with --data")
     sizes = QUICK if arguments.quick else FULL
     out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
-    model, tokenizer = notall.load(dtype=arguments.dtype)
+    model, tokenizer = notall.load(arguments.model, dtype=arguments.dtype)
     task_path = None
     if sizes.tasks:
         task_path = out / "task-files"
@@ -148,7 +159,7 @@ def main() -> None:
     asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
     held_out = token_batches(tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2)
-    about = provenance_of(model, "smollm2", None, calibration="WikiText-2 train", held_out=text.name)
+    about = provenance_of(model, arguments.model, None, calibration="WikiText-2 train", held_out=text.name)
     with progress_bar() as progress:
         records = compare_criteria(
             model,
@@ -161,7 +172,7 @@ def main() -> None:
             timed=Timed(rounds=sizes.rounds) if sizes.rounds else None,
             progress=progress,
         )
-    write_comparison(records, out, "NLL added on WikiText-2 test by what is skipped, SmolLM2-135M-Instruct")
+    write_comparison(records, out, f"NLL added on WikiText-2 test by what is skipped, {arguments.name}")
     print((out / "table.md").read_text())
 
 

@@ -1,0 +1,98 @@
+"""KL or NLL? What sets lose that the search chose by each, on little and on more of two texts, measured on both texts.
+
+    python benchmarks/choosing/objectives.py --data DATA --out results/objectives
+    python benchmarks/choosing/objectives.py --data DATA --out results/objectives-gemma --model GGUF
+
+DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt` and `wikitext2/wiki.test.raw`. What is measured on
+comes from other articles than what is chosen by. Evaluations are kept in --out: run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import notall
+from notall.choosing.budget import by_count
+from notall.choosing.choice import choose_plan
+from notall.choosing.objective import kl, mix, nll
+from notall.choosing.space import Space, UnitKind
+from notall.measuring.quality import evaluate
+from notall.measuring.speed import machine
+from notall.models.texts import read_text, token_batches
+from notall.records.columns import number, plain, with_error
+from notall.reporting.console import show
+
+LENGTH = 256
+SIZES = (4, 16, 64)  # sequences to choose by
+BUDGETS: tuple[tuple[UnitKind, float], ...] = (("attention", 0.27), ("block", 0.14))
+OBJECTIVES = {"kl": kl, "nll": nll, "kl + nll": lambda batches: mix([kl(batches), nll(batches)])}
+
+
+def texts(tokenizer: Any, data: Path, held_out: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Of each text what is chosen by, as much as the largest size takes, and what is measured on."""
+    wiki = read_text(data / "wikitext2/wiki.train.first1MB.txt"), read_text(data / "wikitext2/wiki.test.raw")
+    both = token_batches(
+        tokenizer, read_text(data / "c4/sample300.jsonl"), sequences=max(SIZES) + held_out, length=LENGTH, batch_size=1
+    )
+    chosen_by, measured = (
+        token_batches(tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1)
+        for text, sequences in zip(wiki, (max(SIZES), held_out))
+    )
+    return {"WikiText-2": (chosen_by, measured), "C4": (both[: max(SIZES)], both[max(SIZES) :])}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, default=Path("../shared/data"))
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--model", default="smollm2")
+    options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--held-out", type=int, default=64, help=f"sequences of {LENGTH} tokens of each text")
+    options.add_argument("--threads", type=int, default=1)
+    asked = options.parse_args()
+    if not asked.data.is_dir():
+        sys.exit(f"skipped: no folder {asked.data} with texts; give one with --data")
+    torch.set_num_threads(asked.threads)
+    model, tokenizer = notall.load(asked.model, dtype=asked.dtype)
+    by_name = texts(tokenizer, asked.data, asked.held_out)
+    rows = []
+    for kind, share in BUDGETS:
+        space = Space(notall.locate(model), kind)
+        budget = by_count(space, share)
+        for text, (batches, _) in by_name.items():
+            for size in SIZES:
+                for name, objective in OBJECTIVES.items():
+                    folder = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
+                    some = batches[:size]
+                    found = choose_plan(model, "search", space, budget, some, objective(some), folder=folder)
+                    row: dict[str, Any] = {
+                        "skip": budget.description,
+                        "text": text,
+                        "tokens": size * LENGTH,
+                        "by": name,
+                    }
+                    for other, (_, measured) in by_name.items():
+                        (quality,) = evaluate(model, [found.plan], measured)
+                        row |= {f"{other} nll": quality.delta_nll, f"{other} nll_se": quality.delta_nll_se}
+                        row |= {f"{other} kl": quality.kl, f"{other} kl_se": quality.kl_se}
+                    rows.append(row | {"forwards": found.forwards, "plan": str(found.plan)})
+                    print(*rows[-1].values(), flush=True)
+    about = machine(model.device)
+    print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
+    measures = [with_error(f"{text} {what}", f"{text}, {told}", ".3f")
+                for text in by_name for what, told in (("nll", "NLL added"), ("kl", "KL"))]  # fmt: skip
+    columns = [plain("skip"), plain("text", "chosen by"), number("tokens", "tokens", ","), plain("by"), *measures,
+               number("forwards", "forward passes", ".1f")]  # fmt: skip
+    show(
+        rows, columns, title=f"What is lost on {asked.held_out * LENGTH:,} held-out tokens of each text, {asked.model}"
+    )
+
+
+if __name__ == "__main__":
+    main()
