@@ -6,6 +6,7 @@ read off transformers' sources by hand: the tests silence these to make the slow
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -365,6 +366,7 @@ def structure(family: Family) -> Any:
     return str(facts), str(getattr(config, "layer_types", None)), family.auto
 
 
+@functools.cache
 def representatives() -> list[Family]:
     """The first family of every structure; all of them where the run records what it finds."""
     existing = [family for family in FAMILIES if family.exists]

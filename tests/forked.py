@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +36,17 @@ def run(program: str, *arguments: Any) -> CompletedProcess[str]:
         assert process.exitcode is not None
         out, err = ((Path(says) / name).read_text() for name in ("out", "err"))
     return CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def kill_at(path: Path, lines: int, program: str, *arguments: Any) -> None:
+    """Run it until `path` has so many lines, and kill it then, in the middle of its work."""
+    process = start(program, *arguments)
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.is_alive(), "it ended before it could be killed"
+        time.sleep(0.01)
+    assert process.is_alive(), "it ended before it could be killed"
+    process.kill()
+    process.join()
 
 
 def _run(program: str, words: list[str], path: list[str], environment: dict[str, str], says: Path | None) -> None:

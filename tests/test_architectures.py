@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from typing import Any
 
@@ -49,11 +48,9 @@ def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
             locate(family.build())
         compare_or_record(family.name, verdict="refused", reason=str(refusal.value))
         return
-    plans = (
-        {"eager": (PLANS, FEW), "sdpa": (FEW, FEW)}
-        if family in tried_with_all()
-        else dict.fromkeys(("eager", "sdpa"), (FEWEST, FEWEST))
-    )
+    plans = {"eager": (PLANS, FEW), "sdpa": (FEW, FEW)}  # of prompts that are not padded, and of padded ones
+    if family not in representatives():
+        plans = dict.fromkeys(plans, (FEWEST, FEWEST))
     proved = [a for a in plans if (model := build(family, a)) and check_family(family, model, *plans[a])]
     model = family.build()
     layers = described(model)
@@ -113,12 +110,6 @@ def describe(sublayer: Sublayer, layer: nn.Module) -> str:
     parts = (part for name in sublayer.modules for part in layer.get_submodule(name).modules())
     experts = any("expert" in type(part).__name__.lower() or "moe" in type(part).__name__.lower() for part in parts)
     return " + ".join(branches) + (" (experts)" if experts and sublayer.kind == "mlp" else "")
-
-
-@functools.cache
-def tried_with_all() -> list[Family]:
-    """Families that are tried with every plan: the first of each structure."""
-    return representatives()
 
 
 def build(family: Family, attention: str) -> PreTrainedModel | None:

@@ -1,7 +1,6 @@
 """Benchmarks in a folder: the records are what `run_tasks` says, and what is finished is never done again."""
 
 import importlib.util
-import time
 from functools import partial
 
 import pytest
@@ -172,13 +171,8 @@ run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     assert forked.run(KILLED, tmp_path / "whole", folder).returncode == 0
-    process = forked.start(KILLED, tmp_path / "killed", folder)
     answers = tmp_path / "killed" / "answers.jsonl"
-    while not (answers.exists() and answers.read_bytes().count(b"\n") > 20):
-        assert process.is_alive(), "it ended before it could be killed"
-        time.sleep(0.02)
-    process.kill()
-    process.join()
+    forked.kill_at(answers, 21, KILLED, tmp_path / "killed", folder)
     before = answers.read_bytes()
     assert forked.run(KILLED, tmp_path / "killed", folder).returncode == 0
     after = answers.read_bytes()

@@ -51,6 +51,41 @@ def test_what_offends_is_told(wrong, said):
     assert fuzzing.offence(wrong) == said
 
 
+FORM = {"record": "row", "provenance": {"what": {}, "where": {}}, "batches": "all", "nll": 1.5, "kind": "mlp", "n": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nll": "1.5"},
+        {"nll": -1.5},
+        {"n": 3.0},
+        {"n": -3},
+        {"n": 10**19},
+        {"batches": -1},
+        {"batches": 1.5},
+        {"kind": 3},
+        {"more": 1},
+        {"record": 3},
+    ],
+)
+def test_a_line_of_another_form_is_none(change):
+    assert not fuzzing._is_a_line(FORM | change, [FORM], "report r")
+
+
+def test_what_a_line_may_lack():
+    def is_a_line(command, *lacking):
+        return fuzzing._is_a_line({n: v for n, v in FORM.items() if n not in lacking}, [FORM], command)
+
+    assert is_a_line("sweep m")
+    assert is_a_line("sweep m", "record")
+    assert not is_a_line("sweep m", "provenance")
+    assert is_a_line("report r", "record", "provenance")
+    assert not is_a_line("report r", "nll")
+    assert fuzzing._is_a_line(FORM | {"batches": 2, "nll": 10**30}, [FORM], "compare m")
+    assert not fuzzing._is_a_line([FORM], [FORM], "report r")
+
+
 @pytest.mark.parametrize("right", [ended(), ended(code=0, err=""), ended(err=f"error: no {'/x' * 300}: bad\n")])
 def test_what_is_right_does_not_offend(right):
     assert fuzzing.offence(right) is None

@@ -51,6 +51,26 @@ def test_prompts_together_are_continued_as_one_at_a_time(model, tokenizer, plan)
         assert generate_text(model, tokenizer, plan, prompt, max_new_tokens=NEW) == said
 
 
+@pytest.mark.parametrize(("name", "value"), [("bos_token_id", "a"), ("output_hidden_states", ["a"])])
+def test_settings_that_cannot_be_used_are_one_line(tokenizer, name, value):
+    model = tiny_llama()
+    setattr(model.generation_config, name, value)
+    for say in (generate_text, continue_prompts):
+        prompt, new = ("x", {"max_new_tokens": 2}) if say is generate_text else (["x"], {"new_tokens": 2})
+        with pytest.raises(UsageError, match=r"cannot generate: TypeError: .*; check the model's generation_config"):
+            say(model, tokenizer, PLAN, prompt, **new)
+
+
+def test_what_is_wrong_elsewhere_is_not_blamed_on_the_settings(tokenizer, monkeypatch):
+    def mistaken(*_, **__):
+        raise TypeError("a mistake of the test")
+
+    model = tiny_llama()
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", mistaken)
+    with pytest.raises(TypeError, match="a mistake of the test"):
+        generate_text(model, tokenizer, Plan(), "x", max_new_tokens=2)
+
+
 def test_greedy_is_greedy_whatever_the_model_would_rather_do(tokenizer):
     model = tiny_llama()
     expected = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)

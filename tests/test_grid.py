@@ -1,7 +1,6 @@
 """The sweep: 19 configurations, each checked against a slow twin; killed anywhere, it goes on."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -229,12 +228,7 @@ grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=g
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / SweepRecord.file
-    process = forked.start(SCRIPT, tmp_path)
-    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 4):
-        time.sleep(0.01)
-    assert process.is_alive(), "it ended before it could be killed"
-    process.kill()
-    process.join()
+    forked.kill_at(path, 4, SCRIPT, tmp_path)
     killed = path.read_bytes()
     whole = killed[: killed.rfind(b"\n") + 1]
     scores = (tmp_path / ScoresRecord.file).read_bytes()

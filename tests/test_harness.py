@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from notall import Plan, UsageError, skip
 from notall.evaluation import harness
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.scoring import Scorer
-from notall.evaluation.tasks import OPENLLM, TaskShelf, no_bars
+from notall.evaluation.tasks import OPENLLM, TaskShelf, _complaint, no_bars
 from notall.records.answers import AnswersRecord
 from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
 
@@ -465,6 +466,17 @@ def test_data_that_cannot_be_read_is_one_line_and_keeps_what_is_finished(run, tm
     message = "cannot build the requests of broken: .*; check its data"
     refused(message, run, [], ["tiny_choice", "broken"], task_path=local, folder=tmp_path)
     assert (tmp_path / AnswersRecord.file).read_text().endswith("\n")
+
+
+def test_labels_that_are_none_are_one_line(run, tmp_path):
+    local = write_tasks(tmp_path / "tasks", documents=3)
+    data = local / "train.jsonl"
+    data.write_text(re.sub('"label": [0-9]', '"label": NaN', data.read_text(), count=1))  # one makes all of them 1.0
+    refused("cannot score tiny_choice: TypeError: .*; check its data", run, [], ["tiny_choice"], task_path=local)
+
+
+def test_what_a_reader_complains_of_is_not_told_at_length():
+    assert len(_complaint("tiny_choice", ValueError("a column " * 500))) < 300
 
 
 def test_more_examples_than_there_are_is_one_line(run):

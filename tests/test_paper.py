@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -371,13 +370,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "6"]
     words += ["--batch-size", "1", "--sequences", "2", "--length", "16", "--battery", "--dtype", "float32"]
     words += ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1"]
-    process = forked.start(COMMAND, *words)
-    written = tmp_path / stage
-    while not (written.exists() and written.read_bytes().count(b"\n") > 4):
-        assert process.is_alive(), "it ended before it could be killed"
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    forked.kill_at(tmp_path / stage, 5, COMMAND, *words)
     assert not (tmp_path / "paper.md").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     assert forked.run(COMMAND, *words).returncode == 0

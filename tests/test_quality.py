@@ -52,6 +52,7 @@ def test_quality_is_what_its_definitions_say(model):
 
 def test_mean_and_error_by_hand():
     assert mean_and_error([1.0, 2.0, 6.0]) == pytest.approx((3.0, math.sqrt((4 + 1 + 9) / 2 / 3)))
+    assert mean_and_error([1e200, -1e200]) == mean_and_error([1e308, 1e308]) == (math.inf, math.inf)
     mean, error = mean_and_error([5.0])
     assert mean == 5.0
     assert math.isnan(error)

@@ -91,6 +91,69 @@ def test_some_swap_is_found(model):
     assert any(after < before for before, after in costs)
 
 
+class Ordered(Table):
+    """Notes what is asked for in its order, with the share of the text."""
+
+    def cost(self, skipped, share=1.0):
+        self.calls = [*getattr(self, "calls", []), (skipped, share)]
+        return super().cost(skipped, share)
+
+
+def swaps_asked(space, count, table, patience):
+    """The sets that are asked for once it has grown, and how many swaps lowered the cost."""
+    search(space, by_count(space, count), table, patience=0)
+    grown, table.calls = table.calls, []
+    search(space, by_count(space, count), table, patience=patience)
+    return [call for call in table.calls[len(grown) - 1 :] if len(call[0]) == count]
+
+
+def test_what_brings_nothing_ends_after_evaluations_worth_its_patience(model):
+    space, table = Space(locate(model), "attention"), None
+    for patience, times in ((1, 1), (2, 1), (3, 2), (8, 4)):  # four swaps on a quarter, and one of them on all, are two
+        table = Ordered(space, 1)  # costs that add up: no swap is worth while
+        asked = swaps_asked(space, 4, table, patience)[1:]
+        start = asked[0][0]
+        assert sum(share == 1.0 and skipped != start for skipped, share in asked) == times
+        assert len({skipped for skipped, share in asked if share < 1 and skipped != start}) == 4 * times
+
+
+def test_what_one_swap_tells_of_a_unit_orders_the_next(model):
+    space = Space(locate(model), "attention")
+    table = Ordered(space, 0)
+    table.single = dict.fromkeys(table.single, 1.0) | {f"attn.{n}": 0.1 for n in range(3)}
+    table.single |= {"attn.3": 0.3, "attn.4": 0.31}
+    table.pairs["attn.3", "attn.4"] = 2.0  # nothing tells so before both are skipped
+    asked = swaps_asked(space, 4, table, 1)
+    start, tried = asked[0][0], dict.fromkeys(skipped for skipped, share in asked if share < 1.0)
+    assert start == {f"attn.{n}" for n in range(4)}
+    assert len({*tried} - {start}) == 4
+    assert sum({"attn.3", "attn.4"} <= skipped for skipped in tried) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_the_swaps_tried_on_a_part_the_best_is_evaluated_on_all_of_it(model, seed):
+    space = Space(locate(model), "attention")
+    table = Ordered(space, seed, 1.5, forgiving=True)
+    now, tried, looks, evaluated, gained = None, {}, 0, 0, False
+    for skipped, share in swaps_asked(space, 4, table, 99):
+        cost = Table.cost(table, skipped)
+        assert share == 1.0 or not gained  # what gains on a part is not kept waiting
+        gained = False
+        if share < 1.0:
+            now = now or skipped
+            if skipped != now and skipped not in tried:
+                tried[skipped], looks = cost, looks + 1
+                gained = cost < Table.cost(table, now)
+        elif skipped in tried:
+            assert cost == min(tried.values())
+            assert looks <= searching.LOOKS
+            del tried[skipped]
+            looks, evaluated = 0, evaluated + 1
+            if cost < Table.cost(table, now):
+                now, tried = skipped, {}
+    assert evaluated > 2
+
+
 @pytest.mark.parametrize("other", ["mlp.3", "mlp.2", "mlp.6"])
 def test_what_is_no_longer_needed_without_its_neighbour_is_found(model, other):
     space = Space(locate(model))
@@ -387,12 +450,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     expected, whole = run_search(model, tmp_path / "whole")
     folder = tmp_path / "killed"
     path = folder / "evaluations.jsonl"
-    process = forked.start(SCRIPT, folder)
-    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 25):
-        time.sleep(0.01)
-    assert process.is_alive(), "it ended before it could be killed"
-    process.kill()
-    process.join()
+    forked.kill_at(path, 25, SCRIPT, folder)
     killed = path.read_bytes()
     killed = killed[: killed.rfind(b"\n") + 1]
     found, again = run_search(model, folder)

@@ -2,7 +2,8 @@
 
 import difflib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -22,10 +23,17 @@ class UnknownArchitecture(UsageError):
     """An engine has no code for this architecture at all, whatever its files hold."""
 
 
-def raised_in(package: str, error: BaseException) -> bool:
-    """Whether `error` comes out of the code of `package`, and not out of what that called."""
-    *_, frame = traceback.extract_tb(error.__traceback__)
-    return package in Path(frame.filename).parts
+@contextmanager
+def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
+    """Make a `UsageError` of what the code of `package` itself raises over a user's file, and not what that calls."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        if package not in Path(frame.filename).parts:
+            raise
+        said = shortened(f"{type(error).__name__}: {error}", 160)
+        raise UsageError(f"{what}: {said}; {fix}") from error
 
 
 def nearest(word: object, names: Sequence[str]) -> str:

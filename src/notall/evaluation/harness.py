@@ -24,7 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError, raised_in, shortened
+from ..errors import UsageError, raised_by
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
 from ..progress import Progress, silent
@@ -139,23 +139,14 @@ def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     with quiet(), no_bars():
         for number in range(len(lm.plans)):
             lm.answer_as(number, job.name)
-            outcomes.append(_evaluated(lm, job))
+            with raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
+                outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS))
     return [
         result
         for row, leaves in job.reported().items()
         for number, outcome in enumerate(outcomes[1:], 1)
         for result in _results(job, row, leaves, number - 1, lm.plans[number], outcome, outcomes[0])
     ]
-
-
-def _evaluated(lm: PlansLM, job: Job) -> dict[str, Any]:
-    try:
-        return evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        if isinstance(error, UsageError) or not raised_in("lm_eval", error):
-            raise
-        said = f"{type(error).__name__}: {error}"
-        raise UsageError(f"cannot score {job.name}: {shortened(said, 160)}; check its data") from error
 
 
 class PlansLM(HFLM):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError, raised_in, shortened
+from ..errors import UsageError, raised_by, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
 from ..records.plan import Plan
@@ -60,15 +60,8 @@ def generate_text(
 
 def _generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     """Raises `UsageError` for what transformers cannot do with the model's own generation_config.json."""
-    try:
+    with raised_by("transformers", "cannot generate", "check the model's generation_config.json"):
         return model.generate(ids, **options)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        if not raised_in("transformers", error):
-            raise
-        said = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"cannot generate: {shortened(said, 160)}; check the model's generation_config.json"
-        ) from error
 
 
 def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
