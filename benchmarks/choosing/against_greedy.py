@@ -8,14 +8,12 @@ search is run before plain greedy and after it, with nothing kept in between.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import load_asked, options_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -57,20 +55,14 @@ def greedy(model: Any, space: Space, count: int, batches: Sequence[Tensor]) -> t
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, default=Path("../shared/data"))
-    options.add_argument("--model", default="smollm2")
-    options.add_argument("--dtype", default="bfloat16")
+    options = options_of(__doc__)
+    options.set_defaults(threads=1)
     options.add_argument("--count", type=int, default=20, help="sublayers that are skipped")
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--length", type=int, default=128)
     options.add_argument("--held-out", type=int, default=32, help="sequences of 512 tokens")
-    options.add_argument("--threads", type=int, default=1)
     asked = options.parse_args()
-    if not asked.data.is_dir():
-        sys.exit(f"skipped: no folder {asked.data} with texts; give one with --data")
-    torch.set_num_threads(asked.threads)
-    model, tokenizer = notall.load(asked.model, dtype=asked.dtype)
+    model, tokenizer = load_asked(asked)
     train, test = (read_text(asked.data / "wikitext2" / name) for name in ("wiki.train.first1MB.txt", "wiki.test.raw"))
     batches = token_batches(tokenizer, train, sequences=asked.sequences, length=asked.length, batch_size=1)
     held_out = token_batches(tokenizer, test, sequences=asked.held_out, length=512, batch_size=2)

@@ -10,12 +10,13 @@ which writes the multiple-choice tasks; see benchmarks/README.md. Results, table
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+
+from inputs import load_asked, options_of
 
 import notall
 from notall.choosing.answer_objectives import task
@@ -139,19 +140,14 @@ def aims(
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, default=Path("../shared/data"))
+    options = options_of(__doc__)
     options.add_argument("--out", type=Path, default=None)
-    options.add_argument("--model", default="smollm2")
     options.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it")
-    options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--quick", action="store_true")
     arguments = options.parse_args()
-    if not arguments.data.is_dir():
-        sys.exit(f"skipped: no folder {arguments.data} with texts and tasks; give one with --data")
     sizes = QUICK if arguments.quick else FULL
     out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
-    model, tokenizer = notall.load(arguments.model, dtype=arguments.dtype)
+    model, tokenizer = load_asked(arguments)
     task_path = None
     if sizes.tasks:
         task_path = out / "task-files"

@@ -9,12 +9,10 @@ comes from other articles than what is chosen by. Evaluations are kept in --out:
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from inputs import load_asked, options_of
 from torch import Tensor
 
 import notall
@@ -48,18 +46,12 @@ def texts(tokenizer: Any, data: Path, held_out: int) -> dict[str, tuple[list[Ten
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, default=Path("../shared/data"))
+    options = options_of(__doc__)
+    options.set_defaults(threads=1)
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--model", default="smollm2")
-    options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--held-out", type=int, default=64, help=f"sequences of {LENGTH} tokens of each text")
-    options.add_argument("--threads", type=int, default=1)
     asked = options.parse_args()
-    if not asked.data.is_dir():
-        sys.exit(f"skipped: no folder {asked.data} with texts; give one with --data")
-    torch.set_num_threads(asked.threads)
-    model, tokenizer = notall.load(asked.model, dtype=asked.dtype)
+    model, tokenizer = load_asked(asked)
     by_name = texts(tokenizer, asked.data, asked.held_out)
     rows = []
     for kind, share in BUDGETS:

@@ -7,12 +7,12 @@ DATA holds `wikitext2/wiki.train.first1MB.txt`, to choose by, and `wikitext2/wik
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
+from inputs import load_asked, options_of
 from torch import Tensor
 
 import notall
@@ -66,14 +66,11 @@ def searched(model: Any, space: Space, count: int, train: list[Tensor], test: li
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", type=Path, default=Path("../shared/data"))
+    options = options_of(__doc__)
     options.add_argument("--sequences", type=int, default=4, help="of 512 tokens each, to choose by")
     options.add_argument("--held-out", type=int, default=32, help="of 512 tokens each, to measure on")
     arguments = options.parse_args()
-    if not arguments.data.is_dir():
-        sys.exit(f"skipped: no folder {arguments.data} with texts; give one with --data")
-    model, tokenizer = notall.load(dtype="bfloat16")
+    model, tokenizer = load_asked(arguments)
     anatomy = notall.locate(model)
 
     def batches(name: str, sequences: int, size: int) -> list[Tensor]:
