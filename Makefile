@@ -56,7 +56,7 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not slow and not any_transformers'
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error.
-test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own
+test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default'
