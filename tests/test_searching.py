@@ -18,7 +18,7 @@ from notall.choosing.criteria.losses import choose_greedily
 from notall.choosing.evaluator import Evaluator, Spent
 from notall.choosing.objective import kl, mix, nll
 from notall.choosing.searching import search
-from notall.choosing.space import Space
+from notall.choosing.space import Space, plan_of
 from notall.measuring.quality import evaluate
 from notall.records import lines
 
@@ -296,6 +296,31 @@ def test_a_part_of_the_text_is_the_first_batches_of_each_term(model):
     part = Evaluator(model, mix([nll(BATCHES[:1]), nll(BATCHES[2:3], 2.0)]))
     assert both.cost(frozenset(["attn.3"]), 0.25) == pytest.approx(part.cost(frozenset(["attn.3"])), rel=1e-6)
     assert both.spent.executions == pytest.approx(15 * 4 / 12, rel=0.01)
+
+
+@pytest.mark.parametrize("objective", [nll, kl])
+def test_a_guess_goes_by_what_is_likely_and_asked(model, objective, monkeypatch):
+    """On a part of the text, a part of the vocabulary; on all of it, all of it."""
+    skipped = frozenset(["attn.1", "mlp.2"])
+    whole = Evaluator(model, objective(BATCHES))
+    exact, on_all_words = whole.cost(skipped), whole.cost(skipped, 0.25)
+    monkeypatch.setattr(notall.choosing.evaluator, "WORDS", 30)
+    some = Evaluator(model, objective(BATCHES))
+    with torch.inference_mode():
+        dense = model(BATCHES[0]).logits[:, :-1].flatten(0, 1)
+        with notall.skip(model, plan_of(skipped)):
+            ours = model(BATCHES[0]).logits[:, :-1].flatten(0, 1)
+    targets = BATCHES[0][:, 1:].flatten()
+    likely = dense.softmax(-1).sum(0).topk(30).indices
+    words = torch.cat([likely, targets]).unique() if objective is nll else likely.sort().values
+    log_p, log_q = (logits.double()[:, words].log_softmax(-1) for logits in (dense, ours))
+    if objective is nll:
+        expected = -log_q.gather(1, torch.searchsorted(words, targets)[:, None]).mean()
+    else:
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert some.cost(skipped, 0.25) == pytest.approx(float(expected), rel=1e-5)
+    assert some.cost(skipped, 0.25) != pytest.approx(on_all_words, rel=1e-3)
+    assert some.cost(skipped) == exact
 
 
 def test_late_it_completes_the_set_by_what_it_knows(model):

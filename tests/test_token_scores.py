@@ -75,9 +75,15 @@ def slow(found, model, *, projection_in_float64=True):
 
 
 @torch.inference_mode()
-def fast(model, **options):
+def dense_rows(model):
+    """The last layer's output at all tokens but the last, (tokens, hidden)."""
+    return next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=IDS)))[1][:, :-1].flatten(0, 1)
+
+
+@torch.inference_mode()
+def fast(model, scorer=None):
     """Of the dense model, then of the plan."""
-    scorer, scores, dense = TokenScorer(model), [], None
+    scorer, scores, dense = scorer or TokenScorer(model), [], None
     for _, hidden in Replay(model, [Plan(), PLAN]).hidden_states(record(model, input_ids=IDS)):
         rows = hidden[:, :-1].flatten(0, 1)
         if dense is None:
@@ -117,6 +123,38 @@ def test_float32_is_what_whole_rows_give(name, monkeypatch):
             assert torch.equal(scores.likeliest, log.argmax(-1))
             torch.testing.assert_close(scores.confidence, log.max(-1).values.exp(), **close)
         assert nll_alone.kl.numel() == kl_alone.nll.numel() == kl_alone.likeliest.numel() == 0
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_on_likely_words_it_is_what_a_model_of_these_words_alone_gives(name, monkeypatch):
+    found, model = build(name)
+    log_p, log_q = slow(found, model)
+    monkeypatch.setitem(token_scores.TILES, "cpu", (5, 7))
+    monkeypatch.setitem(token_scores.LOGITS, True, 5 * 99)
+    likely = log_p.exp().sum(0).topk(20).indices
+    words = torch.cat([likely, TARGETS]).unique()
+    assert 20 < len(words) < log_p.shape[1]
+    dense, ours, nll_alone, kl_alone = fast(
+        model, TokenScorer(model).on_likely_words(dense_rows(model).split(7), 20, [TARGETS])
+    )
+    log_p, log_q = (log[:, words].log_softmax(-1) for log in (log_p, log_q))
+    close = {"rtol": 1e-6, "atol": 1e-5, "check_dtype": False}
+    places = torch.searchsorted(words, TARGETS)[:, None]
+    torch.testing.assert_close(dense.nll, -log_p.gather(1, places)[:, 0], **close)
+    for nll in (ours.nll, nll_alone.nll):
+        torch.testing.assert_close(nll, -log_q.gather(1, places)[:, 0], **close)
+    for kl in (ours.kl, kl_alone.kl):
+        torch.testing.assert_close(kl, kl_of(log_p, log_q), **close)
+    assert torch.equal(ours.likeliest, words[log_q.argmax(-1)])
+
+
+@pytest.mark.parametrize(("name", "words"), [("gemma2", 20), ("llama", 50)])
+def test_where_a_part_of_the_words_would_save_little_all_are_taken(name, words):
+    """Of 99 words half, and of a capped head any."""
+    _, model = build(name)
+    scorer = TokenScorer(model)
+    assert scorer.on_likely_words(dense_rows(model).split(7), words, []) is scorer
+    assert scorer.on_likely_words(dense_rows(model).split(7), 49, []) is not scorer or name in CAPPED
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -196,7 +234,7 @@ def test_logits_far_below_their_targets_are_raised_to_what_counts_for_nothing(mo
     for kl in (ours.kl, kl_alone.kl):
         torch.testing.assert_close(kl, kl_of(log_p, log_q), **close)
     with torch.inference_mode():
-        rows = next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=IDS)))[1][:, :-1].flatten(0, 1)
+        rows = dense_rows(model)
         _, without_targets = TokenScorer(model).dense(rows)
         again = TokenScorer(model).score(rows, None, without_targets)
     torch.testing.assert_close(again.kl, torch.zeros_like(again.kl), rtol=0, atol=1e-4)

@@ -24,7 +24,7 @@ from notall.models.texts import read_text, token_batches
 from notall.records.columns import number, plain, with_error
 from notall.reporting.console import show
 
-PATIENCES = (0, 8, 12, 24)
+PATIENCES = (0, 4, 8, 12, 24)
 BUDGETS = (
     ("attention", 4),
     ("attention", 8),

@@ -31,6 +31,7 @@ from .objective import Batch, Objective
 from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
+WORDS = 8192  # of a larger vocabulary, for guesses
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Evaluator:
         self._trunks: dict[int, Trunk] = {}
         self._trunk = self._steps(frozenset())
         self._scorer = TokenScorer(self.model)
-        self._dense_kept: dict[int, Dense] = {}
+        self._guessers: dict[frozenset[int], TokenScorer] = {}
+        self._dense_kept: dict[tuple[int, TokenScorer], Dense] = {}
         self._states_bytes = states_bytes
 
     @property
@@ -91,7 +93,10 @@ class Evaluator:
         self._trunk = self._steps(base)
 
     def cost(self, skipped: Skipped, share: float = 1.0) -> float:
-        """The objective of one set, or of the first `share` of each of its terms."""
+        """The objective of one set; or a guess at it, comparable with other guesses, on a `share` of the text.
+
+        That is the first batches of each of its terms. Of a large vocabulary a guess takes what is likely and asked.
+        """
         return self.costs([skipped], share)[0]
 
     def costs(self, sets: Sequence[Skipped], share: float = 1.0) -> list[float]:
@@ -114,9 +119,10 @@ class Evaluator:
         replay = Replay(self.model, [plan_of(skipped) for skipped in sets])
         losses: list[dict[int, list[float]]] = [{} for _ in sets]
         ran = one_by_one = 0.0
+        scorer = self._scorer if numbers == self.all else self._guesser(numbers)
         for number in sorted(numbers):
             before = replay.ran
-            for place, items in self._run(replay, number):
+            for place, items in self._run(replay, number, scorer):
                 losses[place][number] = items
             share = self.objective.batches[number].tokens / self.tokens
             ran += (replay.ran - before) * share
@@ -125,13 +131,13 @@ class Evaluator:
         self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
 
     @torch.inference_mode()
-    def _run(self, replay: Replay, number: int) -> list[tuple[int, list[float]]]:
+    def _run(self, replay: Replay, number: int, scorer: TokenScorer) -> list[tuple[int, list[float]]]:
         """For each of the replay's plans: its number, and the losses of the items of one batch."""
         batch, recording = self.objective.batches[number], self._recording(number)
-        dense = self._dense(number) if batch.targets is None else None
+        dense = self._dense(number, scorer) if batch.targets is None else None
         found = []
         for places, hidden in replay.hidden_states(recording, self._trunk_of(number)):
-            scores = self._scorer.score(_asked(batch, hidden), batch.targets, dense)
+            scores = scorer.score(_asked(batch, hidden), batch.targets, dense)
             values = scores.kl if batch.targets is None else scores.nll
             items = batch.items(values).tolist()
             found += [(place, items) for place in places]
@@ -143,12 +149,24 @@ class Evaluator:
                 self._recordings = [record(self.model, **batch.inputs) for batch in self.objective.batches]
         return self._recordings[number]
 
-    def _dense(self, number: int) -> Dense:
-        if number not in self._dense_kept:
-            replay = Replay(self.model, [Plan()])
-            (_, hidden) = next(replay.hidden_states(self._recording(number), self._trunk_of(number)))
-            _, self._dense_kept[number] = self._scorer.dense(_asked(self.objective.batches[number], hidden))
-        return self._dense_kept[number]
+    @torch.inference_mode()
+    def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
+        """What scores a part of the text: on a part of the vocabulary too, since it is for guesses."""
+        if numbers not in self._guessers:
+            targets = [found for number in numbers if (found := self.objective.batches[number].targets) is not None]
+            dense = (self._dense_states(number) for number in numbers)
+            self._guessers[numbers] = self._scorer.on_likely_words(dense, WORDS, targets)
+        return self._guessers[numbers]
+
+    def _dense(self, number: int, scorer: TokenScorer) -> Dense:
+        if (number, scorer) not in self._dense_kept:
+            _, self._dense_kept[number, scorer] = scorer.dense(self._dense_states(number))
+        return self._dense_kept[number, scorer]
+
+    def _dense_states(self, number: int) -> Tensor:
+        replay = Replay(self.model, [Plan()])
+        (_, hidden) = next(replay.hidden_states(self._recording(number), self._trunk_of(number)))
+        return _asked(self.objective.batches[number], hidden)
 
     def _trunk_of(self, number: int) -> Trunk:
         trunk = self._trunks.get(number)
@@ -191,6 +209,7 @@ class Evaluator:
             calibration=self.objective.digest(),
             fingerprint=self.anatomy.fingerprint,
             dtype=dtype_name(self.model),
+            guesses=f"on {WORDS:,} words",
         )
         kept = Ledger(folder, EvaluationRecord, about, name=name)
         for line in kept:

@@ -9,7 +9,8 @@ rounds what counts least of all. Heads that are no matrix are run as they are, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -61,6 +62,20 @@ class TokenScorer:
         self.way = _Tiled(self.head, projection) if projection else _Whole(self.head)
 
     @torch.no_grad()
+    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
+        """As if the vocabulary were the `words` that are likeliest in rows of the dense model, and the `targets`.
+
+        What it scores can be held against its own scores alone. It is this one where that would save less than half,
+        or where the head is no matrix.
+        """
+        if not isinstance(self.way, _Tiled) or 2 * words > len(self.way.weight):
+            return self
+        likely = torch.stack([self.way.mass(rows) for rows in hidden]).sum(0).topk(words).indices
+        part = copy(self)
+        part.way = self.way.on_words(torch.cat([likely, *(one.to(likely.device) for one in targets)]).unique())
+        return part
+
+    @torch.no_grad()
     def dense(
         self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
     ) -> tuple[TokenScores, Dense]:
@@ -102,6 +117,19 @@ class _Tiled:
         self.head = head
         self.weight, self.bias, self.scale = projection.weight, projection.bias, projection.scale
         self.exact = torch.promote_types(self.weight.dtype, torch.float32)
+        self.words: Tensor | None = None
+
+    def on_words(self, words: Tensor) -> _Tiled:
+        """With no other rows of the matrix than those of `words`, (words,) token ids, ascending."""
+        part = copy(self)
+        part.words = words
+        part.weight, part.bias = self.weight[words], None if self.bias is None else self.bias[words]
+        return part
+
+    def mass(self, hidden: Tensor) -> Tensor:
+        """The probability of each token, (vocabulary,), summed over the rows."""
+        rows = hidden.split(max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight)))
+        return torch.stack([self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]).sum(0)
 
     def dense(self, hidden: Tensor, targets: Tensor | None, likeliest: bool) -> tuple[TokenScores, Dense]:
         states, wanted = self._read(hidden, targets)
@@ -129,6 +157,8 @@ class _Tiled:
         if targets is None:
             return states, None
         targets = targets.to(states.device)
+        if self.words is not None:
+            targets = torch.searchsorted(self.words, targets)
         wanted = self._products(states, self.weight[targets]) * self.scale
         return states, wanted if self.bias is None else wanted + self.bias[targets]
 
@@ -165,6 +195,8 @@ class _Tiled:
                 rows_of_head[rows] += share @ self.weight[columns]
         if mean:
             rows_of_head /= shares[:, None]
+        if self.words is not None:
+            place = self.words[place]
         return _Sums(about.to(self.exact), totals.log(), top, place, rows_of_head)
 
     def _tiles(self, states: Tensor, about: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
