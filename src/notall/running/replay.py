@@ -8,7 +8,7 @@ The embedding and the head are the model's own forward, with hidden states stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
+from .repaired import RepairedPlan, with_weights
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,17 @@ class Recording:
 
 @dataclass
 class Step:
-    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it."""
+    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it.
 
+    `weights` are a repaired plan's own, by their paths below the layer, and part of the name.
+    """
+
+    name: str
     block: Block
     parts: tuple[Sublayer, ...]
+    weights: Mapping[str, Tensor]
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
-
-    @property
-    def name(self) -> str:
-        return step_name(self.parts)
 
 
 @dataclass
@@ -117,8 +119,10 @@ class Replay:
     def _plant(self, number: int, plan: Plan) -> None:
         here, step = self.first, None
         for block, parts in live_steps(self.anatomy, plan):
-            name = step_name(parts)
-            step = here.setdefault(name, Step(block, parts))
+            name, weights = step_name(parts), {}
+            if isinstance(plan, RepairedPlan) and (weights := plan.weights_of(self.anatomy, parts)):
+                name = f"{name} {plan.digest}"
+            step = here.setdefault(name, Step(name, block, parts, weights))
             here = step.after
             self.one_by_one += len(parts)
         assert step is not None, "a plan keeps at least one attention"
@@ -146,10 +150,11 @@ class Replay:
     def _run(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.ran += len(step.parts)
         layer = self.layers[step.block.index]
-        if len(step.parts) == 2:  # a parallel block adds up in an order of its own
-            answer = layer(hidden, **arguments)
-            return answer[0] if isinstance(answer, tuple) else answer
-        return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
+        with with_weights(layer, step.weights):
+            if len(step.parts) == 2:  # a parallel block adds up in an order of its own
+                answer = layer(hidden, **arguments)
+                return answer[0] if isinstance(answer, tuple) else answer
+            return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
 
 
 def _is_at(trunk: Trunk | None, place: int | None, step: Step) -> bool:

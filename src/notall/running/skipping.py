@@ -27,6 +27,7 @@ from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
 from ..structure.slicing import renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
+from .repaired import RepairedPlan, set_weight, with_weights
 
 
 @dataclass
@@ -89,6 +90,8 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     if not plan:
         return
     dense, groups = _layers(inner, anatomy), regroup(len(anatomy.blocks), plan)
+    for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
+        set_weight(inner, path, weight)
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     locating.forget(inner)
@@ -148,6 +151,8 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     groups = regroup(len(anatomy.blocks), plan)
     regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
     try:
+        if isinstance(plan, RepairedPlan):
+            undo.enter_context(with_weights(model, plan.weights))
         for change in _install(model, anatomy, regrouped, groups):
             undo.callback(setattr, *change)
         if _are_regrouped(regrouped):

@@ -1,0 +1,87 @@
+"""Refit of a projection that a norm follows: what it adds to the stream is gain * W z / rms(W z).
+
+A least-squares fit through the norm fails: a channel that the norm all but mutes would be asked for a huge output,
+which the norm then takes from all the others. So (1) a channel's error counts by its readers' gains, as elsewhere;
+(2) W z is aimed at what the norm would have to be given, were its scale the old one; (3) each channel goes only a part
+of the way, the less the norm and its readers make of it; and (4) how far, and the ridge, is chosen by the true error
+behind the norm, on sequences that were not fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .least_squares import Moments
+from .readers import gain_of
+from .step import Refit, Seen
+
+STEPS = (0.003, 0.03, 0.3, 3.0)  # how much channels hold back, relative to the mean of what counts
+EPSILON = 1e-12
+
+
+def refit_behind_norm(seen: Seen, ridges: Sequence[float]) -> Refit | None:
+    """With the ridge and the step that leave least on what is held out; None where all leave more than no change."""
+    return _NormedFit(seen).best(ridges)
+
+
+class _NormedFit:
+    def __init__(self, seen: Seen) -> None:
+        self.seen, (self.projection,) = seen, seen.projections
+        assert self.projection.norm
+        self.norm = seen.layer.get_submodule(self.projection.norm)
+        self.metric = seen.metric.to(seen.exact)
+        self.old = self.projection.matrix(seen.layer).to(seen.exact)
+        self.gain = gain_of(self.norm, seen.before[0].new_ones(1, 1, len(self.old))).to(seen.exact)
+        self.counting = self.metric * self.gain.square()
+
+    def best(self, ridges: Sequence[float]) -> Refit | None:
+        fitted, held = self._moments(held=False), self._moments(held=True)
+        none = self._error(self.old)
+        best, left = None, 1.0
+        for ridge in ridges:
+            change = fitted.solve(ridge)
+            for step in STEPS if change is not None and none else ():
+                now = self._error(self.old + self._damped(change, step)) / none
+                if now < left:
+                    best, left = (ridge, step), now
+        change = None if best is None else (fitted + held).solve(best[0])
+        if best is None or change is None:
+            return None
+        new = (self.old + self._damped(change, best[1])).to(self.projection.matrix(self.seen.layer).dtype)
+        weights = self.projection.parameters(self.seen.layer, new, None)
+        return Refit(best[0], left, weights, self._states(new.to(self.old)))
+
+    def _damped(self, change: Tensor | None, step: float) -> Tensor:
+        assert change is not None
+        return (self.counting / (self.counting + step * self.counting.mean()))[:, None] * change
+
+    def _moments(self, held: bool) -> Moments:
+        moments = Moments.none(self.old.shape[1], len(self.old), False, self.old.new_empty(0))
+        gain = torch.where(self.gain < EPSILON, torch.inf, self.gain)
+        for features, before, _, target in self.seen.tokens(held):
+            answers = features @ self.old.T
+            size = answers.square().mean(-1).clamp_min(EPSILON).sqrt()
+            lacking = size[:, None] * (target - before) / (self.projection.scale * gain) - answers
+            moments.add(features, lacking, self.seen.counts(target) / size.square())
+        return moments
+
+    def _error(self, matrix: Tensor) -> float:
+        """The squared distance to the target behind the norm, over tokens that are held out."""
+        total = 0.0
+        for features, before, _, target in self.seen.tokens(held=True):
+            missed = before + self._added(features, matrix) - target
+            total += float(self.seen.counts(target) @ (missed.square() @ self.metric))
+        return total
+
+    def _added(self, features: Tensor, matrix: Tensor) -> Tensor:
+        answers = (features @ matrix.T).to(self.seen.before[0].dtype)
+        return self.projection.scale * self.norm(answers[None])[0].to(features)
+
+    def _states(self, matrix: Tensor) -> list[Tensor]:
+        return [
+            (before.to(matrix) + self._added(features.to(matrix), matrix).view(before.shape)).to(before.dtype)
+            for before, features in zip(self.seen.before, self.seen.features)
+        ]

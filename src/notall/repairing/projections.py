@@ -1,0 +1,158 @@
+"""The output projection of a sublayer: the last matrix before the residual stream, and what stands behind it.
+
+It is found as everything of a model is here, by trying: what a matrix answers is replaced by random numbers, and what
+the sublayer then adds to the stream tells what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..structure.anatomy import Sublayer
+from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
+from .readers import is_norm
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what does not depend on W.
+
+    `path` is the module's below its layer. Where a `norm` follows, also a path, it adds `scale` * norm(W z + bias).
+    """
+
+    path: str
+    scale: float
+    norm: str | None = None
+
+    def matrix(self, layer: nn.Module) -> Tensor:
+        """(outputs, features), as it is in the model."""
+        module = layer.get_submodule(self.path)
+        return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[return-value]
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        """(outputs,)"""
+        return layer.get_submodule(self.path).bias  # type: ignore[return-value]
+
+    def parameters(self, layer: nn.Module, matrix: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """New values as the module holds them, by their paths below the layer."""
+        turned = isinstance(layer.get_submodule(self.path), Conv1D)
+        found = {f"{self.path}.weight": (matrix.T if turned else matrix).contiguous()}
+        return found if bias is None else found | {f"{self.path}.bias": bias}
+
+
+def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> Projection | None:
+    """The output projection of a sublayer, tried on some of the stream, (batch, tokens, hidden); None if there is none.
+
+    There is none where experts share the work, where several branches do, and where a matrix is quantised or adapted.
+    """
+    if len(part.branches) != 1:
+        return None
+    trial = _Trial(layer, part, hidden, call)
+    for path in reversed(trial.matrices()):
+        if (found := trial.of(path)) is not None:
+            return found
+    return None
+
+
+@contextmanager
+def features_of(layer: nn.Module, projections: Sequence[Projection]) -> Iterator[Callable[[], list[Tensor]]]:
+    """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
+    seen: list[list[Tensor]] = [[] for _ in projections]
+
+    def taken() -> list[Tensor]:
+        return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)]
+
+    handles = []
+    for one, into in zip(projections, seen):
+
+        def take(_: nn.Module, args: tuple[Tensor, ...], one: Projection = one, into: list[Tensor] = into) -> None:
+            features = args[0].flatten(0, -2)
+            into.append(features if one.norm or one.scale == 1 else one.scale * features)
+
+        handles.append(layer.get_submodule(one.path).register_forward_pre_hook(take))
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Trial:
+    """One sublayer, run with other answers of its matrices."""
+
+    def __init__(self, layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> None:
+        self.layer, self.part, self.hidden, self.call = layer, part, hidden, call
+        self.exact = torch.promote_types(hidden.dtype, torch.float32)
+        self.rounding = ROUNDING[hidden.dtype]
+
+    def matrices(self) -> list[str]:
+        """The plain matrices that end in the width of the stream, by path, in the order they run, once each."""
+        ran: list[str] = []
+        handles = []
+        for name in self.part.modules:
+            for path, module in child(self.layer, name).named_modules(prefix=name):
+                if _is_plain(module, self.hidden.shape[-1]):
+                    handles.append(module.register_forward_hook(lambda *_, path=path: ran.append(path)))
+        try:
+            self._added()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [path for path in ran if ran.count(path) == 1]
+
+    def of(self, path: str) -> Projection | None:
+        """What becomes of the answers of the matrix at `path`."""
+        generator = torch.Generator().manual_seed(0)
+        size = self.hidden.float().std().clamp_min(1e-3).item()
+        shape = self.hidden.shape
+        # of two sizes: a norm would answer alike
+        first, second = (times * size * torch.randn(shape, generator=generator) for times in (1, 3))
+        first, second = (made.to(self.hidden.device, self.hidden.dtype) for made in (first, second))
+        one, other = self._added(path, first), self._added(path, second)
+        if one.shape != first.shape:
+            return None
+        scale = _factor(one - other, (first - second).to(self.exact), self.rounding)
+        if scale is not None:
+            return Projection(path, scale)
+        for op in self.part.branches[0].ops:
+            if isinstance(op, ModuleOp) and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
+                normed = child(self.layer, op.module)(first).to(self.exact)
+                scale = _factor(one, normed, self.rounding)
+                if scale is not None:
+                    return Projection(path, scale, op.module)
+        return None
+
+    def _added(self, path: str | None = None, answer: Tensor | None = None) -> Tensor:
+        """What the sublayer adds to the stream, with `answer` in place of what the matrix at `path` says."""
+        branch = self.part.branches[0]
+        if path is None or answer is None:
+            return branch.run(self.layer, self.hidden, self.call)
+        module = self.layer.get_submodule(path)
+        with forward_replaced(module, lambda given: answer.view(*given.shape[:-1], -1)):
+            added = branch.run(self.layer, self.hidden, self.call).view(self.hidden.shape).to(self.exact)
+        return added - self.hidden.to(self.exact) if branch.adds_itself else added
+
+
+def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
+    """By what `made` was multiplied; None where it was anything else."""
+    factor = float((found * made).sum() / made.square().sum())
+    close = (found - factor * made).abs().max() <= rounding * abs(factor) * made.abs().max()
+    if not close or not factor:
+        return None
+    return 1.0 if abs(factor - 1) < 1e-3 else factor
+
+
+def _is_plain(module: nn.Module, width: int) -> bool:
+    """Whether it is a matrix that lies in memory as it is: not quantised, adapted or offloaded."""
+    if type(module) not in (nn.Linear, Conv1D) or type(module.weight) is not nn.Parameter:
+        return False
+    outputs = module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
+    return outputs == width and module.weight.is_floating_point() and module.weight.device.type != "meta"

@@ -1,0 +1,164 @@
+"""Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the dense model's.
+
+Both streams are carried through the model together, for all of the text. At a kept sublayer whose features are z and
+whose output projection is W, the least change C is sought for which S + (W + C) z is near D: S is the skipped model's
+stream, with all that was refit before, and D the dense model's behind the gap that follows. So what stands before a
+gap takes over what is skipped there, and what stands behind it mends what is left. How far it may go, a ridge on C,
+is chosen on sequences that it was not fitted to; where no change does better there, the sublayer is left as it is.
+Nothing is trained, and no tensor is added: the model has the shapes that it had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UsageError
+from ..progress import Progress, silent
+from ..records.plan import Plan
+from ..records.repair import RefitRecord
+from ..running.repaired import RepairedPlan
+from ..running.replay import record
+from ..structure.anatomy import Anatomy, base_model
+from ..structure.locating import locate
+from ..structure.observation import LayerCall
+from .behind_norms import refit_behind_norm
+from .direct import refit_directly
+from .projections import Projection, features_of, find_projection
+from .readers import reading_gains
+from .step import Seen
+from .streams import DenseStream, Step, run_all, steps_of
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+AHEAD = 0.5  # the share of the next gap's change that is aimed at already
+HELD = 8  # one sequence in so many chooses the ridge
+PROBED = 16  # tokens to find a projection with
+
+
+@torch.no_grad()
+def repair(
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    *,
+    ridges: Sequence[float] = RIDGES,
+    ahead: float = AHEAD,
+    progress: Progress = silent,
+) -> RepairedPlan:
+    """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
+
+    `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
+    eight is held out. `ridges` are tried in turn, relative to the features' mean square; `math.inf` changes nothing.
+    `refits` of the result says what became of each sublayer.
+
+    Raises `UsageError` for fewer than two sequences and a plan that does not fit, and `UnsupportedModel` as `locate`.
+    """
+    sequences = sum(len(batch) for batch in batches)
+    if sequences < 2:
+        raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
+    inner = base_model(model)
+    anatomy = locate(inner)
+    plan.check(anatomy)
+    return _Repair(inner, anatomy, plan, batches, ridges, ahead).run(progress)
+
+
+class _Repair:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        plan: Plan,
+        batches: Sequence[Tensor],
+        ridges: Sequence[float],
+        ahead: float,
+    ) -> None:
+        self.anatomy, self.plan, self.ridges, self.ahead = anatomy, plan, sorted(ridges), ahead
+        self.layers: nn.ModuleList = model.get_submodule(anatomy.layers)
+        self.recordings = [record(model, input_ids=batch) for batch in batches]
+        self.held = _held(batches)
+        self.steps = steps_of(anatomy, plan)
+        self.reading = reading_gains(model, self.layers, [step.parts for step in self.steps])
+        self.dense = DenseStream(anatomy, self.layers, self.recordings)
+        self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        self.weights: dict[str, Tensor] = {}
+        self.refits: list[RefitRecord] = []
+
+    def run(self, progress: Progress) -> RepairedPlan:
+        (states,) = self.dense.before(self.steps[0].line)
+        apart = False  # whether the streams differ already
+        for number, step in enumerate(self.steps):
+            progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
+            following = self.steps[number + 1] if number + 1 < len(self.steps) else None
+            if apart or step.gap or (following and following.gap and self.ahead):
+                states = self._refit(step, states, self._target(step, following))
+                apart = True
+            else:
+                (states,) = self.dense.before(step.behind)
+        progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
+        return RepairedPlan(
+            self.plan.attention,
+            self.plan.mlp,
+            fingerprint=self.plan.fingerprint or self.anatomy.fingerprint,
+            note=self.plan.note,
+            weights=self.weights,
+            refits=tuple(self.refits),
+        )
+
+    def _target(self, step: Step, following: Step | None) -> list[Tensor]:
+        """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
+        if not (following and following.gap and self.ahead):
+            return self.dense.before(step.behind)[0]
+        here, by, to = self.dense.before(step.behind, step.behind + 1, following.behind)
+        return [aim + self.ahead * (gone - left) for aim, left, gone in zip(here, by, to)]
+
+    def _refit(self, step: Step, states: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+        """The stream behind a step, refit where that helps."""
+        start, layer = time.process_time(), self.layers[step.block.index]
+        projections = self._projections(step, states[0])
+        if projections is None:
+            self._note(step, start, why="no matrix of its own is the last before the stream")
+            return list(run_all(layer, step.block.index, step.branches, states, self.recordings))
+        with features_of(layer, projections) as features:
+            behind = list(run_all(layer, step.block.index, step.branches, states, self.recordings))
+        seen = Seen(
+            layer, projections, states, behind, target, features(), self.held, self.reading[self.steps.index(step)]
+        )
+        refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
+        if refit is None:
+            self._note(step, start, left=1.0)
+            return behind
+        path = f"{self.anatomy.layers}.{step.block.index}."
+        self.weights |= {path + name: weight for name, weight in refit.weights.items()}
+        self._note(step, start, ridge=refit.ridge, left=refit.left)
+        return refit.states
+
+    def _projections(self, step: Step, states: Tensor) -> tuple[Projection, ...] | None:
+        """Those of the step that may be refit: side by side, or the only one that a norm follows."""
+        call = LayerCall(self.recordings[0].arguments[step.block.index])
+        layer = self.layers[step.block.index]
+        found = [find_projection(layer, part, states, call) for part in step.parts]
+        own = tuple(one for one in found if one is not None and self._is_its_own(layer, one))
+        return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
+
+    def _is_its_own(self, layer: nn.Module, projection: Projection) -> bool:
+        """Whether no other layer has the same weights."""
+        return self.uses[id(layer.get_submodule(projection.path).weight)] == 1
+
+    def _note(
+        self, step: Step, start: float, *, ridge: float | None = None, left: float | None = None, why: str = ""
+    ) -> None:
+        seconds = time.process_time() - start
+        self.refits.append(RefitRecord(sublayers=step.names, ridge=ridge, left=left, seconds=seconds, why=why))
+
+
+def _held(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Of each batch, which sequences are held out, (batch,): one in `HELD`, and the last where there are fewer."""
+    sequences = sum(len(batch) for batch in batches)
+    every = min(HELD, sequences)
+    held = torch.arange(1, sequences + 1) % every == 0
+    return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]

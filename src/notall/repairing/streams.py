@@ -1,0 +1,83 @@
+"""The dense model's residual stream, line by line, for all batches: what a repair aims at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..records.plan import Plan
+from ..running.replay import Recording, live_steps
+from ..structure.anatomy import Anatomy, Block, Sublayer
+from ..structure.observation import Branch, LayerCall, run_branches
+from ..structure.proving import block_lines
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a plan keeps of one line of the stream: a sublayer, or both of a parallel block.
+
+    `line` is where it stands among the dense model's lines, `behind` where the next step does. `gap` says whether
+    something is skipped between the two, or beside it.
+    """
+
+    block: Block
+    parts: tuple[Sublayer, ...]
+    line: int
+    behind: int
+    gap: bool
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(branch for part in self.parts for branch in part.branches)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+
+def steps_of(anatomy: Anatomy, plan: Plan) -> list[Step]:
+    """What the plan keeps, in order."""
+    starts, total = {}, 0
+    for block in anatomy.blocks:
+        for place, part in enumerate(block.sublayers):
+            starts[part.name] = total + (0 if block.parallel else place)
+        total += 1 if block.parallel else 2
+    live = list(live_steps(anatomy, plan))
+    lines = [starts[parts[0].name] for _, parts in live] + [total]
+    return [
+        Step(block, parts, line, behind, behind > line + 1 or (block.parallel and len(parts) == 1))
+        for (block, parts), line, behind in zip(live, lines, lines[1:])
+    ]
+
+
+class DenseStream:
+    """The stream before each line of the dense model, (batch, tokens, hidden) a batch; a few lines are kept at once."""
+
+    def __init__(self, anatomy: Anatomy, layers: nn.ModuleList, recordings: Sequence[Recording]) -> None:
+        self.layers, self.recordings = layers, recordings
+        self.lines = [(block.index, branches) for block in anatomy.blocks for branches in block_lines(block)]
+        self.at = {0: [recording.embedded for recording in recordings]}
+
+    def before(self, *lines: int) -> list[list[Tensor]]:
+        """Before each of these lines. No later call may ask for one that is neither among them nor behind them."""
+        for place in range(max(self.at), max(lines)):
+            index, branches = self.lines[place]
+            self.at[place + 1] = list(run_all(self.layers[index], index, branches, self.at[place], self.recordings))
+            if place not in lines:
+                del self.at[place]
+        self.at = {line: states for line, states in self.at.items() if line in lines}
+        return [self.at[line] for line in lines]
+
+
+def run_all(
+    layer: nn.Module,
+    index: int,
+    branches: tuple[Branch, ...],
+    states: Sequence[Tensor],
+    recordings: Sequence[Recording],
+) -> Iterator[Tensor]:
+    """The stream behind these branches of a layer, batch by batch."""
+    for hidden, recording in zip(states, recordings):
+        yield run_branches(branches, layer, hidden, LayerCall(recording.arguments[index]))

@@ -1,0 +1,103 @@
+"""A plan that brings weights along: what it keeps was refit to make up for what it skips."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..records.plan import Plan
+from ..records.repair import RefitRecord
+from ..structure.anatomy import Anatomy, Sublayer
+
+
+class RepairedPlan(Plan):
+    """A plan, and for some parameters of what it keeps the values that go with it.
+
+    `weights` maps the path of a parameter in the dense model to its value, of the same shape. Wherever a plan is run
+    or exported, this one runs and is exported with them; the dense model keeps its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, /, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
+        super().__init__(attention, mlp, **fields)
+
+    weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
+    refits: tuple[RefitRecord, ...] = Field((), exclude=True, repr=False, description="how well, step by step")
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the weights, which tells repairs of one plan apart."""
+        digest = hashlib.sha256()
+        for path, weight in sorted(self.weights.items()):
+            digest.update(path.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, repaired"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RepairedPlan) and (self.indices, self.digest) == (other.indices, other.digest)
+
+    def __hash__(self) -> int:
+        return hash((self.attention, self.mlp, self.digest))
+
+    def __or__(self, other: Plan) -> RepairedPlan:
+        both = super().__or__(other)
+        theirs = other.weights if isinstance(other, RepairedPlan) else {}
+        return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, weights={**self.weights, **theirs})
+
+    __ror__ = __or__
+
+    def weights_of(self, anatomy: Anatomy, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
+        """Those of sublayers of one layer, by their paths below it."""
+        layer = f"{anatomy.layers}.{parts[0].index}."
+        modules = tuple(f"{layer}{module}." for part in parts for module in part.modules)
+        return {path.removeprefix(layer): weight for path, weight in self.weights.items() if path.startswith(modules)}
+
+
+@contextmanager
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
+    own: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for path, weight in weights.items():
+            holder, name = holder_of(module, path)
+            own.append((holder, name, holder._parameters[name]))  # type: ignore[arg-type]
+            set_weight(module, path, weight)
+        yield
+    finally:
+        for holder, name, parameter in own:
+            holder._parameters[name] = parameter
+
+
+def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
+    """Give the parameter at `path` a value for good. Raises `UsageError` where it is of another shape or offloaded."""
+    holder, name = holder_of(module, path)
+    old = holder._parameters[name]
+    assert old is not None
+    if old.shape != weight.shape:
+        raise UsageError(
+            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
+        )
+    if old.device.type == "meta":
+        raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
+    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+
+
+def holder_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter at `path`, and its name there. Raises `UsageError` where there is none."""
+    above, _, name = path.rpartition(".")
+    holder: nn.Module | None = None
+    with suppress(AttributeError):
+        holder = module.get_submodule(above)
+    if holder is None or holder._parameters.get(name) is None:
+        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
+    return holder, name
