@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .measuring.similarity import measure_similarity
     from .models.loading import load
     from .records.plan import Plan
+    from .repairing.refitting import repair
+    from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
     from .structure.anatomy import Anatomy, Block, Sublayer
     from .structure.locating import locate
@@ -26,6 +28,7 @@ _HOMES = {
     "Anatomy": "structure.anatomy",
     "Block": "structure.anatomy",
     "Plan": "records.plan",
+    "RepairedPlan": "running.repaired",
     "Space": "choosing.space",
     "Sublayer": "structure.anatomy",
     "UnsupportedModel": "errors",
@@ -39,6 +42,7 @@ _HOMES = {
     "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",
     "remove": "running.skipping",
+    "repair": "repairing.refitting",
     "skip": "running.skipping",
 }
 

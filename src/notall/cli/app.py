@@ -12,9 +12,10 @@ from .. import __version__
 from ..reporting.progress_bars import working
 
 # How `notall --help` groups the commands, in this order.
-PANELS = LOOK, CHOOSE, MEASURE, SHOW, TAKE = (
+PANELS = LOOK, CHOOSE, REPAIR, MEASURE, SHOW, TAKE = (
     "Look at a model",
     "Choose what to skip",
+    "Make up for what is skipped",
     "Measure what it costs and saves",
     "Show what was measured",
     "Take the result elsewhere",

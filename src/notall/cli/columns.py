@@ -6,7 +6,7 @@ from ..records.benchmarks import DIFFERENCE, DOCUMENTS, TASK, VALUE, WORSE, P
 from ..records.columns import number, plain, size
 from ..records.record import KV, QUALITY, SIZE, WEIGHTS
 
-MODEL = plain("model")  # dense or skipped
+MODEL = plain("model")  # dense, skipped or repaired
 DENSE = number("dense", "dense")
 INSPECT_COLUMNS = (
     plain("sublayer"),
@@ -17,6 +17,7 @@ INSPECT_COLUMNS = (
 )
 FOOTPRINT_COLUMNS = (MODEL, *SIZE)
 QUALITY_COLUMNS = (MODEL, *QUALITY, number("sequences", "sequences", "d"))
+REPAIR_COLUMNS = (plain("text"), *QUALITY_COLUMNS)
 TASK_COLUMNS = (*TASK, DIFFERENCE, WORSE, P, VALUE, DENSE, *DOCUMENTS)
 CHECK_COLUMNS = (plain("check"), DIFFERENCE, WORSE, P, VALUE, DENSE)
 FILE_COLUMNS = (plain("file"), size("bytes", "size"))

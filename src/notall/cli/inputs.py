@@ -109,8 +109,13 @@ def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **mor
 
 
 def read_plan(path: Path | None) -> Plan:
+    """The plan of a file, or of the folder of a repair, with its weights; without a path, one that skips nothing."""
     from ..records.plan import Plan
 
+    if path and path.is_dir():
+        from ..repairing.kept import load_repaired
+
+        return load_repaired(path)
     return Plan.load(path) if path else Plan()
 
 

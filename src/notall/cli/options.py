@@ -27,7 +27,7 @@ Trust = Annotated[
 Attention = Annotated[
     str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...", rich_help_panel=MODEL)
 ]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, as `notall plan` writes it")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, or the folder of a repair")]
 TextSource = Annotated[
     str,
     typer.Option(

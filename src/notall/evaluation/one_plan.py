@@ -16,6 +16,7 @@ from ..measuring.quality import evaluate
 from ..progress import Progress, silent
 from ..records.columns import Row
 from ..records.plan import Plan
+from ..running.repaired import RepairedPlan
 from .battery import SIGNIFICANT, run_battery
 
 GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
@@ -52,8 +53,11 @@ def evaluate_plan(
     warning where its data can't be had. Raises as `evaluate`, `run_tasks` and `run_battery` do.
     """
     progress(0, 1, "quality on the text")
-    found = evaluate(model, [Plan(), plan], batches)
-    quality = [{"model": name, **asdict(row)} for name, row in zip(("dense", "skipped"), found)]
+    asked = {"dense": Plan(), "skipped": plan}
+    if isinstance(plan, RepairedPlan):
+        asked = {"dense": Plan(), "skipped": plan.unrepaired, "repaired": plan}
+    found = evaluate(model, list(asked.values()), batches)
+    quality = [{"model": name, **asdict(row)} for name, row in zip(asked, found)]
     how: dict[str, Any] = {
         "num_fewshot": num_fewshot,
         "task_path": task_path,

@@ -50,6 +50,7 @@ def export(
 
             export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
         elif target in ("hf", "nemotron-nas"):
+            from ..running.repaired import RepairedPlan
             from .dense import opened
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas
@@ -57,6 +58,8 @@ def export(
             write = export_hf if target == "hf" else export_nemotron_nas
             with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
                 plan.check(dense.anatomy)
+                if isinstance(plan, RepairedPlan):
+                    dense = dense.with_weights(plan.weights)
                 write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify, progress=progress)
         else:
             raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")

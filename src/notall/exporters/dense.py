@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
@@ -23,8 +25,10 @@ from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
 from .manifest import Origin
+from .tensors import LiveTensor
 from .weights import Tensors, check_tensors, read_tensors
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
 
@@ -83,6 +87,23 @@ class DenseModel:
         owner = self._owners(sublayer.index)
         held = self._layers[sublayer.index]
         return {name: tensor for name, tensor in held.items() if owner(name) == sublayer.kind}
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
+        """With these values of parameters, by their paths in the model, in the dtypes of the files.
+
+        Raises `UsageError` where the files hold a parameter under another name, in another shape or quantised.
+        """
+        tensors = dict(self.tensors)
+        for path, weight in weights.items():
+            name = self.prefix + path.removeprefix(f"{self.anatomy.layers}.")
+            stored = tensors.get(name)
+            if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
+                raise UsageError(
+                    f"the files of {self.origin.model} do not hold {path} as the model does (it is renamed, fused or "
+                    "quantised there), so that its repaired weights cannot be written; export the plan unrepaired"
+                )
+            tensors[name] = LiveTensor(stored.dtype, stored.shape, weight.detach().cpu().to(FLOATS[stored.dtype]))
+        return replace(self, tensors=tensors)
 
     def _owners(self, index: int) -> Any:
         """A function from the name of a tensor of layer `index` to the kind of the sublayer that it is of.

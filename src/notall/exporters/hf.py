@@ -19,7 +19,7 @@ from .dense import DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
 from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import StoredTensor, total_bytes, write_shards
+from .tensors import Source, total_bytes, write_shards
 from .verification import verify
 from .weights import Tensors
 
@@ -104,7 +104,7 @@ def _regrouped_settings(base: str, layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def _named(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, StoredTensor]]:
+def _named(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Source]]:
     """The tensors of the export under their new names."""
     yield from dense.outside_layers.items()
     for number, layer in enumerate(layers):
@@ -120,5 +120,5 @@ def _named(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, St
                 yield from _under(f"{start}{place}.{slot}.", dense.parts(dense.anatomy.blocks[index].mlp))
 
 
-def _under(start: str, tensors: Tensors) -> Iterator[tuple[str, StoredTensor]]:
+def _under(start: str, tensors: Tensors) -> Iterator[tuple[str, Source]]:
     return ((start + name, tensor) for name, tensor in tensors.items())

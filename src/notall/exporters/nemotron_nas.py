@@ -23,7 +23,7 @@ from .companions import companions, copy_companions
 from .dense import DenseModel
 from .layout import layers_of, rope_names
 from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
-from .tensors import BITS, CHUNK, MadeTensor, StoredTensor, Tensor, total_bytes, write_shards
+from .tensors import BITS, CHUNK, MadeTensor, Source, Tensor, total_bytes, write_shards
 from .verification import verify_in_mlx
 
 logger = logging.getLogger(__name__)
@@ -167,12 +167,12 @@ def _named(dense: DenseModel, kept: Sequence[SparseLayer]) -> Iterator[tuple[str
                 yield start + name, _pad(name, tensor, _padded(dense.config.intermediate_size))
 
 
-def _zero_bias(weight: StoredTensor) -> MadeTensor:
+def _zero_bias(weight: Source) -> MadeTensor:
     (rows_, _), size = weight.shape, BITS[weight.dtype] // 8
     return MadeTensor(weight.dtype, (rows_,), bytes(rows_ * size))
 
 
-def _pad(name: str, tensor: StoredTensor, width: int) -> Tensor:
+def _pad(name: str, tensor: Source, width: int) -> Tensor:
     module, _, kind = name.rpartition(".")
     if module.endswith(("gate_proj", "up_proj")) and tensor.shape[0] < width:
         return PaddedRows(tensor, width)
@@ -185,7 +185,7 @@ def _pad(name: str, tensor: StoredTensor, width: int) -> Tensor:
 class PaddedRows:
     """A stored tensor, (rows, ...), with rows of zeros behind it."""
 
-    source: StoredTensor
+    source: Source
     rows: int
 
     @property
@@ -209,7 +209,7 @@ class PaddedRows:
 class PaddedColumns:
     """A stored matrix, (rows, columns), with columns of zeros behind it."""
 
-    source: StoredTensor
+    source: Source
     columns: int
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import UsageError, shortened
@@ -80,7 +81,27 @@ class MadeTensor:
         yield self.data
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class LiveTensor:
+    """A tensor in memory, on the CPU, in place of a stored one."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    values: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
+        flat = self.values.contiguous().flatten().view(torch.uint8)
+        yield from (part.numpy().tobytes() for part in flat.split(most))
+
+
+Source = StoredTensor | LiveTensor  # of the model that is exported
+
+
+def read_header(path: Path) -> dict[str, Source]:
     """The tensors of one safetensors file, by name. Raises `UsageError` when the file is truncated or damaged."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -105,7 +126,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         position += tensor.size
     if position != size:
         raise _damaged(path, "it goes on behind its tensors")
-    return tensors
+    return dict(tensors)
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, end: int) -> StoredTensor:

@@ -13,9 +13,9 @@ from ..errors import UsageError, shortened
 from ..models.folders import INDEX, SINGLE, own_file
 from ..models.load_errors import check_weights, quiet
 from ..records.strict_json import read_json
-from .tensors import StoredTensor, read_header
+from .tensors import Source, read_header
 
-Tensors = dict[str, StoredTensor]
+Tensors = dict[str, Source]
 
 
 def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:

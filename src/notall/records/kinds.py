@@ -14,6 +14,7 @@ from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimes
 from .leave_one_out import LeaveOneOutRecord
 from .provenance import PLACES
 from .record import HeaderRecord, QualityFields, Record, TimeFields
+from .repair import RefitRecord
 from .search import EvaluationRecord, SearchRecord, SpeedCheck
 from .similarity import SimilarityRecord
 from .sweep import SampleRecord, ScoresRecord, SweepRecord
@@ -21,7 +22,7 @@ from .sweep import SampleRecord, ScoresRecord, SweepRecord
 _ALL: tuple[type[Record], ...] = (
     *(SweepRecord, ScoresRecord, SampleRecord, SimilarityRecord, LeaveOneOutRecord),
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
-    *(SearchRecord, EvaluationRecord, BenchRecord),
+    *(SearchRecord, EvaluationRecord, BenchRecord, RefitRecord),
     *(BenchmarkRecord, BatteryRecord, TimesRecord, AnswersRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}

@@ -51,8 +51,7 @@ class _NormedFit:
         if best is None or change is None:
             return None
         new = (self.old + self._damped(change, best[1])).to(self.projection.matrix(self.seen.layer).dtype)
-        weights = self.projection.parameters(self.seen.layer, new, None)
-        return Refit(best[0], left, weights, self._states(new.to(self.old)))
+        return Refit(best[0], left, self.projection.parameters(self.seen.layer, new, None))
 
     def _damped(self, change: Tensor | None, step: float) -> Tensor:
         assert change is not None
@@ -79,9 +78,3 @@ class _NormedFit:
     def _added(self, features: Tensor, matrix: Tensor) -> Tensor:
         answers = (features @ matrix.T).to(self.seen.before[0].dtype)
         return self.projection.scale * self.norm(answers[None])[0].to(features)
-
-    def _states(self, matrix: Tensor) -> list[Tensor]:
-        return [
-            (before.to(matrix) + self._added(features.to(matrix), matrix).view(before.shape)).to(before.dtype)
-            for before, features in zip(self.seen.before, self.seen.features)
-        ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .least_squares import Moments
@@ -22,8 +21,7 @@ def refit_directly(seen: Seen, ridges: Sequence[float]) -> Refit | None:
     change = None if best is None else (fitted + held).solve(best)
     if best is None or change is None:
         return None
-    weights, moved = _weights(seen, change)
-    return Refit(best, left, weights, [_behind(seen, number, moved) for number in range(len(seen.behind))])
+    return Refit(best, left, _weights(seen, change))
 
 
 def _moments(seen: Seen, held: bool) -> Moments:
@@ -39,28 +37,15 @@ def _biases(seen: Seen) -> int:
     return sum(one.bias(seen.layer) is not None for one in seen.projections)
 
 
-def _weights(seen: Seen, change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The weights in the dtype of the model, and by how much they really moved, as `change` has it."""
+def _weights(seen: Seen, change: Tensor) -> dict[str, Tensor]:
+    """Each projection's own columns, in the dtype of the model; of a bias that several share, each an equal part."""
     weights: dict[str, Tensor] = {}
-    moved, start = torch.zeros_like(change), 0
+    start = 0
     for one in seen.projections:
         old, bias = one.matrix(seen.layer), one.bias(seen.layer)
-        columns = slice(start, start + old.shape[1])
-        new = (old.to(change) + change[:, columns]).to(old.dtype)
-        moved[:, columns] = new.to(change) - old.to(change)
-        start = columns.stop
-        if bias is not None:  # what several share each takes an equal part of
-            shifted = (bias.to(change) + change[:, -1] / (one.scale * _biases(seen))).to(bias.dtype)
-            moved[:, -1] += one.scale * (shifted.to(change) - bias.to(change))
-            bias = shifted
-        weights |= one.parameters(seen.layer, new, bias)
-    return weights, moved
-
-
-def _behind(seen: Seen, number: int, moved: Tensor) -> Tensor:
-    """The stream of a batch behind the step, whose weights moved so much."""
-    features, behind = seen.features[number].to(moved), seen.behind[number]
-    more = features @ moved[:, : features.shape[1]].T
-    if moved.shape[1] > features.shape[1]:
-        more += moved[:, -1]
-    return (behind.to(moved) + more.view(behind.shape)).to(behind.dtype)
+        own = change[:, start : start + old.shape[1]]
+        start += old.shape[1]
+        if bias is not None:
+            bias = (bias.to(change) + change[:, -1] / (one.scale * _biases(seen))).to(bias.dtype)
+        weights |= one.parameters(seen.layer, (old.to(change) + own).to(old.dtype), bias)
+    return weights

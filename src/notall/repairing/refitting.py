@@ -10,25 +10,33 @@ Nothing is trained, and no tensor is added: the model has the shapes that it had
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
+from ..models.loading import dtype_name
 from ..progress import Progress, silent
+from ..records.ledger import working_in
 from ..records.plan import Plan
+from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
-from ..running.repaired import RepairedPlan
+from ..running.repaired import RepairedPlan, with_weights
 from ..running.replay import record
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
+from .kept import Kept
 from .projections import Projection, features_of, find_projection
 from .readers import reading_gains
 from .step import Seen
@@ -48,15 +56,19 @@ def repair(
     *,
     ridges: Sequence[float] = RIDGES,
     ahead: float = AHEAD,
+    folder: Path | None = None,
+    settings: Provenance | Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are tried in turn, relative to the features' mean square; `math.inf` changes nothing.
-    `refits` of the result says what became of each sublayer.
+    `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
+    goes on where one that was killed stopped; `settings` tell it apart from others.
 
-    Raises `UsageError` for fewer than two sequences and a plan that does not fit, and `UnsupportedModel` as `locate`.
+    Raises `UsageError` for fewer than two sequences, a plan that does not fit or skips nothing, and a folder that
+    holds other work or is in use, and `UnsupportedModel` as `locate` does.
     """
     sequences = sum(len(batch) for batch in batches)
     if sequences < 2:
@@ -64,7 +76,20 @@ def repair(
     inner = base_model(model)
     anatomy = locate(inner)
     plan.check(anatomy)
-    return _Repair(inner, anatomy, plan, batches, ridges, ahead).run(progress)
+    if not plan:
+        raise UsageError("the plan skips nothing, so there is nothing to make up for")
+    about = Provenance.of(
+        settings or {},
+        plan=plan.indices,
+        fingerprint=anatomy.fingerprint,
+        dtype=dtype_name(inner),
+        calibration=_digest(batches),
+        ridges=list(ridges),
+        ahead=ahead,
+    )
+    with working_in(folder, "repair") if folder else nullcontext():
+        kept = Kept(folder, about) if folder else None
+        return _Repair(inner, anatomy, plan, batches, ridges, ahead, kept).run(progress)
 
 
 class _Repair:
@@ -76,7 +101,9 @@ class _Repair:
         batches: Sequence[Tensor],
         ridges: Sequence[float],
         ahead: float,
+        kept: Kept | None,
     ) -> None:
+        self.kept = kept
         self.anatomy, self.plan, self.ridges, self.ahead = anatomy, plan, sorted(ridges), ahead
         self.layers: nn.ModuleList = model.get_submodule(anatomy.layers)
         self.recordings = [record(model, input_ids=batch) for batch in batches]
@@ -100,10 +127,12 @@ class _Repair:
             else:
                 (states,) = self.dense.before(step.behind)
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
+        if self.kept:
+            self.kept.finish(self.plan)
         return RepairedPlan(
             self.plan.attention,
             self.plan.mlp,
-            fingerprint=self.plan.fingerprint or self.anatomy.fingerprint,
+            fingerprint=self.plan.fingerprint,
             note=self.plan.note,
             weights=self.weights,
             refits=tuple(self.refits),
@@ -118,24 +147,45 @@ class _Repair:
 
     def _refit(self, step: Step, states: list[Tensor], target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
+        path = f"{self.anatomy.layers}.{step.block.index}."
+        if self.kept and (step.names,) in self.kept.refits:
+            refit = self.kept.refits[(step.names,)]
+            weights = self.kept.weights(refit)
+        else:
+            refit, below = self._solve(step, states, target)
+            weights = {path + name: weight for name, weight in below.items()}
+            if self.kept:
+                self.kept.add(refit, weights)
+        self.refits.append(refit)
+        self.weights |= weights
+        with with_weights(self.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
+            return self._run(step, states)
+
+    def _solve(self, step: Step, states: list[Tensor], target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
+        """What became of a step, and its new weights by their paths below the layer."""
         start, layer = time.process_time(), self.layers[step.block.index]
+        refit, why = None, ""
         projections = self._projections(step, states[0])
         if projections is None:
-            self._note(step, start, why="no matrix of its own is the last before the stream")
-            return list(run_all(layer, step.block.index, step.branches, states, self.recordings))
-        with features_of(layer, projections) as features:
-            behind = list(run_all(layer, step.block.index, step.branches, states, self.recordings))
-        seen = Seen(
-            layer, projections, states, behind, target, features(), self.held, self.reading[self.steps.index(step)]
+            why = "no matrix of its own is the last before the stream"
+        else:
+            with features_of(layer, projections) as features:
+                behind = self._run(step, states)
+            metric = self.reading[self.steps.index(step)]
+            seen = Seen(layer, projections, states, behind, target, features(), self.held, metric)
+            refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
+        record = RefitRecord(
+            sublayers=step.names,
+            ridge=refit.ridge if refit else None,
+            left=refit.left if refit else 1.0,
+            seconds=time.process_time() - start,
+            why=why,
         )
-        refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
-        if refit is None:
-            self._note(step, start, left=1.0)
-            return behind
-        path = f"{self.anatomy.layers}.{step.block.index}."
-        self.weights |= {path + name: weight for name, weight in refit.weights.items()}
-        self._note(step, start, ridge=refit.ridge, left=refit.left)
-        return refit.states
+        return record, refit.weights if refit else {}
+
+    def _run(self, step: Step, states: list[Tensor]) -> list[Tensor]:
+        index = step.block.index
+        return list(run_all(self.layers[index], index, step.branches, states, self.recordings))
 
     def _projections(self, step: Step, states: Tensor) -> tuple[Projection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""
@@ -149,12 +199,6 @@ class _Repair:
         """Whether no other layer has the same weights."""
         return self.uses[id(layer.get_submodule(projection.path).weight)] == 1
 
-    def _note(
-        self, step: Step, start: float, *, ridge: float | None = None, left: float | None = None, why: str = ""
-    ) -> None:
-        seconds = time.process_time() - start
-        self.refits.append(RefitRecord(sublayers=step.names, ridge=ridge, left=left, seconds=seconds, why=why))
-
 
 def _held(batches: Sequence[Tensor]) -> list[Tensor]:
     """Of each batch, which sequences are held out, (batch,): one in `HELD`, and the last where there are fewer."""
@@ -162,3 +206,8 @@ def _held(batches: Sequence[Tensor]) -> list[Tensor]:
     every = min(HELD, sequences)
     held = torch.arange(1, sequences + 1) % every == 0
     return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]
+
+
+def _digest(batches: Sequence[Tensor]) -> str:
+    """A hash of token ids."""
+    return hashlib.sha256(b"".join(batch.cpu().numpy().tobytes() for batch in batches)).hexdigest()[:16]

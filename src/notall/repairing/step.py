@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Refit:
-    """New weights of a step, by their paths below its layer, and the stream behind it with them, a tensor a batch.
+    """New weights of a step, by their paths below its layer.
 
     `left` is the share of the squared error that is left on the sequences that were held out.
     """
@@ -60,4 +60,3 @@ class Refit:
     ridge: float
     left: float
     weights: dict[str, Tensor]
-    states: list[Tensor]

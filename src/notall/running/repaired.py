@@ -40,6 +40,11 @@ class RepairedPlan(Plan):
             digest.update(path.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def unrepaired(self) -> Plan:
+        """What it skips, without the weights."""
+        return Plan(self.attention, self.mlp, fingerprint=self.fingerprint, note=self.note)
+
     def __str__(self) -> str:
         return f"{super().__str__()}, repaired"
 

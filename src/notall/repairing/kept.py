@@ -1,0 +1,83 @@
+"""A repair as a folder: weights step by step while it is under way, and the plan when it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UsageError, shortened
+from ..models.folders import own_file
+from ..records.ledger import Ledger, read
+from ..records.plan import Plan
+from ..records.provenance import Provenance
+from ..records.repair import RefitRecord
+from ..running.repaired import RepairedPlan
+
+PLAN = "plan.json"
+
+
+class Kept:
+    """What was refit so far. The plan file comes last, so that a folder with one is whole."""
+
+    def __init__(self, folder: Path, about: Provenance) -> None:
+        self.folder = folder
+        self.refits = Ledger(folder, RefitRecord, about)
+
+    def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
+        """By their paths in the dense model; none where the step was left alone."""
+        return _weights(self.folder, refit)
+
+    def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
+        """Weights first: a line says that they are there."""
+        if weights:
+            save_file({path: weight.cpu() for path, weight in weights.items()}, self.folder / _file(refit))
+        self.refits.add(refit)
+
+    def finish(self, plan: Plan) -> None:
+        plan.save(self.folder / PLAN)
+
+
+def load_repaired(folder: Path) -> RepairedPlan:
+    """The plan that `notall repair` wrote to `folder`, with its weights.
+
+    Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
+    """
+    if not (folder / PLAN).is_file():
+        known = (folder / RefitRecord.file).is_file()
+        raise UsageError(
+            f"the repair in {shortened(folder)} was not finished: run the same `notall repair` again, and it goes on"
+            if known
+            else f"{shortened(folder)} is no repaired plan: give a plan file, or a folder that `notall repair` wrote"
+        )
+    plan = Plan.load(folder / PLAN)
+    refits = read(folder / RefitRecord.file, RefitRecord)
+    weights = {path: weight for refit in refits for path, weight in _weights(folder, refit).items()}
+    return RepairedPlan(
+        plan.attention,
+        plan.mlp,
+        fingerprint=plan.fingerprint,
+        note=plan.note,
+        weights=weights,
+        refits=tuple(refits),
+    )
+
+
+def _file(refit: RefitRecord) -> str:
+    return f"{'+'.join(refit.sublayers)}.safetensors"
+
+
+def _weights(folder: Path, refit: RefitRecord) -> dict[str, Tensor]:
+    if refit.ridge is None:
+        return {}
+    file = own_file(folder, _file(refit))
+    if file is None:
+        raise UsageError(f"{shortened(folder)} lacks {_file(refit)}: repair the plan again")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UsageError(
+            f"{_file(refit)} of {shortened(folder)} is damaged ({shortened(error)}): repair again"
+        ) from None
