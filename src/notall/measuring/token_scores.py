@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModel
 from ..running.head import Head, Projection
 from ..structure.anatomy import text_config
 
@@ -94,6 +95,17 @@ class TokenScorer:
         """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
         return self.way.score(hidden, targets, dense, likeliest)
 
+    @torch.no_grad()
+    def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(dense || these), (rows,), and its derivative by `states`, from what the head's matrix is given, (rows, width).
+
+        The derivative is the difference of both mean rows of the head, so that no logits are kept for it.
+        Raises `UnsupportedModel` where the head is no matrix.
+        """
+        if not isinstance(self.way, _Tiled):
+            raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
+        return self.way.distance(states, dense_states)
+
 
 # --- a head that is a matrix ------------------------------------------------------------------------------------------
 
@@ -133,11 +145,22 @@ class _Tiled:
 
     def dense(self, hidden: Tensor, targets: Tensor | None, likeliest: bool) -> tuple[TokenScores, Dense]:
         states, wanted = self._read(hidden, targets)
+        sums, dense = self._dense(states, wanted, likeliest)
+        return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
+
+    def _dense(self, states: Tensor, wanted: Tensor | None, likeliest: bool) -> tuple[_Sums, Dense]:
         near = self._sums(states, states.new_zeros(len(states)) if wanted is None else wanted)
         sums = self._sums(states, near.about + near.log_sums, likeliest, mean=True)
         kept = sums.mean * self.scale
-        anchor = sums.about + sums.log_sums - self._products(states, kept)
-        return _scores(sums, wanted, torch.zeros_like(anchor), likeliest), Dense(kept, anchor)
+        return sums, Dense(kept, sums.about + sums.log_sums - self._products(states, kept))
+
+    def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
+        _, dense = self._dense(dense_states.to(self.weight.dtype), None, False)
+        assert dense.anchor is not None
+        given = states.to(self.weight.dtype)
+        alike = self._products(given, dense.kept) + dense.anchor
+        sums = self._sums(given, alike, mean=True)
+        return sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
 
     def score(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
         states, wanted = self._read(hidden, targets)
