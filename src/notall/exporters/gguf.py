@@ -1,4 +1,4 @@
-"""llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No torch, and no weight is changed.
+"""llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No weight is changed but repaired ones.
 
 A portable plan leaves an ordinary file of the same architecture. Other plans leave a `deci` file, whose layers may lack
 a sublayer each, for the architectures that are built as `deci` is but for that. What llama.cpp decides by the index of
@@ -24,6 +24,7 @@ from ..records.plan import Plan
 from ..running.regrouping import Layer, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, GGUFTensor, read_gguf, total_bytes, write_gguf
+from .gguf_weights import with_weights
 from .manifest import (
     TURNED_OFF,
     NotVerified,
@@ -81,7 +82,9 @@ def export_gguf(
     Raises `UsageError` for a damaged file, a plan of another model, and a plan that no GGUF file can express.
     """
     source = read_gguf(dense)
-    fields, tensors = cut(source, plan)
+    weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
+    repaired = with_weights(source, weights) if weights else source
+    fields, tensors = cut(repaired, plan)
     form = str(fields["general.architecture"].value)
     fingerprint = str(Fingerprint(source.architecture, source.depth, source.count("embedding_length")))
     origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)

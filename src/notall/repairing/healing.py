@@ -65,7 +65,6 @@ def heal(
     paths = {id(parameter): path for path, parameter in student.named_parameters()}
     wanted = _trained(inner, anatomy, plan, train, batches[0][:1])
     if isinstance(plan, RepairedPlan):
-        paths_before = set(plan.weights)
         for path, weight in plan.weights.items():
             student.get_parameter(path).data.copy_(weight)
     remove(student, Plan(plan.attention, plan.mlp))
