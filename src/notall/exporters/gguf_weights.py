@@ -1,4 +1,4 @@
-"""Repaired weights in a GGUF file: found by the names that llama.cpp's converter gives, and packed as the file's are."""
+"""Repaired weights in a GGUF file: found by the names that its converter gives, and packed as the file's are."""
 
 from __future__ import annotations
 

@@ -97,9 +97,10 @@ class TokenScorer:
 
     @torch.no_grad()
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(dense || these), (rows,), and its derivative by `states`, from what the head's matrix is given, (rows, width).
+        """KL(dense || these), (rows,), and its derivative by `states`.
 
-        The derivative is the difference of both mean rows of the head, so that no logits are kept for it.
+        Both are given as the head's matrix is, (rows, width). The derivative is the difference of both mean rows of
+        the head, so that no logits are kept for it.
         Raises `UnsupportedModel` where the head is no matrix.
         """
         if not isinstance(self.way, _Tiled):

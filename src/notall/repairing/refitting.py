@@ -31,7 +31,7 @@ from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
 from ..running.replay import record
-from ..structure.anatomy import Anatomy, base_model
+from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall
 from .behind_norms import refit_behind_norm
@@ -89,43 +89,77 @@ def repair(
     )
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
-        return _Repair(inner, anatomy, plan, batches, ridges, ahead, kept).run(progress)
+        repair_of_it = Repair(Calibration(inner, batches), plan, ridges=ridges, ahead=ahead, kept=kept)
+        return repair_of_it.run(progress)
 
 
-class _Repair:
+class Calibration:
+    """A model's dense stream on a text, and which of its sequences are held out: one in so many.
+
+    With `keep_all` it serves repairs of many plans.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Tensor], *, one_in: int = HELD, keep_all: bool = False
+    ) -> None:
+        self.model, self.anatomy = model, locate(model)
+        self.layers: nn.ModuleList = model.get_submodule(self.anatomy.layers)
+        self.recordings = [record(model, input_ids=batch) for batch in batches]
+        self.held = held_out(batches, one_in)
+        self.dense = DenseStream(self.anatomy, self.layers, self.recordings, keep_all=keep_all)
+        self.probe = record(model, input_ids=batches[0][:1, :PROBED])
+        self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        self._found: dict[str, Projection | None] = {}
+
+    def projection(self, part: Sublayer) -> Projection | None:
+        """The output projection of a sublayer, where no other layer has the same weights."""
+        if part.name not in self._found:
+            layer, call = self.layers[part.index], LayerCall(self.probe.arguments[part.index])
+            found = find_projection(layer, part, self.probe.embedded, call)
+            is_shared = found is not None and self.uses[id(layer.get_submodule(found.path).weight)] > 1
+            self._found[part.name] = None if is_shared else found
+        return self._found[part.name]
+
+
+class Repair:
+    """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
+
+    `near` leaves what stands before no gap as it is: cheaper, and a little worse.
+    """
+
     def __init__(
         self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
+        text: Calibration,
         plan: Plan,
-        batches: Sequence[Tensor],
-        ridges: Sequence[float],
-        ahead: float,
-        kept: Kept | None,
+        *,
+        ridges: Sequence[float] = RIDGES,
+        ahead: float = AHEAD,
+        near: bool = False,
+        kept: Kept | None = None,
     ) -> None:
-        self.kept = kept
-        self.anatomy, self.plan, self.ridges, self.ahead = anatomy, plan, sorted(ridges), ahead
-        self.layers: nn.ModuleList = model.get_submodule(anatomy.layers)
-        self.recordings = [record(model, input_ids=batch) for batch in batches]
-        self.held = _held(batches)
-        self.steps = steps_of(anatomy, plan)
-        self.reading = reading_gains(model, self.layers, [step.parts for step in self.steps])
-        self.dense = DenseStream(anatomy, self.layers, self.recordings)
-        self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        self.text, self.plan, self.kept = text, plan, kept
+        self.ridges, self.ahead, self.near = sorted(ridges), ahead, near
+        self.steps = steps_of(text.anatomy, plan)
+        self.reading = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.weights: dict[str, Tensor] = {}
         self.refits: list[RefitRecord] = []
+        self.states: list[Tensor] = []
+        self.ran = 0  # sublayers of the skipped model run so far
 
-    def run(self, progress: Progress) -> RepairedPlan:
-        (states,) = self.dense.before(self.steps[0].line)
+    def run(self, progress: Progress = silent) -> RepairedPlan:
+        (self.states,) = self.text.dense.before(self.steps[0].line)
         apart = False  # whether the streams differ already
         for number, step in enumerate(self.steps):
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
             following = self.steps[number + 1] if number + 1 < len(self.steps) else None
-            if apart or step.gap or (following and following.gap and self.ahead):
-                states = self._refit(step, states, self._target(step, following))
-                apart = True
+            is_near = step.gap or bool(following and following.gap and self.ahead)
+            if is_near or (apart and not self.near):
+                self.states = self._refit(step, self._target(step, following))
+            elif apart:
+                self.states = self._run(step)
             else:
-                (states,) = self.dense.before(step.behind)
+                (self.states,) = self.text.dense.before(step.behind)
+            apart = apart or is_near
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
         if self.kept:
             self.kept.finish(self.plan)
@@ -141,38 +175,38 @@ class _Repair:
     def _target(self, step: Step, following: Step | None) -> list[Tensor]:
         """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
         if not (following and following.gap and self.ahead):
-            return self.dense.before(step.behind)[0]
-        here, by, to = self.dense.before(step.behind, step.behind + 1, following.behind)
+            return self.text.dense.before(step.behind)[0]
+        here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
         return [aim + self.ahead * (gone - left) for aim, left, gone in zip(here, by, to)]
 
-    def _refit(self, step: Step, states: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+    def _refit(self, step: Step, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
-        path = f"{self.anatomy.layers}.{step.block.index}."
+        path = f"{self.text.anatomy.layers}.{step.block.index}."
         if self.kept and (step.names,) in self.kept.refits:
             refit = self.kept.refits[(step.names,)]
             weights = self.kept.weights(refit)
         else:
-            refit, below = self._solve(step, states, target)
+            refit, below = self._solve(step, target)
             weights = {path + name: weight for name, weight in below.items()}
             if self.kept:
                 self.kept.add(refit, weights)
         self.refits.append(refit)
         self.weights |= weights
-        with with_weights(self.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
-            return self._run(step, states)
+        with with_weights(self.text.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
+            return self._run(step)
 
-    def _solve(self, step: Step, states: list[Tensor], target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
+    def _solve(self, step: Step, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths below the layer."""
-        start, layer = time.process_time(), self.layers[step.block.index]
+        start, layer = time.process_time(), self.text.layers[step.block.index]
         refit, why = None, ""
-        projections = self._projections(step, states[0])
+        projections = self._projections(step)
         if projections is None:
             why = "no matrix of its own is the last before the stream"
         else:
             with features_of(layer, projections) as features:
-                behind = self._run(step, states)
+                behind = self._run(step)
             metric = self.reading[self.steps.index(step)]
-            seen = Seen(layer, projections, states, behind, target, features(), self.held, metric)
+            seen = Seen(layer, projections, self.states, behind, target, features(), self.text.held, metric)
             refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
         record = RefitRecord(
             sublayers=step.names,
@@ -183,27 +217,22 @@ class _Repair:
         )
         return record, refit.weights if refit else {}
 
-    def _run(self, step: Step, states: list[Tensor]) -> list[Tensor]:
+    def _run(self, step: Step) -> list[Tensor]:
         index = step.block.index
-        return list(run_all(self.layers[index], index, step.branches, states, self.recordings))
+        self.ran += len(step.parts)
+        return list(run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings))
 
-    def _projections(self, step: Step, states: Tensor) -> tuple[Projection, ...] | None:
+    def _projections(self, step: Step) -> tuple[Projection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""
-        call = LayerCall(self.recordings[0].arguments[step.block.index])
-        layer = self.layers[step.block.index]
-        found = [find_projection(layer, part, states, call) for part in step.parts]
-        own = tuple(one for one in found if one is not None and self._is_its_own(layer, one))
+        found = [self.text.projection(part) for part in step.parts]
+        own = tuple(one for one in found if one is not None)
         return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
 
-    def _is_its_own(self, layer: nn.Module, projection: Projection) -> bool:
-        """Whether no other layer has the same weights."""
-        return self.uses[id(layer.get_submodule(projection.path).weight)] == 1
 
-
-def _held(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Of each batch, which sequences are held out, (batch,): one in `HELD`, and the last where there are fewer."""
+def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
+    """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
     sequences = sum(len(batch) for batch in batches)
-    every = min(HELD, sequences)
+    every = min(one_in, sequences)
     held = torch.arange(1, sequences + 1) % every == 0
     return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]
 

@@ -53,21 +53,27 @@ def steps_of(anatomy: Anatomy, plan: Plan) -> list[Step]:
 
 
 class DenseStream:
-    """The stream before each line of the dense model, (batch, tokens, hidden) a batch; a few lines are kept at once."""
+    """The stream before each line of the dense model, (batch, tokens, hidden) a batch.
 
-    def __init__(self, anatomy: Anatomy, layers: nn.ModuleList, recordings: Sequence[Recording]) -> None:
-        self.layers, self.recordings = layers, recordings
+    A few lines are kept at once, or all of them, for repairs of many plans on one text.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, layers: nn.ModuleList, recordings: Sequence[Recording], *, keep_all: bool = False
+    ) -> None:
+        self.layers, self.recordings, self.keep_all = layers, recordings, keep_all
         self.lines = [(block.index, branches) for block in anatomy.blocks for branches in block_lines(block)]
         self.at = {0: [recording.embedded for recording in recordings]}
 
     def before(self, *lines: int) -> list[list[Tensor]]:
-        """Before each of these lines. No later call may ask for one that is neither among them nor behind them."""
+        """Before each of these lines; unless all are kept, later calls may only ask for these and what is behind."""
         for place in range(max(self.at), max(lines)):
             index, branches = self.lines[place]
             self.at[place + 1] = list(run_all(self.layers[index], index, branches, self.at[place], self.recordings))
-            if place not in lines:
+            if place not in lines and not self.keep_all:
                 del self.at[place]
-        self.at = {line: states for line, states in self.at.items() if line in lines}
+        if not self.keep_all:
+            self.at = {line: states for line, states in self.at.items() if line in lines}
         return [self.at[line] for line in lines]
 
 
