@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .measuring.similarity import measure_similarity
     from .models.loading import load
     from .records.plan import Plan
+    from .repairing.healing import heal
     from .repairing.refitting import repair
     from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
@@ -37,6 +38,7 @@ _HOMES = {
     "deepest": "evaluation.paper.grid",
     "evaluate": "measuring.quality",
     "export": "exporters",
+    "heal": "repairing.healing",
     "load": "models.loading",
     "locate": "structure.locating",
     "measure_similarity": "measuring.similarity",

@@ -24,7 +24,7 @@ from .evaluator import Evaluator, Spent
 from .objective import kl
 from .space import Skipped, plan_of
 
-RIDGES = (0.1, 1.0)  # enough to tell sets apart
+RIDGES = (0.01, 0.3, 3.0)  # enough to tell sets apart
 ONE_IN = 2  # sequences, of which one is judged and the other fitted to
 
 

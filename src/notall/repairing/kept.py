@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..errors import UsageError, shortened
 from ..models.folders import own_file
+from ..records.healing import HealRecord
 from ..records.ledger import Ledger, read
 from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan
 
-PLAN = "plan.json"
+PLAN, HEALED = "plan.json", "healed.safetensors"
 
 
 class Kept:
@@ -40,21 +41,30 @@ class Kept:
         plan.save(self.folder / PLAN)
 
 
+def keep_healed(folder: Path, plan: RepairedPlan) -> None:
+    """Write a plan whose weights were trained, all in one file."""
+    save_file({path: weight.cpu() for path, weight in plan.weights.items()}, folder / HEALED)
+    plan.save(folder / PLAN)
+
+
 def load_repaired(folder: Path) -> RepairedPlan:
-    """The plan that `notall repair` wrote to `folder`, with its weights.
+    """The plan that `notall repair` or `notall heal` wrote to `folder`, with its weights.
 
     Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
     """
     if not (folder / PLAN).is_file():
-        known = (folder / RefitRecord.file).is_file()
+        begun = [kind for kind in (RefitRecord, HealRecord) if (folder / kind.file).is_file()]
         raise UsageError(
-            f"the repair in {shortened(folder)} was not finished: run the same `notall repair` again, and it goes on"
-            if known
+            f"what {shortened(folder)} holds was not finished: run the same `notall {begun[0].commands[0]}` again, and "
+            "it goes on"
+            if begun
             else f"{shortened(folder)} is no repaired plan: give a plan file, or a folder that `notall repair` wrote"
         )
     plan = Plan.load(folder / PLAN)
     refits = read(folder / RefitRecord.file, RefitRecord)
     weights = {path: weight for refit in refits for path, weight in _weights(folder, refit).items()}
+    if own_file(folder, HEALED):
+        weights |= _read(folder, HEALED)
     return RepairedPlan(
         plan.attention,
         plan.mlp,
@@ -70,14 +80,14 @@ def _file(refit: RefitRecord) -> str:
 
 
 def _weights(folder: Path, refit: RefitRecord) -> dict[str, Tensor]:
-    if refit.ridge is None:
-        return {}
-    file = own_file(folder, _file(refit))
+    return {} if refit.ridge is None else _read(folder, _file(refit))
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    file = own_file(folder, name)
     if file is None:
-        raise UsageError(f"{shortened(folder)} lacks {_file(refit)}: repair the plan again")
+        raise UsageError(f"{shortened(folder)} lacks {name}: repair the plan again")
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise UsageError(
-            f"{_file(refit)} of {shortened(folder)} is damaged ({shortened(error)}): repair again"
-        ) from None
+        raise UsageError(f"{name} of {shortened(folder)} is damaged ({shortened(error)}): repair again") from None

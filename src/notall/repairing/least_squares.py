@@ -50,11 +50,11 @@ class Moments:
         return float(1 - metric @ explained / total) if total > 0 else 1.0
 
     def solve(self, ridge: float) -> Tensor | None:
-        """argmin over C of sum |r - C z|^2 + ridge * mean |z_i|^2 * |C|^2, (outputs, features); None if there are many.
+        """argmin over C of sum |r - C z|^2 + ridge * sum_i C_i^2 sum z_i^2, (outputs, features); None if there are many.
 
-        `ridge` is relative to a feature's mean square, summed over tokens, so that it means the same for any model.
+        Each feature is held back by its own size, so that a ridge means the same for small and for massive ones.
         """
-        held_back = torch.full_like(self.gram[0], ridge * float(self.gram.diagonal()[: self._unbiased].mean()))
+        held_back = ridge * self.gram.diagonal()
         if self.biased:
             held_back[-1] = 0.0
         lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
@@ -62,7 +62,3 @@ class Moments:
             return None
         change = torch.cholesky_solve(self.cross.T, lower).T
         return change if change.isfinite().all() else None
-
-    @property
-    def _unbiased(self) -> int:
-        return len(self.gram) - self.biased

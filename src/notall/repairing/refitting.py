@@ -42,7 +42,7 @@ from .readers import reading_gains
 from .step import Seen
 from .streams import DenseStream, Step, run_all, steps_of
 
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
 HELD = 8  # one sequence in so many chooses the ridge
 PROBED = 16  # tokens to find a projection with
@@ -63,7 +63,7 @@ def repair(
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
-    eight is held out. `ridges` are tried in turn, relative to the features' mean square; `math.inf` changes nothing.
+    eight is held out. `ridges` are tried in turn, relative to each feature's own square; `math.inf` changes nothing.
     `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
     goes on where one that was killed stopped; `settings` tell it apart from others.
 
@@ -83,7 +83,7 @@ def repair(
         plan=plan.indices,
         fingerprint=anatomy.fingerprint,
         dtype=dtype_name(inner),
-        calibration=_digest(batches),
+        calibration=digest_of(batches),
         ridges=list(ridges),
         ahead=ahead,
     )
@@ -237,6 +237,6 @@ def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
     return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]
 
 
-def _digest(batches: Sequence[Tensor]) -> str:
+def digest_of(batches: Sequence[Tensor]) -> str:
     """A hash of token ids."""
     return hashlib.sha256(b"".join(batch.cpu().numpy().tobytes() for batch in batches)).hexdigest()[:16]
