@@ -387,8 +387,8 @@ def test_an_unknown_repair_is_refused_before_anything_is_done():
         Repairs(("luck",))
 
 
-def test_with_weights_restores(model):
-    """The dense model keeps its own after every method."""
+def test_the_dense_model_keeps_its_own_weights(model):
+    """After every method."""
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for one in METHODS.values():
         repaired = one.repair(model, MIXED, BATCHES)

@@ -48,11 +48,11 @@ def _folded(dense: Calibration, step: Step) -> dict[str, Tensor]:
     with features_of(layer, [projection]) as features:
         behind = list(run_all(layer, index, step.branches, before, dense.recordings))
     matrix, bias = projection.matrix(layer), projection.bias(layer)
-    given = [part.double() @ matrix.double().T for part in features()]
+    added = [inner.double() @ matrix.double().T for inner in features()]
     if bias is not None:
-        given = [part + projection.scale * bias.double() for part in given]
-    target = [to.flatten(0, 1).double() + m - at.flatten(0, 1) for to, m, at in zip(wanted, given, behind)]
-    through = least_squares(given, target, ridge=RIDGE)
+        added = [m + projection.scale * bias.double() for m in added]
+    target = [to.flatten(0, 1).double() + m - at.flatten(0, 1) for to, m, at in zip(wanted, added, behind)]
+    through = least_squares(added, target, ridge=RIDGE)
     new_bias = None if bias is None else (through @ bias.double()).to(bias.dtype)
     new = (through @ matrix.double()).to(matrix.dtype)
     return {
