@@ -563,6 +563,7 @@ def test_compare_refuses_in_one_line(run, folder, text, tmp_path):
         "'attention:4,,8' is no budget": ["--budget", "attention:4,,8"],
         "'attention:999": ["--budget", "attention:" + "9" * 5000],
         "no criterion": ["--criterion", "luck"],
+        "no repair": ["--repair", "luck"],
         "at most": ["--budget", "attention:6"],
         "tokens": ["--sequences", "9999999"],
     }.items():

@@ -1,7 +1,7 @@
 """Criteria side by side: what each skips at each budget, what that costs on held-out text, and what it took to find.
 
 In stages, each of which goes on where it was stopped: every criterion chooses, all plans are scored together on the
-held-out text, answer tasks together, are timed, and become a line each.
+held-out text, repaired ones plan by plan, answer tasks together, are timed, and become a line each.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from ..measuring.quality import Scores as Losses
 from ..measuring.quality import score, summarize
 from ..progress import Progress, Stages, silent
 from ..records.columns import Row
-from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord, TaskFigure
+from ..records.comparison import (
+    UNREPAIRED,
+    ChoiceRecord,
+    ComparisonRecord,
+    HeldOutRecord,
+    PlanTimesRecord,
+    TaskFigure,
+)
 from ..records.ledger import Ledger, working_in
 from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.record import TimeFields
 from ..records.search import EvaluationRecord
+from ..repairing.methods import method
+from ..repairing.methods.keeping import kept_repair
 from ..running.footprint import footprint
 from ..structure.locating import locate
 from .budget import by_count
@@ -76,6 +85,23 @@ class Tasks:
     folder: Path | None = None
 
 
+@dataclass(frozen=True)
+class Repairs:
+    """Ways to make up for what a plan skips, by name, and the text to do it with: (batch, tokens) token ids each."""
+
+    methods: tuple[str, ...] = ()
+    batches: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            method(name)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Each once, without the one that does nothing."""
+        return tuple(name for name in dict.fromkeys(self.methods) if name != UNREPAIRED)
+
+
 def questions_of(
     criteria: Sequence[str], aims: Sequence[str], spaces: Sequence[tuple[Space, Sequence[int]]]
 ) -> list[Question]:
@@ -100,11 +126,13 @@ def compare_criteria(
     *,
     tasks: Tasks | None = None,
     timed: Timed | None = None,
+    repairs: Repairs | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[ComparisonRecord]:
     """Choose, score, ask and time as `questions` say; one record a question, in the folder `out` too.
 
+    With `repairs`, one more for each of them, behind the question's own: its plan, repaired, on the held-out text.
     Called again on the same folder it goes on where it stopped, and what was done of other questions stays. Raises
     `UsageError` when the folder holds work of other settings or of another command, is in use or cannot be written,
     and as `choose` does.
@@ -112,7 +140,8 @@ def compare_criteria(
     about = Provenance.of(provenance, seed=seed)
     guesses = {question: _guess(question) for question in questions}
     chosen_in = sum(guesses.values())
-    stages = Stages(progress, 1.5 * chosen_in)  # what is measured afterwards takes half as much again
+    repaired_in = 0.3 * chosen_in * len(repairs.others) if repairs else 0.0
+    stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(out, "compare"):
         kept = Ledger(out, ComparisonRecord)
         choices = _Choosing(model, aims, out, about, seed).choices(
@@ -120,6 +149,7 @@ def compare_criteria(
         )
         plans = {choice.skipped: plan_of(choice.skipped.split()) for choice in choices}
         losses = _losses(model, plans, held_out, out, about, stages.stage(0.3 * chosen_in))
+        repaired = _repaired(model, plans, repairs, held_out, out, about, stages.stage(repaired_in)) if repairs else {}
         answers = _answers(model, plans, tasks, out, stages.stage(0.1 * chosen_in)) if tasks else {}
         times = _times(model, plans, timed, out, about, seed, stages.stage(0.1 * chosen_in)) if timed else {}
         source = Provenance.of(about, fingerprint=locate(model).fingerprint)
@@ -135,9 +165,15 @@ def compare_criteria(
                 times=times.get(choice.skipped),
                 provenance=source,
             )
+            records.append(record if not repairs else record.model_copy(update={"repair": UNREPAIRED}))
+            for name in repairs.others if repairs else ():
+                scores, added = repaired[name, choice.skipped]
+                changes = {"repair": name, "added_bytes": added, "tasks": {}}
+                changes |= {"times": None} if added else {}
+                records.append(record.model_copy(update=changes | asdict(summarize(scores, losses[""]))))
+        for record in records:
             if record.key not in kept or _figures(kept[record.key]) != _figures(record):
                 kept.add(record)
-            records.append(record)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return records
 
@@ -248,22 +284,72 @@ def _losses(
     progress: Progress,
 ) -> dict[str, Losses]:
     """The scores of the dense model ("") and of each plan on the held-out text; what lacks is computed together."""
-    about = Provenance.of(about, held_out_tokens=sum(tokens.numel() for tokens in held_out))
-    kept = Ledger(out, HeldOutRecord, about)
-    held = {(record.batch, skipped): scores for record in kept for skipped, scores in record.scores.items()}
+    held = _HeldOut(out, about, held_out)
     for number, tokens in enumerate(held_out):
-        lacking = [skipped for skipped in plans if skipped and (number, skipped) not in held]
-        if lacking or (number, "") not in held:
+        lacking = held.lacking(number, UNREPAIRED, ["", *plans])
+        if lacking:
             progress(number, len(held_out), f"scoring {len(lacking)} plans on held-out text")
-            found = score(model, [plans[skipped] for skipped in lacking], tokens)
-            new = {skipped: as_record(scores) for skipped, scores in zip(["", *lacking], found)}
-            kept.add(HeldOutRecord(batch=number, scores=new, provenance=about))
-            held |= {(number, skipped): scores for skipped, scores in new.items()}
-    totals = {skipped: Losses() for skipped in ("", *plans)}
-    for skipped, total in totals.items():
-        for number in range(len(held_out)):
-            total.extend(as_scores(held[number, skipped], len(held_out[number]), kept.path))
-    return totals
+            asked = [skipped for skipped in lacking if skipped]
+            held.add(number, UNREPAIRED, dict(zip(["", *asked], score(model, [plans[one] for one in asked], tokens))))
+    return {skipped: held.scores(UNREPAIRED, skipped) for skipped in ("", *plans)}
+
+
+def _repaired(
+    model: PreTrainedModel,
+    plans: Mapping[str, Plan],
+    repairs: Repairs,
+    held_out: Sequence[Tensor],
+    out: Path,
+    about: Provenance,
+    progress: Progress,
+) -> dict[tuple[str, str], tuple[Losses, int]]:
+    """By repair and plan: its scores on the held-out text, and the bytes that it adds at run time.
+
+    One plan is repaired in all ways, and all are scored together, before the next one is: weights take memory.
+    """
+    held = _HeldOut(out, about, held_out)
+    found: dict[tuple[str, str], tuple[Losses, int]] = {}
+    for number, (skipped, plan) in enumerate(plans.items()):
+        repaired = {}
+        for name in repairs.others:
+            progress(number, len(plans), f"{name} of {skipped}")
+            repaired[name] = kept_repair(out / "repairs", name, model, plan, repairs.batches)[0]
+        for batch, tokens in enumerate(held_out):
+            lacking = [name for name in repaired if held.lacking(batch, name, [skipped])]
+            if lacking:
+                _, *scores = score(model, [repaired[name] for name in lacking], tokens)
+                for name, one in zip(lacking, scores):
+                    held.add(batch, name, {skipped: one})
+        found |= {(name, skipped): (held.scores(name, skipped), one.added_bytes) for name, one in repaired.items()}
+    return found
+
+
+class _HeldOut:
+    """What was scored of the held-out text already, by batch, repair and plan; "" is the dense model."""
+
+    def __init__(self, out: Path, about: Provenance, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+        self.about = Provenance.of(about, held_out_tokens=sum(tokens.numel() for tokens in batches))
+        self.kept = Ledger(out, HeldOutRecord, self.about)
+        self.held = {
+            (one.batch, one.repair, skipped): one.scores[skipped] for one in self.kept for skipped in one.scores
+        }
+
+    def lacking(self, batch: int, repair: str, plans: Sequence[str]) -> list[str]:
+        return [skipped for skipped in plans if (batch, repair, skipped) not in self.held]
+
+    def add(self, batch: int, repair: str, scores: Mapping[str, Losses]) -> None:
+        new = {skipped: as_record(one) for skipped, one in scores.items()}
+        record = HeldOutRecord(batch=batch, scores=new, provenance=self.about)
+        self.kept.add(record if repair == UNREPAIRED else record.model_copy(update={"repair": repair}))
+        self.held |= {(batch, repair, skipped): one for skipped, one in new.items()}
+
+    def scores(self, repair: str, skipped: str) -> Losses:
+        """Of all batches."""
+        total = Losses()
+        for number, tokens in enumerate(self.batches):
+            total.extend(as_scores(self.held[number, repair, skipped], len(tokens), self.kept.path))
+        return total
 
 
 def _answers(

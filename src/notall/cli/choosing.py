@@ -244,6 +244,13 @@ def compare(
     objective: Annotated[
         list[str] | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum; again for another. Else kl")
     ] = None,
+    repair: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="judge plans also repaired with --text: refit, replaceme, prune-and-comp, nbl or ghosted; "
+            "again for another. Else none"
+        ),
+    ] = None,
     keep_first: KeepFirst = False,
     keep_last: KeepLast = False,
     prompts: Prompts = None,
@@ -287,6 +294,8 @@ def compare(
 
     asked_for = criterion or [name for name, one in CRITERIA.items() if installed(*one.needs)]
     need(*(module for name in asked_for for module in criterion_of(name).needs))
+    methods = tuple(repair or ())
+    comparison.Repairs(methods)  # refused before a model is loaded
     refuse_foreign(out, "compare")
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
@@ -306,6 +315,7 @@ def compare(
             provenance_of(net, model, revision, **described),
             tasks=comparison.Tasks(asked, tokenizer, limit, num_fewshot, task_path) if asked else None,
             timed=Timed(prompt, new, rounds=rounds) if rounds else None,
+            repairs=comparison.Repairs(methods, batches) if methods else None,
             seed=seed,
             progress=progress,
         )

@@ -40,9 +40,13 @@ def export(
     `model` is what `notall.load` takes, or a live model with its `tokenizer`. Weights are copied file to file, so that
     memory is needed for `verify` alone, which runs the dense and the written model, one at a time, and compares them.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
-    Raises `UsageError` for a plan of another model, a folder that exists, damaged or unreadable files, a target that
-    cannot hold the plan, a full disk, and a written model that answers differently.
+    Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
+    damaged or unreadable files, a target that cannot hold the plan, a full disk, and a written model that answers
+    differently.
     """
+    from ..running.repaired import RepairedPlan, refuse_maps
+
+    refuse_maps(plan)
     out = Path(out)
     with appearing(out) as folder:
         if target == "gguf":
@@ -50,7 +54,6 @@ def export(
 
             export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
         elif target in ("hf", "nemotron-nas"):
-            from ..running.repaired import RepairedPlan
             from .dense import opened
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas

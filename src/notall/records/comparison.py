@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .columns import Column, Row, number, plain, with_difference
+from .columns import Column, Row, number, plain, size, with_difference
 from .record import (
     QUALITY,
     SPEEDUPS,
@@ -40,6 +40,8 @@ class Asked(Fields):
 
 
 ASKED = ("criterion", "aim", "space", "count")
+UNREPAIRED = "none"
+RepairName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
 
 
 class Answered(SpentFields, Asked):
@@ -70,10 +72,11 @@ class HeldOutRecord(Record):
 
     file = "held_out.jsonl"
     commands = ("compare",)
-    key_fields = ("batch", "names")
+    key_fields = ("batch", "repair", "names")
 
     record: Literal["held_out"] = "held_out"
     batch: Count = Field(description="its number, from 0")
+    repair: RepairName = Field(UNREPAIRED, description="what made up for what was skipped")
     scores: dict[SublayerNames, SequenceScores]
 
     @property
@@ -105,15 +108,16 @@ class TaskFigure(Fields):
 
 
 class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
-    """One answer, measured on the held-out text."""
+    """One answer, measured on the held-out text; once more for each way that made up for what it skips."""
 
     file = "comparison.jsonl"
     commands = ("compare",)
-    key_fields = ASKED
+    key_fields = (*ASKED, "repair")
     groups = ("times",)
     columns = (
-        *(plain("criterion"), plain("aim", "by"), plain("space", "among"), plain("count")),
+        *(plain("criterion"), plain("aim", "by"), plain("space", "among"), plain("count"), plain("repair")),
         *QUALITY,
+        size("added_bytes", "added"),
         *SPEEDUPS,
         *SPENT,
         number("forwards_in_full", "run in full", ",.1f"),
@@ -122,6 +126,8 @@ class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
     )
 
     record: Literal["comparison"] = "comparison"
+    repair: RepairName = Field(UNREPAIRED, description="what made up for what was skipped")
+    added_bytes: Count = Field(0, description="of matrices that the repair keeps at run time")
     tasks: dict[str, TaskFigure] = Field(description="by task and metric")
     times: TimeFields | None = Field(None, description="where plans were timed")
 

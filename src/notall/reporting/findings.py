@@ -9,7 +9,7 @@ from ..records.columns import Row
 from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
 from .folder import Folder
 from .plots import front
-from .rows import name_of, sublayers
+from .rows import name_of, sublayers, way_of
 
 MOST_CARDS = 5
 
@@ -111,9 +111,9 @@ def _of_comparison(records: Sequence[Row]) -> list[Finding]:
 
 def _least(ranked: Sequence[Row], title: str) -> Finding:
     best, *rest = ranked
-    text = f"{best['criterion']} by {best['aim']}, {best['forwards']:,.1f} forward passes to find"
+    text = f"{way_of(best)}, {best['forwards']:,.1f} forward passes to find"
     if rest:
-        text += f"; next, {_loss(rest[0])}: {rest[0]['criterion']} by {rest[0]['aim']}"
+        text += f"; next, {_loss(rest[0])}: {way_of(rest[0])}"
     return Finding(title, f"{best['delta_nll']:+.2f}", f"{_error(best)} nats a token", text)
 
 

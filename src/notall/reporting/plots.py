@@ -14,6 +14,7 @@ from altair.utils.mimebundle import spec_to_mimebundle
 
 from ..errors import UsageError
 from ..records.columns import Row
+from ..records.comparison import UNREPAIRED
 from ..records.record import CONFIGURED, DELTA_NLL, SPEEDUPS, VARIANTS
 from .printable import printable
 
@@ -258,10 +259,12 @@ def _tradeoff_row(record: Row) -> Row:
 
 
 def _front_row(record: Row, records: Sequence[Row]) -> Row:
-    """A criterion goes by its name, and by its aim too where there are several."""
+    """A criterion goes by its name, by its aim too where there are several, and by what repaired its plans."""
     aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
+    names = [record["criterion"], *([record["aim"]] if len(aims) > 1 else [])]
+    names += [record["repair"]] if record.get("repair", UNREPAIRED) != UNREPAIRED else []
     return {
-        "criterion": record["criterion"] + (f", {record['aim']}" if len(aims) > 1 else ""),
+        "criterion": ", ".join(names),
         "space": record["space"],
         "count": record["count"],
         **_measured(record),

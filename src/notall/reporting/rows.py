@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..records.columns import Row
+from ..records.comparison import UNREPAIRED
 from ..records.record import VARIANTS, counted
 
 Number = float | None  # None: what came out as no finite number
@@ -21,7 +22,7 @@ def name_of(record: Row) -> str:
     """A configuration in words, such as `attention 10%, last layer kept` or `search by kl: 4 attention`."""
     kind = kind_of(record)
     if kind == "compare":
-        return f"{record['criterion']} by {record['aim']}: {record['count']} {record['space']}"
+        return f"{way_of(record)}: {record['count']} {record['space']}"
     if kind == "search":
         return str(record["chosen"])
     if kind == "bench":
@@ -31,6 +32,12 @@ def name_of(record: Row) -> str:
         return "dense"
     kept = ", last layer kept" if record["keep_last"] else ""
     return f"{VARIANTS[record['variant']]} {record['fraction']:.0%}{kept}"
+
+
+def way_of(record: Row) -> str:
+    """How the plan of a comparison was chosen, and repaired, such as `search by kl, refit`."""
+    repair = record.get("repair", UNREPAIRED)
+    return f"{record['criterion']} by {record['aim']}" + (f", {repair}" if repair != UNREPAIRED else "")
 
 
 def shorten(text: str, length: int = SHORT_NAME) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,11 +18,31 @@ from ..records.repair import RefitRecord
 from ..structure.anatomy import Anatomy, Sublayer
 
 
+@dataclass(frozen=True)
+class LinearMap:
+    """What stands in for something skipped: it adds M h + b to the stream h, for each token on its own."""
+
+    matrix: Tensor  # (hidden, hidden)
+    bias: Tensor | None = None  # (hidden,)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.matrix] if self.bias is None else [self.matrix, self.bias]
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The stream behind it, (batch, tokens, hidden)."""
+        bias = None if self.bias is None else self.bias.to(hidden)
+        return hidden + nn.functional.linear(hidden, self.matrix.to(hidden), bias)
+
+
 class RepairedPlan(Plan):
     """A plan, and for some parameters of what it keeps the values that go with it.
 
     `weights` maps the path of a parameter in the dense model to its value, of the same shape. Wherever a plan is run
     or exported, this one runs and is exported with them; the dense model keeps its own.
+
+    `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
+    there to be measured against: `Replay`, and so `evaluate`, runs them; `skip`, `remove` and `export` refuse them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -31,14 +52,26 @@ class RepairedPlan(Plan):
 
     weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
     refits: tuple[RefitRecord, ...] = Field((), exclude=True, repr=False, description="how well, step by step")
+    maps: Mapping[str, LinearMap] = Field({}, exclude=True, repr=False)
+
+    @classmethod
+    def of(cls, plan: Plan, **fields: object) -> RepairedPlan:
+        """`plan` with these weights or maps."""
+        return cls(plan.attention, plan.mlp, fingerprint=plan.fingerprint, note=plan.note, **fields)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the weights, which tells repairs of one plan apart."""
+        """A hash of the weights and the maps, which tells repairs of one plan apart."""
         digest = hashlib.sha256()
-        for path, weight in sorted(self.weights.items()):
-            digest.update(path.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        named = [*self.weights.items(), *((name, part) for name, one in self.maps.items() for part in one.tensors)]
+        for name, tensor in sorted(named, key=lambda pair: pair[0]):
+            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def added_bytes(self) -> int:
+        """Of the matrices that stay at run time."""
+        return sum(tensor.nbytes for one in self.maps.values() for tensor in one.tensors)
 
     @property
     def unrepaired(self) -> Plan:
@@ -56,8 +89,9 @@ class RepairedPlan(Plan):
 
     def __or__(self, other: Plan) -> RepairedPlan:
         both = super().__or__(other)
-        theirs = other.weights if isinstance(other, RepairedPlan) else {}
-        return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, weights={**self.weights, **theirs})
+        theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
+        merged = {"weights": {**self.weights, **theirs.weights}, "maps": {**self.maps, **theirs.maps}}
+        return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, **merged)
 
     __ror__ = __or__
 
@@ -66,6 +100,15 @@ class RepairedPlan(Plan):
         layer = f"{anatomy.layers}.{parts[0].index}."
         modules = tuple(f"{layer}{module}." for part in parts for module in part.modules)
         return {path.removeprefix(layer): weight for path, weight in self.weights.items() if path.startswith(modules)}
+
+
+def refuse_maps(plan: Plan) -> None:
+    """Raise `UsageError` where a plan keeps matrices at run time, which only `Replay` runs."""
+    if isinstance(plan, RepairedPlan) and plan.maps:
+        raise UsageError(
+            "this plan's repair keeps matrices at run time, which are there to be measured against and cannot be "
+            "generated with or exported; repair the plan with notall.repair instead"
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ The embedding and the head are the model's own forward, with hidden states stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
-from .repaired import RepairedPlan, with_weights
+from .repaired import LinearMap, RepairedPlan, with_weights
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Recording:
 class Step:
     """A node of the tree: a sublayer, or a whole parallel block, and what may come after it.
 
-    `weights` are a repaired plan's own, by their paths below the layer, and part of the name.
+    `weights` are a repaired plan's own, by their paths below the layer, and part of the name. Where a `map` stands in
+    for something skipped there are no `parts`, and no sublayer is counted.
     """
 
     name: str
     block: Block
     parts: tuple[Sublayer, ...]
     weights: Mapping[str, Tensor]
+    map: LinearMap | None = None
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
@@ -118,15 +120,25 @@ class Replay:
 
     def _plant(self, number: int, plan: Plan) -> None:
         here, step = self.first, None
-        for block, parts in live_steps(self.anatomy, plan):
-            name, weights = step_name(parts), {}
-            if isinstance(plan, RepairedPlan) and (weights := plan.weights_of(self.anatomy, parts)):
-                name = f"{name} {plan.digest}"
-            step = here.setdefault(name, Step(name, block, parts, weights))
+        for new in self._steps_of(plan):
+            step = here.setdefault(new.name, new)
             here = step.after
-            self.one_by_one += len(parts)
+            self.one_by_one += len(new.parts)
         assert step is not None, "a plan keeps at least one attention"
         step.plans.append(number)
+
+    def _steps_of(self, plan: Plan) -> Iterator[Step]:
+        """What is run of a plan, in order: steps that nothing follows yet."""
+        if not isinstance(plan, RepairedPlan):
+            yield from (Step(step_name(parts), block, parts, {}) for block, parts in live_steps(self.anatomy, plan))
+            return
+        for block, parts in live_steps(self.anatomy, plan, mapped=plan.maps):
+            name = step_name(parts)
+            if name in plan.maps:
+                yield Step(f"map of {name} {plan.digest}", block, (), {}, plan.maps[name])
+            else:
+                weights = plan.weights_of(self.anatomy, parts)
+                yield Step(f"{name} {plan.digest}" if weights else name, block, parts, weights)
 
     def _steps(self) -> Iterator[Step]:
         waiting = list(self.first.values())
@@ -149,6 +161,8 @@ class Replay:
 
     def _run(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.ran += len(step.parts)
+        if step.map:
+            return step.map.run(hidden)
         layer = self.layers[step.block.index]
         with with_weights(layer, step.weights):
             if len(step.parts) == 2:  # a parallel block adds up in an order of its own
@@ -175,11 +189,17 @@ def step_name(parts: tuple[Sublayer, ...]) -> str:
     return "+".join(part.name for part in parts)
 
 
-def live_steps(anatomy: Anatomy, plan: Plan) -> Iterator[tuple[Block, tuple[Sublayer, ...]]]:
-    """What `plan` keeps, in order: sublayer by sublayer, a parallel block that is kept whole as one."""
+def live_steps(
+    anatomy: Anatomy, plan: Plan, mapped: Container[str] = ()
+) -> Iterator[tuple[Block, tuple[Sublayer, ...]]]:
+    """What `plan` keeps, in order: sublayer by sublayer, a parallel block that is kept whole as one.
+
+    Skipped sublayers whose names are `mapped` have steps as well, each one of its own.
+    """
     for block in anatomy.blocks:
-        live = [part for part in block.sublayers if block.index not in getattr(plan, part.kind)]
-        if block.parallel and len(live) == 2:
+        kept = [part for part in block.sublayers if block.index not in getattr(plan, part.kind)]
+        live = [part for part in block.sublayers if part in kept or part.name in mapped]
+        if block.parallel and len(kept) == 2:
             yield block, tuple(live)
         else:
             yield from ((block, (part,)) for part in live)

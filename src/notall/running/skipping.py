@@ -27,7 +27,7 @@ from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
 from ..structure.slicing import renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
-from .repaired import RepairedPlan, set_weight, with_weights
+from .repaired import RepairedPlan, refuse_maps, set_weight, with_weights
 
 
 @dataclass
@@ -48,9 +48,10 @@ def skip(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     counts live layers. Leaving, also by an exception, gives back the very same modules and config. A `skip` inside a
     `skip` leaves out what either names, by dense indices. Change device, dtype or mode of the model outside.
 
-    Not for two threads at once on one model. Raises `UsageError` when the plan does not fit the model, and
-    `UnsupportedModel` when the model's sublayers cannot be located.
+    Not for two threads at once on one model. Raises `UsageError` when the plan does not fit the model or its repair
+    keeps matrices at run time, and `UnsupportedModel` when the model's sublayers cannot be located.
     """
+    refuse_maps(plan)
     inner = base_model(model)
     active = _ACTIVE.setdefault(inner, [])
     anatomy = active[-1].anatomy if active else locate(inner)
@@ -85,6 +86,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     inner = base_model(model)
     if is_skipping(inner):
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before removing anything for good")
+    refuse_maps(plan)
     anatomy = locate(inner)
     plan.check(anatomy)
     if not plan:

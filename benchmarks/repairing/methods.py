@@ -1,0 +1,125 @@
+"""Ways to make up for what is skipped, side by side: what each gives back on two texts, what it takes and what it adds.
+
+    python benchmarks/repairing/methods.py --data DATA --out results/repairs   # hours on 2 cores
+    python benchmarks/repairing/methods.py --data DATA --sets a8 --tokens 16384 --windows 8   # a look
+
+All are given the same text, windows of 512 tokens of WikiText-2 train and of C4 documents 151 to 300 in turn, and are
+measured on WikiText-2 test and on C4 documents 1 to 150. Called again with the same --out, it goes on.
+DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `c4/sample300.jsonl`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "choosing"))
+
+from inputs import load_asked, options_of
+
+from notall.choosing.space import plan_of
+from notall.measuring.quality import evaluate
+from notall.models.texts import Text, read_text, token_batches
+from notall.records import lines
+from notall.records.columns import number, plain, size, with_error
+from notall.repairing.methods import METHODS
+from notall.repairing.methods.keeping import kept_repair
+from notall.reporting.console import show
+
+LENGTH = 512
+SETS = {
+    # found by the search on the default model: attentions, blocks, portable sets, sublayers
+    "a4": "attn.6 attn.7 attn.26 attn.29",
+    "a8": "attn.6 attn.7 attn.8 attn.12 attn.22 attn.25 attn.26 attn.29",
+    "a12": "attn.4 attn.6 attn.7 attn.8 attn.9 attn.12 attn.17 attn.22 attn.25 attn.26 attn.28 attn.29",
+    "b2": "attn.13 mlp.13 attn.17 mlp.17",
+    "b4": "attn.13 mlp.13 attn.14 mlp.14 attn.17 mlp.17 attn.26 mlp.26",
+    "b6": "attn.12 mlp.12 attn.13 mlp.13 attn.14 mlp.14 attn.15 mlp.15 attn.17 mlp.17 attn.26 mlp.26",
+    "p4": "mlp.5 attn.6 mlp.17 attn.18",
+    "p8": "mlp.5 attn.6 mlp.13 attn.14 mlp.17 attn.18 mlp.25 attn.26",
+    "p12": "attn.3 mlp.3 mlp.4 attn.5 mlp.5 attn.6 mlp.6 attn.7 mlp.17 attn.18 mlp.25 attn.26",
+    "s16": "attn.3 attn.5 mlp.5 attn.6 mlp.6 attn.7 attn.8 attn.9 attn.12 mlp.13 attn.14 mlp.14 attn.22 attn.25 "
+    "attn.26 attn.29",
+    # the paper's rule, the last layer kept
+    "d8": "attn.21 attn.22 attn.23 attn.24 attn.25 attn.26 attn.27 attn.28",
+    "db4": "attn.25 mlp.25 attn.26 mlp.26 attn.27 mlp.27 attn.28 mlp.28",
+}
+COLUMNS = (
+    *(plain("set", "skip"), plain("repair"), plain("text")),
+    with_error("delta_nll", "NLL added"),
+    with_error("kl", "KL"),
+    with_error("top1_agreement", "top-1 agreement"),
+    number("seconds", "s to repair", ",.1f"),
+    size("added_bytes", "added"),
+)
+
+
+def texts(tokenizer: Any, data: Path, tokens: int, windows: int) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """The calibration text, two kinds in turn, and the texts to measure on."""
+    documents = [json.loads(line)["text"] for line in (data / "c4" / "sample300.jsonl").read_text().splitlines()]
+    first, last = (_text(name, part) for name, part in (("C4, 1-150", documents[:150]), ("C4", documents[150:])))
+
+    def drawn(text: Text, sequences: int) -> list[Tensor]:
+        return token_batches(tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1)
+
+    kinds = [drawn(text, tokens // LENGTH // 2) for text in (_wiki(data, "wiki.train.first1MB.txt"), last)]
+    mixed = [row for pair in zip(*kinds) for row in pair]
+    held_out = {text.name: drawn(text, windows) for text in (_wiki(data, "wiki.test.raw"), first)}
+    return list(torch.cat(mixed).split(8)), held_out
+
+
+def _text(name: str, documents: list[str]) -> Text:
+    content = "\n\n".join(documents)
+    return Text(name, hashlib.sha256(content.encode()).hexdigest(), content)
+
+
+def _wiki(data: Path, name: str) -> Text:
+    return read_text(data / "wikitext2" / name)
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    options.add_argument("--out", type=Path, default=Path("results/repairs"))
+    options.add_argument("--tokens", type=int, default=131072, help="of calibration text")
+    options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
+    options.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    asked = options.parse_args()
+    model, tokenizer = load_asked(asked)
+    batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
+    settings = {name: getattr(asked, name) for name in ("model", "dtype", "tokens", "windows")}
+    named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    path = asked.out / f"results-{named}.jsonl"  # other settings are another file
+    rows = lines.read(path)
+    for of in asked.sets:
+        plan = plan_of(SETS[of].split())
+        known = {row["repair"] for row in rows if row["set"] == of}
+        lacking = [name for name in asked.methods if name not in known]
+        made = {}
+        for name in lacking:
+            print(f"{of}: {name}", file=sys.stderr, flush=True)
+            made[name] = kept_repair(asked.out / f"repairs-{named}", name, model, plan, batches)
+        found: list[dict[str, Any]] = []
+        for text, windows in held_out.items() if lacking else ():
+            for name, quality in zip(lacking, evaluate(model, [made[name][0] for name in lacking], windows)):
+                repaired, seconds = made[name]
+                costs = {"seconds": seconds, "added_bytes": repaired.added_bytes}
+                found.append({"set": of, "repair": name, "text": text, **asdict(quality), **costs, **settings})
+        if found:
+            lines.append(path, *found)  # a set's lines come together, so that none is half there
+        rows += found
+    order = [*SETS], [*METHODS]
+    shown = [row for row in rows if row["set"] in asked.sets and row["repair"] in asked.methods]
+    shown.sort(key=lambda row: (order[0].index(row["set"]), row["text"], order[1].index(row["repair"])))
+    show(shown, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
+
+
+if __name__ == "__main__":
+    main()
