@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DEAD = 1e-6  # of the mean square: features that are always 0 are held back as if they had that much
+
 
 @dataclass
 class Moments:
@@ -50,11 +52,12 @@ class Moments:
         return float(1 - metric @ explained / total) if total > 0 else 1.0
 
     def solve(self, ridge: float) -> Tensor | None:
-        """argmin over C of sum |r - C z|^2 + ridge * sum_i C_i^2 sum z_i^2, (outputs, features); None if there are many.
+        """argmin over C of sum |r - C z|^2 + ridge * sum_i C_i^2 sum z_i^2, (outputs, features); None: there are many.
 
         Each feature is held back by its own size, so that a ridge means the same for small and for massive ones.
         """
-        held_back = ridge * self.gram.diagonal()
+        sizes = self.gram.diagonal()
+        held_back = ridge * (sizes + DEAD * sizes.mean())
         if self.biased:
             held_back[-1] = 0.0
         lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
