@@ -50,13 +50,17 @@ class AfterRepair(Evaluator):
         self._texts: dict[frozenset[int], Calibration] = {}
         self._heads: dict[frozenset[int], list[Dense]] = {}
 
+    @property
+    def judged_by(self) -> str:
+        return "kl after a repair"
+
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
-        numbers = numbers if len(numbers) > 1 else frozenset([0, 1])
+        part = numbers if len(numbers) > 1 else frozenset([0, 1])  # one to fit to, one to judge
         for skipped in sets:
             start = time.process_time()
-            losses, ran = self._losses(skipped, numbers)
-            share = len(numbers) / len(self.all)
-            spent = Spent(1, ran * share, self.forward * share, time.process_time() - start)
+            losses, ran = self._losses(skipped, part)
+            share = len(part) / len(self.all)
+            spent = Spent(1, ran * share, ran * share, time.process_time() - start)
             self._note(numbers, {skipped: self.objective.total(losses)}, spent)
 
     @torch.no_grad()

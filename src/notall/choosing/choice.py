@@ -20,6 +20,7 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.record import QualityFields
 from ..records.search import SearchRecord, SpeedCheck
+from .after_repair import AfterRepair
 from .budget import Budget
 from .criteria import Setting, choose
 from .evaluator import STATES_BYTES, Evaluator, Spent
@@ -101,6 +102,7 @@ def choose_plan(
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
     times: Times | None = None,
+    after_repair: bool = False,
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`, measured by `objective` on `batches` of token ids.
@@ -108,19 +110,23 @@ def choose_plan(
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
     `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
     `patience` after so many evaluations that did not lower the objective. The plan is then measured on `held_out`,
-    and timed against what `times` predict, where these are given. Raises `UsageError` when the folder holds other work
-    or is in use, and as `criteria.choose` does.
+    and timed against what `times` predict, where these are given. With `after_repair` sets are judged by the KL that a
+    cheap repair leaves (see `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other
+    work or is in use, and as `criteria.choose` does.
     """
     if max_minutes is not None and not max_minutes >= 0:
         raise UsageError(f"the search cannot end after {max_minutes} minutes: give 0 or more")
     with working_in(folder, "search") if folder else nullcontext():
-        evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
+        if after_repair:
+            evaluator: Evaluator = AfterRepair(model, batches, folder=folder, settings=settings)
+        else:
+            evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         chosen = choose(criterion, setting, budget)
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
-    plan = space.plan(chosen.skipped, f"{criterion} by {objective.name}: {budget.description}")
+    plan = space.plan(chosen.skipped, f"{criterion} by {evaluator.judged_by}: {budget.description}")
     return ChosenPlan(
         plan,
         chosen.order,

@@ -84,6 +84,10 @@ class Evaluator:
         self._states_bytes = states_bytes
 
     @property
+    def judged_by(self) -> str:
+        return self.objective.name
+
+    @property
     def forward(self) -> int:
         """Sublayer executions of one dense forward pass over the calibration set."""
         return len(self.anatomy.sublayers)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from ..records.columns import Row
-from ..reporting.console import show
+from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
@@ -127,6 +128,9 @@ def search(
     task_limit: TaskLimit = 100,
     max_minutes: Annotated[float | None, typer.Option(help="take the best there is after so many minutes")] = None,
     patience: Annotated[int, typer.Option(min=0, help="evaluations that bring nothing, before it ends")] = 12,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="judge sets by what a repair leaves, and repair the one that is chosen")
+    ] = False,
     front: Annotated[
         bool, typer.Option("--front", help="draw the trade-off up to this plan, by other criteria too")
     ] = False,
@@ -151,6 +155,8 @@ def search(
         need(*FIGURES)
     if "task:" in (objective or ""):
         need("lm_eval")
+    if repair and (objective or max_nll is not None):
+        raise UsageError("--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll")
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim
@@ -158,6 +164,8 @@ def search(
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
+    from .columns import REPAIR_COLUMNS
+    from .repairing import measured_on_texts, repaired_by
 
     need(*criterion_of(criterion).needs)
     folder = out.with_name(f"{out.stem}.search")
@@ -192,16 +200,30 @@ def search(
             seed=seed,
             held_out=others,
             times=times,
+            after_repair=repair,
             progress=bar,
         )
-    found.plan.save(out)
+        found.plan.save(out)
+        if repair:
+            beside = out.with_name(f"{out.stem}.repaired")
+            repaired = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
     about = provenance_of(net, model, revision, **described, **measured_on, fingerprint=found.plan.fingerprint)
     record = found.record(about)
     keep_choice(folder, record)
     if front:
         by = Aim(objective_of_it, batches)
         _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
-    show([record.row()], SearchRecord.columns, as_json=as_json, title=f"{out}: {budget.description}, skip {found.plan}")
+    title = f"{out}: {budget.description}, skip {found.plan}"
+    tables = {"search": Shown([record.row()], SearchRecord.columns, title)}
+    if not repair:
+        show([record.row()], SearchRecord.columns, as_json=as_json, title=title)
+        return
+    if others:
+        asked = {"skipped": found.plan, "repaired": repaired}
+        with progress_bar() as bar:
+            rows = measured_on_texts(net, asked, {measured_on["held_out"]: others}, bar)
+        tables["quality"] = Shown(rows, REPAIR_COLUMNS, f"before the repair, and after it: {out.stem}.repaired")
+    show_all(tables, as_json=as_json)
 
 
 def _draw_front(

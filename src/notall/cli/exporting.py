@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError, shortened
 from ..records.columns import Row, in_bytes
 from ..reporting.console import show
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
-from .inputs import Loading, load_model, read_plan, text_batches
-from .options import Json, Model, Revision, Trust
+from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
+from .options import Json, Model, Repair, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
     from ..records.plan import Plan
@@ -33,12 +34,14 @@ class Target(str, Enum):
 )
 def export(
     model: Model,
-    plan: Annotated[Path, typer.Option("--plan", help="plan file, as `notall plan` writes it")],
+    plan: Annotated[Path, typer.Option("--plan", help="plan file, or the folder of a repair")],
     to: Annotated[Target, typer.Option("--to", metavar="FORM", help="hf, nemotron-nas or gguf: see docs/engines.md")],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")],
     measure: Annotated[
         str | None, typer.Option(help="a text (as --text of eval): what the plan costs on it goes into the model card")
     ] = None,
+    repair: Repair = False,
+    repair_text: RepairText = None,
     verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="upload it to this repository of the hub")] = None,
     revision: Revision = None,
@@ -50,6 +53,8 @@ def export(
     from .columns import FILE_COLUMNS
 
     wanted = read_plan(plan)
+    if repair:
+        wanted = _repaired(model, wanted, repair_text, out, revision, trust_remote_code)
     measured = _measured(model, wanted, measure, revision, trust_remote_code) if measure else None
     with progress_bar() as progress:
         export_model(
@@ -68,6 +73,20 @@ def export(
     show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
     for line in _conclusion(out, to):
         typer.echo(line, err=as_json)
+
+
+def _repaired(
+    model: str, plan: Plan, texts: list[str] | None, out: Path, revision: str | None, trust_remote_code: bool
+) -> Plan:
+    """The plan after a repair, which is kept beside OUT, in OUT.repaired."""
+    from .repairing import repaired_by
+
+    if out.exists():
+        raise UsageError(f"{shortened(out)} exists already; choose another folder")
+    net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
+    settings = provenance_of(net, model, revision)
+    with progress_bar() as progress:
+        return repaired_by(net, tokenizer, plan, texts, out.with_name(f"{out.name}.repaired"), settings, progress)
 
 
 def _conclusion(out: Path, to: Target) -> Iterator[str]:

@@ -42,6 +42,8 @@ from .options import (
     Ray,
     RayGpus,
     RayWorkers,
+    Repair,
+    RepairText,
     Revision,
     Rounds,
     Seed,
@@ -54,6 +56,7 @@ from .options import (
     Truncate,
     Trust,
 )
+from .repairing import repaired_by
 
 
 @app.command(cls=OnRay, rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
@@ -135,6 +138,8 @@ def evaluate(
     task_path: TaskPath = None,
     truncate: Truncate = False,
     battery: Battery = False,
+    repair: Repair = False,
+    repair_text: RepairText = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="keep answers here: a killed run goes on")] = None,
     batch_size: TaskBatch = "auto",
     dtype: Dtype = "auto",
@@ -168,6 +173,10 @@ def evaluate(
     batches, _ = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
     with progress_bar() as progress:
+        if repair:
+            kept = out.with_name(f"{out.name}.repaired") if out else None
+            about = provenance_of(net, model, revision)
+            wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress)
         found = evaluate_plan(
             net,
             tokenizer,

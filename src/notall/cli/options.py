@@ -12,7 +12,7 @@ from ..errors import UsageError, shortened
 
 # How the help of a command groups its options.
 MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
-BUDGET, JUDGED_BY = "Budget: one of them", "What a set is judged by"
+BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them", "What a set is judged by", "Repair"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
@@ -28,6 +28,13 @@ Attention = Annotated[
     str | None, typer.Option(help="attention implementation: sdpa, eager, flash_attention_2 ...", rich_help_panel=MODEL)
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, or the folder of a repair")]
+Repair = Annotated[
+    bool, typer.Option("--repair", help="refit what is kept first, as `notall repair` does", rich_help_panel=REPAIRING)
+]
+RepairText = Annotated[
+    list[str] | None,
+    typer.Option("--repair-text", help="text to refit to; again for more. Else prose", rich_help_panel=REPAIRING),
+]
 TextSource = Annotated[
     str,
     typer.Option(

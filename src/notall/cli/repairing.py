@@ -1,14 +1,15 @@
-"""The command that makes up for what a plan skips."""
+"""The commands that make up for what a plan skips."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.columns import Row
 from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
@@ -18,10 +19,20 @@ from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, P
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..progress import Progress
+    from ..records.plan import Plan
+    from ..records.provenance import Provenance
     from ..running.repaired import RepairedPlan
 
+SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
+
+
+class Train(str, Enum):
+    outputs = "outputs"
+    all = "all"
 
 
 @app.command(
@@ -39,8 +50,8 @@ def repair(
     held_out: Annotated[
         list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
     ] = None,
-    sequences: Annotated[int, typer.Option(help="windows of text to fit to, of all texts together")] = 128,
-    length: Length = 512,
+    sequences: Annotated[int, typer.Option(help="windows of text to fit to, of all texts together")] = SEQUENCES,
+    length: Length = LENGTH,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -55,41 +66,21 @@ def repair(
     OUT is a plan with weights: give it as --plan to eval, generate, bench or export.
     Interrupted, the same command goes on where it stopped.
     """
-    from ..measuring.quality import evaluate
     from ..records.ledger import refuse_foreign
     from ..records.repair import RefitRecord
     from ..repairing.refitting import repair as repair_plan
     from .columns import REPAIR_COLUMNS
 
     refuse_foreign(out, "repair")
-    if plan is None:
-        raise UsageError("give the plan to repair with --plan: `notall search` or `notall plan` writes one")
-    wanted = read_plan(plan)
+    wanted = _given(plan)
     loading = Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     net, tokenizer = load_model(loading)
-    texts = text or ["prose"]
-    each = -(-sequences // len(texts))
-    own, other, described = list[Any](), dict[str, Any](), list[Row]()
-    for source in texts:
-        wide = each if held_out else each + MEASURED
-        rows, about = text_batches(net, tokenizer, source, wide, length, 1, seed)
-        own.append(rows[:each])
-        described.append({"text": about["text"], "text_sha256": about["text_sha256"]})
-        if not held_out:
-            other[f"{about['text']}, other windows"] = rows[each:]
-    for source in held_out or ():
-        rows, about = text_batches(net, tokenizer, source, MEASURED, length, 2, seed)
-        other[about["text"]] = rows
-    settings = provenance_of(net, model, revision, texts=described, sequences=sequences, length=length, seed=seed)
+    texts = _Texts.drawn(net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed)
+    settings = provenance_of(net, model, revision, **texts.described)
     with progress_bar() as progress:
-        repaired = repair_plan(
-            net, wanted, _together(own, batch_size), folder=out, settings=settings, progress=progress
-        )
-        shown: list[Row] = []
-        for name, windows in other.items():
-            progress(0, 1, f"measuring on {name}")
-            found = evaluate(net, [wanted, repaired], windows)
-            shown += [{"text": name, "model": of, **asdict(one)} for of, one in zip(("skipped", "repaired"), found)]
+        fit = texts.together(batch_size)
+        repaired = repair_plan(net, wanted, fit, folder=out, settings=settings, progress=progress)
+        shown = measured_on_texts(net, {"skipped": wanted, "repaired": repaired}, texts.other, progress)
     refits: list[Row] = [refit.row() for refit in repaired.refits if as_json or refit.ridge is not None or refit.why]
     tables = {
         "refits": Shown(refits, RefitRecord.columns, f"{out}: {_counted(repaired)}"),
@@ -98,16 +89,168 @@ def repair(
     show_all(tables, as_json=as_json)
 
 
+@app.command(
+    rich_help_panel=REPAIR,
+    epilog="Example:  notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed",
+)
+def heal(
+    model: Model = "smollm2",
+    plan: PlanFile = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the plan and its weights")] = Path("healed"),
+    text: Annotated[
+        list[str] | None, typer.Option(help="to train on, as --text of eval; again for more. Else prose")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="how many to train on, of all texts together")] = 131_072,
+    length: Length = 512,
+    batch_size: BatchSize = 4,
+    train: Annotated[
+        Train, typer.Option(metavar="WHAT", help="outputs: norms and output projections; all: every kept weight")
+    ] = Train.outputs,
+    rate: Annotated[float, typer.Option(help="the learning rate to begin with")] = 3e-4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train what a plan keeps, repaired or not, for some minutes, so that it says what the dense model says.
+
+    It stops early where text that it does not train on no longer gains. OUT is a plan with weights, as of `notall
+    repair`. Interrupted, the same command goes on where it stopped.
+    """
+    from ..records.healing import HealRecord
+    from ..records.ledger import read, refuse_foreign
+    from ..repairing.healing import heal as heal_plan
+    from .columns import REPAIR_COLUMNS
+
+    refuse_foreign(out, "heal")
+    wanted = _given(plan)
+    if not 0 < rate < 1:
+        raise UsageError(f"--rate {rate} is no learning rate: give one such as 3e-4")
+    if tokens < length:
+        raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
+    net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
+    texts = _Texts.drawn(net, tokenizer, text or ["prose"], held_out or [], tokens // length, length, seed)
+    settings = provenance_of(net, model, revision, **texts.described)
+    with progress_bar() as progress:
+        fit, stop = texts.together(batch_size), texts.stop(batch_size)
+        healed = heal_plan(
+            net,
+            wanted,
+            fit,
+            stop,
+            train=train.value,
+            rate=rate,
+            folder=out,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
+        shown = measured_on_texts(net, {"before": wanted, "healed": healed}, texts.other, progress)
+    looks: list[Row] = [look.row() for look in read(out / HealRecord.file, HealRecord)]
+    tables = {
+        "healing": Shown(looks, HealRecord.columns, f"{out}: KL on text that was not trained on"),
+        "quality": Shown(shown, REPAIR_COLUMNS, f"skip {wanted}: before the healing and after it"),
+    }
+    show_all(tables, as_json=as_json)
+
+
+def repaired_by(
+    net: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    texts: list[str] | None,
+    folder: Path | None,
+    settings: Provenance,
+    progress: Progress,
+) -> Plan:
+    """The plan after a repair of the usual size, as `--repair` of other commands asks for; as it is with weights."""
+    from ..repairing.refitting import repair as repair_plan
+    from ..running.repaired import RepairedPlan
+
+    if not plan or isinstance(plan, RepairedPlan):
+        return plan
+    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], SEQUENCES, LENGTH, 0)
+    about = {**settings.what, **drawn.described}
+    return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Windows to fit to, by text, and to measure on, by name; and what they are, for the record."""
+
+    own: list[list[Tensor]]
+    other: dict[str, list[Tensor]]
+    described: dict[str, Any]
+
+    @classmethod
+    def drawn(
+        cls,
+        net: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: list[str],
+        held_out: list[str],
+        sequences: int,
+        length: int,
+        seed: int,
+    ) -> _Texts:
+        """As many of each text, `sequences` together; of texts without `held_out` others beside them."""
+        each = -(-sequences // len(texts))
+        own, other, told = list[Any](), dict[str, Any](), list[Row]()
+        for source in texts:
+            wide = each if held_out else each + MEASURED
+            rows, about = text_batches(net, tokenizer, source, wide, length, 1, seed)
+            own.append(rows[:each])
+            told.append({"text": about["text"], "text_sha256": about["text_sha256"]})
+            if not held_out:
+                other[f"{about['text']}, other windows"] = rows[each:]
+        for source in held_out:
+            rows, about = text_batches(net, tokenizer, source, MEASURED, length, 2, seed)
+            other[about["text"]] = rows
+        return cls(own, other, {"texts": told, "sequences": sequences, "length": length, "seed": seed})
+
+    def together(self, size: int) -> list[Tensor]:
+        """Windows of all texts in turn, `size` at a time, so that each part of them holds some of each text."""
+        return _batched([row for windows in zip(*self.own) for row in windows], size)
+
+    def stop(self, size: int) -> list[Tensor]:
+        """A few windows of each text to measure on, to stop a training by."""
+        return _batched([row for rows in self.other.values() for row in rows[: MEASURED // 2]], size)
+
+
+def _batched(rows: list[Tensor], size: int) -> list[Tensor]:
+    from torch import cat
+
+    flat = [row for batch in rows for row in batch.split(1)]
+    return [cat(flat[start : start + size]) for start in range(0, len(flat), size)]
+
+
+def _given(path: Path | None) -> Plan:
+    if path is None:
+        raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
+    return read_plan(path)
+
+
+def measured_on_texts(
+    net: PreTrainedModel, plans: dict[str, Plan], other: dict[str, list[Tensor]], progress: Progress
+) -> list[Row]:
+    """A row a text and plan."""
+    from ..measuring.quality import evaluate
+
+    rows: list[Row] = []
+    for name, windows in other.items():
+        progress(0, 1, f"measuring on {name}")
+        found = evaluate(net, list(plans.values()), windows)
+        rows += [{"text": name, "model": of, **asdict(one)} for of, one in zip(plans, found)]
+    return rows
+
+
 def _counted(repaired: RepairedPlan) -> str:
     """How many of the sublayers that the repair came to were refit."""
     refit = [len(one.sublayers) for one in repaired.refits if one.ridge is not None]
     total = sum(len(one.sublayers) for one in repaired.refits)
     return f"{sum(refit)} of {total} kept sublayers refit; the others would not be better on what was held out"
-
-
-def _together(texts: list[list[Tensor]], size: int) -> list[Tensor]:
-    """Windows of all texts in turn, `size` at a time, so that each part of them holds some of each text."""
-    from torch import cat
-
-    rows = [row for windows in zip(*texts) for row in windows]
-    return [cat(rows[start : start + size]) for start in range(0, len(rows), size)]

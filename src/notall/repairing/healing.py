@@ -8,6 +8,7 @@ derivative by what the head is given is known, so that no logits are kept (see `
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UsageError
@@ -65,7 +67,8 @@ def heal(
 
     `batches` are token ids, (batch, tokens) each, one step of AdamW a batch, whose rate falls from `rate` to none.
     `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer. It ends
-    early where the KL on `held_out`, batches as well, no longer falls, with the weights that were best there. With a
+    early where the KL on `held_out`, batches as well, no longer falls, with the weights that were best there, if only
+    those that it began with. With a
     `folder` the result is written down, and the same call goes on where one that was killed stopped.
 
     Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, and a folder that
@@ -153,6 +156,7 @@ class _Run:
     ) -> None:
         self.teacher, self.student, self.own = teacher, student, own
         self.folder, self.kept, self.progress = folder, kept, progress
+        self.at_first = math.inf  # the KL on held-out text before any step
 
     def train(self, batches: Sequence[Tensor], held_out: Sequence[Tensor], rate: float, seed: int) -> None:
         steps = len(batches)
@@ -169,6 +173,7 @@ class _Run:
             bf16=self.student.dtype == torch.bfloat16,
             use_cpu=self.teacher.device.type == "cpu",
             eval_strategy="steps",
+            eval_on_start=True,
             eval_steps=max(1, steps // LOOKS),
             save_strategy="steps",
             save_steps=max(1, steps // LOOKS),
@@ -192,8 +197,13 @@ class _Run:
             eval_dataset=[{"input_ids": row} for batch in held_out for row in batch],
             callbacks=[EarlyStoppingCallback(PATIENCE), _Told(self, batches[0].numel())],
         )
+        trainer.remove_callback(PrinterCallback)
+        before = {path: one.detach().clone() for path, one in self.own.items()}
         checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=checkpoint)
+        if not (trainer.state.best_metric or math.inf) < self.at_first:
+            for path, weight in before.items():
+                self.own[path].data.copy_(weight)
 
 
 class _Distillation(Trainer):
@@ -238,6 +248,8 @@ class _Told(TrainerCallback):
         self.run.progress(state.global_step, state.max_steps, "healing")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        if state.global_step == 0:
+            self.run.at_first = metrics["eval_loss"]
         seconds = time.process_time() - self.start
         look = HealRecord(tokens=state.global_step * self.tokens, kl=metrics["eval_loss"], seconds=seconds)
         if self.run.kept is not None and look.key not in self.run.kept:

@@ -147,8 +147,8 @@ class Repair:
         self.ran = 0  # sublayers of the skipped model run so far
 
     def run(self, progress: Progress = silent) -> RepairedPlan:
-        (self.states,) = self.text.dense.before(self.steps[0].line)
-        apart = False  # whether the streams differ already
+        (self.states,) = self.text.dense.before(0)
+        apart = self.steps[0].line > 0  # whether the streams differ already
         for number, step in enumerate(self.steps):
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
             following = self.steps[number + 1] if number + 1 < len(self.steps) else None
