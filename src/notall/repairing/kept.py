@@ -74,10 +74,11 @@ def _weights(folder: Path, refit: RefitRecord) -> dict[str, Tensor]:
         return {}
     file = own_file(folder, _file(refit))
     if file is None:
-        raise UsageError(f"{shortened(folder)} lacks {_file(refit)}: repair the plan again")
+        raise UsageError(f"{shortened(folder)} lacks {_file(refit)}: delete the folder, and repair the plan again")
     try:
         return load_file(file)
     except SafetensorError as error:
         raise UsageError(
-            f"{_file(refit)} of {shortened(folder)} is damaged ({shortened(error)}): repair again"
+            f"{_file(refit)} of {shortened(folder)} is damaged ({shortened(error)}): delete the folder, and repair the "
+            "plan again"
         ) from None

@@ -31,6 +31,7 @@ from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
 from ..running.replay import record
+from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall
@@ -45,7 +46,6 @@ from .streams import DenseStream, Step, run_all, steps_of
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
 HELD = 8  # one sequence in so many chooses the ridge
-PROBED = 16  # tokens to find a projection with
 
 
 @torch.no_grad()
@@ -76,6 +76,8 @@ def repair(
     inner = base_model(model)
     anatomy = locate(inner)
     plan.check(anatomy)
+    if is_skipping(inner):
+        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     about = Provenance.of(

@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.plan import Plan
 from ..records.repair import RefitRecord
 from ..structure.anatomy import Anatomy, Sublayer
@@ -37,7 +37,7 @@ class RepairedPlan(Plan):
         """A hash of the weights, which tells repairs of one plan apart."""
         digest = hashlib.sha256()
         for path, weight in sorted(self.weights.items()):
-            digest.update(path.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(path.encode() + weight.cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -60,6 +60,21 @@ class RepairedPlan(Plan):
         return RepairedPlan(both.attention, both.mlp, fingerprint=both.fingerprint, weights={**self.weights, **theirs})
 
     __ror__ = __or__
+
+    def check(self, anatomy: Anatomy) -> None:
+        """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
+        super().check(anatomy)
+        known = tuple(
+            f"{anatomy.layers}.{part.index}.{module}."
+            for block in anatomy.blocks
+            for part in block.sublayers
+            for module in part.modules
+        )
+        for path in self.weights:
+            if not path.startswith(known):
+                raise UsageError(
+                    f"no sublayer of the model has {shortened(path)}, which the plan has weights for; repair this model"
+                )
 
     def weights_of(self, anatomy: Anatomy, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
         """Those of sublayers of one layer, by their paths below it."""
@@ -94,7 +109,7 @@ def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
         )
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
 
 
 def holder_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
