@@ -89,7 +89,7 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for path, weight in weights.items():
-            holder, name = holder_of(module, path)
+            holder, name = holder_of(module, path, weight)
             own.append((holder, name, holder._parameters[name]))  # type: ignore[arg-type]
             set_weight(module, path, weight)
         yield
@@ -99,25 +99,29 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
 
 
 def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
-    """Give the parameter at `path` a value for good. Raises `UsageError` where it is of another shape or offloaded."""
-    holder, name = holder_of(module, path)
+    """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
+    holder, name = holder_of(module, path, weight)
     old = holder._parameters[name]
     assert old is not None
+    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
+
+
+def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
+    """The module that holds the parameter at `path`, and its name there.
+
+    Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
+    """
+    above, _, name = path.rpartition(".")
+    holder: nn.Module | None = None
+    with suppress(AttributeError):
+        holder = module.get_submodule(above)
+    old = None if holder is None else holder._parameters.get(name)
+    if holder is None or old is None:
+        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
     if old.shape != weight.shape:
         raise UsageError(
             f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
         )
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
-
-
-def holder_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter at `path`, and its name there. Raises `UsageError` where there is none."""
-    above, _, name = path.rpartition(".")
-    holder: nn.Module | None = None
-    with suppress(AttributeError):
-        holder = module.get_submodule(above)
-    if holder is None or holder._parameters.get(name) is None:
-        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
     return holder, name
