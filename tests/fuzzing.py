@@ -528,6 +528,7 @@ SEARCH = f"search ../model -o r.json --kind attention --count 2 --patience 1 --h
 BY_SPEED = f"search ../model -o r.json --kind attention --speedup 1.05 --prompt 4 --new 2 --patience 0 {SMALL}"
 BENCH = "bench ../model --skip block --fraction 0.5 --out r --prompt 4 --new 2 --rounds 1 --dtype float32 --device cpu"
 EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
+REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
 PAPER = f"paper ../model --out r {TASKS} --prompt 4 --new 2 --rounds 1 --generate-all"
 REPORT, REPORT_SEARCH = (f"report {folder} -o page.html" for folder in ("r", "r.search"))
 GENERATE = "generate m river --max-new-tokens 2 --device cpu"
@@ -562,6 +563,11 @@ KINDS: dict[str, Kind] = {
     "search of old lines": Kind(in_old_form(made_by(SEARCH)), SEARCHED, (REPORT_SEARCH, SEARCH), lines_alike),
     "times kept": Kind(kept_times, ("cache/times/*.json",), (BY_SPEED,), times_as_kept),
     "bench": Kind(made_by(BENCH, BENCH), LINES, (REPORT, BENCH), lines_alike),
+    "repair": Kind(
+        made_by(REPAIR),
+        ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json"),
+        (REPAIR, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+    ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
     "texts": Kind(texts, ("text.txt",), ("eval ../model --text text.txt --sequences 1 --length 8 --device cpu",)),

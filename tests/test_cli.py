@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,96 @@ def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
     code, out, _ = run("generate", folder, "--plan", path, "--max-new-tokens", "5", "abc")
     assert code == 0
     assert out.strip()
+
+
+REPAIR = ["--sequences", "8", "--length", "16", "--batch-size", "4", "--dtype", "float32", "--json"]
+
+
+def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_path):
+    path, out = tmp_path / "plan.json", tmp_path / "repaired"
+    Plan([2, 4], [3]).save(path)
+    code, shown, err = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
+    assert (code, err) == (0, "")
+    found = json.loads(shown)
+    names = [name for refit in found["refits"] for name in refit["sublayers"]]
+    assert names == ["attn.1", "mlp.1", "mlp.2", "attn.3", "mlp.4", "attn.5", "mlp.5"]
+    assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
+    lines = [json.loads(line) for line in (out / "refits.jsonl").read_text().splitlines()]
+    assert [line["sublayers"] for line in lines[1:]] == [refit["sublayers"] for refit in found["refits"]]
+    assert str(tmp_path) not in (out / "refits.jsonl").read_text()
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)  # it goes on, with nothing left
+    assert (code, json.loads(again)) == (0, found)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    code, shown, _ = run("eval", folder, "--plan", out, *QUICK, "--json")
+    dense, skipped, repaired = json.loads(shown)["quality"]
+    assert code == 0
+    assert [row["model"] for row in (dense, skipped, repaired)] == ["dense", "skipped", "repaired"]
+    assert len({row["nll"] for row in (dense, skipped, repaired)}) == 3
+    code, shown, _ = run("bench", folder, "--plan", out, *FAST, "--json")
+    assert (code, len(json.loads(shown))) == (0, 2)
+    said = [run("generate", folder, "--plan", plan, "--max-new-tokens", "8", "abc") for plan in (path, out)]
+    assert [code for code, *_ in said] == [0, 0]
+    assert said[0][1] != said[1][1]
+    code, _, err = run("export", folder, "--plan", out, "--to", "nemotron-nas", "--out", tmp_path / "e", "--no-verify")
+    assert code == 0, err
+    sound = run("export", folder, "--plan", path, "--to", "nemotron-nas", "--out", tmp_path / "p", "--no-verify")
+    assert sound[0] == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("e", "p")]
+    assert weights[0] != weights[1]
+
+
+def test_repair_measures_on_the_texts_it_is_given(run, folder, tmp_path):
+    path, out = tmp_path / "plan.json", tmp_path / "repaired"
+    Plan([4]).save(path)
+    for name, words in (("one", "the river runs "), ("two", "a green bird sings "), ("three", "old winter light ")):
+        (tmp_path / f"{name}.txt").write_text(words * 200)
+    texts = [word for name in ("one", "two") for word in ("--text", tmp_path / f"{name}.txt")]
+    held_out = ["--held-out", tmp_path / "three.txt"]
+    code, shown, err = run("repair", folder, "--plan", path, "--out", out, *texts, *held_out, *REPAIR)
+    assert (code, err) == (0, "")
+    rows = json.loads(shown)["quality"]
+    assert [(row["model"], row["sequences"]) for row in rows] == [("skipped", 16), ("repaired", 16)]
+    assert {row["text"] for row in rows} == {"three.txt"}
+    what = json.loads((out / "refits.jsonl").read_text().splitlines()[0])["provenance"]["what"]
+    assert [text["text"] for text in what["texts"]] == ["one.txt", "two.txt"]
+
+
+def test_what_repair_cannot_take_is_one_line(run, folder, tmp_path):
+    plan, nothing, unfinished = tmp_path / "plan.json", tmp_path / "nothing.json", tmp_path / "unfinished"
+    Plan([4]).save(plan)
+    Plan().save(nothing)
+    out = tmp_path / "repaired"
+    assert run("repair", folder, "--plan", plan, "--out", out, *REPAIR)[0] == 0
+    shutil.copytree(out, unfinished)
+    (unfinished / "plan.json").unlink()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "bench.jsonl").write_text('{"model": "dense"}\n')
+    torn = tmp_path / "torn"
+    shutil.copytree(out, torn)
+    next(torn.glob("*.safetensors")).write_bytes(b"torn")
+    cases = {
+        "no plan": (["repair", folder, "--out", tmp_path / "n", *REPAIR], "with --plan"),
+        "a plan of nothing": (
+            ["repair", folder, "--plan", nothing, "--out", tmp_path / "n", *REPAIR],
+            "skips nothing",
+        ),
+        "one window": (
+            ["repair", folder, "--plan", plan, "--out", tmp_path / "n", *REPAIR, "--sequences", "1"],
+            "too few",
+        ),
+        "other settings": (["repair", folder, "--plan", plan, "--out", out, *REPAIR, "--seed", "1"], "another"),
+        "a folder of another command": (["repair", folder, "--plan", plan, "--out", other, *REPAIR], "notall bench"),
+        "a repair that is not finished": (["eval", folder, "--plan", unfinished, *QUICK], "was not finished"),
+        "a folder of something else": (["eval", folder, "--plan", other, *QUICK], "is no repaired plan"),
+        "torn weights": (["eval", folder, "--plan", torn, *QUICK], "is damaged"),
+    }
+    for case, (arguments, says) in cases.items():
+        code, _, err = run(*arguments)
+        assert (code, len(err.strip().splitlines())) == (2, 1), (case, err)
+        assert says in err, (case, err)
+        assert len(err) < 300 + len(str(tmp_path)), (case, err)
 
 
 def test_similarity_prints_and_draws(run, folder, tmp_path):

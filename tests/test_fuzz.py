@@ -6,7 +6,15 @@ import pytest
 
 import fuzzing
 
-KINDS = {"plan": 120, "old search": 60, "old bench": 40, "lines of text": 30, "lines of prompts": 30, "safetensors": 20}
+KINDS = {
+    "plan": 120,
+    "old search": 60,
+    "old bench": 40,
+    "lines of text": 30,
+    "lines of prompts": 30,
+    "safetensors": 20,
+    "repair": 60,
+}
 
 pytestmark = pytest.mark.any_transformers
 

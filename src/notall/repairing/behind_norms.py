@@ -34,6 +34,8 @@ class _NormedFit:
         self.norm = seen.layer.get_submodule(self.projection.norm)
         self.metric = seen.metric.to(seen.exact)
         self.old = self.projection.matrix(seen.layer).to(seen.exact)
+        bias = self.projection.bias(seen.layer)  # stays as it is
+        self.bias = self.old.new_zeros(()) if bias is None else bias.to(seen.exact)
         self.gain = gain_of(self.norm, seen.before[0].new_ones(1, 1, len(self.old))).to(seen.exact)
         self.counting = self.metric * self.gain.square()
 
@@ -59,9 +61,9 @@ class _NormedFit:
 
     def _moments(self, held: bool) -> Moments:
         moments = Moments.none(self.old.shape[1], len(self.old), False, self.old.new_empty(0))
-        gain = torch.where(self.gain < EPSILON, torch.inf, self.gain)
+        gain = torch.where(self.gain.abs() < EPSILON, torch.inf, self.gain)
         for features, before, _, target in self.seen.tokens(held):
-            answers = features @ self.old.T
+            answers = features @ self.old.T + self.bias
             size = answers.square().mean(-1).clamp_min(EPSILON).sqrt()
             lacking = size[:, None] * (target - before) / (self.projection.scale * gain) - answers
             moments.add(features, lacking, self.seen.counts(target) / size.square())
@@ -76,5 +78,5 @@ class _NormedFit:
         return total
 
     def _added(self, features: Tensor, matrix: Tensor) -> Tensor:
-        answers = (features @ matrix.T).to(self.seen.before[0].dtype)
+        answers = (features @ matrix.T + self.bias).to(self.seen.before[0].dtype)
         return self.projection.scale * self.norm(answers[None])[0].to(features)

@@ -86,8 +86,11 @@ def _weights(folder: Path, refit: RefitRecord) -> dict[str, Tensor]:
 def _read(folder: Path, name: str) -> dict[str, Tensor]:
     file = own_file(folder, name)
     if file is None:
-        raise UsageError(f"{shortened(folder)} lacks {name}: repair the plan again")
+        raise UsageError(f"{shortened(folder)} lacks {name}: delete the folder, and repair the plan again")
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise UsageError(f"{name} of {shortened(folder)} is damaged ({shortened(error)}): repair again") from None
+        raise UsageError(
+            f"{name} of {shortened(folder)} is damaged ({shortened(error)}): delete the folder, and repair the plan "
+            "again"
+        ) from None

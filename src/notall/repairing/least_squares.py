@@ -56,10 +56,9 @@ class Moments:
 
         Each feature is held back by its own size, so that a ridge means the same for small and for massive ones.
         """
-        sizes = self.gram.diagonal()
-        held_back = ridge * (sizes + DEAD * sizes.mean())
-        if self.biased:
-            held_back[-1] = 0.0
+        sizes = self.gram.diagonal()[: len(self.gram) - self.biased]
+        held_back = torch.zeros_like(self.gram[0])
+        held_back[: len(sizes)] = ridge * (sizes + DEAD * sizes.mean())
         lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
         if failed:
             return None

@@ -6,6 +6,7 @@ the sublayer then adds to the stream tells what becomes of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ..structure.anatomy import Sublayer
 from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
 from .readers import is_norm
 
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
+# Norms compute in float32, whatever is around them.
+ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,27 @@ class _Trial:
         self.rounding = ROUNDING[hidden.dtype]
 
     def matrices(self) -> list[str]:
-        """The plain matrices that end in the width of the stream, by path, in the order they run, once each."""
-        ran: list[str] = []
+        """The plain matrices that answer for each token, once, in the width of the stream: by path, as they run.
+
+        So an expert's, which sees some of the tokens, are not among them.
+        """
+        ran: list[tuple[str, int]] = []
         handles = []
+
+        def note(path: str, answer: Tensor) -> None:
+            ran.append((path, answer.numel()))
+
         for name in self.part.modules:
             for path, module in child(self.layer, name).named_modules(prefix=name):
                 if _is_plain(module, self.hidden.shape[-1]):
-                    handles.append(module.register_forward_hook(lambda *_, path=path: ran.append(path)))
+                    handles.append(module.register_forward_hook(lambda *seen, path=path: note(path, seen[-1])))
         try:
             self._added()
         finally:
             for handle in handles:
                 handle.remove()
-        return [path for path in ran if ran.count(path) == 1]
+        runs = Counter(path for path, _ in ran)
+        return [path for path, size in ran if runs[path] == 1 and size == self.hidden.numel()]
 
     def of(self, path: str) -> Projection | None:
         """What becomes of the answers of the matrix at `path`."""
@@ -124,11 +134,15 @@ class _Trial:
             return Projection(path, scale)
         for op in self.part.branches[0].ops:
             if isinstance(op, ModuleOp) and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
-                normed = child(self.layer, op.module)(first).to(self.exact)
-                scale = _factor(one, normed, self.rounding)
-                if scale is not None:
+                norm = child(self.layer, op.module)
+                scale = _factor(one, norm(first).to(self.exact), self.rounding)
+                if scale is not None and self._ignores_size(norm, first / size):
                     return Projection(path, scale, op.module)
         return None
+
+    def _ignores_size(self, norm: nn.Module, made: Tensor) -> bool:
+        """Whether it answers alike where all channels are larger, as norms do and activations do not."""
+        return _factor(norm(3 * made).to(self.exact), norm(made).to(self.exact), self.rounding) == 1
 
     def _added(self, path: str | None = None, answer: Tensor | None = None) -> Tensor:
         """What the sublayer adds to the stream, with `answer` in place of what the matrix at `path` says."""
@@ -152,7 +166,16 @@ def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
 
 def _is_plain(module: nn.Module, width: int) -> bool:
     """Whether it is a matrix that lies in memory as it is: not quantised, adapted or offloaded."""
-    if type(module) not in (nn.Linear, Conv1D) or type(module.weight) is not nn.Parameter:
+    if not isinstance(module, nn.Linear | Conv1D) or type(module.weight) is not nn.Parameter:
         return False
-    outputs = module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
-    return outputs == width and module.weight.is_floating_point() and module.weight.device.type != "meta"
+    if not module.weight.is_floating_point() or module.weight.device.type == "meta":
+        return False
+    matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
+    return len(matrix) == width and (type(module) in (nn.Linear, Conv1D) or _multiplies(module, matrix))
+
+
+def _multiplies(module: nn.Module, matrix: Tensor) -> bool:
+    """Whether a linear layer of another class, such as Falcon's, does what its matrix and bias say."""
+    given = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
+    expected, found = nn.functional.linear(given, matrix, module.bias), module(given)  # type: ignore[arg-type]
+    return bool((found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max())

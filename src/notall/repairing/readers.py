@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
     ones = torch.ones(1, 1, width, device=layers[0].parameters().__next__().device, dtype=model.dtype)
     gains = [_gain(layers[parts[0].index], parts[0], ones) for parts in steps]
     head = Head(model)
-    last = head.states(ones[0])[0].float() if head.projection else torch.ones(width)
-    last = last / last.square().mean().sqrt().clamp_min(1e-6) if last.shape == (width,) else torch.ones(width)
+    plain = head.projection is not None and head.projection.weight.shape[1] == width
+    last = _scaled(gain_of(lambda rows: head.states(rows[0])[None], ones)) if plain else torch.ones(width)
     found = []
     for place in range(len(steps)):
         readers = torch.stack([*gains[place + 1 : place + 1 + READERS], last.to(ones.device)])
@@ -40,19 +40,21 @@ def _gain(layer: nn.Module, part: Sublayer, ones: Tensor) -> Tensor:
     norm = child(layer, first.module) if isinstance(first, ModuleOp) else None
     if norm is None or not is_norm(norm):
         return torch.ones_like(ones[0, 0], dtype=torch.float32)
-    gain = gain_of(norm, ones)
+    return _scaled(gain_of(norm, ones))
+
+
+def _scaled(gain: Tensor) -> Tensor:
     return gain / gain.square().mean().sqrt().clamp_min(1e-6)
 
 
-def gain_of(norm: nn.Module, ones: Tensor) -> Tensor:
-    """By how much a norm multiplies each channel once it was scaled, (hidden,) in float32."""
-    up, down = norm(ones * _alternating(ones)), norm(-ones * _alternating(ones))
-    return ((up.float() - down.float()) / 2).abs()[0, 0]
+def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
+    """By how much a norm multiplies each channel once it was scaled, with its sign; `ones` is (1, 1, hidden).
 
-
-def _alternating(ones: Tensor) -> Tensor:
-    """Signs that add up to none, so that a norm which takes the mean away sees what others see."""
-    return 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)
+    (hidden,) in float32.
+    """
+    signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)  # of mean 0, which some take away
+    gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
+    return gain * signs.float()
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
 from ..running.replay import record
+from ..running.skipping import is_skipping
 from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall
@@ -76,6 +77,8 @@ def repair(
     inner = base_model(model)
     anatomy = locate(inner)
     plan.check(anatomy)
+    if is_skipping(inner):
+        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     about = Provenance.of(

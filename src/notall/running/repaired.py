@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.plan import Plan
 from ..records.repair import RefitRecord
 from ..structure.anatomy import Anatomy, Sublayer
@@ -65,7 +65,7 @@ class RepairedPlan(Plan):
         digest = hashlib.sha256()
         named = [*self.weights.items(), *((name, part) for name, one in self.maps.items() for part in one.tensors)]
         for name, tensor in sorted(named, key=lambda pair: pair[0]):
-            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -95,6 +95,21 @@ class RepairedPlan(Plan):
 
     __ror__ = __or__
 
+    def check(self, anatomy: Anatomy) -> None:
+        """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
+        super().check(anatomy)
+        known = tuple(
+            f"{anatomy.layers}.{part.index}.{module}."
+            for block in anatomy.blocks
+            for part in block.sublayers
+            for module in part.modules
+        )
+        for path in self.weights:
+            if not path.startswith(known):
+                raise UsageError(
+                    f"no sublayer of the model has {shortened(path)}, which the plan has weights for; repair this model"
+                )
+
     def weights_of(self, anatomy: Anatomy, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
         """Those of sublayers of one layer, by their paths below it."""
         layer = f"{anatomy.layers}.{parts[0].index}."
@@ -117,7 +132,7 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     own: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for path, weight in weights.items():
-            holder, name = holder_of(module, path)
+            holder, name = holder_of(module, path, weight)
             own.append((holder, name, holder._parameters[name]))  # type: ignore[arg-type]
             set_weight(module, path, weight)
         yield
@@ -127,25 +142,29 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
 
 
 def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
-    """Give the parameter at `path` a value for good. Raises `UsageError` where it is of another shape or offloaded."""
-    holder, name = holder_of(module, path)
+    """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
+    holder, name = holder_of(module, path, weight)
     old = holder._parameters[name]
     assert old is not None
+    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
+
+
+def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
+    """The module that holds the parameter at `path`, and its name there.
+
+    Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
+    """
+    above, _, name = path.rpartition(".")
+    holder: nn.Module | None = None
+    with suppress(AttributeError):
+        holder = module.get_submodule(above)
+    old = None if holder is None else holder._parameters.get(name)
+    if holder is None or old is None:
+        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
     if old.shape != weight.shape:
         raise UsageError(
             f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
         )
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
-
-
-def holder_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter at `path`, and its name there. Raises `UsageError` where there is none."""
-    above, _, name = path.rpartition(".")
-    holder: nn.Module | None = None
-    with suppress(AttributeError):
-        holder = module.get_submodule(above)
-    if holder is None or holder._parameters.get(name) is None:
-        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
     return holder, name

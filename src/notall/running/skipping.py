@@ -27,7 +27,7 @@ from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
 from ..structure.slicing import renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
-from .repaired import RepairedPlan, refuse_maps, set_weight, with_weights
+from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
 
 @dataclass
@@ -92,8 +92,11 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     if not plan:
         return
     dense, groups = _layers(inner, anatomy), regroup(len(anatomy.blocks), plan)
-    for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
-        set_weight(inner, path, weight)
+    weights = plan.weights if isinstance(plan, RepairedPlan) else {}
+    for path, weight in weights.items():
+        holder_of(inner, path, weight)  # refuse before anything is changed
+    for path, weight in weights.items():
+        set_weight(inner, path, weight.clone())
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     locating.forget(inner)

@@ -1,0 +1,315 @@
+"""A plan with weights runs, and is exported, as what it keeps with those weights; the dense model keeps its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, dynamic_module_utils
+
+from families import TRANSFORMERS_5, family
+from notall import Plan, RepairedPlan, UsageError, export, locate, remove, repair, skip
+from notall.measuring.quality import evaluate
+from notall.records.record import Skipped
+from notall.running.replay import Replay, Trunk, live_steps, record, step_name
+
+IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
+TEXTS = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+PORTABLE, REGROUPED = Plan([2], [1]), Plan([0, 3], [1])
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.fixture
+def model():
+    return family("llama").build()
+
+
+def repaired_of(model, plan=REGROUPED, **options):
+    return repair(model, plan, TEXTS, **options)
+
+
+def logits(model, plan=None):
+    with torch.no_grad(), skip(model, plan or Plan()):
+        return model(IDS).logits
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options).eval()
+
+
+def by_hand(model, plan):
+    """The skipped logits of a copy whose weights are overwritten."""
+    copied = copy.deepcopy(model)
+    for path, weight in plan.weights.items():
+        copied.get_parameter(path).data.copy_(weight)
+    return logits(copied, plan.unrepaired)
+
+
+def state(model):
+    return [(name, id(one), one.clone()) for name, one in model.named_parameters()]
+
+
+def assert_untouched(model, before):
+    for (name, here, bits), (known, there, old) in zip(state(model), before, strict=True):
+        assert (name, here) == (known, there)
+        assert torch.equal(bits, old), name
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3", "bloom"])
+def test_it_runs_with_its_weights_and_leaves_the_model_its_own(name):
+    model = family(name).build()
+    found, before, dense = repaired_of(model), state(model), logits(model)
+    assert found.weights
+    assert torch.equal(logits(model, found), by_hand(model, found))
+    assert not torch.equal(logits(model, found), logits(model, found.unrepaired))
+    with pytest.raises(RuntimeError, match="inside"), skip(model, found):
+        raise RuntimeError("inside")
+    assert_untouched(model, before)
+    assert torch.equal(logits(model), dense)
+
+
+def test_skips_in_skips_hold_the_weights_as_long_as_they_are_inside(model):
+    found, before, both = repaired_of(model), state(model), Plan([0, 3], [1, 2])
+    together, alone = logits(model, found | both), logits(model, found)
+    with torch.no_grad():
+        with skip(model, both), skip(model, found):  # either way round
+            assert torch.equal(model(IDS).logits, together)
+        with skip(model, found):
+            with skip(model, both):
+                assert torch.equal(model(IDS).logits, together)
+            assert torch.equal(model(IDS).logits, alone)
+            with pytest.raises(UsageError, match="keep at least one"), skip(model, Plan([1, 2])):
+                pass
+            assert torch.equal(model(IDS).logits, alone)
+    assert torch.equal(by_hand(model, found | both), together)
+    assert_untouched(model, before)
+
+
+def test_a_weight_that_does_not_fit_is_refused_and_nothing_is_left_behind(model):
+    before, own = state(model), model.get_parameter(O_PROJ)
+    first = {"model.layers.0.mlp.down_proj.weight": torch.ones(32, 48)}
+    for weights, said in (
+        ({O_PROJ: torch.ones(3, 32)}, r"is \(3, 32\), but the model's is \(32, 32\); repair this model"),
+        ({"model.layers.1.self_attn.o_proj.bias": own[0]}, r"has no .*self_attn.o_proj.bias"),
+        ({"model.layers.9.self_attn.o_proj.weight": own}, "no sublayer of the model has model.layers.9"),
+        ({"lm_head.weight": model.lm_head.weight}, "no sublayer of the model has lm_head.weight"),
+        ({"x" * 999: own}, "no sublayer of the model has xxx"),
+    ):
+        plan = RepairedPlan([2], weights=first | weights)
+        for use in (lambda plan=plan: logits(model, plan), lambda plan=plan: replayed(model, [plan])):
+            with pytest.raises(UsageError, match=said) as refusal:
+                use()
+            assert len(str(refusal.value)) < 300
+        assert_untouched(model, before)
+
+
+def replayed(model, plans, ids=IDS):
+    with torch.no_grad():
+        return dict(Replay(model, plans).logits(input_ids=ids))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3"])
+def test_replay_answers_for_each_repair_as_skipping_does(name):
+    model = family(name).build()
+    before = state(model)
+    plans = [Plan(), REGROUPED, repaired_of(model), repaired_of(model, ahead=0.0), repaired_of(model, ridges=[5.0])]
+    found = replayed(model, plans)
+    for number, plan in enumerate(plans):
+        expected = logits(model, plan)
+        assert (found[number] - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for other in range(number):  # where nothing is aimed at ahead, two repairs may be the same
+            assert torch.equal(found[number], found[other]) == (plan == plans[other])
+    assert_untouched(model, before)
+    again = replayed(model, [plans[3], plans[1], plans[2]])
+    assert all(torch.equal(again[place], found[number]) for place, number in enumerate((3, 1, 2)))
+
+
+def test_repairs_share_what_they_have_in_common(model):
+    plan = Plan([3], [3])
+    whole, half = repaired_of(model, plan), repaired_of(model, plan, ahead=0.0)
+    assert set(half.weights) < set(whole.weights) | set(half.weights)
+    names = [step_name(parts) for _, parts in live_steps(locate(model), plan)]
+    first = {
+        one: min(names.index(path_name(path)) for path in one.weights) for one in (whole, half)
+    }  # where each leaves the unrepaired plan
+    replay = Replay(model, [Plan(), plan, whole, half, whole])
+    own = sum(len(names) - place for place in first.values())
+    assert replay.executions == 8 + own
+
+
+def path_name(path):
+    """`attn.1` of `model.layers.1.self_attn...`."""
+    _, _, layer, module, *_ = path.split(".")
+    return f"{'attn' if module == 'self_attn' else 'mlp'}.{layer}"
+
+
+def test_a_trunk_is_never_anothers(model):
+    """States that are kept of the unrepaired plan are not taken for the repaired one's, nor the other way round."""
+    found, recording = repaired_of(model), record(model, input_ids=IDS)
+    trunk = Trunk(tuple(step_name(parts) for _, parts in live_steps(locate(model), REGROUPED)))
+    with torch.no_grad():
+        for plans in ([REGROUPED], [found], [REGROUPED, found], [found, REGROUPED]):
+            ends = {n: hidden for ns, hidden in Replay(model, plans).hidden_states(recording, trunk) for n in ns}
+            for number, plan in enumerate(plans):
+                alone = next(Replay(model, [plan]).hidden_states(recording))[1]
+                assert torch.equal(ends[number], alone)
+    assert trunk.states
+
+
+def test_it_is_nearer_to_the_dense_model_on_what_it_was_fitted_to(model):
+    skipped, repaired = evaluate(model, [REGROUPED, repaired_of(model)], TEXTS)
+    assert repaired.kl < skipped.kl
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def test_plans_are_equal_by_what_they_skip_and_their_weights():
+    ones, twos = torch.ones(2, 2), 2 * torch.ones(2, 2)
+    plan = RepairedPlan([1], weights={"a": ones, "b": twos})
+    assert plan == RepairedPlan([1], weights={"b": twos.clone(), "a": ones.clone()})
+    assert hash(plan) == hash(RepairedPlan([1], weights={"b": twos.clone(), "a": ones.clone()}))
+    others = [
+        RepairedPlan([1], weights={"a": ones, "b": ones}),
+        RepairedPlan([1], weights={"a": ones}),
+        RepairedPlan([1], weights={"a": ones, "c": twos}),
+        RepairedPlan([2], weights={"a": ones, "b": twos}),
+        Plan([1]),
+    ]
+    for other in others:
+        assert plan != other
+        assert other != plan
+    assert len({plan, *others}) == 6
+    assert RepairedPlan([1], weights={"a": torch.tensor(1.0)}) != RepairedPlan([1], weights={"a": torch.tensor(2.0)})
+    assert RepairedPlan([1], weights={"a": ones.bfloat16().T}).digest
+
+
+def test_it_says_that_it_is_repaired_and_what_it_skips():
+    plan = RepairedPlan([1], [2], fingerprint="llama-4x32-48d1233b", note="by hand", weights={"a": torch.ones(2)})
+    assert str(plan) == "attn.1 mlp.2, repaired"
+    assert plan.unrepaired == Plan([1], [2], fingerprint="llama-4x32-48d1233b", note="by hand")
+    assert type(plan.unrepaired) is Plan
+    assert len(plan) == 2
+    assert "weights" not in repr(plan)
+    skipped = TypeAdapter(Skipped)
+    assert skipped.dump_python(skipped.validate_python(plan)) == {"attention": [1], "mlp": [2]}
+
+
+def test_plans_together_have_the_weights_of_both():
+    one = RepairedPlan([1], weights={"a": torch.zeros(2), "b": torch.zeros(2)})
+    other = RepairedPlan([2], weights={"b": torch.ones(2), "c": torch.ones(2)})
+    both = one | other
+    assert (both.attention, {path: int(weight[0]) for path, weight in both.weights.items()}) == (
+        (1, 2),
+        {"a": 0, "b": 1, "c": 1},
+    )
+    for mixed in (one | Plan(mlp=[3]), Plan(mlp=[3]) | one):
+        assert isinstance(mixed, RepairedPlan)
+        assert (mixed.indices, mixed.weights.keys()) == ({"attention": [1], "mlp": [3]}, one.weights.keys())
+
+
+@pytest.mark.parametrize("wrong", [{"weights": 3}, {"weights": {"a": 3}}, {"weights": {1: torch.ones(1)}}])
+def test_what_are_no_weights_is_refused(wrong):
+    with pytest.raises(UsageError, match="this is no plan: weights"):
+        RepairedPlan([1], **wrong)
+
+
+# --- for good, and as files -------------------------------------------------------------------------------------------
+
+
+def test_removed_for_good_it_is_saved_and_trained_like_any_model(model, tmp_path):
+    found = repaired_of(model, PORTABLE)
+    expected, kept = logits(model, found), {path: weight.clone() for path, weight in found.weights.items()}
+    remove(model, found)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), expected)
+    assert all(weight.requires_grad for weight in model.parameters())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert all(torch.equal(found.weights[path], weight) for path, weight in kept.items())
+
+
+def test_a_plan_that_does_not_fit_leaves_what_it_was_to_be_removed_from(model):
+    before = state(model)
+    weights = {O_PROJ: torch.ones(32, 32), "model.layers.2.mlp.down_proj.weight": torch.ones(3, 3)}
+    with pytest.raises(UsageError, match="repair this model"):
+        remove(model, RepairedPlan([2], weights=weights))
+    assert_untouched(model, before)
+    assert len(model.model.layers) == 4
+
+
+@pytest.mark.parametrize("plan", [PORTABLE, REGROUPED], ids=["portable", "regrouped"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_transformers_answers_as_the_skipped_model(name, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = family(name).build()
+    found, before = repaired_of(model, plan), state(model)
+    out = export(model, found, "hf", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, trust_remote_code=plan == REGROUPED, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, logits(model, found), rtol=1e-5, atol=1e-5)
+    assert_untouched(model, before)
+
+
+def test_nemotron_nas_holds_the_weights_and_their_padding(model, tmp_path):
+    found = repaired_of(model)
+    out = export(model, found, "nemotron-nas", tmp_path / "out", verify=False)
+    tensors = load_file(out / "model.safetensors")
+    assert {path.split(".")[3] for path in found.weights} == {"self_attn", "mlp"}
+    for path, weight in found.weights.items():
+        if "mlp" in path:
+            assert torch.equal(tensors[path][:, :48], weight)
+            assert not tensors[path][:, 48:].any()
+        else:
+            assert torch.equal(tensors[path], weight)
+    untouched = set(tensors) & {name for name, _ in model.named_parameters()} - found.weights.keys()
+    for name in untouched:
+        dense = model.get_parameter(name)
+        assert torch.equal(tensors[name][tuple(slice(size) for size in dense.shape)], dense), name
+
+
+def test_repaired_in_another_dtype_files_keep_theirs(model, tmp_path):
+    model.save_pretrained(tmp_path / "dense")
+    found = repaired_of(family("llama").build().bfloat16(), PORTABLE)
+    assert {weight.dtype for weight in found.weights.values()} == {torch.bfloat16}
+    out = export(tmp_path / "dense", found, "hf", tmp_path / "out")
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}
+    loaded = load(out)
+    assert torch.equal(logits(loaded), by_hand(model, found))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2"])
+def test_what_the_files_name_otherwise_is_written_or_refused(name, tmp_path):
+    """Mixtral's experts are renamed as they are read, its attentions are not; GPT-2's matrices are turned."""
+    model = family(name).build()
+    plan = Plan([1], [1])
+    found = repaired_of(model, plan)
+    out = export(model, found, "hf", tmp_path / "out")
+    loaded = load(out)
+    torch.testing.assert_close(logits(loaded), logits(model, found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 renames none")
+def test_a_weight_that_the_files_hold_under_another_name_is_refused(tmp_path):
+    model = family("mixtral").build()
+    path = "model.layers.0.mlp.gate.weight"
+    found = RepairedPlan([1], [1], weights={path: model.get_parameter(path).detach()})
+    with pytest.raises(UsageError, match=r"do not hold model.layers.0.mlp.gate.weight .*export the plan unrepaired"):
+        export(model, found, "hf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_says_what_is_skipped(model, tmp_path):
+    out = export(model, repaired_of(model, PORTABLE), "hf", tmp_path / "out")
+    assert json.loads((out / "notall.json").read_text())["plan"]["attention"] == [2]

@@ -1,0 +1,434 @@
+"""A repair is what its slow twin comes to, leaves the dense model alone, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import forked
+from families import FAMILIES, family
+from notall import Plan, UnsupportedModel, UsageError, locate, repair, skip
+from notall.repairing import refitting
+from notall.repairing.kept import load_repaired
+from notall.repairing.projections import find_projection
+from notall.repairing.refitting import HELD, RIDGES, held_out
+from notall.running.replay import Replay, record
+from notall.structure.observation import LayerCall
+from twin_of_repair import DIRECT, NORMED, Hand, Twin
+
+PLANS = {
+    "attentions": Plan([1, 2]),
+    "blocks": Plan([1, 3], [1, 3]),
+    "portable": Plan(attention=[2], mlp=[1]),
+    "MLPs": Plan(mlp=[0, 2]),
+}
+
+
+def texts(*shapes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
+    """Token ids, a batch a shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 99, shape, generator=generator) for shape in shapes]
+
+
+TEXTS = texts((3, 12), (9, 10), (5, 12))  # 17 sequences: the 8th and the 16th are held out
+
+
+def with_odd_gains(hand: Hand):
+    """Norms behind matrices with gains of both signs, some near none."""
+    model = hand.build()
+    for name, weight in model.named_parameters():
+        if hand.behind and any(f"{norm}.weight" in name for norm in hand.behind):
+            weight.data[::5] *= -1.0
+            weight.data[3] = -0.999 if hand.name == "gemma3" else 1e-3
+    return model
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("hand", [*DIRECT, *NORMED], ids=str)
+def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
+    """Ridges and weights, with the change of the next gap aimed at in part, and without."""
+    model = with_odd_gains(hand)
+    ridges = (0.01, 0.3, 3.0) if hand.behind else RIDGES
+    for ahead in (0.5, 0.0):
+        found = repair(model, plan, TEXTS, ridges=ridges, ahead=ahead)
+        expected = Twin(hand, model, plan, TEXTS, ridges).run(ahead)
+        assert [refit.sublayers for refit in found.refits] == [one.names for one in expected.found]
+        assert [refit.ridge for refit in found.refits] == [one.ridge for one in expected.found]
+        assert [refit.left for refit in found.refits] == pytest.approx([one.left for one in expected.found], abs=1e-6)
+        assert found.weights.keys() == expected.weights.keys() != set()
+        for path, weight in expected.weights.items():
+            # A norm adds its own small number, and computes in float32.
+            assert (found.weights[path] - weight).norm() <= (1e-5 if hand.behind else 1e-6) * weight.norm(), path
+
+
+def test_no_ridge_is_plain_least_squares():
+    """Of the only step that is refit: with no change aimed at ahead, the one before the last attention."""
+    model = DIRECT[0].build()
+    found = repair(model, Plan(attention=[3]), texts((128, 24)), ridges=[0.0], ahead=0.0)
+    refit = found.refits[0]
+    assert (refit.sublayers, refit.ridge) == (("mlp.2",), 0.0)
+    seen = {}
+    layers = model.model.layers
+    handles = [
+        layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(z=args[0].flatten(0, 1))),
+        layers[3].input_layernorm.register_forward_pre_hook(lambda _, args: seen.update(here=args[0].flatten(0, 1))),
+        layers[3].post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args: seen.update(there=args[0].flatten(0, 1))
+        ),
+    ]
+    with torch.no_grad():
+        model(*texts((128, 24)))
+    for handle in handles:
+        handle.remove()
+    gains = [model.model.norm.weight, layers[3].post_attention_layernorm.weight]
+    metric = sum(gain.detach().square() / gain.detach().square().mean() for gain in gains) / 2
+    counts = 1 / (seen["there"].square() @ metric)
+    weighted = counts[:, None] * seen["z"]
+    change = torch.linalg.solve(weighted.T @ seen["z"], weighted.T @ (seen["there"] - seen["here"])).T
+    expected = layers[2].mlp.down_proj.weight.detach() + change
+    torch.testing.assert_close(found.weights["model.layers.2.mlp.down_proj.weight"], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_an_endless_ridge_changes_nothing():
+    model = family("llama").build()
+    found = repair(model, PLANS["blocks"], TEXTS, ridges=[math.inf])
+    assert not found.weights
+    assert all(refit.ridge is None and refit.left == 1 for refit in found.refits)
+    with torch.no_grad(), skip(model, found):
+        repaired = model(TEXTS[0]).logits
+    with torch.no_grad(), skip(model, PLANS["blocks"]):
+        assert torch.equal(repaired, model(TEXTS[0]).logits)
+
+
+# --- what is held out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shapes", "held"),
+    [
+        ([(2, 8)], [1]),
+        ([(3, 8), (2, 8)], [4]),
+        ([(3, 8), (9, 8), (5, 8)], [7, 15]),
+        ([(8, 8)], [7]),
+    ],
+)
+def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(shapes, held):
+    found = torch.cat(held_out(texts(*shapes), HELD))
+    assert found.nonzero().flatten().tolist() == held
+
+
+@pytest.mark.parametrize(
+    ("plan", "shapes", "said"),
+    [
+        (Plan([1]), [(1, 8)], "1 is too few"),
+        (Plan([1]), [], "0 is too few"),
+        (Plan(), [(4, 8)], "skips nothing"),
+        (Plan([9]), [(4, 8)], "layers are 0 to 3"),
+        (Plan([0, 1, 2, 3]), [(4, 8)], "keep at least one"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused(plan, shapes, said):
+    with pytest.raises(UsageError, match=said):
+        repair(family("llama").build(), plan, texts(*shapes))
+
+
+def test_a_model_that_is_skipping_is_refused():
+    model = family("llama").build()
+    with skip(model, Plan([2])), pytest.raises(UsageError, match="leave it before repairing"):
+        repair(model, Plan([1]), TEXTS)
+
+
+# --- the dense model stays as it is -----------------------------------------------------------------------------------
+
+
+def parameters(model):
+    """The very objects, and their bits."""
+    return [(name, id(one), one.clone()) for name, one in model.named_parameters()]
+
+
+def assert_untouched(model, before):
+    for (name, here, bits), (known, there, old) in zip(parameters(model), before, strict=True):
+        assert (name, here) == (known, there)
+        assert torch.equal(bits, old), name
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_the_model_itself_stays_as_it_is(name):
+    model = family(name).build()
+    before = parameters(model)
+    assert repair(model, PLANS["portable"], TEXTS).weights
+    assert_untouched(model, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in locate_layers(model))
+
+
+def locate_layers(model):
+    return model.get_submodule(locate(model).layers).modules()
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_also_where_it_fails_in_the_middle(step, monkeypatch):
+    """In the middle of a step's run with new weights."""
+    model = family("llama").build()
+    before, run, runs = parameters(model), refitting.Repair._run, []
+
+    def fail(self, *args):
+        runs.append(args)
+        answer = run(self, *args)
+        if len(runs) == 2 * step + 2:  # the second run of a step is with its new weights
+            raise RuntimeError("planted")
+        return answer
+
+    monkeypatch.setattr(refitting.Repair, "_run", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        repair(model, PLANS["portable"], TEXTS)
+    assert_untouched(model, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in locate_layers(model))
+
+
+# --- what a projection is, in every family ----------------------------------------------------------------------------
+
+SMALL = texts((3, 10), (3, 10))
+ALL_MLPS, LAST_MLPS = ("mlp.0", "mlp.1", "mlp.3"), ("mlp.1", "mlp.3")
+ALONE = "no matrix of its own is the last before the stream"
+# Of `Plan([1], [2])`: what is left alone, since experts share the work and none is the last before the stream.
+LEFT_ALONE = {
+    **dict.fromkeys(("mixtral", "olmoe", "flex_olmo", "granitemoe", "gpt_oss", "minimax_m2", "phimoe"), ALL_MLPS),
+    **dict.fromkeys(("granitemoeshared", "mellum", "kolibri1"), ALL_MLPS),
+    **dict.fromkeys(("afmoe", "axk1", "mimo_v2_flash"), LAST_MLPS),
+    "qwen2_moe": ("mlp.1",),
+    "qwen3_moe": ("mlp.0", "mlp.3"),
+    "cohere2_moe": ("mlp.1",),
+    "jetmoe": ("attn.0", "mlp.0", "mlp.1", "attn.2", "attn.3", "mlp.3"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@torch.no_grad()
+def test_every_family_is_repaired(family):
+    if not family.exists:
+        pytest.skip(f"this transformers has no {family.model_type}")
+    model = family.build()
+    try:
+        parallel = locate(model).blocks[-1].parallel
+    except UnsupportedModel as refusal:
+        pytest.skip(str(refusal))
+    for plan in (Plan([1], [2]), Plan([1], [1]))[: 1 + parallel]:
+        found = repair(model, plan, SMALL)
+        left_alone = {name for refit in found.refits if refit.why for name in refit.sublayers}
+        if plan.attention != plan.mlp:
+            assert left_alone == set(LEFT_ALONE.get(family.name, ())), "say it in LEFT_ALONE"
+        assert {refit.why for refit in found.refits} <= {"", ALONE}
+        assert all((refit.ridge is None) == (refit.left == 1) for refit in found.refits)
+        check_against_replay(model, plan, found)
+
+
+def check_against_replay(model, plan, found):
+    """Skipping with the weights is what replay says, and its last stream is nearer to the dense one."""
+    left = {1: 0.0, 2: 0.0}
+    for tokens in SMALL:
+        replay = Replay(model, [Plan(), plan, found])
+        streams = {
+            n: hidden for numbers, hidden in replay.hidden_states(record(model, input_ids=tokens)) for n in numbers
+        }
+        for number in left:
+            left[number] += float((streams[number] - streams[0]).square().sum())
+        replayed = dict(replay.logits(input_ids=tokens))[2]
+        with skip(model, found):
+            skipped = model(tokens).logits
+        assert (replayed - skipped).abs().max() <= 1e-5 * skipped.abs().max()
+    assert left[2] < left[1] if found.weights else left[2] == left[1]
+
+
+NORMS = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3", "olmo2", "olmo3", "exaone4"), ("post_attention_layernorm", "post_feedforward_layernorm")
+    ),
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "hyperclovax": ("post_norm1", "post_norm2"),
+}
+SCALES = {"granite": 0.7, "granite_swa": 0.7, "minicpm3": 1.4 / 4**0.5}
+LAST = {
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gptj": ("attn.out_proj", "mlp.fc_out"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "mpt": ("attn.out_proj", "ffn.down_proj"),
+    "falcon (ALiBi)": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "falcon (parallel)": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "hyperclovax": ("self_attn.o_proj", "mlp.down_proj"),
+    "deepseek_v3": ("self_attn.o_proj", "mlp.shared_experts.down_proj"),
+}
+
+
+@pytest.mark.parametrize("name", [*NORMS, *SCALES, *LAST, "llama", "cohere"])
+def test_projections_are_what_one_reads_in_transformers(name):
+    if not family(name).exists:
+        pytest.skip("this transformers does not have it")
+    found = projections(family(name).build())
+    norms = NORMS.get(name, (None, None))
+    assert tuple(one.path for one in found) == LAST.get(name, ("self_attn.o_proj", "mlp.down_proj"))
+    assert tuple(one.norm for one in found) == norms
+    assert [one.scale for one in found] == pytest.approx([SCALES.get(name, 1.0)] * 2, rel=1e-4)
+
+
+@torch.no_grad()
+def projections(model, layer=2):
+    block, layers = locate(model).blocks[layer], model.get_submodule(locate(model).layers)
+    recording = record(model, input_ids=SMALL[0])
+    call = LayerCall(recording.arguments[layer])
+    hidden = torch.randn(recording.embedded.shape, generator=torch.Generator().manual_seed(0))
+    return [find_projection(layers[layer], part, hidden, call) for part in (block.attention, block.mlp)]
+
+
+class Bent(torch.nn.Module):
+    """An MLP whose answer is bent."""
+
+    def __init__(self, inner, bend):
+        super().__init__()
+        self.inner, self.bend = inner, bend
+
+    def forward(self, hidden):
+        return self.bend(self.inner(hidden))
+
+
+def mixed_over_tokens(answer):
+    return answer.cumsum(1)
+
+
+@pytest.mark.parametrize(
+    "bend", [torch.tanh, mixed_over_tokens, torch.nn.functional.gelu, lambda answer: answer.flip(-1)]
+)
+def test_a_matrix_that_something_else_follows_is_no_projection(bend):
+    model = family("llama").build()
+    model.model.layers[2].mlp = Bent(model.model.layers[2].mlp, bend)
+    assert projections(model)[1] is None
+    assert projections(model)[0].path == "self_attn.o_proj"
+
+
+@pytest.mark.parametrize("bend", [torch.nn.Tanh(), torch.nn.GELU(), torch.nn.Softmax(-1)])
+def test_what_follows_in_the_place_of_a_norm_is_tried_too(bend):
+    """A module without weights, called by the layer itself."""
+    model = family("gemma3").build()
+    model.model.layers[2].post_feedforward_layernorm = bend
+    assert projections(model)[1] is None
+
+
+def test_a_norm_without_weights_is_one():
+    model = family("gemma3").build()
+    model.model.layers[2].post_feedforward_layernorm = torch.nn.RMSNorm(32, elementwise_affine=False)
+    assert projections(model)[1].norm == "post_feedforward_layernorm"
+
+
+def test_weights_that_layers_share_are_left_alone():
+    model = family("llama").build()
+    layers = model.model.layers
+    layers[0].mlp.down_proj.weight = layers[3].mlp.down_proj.weight
+    refits = {refit.sublayers[0]: refit for refit in repair(model, Plan([1, 2]), TEXTS).refits}
+    assert refits["mlp.0"].why == refits["mlp.3"].why == ALONE
+    assert not refits["mlp.1"].why
+
+
+# --- a folder that goes on --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import test_repairing
+test_repairing.run_repair(Path(sys.argv[1]), progress=lambda *_: time.sleep(0.1))
+"""
+
+
+def run_repair(folder, plan=PLANS["blocks"], dtype=torch.float32, **options):
+    return repair(family("llama").build().to(dtype), plan, TEXTS, folder=folder, settings={"seed": 0}, **options)
+
+
+def same(found, expected):
+    return found.weights.keys() == expected.weights.keys() and all(
+        torch.equal(found.weights[path], weight) for path, weight in expected.weights.items()
+    )
+
+
+@pytest.mark.any_transformers
+@pytest.mark.parametrize("lines", [2, 3, 4])
+def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
+    whole = run_repair(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    forked.kill_at(folder / "refits.jsonl", lines, SCRIPT, folder)
+    known = (folder / "refits.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="was not finished: run the same"):
+        load_repaired(folder)
+    found = run_repair(folder)
+    assert (folder / "refits.jsonl").read_bytes().startswith(known[: known.rfind(b"\n") + 1])
+    assert len(whole.refits) == 4
+    assert same(found, whole)
+    assert same(load_repaired(folder), whole)
+    assert load_repaired(folder) == whole
+    assert [one.sublayers for one in load_repaired(folder).refits] == [one.sublayers for one in whole.refits]
+
+
+def test_what_is_finished_is_not_refit_again(tmp_path, monkeypatch):
+    whole = run_repair(tmp_path)
+    monkeypatch.setattr(refitting.Repair, "_solve", None)
+    assert run_repair(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"plan": Plan([2])}, "another plan"),
+        ({"dtype": torch.bfloat16}, "another dtype"),
+        ({"ridges": [1.0]}, "another ridges"),
+        ({"ahead": 0.25}, "another ahead"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(tmp_path, changes, said):
+    run_repair(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        run_repair(tmp_path, **changes)
+
+
+def test_a_folder_of_other_text_or_another_command_is_refused(tmp_path):
+    run_repair(tmp_path / "a")
+    with pytest.raises(UsageError, match="another calibration"):
+        repair(family("llama").build(), PLANS["blocks"], TEXTS[:2], folder=tmp_path / "a", settings={"seed": 0})
+    with pytest.raises(UsageError, match="another seed"):
+        repair(family("llama").build(), PLANS["blocks"], TEXTS, folder=tmp_path / "a", settings={"seed": 1})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "bench.jsonl").write_text('{"model": "dense"}\n')
+    with pytest.raises(UsageError, match="holds results of notall bench"):
+        run_repair(tmp_path / "b")
+
+
+def test_weights_that_are_damaged_or_gone_are_one_line(tmp_path):
+    run_repair(tmp_path)
+    weights = sorted(tmp_path.glob("*.safetensors"))[0]
+    sound = weights.read_bytes()
+    for content in (sound[:-5], sound[:20], b"", b"\xff" * len(sound)):
+        weights.write_bytes(content)
+        for read in (load_repaired, run_repair):
+            with pytest.raises(UsageError, match=r"is damaged .*delete the folder, and repair the plan again"):
+                read(tmp_path)
+    weights.unlink()
+    for read in (load_repaired, run_repair):
+        with pytest.raises(UsageError, match=r"lacks .*: delete the folder, and repair the plan again"):
+            read(tmp_path)
+
+
+def test_a_folder_of_something_else_is_no_repaired_plan(tmp_path):
+    with pytest.raises(UsageError, match="is no repaired plan"):
+        load_repaired(tmp_path)
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was read"))
+    monkeypatch.setattr("torch.save", lambda *_, **__: pytest.fail("a pickle was written"))
+    run_repair(tmp_path)
+    load_repaired(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+        ".jsonl",
+        ".json",
+        ".safetensors",
+    }
