@@ -40,7 +40,7 @@ def with_odd_gains(hand: Hand):
     model = hand.build()
     for name, weight in model.named_parameters():
         if hand.behind and any(f"{norm}.weight" in name for norm in hand.behind):
-            weight.data[::5] *= -1.0
+            weight.data[::5] = -weight.data[::5] - (2 if hand.name == "gemma3" else 0)  # Gemma's gain is 1 + it
             weight.data[3] = -0.999 if hand.name == "gemma3" else 1e-3
     return model
 
@@ -50,8 +50,8 @@ def with_odd_gains(hand: Hand):
 def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
     """Ridges and weights, with the change of the next gap aimed at in part, and without."""
     model = with_odd_gains(hand)
-    ridges = (0.01, 0.3, 3.0) if hand.behind else RIDGES
-    for ahead in (0.5, 0.0):
+    ridges, all_ahead = ((0.03, 3.0), (0.5,)) if hand.behind else (RIDGES, (0.5, 0.0))
+    for ahead in all_ahead:
         found = repair(model, plan, TEXTS, ridges=ridges, ahead=ahead)
         expected = Twin(hand, model, plan, TEXTS, ridges).run(ahead)
         assert [refit.sublayers for refit in found.refits] == [one.names for one in expected.found]
@@ -204,7 +204,14 @@ LEFT_ALONE = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+SLOW = ("minimax_m3 (text part)",)  # its attention takes seconds
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=pytest.mark.slow) if one.name in SLOW else one for one in FAMILIES],
+    ids=str,
+)
 @torch.no_grad()
 def test_every_family_is_repaired(family):
     if not family.exists:
