@@ -25,6 +25,8 @@ SMALL = {
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",
     "search": "--sequences 2 --length 32 --batch-size 1",
+    "repair": "--sequences 4 --length 32 --batch-size 2",
+    "heal": "--tokens 128 --length 32 --batch-size 2",
     "compare": "--sequences 2 --length 32 --batch-size 1 --criterion cosine --criterion search",
 }
 
@@ -55,6 +57,8 @@ def run_line(line, words, monkeypatch):
     small = shlex.split(SMALL.get(arguments[0], "")) if arguments else []
     if "--speedup" in arguments:
         small += ["--prompt", "4", "--new", "2"]
+    if arguments[:1] == ["search"] and "--repair" in arguments:
+        small += ["--sequences", "4"]
     monkeypatch.setattr(sys, "argv", [name, *arguments, *small])
     try:
         cli.main()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..running.repaired import RepairedPlan
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
+TOKENS = 131_072  # that are trained on
 MEASURED = 16  # windows of each text that what came out is measured on
 
 
@@ -50,7 +51,9 @@ def repair(
     held_out: Annotated[
         list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
     ] = None,
-    sequences: Annotated[int, typer.Option(help="windows of text to fit to, of all texts together")] = SEQUENCES,
+    sequences: Annotated[
+        int | None, typer.Option(help=f"windows of text to fit to, of all texts together; else up to {SEQUENCES}")
+    ] = None,
     length: Length = LENGTH,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -103,7 +106,9 @@ def heal(
     held_out: Annotated[
         list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="how many to train on, of all texts together")] = 131_072,
+    tokens: Annotated[
+        int | None, typer.Option(help="how many to train on, of all texts together; else up to 131,072")
+    ] = None,
     length: Length = 512,
     batch_size: BatchSize = 4,
     train: Annotated[
@@ -131,10 +136,13 @@ def heal(
     wanted = _given(plan)
     if not 0 < rate < 1:
         raise UsageError(f"--rate {rate} is no learning rate: give one such as 3e-4")
-    if tokens < length:
+    if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
-    texts = _Texts.drawn(net, tokenizer, text or ["prose"], held_out or [], tokens // length, length, seed)
+    sequences = None if tokens is None else tokens // length
+    texts = _Texts.drawn(
+        net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed, most=TOKENS // length
+    )
     settings = provenance_of(net, model, revision, **texts.described)
     with progress_bar() as progress:
         fit, stop = texts.together(batch_size), texts.stop(batch_size)
@@ -174,7 +182,7 @@ def repaired_by(
 
     if not plan or isinstance(plan, RepairedPlan):
         return plan
-    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], SEQUENCES, LENGTH, 0)
+    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], None, LENGTH, 0)
     about = {**settings.what, **drawn.described}
     return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
 
@@ -194,12 +202,23 @@ class _Texts:
         tokenizer: PreTrainedTokenizerBase,
         texts: list[str],
         held_out: list[str],
-        sequences: int,
+        sequences: int | None,
         length: int,
         seed: int,
+        *,
+        most: int = SEQUENCES,
     ) -> _Texts:
-        """As many of each text, `sequences` together; of texts without `held_out` others beside them."""
-        each = -(-sequences // len(texts))
+        """As many of each text, `sequences` together, else what there is, up to `most`; and others, to measure on.
+
+        Those are of the `held_out` texts, or, without any, of the same.
+        """
+        from ..models.texts import read_text, windows_in
+
+        each = -(-(sequences or most) // len(texts))
+        if sequences is None:
+            fewest = min(windows_in(tokenizer, read_text(source), length) for source in texts)
+            each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
+        sequences = each * len(texts)
         own, other, told = list[Any](), dict[str, Any](), list[Row]()
         for source in texts:
             wide = each if held_out else each + MEASURED

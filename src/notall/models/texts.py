@@ -66,8 +66,7 @@ def token_batches(
         raise UsageError(
             f"sequences is {sequences}, length {length}, batch size {batch_size}: give at least 1, 2 and 1"
         )
-    start = _start_tokens(tokenizer)
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    start, ids = _start_tokens(tokenizer), _ids(tokenizer, text)
     width = length - len(start)
     windows = len(ids) // width
     if windows < sequences:
@@ -80,6 +79,15 @@ def token_batches(
     rows = torch.tensor(ids[: windows * width]).view(windows, width)[order]  # (sequences, width)
     rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)
     return list(rows.split(batch_size))
+
+
+def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
+    """How many windows of so many tokens a text has."""
+    return len(_ids(tokenizer, text)) // max(1, length - len(_start_tokens(tokenizer)))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    return list(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:

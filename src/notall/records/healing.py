@@ -19,11 +19,11 @@ class HealRecord(Record):
     headed = True
     columns = (
         number("tokens", "tokens", ","),
-        number("kl", "KL, held out", ".4f"),
-        number("seconds", "CPU s", ",.0f"),
+        number("held_out_kl", "held-out KL", ".4f"),
+        number("seconds", "CPU s", ",.1f"),
     )
 
     record: Literal["healing"] = "healing"
     tokens: Count = Field(description="tokens trained on so far")
-    kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
+    held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     seconds: Amount = Field(description="CPU seconds of all threads so far, of this process")

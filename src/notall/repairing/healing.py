@@ -251,7 +251,7 @@ class _Told(TrainerCallback):
         if state.global_step == 0:
             self.run.at_first = metrics["eval_loss"]
         seconds = time.process_time() - self.start
-        look = HealRecord(tokens=state.global_step * self.tokens, kl=metrics["eval_loss"], seconds=seconds)
+        look = HealRecord(tokens=state.global_step * self.tokens, held_out_kl=metrics["eval_loss"], seconds=seconds)
         if self.run.kept is not None and look.key not in self.run.kept:
             self.run.kept.add(look)
 
