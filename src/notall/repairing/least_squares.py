@@ -51,14 +51,15 @@ class Moments:
         total = metric @ self.square
         return float(1 - metric @ explained / total) if total > 0 else 1.0
 
-    def solve(self, ridge: float) -> Tensor | None:
+    def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None:
         """argmin over C of sum |r - C z|^2 + ridge * sum_i C_i^2 sum z_i^2, (outputs, features); None: there are many.
 
-        Each feature is held back by its own size, so that a ridge means the same for small and for massive ones.
+        Each feature is held back by its own size, so that a ridge means the same for small and for massive ones;
+        with `alike`, by ridge * |C|^2.
         """
         sizes = self.gram.diagonal()[: len(self.gram) - self.biased]
         held_back = torch.zeros_like(self.gram[0])
-        held_back[: len(sizes)] = ridge * (sizes + DEAD * sizes.mean())
+        held_back[: len(sizes)] = ridge if alike else ridge * (sizes + DEAD * sizes.mean())
         lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
         if failed:
             return None

@@ -20,7 +20,7 @@ from .prune_and_comp import prune_and_comp
 from .replaceme import replaceme
 
 
-class Repair(Protocol):
+class Repairing(Protocol):
     """A plan with weights, or with matrices that stay, from calibration text: token ids, (batch, tokens) each."""
 
     def __call__(
@@ -30,7 +30,7 @@ class Repair(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    repair: Repair
+    repair: Repairing
     description: str
     adds: str = "nothing"  # at run time
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...progress import Progress, silent, tracked
 from ...records.plan import Plan
 from ...running.repaired import LinearMap, RepairedPlan
-from .lines import Calibration, gaps_of, least_squares
+from .lines import DenseRun, gaps_of, least_squares
 
 RIDGE = 1e-6  # what its repository adds to X'X
 
@@ -23,7 +23,7 @@ def ghosted(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progr
     X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its repository's `recovery.py`. One matrix a gap, as the paper has
     for layers that are cut together; there is no bias.
     """
-    dense = Calibration(model, plan, batches)
+    dense = DenseRun(model, plan, batches)
     maps = {}
     for gap in tracked(gaps_of(dense.anatomy, plan), "fitting maps over the gaps", progress):
         before, behind = dense.stream.before(gap.start, gap.end)

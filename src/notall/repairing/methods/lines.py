@@ -35,7 +35,7 @@ class Gap:
     end: int
 
 
-class Calibration:
+class DenseRun:
     """The dense model on the calibration text, (batch, tokens) token ids each: its `stream`, and what runs its lines.
 
     Raises `UsageError` for a plan that does not fit, and `UnsupportedModel` as `locate` does.
@@ -106,8 +106,7 @@ def least_squares(
     for given, wanted in zip(inputs, outputs):
         given, wanted = given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
         moments.add(given, wanted, given.new_ones(len(given)))
-    size = float(moments.gram.diagonal()[: inputs[0].shape[-1]].mean())
-    found = moments.solve(ridge / size if size else 0.0)
+    found = moments.solve(ridge, alike=True)
     if found is None:
         raise UsageError(
             f"the calibration text is too short to tell a matrix of {inputs[0].shape[-1]} channels from others; "

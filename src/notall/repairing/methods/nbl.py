@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...progress import Progress, silent, tracked
 from ...records.plan import Plan
 from ...running.repaired import LinearMap, RepairedPlan
-from .lines import Calibration, gaps_of, least_squares
+from .lines import DenseRun, gaps_of, least_squares
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def nbl(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress:
     A skipped MLP gets a map as well, and a block that is skipped whole one for both, as in the paper's Block NBL.
     A least-squares fit with a bias is the same estimator.
     """
-    dense = Calibration(model, plan, batches)
+    dense = DenseRun(model, plan, batches)
     maps = {}
     for gap in tracked(gaps_of(dense.anatomy, plan, by_block=True), "fitting maps to what is skipped", progress):
         before, behind = dense.stream.before(gap.start, gap.end)

@@ -15,7 +15,7 @@ from ...running.repaired import RepairedPlan
 from ...structure.anatomy import Sublayer
 from ...structure.observation import LayerCall
 from ..projections import find_projection
-from .lines import Calibration, gaps_of
+from .lines import DenseRun, gaps_of
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def prune_and_comp(
 
     Raises `UsageError` where what is kept behind a gap ends in a norm or in no single matrix.
     """
-    text = Calibration(model, plan, batches)
+    text = DenseRun(model, plan, batches)
     states, here, scale = text.stream.before(0)[0], 0, 1.0
     weights: dict[str, Tensor] = {}
     gaps = gaps_of(text.anatomy, plan)
@@ -55,7 +55,7 @@ def _magnitude(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
     return float(torch.cat(ratios).mean())
 
 
-def _divided(text: Calibration, part: Sublayer, scale: float) -> dict[str, Tensor]:
+def _divided(text: DenseRun, part: Sublayer, scale: float) -> dict[str, Tensor]:
     layer = text.layers[part.index]
     some = text.recordings[0]
     projection = find_projection(layer, part, some.embedded, LayerCall(some.arguments[part.index]))

@@ -14,7 +14,7 @@ from ...running.repaired import RepairedPlan
 from ...structure.observation import LayerCall
 from ..projections import features_of, find_projection
 from ..streams import Step, run_all, steps_of
-from .lines import Calibration, least_squares
+from .lines import DenseRun, least_squares
 
 RIDGE = 0.0  # `alpha` of its repository's `lstsq` configuration
 
@@ -29,7 +29,7 @@ def replaceme(
     blocks, so that W is a `down_proj`; here it is that of whatever is kept before the gap. A gap with nothing before
     it stays, and so does one behind a sublayer that a norm or no single matrix ends.
     """
-    dense = Calibration(model, plan, batches)
+    dense = DenseRun(model, plan, batches)
     steps = [step for step in steps_of(dense.anatomy, plan) if step.gap]
     weights: dict[str, Tensor] = {}
     for step in tracked(steps, "folding maps into what is before the gaps", progress):
@@ -37,7 +37,7 @@ def replaceme(
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _folded(dense: Calibration, step: Step) -> dict[str, Tensor]:
+def _folded(dense: DenseRun, step: Step) -> dict[str, Tensor]:
     index = step.block.index
     layer = dense.layers[index]
     before, wanted = dense.stream.before(step.line, step.behind)
