@@ -24,7 +24,7 @@ ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torc
 
 
 @dataclass(frozen=True)
-class Projection:
+class OutputProjection:
     """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what does not depend on W.
 
     `path` is the module's below its layer. Where a `norm` follows, also a path, it adds `scale` * norm(W z + bias).
@@ -50,7 +50,7 @@ class Projection:
         return found if bias is None else found | {f"{self.path}.bias": bias}
 
 
-def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> Projection | None:
+def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> OutputProjection | None:
     """The output projection of a sublayer, tried on some of the stream, (batch, tokens, hidden); None if there is none.
 
     There is none where experts share the work, where several branches do, and where a matrix is quantised or adapted.
@@ -65,7 +65,7 @@ def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: Laye
 
 
 @contextmanager
-def features_of(layer: nn.Module, projections: Sequence[Projection]) -> Iterator[Callable[[], list[Tensor]]]:
+def features_of(layer: nn.Module, projections: Sequence[OutputProjection]) -> Iterator[Callable[[], list[Tensor]]]:
     """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
     seen: list[list[Tensor]] = [[] for _ in projections]
 
@@ -75,7 +75,9 @@ def features_of(layer: nn.Module, projections: Sequence[Projection]) -> Iterator
     handles = []
     for one, into in zip(projections, seen):
 
-        def take(_: nn.Module, args: tuple[Tensor, ...], one: Projection = one, into: list[Tensor] = into) -> None:
+        def take(
+            _: nn.Module, args: tuple[Tensor, ...], one: OutputProjection = one, into: list[Tensor] = into
+        ) -> None:
             features = args[0].flatten(0, -2)
             into.append(features if one.norm or one.scale == 1 else one.scale * features)
 
@@ -118,7 +120,7 @@ class _Trial:
         runs = Counter(path for path, _ in ran)
         return [path for path, size in ran if runs[path] == 1 and size == self.hidden.numel()]
 
-    def of(self, path: str) -> Projection | None:
+    def of(self, path: str) -> OutputProjection | None:
         """What becomes of the answers of the matrix at `path`."""
         generator = torch.Generator().manual_seed(0)
         size = self.hidden.float().std().clamp_min(1e-3).item()
@@ -131,13 +133,13 @@ class _Trial:
             return None
         scale = _factor(one - other, (first - second).to(self.exact), self.rounding)
         if scale is not None:
-            return Projection(path, scale)
+            return OutputProjection(path, scale)
         for op in self.part.branches[0].ops:
             if isinstance(op, ModuleOp) and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
                 norm = child(self.layer, op.module)
                 scale = _factor(one, norm(first).to(self.exact), self.rounding)
                 if scale is not None and self._ignores_size(norm, first / size):
-                    return Projection(path, scale, op.module)
+                    return OutputProjection(path, scale, op.module)
         return None
 
     def _ignores_size(self, norm: nn.Module, made: Tensor) -> bool:

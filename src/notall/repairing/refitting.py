@@ -38,10 +38,10 @@ from ..structure.observation import LayerCall
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
 from .kept import Kept
-from .projections import Projection, features_of, find_projection
+from .projections import OutputProjection, features_of, find_projection
 from .readers import reading_gains
 from .step import Seen
-from .streams import DenseStream, Step, run_all, steps_of
+from .streams import DenseStream, LiveStep, run_all, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
@@ -112,9 +112,9 @@ class Calibration:
         self.dense = DenseStream(self.anatomy, self.layers, self.recordings, keep_all=keep_all)
         self.probe = record(model, input_ids=batches[0][:1, :PROBED])
         self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-        self._found: dict[str, Projection | None] = {}
+        self._found: dict[str, OutputProjection | None] = {}
 
-    def projection(self, part: Sublayer) -> Projection | None:
+    def projection(self, part: Sublayer) -> OutputProjection | None:
         """The output projection of a sublayer, where no other layer has the same weights."""
         if part.name not in self._found:
             layer, call = self.layers[part.index], LayerCall(self.probe.arguments[part.index])
@@ -175,14 +175,14 @@ class Repair:
             refits=tuple(self.refits),
         )
 
-    def _target(self, step: Step, following: Step | None) -> list[Tensor]:
+    def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
         """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
         if not (following and following.gap and self.ahead):
             return self.text.dense.before(step.behind)[0]
         here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
         return [aim + self.ahead * (gone - left) for aim, left, gone in zip(here, by, to)]
 
-    def _refit(self, step: Step, target: list[Tensor]) -> list[Tensor]:
+    def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
         path = f"{self.text.anatomy.layers}.{step.block.index}."
         if self.kept and (step.names,) in self.kept.refits:
@@ -198,7 +198,7 @@ class Repair:
         with with_weights(self.text.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
             return self._run(step)
 
-    def _solve(self, step: Step, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
+    def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths below the layer."""
         start, layer = time.process_time(), self.text.layers[step.block.index]
         refit, why = None, ""
@@ -220,12 +220,12 @@ class Repair:
         )
         return record, refit.weights if refit else {}
 
-    def _run(self, step: Step) -> list[Tensor]:
+    def _run(self, step: LiveStep) -> list[Tensor]:
         index = step.block.index
         self.ran += len(step.parts)
         return list(run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings))
 
-    def _projections(self, step: Step) -> tuple[Projection, ...] | None:
+    def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""
         found = [self.text.projection(part) for part in step.parts]
         own = tuple(one for one in found if one is not None)

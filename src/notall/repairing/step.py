@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .projections import Projection
+from .projections import OutputProjection
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Seen:
     """
 
     layer: nn.Module
-    projections: tuple[Projection, ...]
+    projections: tuple[OutputProjection, ...]
     before: list[Tensor]
     behind: list[Tensor]
     target: list[Tensor]

@@ -15,7 +15,7 @@ from ..structure.proving import block_lines
 
 
 @dataclass(frozen=True)
-class Step:
+class LiveStep:
     """What a plan keeps of one line of the stream: a sublayer, or both of a parallel block.
 
     `line` is where it stands among the dense model's lines, `behind` where the next step does. `gap` says whether
@@ -37,7 +37,7 @@ class Step:
         return tuple(part.name for part in self.parts)
 
 
-def steps_of(anatomy: Anatomy, plan: Plan) -> list[Step]:
+def steps_of(anatomy: Anatomy, plan: Plan) -> list[LiveStep]:
     """What the plan keeps, in order."""
     starts, total = {}, 0
     for block in anatomy.blocks:
@@ -47,7 +47,7 @@ def steps_of(anatomy: Anatomy, plan: Plan) -> list[Step]:
     live = list(live_steps(anatomy, plan))
     lines = [starts[parts[0].name] for _, parts in live] + [total]
     return [
-        Step(block, parts, line, behind, behind > line + 1 or (block.parallel and len(parts) == 1))
+        LiveStep(block, parts, line, behind, behind > line + 1 or (block.parallel and len(parts) == 1))
         for (block, parts), line, behind in zip(live, lines, lines[1:])
     ]
 

@@ -13,7 +13,7 @@ from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
 from ...structure.observation import LayerCall
 from ..projections import features_of, find_projection
-from ..streams import Step, run_all, steps_of
+from ..streams import LiveStep, run_all, steps_of
 from .lines import DenseRun, least_squares
 
 RIDGE = 0.0  # `alpha` of its repository's `lstsq` configuration
@@ -37,7 +37,7 @@ def replaceme(
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _folded(dense: DenseRun, step: Step) -> dict[str, Tensor]:
+def _folded(dense: DenseRun, step: LiveStep) -> dict[str, Tensor]:
     index = step.block.index
     layer = dense.layers[index]
     before, wanted = dense.stream.before(step.line, step.behind)
