@@ -137,6 +137,11 @@ TABLES = {
     "plan": (rows(**TWO), lists.FOOTPRINT_COLUMNS, ("model", "weights", "KV/token", "parameters")),
     "eval": (rows(**TWO), lists.QUALITY_COLUMNS, ("model", "NLL added", "KL")),
     "bench": (rows(**PLANS), BenchRecord.columns, ("skipped", "decode speedup", "weights", "KV/token", "peak memory")),
+    "repair": (
+        rows(text=["wiki.test.raw, other windows"] * 2, model=["skipped", "repaired"]),
+        lists.REPAIR_COLUMNS,
+        ("text", "model", "NLL added"),
+    ),
     "tasks": (
         rows(task=TASKS, metric=["acc_norm,none", "exact_match,strict-match", "acc,none"]),
         lists.TASK_COLUMNS,
@@ -160,7 +165,9 @@ TABLES = {
             criterion=["leave-one-out", "first-order", "search"],
             aim=["kl", "0.5*kl+task:arc_easy", "answers"],
         ),
-        ComparisonRecord.columns,
+        [
+            column for column in ComparisonRecord.columns if column.heading not in ("repair", "added")
+        ],  # without --repair
         ("criterion", "by", "among", "count", "NLL added"),
     ),
     "search": (

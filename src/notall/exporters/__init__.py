@@ -44,9 +44,10 @@ def export(
     damaged or unreadable files, a target that cannot hold the plan, a full disk, and a written model that answers
     differently.
     """
-    from ..running.repaired import RepairedPlan, refuse_maps
+    if type(plan) is not Plan:  # what looks at a repaired plan imports torch
+        from ..running.repaired import refuse_maps
 
-    refuse_maps(plan)
+        refuse_maps(plan)
     out = Path(out)
     with appearing(out) as folder:
         if target == "gguf":
@@ -54,6 +55,7 @@ def export(
 
             export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
         elif target in ("hf", "nemotron-nas"):
+            from ..running.repaired import RepairedPlan
             from .dense import opened
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas
