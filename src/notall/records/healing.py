@@ -19,8 +19,8 @@ class HealRecord(Record):
     headed = True
     columns = (
         number("tokens", "tokens", ","),
-        number("kl", "KL, held out", ".4f"),
-        number("seconds", "CPU s", ",.0f"),
+        number("kl", "KL held out", ".4f"),
+        number("seconds", "CPU s", ",.1f"),
     )
 
     record: Literal["healing"] = "healing"
