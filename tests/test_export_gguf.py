@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import engines
 from families import family
-from notall import Plan, UsageError, export, load, skip
+from notall import Plan, UsageError, export, load, repair, skip
 from notall.errors import UnknownArchitecture
 from notall.exporters import llamacpp
 from notall.exporters.gguf import cut
@@ -154,6 +154,20 @@ def test_the_default_model_answers_within_its_quantisation(default_model, tmp_pa
         with skip(model, plan), torch.no_grad():
             expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
         assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.3
+
+
+def test_a_repaired_plan_answers_as_the_skipped_model_with_its_weights(dense, tmp_path):
+    model, _ = load(dense, dtype="float32", device="cpu")
+    tokens = torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3
+    for plan in (PLANS["portable"], PLANS["block"]):
+        repaired = repair(model, plan, [tokens])
+        assert repaired.weights
+        out = export(dense, repaired, "gguf", tmp_path / str(plan), verify=False)
+        exported, _ = load(next(out.glob("*.gguf")), dtype="float32", device="cpu")
+        with torch.no_grad(), skip(model, repaired):
+            expected = model(tokens).logits
+        with torch.no_grad():
+            torch.testing.assert_close(exported(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- what the files hold ----------------------------------------------------------------------------------------------
