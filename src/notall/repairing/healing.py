@@ -169,7 +169,8 @@ class _Run:
         steps = len(batches)
         checkpoint = _last_whole(self.folder / CHECKPOINTS)
         if checkpoint and self.kept is not None:
-            self.at_first = next(look.kl for look in self.kept if look.tokens == 0)
+            first = next(look.kl for look in self.kept if look.tokens == 0)
+            self.at_first = math.inf if first is None else first
         arguments = TrainingArguments(
             output_dir=str(self.folder / CHECKPOINTS),
             per_device_train_batch_size=len(batches[0]),
