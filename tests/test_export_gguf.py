@@ -12,16 +12,18 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFEndian, GGUFValueType
+from gguf.quants import quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engines
 from families import family
-from notall import Plan, UsageError, export, load, skip
+from notall import Plan, UsageError, export, load, repair, skip
 from notall.errors import UnknownArchitecture
 from notall.exporters import llamacpp
 from notall.exporters.gguf import cut
 from notall.exporters.gguf_file import GGUF, Field, GGUFTensor, read_gguf, write_gguf
+from notall.exporters.gguf_weights import with_weights
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
 
@@ -156,6 +158,20 @@ def test_the_default_model_answers_within_its_quantisation(default_model, tmp_pa
         assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.3
 
 
+def test_a_repaired_plan_answers_as_the_skipped_model_with_its_weights(dense, tmp_path):
+    model, _ = load(dense, dtype="float32", device="cpu")
+    tokens = torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3
+    for plan in (PLANS["portable"], PLANS["block"]):
+        repaired = repair(model, plan, [tokens])
+        assert repaired.weights
+        out = export(dense, repaired, "gguf", tmp_path / str(plan), verify=False)
+        exported, _ = load(next(out.glob("*.gguf")), dtype="float32", device="cpu")
+        with torch.no_grad(), skip(model, repaired):
+            expected = model(tokens).logits
+        with torch.no_grad():
+            torch.testing.assert_close(exported(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- what the files hold ----------------------------------------------------------------------------------------------
 
 
@@ -270,6 +286,38 @@ def test_parallel_blocks_go_whole():
     cut(parallel, Plan([1], [1]))
     with pytest.raises(UsageError, match="export to hf"):
         cut(parallel, Plan(attention=[2], mlp=[1]))
+
+
+def one_tensor(architecture, name, values, kind=Kind.F32):
+    source = sketch(architecture, depth=1, tensors=())
+    return GGUF(source.path, source.fields, {name: GGUFTensor(quantize(values, kind), kind)}, source.endianness)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "path", "shape", "kind", "convert"),
+    [
+        ("gemma2", "blk.0.attn_norm", "model.layers.0.input_layernorm", (64,), Kind.F32, lambda one: one + 1),
+        ("llama", "blk.0.attn_norm", "model.layers.0.input_layernorm", (64,), Kind.F32, lambda one: one),
+        ("gpt2", "blk.0.ffn_down", "transformer.h.0.mlp.c_proj", (96, 64), Kind.F32, lambda one: one.T),
+        ("llama", "blk.0.ffn_down", "model.layers.0.mlp.down_proj", (32, 64), Kind.F16, lambda one: one),
+        ("llama", "blk.0.ffn_down", "model.layers.0.mlp.down_proj", (32, 64), Kind.Q8_0, lambda one: one),
+    ],
+)
+def test_a_weight_is_packed_as_the_converter_does(architecture, name, path, shape, kind, convert):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = convert(weight).numpy()
+    source = one_tensor(architecture, f"{name}.weight", np.zeros(expected.shape, np.float32), kind)
+    found = with_weights(source, {f"{path}.weight": weight}).tensors[f"{name}.weight"]
+    assert found.quantization == kind
+    np.testing.assert_array_equal(found.data, quantize(np.ascontiguousarray(expected), kind))
+
+
+def test_a_weight_that_the_file_has_no_tensor_for_is_one_line():
+    source = one_tensor("llama", "blk.0.attn_norm.weight", np.ones(64, np.float32))
+    for path in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.other.weight"):
+        with pytest.raises(UsageError, match=r"has no tensor for model\.layers\.0") as refusal:
+            with_weights(source, {path: torch.ones(64)})
+        assert "\n" not in str(refusal.value)
 
 
 # --- refusals, after which nothing is left ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ PLANS = {
     "blocks": Plan([1, 3], [1, 3]),
     "portable": Plan(attention=[2], mlp=[1]),
     "MLPs": Plan(mlp=[0, 2]),
+    "the first attention": Plan(attention=[0]),  # a gap before the first kept sublayer
 }
 
 

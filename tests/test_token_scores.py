@@ -126,6 +126,37 @@ def test_float32_is_what_whole_rows_give(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MATRICES)
+def test_the_distance_and_its_derivative_are_what_autograd_finds(name, monkeypatch):
+    """Through plain float64 logits of the whole vocabulary, after rows that are near the dense ones and far ones."""
+    _, model = build(name)
+    projection, rows = Head(model).projection, dense_rows(model).clone()
+    aim = Head(model).states(rows).detach()
+    noise = torch.randn(aim.shape, generator=torch.Generator().manual_seed(0))
+    bias = 0.0 if projection.bias is None else projection.bias.double()
+
+    def log_probabilities(states):
+        return (projection.scale * (states @ projection.weight.double().T) + bias).log_softmax(-1)
+
+    for tile, far in zip(TILES, (0.03, 0.3, 1.0, 3.0)):
+        monkeypatch.setitem(token_scores.TILES, "cpu", tile)
+        given = aim + far * noise * aim.std()
+        states = given.double().requires_grad_()
+        expected = kl_of(log_probabilities(aim.double()), log_probabilities(states))
+        (derivative,) = torch.autograd.grad(expected.sum(), states)
+        found, slope = TokenScorer(model).distance(given, aim)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+        assert (slope - derivative).norm() < 1e-3 * derivative.norm()  # a difference of float32 rows
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_head_that_is_capped_cannot_be_aimed_at(name):
+    _, model = build(name)
+    states = Head(model).states(dense_rows(model).clone())
+    with pytest.raises(UnsupportedModel, match="is no matrix, and cannot be aimed at"):
+        TokenScorer(model).distance(states, states)
+
+
+@pytest.mark.parametrize("name", MATRICES)
 def test_on_likely_words_it_is_what_a_model_of_these_words_alone_gives(name, monkeypatch):
     found, model = build(name)
     log_p, log_q = slow(found, model)

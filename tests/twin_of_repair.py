@@ -99,7 +99,7 @@ class Twin:
 
     def run(self, ahead: float) -> Twin:
         dense, _ = self.forward(self.dense, Plan())
-        apart = False
+        apart = self.steps[0].line > 0
         for place, (step, end) in enumerate(zip(self.steps, self.ends)):
             target, following = dense[end], place + 1 < len(self.steps)
             if following and ahead and self.ends[place + 1] > end + 1:

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import UsageError
+from ..errors import UnsupportedModel, UsageError
 from ..measuring.token_scores import TokenScorer
 from ..models.loading import dtype_name
 from ..progress import Progress, silent
@@ -32,13 +32,14 @@ from ..records.healing import HealRecord
 from ..records.ledger import Ledger, working_in
 from ..records.plan import Plan
 from ..records.provenance import Provenance
+from ..running.head import Head
 from ..running.repaired import RepairedPlan
 from ..running.replay import live_steps, record
 from ..running.skipping import remove
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced
-from .kept import keep_healed
+from .kept import PLAN, keep_healed, load_repaired
 from .projections import find_projection
 from .readers import is_norm
 from .refitting import PROBED, digest_of
@@ -79,6 +80,10 @@ def heal(
     plan.check(anatomy)
     if not plan or not batches or not held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+    if Head(inner).projection is None:
+        raise UnsupportedModel(
+            f"the head of {type(inner).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
+        )
     before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
     about = Provenance.of(
         settings or {},
@@ -94,6 +99,8 @@ def heal(
     )
     with working_in(folder, "heal") if folder else nullcontext(), TemporaryDirectory() as scratch:
         kept = Ledger(folder, HealRecord, about) if folder else None
+        if folder and (folder / PLAN).is_file():
+            return load_repaired(folder)
         student, own = _student(inner, anatomy, plan, train, batches[0][:1, :PROBED])
         run = _Run(inner, student, own, Path(folder or scratch), kept, progress)
         run.train(batches, held_out, rate, seed)
@@ -160,6 +167,10 @@ class _Run:
 
     def train(self, batches: Sequence[Tensor], held_out: Sequence[Tensor], rate: float, seed: int) -> None:
         steps = len(batches)
+        checkpoint = _last_whole(self.folder / CHECKPOINTS)
+        if checkpoint and self.kept is not None:
+            first = next(look.held_out_kl for look in self.kept if look.tokens == 0)
+            self.at_first = math.inf if first is None else first
         arguments = TrainingArguments(
             output_dir=str(self.folder / CHECKPOINTS),
             per_device_train_batch_size=len(batches[0]),
@@ -173,7 +184,8 @@ class _Run:
             bf16=self.student.dtype == torch.bfloat16,
             use_cpu=self.teacher.device.type == "cpu",
             eval_strategy="steps",
-            eval_on_start=True,
+            eval_on_start=checkpoint is None,  # one look more would count against the patience
+            restore_callback_states_from_checkpoint=True,
             eval_steps=max(1, steps // LOOKS),
             save_strategy="steps",
             save_steps=max(1, steps // LOOKS),
@@ -199,11 +211,19 @@ class _Run:
         )
         trainer.remove_callback(PrinterCallback)
         before = {path: one.detach().clone() for path, one in self.own.items()}
-        checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not (trainer.state.best_metric or math.inf) < self.at_first:
             for path, weight in before.items():
                 self.own[path].data.copy_(weight)
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end, where its state stands; torn ones are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]
+    for torn in set(found) - set(whole):
+        shutil.rmtree(torn)
+    return whole[-1] if whole else None
 
 
 class _Distillation(Trainer):
