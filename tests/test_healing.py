@@ -82,7 +82,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     own = dict(model.named_parameters())
     assert {path for path, weight in healed.weights.items() if not torch.equal(weight, own[path])} == wanted
     looks = read(tmp_path / HealRecord.file, HealRecord)
-    assert looks[0].kl == pytest.approx(distance(model, PLAN), rel=1e-4)
+    assert looks[0].held_out_kl == pytest.approx(distance(model, PLAN), rel=1e-4)
     assert min(look.held_out_kl for look in looks) == pytest.approx(distance(model, healed), rel=1e-4)
     assert same(load_repaired(tmp_path), healed)
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
