@@ -164,8 +164,7 @@ def search(
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
-    from .columns import REPAIR_COLUMNS
-    from .repairing import measured_on_texts, repaired_by
+    from .repairing import repaired_by
 
     need(*criterion_of(criterion).needs)
     folder = out.with_name(f"{out.stem}.search")
@@ -214,15 +213,26 @@ def search(
         by = Aim(objective_of_it, batches)
         _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
     title = f"{out}: {budget.description}, skip {found.plan}"
-    tables = {"search": Shown([record.row()], SearchRecord.columns, title)}
-    if not repair:
-        show([record.row()], SearchRecord.columns, as_json=as_json, title=title)
-        return
-    if others:
-        asked = {"skipped": found.plan, "repaired": repaired}
-        with progress_bar() as bar:
-            rows = measured_on_texts(net, asked, {measured_on["held_out"]: others}, bar)
-        tables["quality"] = Shown(rows, REPAIR_COLUMNS, f"before the repair, and after it: {out.stem}.repaired")
+    table = Shown([record.row()], SearchRecord.columns, title)
+    if repair:
+        held = {measured_on["held_out"]: others} if others else {}
+        _show_repaired(net, table, {"skipped": found.plan, "repaired": repaired}, held, as_json)
+    else:
+        show(table.rows, table.columns, as_json=as_json, title=title)
+
+
+def _show_repaired(
+    net: PreTrainedModel, choice: Shown, plans: dict[str, Plan], held_out: dict[str, list[Tensor]], as_json: bool
+) -> None:
+    """The choice, and what it costs on held-out text before its repair and after it."""
+    from .columns import REPAIR_COLUMNS
+    from .repairing import measured_on_texts
+
+    with progress_bar() as bar:
+        rows = measured_on_texts(net, plans, held_out, bar)
+    tables = {"search": choice}
+    if rows:
+        tables["quality"] = Shown(rows, REPAIR_COLUMNS, "before the repair, and after it")
     show_all(tables, as_json=as_json)
 
 
