@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import TRANSFORMERS_5, family
 from notall import Plan, RepairedPlan, UsageError, export, locate, remove, repair, skip
+from notall.evaluation.answers import Answers
 from notall.measuring.quality import evaluate
 from notall.records.record import Skipped
 from notall.running.replay import Replay, Trunk, live_steps, record, step_name
@@ -313,3 +314,11 @@ def test_a_weight_that_the_files_hold_under_another_name_is_refused(tmp_path):
 def test_the_manifest_says_what_is_skipped(model, tmp_path):
     out = export(model, repaired_of(model, PORTABLE), "hf", tmp_path / "out")
     assert json.loads((out / "notall.json").read_text())["plan"]["attention"] == [2]
+
+
+def test_benchmarks_do_not_take_the_answers_of_the_plan_for_those_of_its_repair():
+    model = family("llama").build()
+    repaired = repaired_of(model)
+    again = Answers(None, "a model", [REGROUPED, repaired, repaired_of(model, ridges=[5.0]), repaired])
+    assert again.distinct == [0, 1, 2]
+    assert Answers(None, "a model", [repaired.unrepaired]).names == Answers(None, "a model", [REGROUPED]).names

@@ -27,7 +27,7 @@ class Answers:
 
     def __init__(self, folder: Path | None, origin: str, plans: Sequence[Plan]) -> None:
         self.origin = origin
-        self.names = [_digest(plan.attention, plan.mlp) for plan in plans]
+        self.names = [_digest(*plan.identity) for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._held: dict[str, dict[str, Answer]] = {}
         self._kept = Ledger(folder, AnswersRecord) if folder else None

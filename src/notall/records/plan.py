@@ -72,6 +72,11 @@ class Plan(BaseModel):
         """What is skipped, as records hold it: `attention` and `mlp`."""
         return {"attention": list(self.attention), "mlp": list(self.mlp)}
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from plans that run otherwise."""
+        return self.attention, self.mlp
+
     def __len__(self) -> int:
         """How many sublayers are skipped."""
         return len(self.attention) + len(self.mlp)

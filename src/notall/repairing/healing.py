@@ -69,8 +69,8 @@ def heal(
     `batches` are token ids, (batch, tokens) each, one step of AdamW a batch, whose rate falls from `rate` to none.
     `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer. It ends
     early where the KL on `held_out`, batches as well, no longer falls, with the weights that were best there, if only
-    those that it began with. With a
-    `folder` the result is written down, and the same call goes on where one that was killed stopped.
+    those that it began with. With a `folder` the result is written down, and the same call goes on where one that was
+    killed stopped.
 
     Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, and a folder that
     holds other work or is in use, and `UnsupportedModel` as `locate` does and where the head is no matrix.
@@ -181,7 +181,7 @@ class _Run:
             warmup_steps=min(10, steps // 10),
             weight_decay=0.0,
             adam_beta2=0.98,
-            bf16=self.student.dtype == torch.bfloat16,
+            bf16=self.student.dtype in (torch.bfloat16, torch.float16),
             use_cpu=self.teacher.device.type == "cpu",
             eval_strategy="steps",
             eval_on_start=checkpoint is None,  # one look more would count against the patience

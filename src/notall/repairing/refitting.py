@@ -143,7 +143,8 @@ class Repair:
         self.text, self.plan, self.kept = text, plan, kept
         self.ridges, self.ahead, self.near = sorted(ridges), ahead, near
         self.steps = steps_of(text.anatomy, plan)
-        self.reading = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
+        gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
+        self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
         self.weights: dict[str, Tensor] = {}
         self.refits: list[RefitRecord] = []
         self.states: list[Tensor] = []
@@ -208,7 +209,7 @@ class Repair:
         else:
             with features_of(layer, projections) as features:
                 behind = self._run(step)
-            metric = self.reading[self.steps.index(step)]
+            metric = self.metrics[step.names]
             seen = Seen(layer, projections, self.states, behind, target, features(), self.text.held, metric)
             refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
         record = RefitRecord(

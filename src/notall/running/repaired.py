@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -81,11 +82,16 @@ class RepairedPlan(Plan):
     def __str__(self) -> str:
         return f"{super().__str__()}, repaired"
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What it skips, and its weights."""
+        return self.attention, self.mlp, self.digest
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RepairedPlan) and (self.indices, self.digest) == (other.indices, other.digest)
+        return isinstance(other, RepairedPlan) and self.identity == other.identity
 
     def __hash__(self) -> int:
-        return hash((self.attention, self.mlp, self.digest))
+        return hash(self.identity)
 
     def __or__(self, other: Plan) -> RepairedPlan:
         both = super().__or__(other)
