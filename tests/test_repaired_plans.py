@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from families import TRANSFORMERS_5, family
 from notall import Plan, RepairedPlan, UsageError, export, locate, remove, repair, skip
 from notall.evaluation.answers import Answers
+from notall.exporters.dense import opened
 from notall.measuring.quality import evaluate
 from notall.records.record import Skipped
 from notall.running.replay import Replay, Trunk, live_steps, record, step_name
@@ -288,6 +290,14 @@ def test_repaired_in_another_dtype_files_keep_theirs(model, tmp_path):
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}
     loaded = load(out)
     assert torch.equal(logits(loaded), by_hand(model, found))
+
+
+def test_weights_for_quantised_tensors_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with opened(tmp_path) as dense:
+        packed = {name: replace(tensor, dtype="F8_E4M3") for name, tensor in dense.tensors.items()}
+        with pytest.raises(UsageError, match="quantised there"):
+            replace(dense, tensors=packed).with_weights(repaired_of(model).weights)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2"])
