@@ -1,18 +1,18 @@
 """Every criterion on a model, at every budget, by several objectives, texts and sizes: one resumable command.
 
-    python benchmarks/choosing/comparison.py --data DATA          # under three hours on 2 cores with AMX, five without
+    python benchmarks/choosing/comparison.py --data DATA          # some three hours on one core with AMX
     python benchmarks/choosing/comparison.py --data DATA --quick  # a look, under a quarter of an hour on one core
-    python benchmarks/choosing/comparison.py --data DATA --model GGUF --name "Gemma 3 270M" --out results/gemma
+    python benchmarks/choosing/comparison.py --data DATA --budgets --model GGUF --name "Gemma 3 270M" --out GEMMA
 
 DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `make_tasks.py`,
-which writes the multiple-choice tasks; see benchmarks/README.md. Results, table and front land in --out.
+which writes the task that two rows go by; see benchmarks/README.md. Results, table and front land in --out.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,17 +20,17 @@ from inputs import load_asked, options_of
 
 import notall
 from notall.choosing.answer_objectives import task
-from notall.choosing.comparison import Aim, Question, Tasks, compare_criteria
+from notall.choosing.comparison import Aim, Question, compare_criteria
 from notall.choosing.criteria import suits
 from notall.choosing.objective import kl, mix, nll
 from notall.choosing.space import Space, UnitKind
 from notall.cli.inputs import provenance_of
-from notall.measuring.plan_times import Timed
 from notall.models.texts import read_text, token_batches
 from notall.reporting.comparison_files import write_comparison
 from notall.reporting.progress_bars import progress_bar
 
 BLOCKS = 30
+TASK = "local_arc_challenge"
 ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order", "fisher", "gate-norm")
 
 
@@ -48,16 +48,13 @@ class Sizes:
     budgets: dict[str, tuple[int, ...]]
     special: tuple[tuple[str, str, str, int], ...]
     other: dict[str, tuple[int, int]]
-    tasks: tuple[str, ...]
-    limit: int
-    rounds: int
 
 
 FULL = Sizes(
     length=512,
     sequences=16,
     held_out=32,
-    budgets={"attention": (4, 8, 12), "sublayer": (8, 16), "block": (2, 4, 6), "portable": (4, 8, 12)},
+    budgets={"attention": (4, 8, 12), "sublayer": (16,), "block": (2, 4, 6), "portable": (4, 8, 12)},
     special=(
         # other objectives, other text, more and less of it
         *(("search", aim, "attention", 8) for aim in ("nll, C4", "task", "kl + 0.1*task", "nll, less text")),
@@ -68,9 +65,6 @@ FULL = Sizes(
         ("search", "nll, more text", "attention", 8),
     ),
     other={"least": (4, 128), "less": (4, 512), "more": (64, 512)},
-    tasks=("local_arc_challenge", "local_hellaswag", "local_winogrande"),
-    limit=25,
-    rounds=5,
 )
 QUICK = Sizes(
     length=128,
@@ -79,9 +73,6 @@ QUICK = Sizes(
     budgets={"attention": (4, 8), "sublayer": (8,), "block": (2, 4), "portable": (4, 8)},
     special=(),
     other={},
-    tasks=(),
-    limit=0,
-    rounds=0,
 )
 
 
@@ -107,9 +98,7 @@ def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Question]:
     return found + special
 
 
-def aims(
-    wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path | None
-) -> dict[str, Aim]:
+def aims(wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path) -> dict[str, Aim]:
     """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training questions."""
     wiki, c4 = (read_text(data / name) for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl"))
 
@@ -117,7 +106,7 @@ def aims(
         return token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=1)
 
     def questions(weight: float) -> Any:
-        return task(model, tokenizer, sizes.tasks[0], task_path, 50, weight)
+        return task(model, tokenizer, TASK, task_path, 50, weight)
 
     many = batches(wiki)
     found = {}
@@ -144,13 +133,15 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=None)
     options.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it")
     options.add_argument("--quick", action="store_true")
+    options.add_argument("--budgets", action="store_true", help="no rows of other texts, tasks, greedy and evolution")
     arguments = options.parse_args()
     sizes = QUICK if arguments.quick else FULL
+    if arguments.budgets:
+        sizes = replace(sizes, special=())
     out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
     model, tokenizer = load_asked(arguments)
-    task_path = None
-    if sizes.tasks:
-        task_path = out / "task-files"
+    task_path = out / "task-files"
+    if sizes.special:
         subprocess.run([sys.executable, arguments.data / "make_tasks.py", task_path], check=True)
     asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
@@ -164,8 +155,6 @@ def main() -> None:
             held_out,
             out,
             about,
-            tasks=Tasks(sizes.tasks, tokenizer, sizes.limit, 0, task_path) if sizes.tasks else None,
-            timed=Timed(rounds=sizes.rounds) if sizes.rounds else None,
             progress=progress,
         )
     write_comparison(records, out, f"NLL added on WikiText-2 test by what is skipped, {arguments.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -151,38 +151,30 @@ def search(
     Evaluations are kept beside the plan, in OUT.search: `notall report` makes a page of them.
     Interrupted, the same command goes on where it stopped.
     """
-    if front:
-        need(*FIGURES)
-    if "task:" in (objective or ""):
-        need("lm_eval")
-    if repair and (objective or max_nll is not None):
-        raise UsageError("--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll")
+    _refuse_before_loading(criterion, objective, front, repair, max_nll is not None)
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim
-    from ..choosing.criteria import criterion as criterion_of
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
     from .repairing import repaired_by
 
-    need(*criterion_of(criterion).needs)
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
-    batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    windows = sequences, length, batch_size, seed
+    batches, described = text_batches(net, tokenizer, text, *windows)
+    others, other = text_batches(net, tokenizer, held_out, *windows) if held_out else ([], {})
     among = space_of(net, kind, portable, keep_first, keep_last)
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
     budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
-    build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
-    objective_of_it = build(objective or aim, net, tokenizer, batches)
-    others, measured_on = list[Any](), dict[str, str]()
-    if held_out:
-        others, other = text_batches(net, tokenizer, held_out, sequences, length, batch_size, seed)
-        measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]}
+    goal = build_objective(
+        objective or aim, net, tokenizer, batches, prompts=prompts, task_path=task_path, task_limit=task_limit
+    )
     settings = provenance_of(net, model, revision, **described)
     with progress_bar() as bar:
         found = choose_plan(
@@ -191,7 +183,7 @@ def search(
             among,
             budget,
             batches,
-            objective_of_it,
+            goal,
             folder=folder,
             settings=settings,
             max_minutes=max_minutes,
@@ -203,31 +195,48 @@ def search(
             progress=bar,
         )
         found.plan.save(out)
+        plans = {"skipped": found.plan}
         if repair:
             beside = out.with_name(f"{out.stem}.repaired")
-            repaired = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
+            plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
+    measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]} if other else {}
     about = provenance_of(net, model, revision, **described, **measured_on, fingerprint=found.plan.fingerprint)
     record = found.record(about)
     keep_choice(folder, record)
     if front:
-        by = Aim(objective_of_it, batches)
-        _draw_front(net, among, found.plan, by, others or batches, folder / "front", settings, seed)
+        _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
     title = f"{out}: {budget.description}, skip {found.plan}"
     table = Shown([record.row()], SearchRecord.columns, title)
-    if repair:
-        held = {measured_on["held_out"]: others} if others else {}
-        _show_repaired(net, table, {"skipped": found.plan, "repaired": repaired}, held, as_json)
-    else:
-        show(table.rows, table.columns, as_json=as_json, title=title)
+    _show_choice(net, table, plans, {other["text"]: others} if other else {}, as_json)
 
 
-def _show_repaired(
+def _refuse_before_loading(criterion: str, objective: str | None, front: bool, repair: bool, max_nll: bool) -> None:
+    """What a search cannot do together, or without an extra.
+
+    Raises:
+        UsageError: with the way out.
+    """
+    from ..choosing.criteria import criterion as criterion_of
+
+    if front:
+        need(*FIGURES)
+    if "task:" in (objective or ""):
+        need("lm_eval")
+    if repair and (objective or max_nll):
+        raise UsageError("--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll")
+    need(*criterion_of(criterion).needs)
+
+
+def _show_choice(
     net: PreTrainedModel, choice: Shown, plans: dict[str, Plan], held_out: dict[str, list[Tensor]], as_json: bool
 ) -> None:
-    """The choice, and what it costs on held-out text before its repair and after it."""
+    """The choice and, if it was repaired, what it costs on held-out text before that and after."""
     from .columns import REPAIR_COLUMNS
     from .repairing import measured_on_texts
 
+    if len(plans) == 1:
+        show(choice.rows, choice.columns, as_json=as_json, title=choice.title)
+        return
     with progress_bar() as bar:
         rows = measured_on_texts(net, plans, held_out, bar)
     tables = {"search": choice}
