@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -372,6 +373,13 @@ def representatives() -> list[Family]:
     existing = [family for family in FAMILIES if family.exists]
     first = {structure(family): family for family in reversed(existing)}
     return existing if RECORDING else [family for family in existing if family in first.values()]
+
+
+def each_structure(families: Sequence[Family]) -> pytest.MarkDecorator:
+    """A test of each; of one whose structure another has, only with `make test-engines`."""
+    first = representatives()
+    parameters = [one if one in first else pytest.param(one, marks=pytest.mark.slow) for one in families]
+    return pytest.mark.parametrize("family", parameters, ids=str)
 
 
 # --- the slow twin -----------------------------------------------------------------------------------------------------

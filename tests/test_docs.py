@@ -44,6 +44,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def workplace(tiny, tmp_path, monkeypatch, short_prose):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("notall.cli.repairing.SEQUENCES", 4)
+    monkeypatch.setattr("notall.cli.repairing.LENGTH", 32)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
     kept = dict(CRITERIA)
     yield {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
@@ -58,7 +60,7 @@ def run_line(line, words, monkeypatch):
     if "--speedup" in arguments:
         small += ["--prompt", "4", "--new", "2"]
     if arguments[:1] == ["search"] and "--repair" in arguments:
-        small += ["--sequences", "4"]
+        small += ["--sequences", "4", "--patience", "0"]
     monkeypatch.setattr(sys, "argv", [name, *arguments, *small])
     try:
         cli.main()

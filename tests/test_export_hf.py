@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
-from families import FAMILIES, family, representatives, silenced
+from families import FAMILIES, each_structure, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from notall.exporters import export
 from notall.exporters.remote_code import FAMILIES as REGROUPED
@@ -238,7 +238,7 @@ def test_whole_blocks_leave_an_ordinary_checkpoint(family, tmp_path):
     engines.works("transformers", "transformers", "hf", family.name, "whole blocks")
 
 
-@pytest.mark.parametrize("family", ORDINARY, ids=str)
+@each_structure(ORDINARY)
 def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
     model = family.build()
     if not is_portable(locate(model), PORTABLE["portable"]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import forked
-from families import FAMILIES, family
+from families import FAMILIES, each_structure, family
 from notall import Plan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
 from notall.repairing.kept import load_repaired
@@ -46,8 +46,13 @@ def with_odd_gains(hand: Hand):
     return model
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("hand", [*DIRECT, *NORMED], ids=str)
+TWINS = [*((hand, name) for hand in (DIRECT[0], NORMED[0]) for name in PLANS)]
+TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
+
+
+@pytest.mark.parametrize(
+    ("hand", "plan"), [pytest.param(hand, PLANS[name], id=f"{hand}-{name}") for hand, name in TWINS]
+)
 def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
     """Ridges and weights, with the change of the next gap aimed at in part, and without."""
     model = with_odd_gains(hand)
@@ -205,14 +210,7 @@ LEFT_ALONE = {
 }
 
 
-SLOW = ("minimax_m3 (text part)",)  # its attention takes seconds
-
-
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(one, marks=pytest.mark.slow) if one.name in SLOW else one for one in FAMILIES],
-    ids=str,
-)
+@each_structure(FAMILIES)
 @torch.no_grad()
 def test_every_family_is_repaired(family):
     if not family.exists:
