@@ -502,6 +502,12 @@ def checkpoint(folder: Path) -> None:
     Plan([1], [1]).save(folder / "plan.json")
 
 
+def half_repaired(folder: Path) -> None:
+    """As if it had been killed before its end."""
+    made_by(REPAIR)(folder)
+    (folder / "r" / "plan.json").unlink()
+
+
 def shards(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -529,6 +535,7 @@ BY_SPEED = f"search ../model -o r.json --kind attention --speedup 1.05 --prompt 
 BENCH = "bench ../model --skip block --fraction 0.5 --out r --prompt 4 --new 2 --rounds 1 --dtype float32 --device cpu"
 EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
 REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
+HEAL = "heal ../model --plan ../plan.json --out r --text ../text.txt --tokens 32 --length 8 --batch-size 2 --device cpu"
 PAPER = f"paper ../model --out r {TASKS} --prompt 4 --new 2 --rounds 1 --generate-all"
 REPORT, REPORT_SEARCH = (f"report {folder} -o page.html" for folder in ("r", "r.search"))
 GENERATE = "generate m river --max-new-tokens 2 --device cpu"
@@ -567,6 +574,12 @@ KINDS: dict[str, Kind] = {
         made_by(REPAIR),
         ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json"),
         (REPAIR, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+    ),
+    "half a repair": Kind(half_repaired, ("r/*.jsonl", "r/*.safetensors"), (REPAIR,)),
+    "heal": Kind(
+        made_by(HEAL),
+        ("r/*.jsonl", "r/*.safetensors", "r/plan.json"),
+        (HEAL, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
     ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
