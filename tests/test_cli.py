@@ -139,7 +139,11 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)  # it goes on, with nothing left
     assert (code, json.loads(again)) == (0, found)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    code, shown, _ = run("eval", folder, "--plan", out, *QUICK, "--json")
+    code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--json")
+    assert "repaired with prose, where it looks better than it is; measure on another --text" in warned
+    other = tmp_path / "other.txt"
+    other.write_text("What it was not repaired with. " * 50)
+    assert run("eval", folder, "--plan", out, *QUICK, "--text", other)[2] == ""
     dense, skipped, repaired = json.loads(shown)["quality"]
     assert code == 0
     assert [row["model"] for row in (dense, skipped, repaired)] == ["dense", "skipped", "repaired"]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import TRANSFORMERS_5, family
-from notall import Plan, RepairedPlan, UsageError, export, locate, remove, repair, skip
+from notall import Plan, RepairedPlan, UsageError, export, heal, locate, remove, repair, skip
 from notall.evaluation.answers import Answers
 from notall.exporters.dense import opened
 from notall.measuring.quality import evaluate
 from notall.records.record import Skipped
+from notall.repairing.kept import load_repaired
 from notall.running.replay import Replay, Trunk, live_steps, record, step_name
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
@@ -321,9 +322,32 @@ def test_a_weight_that_the_files_hold_under_another_name_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_manifest_says_what_is_skipped(model, tmp_path):
-    out = export(model, repaired_of(model, PORTABLE), "hf", tmp_path / "out")
-    assert json.loads((out / "notall.json").read_text())["plan"]["attention"] == [2]
+ABOUT = {"texts": [{"text": "a book", "text_sha256": "ab"}, {"text": "pages", "text_sha256": "cd"}]}
+ABOUT |= {"sequences": 16, "length": 12}
+
+
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+def test_the_manifest_and_the_card_say_what_is_skipped_and_what_made_the_weights(model, tmp_path, target):
+    kept, batches = tmp_path / "kept", TEXTS
+    found = repair(model, PORTABLE, batches, folder=kept, settings=ABOUT)
+    healed = heal(model, found, batches, batches, folder=tmp_path / "healed", settings=ABOUT | {"sequences": 4})
+    for number, plan in enumerate((found, load_repaired(kept), healed, load_repaired(tmp_path / "healed"))):
+        out = export(model, plan, target, tmp_path / f"out{number}", verify=False)
+        said, card = json.loads((out / "notall.json").read_text()), (out / "README.md").read_text()
+        assert said["plan"]["attention"] == [2]
+        steps = said["repair"]["history"]
+        assert [step["by"] for step in steps] == ["repair", "heal"][: 1 + (number > 1)]
+        assert [text["text"] for text in steps[0]["texts"]] == ["a book", "pages"]
+        assert said["repair"]["weights"] == plan.digest
+        assert "refit in closed form on 16 windows of 12 tokens of a book and of pages" in card
+        assert ("then trained to say what the dense model says on 4 windows" in card) == (number > 1)
+        refits = said["repair"]["refits"]
+        assert [refit["left"] for refit in refits] == ([refit.left for refit in found.refits] if number < 2 else [])
+        best = next(refit for refit in found.refits if refit.ridge is not None)
+        assert (f"| {' '.join(best.sublayers)} | {best.left:.1%} |" in card) == (number < 2)
+    plain = export(model, PORTABLE, target, tmp_path / "plain", verify=False)
+    assert "repair" not in json.loads((plain / "notall.json").read_text())
+    assert "Repaired" not in (plain / "README.md").read_text()
 
 
 def test_benchmarks_do_not_take_the_answers_of_the_plan_for_those_of_its_repair():

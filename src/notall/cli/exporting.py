@@ -118,9 +118,11 @@ def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_rem
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
-    dense, skipped = evaluate(net, [type(plan)(), plan], batches)
+    before = [plan.unrepaired] if hasattr(plan, "unrepaired") else []
+    dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
     return {
         "text": f"{described['text']}, 8 windows of 256 tokens",
         f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(asdict(dense)),
         **{column.titled: column.text(asdict(skipped)) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
+        **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(asdict(one)) for one in unrepaired},
     }

@@ -56,7 +56,7 @@ from .options import (
     Truncate,
     Trust,
 )
-from .repairing import repaired_by
+from .repairing import repaired_by, warn_of_own_text
 
 
 @app.command(cls=OnRay, rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
@@ -170,13 +170,14 @@ def evaluate(
         Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     )
     windows = 4 if size == "auto" else size
-    batches, _ = text_batches(net, tokenizer, text, sequences, length, windows, seed)
+    batches, described = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
     with progress_bar() as progress:
         if repair:
             kept = out.with_name(f"{out.name}.repaired") if out else None
             about = provenance_of(net, model, revision)
             wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress)
+        warn_of_own_text(wanted, described)
         found = evaluate_plan(
             net,
             tokenizer,

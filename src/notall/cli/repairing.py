@@ -187,6 +187,15 @@ def repaired_by(
     return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
 
 
+def warn_of_own_text(plan: Plan, described: dict[str, Any]) -> None:
+    """Say so where a repaired plan is measured on the text that it was fitted to."""
+    own = {text.text_sha256 for step in getattr(plan, "history", ()) for text in step.texts}
+    if described["text_sha256"] in own:
+        text = shortened(described["text"])
+        note = f"note: the plan was repaired with {text}, where it looks better than it is; measure on another --text"
+        typer.echo(note, err=True)
+
+
 @dataclass(frozen=True)
 class _Texts:
     """Windows to fit to, by text, and to measure on, by name; and what they are, for the record."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,18 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
         "model_type": form,
         "dense": {name: value for name, value in asdict(origin).items() if name != "card"},
         "plan": {"attention": list(plan.attention), "mlp": list(plan.mlp), "note": plan.note},
+        **({"repair": repair} if (repair := _repair_of(plan)) else {}),
         "per_layer_config": {str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped},
     }
+
+
+def _repair_of(plan: Plan) -> dict[str, Any] | None:
+    """What made the weights of a repaired plan, and how well; its class would import torch."""
+    if not hasattr(plan, "history"):
+        return None
+    steps = [{**step.model_dump(mode="json"), "told": str(step)} for step in plan.history]
+    refits = [refit.model_dump(mode="json", exclude={"record", "provenance"}) for refit in plan.refits]  # type: ignore[attr-defined]
+    return {"weights": plan.digest, "history": steps, "refits": refits}  # type: ignore[attr-defined]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -122,12 +132,24 @@ def _card(
         f"{dense['layers']} layers. What is left out is in no file, takes no time and holds no cache.",
         _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
+        *(_told_of_repair(manifest["repair"]) if "repair" in manifest else []),
         use,
         f"Check: {verdict}.",
     ]
     if measured:
         sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
     return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
+    """That weights are not the dense model's, by what they were made, and what is left of the error."""
+    told = "; then ".join(step["told"] for step in repair["history"])
+    made = f" They were {told}." if told else ""
+    yield "## Repaired"
+    yield f"What is kept makes up for what is left out: some of its weights are not the dense model's.{made}"
+    refit = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in repair["refits"] if one["ridge"] is not None]
+    if refit:
+        yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), refit)
 
 
 def _terms(dense_card: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def _none_if_infinite(value: Any) -> Any:
 _OrNone = BeforeValidator(_none_if_infinite)
 Number = Annotated[float | None, _OrNone]  # None: what came out as no finite number
 Unsigned = Annotated[Annotated[float, Field(ge=0)] | None, _OrNone]  # likewise: a standard error
+Loss = Annotated[Annotated[float, Field(gt=-0.01)] | None, _OrNone]  # likewise: rounding may bring it just below 0
 Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _OrNone]  # likewise: of tokens, or a probability
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Amount = Annotated[float, Field(ge=0, lt=1e18)]  # of work
@@ -139,7 +140,7 @@ CONFIGURED = (
 class QualityFields(Fields):
     """What a plan costs. `_se`: standard error over sequences."""
 
-    nll: Number = Field(description="negative log-likelihood, nats per token")
+    nll: Loss = Field(description="negative log-likelihood, nats per token")
     nll_se: Unsigned = Field(description="nats per token")
     delta_nll: Number = Field(description="nll less the dense model's on the same sequences, nats per token")
     delta_nll_se: Unsigned = Field(description="of the paired differences, nats per token")

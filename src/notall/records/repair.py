@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from .columns import number, plain
 from .record import Amount, Number, Record, SublayerName
+
+
+class FittedText(BaseModel):
+    """A text that weights were fitted to, or trained on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: Annotated[str, Field(max_length=300)]
+    text_sha256: Annotated[str, Field(max_length=64)]
+
+
+class RepairStep(BaseModel):
+    """What made the weights of a repaired plan, one command after another; beside this all of its settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    by: Literal["repair", "heal"]
+    texts: tuple[FittedText, ...] = ()
+    sequences: int | None = Field(None, ge=1, description="windows of all texts together")
+    length: int | None = Field(None, ge=1, description="tokens a window")
+
+    def __str__(self) -> str:
+        verb = "refit in closed form" if self.by == "repair" else "trained to say what the dense model says"
+        on = " and of ".join(one.text for one in self.texts)
+        return f"{verb} on {self.sequences} windows of {self.length} tokens of {on}" if on else verb
 
 
 class RefitRecord(Record):

@@ -18,6 +18,7 @@ from .record import (
     Configured,
     Count,
     Fields,
+    Loss,
     Number,
     QualityFields,
     Record,
@@ -42,7 +43,7 @@ class SweepRecord(Record, SizeFields, TimeFields, QualityFields, Configured):
 class SequenceScores(Fields):
     """Of one configuration on one batch, a value a sequence."""
 
-    nll: tuple[Number, ...] = Field(description="nats per token")
+    nll: tuple[Loss, ...] = Field(description="nats per token")
     kl: tuple[Number, ...] = Field(description="nats per token")
     top1_agreement: tuple[Share, ...] = Field(description="0 to 1")
 

@@ -39,7 +39,7 @@ from ..running.skipping import remove
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced
-from .kept import PLAN, keep_healed, load_repaired
+from .kept import PLAN, keep_healed, load_repaired, step_of
 from .projections import find_projection
 from .readers import is_norm
 from .refitting import PROBED, digest_of
@@ -85,10 +85,12 @@ def heal(
             f"the head of {type(inner).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
         )
     before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
+    history = plan.history if isinstance(plan, RepairedPlan) else ()
     about = Provenance.of(
         settings or {},
         plan=plan.indices,
         repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
+        before=[step.model_dump(mode="json") for step in history],
         fingerprint=anatomy.fingerprint,
         dtype=dtype_name(inner),
         training=digest_of(batches),
@@ -105,7 +107,7 @@ def heal(
         run = _Run(inner, student, own, Path(folder or scratch), kept, progress)
         run.train(batches, held_out, rate, seed)
         weights = before | {path: one.detach().to(inner.dtype) for path, one in own.items()}
-        healed = RepairedPlan(plan.attention, plan.mlp, fingerprint=plan.fingerprint, note=plan.note, weights=weights)
+        healed = RepairedPlan.of(plan, weights=weights, history=(*history, step_of("heal", about)))
         if folder:
             keep_healed(folder, healed)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

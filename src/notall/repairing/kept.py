@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch import Tensor
 from ..errors import UsageError, shortened
 from ..models.folders import own_file
 from ..records.healing import HealRecord
-from ..records.ledger import Ledger, read
+from ..records.ledger import Ledger, header_of, read
 from ..records.plan import Plan
 from ..records.provenance import Provenance
-from ..records.repair import RefitRecord
+from ..records.repair import RefitRecord, RepairStep
 from ..running.repaired import RepairedPlan
 
 PLAN, HEALED = "plan.json", "healed.safetensors"
+BEFORE = "before"  # the history of what was healed
+HISTORY = TypeAdapter(tuple[RepairStep, ...])
 
 
 class Kept:
@@ -39,6 +42,13 @@ class Kept:
 
     def finish(self, plan: Plan) -> None:
         plan.save(self.folder / PLAN)
+
+
+def step_of(by: str, about: Provenance) -> RepairStep:
+    """What made weights, as a plan's `history` has it."""
+    told_elsewhere = ("plan", "fingerprint", BEFORE)
+    settings = {name: value for name, value in about.what.items() if name not in told_elsewhere}
+    return RepairStep.model_validate({**settings, "by": by})
 
 
 def keep_healed(folder: Path, plan: RepairedPlan) -> None:
@@ -63,16 +73,28 @@ def load_repaired(folder: Path) -> RepairedPlan:
     plan = Plan.load(folder / PLAN)
     refits = read(folder / RefitRecord.file, RefitRecord)
     weights = {path: weight for refit in refits for path, weight in _weights(folder, refit).items()}
+    history = _history(folder)
     if own_file(folder, HEALED):
         weights |= _read(folder, HEALED)
-    return RepairedPlan(
-        plan.attention,
-        plan.mlp,
-        fingerprint=plan.fingerprint,
-        note=plan.note,
-        weights=weights,
-        refits=tuple(refits),
-    )
+    return RepairedPlan.of(plan, weights=weights, refits=tuple(refits), history=history)
+
+
+def _history(folder: Path) -> tuple[RepairStep, ...]:
+    """As the headers say."""
+    found: list[RepairStep] = []
+    for by, kind in (("repair", RefitRecord), ("heal", HealRecord)):
+        header = header_of(folder / kind.file)
+        try:
+            for about in [header.provenance] if header and header.provenance else ():
+                found += HISTORY.validate_python(about.what.get(BEFORE, ()))
+                found.append(step_of(by, about))
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UsageError(
+                f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)}): delete the "
+                f"folder, and {by} the plan again"
+            ) from None
+    return tuple(found)
 
 
 def _file(refit: RefitRecord) -> str:

@@ -37,7 +37,7 @@ from ..structure.locating import locate
 from ..structure.observation import LayerCall
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
-from .kept import Kept
+from .kept import Kept, step_of
 from .projections import OutputProjection, features_of, find_projection
 from .readers import reading_gains
 from .step import Seen
@@ -93,7 +93,7 @@ def repair(
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
         repair_of_it = Repair(Calibration(inner, batches), plan, ridges=ridges, ahead=ahead, kept=kept)
-        return repair_of_it.run(progress)
+        return repair_of_it.run(progress).model_copy(update={"history": (step_of("repair", about),)})
 
 
 class Calibration:
@@ -167,14 +167,7 @@ class Repair:
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
         if self.kept:
             self.kept.finish(self.plan)
-        return RepairedPlan(
-            self.plan.attention,
-            self.plan.mlp,
-            fingerprint=self.plan.fingerprint,
-            note=self.plan.note,
-            weights=self.weights,
-            refits=tuple(self.refits),
-        )
+        return RepairedPlan.of(self.plan, weights=self.weights, refits=tuple(self.refits))
 
     def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
         """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""

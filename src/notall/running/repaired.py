@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, shortened
 from ..records.plan import Plan
-from ..records.repair import RefitRecord
+from ..records.repair import RefitRecord, RepairStep
 from ..structure.anatomy import Anatomy, Sublayer
 
 
@@ -53,6 +53,7 @@ class RepairedPlan(Plan):
 
     weights: Mapping[str, Tensor] = Field({}, exclude=True, repr=False)
     refits: tuple[RefitRecord, ...] = Field((), exclude=True, repr=False, description="how well, step by step")
+    history: tuple[RepairStep, ...] = Field((), exclude=True, repr=False, description="what made the weights, in order")
     maps: Mapping[str, LinearMap] = Field({}, exclude=True, repr=False)
 
     @classmethod
