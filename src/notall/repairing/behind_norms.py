@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .least_squares import Moments
+from .least_squares import Sums, sums_for
 from .readers import gain_of
 from .step import Refit, Seen
 
@@ -40,7 +40,7 @@ class _NormedFit:
         self.counting = self.metric * self.gain.square()
 
     def best(self, ridges: Sequence[float]) -> Refit | None:
-        fitted, held = self._moments(held=False), self._moments(held=True)
+        fitted, held = self._sums(held=False), self._sums(held=True)
         none = self._error(self.old)
         best, left = None, 1.0
         for ridge in ridges:
@@ -59,15 +59,15 @@ class _NormedFit:
         assert change is not None
         return (self.counting / (self.counting + step * self.counting.mean()))[:, None] * change
 
-    def _moments(self, held: bool) -> Moments:
-        moments = Moments.none(self.old.shape[1], len(self.old), False, self.old.new_empty(0))
+    def _sums(self, held: bool) -> Sums:
+        sums = sums_for(self.seen.count, self.old.shape[1], len(self.old), False, self.old.new_empty(0))
         gain = torch.where(self.gain.abs() < EPSILON, torch.inf, self.gain)
         for features, before, _, target in self.seen.tokens(held):
             answers = features @ self.old.T + self.bias
             size = answers.square().mean(-1).clamp_min(EPSILON).sqrt()
             lacking = size[:, None] * (target - before) / (self.projection.scale * gain) - answers
-            moments.add(features, lacking, self.seen.counts(target) / size.square())
-        return moments
+            sums.add(features, lacking, self.seen.counts(target) / size.square())
+        return sums
 
     def _error(self, matrix: Tensor) -> float:
         """The squared distance to the target behind the norm, over tokens that are held out."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .least_squares import Moments
+from .least_squares import Sums, sums_for
 from .step import Refit, Seen
 
 
 def refit_directly(seen: Seen, ridges: Sequence[float]) -> Refit | None:
     """With the ridge that leaves least on what is held out; None where all of them leave more than no change."""
-    fitted, held = _moments(seen, held=False), _moments(seen, held=True)
+    fitted, held = _sums(seen, held=False), _sums(seen, held=True)
     best, left = None, 1.0
     for ridge in ridges:
         change = fitted.solve(ridge)
@@ -24,13 +24,13 @@ def refit_directly(seen: Seen, ridges: Sequence[float]) -> Refit | None:
     return Refit(best, left, _weights(seen, change))
 
 
-def _moments(seen: Seen, held: bool) -> Moments:
+def _sums(seen: Seen, held: bool) -> Sums:
     like = seen.features[0].new_empty(0, dtype=seen.exact)
     outputs = seen.target[0].shape[-1]
-    moments = Moments.none(seen.features[0].shape[1], outputs, _biases(seen) > 0, like)
+    sums = sums_for(seen.count, seen.features[0].shape[1], outputs, _biases(seen) > 0, like)
     for features, _, behind, target in seen.tokens(held):
-        moments.add(features, target - behind, seen.counts(target))
-    return moments
+        sums.add(features, target - behind, seen.counts(target))
+    return sums
 
 
 def _biases(seen: Seen) -> int:

@@ -1,13 +1,38 @@
-"""Ridge regression from sums: once features and targets were seen, any ridge is tried without seeing them again."""
+"""Ridge regression from what was seen once, tried with any ridge: from sums, or, of few tokens, from the tokens.
+
+Both come to the same. Sums take memory and work by the features alone, however many tokens there are; where there are
+fewer tokens than features, their own products are the smaller matrix.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 DEAD = 1e-6  # of the mean square: features that are always 0 are held back as if they had that much
+
+
+S = TypeVar("S", bound="Sums")
+
+
+class Sums(Protocol):
+    """What is known of tokens with features z and what their target lacks r, each weighted; see `Moments`."""
+
+    def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None: ...
+
+    def __add__(self: S, other: S) -> S: ...
+
+    def left(self, change: Tensor, metric: Tensor) -> float: ...
+
+    def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None: ...
+
+
+def sums_for(tokens: int, features: int, outputs: int, biased: bool, like: Tensor) -> Sums:
+    """What takes less for so many tokens, with none seen yet. Of the dtype and device of `like`."""
+    return Rows(biased) if tokens < features else Moments.none(features, outputs, biased, like)
 
 
 @dataclass
@@ -59,9 +84,65 @@ class Moments:
         """
         sizes = self.gram.diagonal()[: len(self.gram) - self.biased]
         held_back = torch.zeros_like(self.gram[0])
-        held_back[: len(sizes)] = ridge if alike else ridge * (sizes + DEAD * sizes.mean())
+        held_back[: len(sizes)] = _held_back(sizes, ridge, alike)
         lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
         if failed:
             return None
         change = torch.cholesky_solve(self.cross.T, lower).T
         return change if change.isfinite().all() else None
+
+
+@dataclass
+class Rows:
+    """As `Moments`, with the tokens themselves: z, r and the roots of their weights, which stand for the bias."""
+
+    biased: bool
+    features: list[Tensor] = field(default_factory=list)
+    lacking: list[Tensor] = field(default_factory=list)
+    roots: list[Tensor] = field(default_factory=list)
+
+    def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None:
+        """As of `Moments`."""
+        roots = weights.sqrt()[:, None]
+        self.features.append(features * roots)
+        self.lacking.append(lacking * roots)
+        self.roots.append(roots)
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.biased, self.features + other.features, self.lacking + other.lacking, self.roots + other.roots)
+
+    def left(self, change: Tensor, metric: Tensor) -> float:
+        """As of `Moments`."""
+        features, lacking, roots = self._together()
+        total = metric @ lacking.square().sum(0)
+        known = torch.cat([features, roots], 1) if self.biased else features
+        missed = metric @ (lacking - known @ change.T).square().sum(0)
+        return float(missed / total) if total > 0 else 1.0
+
+    def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None:
+        """As of `Moments`: with H the diagonal of what features are held back by, C = r' (z H^-1 z' + 1)^-1 z H^-1."""
+        features, lacking, roots = self._together()
+        if ridge == 0:
+            return None
+        scaled = features / _held_back(features.square().sum(0), ridge, alike)
+        kernel = features @ scaled.T
+        kernel.diagonal().add_(1)
+        lower, failed = torch.linalg.cholesky_ex(kernel)
+        if failed:
+            return None
+        shares = torch.cholesky_solve(torch.cat([lacking, roots], 1), lower)
+        shares, by_bias = shares[:, :-1], shares[:, -1:]
+        bias = (roots.T @ shares) / (roots.T @ by_bias)  # what makes the shares orthogonal to it
+        change = ((shares - by_bias @ bias) if self.biased else shares).T @ scaled
+        change = torch.cat([change, bias.T], 1) if self.biased else change
+        return change if change.isfinite().all() else None
+
+    def _together(self) -> tuple[Tensor, Tensor, Tensor]:
+        for name in ("features", "lacking", "roots"):
+            setattr(self, name, [torch.cat(getattr(self, name))])
+        return self.features[0], self.lacking[0], self.roots[0]
+
+
+def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:
+    """By how much each feature is, whose squares sum up to `sizes`."""
+    return torch.full_like(sizes, ridge) if alike else ridge * (sizes + DEAD * sizes.mean())

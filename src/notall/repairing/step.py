@@ -35,6 +35,11 @@ class Seen:
         """What is computed in."""
         return torch.promote_types(self.features[0].dtype, torch.float32)
 
+    @property
+    def count(self) -> int:
+        """Of all tokens."""
+        return sum(len(features) for features in self.features)
+
     def tokens(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features, `before`, `behind` and `target` of the tokens that are held out, or of those that are not."""
         for number, rows in enumerate(self.held):
