@@ -122,8 +122,6 @@ class Rows:
     def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None:
         """As of `Moments`: with H the diagonal of what features are held back by, C = r' (z H^-1 z' + 1)^-1 z H^-1."""
         features, lacking, roots = self._together()
-        if ridge == 0:
-            return None
         scaled = features / _held_back(features.square().sum(0), ridge, alike)
         kernel = features @ scaled.T
         kernel.diagonal().add_(1)
