@@ -14,8 +14,10 @@ from notall.repairing import refitting
 from notall.repairing.kept import load_repaired
 from notall.repairing.projections import find_projection
 from notall.repairing.refitting import HELD, RIDGES, held_out
+from notall.repairing.spool import Spool
 from notall.running.replay import Replay, record
 from notall.structure.observation import LayerCall
+from small_disk import room_for
 from twin_of_repair import DIRECT, NORMED, Hand, Twin
 
 PLANS = {
@@ -335,6 +337,43 @@ def test_weights_that_layers_share_are_left_alone():
     refits = {refit.sublayers[0]: refit for refit in repair(model, Plan([1, 2]), TEXTS).refits}
     assert refits["mlp.0"].why == refits["mlp.3"].why == ALONE
     assert not refits["mlp.1"].why
+
+
+# --- where the streams are --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch, name, dtype):
+    model, moved = family(name).build().to(dtype), []
+
+    def keep(spool, tensor, keep=Spool.keep):
+        kept = keep(spool, tensor)
+        moved.append(kept.data_ptr() != tensor.data_ptr())
+        return kept
+
+    monkeypatch.setattr(Spool, "keep", keep)
+    found = repair(model, PLANS["attentions"], TEXTS, streams=tmp_path / "streams")
+    assert len(moved) > 20
+    assert all(moved)
+    assert not list((tmp_path / "streams").iterdir())
+    assert found == repair(model, PLANS["attentions"], TEXTS)
+    assert found.weights
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.randn(3, 5).T, torch.arange(7).to(torch.bfloat16), torch.empty(0, 4)], ids=str
+)
+def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
+    kept = Spool(tmp_path).keep(tensor)
+    assert torch.equal(kept, tensor)
+    assert kept.dtype == tensor.dtype
+    kept += 1  # it may be written to
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
+    with room_for(1000), pytest.raises(OSError, match="File too large"):
+        Spool(tmp_path).keep(torch.zeros(1 << 10))
 
 
 # --- a folder that goes on --------------------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ def repair(
     ] = None,
     length: Length = LENGTH,
     batch_size: BatchSize = 8,
+    streams: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="where memory is short: keep the text's streams in files in this folder"),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -82,7 +86,7 @@ def repair(
     settings = provenance_of(net, model, revision, **texts.described)
     with progress_bar() as progress:
         fit = texts.together(batch_size)
-        repaired = repair_plan(net, wanted, fit, folder=out, settings=settings, progress=progress)
+        repaired = repair_plan(net, wanted, fit, streams=streams, folder=out, settings=settings, progress=progress)
         shown = measured_on_texts(net, {"skipped": wanted, "repaired": repaired}, texts.other, progress)
     refits: list[Row] = [refit.row() for refit in repaired.refits if as_json or refit.ridge is not None or refit.why]
     tables = {

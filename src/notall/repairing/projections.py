@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..structure.anatomy import Sublayer
 from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
 from .readers import is_norm
+from .spool import Spool
 
 # Norms compute in float32, whatever is around them.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
@@ -65,9 +66,12 @@ def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: Laye
 
 
 @contextmanager
-def features_of(layer: nn.Module, projections: Sequence[OutputProjection]) -> Iterator[Callable[[], list[Tensor]]]:
+def features_of(
+    layer: nn.Module, projections: Sequence[OutputProjection], spool: Spool | None = None
+) -> Iterator[Callable[[], list[Tensor]]]:
     """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
     seen: list[list[Tensor]] = [[] for _ in projections]
+    keep = (spool or Spool()).keep
 
     def taken() -> list[Tensor]:
         return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)]
@@ -79,7 +83,7 @@ def features_of(layer: nn.Module, projections: Sequence[OutputProjection]) -> It
             _: nn.Module, args: tuple[Tensor, ...], one: OutputProjection = one, into: list[Tensor] = into
         ) -> None:
             features = args[0].flatten(0, -2)
-            into.append(features if one.norm or one.scale == 1 else one.scale * features)
+            into.append(keep(features if one.norm or one.scale == 1 else one.scale * features))
 
         handles.append(layer.get_submodule(one.path).register_forward_pre_hook(take))
     try:

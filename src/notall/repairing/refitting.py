@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
-from ..running.replay import record
+from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
@@ -40,6 +41,7 @@ from .direct import refit_directly
 from .kept import Kept, step_of
 from .projections import OutputProjection, features_of, find_projection
 from .readers import reading_gains
+from .spool import Spool
 from .step import Seen
 from .streams import DenseStream, LiveStep, run_all, steps_of
 
@@ -57,6 +59,7 @@ def repair(
     *,
     ridges: Sequence[float] = RIDGES,
     ahead: float = AHEAD,
+    streams: Path | None = None,
     folder: Path | None = None,
     settings: Provenance | Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -65,6 +68,7 @@ def repair(
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are tried in turn, relative to each feature's own square; `math.inf` changes nothing.
+    Streams and features of all of the text are in memory, or in files of the folder `streams`, which go with them.
     `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
     goes on where one that was killed stopped; `settings` tell it apart from others.
 
@@ -92,27 +96,39 @@ def repair(
     )
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
-        repair_of_it = Repair(Calibration(inner, batches), plan, ridges=ridges, ahead=ahead, kept=kept)
+        text = Calibration(inner, batches, streams=streams)
+        repair_of_it = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept)
         return repair_of_it.run(progress).model_copy(update={"history": (step_of("repair", about),)})
 
 
 class Calibration:
     """A model's dense stream on a text, and which of its sequences are held out: one in so many.
 
-    With `keep_all` it serves repairs of many plans.
+    With `keep_all` it serves repairs of many plans. With `streams` streams and features lie in files of that folder.
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Tensor], *, one_in: int = HELD, keep_all: bool = False
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        *,
+        one_in: int = HELD,
+        keep_all: bool = False,
+        streams: Path | None = None,
     ) -> None:
         self.model, self.anatomy = model, locate(model)
         self.layers: nn.ModuleList = model.get_submodule(self.anatomy.layers)
-        self.recordings = [record(model, input_ids=batch) for batch in batches]
+        self.spool = Spool(streams)
+        self.recordings = [self._recorded(batch) for batch in batches]
         self.held = held_out(batches, one_in)
-        self.dense = DenseStream(self.anatomy, self.layers, self.recordings, keep_all=keep_all)
+        self.dense = DenseStream(self.anatomy, self.layers, self.recordings, keep_all=keep_all, spool=self.spool)
         self.probe = record(model, input_ids=batches[0][:1, :PROBED])
         self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
         self._found: dict[str, OutputProjection | None] = {}
+
+    def _recorded(self, batch: Tensor) -> Recording:
+        recording = record(self.model, input_ids=batch)
+        return replace(recording, embedded=self.spool.keep(recording.embedded))
 
     def projection(self, part: Sublayer) -> OutputProjection | None:
         """The output projection of a sublayer, where no other layer has the same weights."""
@@ -174,7 +190,8 @@ class Repair:
         if not (following and following.gap and self.ahead):
             return self.text.dense.before(step.behind)[0]
         here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
-        return [aim + self.ahead * (gone - left) for aim, left, gone in zip(here, by, to)]
+        keep = self.text.spool.keep
+        return [keep(aim + self.ahead * (gone - left)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
@@ -200,7 +217,7 @@ class Repair:
         if projections is None:
             why = "no matrix of its own is the last before the stream"
         else:
-            with features_of(layer, projections) as features:
+            with features_of(layer, projections, self.text.spool) as features:
                 behind = self._run(step)
             metric = self.metrics[step.names]
             seen = Seen(layer, projections, self.states, behind, target, features(), self.text.held, metric)
@@ -217,7 +234,8 @@ class Repair:
     def _run(self, step: LiveStep) -> list[Tensor]:
         index = step.block.index
         self.ran += len(step.parts)
-        return list(run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings))
+        behind = run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings)
+        return [self.text.spool.keep(hidden) for hidden in behind]
 
     def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""

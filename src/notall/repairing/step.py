@@ -45,10 +45,11 @@ class Seen:
         for number, rows in enumerate(self.held):
             chosen = rows if held else ~rows
             if chosen.any():
-                streams = (self.before[number], self.behind[number], self.target[number])
-                before, behind, target = (stream[chosen].flatten(0, 1).to(self.exact) for stream in streams)
-                features = self.features[number].view(*self.target[number].shape[:2], -1)[chosen].flatten(0, 1)
-                yield features.to(self.exact), before, behind, target
+                features = self.features[number].view(*self.target[number].shape[:2], -1)
+                streams = (features, self.before[number], self.behind[number], self.target[number])
+                taken = (stream[chosen.to(stream.device)].flatten(0, 1) for stream in streams)
+                features, before, behind, target = (stream.to(rows.device, self.exact) for stream in taken)
+                yield features, before, behind, target
 
     def counts(self, target: Tensor) -> Tensor:
         """How much each token counts, (tokens,): by the mean square of its target, so that no few of them own all."""

@@ -12,6 +12,7 @@ from ..running.replay import Recording, live_steps
 from ..structure.anatomy import Anatomy, Block, Sublayer
 from ..structure.observation import Branch, LayerCall, run_branches
 from ..structure.proving import block_lines
+from .spool import Spool
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,15 @@ class DenseStream:
     """
 
     def __init__(
-        self, anatomy: Anatomy, layers: nn.ModuleList, recordings: Sequence[Recording], *, keep_all: bool = False
+        self,
+        anatomy: Anatomy,
+        layers: nn.ModuleList,
+        recordings: Sequence[Recording],
+        *,
+        keep_all: bool = False,
+        spool: Spool | None = None,
     ) -> None:
-        self.layers, self.recordings, self.keep_all = layers, recordings, keep_all
+        self.layers, self.recordings, self.keep_all, self.spool = layers, recordings, keep_all, spool or Spool()
         self.lines = [(block.index, branches) for block in anatomy.blocks for branches in block_lines(block)]
         self.at = {0: [recording.embedded for recording in recordings]}
 
@@ -69,7 +76,8 @@ class DenseStream:
         """Before each of these lines; unless all are kept, later calls may only ask for these and what is behind."""
         for place in range(max(self.at), max(lines)):
             index, branches = self.lines[place]
-            self.at[place + 1] = list(run_all(self.layers[index], index, branches, self.at[place], self.recordings))
+            behind = run_all(self.layers[index], index, branches, self.at[place], self.recordings)
+            self.at[place + 1] = [self.spool.keep(hidden) for hidden in behind]
             if place not in lines and not self.keep_all:
                 del self.at[place]
         if not self.keep_all:
@@ -86,4 +94,5 @@ def run_all(
 ) -> Iterator[Tensor]:
     """The stream behind these branches of a layer, batch by batch."""
     for hidden, recording in zip(states, recordings):
-        yield run_branches(branches, layer, hidden, LayerCall(recording.arguments[index]))
+        here = hidden.to(recording.device) if hidden.is_cpu else hidden  # from a file, maybe
+        yield run_branches(branches, layer, here, LayerCall(recording.arguments[index]))

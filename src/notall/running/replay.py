@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,11 @@ class Recording:
     inputs: dict[str, Tensor]
     embedded: Tensor  # (batch, tokens, hidden)
     arguments: tuple[dict[str, Any], ...]  # a layer each
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens are."""
+        return next(iter(self.inputs.values())).device
 
 
 @dataclass
