@@ -3,7 +3,7 @@
     python benchmarks/choosing/against_greedy.py --data DATA   # plain greedy alone takes some ten minutes of one core
 
 DATA holds `wikitext2/wiki.train.first1MB.txt` and `wikitext2/wiki.test.raw`. Both choose on the same tokens by NLL; the
-search is run before plain greedy and after it, with nothing kept in between.
+searches, with all their swaps and with few, run before plain greedy and after it, with nothing kept in between.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
+from notall.choosing.searching import PATIENCE
 from notall.choosing.space import Skipped, Space
 from notall.measuring.quality import gather, score
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain
+from notall.records.columns import number, plain, with_error
 from notall.reporting.console import show
 from notall.reporting.progress_bars import progress_bar
+
+SEARCHES = {"search": PATIENCE, "search --patience 0": 0}
 
 
 @torch.inference_mode()
@@ -70,42 +73,45 @@ def main() -> None:
     budget = by_count(space, asked.count)
     plainly(model, space, frozenset(), batches)  # warm
 
-    def search() -> tuple[Skipped, float, float]:
+    def search(patience: int) -> tuple[Skipped, float, float]:
         start = time.process_time()
-        chosen = choose_plan(model, "search", space, budget, batches, nll(batches))
+        chosen = choose_plan(model, "search", space, budget, batches, nll(batches), patience=patience)
         return frozenset(str(chosen.plan).split()), time.process_time() - start, chosen.forwards
 
-    first = search()
+    first = [search(patience) for patience in SEARCHES.values()]
     start = time.process_time()
     skipped, forwards = greedy(model, space, asked.count, batches)
     plain_seconds = time.process_time() - start
-    second = search()
-    assert first[0] == second[0]
-    plans = [space.plan(each) for each in (first[0], skipped)]
+    second = [search(patience) for patience in SEARCHES.values()]
+    assert [each[0] for each in first] == [each[0] for each in second]
+    plans = [*(space.plan(found) for found, _, _ in first), space.plan(skipped)]
     per_batch = [score(model, plans, tokens) for tokens in held_out]
-    qualities = gather(per_batch)
-    ours, theirs = ([value for scores in per_batch for value in scores[place].nll] for place in (1, 2))
-    paired, error = mean_and_error([a - b for a, b in zip(ours, theirs)])
-    seconds = [first[1], second[1]]
-    rows = [
-        {"what": "search", "seconds": min(seconds), "most": max(seconds), "forwards": first[2]},
-        {"what": "plain greedy", "seconds": plain_seconds, "most": plain_seconds, "forwards": forwards},
+    losses = [
+        torch.tensor([value for scores in per_batch for value in scores[place + 1].nll]) for place in range(len(plans))
     ]
-    rows = [row | {"delta_nll": quality.delta_nll, "se": quality.delta_nll_se} for row, quality in zip(rows, qualities)]
+    rows = []
+    for name, (_, seconds, passes), (_, again, _) in zip(SEARCHES, first, second):
+        least, most = sorted((plain_seconds / seconds, plain_seconds / again))
+        rows.append({"what": name, "seconds": min(seconds, again), "most": max(seconds, again), "forwards": passes})
+        rows[-1] |= {"part": f"1/{least:.1f} to 1/{most:.1f}"}
+    rows.append({"what": "plain greedy", "seconds": plain_seconds, "most": plain_seconds, "forwards": forwards})
+    for row, quality, own in zip(rows, gather(per_batch), losses):
+        paired, error = mean_and_error((own - losses[-1]).tolist())
+        row |= {
+            "delta_nll": quality.delta_nll,
+            "delta_nll_se": quality.delta_nll_se,
+            "paired": paired,
+            "paired_se": error,
+        }
     about = machine(model.device)
     print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
     columns = [plain("what"), number("seconds", "CPU seconds", ".1f"), number("most", "most", ".1f"),
-               number("forwards", "forward passes", ".1f"), number("delta_nll", "NLL added, held-out", ".3f"),
-               number("se", "±", ".3f")]  # fmt: skip
+               plain("part", "of plain greedy's"), number("forwards", "forward passes", ".1f"),
+               with_error("delta_nll", "NLL added, held-out"), with_error("paired", "less plain greedy's")]  # fmt: skip
     show(
         rows,
         columns,
         title=f"{asked.count} of {len(space.names)} sublayers, on {asked.sequences} x {asked.length} tokens",
-    )
-    least, most = (plain_seconds / taken for taken in (max(seconds), min(seconds)))
-    print(
-        f"1/{least:.1f} to 1/{most:.1f} of its CPU seconds, 1/{forwards / first[2]:.1f} of its forward passes; "
-        f"held-out, paired: {paired:+.3f} ± {error:.3f} nats"
     )
 
 
