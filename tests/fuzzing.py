@@ -326,7 +326,7 @@ def lines_alike(seen: Seen) -> str | None:
 def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     """Whether it has the form of one of them, but for its kind, as before there were kinds, and where it is from."""
     optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
-    if isinstance(value, dict) and value.get("record") == "leave_one_out":
+    if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
     lacking = {name for name in optional if not isinstance(value, dict) or value.get(name) is None}
     found, *forms = ({n: i for n, i in one.items() if n not in lacking} if isinstance(one, dict) else one
