@@ -9,7 +9,7 @@ import torch
 
 import forked
 from families import FAMILIES, each_structure, family
-from notall import Plan, UnsupportedModel, UsageError, locate, repair, skip
+from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
 from notall.repairing.kept import load_repaired
 from notall.repairing.projections import find_projection
@@ -135,6 +135,7 @@ def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(sha
         (Plan(), [(4, 8)], "skips nothing"),
         (Plan([9]), [(4, 8)], "layers are 0 to 3"),
         (Plan([0, 1, 2, 3]), [(4, 8)], "keep at least one"),
+        (RepairedPlan([1]), [(4, 8)], "repaired already: heal it"),
     ],
 )
 def test_what_cannot_be_repaired_is_refused(plan, shapes, said):

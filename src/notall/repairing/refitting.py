@@ -72,8 +72,8 @@ def repair(
     `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
     goes on where one that was killed stopped; `settings` tell it apart from others.
 
-    Raises `UsageError` for fewer than two sequences, a plan that does not fit or skips nothing, and a folder that
-    holds other work or is in use, and `UnsupportedModel` as `locate` does.
+    Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, and a
+    folder that holds other work or is in use, and `UnsupportedModel` as `locate` does.
     """
     sequences = sum(len(batch) for batch in batches)
     if sequences < 2:
@@ -85,6 +85,8 @@ def repair(
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
+    if isinstance(plan, RepairedPlan):
+        raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
     about = Provenance.of(
         settings or {},
         plan=plan.indices,
