@@ -312,6 +312,20 @@ def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
     assert accuracy["value"] - accuracy["dense"] == pytest.approx(accuracy["delta"])
     assert {row["check"] for row in found["battery"]} >= {"passkey at 1024", "calibration error", "repetition"}
     assert (tmp_path / "out" / "answers.jsonl").exists()
+    small = ["--sequences", 8, "--length", 16, "--dtype", "float32"]
+    run("repair", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "repaired", *small)
+    words[3] = tmp_path / "repaired"
+    with pytest.warns(UserWarning, match="goes without gsm8k"):
+        both = run(*words, *task[:-2], "--battery")
+    for kind, name in (("tasks", "metric"), ("battery", "check")):
+        rows = {of: [row for row in both[kind] if row["model"] == of] for of in ("skipped", "repaired")}
+        alone = [dict(row, model="skipped") for row in found[kind]]
+        assert [row[name] for row in rows["repaired"]] == [row[name] for row in alone]
+        plain = [{key: value for key, value in row.items() if key != "plan"} for row in rows["skipped"]]
+        assert plain == [{key: value for key, value in row.items() if key != "plan"} for row in alone]
+        same = [row["value"] for row in rows["repaired"]] == [row["value"] for row in rows["skipped"]]
+        assert same == (kind == "tasks")  # seven answers of a random model
+        assert {row["model"] for row in both[kind]} == set(rows)
 
 
 def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):

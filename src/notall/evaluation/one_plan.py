@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ def evaluate_plan(
 ) -> Evaluated:
     """Quality of `plan` on `batches` of token ids, (batch, tokens) each, then `tasks`, then the battery.
 
+    A repaired plan is set beside what it skips without its weights, each row saying which `model` it is of.
     `battery` are the windows for `run_battery`, None to leave it out; it ends with GSM8K, which is left out with a
     warning where its data can't be had. Raises as `evaluate`, `run_tasks` and `run_battery` do.
     """
@@ -65,24 +66,31 @@ def evaluate_plan(
         "batch_size": batch_size,
         "folder": folder,
     }
-    rows = _tasks(model, tokenizer, plan, tasks, limits, progress, **how) if tasks else []
+    del asked["dense"]
+    rows = _tasks(model, tokenizer, asked, tasks, limits, progress, **how) if tasks else []
     checks = []
     if battery is not None:
-        for check in run_battery(model, tokenizer, [plan], battery, progress=progress):
-            checks.append(asdict(check) | {"dense": check.value - check.delta, "worse": check.worse})
+        for check in run_battery(model, tokenizer, list(asked.values()), battery, progress=progress):
+            dense = {"dense": check.value - check.delta, "worse": check.worse}
+            checks.append(_named(asked, check.plan) | asdict(check) | dense)
         if not any(row["task"].endswith(GSM8K) for row in rows):
             try:
                 least = [str(GSM8K_DOCUMENTS), *limits]
-                rows += _tasks(model, tokenizer, plan, [GSM8K], least, progress, **how | {"num_fewshot": None})
+                rows += _tasks(model, tokenizer, asked, [GSM8K], least, progress, **how | {"num_fewshot": None})
             except UsageError as error:
                 warnings.warn(f"the battery goes without {GSM8K}: {error}", stacklevel=2)
     return Evaluated(quality, rows, checks)
 
 
+def _named(plans: Mapping[str, Plan], number: int) -> Row:
+    """Which of several plans a row is of; nothing where there is one."""
+    return {"model": [*plans][number]} if len(plans) > 1 else {}
+
+
 def _tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    plans: Mapping[str, Plan],
     tasks: Sequence[str],
     limits: Sequence[str],
     progress: Progress,
@@ -95,7 +103,7 @@ def _tasks(
     for result in run_tasks(
         model,
         tokenizer,
-        [plan],
+        list(plans.values()),
         tasks,
         limit=Limits.parse(limits),
         progress=progress,
@@ -103,7 +111,8 @@ def _tasks(
     ):
         sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]
         rows.append(
-            {
+            _named(plans, result.number)
+            | {
                 "task": result.task,
                 "metric": result.metric,
                 "num_fewshot": result.num_fewshot,
