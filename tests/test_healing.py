@@ -115,6 +115,22 @@ def test_one_step_is_one_step_of_adamw_on_the_plain_loss():
         torch.testing.assert_close(found.weights[path], parameter.detach(), rtol=1e-4, atol=2e-5)
 
 
+def test_the_dense_model_answers_on_each_text_once(monkeypatch):
+    """What is trained on is seen once, what it stops by at every look."""
+    model, seen = llama(), []
+
+    def states(asked, ids, plain=healing._states):
+        seen.append((asked is model, ids.tolist()))
+        return plain(asked, ids)
+
+    monkeypatch.setattr(healing, "_states", states)
+    heal(model, PLAN, TRAINED, HELD_OUT, rate=1e-3)
+    of_dense = [ids for is_dense, ids in seen if is_dense]
+    assert len(of_dense) == len(TRAINED) + len(HELD_OUT)
+    assert all(of_dense.count(batch.tolist()) == 1 for batch in HELD_OUT)
+    assert sum(ids == HELD_OUT[0].tolist() for is_dense, ids in seen if not is_dense) > 5
+
+
 def test_where_nothing_gets_better_it_keeps_what_it_began_with():
     model = llama()
     begun = repair(model, PLAN, TRAINED)

@@ -234,17 +234,25 @@ class _Distillation(Trainer):
     def __init__(self, *, run: _Run, **options: Any) -> None:
         super().__init__(**options)
         self.run, self.scorer = run, TokenScorer(run.teacher)
+        self.aims: dict[bytes, Tensor] = {}  # on held-out text, which is looked at again and again
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """KL(dense || skipped) of the next token, mean over tokens, in nats."""
         with torch.no_grad():
             aim = _states(self.run.teacher, inputs["input_ids"])
-        return _Distance.apply(_states(model, inputs["input_ids"]), aim, self.scorer).mean()
+        return self._distance(model, inputs["input_ids"], aim)
+
+    def _distance(self, model: nn.Module, ids: Tensor, aim: Tensor) -> Tensor:
+        return _Distance.apply(_states(model, ids), aim, self.scorer).mean()
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            ids = self._prepare_inputs(inputs)["input_ids"]
+            which = ids.cpu().numpy().tobytes()
+            if which not in self.aims:
+                self.aims[which] = _states(self.run.teacher, ids)
+            return self._distance(model, ids, self.aims[which]), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         into = Path(output_dir or self.args.output_dir)
