@@ -92,6 +92,8 @@ def repair(
     )
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
+        if kept and kept.has(step.names for step in come_to(steps_of(anatomy, plan), ahead)):
+            return kept.finish(plan)
         repair_of_it = Repair(Calibration(inner, batches), plan, ridges=ridges, ahead=ahead, kept=kept)
         return repair_of_it.run(progress)
 
@@ -156,25 +158,18 @@ class Repair:
         for number, step in enumerate(self.steps):
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
             following = self.steps[number + 1] if number + 1 < len(self.steps) else None
-            is_near = step.gap or bool(following and following.gap and self.ahead)
-            if is_near or (apart and not self.near):
+            near = is_near(step, following, self.ahead)
+            if near or (apart and not self.near):
                 self.states = self._refit(step, self._target(step, following))
             elif apart:
                 self.states = self._run(step)
             else:
                 (self.states,) = self.text.dense.before(step.behind)
-            apart = apart or is_near
+            apart = apart or near
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
         if self.kept:
-            self.kept.finish(self.plan)
-        return RepairedPlan(
-            self.plan.attention,
-            self.plan.mlp,
-            fingerprint=self.plan.fingerprint,
-            note=self.plan.note,
-            weights=self.weights,
-            refits=tuple(self.refits),
-        )
+            return self.kept.finish(self.plan)
+        return RepairedPlan.of(self.plan, weights=self.weights, refits=tuple(self.refits))
 
     def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
         """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
@@ -231,6 +226,17 @@ class Repair:
         found = [self.text.projection(part) for part in step.parts]
         own = tuple(one for one in found if one is not None)
         return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
+
+
+def is_near(step: LiveStep, following: LiveStep | None, ahead: float) -> bool:
+    """Whether a step stands before a gap, or before a step that does."""
+    return step.gap or bool(following and following.gap and ahead)
+
+
+def come_to(steps: Sequence[LiveStep], ahead: float) -> Sequence[LiveStep]:
+    """The steps that a repair refits or leaves alone: from the first that is near a gap, or behind one, to the last."""
+    first = (place for place, pair in enumerate(zip(steps, [*steps[1:], None])) if is_near(*pair, ahead))
+    return steps[0 if steps[0].line else next(first, len(steps)) :]
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
