@@ -17,6 +17,7 @@ from ..records.measured import MeasuredRecord, State
 from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..running.repaired import RepairedPlan
+from ..structure.locating import locate
 from .refitting import digest_of
 
 
@@ -37,7 +38,7 @@ def measure(
     with lines.lock(folder):
         kept = Ledger(folder, MeasuredRecord)
         for text, batches in texts.items():
-            about = {name: _about(settings, plan, batches) for name, plan in plans.items()}
+            about = {name: _about(model, settings, plan, batches) for name, plan in plans.items()}
             keys = {name: (text, name, about[name].key) for name in plans}
             lacking = [name for name in plans if keys[name] not in kept]
             if lacking:
@@ -55,11 +56,12 @@ def measure(
     return found
 
 
-def _about(settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
+def _about(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
     """What decides the figures."""
     return Provenance.of(
         settings,
         plan=plan.indices,
+        fingerprint=locate(model).fingerprint,
         weights=plan.digest if isinstance(plan, RepairedPlan) else "none",
         windows=digest_of(batches),
     )
