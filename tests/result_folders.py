@@ -160,6 +160,45 @@ def chosen(count: int, **changes: Any) -> dict[str, Any]:
     return row | found | times | changes
 
 
+def measured(text: str, model: str, lost: float | None, **changes: Any) -> dict[str, Any]:
+    """What a plan of three attentions loses on a text, in one of its states."""
+    found = record("attention", 0.33, False, lost)
+    about = {"what": {"model": "tiny", "fingerprint": f"llama-{LAYERS + 2}x64-00000000"}, "where": {"device": "cpu"}}
+    kept = {name: found[name] for name in (*QUALITY, "plan")}
+    return {"record": "measured", "text": text, "model": model, **kept, "provenance": about} | changes
+
+
+def headed(*rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"record": "header", "provenance": {"what": {"model": "tiny"}, "where": {}}}, *rows]
+
+
+def refits() -> list[dict[str, Any]]:
+    """Of what stands before a gap and behind it; one was left alone."""
+    left = {"attn.5": 0.9, "mlp.5": 0.7, "mlp.6": 0.8, "attn.10": 1.0, "mlp.10": 0.95}
+    about = {"record": "refit", "seconds": 0.1, "why": ""}
+    return headed(
+        *(
+            about | {"sublayers": [name], "left": part, "ridge": None if part == 1 else 0.3}
+            for name, part in left.items()
+        )
+    )
+
+
+def looks() -> list[dict[str, Any]]:
+    """How far a healing was."""
+    far = ((0, 0.4), (512, 0.3), (1024, 0.25))
+    return headed(*({"record": "healing", "tokens": tokens, "held_out_kl": kl, "seconds": 1.0} for tokens, kl in far))
+
+
+def all_measured(before: str = "skipped", after: str = "repaired") -> list[dict[str, Any]]:
+    """On two texts."""
+    return [
+        measured(text, model, lost * share)
+        for text, lost in (("prose, other windows", 0.4), ("book.txt", 0.8))
+        for model, share in ((before, 1), (after, 0.25))
+    ]
+
+
 def benched(variant: str, model: str, **changes: Any) -> dict[str, Any]:
     times = ("prefill", "decode", "speed", "params", "weight", "kv_", "plan", "peak", "provenance")
     row = {

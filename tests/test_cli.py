@@ -16,12 +16,17 @@ import pytest
 import torch
 import typer
 
+import forked
 import notall
 from families import family
 from notall import Plan, UsageError, cli
 from notall.choosing import comparison
 from notall.cli import inspecting, measuring
 from notall.cli.inputs import two_texts
+from notall.measuring import quality
+from notall.records.ledger import read
+from notall.records.measured import MeasuredRecord
+from notall.repairing import refitting
 from notall.reporting import extras
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tokenizer import byte_tokenizer
@@ -123,7 +128,7 @@ def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
 REPAIR = ["--sequences", "8", "--length", "16", "--batch-size", "4", "--dtype", "float32", "--json"]
 
 
-def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_path):
+def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_path, monkeypatch):
     path, out = tmp_path / "plan.json", tmp_path / "repaired"
     Plan([2, 4], [3]).save(path)
     code, shown, err = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
@@ -136,7 +141,11 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     assert [line["sublayers"] for line in lines[1:]] == [refit["sublayers"] for refit in found["refits"]]
     assert str(tmp_path) not in (out / "refits.jsonl").read_text()
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)  # it goes on, with nothing left
+    assert read(out / "measured.jsonl", MeasuredRecord)[1].row() == found["quality"][1]
+    with monkeypatch.context() as patched:  # it goes on, with nothing left
+        for module in (quality, refitting):
+            patched.setattr(module, "record", lambda *_, **__: pytest.fail("a forward pass"))
+        code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
     assert (code, json.loads(again)) == (0, found)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--json")
@@ -175,6 +184,61 @@ def test_repair_measures_on_the_texts_it_is_given(run, folder, tmp_path):
     assert {row["text"] for row in rows} == {"three.txt"}
     what = json.loads((out / "refits.jsonl").read_text().splitlines()[0])["provenance"]["what"]
     assert [text["text"] for text in what["texts"]] == ["one.txt", "two.txt"]
+
+
+def untimed(line):
+    """A record without what differs from run to run."""
+    return {name: value for name, value in line.items() if name not in ("provenance", "seconds")}
+
+
+def test_what_is_killed_while_it_measures_has_lost_nothing(run, folder, tmp_path):
+    path, out = tmp_path / "plan.json", tmp_path / "repaired"
+    Plan([4]).save(path)
+    (tmp_path / "book.txt").write_text("the river runs under the old bridge " * 100)
+    command = ["repair", folder, "--plan", path, "--out", out, "--text", tmp_path / "book.txt", *REPAIR]
+    dies = "import os; from notall.repairing import measured; measured.evaluate = lambda *_: os._exit(9)"
+    assert forked.run(f"{dies}; {forked.NOTALL}", *command).returncode == 9
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert "plan.json" in before
+    assert "measured.jsonl" not in before
+    code, shown, err = run(*command)
+    assert (code, err) == (0, "")
+    assert {name: (out / name).read_bytes() for name in before} == before
+    fresh = json.loads(run(*command[:5], tmp_path / "fresh", *command[6:])[1])
+    assert [[untimed(row) for row in json.loads(shown)[table]] for table in fresh] == [
+        [untimed(row) for row in fresh[table]] for table in fresh
+    ]
+
+
+def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
+    path, repaired, out = tmp_path / "plan.json", tmp_path / "repaired", tmp_path / "healed"
+    Plan([4]).save(path)
+    assert run("repair", folder, "--plan", path, "--out", repaired, *REPAIR)[0] == 0
+    heal = ["--tokens", "64", "--length", "16", "--dtype", "float32", "--json"]
+    for plan, before in ((path, "skipped"), (repaired, "repaired")):
+        command = ["heal", folder, "--plan", plan, "--out", out / before, *heal]
+        code, shown, err = run(*command)
+        assert (code, err) == (0, "")
+        rows = json.loads(shown)["quality"]
+        assert [row["model"] for row in rows] == [before, "healed"]
+        assert [one.row() for one in read(out / before / "measured.jsonl", MeasuredRecord)] == rows
+        with monkeypatch.context() as patched:
+            patched.setattr(quality, "record", lambda *_, **__: pytest.fail("it was measured again"))
+            assert run(*command)[1] == shown
+        assert run("eval", folder, "--plan", out / before, *QUICK)[0] == 0
+
+
+def test_search_keeps_what_the_repair_of_its_choice_gives_back(run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    command = ["search", folder, "--kind", "attention", "--count", "1", "--criterion", "deepest", "--repair"]
+    size = ["-o", path, "--sequences", "4", "--length", "16", "--dtype", "float32", "--json"]
+    code, shown, err = run(*command, *size, "--held-out", "prose")
+    assert (code, err) == (0, "")
+    rows = json.loads(shown)["quality"]
+    assert [row["model"] for row in rows] == ["skipped", "repaired"]
+    assert [one.row() for one in read(tmp_path / "plan.search" / "measured.jsonl", MeasuredRecord)] == rows
+    assert json.loads(run(*command, *size, "--held-out", "prose")[1])["quality"] == rows
+    assert set(json.loads(run(*command, *size)[1])) == {"search"}
 
 
 def test_what_repair_cannot_take_is_one_line(run, folder, tmp_path):

@@ -292,6 +292,21 @@ def test_a_search_is_a_map_and_a_table(view, tmp_path):
     assert len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
 
 
+@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize("figure", ["refits", "healing"])
+def test_a_repair_is_a_figure_over_its_table(view, tmp_path, figure, width, colours):
+    rows = {"refits": result_folders.refits(), "healing": result_folders.looks()}[figure]
+    folder = result_folders.write(tmp_path / "r", measured=result_folders.all_measured(), **{figure: rows})
+    page = view(write_report(folder, tmp_path / "report.html"), width, colours)
+    assert page.get_attribute("body", "data-drawn") == "2"
+    assert marks(page, figure, "symbol") == len(rows) - 1
+    assert hatched(page) == 3
+    assert page.locator("#table-measured tbody tr").count() == 4
+    assert page.locator(f"#table-{figure} tbody tr").count() == len(rows) - 1
+    assert page.locator(".card").count() == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_a_bench_is_bars_and_a_table(view, tmp_path):
     folder = result_folders.write(tmp_path / "b", bench=result_folders.all_benched())
     page = view(write_report(folder, tmp_path / "report.html"))

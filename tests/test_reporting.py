@@ -326,6 +326,72 @@ def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
     assert told(row) == "2 sublayers skipped; skipped in this order: attn.9, attn.8."
 
 
+def test_a_repair_shows_what_it_gives_back_and_what_became_of_each_sublayer(tmp_path):
+    folder = result_folders.write(tmp_path, measured=result_folders.all_measured(), refits=result_folders.refits())
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    data = data_of(page)
+    assert list(data["specs"]) == ["map", "refits"]
+    drawn = [(row["kind"], row["layer"], row["left"]) for row in data["specs"]["refits"]["data"]["values"]]
+    assert drawn[:2] == [("attention", 5, 0.9), ("MLP", 5, 0.7)]
+    assert len(drawn) == 5
+    assert [plan["skipped"] for plan in data["plans"]] == [["attn.7", "attn.8", "attn.9"]]
+    assert data["plans"][0]["told"] == "3 sublayers skipped."
+    assert page.index("<h2>Before and after</h2>") < page.index("<h2>What became of each kept sublayer</h2>")
+    rows = list(csv.DictReader(io.StringIO(data["csv"]["measured"])))
+    assert [(row["text"], row["model"], float(row["delta_nll"])) for row in rows[2:]] == [
+        ("book.txt", "skipped", 0.8),
+        ("book.txt", "repaired", 0.2),
+    ]
+    read = read_folder(folder)
+    assert read.layers == result_folders.LAYERS + 2  # as the fingerprint says
+    assert [(card.title, card.figure, card.text) for card in findings_of(read)] == [
+        ("prose, other windows", "+0.10", "repaired; +0.40 nats a token (± 0.04) skipped"),
+        ("book.txt", "+0.20", "repaired; +0.80 nats a token (± 0.08) skipped"),
+    ]
+
+
+def test_a_repair_that_was_killed_shows_what_is_refit(tmp_path):
+    folder = result_folders.write(tmp_path, refits=result_folders.refits())
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    assert list(data_of(page)["specs"]) == ["refits"]
+    assert "What <bdi>tiny</bdi> can do without" in page  # as the first line says
+    assert findings_of(read_folder(folder)) == []
+
+
+def test_a_parallel_block_is_drawn_as_one():
+    both = [row | {"sublayers": ["attn.3", "mlp.3"]} for row in result_folders.refits()[1:2]]
+    lacking = [both[0] | {"left": None}]
+    (row,) = plots.refit_layers([*both, *lacking]).to_dict()["data"]["values"]
+    assert row == {"layer": 3, "kind": "block", "left": 0.9}
+
+
+def test_a_healing_is_what_it_gives_back_over_its_tokens(tmp_path):
+    measured = result_folders.all_measured("repaired", "healed")
+    again = result_folders.measured("book.txt", "healed", 0.1)  # of what was healed anew: the last one counts
+    folder = result_folders.write(tmp_path, measured=[*measured, again], healing=result_folders.looks())
+    data = data_of(write_report(folder, tmp_path / "r.html").read_text())
+    assert list(data["specs"]) == ["healing", "map"]
+    assert data["specs"]["healing"]["data"]["values"] == [
+        {"tokens": 0, "kl": 0.4},
+        {"tokens": 512, "kl": 0.3},
+        {"tokens": 1024, "kl": 0.25},
+    ]
+    assert [card.text for card in findings_of(read_folder(folder))] == [
+        "healed; +0.40 nats a token (± 0.04) repaired",
+        "healed; +0.80 nats a token (± 0.08) repaired",
+    ]
+    assert findings_of(read_folder(folder))[1].figure == "+0.10"
+
+
+def test_a_search_shows_what_the_repair_of_its_choice_gives_back(tmp_path):
+    measured = [*result_folders.all_measured(), result_folders.measured("other", "skipped", None)]
+    folder = result_folders.write(tmp_path, chosen=[result_folders.chosen(3)], measured=measured)
+    page = write_report(folder, tmp_path / "r.html").read_text()
+    assert 'id="table-measured"' in page
+    assert [plan["name"] for plan in data_of(page)["plans"]] == ["search by kl: 3 attention"]
+    assert "0.800 ± 0.080" in page
+
+
 def test_a_bench_is_held_against_the_dense_model_that_it_was_timed_with(tmp_path):
     rows = result_folders.all_benched()
     folder = result_folders.write(tmp_path, bench=rows)

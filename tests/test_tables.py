@@ -25,6 +25,7 @@ from notall.evaluation.paper import claims, running, scoreboard
 from notall.records.bench import BenchRecord
 from notall.records.columns import number, plain, with_error
 from notall.records.comparison import ComparisonRecord
+from notall.records.measured import MeasuredRecord
 from notall.records.provenance import Provenance
 from notall.records.search import SearchRecord
 from notall.records.similarity import SimilarityRecord
@@ -138,8 +139,8 @@ TABLES = {
     "eval": (rows(**TWO), lists.QUALITY_COLUMNS, ("model", "NLL added", "KL")),
     "bench": (rows(**PLANS), BenchRecord.columns, ("skipped", "decode speedup", "weights", "KV/token", "peak memory")),
     "repair": (
-        rows(text=["wiki.test.raw, other windows"] * 2, model=["skipped", "repaired"]),
-        lists.REPAIR_COLUMNS,
+        rows(text=["wiki.test.raw, other windows"] * 2, model=["skipped", "repaired"], plan=PLANS["plan"][1:] * 2),
+        MeasuredRecord.columns,
         ("text", "model", "NLL added"),
     ),
     "tasks": (

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from ..choosing.comparison import Aim
     from ..choosing.space import Space
+    from ..records.measured import State
     from ..records.plan import Plan
     from ..records.provenance import Provenance
 
@@ -158,7 +159,8 @@ def search(
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
-    from .repairing import repaired_by
+    from ..repairing.measured import measure
+    from .repairing import repaired_by, shown_quality
 
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
@@ -195,7 +197,7 @@ def search(
             progress=bar,
         )
         found.plan.save(out)
-        plans = {"skipped": found.plan}
+        plans: dict[State, Plan] = {"skipped": found.plan}
         if repair:
             beside = out.with_name(f"{out.stem}.repaired")
             plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
@@ -207,7 +209,13 @@ def search(
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
     title = f"{out}: {budget.description}, skip {found.plan}"
     table = Shown([record.row()], SearchRecord.columns, title)
-    _show_choice(net, table, plans, {other["text"]: others} if other else {}, as_json)
+    if not repair:
+        show(table.rows, table.columns, as_json=as_json, title=title)
+        return
+    with progress_bar() as bar:
+        texts = {other["text"]: others} if other else {}
+        measured = shown_quality(measure(net, plans, texts, folder, settings, bar), "before the repair, and after it")
+    show_all({"search": table} | ({"quality": measured} if other else {}), as_json=as_json)
 
 
 def _refuse_before_loading(criterion: str, objective: str | None, front: bool, repair: bool, max_nll: bool) -> None:
@@ -225,24 +233,6 @@ def _refuse_before_loading(criterion: str, objective: str | None, front: bool, r
     if repair and (objective or max_nll):
         raise UsageError("--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll")
     need(*criterion_of(criterion).needs)
-
-
-def _show_choice(
-    net: PreTrainedModel, choice: Shown, plans: dict[str, Plan], held_out: dict[str, list[Tensor]], as_json: bool
-) -> None:
-    """The choice and, if it was repaired, what it costs on held-out text before that and after."""
-    from .columns import REPAIR_COLUMNS
-    from .repairing import measured_on_texts
-
-    if len(plans) == 1:
-        show(choice.rows, choice.columns, as_json=as_json, title=choice.title)
-        return
-    with progress_bar() as bar:
-        rows = measured_on_texts(net, plans, held_out, bar)
-    tables = {"search": choice}
-    if rows:
-        tables["quality"] = Shown(rows, REPAIR_COLUMNS, "before the repair, and after it")
-    show_all(tables, as_json=as_json)
 
 
 def _draw_front(

@@ -17,7 +17,6 @@ INSPECT_COLUMNS = (
 )
 FOOTPRINT_COLUMNS = (MODEL, *SIZE)
 QUALITY_COLUMNS = (MODEL, *QUALITY, number("sequences", "sequences", "d"))
-REPAIR_COLUMNS = (plain("text"), *QUALITY_COLUMNS)
 TASK_COLUMNS = (*TASK, MODEL, DIFFERENCE, WORSE, P, VALUE, DENSE, *DOCUMENTS)
 CHECK_COLUMNS = (plain("check"), MODEL, DIFFERENCE, WORSE, P, VALUE, DENSE)
 FILE_COLUMNS = (plain("file"), size("bytes", "size"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..progress import Progress
+    from ..records.measured import MeasuredRecord, State
     from ..records.plan import Plan
     from ..records.provenance import Provenance
     from ..running.repaired import RepairedPlan
@@ -75,8 +76,8 @@ def repair(
     """
     from ..records.ledger import refuse_foreign
     from ..records.repair import RefitRecord
+    from ..repairing.measured import measure
     from ..repairing.refitting import repair as repair_plan
-    from .columns import REPAIR_COLUMNS
 
     refuse_foreign(out, "repair")
     wanted = _given(plan)
@@ -87,11 +88,11 @@ def repair(
     with progress_bar() as progress:
         fit = texts.together(batch_size)
         repaired = repair_plan(net, wanted, fit, streams=streams, folder=out, settings=settings, progress=progress)
-        shown = measured_on_texts(net, {"skipped": wanted, "repaired": repaired}, texts.other, progress)
+        measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     refits: list[Row] = [refit.row() for refit in repaired.refits if as_json or refit.ridge is not None or refit.why]
     tables = {
         "refits": Shown(refits, RefitRecord.columns, f"{out}: {_counted(repaired)}"),
-        "quality": Shown(shown, REPAIR_COLUMNS, f"skip {wanted}: before the repair and after it"),
+        "quality": shown_quality(measured, f"skip {wanted}: before the repair and after it"),
     }
     show_all(tables, as_json=as_json)
 
@@ -134,7 +135,8 @@ def heal(
     from ..records.healing import HealRecord
     from ..records.ledger import read, refuse_foreign
     from ..repairing.healing import heal as heal_plan
-    from .columns import REPAIR_COLUMNS
+    from ..repairing.measured import measure
+    from ..running.repaired import RepairedPlan
 
     refuse_foreign(out, "heal")
     wanted = _given(plan)
@@ -162,11 +164,12 @@ def heal(
             seed=seed,
             progress=progress,
         )
-        shown = measured_on_texts(net, {"before": wanted, "healed": healed}, texts.other, progress)
+        before: State = "repaired" if isinstance(wanted, RepairedPlan) else "skipped"
+        measured = measure(net, {before: wanted, "healed": healed}, texts.other, out, settings, progress)
     looks: list[Row] = [look.row() for look in read(out / HealRecord.file, HealRecord)]
     tables = {
         "healing": Shown(looks, HealRecord.columns, f"{out}: KL on text that was not trained on"),
-        "quality": Shown(shown, REPAIR_COLUMNS, f"skip {wanted}: before the healing and after it"),
+        "quality": shown_quality(measured, f"skip {wanted}: before the healing and after it"),
     }
     show_all(tables, as_json=as_json)
 
@@ -267,18 +270,11 @@ def _given(path: Path | None) -> Plan:
     return read_plan(path)
 
 
-def measured_on_texts(
-    net: PreTrainedModel, plans: dict[str, Plan], other: dict[str, list[Tensor]], progress: Progress
-) -> list[Row]:
+def shown_quality(measured: list[MeasuredRecord], title: str) -> Shown:
     """A row a text and plan."""
-    from ..measuring.quality import evaluate
+    from ..records.measured import MeasuredRecord
 
-    rows: list[Row] = []
-    for name, windows in other.items():
-        progress(0, 1, f"measuring on {name}")
-        found = evaluate(net, list(plans.values()), windows)
-        rows += [{"text": name, "model": of, **asdict(one)} for of, one in zip(plans, found)]
-    return rows
+    return Shown([one.row() for one in measured], MeasuredRecord.columns, title)
 
 
 def _counted(repaired: RepairedPlan) -> str:

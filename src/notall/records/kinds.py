@@ -13,6 +13,7 @@ from .benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from .healing import HealRecord
 from .leave_one_out import LeaveOneOutRecord
+from .measured import MeasuredRecord
 from .provenance import PLACES
 from .record import HeaderRecord, QualityFields, Record, TimeFields
 from .repair import RefitRecord
@@ -23,7 +24,7 @@ from .sweep import SampleRecord, ScoresRecord, SweepRecord
 _ALL: tuple[type[Record], ...] = (
     *(SweepRecord, ScoresRecord, SampleRecord, SimilarityRecord, LeaveOneOutRecord),
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
-    *(SearchRecord, EvaluationRecord, BenchRecord, RefitRecord, HealRecord),
+    *(SearchRecord, EvaluationRecord, BenchRecord, RefitRecord, HealRecord, MeasuredRecord),
     *(BenchmarkRecord, BatteryRecord, TimesRecord, AnswersRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}

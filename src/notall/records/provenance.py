@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -30,6 +31,11 @@ class Provenance(BaseModel):
             return about.model_copy(update={"what": {**about.what, **more}}) if more else about
         what = {name: value for name, value in about.items() if name not in PLACES}
         return cls(what=what | more, where={name: about[name] for name in PLACES if name in about})
+
+    @property
+    def key(self) -> str:
+        """`what` as one text, to compare."""
+        return json.dumps(self.what, sort_keys=True)
 
     @property
     def flat(self) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 from pydantic import Field
@@ -92,4 +91,4 @@ class SearchRecord(Record, SpentFields, Skips):
     @property
     def key(self) -> Key:
         """Chosen again from the same text, it is the same choice."""
-        return (*super().key, self.provenance and json.dumps(self.provenance.what, sort_keys=True))
+        return (*super().key, self.provenance and self.provenance.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,8 +41,15 @@ class Kept:
             save_file({path: weight.cpu() for path, weight in weights.items()}, self.folder / _file(refit))
         self.refits.add(refit)
 
-    def finish(self, plan: Plan) -> None:
+    def has(self, steps: Iterable[tuple[str, ...]]) -> bool:
+        """Whether all of these steps are done with, by the names of their sublayers."""
+        return all((names,) in self.refits for names in steps)
+
+    def finish(self, plan: Plan) -> RepairedPlan:
+        """The plan with all that was refit."""
+        weights = {path: weight for refit in self.refits for path, weight in self.weights(refit).items()}
         plan.save(self.folder / PLAN)
+        return RepairedPlan.of(plan, weights=weights, refits=tuple(self.refits))
 
 
 def step_of(by: str, about: Provenance) -> RepairStep:

@@ -98,9 +98,12 @@ def repair(
     )
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
-        text = Calibration(inner, batches, streams=streams)
-        repair_of_it = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept)
-        return repair_of_it.run(progress).model_copy(update={"history": (step_of("repair", about),)})
+        if kept and kept.has(step.names for step in come_to(steps_of(anatomy, plan), ahead)):
+            found = kept.finish(plan)
+        else:
+            text = Calibration(inner, batches, streams=streams)
+            found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
+        return found.model_copy(update={"history": (step_of("repair", about),)})
 
 
 class Calibration:
@@ -174,17 +177,17 @@ class Repair:
         for number, step in enumerate(self.steps):
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
             following = self.steps[number + 1] if number + 1 < len(self.steps) else None
-            is_near = step.gap or bool(following and following.gap and self.ahead)
-            if is_near or (apart and not self.near):
+            near = is_near(step, following, self.ahead)
+            if near or (apart and not self.near):
                 self.states = self._refit(step, self._target(step, following))
             elif apart:
                 self.states = self._run(step)
             else:
                 (self.states,) = self.text.dense.before(step.behind)
-            apart = apart or is_near
+            apart = apart or near
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
         if self.kept:
-            self.kept.finish(self.plan)
+            return self.kept.finish(self.plan)
         return RepairedPlan.of(self.plan, weights=self.weights, refits=tuple(self.refits))
 
     def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
@@ -244,6 +247,17 @@ class Repair:
         found = [self.text.projection(part) for part in step.parts]
         own = tuple(one for one in found if one is not None)
         return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
+
+
+def is_near(step: LiveStep, following: LiveStep | None, ahead: float) -> bool:
+    """Whether a step stands before a gap, or before a step that does."""
+    return step.gap or bool(following and following.gap and ahead)
+
+
+def come_to(steps: Sequence[LiveStep], ahead: float) -> Sequence[LiveStep]:
+    """The steps that a repair refits or leaves alone: from the first that is near a gap, or behind one, to the last."""
+    first = (place for place, pair in enumerate(zip(steps, [*steps[1:], None])) if is_near(*pair, ahead))
+    return steps[0 if steps[0].line else next(first, len(steps)) :]
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:

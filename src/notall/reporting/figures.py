@@ -20,6 +20,7 @@ TIMES = {
 }
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token"}
 FRONT = "front"  # what the names of its panels begin with
+BESIDE = {"refits": plots.refit_layers, "healing": plots.healing_layers}  # above the table of that name
 NAMES = ("criterion", "aim", "space")
 
 
@@ -36,6 +37,8 @@ def draw_all(folder: Folder) -> dict[str, Row]:
         drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=460)
     if folder.kind == "compare":
         drawn |= draw_comparison(folder.records)
+    beside = {name: draw(folder.others[name]) for name, draw in BESIDE.items() if name in folder.others}
+    drawn |= {name: chart.properties(height=300) for name, chart in beside.items()}
     return {name: plots.spec_of(chart.properties(width="container")) for name, chart in drawn.items()}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ..records.columns import Row
+from ..records.measured import State
 from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
 from .folder import Folder
 from .plots import front
@@ -35,7 +37,7 @@ def told(record: Row) -> str:
     """One sentence of a plan's figures."""
     count = len(sublayers(record))
     parts = [f"{count} sublayer{'s' if count > 1 else ''} skipped" if count else "nothing is skipped"]
-    if count and "delta_nll" in record:
+    if count and "delta_nll" in record and "text" not in record:  # of a repair, the cards say it for each text
         parts.append(_loss(record))
     if count and "speedup_decode" in record:
         low, middle, high = (record[f"speedup_decode{end}"] for end in ("_low", "", "_high"))
@@ -53,7 +55,9 @@ def findings_of(folder: Folder) -> list[Finding]:
         return _of_sweep(folder)
     if folder.kind == "compare":
         return _of_comparison(folder.records)
-    return _of_search(folder.records[-1]) if folder.kind == "search" else []
+    if folder.kind == "search":
+        return _of_search(folder.records[-1])
+    return _of_repair(folder.others.get("measured", ()))
 
 
 def _of_sweep(folder: Folder) -> list[Finding]:
@@ -137,6 +141,20 @@ def _of_search(record: Row) -> list[Finding]:
     text = ", ".join(f"{column.text(record)} {column.heading}" for column in (evaluations, seconds))
     text += "" if record["in_time"] else "; the time was up before the search was done"
     return [*found, Finding("Took", forwards.text(record), forwards.heading, text)]
+
+
+def _of_repair(measured: Sequence[Row]) -> list[Finding]:
+    """For each text what is lost in the end, and what was before."""
+    texts: dict[str, dict[str, Row]] = {}
+    for row in measured:
+        if _lost(row):
+            texts.setdefault(row["text"], {})[row["model"]] = row
+    found = []
+    for text, rows in list(texts.items())[:MOST_CARDS]:
+        *before, after = sorted(rows.values(), key=lambda row: get_args(State).index(row["model"]))
+        told = "; ".join([after["model"], *(f"{_loss(row)} {row['model']}" for row in before)])
+        found.append(Finding(text, f"{after['delta_nll']:+.2f}", f"{_error(after)} nats a token", told))
+    return found
 
 
 def _lost(record: Row) -> bool:

@@ -17,7 +17,7 @@ from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, 
 from ..records.fingerprint import Fingerprint
 from ..records.kinds import kind_at
 from ..records.leave_one_out import LeaveOneOutRecord
-from ..records.ledger import read
+from ..records.ledger import header_of, read
 from ..records.record import Record
 from ..records.search import EvaluationRecord, SearchRecord
 from ..records.similarity import SimilarityRecord
@@ -63,11 +63,11 @@ class Folder:
 
     @cached_property
     def plans(self) -> tuple[Row, ...]:
-        """The records, else one of each configuration that other files are about."""
+        """The records, else one of each configuration or plan that other files are about."""
         found: dict[str, Row] = {}
         for rows in self.others.values():
             for row in rows:
-                if {"variant", "fraction", "keep_last", "plan"} <= row.keys():
+                if "plan" in row:
                     found.setdefault(name_of(row), row)
         return self.records or tuple(found.values())
 
@@ -115,7 +115,9 @@ def _rows_of(files: Mapping[type[Record], Path], kind: type[Record]) -> tuple[Ro
 
 def _rows(file: Path, kind: type[Record]) -> list[Row]:
     records: Iterable[Record] = pairs_of(read(file, BenchRecord)) if kind is BenchRecord else read(file, kind)
-    return [record.row() for record in records]
+    header = header_of(file) if kind.headed else None
+    about = {"provenance": header.provenance.flat} if header else {}
+    return [record.row() | about for record in records]
 
 
 def _latest(records: list[Row]) -> tuple[Row, ...]:

@@ -15,7 +15,7 @@ from altair.utils.mimebundle import spec_to_mimebundle
 from ..errors import UsageError
 from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
-from ..records.record import CONFIGURED, DELTA_NLL, SPEEDUPS, VARIANTS
+from ..records.record import CONFIGURED, DELTA_NLL, KL, SPEEDUPS, VARIANTS
 from .printable import printable
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -93,6 +93,36 @@ def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
         for row in similarity
         if _is_number(row["cosine"])
     ]
+    cosine = alt.Y("cosine:Q", title="cosine of the features before and after", scale=_snug(16))
+    return _by_depth(rows, cosine, alt.Tooltip("cosine:Q", format=".4f"))
+
+
+def refit_layers(refits: Sequence[Row]) -> alt.LayerChart:
+    """How much of the error each refit left, by depth, without size and theme; rows are as `RefitRecord` has them."""
+    rows = []
+    for refit in refits:
+        kinds, layers = zip(*(name.split(".") for name in refit["sublayers"]))
+        kind = {"attn": "attention", "mlp": "MLP"}[kinds[0]] if len(kinds) == 1 else "block"
+        if _is_number(refit["left"]):
+            rows.append({"layer": int(layers[0]), "kind": kind, "left": refit["left"]})
+    left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
+    return _by_depth(rows, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
+
+
+def healing_layers(looks: Sequence[Row]) -> alt.LayerChart:
+    """The KL on text that is not trained on, over the training, without size and theme; rows as of `HealRecord`."""
+    rows = [{"tokens": row["tokens"], "kl": row["held_out_kl"]} for row in looks if _is_number(row["held_out_kl"])]
+    lines = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("tokens:Q", title="tokens trained on", axis=alt.Axis(format=",d"), scale=_snug(12)),
+        y=alt.Y("kl:Q", title=f"held-out {KL.titled}", scale=_snug(16)),
+        tooltip=[alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("kl:Q", title=KL.heading, format=".4f")],
+    )
+    colour = alt.expr("colour_attention")
+    return lines.mark_line(strokeWidth=2, color=colour) + lines.mark_point(filled=True, size=50, color=colour)
+
+
+def _by_depth(rows: Sequence[Row], y: alt.Y, tooltip: alt.Tooltip) -> alt.LayerChart:
+    """A line and a colour for each `kind` of `rows`, over the layers."""
     layers = alt.Axis(
         values=sorted({row["layer"] for row in rows}),
         format="d",
@@ -103,10 +133,10 @@ def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
     chosen = alt.selection_point(fields=["kind"], bind="legend")
     lines = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("layer:Q", title="layer", axis=layers, scale=_snug(12)),
-        y=alt.Y("cosine:Q", title="cosine of the features before and after", scale=_snug(16)),
+        y=y,
         color=_colour("kind", rows),
         opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
-        tooltip=["kind:N", "layer:Q", alt.Tooltip("cosine:Q", format=".4f")],
+        tooltip=["kind:N", "layer:Q", tooltip],
     )
     points = lines.mark_point(filled=True, size=38).add_params(chosen)
     return lines.mark_line(strokeWidth=2) + points

@@ -14,8 +14,8 @@ SHORT_NAME = 120  # letters of a name in a heading or a figure; the tables' CSV 
 
 def kind_of(record: Row) -> str:
     """The command that wrote it."""
-    marks = {"variant": "sweep", "criterion": "compare", "chosen": "search"}
-    return next((kind for mark, kind in marks.items() if mark in record), "bench")
+    marks = {"variant": "sweep", "criterion": "compare", "chosen": "search", "prompt_tokens": "bench"}
+    return next((kind for mark, kind in marks.items() if mark in record), "repair")
 
 
 def name_of(record: Row) -> str:
@@ -28,6 +28,8 @@ def name_of(record: Row) -> str:
     if kind == "bench":
         tokens = f"{record['prompt_tokens']} + {record['new_tokens']} tokens"
         return f"{counted(record['plan'])}, {tokens}, batch {record['batch_size']}"
+    if kind == "repair":
+        return counted(record["plan"])
     if record["variant"] == "dense":
         return "dense"
     kept = ", last layer kept" if record["keep_last"] else ""

@@ -15,7 +15,14 @@ from .folder import STEPPED
 from .rows import name_of, sublayers
 
 IN_TABLES = {Path(kind.file).stem: kind for kind in KINDS.values() if kind.columns}
-TITLES = {"benchmarks": "Benchmarks", "battery": "What accuracy hides", "times": "Times"}
+TITLES = {
+    "measured": "Before and after",
+    "healing": "How the healing went",
+    "refits": "What became of each kept sublayer",
+    "benchmarks": "Benchmarks",
+    "battery": "What accuracy hides",
+    "times": "Times",
+}
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
 
@@ -52,7 +59,7 @@ def stepped_table(kind: str, records: Sequence[Row]) -> Table:
 def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
     """What another command wrote; its rows show the plan of their name on the map."""
     kind = IN_TABLES.get(name)
-    shown = tuple(plans.get(name_of(record)) if kind else None for record in records)
+    shown = tuple(plans.get(name_of(record)) if kind and "plan" in record else None for record in records)
     return _table(name, records, kind, shown)
 
 
