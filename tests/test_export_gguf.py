@@ -172,6 +172,34 @@ def test_a_repaired_plan_answers_as_the_skipped_model_with_its_weights(dense, tm
             torch.testing.assert_close(exported(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+# Nats: llama.cpp keeps keys and values in float16, and rounds what it multiplies with quantised matrices to 8 bits.
+KINDS = {Kind.F32: 5e-3, Kind.F16: 5e-3, Kind.Q8_0: 0.06, Kind.Q4_K: 0.1}
+
+
+@needs_llamacpp
+@pytest.mark.parametrize(("kind", "most"), KINDS.items(), ids=[kind.name for kind in KINDS])
+def test_llamacpp_answers_with_repaired_weights(kind, most, tmp_path, caplog):
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}  # Q4_K has blocks of 256
+    dense = write_tiny(family("llama").build(**sizes, eos_token_id=None), tmp_path / "dense.gguf", kind=kind)
+    model, _ = load(dense, dtype="float32", device="cpu")
+    repaired = repair(model, PLANS["portable"], [torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3])
+    out = export(dense, repaired, "gguf", tmp_path / "out", verify=False)
+    written = read_gguf(next(out.glob("*.gguf")))
+    kinds = {tensor.quantization for name, tensor in written.tensors.items() if name.startswith("blk.")}
+    unwritten = kind == Kind.Q4_K  # by the library: what is repaired falls back to 8 bits, and says so
+    assert kinds == {Kind.F32, kind} | ({Kind.Q8_0} if unwritten else set())
+    assert ("repaired weights that were Q4_K are written in 8 bits" in caplog.text) == unwritten
+    tokens = [5, 30, 31, 32, 90, 41, 7]
+    found = llamacpp.next_token_logprobs(written.path, tokens)
+
+    def off(plan):
+        with skip(model, plan), torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        return max(abs(value - float(expected[token])) for token, value in found.items())
+
+    assert off(repaired) < most < off(repaired.unrepaired) / 2
+
+
 # --- what the files hold ----------------------------------------------------------------------------------------------
 
 

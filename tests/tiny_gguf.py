@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, TokenType
+from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,8 +29,11 @@ NAMES = {
 }
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "") -> Path:
-    """Write a Llama or Qwen2 whose vocabulary is `WORDS`; `without` names a tensor to leave out."""
+def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "", kind: Kind = Kind.F32) -> Path:
+    """Write a Llama or Qwen2 whose vocabulary is `WORDS`, its blocks' matrices in a type that `packed` knows.
+
+    `without` names a tensor to leave out.
+    """
     config, writer = model.config, GGUFWriter(path, model.config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -43,12 +48,28 @@ def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "") -> Path
     _add_tokenizer(writer)
     for name, tensor in _tensors(model).items():
         if name != without:
-            writer.add_tensor(name, np.ascontiguousarray(tensor.detach().numpy()))
+            values = np.ascontiguousarray(tensor.detach().numpy())
+            own = kind if name.startswith("blk.") and values.ndim > 1 else Kind.F32
+            writer.add_tensor(name, packed(values, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def packed(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """As `quantize` does, and for Q4_K, which that does not write, with one scale for all 256 values of a block."""
+    if kind != Kind.Q4_K:
+        return quantize(values, kind)
+    blocks = values.reshape(-1, 256)
+    least = np.minimum(blocks.min(1, keepdims=True), 0)
+    step = (blocks.max(1, keepdims=True) - least) / 15
+    nibbles = np.rint((blocks - least) / step).astype(np.uint8).reshape(-1, 4, 2, 32)
+    ones = np.tile(np.array([1] * 8 + [0x11] * 4, np.uint8), (len(blocks), 1))  # eight scales and minima, 6 bits each
+    pieces = [np.hstack([step, -least]).astype(np.float16).view(np.uint8), ones]
+    pieces.append((nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128))
+    return np.hstack(pieces).reshape(len(values), -1)
 
 
 def _add_tokenizer(writer: GGUFWriter) -> None:
