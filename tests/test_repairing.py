@@ -363,7 +363,9 @@ def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.randn(3, 5).T, torch.arange(7).to(torch.bfloat16), torch.empty(0, 4)], ids=str
+    "tensor",
+    [torch.arange(15.0).view(3, 5).T, torch.arange(7).to(torch.bfloat16), torch.empty(0, 4)],
+    ids=["turned", "half", "none"],
 )
 def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
     kept = Spool(tmp_path).keep(tensor)
