@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import result_folders
 from notall.errors import UsageError
 from notall.reporting import plots
 
@@ -152,6 +153,41 @@ def test_a_kind_has_its_colour_whichever_others_are_drawn(kinds):
     wanted = {name: {"expr": f"colour_{name}"} for name in ("attention", "MLP", "block") if name.lower() in kinds}
     assert dict(zip(drawn["domain"], drawn["range"])) == wanted
     assert dict(zip(alike["domain"], alike["range"])) == wanted
+
+
+WAYS = [
+    result_folders.compared(way, "attention", count, 0.1 * count, repair=repair)
+    for way in ("search", "cosine")
+    for repair in ("none", "refit", "nbl")
+    for count in (2, 4)
+]
+
+
+def front_of(records):
+    rows = plots.front_rows(records)
+    return plots.front_layers(rows, plots.criterion_colours(rows))
+
+
+def test_a_repair_has_a_dash_and_a_mark_in_its_criterions_colour():
+    scales = {channel: encoding(front_of(WAYS), channel)["scale"] for channel in ("color", "strokeDash", "shape")}
+    assert scales["color"]["domain"] == ["search", "cosine"]
+    assert scales["strokeDash"]["domain"] == scales["shape"]["domain"] == ["none", "refit", "nbl"]
+    dashes, marks = scales["strokeDash"]["range"], scales["shape"]["range"]
+    assert dashes[0] == [1, 0]  # what is not repaired is a whole line, whichever comes first
+    assert len(set(map(tuple, dashes))) == len(set(marks)) == 3
+    assert encoding(front_of(WAYS[2:]), "strokeDash")["scale"] == scales["strokeDash"]
+
+
+def test_where_nothing_is_repaired_there_is_no_legend_of_repairs():
+    drawn = front_of([row for row in WAYS if row["repair"] == "none"]).to_dict()
+    assert not [layer for layer in drawn["layer"] if {"strokeDash", "shape"} & layer["encoding"].keys()]
+
+
+def test_quality_against_speed_tells_repaired_plans_by_their_marks():
+    rows = plots.front_rows(WAYS)
+    drawn = plots.compared_layers(rows, plots.criterion_colours(rows))
+    assert encoding(drawn, "shape")["field"] == "among"
+    assert {row["among"] for row in rows} == {"attention", "attention, refit", "attention, nbl"}
 
 
 @pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS[:2]])

@@ -378,8 +378,8 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
     assert "| added |" in table
     assert "| deepest | nll | ghosted |" in table
     assert name_of(repaired[1].row()) == "deepest by nll, ghosted: 2 attention"
-    names = {row["criterion"] for row in plots.front_rows([record.row() for record in repaired])}
-    assert names == {"deepest", "deepest, ghosted", "shallowest", "shallowest, ghosted"}
+    names = {(row["criterion"], row["repair"]) for row in plots.front_rows([record.row() for record in repaired])}
+    assert names == {(name, repair) for name in ("deepest", "shallowest") for repair in ("none", "ghosted")}
 
 
 def test_an_unknown_repair_is_refused_before_anything_is_done():

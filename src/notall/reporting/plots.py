@@ -24,6 +24,8 @@ PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the sa
 SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
             "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5",
             "#393b79", "#8c6d31", "#843c39", "#7b4173")  # fmt: skip
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [12, 4], [1, 3])  # of plans as they are, then of each repair
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 LAST = {False: "skipped too", True: "kept"}
 
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
@@ -175,10 +177,13 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
-    """Quality lost against decode speedup of `front_rows` that were timed: a colour a criterion, a shape a space."""
+    """Quality lost against decode speedup of `front_rows` that were timed: a colour a criterion, a shape a space.
+
+    What is repaired has a shape of its own.
+    """
     series, chosen = _series(rows, _speedup(), HELD_OUT, _by_criterion(rows, colours))
     points = series.mark_point(filled=True, size=60).encode(
-        shape=alt.Shape("space:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
+        shape=alt.Shape("among:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
         tooltip=[*_asked(), alt.Tooltip("speedup:Q", format=".3f")],
     )
     return alt.LayerChart(layer=[*_bars(series), _front(rows), points.add_params(chosen), *_dense()])
@@ -187,8 +192,9 @@ def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Laye
 def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
     """Quality lost (`delta_nll`) against what is skipped, a line a criterion, a panel for what it chose among.
 
-    Records are as `comparison.compare_criteria` answers them: criterion, aim, space, count, delta_nll, delta_nll_se.
-    Losses of 1 nat and more get a logarithmic scale, linear near 0.
+    What was repaired is dashed in its criterion's colour, with a dash and a mark for each repair. Records are as
+    `comparison.compare_criteria` answers them: criterion, aim, space, count, repair, delta_nll, delta_nll_se. Losses
+    of 1 nat and more get a logarithmic scale, linear near 0.
     """
     rows = front_rows(records)
     layers = front_layers(rows, criterion_colours(rows)).properties(width=300, height=300)
@@ -201,8 +207,13 @@ def front_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerCh
     """What a panel of `front_chart` draws of `front_rows`, without size, title and theme."""
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16))
     series, chosen = _series(rows, counts, HELD_OUT, _by_criterion(rows, colours))
+    lines = series.mark_line(strokeWidth=1.5)
     points = series.mark_point(filled=True, size=50).encode(tooltip=_asked())
-    return series.mark_line(strokeWidth=1.5) + _bars(series)[0] + points.add_params(chosen)
+    repairs = list(dict.fromkeys([UNREPAIRED, *(row["repair"] for row in rows)]))
+    if len(repairs) > 1:
+        lines = lines.encode(strokeDash=alt.StrokeDash("repair:N", scale=_each(repairs, DASHES)))
+        points = points.encode(shape=alt.Shape("repair:N", scale=_each(repairs, SHAPES)))
+    return lines + _bars(series)[0] + points.add_params(chosen)
 
 
 def front_rows(records: Sequence[Row]) -> list[Row]:
@@ -289,13 +300,15 @@ def _tradeoff_row(record: Row) -> Row:
 
 
 def _front_row(record: Row, records: Sequence[Row]) -> Row:
-    """A criterion goes by its name, by its aim too where there are several, and by what repaired its plans."""
+    """A criterion goes by its name, and by its aim too where there are several."""
     aims = {other["aim"] for other in records if other["criterion"] == record["criterion"]}
     names = [record["criterion"], *([record["aim"]] if len(aims) > 1 else [])]
-    names += [record["repair"]] if record.get("repair", UNREPAIRED) != UNREPAIRED else []
+    repair = record.get("repair", UNREPAIRED)
     return {
         "criterion": ", ".join(names),
         "space": record["space"],
+        "repair": repair,
+        "among": record["space"] + (f", {repair}" if repair != UNREPAIRED else ""),
         "count": record["count"],
         **_measured(record),
     }
@@ -406,6 +419,11 @@ def _colour(field: str, rows: Sequence[Row]) -> alt.Color:
     )
 
 
+def _each(names: Sequence[str], values: Sequence[Any]) -> alt.Scale:
+    """A value in turn for each name."""
+    return alt.Scale(domain=list(names), range=[value for _, value in zip(names, cycle(values))])
+
+
 def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
     names = [name for name in colours if any(row["criterion"] == name for row in rows)]
     scale = alt.Scale(domain=names, range=[colours[name] for name in names])
@@ -413,7 +431,13 @@ def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
 
 
 def _asked() -> list[Any]:
-    return ["criterion:N", "space:N", "count:Q", alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f")]
+    return [
+        "criterion:N",
+        "space:N",
+        "repair:N",
+        "count:Q",
+        alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f"),
+    ]
 
 
 def _is_number(value: float | None) -> bool:
