@@ -328,6 +328,8 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
+    if all(form.get("repair", "none") == "none" for form in models if isinstance(form, dict)):
+        optional |= {"repair"}  # likewise
     lacking = {name for name in optional if not isinstance(value, dict) or value.get(name) is None}
     found, *forms = ({n: i for n, i in one.items() if n not in lacking} if isinstance(one, dict) else one
                      for one in (value, *models))  # fmt: skip
