@@ -246,7 +246,8 @@ def alike(value: Any, model: Any, name: str = "") -> bool:
             model and not model.keys() & {"record"} and all(" " in key or len(key) > 20 for key in model)
         ):
             return True
-        return value.keys() == model.keys() and all(alike(value[key], model[key], key) for key in model)
+        known = value.keys() <= model.keys() if name == "scores" else value.keys() == model.keys()
+        return known and all(alike(value[key], model[key], key) for key in value)  # scores that lack are made anew
     if isinstance(model, list):
         return isinstance(value, list) and all(not model or any(alike(one, it, name) for it in model) for one in value)
     if name == "batches" and type(value) is int:  # "all", or how many: then it is of a part that is not asked for
@@ -328,8 +329,6 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
-    if all(form.get("repair", "none") == "none" for form in models if isinstance(form, dict)):
-        optional |= {"repair"}  # likewise
     lacking = {name for name in optional if not isinstance(value, dict) or value.get(name) is None}
     found, *forms = ({n: i for n, i in one.items() if n not in lacking} if isinstance(one, dict) else one
                      for one in (value, *models))  # fmt: skip
