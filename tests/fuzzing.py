@@ -274,6 +274,11 @@ def page_is_read(seen: Seen) -> str | None:
     return None
 
 
+def if_page_is_read(seen: Seen) -> str | None:
+    """Of a report that; of other commands, whatever they say is taken."""
+    return page_is_read(seen) if seen.command.startswith("report") else None
+
+
 # Files of which a command reads no more than the first line: those behind the figures, and what is not asked anew.
 UNREAD = {
     "report": ("scores.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl", "plan_times.jsonl", "answers.jsonl"),
@@ -576,13 +581,15 @@ KINDS: dict[str, Kind] = {
     "repair": Kind(
         made_by(REPAIR),
         ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json"),
-        (REPAIR, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+        (REPORT, REPAIR, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+        if_page_is_read,
     ),
-    "half a repair": Kind(half_repaired, ("r/*.jsonl", "r/*.safetensors"), (REPAIR,)),
+    "half a repair": Kind(half_repaired, ("r/*.jsonl", "r/*.safetensors"), (REPORT, REPAIR), if_page_is_read),
     "heal": Kind(
         made_by(HEAL),
         ("r/*.jsonl", "r/*.safetensors", "r/plan.json"),
-        (HEAL, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+        (REPORT, HEAL, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
+        if_page_is_read,
     ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
