@@ -94,7 +94,7 @@ def heal(
         fingerprint=anatomy.fingerprint,
         dtype=dtype_name(inner),
         training=digest_of(batches),
-        held_out=digest_of(held_out),
+        stops_by=digest_of(held_out),
         train=train,
         rate=rate,
         train_seed=seed,
