@@ -159,8 +159,7 @@ def search(
     from ..choosing.latency import Workload
     from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
-    from ..repairing.measured import measure
-    from .repairing import repaired_by, shown_quality
+    from .repairing import repaired_by
 
     folder = out.with_name(f"{out.stem}.search")
     refuse_foreign(folder, "search")
@@ -212,10 +211,24 @@ def search(
     if not repair:
         show(table.rows, table.columns, as_json=as_json, title=title)
         return
+    texts = {other["text"]: others} if other else {}
+    show_all({"search": table} | _quality(net, plans, texts, folder, settings), as_json=as_json)
+
+
+def _quality(
+    net: PreTrainedModel,
+    plans: dict[State, Plan],
+    texts: dict[str, list[Tensor]],
+    folder: Path,
+    settings: Provenance,
+) -> dict[str, Shown]:
+    """A table of what the plans cost on held-out texts, before the repair and after it; none without a text."""
+    from ..repairing.measured import measure
+    from .repairing import shown_quality
+
     with progress_bar() as bar:
-        texts = {other["text"]: others} if other else {}
-        measured = shown_quality(measure(net, plans, texts, folder, settings, bar), "before the repair, and after it")
-    show_all({"search": table} | ({"quality": measured} if other else {}), as_json=as_json)
+        measured = measure(net, plans, texts, folder, settings, bar)
+    return {"quality": shown_quality(measured, "before the repair, and after it")} if texts else {}
 
 
 def _refuse_before_loading(criterion: str, objective: str | None, front: bool, repair: bool, max_nll: bool) -> None:
