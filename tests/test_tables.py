@@ -103,6 +103,7 @@ CHOSEN = {"chosen": ["leave-one-out by 0.5*kl+task:arc_easy: 13 sublayer"]}
 PLANS = {"plan": [{}, {"attention": [*range(40)], "mlp": [*range(12)]}]}
 UNMEASURED = ("chosen", "cost", "dense_cost", "in_time", "evaluations", "forwards", "seconds")
 TASKS = ["arc_challenge", "mmlu_high_school_european_history", "truthfulqa_mc2"]
+STATES = ["skipped", "repaired", "skipped"]
 CLAIMS = {
     "claim": [
         "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
@@ -144,14 +145,14 @@ TABLES = {
         ("text", "model", "NLL added"),
     ),
     "tasks": (
-        rows(task=TASKS, metric=["acc_norm,none", "exact_match,strict-match", "acc,none"]),
+        rows(task=TASKS, model=STATES, metric=["acc_norm,none", "exact_match,strict-match", "acc,none"]),
         lists.TASK_COLUMNS,
-        ("task", "metric", "difference"),
+        ("task", "model", "difference"),
     ),
     "battery": (
-        rows(check=["passkey at 1024", "calibration error", "repetition"]),
+        rows(check=["passkey at 1024", "calibration error", "repetition"], model=STATES),
         lists.CHECK_COLUMNS,
-        ("check", "difference", "worse"),
+        ("check", "model", "difference", "worse"),
     ),
     "paper": (rows(**CLAIMS), claims.COLUMNS, ("claim", "verdict")),
     "export": (
