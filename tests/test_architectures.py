@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from families import FAMILIES, TRANSFORMERS_5, Family, representatives, silenced, stack_of
+from families import FAMILIES, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from notall.structure.anatomy import cache_argument
 from notall.structure.observation import ModuleOp
@@ -39,7 +39,7 @@ EXACT = 1e-5
 REFUSED_IN_4 = {"gpt2 (scaled by layer)"}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@each_structure(FAMILIES)
 def test_every_sublayer_is_found_and_skipped_exactly(family: Family) -> None:
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")

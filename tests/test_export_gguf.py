@@ -176,6 +176,7 @@ def test_a_repaired_plan_answers_as_the_skipped_model_with_its_weights(dense, tm
 KINDS = {Kind.F32: 5e-3, Kind.F16: 5e-3, Kind.Q8_0: 0.06, Kind.Q4_K: 0.1}
 
 
+@pytest.mark.slow
 @needs_llamacpp
 @pytest.mark.parametrize(("kind", "most"), KINDS.items(), ids=[kind.name for kind in KINDS])
 def test_llamacpp_answers_with_repaired_weights(kind, most, tmp_path, caplog):

@@ -158,6 +158,7 @@ def test_cut_on_the_left_as_the_harness_cuts(tokenizer, folder):
         check_equal(results, small, tokenizer, TaskShelf(folder).build(name, 1, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_default_model_on_real_questions(default_model, tmp_path):
     if not DATA.is_dir():

@@ -88,6 +88,7 @@ def blocked(arguments):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_extras_the_main_job_runs_and_the_rest_says_what_to_install(tmp_path):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     swept = blocked(["sweep", model, "--out", tmp_path / "results", *QUICK])
@@ -99,6 +100,7 @@ def test_without_extras_the_main_job_runs_and_the_rest_says_what_to_install(tmp_
     assert "pip install 'notall[report]'" in report.stderr
 
 
+@pytest.mark.slow
 def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     (tmp_path / "text.txt").write_text("a bird sings under the winter light of an old stone; " * 4)

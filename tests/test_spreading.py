@@ -85,7 +85,7 @@ def sweep_on(options, folder, address, workers=1, **environment):
         return forked.run(forked.NOTALL, *words.split())
 
 
-@pytest.mark.parametrize("address", ["nowhere", "ray://127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["nowhere", pytest.param("ray://127.0.0.1:1", marks=pytest.mark.slow)])
 def test_no_cluster_is_one_line(options, tmp_path, address):
     quickly = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
     done = sweep_on(options, tmp_path, address, **quickly)
@@ -96,6 +96,7 @@ def test_no_cluster_is_one_line(options, tmp_path, address):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_answer_as_one_process(workers, model, plans):
     expected = score(model, plans[1:], TOKENS)
@@ -108,6 +109,7 @@ def test_two_workers_answer_as_one_process(workers, model, plans):
         assert greedy == greedy_here
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path):
     timed = grid.Timed(prompt_tokens=4, new_tokens=1, rounds=1)
@@ -120,6 +122,7 @@ def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path
         assert (ours.nll, ours.kl) == (theirs.nll, theirs.kl)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, model, plans, monkeypatch):
     many = [Request(tuple(range(5, 60 + n % 30)), (n % 50 + 3,)) for n in range(120)]
