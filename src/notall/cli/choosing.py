@@ -161,7 +161,7 @@ def search(
     from ..records.search import SearchRecord
     from .repairing import repaired_by
 
-    folder = out.with_name(f"{out.stem}.search")
+    folder, beside = (out.with_name(f"{out.stem}.{end}") for end in ("search", "repaired"))
     refuse_foreign(folder, "search")
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
@@ -198,7 +198,6 @@ def search(
         found.plan.save(out)
         plans: dict[State, Plan] = {"skipped": found.plan}
         if repair:
-            beside = out.with_name(f"{out.stem}.repaired")
             plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
     measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]} if other else {}
     about = provenance_of(net, model, revision, **described, **measured_on, fingerprint=found.plan.fingerprint)
@@ -206,13 +205,12 @@ def search(
     keep_choice(folder, record)
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
-    title = f"{out}: {budget.description}, skip {found.plan}"
-    table = Shown([record.row()], SearchRecord.columns, title)
+    table = Shown([record.row()], SearchRecord.columns, f"{out}: {budget.description}, skip {found.plan}")
     if not repair:
-        show(table.rows, table.columns, as_json=as_json, title=title)
+        show(table.rows, table.columns, as_json=as_json, title=table.title)
         return
-    texts = {other["text"]: others} if other else {}
-    show_all({"search": table} | _quality(net, plans, texts, folder, settings), as_json=as_json)
+    held = {other["text"]: others} if other else {}
+    show_all({"search": table} | _quality(net, plans, held, folder, settings), as_json=as_json)
 
 
 def _quality(
