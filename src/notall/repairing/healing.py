@@ -39,7 +39,7 @@ from ..running.skipping import remove
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced
-from .kept import PLAN, keep_healed, load_repaired, step_of
+from .kept import BEFORE, PLAN, keep_healed, load_repaired, step_of
 from .projections import find_projection
 from .readers import is_norm
 from .refitting import PROBED, digest_of
@@ -90,7 +90,6 @@ def heal(
         settings or {},
         plan=plan.indices,
         repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
-        before=[step.model_dump(mode="json") for step in history],
         fingerprint=anatomy.fingerprint,
         dtype=dtype_name(inner),
         training=digest_of(batches),
@@ -98,7 +97,9 @@ def heal(
         train=train,
         rate=rate,
         train_seed=seed,
+        **{BEFORE: [step.model_dump(mode="json") for step in history]},
     )
+    history += (step_of("heal", about),)
     with working_in(folder, "heal") if folder else nullcontext(), TemporaryDirectory() as scratch:
         kept = Ledger(folder, HealRecord, about) if folder else None
         if folder and (folder / PLAN).is_file():
@@ -107,7 +108,7 @@ def heal(
         run = _Run(inner, student, own, Path(folder or scratch), kept, progress)
         run.train(batches, held_out, rate, seed)
         weights = before | {path: one.detach().to(inner.dtype) for path, one in own.items()}
-        healed = RepairedPlan.of(plan, weights=weights, history=(*history, step_of("heal", about)))
+        healed = RepairedPlan.of(plan, weights=weights, history=history)
         if folder:
             keep_healed(folder, healed)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

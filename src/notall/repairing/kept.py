@@ -53,7 +53,7 @@ class Kept:
 
 
 def step_of(by: str, about: Provenance) -> RepairStep:
-    """What made weights, as a plan's `history` has it."""
+    """What made weights, as a plan's `history` has it. Raises `ValueError` for `texts` that say no name and hash."""
     told_elsewhere = ("plan", "fingerprint", BEFORE)
     settings = {name: value for name, value in about.what.items() if name not in told_elsewhere}
     return RepairStep.model_validate({**settings, "by": by})

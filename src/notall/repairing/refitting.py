@@ -96,6 +96,7 @@ def repair(
         ridges=list(ridges),
         ahead=ahead,
     )
+    history = (step_of("repair", about),)
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
         if kept and kept.has(step.names for step in come_to(steps_of(anatomy, plan), ahead)):
@@ -103,7 +104,7 @@ def repair(
         else:
             text = Calibration(inner, batches, streams=streams)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
-        return found.model_copy(update={"history": (step_of("repair", about),)})
+        return found.model_copy(update={"history": history})
 
 
 class Calibration:
