@@ -1,6 +1,6 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers4 test-engines engines architectures bench bench-engines lint fix \
+.PHONY: help setup demo test tests test-transformers4 test-engines engines architectures bench bench-engines lint fix \
   docs screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
@@ -49,7 +49,11 @@ demo: setup ## run the paper's experiment on the default model: table, figures a
 	$(VENV)/bin/notall sweep --out results/demo
 	$(VENV)/bin/notall report results/demo -o results/demo/report.html
 
-test: lint ## check style and types, then run the tests
+# Side by side: the tests wait for other processes now and then.
+test: setup ## check style and types, and run the tests
+	$(MAKE) --no-print-directory -j2 lint tests
+
+tests: setup
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
 
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57

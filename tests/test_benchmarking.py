@@ -168,6 +168,7 @@ run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice
 """
 
 
+@pytest.mark.slow
 @pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on(model, folder, tmp_path):
     assert forked.run(KILLED, tmp_path / "whole", folder).returncode == 0

@@ -17,6 +17,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 ROOT = Path(__file__).parent.parent
 GENERATED = {"architectures.md", "commands.md", "engines.md"}
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
+LONG = {"choosing.md", "index.md", "repairing.md"}  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {
     "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt 4 --new 2 --rounds 1",
@@ -75,7 +76,9 @@ def check_line(line):
     typer.main.get_command(cli.app).commands[command].make_context(command, arguments)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in LONG else []) for p in PAGES]
+)
 def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
     namespace = {}
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)

@@ -146,6 +146,7 @@ def test_what_llamacpp_says_is_told(llama, tmp_path):
     assert not isinstance(refusal.value, UnknownArchitecture)
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_the_default_model_answers_within_its_quantisation(default_model, tmp_path):
     model, tokenizer = default_model

@@ -123,10 +123,8 @@ def test_regrouped_generates_as_the_skipped_model(exported, name, plan):
         assert_close(torch.stack(found.scores), torch.stack(expected.scores))
 
 
-QUICK = ("llama",)  # the others take minutes, and come with `make test-engines`
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASES)
 def test_regrouped_compiles_whole(exported, name):
     """With a static cache, a prompt and a token that follows it."""
     if REGROUPED[name if name != "gemma3" else "gemma3_text"].experts and TRANSFORMERS_4:
@@ -228,8 +226,13 @@ BY_DEPTH = {"gpt2 (scaled by layer)", "diffllama", "minicpm3"}
 UNTOLD = {"axk1", "kolibri1"}  # in their files it takes transformers to tell the attention's tensors from the MLP's
 REFUSED = {*BY_DEPTH, *NEEDS_VALUES}  # an export reads the structure of the model without its weights
 ORDINARY = [f for f in FAMILIES if f.exists and f.name not in REFUSED and f.auto is AutoModelForCausalLM]
-# Whoever leaves alternating sublayers right leaves whole blocks right.
-WHOLE = [f for f in ORDINARY if f in representatives() or f.name in engines.refusing("hf", "portable")]
+# Whoever leaves alternating sublayers right leaves whole blocks right: only the others are tried each time.
+BLOCKS_ALONE = engines.refusing("hf", "portable")
+WHOLE = [
+    f if f.name in BLOCKS_ALONE | {"llama"} else pytest.param(f, marks=pytest.mark.slow)
+    for f in ORDINARY
+    if f in representatives() or f.name in BLOCKS_ALONE
+]
 
 
 @pytest.mark.parametrize("family", WHOLE, ids=str)

@@ -117,7 +117,7 @@ def check_equal(results, model, tokenizer, job):
         ("tiny_text", 20, 20),
         ("tiny_words", 20, 20),
         ("tiny_group", 20, 2 * 20 * 4),
-        ("tiny_nested", None, 2 * 55 * 4),
+        pytest.param("tiny_nested", None, 2 * 55 * 4, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("shots", [0, 2])
@@ -278,6 +278,7 @@ def test_the_leaderboard_has_its_shots_and_metrics():
     ]
 
 
+@pytest.mark.slow
 def test_openllm_is_six_tasks_of_the_harness():
     assert TaskShelf().names(["openllm", "arc_challenge"]) == [b.task for b in OPENLLM]
 

@@ -377,8 +377,9 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.any_transformers
-@pytest.mark.parametrize("stage", ["battery.jsonl", pytest.param("times.jsonl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["battery.jsonl", "times.jsonl"])
 def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     model, task_path = folders
     words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "6"]

@@ -49,11 +49,13 @@ def with_odd_gains(hand: Hand):
 
 
 TWINS = [*((hand, name) for hand in (DIRECT[0], NORMED[0]) for name in PLANS)]
-TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
+OTHER_TWINS = [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
 
 
 @pytest.mark.parametrize(
-    ("hand", "plan"), [pytest.param(hand, PLANS[name], id=f"{hand}-{name}") for hand, name in TWINS]
+    ("hand", "plan"),
+    [pytest.param(hand, PLANS[name], id=f"{hand}-{name}") for hand, name in TWINS]
+    + [pytest.param(hand, PLANS[name], id=f"{hand}-{name}", marks=pytest.mark.slow) for hand, name in OTHER_TWINS],
 )
 def test_it_comes_to_what_the_slow_twin_comes_to(hand, plan):
     """Ridges and weights, with the change of the next gap aimed at in part, and without."""

@@ -63,6 +63,7 @@ def test_a_fingerprint_tells_shapes_apart(change: dict[str, int]) -> None:
     assert fingerprint(AutoConfig.for_model("llama", **shape)) != fingerprint(AutoConfig.for_model("llama", **LLAMA))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_llama_70b_in_little_memory() -> None:
     program = """

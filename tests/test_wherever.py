@@ -118,7 +118,8 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_compiled_whole_with_a_static_cache(name: str) -> None:
     from transformers import StaticCache
 
@@ -239,7 +240,8 @@ def test_bfloat16(name: str) -> None:
         close(model(BATCH).logits, expected, 2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_flex_attention(name: str) -> None:
     model = family(name).build("flex_attention", head_dim=16)
     tokens = BATCH.repeat(1, 4)  # on a CPU, torch 2.13 answers noise for fewer than 16 tokens
