@@ -485,7 +485,7 @@ def test_the_help_is_a_tour_with_an_example_for_each_command(run):
         "Choose what to skip",
         "Measure what",
         "Show what",
-        "Exit codes: 0 done; 2 bad input",
+        "Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed",
     ):
         assert words in " ".join(out.split())
     for name, command in commands().items():
@@ -612,30 +612,6 @@ def test_search_by_other_budgets(run, folder, tmp_path, budget):
     assert row["chosen"].startswith("search by nll: " if budget[0] == "--max-nll" else "search by kl: ")
     if "max" in budget[0]:
         assert row["cost"] - row["dense_cost"] <= 0.3
-
-
-def test_search_by_speedup_says_what_was_predicted_and_measured(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
-    command = [
-        "search",
-        folder,
-        "--speedup",
-        "1.05",
-        "--prompt",
-        "8",
-        "--new",
-        "4",
-        "-o",
-        tmp_path / "plan.json",
-        *QUICK,
-    ]
-    code, out, err = run(*command, "--json")
-    assert (code, err) == (0, "")
-    (row,) = json.loads(out)
-    assert row["chosen"] == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
-    assert row["predicted_speedup"] >= 1.05
-    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
-    assert len(list((tmp_path / "cache" / "times").iterdir())) == 1
 
 
 @pytest.fixture

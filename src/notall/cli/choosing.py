@@ -14,7 +14,7 @@ from ..records.columns import Row
 from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
-from .app import CHOOSE, app
+from .app import CHOOSE, MISSED, app
 from .inputs import (
     Loading,
     budget_line,
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..choosing.choice import ChosenPlan
     from ..choosing.comparison import Aim
     from ..choosing.space import Space
     from ..records.measured import State
@@ -172,7 +173,7 @@ def search(
     among = space_of(net, kind, portable, keep_first, keep_last)
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
-    budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
+    budget, aim = budget_of(net, among, amounts, Workload(prompt, new, batch))
     goal = build_objective(
         objective or aim, net, tokenizer, batches, prompts=prompts, task_path=task_path, task_limit=task_limit
     )
@@ -191,7 +192,6 @@ def search(
             patience=patience,
             seed=seed,
             held_out=others,
-            times=times,
             after_repair=repair,
             progress=bar,
         )
@@ -208,9 +208,21 @@ def search(
     table = Shown([record.row()], SearchRecord.columns, f"{out}: {budget.description}, skip {found.plan}")
     if not repair:
         show(table.rows, table.columns, as_json=as_json, title=table.title)
+        _end(found, budget.description)
         return
     held = {other["text"]: others} if other else {}
     show_all({"search": table} | _quality(net, plans, held, folder, settings), as_json=as_json)
+    _end(found, budget.description)
+
+
+def _end(found: ChosenPlan, asked: str) -> None:
+    """Say what was reached where that is less than was asked for, and leave with the exit code for it."""
+    if found.met or not found.times:
+        return
+    reached = found.times.measured_speedup
+    said = f"missed {asked}: {reached.median:.2f} ± {reached.error:.2f} times as fast is what was reached"
+    typer.echo(f"{said}; choose among more sublayers, or a lower speedup", err=True)
+    raise typer.Exit(MISSED)
 
 
 def _quality(

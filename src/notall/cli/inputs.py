@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.budget import Budget, Resource
-    from ..choosing.latency import Times, Workload
+    from ..choosing.latency import Workload
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
     from ..records.plan import Plan
@@ -201,13 +201,14 @@ def two_texts(
 
 def budget_of(
     model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
-) -> tuple[Budget, str, Times | None]:
-    """The one budget that `amounts` give, the objective that goes with it, and the times it goes by.
+) -> tuple[Budget, str]:
+    """The one budget that `amounts` give, and the objective that goes with it.
 
     It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
     """
     from ..choosing.budget import by_count, by_footprint, by_limit
-    from ..choosing.latency import by_speedup, measure_times
+    from ..choosing.latency import measure_times
+    from ..choosing.speedups import by_speedup
 
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     if len(given) != 1:
@@ -215,13 +216,13 @@ def budget_of(
         raise UsageError(f"give one budget: {' or '.join(names)}")
     ((name, amount),) = given.items()
     if name == "count":
-        return by_count(space, amount), "kl", None
+        return by_count(space, amount), "kl"
     if name in ("max_nll", "max_kl"):
         told = name.removeprefix("max_")
-        return by_limit(space, amount, told.upper()), told, None
+        return by_limit(space, amount, told.upper()), told
     if name == "speedup":
         with progress_bar() as progress:
             times = measure_times(model, workload, progress=progress)
-        return by_speedup(space, times, amount), "kl", times
+        return by_speedup(space, times, amount), "kl"
     resources: dict[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
-    return by_footprint(model, space, resources[name], amount), "kl", None
+    return by_footprint(model, space, resources[name], amount), "kl"
