@@ -22,13 +22,13 @@ from ..records.record import QualityFields
 from ..records.search import SearchRecord, SpeedCheck
 from .after_repair import AfterRepair
 from .budget import Budget
-from .criteria import Setting, choose
+from .criteria import Setting
 from .evaluator import STATES_BYTES, Evaluator, Spent
+from .joint import choose_within
 from .latency import Prediction
 from .objective import Objective
 from .searching import PATIENCE
 from .space import Space, Unit
-from .speedups import SpeedBudget, choose_as_fast
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ChosenPlan:
     """A plan, the objective without and with it, what it took, and the order in which it came to be.
 
     `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
-    found before the time was up, `met` whether the plan is as fast as was asked for, where a speedup was.
+    found before the time was up, and `missed`, where the plan is not what was asked for, what was reached.
     """
 
     plan: Plan
@@ -48,7 +48,7 @@ class ChosenPlan:
     in_time: bool
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
     times: Prediction | None = None
-    met: bool = True
+    missed: str | None = None
 
     def record(self, about: Provenance) -> SearchRecord:
         """As it is written down: what was chosen, what it took, and what was measured of it."""
@@ -111,9 +111,10 @@ def choose_plan(
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
     `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
     `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
-    anew where it is too slow (see `choose_as_fast`). The plan is then measured on `held_out`, where given. With
-    `after_repair` sets are judged by the KL that a cheap repair leaves (see `AfterRepair`), whatever the objective.
-    Raises `UsageError` when the folder holds other work or is in use, and as `criteria.choose` does.
+    anew where it is too slow (see `choose_as_fast`); for budgets with a limit see `choose_within`. The plan is then
+    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves (see
+    `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other work or is in use, and as
+    `criteria.choose` does.
     """
     if max_minutes is not None and not max_minutes >= 0:
         raise UsageError(f"the search cannot end after {max_minutes} minutes: give 0 or more")
@@ -124,12 +125,8 @@ def choose_plan(
             evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
-        check, met = None, True
-        if isinstance(budget, SpeedBudget):
-            timed = choose_as_fast(criterion, setting, budget)
-            chosen, check, met = timed.chosen, timed.check, timed.met
-        else:
-            chosen = choose(criterion, setting, budget)
+        outcome = choose_within(criterion, setting, budget)
+        chosen = outcome.chosen
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
     plan = space.plan(chosen.skipped, f"{criterion} by {evaluator.judged_by}: {budget.description}")
@@ -142,6 +139,6 @@ def choose_plan(
         spent.executions / evaluator.forward,
         not setting.late,
         tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
-        check,
-        met,
+        outcome.check,
+        outcome.missed,
     )

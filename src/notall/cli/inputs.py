@@ -202,27 +202,38 @@ def two_texts(
 def budget_of(
     model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
 ) -> tuple[Budget, str]:
-    """The one budget that `amounts` give, and the objective that goes with it.
+    """The budget that `amounts` give, with a limit or without, and the objective that goes with it.
 
     It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
     """
-    from ..choosing.budget import by_count, by_footprint, by_limit
+    from ..choosing.budget import by_limit, within_limit
+
+    given = {name: amount for name, amount in amounts.items() if amount is not None}
+    limits = [name for name in given if name.startswith("max_")]
+    savings = [name for name in given if name not in limits]
+    if not given or len(limits) > 1 or len(savings) > 1:
+        wrong = savings if len(savings) > 1 else limits or list(amounts)
+        names = ["--" + name.replace("_", "-") for name in wrong]
+        raise UsageError(f"give one budget: {' or '.join(names)}")
+    saving = _saving_of(model, space, savings[0], given[savings[0]], workload) if savings else None
+    if not limits:
+        assert saving
+        return saving, "kl"
+    told = limits[0].removeprefix("max_")
+    limit = by_limit(space, given[limits[0]], told.upper())
+    return within_limit(saving, limit) if saving else limit, told
+
+
+def _saving_of(model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload) -> Budget:
+    from ..choosing.budget import by_count, by_footprint
     from ..choosing.latency import measure_times
     from ..choosing.speedups import by_speedup
 
-    given = {name: amount for name, amount in amounts.items() if amount is not None}
-    if len(given) != 1:
-        names = ["--" + name.replace("_", "-") for name in (given or amounts)]
-        raise UsageError(f"give one budget: {' or '.join(names)}")
-    ((name, amount),) = given.items()
     if name == "count":
-        return by_count(space, amount), "kl"
-    if name in ("max_nll", "max_kl"):
-        told = name.removeprefix("max_")
-        return by_limit(space, amount, told.upper()), told
+        return by_count(space, amount)
     if name == "speedup":
         with progress_bar() as progress:
             times = measure_times(model, workload, progress=progress)
-        return by_speedup(space, times, amount), "kl"
+        return by_speedup(space, times, amount)
     resources: dict[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
-    return by_footprint(model, space, resources[name], amount), "kl"
+    return by_footprint(model, space, resources[name], amount)

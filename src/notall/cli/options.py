@@ -12,7 +12,7 @@ from ..errors import UsageError, shortened
 
 # How the help of a command groups its options.
 MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
-BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them", "What a set is judged by", "Repair"
+BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them, or one with a limit of nats", "What a set is judged by", "Repair"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
