@@ -585,13 +585,14 @@ def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
         code, shown, err = run(*command, "--count", count)
         assert (code, err) == (0, "")
         assert kept.read_text().count("\n") == lines
-    assert run(*command, "--count", "1", "--held-out", "prose")[0] == 0  # measured now, so it says more
+    assert run(*command, "--count", "1", "--held-out", "prose")[0] == 0  # measured on another text
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [line["quality"] is not None for line in lines] == [False, False, True]
+    assert [line["quality"] is not None for line in lines] == [True, True, True]
+    assert [line["provenance"]["what"]["held_out"] for line in lines[:2]] == ["other windows"] * 2
     assert lines[2]["provenance"]["what"]["held_out"] == "prose"
     (row,) = json.loads(shown)
-    given = {name: value for name, value in row.items() if name not in ("seconds", "provenance")}
-    assert given.items() <= lines[1].items()
+    given = {name: value for name, value in row.items() if name not in ("seconds", "provenance", "verdict")}
+    assert given.items() <= (lines[1] | lines[1]["quality"]).items()
     assert str(tmp_path) not in kept.read_text()
     assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
     told = page.read_text(encoding="utf-8")

@@ -38,7 +38,9 @@ def run(monkeypatch, capsys, tmp_path):
 def test_a_folder_is_written_and_listed(run):
     code, out, _ = run("--to", "hf", "--out", "written", "--json")
     assert code == 0
-    assert {"config.json", "model.safetensors", "notall.json", "README.md"} <= {row["file"] for row in json.loads(out)}
+    assert {"config.json", "model.safetensors", "notall.json", "README.md"} <= {
+        row["file"] for row in json.loads(out)["files"]
+    }
     assert AutoModelForCausalLM.from_pretrained("written").config.num_hidden_layers == 3
 
 

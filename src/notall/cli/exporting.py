@@ -13,14 +13,16 @@ import typer
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row, in_bytes
-from ..reporting.console import show
+from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
+from .ending import conclude
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import Json, Model, Repair, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
     from ..records.plan import Plan
+    from ..reporting.verdict import Verdict
 
 
 class Target(str, Enum):
@@ -55,7 +57,7 @@ def export(
     wanted = read_plan(plan)
     if repair:
         wanted = _repaired(model, wanted, repair_text, out, revision, trust_remote_code)
-    measured = _measured(model, wanted, measure, revision, trust_remote_code) if measure else None
+    measured, verdict = _measured(model, wanted, measure, revision, trust_remote_code) if measure else (None, None)
     with progress_bar() as progress:
         export_model(
             model,
@@ -70,7 +72,10 @@ def export(
             progress=progress,
         )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
-    show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
+    tables = {"files": Shown(rows, FILE_COLUMNS, f"{out}: skips {wanted}")}
+    show_all(tables, as_json=as_json, also={"verdict": verdict.row()} if verdict else {})
+    if verdict:
+        conclude(verdict, as_json=as_json)
     for line in _conclusion(out, to):
         typer.echo(line, err=as_json)
 
@@ -111,18 +116,21 @@ def _next(out: Path, to: Target, form: str) -> str:
     return f"notall generate {folder} {prompt}{trust}"
 
 
-def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> Row:
-    """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
+def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:
+    """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
     from ..measuring.quality import evaluate
+    from ..records.plan import Plan
     from ..records.record import DELTA_NLL, KL, PERPLEXITY, TOP1
+    from ..reporting.verdict import Verdict, left_out_of
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
     before = [plan.unrepaired] if hasattr(plan, "unrepaired") else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
-    return {
+    card = {
         "text": f"{described['text']}, 8 windows of 256 tokens",
         f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(asdict(dense)),
         **{column.titled: column.text(asdict(skipped)) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
         **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(asdict(one)) for one in unrepaired},
     }
+    return card, Verdict(*left_out_of(net, plan), quality=asdict(skipped), text=described["text"])

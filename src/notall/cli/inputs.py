@@ -186,17 +186,31 @@ def two_texts(
     length: int,
     batch_size: int,
     seed: int,
+    *,
+    fewer: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
-    """Batches to calibrate on and as many to measure on, of another text or of other windows of the same."""
+    """Batches to calibrate on and as many to measure on, of another text or of other windows of the same.
+
+    With `fewer`, a short text may have fewer other windows, or none.
+    """
     from torch import cat
+
+    from ..models.texts import read_text, windows_in
 
     if held_out:
         batches, described = text_batches(model, tokenizer, text, sequences, length, batch_size, seed)
         others, about = text_batches(model, tokenizer, held_out, sequences, length, batch_size, seed)
         return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
-    both, described = text_batches(model, tokenizer, text, 2 * sequences, length, batch_size, seed)
-    batches, others = (list(half.split(batch_size)) for half in cat(both).split(sequences))
-    return batches, others, described | {"held_out": "other windows", "sequences": sequences}
+    more = sequences
+    if fewer:
+        more = max(0, min(sequences, windows_in(tokenizer, read_text(text), length) - sequences))
+    both, described = text_batches(model, tokenizer, text, sequences + more, length, batch_size, seed)
+    rows = cat(both)
+    batches, others = (
+        list(part.split(batch_size)) if len(part) else [] for part in (rows[:sequences], rows[sequences:])
+    )
+    about = {"held_out": "other windows"} if others else {}
+    return batches, others, described | about | {"sequences": sequences}
 
 
 def budget_of(

@@ -11,6 +11,7 @@ from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
+from .ending import conclude
 from .inputs import (
     Loading,
     batch_size_of,
@@ -159,6 +160,8 @@ def evaluate(
         need("lm_eval")
     from ..evaluation.one_plan import evaluate_plan
     from ..records.ledger import refuse_foreign
+    from ..reporting.verdict import Verdict, left_out_of, next_command
+    from ..running.repaired import RepairedPlan
     from .columns import CHECK_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS
 
     if out:
@@ -198,7 +201,14 @@ def evaluate(
         "tasks": Shown(found.tasks, TASK_COLUMNS, "benchmarks, differences paired by document; worse: p < 0.05"),
         "battery": Shown(found.battery, CHECK_COLUMNS, "what accuracy hides; worse: p < 0.05"),
     }
-    show_all({name: table for name, table in shown.items() if table.rows}, as_json=as_json)
+    verdict = Verdict(*left_out_of(net, wanted), quality=found.quality[-1], text=described["text"])
+    given = plan or "plan.json"
+    verdict = verdict.then(
+        model, given, next_command("bench", model, plan=given), repaired=isinstance(wanted, RepairedPlan)
+    )
+    tables = {name: table for name, table in shown.items() if table.rows}
+    show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
+    conclude(verdict, as_json=as_json)
 
 
 @app.command(
