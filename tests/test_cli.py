@@ -33,6 +33,7 @@ from tiny_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("short_prose")
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
+MLPS = ["--skip", "mlp"]
 FAST = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]
 
 
@@ -123,6 +124,26 @@ def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
     code, out, _ = run("generate", folder, "--plan", path, "--max-new-tokens", "5", "abc")
     assert code == 0
     assert out.strip()
+
+
+@pytest.mark.parametrize("fraction", [[], ["--fraction", "0.5"]])
+def test_what_is_skipped_may_be_said_without_a_plan_file(run, folder, tmp_path, fraction):
+    """As a plan file of the same says it."""
+    path = tmp_path / "plan.json"
+    skip = ["--skip", "attention", *fraction, "--keep-last"]
+    assert run("plan", folder, *skip, "-o", path)[0] == 0
+    for command in (["eval", folder, *QUICK, "--json"], ["generate", folder, "abc", "--max-new-tokens", "9"]):
+        code, out, err = run(*command, *skip)
+        assert code == 0, err
+        if command[0] == "eval":
+            found, planned = json.loads(out), json.loads(run(*command, "--plan", path)[1])
+            assert found["quality"] == planned["quality"]
+            assert str(path) in planned["verdict"]["next"]
+            assert "--skip attention" in found["verdict"]["next"] or "--kind attention" in found["verdict"]["next"]
+        else:
+            assert out == run(*command, "--plan", path)[1] != run(*command)[1]
+    skipped = json.loads(run("bench", folder, *FAST, *skip, "--json")[1])[1]
+    assert skipped["plan"]["attention"] == list(Plan.load(path).attention)
 
 
 REPAIR = ["--sequences", "8", "--length", "16", "--batch-size", "4", "--dtype", "float32", "--json"]
@@ -354,22 +375,25 @@ def bad_inputs(folder, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     return {
-        "an unknown model": (["eval", "no/such-model"], "no/such-model"),
-        "a folder that holds no model": (["eval", tmp_path], "config.json"),
+        "an unknown model": (["eval", "no/such-model", *MLPS], "no/such-model"),
+        "a folder that holds no model": (["eval", tmp_path, *MLPS], "config.json"),
         "an unknown variant": (["plan", folder, "--skip", "heads"], "heads"),
         "a fraction outside 0..1": (["plan", folder, "--fraction", "1.5"], "outside 0..1"),
         "a plan that names no layer of the model": (["eval", folder, "--plan", plan, *QUICK], "0 to 5"),
         "a plan for another model": (["eval", folder, "--plan", other, *QUICK], "made for llama-2x8"),
         "a plan that skips everything": (["eval", folder, "--plan", everything, *QUICK], "keep at least one"),
+        "nothing to leave out": (["eval", folder], "--plan plan.json (notall search writes one), or --skip attention"),
+        "two things to leave out": (["generate", folder, "a", "--plan", plan, *MLPS], "give one of them"),
+        "a fraction of nothing": (["bench", folder, "--fraction", "0.5"], "add --skip"),
         "a truncated plan": (["eval", folder, "--plan", torn], "not valid JSON"),
         "a missing plan": (["eval", folder, "--plan", tmp_path / "absent"], "cannot read"),
-        "an empty text": (["eval", folder, "--text", empty, *QUICK], "empty"),
-        "a short text": (["eval", folder, "--text", short, *QUICK], "tokens"),
-        "a missing text": (["eval", folder, "--text", tmp_path / "absent", *QUICK], "cannot read"),
+        "an empty text": (["eval", folder, *MLPS, "--text", empty, *QUICK], "empty"),
+        "a short text": (["eval", folder, *MLPS, "--text", short, *QUICK], "tokens"),
+        "a missing text": (["eval", folder, *MLPS, "--text", tmp_path / "absent", *QUICK], "cannot read"),
         "malformed results": (["sweep", folder, "--out", results, *QUICK, *FAST[:-2]], "line 1"),
         "an unwritable folder": (["sweep", folder, "--out", file, *QUICK, *FAST[:-2]], "cannot"),
-        "an unknown dtype": (["eval", folder, "--dtype", "float13"], "float13"),
-        "an unknown device": (["eval", folder, "--device", "tpu9"], "tpu9"),
+        "an unknown dtype": (["eval", folder, "--dtype", "float13", *MLPS], "float13"),
+        "an unknown device": (["eval", folder, "--device", "tpu9", *MLPS], "tpu9"),
         "a shape with no weights": (["bench", "--shape", "llama-2-7b"], "--dummy-weights"),
         "a report of no results": (["report", tmp_path / "absent"], "notall sweep"),
         "an unwritable plan": (["plan", folder, "-o", file / "plan.json"], "cannot write"),

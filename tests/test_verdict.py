@@ -12,7 +12,7 @@ from notall import Plan, cli
 from notall.cli.ending import conclude
 from notall.measuring.speed import Spread
 from notall.records.columns import in_bytes
-from notall.reporting.verdict import Verdict, left_out_of
+from notall.reporting.verdict import Verdict, left_out_of, mending, next_command
 from notall.running.footprint import footprint
 from test_cli import QUICK, folder, run  # noqa: F401
 
@@ -64,10 +64,14 @@ def test_a_model_that_is_of_no_use_is_said_to_be_so(left_out, nats, agreement, s
 
 def test_the_next_command_makes_up_for_what_is_of_no_use(left_out):
     fine, bad = (Verdict(*left_out, quality(nats), "x") for nats in (0.1, 3.0))
-    assert fine.then("m", "p.json", "notall bench m").next == "notall bench m"
-    assert bad.then("m", "my p.json", "notall bench m").next == "notall repair m --plan 'my p.json' --out repaired"
-    assert bad.then("m", "r", "notall bench m", repaired=True).next == "notall heal m --plan r --out healed"
-    assert Verdict(*left_out).then("m", "p.json", "notall bench m").next == "notall bench m"
+    assert fine.then("mend", "go on").next == "go on"
+    assert bad.then("mend", "go on").next == "mend"
+    assert Verdict(*left_out).then("mend", "go on").next == "go on"
+    assert mending("m", "my p.json", False) == "notall repair m --plan 'my p.json' --out repaired"
+    assert mending("m", "r", True) == "notall heal m --plan r --out healed"
+    assert (
+        next_command("eval", "m", **{"keep-last": True, "fraction": 0.5}) == "notall eval m --keep-last --fraction 0.5"
+    )
 
 
 @pytest.mark.parametrize("as_json", [False, True])

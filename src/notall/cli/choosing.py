@@ -235,7 +235,7 @@ def _verdict(
     made: Path,
 ) -> Verdict:
     """On the last of `plans`, which is in `made`, with the last row of `quality`, if any, on `text`."""
-    from ..reporting.verdict import Verdict, left_out_of, next_command
+    from ..reporting.verdict import Verdict, left_out_of, mending, next_command
 
     verdict = Verdict(
         *left_out_of(net, [*plans.values()][-1]),
@@ -246,7 +246,7 @@ def _verdict(
     )
     pruned = made.with_name(f"{made.stem}-pruned")
     otherwise = next_command("export", model, plan=made, to="hf", out=pruned)
-    return verdict.then(model, made, otherwise, repaired="repaired" in plans)
+    return verdict.then(mending(model, made, "repaired" in plans), otherwise)
 
 
 def _quality(

@@ -119,6 +119,47 @@ def read_plan(path: Path | None) -> Plan:
     return Plan.load(path) if path else Plan()
 
 
+@dataclass(frozen=True)
+class AskedPlan:
+    """What is to be left out: a plan that was read, or else the deepest of a kind, known once the model is."""
+
+    read: Plan
+    path: Path | None
+    skip: SkippedKind | None
+    fraction: float
+    keep_last: bool
+
+    def of(self, model: PreTrainedModel) -> Plan:
+        return deepest_plan(model, self.skip, self.fraction, self.keep_last) if self.skip else self.read
+
+    @property
+    def words(self) -> dict[str, object]:
+        """The options that say it, for the next command."""
+        if self.skip is None:
+            return {"plan": self.path}
+        return {"skip": self.skip.value, "fraction": self.fraction, **({"keep-last": True} if self.keep_last else {})}
+
+
+def asked_plan(
+    plan: Path | None, skip: SkippedKind | None, fraction: float | None, keep_last: bool, *, needed: bool = False
+) -> AskedPlan:
+    """What `--plan`, or `--skip` with its options, leave out; nothing without either, unless that is `needed`.
+
+    Raises `UsageError` where they say two things, or too little.
+    """
+    if plan and skip:
+        raise UsageError("--plan and --skip both say what to leave out: give one of them")
+    if skip is None and (fraction is not None or keep_last):
+        raise UsageError(
+            "--fraction and --keep-last say how much of what to leave out: add --skip attention, mlp or block"
+        )
+    if needed and not (plan or skip):
+        raise UsageError(
+            "say what to leave out: --plan plan.json (notall search writes one), or --skip attention --fraction 0.25"
+        )
+    return AskedPlan(read_plan(plan), plan, skip, 0.33 if fraction is None else fraction, keep_last)
+
+
 def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
     from ..evaluation.paper.grid import deepest
     from ..structure.locating import locate

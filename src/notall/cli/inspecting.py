@@ -13,12 +13,13 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
-from .inputs import Loading, empty_model, load_model, read_plan, text_batches
+from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
 from .options import (
     BatchSize,
     Device,
     DeviceMap,
     Dtype,
+    Fraction,
     Json,
     Length,
     Model,
@@ -26,6 +27,8 @@ from .options import (
     Revision,
     Seed,
     Sequences,
+    Skip,
+    SkipKeepLast,
     TextSource,
     Trust,
 )
@@ -107,6 +110,9 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="what to continue")],
     plan: PlanFile = None,
+    skip: Skip = None,
+    fraction: Fraction = None,
+    keep_last: SkipKeepLast = False,
     max_new_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token each time")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
@@ -122,14 +128,14 @@ def generate(
 
     from ..running.generating import generate_text
 
-    wanted = read_plan(plan)
+    asked = asked_plan(plan, skip, fraction, keep_last)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
     generate_text(
         net,
         tokenizer,
-        wanted,
+        asked.of(net),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

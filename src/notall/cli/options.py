@@ -123,6 +123,14 @@ class SkippedKind(str, Enum):
     block = "block"
 
 
+Skip = Annotated[
+    SkippedKind | None,
+    typer.Option(metavar="KIND", help="instead of --plan: leave out the deepest of attention, mlp or block"),
+]
+Fraction = Annotated[float | None, typer.Option(help="with --skip: share of the layers, 0 to 1; else 0.33")]
+SkipKeepLast = Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")]
+
+
 class Among(str, Enum):
     attention = "attention"
     mlp = "mlp"

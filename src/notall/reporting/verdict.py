@@ -43,10 +43,8 @@ class Verdict:
             return None
         return not self._faults(self.quality)
 
-    def then(self, model: str, plan: object, otherwise: str, *, repaired: bool = False) -> Verdict:
+    def then(self, mend: str, otherwise: str) -> Verdict:
         """With the command that makes up for a plan that is of no use, or else with what one would do with it."""
-        name, out = ("heal", "healed") if repaired else ("repair", "repaired")
-        mend = next_command(name, model, plan=plan, out=out)
         return replace(self, next=mend if self.usable is False else otherwise)
 
     def lines(self) -> Iterator[str]:
@@ -114,10 +112,16 @@ def left_out_of(model: PreTrainedModel, plan: Plan) -> tuple[str, Footprint, Foo
     return " and ".join(parts) or "nothing", footprint(model, Plan()), footprint(model, plan)
 
 
+def mending(model: str, plan: object, repaired: bool) -> str:
+    """The command that makes up for what the plan in a file, or the folder of a repair, leaves out."""
+    name, out = ("heal", "healed") if repaired else ("repair", "repaired")
+    return next_command(name, model, plan=plan, out=out)
+
+
 def next_command(name: str, *words: object, **options: object) -> str:
-    """A command line of notall."""
-    given = [str(part) for option, value in options.items() for part in (f"--{option}", value)]
-    return shlex.join(["notall", name, *map(str, words), *given])
+    """A command line of notall; an option that is True has no value."""
+    given = [[f"--{option}", *([] if value is True else [str(value)])] for option, value in options.items()]
+    return shlex.join(["notall", name, *map(str, words), *(word for option in given for word in option)])
 
 
 def _lost(quality: Row) -> float:
