@@ -1,5 +1,6 @@
 """The command line as people type it: what it prints, and one clear line with exit code 2 for bad input."""
 
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from notall.measuring import quality
 from notall.records.ledger import read
 from notall.records.measured import MeasuredRecord
 from notall.repairing import refitting
-from notall.reporting import extras
+from notall.reporting import extras, side_by_side
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tokenizer import byte_tokenizer
 
@@ -144,6 +145,38 @@ def test_what_is_skipped_may_be_said_without_a_plan_file(run, folder, tmp_path, 
             assert out == run(*command, "--plan", path)[1] != run(*command)[1]
     skipped = json.loads(run("bench", folder, *FAST, *skip, "--json")[1])[1]
     assert skipped["plan"]["attention"] == list(Plan.load(path).attention)
+
+
+def test_generate_shows_both_answers_side_by_side(run, folder, monkeypatch):
+    """In a pipe one below the other; at a terminal in columns, as they come."""
+    command = ["generate", folder, "abc", "--max-new-tokens", "12"]
+    dense, skipped = (run(*command, *more)[1].strip("\n") for more in ([], MLPS))
+    assert dense != skipped
+    code, out, err = run(*command, *MLPS, "--beside")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch("dense:\n(.*)\n\nskipped:\n(.*)\n\n", out, re.S)
+    assert shown.groups() == tuple(side_by_side._lines(text, side_by_side.Console()) for text in (dense, skipped))
+    code, _, err = run(*command, "--beside")
+    assert (code, "say what to leave out" in err) == (2, True)
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_at_a_terminal_columns_grow_as_they_are_written_to(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with side_by_side.side_by_side(["dense", "skipped"]) as write:
+        write("dense", "the \x1b[31mriver")
+        assert "river" in screen.getvalue()
+        write("skipped", "a stone\n[bold]x")
+    last = screen.getvalue().rpartition("dense")[2]
+    assert re.search("\\\\x1b\\[31mriver +│ a stone", last)
+    assert re.search(r"│ +│ \[bold\]x", last)
 
 
 REPAIR = ["--sequences", "8", "--length", "16", "--batch-size", "4", "--dtype", "float32", "--json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token each time")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="show the dense model's answer and the skipped one's side by side")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -123,23 +127,31 @@ def generate(
     trust_remote_code: Trust = False,
     seed: Seed = 0,
 ) -> None:
-    """Continue a prompt with the skipped model."""
+    """Continue a prompt with the skipped model. The text is printed as it comes."""
     from transformers import TextStreamer
 
-    from ..running.generating import generate_text
+    from ..records.plan import Plan
+    from ..reporting.side_by_side import side_by_side
+    from ..running.generating import Streamer, generate_text
 
-    asked = asked_plan(plan, skip, fraction, keep_last)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=beside)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
-    generate_text(
+    say = partial(
+        generate_text,
         net,
         tokenizer,
-        asked.of(net),
-        prompt,
+        prompt=prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat=chat,
         seed=seed,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
+    if not beside:
+        say(plan=asked.of(net), streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        return
+    plans = {"dense": Plan(), "skipped": asked.of(net)}
+    with side_by_side([*plans]) as write:
+        for name, wanted in plans.items():
+            say(plan=wanted, streamer=Streamer(tokenizer, partial(write, name)))
