@@ -30,6 +30,7 @@ from notall.records.measured import MeasuredRecord
 from notall.repairing import refitting
 from notall.reporting import extras, side_by_side
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tasks import TASKS, write_tasks
 from tiny_tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("short_prose")
@@ -436,8 +437,28 @@ def bad_inputs(folder, tmp_path):
         "a word for a number": (["eval", folder, "--length", "long"], "--length"),
         "a word too long": (["eval", folder, "--length", "long" * 999], "--length"),
         "a word too many": (["inspect", folder, folder], "see `notall inspect --help`"),
+        "a misspelt value": (["search", folder, "--kind", "atention"], "'sublayer' (did you mean attention?); see"),
+        "a misspelt dtype": (["eval", folder, "--dtype", "bfloat", *MLPS], "(did you mean bfloat16?)"),
+        "a misspelt model": (["inspect", "smolm2"], "(did you mean smollm2?)"),
         "no prompt": (["generate", folder], "see `notall generate --help`"),
     }
+
+
+def test_tasks_are_listed_by_a_word_of_their_name(run, tmp_path, own_tasks_only):
+    path = ["--task-path", write_tasks(tmp_path / "tasks")]
+    code, out, err = run("tasks", "CHOICE", *path, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == [{"task": "tiny_choice", "kind": "task", "num_fewshot": None}]
+    rows = {row["task"]: row for row in json.loads(run("tasks", *path, "--json")[1])}
+    assert rows["openllm"]["kind"] == rows["tiny_group"]["kind"] == "group"
+    assert set(TASKS) < set(rows)
+    code, out, _ = run("tasks", "tiny_w", *path)
+    assert (code, "1 names for --tasks" in out, "tiny_words" in out) == (0, True, True)
+    code, _, err = run("tasks", "tiny_chioce", *path)
+    assert (code, err) == (
+        2,
+        "error: no task's name holds 'tiny_chioce' (did you mean tiny_choice?): give less of it, or none\n",
+    )
 
 
 def test_bad_input_is_one_line_that_names_the_fix_and_exit_code_2(run, folder, tmp_path):

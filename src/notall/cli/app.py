@@ -22,7 +22,7 @@ PANELS = LOOK, CHOOSE, REPAIR, MEASURE, SHOW, TAKE = (
 )
 
 MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for
-WITHOUT_MODEL = {"criteria", "report", "--help", "-h"}  # words of commands that need no model
+WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
 notall leaves out what a language model does not need, and measures what that costs and saves.

@@ -9,7 +9,7 @@ import typer
 
 from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
-from ..reporting.progress_bars import progress_bar
+from ..reporting.progress_bars import progress_bar, working
 from .app import MEASURE, OnRay, app
 from .ending import conclude
 from .inputs import (
@@ -292,3 +292,20 @@ def bench(
         f"{here['device_name']}, {here['threads']} threads; median of {rounds} [quartiles]"
     )
     show([record.row() for record in records], BenchRecord.columns, as_json=as_json, title=title)
+
+
+@app.command(rich_help_panel=MEASURE, epilog="Example:  notall tasks arc")
+def tasks(
+    word: Annotated[str, typer.Argument(metavar="[WORD]", help="list only names that hold it")] = "",
+    task_path: TaskPath = None,
+    as_json: Json = False,
+) -> None:
+    """List what --tasks takes: the tasks of lm-evaluation-harness, its groups of them, and openllm, the paper's six."""
+    need("lm_eval")
+    from .columns import TASKS_COLUMNS
+
+    with working("reading the harness's tasks"):
+        from ..evaluation.tasks import TaskShelf
+
+        rows = TaskShelf(task_path).listed(word)
+    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{len(rows):,} names for --tasks")

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -166,7 +166,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return _fast_dtype(device)
     if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}: give auto, {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
