@@ -108,6 +108,27 @@ def test_bytes_say_of_which_dtype_they_are(run, folder, tmp_path):
         assert "in float32" in " ".join(out.split())
 
 
+def test_bytes_are_counted_in_the_checkpoint_s_own_dtype_or_another(run, folder, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    settings = json.loads((half / "config.json").read_text())
+    own = next(name for name in ("dtype", "torch_dtype") if name in settings)
+    (half / "config.json").write_text(json.dumps(settings | {own: "bfloat16"}))
+
+    def counted(model, *options):
+        plan = json.loads(run("plan", model, *options, "-o", tmp_path / "plan.json", "--json")[1])
+        inspected = json.loads(run("inspect", model, *options, "--json")[1])
+        return [row[name] for row in (*plan, *inspected) for name in ("weight_bytes", "kv_bytes_per_token")]
+
+    whole = counted(folder)
+    assert counted(half) == counted(folder, "--dtype", "float16") == [count // 2 for count in whole]
+    assert counted(half, "--dtype", "float32") == whole
+    assert "in bfloat16" in " ".join(run("plan", half, "-o", tmp_path / "plan.json")[1].split())
+    assert (
+        run("inspect", folder, "--dtype", "auto")[2] == "error: unknown dtype 'auto': give float32, bfloat16, float16\n"
+    )
+
+
 def test_plan_eval_bench_and_generate_work_together(run, folder, tmp_path):
     path = tmp_path / "plan.json"
     code, out, _ = run("plan", folder, "--skip", "attention", "--fraction", "0.33", "--keep-last", "-o", path, "--json")

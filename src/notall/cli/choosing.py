@@ -42,6 +42,7 @@ from .options import (
     Model,
     New,
     Objective,
+    OwnDtype,
     Portable,
     Prompt,
     Prompts,
@@ -86,6 +87,7 @@ def plan(
     ] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -96,7 +98,7 @@ def plan(
     from ..running.footprint import footprint
     from .columns import FOOTPRINT_COLUMNS
 
-    net = empty_model(model, revision, trust_remote_code)
+    net = empty_model(model, dtype, revision, trust_remote_code)
     chosen = deepest_plan(net, skip, fraction, keep_last)
     chosen.save(out)
     rows = [

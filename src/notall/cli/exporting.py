@@ -18,7 +18,7 @@ from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
 from .ending import conclude
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
-from .options import Json, Model, Repair, RepairText, Revision, Trust
+from .options import Json, Model, OwnDtype, Repair, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
     from ..records.plan import Plan
@@ -46,6 +46,7 @@ def export(
     repair_text: RepairText = None,
     verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="upload it to this repository of the hub")] = None,
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -67,6 +68,7 @@ def export(
             measured=measured,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            dtype=dtype,
             verify=verify,
             push_to_hub=push_to_hub,
             progress=progress,

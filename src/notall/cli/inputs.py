@@ -45,12 +45,14 @@ def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         return load(**asdict(loading))
 
 
-def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a config, without weights."""
-    from ..models.loading import build_empty, load_config
+def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, without weights, in a dtype, or else in the checkpoint's own."""
+    from ..models.loading import build_empty, load_config, named_dtype, own_dtype
 
+    given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
-        return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
+        config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
+        return build_empty(config, given or own_dtype(config))
 
 
 def dummy_model(

@@ -24,6 +24,7 @@ from .options import (
     Json,
     Length,
     Model,
+    OwnDtype,
     PlanFile,
     Revision,
     Seed,
@@ -38,6 +39,7 @@ from .options import (
 @app.command(rich_help_panel=LOOK, epilog="Example:  notall inspect llama-2-70b")
 def inspect(
     model: Model = "smollm2",
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -49,7 +51,7 @@ def inspect(
     from ..structure.locating import locate
     from .columns import INSPECT_COLUMNS
 
-    net = empty_model(model, revision, trust_remote_code)
+    net = empty_model(model, dtype, revision, trust_remote_code)
     anatomy = locate(net)
     total = footprint(net, Plan())
     rows = [

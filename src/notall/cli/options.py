@@ -16,6 +16,10 @@ BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them, or one with a limit of nats
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
+OwnDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's own", rich_help_panel=MODEL),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[
     str | None, typer.Option(help="spread over devices with accelerate: auto, balanced ...", rich_help_panel=MODEL)
