@@ -56,6 +56,7 @@ def test_each_export_says_at_the_terminal_by_what_it_was_checked(run):
     )
     assert re.search(r"^Weights: [\d.]+ KiB, 79% of the dense model's [\d.]+ KiB$", out, re.M)
     assert re.search(r"^Next:    notall generate checked '.*'$", out, re.M)
+    assert out.endswith("\nServe:   vllm serve checked\n")
     verified = json.loads(Path("checked/notall.json").read_text())["verified"]
     assert verified["by"].startswith("transformers ")
     assert verified["difference"] <= verified["most"]
@@ -116,10 +117,11 @@ def test_a_quantised_model_has_no_dtype_to_choose(run):
 
 
 def test_as_json_the_check_is_said_beside_the_list(run):
-    code, out, err = run("--to", "hf", "--out", "written", "--json")
+    code, out, err = run("--to", "hf", "--out", "written", "--json", plan=Plan([2]))
     assert code == 0
-    assert json.loads(out)
-    assert "Check:   transformers" in err
+    found = json.loads(out)
+    assert f"Check:   {found['check']}\nWeights: {found['weights']}\nNext:    {found['next']}\n" in err
+    assert found["serve"] == "vllm serve written --trust-remote-code"
 
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -74,12 +73,14 @@ def export(
             progress=progress,
         )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
+    ending = _conclusion(out, to)
     tables = {"files": Shown(rows, FILE_COLUMNS, f"{out}: skips {wanted}")}
-    show_all(tables, as_json=as_json, also={"verdict": verdict.row()} if verdict else {})
+    also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.row()} if verdict else {})
+    show_all(tables, as_json=as_json, also=also)
     if verdict:
         conclude(verdict, as_json=as_json)
-    for line in _conclusion(out, to):
-        typer.echo(line, err=as_json)
+    for name, line in ending.items():
+        typer.echo(f"{name + ':':9}{line}", err=as_json)
 
 
 def _repaired(
@@ -96,26 +97,28 @@ def _repaired(
         return repaired_by(net, tokenizer, plan, texts, out.with_name(f"{out.name}.repaired"), settings, progress)
 
 
-def _conclusion(out: Path, to: Target) -> Iterator[str]:
-    """What one wants to know of an export: was it checked, how small is it, how is it run."""
+def _conclusion(out: Path, to: Target) -> dict[str, str]:
+    """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
     from ..exporters.manifest import read_manifest, verdict_of
 
     manifest = read_manifest(out)
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    yield f"Check:   {verdict_of(manifest)}"
-    yield f"Weights: {in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
-    yield f"Next:    {_next(out, to, manifest['model_type'])}"
+    return {
+        "Check": str(verdict_of(manifest)),
+        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}",
+        **_commands(out, to, manifest["model_type"].startswith("notall_")),
+    }
 
 
-def _next(out: Path, to: Target, form: str) -> str:
-    """A command to run the export with."""
-    if to is Target.gguf:
-        return f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
+def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:
+    """What to type next; `own_code`: the checkpoint brings a modeling file along."""
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
+    trust = " --trust-remote-code" if own_code else ""
+    if to is Target.gguf:
+        return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to is Target.nemotron_nas:
-        return f"mlx_lm.generate --model {folder} --prompt {prompt}"
-    trust = " --trust-remote-code" if form.startswith("notall_") else ""
-    return f"notall generate {folder} {prompt}{trust}"
+        return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    return {"Next": f"notall generate {folder} {prompt}{trust}", "Serve": f"vllm serve {folder}{trust}"}
 
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:

@@ -79,7 +79,7 @@ def say(line: str, *, whole: bool = False) -> None:
     console.print(Text(printable(line, console.encoding)), soft_wrap=whole or not sys.stdout.isatty())
 
 
-def show_all(tables: Mapping[str, Shown], *, as_json: bool = False, also: Mapping[str, Row] | None = None) -> None:
+def show_all(tables: Mapping[str, Shown], *, as_json: bool = False, also: Mapping[str, object] | None = None) -> None:
     """Print several tables; as JSON, one object with a list of rows by the tables' names, and what is said `also`."""
     if as_json:
         found = {name: list(table.rows) for name, table in tables.items()}
