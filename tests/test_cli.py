@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -562,6 +563,16 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_
     assert code == 2
     assert "cosine" in err
     assert ("quadratic" in err) == (not lacks)
+
+
+def test_a_warning_is_one_line_without_code(run, monkeypatch):
+    before = warnings.formatwarning
+    said = "the kept times\nno longer hold \x1b[31m"
+    monkeypatch.setattr(
+        cli, "app", lambda **_: print(warnings.formatwarning(said, UserWarning, "latency.py", 9), end="")
+    )
+    assert run()[1] == "warning: the kept times no longer hold \\x1b[31m\n"
+    assert warnings.formatwarning is before
 
 
 def test_notall_alone_says_what_to_do_first(run):

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ def main() -> None:
         logging.getLogger(talker).setLevel(logging.ERROR)
     print_in_any_encoding()
     try:
-        with _termination_raises():
+        with _termination_raises(), _warnings_in_a_line():
             sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
         _fail(str(error))
@@ -76,6 +77,17 @@ def _termination_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Inside, a warning is what it says, without the line of code that it comes from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _fail(message: str) -> None:
