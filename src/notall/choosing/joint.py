@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from .budget import Budget
 from .criteria import Chosen, Setting, choose
-from .latency import Prediction, check_times
-from .space import plan_of
-from .speedups import SpeedBudget, choose_as_fast
+from .latency import Prediction
+from .speedups import SpeedBudget, choose_as_fast, timed
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ def choose_within(criterion: str, setting: Setting, budget: Budget) -> Outcome:
         return replace(whole, missed=f"{costs}, and the time was up")
     within = Outcome(choose(criterion, setting, replace(budget, target=math.inf)))
     if isinstance(budget, SpeedBudget):
-        plan = plan_of(within.chosen.skipped)
-        within = replace(within, check=check_times(setting.model, plan, budget.times, seed=setting.seed))
+        within = replace(within, check=timed(setting, within.chosen, budget))
     if _reached(budget, within):
         return within
     at = f"{_rise(setting, within):.3f} nats it is {_as_much(budget, within)}"
@@ -47,9 +45,9 @@ def choose_within(criterion: str, setting: Setting, budget: Budget) -> Outcome:
 def _choose(criterion: str, setting: Setting, budget: Budget) -> Outcome:
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
-    timed = choose_as_fast(criterion, setting, budget)
-    outcome = Outcome(timed.chosen, timed.check)
-    return outcome if timed.met else replace(outcome, missed=f"{_as_much(budget, outcome)} is what was reached")
+    found = choose_as_fast(criterion, setting, budget)
+    outcome = Outcome(found.chosen, found.check)
+    return outcome if found.met else replace(outcome, missed=f"{_as_much(budget, outcome)} is what was reached")
 
 
 def _rise(setting: Setting, outcome: Outcome) -> float:
