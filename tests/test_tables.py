@@ -126,6 +126,11 @@ TABLES = {
         SweepRecord.columns,
         ("skipped", "fraction", "last layer", "NLL added", "decode speedup"),
     ),
+    "names of tasks": (
+        rows(task=["arc_challenge", "openllm"], kind=["task", "group"], num_fewshot=[25, None]),
+        lists.TASKS_COLUMNS,
+        ("task", "kind", "shots"),
+    ),
     "inspect": (
         rows(sublayer=[f"attn+mlp.{layer}" for layer in (7, 78, 126)]),
         lists.INSPECT_COLUMNS,
