@@ -2,6 +2,7 @@
 
 One row a family. `attention` and `mlp` name, below a layer, the module whose answer *is* that sublayer's contribution,
 read off transformers' sources by hand: the tests silence these to make the slow twin, and never ask `notall` for them.
+`a b` are two modules that go together; of `a|b`, a layer has either.
 """
 
 from __future__ import annotations
@@ -62,11 +63,17 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     adds_itself: tuple[str, ...] = ()  # modules that are given the residual and answer the new stream
+    only_attention: tuple[int, ...] = ()  # layers without an MLP
+    only_mlp: tuple[int, ...] = ()  # layers without an attention
     auto: Any = AutoModelForCausalLM
 
     @property
     def exists(self) -> bool:
         return self.model_type in CONFIG_MAPPING
+
+    @property
+    def depth(self) -> int:
+        return self.config.get("num_hidden_layers", LAYERS)
 
     def build(self, attn_implementation: str = "eager", **changes: Any) -> PreTrainedModel:
         """The model, in eval mode and float32, the same weights each time. Raises `ValueError` for an attention it lacks."""
@@ -346,7 +353,9 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    return next(found for found in FAMILIES if found.name == name)
+    from hybrid_families import HYBRIDS  # which is made with what is here
+
+    return next(found for found in [*FAMILIES, *HYBRIDS] if found.name == name)
 
 
 # --- representatives --------------------------------------------------------------------------------------------------
@@ -391,17 +400,24 @@ def silenced(
 ) -> Iterator[None]:
     """The same model, in which the sublayers named still run, but add nothing: plain hooks, no code of `notall`."""
     layers = stack_of(model)
-    silent = [(layers[i], family.attention) for i in attention]
-    silent += [(layers[i], name) for i in mlp for name in family.mlp.split()]
+    silent = [named for i in attention for named in modules_of(layers[i], family.attention)]
+    silent += [named for i in mlp for named in modules_of(layers[i], family.mlp)]
     handles = []
     try:
-        for layer, name in silent:
+        for name, module in silent:
             hook = _give_back_residual if name in family.adds_itself else _give_zeros
-            handles.append(layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def modules_of(layer: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
+    """With their names. Raises `StopIteration` where a layer has none of the modules that are said to be in it."""
+    held = dict(layer.named_modules())
+    chosen = [next(name for name in either.split("|") if name in held) for either in names.split()]
+    return [(name, held[name]) for name in chosen]
 
 
 def stack_of(model: PreTrainedModel) -> nn.ModuleList:
