@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import EXPERTS, LLAMA, MLA, ROUTED, TOKENS, Family
+from families import EXPERTS, LLAMA, MLA, ROUTED, TOKENS, WINDOW, Family
 
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
@@ -29,11 +29,37 @@ HYBRIDS = [
     # A mixer, then an MLP
     _llama("qwen3_next", shared_expert_intermediate_size=16, mlp_only_layers=[3], **EXPERTS, **DELTA),
     _llama("qwen3_5_text", **DELTA),
+    _llama("qwen3_5_moe_text", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
+    _llama(
+        "olmo_hybrid", attention="linear_attn|post_attention_layernorm", mlp="post_feedforward_layernorm|mlp", **DELTA
+    ),
+    _llama(
+        "lara_mini",
+        shared_expert_intermediate_size=16,
+        sliding_window=WINDOW,
+        **EXPERTS,
+        **DELTA | {"layer_types": ["linear_attention", "full_attention", "sliding_attention", "full_attention"]},
+    ),
     _llama(
         "lfm2",
         layer_types=["conv", "full_attention", "conv", "full_attention"],
         attention="conv|self_attn",
         mlp="feed_forward",
+    ),
+    _llama(
+        "lfm2_moe",
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        num_dense_layers=1,
+        attention="conv|self_attn",
+        mlp="feed_forward",
+        **EXPERTS,
+    ),
+    _llama(
+        "lfm3",
+        layer_types=["conv", "full_attention", "sliding_attention", "full_attention"],
+        sliding_window=WINDOW,
+        attention="post_operator_norm",
+        mlp="post_ffn_norm",
     ),
     _llama(
         "falcon_h1",
@@ -80,6 +106,24 @@ HYBRIDS = [
             "linear_num_heads": 4,
             "linear_head_dim": 8,
         },
+    ),
+    Family(
+        "bailing_hybrid",
+        "bailing_hybrid",
+        MLA
+        | {
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        },
+    ),
+    _llama(
+        "recurrent_gemma",
+        block_types=["recurrent", "attention"],
+        attention_window_size=WINDOW,
+        lru_width=32,
+        attention="temporal_block",
+        mlp="mlp_block",
     ),
     # One sublayer a layer
     Family(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from families import TRANSFORMERS_5, Family, family, silenced, stack_of
 from hybrid_families import HYBRIDS
@@ -71,11 +69,9 @@ def uncached(model: PreTrainedModel) -> Tensor:
 
 def cached(model: PreTrainedModel, told: bool = False) -> Tensor:
     """Token by token; `told` the position of each."""
-    held: dict[str, Any] = {}
+    cache = DynamicCache(config=model.config)
     logits = []
     for position, token in enumerate(TOKENS.split(1, dim=1)):
         where = {"position_ids": torch.full_like(token, position)} if told else {}
-        output = model(token, use_cache=True, **where, **held)
-        held = {"cache": output.cache}
-        logits.append(output.logits)
+        logits.append(model(token, use_cache=True, cache=cache, **where).logits)
     return torch.cat(logits, 1)
