@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import EXPERTS, LLAMA, MLA, ROUTED, TOKENS, WINDOW, Family
+from families import COMMON, EXPERTS, LLAMA, MIXED, MLA, POST_NORMS, ROUTED, TOKENS, VOCABULARY, WINDOW, Family
 
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
@@ -156,4 +156,172 @@ HYBRIDS = [
         only_attention=ALL,
     ),
     Family("falcon_mamba", "falcon_mamba", BARE, attention="mixer", mlp="", only_attention=ALL),
+    # A shared attention feeds Mamba's input, and adds nothing itself
+    Family(
+        "zamba",
+        "zamba",
+        COMMON
+        | {
+            "intermediate_size": 48,
+            "num_key_value_heads": 4,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "mamba_d_state": 8,
+        },
+        attention="mamba|mamba_decoder.mamba",
+        mlp="",
+        only_attention=ALL,
+    ),
+    Family(
+        "zamba2",
+        "zamba2",
+        COMMON
+        | {
+            "intermediate_size": 48,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 4,
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "use_mem_rope": True,
+            "time_step_min": 1e-9,
+        },
+        attention="mamba|mamba_decoder.mamba",
+        mlp="",
+        only_attention=ALL,
+    ),
+    # The stream is scaled or mixed between the layers
+    _llama("doge", keep_window_size=WINDOW, attention="self_attn"),
+    _llama(
+        "minimax",
+        layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=4,
+        full_attn_alpha_factor=1.1,
+        linear_attn_beta_factor=0.9,
+        mlp_alpha_factor=1.2,
+        attention="self_attn",
+    ),
+    _llama(
+        "beam",
+        n_group=2,
+        topk_group=1,
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        **EXPERTS,
+        **MIXED,
+        **POST_NORMS,
+    ),
+    _llama(
+        "zaya",
+        layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+        sliding_window=WINDOW,
+        router_hidden_size=16,
+        attention="self_attn",
+        **EXPERTS | {"num_experts_per_tok": 1},
+    ),
+    Family(
+        "deepseek_v4",
+        "deepseek_v4",
+        COMMON
+        | ROUTED
+        | {
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+                "compressed_sparse_attention",
+            ],
+            "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            "hc_mult": 2,
+            "sliding_window": WINDOW,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "index_n_heads": 16,
+            "index_head_dim": 8,
+            "index_topk": 2,
+        },
+    ),
+    _llama(
+        "gemma3n_text",
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        intermediate_size=[48] * 4,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        **POST_NORMS,
+    ),
+    _llama(
+        "gemma4_text",
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        global_head_dim=16,
+        **MIXED,
+        **POST_NORMS,
+    ),
+    _llama(
+        "gemma4_unified_text",
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        global_head_dim=16,
+        **MIXED,
+        **POST_NORMS,
+    ),
+    Family(
+        "glm_moe_dsa",
+        "glm_moe_dsa",
+        MLA
+        | {
+            "index_n_heads": 16,
+            "index_head_dim": 16,
+            "index_topk": WINDOW,
+            "indexer_types": ["full", "shared", "full", "shared"],
+        },
+    ),
+    Family(
+        "hy_v4",
+        "hy_v4",
+        MLA
+        | {
+            "index_n_heads": 16,
+            "index_head_dim": 16,
+            "index_topk": WINDOW,
+            "indexer_types": ["full", "shared", "full", "shared"],
+            "hc_mult": 2,
+        },
+    ),
+    _llama(
+        "inkling_text",
+        layer_types=["hybrid_sliding", "hybrid"] * 2,
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+        sliding_window_size=WINDOW,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        d_rel=4,
+        rel_extent=8,
+        attention="attn_sconv",
+        mlp="mlp_sconv",
+        **ROUTED,
+    ),
+    _llama(
+        "qwen4_exp_text",
+        hc_count=2,
+        hc_lowrank=8,
+        shared_expert_intermediate_size=16,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=2,
+        indexer_compress_ratio=2,
+        **EXPERTS,
+        **DELTA,
+    ),
 ]
