@@ -353,9 +353,9 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    from hybrid_families import HYBRIDS  # which is made with what is here
+    from hybrid_families import HYBRIDS, OTHERS  # which are made with what is here
 
-    return next(found for found in [*FAMILIES, *HYBRIDS] if found.name == name)
+    return next(found for found in [*FAMILIES, *HYBRIDS, *OTHERS] if found.name == name)
 
 
 # --- representatives --------------------------------------------------------------------------------------------------
@@ -414,19 +414,20 @@ def silenced(
 
 
 def modules_of(layer: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
-    """With their names. Raises `StopIteration` where a layer has none of the modules that are said to be in it."""
+    """With their names. Raises `KeyError` where a layer has none of the modules that are said to be in it."""
     held = dict(layer.named_modules())
-    chosen = [next(name for name in either.split("|") if name in held) for either in names.split()]
+    chosen = [next((name for name in either.split("|") if name in held), either) for either in names.split()]
     return [(name, held[name]) for name in chosen]
 
 
 def stack_of(model: PreTrainedModel) -> nn.ModuleList:
-    depth = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_layers", config.num_hidden_layers)  # LongCat's layers hold two each
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
 def _give_zeros(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
-    return _with_first(answer, torch.zeros_like(answer[0] if isinstance(answer, tuple) else answer))
+    return _with_first(answer, torch.zeros_like(answer[0] if isinstance(answer, tuple | list) else answer))
 
 
 def _give_back_residual(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
@@ -434,4 +435,4 @@ def _give_back_residual(module: nn.Module, args: Any, kwargs: Any, answer: Any) 
 
 
 def _with_first(answer: Any, first: torch.Tensor) -> Any:
-    return (first, *answer[1:]) if isinstance(answer, tuple) else first
+    return type(answer)((first, *answer[1:])) if isinstance(answer, tuple | list) else first

@@ -1,13 +1,29 @@
-"""A tiny random model of every family whose layers do not all hold an attention and an MLP: see `families`.
+"""Tiny random models of more families: those whose layers hold other mixers than attention, and older ones.
 
-Each kind of layer is there, and two full attentions wherever there are any, so that all but one can go.
+As in `families`. Each kind of layer is there, and two full attentions where there are any, so that all but one can go.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from families import COMMON, EXPERTS, LLAMA, MIXED, MLA, POST_NORMS, ROUTED, TOKENS, VOCABULARY, WINDOW, Family
+from transformers import AutoModelForImageTextToText
+
+from families import (
+    COMMON,
+    EXPERTS,
+    GPT,
+    LLAMA,
+    MIXED,
+    MLA,
+    POST_NORMS,
+    ROUTED,
+    TOKENS,
+    VISION,
+    VOCABULARY,
+    WINDOW,
+    Family,
+)
 
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
@@ -16,13 +32,66 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 2}
+CHUNK = 5  # tokens that are scanned together: texts of the tests are longer
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": CHUNK,
+}
+# Fewer heads would give many tokens the same score, 0, and which of them is looked at would be chance.
+INDEXED = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": WINDOW}
+INKLING = ROUTED | {
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "sliding_window_size": WINDOW,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 8,
+}
+INKLING2 = INKLING | {
+    "unpadded_vocab_size": VOCABULARY,
+    "attention": "post_attention_convolution",
+    "mlp": "post_mlp_convolution",
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 BARE = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 ALL = (0, 1, 2, 3)
 
 
 def _llama(model_type: str, *, attention: str = "linear_attn|self_attn", mlp: str = "mlp", **config: Any) -> Family:
     return Family(model_type, model_type, LLAMA | config, attention, mlp)
+
+
+def _sees(model_type: str, **text: Any) -> Family:
+    vision = VISION | {"depth": 2, "num_heads": 4, "out_hidden_size": 32}
+    return Family(
+        f"{model_type} (text part)",
+        model_type,
+        {"text_config": LLAMA | {"rope_parameters": MROPE} | text, "vision_config": vision},
+        attention="linear_attn|self_attn",
+        auto=AutoModelForImageTextToText,
+    )
+
+
+def _bert(model_type: str, **config: Any) -> Family:
+    sizes = COMMON | {"intermediate_size": 48, "is_decoder": True}
+    return Family(model_type, model_type, sizes | config, "attention.output.dense", "output.dense")
+
+
+def _bart(model_type: str) -> Family:
+    """The decoder alone, without an encoder to look at."""
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    }
+    return Family(model_type, model_type, TOKENS | sizes | {"max_position_embeddings": 64}, mlp="fc2")
 
 
 HYBRIDS = [
@@ -138,6 +207,7 @@ HYBRIDS = [
             "mamba_head_dim": 16,
             "ssm_state_size": 8,
             "n_groups": 2,
+            "chunk_size": CHUNK,
             "moe_shared_expert_intermediate_size": 16,
             "time_step_min": 1e-9,  # below it steps are lengthened, but not token by token
         },
@@ -150,7 +220,7 @@ HYBRIDS = [
     Family(
         "mamba2",
         "mamba2",
-        BARE | {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+        BARE | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": CHUNK},
         attention="mixer",
         mlp="",
         only_attention=ALL,
@@ -184,6 +254,7 @@ HYBRIDS = [
             "num_mem_blocks": 1,
             "adapter_rank": 4,
             "use_mem_rope": True,
+            "chunk_size": CHUNK,
             "time_step_min": 1e-9,
         },
         attention="mamba|mamba_decoder.mamba",
@@ -191,11 +262,13 @@ HYBRIDS = [
         only_attention=ALL,
     ),
     # The stream is scaled or mixed between the layers
-    _llama("doge", keep_window_size=WINDOW, attention="self_attn"),
+    # Of a smaller window, which of two equal tokens stays is chance
+    _llama("doge", keep_window_size=64, attention="self_attn"),
     _llama(
         "minimax",
         layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
         num_local_experts=4,
+        block_size=CHUNK,
         full_attn_alpha_factor=1.1,
         linear_attn_beta_factor=0.9,
         mlp_alpha_factor=1.2,
@@ -278,10 +351,8 @@ HYBRIDS = [
         "glm_moe_dsa",
         "glm_moe_dsa",
         MLA
+        | INDEXED
         | {
-            "index_n_heads": 16,
-            "index_head_dim": 16,
-            "index_topk": WINDOW,
             "indexer_types": ["full", "shared", "full", "shared"],
         },
     ),
@@ -289,27 +360,18 @@ HYBRIDS = [
         "hy_v4",
         "hy_v4",
         MLA
+        | INDEXED
         | {
-            "index_n_heads": 16,
-            "index_head_dim": 16,
-            "index_topk": WINDOW,
             "indexer_types": ["full", "shared", "full", "shared"],
             "hc_mult": 2,
         },
     ),
     _llama(
         "inkling_text",
-        layer_types=["hybrid_sliding", "hybrid"] * 2,
         mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-        sliding_window_size=WINDOW,
-        swa_num_attention_heads=4,
-        swa_num_key_value_heads=2,
-        swa_head_dim=8,
-        d_rel=4,
-        rel_extent=8,
         attention="attn_sconv",
         mlp="mlp_sconv",
-        **ROUTED,
+        **INKLING,
     ),
     _llama(
         "qwen4_exp_text",
@@ -324,4 +386,103 @@ HYBRIDS = [
         **EXPERTS,
         **DELTA,
     ),
+    # Several attentions in a layer, or layers that run several times, or begin a stream of their own
+    Family(
+        "longcat_flash",
+        "longcat_flash",
+        {name: value for name, value in MLA.items() if name != "num_hidden_layers"}
+        | {
+            "num_layers": 4,
+            "head_dim": 8,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+            "moe_topk": 2,
+            "zero_expert_num": 1,
+        },
+        attention="self_attn.0 self_attn.1",
+        mlp="mlps.0 mlps.1 mlp",
+    ),
+    _llama("inkling2_text", n_layers_per_attn_res_block=2, **INKLING2),
+    _llama(
+        "inkling2_loop_text",
+        n_layers_per_attn_res_block=1,
+        loop_layer_index_start=1,
+        loop_layer_index_end=3,
+        loop_num_passes=2,
+        loop_gate_rank=4,
+        **INKLING2,
+    ),
+    # The text parts of vision-language models
+    _sees("qwen3_5", **DELTA),
+    _sees("qwen3_5_moe", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
+]
+
+# An attention and an MLP in every layer
+OTHERS = [
+    Family("deepseek_v32", "deepseek_v32", MLA | INDEXED),
+    Family(
+        "dots3_note_text",
+        "dots3_note_text",
+        MLA
+        | INDEXED
+        | {
+            "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+            "sliding_window": WINDOW,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+            "shared_experts_intermediate_size": 16,
+        },
+    ),
+    _llama(
+        "granitemoe_swa",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=16,
+        residual_multiplier=0.7,
+        attention="self_attn",
+        mlp="block_sparse_moe shared_mlp",
+        **MIXED,
+    ),
+    _llama("apertus1p5_text", attention="self_attn"),
+    _llama(
+        "cohere_compass_text",
+        logit_scale=0.5,
+        rope_parameters={"sliding_attention": MROPE, "full_attention": None},
+        attention="self_attn",
+        **MIXED,
+    ),
+    Family(
+        "dbrx",
+        "dbrx",
+        TOKENS
+        | {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 4,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        attention="norm_attn_norm.attn",
+        mlp="ffn",
+    ),
+    Family("ctrl", "ctrl", GPT | {"dff": 48}, attention="multi_head_attention", mlp="ffn"),
+    Family("gpt-sw3", "gpt-sw3", GPT, attention="attn"),
+    *(_llama(name, attention="self_attn") for name in ("exaone", "internlm3", "iquestcoder")),
+    Family("sarvam_mla", "sarvam_mla", MLA | {"q_lora_rank": None}),
+    _llama("sarvam_moe", first_k_dense_replace=1, attention="self_attn", **ROUTED),
+    # Normed after the addition
+    Family("openai-gpt", "openai-gpt", GPT, attention="attn"),
+    *(_bert(name) for name in ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie")),
+    *(_bert(name) for name in ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")),
+    *(_bert(name) for name in ("xlm-roberta", "xlm-roberta-xl")),
+    _bert("xmod", languages=["en_XX"], default_language="en_XX"),
+    _bert("big_bird", attention_type="original_full"),
+    *(_bart(name) for name in ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp")),
+    *(_bart(name) for name in ("pegasus", "plbart", "trocr", "whisper")),
 ]
