@@ -93,18 +93,22 @@ def make_each_layer_matter(model: nn.Module) -> None:
     """Weights that keep the variance of what they are given, and norms and biases away from ones and zeros."""
     generator = torch.Generator().manual_seed(1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for tensor in (*model.parameters(), *_correction_biases(model)):
+    for tensor in (*model.parameters(), *_learned_buffers(model)):
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() < 2:
             tensor.data.add_(0.2 * noise)
         else:
             fan_in = 1 if id(tensor) in embeddings else min(tensor.shape[-2:])
             tensor.data.copy_(noise / fan_in**0.5)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # which of four experts are for a token
+            table.copy_(torch.randint(4, table.shape, generator=generator))
 
 
-def _correction_biases(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Routers of the DeepSeek kind keep a learned bias in a buffer."""
-    return (buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+def _learned_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Routers of the DeepSeek kind keep a learned bias in a buffer, and Gemma 4 the scale of a layer."""
+    learned = ("correction_bias", "expert_bias", "layer_scalar")
+    return (buffer for name, buffer in model.named_buffers() if name.endswith(learned))
 
 
 def _llama(name: str, model_type: str | None = None, **config: Any) -> Family:
@@ -353,9 +357,9 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    from hybrid_families import HYBRIDS, OTHERS  # which are made with what is here
+    from hybrid_families import HYBRIDS, NORMED_AFTER, OTHERS  # which are made with what is here
 
-    return next(found for found in [*FAMILIES, *HYBRIDS, *OTHERS] if found.name == name)
+    return next(found for found in [*FAMILIES, *HYBRIDS, *OTHERS, *NORMED_AFTER] if found.name == name)
 
 
 # --- representatives --------------------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ HYBRIDS = [
         "falcon_h1",
         mamba_d_ssm=64,
         ssm_out_multiplier=0.7,
+        ssm_multipliers=[0.9, 1.1, 0.8, 1.2, 0.7],
+        mlp_multipliers=[0.9, 1.1],
         attention_in_multiplier=0.8,
         attention_out_multiplier=0.9,
         attention="mamba self_attn",
@@ -338,15 +340,7 @@ HYBRIDS = [
         **MIXED,
         **POST_NORMS,
     ),
-    _llama(
-        "gemma4_unified_text",
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        global_head_dim=16,
-        **MIXED,
-        **POST_NORMS,
-    ),
+    _llama("gemma4_unified_text", num_kv_shared_layers=2, global_head_dim=16, **MIXED, **POST_NORMS),
     Family(
         "glm_moe_dsa",
         "glm_moe_dsa",
@@ -476,13 +470,16 @@ OTHERS = [
     *(_llama(name, attention="self_attn") for name in ("exaone", "internlm3", "iquestcoder")),
     Family("sarvam_mla", "sarvam_mla", MLA | {"q_lora_rank": None}),
     _llama("sarvam_moe", first_k_dense_replace=1, attention="self_attn", **ROUTED),
-    # Normed after the addition
+    *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
+    *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
+]
+
+# Likewise, but what they add to is normed afterwards
+NORMED_AFTER = [
     Family("openai-gpt", "openai-gpt", GPT, attention="attn"),
     *(_bert(name) for name in ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie")),
-    *(_bert(name) for name in ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")),
-    *(_bert(name) for name in ("xlm-roberta", "xlm-roberta-xl")),
+    *(_bert(name) for name in ("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta")),
     _bert("xmod", languages=["en_XX"], default_language="en_XX"),
     _bert("big_bird", attention_type="original_full"),
-    *(_bart(name) for name in ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp")),
-    *(_bart(name) for name in ("pegasus", "plbart", "trocr", "whisper")),
+    *(_bart(name) for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")),
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from families import TRANSFORMERS_5, Family, family, silenced, stack_of
-from hybrid_families import HYBRIDS, OTHERS
+from hybrid_families import HYBRIDS, NORMED_AFTER, OTHERS
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere")
 
@@ -16,22 +18,32 @@ TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0
 COUNT_FROM_THE_CACHE_ONLY_IF_TOLD = {"bamba"}  # without `position_ids`, each token is their first
 ANSWER_NO_CACHE = {"recurrent_gemma"}
 KEEP_NOTHING = {"openai-gpt"}
+# Their layers scale, norm or mix the stream, or begin another, even if nothing is added to it.
+CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER} | {
+    *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+    *("inkling2_text", "inkling2_loop_text", "minimax", "zaya"),
+}
 
 
-@pytest.fixture(params=[*HYBRIDS, *OTHERS], ids=str)
+@pytest.fixture(params=[*HYBRIDS, *OTHERS, *NORMED_AFTER], ids=str)
 def hybrid(request: pytest.FixtureRequest) -> Family:
     if not request.param.exists:
         pytest.skip(f"this transformers has no {request.param.model_type}")
     return request.param
 
 
-def sublayers(family: Family) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Each alone, as the attentions and MLPs that `silenced` takes."""
-    attentions = [((i,), ()) for i in range(family.depth) if i not in family.only_mlp]
-    mlps: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-        ((), (i,)) for i in range(family.depth) if i not in family.only_attention
-    ]
-    return attentions + mlps
+Silent = tuple[tuple[int, ...], tuple[int, ...]]  # attentions and MLPs, as `silenced` takes them
+
+
+def every_sublayer(family: Family) -> Silent:
+    layers = range(family.depth)
+    attentions = tuple(i for i in layers if i not in family.only_mlp)
+    return attentions, tuple(i for i in layers if i not in family.only_attention)
+
+
+def single_sublayers(family: Family) -> list[Silent]:
+    attentions, mlps = every_sublayer(family)
+    return [((i,), ()) for i in attentions] + [((), (i,)) for i in mlps]
 
 
 def test_is_found_by_name(hybrid: Family) -> None:
@@ -45,10 +57,35 @@ def test_every_sublayer_matters(hybrid: Family) -> None:
     assert len(stack_of(model)) == hybrid.depth
     dense = uncached(model)
     assert dense.isfinite().all()
-    for attention, mlp in sublayers(hybrid):
+    for attention, mlp in single_sublayers(hybrid):
         with silenced(model, hybrid, attention, mlp):
             moved = difference(uncached(model), dense)
         assert moved > 1e-3, f"attention {attention}, MLP {mlp}: moved by {moved}"
+
+
+@torch.no_grad()
+def test_layers_add_nothing_but_what_is_named(hybrid: Family) -> None:
+    model = hybrid.build()
+    unchanged = []
+
+    def compare(layer: nn.Module, args: tuple[Tensor, ...], answer: Any) -> None:
+        unchanged.append(torch.equal(args[0], answer if isinstance(answer, Tensor) else answer[0]))
+
+    for layer in stack_of(model):
+        layer.register_forward_hook(compare)
+    with silenced(model, hybrid, *every_sublayer(hybrid)):
+        uncached(model)
+    assert len(unchanged) >= hybrid.depth
+    assert all(unchanged) == (hybrid.name not in CHANGE_THE_STREAM)
+
+
+@torch.no_grad()
+def test_tokens_meet_only_where_it_is_said(hybrid: Family) -> None:
+    model = hybrid.build()
+    other = torch.cat([(TOKENS[:, :1] + 1) % 99, TOKENS[:, 1:]], 1)
+    with silenced(model, hybrid, *every_sublayer(hybrid)):
+        apart = difference(model(other, use_cache=False).logits[:, 1:], uncached(model)[:, 1:])
+    assert apart < 1e-6
 
 
 @torch.no_grad()
