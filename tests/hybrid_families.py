@@ -58,12 +58,33 @@ INKLING2 = INKLING | {
     "mlp": "post_mlp_convolution",
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+QWEN4 = (
+    EXPERTS
+    | DELTA
+    | {
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "shared_expert_intermediate_size": 16,
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 2,
+        "indexer_compress_ratio": 2,
+    }
+)
 BARE = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 ALL = (0, 1, 2, 3)
 
 
-def _llama(model_type: str, *, attention: str = "linear_attn|self_attn", mlp: str = "mlp", **config: Any) -> Family:
-    return Family(model_type, model_type, LLAMA | config, attention, mlp)
+def _llama(
+    name: str,
+    model_type: str | None = None,
+    *,
+    attention: str = "linear_attn|self_attn",
+    mlp: str = "mlp",
+    **config: Any,
+) -> Family:
+    return Family(name, model_type or name, LLAMA | config, attention, mlp)
 
 
 def _sees(model_type: str, **text: Any) -> Family:
@@ -151,6 +172,17 @@ HYBRIDS = [
         residual_multiplier=0.7,
         attention="mamba|self_attn",
         mlp="block_sparse_moe shared_mlp",
+        **MAMBA,
+    ),
+    _llama(
+        "granitemoehybrid (dense)",
+        "granitemoehybrid",
+        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        num_local_experts=0,
+        shared_intermediate_size=48,
+        position_embedding_type="rope",
+        attention="mamba|self_attn",
+        mlp="shared_mlp",
         **MAMBA,
     ),
     _llama("bamba", attn_layer_indices=[1, 3], attention="mamba|self_attn", mlp="feed_forward", **MAMBA),
@@ -340,6 +372,18 @@ HYBRIDS = [
         **MIXED,
         **POST_NORMS,
     ),
+    _llama(
+        "gemma4_text (experts)",
+        "gemma4_text",
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+        global_head_dim=16,
+        **MIXED,
+        **POST_NORMS,
+    ),
     _llama("gemma4_unified_text", num_kv_shared_layers=2, global_head_dim=16, **MIXED, **POST_NORMS),
     Family(
         "glm_moe_dsa",
@@ -367,18 +411,18 @@ HYBRIDS = [
         mlp="mlp_sconv",
         **INKLING,
     ),
+    _llama("qwen4_exp_text", **QWEN4),
     _llama(
+        "qwen4_exp_text (n-grams)",
         "qwen4_exp_text",
-        hc_count=2,
-        hc_lowrank=8,
-        shared_expert_intermediate_size=16,
-        indexer_n_heads=2,
-        indexer_kv_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=2,
-        indexer_compress_ratio=2,
-        **EXPERTS,
-        **DELTA,
+        eos_token_id=2,
+        ple_layer_ids=[1, 3],
+        ple_embed_dim=16,
+        heads_per_ngram=2,
+        ngram_vocab_size_base=20,
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=1,
+        **QWEN4,
     ),
     # Several attentions in a layer, or layers that run several times, or begin a stream of their own
     Family(

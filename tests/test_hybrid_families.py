@@ -20,9 +20,10 @@ ANSWER_NO_CACHE = {"recurrent_gemma"}
 KEEP_NOTHING = {"openai-gpt"}
 # Their layers scale, norm or mix the stream, or begin another, even if nothing is added to it.
 CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER} | {
-    *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
-    *("inkling2_text", "inkling2_loop_text", "minimax", "zaya"),
+    *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_text (experts)", "gemma4_unified_text"),
+    *("inkling2_text", "inkling2_loop_text", "minimax", "qwen4_exp_text (n-grams)", "zaya"),
 }
+MEET_ELSEWHERE = {"qwen4_exp_text (n-grams)"}  # what is looked up for three tokens is added before the mixer
 
 
 @pytest.fixture(params=[*HYBRIDS, *OTHERS, *NORMED_AFTER], ids=str)
@@ -85,7 +86,7 @@ def test_tokens_meet_only_where_it_is_said(hybrid: Family) -> None:
     other = torch.cat([(TOKENS[:, :1] + 1) % 99, TOKENS[:, 1:]], 1)
     with silenced(model, hybrid, *every_sublayer(hybrid)):
         apart = difference(model(other, use_cache=False).logits[:, 1:], uncached(model)[:, 1:])
-    assert apart < 1e-6
+    assert (apart < 1e-6) == (hybrid.name not in MEET_ELSEWHERE)
 
 
 @torch.no_grad()
