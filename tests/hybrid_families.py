@@ -26,7 +26,7 @@ from families import (
 )
 
 DELTA = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -58,6 +58,8 @@ INKLING2 = INKLING | {
     "mlp": "post_mlp_convolution",
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SMALL_VISION = VISION | {"image_size": 28, "crop_size": 28}
+SMALL_AUDIO = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
 QWEN4 = (
     EXPERTS
     | DELTA
@@ -132,13 +134,13 @@ HYBRIDS = [
     ),
     _llama(
         "lfm2",
-        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        layer_types=["conv", "full_attention"] * 2,
         attention="conv|self_attn",
         mlp="feed_forward",
     ),
     _llama(
         "lfm2_moe",
-        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        layer_types=["full_attention", "conv", "conv", "full_attention"],
         num_dense_layers=1,
         attention="conv|self_attn",
         mlp="feed_forward",
@@ -165,7 +167,7 @@ HYBRIDS = [
     ),
     _llama(
         "granitemoehybrid",
-        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
         num_local_experts=4,
         num_experts_per_tok=2,
         shared_intermediate_size=16,
@@ -177,7 +179,7 @@ HYBRIDS = [
     _llama(
         "granitemoehybrid (dense)",
         "granitemoehybrid",
-        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        layer_types=["linear_attention", "full_attention"] * 2,
         num_local_experts=0,
         shared_intermediate_size=48,
         position_embedding_type="rope",
@@ -185,7 +187,7 @@ HYBRIDS = [
         mlp="shared_mlp",
         **MAMBA,
     ),
-    _llama("bamba", attn_layer_indices=[1, 3], attention="mamba|self_attn", mlp="feed_forward", **MAMBA),
+    _llama("bamba", attn_layer_indices=[0, 3], attention="mamba|self_attn", mlp="feed_forward", **MAMBA),
     _llama(
         "jamba",
         attn_layer_period=2,
@@ -204,7 +206,7 @@ HYBRIDS = [
         {k: v for k, v in MLA.items() if k != "first_k_dense_replace"}
         | {
             "num_experts": 4,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "layer_types": ["linear_attention", "full_attention"] * 2,
             "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
             "linear_num_heads": 4,
             "linear_head_dim": 8,
@@ -217,7 +219,7 @@ HYBRIDS = [
         | {
             "num_local_experts": 4,
             "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
         },
     ),
     _llama(
@@ -268,7 +270,7 @@ HYBRIDS = [
         | {
             "intermediate_size": 48,
             "num_key_value_heads": 4,
-            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
             "mamba_d_state": 8,
         },
         attention="mamba|mamba_decoder.mamba",
@@ -281,7 +283,7 @@ HYBRIDS = [
         COMMON
         | {
             "intermediate_size": 48,
-            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
             "mamba_d_state": 8,
             "mamba_ngroups": 2,
             "n_mamba_heads": 4,
@@ -296,11 +298,10 @@ HYBRIDS = [
         only_attention=ALL,
     ),
     # The stream is scaled or mixed between the layers
-    # Of a smaller window, which of two equal tokens stays is chance
-    _llama("doge", keep_window_size=64, attention="self_attn"),
+    _llama("doge", keep_window_size=64, attention="self_attn"),  # within it, no two equal tokens need be chosen from
     _llama(
         "minimax",
-        layer_types=["full_attention", "linear_attention", "full_attention", "linear_attention"],
+        layer_types=["full_attention", "linear_attention"] * 2,
         num_local_experts=4,
         block_size=CHUNK,
         full_attn_alpha_factor=1.1,
@@ -319,7 +320,7 @@ HYBRIDS = [
     ),
     _llama(
         "zaya",
-        layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+        layer_types=["hybrid_sliding", "hybrid"] * 2,
         sliding_window=WINDOW,
         router_hidden_size=16,
         attention="self_attn",
@@ -388,21 +389,12 @@ HYBRIDS = [
     Family(
         "glm_moe_dsa",
         "glm_moe_dsa",
-        MLA
-        | INDEXED
-        | {
-            "indexer_types": ["full", "shared", "full", "shared"],
-        },
+        MLA | INDEXED | {"indexer_types": ["full", "shared"] * 2},
     ),
     Family(
         "hy_v4",
         "hy_v4",
-        MLA
-        | INDEXED
-        | {
-            "indexer_types": ["full", "shared", "full", "shared"],
-            "hc_mult": 2,
-        },
+        MLA | INDEXED | {"indexer_types": ["full", "shared"] * 2, "hc_mult": 2},
     ),
     _llama(
         "inkling_text",
@@ -514,6 +506,11 @@ OTHERS = [
     *(_llama(name, attention="self_attn") for name in ("exaone", "internlm3", "iquestcoder")),
     Family("sarvam_mla", "sarvam_mla", MLA | {"q_lora_rank": None}),
     _llama("sarvam_moe", first_k_dense_replace=1, attention="self_attn", **ROUTED),
+    _llama("moshi", attention="self_attn"),
+    _llama("phi4_multimodal", attention="self_attn", vision_config=SMALL_VISION, audio_config=SMALL_AUDIO),
+    Family("emu3", "emu3", {"text_config": LLAMA}),
+    Family("fuyu", "fuyu", {"text_config": LLAMA | {"model_type": "persimmon"}}),
+    Family("mllama", "mllama", {"text_config": LLAMA | {"cross_attention_layers": []}}),
     *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
     *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
 ]
@@ -523,6 +520,7 @@ NORMED_AFTER = [
     Family("openai-gpt", "openai-gpt", GPT, attention="attn"),
     *(_bert(name) for name in ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie")),
     *(_bert(name) for name in ("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta")),
+    _bert("git", vision_config=VISION),
     _bert("xmod", languages=["en_XX"], default_language="en_XX"),
     _bert("big_bird", attention_type="original_full"),
     *(_bart(name) for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")),
