@@ -357,7 +357,8 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    from hybrid_families import HYBRIDS, NORMED_AFTER, OTHERS  # which are made with what is here
+    from hybrid_families import HYBRIDS  # both are made with what is here
+    from plain_families import NORMED_AFTER, OTHERS
 
     return next(found for found in [*FAMILIES, *HYBRIDS, *OTHERS, *NORMED_AFTER] if found.name == name)
 

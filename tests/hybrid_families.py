@@ -1,6 +1,6 @@
-"""Tiny random models of more families: those whose layers hold other mixers than attention, and older ones.
+"""Tiny random models, as in `families`, whose layers hold other mixers than attention or do not just add to a stream.
 
-As in `families`. Each kind of layer is there, and two full attentions where there are any, so that all but one can go.
+Each kind of layer is there, and two full attentions wherever there are any, so that all but one can go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText
 from families import (
     COMMON,
     EXPERTS,
-    GPT,
     LLAMA,
     MIXED,
     MLA,
@@ -58,8 +57,6 @@ INKLING2 = INKLING | {
     "mlp": "post_mlp_convolution",
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-SMALL_VISION = VISION | {"image_size": 28, "crop_size": 28}
-SMALL_AUDIO = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
 QWEN4 = (
     EXPERTS
     | DELTA
@@ -100,24 +97,7 @@ def _sees(model_type: str, **text: Any) -> Family:
     )
 
 
-def _bert(model_type: str, **config: Any) -> Family:
-    sizes = COMMON | {"intermediate_size": 48, "is_decoder": True}
-    return Family(model_type, model_type, sizes | config, "attention.output.dense", "output.dense")
-
-
-def _bart(model_type: str) -> Family:
-    """The decoder alone, without an encoder to look at."""
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 4,
-        "decoder_layers": 4,
-        "decoder_attention_heads": 4,
-        "decoder_ffn_dim": 48,
-    }
-    return Family(model_type, model_type, TOKENS | sizes | {"max_position_embeddings": 64}, mlp="fc2")
-
-
-HYBRIDS = [
+HYBRIDS: list[Family] = [
     # A mixer, then an MLP
     _llama("qwen3_next", shared_expert_intermediate_size=16, mlp_only_layers=[3], **EXPERTS, **DELTA),
     _llama("qwen3_5_text", **DELTA),
@@ -445,83 +425,4 @@ HYBRIDS = [
     # The text parts of vision-language models
     _sees("qwen3_5", **DELTA),
     _sees("qwen3_5_moe", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
-]
-
-# An attention and an MLP in every layer
-OTHERS = [
-    Family("deepseek_v32", "deepseek_v32", MLA | INDEXED),
-    Family(
-        "dots3_note_text",
-        "dots3_note_text",
-        MLA
-        | INDEXED
-        | {
-            "layer_types": ["indexed_attention", "sliding_attention"] * 2,
-            "sliding_window": WINDOW,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 4,
-            "swa_q_lora_rank": 16,
-            "swa_kv_lora_rank": 16,
-            "swa_head_dim": 16,
-            "swa_qk_nope_head_dim": 8,
-            "swa_v_head_dim": 8,
-            "shared_experts_intermediate_size": 16,
-        },
-    ),
-    _llama(
-        "granitemoe_swa",
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        shared_intermediate_size=16,
-        residual_multiplier=0.7,
-        attention="self_attn",
-        mlp="block_sparse_moe shared_mlp",
-        **MIXED,
-    ),
-    _llama("apertus1p5_text", attention="self_attn"),
-    _llama(
-        "cohere_compass_text",
-        logit_scale=0.5,
-        rope_parameters={"sliding_attention": MROPE, "full_attention": None},
-        attention="self_attn",
-        **MIXED,
-    ),
-    Family(
-        "dbrx",
-        "dbrx",
-        TOKENS
-        | {
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 4,
-            "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        },
-        attention="norm_attn_norm.attn",
-        mlp="ffn",
-    ),
-    Family("ctrl", "ctrl", GPT | {"dff": 48}, attention="multi_head_attention", mlp="ffn"),
-    Family("gpt-sw3", "gpt-sw3", GPT, attention="attn"),
-    *(_llama(name, attention="self_attn") for name in ("exaone", "internlm3", "iquestcoder")),
-    Family("sarvam_mla", "sarvam_mla", MLA | {"q_lora_rank": None}),
-    _llama("sarvam_moe", first_k_dense_replace=1, attention="self_attn", **ROUTED),
-    _llama("moshi", attention="self_attn"),
-    _llama("phi4_multimodal", attention="self_attn", vision_config=SMALL_VISION, audio_config=SMALL_AUDIO),
-    Family("emu3", "emu3", {"text_config": LLAMA}),
-    Family("fuyu", "fuyu", {"text_config": LLAMA | {"model_type": "persimmon"}}),
-    Family("mllama", "mllama", {"text_config": LLAMA | {"cross_attention_layers": []}}),
-    *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
-    *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
-]
-
-# Likewise, but what they add to is normed afterwards
-NORMED_AFTER = [
-    Family("openai-gpt", "openai-gpt", GPT, attention="attn"),
-    *(_bert(name) for name in ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie")),
-    *(_bert(name) for name in ("rembert", "roberta", "roc_bert", "roformer", "xlm-roberta")),
-    _bert("git", vision_config=VISION),
-    _bert("xmod", languages=["en_XX"], default_language="en_XX"),
-    _bert("big_bird", attention_type="original_full"),
-    *(_bart(name) for name in ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")),
 ]

@@ -1,4 +1,4 @@
-"""What the tests say by hand of the hybrid families is so: without `notall`, for its tests lean on it."""
+"""What is said by hand of the hybrid and plain families is so: without `notall`, whose tests lean on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from families import TRANSFORMERS_5, Family, family, silenced, stack_of
-from hybrid_families import HYBRIDS, NORMED_AFTER, OTHERS
+from hybrid_families import HYBRIDS
+from plain_families import NORMED_AFTER, OTHERS
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere")
 
