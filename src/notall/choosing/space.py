@@ -61,7 +61,8 @@ class Space:
         """What scores are given to: a sublayer each, or the two of a block."""
         if self.kind != "block":
             return tuple((name,) for name in self.names)
-        return tuple(zip(self.names[::2], self.names[1::2]))
+        whole = (tuple(part.name for part in block.sublayers) for block in self.anatomy.blocks)
+        return tuple(unit for unit in whole if set(unit) <= set(self.names))
 
     def moves(self, skipped: Skipped) -> list[Unit]:
         """What may be skipped next, beside `skipped`."""
@@ -91,7 +92,7 @@ class Space:
 
     def allows(self, skipped: Skipped) -> bool:
         """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model."""
-        if sum(name.startswith("attn") for name in skipped) == len(self.anatomy.blocks):
+        if skipped.issuperset(f"attn.{index}" for index in self.anatomy.counting):
             return False
         return not self.portable or is_portable(self.anatomy, self.plan(skipped))
 

@@ -29,7 +29,7 @@ MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
     """The layers of the exported model."""
-    return merged(regroup(len(anatomy.blocks), plan), partial(fits, anatomy))
+    return merged(regroup(anatomy.kinds, plan), partial(fits, anatomy))
 
 
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -18,24 +19,52 @@ PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rop
 @contextmanager
 def sliced(config: PretrainedConfig, layers: Sequence[int]) -> Iterator[PretrainedConfig]:
     """`config` as if the model had only `layers`, in that order; as it was when the `with` is left."""
-    before = dict(config.__dict__)
+    put_back = as_it_is(config)
     try:
         slice_config(config, layers)
         yield config
     finally:
+        put_back()
+
+
+def as_it_is(config: PretrainedConfig) -> Callable[[], None]:
+    """A function that makes `config` again what it is now."""
+    fields, kind = dict(config.__dict__), type(config)
+
+    def put_back() -> None:
+        config.__class__ = kind
         config.__dict__.clear()
-        config.__dict__.update(before)
+        config.__dict__.update(fields)
+
+    return put_back
 
 
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
-    count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     depth = config.num_hidden_layers
-    for name in PER_LAYER_LISTS:
-        values = config.__dict__.get(name)
-        if isinstance(values, list | tuple) and len(values) == depth:
-            config.__dict__[name] = type(values)(values[index] for index in layers)
-    config.__dict__[count] = len(layers)
+    held = {name: values for name in PER_LAYER_LISTS if (values := _list_of(config, name, depth))}
+    told: dict[str, Any] = {}
+    for name, values in held.items():
+        cut = type(values)(values[index] for index in layers)
+        if name in config.__dict__:
+            config.__dict__[name] = cut
+        else:
+            told[name] = cut
+    config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    if told:
+        config.__class__ = _told(type(config), told)
+
+
+def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tuple[Any, ...] | None:
+    """The per-layer list of this name that a config holds, or derives from a period; not another one's other name."""
+    held = name in config.__dict__ or isinstance(getattr(type(config), name, None), property)
+    values = getattr(config, name) if held else None
+    return values if isinstance(values, list | tuple) and len(values) == depth else None
+
+
+def _told(config_class: type, lists: dict[str, Any]) -> type:
+    """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
+    return type(config_class)(config_class.__name__, (config_class,), {"__module__": config_class.__module__} | lists)
 
 
 @contextmanager
