@@ -49,6 +49,10 @@ REFUSED = {
     "xlm-roberta-xl": "post-norm",
     "openai-gpt": "changes its hidden states",
 } | {family.name: "residual addition" for family in NORMED_AFTER if family.name != "openai-gpt"}
+STATEFUL_IN_4 = [
+    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next"),
+    *("recurrent_gemma", "zamba2"),
+]
 EVERY = [*HYBRIDS, *OTHERS, *NORMED_AFTER]
 PROVED = [family for family in EVERY if family.name not in REFUSED]
 MANY = HYBRIDS  # of the others, whose layers are like those of families tried elsewhere, fewer plans
@@ -187,8 +191,7 @@ def test_the_others_are_refused_with_their_own_reason(name: str) -> None:
 
 
 @pytest.mark.skipif(TRANSFORMERS_5, reason="these are located there")
-@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2",
-                                  "qwen3_next", "recurrent_gemma", "zamba2"])  # fmt: skip
+@pytest.mark.parametrize("name", STATEFUL_IN_4)
 def test_on_transformers_4_all_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
         locate(family(name).build())

@@ -144,7 +144,7 @@ class Plan(BaseModel):
             lacking = [i for i in getattr(self, kind) if kind not in anatomy.kinds[i]]
             if lacking:
                 raise UsageError(
-                    f"the plan skips the {kind} of layer {lacking[0]}, which has none; `notall inspect` says what it has"
+                    f"the plan skips the {kind} of layer {lacking[0]}, which has none; see `notall inspect`"
                 )
         if anatomy.counting.issubset(self.attention):
             raise UsageError(
