@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -25,7 +26,7 @@ from ..structure import locating
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
-from ..structure.slicing import as_it_is, renumber, slice_config
+from ..structure.slicing import as_it_is, is_told, renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
@@ -100,7 +101,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     locating.forget(inner)
-    if _are_regrouped(layers):
+    if _are_regrouped(layers) or not _is_built_again(inner):
         inner.save_pretrained = _refuse_to_save
 
 
@@ -109,10 +110,29 @@ def _are_regrouped(layers: Iterable[nn.Module]) -> bool:
     return any(isinstance(layer, RegroupedLayer) for layer in layers)
 
 
+def _is_built_again(model: PreTrainedModel) -> bool:
+    """Whether the model's config alone tells how its layers are built, as a load must."""
+    if is_told(text_config(model)):
+        return False
+    try:
+        with torch.device("meta"):
+            again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False
+    return _build(again) == _build(model)
+
+
+def _build(model: nn.Module) -> list[tuple[str, str, list[torch.Size]]]:
+    return [
+        (path, type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)])
+        for path, module in model.named_modules()
+    ]
+
+
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
     raise UsageError(
-        "this plan leaves layers that the architecture's own checkpoint cannot hold, and a load would fill them with "
-        "random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
+        "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
+        "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
     )
 
 

@@ -16,6 +16,10 @@ LAYER_INDICES = ("layer_idx", "layer_id")
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
 
 
+# Lists of the indices of layers that have an attention, from which others are derived.
+LAYERS_BY_INDEX = ("attn_layer_indices",)
+
+
 @contextmanager
 def sliced(config: PretrainedConfig, layers: Sequence[int]) -> Iterator[PretrainedConfig]:
     """`config` as if the model had only `layers`, in that order; as it was when the `with` is left."""
@@ -43,16 +47,20 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
     depth = config.num_hidden_layers
     held = {name: values for name in PER_LAYER_LISTS if (values := _list_of(config, name, depth))}
-    told: dict[str, Any] = {}
-    for name, values in held.items():
-        cut = type(values)(values[index] for index in layers)
-        if name in config.__dict__:
-            config.__dict__[name] = cut
-        else:
-            told[name] = cut
+    cut = {name: type(values)(values[index] for index in layers) for name, values in held.items()}
+    config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
+    for name in LAYERS_BY_INDEX:
+        if listed := config.__dict__.get(name):
+            config.__dict__[name] = [number for number, index in enumerate(layers) if index in listed]
     config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    if told:
-        config.__class__ = _told(type(config), told)
+    underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
+    if underived:
+        config.__class__ = _told(type(config), underived)
+
+
+def is_told(config: PretrainedConfig) -> bool:
+    """Whether `config` was told lists that no period gives, and that it would not read from a file."""
+    return "told" in vars(type(config))
 
 
 def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tuple[Any, ...] | None:
@@ -64,7 +72,9 @@ def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tup
 
 def _told(config_class: type, lists: dict[str, Any]) -> type:
     """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
-    return type(config_class)(config_class.__name__, (config_class,), {"__module__": config_class.__module__} | lists)
+    return type(config_class)(
+        config_class.__name__, (config_class,), {"__module__": config_class.__module__, "told": True} | lists
+    )
 
 
 @contextmanager
