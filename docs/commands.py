@@ -22,6 +22,7 @@ completion to your shell.
 | --- | --- |
 | 0 | done |
 | 2 | bad input, named in one line with the fix |
+| 3 | done, but the budget was missed; the last line says what was reached |
 | 130 | interrupted; the same command goes on where it stopped |
 
 A table fits your terminal: where it is too narrow for all columns, a line below names those left out. A file or a pipe

@@ -593,9 +593,11 @@ KINDS: dict[str, Kind] = {
     ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
-    "texts": Kind(texts, ("text.txt",), ("eval ../model --text text.txt --sequences 1 --length 8 --device cpu",)),
+    "texts": Kind(
+        texts, ("text.txt",), ("eval ../model --skip mlp --text text.txt --sequences 1 --length 8 --device cpu",)
+    ),
     "lines of text": Kind(
-        texts, ("text.jsonl",), ("eval ../model --text text.jsonl --sequences 1 --length 8 --device cpu",)
+        texts, ("text.jsonl",), ("eval ../model --skip mlp --text text.jsonl --sequences 1 --length 8 --device cpu",)
     ),
     "prompts": Kind(texts, ("prompts.txt",), (f"{BY_ANSWERS} --objective answers --prompts prompts.txt",)),
     "lines of prompts": Kind(texts, ("prompts.jsonl",), (f"{BY_ANSWERS} --objective answers --prompts prompts.jsonl",)),

@@ -9,11 +9,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import family
-from notall import Plan, cli
+from notall import Plan, UsageError, cli
 from notall.exporters import mlx
+from notall.exporters.dense import opened
+from notall.exporters.tensors import FLOATS, CastTensor, LiveTensor
 from tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -38,7 +42,9 @@ def run(monkeypatch, capsys, tmp_path):
 def test_a_folder_is_written_and_listed(run):
     code, out, _ = run("--to", "hf", "--out", "written", "--json")
     assert code == 0
-    assert {"config.json", "model.safetensors", "notall.json", "README.md"} <= {row["file"] for row in json.loads(out)}
+    assert {"config.json", "model.safetensors", "notall.json", "README.md"} <= {
+        row["file"] for row in json.loads(out)["files"]
+    }
     assert AutoModelForCausalLM.from_pretrained("written").config.num_hidden_layers == 3
 
 
@@ -50,6 +56,7 @@ def test_each_export_says_at_the_terminal_by_what_it_was_checked(run):
     )
     assert re.search(r"^Weights: [\d.]+ KiB, 79% of the dense model's [\d.]+ KiB$", out, re.M)
     assert re.search(r"^Next:    notall generate checked '.*'$", out, re.M)
+    assert out.endswith("\nServe:   vllm serve checked\n")
     verified = json.loads(Path("checked/notall.json").read_text())["verified"]
     assert verified["by"].startswith("transformers ")
     assert verified["difference"] <= verified["most"]
@@ -68,11 +75,53 @@ def test_the_next_command_runs_the_export(run, plan, tmp_path, monkeypatch):
     assert not end.value.code
 
 
+@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
+@pytest.mark.parametrize("plan", [Plan([1], [1]), Plan([2])], ids=["ordinary", "regrouped"])
+def test_weights_are_written_in_another_dtype_that_is_asked_for(run, target, plan):
+    """As the export is without it, rounded."""
+    for out, options in (("own", ()), ("half", ("--dtype", "bfloat16"))):
+        assert run("--to", target, "--out", out, *options, plan=plan)[0] == 0
+    own, half = (load_file(f"{out}/model.safetensors") for out in ("own", "half"))
+    assert own.keys() == half.keys()
+    for name, weight in own.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(half[name], weight.to(torch.bfloat16))
+    settings = json.loads(Path("half/config.json").read_text())
+    assert settings.get("dtype", settings.get("torch_dtype")) == "bfloat16"
+    manifest = json.loads(Path("half/notall.json").read_text())
+    assert manifest["weight_bytes"]["written"] * 2 == sum(4 * weight.numel() for weight in own.values())
+    assert manifest["weight_bytes"]["dense"] == json.loads(Path("own/notall.json").read_text())["weight_bytes"]["dense"]
+    if target == "hf":
+        assert "difference" in manifest["verified"]
+    assert run("--to", target, "--out", "same", "--dtype", "float32", plan=plan)[0] == 0
+    assert Path("same/model.safetensors").read_bytes() == Path("own/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("before", "after"), [("F32", "BF16"), ("F16", "F32"), ("F64", "F16")])
+def test_a_tensor_is_rounded_piece_by_piece_as_at_once(before, after):
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(FLOATS[before])
+    cast = CastTensor(after, LiveTensor(before, (7, 5), values))
+    whole = values.to(FLOATS[after]).view(torch.uint8).numpy().tobytes()
+    assert (cast.size, cast.shape) == (len(whole), (7, 5))
+    for most in (1, 10, 16, 1000):
+        pieces = list(cast.chunks(most))
+        assert b"".join(pieces) == whole
+        assert max(map(len, pieces)) <= max(most, FLOATS[after].itemsize)
+
+
+def test_a_quantised_model_has_no_dtype_to_choose(run):
+    with opened("dense") as dense:
+        dense.config.quantization_config = {"quant_method": "fp8"}
+        with pytest.raises(UsageError, match="dense is quantised, so that no dtype can be chosen; leave --dtype out"):
+            dense.in_dtype(torch.bfloat16)
+
+
 def test_as_json_the_check_is_said_beside_the_list(run):
-    code, out, err = run("--to", "hf", "--out", "written", "--json")
+    code, out, err = run("--to", "hf", "--out", "written", "--json", plan=Plan([2]))
     assert code == 0
-    assert json.loads(out)
-    assert "Check:   transformers" in err
+    found = json.loads(out)
+    assert f"Check:   {found['check']}\nWeights: {found['weights']}\nNext:    {found['next']}\n" in err
+    assert found["serve"] == "vllm serve written --trust-remote-code"
 
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
@@ -101,6 +150,8 @@ def test_nemotron_nas_is_a_target(run):
         (("--to", "hf", "--out", "new"), Plan([9]), "layers are 0 to 3"),
         (("--to", "hf", "--out", "new"), Plan([1], fingerprint="llama-30x576-1f0c2a9b"), "was made for llama-30x576"),
         (("--to", "gguf", "--out", "new"), None, "give that file"),
+        (("--to", "gguf", "--out", "new", "--dtype", "float16"), None, "leave --dtype out"),
+        (("--to", "hf", "--out", "new", "--dtype", "int8"), None, "unknown dtype 'int8'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, arguments, plan, said, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from families import family, silenced
 from notall import Plan, UsageError
 from notall.models import chat_template
-from notall.running.generating import continue_prompts, generate_text
+from notall.running.generating import Streamer, continue_prompts, generate_text
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan([1], [2])
@@ -49,6 +49,21 @@ def test_prompts_together_are_continued_as_one_at_a_time(model, tokenizer, plan)
     assert continue_prompts(model, tokenizer, plan, PROMPTS, NEW) == alone
     for prompt, said in zip(PROMPTS, alone):
         assert generate_text(model, tokenizer, plan, prompt, max_new_tokens=NEW) == said
+
+
+def test_the_text_is_handed_on_as_it_comes(model, tokenizer):
+    class Spaced(type(tokenizer)):
+        def decode(self, *ids, **options):
+            return " ".join(super().decode(*ids, **options))
+
+    spaced = byte_tokenizer()
+    spaced.__class__ = Spaced  # a streamer waits for a space
+    pieces, steps = [], []
+    handle = model.register_forward_hook(lambda *_: steps.append(len(pieces)))
+    said = generate_text(model, spaced, PLAN, "x", max_new_tokens=12, streamer=Streamer(spaced, pieces.append))
+    handle.remove()
+    assert "".join(pieces) == said
+    assert len(set(steps)) > 6
 
 
 @pytest.mark.parametrize(("name", "value"), [("bos_token_id", "a"), ("min_length", "a")])

@@ -11,11 +11,14 @@ from families import family
 from notall import Plan, UsageError, locate
 from notall.choosing import latency
 from notall.choosing.budget import Budget
-from notall.choosing.latency import Workload, by_speedup, check_times, measure_times
+from notall.choosing.latency import Workload, check_times, measure_times
 from notall.choosing.searching import search
 from notall.choosing.space import Space
+from notall.choosing.speedups import by_speedup
 from notall.measuring.speed import Timing
+from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
+from tiny_checkpoint import save_tiny_checkpoint
 
 WORK = Workload(prompt=8, new=10, batch=2)
 EACH = {"attn": (2.0, 0.3), "mlp": (3.0, 0.1)}  # prefill and decode milliseconds
@@ -75,12 +78,29 @@ def test_they_are_measured_once(model, clock, cache):
     first = measure_times(model, WORK, rounds=1)
     again = measure_times(family("llama").build(num_hidden_layers=6), WORK, rounds=1)
     assert first == again
-    assert len(clock) == 1
+    assert clock == [["0", "1", "dense"], ["dense"]]
+    clock.clear()
     for other in (Workload(8, 10, 1), Workload(8, 11, 2), Workload(9, 10, 2)):
         measure_times(model, other, rounds=1)
-    assert len(clock) == 4
     measure_times(family("llama").build(num_hidden_layers=5), WORK, rounds=1)
-    assert len(clock) == 5
+    assert clock == [["0", "1", "dense"]] * 4
+
+
+def test_times_that_no_longer_hold_are_measured_anew_with_a_word(model, clock, monkeypatch):
+    """The dense model takes 74 ms, and 12 of its sublayers 3 or 4 each."""
+    first = measure_times(model, WORK, rounds=1)
+    monkeypatch.setitem(EACH, "mlp", (4.0, 0.1))  # 80 ms: less than a tenth more
+    assert measure_times(model, WORK, rounds=1) == first
+    monkeypatch.setitem(EACH, "mlp", (3.0, 0.3))
+    with pytest.warns(UserWarning, match=r"took 74 ms then and takes 86 ms now; they are measured anew"):
+        again = measure_times(model, WORK, rounds=1)
+    assert again.sublayer_ms["mlp.3"] == pytest.approx(6.0)
+    clock.clear()
+    assert measure_times(model, WORK, rounds=1) == again
+    assert clock == [["dense"]]
+    monkeypatch.setitem(EACH, "mlp", (3.0, 0.1))  # faster again is another time too
+    with pytest.warns(UserWarning, match="measured anew"):
+        assert measure_times(model, WORK, rounds=1) == first
 
 
 def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
@@ -111,7 +131,7 @@ def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
         assert kept.read_text() == whole
     assert len(clock) == 16
     measure_times(model, WORK, rounds=1)
-    assert len(clock) == 16
+    assert clock[16:] == [["dense"]]
 
 
 def test_a_full_disk_leaves_no_torn_times(model, clock, cache, monkeypatch):
@@ -184,3 +204,16 @@ def test_the_dear_sublayer_is_taken_for_the_time_it_saves():
     saves = {name: 2.0 if name.startswith("mlp") else 1.0 for name in space.names}
     found = search(space, Budget(saves, 6.0, "6 ms"), table, patience=0)
     assert [unit[0].partition(".")[0] for unit in found.order] == ["mlp"] * 3
+
+
+def test_search_by_speedup_says_what_was_predicted_and_measured(run, clock, cache, tmp_path):  # noqa: F811
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
+    command = ["search", folder, "--speedup", "1.05", "--prompt", "8", "--new", "4", "-o", tmp_path / "plan.json"]
+    code, out, err = run(*command, "--text", tmp_path / "text.txt", *QUICK, "--json")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert row["chosen"] == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
+    assert row["predicted_speedup"] >= 1.05
+    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert len(list((cache / "times").iterdir())) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]
 class Budget:
     """`saves` says what skipping a sublayer saves, by name; the plan is to save `target` in all.
 
-    With `limit` it is to save as much as it can while the objective rises by at most `limit`, and `target` is infinite.
+    With a `limit` the objective may rise by at most that; where `target` is infinite, it is to save as much as it can.
     `description` is for people.
     """
 
@@ -78,6 +78,11 @@ def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> B
     if not 0 <= limit < math.inf:
         raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
     return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {of_what}", limit)
+
+
+def within_limit(budget: Budget, limit: Budget) -> Budget:
+    """What `budget` asks for, at no more than what `limit` (see `by_limit`) lets it cost."""
+    return replace(budget, limit=limit.limit, description=f"{budget.description}, {limit.description}")
 
 
 def _possible(space: Space, budget: Budget) -> Budget:

@@ -22,9 +22,10 @@ from ..records.record import QualityFields
 from ..records.search import SearchRecord, SpeedCheck
 from .after_repair import AfterRepair
 from .budget import Budget
-from .criteria import Setting, choose
+from .criteria import Setting
 from .evaluator import STATES_BYTES, Evaluator, Spent
-from .latency import Prediction, Times, check_times
+from .joint import choose_within
+from .latency import Prediction
 from .objective import Objective
 from .searching import PATIENCE
 from .space import Space, Unit
@@ -35,7 +36,7 @@ class ChosenPlan:
     """A plan, the objective without and with it, what it took, and the order in which it came to be.
 
     `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
-    found before the time was up.
+    found before the time was up, and `missed`, where the plan is not what was asked for, what was reached.
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class ChosenPlan:
     in_time: bool
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
     times: Prediction | None = None
+    missed: str | None = None
 
     def record(self, about: Provenance) -> SearchRecord:
         """As it is written down: what was chosen, what it took, and what was measured of it."""
@@ -101,7 +103,6 @@ def choose_plan(
     seed: int = 0,
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
-    times: Times | None = None,
     after_repair: bool = False,
     progress: Progress = silent,
 ) -> ChosenPlan:
@@ -109,10 +110,11 @@ def choose_plan(
 
     With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
     `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
-    `patience` after so many evaluations that did not lower the objective. The plan is then measured on `held_out`,
-    and timed against what `times` predict, where these are given. With `after_repair` sets are judged by the KL that a
-    cheap repair leaves (see `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other
-    work or is in use, and as `criteria.choose` does.
+    `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
+    anew where it is too slow (see `choose_as_fast`); for budgets with a limit see `choose_within`. The plan is then
+    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves (see
+    `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other work or is in use, and as
+    `criteria.choose` does.
     """
     if max_minutes is not None and not max_minutes >= 0:
         raise UsageError(f"the search cannot end after {max_minutes} minutes: give 0 or more")
@@ -123,7 +125,8 @@ def choose_plan(
             evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
-        chosen = choose(criterion, setting, budget)
+        outcome = choose_within(criterion, setting, budget)
+        chosen = outcome.chosen
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
     plan = space.plan(chosen.skipped, f"{criterion} by {evaluator.judged_by}: {budget.description}")
@@ -136,5 +139,6 @@ def choose_plan(
         spent.executions / evaluator.forward,
         not setting.late,
         tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
-        check_times(model, plan, times, seed=seed) if times else None,
+        outcome.check,
+        outcome.missed,
     )

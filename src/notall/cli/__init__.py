@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from ..reporting.extras import EXTRAS
 from ..reporting.printable import print_in_any_encoding, printable
 from . import choosing, exporting, inspecting, measuring, paper, repairing, reporting  # noqa: F401  (they add their commands)
@@ -55,6 +56,8 @@ def _told(error: Any) -> str:
     """What Typer says of a command, an option or a value that it cannot read, and where the right ones are."""
     said = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
     where = error.ctx.command_path if error.ctx else "notall"
+    if wrong := re.search("'([^']*)' is not one of (.*)", said):
+        said += nearest(wrong[1], re.findall("'([^']*)'", wrong[2]))
     return f"{shortened(said, 200)}; see `{where} --help`"
 
 

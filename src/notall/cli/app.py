@@ -21,7 +21,8 @@ PANELS = LOOK, CHOOSE, REPAIR, MEASURE, SHOW, TAKE = (
     "Take the result elsewhere",
 )
 
-WITHOUT_MODEL = {"criteria", "report", "--help", "-h"}  # words of commands that need no model
+MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for
+WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
 notall leaves out what a language model does not need, and measures what that costs and saves.
@@ -74,7 +75,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 130 interrupted. "
+    epilog="Exit codes: 0 done; 2 bad input, named in one line with the fix; 3 done, but the budget was missed; "
+    "130 interrupted. "
     "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )
 

@@ -15,6 +15,7 @@ from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
+from .ending import conclude
 from .inputs import (
     Loading,
     budget_line,
@@ -24,7 +25,6 @@ from .inputs import (
     load_model,
     provenance_of,
     space_of,
-    text_batches,
     two_texts,
 )
 from .options import (
@@ -42,6 +42,7 @@ from .options import (
     Model,
     New,
     Objective,
+    OwnDtype,
     Portable,
     Prompt,
     Prompts,
@@ -61,11 +62,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..choosing.choice import ChosenPlan
     from ..choosing.comparison import Aim
     from ..choosing.space import Space
     from ..records.measured import State
     from ..records.plan import Plan
     from ..records.provenance import Provenance
+    from ..reporting.verdict import Verdict
 
 of_budget = partial(typer.Option, rich_help_panel=BUDGET)
 
@@ -84,6 +87,7 @@ def plan(
     ] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -94,7 +98,7 @@ def plan(
     from ..running.footprint import footprint
     from .columns import FOOTPRINT_COLUMNS
 
-    net = empty_model(model, revision, trust_remote_code)
+    net = empty_model(model, dtype, revision, trust_remote_code)
     chosen = deepest_plan(net, skip, fraction, keep_last)
     chosen.save(out)
     rows = [
@@ -107,7 +111,9 @@ def plan(
 def search(
     model: Model = "smollm2",
     text: TextSource = "prose",
-    held_out: Annotated[str | None, typer.Option(help="another text, to measure the plan on in the end")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="another text, to measure the plan on in the end; else other windows of --text")
+    ] = None,
     kind: Kind = Among.sublayer,
     portable: Portable = False,
     keep_first: KeepFirst = False,
@@ -116,8 +122,11 @@ def search(
     params: Annotated[float | None, of_budget(help="so many parameters less, or a fraction below 1")] = None,
     weights: Annotated[float | None, of_budget(help="so many bytes of weights less, or a fraction below 1")] = None,
     kv: Annotated[float | None, of_budget(help="so many KV bytes a token less, or a fraction below 1")] = None,
-    max_nll: Annotated[float | None, of_budget(help="as many as add at most so many nats of NLL")] = None,
-    max_kl: Annotated[float | None, of_budget(help="as many as add at most so many nats of KL")] = None,
+    max_nll: Annotated[
+        float | None,
+        of_budget(help="as many as add at most so many nats of NLL; also beside one of the above or --speedup"),
+    ] = None,
+    max_kl: Annotated[float | None, of_budget(help="as many as add at most so many nats of KL; likewise")] = None,
     speedup: Annotated[float | None, of_budget(help="so many times as fast on this machine")] = None,
     prompt: Annotated[int, of_budget(help="with --speedup: prompt tokens")] = 512,
     new: Annotated[int, of_budget(help="with --speedup: new tokens")] = 128,
@@ -167,12 +176,12 @@ def search(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
     windows = sequences, length, batch_size, seed
-    batches, described = text_batches(net, tokenizer, text, *windows)
-    others, other = text_batches(net, tokenizer, held_out, *windows) if held_out else ([], {})
+    batches, others, described = two_texts(net, tokenizer, text, held_out, *windows, fewer=True)
+    other = {name: described.pop(name) for name in ("held_out", "held_out_sha256") if name in described}
     among = space_of(net, kind, portable, keep_first, keep_last)
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
-    budget, aim, times = budget_of(net, among, amounts, Workload(prompt, new, batch))
+    budget, aim = budget_of(net, among, amounts, Workload(prompt, new, batch))
     goal = build_objective(
         objective or aim, net, tokenizer, batches, prompts=prompts, task_path=task_path, task_limit=task_limit
     )
@@ -191,7 +200,6 @@ def search(
             patience=patience,
             seed=seed,
             held_out=others,
-            times=times,
             after_repair=repair,
             progress=bar,
         )
@@ -199,18 +207,48 @@ def search(
         plans: dict[State, Plan] = {"skipped": found.plan}
         if repair:
             plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
-    measured_on = {"held_out": other["text"], "held_out_sha256": other["text_sha256"]} if other else {}
-    about = provenance_of(net, model, revision, **described, **measured_on, fingerprint=found.plan.fingerprint)
+    about = provenance_of(net, model, revision, **described, **other, fingerprint=found.plan.fingerprint)
     record = found.record(about)
     keep_choice(folder, record)
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
-    table = Shown([record.row()], SearchRecord.columns, f"{out}: {budget.description}, skip {found.plan}")
-    if not repair:
-        show(table.rows, table.columns, as_json=as_json, title=table.title)
-        return
-    held = {other["text"]: others} if other else {}
-    show_all({"search": table} | _quality(net, plans, held, folder, settings), as_json=as_json)
+    title = f"{out}: {budget.description}, skip {found.plan}"
+    held = {other["held_out"]: others} if held_out else {}
+    measured = _quality(net, plans, held, folder, settings) if repair else {}
+    quality = [row for table in measured.values() for row in table.rows] if repair else [record.row()]
+    measured_on = other["held_out"] if held_out else f"other windows of {described['text']}"
+    verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
+    rows = [record.row() | {"verdict": verdict.row()}]
+    if repair:
+        show_all({"search": Shown(rows, SearchRecord.columns, title)} | measured, as_json=as_json)
+    else:
+        show(rows, SearchRecord.columns, as_json=as_json, title=title)
+    conclude(verdict, as_json=as_json)
+
+
+def _verdict(
+    net: PreTrainedModel,
+    model: str,
+    found: ChosenPlan,
+    plans: dict[State, Plan],
+    quality: Sequence[Row],
+    text: str,
+    asked: str,
+    made: Path,
+) -> Verdict:
+    """On the last of `plans`, which is in `made`, with the last row of `quality`, if any, on `text`."""
+    from ..reporting.verdict import Verdict, left_out_of, mending, next_command
+
+    verdict = Verdict(
+        *left_out_of(net, [*plans.values()][-1]),
+        quality=next((row for row in reversed(quality) if "delta_nll" in row), None),
+        text=text,
+        speedup=found.times.measured_speedup if found.times else None,
+        missed=found.missed and f"{asked}: {found.missed}",
+    )
+    pruned = made.with_name(f"{made.stem}-pruned")
+    otherwise = next_command("export", model, plan=made, to="hf", out=pruned)
+    return verdict.then(mending(model, made, "repaired" in plans), otherwise)
 
 
 def _quality(

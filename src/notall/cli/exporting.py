@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -13,14 +12,16 @@ import typer
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row, in_bytes
-from ..reporting.console import show
+from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
+from .ending import conclude
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
-from .options import Json, Model, Repair, RepairText, Revision, Trust
+from .options import Json, Model, OwnDtype, Repair, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
     from ..records.plan import Plan
+    from ..reporting.verdict import Verdict
 
 
 class Target(str, Enum):
@@ -44,6 +45,7 @@ def export(
     repair_text: RepairText = None,
     verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="upload it to this repository of the hub")] = None,
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -55,7 +57,7 @@ def export(
     wanted = read_plan(plan)
     if repair:
         wanted = _repaired(model, wanted, repair_text, out, revision, trust_remote_code)
-    measured = _measured(model, wanted, measure, revision, trust_remote_code) if measure else None
+    measured, verdict = _measured(model, wanted, measure, revision, trust_remote_code) if measure else (None, None)
     with progress_bar() as progress:
         export_model(
             model,
@@ -65,14 +67,20 @@ def export(
             measured=measured,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            dtype=dtype,
             verify=verify,
             push_to_hub=push_to_hub,
             progress=progress,
         )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
-    show(rows, FILE_COLUMNS, as_json=as_json, title=f"{out}: skips {wanted}")
-    for line in _conclusion(out, to):
-        typer.echo(line, err=as_json)
+    ending = _conclusion(out, to)
+    tables = {"files": Shown(rows, FILE_COLUMNS, f"{out}: skips {wanted}")}
+    also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.row()} if verdict else {})
+    show_all(tables, as_json=as_json, also=also)
+    if verdict:
+        conclude(verdict, as_json=as_json)
+    for name, line in ending.items():
+        typer.echo(f"{name + ':':9}{line}", err=as_json)
 
 
 def _repaired(
@@ -89,40 +97,45 @@ def _repaired(
         return repaired_by(net, tokenizer, plan, texts, out.with_name(f"{out.name}.repaired"), settings, progress)
 
 
-def _conclusion(out: Path, to: Target) -> Iterator[str]:
-    """What one wants to know of an export: was it checked, how small is it, how is it run."""
+def _conclusion(out: Path, to: Target) -> dict[str, str]:
+    """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
     from ..exporters.manifest import read_manifest, verdict_of
 
     manifest = read_manifest(out)
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    yield f"Check:   {verdict_of(manifest)}"
-    yield f"Weights: {in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
-    yield f"Next:    {_next(out, to, manifest['model_type'])}"
+    return {
+        "Check": str(verdict_of(manifest)),
+        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}",
+        **_commands(out, to, manifest["model_type"].startswith("notall_")),
+    }
 
 
-def _next(out: Path, to: Target, form: str) -> str:
-    """A command to run the export with."""
-    if to is Target.gguf:
-        return f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"
+def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:
+    """What to type next; `own_code`: the checkpoint brings a modeling file along."""
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
+    trust = " --trust-remote-code" if own_code else ""
+    if to is Target.gguf:
+        return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to is Target.nemotron_nas:
-        return f"mlx_lm.generate --model {folder} --prompt {prompt}"
-    trust = " --trust-remote-code" if form.startswith("notall_") else ""
-    return f"notall generate {folder} {prompt}{trust}"
+        return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    return {"Next": f"notall generate {folder} {prompt}{trust}", "Serve": f"vllm serve {folder}{trust}"}
 
 
-def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> Row:
-    """What the plan costs on 8 windows of 256 tokens of a text, for the model card."""
+def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:
+    """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
     from ..measuring.quality import evaluate
+    from ..records.plan import Plan
     from ..records.record import DELTA_NLL, KL, PERPLEXITY, TOP1
+    from ..reporting.verdict import Verdict, left_out_of
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
     before = [plan.unrepaired] if hasattr(plan, "unrepaired") else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
-    return {
+    card = {
         "text": f"{described['text']}, 8 windows of 256 tokens",
         f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(asdict(dense)),
         **{column.titled: column.text(asdict(skipped)) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
         **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(asdict(one)) for one in unrepaired},
     }
+    return card, Verdict(*left_out_of(net, plan), quality=asdict(skipped), text=described["text"])

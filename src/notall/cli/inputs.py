@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.budget import Budget, Resource
-    from ..choosing.latency import Times, Workload
+    from ..choosing.latency import Workload
     from ..choosing.space import Space
     from ..evaluation.ray_workers import Workers
     from ..records.plan import Plan
@@ -45,12 +45,14 @@ def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         return load(**asdict(loading))
 
 
-def empty_model(spec: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a config, without weights."""
-    from ..models.loading import build_empty, load_config
+def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, without weights, in a dtype, or else in the checkpoint's own."""
+    from ..models.loading import build_empty, load_config, named_dtype, own_dtype
 
+    given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
-        return build_empty(load_config(spec, revision=revision, trust_remote_code=trust_remote_code))
+        config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
+        return build_empty(config, given or own_dtype(config))
 
 
 def dummy_model(
@@ -117,6 +119,47 @@ def read_plan(path: Path | None) -> Plan:
 
         return load_repaired(path)
     return Plan.load(path) if path else Plan()
+
+
+@dataclass(frozen=True)
+class AskedPlan:
+    """What is to be left out: a plan that was read, or else the deepest of a kind, known once the model is."""
+
+    read: Plan
+    path: Path | None
+    skip: SkippedKind | None
+    fraction: float
+    keep_last: bool
+
+    def of(self, model: PreTrainedModel) -> Plan:
+        return deepest_plan(model, self.skip, self.fraction, self.keep_last) if self.skip else self.read
+
+    @property
+    def words(self) -> dict[str, object]:
+        """The options that say it, for the next command."""
+        if self.skip is None:
+            return {"plan": self.path}
+        return {"skip": self.skip.value, "fraction": self.fraction, **({"keep-last": True} if self.keep_last else {})}
+
+
+def asked_plan(
+    plan: Path | None, skip: SkippedKind | None, fraction: float | None, keep_last: bool, *, needed: bool = False
+) -> AskedPlan:
+    """What `--plan`, or `--skip` with its options, leave out; nothing without either, unless that is `needed`.
+
+    Raises `UsageError` where they say two things, or too little.
+    """
+    if plan and skip:
+        raise UsageError("--plan and --skip both say what to leave out: give one of them")
+    if skip is None and (fraction is not None or keep_last):
+        raise UsageError(
+            "--fraction and --keep-last say how much of what to leave out: add --skip attention, mlp or block"
+        )
+    if needed and not (plan or skip):
+        raise UsageError(
+            "say what to leave out: --plan plan.json (notall search writes one), or --skip attention --fraction 0.25"
+        )
+    return AskedPlan(read_plan(plan), plan, skip, 0.33 if fraction is None else fraction, keep_last)
 
 
 def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
@@ -186,42 +229,68 @@ def two_texts(
     length: int,
     batch_size: int,
     seed: int,
+    *,
+    fewer: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
-    """Batches to calibrate on and as many to measure on, of another text or of other windows of the same."""
+    """Batches to calibrate on and as many to measure on, of another text or of other windows of the same.
+
+    With `fewer`, a short text may have fewer other windows, or none.
+    """
     from torch import cat
+
+    from ..models.texts import read_text, windows_in
 
     if held_out:
         batches, described = text_batches(model, tokenizer, text, sequences, length, batch_size, seed)
         others, about = text_batches(model, tokenizer, held_out, sequences, length, batch_size, seed)
         return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
-    both, described = text_batches(model, tokenizer, text, 2 * sequences, length, batch_size, seed)
-    batches, others = (list(half.split(batch_size)) for half in cat(both).split(sequences))
-    return batches, others, described | {"held_out": "other windows", "sequences": sequences}
+    more = sequences
+    if fewer:
+        more = max(0, min(sequences, windows_in(tokenizer, read_text(text), length) - sequences))
+    both, described = text_batches(model, tokenizer, text, sequences + more, length, batch_size, seed)
+    rows = cat(both)
+    batches, others = (
+        list(part.split(batch_size)) if len(part) else [] for part in (rows[:sequences], rows[sequences:])
+    )
+    about = {"held_out": "other windows"} if others else {}
+    return batches, others, described | about | {"sequences": sequences}
 
 
 def budget_of(
     model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
-) -> tuple[Budget, str, Times | None]:
-    """The one budget that `amounts` give, the objective that goes with it, and the times it goes by.
+) -> tuple[Budget, str]:
+    """The budget that `amounts` give, with a limit or without, and the objective that goes with it.
 
     It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
     """
-    from ..choosing.budget import by_count, by_footprint, by_limit
-    from ..choosing.latency import by_speedup, measure_times
+    from ..choosing.budget import by_limit, within_limit
 
     given = {name: amount for name, amount in amounts.items() if amount is not None}
-    if len(given) != 1:
-        names = ["--" + name.replace("_", "-") for name in (given or amounts)]
+    limits = [name for name in given if name.startswith("max_")]
+    savings = [name for name in given if name not in limits]
+    if not given or len(limits) > 1 or len(savings) > 1:
+        wrong = savings if len(savings) > 1 else limits or list(amounts)
+        names = ["--" + name.replace("_", "-") for name in wrong]
         raise UsageError(f"give one budget: {' or '.join(names)}")
-    ((name, amount),) = given.items()
+    saving = _saving_of(model, space, savings[0], given[savings[0]], workload) if savings else None
+    if not limits:
+        assert saving
+        return saving, "kl"
+    told = limits[0].removeprefix("max_")
+    limit = by_limit(space, given[limits[0]], told.upper())
+    return within_limit(saving, limit) if saving else limit, told
+
+
+def _saving_of(model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload) -> Budget:
+    from ..choosing.budget import by_count, by_footprint
+    from ..choosing.latency import measure_times
+    from ..choosing.speedups import by_speedup
+
     if name == "count":
-        return by_count(space, amount), "kl", None
-    if name in ("max_nll", "max_kl"):
-        told = name.removeprefix("max_")
-        return by_limit(space, amount, told.upper()), told, None
+        return by_count(space, amount)
     if name == "speedup":
         with progress_bar() as progress:
             times = measure_times(model, workload, progress=progress)
-        return by_speedup(space, times, amount), "kl", times
+        return by_speedup(space, times, amount)
     resources: dict[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
-    return by_footprint(model, space, resources[name], amount), "kl", None
+    return by_footprint(model, space, resources[name], amount)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,19 +14,23 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
-from .inputs import Loading, empty_model, load_model, read_plan, text_batches
+from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
 from .options import (
     BatchSize,
     Device,
     DeviceMap,
     Dtype,
+    Fraction,
     Json,
     Length,
     Model,
+    OwnDtype,
     PlanFile,
     Revision,
     Seed,
     Sequences,
+    Skip,
+    SkipKeepLast,
     TextSource,
     Trust,
 )
@@ -34,6 +39,7 @@ from .options import (
 @app.command(rich_help_panel=LOOK, epilog="Example:  notall inspect llama-2-70b")
 def inspect(
     model: Model = "smollm2",
+    dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -45,7 +51,7 @@ def inspect(
     from ..structure.locating import locate
     from .columns import INSPECT_COLUMNS
 
-    net = empty_model(model, revision, trust_remote_code)
+    net = empty_model(model, dtype, revision, trust_remote_code)
     anatomy = locate(net)
     total = footprint(net, Plan())
     rows = [
@@ -107,9 +113,15 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="what to continue")],
     plan: PlanFile = None,
+    skip: Skip = None,
+    fraction: Fraction = None,
+    keep_last: SkipKeepLast = False,
     max_new_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token each time")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="show the dense model's answer and the skipped one's side by side")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap = None,
@@ -117,23 +129,31 @@ def generate(
     trust_remote_code: Trust = False,
     seed: Seed = 0,
 ) -> None:
-    """Continue a prompt with the skipped model."""
+    """Continue a prompt with the skipped model. The text is printed as it comes."""
     from transformers import TextStreamer
 
-    from ..running.generating import generate_text
+    from ..records.plan import Plan
+    from ..reporting.side_by_side import side_by_side
+    from ..running.generating import Streamer, generate_text
 
-    wanted = read_plan(plan)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=beside)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
-    generate_text(
+    say = partial(
+        generate_text,
         net,
         tokenizer,
-        wanted,
-        prompt,
+        prompt=prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat=chat,
         seed=seed,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
+    if not beside:
+        say(plan=asked.of(net), streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        return
+    plans = {"dense": Plan(), "skipped": asked.of(net)}
+    with side_by_side([*plans]) as write:
+        for name, wanted in plans.items():
+            say(plan=wanted, streamer=Streamer(tokenizer, partial(write, name)))

@@ -9,17 +9,17 @@ import typer
 
 from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
-from ..reporting.progress_bars import progress_bar
+from ..reporting.progress_bars import progress_bar, working
 from .app import MEASURE, OnRay, app
+from .ending import conclude
 from .inputs import (
     Loading,
+    asked_plan,
     batch_size_of,
     battery_windows,
-    deepest_plan,
     dummy_model,
     load_model,
     provenance_of,
-    read_plan,
     text_batches,
     words_of,
     workers_on,
@@ -32,6 +32,7 @@ from .options import (
     DeviceMap,
     Dtype,
     FewShot,
+    Fraction,
     Json,
     Length,
     Limit,
@@ -48,7 +49,8 @@ from .options import (
     Rounds,
     Seed,
     Sequences,
-    SkippedKind,
+    Skip,
+    SkipKeepLast,
     TaskBatch,
     TaskPath,
     Tasks,
@@ -129,6 +131,9 @@ def sweep(
 def evaluate(
     model: Model = "smollm2",
     plan: PlanFile = None,
+    skip: Skip = None,
+    fraction: Fraction = None,
+    keep_last: SkipKeepLast = False,
     text: TextSource = "prose",
     sequences: Sequences = 8,
     length: Length = 256,
@@ -159,16 +164,19 @@ def evaluate(
         need("lm_eval")
     from ..evaluation.one_plan import evaluate_plan
     from ..records.ledger import refuse_foreign
+    from ..reporting.verdict import Verdict, left_out_of, mending, next_command
+    from ..running.repaired import RepairedPlan
     from .columns import CHECK_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS
 
     if out:
         refuse_foreign(out, "eval")
-    wanted = read_plan(plan)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=True)
     size = batch_size_of(batch_size)
     limits = words_of(limit)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     )
+    wanted = asked.of(net)
     windows = 4 if size == "auto" else size
     batches, described = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
@@ -198,7 +206,15 @@ def evaluate(
         "tasks": Shown(found.tasks, TASK_COLUMNS, "benchmarks, differences paired by document; worse: p < 0.05"),
         "battery": Shown(found.battery, CHECK_COLUMNS, "what accuracy hides; worse: p < 0.05"),
     }
-    show_all({name: table for name, table in shown.items() if table.rows}, as_json=as_json)
+    verdict = Verdict(*left_out_of(net, wanted), quality=found.quality[-1], text=described["text"])
+    if asked.skip:
+        mend = next_command("search", model, kind=asked.skip.value, count=asked.fraction, out="better.json")
+    else:
+        mend = mending(model, plan, isinstance(wanted, RepairedPlan))
+    verdict = verdict.then(mend, next_command("bench", model, **asked.words))
+    tables = {name: table for name, table in shown.items() if table.rows}
+    show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
+    conclude(verdict, as_json=as_json)
 
 
 @app.command(
@@ -208,11 +224,9 @@ def evaluate(
 def bench(
     model: Model = "smollm2",
     plan: PlanFile = None,
-    skip: Annotated[
-        SkippedKind | None, typer.Option(metavar="KIND", help="or: skip the deepest of attention, mlp or block")
-    ] = None,
-    fraction: Annotated[float, typer.Option(help="with --skip: share of the layers")] = 0.33,
-    keep_last: Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")] = False,
+    skip: Skip = None,
+    fraction: Fraction = None,
+    keep_last: SkipKeepLast = False,
     shape: Annotated[
         str | None,
         typer.Option(help="llama-2-7b, llama-2-13b, llama-2-70b or a config.json, instead of MODEL"),
@@ -246,6 +260,7 @@ def bench(
 
     if out:
         refuse_foreign(out, "bench")
+    asked = asked_plan(plan, skip, fraction, keep_last)
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)
     else:
@@ -259,7 +274,7 @@ def bench(
                 trust_remote_code=trust_remote_code,
             )
         )
-    wanted = deepest_plan(net, skip, fraction, keep_last) if skip else read_plan(plan)
+    wanted = asked.of(net)
     about = provenance_of(
         net,
         shape or model,
@@ -277,3 +292,20 @@ def bench(
         f"{here['device_name']}, {here['threads']} threads; median of {rounds} [quartiles]"
     )
     show([record.row() for record in records], BenchRecord.columns, as_json=as_json, title=title)
+
+
+@app.command(rich_help_panel=MEASURE, epilog="Example:  notall tasks arc")
+def tasks(
+    word: Annotated[str, typer.Argument(metavar="[WORD]", help="list only names that hold it")] = "",
+    task_path: TaskPath = None,
+    as_json: Json = False,
+) -> None:
+    """List what --tasks takes: the tasks of lm-evaluation-harness, its groups of them, and openllm, the paper's six."""
+    need("lm_eval")
+    from .columns import TASKS_COLUMNS
+
+    with working("reading the harness's tasks"):
+        from ..evaluation.tasks import TaskShelf
+
+        rows = TaskShelf(task_path).listed(word)
+    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{len(rows):,} names for --tasks")

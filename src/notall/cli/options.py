@@ -12,10 +12,14 @@ from ..errors import UsageError, shortened
 
 # How the help of a command groups its options.
 MODEL, TEXT, TIMING, BENCHMARKS, CLUSTER = "Model", "Text", "Timing", "Benchmarks", "Cluster"
-BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them", "What a set is judged by", "Repair"
+BUDGET, JUDGED_BY, REPAIRING = "Budget: one of them, or one with a limit of nats", "What a set is judged by", "Repair"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2, a hub id, a folder, or a .gguf file")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16", rich_help_panel=MODEL)]
+OwnDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's own", rich_help_panel=MODEL),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[
     str | None, typer.Option(help="spread over devices with accelerate: auto, balanced ...", rich_help_panel=MODEL)
@@ -121,6 +125,14 @@ class SkippedKind(str, Enum):
     attention = "attention"
     mlp = "mlp"
     block = "block"
+
+
+Skip = Annotated[
+    SkippedKind | None,
+    typer.Option(metavar="KIND", help="instead of --plan: leave out the deepest of attention, mlp or block"),
+]
+Fraction = Annotated[float | None, typer.Option(help="with --skip: share of the layers, 0 to 1; else 0.33")]
+SkipKeepLast = Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")]
 
 
 class Among(str, Enum):

@@ -20,8 +20,9 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from ..models.load_errors import quiet
+from ..records.columns import Row
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,32 @@ class TaskShelf:
         for name in found:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
-                hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+                hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
                 raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
         if not found:
             raise UsageError("no task is named; give openllm, or names of the harness's tasks")
         return list(dict.fromkeys(found))
+
+    def listed(self, word: str = "") -> list[Row]:
+        """Each name that holds `word`: whether it is a task or several, and how many examples the leaderboard shows.
+
+        Raises `UsageError` where there is none.
+        """
+        shown = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
+        every = {"openllm": "group"} | {name: self._kind(name) for name in self.manager.all_tasks}
+        rows = [
+            {"task": name, "kind": kind, "num_fewshot": shown.get(stock_name(name))}
+            for name, kind in every.items()
+            if word.lower() in name.lower()
+        ]
+        if not rows:
+            raise UsageError(
+                f"no task's name holds {shortened(word)!r}{nearest(word, [*every])}: give less of it, or none"
+            )
+        return rows
+
+    def _kind(self, name: str) -> str:
+        return str(self.manager.task_index[name].kind.name).lower().removeprefix("py_")
 
     def build(self, name: str, num_fewshot: int | None = None, limit: int | None = None) -> Job:
         """Load a task's data and build its requests, with the leaderboard's number of examples unless one is given.

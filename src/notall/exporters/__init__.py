@@ -30,6 +30,7 @@ def export(
     measured: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
     push_to_hub: str | None = None,
@@ -39,6 +40,7 @@ def export(
 
     `model` is what `notall.load` takes, or a live model with its `tokenizer`. Weights are copied file to file, so that
     memory is needed for `verify` alone, which runs the dense and the written model, one at a time, and compares them.
+    `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
     Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
     damaged or unreadable files, a target that cannot hold the plan, a full disk, and a written model that answers
@@ -51,20 +53,26 @@ def export(
     out = Path(out)
     with appearing(out) as folder:
         if target == "gguf":
+            if dtype:
+                raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
             from .gguf import export_gguf
 
             export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
         elif target in ("hf", "nemotron-nas"):
+            from ..models.loading import named_dtype
             from ..running.repaired import RepairedPlan
             from .dense import opened
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas
 
+            given = named_dtype(dtype) if dtype else None
             write = export_hf if target == "hf" else export_nemotron_nas
             with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
                 plan.check(dense.anatomy)
                 if isinstance(plan, RepairedPlan):
                     dense = dense.with_weights(plan.weights)
+                if given:
+                    dense = dense.in_dtype(given)
                 write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify, progress=progress)
         else:
             raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")

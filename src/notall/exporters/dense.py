@@ -25,10 +25,9 @@ from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
 from .manifest import Origin
-from .tensors import LiveTensor
+from .tensors import FLOATS, CastTensor, LiveTensor, total_bytes
 from .weights import Tensors, check_tensors, read_tensors
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
 
@@ -45,6 +44,12 @@ class DenseModel:
     tensors: Tensors
     origin: Origin
     trusted: bool  # whether the model's own code may be run
+    dtype: torch.dtype | None = None  # another than the files'
+
+    @property
+    def own_bytes(self) -> int:
+        """What the tensors weigh in the files."""
+        return total_bytes({name: getattr(tensor, "source", tensor) for name, tensor in self.tensors.items()})
 
     @cached_property
     def prefix(self) -> str:
@@ -104,6 +109,21 @@ class DenseModel:
                 )
             tensors[name] = LiveTensor(stored.dtype, stored.shape, weight.detach().cpu().to(FLOATS[stored.dtype]))
         return replace(self, tensors=tensors)
+
+    def in_dtype(self, dtype: torch.dtype) -> DenseModel:
+        """With its floats in another dtype. Raises `UsageError` where they are quantised, so that they have none."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UsageError(f"{self.origin.model} is quantised, so that no dtype can be chosen; leave --dtype out")
+        name = next(name for name, ours in FLOATS.items() if ours == dtype)
+        tensors = {
+            path: CastTensor(name, tensor)
+            if tensor.dtype in FLOATS and tensor.dtype != name and not isinstance(tensor, CastTensor)
+            else tensor
+            for path, tensor in self.tensors.items()
+        }
+        says = "torch_dtype" if "torch_dtype" in self.settings else "dtype"
+        settings = {**self.settings, says: str(dtype).removeprefix("torch.")}
+        return replace(self, tensors=tensors, settings=settings, dtype=dtype)
 
     def _owners(self, index: int) -> Any:
         """A function from the name of a tensor of layer `index` to the kind of the sublayer that it is of.

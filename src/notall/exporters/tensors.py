@@ -30,6 +30,8 @@ BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
 }  # fmt: skip
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 class Tensor(Protocol):
     """A tensor to write: its kind, its shape, its size in bytes, and its bytes, a chunk at a time."""
@@ -98,7 +100,29 @@ class LiveTensor:
         yield from (part.numpy().tobytes() for part in flat.split(most))
 
 
-Source = StoredTensor | LiveTensor  # of the model that is exported
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor of floats in another dtype than its `source`."""
+
+    dtype: str
+    source: StoredTensor | LiveTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
+        before, after = FLOATS[self.source.dtype], FLOATS[self.dtype]
+        for chunk in self.source.chunks(max(1, most // after.itemsize) * before.itemsize):
+            values = torch.frombuffer(bytearray(chunk), dtype=before).to(after)
+            yield values.view(torch.uint8).numpy().tobytes()
+
+
+Source = StoredTensor | LiveTensor | CastTensor  # of the model that is exported
 
 
 def read_header(path: Path) -> dict[str, Source]:

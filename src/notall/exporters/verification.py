@@ -30,7 +30,7 @@ def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> Verifi
     is in memory at a time.
     """
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
     with skip(model, plan):
         expected = logits_of(model)
     del model
@@ -44,7 +44,7 @@ def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:
     if not mlx.is_installed():
         return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted)
+        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
     tokens = _tokens(model)
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits
@@ -63,10 +63,10 @@ def compare(by: str, found: Tensor, expected: Tensor, most: float) -> Verified:
     return Verified(by, error, most, "of the largest logit")
 
 
-def _load(loader: Any, folder: Path, trusted: bool) -> PreTrainedModel:
+def _load(loader: Any, folder: Path, trusted: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
     model, report = loader.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=dtype or "auto",
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,

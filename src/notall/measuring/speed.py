@@ -42,6 +42,11 @@ class Spread:
         low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quartiles).tolist()
         return cls(median, low, high, len(samples))
 
+    @property
+    def error(self) -> float:
+        """The standard error of the median, from the quartiles, as if the samples were normal."""
+        return 0.93 * (self.high - self.low) / self.n**0.5
+
 
 @dataclass(frozen=True)
 class Timing:

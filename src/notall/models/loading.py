@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -99,10 +99,16 @@ def dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def build_empty(config: PretrainedConfig) -> PreTrainedModel:
+def own_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint's config names; float32 where it names none of ours."""
+    told = next((told for one in (config, config.get_text_config()) if (told := getattr(one, "dtype", None))), None)
+    return DTYPES.get(str(told).removeprefix("torch."), torch.float32)
+
+
+def build_empty(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a config on the meta device: every module and shape, no memory."""
     with torch.device("meta"):
-        return _from_config(config)
+        return _from_config(config, dtype)
 
 
 def build_random(
@@ -166,7 +172,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return _fast_dtype(device)
     if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}: give auto, {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """A dtype by its name. Raises UsageError for an unknown one."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

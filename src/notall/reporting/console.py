@@ -73,10 +73,17 @@ class Shown:
     title: str
 
 
-def show_all(tables: Mapping[str, Shown], *, as_json: bool = False) -> None:
-    """Print several tables; as JSON, one object with a list of rows by the tables' names."""
+def say(line: str, *, whole: bool = False) -> None:
+    """Print a line of words below a table; `whole`: what is copied from the terminal, without line breaks."""
+    console = Console()
+    console.print(Text(printable(line, console.encoding)), soft_wrap=whole or not sys.stdout.isatty())
+
+
+def show_all(tables: Mapping[str, Shown], *, as_json: bool = False, also: Mapping[str, object] | None = None) -> None:
+    """Print several tables; as JSON, one object with a list of rows by the tables' names, and what is said `also`."""
     if as_json:
-        json.dump({name: list(table.rows) for name, table in tables.items()}, sys.stdout, indent=2)
+        found = {name: list(table.rows) for name, table in tables.items()}
+        json.dump({**found, **(also or {})}, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
     for table in tables.values():

@@ -1,0 +1,71 @@
+"""A budget with a limit on what it may cost: both hold, or it is said what can be had of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from .budget import Budget
+from .criteria import Chosen, Setting, choose
+from .latency import Prediction, check_times
+from .space import plan_of
+from .speedups import SpeedBudget, choose_as_fast
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was chosen, how fast it is where a speedup was asked for, and in words what a budget that was missed got."""
+
+    chosen: Chosen
+    check: Prediction | None = None
+    missed: str | None = None
+
+
+def choose_within(criterion: str, setting: Setting, budget: Budget) -> Outcome:
+    """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within it.
+
+    Raises as `criteria.choose` does.
+    """
+    if math.inf in (budget.limit, budget.target):
+        return _choose(criterion, setting, budget)
+    whole = _choose(criterion, setting, replace(budget, limit=math.inf))
+    if (cost := _rise(setting, whole)) <= budget.limit:
+        return whole
+    costs = f"{_as_much(budget, whole)} costs {cost:.3f} nats"
+    if setting.late:
+        return replace(whole, missed=f"{costs}, and the time was up")
+    within = Outcome(choose(criterion, setting, replace(budget, target=math.inf)))
+    if isinstance(budget, SpeedBudget):
+        plan = plan_of(within.chosen.skipped)
+        within = replace(within, check=check_times(setting.model, plan, budget.times, seed=setting.seed))
+    if _reached(budget, within):
+        return within
+    at = f"{_rise(setting, within):.3f} nats it is {_as_much(budget, within)}"
+    return replace(within, missed=f"{costs}; at {at}")
+
+
+def _choose(criterion: str, setting: Setting, budget: Budget) -> Outcome:
+    if not isinstance(budget, SpeedBudget):
+        return Outcome(choose(criterion, setting, budget))
+    timed = choose_as_fast(criterion, setting, budget)
+    outcome = Outcome(timed.chosen, timed.check)
+    return outcome if timed.met else replace(outcome, missed=f"{_as_much(budget, outcome)} is what was reached")
+
+
+def _rise(setting: Setting, outcome: Outcome) -> float:
+    """What the objective rises by."""
+    return setting.evaluator.cost(outcome.chosen.skipped) - setting.evaluator.cost(frozenset())
+
+
+def _reached(budget: Budget, outcome: Outcome) -> bool:
+    if isinstance(budget, SpeedBudget) and outcome.check:
+        return budget.reached(outcome.check)
+    return budget.met(outcome.chosen.skipped)
+
+
+def _as_much(budget: Budget, outcome: Outcome) -> str:
+    """In words what an outcome saves, in the unit of the budget."""
+    if outcome.check:
+        measured = outcome.check.measured_speedup
+        return f"{measured.median:.2f} ± {measured.error:.2f} times as fast"
+    return f"{budget.saved(outcome.chosen.skipped):,.0f} of {budget.target:,.0f}"

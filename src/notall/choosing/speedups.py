@@ -1,0 +1,88 @@
+"""The speedup asked for is the speedup measured: what was chosen is timed, and corrects the times it goes by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..errors import UsageError
+from .budget import Budget
+from .criteria import Chosen, Setting, choose
+from .latency import Prediction, Times, check_times
+from .space import Space, plan_of
+
+CHOICES = 4  # the first, and those by times that were corrected
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedBudget(Budget):
+    """Milliseconds to save of a workload, by `times`, so that it runs `faster` times as fast."""
+
+    faster: float
+    space: Space
+    times: Times
+
+    def reached(self, check: Prediction) -> bool:
+        """Whether what was measured is what was asked for, within its standard error."""
+        return check.measured_speedup.median + check.measured_speedup.error >= self.faster
+
+    def corrected(self, check: Prediction) -> SpeedBudget | None:
+        """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
+        predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))
+        if not (predicted > 0 and measured > 0):
+            return None
+        scaled = {name: ms * measured / predicted for name, ms in self.times.sublayer_ms.items()}
+        times = replace(self.times, sublayer_ms=scaled)
+        return by_speedup(self.space, times, self.faster) if self.faster <= _fastest(self.space, times) else None
+
+
+@dataclass(frozen=True)
+class TimedChoice:
+    """What was chosen, how fast that was measured to be, and whether it is what the budget asked for."""
+
+    chosen: Chosen
+    check: Prediction
+    met: bool
+
+
+def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
+    """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
+    if not 1 <= faster < math.inf:
+        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
+    if faster > (most := _fastest(space, times)):
+        raise UsageError(
+            f"{faster:g} times as fast cannot be had: without all that may be skipped it is {most:.2f}; "
+            "choose among more sublayers, or a lower speedup"
+        )
+    w = times.workload
+    described = f"{faster:g}x at prompt {w.prompt}, {w.new} new, batch {w.batch}"
+    target = times.dense_ms * (1 - 1 / faster)
+    return SpeedBudget(_saved_by(space, times), target, described, faster=faster, space=space, times=times)
+
+
+def choose_as_fast(criterion: str, setting: Setting, budget: SpeedBudget) -> TimedChoice:
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
+
+    What was evaluated for one choice is known for the next. Where none of `CHOICES` is as fast, before the setting
+    gets late, the fastest comes back.
+    """
+    tried: list[TimedChoice] = []
+    following: SpeedBudget | None = budget
+    while following is not None and len(tried) < CHOICES and not (tried and setting.late):
+        chosen = choose(criterion, setting, following)
+        check = check_times(setting.model, plan_of(chosen.skipped), following.times, seed=setting.seed)
+        tried.append(TimedChoice(chosen, check, following.reached(check)))
+        if tried[-1].met:
+            return tried[-1]
+        following = following.corrected(check)
+    return max(tried, key=lambda one: one.check.measured_speedup.median)
+
+
+def _saved_by(space: Space, times: Times) -> dict[str, float]:
+    return {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
+
+
+def _fastest(space: Space, times: Times) -> float:
+    """How many times as fast the workload is without all that may be skipped."""
+    left = times.dense_ms - sum(_saved_by(space, times).values())
+    return times.dense_ms / left if left > 0 else math.inf

@@ -1,0 +1,82 @@
+"""A budget with a limit on what it may cost: both hold, or what can be had of each is told."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from notall.choosing import joint, latency, speedups
+from notall.choosing.budget import by_count, by_limit, within_limit
+from notall.choosing.joint import choose_within
+from notall.choosing.latency import Times
+from test_cli import QUICK, folder, run  # noqa: F401
+from test_speedups import DENSE, EACH, asked, machine, setting  # noqa: F401
+
+
+@pytest.fixture
+def costs(setting):  # noqa: F811
+    """Each sublayer of the table costs a tenth of a nat, as many of them are skipped."""
+    setting.evaluator.single = dict.fromkeys(setting.evaluator.single, 0.1)
+    return setting
+
+
+@pytest.fixture
+def timing(machine, monkeypatch):  # noqa: F811
+    """A machine on which the times hold, for what is within the limit too."""
+    timed = machine(1.0)
+    monkeypatch.setattr(joint, "check_times", speedups.check_times)
+    return timed
+
+
+def limited(budget, nats):
+    return within_limit(budget, by_limit(budget.space, nats, "NLL"))
+
+
+@pytest.mark.parametrize("criterion", ["greedy", "leave-one-out"])
+def test_both_hold_where_they_can(costs, timing, criterion):
+    found = choose_within(criterion, costs, limited(asked(costs, 1.3), 0.55))
+    assert (len(found.chosen.skipped), found.missed, timing) == (5, None, [5])
+
+
+@pytest.mark.parametrize("criterion", ["greedy", "leave-one-out"])
+def test_where_they_cannot_what_each_costs_the_other_is_told(costs, timing, criterion):
+    found = choose_within(criterion, costs, limited(asked(costs, 1.3), 0.35))
+    assert timing == [5, 3]
+    assert len(found.chosen.skipped) == 3
+    assert found.missed == ("1.33 ± 0.00 times as fast costs 0.500 nats; at 0.300 nats it is 1.18 ± 0.00 times as fast")
+
+
+def test_a_count_has_its_limit_too(costs):
+    count = by_count(costs.space, 6)
+    limit = by_limit(costs.space, 0.45)
+    assert choose_within("greedy", costs, within_limit(count, by_limit(costs.space, 0.65))).missed is None
+    found = choose_within("greedy", costs, within_limit(count, limit))
+    assert len(found.chosen.skipped) == 4
+    assert found.missed == "6 of 6 costs 0.600 nats; at 0.400 nats it is 4 of 6"
+
+
+def test_late_what_was_found_first_is_kept_and_said_to_cost_too_much(costs, timing):
+    late = replace(costs, deadline=0.0)
+    found = choose_within("greedy", late, limited(asked(costs, 1.3), 0.35))
+    assert len(found.chosen.skipped) == 5
+    assert found.missed == "1.33 ± 0.00 times as fast costs 0.500 nats, and the time was up"
+
+
+def test_what_misses_the_speedup_at_once_says_so_too(costs, machine):  # noqa: F811
+    machine(0.3)
+    found = choose_within("greedy", costs, limited(asked(costs, 1.3), 0.55))
+    assert found.missed == "1.08 ± 0.00 times as fast is what was reached"
+
+
+@pytest.mark.parametrize(("nats", "code"), [("9", 0), ("1e-09", 3)])
+def test_search_takes_both_and_leaves_with_3(run, folder, tmp_path, monkeypatch, timing, nats, code):  # noqa: F811
+    names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
+    monkeypatch.setattr(latency, "measure_times", lambda _, w, **__: Times(w, DENSE, dict.fromkeys(names, EACH)))
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
+    command = ["search", folder, "--speedup", "1.1", "--max-kl", nats, "-o", tmp_path / "plan.json"]
+    left, out, err = run(*command, "--text", tmp_path / "text.txt", *QUICK, "--patience", "0", "--json")
+    (row,) = json.loads(out)
+    assert left == code
+    assert row["chosen"] == f"search by kl: 1.1x at prompt 512, 128 new, batch 1, at most {nats} more KL"
+    assert (row["cost"] - row["dense_cost"] <= float(nats), row["speedup"] >= 1.1) == (True, not code)
+    assert ("missed 1.1x" in err) == bool(code)

@@ -1,0 +1,124 @@
+"""The speedup asked for is the speedup measured: by a machine that is made up, on which skipping saves a part."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from families import family
+from notall import locate
+from notall.choosing import latency, speedups
+from notall.choosing.criteria import Setting
+from notall.choosing.latency import Prediction, Times, Workload
+from notall.choosing.speedups import CHOICES, by_speedup, choose_as_fast
+from notall.measuring.speed import Spread
+from test_cli import QUICK, run  # noqa: F401
+from test_searching import Table
+from tiny_checkpoint import save_tiny_checkpoint
+
+DENSE, EACH = 100.0, 5.0  # milliseconds: twelve sublayers take sixty
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that says which share of its predicted time a skipped sublayer really saves, and how times spread."""
+    timed = []
+
+    def saves(share, spread=0.0):
+        def check_times(model, plan, times, *, seed=0):
+            predicted, real = times.predicted_ms(plan), DENSE - share * EACH * len(plan)
+            timed.append(len(plan))
+            ratio = DENSE / real
+            measured = Spread(ratio, ratio - spread, ratio + spread, 4)
+            return Prediction(predicted, real, DENSE / predicted, measured)
+
+        monkeypatch.setattr(speedups, "check_times", check_times)
+        return timed
+
+    return saves
+
+
+@pytest.fixture
+def setting():
+    model = family("llama").build(num_hidden_layers=6)
+    space = speedups.Space(locate(model))
+    return Setting(model, space, [], Table(space, 3))
+
+
+def asked(setting, faster):
+    return by_speedup(setting.space, Times(Workload(), DENSE, dict.fromkeys(setting.space.names, EACH)), faster)
+
+
+def test_what_is_as_fast_as_predicted_is_chosen_once(setting, machine):
+    timed = machine(1.0)
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))
+    assert timed == [len(found.chosen.skipped)] == [5]  # 25 of 100 ms: 1.33 times
+    assert found.met
+
+
+def test_what_is_too_slow_corrects_the_times_and_the_next_is_as_fast(setting, machine):
+    timed = machine(0.6)
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))
+    assert timed == [5, 8]  # 15 ms saved, where 23 are needed: 3 a sublayer
+    assert found.met
+    assert found.check.measured_speedup.median == pytest.approx(DENSE / (DENSE - 8 * 3))
+    assert found.check.predicted_speedup == pytest.approx(found.check.measured_speedup.median)
+
+
+def test_it_is_met_within_the_error_of_the_median(setting, machine):
+    """1.25 is 0.05 short of 1.3; of four rounds the error is 0.93 of half the distance of the quartiles."""
+    for spread, times in ((0.06, 1), (0.05, 2)):
+        timed = machine(0.8, spread)
+        timed.clear()
+        assert choose_as_fast("greedy", setting, asked(setting, 1.3)).met
+        assert timed == [5, 6][:times]
+
+
+def test_where_it_cannot_be_had_the_fastest_comes_back_and_is_said_to_miss(setting, machine):
+    timed = machine(0.3)
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))  # 18 ms at most, where 23 are needed
+    assert timed == [5]
+    assert not found.met
+    timed = machine(0.0)
+    assert not choose_as_fast("greedy", setting, asked(setting, 1.3)).met
+
+
+def test_it_ends_after_some_choices_with_the_fastest(setting, monkeypatch, machine):
+    """A machine on which less and less is saved: 22.5 ms, then 21, 21 and 20 of the 23 that are needed."""
+    timed = machine(0.9)
+    shares = iter((0.7, 0.6, 0.5, 0.4))
+
+    def slower(self, check, corrected=speedups.SpeedBudget.corrected):
+        machine(next(shares))
+        return corrected(self, check)
+
+    monkeypatch.setattr(speedups.SpeedBudget, "corrected", slower)
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))
+    assert timed == [5, 6, 7, 8]
+    assert len(timed) == CHOICES
+    assert (len(found.chosen.skipped), found.met) == (5, False)
+
+
+def test_when_it_is_late_what_was_chosen_is_not_chosen_anew(setting, machine):
+    timed = machine(0.6)
+    late = replace(setting, deadline=0.0)
+    assert not choose_as_fast("greedy", late, asked(late, 1.3)).met
+    assert timed == [5]
+
+
+@pytest.mark.parametrize(("share", "code"), [(1.0, 0), (0.6, 0), (0.3, 3)])
+def test_search_leaves_with_3_where_the_speedup_was_missed(run, tmp_path, monkeypatch, machine, share, code):  # noqa: F811
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6)
+    names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
+    monkeypatch.setattr(latency, "measure_times", lambda _, w, **__: Times(w, DENSE, dict.fromkeys(names, EACH)))
+    machine(share)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
+    command = ["search", folder, "--speedup", "1.3", "-o", tmp_path / "plan.json", "--text", tmp_path / "text.txt"]
+    left, out, err = run(*command, *QUICK, "--json")
+    (row,) = json.loads(out)
+    assert left == code
+    if code:
+        assert "missed 1.3x at prompt 512, 128 new, batch 1: 1.08 ± 0.00 times as fast" in err
+        assert err.count("\n") == 1
+    else:
+        assert (err, row["speedup"] >= 1.3) == ("", True)
