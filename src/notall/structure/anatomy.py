@@ -89,6 +89,16 @@ class Anatomy:
         """For each block, the kinds of its sublayers."""
         return tuple(block.kinds for block in self.blocks)
 
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The kinds of its mixers, each once, in the order of the layers."""
+        return tuple(dict.fromkeys(part.mixer for part in self.sublayers if part.mixer))
+
+    @property
+    def by_halves(self) -> bool:
+        """Whether there are layers of two sublayers. Else a layer stays or goes, and every plan leaves whole layers."""
+        return any(len(block.sublayers) == 2 for block in self.blocks)
+
     @cached_property
     def counting(self) -> frozenset[int]:
         """The layers of which one must keep its mixer: those with keys and values, by which a cache counts tokens.
