@@ -20,7 +20,10 @@ PROVED = """
 
 For each family a tiny random model, with 8 plans, equals the model in which plain hooks make the same sublayers add
 nothing: logits to 1e-5 of the largest, in float32; without a cache, with one, and in `generate`, for padded and
-unpadded batches. *Static cache*: also with one (else the dense model has none). Sublayers are named by the modules
+unpadded batches. Models with other mixers (linear attentions, state spaces, convolutions) are tried with plans by kind:
+all of one kind, all but one attention, whole layers, MLPs; where the dense model says other things with a
+cache than without, like is compared with like. `a / b`: some layers have one, some the other; `-`: a layer holds one
+sublayer alone. *Static cache*: also with one (else the dense model has none). Sublayers are named by the modules
 that run, in order; `+` joins what is added up.
 
 | family | block | attention | MLP | implementations | static cache | transformers |

@@ -2,6 +2,7 @@
 
 One row a family. `attention` and `mlp` name, below a layer, the module whose answer *is* that sublayer's contribution,
 read off transformers' sources by hand: the tests silence these to make the slow twin, and never ask `notall` for them.
+`a b` are two modules that go together; of `a|b`, a layer has either.
 """
 
 from __future__ import annotations
@@ -62,11 +63,17 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     adds_itself: tuple[str, ...] = ()  # modules that are given the residual and answer the new stream
+    only_attention: tuple[int, ...] = ()  # layers without an MLP
+    only_mlp: tuple[int, ...] = ()  # layers without an attention
     auto: Any = AutoModelForCausalLM
 
     @property
     def exists(self) -> bool:
         return self.model_type in CONFIG_MAPPING
+
+    @property
+    def depth(self) -> int:
+        return self.config.get("num_hidden_layers", LAYERS)
 
     def build(self, attn_implementation: str = "eager", **changes: Any) -> PreTrainedModel:
         """The model, in eval mode and float32, the same weights each time. Raises `ValueError` for an attention it lacks."""
@@ -86,18 +93,22 @@ def make_each_layer_matter(model: nn.Module) -> None:
     """Weights that keep the variance of what they are given, and norms and biases away from ones and zeros."""
     generator = torch.Generator().manual_seed(1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for tensor in (*model.parameters(), *_correction_biases(model)):
+    for tensor in (*model.parameters(), *_learned_buffers(model)):
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() < 2:
             tensor.data.add_(0.2 * noise)
         else:
             fan_in = 1 if id(tensor) in embeddings else min(tensor.shape[-2:])
             tensor.data.copy_(noise / fan_in**0.5)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):  # which of four experts are for a token
+            table.copy_(torch.randint(4, table.shape, generator=generator))
 
 
-def _correction_biases(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Routers of the DeepSeek kind keep a learned bias in a buffer."""
-    return (buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias"))
+def _learned_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Routers of the DeepSeek kind keep a learned bias in a buffer, and Gemma 4 the scale of a layer."""
+    learned = ("correction_bias", "expert_bias", "layer_scalar")
+    return (buffer for name, buffer in model.named_buffers() if name.endswith(learned))
 
 
 def _llama(name: str, model_type: str | None = None, **config: Any) -> Family:
@@ -346,7 +357,10 @@ FAMILIES = [
 
 
 def family(name: str) -> Family:
-    return next(found for found in FAMILIES if found.name == name)
+    from hybrid_families import HYBRIDS  # both are made with what is here
+    from plain_families import NORMED_AFTER, OTHERS
+
+    return next(found for found in [*FAMILIES, *HYBRIDS, *OTHERS, *NORMED_AFTER] if found.name == name)
 
 
 # --- representatives --------------------------------------------------------------------------------------------------
@@ -391,26 +405,34 @@ def silenced(
 ) -> Iterator[None]:
     """The same model, in which the sublayers named still run, but add nothing: plain hooks, no code of `notall`."""
     layers = stack_of(model)
-    silent = [(layers[i], family.attention) for i in attention]
-    silent += [(layers[i], name) for i in mlp for name in family.mlp.split()]
+    silent = [named for i in attention for named in modules_of(layers[i], family.attention)]
+    silent += [named for i in mlp for named in modules_of(layers[i], family.mlp)]
     handles = []
     try:
-        for layer, name in silent:
+        for name, module in silent:
             hook = _give_back_residual if name in family.adds_itself else _give_zeros
-            handles.append(layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def modules_of(layer: nn.Module, names: str) -> list[tuple[str, nn.Module]]:
+    """With their names. Raises `KeyError` where a layer has none of the modules that are said to be in it."""
+    held = dict(layer.named_modules())
+    chosen = [next((name for name in either.split("|") if name in held), either) for either in names.split()]
+    return [(name, held[name]) for name in chosen]
+
+
 def stack_of(model: PreTrainedModel) -> nn.ModuleList:
-    depth = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    depth = getattr(config, "num_layers", config.num_hidden_layers)  # LongCat's layers hold two each
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
 def _give_zeros(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
-    return _with_first(answer, torch.zeros_like(answer[0] if isinstance(answer, tuple) else answer))
+    return _with_first(answer, torch.zeros_like(answer[0] if isinstance(answer, tuple | list) else answer))
 
 
 def _give_back_residual(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
@@ -418,4 +440,4 @@ def _give_back_residual(module: nn.Module, args: Any, kwargs: Any, answer: Any) 
 
 
 def _with_first(answer: Any, first: torch.Tensor) -> Any:
-    return (first, *answer[1:]) if isinstance(answer, tuple) else first
+    return type(answer)((first, *answer[1:])) if isinstance(answer, tuple | list) else first

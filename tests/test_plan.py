@@ -185,7 +185,7 @@ def test_skipping_all_attention_is_refused(anatomy):
 
 def test_regrouping_gives_each_layer_one_attention(anatomy):
     plan = Plan(attention=[0, 2], mlp=[1])
-    assert regroup(len(anatomy.blocks), plan) == [
+    assert regroup(anatomy.kinds, plan) == [
         Group(1, whole=False, before=[0], after=[2]),
         Group(3, whole=True),
     ]

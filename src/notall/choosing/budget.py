@@ -54,7 +54,7 @@ def by_count(space: Space, count: float) -> Budget:
     if not 0 <= count < math.inf or (count >= 1 and count != int(count)):
         raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
     whole = round(count * len(space.units)) if count < 1 else int(count)
-    if space.portable and space.kind == "sublayer" and whole % 2:
+    if space.by_pairs and whole % 2:
         raise UsageError(f"a portable set has an even number of sublayers: give {whole - 1} or {whole + 1}")
     saves = {name: 1 / len(unit) for unit in space.units for name in unit}
     return _possible(space, Budget(saves, whole, f"{shortened(whole)} {space}"))
@@ -88,9 +88,10 @@ def within_limit(budget: Budget, limit: Budget) -> Budget:
 def _possible(space: Space, budget: Budget) -> Budget:
     """`budget`, unless all that may be skipped, but one attention, saves less than it asks for."""
     most = budget.saved(space.names)
-    if not any(name.startswith("mlp") for name in space.names) or space.kind == "block":
-        least = min(budget.saved(unit) for unit in space.units)
-        most -= least if len(space.units) == len(space.anatomy.blocks) else 0  # one attention stays
+    counting = {f"attn.{index}" for index in space.anatomy.counting}
+    if counting.issubset(space.names):
+        stay = [unit for unit in space.units if counting.intersection(unit)]
+        most -= min(budget.saved(unit) for unit in stay)  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
         raise UsageError(f"{budget.description} cannot be saved: ask for at most {most:,.0f}, all that may be skipped")
     return budget

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from ..progress import Progress, silent
 from ..records.plan import Plan
 from ..records.strict_json import read_json
 from ..running.skipping import skip
-from ..structure.anatomy import Sublayer, text_config
+from ..structure.anatomy import Anatomy, Sublayer, text_config
 from ..structure.locating import locate
 
 DECODED = 32  # new tokens that are really decoded where more are asked about
@@ -157,7 +157,7 @@ def _measure(
     seed: int,
     progress: Progress,
 ) -> Times:
-    plans = {str(number): _half(group, locate(model).blocks) for number, group in enumerate(groups)}
+    plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
     variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
     variants |= {name: partial(skip, model, plan) for name, plan in plans.items() if plan}
     found = _compare(
@@ -177,20 +177,19 @@ def _measure(
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     """The sublayers in groups of the same kind, size and window, which take the same time."""
-    kinds = getattr(text_config(model), "layer_types", None) or [None] * len(locate(model).blocks)
     groups: dict[tuple[Any, ...], list[Sublayer]] = {}
     for part in locate(model).sublayers:
-        window = kinds[part.index] if part.kind == "attention" else None
-        groups.setdefault((part.kind, part.parameters, part.kv_bytes_per_token, window), []).append(part)
+        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes
+        groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
     return list(groups.values())
 
 
-def _half(group: list[Sublayer], blocks: Sequence[object]) -> Plan:
-    """The plan that skips every second one of a group; the only attention of a model stays."""
+def _half(group: list[Sublayer], anatomy: Anatomy) -> Plan:
+    """The plan that skips every second one of a group; the only attention that counts tokens stays."""
     chosen = [part.index for part in group[::2]]
     if group[0].kind == "mlp":
         return Plan(mlp=chosen)
-    return Plan(chosen) if len(chosen) < len(blocks) else Plan(chosen[1:])
+    return Plan(chosen[1:] if anatomy.counting.issubset(chosen) else chosen)
 
 
 def _compare(

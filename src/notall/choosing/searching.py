@@ -84,7 +84,7 @@ def search(
 
 def _spaces(space: Space) -> list[Space]:
     """Where to look: whole blocks are portable sets, which a search among single pairs does not always find."""
-    return [space, replace(space, kind="block")] if space.portable and space.kind == "sublayer" else [space]
+    return [space, replace(space, kind="block")] if space.by_pairs else [space]
 
 
 class _Search:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
@@ -23,26 +23,39 @@ UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 class Space:
     """The sets to choose from: of one `kind` ("sublayer": attentions and MLPs), first and last layers preserved.
 
+    `kind` may also be that of some mixers of the model, such as linear_attention.
+
     `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
     """
 
     anatomy: Anatomy
-    kind: UnitKind = "sublayer"
+    kind: str = "sublayer"
     portable: bool = False
     keep_first: int = 0
     keep_last: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in UNIT_KINDS:
-            raise UsageError(f"cannot choose among {self.kind!r}: give one of {', '.join(UNIT_KINDS)}")
-        if self.portable and self.kind in ("attention", "mlp"):
+        known = (*UNIT_KINDS, *self.anatomy.mixers)
+        if self.kind not in known:
+            raise UsageError(f"cannot choose among {shortened(repr(self.kind))}: give one of {', '.join(known)}")
+        if self.portable and self.kind not in ("sublayer", "block") and self.anatomy.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
         if not self.names:
             raise UsageError("every layer is preserved: keep fewer of the first and last layers")
 
     def __str__(self) -> str:
         return "portable" if self.portable and self.kind == "sublayer" else self.kind
+
+    @property
+    def unit_kind(self) -> UnitKind:
+        """`kind`, with attention for all kinds of mixers."""
+        return "attention" if self.kind not in UNIT_KINDS else self.kind
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether sublayers go two by two, so that an ordinary checkpoint is left."""
+        return self.portable and self.kind == "sublayer" and self.anatomy.by_halves
 
     @cached_property
     def order(self) -> dict[str, int]:
@@ -53,19 +66,24 @@ class Space:
     def names(self) -> tuple[str, ...]:
         """The sublayers that may be skipped, in the model's order."""
         inner = range(self.keep_first, len(self.anatomy.blocks) - self.keep_last)
-        kinds = (self.kind,) if self.kind in ("attention", "mlp") else ("attention", "mlp")
-        return tuple(part.name for part in self.anatomy.sublayers if part.index in inner and part.kind in kinds)
+        all_kinds = self.kind in ("sublayer", "block")
+        return tuple(
+            part.name
+            for part in self.anatomy.sublayers
+            if part.index in inner and (all_kinds or self.kind in (part.kind, part.mixer))
+        )
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What scores are given to: a sublayer each, or the two of a block."""
         if self.kind != "block":
             return tuple((name,) for name in self.names)
-        return tuple(zip(self.names[::2], self.names[1::2]))
+        whole = (tuple(part.name for part in block.sublayers) for block in self.anatomy.blocks)
+        return tuple(unit for unit in whole if set(unit) <= set(self.names))
 
     def moves(self, skipped: Skipped) -> list[Unit]:
         """What may be skipped next, beside `skipped`."""
-        if self.portable and self.kind == "sublayer":
+        if self.by_pairs:
             live = [name for name in self.order if name not in skipped]
             pairs = [pair for pair in zip(live, live[1:]) if set(pair) <= set(self.names)]
             return [pair for pair in pairs if self.allows(skipped.union(pair))]
@@ -82,7 +100,7 @@ class Space:
 
     def returns(self, skipped: Skipped) -> list[Unit]:
         """What may be given back of `skipped`; of a portable set, pairs that follow each other."""
-        if self.portable and self.kind == "sublayer":
+        if self.by_pairs:
             places = self.order
             inside = self.sorted(skipped)
             pairs = [pair for pair in zip(inside, inside[1:]) if places[pair[1]] == places[pair[0]] + 1]
@@ -91,7 +109,7 @@ class Space:
 
     def allows(self, skipped: Skipped) -> bool:
         """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model."""
-        if sum(name.startswith("attn") for name in skipped) == len(self.anatomy.blocks):
+        if skipped.issuperset(f"attn.{index}" for index in self.anatomy.counting):
             return False
         return not self.portable or is_portable(self.anatomy, self.plan(skipped))
 

@@ -138,7 +138,7 @@ class DenseModel:
             weighs = any(True for _ in layer.get_submodule(module).parameters())
             return weighs and not any(name.startswith(module + ".") for name in held)
 
-        parts = (block.attention, block.mlp)
+        parts = block.sublayers
         absent = [part.kind for part in parts if any(is_absent(module) for module in part.modules)]
 
         def owner(name: str) -> str:

@@ -21,7 +21,7 @@ from ..models.cache import sha256
 from ..progress import Progress, silent
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
-from ..running.regrouping import Layer, merged, regroup, sparse_layers
+from ..running.regrouping import BOTH, Layer, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, GGUFTensor, read_gguf, total_bytes, write_gguf
 from .gguf_weights import with_weights
@@ -136,7 +136,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
 def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
     """Fields and tensors of the file without what `plan` skips. Raises `UsageError` where no file can say so."""
     _check(source, plan)
-    layers = merged(regroup(source.depth, plan), lambda attention, mlp: _fits(source, attention, mlp))
+    layers = merged(regroup([BOTH] * source.depth, plan), lambda attention, mlp: _fits(source, attention, mlp))
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
     return _deci(source, layers)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
 from ..models.loading import build_empty
 from ..records.plan import Plan
 from ..running.regrouping import Layer, fits, merged, regroup
 from ..structure.anatomy import Anatomy, Sublayer
-from ..structure.observation import child
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 
@@ -29,7 +31,16 @@ MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
     """The layers of the exported model."""
-    return merged(regroup(len(anatomy.blocks), plan), partial(fits, anatomy))
+    return merged(regroup(anatomy.kinds, plan), partial(fits, anatomy))
+
+
+def sublayers_of(anatomy: Anatomy, layer: Layer) -> list[Sublayer]:
+    """What an exported layer holds beside the MLPs before and after it."""
+    own = anatomy.blocks[layer.attention].sublayers
+    if layer.mlp == layer.attention:
+        return list(own)
+    attention = [part for part in own if part.kind == "attention"]
+    return attention if layer.mlp is None else [*attention, anatomy.blocks[layer.mlp].mlp]
 
 
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -39,9 +50,13 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:
     attentions = [layer.attention for layer in layers]
     mlps = [_kind_of_mlp(layer) for layer in layers]
     for name in LISTS:
-        values = getattr(config, name, None)
+        values = settings.get(name) or vars(config).get(name)  # as the file words them; a derived list is in neither
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
             settings[name] = [values[index] for index in (mlps if name in MLP_LISTS else attentions)]
+    if pattern := settings.get("hybrid_override_pattern"):  # Nemotron-H's, a letter a layer
+        settings["hybrid_override_pattern"] = "".join(pattern[index] for index in attentions)
+    if indices := settings.get("attn_layer_indices"):
+        settings["attn_layer_indices"] = [number for number, index in enumerate(attentions) if index in indices]
     if "attention_types" in settings:  # GPT-Neo writes its list as repeated patterns
         settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
     for name in MLP_INDICES:
@@ -69,7 +84,9 @@ def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
     rope = settings.get("rope_parameters")
     if not rope or "rope_theta" in settings:
         return {}
-    if "sliding_attention" in rope:  # Gemma 3 has two bases
+    if "sliding_attention" in rope:
+        if not settings["model_type"].startswith("gemma3"):  # which alone has a name of its own for the second base
+            return {}
         local, rope = rope["sliding_attention"], rope["full_attention"]
         named = {"rope_local_base_freq": local["rope_theta"]}
     else:
@@ -87,7 +104,7 @@ def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
 def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
     """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
     try:
-        config = type(dense.config).from_dict(dict(settings))
+        config = type(dense.config).from_dict(_read_back(settings))
         config.name_or_path = dense.config.name_or_path  # where code of the model's own is found
         return build_empty(config)
     except (ValueError, UsageError) as error:
@@ -98,6 +115,13 @@ def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
         ) from None
 
 
+def _read_back(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` as transformers reads them from a file, where an infinite number stands in words."""
+    with tempfile.TemporaryDirectory(prefix="notall-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return PretrainedConfig.get_config_dict(folder)[0]
+
+
 def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[Layer]) -> None:
     """Raise `UsageError` unless each layer of `exported` is built as the dense layers that its sublayers come from.
 
@@ -105,8 +129,7 @@ def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[L
     """
     ours = exported.get_submodule(dense.anatomy.layers)
     for number, layer in enumerate(layers):
-        mlp = [] if layer.mlp is None else [dense.anatomy.blocks[layer.mlp].mlp]
-        for part in (dense.anatomy.blocks[layer.attention].attention, *mlp):
+        for part in sublayers_of(dense.anatomy, layer):
             if _build(ours[number], part) != build_of(dense, part):
                 raise UsageError(
                     f"{dense.anatomy.model_type} would build {part.name} in another way as a part of layer {number}: "
@@ -121,8 +144,12 @@ def build_of(dense: DenseModel, part: Sublayer) -> dict[str, Any]:
 
 def _build(layer: nn.Module, part: Sublayer) -> dict[str, Any]:
     facts: dict[str, Any] = {}
+    held = dict(layer.named_modules())
     for path in part.modules:
-        for name, module in child(layer, path).named_modules(prefix=path):
+        if path not in held:
+            facts[path] = None
+            continue
+        for name, module in held[path].named_modules(prefix=path):
             facts[name] = (type(module).__name__, _settings(module), _shapes(module.named_parameters(recurse=False)))
     if part.kind == "attention":
         facts[""] = _settings(layer)

@@ -133,13 +133,24 @@ class Plan(BaseModel):
             raise UsageError(f"{where}: {error}") from None
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise `UsageError` unless this plan fits the model and leaves it at least one attention."""
+        """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != anatomy.fingerprint:
             raise UsageError(
                 f"this plan was made for {shortened(self.fingerprint)}, but the model is {anatomy.fingerprint}; "
                 "make a plan for this model, or delete its fingerprint line if you are sure"
             )
         self.check_depth(len(anatomy.blocks))
+        for kind in ("attention", "mlp"):
+            lacking = [i for i in getattr(self, kind) if kind not in anatomy.kinds[i]]
+            if lacking:
+                raise UsageError(
+                    f"the plan skips the {kind} of layer {lacking[0]}, which has none; see `notall inspect`"
+                )
+        if anatomy.counting.issubset(self.attention):
+            raise UsageError(
+                "the plan skips every attention that holds keys and values "
+                f"({', '.join(f'attn.{i}' for i in sorted(anatomy.counting))}); keep at least one: it counts the tokens"
+            )
 
     def check_depth(self, layers: int) -> None:
         """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""

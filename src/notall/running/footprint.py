@@ -33,7 +33,7 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     layers = list(inner.get_submodule(anatomy.layers).children())
     dead = {id(weight) for block in anatomy.blocks for weight in _dead(layers[block.index], block, plan)}
     live = [weight for weight in inner.parameters() if id(weight) not in dead]
-    cached = (block.attention.kv_bytes_per_token for block in anatomy.blocks if block.index not in plan.attention)
+    cached = (part.kv_bytes_per_token for part in anatomy.sublayers if part.index not in getattr(plan, part.kind))
     return Footprint(
         sum(weight.numel() for weight in live),
         sum(weight.numel() * weight.element_size() for weight in live),

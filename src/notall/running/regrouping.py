@@ -1,8 +1,8 @@
-"""What a plan keeps, cut into layers of one attention each: the rule behind `skip` and every export."""
+"""What a plan keeps, cut into layers of one mixer each: the rule behind `skip` and every export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Group:
-    """A layer of the regrouped model, by dense indices: MLPs ahead, one attention, its MLP if `whole`, MLPs behind."""
+    """A layer of the regrouped model, by dense indices: MLPs ahead, a layer or its attention, and MLPs behind.
 
-    attention: int
+    `layer` is kept as it is where it is `whole`; where not, its attention alone.
+    """
+
+    layer: int
     whole: bool
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
@@ -26,16 +29,22 @@ class Group:
         return self.whole and not self.before and not self.after
 
 
-def regroup(depth: int, plan: Plan) -> list[Group]:
-    """Cut what `plan` keeps of `depth` layers into layers of one attention each, in the order of the dense model."""
+BOTH = ("attention", "mlp")
+
+
+def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
+    """Cut what `plan` keeps into layers of one attention each, in the order of the dense model.
+
+    `kinds` are those of each layer's sublayers. A layer of one sublayer stays as it is, or goes.
+    """
     groups: list[Group] = []
     ahead: list[int] = []  # MLPs before the first live attention
-    for index in range(depth):
-        has_mlp = index not in plan.mlp
-        if index not in plan.attention:
-            groups.append(Group(index, whole=has_mlp, before=ahead))
+    for index, held in enumerate(kinds):
+        kept = [kind for kind in held if index not in getattr(plan, kind)]
+        if "attention" in kept or (kept and "attention" not in held):
+            groups.append(Group(index, whole=len(kept) == len(held), before=ahead))
             ahead = []
-        elif has_mlp:
+        elif kept:
             (groups[-1].after if groups else ahead).append(index)
     return groups
 
@@ -46,7 +55,7 @@ def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
     it make an ordinary layer, whichever blocks they come from.
     """
-    return all(is_ordinary(anatomy, group) for group in regroup(len(anatomy.blocks), plan))
+    return all(is_ordinary(anatomy, group) for group in regroup(anatomy.kinds, plan))
 
 
 def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
@@ -55,7 +64,7 @@ def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
         return True
     if group.whole or group.before or len(group.after) != 1:
         return False
-    return fits(anatomy, group.attention, group.after[0])
+    return fits(anatomy, group.layer, group.after[0])
 
 
 def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
@@ -86,10 +95,10 @@ def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]
     """
     layers = []
     for group in groups:
-        mlp, after = group.attention if group.whole else None, list(group.after)
-        if mlp is None and after and fits(group.attention, after[0]):
+        mlp, after = group.layer if group.whole else None, list(group.after)
+        if mlp is None and after and fits(group.layer, after[0]):
             mlp = after.pop(0)
-        layers.append(Layer(group.attention, mlp, tuple(group.before), tuple(after)))
+        layers.append(Layer(group.layer, mlp, tuple(group.before), tuple(after)))
     return layers
 
 

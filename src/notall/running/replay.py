@@ -171,7 +171,7 @@ class Replay:
             return step.map.run(hidden)
         layer = self.layers[step.block.index]
         with with_weights(layer, step.weights):
-            if len(step.parts) == 2:  # a parallel block adds up in an order of its own
+            if step.parts == step.block.sublayers:  # its own forward adds up in an order and a dtype of its own
                 answer = layer(hidden, **arguments)
                 return answer[0] if isinstance(answer, tuple) else answer
             return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))
@@ -290,10 +290,12 @@ def walk(model: PreTrainedModel, **inputs: Tensor) -> Iterator[Passage]:
     recording = record(inner, **inputs)
     before = recording.embedded
     for block, layer, arguments in zip(anatomy.blocks, layers.children(), recording.arguments):
-        first, second = block.sublayers
-        middle = run_branches(first.branches, layer, before, LayerCall(arguments))
-        start = before if block.parallel else middle
-        end = run_branches(second.branches, layer, start, LayerCall(arguments))
-        after = middle + (end - before) if block.parallel else end
-        yield Passage(block, before, after, {first.kind: (before, middle), second.kind: (start, end)})
+        around: dict[str, tuple[Tensor, Tensor]] = {}
+        after = before
+        for part in block.sublayers:
+            start = before if block.parallel else after
+            end = run_branches(part.branches, layer, start, LayerCall(arguments))
+            around[part.kind] = start, end
+            after = after + (end - start) if block.parallel and after is not before else end
+        yield Passage(block, before, after, around)
         before = after

@@ -1,8 +1,8 @@
 """Leave sublayers out of a live model: for a while (`skip`) or for good (`remove`).
 
-The live sublayers are cut again into layers that own exactly one attention each; an MLP that lost its attention rides
-along behind the attention before it (or ahead of the first). So the number of layers is the number of live attentions,
-`layer_idx` counts them, and whatever counts layers, caches and masks first of all, is right by construction.
+The live sublayers are cut again into layers that own exactly one attention each, or another mixer; an MLP that lost
+its attention rides along behind the layer before it (or ahead of the first). So `layer_idx` counts the layers that are
+left, and whatever counts layers, caches and masks first of all, is right by construction.
 This is the only file that changes a live model.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -25,7 +26,7 @@ from ..structure import locating
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
-from ..structure.slicing import renumber, slice_config
+from ..structure.slicing import as_it_is, is_told, renumber, slice_config
 from .regrouping import Group, is_ordinary, regroup
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
@@ -91,7 +92,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(anatomy)
     if not plan:
         return
-    dense, groups = _layers(inner, anatomy), regroup(len(anatomy.blocks), plan)
+    dense, groups = _layers(inner, anatomy), regroup(anatomy.kinds, plan)
     weights = plan.weights if isinstance(plan, RepairedPlan) else {}
     for path, weight in weights.items():
         holder_of(inner, path, weight)  # refuse before anything is changed
@@ -100,7 +101,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     locating.forget(inner)
-    if _are_regrouped(layers):
+    if _are_regrouped(layers) or not _is_built_again(inner):
         inner.save_pretrained = _refuse_to_save
 
 
@@ -109,10 +110,29 @@ def _are_regrouped(layers: Iterable[nn.Module]) -> bool:
     return any(isinstance(layer, RegroupedLayer) for layer in layers)
 
 
+def _is_built_again(model: PreTrainedModel) -> bool:
+    """Whether the model's config alone tells how its layers are built, as a load must."""
+    if is_told(text_config(model)):
+        return False
+    try:
+        with torch.device("meta"):
+            again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False
+    return _build(again) == _build(model)
+
+
+def _build(model: nn.Module) -> list[tuple[str, str, list[torch.Size]]]:
+    return [
+        (path, type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)])
+        for path, module in model.named_modules()
+    ]
+
+
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
     raise UsageError(
-        "this plan leaves layers that the architecture's own checkpoint cannot hold, and a load would fill them with "
-        "random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
+        "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
+        "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
     )
 
 
@@ -148,12 +168,12 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     parent, dense = _parent(model, anatomy), _layers(model, anatomy)
     _install_output_hooks(parent)
     for config in _configs(model, parent):
-        undo.callback(_restore, config, dict(config.__dict__))
+        undo.callback(as_it_is(config))
     undo.callback(parent._modules.__setitem__, anatomy.layers.rpartition(".")[2], dense)
     undo.callback(locating.remember, model, dense, anatomy)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
-    groups = regroup(len(anatomy.blocks), plan)
+    groups = regroup(anatomy.kinds, plan)
     regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
     try:
         if isinstance(plan, RepairedPlan):
@@ -176,7 +196,7 @@ def _install(
     parent = _parent(model, anatomy)
     layers.training = parent.training
     for config in _configs(model, parent):
-        slice_config(config, [group.attention for group in groups])
+        slice_config(config, [group.layer for group in groups])
     parent._modules[anatomy.layers.rpartition(".")[2]] = layers
     return [change for index, layer in enumerate(layers) for change in renumber(layer, index)]
 
@@ -191,11 +211,6 @@ def _unsaveable(model: PreTrainedModel) -> Iterator[None]:
         del model.save_pretrained
         if before is not None:
             model.save_pretrained = before
-
-
-def _restore(config: PretrainedConfig, before: dict[str, Any]) -> None:
-    config.__dict__.clear()
-    config.__dict__.update(before)
 
 
 def _restore_static_cache(model: nn.Module, cache: Any) -> None:
@@ -278,11 +293,11 @@ def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
 
 def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     """The module that runs `group`: the dense layer itself where nothing in it changes."""
-    source = dense[group.attention]
+    source = dense[group.layer]
     if group.untouched:
         return source
-    block = anatomy.blocks[group.attention]
-    parts = (block.attention, block.mlp) if group.whole else (block.attention,)
+    block = anatomy.blocks[group.layer]
+    parts = block.sublayers if group.whole else (block.attention,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     layer = _twin(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
@@ -306,10 +321,10 @@ def _merged(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module |
     """Attention i with the MLP of block j as one ordinary layer; None where only a regrouped layer will do."""
     if group.untouched or not is_ordinary(anatomy, group):
         return None
-    source, donor = dense[group.attention], dense[group.after[0]]
+    source, donor = dense[group.layer], dense[group.after[0]]
     if type(source) is not type(donor):
         return None
-    block = anatomy.blocks[group.attention]
+    block = anatomy.blocks[group.layer]
     swapped = {name: child(donor, name) for name in block.mlp.modules}
     return _twin(source, dict(source.named_children()) | swapped, type(source))
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -17,10 +18,12 @@ from .observation import Branch
 
 @dataclass(frozen=True)
 class Sublayer:
-    """An attention or an MLP, with the norms and multipliers of its own.
+    """A mixer, which looks at other tokens, or an MLP, which doesn't, with the norms and multipliers of its own.
 
-    `parameters` counts elements, `weight_bytes` bytes as loaded, `kv_bytes_per_token` what one token leaves in the
-    cache. A norm that both mixers of a parallel block share is counted with the attention.
+    A mixer is called attention, whatever it is: `mixer` tells, as transformers names it (full_attention,
+    linear_attention, conv), and is None for an MLP. `parameters` counts elements, `weight_bytes` bytes as loaded,
+    `kv_bytes_per_token` what one token leaves in the cache, `state_bytes` what it keeps there of fixed size for one
+    sequence. A norm that both sublayers of a parallel block share is counted with the attention.
     """
 
     kind: Literal["attention", "mlp"]
@@ -29,6 +32,8 @@ class Sublayer:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    state_bytes: int = 0
+    mixer: str | None = None
 
     @property
     def name(self) -> str:
@@ -42,21 +47,27 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: its sublayers in the order they run; both read the same input when `parallel`."""
+    """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`."""
 
     index: int
-    sublayers: tuple[Sublayer, Sublayer]
+    sublayers: tuple[Sublayer, ...]
     parallel: bool
     # None: the layer answers a tensor. Otherwise (hidden, ...), and for each further element, which element of the
     # attention's answer it is (None where it is not the attention's).
     answer: tuple[int | None, ...] | None
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sublayer.kind for sublayer in self.sublayers)
+
+    @property
     def attention(self) -> Sublayer:
+        """Its mixer. Raises `StopIteration` where it has none."""
         return next(sublayer for sublayer in self.sublayers if sublayer.kind == "attention")
 
     @property
     def mlp(self) -> Sublayer:
+        """Raises `StopIteration` where it has none."""
         return next(sublayer for sublayer in self.sublayers if sublayer.kind == "mlp")
 
 
@@ -72,6 +83,30 @@ class Anatomy:
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
         return tuple(sublayer for block in self.blocks for sublayer in block.sublayers)
+
+    @property
+    def kinds(self) -> tuple[tuple[str, ...], ...]:
+        """For each block, the kinds of its sublayers."""
+        return tuple(block.kinds for block in self.blocks)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The kinds of its mixers, each once, in the order of the layers."""
+        return tuple(dict.fromkeys(part.mixer for part in self.sublayers if part.mixer))
+
+    @property
+    def by_halves(self) -> bool:
+        """Whether there are layers of two sublayers. Else a layer stays or goes, and every plan leaves whole layers."""
+        return any(len(block.sublayers) == 2 for block in self.blocks)
+
+    @cached_property
+    def counting(self) -> frozenset[int]:
+        """The layers of which one must keep its mixer: those with keys and values, by which a cache counts tokens.
+
+        Where none does, all that have a mixer.
+        """
+        mixers = [part for part in self.sublayers if part.kind == "attention"]
+        return frozenset(part.index for part in mixers if part.kv_bytes_per_token) or frozenset(m.index for m in mixers)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
 from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
@@ -36,6 +37,11 @@ def locate(model: PreTrainedModel) -> Anatomy:
     """
     model = base_model(model)
     path, layers = decoder_layers(model)
+    if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps a recurrent state, which transformers {transformers.__version__} holds in a "
+            "cache of the model's own; install transformers 5"
+        )
     known = _LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
@@ -104,14 +110,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
     """Why the model cannot be used, when watching it ended in `error`."""
-    name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
-        return UnsupportedModel(
-            f"{name} keeps a recurrent state beside keys and values (state-space, linear-attention and hybrid models): "
-            "expected an attention in every layer; choose another model"
-        )
     if isinstance(error, UnsupportedModel):
         return error
+    name = type(model).__name__
     reason = str(error).partition("\n")[0] or type(error).__name__
     return UnsupportedModel(
         f"{name} cannot be watched: its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason}); "
@@ -123,16 +124,18 @@ def _proved_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block
     weight = model.get_input_embeddings().weight
     # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
     device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    config = text_config(model)
     traces = _observe(model, layers, model, device)
-    blocks = tuple(_read(trace) for trace in traces)
+    blocks = tuple(_read(config, trace) for trace in traces)
     for trace, block in zip(traces, blocks):
-        prove(text_config(model), trace, block)
+        prove(config, trace, block)
     return blocks
 
 
 def _weightless_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
     with running_weightless(model) as call:
-        return tuple(_read(trace) for trace in _observe(model, layers, call, torch.device("cpu")))
+        traces = _observe(model, layers, call, torch.device("cpu"))
+        return tuple(_read(text_config(model), trace) for trace in traces)
 
 
 def _observe(
@@ -180,30 +183,44 @@ def _is_handed_on(answer: Any, given: Tensor) -> bool:
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
-def _read(trace: LayerTrace) -> Block:
+def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
+    """The block of a layer: a mixer and an MLP, in either order or side by side, or one of the two alone."""
     lines = lines_of(trace)
-    attentions = [branch for line in lines for branch in line if branch.is_attention]
-    if len(attentions) != 1 or len(trace.cache_writes) != 1:
+    mixing = [line for line in lines if any(branch.is_attention for branch in line)]
+    others = [line for line in lines if any(not branch.is_attention for branch in line)]
+    mixers = tuple(branch for line in mixing for branch in line if branch.is_attention)
+    mlps = tuple(branch for line in others for branch in line if not branch.is_attention)
+    names = {name for branch in mixers for name in branch.modules}
+    elsewhere = [write for write in trace.cache_writes if write.module not in names]
+    where = f"layer {trace.index} ({type(trace.layer).__name__})"
+    if len(mixing) > 1 or elsewhere:
         raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}): expected one attention that writes its own keys and "
-            f"values to the cache, found {len(trace.cache_writes)}: {_mixers(trace)}. "
-            "State-space, hybrid and shared-cache layers cannot be skipped by halves; choose another model"
+            f"{where}: expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} "
+            f"({_writers(trace)}). An MLP that keeps a state cannot be skipped by halves; choose another model"
         )
-    mlp_lines = [line for line in lines if any(not branch.is_attention for branch in line)]
-    if len(mlp_lines) != 1:
+    if len(others) > 1:
         raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}): expected one MLP beside its attention, found "
-            f"{len(mlp_lines)}. If sublayers were removed from this model for good, start from the dense model"
+            f"{where}: expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}: "
+            f"{_modules(trace)}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
+            "If sublayers were removed from this model for good, start from the dense model"
         )
-    mlp = tuple(branch for branch in mlp_lines[0] if not branch.is_attention)
-    parallel = len(lines) == 1
-    shared = {name for branch in attentions for name in branch.modules}
-    parts = (
-        _sublayer(trace, "attention", tuple(attentions), exclude=()),
-        _sublayer(trace, "mlp", mlp, exclude=shared),
-    )
-    attention_first = any(branch.is_attention for branch in lines[0])
-    return Block(trace.index, parts if attention_first else parts[::-1], parallel, _answer(trace))
+    parts = [_sublayer(trace, "attention", mixers, exclude=(), mixer=_kind(config, trace))] if mixing else []
+    if mlps:
+        mlp = _sublayer(trace, "mlp", mlps, exclude=names)
+        parts.insert(0 if mixing != lines[:1] else 1, mlp)
+    return Block(trace.index, tuple(parts), len(lines) < len(parts), _answer(trace))
+
+
+def _kind(config: PretrainedConfig, trace: LayerTrace) -> str:
+    """What transformers calls the mixer of a layer."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and len(kinds) > trace.index:
+        return str(kinds[trace.index])
+    return "full_attention" if any(write.bytes_per_token for write in trace.cache_writes) else "linear_attention"
+
+
+def _writers(trace: LayerTrace) -> str:
+    return ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
 
 
 def _answer(trace: LayerTrace) -> tuple[int | None, ...] | None:
@@ -217,12 +234,16 @@ def _answer(trace: LayerTrace) -> tuple[int | None, ...] | None:
     return tuple(found)
 
 
-def _mixers(trace: LayerTrace) -> str:
+def _modules(trace: LayerTrace) -> str:
     return ", ".join(type(module).__name__ for module in trace.layer.children())
 
 
 def _sublayer(
-    trace: LayerTrace, kind: Literal["attention", "mlp"], branches: tuple[Branch, ...], exclude: Iterable[str]
+    trace: LayerTrace,
+    kind: Literal["attention", "mlp"],
+    branches: tuple[Branch, ...],
+    exclude: Iterable[str],
+    mixer: str | None = None,
 ) -> Sublayer:
     names = {name for branch in branches for name in branch.modules} - set(exclude)
     weights = {id(p): p for name in names for p in child(trace.layer, name).parameters()}.values()
@@ -232,5 +253,7 @@ def _sublayer(
         branches,
         parameters=sum(weight.numel() for weight in weights),
         weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
-        kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if kind == "attention" else 0,
+        kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
+        state_bytes=trace.state_bytes if mixer else 0,
+        mixer=mixer,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModel
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 # Same numbers in another shape: what a layer's children compute does not depend on it.
 RESHAPES = {"view", "reshape", "contiguous", "flatten", "view_as", "clone", "detach"}
+CASTS = {"to", "float", "type_as"}
 # f(a + b) = f(a) + f(b), so a sum of branches may be scaled as a whole.
 LINEAR = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -197,7 +199,7 @@ class Node:
 
 @dataclass
 class LayerTrace:
-    """One layer's call, as it happened."""
+    """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence."""
 
     index: int
     layer: nn.Module
@@ -208,11 +210,17 @@ class LayerTrace:
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: list[CacheWrite] = field(default_factory=list)
+    state_bytes: int = 0
     attention_answer: Any = None
 
 
 @dataclass(frozen=True)
 class CacheWrite:
+    """A write to the cache by a child of the layer, or by the layer itself (None).
+
+    `bytes_per_token` is 0 where a state of fixed size was written.
+    """
+
     module: str | None
     layer_idx: int
     bytes_per_token: int
@@ -291,12 +299,14 @@ class Watch(TorchFunctionMode):
                 self._note(value, Node(name, *given, output=position))
         return answer
 
-    def wrote_cache(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
-        if self.now is not None:
-            tokens = keys.shape[0] * keys.shape[-2]
-            size = keys.numel() * keys.element_size() + values.numel() * values.element_size()
-            module = self.inside[0] if self.inside else None
-            self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens))
+    def wrote_cache(self, method: str, written: Iterable[Any], layer_idx: int) -> None:
+        if self.now is None:
+            return
+        tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
+        size = sum(value.numel() * value.element_size() for value in written if isinstance(value, Tensor))
+        module = self.inside[0] if self.inside else None
+        grows = not method.endswith("_state")
+        self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens if grows else 0))
 
 
 @functools.cache
@@ -331,16 +341,37 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
             _attach(watch, index, layer, undo)
-        update = cache.update
-
-        def watched_update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            watch.wrote_cache(keys, values, layer_idx)
-            return update(keys, values, layer_idx, *args, **kwargs)
-
-        cache.update = watched_update
-        undo.callback(lambda: cache.__dict__.pop("update", None))
+        for method in _writes(type(cache)):
+            setattr(cache, method, _watched_write(watch, method, getattr(cache, method)))
+            undo.callback(cache.__dict__.pop, method, None)
         undo.enter_context(watch)
         yield watch
+    for trace in watch.traces:
+        trace.state_bytes = sum(_state_bytes(cache, index) for index in {w.layer_idx for w in trace.cache_writes})
+
+
+def _writes(cache_class: type) -> list[str]:
+    """The methods by which a layer writes to its place in a cache: keys and values, and states of fixed size."""
+    updates = [name for name in dir(cache_class) if name.startswith("update")]
+    return [name for name in updates if "layer_idx" in inspect.signature(getattr(cache_class, name)).parameters]
+
+
+def _watched_write(watch: Watch, method: str, write: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(write)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(*args, **kwargs).arguments
+        watch.wrote_cache(method, given.values(), given["layer_idx"])
+        return write(*args, **kwargs)
+
+    return watched
+
+
+def _state_bytes(cache: Any, layer_idx: int) -> int:
+    """What the states of fixed size that a layer left in the cache take, for one sequence."""
+    held = vars(cache.layers[layer_idx])
+    states = tree_leaves([value for name, value in held.items() if name.endswith("_states")])
+    return sum(state[0].numel() * state.element_size() for state in states if isinstance(state, Tensor))
 
 
 def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None:
@@ -413,7 +444,7 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
 
 def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
     left, right = node.inputs
-    for base, term in ((left, right), (right, left)):
+    for base, term in ((_uncast(left), right), (_uncast(right), left)):
         branches = _branches(trace, term, base)
         if branches:
             return [*_stream(trace, base), tuple(branches)]
@@ -423,6 +454,13 @@ def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         if all(groups):
             return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
     raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
+
+
+def _uncast(node: Node) -> Node:
+    """What was cast to another dtype, as some layers do with the residual stream before they add to it."""
+    while getattr(node.made_by, "__name__", "") in CASTS and len(node.inputs) == 1:
+        node = node.inputs[0]
+    return node
 
 
 def _leaves(node: Node) -> Iterator[Node]:

@@ -1,6 +1,11 @@
-"""The proof of what was read: every layer run again from its parts, alone, must give what it gave."""
+"""The proof of what was read.
+
+Every layer run again from its parts, alone, must give what it gave, and no MLP may look at other tokens.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -15,11 +20,14 @@ from .slicing import numbered, sliced
 def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
     """Run the layer from its parts, alone in a cache of one layer, and compare it with what the layer answered."""
     hidden, call = trace.hidden, _alone(config, trace)
+    local: list[tuple[Branch, Tensor]] = []  # with the stream that they are given
     with numbered(trace.layer, 0):
         for branches in block_lines(block):
             for branch in branches:
                 if branch.adds_itself:
                     _prove_adds(config, trace, branch, hidden)
+                if not branch.is_attention:
+                    local.append((branch, hidden))
             hidden = run_branches(branches, trace.layer, hidden, call)
     expected = trace.answer[0] if isinstance(trace.answer, tuple) else trace.answer
     error = relative_error(hidden, expected)
@@ -29,6 +37,8 @@ def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
             f"largest value (expected at most {tolerance(expected.dtype):.0e}); it may count on its index or on what "
             "other layers leave behind. notall leaves this model alone: choose another one"
         )
+    for branch, stream in local:
+        _prove_local(config, trace, branch, stream)
 
 
 def _prove_adds(config: PretrainedConfig, trace: LayerTrace, branch: Branch, residual: Tensor) -> None:
@@ -44,6 +54,19 @@ def _prove_adds(config: PretrainedConfig, trace: LayerTrace, branch: Branch, res
         )
 
 
+def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hidden: Tensor) -> None:
+    """What is called an MLP must make the same of the last token whatever came before it."""
+    others = torch.cat([hidden[:, :-1].flip(-1), hidden[:, -1:]], dim=1)
+    found, expected = (
+        branch.run(trace.layer, stream, _alone(config, trace)).view(hidden.shape)[:, -1] for stream in (others, hidden)
+    )
+    if not relative_error(found, expected) <= tolerance(hidden.dtype):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}): {', '.join(branch.modules)} looks at other tokens "
+            "without a cache; expected that of the attention alone. notall leaves this model alone: choose another one"
+        )
+
+
 def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:
     """What the layer was called with, and an empty cache of one layer for the one it wrote to."""
     with sliced(config, [trace.index]):
@@ -54,9 +77,9 @@ def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:
 
 
 def block_lines(block: Block) -> list[tuple[Branch, ...]]:
-    """The lines of a whole block: one where it is parallel, two where it is not."""
-    first, second = block.sublayers
-    return [first.branches + second.branches] if block.parallel else [first.branches, second.branches]
+    """The lines of a whole block: one where it is parallel, one a sublayer where it is not."""
+    lines = [part.branches for part in block.sublayers]
+    return [tuple(itertools.chain(*lines))] if block.parallel else lines
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -15,27 +16,65 @@ LAYER_INDICES = ("layer_idx", "layer_id")
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
 
 
+# Lists of the indices of layers that have an attention, from which others are derived.
+LAYERS_BY_INDEX = ("attn_layer_indices",)
+
+
 @contextmanager
 def sliced(config: PretrainedConfig, layers: Sequence[int]) -> Iterator[PretrainedConfig]:
     """`config` as if the model had only `layers`, in that order; as it was when the `with` is left."""
-    before = dict(config.__dict__)
+    put_back = as_it_is(config)
     try:
         slice_config(config, layers)
         yield config
     finally:
+        put_back()
+
+
+def as_it_is(config: PretrainedConfig) -> Callable[[], None]:
+    """A function that makes `config` again what it is now."""
+    fields, kind = dict(config.__dict__), type(config)
+
+    def put_back() -> None:
+        config.__class__ = kind
         config.__dict__.clear()
-        config.__dict__.update(before)
+        config.__dict__.update(fields)
+
+    return put_back
 
 
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
-    count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     depth = config.num_hidden_layers
-    for name in PER_LAYER_LISTS:
-        values = config.__dict__.get(name)
-        if isinstance(values, list | tuple) and len(values) == depth:
-            config.__dict__[name] = type(values)(values[index] for index in layers)
-    config.__dict__[count] = len(layers)
+    held = {name: values for name in PER_LAYER_LISTS if (values := _list_of(config, name, depth))}
+    cut = {name: type(values)(values[index] for index in layers) for name, values in held.items()}
+    config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
+    for name in LAYERS_BY_INDEX:
+        if listed := config.__dict__.get(name):
+            config.__dict__[name] = [number for number, index in enumerate(layers) if index in listed]
+    config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
+    if underived:
+        config.__class__ = _told(type(config), underived)
+
+
+def is_told(config: PretrainedConfig) -> bool:
+    """Whether `config` was told lists that no period gives, and that it would not read from a file."""
+    return "told" in vars(type(config))
+
+
+def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tuple[Any, ...] | None:
+    """The per-layer list of this name that a config holds, or derives from a period; not another one's other name."""
+    held = name in config.__dict__ or isinstance(getattr(type(config), name, None), property)
+    values = getattr(config, name) if held else None
+    return values if isinstance(values, list | tuple) and len(values) == depth else None
+
+
+def _told(config_class: type, lists: dict[str, Any]) -> type:
+    """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
+    return type(config_class)(
+        config_class.__name__, (config_class,), {"__module__": config_class.__module__, "told": True} | lists
+    )
 
 
 @contextmanager

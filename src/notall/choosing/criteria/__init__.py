@@ -95,7 +95,7 @@ def criterion(name: str) -> Criterion:
 
 def suits(name: str, space: Space) -> bool:
     """Whether the criterion `name` can choose from `space`."""
-    return space.kind in criterion(name).kinds
+    return space.unit_kind in criterion(name).kinds
 
 
 def choose(name: str, setting: Setting, budget: Budget) -> Chosen:

@@ -73,8 +73,9 @@ def measure(setting: Setting, units: Sequence[Unit]) -> QuadraticProgram:
         else:  # two that each ruin the model ruin it once: were they less than 0, many pairs would add up to a gain
             together[i, fit] = np.maximum(rises([unit + units[j] for j in fit]) - alone[i] - alone[fit], 0)
         setting.progress(i + 1, len(units), f"leaving out {'+'.join(unit)} and another")
-    attentions = np.array([sum(name.startswith("attn") for name in unit) for unit in units], dtype=float)
-    return QuadraticProgram(alone, together + together.T, attentions, len(space.anatomy.blocks) - 1)
+    counting = {f"attn.{index}" for index in space.anatomy.counting}
+    attentions = np.array([len(counting.intersection(unit)) for unit in units], dtype=float)
+    return QuadraticProgram(alone, together + together.T, attentions, len(counting) - 1)
 
 
 def _solve(program: QuadraticProgram, sizes: Floats, target: float) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ def score_gate_norm(setting: Setting) -> UnitScores:
     `UsageError` for other kinds than attention, and for attentions without separate query and key projections.
     """
     space = setting.space
-    if space.kind != "attention":
+    if space.unit_kind != "attention":
         raise UsageError("Gate-Norm ranks attentions only: choose among attentions")
     model = base_model(setting.model)
     layers = list(model.get_submodule(space.anatomy.layers).children())

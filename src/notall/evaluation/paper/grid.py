@@ -18,6 +18,7 @@ FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
 def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bool = False) -> Plan:
     """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
 
+    Where layers lack one of the two, as in hybrids, k is that part of those that have what is skipped.
     Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a fraction outside 0..1, or a
     fraction that leaves no attention.
     """
@@ -25,15 +26,15 @@ def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bo
         raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
     if not 0 <= fraction <= 1:
         raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
-    layers = len(anatomy.blocks)
-    count = min(round(fraction * layers), layers - keep_last)
-    last = layers - 1 if keep_last else layers
-    indices = range(last - count, last)
+    layers = [block for block in anatomy.blocks if skip == "block" or skip in block.kinds]
+    count = min(round(fraction * len(layers)), len(layers) - keep_last)
+    last = len(layers) - keep_last
+    chosen = layers[last - count : last]
     plan = Plan(
-        attention=indices if skip != "mlp" else (),
-        mlp=indices if skip != "attention" else (),
+        attention=[block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
+        mlp=[block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
         fingerprint=anatomy.fingerprint,
-        note=f"deepest {count} of {layers} {skip}{', last kept' if keep_last else ''}",
+        note=f"deepest {count} of {len(layers)} {skip}{', last kept' if keep_last else ''}",
     )
     plan.check(anatomy)
     return plan

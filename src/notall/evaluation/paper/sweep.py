@@ -130,15 +130,15 @@ def _similarity(
     progress: Progress,
 ) -> None:
     progress(0, 1, "comparing the layers")
-    if held.missing((block.index, kind) for block in anatomy.blocks for kind in ("block", "attention", "mlp")):
+    if held.missing((block.index, kind) for block in anatomy.blocks for kind in ("block", *block.kinds)):
         rows = [SimilarityRecord(**asdict(row), provenance=about) for row in measure_similarity(model, batches)]
         held.add(*(row for row in rows if row.key not in held))
     progress(1, 1, "compared the layers")
 
 
 def _removable(anatomy: Anatomy) -> list[Sublayer]:
-    """The sublayers that can be left out alone: the only attention of a model cannot."""
-    return [part for part in anatomy.sublayers if part.kind == "mlp" or len(anatomy.blocks) > 1]
+    """The sublayers that can be left out alone: the only attention that counts tokens cannot."""
+    return [part for part in anatomy.sublayers if part.kind == "mlp" or anatomy.counting != {part.index}]
 
 
 def _first(batches: Sequence[Tensor], sequences: int) -> list[Tensor]:

@@ -1,0 +1,76 @@
+"""Exports of hybrids: an ordinary cut that transformers reads back exactly, or a refusal that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from families import TRANSFORMERS_5, Family, family
+from hybrid_families import HYBRIDS
+from notall import Plan, UsageError, locate, remove, skip
+from notall.exporters import export
+from test_architectures import prompt
+from test_mixers import REFUSED
+
+pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on")
+
+ALTERNATING = Plan([2], [1])
+# What is left is not built as it was: experts, kinds of layers or norms go by a period, or differ between layers.
+NOT_CUT = {
+    ("jamba", "first"): "rule by layer or depth",
+    ("jamba", "third"): "rule by layer or depth",
+    ("jamba", "alternating"): "rule by layer or depth",
+    ("olmo_hybrid", "alternating"): "do not alternate",
+}
+TEXTS = [one for one in HYBRIDS if one.name not in REFUSED and "text part" not in one.name]
+
+
+def plans_of(family: Family) -> dict[str, Plan]:
+    def whole(index: int) -> Plan:
+        return Plan([index] * (index not in family.only_mlp), [index] * (index not in family.only_attention))
+
+    found = {"first": whole(0), "third": whole(2)}
+    return found if family.only_mlp or family.only_attention else found | {"alternating": ALTERNATING}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [pytest.param(one, name, id=f"{one}-{name}") for one in TEXTS for name in plans_of(one)]
+)
+@torch.no_grad()
+def test_a_cut_is_read_back_exactly(family: Family, name: str, tmp_path) -> None:
+    plan, tokens = plans_of(family)[name], prompt(False)[0]
+    family.build().save_pretrained(tmp_path / "dense")
+    if said := NOT_CUT.get((family.name, name)):
+        with pytest.raises(UsageError, match=said):
+            export(tmp_path / "dense", plan, "hf", tmp_path / "cut")
+        assert not (tmp_path / "cut").exists()
+        return
+    export(tmp_path / "dense", plan, "hf", tmp_path / "cut")
+    dense, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / one).eval() for one in ("dense", "cut"))
+    with skip(dense, plan):
+        expected = dense(tokens).logits
+    assert (cut(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    held = sum(parameter.numel() for parameter in cut.parameters())
+    gone = [part for part in locate(dense).sublayers if part.index in getattr(plan, part.kind)]
+    assert held == dense.num_parameters() - sum(part.parameters for part in gone)
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "nemotron_h", "mamba2", "qwen3_5_text"])
+@torch.no_grad()
+def test_removed_and_saved_it_is_read_back_exactly(name: str, tmp_path) -> None:
+    model, plan, tokens = family(name).build(), plans_of(family(name))["first"], prompt(False)[0]
+    remove(model, plan)
+    model.save_pretrained(tmp_path / "cut")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()(tokens).logits
+    expected = model(tokens).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
+def test_where_layers_go_by_their_index_nothing_is_saved(name: str, tmp_path) -> None:
+    """Jamba's by periods, Qwen3-Next's by a list of the layers that have no experts."""
+    model = family(name).build()
+    remove(model, plans_of(family(name))["first"])
+    with pytest.raises(UsageError, match="cannot hold or tell apart"):
+        model.save_pretrained(tmp_path)
