@@ -332,6 +332,8 @@ def lines_alike(seen: Seen) -> str | None:
 def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     """Whether it has the form of one of them, but for its kind, as before there were kinds, and where it is from."""
     optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
+    if command.startswith("search"):
+        optional |= {"quality", "check"}  # of a search that measured less
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
     lacking = {name for name in optional if not isinstance(value, dict) or value.get(name) is None}

@@ -541,6 +541,12 @@ def test_a_damaged_index_is_named(shards, text, tmp_path):
     assert_refused(folder, "hf", "index.json is damaged", tmp_path)
 
 
+def test_an_index_that_transformers_would_not_read_is_refused(shards, tmp_path):
+    folder, index = shards
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    assert_refused(folder, "hf", "index.json is damaged", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "../other.safetensors", "/etc/hostname", 5])
 def test_weights_that_the_config_names_are_safetensors_in_the_folder(beside, name, tmp_path):
     config = json.loads((beside / "config.json").read_text()) | {"transformers_weights": name}

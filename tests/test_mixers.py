@@ -50,8 +50,7 @@ REFUSED = {
     "openai-gpt": "changes its hidden states",
 } | {family.name: "residual addition" for family in NORMED_AFTER if family.name != "openai-gpt"}
 STATEFUL_IN_4 = [
-    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next"),
-    *("recurrent_gemma", "zamba2"),
+    *("bamba", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", "recurrent_gemma"),
 ]
 EVERY = [*HYBRIDS, *OTHERS, *NORMED_AFTER]
 PROVED = [family for family in EVERY if family.name not in REFUSED]
