@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from ..records.plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
@@ -38,7 +38,8 @@ class Space:
     def __post_init__(self) -> None:
         known = (*UNIT_KINDS, *self.anatomy.mixers)
         if self.kind not in known:
-            raise UsageError(f"cannot choose among {shortened(repr(self.kind))}: give one of {', '.join(known)}")
+            near = nearest(self.kind, known)
+            raise UsageError(f"cannot choose among {shortened(repr(self.kind))}{near}: give one of {', '.join(known)}")
         if self.portable and self.kind not in ("sublayer", "block") and self.anatomy.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
         if not self.names:

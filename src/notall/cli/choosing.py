@@ -29,7 +29,6 @@ from .inputs import (
 )
 from .options import (
     BUDGET,
-    Among,
     BatchSize,
     Device,
     DeviceMap,
@@ -114,7 +113,7 @@ def search(
     held_out: Annotated[
         str | None, typer.Option(help="another text, to measure the plan on in the end; else other windows of --text")
     ] = None,
-    kind: Kind = Among.sublayer,
+    kind: Kind = "sublayer",
     portable: Portable = False,
     keep_first: KeepFirst = False,
     keep_last: KeepLast = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..records.benchmarks import DIFFERENCE, DOCUMENTS, TASK, VALUE, WORSE, P
 from ..records.columns import number, plain, size
-from ..records.record import KV, QUALITY, SIZE, WEIGHTS
+from ..records.record import KV, QUALITY, SIZE, STATE, WEIGHTS
 
 MODEL = plain("model")  # dense, skipped or repaired
 DENSE = number("dense", "dense")
@@ -14,6 +14,8 @@ INSPECT_COLUMNS = (
     number("share", "share", ".2%"),
     WEIGHTS,
     KV,
+    STATE,
+    plain("mixer"),
 )
 FOOTPRINT_COLUMNS = (MODEL, *SIZE)
 QUALITY_COLUMNS = (MODEL, *QUALITY, number("sequences", "sequences", "d"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UsageError, shortened
 from ..reporting.progress_bars import progress_bar, working
-from .options import Among, SkippedKind
+from .options import SkippedKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,23 +201,25 @@ def words_of(values: list[str] | None) -> list[str]:
     return [word for value in values or () for word in value.split(",") if word]
 
 
-def space_of(model: PreTrainedModel, kind: Among, portable: bool, keep_first: bool, keep_last: bool) -> Space:
+def space_of(model: PreTrainedModel, kind: str, portable: bool, keep_first: bool, keep_last: bool) -> Space:
     from ..choosing.space import Space
     from ..structure.locating import locate
 
-    return Space(locate(model), kind.value, portable, int(keep_first), int(keep_last))
+    return Space(locate(model), kind, portable, int(keep_first), int(keep_last))
 
 
 def budget_line(model: PreTrainedModel, line: str, keep_first: bool, keep_last: bool) -> tuple[Space, list[int]]:
     """A line such as `attention:4,8` or `portable:8`: what to choose among, and how many."""
+    from ..choosing.space import UNIT_KINDS
+    from ..structure.locating import locate
+
     name, _, counts = line.partition(":")
-    names = [*(kind.value for kind in Among), "portable"]
+    names = [*UNIT_KINDS, *locate(model).mixers, "portable"]
     numbers = [number for count in counts.split(",") if (number := whole_number(count)) is not None]
     if name not in names or len(numbers) <= counts.count(","):
         raise UsageError(f"{shortened(line)!r} is no budget: write attention:4,8, with one of {', '.join(names)}")
     portable = name == "portable"
-    kind = Among.sublayer if portable else Among(name)
-    return space_of(model, kind, portable, keep_first, keep_last), numbers
+    return space_of(model, "sublayer" if portable else name, portable, keep_first, keep_last), numbers
 
 
 def two_texts(

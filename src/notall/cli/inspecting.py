@@ -44,7 +44,7 @@ def inspect(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show every sublayer: kind, index, parameters, share of the weights, KV bytes a token. Needs only a config."""
+    """Show every sublayer: its parameters, share of the weights, KV bytes a token and states. Needs only a config."""
     from ..models.loading import dtype_name
     from ..records.plan import Plan
     from ..running.footprint import footprint
@@ -63,13 +63,16 @@ def inspect(
             "share": part.parameters / total.params,
             "weight_bytes": part.weight_bytes,
             "kv_bytes_per_token": part.kv_bytes_per_token,
+            "state_bytes": part.state_bytes or None,
+            "mixer": part.mixer if len(anatomy.mixers) > 1 or total.state_bytes else None,
         }
         for part in anatomy.sublayers
     ]
     shape = "parallel blocks" if any(block.parallel for block in anatomy.blocks) else "blocks"
+    states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
     title = (
         f"{anatomy.fingerprint}: {len(anatomy.blocks)} {shape}, {total.params:,} parameters, "
-        f"{total.kv_bytes_per_token:,} KV bytes a token in {dtype_name(net)}"
+        f"{total.kv_bytes_per_token:,} KV bytes a token{states} in {dtype_name(net)}"
     )
     show(rows, INSPECT_COLUMNS, as_json=as_json, title=title)
 

@@ -135,14 +135,13 @@ Fraction = Annotated[float | None, typer.Option(help="with --skip: share of the 
 SkipKeepLast = Annotated[bool, typer.Option("--keep-last", help="with --skip: preserve the last layer")]
 
 
-class Among(str, Enum):
-    attention = "attention"
-    mlp = "mlp"
-    block = "block"
-    sublayer = "sublayer"
-
-
-Kind = Annotated[Among, typer.Option(metavar="KIND", help="attention, mlp, block or sublayer (attentions and MLPs)")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="attention, mlp, block or sublayer (attentions and MLPs), or a kind of mixer, as inspect names it",
+    ),
+]
 Portable = Annotated[bool, typer.Option("--portable", help="only sets whose result is an ordinary checkpoint")]
 KeepFirst = Annotated[bool, typer.Option("--keep-first", help="preserve the first layer")]
 KeepLast = Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")]

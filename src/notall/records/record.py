@@ -194,10 +194,15 @@ class SizeFields(Fields):
     params: Count = Field(description="parameters that are left")
     weight_bytes: Count = Field(description="bytes of the weights that are left, as loaded")
     kv_bytes_per_token: Count = Field(description="bytes of KV cache a token of one sequence takes")
+    state_bytes: Count | None = Field(None, description="bytes of states of fixed size of one sequence, of hybrids")
 
 
-WEIGHTS, KV = size("weight_bytes", "weights"), size("kv_bytes_per_token", "KV/token")
-SIZE = (WEIGHTS, KV, number("params", "parameters", ","))
+WEIGHTS, KV, STATE = (
+    size("weight_bytes", "weights"),
+    size("kv_bytes_per_token", "KV/token"),
+    size("state_bytes", "states"),
+)
+SIZE = (WEIGHTS, KV, STATE, number("params", "parameters", ","))
 PEAK = size("peak_bytes", "peak memory")
 
 

@@ -18,7 +18,7 @@ TIMES = {
     "prefill": ("prefill_ms", "first token"),
     "decode": ("decode_ms_per_token", "each further token"),
 }
-BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token"}
+BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token", "state_bytes": "states"}
 FRONT = "front"  # what the names of its panels begin with
 BESIDE = {"refits": plots.refit_layers, "healing": plots.healing_layers}  # above the table of that name
 NAMES = ("criterion", "aim", "space")

@@ -99,6 +99,8 @@ class Verdict:
             yield f"{self.speedup.median:.2f} ± {self.speedup.error:.2f} times as fast"
         yield _less("weights", "", self.dense.weight_bytes, self.left.weight_bytes)
         yield _less("KV cache", " a token", self.dense.kv_bytes_per_token, self.left.kv_bytes_per_token)
+        if self.dense.state_bytes:
+            yield _less("states", "", self.dense.state_bytes, self.left.state_bytes or 0)
 
 
 def left_out_of(model: PreTrainedModel, plan: Plan) -> tuple[str, Footprint, Footprint]:

@@ -1,4 +1,4 @@
-"""What a model weighs when a plan is applied: parameters, bytes of weights, bytes of KV cache a token."""
+"""What a model weighs when a plan is applied: parameters, and bytes of weights, of KV cache and of states."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from ..structure.observation import child
 
 @dataclass(frozen=True)
 class Footprint:
-    """`params` in elements, `weight_bytes` as loaded, `kv_bytes_per_token` for one sequence."""
+    """`params` in elements, `weight_bytes` as loaded, `kv_bytes_per_token` for one sequence.
+
+    `state_bytes` are of the states of fixed size that mixers keep for one sequence; None where the model has no such.
+    """
 
     params: int
     weight_bytes: int
     kv_bytes_per_token: int
+    state_bytes: int | None = None
 
 
 def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
@@ -33,11 +37,12 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     layers = list(inner.get_submodule(anatomy.layers).children())
     dead = {id(weight) for block in anatomy.blocks for weight in _dead(layers[block.index], block, plan)}
     live = [weight for weight in inner.parameters() if id(weight) not in dead]
-    cached = (part.kv_bytes_per_token for part in anatomy.sublayers if part.index not in getattr(plan, part.kind))
+    kept = [part for part in anatomy.sublayers if part.index not in getattr(plan, part.kind)]
     return Footprint(
         sum(weight.numel() for weight in live),
         sum(weight.numel() * weight.element_size() for weight in live),
-        sum(cached),
+        sum(part.kv_bytes_per_token for part in kept),
+        sum(part.state_bytes for part in kept) if any(part.state_bytes for part in anatomy.sublayers) else None,
     )
 
 
