@@ -269,8 +269,8 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
 def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch, more):
     load = verification._load
 
-    def bent(loader, folder, trusted):
-        model = load(loader, folder, trusted)
+    def bent(loader, folder, trusted, *dtype):
+        model = load(loader, folder, trusted, *dtype)
         if folder != dense:
             model.model.norm.weight.data += more
         return model
