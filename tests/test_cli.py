@@ -459,7 +459,10 @@ def bad_inputs(folder, tmp_path):
         "a word for a number": (["eval", folder, "--length", "long"], "--length"),
         "a word too long": (["eval", folder, "--length", "long" * 999], "--length"),
         "a word too many": (["inspect", folder, folder], "see `notall inspect --help`"),
-        "a misspelt value": (["search", folder, "--kind", "atention"], "'sublayer' (did you mean attention?); see"),
+        "a misspelt value": (
+            ["search", folder, "--kind", "atention"],
+            "'atention' (did you mean attention?): give",
+        ),
         "a misspelt dtype": (["eval", folder, "--dtype", "bfloat", *MLPS], "(did you mean bfloat16?)"),
         "a misspelt model": (["inspect", "smolm2"], "(did you mean smollm2?)"),
         "no prompt": (["generate", folder], "see `notall generate --help`"),

@@ -23,7 +23,7 @@ from notall.choosing.criteria import CRITERIA
 from notall.cli import columns as lists
 from notall.evaluation.paper import claims, running, scoreboard
 from notall.records.bench import BenchRecord
-from notall.records.columns import number, plain, with_error
+from notall.records.columns import given, number, plain, with_error
 from notall.records.comparison import ComparisonRecord
 from notall.records.measured import MeasuredRecord
 from notall.records.provenance import Provenance
@@ -65,6 +65,7 @@ MEASURED = {
     "params": 68_976_648_192,
     "weight_bytes": 137_953_296_384,
     "kv_bytes_per_token": 327_680,
+    "state_bytes": 18_874_368,
     "peak_bytes": 150_000_000_000,
     "sequences": 1024,
     "evaluations": 123_456,
@@ -132,7 +133,7 @@ TABLES = {
         ("task", "kind", "shots"),
     ),
     "inspect": (
-        rows(sublayer=[f"attn+mlp.{layer}" for layer in (7, 78, 126)]),
+        rows(sublayer=[f"attn+mlp.{layer}" for layer in (7, 78, 126)], mixer=["linear_attention", None, None]),
         lists.INSPECT_COLUMNS,
         ("sublayer", "parameters", "share"),
     ),
@@ -438,6 +439,7 @@ def test_a_command_s_table_says_what_its_json_says(name, folder, tmp_path, monke
     words, columns, part = command(name, folder, tmp_path)
     found = json.loads(run([*words, "--json"], io.StringIO(), monkeypatch))
     table = found[part] if part else found
+    columns = given(columns, table)  # a model that has no states has no column for them
     assert seen(run(words, io.StringIO(), monkeypatch), table, columns)[1] == []
     seen(run(words, Screen(), monkeypatch, 60), table, columns)
 

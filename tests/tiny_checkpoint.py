@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from families import family
 
 
-def save_tiny_checkpoint(path: Path, **config: Any) -> Path:
+def save_tiny_checkpoint(path: Path, *, of: str = "llama", **config: Any) -> Path:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -24,5 +24,5 @@ def save_tiny_checkpoint(path: Path, **config: Any) -> Path:
         eos_token="</s>",
         model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types
     ).save_pretrained(path)
-    family("llama").build(vocab_size=len(vocabulary), **config).save_pretrained(path)
+    family(of).build(vocab_size=len(vocabulary), **config).save_pretrained(path)
     return path

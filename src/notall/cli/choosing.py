@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.choice import ChosenPlan
     from ..choosing.comparison import Aim
@@ -218,11 +218,31 @@ def search(
     measured_on = other["held_out"] if held_out else f"other windows of {described['text']}"
     verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
     rows = [record.row() | {"verdict": verdict.row()}]
-    if repair:
-        show_all({"search": Shown(rows, SearchRecord.columns, title)} | measured, as_json=as_json)
+    tables = measured | _retrieval(net, tokenizer, plans, batches, seed)
+    if tables:
+        show_all({"search": Shown(rows, SearchRecord.columns, title)} | tables, as_json=as_json)
     else:
         show(rows, SearchRecord.columns, as_json=as_json, title=title)
     conclude(verdict, as_json=as_json)
+
+
+def _retrieval(
+    net: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: dict[State, Plan],
+    windows: Sequence[Tensor],
+    seed: int,
+) -> dict[str, Shown]:
+    """Of a hybrid that lost attentions, whether it still finds what was said far back; else nothing."""
+    from ..evaluation.retrieval import look_far_back, may_lose_retrieval
+    from ..structure.locating import locate
+    from .columns import CHECK_COLUMNS
+
+    if not may_lose_retrieval(locate(net), plans["skipped"]):
+        return {}
+    rows = look_far_back(net, tokenizer, {str(name): plan for name, plan in plans.items()}, windows, seed=seed)
+    title = "numbers found again far back, which perplexity does not see; worse: p < 0.05, and five a row are few"
+    return {"passkeys": Shown(rows, CHECK_COLUMNS, title)}
 
 
 def _verdict(

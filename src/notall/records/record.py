@@ -202,7 +202,7 @@ WEIGHTS, KV, STATE = (
     size("kv_bytes_per_token", "KV/token"),
     size("state_bytes", "states"),
 )
-SIZE = (WEIGHTS, KV, STATE, number("params", "parameters", ","))
+SIZE = (WEIGHTS, KV, number("params", "parameters", ","), STATE)
 PEAK = size("peak_bytes", "peak memory")
 
 

@@ -1,0 +1,171 @@
+"""Choosing and measuring on hybrids: the kinds of their mixers, layers of one sublayer, and what must stay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from families import TRANSFORMERS_5, family, silenced
+from notall import Plan, UsageError, cli, locate
+from notall.choosing.budget import by_count
+from notall.choosing.criteria import Setting, choose
+from notall.choosing.evaluator import Evaluator
+from notall.choosing.latency import _alike, _half
+from notall.choosing.objective import nll
+from notall.choosing.space import Space
+from notall.evaluation.paper.grid import deepest
+from notall.evaluation.retrieval import may_lose_retrieval
+from notall.running.footprint import footprint
+from notall.running.replay import Replay
+from test_architectures import prompt
+from tiny_checkpoint import save_tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on")
+
+NAMES = ["qwen3_next", "nemotron_h", "mamba2", "falcon_h1", "lfm2", "granitemoehybrid"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def hybrid(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return family(request.param), family(request.param).build()
+
+
+@torch.no_grad()
+def test_replay_is_what_hooks_leave(hybrid) -> None:
+    found, model = hybrid
+    anatomy, tokens = locate(model), prompt(False)[0]
+    counting = sorted(anatomy.counting)
+    mlps = [part.index for part in anatomy.sublayers if part.kind == "mlp"]
+    plans = [Plan(), Plan(counting[1:]), Plan([counting[0]], mlps[:1]), Plan([], mlps)]
+    answers = dict(Replay(model, plans).logits(input_ids=tokens))
+    for number, plan in enumerate(plans):
+        with silenced(model, found, plan.attention, plan.mlp):
+            expected = model(tokens, use_cache=False).logits
+        assert (answers[number] - expected).abs().max() <= 1e-5 * expected.abs().max(), plan
+
+
+def test_sizes_are_those_of_what_is_kept(hybrid) -> None:
+    _, model = hybrid
+    anatomy = locate(model)
+    plan = Plan(sorted(anatomy.counting)[1:])
+    kept = [part for part in anatomy.sublayers if part.index not in getattr(plan, part.kind)]
+    assert footprint(model, plan).kv_bytes_per_token == sum(part.kv_bytes_per_token for part in kept)
+    states = sum(part.state_bytes for part in kept)
+    assert footprint(model, plan).state_bytes == (states if any(p.state_bytes for p in anatomy.sublayers) else None)
+
+
+def test_a_space_of_each_kind_of_mixer_holds_these_alone(hybrid) -> None:
+    _, model = hybrid
+    anatomy = locate(model)
+    for kind in anatomy.mixers:
+        names = Space(anatomy, kind).names
+        assert names == tuple(part.name for part in anatomy.sublayers if part.mixer == kind)
+    with pytest.raises(UsageError, match=f"{anatomy.mixers[0]}"):
+        Space(anatomy, "linear")
+
+
+@pytest.mark.parametrize("criterion", ["search", "greedy", "cosine", "quadratic"])
+def test_one_attention_that_counts_tokens_is_always_left(hybrid, criterion) -> None:
+    _, model = hybrid
+    space = Space(locate(model), "attention")
+    most = len(space.units) - 1
+    batches = [prompt(False)[0]]
+    setting = Setting(model, space, batches, Evaluator(model, nll(batches)))
+    chosen = choose(criterion, setting, by_count(space, most))
+    assert len(chosen.skipped) == most
+    space.plan(chosen.skipped).check(space.anatomy)
+    with pytest.raises(UsageError, match=f"at most {most}"):
+        by_count(space, most + 1)
+
+
+def test_layers_of_one_sublayer_go_one_by_one_and_every_set_is_portable() -> None:
+    space = Space(locate(family("nemotron_h").build()), portable=True)
+    assert space.moves(frozenset()) == [(name,) for name in space.names]
+    assert Space(space.anatomy, "block").units == tuple((name,) for name in space.names)
+    assert Space(space.anatomy, "attention", portable=True).names
+
+
+def test_the_deepest_are_of_the_layers_that_have_them() -> None:
+    anatomy = locate(family("nemotron_h").build())  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
+    assert deepest(anatomy, "attention", 0.5).attention == (3, 5)
+    assert deepest(anatomy, "attention", 0.5).note == "deepest 2 of 4 attention"
+    assert deepest(anatomy, "attention", 0.5, keep_last=True).attention == (1, 3)
+    assert deepest(anatomy, "mlp", 0.5).mlp == (4,)
+    assert deepest(anatomy, "block", 0.5).indices == {"attention": [3, 5], "mlp": [4]}
+
+
+def test_mixers_of_two_kinds_are_timed_apart() -> None:
+    model = family("qwen3_next").build()
+    groups = _alike(model)
+    assert {part.mixer for part in groups[0]} == {"linear_attention"}
+    assert all(len({part.mixer for part in group}) == 1 for group in groups)
+    full = next(group for group in groups if group[0].mixer == "full_attention")
+    assert _half([full[0]], locate(model)).attention == (full[0].index,)
+    assert _half(full[::-1] + full, locate(model)).attention != tuple(part.index for part in full)
+
+
+def test_what_may_lose_a_fact_far_back() -> None:
+    qwen, falcon, mamba = (locate(family(name).build()) for name in ("qwen3_next", "falcon_h1", "mamba2"))
+    assert may_lose_retrieval(qwen, Plan([1]))
+    assert not may_lose_retrieval(qwen, Plan([0, 2], [1]))
+    assert not may_lose_retrieval(falcon, Plan([1]))  # all of its mixers hold keys and values
+    assert not may_lose_retrieval(mamba, Plan([1]))  # it has none
+
+
+# --- at the command line ----------------------------------------------------------------------------------------------
+
+SMALL = ["--sequences", "2", "--length", "24", "--batch-size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("hybrid")
+    (place / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+    save_tiny_checkpoint(place / "model", of="qwen3_next", max_position_embeddings=2048)
+    return place
+
+
+def run(capsys, *words: object) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["notall", *map(str, words)])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+    said = capsys.readouterr()
+    assert "error:" not in said.err, said.err
+    return said.out
+
+
+def test_inspect_and_plan_tell_kinds_and_states(folder, tmp_path, capsys) -> None:
+    rows = json.loads(run(capsys, "inspect", folder / "model", "--json"))
+    assert [row["mixer"] for row in rows if row["kind"] == "attention"] == ["linear_attention", "full_attention"] * 2
+    assert [bool(row["state_bytes"]) for row in rows[:4]] == [True, False, False, False]
+    assert "bytes of states" in run(capsys, "inspect", folder / "model")
+    asked = ["--skip", "attention", "-o", tmp_path / "plan.json", "--json"]
+    sizes = json.loads(run(capsys, "plan", folder / "model", *asked))
+    assert sizes[0]["state_bytes"] == sizes[1]["state_bytes"] > 0
+
+
+@pytest.mark.usefixtures("short_prose")
+def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> None:
+    text, out = ["--text", folder / "text.txt", *SMALL], tmp_path / "out"
+    run(capsys, "sweep", folder / "model", *text, "--prompt", "4", "--new", "2", "--rounds", "1", "--out", out)
+    assert len((out / "results.jsonl").read_text().splitlines()) == 19
+    run(capsys, "report", out, "-o", out / "page.html")
+    assert "states" in (out / "page.html").read_text()
+    plan = tmp_path / "plan.json"
+    search = ["search", folder / "model", *text, "-o", plan, "--json"]
+    found = json.loads(run(capsys, *search, "--kind", "full_attention", "--count", "1"))
+    assert [row["check"] for row in found["passkeys"]] == ["passkey at 256", "passkey at 512", "passkey at 1024"]
+    assert set(Plan.load(plan).attention) < {1, 3}
+    found = json.loads(run(capsys, *search, "--portable", "--count", "2"))
+    assert isinstance(found, list) == (not {1, 3}.intersection(Plan.load(plan).attention))
+    export = ["export", folder / "model", "--plan", plan, "--to", "hf", "--out", tmp_path / "cut", "--json"]
+    said = json.loads(run(capsys, *export))
+    assert "answers as the skipped model" in said["check"]
+    assert len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))) == 6
