@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from families import TRANSFORMERS_5, family, silenced
-from notall import Plan, UsageError, cli, locate
+from notall import Plan, UsageError, cli, locate, repair
 from notall.choosing.budget import by_count
-from notall.choosing.criteria import Setting, choose
+from notall.choosing.criteria import CRITERIA, Setting, choose
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.latency import _alike, _half
 from notall.choosing.objective import nll
@@ -24,6 +24,8 @@ from notall.evaluation.retrieval import may_lose_retrieval
 from notall.running.footprint import footprint
 from notall.running.replay import Replay
 from test_architectures import prompt
+from test_repairing import SMALL as SMALL_TEXT
+from test_repairing import check_against_replay
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids are located from transformers 5 on")
@@ -108,6 +110,25 @@ def test_mixers_of_two_kinds_are_timed_apart() -> None:
     full = next(group for group in groups if group[0].mixer == "full_attention")
     assert _half([full[0]], locate(model)).attention == (full[0].index,)
     assert _half(full[::-1] + full, locate(model)).attention != tuple(part.index for part in full)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "nemotron_h", "mamba2", "lfm2", "falcon_h1"])
+@torch.no_grad()
+def test_what_is_kept_is_refit_nearer_to_the_dense_stream(name) -> None:
+    model = family(name).build()
+    attentions = sorted(locate(model).counting)
+    plan = Plan(attentions[:1])
+    found = repair(model, plan, SMALL_TEXT)
+    assert any(refit.ridge is not None for refit in found.refits)
+    check_against_replay(model, plan, found)
+
+
+def test_a_criterion_says_which_models_it_fits() -> None:
+    gate_norm = CRITERIA["gate-norm"]
+    assert gate_norm.fits(family("llama").build())
+    assert not gate_norm.fits(family("qwen3_next").build())
+    assert not gate_norm.fits(family("gpt2").build())
+    assert CRITERIA["search"].fits(family("qwen3_next").build())
 
 
 def test_what_may_lose_a_fact_far_back() -> None:

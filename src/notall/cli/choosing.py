@@ -219,7 +219,7 @@ def search(
     verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
     rows = [record.row() | {"verdict": verdict.row()}]
     tables = measured | _retrieval(net, tokenizer, plans, batches, seed)
-    if tables:
+    if repair or tables:
         show_all({"search": Shown(rows, SearchRecord.columns, title)} | tables, as_json=as_json)
     else:
         show(rows, SearchRecord.columns, as_json=as_json, title=title)
@@ -391,14 +391,14 @@ def compare(
     from ..records.ledger import refuse_foreign
     from ..reporting.comparison_files import write_comparison
 
-    asked_for = criterion or [name for name, one in CRITERIA.items() if installed(*one.needs)]
-    need(*(module for name in asked_for for module in criterion_of(name).needs))
+    need(*(module for name in criterion or () for module in criterion_of(name).needs))
     methods = tuple(repair or ())
     comparison.Repairs(methods)  # refused before a model is loaded
     refuse_foreign(out, "compare")
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
+    every = [name for name, one in CRITERIA.items() if installed(*one.needs) and one.fits(net)]
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
     build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
     aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in objective or ["kl"]}
@@ -407,7 +407,7 @@ def compare(
     with progress_bar() as progress:
         records = comparison.compare_criteria(
             net,
-            comparison.questions_of(asked_for, list(aims), spaces),
+            comparison.questions_of(criterion or every, list(aims), spaces),
             aims,
             others,
             out,

@@ -44,7 +44,7 @@ def steps_of(anatomy: Anatomy, plan: Plan) -> list[LiveStep]:
     for block in anatomy.blocks:
         for place, part in enumerate(block.sublayers):
             starts[part.name] = total + (0 if block.parallel else place)
-        total += 1 if block.parallel else 2
+        total += len(block_lines(block))
     live = list(live_steps(anatomy, plan))
     lines = [starts[parts[0].name] for _, parts in live] + [total]
     return [

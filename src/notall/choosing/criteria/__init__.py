@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from ...errors import UsageError, nearest, shortened
+from ...structure.anatomy import base_model
+from ...structure.locating import locate
 from ..budget import Budget
 from ..searching import search
 from ..space import UNIT_KINDS, Space, UnitKind
@@ -16,7 +21,7 @@ from .losses import choose_greedily, score_leave_one_out
 from .position import score_deepest, score_random, score_shallowest
 from .quadratic import choose_quadratic
 from .setting import Chosen, Setting, UnitScores, take
-from .weights import score_gate_norm
+from .weights import has_projections, score_gate_norm
 
 __all__ = [
     "CRITERIA",
@@ -34,7 +39,7 @@ __all__ = [
 class Criterion:
     """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective.
 
-    `needs` names modules that an extra brings.
+    `needs` names modules that an extra brings, and `layers` a test that each layer of a model must pass.
     """
 
     name: str
@@ -44,6 +49,12 @@ class Criterion:
     measured: bool = False
     kinds: tuple[UnitKind, ...] = UNIT_KINDS
     needs: tuple[str, ...] = ()
+    layers: Callable[[nn.Module], bool] | None = None
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether a model's layers are such that this can choose among them."""
+        held = base_model(model).get_submodule(locate(model).layers).children()
+        return self.layers is None or all(map(self.layers, held))
 
 
 def choose_by_search(setting: Setting, budget: Budget) -> Chosen:
@@ -69,7 +80,13 @@ _ALL = (
     Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude),
     Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order),
     Criterion("fisher", "that gradient squared, by sequence (1801.05787)", score_fisher),
-    Criterion("gate-norm", "|W_Q W_K^T|, without a text (2512.20636)", score_gate_norm, kinds=("attention",)),
+    Criterion(
+        "gate-norm",
+        "|W_Q W_K^T|, without a text (2512.20636)",
+        score_gate_norm,
+        kinds=("attention",),
+        layers=has_projections,
+    ),
     Criterion("leave-one-out", "the objective without each one alone", score_leave_one_out, measured=True),
     Criterion("greedy", "the objective, step by step (SLEB, BlockPruner, FinerCut)", None, choose_greedily, True),
     Criterion("evolution", "sets that swap and are selected (EvoPress 2410.14649)", None, choose_by_evolution, True),

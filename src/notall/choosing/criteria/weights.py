@@ -23,6 +23,12 @@ def score_gate_norm(setting: Setting) -> UnitScores:
     return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
 
 
+def has_projections(layer: nn.Module) -> bool:
+    """Whether a layer has the queries' and the keys' projections apart."""
+    names = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return {"q_proj", "k_proj"} <= names
+
+
 def _coupling(layer: nn.Module) -> float:
     queries, keys = (_projection(layer, name) for name in ("q_proj", "k_proj"))
     heads = len(queries) // len(keys)
