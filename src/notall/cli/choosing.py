@@ -217,13 +217,17 @@ def search(
     quality = [row for table in measured.values() for row in table.rows] if repair else [record.row()]
     measured_on = other["held_out"] if held_out else f"other windows of {described['text']}"
     verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
-    rows = [record.row() | {"verdict": verdict.row()}]
-    tables = measured | _retrieval(net, tokenizer, plans, batches, seed)
-    if repair or tables:
-        show_all({"search": Shown(rows, SearchRecord.columns, title)} | tables, as_json=as_json)
-    else:
-        show(rows, SearchRecord.columns, as_json=as_json, title=title)
+    table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
+    _show(table, measured | _retrieval(net, tokenizer, plans, batches, seed), alone=not repair, as_json=as_json)
     conclude(verdict, as_json=as_json)
+
+
+def _show(found: Shown, others: dict[str, Shown], *, alone: bool, as_json: bool) -> None:
+    """What was found, and other tables; `alone` and without others its rows are all of the JSON."""
+    if others or not alone:
+        show_all({"search": found} | others, as_json=as_json)
+    else:
+        show(found.rows, found.columns, as_json=as_json, title=found.title)
 
 
 def _retrieval(

@@ -76,6 +76,7 @@ class Verdict:
             "speedup": speed.median if speed else None,
             "weight_bytes": {"dense": self.dense.weight_bytes, "skipped": self.left.weight_bytes},
             "kv_bytes_per_token": {"dense": self.dense.kv_bytes_per_token, "skipped": self.left.kv_bytes_per_token},
+            "state_bytes": {"dense": self.dense.state_bytes, "skipped": self.left.state_bytes},
         }
 
     @staticmethod
