@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from transformers import AutoModelForImageTextToText
 
 from families import (
@@ -426,3 +427,13 @@ HYBRIDS: list[Family] = [
     _sees("qwen3_5", **DELTA),
     _sees("qwen3_5_moe", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
 ]
+
+# One of each way to build a layer; the others come with `make test-engines`.
+QUICK = {
+    *("qwen3_next", "olmo_hybrid", "lfm3", "falcon_h1", "granitemoehybrid", "bamba", "jamba", "kimi_linear"),
+    *("nemotron_h", "mamba2"),
+}
+
+
+def marks(family: Family) -> list[pytest.MarkDecorator]:
+    return [] if family.name in QUICK else [pytest.mark.slow]

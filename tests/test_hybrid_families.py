@@ -13,7 +13,10 @@ from families import TRANSFORMERS_5, Family, family, silenced, stack_of
 from hybrid_families import HYBRIDS
 from plain_families import NORMED_AFTER, OTHERS
 
-pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere")
+pytestmark = [
+    pytest.mark.slow,  # of transformers alone: what changes nothing here leaves them as they are
+    pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere"),
+]
 
 TOKENS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
 COUNT_FROM_THE_CACHE_ONLY_IF_TOLD = {"bamba"}  # without `position_ids`, each token is their first

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import TRANSFORMERS_5, Family, family
-from hybrid_families import HYBRIDS
+from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
 from notall.exporters import export
 from test_architectures import prompt
@@ -35,7 +35,8 @@ def plans_of(family: Family) -> dict[str, Plan]:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [pytest.param(one, name, id=f"{one}-{name}") for one in TEXTS for name in plans_of(one)]
+    ("family", "name"),
+    [pytest.param(one, name, marks=marks(one), id=f"{one}-{name}") for one in TEXTS for name in plans_of(one)],
 )
 @torch.no_grad()
 def test_a_cut_is_read_back_exactly(family: Family, name: str, tmp_path) -> None:

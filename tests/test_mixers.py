@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from families import TRANSFORMERS_5, Family, family, silenced
-from hybrid_families import HYBRIDS
+from hybrid_families import HYBRIDS, marks
 from notall import Plan, UnsupportedModel, UsageError, locate, skip
 from notall.structure import proving
 from notall.structure.proving import relative_error
@@ -85,7 +85,7 @@ def kinds_of(model: PreTrainedModel) -> list[str]:
 
 
 @ON_5
-@pytest.mark.parametrize("family", PROVED, ids=str)
+@pytest.mark.parametrize("family", [pytest.param(one, marks=marks(one), id=str(one)) for one in PROVED])
 @torch.no_grad()
 def test_every_mixer_is_found_and_skipped_exactly(family: Family) -> None:
     if not family.exists:
