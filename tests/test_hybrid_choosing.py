@@ -15,6 +15,7 @@ from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, UsageError, cli, locate, repair
 from notall.choosing.budget import by_count
 from notall.choosing.criteria import CRITERIA, Setting, choose
+from notall.choosing.criteria.quadratic import measure
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.latency import _alike, _half
 from notall.choosing.objective import nll
@@ -84,6 +85,16 @@ def test_one_attention_that_counts_tokens_is_always_left(hybrid, criterion) -> N
     space.plan(chosen.skipped).check(space.anatomy)
     with pytest.raises(UsageError, match=f"at most {most}"):
         by_count(space, most + 1)
+
+
+def test_the_least_sum_leaves_an_attention_where_every_pair_is_allowed() -> None:
+    model = family("falcon_h1").build()
+    space = Space(locate(model))
+    setting = Setting(model, space, [prompt(False)[0]], Evaluator(model, nll([prompt(False)[0]])))
+    program = measure(setting, space.units)
+    chosen = program.solve(program.limited + 1e-3, len(space.anatomy.counting) - 1, 99)
+    assert chosen is not None
+    assert program.solve(program.limited + 1e-3, len(space.anatomy.counting), 99) is None
 
 
 def test_layers_of_one_sublayer_go_one_by_one_and_every_set_is_portable() -> None:

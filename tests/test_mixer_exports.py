@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -68,10 +70,27 @@ def test_removed_and_saved_it_is_read_back_exactly(name: str, tmp_path) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
-def test_where_layers_go_by_their_index_nothing_is_saved(name: str, tmp_path) -> None:
+@torch.no_grad()
+def test_a_pattern_of_letters_is_cut_too(tmp_path) -> None:
+    """As Nemotron-H's published configs have it, which other engines read."""
+    family("nemotron_h").build().save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["layers_block_type"]
+    path.write_text(json.dumps(settings | {"hybrid_override_pattern": "M*-ME*"}))
+    export(tmp_path / "dense", Plan([1], [2]), "hf", tmp_path / "cut")
+    settings = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert settings["hybrid_override_pattern"] == "MME*"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").config.num_hidden_layers == 4
+
+
+EXPERTS_EVERYWHERE = {"expert_layer_period": 1, "expert_layer_offset": 0}
+
+
+@pytest.mark.parametrize(("name", "changes"), [("jamba", {}), ("jamba", EXPERTS_EVERYWHERE), ("qwen3_next", {})])
+def test_where_layers_go_by_their_index_nothing_is_saved(name: str, changes: dict[str, int], tmp_path) -> None:
     """Jamba's by periods, Qwen3-Next's by a list of the layers that have no experts."""
-    model = family(name).build()
+    model = family(name).build(**changes)
     remove(model, plans_of(family(name))["first"])
     with pytest.raises(UsageError, match="cannot hold or tell apart"):
         model.save_pretrained(tmp_path)
