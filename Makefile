@@ -65,6 +65,7 @@ test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run e
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
+	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import engines
 from families import TRANSFORMERS_5, Family, family
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
-from notall.exporters import export
+from notall.exporters import export, mlx
 from test_architectures import prompt
 from test_mixers import REFUSED
 
@@ -57,6 +58,23 @@ def test_a_cut_is_read_back_exactly(family: Family, name: str, tmp_path) -> None
     held = sum(parameter.numel() for parameter in cut.parameters())
     gone = [part for part in locate(dense).sublayers if part.index in getattr(plan, part.kind)]
     assert held == dense.num_parameters() - sum(part.parameters for part in gone)
+
+
+@engines.needs("mlx_lm")
+@pytest.mark.parametrize("which", ["first", "third"])
+@pytest.mark.parametrize("name", ["nemotron_h", "mamba", "lfm2_moe"])
+@torch.no_grad()
+def test_mlx_answers_as_the_skipped_model(name: str, which: str, tmp_path) -> None:
+    """Of those whose configs MLX-LM reads as transformers 5 writes them."""
+    plan, tokens = plans_of(family(name))[which], prompt(False)[0]
+    family(name).build().save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", plan, "hf", tmp_path / "cut")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with skip(dense, plan):
+        expected = dense(tokens).logits
+    found = mlx.logits_of(tmp_path / "cut", tokens)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+    engines.works("MLX-LM", "mlx-lm", "hf", name, "whole layers")
 
 
 @pytest.mark.parametrize("name", ["bamba", "falcon_h1", "nemotron_h", "mamba2", "qwen3_5_text"])
