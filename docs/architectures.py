@@ -35,20 +35,29 @@ REFUSED = """
 | family | reason | transformers |
 | --- | --- | --- |
 """
+NOT_TRIED = """
+## Not tried
+
+Types that transformers can load as causal language models, and of which no tiny model was made here.
+
+| type | reason | transformers |
+| --- | --- | --- |
+"""
 
 
 def render(lines: list[dict[str, Any]]) -> str:
     """The page, in Markdown."""
     families = {line["family"]: [other for other in lines if other["family"] == line["family"]] for line in lines}
-    proved, refused = [], []
+    proved, refused, not_tried = [], [], []
     for name, found in families.items():
         exact = [line for line in found if line["verdict"] == "exact"]
         against = [line for line in found if line["verdict"] == "refused"]
+        not_tried += [_row(name, line["reason"], _versions([line])) for line in found if line["verdict"] == "not tried"]
         if exact:
             proved.append(_row(name, *_facts(exact[-1]), _versions(exact)))
         if against:
             refused.append(_row(name, against[-1]["reason"].replace("|", "/"), _versions(against)))
-    tables = ((PROVED, proved), (REFUSED, refused))
+    tables = ((PROVED, proved), (REFUSED, refused), (NOT_TRIED, not_tried))
     return HEAD + "".join(f"{head}{''.join(rows)}\n{len(rows)} families and variants.\n" for head, rows in tables)
 
 
