@@ -336,6 +336,7 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
         optional |= {"quality", "check"}  # of a search that measured less
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
+    optional |= {name for one in models if isinstance(one, dict) for name, held in one.items() if held is None}
     lacking = {name for name in optional if not isinstance(value, dict) or value.get(name) is None}
     found, *forms = ({n: i for n, i in one.items() if n not in lacking} if isinstance(one, dict) else one
                      for one in (value, *models))  # fmt: skip

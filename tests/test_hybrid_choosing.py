@@ -189,7 +189,11 @@ def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> No
     run(capsys, "sweep", folder / "model", *text, "--prompt", "4", "--new", "2", "--rounds", "1", "--out", out)
     assert len((out / "results.jsonl").read_text().splitlines()) == 19
     run(capsys, "report", out, "-o", out / "page.html")
-    assert "states" in (out / "page.html").read_text()
+    page = (out / "page.html").read_text()
+    assert "states" in page
+    assert "linear_attention" in page
+    mixers = {row["mixer"] for row in map(json.loads, (out / "similarity.jsonl").read_text().splitlines())}
+    assert mixers == {"linear_attention", "full_attention", None}
     plan = tmp_path / "plan.json"
     search = ["search", folder / "model", *text, "-o", plan, "--json"]
     found = json.loads(run(capsys, *search, "--kind", "full_attention", "--count", "1"))

@@ -138,7 +138,7 @@ TABLES = {
         ("sublayer", "parameters", "share"),
     ),
     "similarity": (
-        rows(layer=[0, 78, 126], kind=["attention", "mlp", "block"]),
+        rows(layer=[0, 78, 126], kind=["attention", "mlp", "block"], mixer=["linear_attention", None, None]),
         SimilarityRecord.columns,
         ("layer", "kind", "cosine"),
     ),

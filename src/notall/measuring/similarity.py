@@ -12,17 +12,22 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from ..running.replay import walk
+from ..structure.locating import locate
 from .statistics import mean_and_error
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosine of the residual stream before and after one block or sublayer: mean over tokens, error over sequences."""
+    """Cosine of the residual stream before and after one block or sublayer: mean over tokens, error over sequences.
+
+    `mixer` is the kind of an attention, where the model has several.
+    """
 
     layer: int
     kind: Literal["block", "attention", "mlp"]
     cosine: float
     cosine_se: float
+    mixer: str | None = None
 
 
 def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
@@ -40,8 +45,10 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
                 for kind, (before, after) in pairs.items():
                     cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
                     found.setdefault((passage.block.index, kind), []).append(cosine)
+    anatomy = locate(model)
+    mixers = {(p.index, p.kind): p.mixer for p in anatomy.sublayers} if len(anatomy.mixers) > 1 else {}
     rows = []
     for (layer, kind), values in found.items():
         mean, error = mean_and_error(torch.cat(values).tolist())
-        rows.append(Similarity(layer, kind, mean, error))  # type: ignore[arg-type]
+        rows.append(Similarity(layer, kind, mean, error, mixers.get((layer, kind))))  # type: ignore[arg-type]
     return rows

@@ -16,10 +16,16 @@ class SimilarityRecord(Record):
     file = "similarity.jsonl"
     commands = ("sweep", "paper")
     key_fields = ("layer", "kind")
-    columns = (number("layer", "layer", "d"), plain("kind"), with_error("cosine", "cosine", ".4f"))
+    columns = (
+        number("layer", "layer", "d"),
+        plain("kind"),
+        with_error("cosine", "cosine", ".4f"),
+        plain("mixer"),
+    )
 
     record: Literal["similarity"] = "similarity"
     layer: LayerIndex
     kind: Literal["block", "attention", "mlp"]
     cosine: Number = Field(description="-1 to 1")
     cosine_se: Unsigned = Field(description="standard error over sequences")
+    mixer: str | None = Field(None, description="the kind of an attention, where the model has several", max_length=80)

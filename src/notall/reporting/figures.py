@@ -46,6 +46,7 @@ def map_rows(folder: Folder) -> tuple[list[Row], str]:
     """A row a sublayer with what is known of leaving it out, and how that was got: measured, similarity or nothing."""
     measured = folder.costs.found if folder.costs else {}
     cosines = {(row["kind"], row["layer"]): row["cosine"] for row in folder.similarity}
+    mixers = {(row["kind"], row["layer"]): row.get("mixer") for row in folder.similarity}
     source = "measured" if measured else "similarity" if cosines else "nothing"
     rows = []
     for kind, short in SHORT.items():
@@ -53,8 +54,9 @@ def map_rows(folder: Folder) -> tuple[list[Row], str]:
             cosine = cosines.get((kind, layer))
             changed = None if cosine is None else 1 - cosine
             cost = measured.get((kind, layer)) if measured else changed
-            name = f"{short}.{layer}"
-            rows.append({"name": name, "layer": layer, "row": VARIANTS[kind], "cosine": cosine, "cost": cost})
+            about = {"name": f"{short}.{layer}", "layer": layer, "row": VARIANTS[kind]}
+            told = {"mixer": mixer} if (mixer := mixers.get((kind, layer))) else {}
+            rows.append(about | told | {"cosine": cosine, "cost": cost})
     return rows, source
 
 
@@ -75,6 +77,7 @@ def draw_map(folder: Folder) -> alt.LayerChart:
                 alt.Tooltip("state:N", title="in this plan"),
                 alt.Tooltip("cost:Q", title=title, format=".3f"),
                 alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
+                *([alt.Tooltip("mixer:N", title="kind of mixer")] if any("mixer" in row for row in rows) else []),
             ],
         )
     )
