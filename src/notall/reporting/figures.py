@@ -51,6 +51,8 @@ def map_rows(folder: Folder) -> tuple[list[Row], str]:
     rows = []
     for kind, short in SHORT.items():
         for layer in range(folder.layers):
+            if mixers and (kind, layer) not in mixers:
+                continue  # layers of hybrids may lack one of the two
             cosine = cosines.get((kind, layer))
             changed = None if cosine is None else 1 - cosine
             cost = measured.get((kind, layer)) if measured else changed
