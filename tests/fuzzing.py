@@ -333,7 +333,7 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     """Whether it has the form of one of them, but for its kind, as before there were kinds, and where it is from."""
     optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
     if isinstance(value, dict) and {"chosen", "in_time"} <= value.keys():
-        optional |= {"quality", "check"}  # a search may have measured less
+        optional |= {"quality", "check", "provenance"}  # a search may have measured less, and only adds its own line
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
         optional |= {"delta_nll_se", "sequences"}  # older lines are without
     optional |= {name for one in models if isinstance(one, dict) for name, held in one.items() if held is None}
