@@ -27,38 +27,38 @@ from notall.records.columns import number, plain, with_error
 from notall.reporting.console import show
 
 LENGTH = 256
-SIZES = (4, 16, 64)  # sequences to choose by
 BUDGETS: tuple[tuple[UnitKind, float], ...] = (("attention", 0.27), ("block", 0.14))
 OBJECTIVES = {"kl": kl, "nll": nll, "kl + nll": lambda batches: mix([kl(batches), nll(batches)])}
 
 
-def texts(tokenizer: Any, data: Path, held_out: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Of each text what is chosen by, as much as the largest size takes, and what is measured on."""
+def texts(tokenizer: Any, data: Path, most: int, held_out: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Of each text what is chosen by, `most` sequences of it, and what is measured on."""
     wiki = read_text(data / "wikitext2/wiki.train.first1MB.txt"), read_text(data / "wikitext2/wiki.test.raw")
     both = token_batches(
-        tokenizer, read_text(data / "c4/sample300.jsonl"), sequences=max(SIZES) + held_out, length=LENGTH, batch_size=1
+        tokenizer, read_text(data / "c4/sample300.jsonl"), sequences=most + held_out, length=LENGTH, batch_size=1
     )
     chosen_by, measured = (
         token_batches(tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1)
-        for text, sequences in zip(wiki, (max(SIZES), held_out))
+        for text, sequences in zip(wiki, (most, held_out))
     )
-    return {"WikiText-2": (chosen_by, measured), "C4": (both[: max(SIZES)], both[max(SIZES) :])}
+    return {"WikiText-2": (chosen_by, measured), "C4": (both[:most], both[most:])}
 
 
 def main() -> None:
     options = options_of(__doc__)
     options.set_defaults(threads=1)
     options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--sizes", type=int, nargs="+", default=(4, 16, 64), help=f"sequences of {LENGTH} tokens")
     options.add_argument("--held-out", type=int, default=64, help=f"sequences of {LENGTH} tokens of each text")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
-    by_name = texts(tokenizer, asked.data, asked.held_out)
+    by_name = texts(tokenizer, asked.data, max(asked.sizes), asked.held_out)
     rows = []
     for kind, share in BUDGETS:
         space = Space(notall.locate(model), kind)
         budget = by_count(space, share)
         for text, (batches, _) in by_name.items():
-            for size in SIZES:
+            for size in asked.sizes:
                 for name, objective in OBJECTIVES.items():
                     folder = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
                     some = batches[:size]
