@@ -541,9 +541,11 @@ def test_a_damaged_index_is_named(shards, text, tmp_path):
     assert_refused(folder, "hf", "index.json is damaged", tmp_path)
 
 
-def test_an_index_that_transformers_would_not_read_is_refused(shards, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"metadata": 128384}, {"metadata": None}])
+def test_an_index_that_transformers_would_not_read_is_refused(shards, more, tmp_path):
     folder, index = shards
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index["weight_map"]}))
+    text = json.dumps({"weight_map": index["weight_map"]} | more)
+    (folder / "model.safetensors.index.json").write_text(text)
     assert_refused(folder, "hf", "index.json is damaged", tmp_path)
 
 

@@ -46,11 +46,12 @@ def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Which shard each tensor is said to be in; as for transformers, an index without metadata is none."""
+    """Which shard each tensor is said to be in; as for transformers, an index without a table of metadata is none."""
     try:
         index = read_json(path.read_bytes())
         where = index["weight_map"]
-        whole = bool(where) and "metadata" in index and all(isinstance(file, str) for file in where.values())
+        whole = bool(where) and isinstance(index["metadata"], dict)
+        whole = whole and all(isinstance(file, str) for file in where.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
