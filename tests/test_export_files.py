@@ -532,6 +532,14 @@ def test_a_header_that_transformers_would_not_read_is_refused(beside, told, tmp_
     assert_refused(beside, "hf", "is no whole safetensors file: its (metadata|header) is no", tmp_path)
 
 
+def test_a_header_with_what_only_we_would_pass_over_is_refused(beside, tmp_path):
+    whole = (beside / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    text = whole[8 : 8 + length].replace(b'"dtype"', b'"noise": 1' + b"0" * 400 + b', "dtype"', 1)
+    (beside / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+    assert_refused(beside, "hf", "the safetensors library cannot open it", tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"a":' * 5000 + "1" + "}" * 5000]
 )

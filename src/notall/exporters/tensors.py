@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX
@@ -150,6 +151,11 @@ def read_header(path: Path) -> dict[str, Source]:
         position += tensor.size
     if position != size:
         raise _damaged(path, "it goes on behind its tensors")
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # what transformers reads it with may be stricter
+    except SafetensorError:
+        raise _damaged(path, "the safetensors library cannot open it") from None
     return dict(tensors)
 
 
