@@ -50,6 +50,12 @@ class ChosenPlan:
     times: Prediction | None = None
     missed: str | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"skip {self.plan}: {self.dense_cost:.3f} before, {self.cost:.3f} after, "
+            f"in {self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
+        )
+
     def record(self, about: Provenance) -> SearchRecord:
         """As it is written down: what was chosen, what it took, and what was measured of it."""
         return SearchRecord(
