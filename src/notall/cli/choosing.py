@@ -388,8 +388,8 @@ def compare(
         need("lm_eval")
     from ..choosing import comparison
     from ..choosing.answer_objectives import build_objective
-    from ..choosing.criteria import CRITERIA
     from ..choosing.criteria import criterion as criterion_of
+    from ..choosing.criteria import every_criterion
     from ..measuring.plan_times import Timed
     from ..records.comparison import columns_of, with_tasks
     from ..records.ledger import refuse_foreign
@@ -402,7 +402,7 @@ def compare(
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
-    every = [name for name, one in CRITERIA.items() if installed(*one.needs) and one.fits(net)]
+    every = [name for name, one in every_criterion().items() if installed(*one.needs) and one.fits(net)]
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
     build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
     aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in objective or ["kl"]}
@@ -431,10 +431,11 @@ def compare(
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
-    from ..choosing.criteria import CRITERIA
+    from ..choosing.criteria import every_criterion
     from .columns import CRITERIA_COLUMNS
 
     rows: list[Row] = [
-        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description} for one in CRITERIA.values()
+        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description}
+        for one in every_criterion().values()
     ]
     show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")
