@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -18,7 +19,7 @@ from notall.choosing import latency, speedups
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
-GENERATED = {"architectures.md", "commands.md", "engines.md"}
+GENERATED = {"architectures.md", "commands.md", "engines.md", "notebook.md"}
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
 LONG = {"choosing.md", "index.md", "repairing.md"}  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
@@ -119,13 +120,37 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
             assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
 
 
+def program(name):
+    """A program of the folder docs, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.any_transformers
 def test_the_command_reference_is_of_this_code():
-    spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
-    commands = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(commands)
     written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert written == commands.render(), "run: make docs"
+    assert written == program("commands").render(), "run: make docs"
+
+
+def test_the_notebook_runs_and_shows_what_its_cells_say(workplace):
+    notebook = program("notebook")
+    namespace = {}
+    cells = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
+    for cell in cells:
+        shown = notebook.run("".join(cell["source"]).replace("smollm2", str(workplace["smollm2"])), namespace)
+        kept = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert (shown == "") == (kept == ""), "run: make notebook"
+        assert shown or "print(" not in cell["source"][-1]
+
+
+@pytest.mark.any_transformers
+def test_the_page_of_the_notebook_is_of_it():
+    notebook = program("notebook")
+    written = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    assert written == notebook.render(notebook.cells()), "run: make notebook"
+    assert {"nbformat", "nbformat_minor", "metadata", "cells"} == json.loads(notebook.NOTEBOOK.read_text()).keys()
 
 
 def test_the_page_of_the_python_api_has_every_public_name_and_no_other():

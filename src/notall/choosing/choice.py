@@ -51,8 +51,9 @@ class ChosenPlan:
     missed: str | None = None
 
     def __str__(self) -> str:
+        before, after = (round(cost, 3) + 0.0 for cost in (self.dense_cost, self.cost))  # none is -0.000
         return (
-            f"skip {self.plan}: {self.dense_cost:.3f} before, {self.cost:.3f} after, "
+            f"skip {self.plan}: {before:.3f} before, {after:.3f} after, "
             f"in {self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
         )
 
