@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test tests test-transformers4 test-engines engines architectures bench bench-engines lint fix \
-  docs screenshots package browser clean
+  docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -103,6 +103,9 @@ package: setup ## build sdist and wheel into dist/, and try the wheel in a clean
 docs: setup ## write the command reference and build the documentation into site/, strictly
 	$(VENV)/bin/python docs/commands.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+notebook: setup ## run docs/notebook.ipynb on the default model, keep what its cells show, and render docs/notebook.md
+	$(VENV)/bin/python docs/notebook.py
 
 screenshots: setup ## take the pictures of results/demo/report.html that the documentation shows
 	$(VENV)/bin/python docs/screenshots.py results/demo/report.html

@@ -22,13 +22,13 @@ completion to your shell.
 | --- | --- |
 | 0 | done |
 | 2 | bad input, named in one line with the fix |
-| 3 | done, but the budget was missed; the last line says what was reached |
-| 130 | interrupted; the same command goes on where it stopped |
+| 3 | done, but the budget was missed; a line says what was reached |
+| 130 | interrupted; the same command continues where it stopped |
 
-A table fits your terminal: where it is too narrow for all columns, a line below names those left out. A file or a pipe
+A table fits your terminal. If that is too narrow for all columns, a line below names those left out. A file or a pipe
 gets every column, and `--json` every digit.
 
-Progress with the time left is shown on stderr, and only at a terminal. `NO_COLOR=1` turns colours off.
+Commands show their progress and the time left on stderr, and only at a terminal. `NO_COLOR=1` turns colours off.
 """
 
 

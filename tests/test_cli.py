@@ -482,7 +482,7 @@ def test_tasks_are_listed_by_a_word_of_their_name(run, tmp_path, own_tasks_only)
     code, _, err = run("tasks", "tiny_chioce", *path)
     assert (code, err) == (
         2,
-        "error: no task's name holds 'tiny_chioce' (did you mean tiny_choice?): give less of it, or none\n",
+        "error: no task's name holds 'tiny_chioce' (did you mean tiny_choice?): give a shorter word, or none\n",
     )
 
 

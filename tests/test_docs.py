@@ -1,6 +1,9 @@
 """Every command and snippet of the README and the documentation runs, on a tiny model and smaller sizes."""
 
 import importlib.util
+import inspect
+import json
+import pkgutil
 import re
 import shlex
 import sys
@@ -9,14 +12,14 @@ from pathlib import Path
 import pytest
 import typer
 
+import notall
 from families import family
-from notall import Plan, cli
+from notall import Plan, cli, extensions
 from notall.choosing import latency, speedups
-from notall.choosing.criteria import CRITERIA
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
-GENERATED = {"architectures.md", "commands.md", "engines.md"}
+GENERATED = {"architectures.md", "commands.md", "engines.md", "notebook.md"}
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
 LONG = {"choosing.md", "index.md", "repairing.md"}  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
@@ -53,10 +56,11 @@ def workplace(tiny, tmp_path, monkeypatch, short_prose):
     times = lambda _, workload, **__: latency.Times(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
     monkeypatch.setattr(latency, "measure_times", times)  # what so small a model saves is hard to time
     monkeypatch.setattr(speedups.SpeedBudget, "reached", lambda *_: True)
-    kept = dict(CRITERIA)
+    path, loaded = list(sys.path), set(sys.modules)
     yield {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
-    CRITERIA.clear()  # a page adds one
-    CRITERIA.update(kept)
+    sys.path[:] = path  # the folder is added where a page names a module of its own
+    for name in {file.stem for file in Path().glob("*.py")} - loaded:
+        sys.modules.pop(name, None)
 
 
 def run_line(line, words, monkeypatch):
@@ -90,7 +94,12 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
     extras = re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     for language, title, text in blocks(page):
         if language == "python":
+            if title:
+                Path(title).write_text(text)
             exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
+        elif language == "toml":
+            (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
+            assert extensions.find(value, "of no package").__name__ == value.partition(":")[2]
         elif language == "json":
             Path("read.json").write_text(text)
             assert Plan.load("read.json")
@@ -111,13 +120,45 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
             assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
 
 
+def program(name):
+    """A program of the folder docs, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.any_transformers
 def test_the_command_reference_is_of_this_code():
-    spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
-    commands = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(commands)
     written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert written == commands.render(), "run: make docs"
+    assert written == program("commands").render(), "run: make docs"
+
+
+def test_the_notebook_runs_and_shows_what_its_cells_say(workplace):
+    notebook = program("notebook")
+    namespace = {}
+    cells = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
+    for cell in cells:
+        shown = notebook.run("".join(cell["source"]).replace("smollm2", str(workplace["smollm2"])), namespace)
+        kept = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert (shown == "") == (kept == ""), "run: make notebook"
+        assert shown or "print(" not in cell["source"][-1]
+
+
+@pytest.mark.any_transformers
+def test_the_page_of_the_notebook_is_of_it():
+    notebook = program("notebook")
+    written = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    assert written == notebook.render(notebook.cells()), "run: make notebook"
+    assert {"nbformat", "nbformat_minor", "metadata", "cells"} == json.loads(notebook.NOTEBOOK.read_text()).keys()
+
+
+def test_the_page_of_the_python_api_has_every_public_name_and_no_other():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    own = {name.removeprefix("notall.") for name in named if name.count(".") == 1}
+    assert own == set(notall.__all__) - {"__version__"}
+    for path in named:
+        assert inspect.getdoc(pkgutil.resolve_name(path)), path
 
 
 @pytest.mark.any_transformers

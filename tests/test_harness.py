@@ -396,7 +396,7 @@ def test_an_answer_of_another_form_is_named(run, tmp_path, name, answer):
     first["answers"] |= {key: [answer] for key in first["answers"]}
     path.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
     refused(
-        r"answers.jsonl has .* for an answer that is none; delete it, to ask anew",
+        r"answers.jsonl has .* where an answer should be; delete the file, and ask again",
         run,
         [],
         [name],

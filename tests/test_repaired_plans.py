@@ -197,7 +197,7 @@ def test_plans_are_equal_by_what_they_skip_and_their_weights():
 
 def test_it_says_that_it_is_repaired_and_what_it_skips():
     plan = RepairedPlan([1], [2], fingerprint="llama-4x32-48d1233b", note="by hand", weights={"a": torch.ones(2)})
-    assert str(plan) == "attn.1 mlp.2, repaired"
+    assert str(plan) == "attention 1; mlp 2 (repaired)"
     assert plan.unrepaired == Plan([1], [2], fingerprint="llama-4x32-48d1233b", note="by hand")
     assert type(plan.unrepaired) is Plan
     assert len(plan) == 2

@@ -76,7 +76,7 @@ def main() -> None:
     def search(patience: int) -> tuple[Skipped, float, float]:
         start = time.process_time()
         chosen = choose_plan(model, "search", space, budget, batches, nll(batches), patience=patience)
-        return frozenset(str(chosen.plan).split()), time.process_time() - start, chosen.forwards
+        return frozenset(chosen.plan.names), time.process_time() - start, chosen.forwards
 
     first = [search(patience) for patience in SEARCHES.values()]
     start = time.process_time()

@@ -1,9 +1,15 @@
-"""notall makes language models leave out what they don't need. See `notall --help` and the README."""
+"""Leave attention, MLP and block sublayers out of a causal language model, and measure what it costs and saves.
+
+The names listed here are public, and so are those of the modules that the documentation's page on the Python API names:
+they change with the version. All else may change at any time.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .chatter import drop_chatter
 
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
     from .records.plan import Plan
     from .repairing.healing import heal
     from .repairing.refitting import repair
+    from .running.generating import generate_text
     from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
     from .structure.anatomy import Anatomy, Block, Sublayer
@@ -38,6 +45,7 @@ _HOMES = {
     "deepest": "evaluation.paper.grid",
     "evaluate": "measuring.quality",
     "export": "exporters",
+    "generate_text": "running.generating",
     "heal": "repairing.healing",
     "load": "models.loading",
     "locate": "structure.locating",
@@ -50,9 +58,16 @@ _HOMES = {
 
 __all__ = sorted([*_HOMES, "__version__"])
 
+drop_chatter()
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import notall` stays quick."""
     if name not in _HOMES:
         raise AttributeError(f"module 'notall' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that are not imported yet."""
+    return __all__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ class Budget:
     `description` is for people.
     """
 
-    saves: Mapping[str, float]
+    saves: Mapping[str, float] = field(repr=False)
     target: float
     description: str
     limit: float = math.inf

@@ -50,6 +50,13 @@ class ChosenPlan:
     times: Prediction | None = None
     missed: str | None = None
 
+    def __str__(self) -> str:
+        before, after = (round(cost, 3) + 0.0 for cost in (self.dense_cost, self.cost))  # none is -0.000
+        return (
+            f"skip {self.plan}: {before:.3f} before, {after:.3f} after, "
+            f"in {self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
+        )
+
     def record(self, about: Provenance) -> SearchRecord:
         """As it is written down: what was chosen, what it took, and what was measured of it."""
         return SearchRecord(

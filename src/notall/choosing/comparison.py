@@ -44,6 +44,7 @@ from .evaluator import Evaluator, Spent
 from .objective import Objective
 from .space import Space, plan_of
 
+NO_FILE_NAME = str.maketrans(" /:", "---")  # criteria and aims may be called module:function and task:NAME
 DEAR = ("greedy", "evolution", "quadratic")  # criteria that evaluate many times as often as the search
 
 
@@ -238,19 +239,19 @@ class _Choosing:
         """Questions that go by the same share what they evaluate."""
         if not criterion(question.criterion).measured:
             return Evaluator(self.model, aim.objective, settings=self.about)
-        name = f"{question.criterion}-{question.aim}".replace(" ", "-").replace("/", "-")
+        name = f"{question.criterion}-{question.aim}".translate(NO_FILE_NAME)
         folder = self.out / Path(EvaluationRecord.file).stem
         return Evaluator(self.model, aim.objective, folder=folder, name=f"{name}.jsonl", settings=self.about)
 
     def _answer(self, question: Question, setting: Setting) -> tuple[Chosen, Spent]:
         budget = by_count(question.space, question.count)
-        score_units = criterion(question.criterion).score
-        if not score_units:
+        one = criterion(question.criterion)
+        if not one.score:
             chosen = choose(question.criterion, setting, budget)
             return chosen, replace(setting.evaluator.spent)
         key = question.criterion, question.aim, str(question.space)
         if key not in self.scored:
-            self.scored[key] = score_units(setting), setting.evaluator.spent
+            self.scored[key] = one.scores(setting), setting.evaluator.spent
         scores, spent = self.scored[key]
         return take(setting, scores, budget), spent
 

@@ -49,7 +49,7 @@ class Times:
 
     def predicted_ms(self, plan: Plan) -> float:
         """The dense model's time less what the skipped sublayers take."""
-        return self.dense_ms - sum(self.sublayer_ms[name] for name in str(plan).split() if plan)
+        return self.dense_ms - sum(self.sublayer_ms[name] for name in plan.names)
 
 
 @dataclass(frozen=True)

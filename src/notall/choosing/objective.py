@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Term:
     """The mean of a loss over all items of its batches, times `weight`."""
 
     name: str
-    batches: tuple[Batch, ...]
+    batches: tuple[Batch, ...] = field(repr=False)
     weight: float = 1.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -29,7 +29,7 @@ class Space:
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
     """
 
-    anatomy: Anatomy
+    anatomy: Anatomy = field(repr=False)
     kind: str = "sublayer"
     portable: bool = False
     keep_first: int = 0
@@ -133,4 +133,4 @@ def plan_of(skipped: Iterable[str], fingerprint: str | None = None, note: str | 
 
 def names_of(plan: Plan) -> Skipped:
     """The names of the sublayers that a plan skips."""
-    return frozenset(str(plan).split()) if plan else frozenset()
+    return frozenset(plan.names)

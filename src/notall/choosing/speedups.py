@@ -51,10 +51,10 @@ class TimedChoice:
 def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
     """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
     if not 1 <= faster < math.inf:
-        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
+        raise UsageError(f"{faster} is no speedup: give 1.3 for a model that is 1.3 times as fast")
     if faster > (most := _fastest(space, times)):
         raise UsageError(
-            f"{faster:g} times as fast cannot be had: without all that may be skipped it is {most:.2f}; "
+            f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
             "choose among more sublayers, or a lower speedup"
         )
     w = times.workload

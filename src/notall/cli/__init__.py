@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import signal
@@ -28,8 +27,6 @@ MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
-    for talker in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, which then warns
-        logging.getLogger(talker).setLevel(logging.ERROR)
     print_in_any_encoding()
     try:
         with _termination_raises(), _warnings_in_a_line():

@@ -82,7 +82,7 @@ def plan(
         SkippedKind, typer.Option(metavar="KIND", help="what to leave out: attention, mlp or block")
     ] = SkippedKind.attention,
     fraction: Annotated[
-        float, typer.Option(help="share of the layers, 0 to 1; round(fraction x layers) are skipped")
+        float, typer.Option(help="share of the layers to skip, 0 to 1; round(fraction x layers) are skipped")
     ] = 0.33,
     keep_last: Annotated[bool, typer.Option("--keep-last", help="preserve the last layer")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
@@ -91,7 +91,7 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write the paper's plan: skip the deepest sublayers. Needs only a config."""
+    """Write the paper's plan, which skips the deepest sublayers. This needs only a config."""
     from ..models.loading import dtype_name
     from ..records.plan import Plan
     from ..running.footprint import footprint
@@ -111,7 +111,7 @@ def search(
     model: Model = "smollm2",
     text: TextSource = "prose",
     held_out: Annotated[
-        str | None, typer.Option(help="another text, to measure the plan on in the end; else other windows of --text")
+        str | None, typer.Option(help="text to measure the plan on (default: other windows of --text)")
     ] = None,
     kind: Kind = "sublayer",
     portable: Portable = False,
@@ -124,24 +124,30 @@ def search(
     speedup: Annotated[float | None, of_budget(help="run this many times as fast on this machine")] = None,
     max_nll: Annotated[
         float | None,
-        of_budget(help="skip as much as possible while NLL rises by at most this many nats; or a limit beside another"),
+        of_budget(
+            help="skip as much as possible while NLL rises by at most this many nats; it may limit another budget"
+        ),
     ] = None,
-    max_kl: Annotated[float | None, of_budget(help="the same, for KL")] = None,
+    max_kl: Annotated[float | None, of_budget(help="the same for KL")] = None,
     prompt: Annotated[int, of_budget(help="with --speedup: prompt tokens")] = 512,
     new: Annotated[int, of_budget(help="with --speedup: new tokens")] = 128,
     batch: Annotated[int, of_budget(help="with --speedup: sequences at once")] = 1,
-    criterion: Annotated[str, typer.Option(help="how to choose; see `notall criteria`")] = "search",
+    criterion: Annotated[
+        str, typer.Option(help="how to choose: a name of `notall criteria`, or your own module:function")
+    ] = "search",
     objective: Objective = None,
     prompts: Prompts = None,
     task_path: TaskPath = None,
     task_limit: TaskLimit = 100,
-    max_minutes: Annotated[float | None, typer.Option(help="take the best there is after this many minutes")] = None,
-    patience: Annotated[int, typer.Option(min=0, help="evaluations that bring nothing, before it ends")] = 12,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="stop after this many minutes with the best plan found")
+    ] = None,
+    patience: Annotated[int, typer.Option(min=0, help="stop after this many evaluations that bring nothing")] = 12,
     repair: Annotated[
-        bool, typer.Option("--repair", help="judge sets by what a repair leaves, and repair the one that is chosen")
+        bool, typer.Option("--repair", help="judge each set after a quick repair, and repair the plan that is chosen")
     ] = False,
     front: Annotated[
-        bool, typer.Option("--front", help="draw the trade-off up to this plan, by other criteria too")
+        bool, typer.Option("--front", help="also draw the trade-off up to this plan, beside other criteria")
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the plan")] = Path("plan.json"),
     sequences: Sequences = 16,
@@ -157,8 +163,8 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another criterion, to meet a budget.
 
-    Evaluations are kept beside the plan, in OUT.search: `notall report` makes a page of them.
-    Interrupted, the same command goes on where it stopped.
+    It keeps its evaluations beside the plan, in OUT.search, and `notall report` makes a page of them.
+    If you interrupt it, the same command continues where it stopped.
     """
     _refuse_before_loading(criterion, objective, front, repair, max_nll is not None)
     from ..choosing.answer_objectives import build_objective
@@ -334,24 +340,27 @@ def _draw_front(
 def compare(
     model: Model = "smollm2",
     text: TextSource = "prose",
-    held_out: Annotated[
-        str | None, typer.Option(help="another text, to measure on; else other windows of --text")
-    ] = None,
+    held_out: Annotated[str | None, typer.Option(help="text to measure on (default: other windows of --text)")] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            help="attention, mlp, block, sublayer or portable, and counts; again for more. Else attention:4,8"
+            help="attention, mlp, block, sublayer or portable, and counts; repeat it for more (default: attention:4,8)"
         ),
     ] = None,
-    criterion: Annotated[list[str] | None, typer.Option(help="one to compare; else all. See `notall criteria`")] = None,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"
+        ),
+    ] = None,
     objective: Annotated[
-        list[str] | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum; again for another. Else kl")
+        list[str] | None, typer.Option(help="nll, kl, answers, task:NAME, or a sum; repeat it for more (default: kl)")
     ] = None,
     repair: Annotated[
         list[str] | None,
         typer.Option(
-            help="judge plans also repaired with --text: refit, replaceme, prune-and-comp, nbl or ghosted; "
-            "again for another. Else none"
+            help="also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your "
+            "own module:function; repeat it for more"
         ),
     ] = None,
     keep_first: KeepFirst = False,
@@ -359,10 +368,12 @@ def compare(
     prompts: Prompts = None,
     task_path: TaskPath = None,
     task_limit: TaskLimit = 100,
-    tasks: Annotated[str | None, typer.Option(help="tasks to run every plan on, with commas between")] = None,
-    limit: Annotated[int | None, typer.Option(help="with --tasks: documents a task")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="with --tasks: examples; else the task's own")] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds, dense and skipped in turn; 0: no times")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="tasks to run every plan on, with commas between them")] = None,
+    limit: Annotated[int | None, typer.Option(help="with --tasks: documents of each task")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="with --tasks: examples to show (default: the task's own number)")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds; each times both models in turn, and 0 times nothing")] = 0,
     prompt: Prompt = 128,
     new: New = 16,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the records, table.md and front")] = Path(
@@ -379,17 +390,17 @@ def compare(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare ways to choose, on held-out text: criteria x budgets, with what each cost to find.
+    """Compare ways to choose on held-out text: each criterion at each budget, and what it took to find the plan.
 
     The criterion `quadratic` needs the extra `solver`; without it, the others are compared.
-    Interrupted, the same command goes on where it stopped.
+    If you interrupt it, the same command continues where it stopped.
     """
     if tasks or any("task:" in one for one in objective or ()):
         need("lm_eval")
     from ..choosing import comparison
     from ..choosing.answer_objectives import build_objective
-    from ..choosing.criteria import CRITERIA
     from ..choosing.criteria import criterion as criterion_of
+    from ..choosing.criteria import every_criterion
     from ..measuring.plan_times import Timed
     from ..records.comparison import columns_of, with_tasks
     from ..records.ledger import refuse_foreign
@@ -402,7 +413,7 @@ def compare(
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
-    every = [name for name, one in CRITERIA.items() if installed(*one.needs) and one.fits(net)]
+    every = [name for name, one in every_criterion().items() if installed(*one.needs) and one.fits(net)]
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
     build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
     aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in objective or ["kl"]}
@@ -431,10 +442,11 @@ def compare(
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the ways to choose: what each goes by, and where it comes from."""
-    from ..choosing.criteria import CRITERIA
+    from ..choosing.criteria import every_criterion
     from .columns import CRITERIA_COLUMNS
 
     rows: list[Row] = [
-        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description} for one in CRITERIA.values()
+        {"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description}
+        for one in every_criterion().values()
     ]
     show(rows, CRITERIA_COLUMNS, as_json=as_json, title="criteria")

@@ -37,20 +37,23 @@ def export(
     model: Model,
     plan: Annotated[Path, typer.Option("--plan", help="plan file, or the folder of a repair")],
     to: Annotated[Target, typer.Option("--to", metavar="FORM", help="hf, nemotron-nas or gguf: see docs/engines.md")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write, which does not exist yet")],
     measure: Annotated[
-        str | None, typer.Option(help="a text (as --text of eval): what the plan costs on it goes into the model card")
+        str | None, typer.Option(help="measure the plan on this text, as --text of eval, for the model card")
     ] = None,
     repair: Repair = False,
     repair_text: RepairText = None,
     verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
-    push_to_hub: Annotated[str | None, typer.Option(help="upload it to this repository of the hub")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="upload the export to this repository of the hub")] = None,
     dtype: OwnDtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write the model without what the plan skips, as files that engines load. OUT appears whole or not at all."""
+    """Write the model without what the plan skips, as files that engines load.
+
+    OUT appears whole or not at all.
+    """
     from ..exporters import export as export_model
     from .columns import FILE_COLUMNS
 

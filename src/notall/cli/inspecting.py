@@ -44,7 +44,10 @@ def inspect(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show every sublayer: its parameters, share of the weights, KV bytes a token and states. Needs only a config."""
+    """Show every sublayer: its parameters, share of the weights, KV bytes a token and states.
+
+    This needs only a config.
+    """
     from ..models.loading import dtype_name
     from ..records.plan import Plan
     from ..running.footprint import footprint
@@ -81,7 +84,9 @@ def inspect(
 def similarity(
     model: Model = "smollm2",
     text: TextSource = "prose",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="draw it to OUT.png, OUT.svg and OUT.html")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="also draw it to OUT.png, OUT.svg and OUT.html")
+    ] = None,
     sequences: Sequences = 8,
     length: Length = 256,
     batch_size: BatchSize = 4,
@@ -119,8 +124,10 @@ def generate(
     skip: Skip = None,
     fraction: Fraction = None,
     keep_last: SkipKeepLast = False,
-    max_new_tokens: Annotated[int, typer.Option(help="how many tokens at most")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token each time")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens to generate")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="how freely to choose; 0 takes the most likely token each time")
+    ] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     beside: Annotated[
         bool, typer.Option("--beside", help="show the dense model's answer and the skipped one's side by side")

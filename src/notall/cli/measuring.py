@@ -84,9 +84,9 @@ def sweep(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Run the paper's grid: dense and attention, mlp, block x 10, 25, 33 % x keep the last layer or not.
+    """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks, with the last layer and without.
 
-    Interrupted, the same command goes on where it stopped.
+    If you interrupt it, the same command continues where it stopped.
     """
     from ..evaluation.paper.sweep import sweep as sweep_grid
     from ..measuring.plan_times import Timed
@@ -145,7 +145,9 @@ def evaluate(
     battery: Battery = False,
     repair: Repair = False,
     repair_text: RepairText = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="keep answers here: a killed run goes on")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="keep answers in this folder, so that a killed run continues")
+    ] = None,
     batch_size: TaskBatch = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -156,7 +158,7 @@ def evaluate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure what a plan costs: NLL, KL to the dense model and agreement on a text; benchmarks; what accuracy hides.
+    """Measure what a plan costs: NLL, KL to the dense model and agreement on a text, and benchmarks if you name some.
 
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
@@ -229,14 +231,14 @@ def bench(
     keep_last: SkipKeepLast = False,
     shape: Annotated[
         str | None,
-        typer.Option(help="llama-2-7b, llama-2-13b, llama-2-70b or a config.json, instead of MODEL"),
+        typer.Option(help="instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json"),
     ] = None,
     dummy_weights: Annotated[
-        bool, typer.Option("--dummy-weights", help="random weights: nothing is downloaded")
+        bool, typer.Option("--dummy-weights", help="use random weights, so that nothing is downloaded")
     ] = False,
     prompt: Prompt = 128,
     new: New = 32,
-    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    batch_size: Annotated[int, typer.Option(help="sequences to run at once")] = 1,
     rounds: Rounds = 5,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="keep the records here, for `notall report`")
@@ -249,7 +251,7 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Time prefill and decode, dense and skipped in turn, with a real KV cache."""
+    """Time prefill and decode of the dense and the skipped model in turn, with a real KV cache."""
     from ..measuring.plan_times import Timed
     from ..measuring.plan_times import bench as bench_plan
     from ..measuring.speed import machine
@@ -296,11 +298,11 @@ def bench(
 
 @app.command(rich_help_panel=MEASURE, epilog="Example:  notall tasks arc")
 def tasks(
-    word: Annotated[str, typer.Argument(metavar="[WORD]", help="list only names that hold it")] = "",
+    word: Annotated[str, typer.Argument(metavar="[WORD]", help="list only names that hold this word")] = "",
     task_path: TaskPath = None,
     as_json: Json = False,
 ) -> None:
-    """List what --tasks takes: the tasks of lm-evaluation-harness, its groups of them, and openllm, the paper's six."""
+    """List what --tasks takes: tasks and groups of lm-evaluation-harness, and openllm, the paper's six."""
     need("lm_eval")
     from .columns import TASKS_COLUMNS
 

@@ -64,12 +64,19 @@ def paper(
     battery: Battery = False,
     batch_size: TaskBatch = "auto",
     generate_all: Annotated[
-        bool, typer.Option("--generate-all", help="tasks that generate text on all configurations, not only 33 %")
+        bool,
+        typer.Option(
+            "--generate-all", help="run tasks that generate text on all configurations, not only those of 33 %"
+        ),
     ] = False,
-    prompt: Annotated[list[int] | None, typer.Option(help="prompt lengths to time; 128 and 512 unless given")] = None,
-    bench_batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; 1 unless given")] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="prompt length to time; repeat it for more (default: 128 and 512)")
+    ] = None,
+    bench_batch: Annotated[
+        list[int] | None, typer.Option(help="batch size to time; repeat it for more (default: 1)")
+    ] = None,
     new: Annotated[int, typer.Option("--new", help="new tokens when timing")] = 16,
-    rounds: Annotated[int, typer.Option(help="timed rounds, all configurations in turn")] = 3,
+    rounds: Annotated[int, typer.Option(help="timed rounds; each times all configurations in turn")] = 3,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
     ray_gpus: RayGpus = 1,
@@ -85,9 +92,9 @@ def paper(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Run the paper's evaluation: Fig. 1, the benchmark and time tables, its claims beside what the model shows.
+    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and each claim beside what is found.
 
-    Interrupted, the same command goes on where it stopped. Needs the extra `eval`.
+    This needs the extra `eval`. If you interrupt it, the same command continues where it stopped.
     """
     need(*FIGURES, "lm_eval", "pandas", "tabulate")
     from ..evaluation.paper.claims import COLUMNS

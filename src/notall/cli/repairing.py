@@ -47,19 +47,20 @@ def repair(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the plan and its weights")] = Path("repaired"),
     text: Annotated[
         list[str] | None,
-        typer.Option(help="as --text of eval; again for more: two kinds of text repair better than one. Else prose"),
+        typer.Option(help="text to fit to; repeat it, since two kinds repair better than one (default: prose)"),
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
+        list[str] | None,
+        typer.Option(help="text to measure on; repeat it for more (default: other windows of each --text)"),
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option(help=f"windows of text to fit to, of all texts together; else up to {SEQUENCES}")
+        int | None, typer.Option(help=f"windows to fit to, of all texts together (default: up to {SEQUENCES})")
     ] = None,
     length: Length = LENGTH,
     batch_size: BatchSize = 8,
     streams: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="where memory is short: keep the text's streams in files in this folder"),
+        typer.Option(metavar="DIR", help="keep the text's streams in files in this folder, if memory is short"),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -69,10 +70,10 @@ def repair(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Refit what a plan keeps, so that it makes up for what the plan skips: no training, no tensor more, no cost later.
+    """Refit what a plan keeps, so that it makes up for what the plan skips.
 
-    OUT is a plan with weights: give it as --plan to eval, generate, bench or export.
-    Interrupted, the same command goes on where it stopped.
+    Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
+    --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
     from ..records.ledger import refuse_foreign
     from ..records.repair import RefitRecord
@@ -106,18 +107,22 @@ def heal(
     plan: PlanFile = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the plan and its weights")] = Path("healed"),
     text: Annotated[
-        list[str] | None, typer.Option(help="to train on, as --text of eval; again for more. Else prose")
+        list[str] | None, typer.Option(help="text to train on; repeat it for more (default: prose)")
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="to measure on; again for more. Else other windows of each --text")
+        list[str] | None,
+        typer.Option(help="text to measure on; repeat it for more (default: other windows of each --text)"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="how many to train on, of all texts together; else up to 131,072")
+        int | None, typer.Option(help="tokens to train on, of all texts together (default: up to 131,072)")
     ] = None,
     length: Length = 512,
     batch_size: BatchSize = 4,
     train: Annotated[
-        Train, typer.Option(metavar="WHAT", help="outputs: norms and output projections; all: every kept weight")
+        Train,
+        typer.Option(
+            metavar="WHAT", help="what to train: outputs (norms and output projections), or all (every kept weight)"
+        ),
     ] = Train.outputs,
     rate: Annotated[float, typer.Option(help="the learning rate to begin with")] = 3e-4,
     dtype: Dtype = "auto",
@@ -127,10 +132,11 @@ def heal(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train what a plan keeps, repaired or not, for some minutes, so that it says what the dense model says.
+    """Train what a plan keeps for some minutes, so that it says what the dense model says.
 
-    It stops early where text that it does not train on no longer gains. OUT is a plan with weights, as of `notall
-    repair`. Interrupted, the same command goes on where it stopped.
+    The plan may be repaired already. Training stops early when text that it does not train on no longer gains.
+    OUT is a plan with weights, like that of `notall repair`.
+    If you interrupt it, the same command continues where it stopped.
     """
     from ..records.healing import HealRecord
     from ..records.ledger import read, refuse_foreign

@@ -15,7 +15,8 @@ from .app import SHOW, app
 @app.command(rich_help_panel=SHOW, epilog="Example:  notall report results -o report.html")
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="what sweep, paper, compare, search, bench, repair or heal left")
+        Path,
+        typer.Argument(metavar="DIR", help="folder that sweep, paper, compare, search, bench, repair or heal wrote"),
     ] = Path("results"),
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:

@@ -44,7 +44,7 @@ class Answers:
         if not isinstance(answer, form):
             where = self._kept.path if self._kept is not None else "what was answered"
             raise UsageError(
-                f"{where} has {shortened(repr(answer))} for an answer that is none; delete it, to ask anew"
+                f"{where} has {shortened(repr(answer))} where an answer should be; delete the file, and ask again"
             )
         return answer
 

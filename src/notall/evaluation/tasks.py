@@ -140,7 +140,7 @@ class TaskShelf:
         ]
         if not rows:
             raise UsageError(
-                f"no task's name holds {shortened(word)!r}{nearest(word, [*every])}: give less of it, or none"
+                f"no task's name holds {shortened(word)!r}{nearest(word, [*every])}: give a shorter word, or none"
             )
         return rows
 

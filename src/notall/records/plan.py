@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import UsageError, shortened
+from .ranges import in_ranges
 from .strict_json import DoubledKey, read_json
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Plan(BaseModel):
         return {"attention": list(self.attention), "mlp": list(self.mlp)}
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The sublayers that are skipped, such as attn.3 and mlp.3: attentions first."""
+        return (*(f"attn.{index}" for index in self.attention), *(f"mlp.{index}" for index in self.mlp))
+
+    @property
     def identity(self) -> tuple[Any, ...]:
         """What tells it from plans that run otherwise."""
         return self.attention, self.mlp
@@ -93,8 +99,10 @@ class Plan(BaseModel):
         )
 
     def __str__(self) -> str:
-        names = [f"attn.{i}" for i in self.attention] + [f"mlp.{i}" for i in self.mlp]
-        return " ".join(names) or "nothing"
+        """For people: `block 20-29; attention 5, 7`, or `nothing`."""
+        whole = set(self.blocks)
+        parts = {"block": whole, "attention": set(self.attention) - whole, "mlp": set(self.mlp) - whole}
+        return "; ".join(f"{kind} {in_ranges(layers)}" for kind, layers in parts.items() if layers) or "nothing"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""

@@ -81,7 +81,7 @@ class RepairedPlan(Plan):
         return Plan(self.attention, self.mlp, fingerprint=self.fingerprint, note=self.note)
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, repaired"
+        return f"{super().__str__()} (repaired)"
 
     @property
     def identity(self) -> tuple[Any, ...]:

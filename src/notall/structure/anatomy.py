@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..records.fingerprint import Fingerprint
+from ..records.ranges import in_ranges
 from .observation import Branch
 
 
@@ -28,7 +31,7 @@ class Sublayer:
 
     kind: Literal["attention", "mlp"]
     index: int
-    branches: tuple[Branch, ...]
+    branches: tuple[Branch, ...] = field(repr=False)
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
@@ -54,7 +57,7 @@ class Block:
     parallel: bool
     # None: the layer answers a tensor. Otherwise (hidden, ...), and for each further element, which element of the
     # attention's answer it is (None where it is not the attention's).
-    answer: tuple[int | None, ...] | None
+    answer: tuple[int | None, ...] | None = field(repr=False)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Block:
         return next(sublayer for sublayer in self.sublayers if sublayer.kind == "mlp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`."""
 
@@ -79,6 +82,15 @@ class Anatomy:
     layers: str
     blocks: tuple[Block, ...]
     fingerprint: str  # see `Fingerprint`
+
+    def __repr__(self) -> str:
+        """Some lines for people: layers of one form together, however many there are."""
+        forms: dict[tuple[object, ...], list[Block]] = {}
+        for block in self.blocks:
+            form = block.parallel, *(part.mixer or part.kind for part in block.sublayers)
+            forms.setdefault(form, []).append(block)
+        lines = [f"{self.fingerprint}: {len(self.blocks)} layers in {self.layers}, {len(self.sublayers)} sublayers"]
+        return "\n".join([*lines, *(line for blocks in forms.values() for line in _lines_of(blocks))])
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -107,6 +119,31 @@ class Anatomy:
         """
         mixers = [part for part in self.sublayers if part.kind == "attention"]
         return frozenset(part.index for part in mixers if part.kv_bytes_per_token) or frozenset(m.index for m in mixers)
+
+
+def _lines_of(blocks: Sequence[Block]) -> list[str]:
+    """What blocks of one form are made of."""
+    both = ", in parallel" if blocks[0].parallel else ""
+    where = f"layers {in_ranges(block.index for block in blocks)}{both}"
+    parts = zip(*(block.sublayers for block in blocks))
+    return [*textwrap.wrap(where, 78, initial_indent="  ", subsequent_indent="    "), *map(_line_of, parts)]
+
+
+def _line_of(parts: Sequence[Sublayer]) -> str:
+    """What sublayers of one form weigh, each."""
+    sizes = {
+        "parameters": [part.parameters for part in parts],
+        "bytes of KV a token": [part.kv_bytes_per_token for part in parts],
+        "bytes of state": [part.state_bytes for part in parts],
+    }
+    told = [f"{_from_to(counts)} {unit}" for unit, counts in sizes.items() if any(counts)]
+    mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
+    return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

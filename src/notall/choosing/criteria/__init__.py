@@ -1,14 +1,21 @@
-"""Ways to choose what to skip, one idea a file. A new one is one function, and a line in `CRITERIA`."""
+"""Ways to choose what to skip, one idea a file.
+
+A new one is one function, and a line in `CRITERIA`; of another package, an entry point of the group `notall.criteria`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, nearest, shortened
+from ...extensions import find, installed_names
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
 from ..budget import Budget
@@ -31,6 +38,7 @@ __all__ = [
     "UnitScores",
     "choose",
     "criterion",
+    "every_criterion",
     "suits",
 ]
 
@@ -50,6 +58,19 @@ class Criterion:
     kinds: tuple[UnitKind, ...] = UNIT_KINDS
     needs: tuple[str, ...] = ()
     layers: Callable[[nn.Module], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.score is None) == (self.choose is None):
+            raise UsageError(f"the criterion {shortened(self.name)} needs one of score and choose")
+
+    def scores(self, setting: Setting) -> UnitScores:
+        """By `score`. Raises `UsageError` where a unit that may be skipped has none."""
+        assert self.score
+        scores = self.score(setting)
+        for unit in setting.space.units:
+            if math.isnan(scores.get(unit, math.nan)):
+                raise UsageError(f"the criterion {shortened(self.name)} gives no number to {unit}: score every unit")
+        return scores
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether a model's layers are such that this can choose among them."""
@@ -102,12 +123,38 @@ _ALL = (
 CRITERIA = {one.name: one for one in _ALL}
 
 
+GROUP = "notall.criteria"  # of entry points
+
+
 def criterion(name: str) -> Criterion:
-    """The criterion of this name. Raises `UsageError` for another."""
-    if name not in CRITERIA:
-        near = nearest(name, list(CRITERIA))
-        raise UsageError(f"there is no criterion {shortened(name)!r}{near}: choose from {', '.join(CRITERIA)}")
-    return CRITERIA[name]
+    """The criterion of this name: one of `CRITERIA`, of an installed package, or of `module:function`.
+
+    Raises `UsageError` for another, and as `extensions.find` does.
+    """
+    if name in CRITERIA:
+        return CRITERIA[name]
+    found = find(name, GROUP)
+    if found is None:
+        names = [*CRITERIA, *installed_names(GROUP)]
+        raise UsageError(
+            f"there is no criterion {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
+            "or give module:function"
+        )
+    return _made(name, found)
+
+
+def every_criterion() -> dict[str, Criterion]:
+    """By name, those of installed packages too. Raises as `criterion` does."""
+    return {name: criterion(name) for name in dict.fromkeys([*CRITERIA, *installed_names(GROUP)])}
+
+
+def _made(name: str, found: Any) -> Criterion:
+    """A criterion by the name it was asked for; a function becomes one that scores."""
+    if isinstance(found, Criterion):
+        return replace(found, name=name)
+    if not inspect.isfunction(found):
+        raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
+    return Criterion(name, (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."), found)
 
 
 def suits(name: str, space: Space) -> bool:
@@ -121,6 +168,6 @@ def choose(name: str, setting: Setting, budget: Budget) -> Chosen:
     if not suits(name, setting.space):
         raise UsageError(f"{name} chooses among {' and '.join(one.kinds)} only, not {setting.space.kind}")
     if one.score:
-        return take(setting, one.score(setting), budget)
+        return take(setting, one.scores(setting), budget)
     assert one.choose
     return one.choose(setting, budget)

@@ -42,7 +42,7 @@ def choose_angular(setting: Setting, budget: Budget) -> Chosen:
     """
     space = setting.space
     if space.kind != "block" or budget.target == math.inf:
-        raise UsageError("the angular distance chooses a run of so many blocks: give that number")
+        raise UsageError("the angular distance chooses a run of blocks: say how many with --count")
     states = _last_tokens(setting)
     runs: dict[int, list[tuple[str, ...]]] = {}
     for first in range(len(space.units)):

@@ -1,15 +1,21 @@
-"""Ways to make up for what a plan skips: ours, and the published ones to measure it against."""
+"""Ways to make up for what a plan skips: ours, and the published ones to measure it against.
+
+A new one is one function, and a line in `METHODS`; of another package, an entry point of the group
+`notall.repair_methods`.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, shortened
+from ...errors import UsageError, nearest, shortened
+from ...extensions import find, installed_names
 from ...progress import Progress, silent
 from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
@@ -21,7 +27,10 @@ from .replaceme import replaceme
 
 
 class Repairing(Protocol):
-    """A plan with weights, or with matrices that stay, from calibration text: token ids, (batch, tokens) each."""
+    """A function that answers a plan with weights, or with matrices that stay, from calibration text.
+
+    `batches` are token ids, (batch, tokens) each.
+    """
 
     def __call__(
         self, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
@@ -30,9 +39,11 @@ class Repairing(Protocol):
 
 @dataclass(frozen=True)
 class Method:
+    """A way to make up for what a plan skips; `adds` says what it adds at run time, for people."""
+
     repair: Repairing
     description: str
-    adds: str = "nothing"  # at run time
+    adds: str = "nothing"
 
 
 def none(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
@@ -55,8 +66,30 @@ METHODS = {
 }
 
 
+GROUP = "notall.repair_methods"  # of entry points
+
+
 def method(name: str) -> Method:
-    """Raises `UsageError` for a name that there is not."""
-    if name not in METHODS:
-        raise UsageError(f"there is no repair {shortened(name)!r}: choose {', '.join(METHODS)}")
-    return METHODS[name]
+    """The method of this name: one of `METHODS`, of an installed package, or of `module:function`.
+
+    Raises `UsageError` for another, and as `extensions.find` does.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    found = find(name, GROUP)
+    if found is None:
+        names = [*METHODS, *installed_names(GROUP)]
+        raise UsageError(
+            f"there is no repair {shortened(name)!r}{nearest(name, names)}: choose {', '.join(names)}, "
+            "or give module:function"
+        )
+    return _made(name, found)
+
+
+def _made(name: str, found: Any) -> Method:
+    """A method; a function becomes one, described by its first line."""
+    if isinstance(found, Method):
+        return found
+    if not inspect.isfunction(found):
+        raise UsageError(f"{shortened(name)} is no repair: give a function of a model, a plan and batches, or a Method")
+    return Method(found, (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."))

@@ -40,7 +40,7 @@ def kept_repair(
     asked = hashlib.sha256(json.dumps([plan.indices, dtype_name(base_model(model))]).encode())
     for batch in batches:
         asked.update(json.dumps(batch.tolist()).encode())
-    path = folder / f"{name}-{asked.hexdigest()[:16]}.safetensors"
+    path = folder / f"{name.replace(':', '-').replace('/', '-')}-{asked.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         start = time.perf_counter()
         repaired = method(name).repair(model, plan, batches, progress)

@@ -1,0 +1,29 @@
+"""What libraries log over their own installation as they are imported: no news to who loads a model."""
+
+from __future__ import annotations
+
+import logging
+
+# Loggers, and words of the lines of each that are dropped. transformers imports torchao wherever it is installed.
+DROPPED = {
+    "torchao": ("Failed to load", "Skipping import of cpp extensions"),  # kernels for another Python or another torch
+    "torch.utils._pytree": ("register_constant() on Enum subclasses",),  # torchao calls it
+}
+
+
+def drop_chatter() -> None:
+    """Drop those lines, and no others, from now on."""
+    for name, words in DROPPED.items():
+        logging.getLogger(name).addFilter(_Without(words))
+
+
+class _Without(logging.Filter):
+    """Lets pass what holds none of some words."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        super().__init__()
+        self.words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return not any(word in said for word in self.words)

@@ -1,0 +1,65 @@
+"""What others add to notall: by an entry point of their package, or named in place as `module:function`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .errors import UsageError, nearest, shortened
+
+
+def installed_names(group: str) -> list[str]:
+    """The names that installed packages add to a group of entry points; nothing is imported."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def find(name: str, group: str) -> Any | None:
+    """What an entry point of `group` or `module:function` names; None where `name` is neither.
+
+    Naming a module runs it; one in the working folder is found too. Raises `UsageError` where there is none, and
+    where it fails.
+    """
+    for point in entry_points(group=group):
+        if point.name == name:
+            return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)})")
+    return _loaded(name, shortened(name)) if ":" in name else None
+
+
+def _loaded(value: str, told: str) -> Any:
+    """What stands behind `module:function`."""
+    found = EntryPoint.pattern.fullmatch(value)
+    if not found or not found["attr"]:
+        raise UsageError(f"{told} names nothing: write module:function, such as mine:score_size")
+    holder: Any = _imported(found["module"], told)
+    for name in found["attr"].split("."):
+        if not hasattr(holder, name):
+            near = nearest(name, dir(holder))
+            raise UsageError(f"there is no {told}: {found['module']} has no {shortened(name)}{near}")
+        holder = getattr(holder, name)
+    return holder
+
+
+def _imported(module: str, told: str) -> Any:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # behind all else: a folder called datasets hides no library
+    try:
+        return import_module(module)
+    except Exception as error:  # their code may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = "put its file into this folder, or install its package"
+            raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error
+        raise UsageError(f"{told} fails as it is imported: {_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """What was raised, and in which line."""
+    said = shortened(f"{type(error).__name__}: {error}", 120)
+    if isinstance(error, SyntaxError):  # which says it
+        return said
+    last = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")][-1]
+    return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"

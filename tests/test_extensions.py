@@ -1,0 +1,190 @@
+"""Criteria and repairs of others: by an entry point of an installed package, and as module:function."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import notall
+from families import family
+from notall import Plan, UsageError, cli
+from notall.choosing import criteria
+from notall.choosing.budget import by_count
+from notall.choosing.objective import kl
+from notall.repairing import methods
+from tiny_checkpoint import save_tiny_checkpoint
+
+MINE = '''
+from notall import RepairedPlan
+from notall.choosing.criteria import Chosen, Criterion
+
+def by_depth(setting):
+    """The seventh wonder.
+
+    More of it."""
+    return {unit: abs(int(unit[0].partition(".")[2]) - 2) for unit in setting.space.units}
+
+def choose_first(setting, budget):
+    unit = setting.space.units[0]
+    return Chosen(frozenset(unit), (unit,))
+
+def halved(model, plan, batches, progress=None):
+    """Half of an MLP."""
+    path = "model.layers.0.mlp.down_proj.weight"
+    return RepairedPlan.of(plan, weights={path: model.get_parameter(path).detach() / 2})
+
+def lacks_one(setting):
+    return {unit: 0.0 for unit in setting.space.units[1:]}
+
+def says_nan(setting):
+    return dict.fromkeys(setting.space.units, float("nan"))
+
+FIRST = Criterion("first", "the first unit", choose=choose_first, kinds=("mlp",))
+NUMBER = 7
+'''
+BATCHES = [torch.arange(24).view(2, 12)]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with a module, in which one is; what was imported there is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("mine.py").write_text(MINE)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def package(mine, monkeypatch):
+    """An installed package that adds a criterion and a repair, under names of its own and under one of notall's."""
+    site = mine / "site"
+    info = site / "wonders-1.0.dist-info"
+    info.mkdir(parents=True)
+    (mine / "mine.py").rename(site / "wonders.py")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wonders\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[notall.criteria]\nwonder = wonders:by_depth\nrandom = wonders:by_depth\n"
+        "[notall.repair_methods]\nhalf = wonders:halved\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    return site
+
+
+def chosen(name, kind="mlp", count=2):
+    model = family("llama").build(num_hidden_layers=5)
+    space = notall.Space(notall.locate(model), kind)
+    return notall.choose_plan(model, name, space, by_count(space, count), BATCHES, kl(BATCHES))
+
+
+def test_a_function_is_a_criterion_by_its_place(mine):
+    assert chosen("mine:by_depth", count=3).plan.mlp == (1, 2, 3)
+    one = criteria.criterion("mine:by_depth")
+    assert (one.name, one.description) == ("mine:by_depth", "The seventh wonder")
+
+
+def test_an_object_that_chooses_is_one_too(mine):
+    assert chosen("mine:FIRST", count=1).plan.mlp == (0,)
+    assert criteria.criterion("mine:FIRST").kinds == ("mlp",)
+
+
+def test_a_package_adds_a_criterion_and_a_repair(package):
+    assert chosen("wonder", count=3).plan.mlp == (1, 2, 3)
+    every = criteria.every_criterion()
+    assert [*every] == [*criteria.CRITERIA, "wonder"]
+    assert every["random"] is criteria.CRITERIA["random"]
+    model = family("llama").build(num_hidden_layers=5)
+    repaired = methods.method("half").repair(model, Plan([2]), BATCHES)
+    ((path, weight),) = repaired.weights.items()
+    assert torch.equal(weight * 2, model.get_parameter(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine:by_deth", "there is no mine:by_deth: mine has no by_deth (did you mean by_depth?)"),
+        ("yours:by_depth", "there is no yours:by_depth: no module is called yours; put its file into this folder"),
+        ("mine.more:by_depth", "there is no mine.more:by_depth: no module is called mine.more"),
+        ("mine:", "mine: names nothing: write module:function"),
+        ("mi ne:x", "mi ne:x names nothing: write module:function"),
+        ("raises:x", "raises:x fails as it is imported: ZeroDivisionError: division by zero (raises.py, line 2)"),
+        ("needs:x", "needs:x fails as it is imported: ModuleNotFoundError: No module named 'lost' (needs.py, line 1)"),
+        ("broken:x", "broken:x fails as it is imported: SyntaxError"),
+        ("mine:NUMBER", "mine:NUMBER is no "),
+    ],
+)
+@pytest.mark.parametrize("found_by", [criteria.criterion, methods.method])
+def test_a_name_that_is_none_is_told_in_a_line(mine, name, said, found_by):
+    Path("raises.py").write_text("\n1 / 0\n")
+    Path("needs.py").write_text("import lost\n")
+    Path("broken.py").write_text("def x(:\n")
+    with pytest.raises(UsageError) as raised:
+        found_by(name)
+    assert str(raised.value).startswith(said)
+    assert len(str(raised.value)) < 240
+
+
+def test_a_name_like_that_of_a_package_is_told(package):
+    with pytest.raises(UsageError, match=r"no criterion 'wonders' \(did you mean wonder\?\).*or give module:function"):
+        criteria.criterion("wonders")
+    with pytest.raises(UsageError, match=r"no repair 'halb' \(did you mean half\?\)"):
+        methods.method("halb")
+
+
+@pytest.mark.parametrize("name", ["mine:lacks_one", "mine:says_nan"])
+def test_a_criterion_that_leaves_a_unit_without_a_number_is_refused(mine, name):
+    with pytest.raises(UsageError, match=r"gives no number to \('mlp.0',\): score every unit"):
+        chosen(name)
+
+
+@pytest.mark.parametrize("ways", [{}, {"score": math.fsum, "choose": math.fsum}])
+def test_a_criterion_has_one_way_to_choose(ways):
+    with pytest.raises(UsageError, match="needs one of score and choose"):
+        criteria.Criterion("size", "parameters", **ways)
+
+
+def test_a_module_of_the_folder_hides_no_library(mine):
+    Path("fractions.py").write_text("x = 1 / 0")
+    sys.modules.pop("fractions", None)
+    with pytest.raises(UsageError, match="fractions has no x"):
+        criteria.criterion("fractions:x")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        return leaving.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=5)
+    small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt"]
+    Path("text.txt").write_text("a bird sings under the winter light of an old stone; " * 9)
+    code, _, err = run("search", model, "--criterion", "mine:by_depth", "--kind", "mlp", "--count", 3, *small)
+    assert (code, err) == (0, "")
+    assert Plan.load("plan.json").mlp == (1, 2, 3)
+    named = ["--criterion", "mine:by_depth", "--repair", "mine:halved", "--budget", "mlp:2"]
+    code, out, err = run("compare", model, *named, *small, "--out", "c", "--json")
+    assert (code, err) == (0, "")
+    assert '"mine:halved"' in out
+    assert len(list(Path("c/repairs").glob("mine-halved-*.safetensors"))) == 1
+    code, _, err = run("search", model, "--criterion", "mine:by_deth", "--count", 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean by_depth?" in err
+
+
+def test_the_list_of_criteria_has_those_of_packages(package, run):
+    code, out, _ = run("criteria")
+    assert code == 0
+    assert "The seventh wonder" in out

@@ -1,0 +1,130 @@
+"""What a developer meets first: the names, what objects look like when printed, and a quiet terminal."""
+
+import logging
+import os
+import pydoc
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import notall
+from families import TRANSFORMERS_5, family
+from notall import Plan
+from notall.chatter import DROPPED
+from notall.choosing.budget import by_count
+from notall.choosing.objective import nll
+from notall.models.loading import build_empty, load_config
+from notall.records.ranges import in_ranges
+from tiny_checkpoint import save_tiny_checkpoint
+
+
+def test_dir_and_completion_show_the_public_names_and_no_others():
+    assert dir(notall) == notall.__all__
+    assert {"Plan", "deepest", "generate_text", "load", "skip"} <= set(dir(notall))
+    assert all(getattr(notall, name) is not None for name in dir(notall))
+
+
+def test_help_explains_each_public_function():
+    told = pydoc.render_doc(notall, renderer=pydoc.plaintext)
+    for name in notall.__all__:
+        if not name.startswith("_") and name[0].islower():
+            assert f"\n    {name}(" in told, name
+    for name in ("import_module", "drop_chatter", "_HOMES"):
+        assert f"\n    {name}" not in told
+
+
+@pytest.mark.parametrize(
+    ("indices", "written"),
+    [([], ""), ([7], "7"), ([1, 0], "0, 1"), ([0, 1, 2, 3, 7], "0-3, 7"), ([2, 4, 5, 6, 8, 9], "2, 4-6, 8, 9")],
+)
+def test_indices_are_written_as_ranges(indices, written):
+    assert in_ranges(indices) == written
+
+
+@pytest.mark.parametrize(
+    ("plan", "written"),
+    [
+        (Plan(), "nothing"),
+        (Plan([5, 7]), "attention 5, 7"),
+        (Plan([7, 20, 21, 22], [12, 20, 21, 22]), "block 20-22; attention 7; mlp 12"),
+    ],
+)
+def test_a_plan_prints_as_a_line(plan, written):
+    assert str(plan) == written
+
+
+def test_a_plan_names_its_sublayers():
+    assert Plan([5, 7], [2]).names == ("attn.5", "attn.7", "mlp.2")
+
+
+def lines_at_80_columns(printed):
+    return sum(-(-max(1, len(line)) // 80) for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("shape", ["llama-2-7b", "llama-2-70b"])
+def test_an_anatomy_fits_a_screen(shape):
+    anatomy = notall.locate(build_empty(load_config(shape)))
+    layers = len(anatomy.blocks)
+    printed = str(anatomy)
+    assert lines_at_80_columns(printed) <= 6
+    assert f"layers 0-{layers - 1}" in printed
+    assert f"{anatomy.blocks[0].mlp.parameters:,} parameters" in printed
+    assert f"attention (full_attention): {anatomy.blocks[0].attention.parameters:,} parameters" in printed
+    every_other = Plan(range(0, layers, 2), range(1, layers, 2))
+    for one in (every_other, anatomy.blocks[0], anatomy.blocks[0].mlp, notall.Space(anatomy)):
+        assert lines_at_80_columns(repr(one)) <= 12, one
+        assert lines_at_80_columns(str(one)) <= 12, one
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", *(["nemotron_h", "qwen3_next"] if TRANSFORMERS_5 else [])])
+def test_an_anatomy_tells_layers_of_different_forms_apart(name):
+    anatomy = notall.locate(family(name).build())
+    printed = str(anatomy)
+    assert ("in parallel" in printed) == anatomy.blocks[0].parallel
+    for mixer in anatomy.mixers:
+        layers = [part.index for part in anatomy.sublayers if part.mixer == mixer]
+        assert f"layers {in_ranges(layers)}" in printed
+        assert f"({mixer})" in printed
+
+
+def test_what_a_choice_comes_to_fits_a_screen():
+    model = family("llama").build(num_hidden_layers=40)
+    batches = [torch.arange(16).view(1, 16)]
+    space = notall.Space(notall.locate(model), "sublayer")
+    budget, objective = by_count(space, 30), nll(batches)
+    chosen = notall.choose_plan(model, "deepest", space, budget, batches, objective, held_out=batches)
+    for one, most in ((chosen, 20), (budget, 2), (objective, 2), (chosen.held_out[1], 4)):
+        assert lines_at_80_columns(repr(one)) <= most, one
+    assert f"skip {chosen.plan}: {chosen.dense_cost:.3f} before, {chosen.cost:.3f} after" in str(chosen)
+    assert ": 0.000 before, -0.001 after" in str(replace(chosen, dense_cost=-1e-9, cost=-0.001))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is what talks")
+@pytest.mark.parametrize("how", ["in Python", "at the terminal"])
+def test_no_library_talks_on_the_terminal(how, tiny):
+    """In a fresh process: what libraries say as they are imported, they say once."""
+    command = {
+        "in Python": ["-c", f"import notall; notall.load({str(tiny)!r})"],
+        "at the terminal": ["-m", "notall", "eval", "TINY", "--skip", "attention", "--sequences", "1", "--length", "8"],
+    }[how]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [str(tiny) if word == "TINY" else word for word in command]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_what_is_known_to_be_chatter_is_dropped(caplog, monkeypatch):
+    for name, words in DROPPED.items():
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        logging.getLogger(name).warning("%s, and more", words[0])
+        logging.getLogger(name).warning("a kernel of %s is wrong", name)
+    assert [record.getMessage() for record in caplog.records] == [f"a kernel of {name} is wrong" for name in DROPPED]
