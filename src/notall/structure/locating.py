@@ -8,7 +8,7 @@ a cache and a layer index of its own (`proving`): where the numbers differ, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -19,11 +19,23 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
 from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
-from .observation import Branch, LayerTrace, child, lines_of, watching
-from .proving import prove
+from .lending import Lending, Place, tensors_in
+from .observation import (
+    PROBE_BATCH,
+    PROBE_TOKENS,
+    Branch,
+    LayerTrace,
+    Watch,
+    child,
+    forward_replaced,
+    hidden_name,
+    lines_of,
+    watching,
+)
+from .proving import first, prove, prove_seat
+from .seats import DummyLayer, Stub, halves, whole
+from .slicing import LAYER_INDICES
 from .weightless import is_weightless, running_weightless
-
-PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyDictionary()
 
@@ -75,7 +87,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; notall skips sublayers of decoder-only models"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "num_kv_shared_layers", 0) and DummyLayer is None:
         raise UnsupportedModel(
             f"{config.model_type} shares keys and values between layers (num_kv_shared_layers="
             f"{config.num_kv_shared_layers}): an attention cannot be left out without those that read from it"
@@ -125,29 +137,35 @@ def _proved_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block
     # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
     device = weight.device if weight.device.type != "meta" else torch.device("cpu")
     config = text_config(model)
-    traces = _observe(model, layers, model, device)
-    blocks = tuple(_read(config, trace) for trace in traces)
-    for trace, block in zip(traces, blocks):
+    watch = _observe(model, layers, model, device)
+    blocks = _blocks(config, watch)
+    if any(part.stub for block in blocks for part in block.sublayers):
+        _prove_apart(model, layers, watch, device)
+        for trace, block in zip(watch.traces, blocks):
+            prove_seat(config, trace, block, watch.lending)
+        return blocks
+    for trace, block in zip(watch.traces, blocks):
         prove(config, trace, block)
     return blocks
 
 
 def _weightless_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
     with running_weightless(model) as call:
-        traces = _observe(model, layers, call, torch.device("cpu"))
-        return tuple(_read(text_config(model), trace) for trace in traces)
+        return _blocks(text_config(model), _observe(model, layers, call, torch.device("cpu")))
 
 
-def _observe(
-    model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device
-) -> list[LayerTrace]:
-    config = text_config(model)
-    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % config.vocab_size
+def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, cache: DynamicCache) -> None:
+    vocabulary = text_config(model).vocab_size
+    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    cache = DynamicCache(config=config)
+    call(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+
+
+def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device) -> Watch:
+    cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        call(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+        _run_probe(model, call, device, cache)
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -155,19 +173,117 @@ def _observe(
             "notall needs a plain stack of decoder layers"
         )
     for before, after in zip(traces, traces[1:]):
-        if _hands_on_more(before.answer, after.arguments):
-            raise UnsupportedModel(
-                f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
-                f"{before.index}; expected layers that depend on each other by the residual stream alone. "
-                "notall leaves this model alone: choose another one"
-            )
-        answer = before.answer[0] if isinstance(before.answer, tuple) else before.answer
-        if not _is_handed_on(answer, after.kept[0]):
+        if not _is_handed_on(first(before.answer), after.kept[0]):
             raise UnsupportedModel(
                 f"the model changes its hidden states between layers {before.index} and {after.index}; "
                 "expected each layer's output to be the next one's input. notall leaves this model alone"
             )
-    return traces
+    return watch
+
+
+def _blocks(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
+    """As lines of a residual stream where they can be read as such, and each layer in its seat where not."""
+    try:
+        for before, after in zip(watch.traces, watch.traces[1:]):
+            _refuse_more_than_hidden_states(before, after)
+        _refuse_loans(watch.lending)
+        for trace in watch.traces:
+            _refuse_told_index(trace)
+        return tuple(_read(config, trace) for trace in watch.traces)
+    except UnsupportedModel:
+        if DummyLayer is None:  # there a cache keeps a place for every layer
+            raise
+    return _seats(config, watch)
+
+
+def _refuse_more_than_hidden_states(before: LayerTrace, after: LayerTrace) -> None:
+    if _hands_on_more(before.answer, after.arguments):
+        raise UnsupportedModel(
+            f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
+            f"{before.index}; expected layers that depend on each other by the residual stream alone. "
+            "notall leaves this model alone: choose another one"
+        )
+
+
+def _refuse_loans(lending: Lending) -> None:
+    if lending.loans:
+        (lender, _), (borrower, _) = min(lending.loans, key=str)
+        raise UnsupportedModel(
+            f"layer {borrower} reads what layer {lender} makes beside its hidden states; expected layers that depend on "
+            "each other by the residual stream alone. notall leaves this model alone: choose another one"
+        )
+
+
+def _refuse_told_index(trace: LayerTrace) -> None:
+    if any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}) is told its index by the model; expected one that "
+            "knows it. notall leaves this model alone: choose another one"
+        )
+
+
+def _seats(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
+    mixers = frozenset(
+        type(child(trace.layer, write.module)) for trace in watch.traces for write in trace.cache_writes if write.module
+    )
+    stubs: dict[int, dict[str, Stub]] = {}  # of each layer, by the names of its sublayers
+    for trace in watch.traces:
+        found = halves(trace, mixers)
+        attention, mlp = (found.mixer, found.mlp) if found else (whole(trace), None)
+        named = {f"attn.{trace.index}": attention, f"mlp.{trace.index}": mlp}
+        stubs[trace.index] = {name: stub for name, stub in named.items() if stub}
+    return tuple(_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
+
+
+def _seat(
+    config: PretrainedConfig, trace: LayerTrace, stubs: dict[int, dict[str, Stub]], lending: Lending
+) -> Block:
+    parts = []
+    for name, stub in stubs[trace.index].items():
+        kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
+        mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
+        lends = {
+            _name(stubs, borrower) for lender, borrower in lending.loans if _name(stubs, lender) == name
+        }
+        parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
+    return Block(trace.index, tuple(parts), False, _answer(trace))
+
+
+def _name(stubs: dict[int, dict[str, Stub]], place: Place) -> str:
+    """The sublayer at `place`, or its layer, where no sublayer of it is there."""
+    index, module = place
+    return next(
+        (name for name, stub in stubs[index].items() if stub.is_layer or module in stub.modules), f"layer.{index}"
+    )
+
+
+def _prove_apart(model: PreTrainedModel, layers: nn.ModuleList, watch: Watch, device: torch.device) -> None:
+    """With layers that do nothing, each is given the same, but for what layers were seen to make."""
+    cache = DynamicCache(config=text_config(model))
+    with ExitStack() as idle:
+        for trace in watch.traces:
+            idle.enter_context(forward_replaced(trace.layer, _idle(trace)))
+        with watching(layers, cache) as alone:
+            _run_probe(model, model, device, cache)
+    for trace, other in zip(watch.traces, alone.traces):
+        made = [held for held in tensors_in(trace.given) if not watch.lending.lender_of(held)]
+        left = [held for held in tensors_in(other.given)]
+        if len(made) != len(left) or not all(map(torch.equal, made, left)):
+            raise UnsupportedModel(
+                f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
+                "layers' answers; notall leaves this model alone: choose another one"
+            )
+
+
+def _idle(trace: LayerTrace) -> Callable[..., Any]:
+    name = hidden_name(trace.layer)
+    more = trace.answer[1:] if isinstance(trace.answer, tuple) else ()
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs[name]
+        return (hidden, *(None for _ in more)) if isinstance(trace.answer, tuple) else hidden
+
+    return idle
 
 
 def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
@@ -177,9 +293,13 @@ def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
 
 
 def _is_handed_on(answer: Any, given: Tensor) -> bool:
-    """Whether the next layer was given `answer` itself, or, on another device, a copy of it."""
+    """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
     if given is answer or not isinstance(answer, Tensor):
         return given is answer
+    if given.untyped_storage()._cdata == answer.untyped_storage()._cdata:
+        return (given.shape, given.stride(), given.storage_offset()) == (
+            answer.shape, answer.stride(), answer.storage_offset()
+        )
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
@@ -244,9 +364,11 @@ def _sublayer(
     branches: tuple[Branch, ...],
     exclude: Iterable[str],
     mixer: str | None = None,
+    stub: Stub | None = None,
+    lends: tuple[str, ...] = (),
 ) -> Sublayer:
-    names = {name for branch in branches for name in branch.modules} - set(exclude)
-    weights = {id(p): p for name in names for p in child(trace.layer, name).parameters()}.values()
+    names = {name for branch in branches for name in branch.modules} | {*(stub.modules if stub else ())}
+    weights = {id(p): p for name in names - set(exclude) for p in child(trace.layer, name).parameters()}.values()
     return Sublayer(
         kind,
         trace.index,
@@ -256,4 +378,6 @@ def _sublayer(
         kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
+        stub=stub,
+        lends=lends,
     )

@@ -6,15 +6,20 @@ Every layer run again from its parts, alone, must give what it gave, and no MLP 
 from __future__ import annotations
 
 import itertools
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from ..errors import UnsupportedModel
 from .anatomy import Block
-from .observation import Branch, LayerCall, LayerTrace, run_branches
-from .slicing import numbered, sliced
+from .lending import Lending
+from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, run_branches
+from .seats import emptied
+from .slicing import numbered, places_freed, sliced
 
 
 def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
@@ -65,6 +70,92 @@ def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hi
             f"layer {trace.index} ({type(trace.layer).__name__}): {', '.join(branch.modules)} looks at other tokens "
             "without a cache; expected that of the attention alone. notall leaves this model alone: choose another one"
         )
+
+
+def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lending: Lending) -> None:
+    """The layer depends on others by what it was seen to read alone, stubs do what silence does, and the MLP is local."""
+    where = f"layer {trace.index} ({type(trace.layer).__name__})"
+    elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
+    if elsewhere:
+        raise UnsupportedModel(f"{where} writes to the cache at {elsewhere[0]}; expected its own place")
+    seat = _Seat(config, trace, lending)
+    _compare(trace, seat.run(trace.layer, trace.hidden), first(trace.answer), "what it answers alone, in its seat")
+    mixer = next((part for part in block.sublayers if part.mixer), None)
+    for part in block.sublayers:
+        assert part.stub is not None
+        silent = seat.run(emptied(trace.layer, trace.index, (), [part.stub]), trace.hidden)
+        stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub], ()), trace.hidden, freed=part is mixer)
+        _compare(trace, stubbed, silent, f"what it answers when {part.name} runs and adds nothing")
+    stubs = [mixer.stub] if mixer and mixer.stub else []
+    if stubs and stubs[0].is_layer:
+        if trace.cache_writes or lending.borrows(trace.index):
+            return
+        stubs = []  # it must be local as it is
+    without = emptied(trace.layer, trace.index, stubs, ())
+    others = _earlier_flipped(trace.hidden)
+    found, expected = (last_token(seat.run(without, given, freed=bool(stubs))) for given in (others, trace.hidden))
+    if not relative_error(found, expected) <= tolerance(expected.dtype):
+        raise UnsupportedModel(
+            f"{where} looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that "
+            "writes to the cache. notall leaves this model alone: choose another one"
+        )
+
+
+def _compare(trace: LayerTrace, found: Tensor, expected: Tensor, what: str) -> None:
+    if not (error := relative_error(found, expected)) <= tolerance(expected.dtype):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}) differs by {error:.1e} of its largest value from "
+            f"{what} (expected at most {tolerance(expected.dtype):.0e}). notall leaves this model alone: choose another one"
+        )
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Runs a layer, or a twin of it, as it was called, in a cache where no other layer has left anything."""
+
+    config: PretrainedConfig
+    trace: LayerTrace
+    lending: Lending
+
+    def run(self, layer: nn.Module, hidden: Tensor, freed: bool = False) -> Tensor:
+        with places_freed(self.config, [self.trace.index] if freed else []):
+            cache = DynamicCache(config=self.config)
+        given = {
+            name: cache if isinstance(value, DynamicCache) else self._unread_zeroed(value)
+            for name, value in as_given(self.trace.given).items()
+        }
+        return first(layer(hidden.clone(), **given))
+
+    def _unread_zeroed(self, value: Any) -> Any:
+        """What others lend and this layer was not seen to read makes no difference."""
+        if isinstance(value, Tensor):
+            unread = self.lending.lender_of(value) and not self.lending.is_read(value, self.trace.index)
+            return torch.zeros_like(value) if unread else value
+        if isinstance(value, MutableMapping):
+            for name, held in value.items():
+                value[name] = self._unread_zeroed(held)
+        return tuple(map(self._unread_zeroed, value)) if type(value) is tuple else value
+
+
+def first(answer: Any) -> Tensor:
+    """The hidden states of what a layer answers."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def last_token(hidden: Tensor) -> Tensor:
+    """(..., width), of hidden states whose batch and tokens are those of the probe, in this order."""
+    return hidden.select(_tokens_axis(hidden), -1)
+
+
+def _earlier_flipped(hidden: Tensor) -> Tensor:
+    axis = _tokens_axis(hidden)
+    earlier, last = hidden.split([hidden.shape[axis] - 1, 1], dim=axis)
+    return torch.cat([earlier.flip(axis), last], dim=axis)
+
+
+def _tokens_axis(hidden: Tensor) -> int:
+    pairs = list(itertools.pairwise(hidden.shape))
+    return pairs.index((PROBE_BATCH, PROBE_TOKENS)) + 1
 
 
 def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:
