@@ -209,8 +209,8 @@ def _refuse_loans(lending: Lending) -> None:
     if lending.loans:
         (lender, _), (borrower, _) = min(lending.loans, key=str)
         raise UnsupportedModel(
-            f"layer {borrower} reads what layer {lender} makes beside its hidden states; expected layers that depend on "
-            "each other by the residual stream alone. notall leaves this model alone: choose another one"
+            f"layer {borrower} reads what layer {lender} makes beside its hidden states; expected layers that depend "
+            "on each other by the residual stream alone. notall leaves this model alone: choose another one"
         )
 
 
@@ -235,16 +235,12 @@ def _seats(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
     return tuple(_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
 
 
-def _seat(
-    config: PretrainedConfig, trace: LayerTrace, stubs: dict[int, dict[str, Stub]], lending: Lending
-) -> Block:
+def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: dict[int, dict[str, Stub]], lending: Lending) -> Block:
     parts = []
     for name, stub in stubs[trace.index].items():
         kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
-        lends = {
-            _name(stubs, borrower) for lender, borrower in lending.loans if _name(stubs, lender) == name
-        }
+        lends = {_name(stubs, borrower) for lender, borrower in lending.loans if _name(stubs, lender) == name}
         parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
     return Block(trace.index, tuple(parts), False, _answer(trace))
 
@@ -267,7 +263,7 @@ def _prove_apart(model: PreTrainedModel, layers: nn.ModuleList, watch: Watch, de
             _run_probe(model, model, device, cache)
     for trace, other in zip(watch.traces, alone.traces):
         made = [held for held in tensors_in(trace.given) if not watch.lending.lender_of(held)]
-        left = [held for held in tensors_in(other.given)]
+        left = list(tensors_in(other.given))
         if len(made) != len(left) or not all(map(torch.equal, made, left)):
             raise UnsupportedModel(
                 f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
@@ -298,7 +294,9 @@ def _is_handed_on(answer: Any, given: Tensor) -> bool:
         return given is answer
     if given.untyped_storage()._cdata == answer.untyped_storage()._cdata:
         return (given.shape, given.stride(), given.storage_offset()) == (
-            answer.shape, answer.stride(), answer.storage_offset()
+            answer.shape,
+            answer.stride(),
+            answer.storage_offset(),
         )
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 

@@ -73,7 +73,10 @@ def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hi
 
 
 def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lending: Lending) -> None:
-    """The layer depends on others by what it was seen to read alone, stubs do what silence does, and the MLP is local."""
+    """Run the layer in its seat: as it is, with each sublayer silenced and left out, and without its mixer.
+
+    So it depends on others only by what it was seen to read, stubs do what silence does, and the MLP is local.
+    """
     where = f"layer {trace.index} ({type(trace.layer).__name__})"
     elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
     if elsewhere:
@@ -105,7 +108,8 @@ def _compare(trace: LayerTrace, found: Tensor, expected: Tensor, what: str) -> N
     if not (error := relative_error(found, expected)) <= tolerance(expected.dtype):
         raise UnsupportedModel(
             f"layer {trace.index} ({type(trace.layer).__name__}) differs by {error:.1e} of its largest value from "
-            f"{what} (expected at most {tolerance(expected.dtype):.0e}). notall leaves this model alone: choose another one"
+            f"{what} (expected at most {tolerance(expected.dtype):.0e}). notall leaves this model alone: "
+            "choose another one"
         )
 
 

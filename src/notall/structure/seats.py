@@ -9,7 +9,7 @@ given when it is left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import Cache
 
 from ..errors import UsageError
 from .observation import LayerTrace, Node, child, hidden_name, parameter_names
+from .twins import twin_of
 
 try:  # places of a cache that hold nothing
     from transformers.cache_utils import DummyLayer
@@ -153,34 +154,20 @@ def _mixed(mixin: type[nn.Module], module_class: type) -> type:
     return type(f"{mixin.__name__}{module_class.__name__}", (mixin, module_class), {"__module__": __name__})
 
 
-Twin = Callable[[nn.Module, dict[str, nn.Module], type[nn.Module]], nn.Module]
-
-
-def plain_twin(layer: nn.Module, children: dict[str, nn.Module], layer_class: type[nn.Module]) -> nn.Module:
-    """Like `layer`, sharing its parameters, but of `layer_class` and with `children`."""
-    twin = object.__new__(layer_class)
-    twin.__dict__.update(layer.__dict__)
-    twin.__dict__.pop("forward", None)
-    twin.__dict__["_modules"] = dict(children)
-    return twin
-
-
-def emptied(
-    layer: nn.Module, index: int, stubs: Iterable[Stub], muted: Iterable[Stub], twin: Twin = plain_twin
-) -> nn.Module:
+def emptied(layer: nn.Module, index: int, stubs: Iterable[Stub], muted: Iterable[Stub]) -> nn.Module:
     """`layer` without what `stubs` hold; of what `muted` hold all is run, and adds nothing."""
     children = dict(layer.named_children())
     for stub, runs in [(stub, False) for stub in stubs] + [(stub, True) for stub in muted]:
         name, form = stub.end
         if stub.is_layer:
-            empty = twin(layer, children if runs else {}, _mixed(EmptySeat, type(layer)))
+            empty = twin_of(layer, children if runs else {}, _mixed(EmptySeat, type(layer)))
             empty.form, empty.index, empty.runs = form, index, runs  # type: ignore[assignment]
             return empty
         if runs:
             children[name] = Muted(children[name], form)
         else:
             children |= {name: _nothing(children[name], form, index) for name, form in stub.forms}
-    return twin(layer, children, type(layer))
+    return twin_of(layer, children, type(layer))
 
 
 # --- reading a layer --------------------------------------------------------------------------------------------------
@@ -188,9 +175,9 @@ def emptied(
 
 @dataclass(frozen=True)
 class Halves:
-    """What a layer is made of: its mixer and its MLP, either of which it may lack."""
+    """What a layer is made of: its mixer, and its MLP, if it has one."""
 
-    mixer: Stub | None
+    mixer: Stub
     mlp: Stub | None
 
 
@@ -225,8 +212,8 @@ def halves(trace: LayerTrace, mixers: frozenset[type]) -> Halves | None:
         if name not in own and (last := flow.end(name, mixer, through=True)) and last != end:
             others.setdefault(last, []).append(name)
     largest = max(others.values(), key=lambda names: _weights(trace, names), default=None)
-    stubs = [_stub(trace, flow, names) if names else None for names in (own, largest)]
-    return None if largest and stubs[1] is None or stubs[0] is None else Halves(stubs[0], stubs[1])
+    attention, mlp = _stub(trace, flow, own), _stub(trace, flow, largest) if largest else None
+    return Halves(attention, mlp) if attention and (mlp or not largest) else None
 
 
 def _weights(trace: LayerTrace, names: list[str]) -> int:

@@ -59,7 +59,7 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
 
 
 def free_places(config: PretrainedConfig, layers: Iterable[int]) -> None:
-    """Have caches made from `config` hold nothing for `layers`, as for those that share another one's keys and values."""
+    """Have caches made from `config` hold nothing for `layers`, as for those that share keys and values."""
     modes = list(getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers)
     for index in layers:
         modes[index] = "reuse"
