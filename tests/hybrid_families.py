@@ -394,11 +394,11 @@ HYBRIDS: list[Family] = [
         whole=ALL,  # their MLPs keep a state
         **INKLING,
     ),
-    _llama("qwen4_exp_text", **QWEN4),
+    _llama("qwen4_exp_text", whole=ALL, **QWEN4),  # it looks for positions in the place of its first attention
     _llama(
         "qwen4_exp_text (n-grams)",
         "qwen4_exp_text",
-        whole=(0, 2),  # what is looked up has a state of its own
+        whole=ALL,
         eos_token_id=2,
         ple_layer_ids=[1, 3],
         ple_embed_dim=16,

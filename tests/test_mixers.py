@@ -55,7 +55,7 @@ def plans_of(family: Family, kinds: list[str]) -> Iterator[tuple[str, Plan]]:
         yield "one period's states", Plan(states[:1])
         yield "all states", Plan(states)
         yield "all states, all but one that counts", Plan([*states, *caches[:-1]])
-    if family.only_attention == family.whole and not states:
+    if not states:
         yield "middle mixer", Plan(mixers[2:3])
         yield "first and middle mixer", Plan(mixers[:3:2])
     if mlps:
@@ -124,6 +124,8 @@ def check(
         expected = {"uncached": uncached(model, sequences, whole), "generate": generate(model, tokens, mask)[1]}
         expected["cached"] = cached(model, sequences, whole)[0]
         expected["static cache"] = expected["generate"]
+        if static and padded:
+            expected["static cache"] = generate(model, tokens, mask, cache_implementation="static")[1]
         if beams:
             expected["beams"] = model.generate(tokens, **BEAMS).sequences_scores
     real = (torch.ones_like(sequences) if whole is None else whole) == 1

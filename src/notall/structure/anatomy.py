@@ -83,12 +83,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`."""
+    """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`.
+
+    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`).
+    """
 
     model_type: str
     layers: str
     blocks: tuple[Block, ...]
     fingerprint: str  # see `Fingerprint`
+    seated: bool = False
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -98,11 +102,6 @@ class Anatomy:
     def kinds(self) -> tuple[tuple[str, ...], ...]:
         """For each block, the kinds of its sublayers."""
         return tuple(block.kinds for block in self.blocks)
-
-    @property
-    def seated(self) -> bool:
-        """Whether layers keep their seats: stubs stand in for what is skipped (see `structure/seats.py`)."""
-        return any(part.stub for part in self.sublayers)
 
     def running(self, plan: Plan) -> frozenset[str]:
         """The names of what runs under `plan`: what it keeps, and what it skips and others that run read."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
@@ -28,13 +30,13 @@ from .observation import (
     Watch,
     child,
     forward_replaced,
-    hidden_name,
     lines_of,
+    parameter_names,
     watching,
 )
-from .proving import first, prove, prove_seat
+from .proving import first, prove, prove_layer, prove_seat
 from .seats import DummyLayer, Stub, halves, whole
-from .slicing import LAYER_INDICES
+from .slicing import LAYER_INDICES, places_freed
 from .weightless import is_weightless, running_weightless
 
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyDictionary()
@@ -59,13 +61,13 @@ def locate(model: PreTrainedModel) -> Anatomy:
         return known[1]
     try:
         with _undisturbed(model):
-            blocks = _weightless_blocks(model, layers) if is_weightless(model) else _proved_blocks(model, layers)
+            found = _weightless(model, layers) if is_weightless(model) else _proved(model, layers)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise _refusal(model, error) from error
     config = text_config(model)
-    anatomy = Anatomy(config.model_type, path, blocks, str(fingerprint(config)))
+    anatomy = Anatomy(config.model_type, path, found.blocks, str(fingerprint(config)), found.seated)
     remember(model, layers, anatomy)
     return anatomy
 
@@ -132,40 +134,51 @@ def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
     )
 
 
-def _proved_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+@dataclass(frozen=True)
+class _Found:
+    blocks: tuple[Block, ...]
+    seated: bool = False
+
+    @property
+    def by_lines(self) -> bool:
+        return not any(part.stub for block in self.blocks for part in block.sublayers)
+
+
+def _proved(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
     weight = model.get_input_embeddings().weight
     # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
     device = weight.device if weight.device.type != "meta" else torch.device("cpu")
     config = text_config(model)
     watch = _observe(model, layers, model, device)
-    blocks = _blocks(config, watch)
-    if any(part.stub for block in blocks for part in block.sublayers):
-        _prove_apart(model, layers, watch, device)
-        for trace, block in zip(watch.traces, blocks):
+    found = _find(model, watch, model, device)
+    for trace, block in zip(watch.traces, found.blocks):
+        if found.by_lines:
+            prove(config, trace, block)
+        elif found.seated:
             prove_seat(config, trace, block, watch.lending)
-        return blocks
-    for trace, block in zip(watch.traces, blocks):
-        prove(config, trace, block)
-    return blocks
+        else:
+            prove_layer(config, trace)
+    return found
 
 
-def _weightless_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+def _weightless(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
+    device = torch.device("cpu")
     with running_weightless(model) as call:
-        return _blocks(text_config(model), _observe(model, layers, call, torch.device("cpu")))
+        return _find(model, _observe(model, layers, call, device), call, device)
 
 
-def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, cache: DynamicCache) -> None:
+def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, **cache: DynamicCache) -> None:
     vocabulary = text_config(model).vocab_size
     tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    call(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+    call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
 
 
 def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device) -> Watch:
     cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        _run_probe(model, call, device, cache)
+        _run_probe(model, call, device, **{cache_argument(model): cache})
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -181,19 +194,47 @@ def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., 
     return watch
 
 
-def _blocks(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
-    """As lines of a residual stream where they can be read as such, and each layer in its seat where not."""
+def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device) -> _Found:
+    """Lines of a residual stream where layers can be read as such; else layers in their seats, or as wholes."""
+    config = text_config(model)
     try:
-        for before, after in zip(watch.traces, watch.traces[1:]):
-            _refuse_more_than_hidden_states(before, after)
-        _refuse_loans(watch.lending)
-        for trace in watch.traces:
-            _refuse_told_index(trace)
-        return tuple(_read(config, trace) for trace in watch.traces)
+        return _Found(_lines(config, watch))
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
-    return _seats(config, watch)
+    writers = [trace.index for trace in watch.traces if trace.cache_writes]
+    apart = not watch.lending.loans and not any(_is_told_index(trace) for trace in watch.traces)
+    for stubs in (_halves(watch), _wholes(watch)):
+        seated = not apart or not all(stub.is_layer for named in stubs for stub in named.values())
+        try:
+            _prove_apart(model, watch, call, device, freed=writers[:-1] if seated else [])
+        except UnsupportedModel:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            continue
+        parts = (_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
+        return _Found(tuple(parts), seated)
+    raise UnsupportedModel(
+        f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
+        f"({reason}). notall leaves this model alone: choose another one"
+    )
+
+
+def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
+    for before, after in zip(watch.traces, watch.traces[1:]):
+        _refuse_more_than_hidden_states(before, after)
+    for (lender, _), (borrower, _) in watch.lending.loans:
+        raise UnsupportedModel(f"layer {borrower} reads what layer {lender} makes beside its hidden states")
+    for trace in watch.traces:
+        if _is_told_index(trace):
+            raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
+    return tuple(_read(config, trace) for trace in watch.traces)
+
+
+def _is_told_index(trace: LayerTrace) -> bool:
+    """Whether the model says which layer it is; one that knows it itself can be told another."""
+    return any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES)
 
 
 def _refuse_more_than_hidden_states(before: LayerTrace, after: LayerTrace) -> None:
@@ -205,47 +246,36 @@ def _refuse_more_than_hidden_states(before: LayerTrace, after: LayerTrace) -> No
         )
 
 
-def _refuse_loans(lending: Lending) -> None:
-    if lending.loans:
-        (lender, _), (borrower, _) = min(lending.loans, key=str)
-        raise UnsupportedModel(
-            f"layer {borrower} reads what layer {lender} makes beside its hidden states; expected layers that depend "
-            "on each other by the residual stream alone. notall leaves this model alone: choose another one"
-        )
+Named = dict[str, Stub]  # the stubs of a layer, by the names of its sublayers
 
 
-def _refuse_told_index(trace: LayerTrace) -> None:
-    if any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}) is told its index by the model; expected one that "
-            "knows it. notall leaves this model alone: choose another one"
-        )
-
-
-def _seats(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
-    mixers = frozenset(
-        type(child(trace.layer, write.module)) for trace in watch.traces for write in trace.cache_writes if write.module
-    )
-    stubs: dict[int, dict[str, Stub]] = {}  # of each layer, by the names of its sublayers
+def _halves(watch: Watch) -> list[Named]:
+    """By halves, and each layer that cannot be read so as a whole."""
+    writers = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
+    mixers = frozenset(type(child(layer, module)) for layer, module in writers if module)
+    stubs = []
     for trace in watch.traces:
         found = halves(trace, mixers)
-        attention, mlp = (found.mixer, found.mlp) if found else (whole(trace), None)
-        named = {f"attn.{trace.index}": attention, f"mlp.{trace.index}": mlp}
-        stubs[trace.index] = {name: stub for name, stub in named.items() if stub}
-    return tuple(_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
+        mixer, mlp = (found.mixer, found.mlp) if found else (whole(trace), None)
+        stubs.append({f"attn.{trace.index}": mixer} | ({f"mlp.{trace.index}": mlp} if mlp else {}))
+    return stubs
 
 
-def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: dict[int, dict[str, Stub]], lending: Lending) -> Block:
+def _wholes(watch: Watch) -> list[Named]:
+    return [{f"attn.{trace.index}": whole(trace)} for trace in watch.traces]
+
+
+def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], lending: Lending) -> Block:
     parts = []
     for name, stub in stubs[trace.index].items():
         kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
-        lends = {_name(stubs, borrower) for lender, borrower in lending.loans if _name(stubs, lender) == name}
+        lends = {_at(stubs, borrower) for lender, borrower in lending.loans if _at(stubs, lender) == name}
         parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
     return Block(trace.index, tuple(parts), False, _answer(trace))
 
 
-def _name(stubs: dict[int, dict[str, Stub]], place: Place) -> str:
+def _at(stubs: list[Named], place: Place) -> str:
     """The sublayer at `place`, or its layer, where no sublayer of it is there."""
     index, module = place
     return next(
@@ -253,31 +283,42 @@ def _name(stubs: dict[int, dict[str, Stub]], place: Place) -> str:
     )
 
 
-def _prove_apart(model: PreTrainedModel, layers: nn.ModuleList, watch: Watch, device: torch.device) -> None:
-    """With layers that do nothing, each is given the same, but for what layers were seen to make."""
-    cache = DynamicCache(config=text_config(model))
+def _prove_apart(
+    model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device, freed: list[int]
+) -> None:
+    """With layers that do nothing, each is given the same, but for what layers were seen to make.
+
+    The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
+    """
+    given: list[dict[str, Any]] = []
     with ExitStack() as idle:
+        idle.enter_context(places_freed(text_config(model), freed))
         for trace in watch.traces:
-            idle.enter_context(forward_replaced(trace.layer, _idle(trace)))
-        with watching(layers, cache) as alone:
-            _run_probe(model, model, device, cache)
-    for trace, other in zip(watch.traces, alone.traces):
+            idle.enter_context(forward_replaced(trace.layer, _idle(trace, given)))
+        _run_probe(model, call, device)
+    for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.lending.lender_of(held)]
-        left = list(tensors_in(other.given))
-        if len(made) != len(left) or not all(map(torch.equal, made, left)):
+        left = list(tensors_in(other))
+        if len(made) != len(left) or not all(map(_alike, made, left)):
             raise UnsupportedModel(
                 f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
                 "layers' answers; notall leaves this model alone: choose another one"
             )
 
 
-def _idle(trace: LayerTrace) -> Callable[..., Any]:
-    name = hidden_name(trace.layer)
-    more = trace.answer[1:] if isinstance(trace.answer, tuple) else ()
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
+
+
+def _idle(trace: LayerTrace, given: list[dict[str, Any]]) -> Callable[..., Any]:
+    """A forward that notes what it is given, and hands its hidden states on."""
+    names = parameter_names(trace.layer)
 
     def idle(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs[name]
-        return (hidden, *(None for _ in more)) if isinstance(trace.answer, tuple) else hidden
+        arguments = dict(zip(names, args)) | kwargs
+        hidden = arguments.pop(names[0])
+        given.append(arguments)
+        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
 
     return idle
 

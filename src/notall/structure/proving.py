@@ -6,7 +6,7 @@ Every layer run again from its parts, alone, must give what it gave, and no MLP 
 from __future__ import annotations
 
 import itertools
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,24 +83,40 @@ def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lendin
         raise UnsupportedModel(f"{where} writes to the cache at {elsewhere[0]}; expected its own place")
     seat = _Seat(config, trace, lending)
     _compare(trace, seat.run(trace.layer, trace.hidden), first(trace.answer), "what it answers alone, in its seat")
-    mixer = next((part for part in block.sublayers if part.mixer), None)
+    mixer = block.attention
     for part in block.sublayers:
         assert part.stub is not None
         silent = seat.run(emptied(trace.layer, trace.index, (), [part.stub]), trace.hidden)
         stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub], ()), trace.hidden, freed=part is mixer)
         _compare(trace, stubbed, silent, f"what it answers when {part.name} runs and adds nothing")
-    stubs = [mixer.stub] if mixer and mixer.stub else []
-    if stubs and stubs[0].is_layer:
-        if trace.cache_writes or lending.borrows(trace.index):
-            return
-        stubs = []  # it must be local as it is
-    without = emptied(trace.layer, trace.index, stubs, ())
-    others = _earlier_flipped(trace.hidden)
-    found, expected = (last_token(seat.run(without, given, freed=bool(stubs))) for given in (others, trace.hidden))
+    assert mixer.stub is not None
+    if not mixer.stub.is_layer:
+        without = emptied(trace.layer, trace.index, [mixer.stub], ())
+        _prove_others_local(trace, lambda hidden: seat.run(without, hidden, freed=True))
+    elif not trace.cache_writes and not lending.borrows(trace.index):
+        _prove_others_local(trace, lambda hidden: seat.run(trace.layer, hidden))
+
+
+def prove_layer(config: PretrainedConfig, trace: LayerTrace) -> None:
+    """A layer that goes or stays as a whole answers the same alone, as the first one of its model."""
+
+    def alone(hidden: Tensor) -> Tensor:
+        return first(trace.layer(hidden.clone(), **_alone(config, trace).arguments))
+
+    with numbered(trace.layer, 0):
+        _compare(trace, alone(trace.hidden), first(trace.answer), "what it answers alone")
+        if not trace.cache_writes:
+            _prove_others_local(trace, alone)
+
+
+def _prove_others_local(trace: LayerTrace, run: Callable[[Tensor], Tensor]) -> None:
+    """What is no mixer must make the same of the last token whatever came before it."""
+    found, expected = (last_token(run(given)) for given in (_earlier_flipped(trace.hidden), trace.hidden))
     if not relative_error(found, expected) <= tolerance(expected.dtype):
         raise UnsupportedModel(
-            f"{where} looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that "
-            "writes to the cache. notall leaves this model alone: choose another one"
+            f"layer {trace.index} ({type(trace.layer).__name__}) looks at other tokens without a cache, or keeps a "
+            "state elsewhere; expected that of a mixer that writes to the cache. notall leaves this model alone: "
+            "choose another one"
         )
 
 
