@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..errors import UsageError
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
 from .observation import Branch
@@ -85,7 +86,8 @@ class Block:
 class Anatomy:
     """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`.
 
-    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`).
+    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`). `apart`: they can
+    be run one at a time, each on the hidden states of the one before it, (batch, tokens, hidden).
     """
 
     model_type: str
@@ -93,6 +95,7 @@ class Anatomy:
     blocks: tuple[Block, ...]
     fingerprint: str  # see `Fingerprint`
     seated: bool = False
+    apart: bool = True
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -111,6 +114,14 @@ class Anatomy:
             if (running | seats).intersection(part.lends):
                 running.add(part.name)
         return frozenset(running)
+
+    def refuse_stubs(self, what: str) -> None:
+        """Raise `UsageError` where sublayers cannot be run alone: `what` looks inside of layers."""
+        if any(part.stub for part in self.sublayers):
+            raise UsageError(
+                f"{what} runs sublayers one at a time, and those of {self.model_type} run only inside of their layers; "
+                "choose what evaluates whole plans"
+            )
 
     @property
     def mixers(self) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def locate(model: PreTrainedModel) -> Anatomy:
     except Exception as error:
         raise _refusal(model, error) from error
     config = text_config(model)
-    anatomy = Anatomy(config.model_type, path, found.blocks, str(fingerprint(config)), found.seated)
+    anatomy = Anatomy(config.model_type, path, found.blocks, str(fingerprint(config)), found.seated, found.apart)
     remember(model, layers, anatomy)
     return anatomy
 
@@ -138,6 +138,11 @@ def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
 class _Found:
     blocks: tuple[Block, ...]
     seated: bool = False
+    plain: bool = True  # the stream is (batch, tokens, hidden)
+
+    @property
+    def apart(self) -> bool:
+        return self.plain and not self.seated
 
     @property
     def by_lines(self) -> bool:
@@ -214,7 +219,8 @@ def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device
             reason = str(error).partition("\n")[0]
             continue
         parts = (_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
-        return _Found(tuple(parts), seated)
+        stream = watch.traces[0].hidden.shape
+        return _Found(tuple(parts), seated, plain=stream == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size))
     raise UnsupportedModel(
         f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
         f"({reason}). notall leaves this model alone: choose another one"
