@@ -86,8 +86,8 @@ class Block:
 class Anatomy:
     """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`.
 
-    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`). `apart`: they can
-    be run one at a time, each on the hidden states of the one before it, (batch, tokens, hidden).
+    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`). `apart`: they
+    can be run one at a time, each on the hidden states of the one before it, (batch, tokens, hidden).
     """
 
     model_type: str
@@ -115,9 +115,14 @@ class Anatomy:
                 running.add(part.name)
         return frozenset(running)
 
+    @property
+    def stubbed(self) -> bool:
+        """Whether there are sublayers that run only inside of their layers, or are whole ones."""
+        return any(part.stub for part in self.sublayers)
+
     def refuse_stubs(self, what: str) -> None:
-        """Raise `UsageError` where sublayers cannot be run alone: `what` looks inside of layers."""
-        if any(part.stub for part in self.sublayers):
+        """Raise `UsageError` where there are such: `what` looks inside of layers."""
+        if self.stubbed:
             raise UsageError(
                 f"{what} runs sublayers one at a time, and those of {self.model_type} run only inside of their layers; "
                 "choose what evaluates whole plans"

@@ -170,7 +170,7 @@ def last_token(hidden: Tensor) -> Tensor:
 def _earlier_flipped(hidden: Tensor) -> Tensor:
     axis = _tokens_axis(hidden)
     earlier, last = hidden.split([hidden.shape[axis] - 1, 1], dim=axis)
-    return torch.cat([earlier.flip(axis), last], dim=axis)
+    return torch.cat([earlier.flip(-1), last], dim=axis)
 
 
 def _tokens_axis(hidden: Tensor) -> int:

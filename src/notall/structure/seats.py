@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,14 @@ class Nothing(nn.Module):
 
 def _nothing(module: nn.Module, form: Form, index: int) -> nn.Module:
     """A stub for `module`, with its attributes: layers ask for dtypes of weights."""
-    stub = object.__new__(_mixed(Nothing, type(module)))
+    stub: Any = object.__new__(_mixed(Nothing, type(module)))  # type: ignore[arg-type]
     nn.Module.__init__(stub)
     own = {*vars(stub), "forward", "_hf_hook", "_old_forward"}
     stub.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
     for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         stub.register_buffer(name, torch.empty(0, dtype=tensor.dtype, device=tensor.device), persistent=False)
-    stub.training, stub.form, stub.index = module.training, form, index  # type: ignore[assignment]
-    return stub
+    stub.training, stub.form, stub.index = module.training, form, index
+    return cast(nn.Module, stub)
 
 
 class Muted(nn.Module):
@@ -149,7 +149,7 @@ class EmptySeat(nn.Module):
 
 
 @functools.cache
-def _mixed(mixin: type[nn.Module], module_class: type) -> type:
+def _mixed(mixin: type, module_class: type) -> type:
     """A subclass, so that whatever looks for the class of a module finds it."""
     return type(f"{mixin.__name__}{module_class.__name__}", (mixin, module_class), {"__module__": __name__})
 
@@ -160,7 +160,7 @@ def emptied(layer: nn.Module, index: int, stubs: Iterable[Stub], muted: Iterable
     for stub, runs in [(stub, False) for stub in stubs] + [(stub, True) for stub in muted]:
         name, form = stub.end
         if stub.is_layer:
-            empty = twin_of(layer, children if runs else {}, _mixed(EmptySeat, type(layer)))
+            empty = twin_of(layer, children if runs else {}, _mixed(EmptySeat, type(layer)))  # type: ignore[arg-type]
             empty.form, empty.index, empty.runs = form, index, runs  # type: ignore[assignment]
             return empty
         if runs:
@@ -281,7 +281,8 @@ class Flow:
 
         `through`: the way leads on where several modules' answers come together before they are added.
         """
-        above, here, last = self.above(start), start, start
+        above, last = self.above(start), start
+        here: Key = start
         while len(following := self.readers[here]) == 1:
             reader = following[0]
             others = [key for key in self.reads[reader] if key != here]
