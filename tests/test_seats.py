@@ -19,12 +19,10 @@ from notall.running.replay import Replay, record, walk
 from notall.structure import proving
 from notall.structure.proving import relative_error
 from test_architectures import EXACT, cached, prompt, uncached
-from test_mixers import cache_bytes
 from test_weightless import empty, facts
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer")
 
-SHARED_INDICES = ["full", "shared", "full", "shared"]
 # One of each way to depend on others; the rest are like these.
 KINDS = [
     *("gemma4_text", "gemma3n_text", "glm_moe_dsa", "zaya", "zamba2", "deepseek_v4", "doge"),
@@ -68,11 +66,12 @@ def kept_bytes(name: str, plan: Plan) -> tuple[int, Footprint]:
     model = family(name).build()
     with skip(model, plan):
         cache = model(torch.tensor([[3, 4]]), use_cache=True)["cache"]
-    return sum(cache_bytes(cache)), footprint(model, plan)
+    held = [kept for layer in cache.layers for kept in (layer.keys, layer.values) if kept is not None]
+    return sum(kept.numel() * kept.element_size() for kept in held), footprint(model, plan)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", [[], [0], [2], [0, 2], [0, 2, 3], [1, 3], [1], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("plan", [[], [0], [2], [0, 2], [0, 2, 3], [1, 3], [1]], ids=str)
 def test_a_lender_keeps_its_keys_and_values_until_nobody_reads_them(plan: list[int]) -> None:
     held, said = kept_bytes("gemma4_text", Plan(plan))
     sizes = {0: 2 * 2 * 8 * 4, 1: 2 * 2 * 16 * 4}  # keys and values, heads, width, bytes of a number
@@ -101,6 +100,7 @@ def test_weights_that_another_layer_shares_stay() -> None:
 @torch.no_grad()
 def test_what_is_skipped_is_not_run() -> None:
     model = family("gemma4_text").build()
+    locate(model)
     ran: list[str] = []
     for index, layer in enumerate(stack_of(model)):
         for name in ("self_attn", "mlp"):
@@ -111,11 +111,10 @@ def test_what_is_skipped_is_not_run() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gemma4_text", "zamba2"])
-def test_a_cache_that_keeps_a_place_for_what_is_skipped_is_refused(name: str) -> None:
-    model = family(name).build()
+def test_a_cache_that_keeps_a_place_for_what_is_skipped_is_refused() -> None:
+    model = family("gemma4_text").build()
     tokens = prompt(False)[0]
-    with skip(model, Plan([1, 3] if name == "gemma4_text" else [1])):
+    with skip(model, Plan([1, 3])):
         with pytest.raises(UsageError, match=r"keeps a place for layer 1, .* DynamicCache\(config=model.config\)"):
             model(tokens, use_cache=True, cache=DynamicCache())
         model(tokens, use_cache=True, cache=DynamicCache(config=model.config))
@@ -198,7 +197,7 @@ def test_a_whole_layer_that_keeps_a_state_elsewhere_is_caught() -> None:
 def test_plans_are_evaluated_as_they_are_skipped(name: str) -> None:
     one = family(name)
     model, (tokens, _) = one.build(), prompt(False)
-    plans = [Plan(), Plan([1]), Plan([2, 3]), Plan([1], () if one.only_attention else [0])]
+    plans = [Plan(), Plan([1]), Plan([2, 3]), Plan([1], [0]) if not one.only_attention else Plan([0])]
     replay, head = Replay(model, plans), Head(model)
     found = {}
     for numbers, hidden in replay.hidden_states(record(model, input_ids=tokens)):
