@@ -95,6 +95,14 @@ OTHERS: list[Family] = [
     Family("fuyu", "fuyu", {"text_config": LLAMA | {"model_type": "persimmon"}}),
     Family("mllama", "mllama", {"text_config": LLAMA | {"cross_attention_layers": []}}),
     *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
+    Family(
+        "gpt_neox_japanese",
+        "gpt_neox_japanese",
+        COMMON,
+        attention="attention",
+        only_attention=(3,),
+        whole=(3,),  # its attention answers a bias, which the layer adds
+    ),
     *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
 ]
 

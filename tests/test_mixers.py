@@ -189,7 +189,7 @@ def test_on_transformers_4_all_are_refused(name: str) -> None:
 
 @ON_5
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v32"])
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v32", "zamba2", "doge"])
 def test_bytes_of_keys_values_and_states_are_those_of_the_cache(name: str) -> None:
     model = family(name).build()
     tokens = prompt(False)[0]
