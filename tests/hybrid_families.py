@@ -436,11 +436,32 @@ HYBRIDS: list[Family] = [
     ),
     # The text parts of vision-language models
     _sees("qwen3_5", **DELTA),
+    Family(
+        "gemma4 (text part)",
+        "gemma4",
+        {
+            "text_config": LLAMA
+            | MIXED
+            | {
+                "model_type": "gemma4_text",
+                "num_kv_shared_layers": 2,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "global_head_dim": 16,
+            },
+            "vision_config": VISION | {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64},
+            "audio_config": None,
+        },
+        lends=SHARED,
+        auto=AutoModelForImageTextToText,
+        **POST_NORMS,
+    ),
     _sees("qwen3_5_moe", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
 ]
 
 # One of each way to build a layer; the others come with `make test-engines`.
 QUICK = {
+    *("gemma4_text", "gemma3n_text", "glm_moe_dsa", "zamba2"),
     *("qwen3_next", "olmo_hybrid", "lfm3", "falcon_h1", "granitemoehybrid", "bamba", "jamba", "kimi_linear"),
     *("nemotron_h", "mamba2"),
 }

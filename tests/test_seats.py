@@ -227,6 +227,45 @@ def test_what_is_removed_is_what_is_skipped(name: str, tmp_path: Any) -> None:
     if name == "gemma4_text":
         with pytest.raises(UsageError, match="keep the dense checkpoint"):
             model.save_pretrained(tmp_path)
+        return
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert relative_error(uncached(again.eval(), *tokens), expected[0]) < EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dbrx", "bert", "inkling_text", "qwen4_exp_text"])
+def test_an_export_without_whole_layers_is_exact(name: str, tmp_path: Any) -> None:
+    model, plan = family(name).build(), Plan([0, 2])
+    model.save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", plan, target="hf", out=tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert again.config.num_hidden_layers == 2
+    with silenced(model, family(name), plan.attention, plan.mlp):
+        assert relative_error(uncached(again, *prompt(False)), uncached(model, *prompt(False))) < EXACT
+
+
+def test_layers_that_a_list_by_index_tells_are_not_saved_wrong(tmp_path: Any) -> None:
+    model = family("qwen4_exp_text (n-grams)").build()
+    remove(model, Plan([0]))
+    with pytest.raises(UsageError, match="keep the dense checkpoint"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_quantised_model_is_saved_where_its_widths_are_those_of_the_config(tmp_path: Any) -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    for narrow in (False, True):
+        model = family("llama").build()
+        model.is_quantized = True
+        for module in model.model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Quantised
+        if narrow:
+            model.model.layers[2].mlp.up_proj.out_features -= 8
+        remove(model, Plan([1], [1]))
+        assert ("save_pretrained" in model.__dict__) == narrow  # then saving is refused
 
 
 def test_what_looks_inside_of_layers_says_that_it_cannot(tmp_path: Any) -> None:

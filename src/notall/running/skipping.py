@@ -124,16 +124,23 @@ def _is_built_again(model: PreTrainedModel) -> bool:
     try:
         with torch.device("meta"):
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except Exception:  # whatever a config's own checks raise
         return False
-    return _build(again) == _build(model)
+    quantized = bool(getattr(model, "is_quantized", False))
+    built, held = list(again.named_modules()), list(model.named_modules())
+    return len(built) == len(held) and all(
+        there == here and _is_alike(plain, module, quantized) for (there, plain), (here, module) in zip(built, held)
+    )
 
 
-def _build(model: nn.Module) -> list[tuple[str, str, list[torch.Size]]]:
-    return [
-        (path, type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)])
-        for path, module in model.named_modules()
-    ]
+def _is_alike(plain: nn.Module, module: nn.Module, quantized: bool) -> bool:
+    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
+    if quantized and type(plain) is not type(module) and isinstance(plain, nn.Linear):
+        return (plain.in_features, plain.out_features) == tuple(
+            getattr(module, name, None) for name in ("in_features", "out_features")
+        )
+    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
+    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
