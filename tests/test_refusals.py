@@ -17,7 +17,7 @@ from verdicts import compare_or_record
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rwkv": (
         TOKENS | {"hidden_size": 32, "num_hidden_layers": LAYERS, "attention_hidden_size": 32},
-        "residual|other layers' answers",
+        "other layers' answers|recurrent state",
     ),
 }
 

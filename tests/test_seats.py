@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, UsageError, export, locate, remove, repair, skip
+from notall.choosing.budget import by_footprint
 from notall.choosing.criteria import criterion
 from notall.choosing.space import Space
 from notall.running.footprint import Footprint, footprint
@@ -279,6 +280,16 @@ def test_what_looks_inside_of_layers_says_that_it_cannot(tmp_path: Any) -> None:
         Space(locate(model), portable=True)
     fits = {name: criterion(name).fits(model) for name in ("cosine", "fisher", "leave-one-out", "search", "deepest")}
     assert fits == {"cosine": False, "fisher": False, "leave-one-out": True, "search": True, "deepest": True}
+
+
+def test_a_budget_counts_what_a_lender_saves_when_nobody_reads_it() -> None:
+    model = family("gemma4_text").build()
+    space = Space(locate(model), "attention")
+    budget = by_footprint(model, space, "kv_bytes_per_token", 0.3)
+    assert [budget.saved(skipped) for skipped in ({"attn.0"}, {"attn.2"}, {"attn.0", "attn.2"})] == [0, 0, 128]
+    assert budget.rate(("attn.2",), 1.0, frozenset({"attn.0"})) < budget.rate(("attn.2",), 1.0, frozenset())
+    with pytest.raises(UsageError, match="ask for at most 256"):
+        by_footprint(model, space, "kv_bytes_per_token", 0.7)
 
 
 def test_an_export_is_refused_before_anything_is_written(tmp_path: Any) -> None:

@@ -235,8 +235,9 @@ def _seat(model: PreTrainedModel, anatomy: Anatomy, layers: nn.ModuleList, plan:
     """Make `layers` the model's own, and have its caches keep no place for mixers that do not run."""
     parent, running = _parent(model, anatomy), anatomy.running(plan)
     layers.training = parent.training
-    for config in _configs(model, parent):
-        free_places(config, [index for index in plan.attention if f"attn.{index}" not in running])
+    freed = [index for index in plan.attention if f"attn.{index}" not in running]
+    for config in _configs(model, parent) if freed else ():
+        free_places(config, freed)
     parent._modules[anatomy.layers.rpartition(".")[2]] = layers
 
 

@@ -21,6 +21,7 @@ class Lending:
     def __init__(self) -> None:
         self.loans: set[tuple[Place, Place]] = set()
         self._makers: dict[int, Place | None] = {}  # None: made outside of the layers
+        self._lent = False
         self._alive: list[Tensor] = []  # so that no id is used twice
 
     def know(self, given: Any) -> None:
@@ -33,6 +34,8 @@ class Lending:
 
     def read(self, place: Place, given: Any) -> None:
         """A torch function at `place` was handed `given`."""
+        if not self._lent:
+            return
         for tensor in tensors_in(given):
             lender = self.lender_of(tensor)
             if lender and lender[0] != place[0]:
@@ -51,6 +54,7 @@ class Lending:
 
     def _note(self, given: Any, place: Place | None) -> None:
         for tensor in tensors_in(given):
+            self._lent |= place is not None
             if id(tensor) not in self._makers:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)

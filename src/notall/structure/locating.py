@@ -45,7 +45,7 @@ _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyD
 def locate(model: PreTrainedModel) -> Anatomy:
     """Find and prove the sublayers of a causal language model, once per model.
 
-    Costs some three forward passes of 8 tokens. On the meta device only the structure is read.
+    Costs some three forward passes of 8 tokens, and six where layers keep their seats. On the meta device only the structure is read.
     Raises `UnsupportedModel`, naming the layer, what was expected and what to do, when the model is not an embedding,
     a residual stream of attentions and MLPs, and a head, or when a layer differs from its recomposition.
     """
