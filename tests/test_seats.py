@@ -228,6 +228,8 @@ def test_what_is_removed_is_what_is_skipped(name: str, tmp_path: Any) -> None:
     if name == "gemma4_text":
         with pytest.raises(UsageError, match="keep the dense checkpoint"):
             model.save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModel, match="removed from this model for good"):
+            locate(model)
         return
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, attn_implementation="eager")

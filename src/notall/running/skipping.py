@@ -282,6 +282,7 @@ class Holder(nn.Module):
 class RegroupedLayer(nn.Module):
     """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
 
+    is_cut = True
     before: nn.ModuleList
     after: nn.ModuleList
     blocks: dict[str, Any]

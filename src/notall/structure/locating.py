@@ -45,7 +45,8 @@ _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyD
 def locate(model: PreTrainedModel) -> Anatomy:
     """Find and prove the sublayers of a causal language model, once per model.
 
-    Costs some three forward passes of 8 tokens, and six where layers keep their seats. On the meta device only the structure is read.
+    Costs some three forward passes of 8 tokens, and six where layers keep their seats. On the meta device only the
+    structure is read.
     Raises `UnsupportedModel`, naming the layer, what was expected and what to do, when the model is not an embedding,
     a residual stream of attentions and MLPs, and a head, or when a layer differs from its recomposition.
     """
@@ -207,6 +208,8 @@ def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
+    if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
+        raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
     apart = not watch.lending.loans and not any(_is_told_index(trace) for trace in watch.traces)
     for stubs in (_halves(watch), _wholes(watch)):

@@ -96,6 +96,7 @@ class Stub:
 class Nothing(nn.Module):
     """Mixed into the class of a module: answers as its form says, and holds no weights."""
 
+    is_cut = True
     form: Form
     index: int
 
@@ -118,6 +119,8 @@ def _nothing(module: nn.Module, form: Form, index: int) -> nn.Module:
 class Muted(nn.Module):
     """Runs the last module of a sublayer, whose answer others read, and has it add nothing."""
 
+    is_cut = True
+
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__()
         self.module, self.form = module, form
@@ -134,6 +137,7 @@ class Muted(nn.Module):
 class EmptySeat(nn.Module):
     """Mixed into the class of a layer: answers the hidden states that it is given, run or not."""
 
+    is_cut = True
     form: Form
     index: int
     runs: bool
