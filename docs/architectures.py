@@ -12,8 +12,8 @@ HEAD = """# Architectures
 <!-- Rendered by docs/architectures.py from what the tests found: run `make architectures`. -->
 
 `notall` has no table of architectures: it watches what each layer does with its hidden states, and proves what it read
-by recomposing every layer. An architecture that is not listed here works if that proof succeeds, and is refused with a
-reason if not.
+by running every layer again from its parts, or alone and with stubs. An architecture that is not listed here works if
+that proof succeeds, and is refused with a reason if not.
 """
 PROVED = """
 ## Proved
@@ -23,8 +23,8 @@ nothing: logits to 1e-5 of the largest, in float32; without a cache, with one, a
 unpadded batches. Models with other mixers (linear attentions, state spaces, convolutions) are tried with plans by kind:
 all of one kind, all but one attention, whole layers, MLPs; where the dense model says other things with a
 cache than without, like is compared with like. `a / b`: some layers have one, some the other; `-`: a layer holds one
-sublayer alone. *Static cache*: also with one (else the dense model has none). Sublayers are named by the modules
-that run, in order; `+` joins what is added up.
+sublayer alone; `the whole layer`: it cannot be read by halves. *Static cache*: also with one (else the dense model has
+none). Sublayers are named by the modules that run, in order; `+` joins what is added up.
 
 | family | block | attention | MLP | implementations | static cache | transformers |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -65,6 +65,8 @@ class Family:
     adds_itself: tuple[str, ...] = ()  # modules that are given the residual and answer the new stream
     only_attention: tuple[int, ...] = ()  # layers without an MLP
     only_mlp: tuple[int, ...] = ()  # layers without an attention
+    whole: tuple[int, ...] = ()  # layers that are one sublayer: they add nothing where they answer what they are given
+    lends: tuple[tuple[int, tuple[int, ...]], ...] = ()  # layers whose attention is read by those of others
     auto: Any = AutoModelForCausalLM
 
     @property
@@ -405,13 +407,15 @@ def silenced(
 ) -> Iterator[None]:
     """The same model, in which the sublayers named still run, but add nothing: plain hooks, no code of `notall`."""
     layers = stack_of(model)
-    silent = [named for i in attention for named in modules_of(layers[i], family.attention)]
+    silent = [named for i in attention if i not in family.whole for named in modules_of(layers[i], family.attention)]
     silent += [named for i in mlp for named in modules_of(layers[i], family.mlp)]
     handles = []
     try:
         for name, module in silent:
             hook = _give_back_residual if name in family.adds_itself else _give_zeros
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for i in {*attention}.intersection(family.whole):
+            handles.append(layers[i].register_forward_hook(_give_back_hidden, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -437,6 +441,10 @@ def _give_zeros(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
 
 def _give_back_residual(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
     return _with_first(answer, args[1])  # BLOOM and MPT: (hidden, residual, ...)
+
+
+def _give_back_hidden(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
+    return _with_first(answer, args[0] if args else kwargs["hidden_states"])
 
 
 def _with_first(answer: Any, first: torch.Tensor) -> Any:

@@ -74,6 +74,8 @@ QWEN4 = (
 )
 BARE = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}
 ALL = (0, 1, 2, 3)
+SHARED = ((0, (2,)), (1, (3,)))  # keys and values, of the layers of one kind
+INDICES = ((0, (1,)), (2, (3,)))
 
 
 def _llama(
@@ -82,9 +84,14 @@ def _llama(
     *,
     attention: str = "linear_attn|self_attn",
     mlp: str = "mlp",
+    whole: tuple[int, ...] = (),
+    lends: tuple[tuple[int, tuple[int, ...]], ...] = (),
     **config: Any,
 ) -> Family:
-    return Family(name, model_type or name, LLAMA | config, attention, mlp)
+    """`whole` layers, and those whose attention others read: see `Family`."""
+    return Family(
+        name, model_type or name, LLAMA | config, attention, mlp, only_attention=whole, whole=whole, lends=lends
+    )
 
 
 def _sees(model_type: str, **text: Any) -> Family:
@@ -342,12 +349,14 @@ HYBRIDS: list[Family] = [
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
         intermediate_size=[48] * 4,
+        lends=SHARED,
         activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
         **POST_NORMS,
     ),
     _llama(
         "gemma4_text",
         num_kv_shared_layers=2,
+        lends=SHARED,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
         global_head_dim=16,
@@ -366,28 +375,30 @@ HYBRIDS: list[Family] = [
         **MIXED,
         **POST_NORMS,
     ),
-    _llama("gemma4_unified_text", num_kv_shared_layers=2, global_head_dim=16, **MIXED, **POST_NORMS),
+    _llama("gemma4_unified_text", num_kv_shared_layers=2, lends=SHARED, global_head_dim=16, **MIXED, **POST_NORMS),
     Family(
         "glm_moe_dsa",
         "glm_moe_dsa",
         MLA | INDEXED | {"indexer_types": ["full", "shared"] * 2},
+        lends=INDICES,
     ),
     Family(
         "hy_v4",
         "hy_v4",
         MLA | INDEXED | {"indexer_types": ["full", "shared"] * 2, "hc_mult": 2},
+        lends=INDICES,
     ),
     _llama(
         "inkling_text",
         mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-        attention="attn_sconv",
-        mlp="mlp_sconv",
+        whole=ALL,  # their MLPs keep a state
         **INKLING,
     ),
-    _llama("qwen4_exp_text", **QWEN4),
+    _llama("qwen4_exp_text", whole=ALL, **QWEN4),  # it looks for positions in the place of its first attention
     _llama(
         "qwen4_exp_text (n-grams)",
         "qwen4_exp_text",
+        whole=ALL,
         eos_token_id=2,
         ple_layer_ids=[1, 3],
         ple_embed_dim=16,
@@ -425,11 +436,32 @@ HYBRIDS: list[Family] = [
     ),
     # The text parts of vision-language models
     _sees("qwen3_5", **DELTA),
+    Family(
+        "gemma4 (text part)",
+        "gemma4",
+        {
+            "text_config": LLAMA
+            | MIXED
+            | {
+                "model_type": "gemma4_text",
+                "num_kv_shared_layers": 2,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "global_head_dim": 16,
+            },
+            "vision_config": VISION | {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64},
+            "audio_config": None,
+        },
+        lends=SHARED,
+        auto=AutoModelForImageTextToText,
+        **POST_NORMS,
+    ),
     _sees("qwen3_5_moe", shared_expert_intermediate_size=16, **EXPERTS, **DELTA),
 ]
 
 # One of each way to build a layer; the others come with `make test-engines`.
 QUICK = {
+    *("gemma4_text", "gemma3n_text", "glm_moe_dsa", "zamba2"),
     *("qwen3_next", "olmo_hybrid", "lfm3", "falcon_h1", "granitemoehybrid", "bamba", "jamba", "kimi_linear"),
     *("nemotron_h", "mamba2"),
 }

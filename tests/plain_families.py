@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from families import COMMON, GPT, LLAMA, MIXED, MLA, ROUTED, TOKENS, VISION, WINDOW, Family
-from hybrid_families import INDEXED, MROPE
+from hybrid_families import ALL, INDEXED, MROPE
 
 SMALL_VISION = VISION | {"image_size": 28, "crop_size": 28}
 SMALL_AUDIO = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 4}
@@ -16,8 +16,9 @@ def _llama(model_type: str, mlp: str = "mlp", **config: Any) -> Family:
 
 
 def _bert(model_type: str, **config: Any) -> Family:
+    """Its attention adds the stream itself, and norms the sum."""
     sizes = COMMON | {"intermediate_size": 48, "is_decoder": True}
-    return Family(model_type, model_type, sizes | config, "attention.output.dense", "output.dense")
+    return Family(model_type, model_type, sizes | config, only_attention=ALL, whole=ALL)
 
 
 def _bart(model_type: str) -> Family:
@@ -80,8 +81,8 @@ OTHERS: list[Family] = [
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         },
-        attention="norm_attn_norm.attn",
-        mlp="ffn",
+        only_attention=ALL,
+        whole=ALL,
     ),
     Family("ctrl", "ctrl", GPT | {"dff": 48}, attention="multi_head_attention", mlp="ffn"),
     Family("gpt-sw3", "gpt-sw3", GPT, attention="attn"),
@@ -94,6 +95,14 @@ OTHERS: list[Family] = [
     Family("fuyu", "fuyu", {"text_config": LLAMA | {"model_type": "persimmon"}}),
     Family("mllama", "mllama", {"text_config": LLAMA | {"cross_attention_layers": []}}),
     *(_bert(name) for name in ("megatron-bert", "roberta-prelayernorm", "xlm-roberta-xl")),
+    Family(
+        "gpt_neox_japanese",
+        "gpt_neox_japanese",
+        COMMON,
+        attention="attention",
+        only_attention=(3,),
+        whole=(3,),  # its attention answers a bias, which the layer adds
+    ),
     *(_bart(name) for name in ("bigbird_pegasus", "blenderbot", "mbart", "pegasus", "whisper")),
 ]
 

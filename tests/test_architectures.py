@@ -107,6 +107,8 @@ def describe(sublayer: Sublayer, layer: nn.Module) -> str:
     branches = [
         " > ".join(op.module if isinstance(op, ModuleOp) else op.name for op in b.ops) for b in sublayer.branches
     ]
+    if sublayer.stub:
+        branches = [" > ".join(sublayer.modules) or "the whole layer"]
     parts = (part for name in sublayer.modules for part in layer.get_submodule(name).modules())
     experts = any("expert" in type(part).__name__.lower() or "moe" in type(part).__name__.lower() for part in parts)
     return " + ".join(branches) + (" (experts)" if experts and sublayer.kind == "mlp" else "")
@@ -239,7 +241,7 @@ def static_cache_works(model: PreTrainedModel) -> bool:
     """Whether the dense model runs with a static cache, and says the same as without."""
     try:
         _, scores = generate(model, *prompt(False), cache_implementation="static")
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+    except (ValueError, RuntimeError, TypeError, AttributeError, LookupError):
         return False
     return relative_error(scores, generate(model, *prompt(False))[1]) < EXACT
 

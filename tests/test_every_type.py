@@ -15,7 +15,6 @@ WRAPPER = "what sees and hears around {}, which is tried itself"
 NOT_TRIED = {
     "dots3_note": WRAPPER.format("dots3_note_text"),
     "gemma3n": WRAPPER.format("gemma3n_text"),
-    "gemma4": WRAPPER.format("gemma4_text"),
     "gemma4_unified": WRAPPER.format("gemma4_unified_text"),
     "llama4": WRAPPER.format("llama4_text"),
     "qwen4_exp": WRAPPER.format("qwen4_exp_text"),

@@ -23,33 +23,15 @@ from verdicts import RECORDING, compare_or_record
 ON_5 = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps the states of hybrids elsewhere")
 
 REFUSED = {
-    "recurrent_gemma": "found 0 and 2",  # its recurrent blocks keep their state on the module
-    "zamba": "list index out of range",
-    "zamba2": "list index out of range",
-    "doge": "layer itself computes",
+    "recurrent_gemma": "keeps a state elsewhere",  # its recurrent blocks keep it on the module
     "minimax": "uses cache of its own",
-    "beam": "residual stream",
-    "zaya": "more than the hidden states",
-    "deepseek_v4": "residual stream",
-    "gemma3n_text": "shares keys and values",
-    "gemma4_text": "shares keys and values",
-    "gemma4_text (experts)": "post-norm",
-    "gemma4_unified_text": "shares keys and values",
-    "glm_moe_dsa": "more than the hidden states",
-    "hy_v4": "more than the hidden states",
-    "inkling_text": "an MLP that keeps a state|mlp_sconv",
-    "qwen4_exp_text": "residual stream",
-    "qwen4_exp_text (n-grams)": "residual stream",
     "longcat_flash": "no list of 8 decoder layers",
-    "inkling2_text": "post-norm",
+    "inkling2_text": "computes from other layers' answers",
     "inkling2_loop_text": "one after the other",
-    "dbrx": "residual stream",
-    "megatron-bert": "post-norm",
-    "roberta-prelayernorm": "post-norm",
-    "xlm-roberta-xl": "post-norm",
     "openai-gpt": "changes its hidden states",
-} | {family.name: "residual addition" for family in NORMED_AFTER if family.name != "openai-gpt"}
-STATEFUL_IN_4 = [
+}
+REFUSED_IN_4 = [
+    *("bart", "bert", "doge", "gemma3n_text", "gpt_neox_japanese"),  # there a cache keeps a place for every layer
     *("bamba", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "qwen3_next", "recurrent_gemma"),
 ]
 EVERY = [*HYBRIDS, *OTHERS, *NORMED_AFTER]
@@ -74,6 +56,9 @@ def plans_of(family: Family, kinds: list[str]) -> Iterator[tuple[str, Plan]]:
         yield "one period's states", Plan(states[:1])
         yield "all states", Plan(states)
         yield "all states, all but one that counts", Plan([*states, *caches[:-1]])
+    if not states:
+        yield "middle mixer", Plan(mixers[2:3])
+        yield "first and middle mixer", Plan(mixers[:3:2])
     if mlps:
         yield "MLPs", Plan([], [mlps[0], mlps[-1]])
         yield "whole layers", Plan([i for i in (0, 2) if i in mixers], [i for i in (0, 2) if i in mlps])
@@ -140,6 +125,8 @@ def check(
         expected = {"uncached": uncached(model, sequences, whole), "generate": generate(model, tokens, mask)[1]}
         expected["cached"] = cached(model, sequences, whole)[0]
         expected["static cache"] = expected["generate"]
+        if static and padded:
+            expected["static cache"] = generate(model, tokens, mask, cache_implementation="static")[1]
         if beams:
             expected["beams"] = model.generate(tokens, **BEAMS).sequences_scores
     real = (torch.ones_like(sequences) if whole is None else whole) == 1
@@ -147,6 +134,7 @@ def check(
         pair = (answer, expected[how]) if how not in ("uncached", "cached") else (answer[real], expected[how][real])
         assert relative_error(*pair) < EXACT, f"{family}, {plan}, padded {padded}, {how}: {relative_error(*pair):.1e}"
     live = [i for i in range(family.depth) if i not in plan.attention and not (i in family.only_mlp and i in plan.mlp)]
+    live = sorted({*live, *(lender for lender, readers in family.lends if {*readers}.intersection(live))})
     held = [size for size in cache_bytes(cache) if size]  # a layer without a mixer has a place that holds nothing
     assert held == [dense_bytes[i] for i in live if dense_bytes[i]], f"{family}, {plan}"
 
@@ -164,8 +152,9 @@ def beams_work(model: PreTrainedModel) -> bool:
 
 
 def cache_bytes(cache: Any) -> list[int]:
-    """All that each layer of a cache holds, keys and values and states."""
-    return [sum(tensor.numel() * tensor.element_size() for tensor in tensors(vars(layer))) for layer in cache.layers]
+    """All that each layer of a cache holds, keys and values and states; positions lie with the first of Qwen 4's."""
+    held = [{name: value for name, value in vars(layer).items() if "position" not in name} for layer in cache.layers]
+    return [sum(tensor.numel() * tensor.element_size() for tensor in tensors(layer)) for layer in held]
 
 
 def tensors(held: Any) -> Iterator[Tensor]:
@@ -190,7 +179,7 @@ def test_the_others_are_refused_with_their_own_reason(name: str) -> None:
 
 
 @pytest.mark.skipif(TRANSFORMERS_5, reason="these are located there")
-@pytest.mark.parametrize("name", STATEFUL_IN_4)
+@pytest.mark.parametrize("name", REFUSED_IN_4)
 def test_on_transformers_4_all_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
         locate(family(name).build())
@@ -202,7 +191,9 @@ def test_on_transformers_4_all_are_refused(name: str) -> None:
 
 @ON_5
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v32"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "lfm2", "falcon_h1", "nemotron_h", "mamba2", "deepseek_v32", "zamba2", "doge"]
+)
 def test_bytes_of_keys_values_and_states_are_those_of_the_cache(name: str) -> None:
     model = family(name).build()
     tokens = prompt(False)[0]

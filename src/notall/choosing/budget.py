@@ -22,16 +22,21 @@ class Budget:
     """`saves` says what skipping a sublayer saves, by name; the plan is to save `target` in all.
 
     With a `limit` the objective may rise by at most that; where `target` is infinite, it is to save as much as it can.
-    `description` is for people.
+    `description` is for people. What `lends` saves only when those that read it, by name, are skipped as well.
     """
 
     saves: Mapping[str, float] = field(repr=False)
     target: float
     description: str
     limit: float = math.inf
+    lends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def saved(self, skipped: Iterable[str]) -> float:
-        return math.fsum(self.saves[name] for name in skipped)
+        gone = frozenset(skipped)
+        return math.fsum(self.saves[name] for name in gone if self._is_freed(name, gone))
+
+    def _is_freed(self, name: str, gone: Skipped) -> bool:
+        return name in gone and all(self._is_freed(reader, gone) for reader in self.lends.get(name, ()))
 
     def met(self, skipped: Skipped) -> bool:
         return self.saved(skipped) >= self.target * (1 - 1e-9)
@@ -41,7 +46,8 @@ class Budget:
 
         `rise` is what the objective rises by; where it falls, saving more makes it better still.
         """
-        worth = min(self.saved(unit), max(self.target - self.saved(skipped), 0.0)) or 1e-12
+        more = self.saved(skipped.union(unit)) - self.saved(skipped) if self.lends else self.saved(unit)
+        worth = min(more, max(self.target - self.saved(skipped), 0.0)) or 1e-12
         return rise / worth if rise > 0 else rise * worth
 
 
@@ -63,14 +69,15 @@ def by_count(space: Space, count: float) -> Budget:
 def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:
     """So many parameters, bytes of weights or bytes of KV cache a token less, or a fraction (below 1) of the dense."""
     sizes = {part.name: part for part in space.anatomy.sublayers}
-    field = "parameters" if resource == "params" else resource
-    saves = {name: float(getattr(sizes[name], field)) for name in space.names}
+    size = "parameters" if resource == "params" else resource
+    saves = {name: float(getattr(sizes[name], size)) for name in space.names}
+    lends = {part.name: part.lends for part in space.anatomy.sublayers if part.lends}
     dense = getattr(footprint(model, Plan()), resource)
     if not 0 <= amount < math.inf:
         raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
     wanted = f"{target:,.0f}"
-    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less"))
+    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less", lends=lends))
 
 
 def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:
@@ -91,7 +98,7 @@ def _possible(space: Space, budget: Budget) -> Budget:
     counting = {f"attn.{index}" for index in space.anatomy.counting}
     if counting.issubset(space.names):
         stay = [unit for unit in space.units if counting.intersection(unit)]
-        most -= min(budget.saved(unit) for unit in stay)  # one attention stays
+        most = max(budget.saved(set(space.names).difference(unit)) for unit in stay)  # one attention stays
     if not 0 <= budget.target <= most * (1 + 1e-9):
         raise UsageError(f"{budget.description} cannot be saved: ask for at most {most:,.0f}, all that may be skipped")
     return budget

@@ -179,7 +179,7 @@ def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     """The sublayers in groups of the same kind, size and window, which take the same time."""
     groups: dict[tuple[Any, ...], list[Sublayer]] = {}
     for part in locate(model).sublayers:
-        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes
+        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.lends)
         groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
     return list(groups.values())
 

@@ -42,6 +42,11 @@ class Space:
             raise UsageError(f"cannot choose among {shortened(repr(self.kind))}{near}: give one of {', '.join(known)}")
         if self.portable and self.kind not in ("sublayer", "block") and self.anatomy.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
+        if self.portable and self.anatomy.seated:
+            raise UsageError(
+                f"no set is portable: layers of {self.anatomy.model_type} depend on each other, and keep their places; "
+                "choose without --portable"
+            )
         if not self.names:
             raise UsageError("every layer is preserved: keep fewer of the first and last layers")
 

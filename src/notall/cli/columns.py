@@ -16,6 +16,7 @@ INSPECT_COLUMNS = (
     KV,
     STATE,
     plain("mixer"),
+    plain("read_by", "read by"),
 )
 FOOTPRINT_COLUMNS = (MODEL, *SIZE)
 QUALITY_COLUMNS = (MODEL, *QUALITY, number("sequences", "sequences", "d"))

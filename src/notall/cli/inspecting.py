@@ -67,6 +67,7 @@ def inspect(
             "weight_bytes": part.weight_bytes,
             "kv_bytes_per_token": part.kv_bytes_per_token,
             "state_bytes": part.state_bytes or None,
+            "read_by": " ".join(part.lends) or None,
             "mixer": part.mixer if len(anatomy.mixers) > 1 or total.state_bytes else None,
         }
         for part in anatomy.sublayers

@@ -203,6 +203,11 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)
     anatomy = locate(model)
+    if anatomy.seated:
+        raise UsageError(
+            f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint; keep the "
+            "dense checkpoint with the plan file, and skip in memory"
+        )
     check_tensors(name, model, tensors)
     origin = Origin(
         **identity,

@@ -78,6 +78,7 @@ def heal(
     inner = base_model(model)
     anatomy = locate(inner)
     plan.check(anatomy)
+    anatomy.refuse_stubs("healing")
     if not plan or not batches or not held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
     if Head(inner).projection is None:

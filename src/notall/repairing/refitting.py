@@ -81,6 +81,7 @@ def repair(
     inner = base_model(model)
     anatomy = locate(inner)
     plan.check(anatomy)
+    anatomy.refuse_stubs("a repair")
     if is_skipping(inner):
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
     if not plan:

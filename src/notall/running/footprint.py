@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..records.plan import Plan
-from ..structure.anatomy import Block, base_model
+from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import child
 
@@ -17,7 +17,8 @@ from ..structure.observation import child
 class Footprint:
     """`params` in elements, `weight_bytes` as loaded, `kv_bytes_per_token` for one sequence.
 
-    `state_bytes` are of the states of fixed size that mixers keep for one sequence; None where the model has no such.
+    What is skipped and others read weighs what it did. `state_bytes` are of the states of fixed size that mixers keep
+    for one sequence; None where the model has no such.
     """
 
     params: int
@@ -35,20 +36,20 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     anatomy = locate(inner)
     plan.check(anatomy)
     layers = list(inner.get_submodule(anatomy.layers).children())
-    dead = {id(weight) for block in anatomy.blocks for weight in _dead(layers[block.index], block, plan)}
-    live = [weight for weight in inner.parameters() if id(weight) not in dead]
-    kept = [part for part in anatomy.sublayers if part.index not in getattr(plan, part.kind)]
+    running = anatomy.running(plan)
+    live, dead = _weights(layers, anatomy, running, True), _weights(layers, anatomy, running, False)
+    held = [weight for weight in inner.parameters() if id(weight) not in dead - live]
+    kept = [part for part in anatomy.sublayers if part.name in running]
     return Footprint(
-        sum(weight.numel() for weight in live),
-        sum(weight.numel() * weight.element_size() for weight in live),
+        sum(weight.numel() for weight in held),
+        sum(weight.numel() * weight.element_size() for weight in held),
         sum(part.kv_bytes_per_token for part in kept),
         sum(part.state_bytes for part in kept) if any(part.state_bytes for part in anatomy.sublayers) else None,
     )
 
 
-def _dead(layer: nn.Module, block: Block, plan: Plan) -> list[nn.Parameter]:
-    """The weights of a layer that only skipped sublayers use."""
-    skipped = {part.kind for part in block.sublayers if block.index in getattr(plan, part.kind)}
-    needed = {name for part in block.sublayers if part.kind not in skipped for name in part.modules}
-    unneeded = {name for part in block.sublayers for name in part.modules} - needed
-    return [weight for name in unneeded for weight in child(layer, name).parameters()]
+def _weights(layers: list[nn.Module], anatomy: Anatomy, running: frozenset[str], live: bool) -> set[int]:
+    """The ids of the weights that sublayers use which run, or do not."""
+    parts = [part for part in anatomy.sublayers if (part.name in running) == live]
+    modules = (child(layers[part.index], name) for part in parts for name in part.modules)
+    return {id(weight) for module in modules for weight in module.parameters()}

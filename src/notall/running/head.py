@@ -18,7 +18,7 @@ from ..errors import UnsupportedModel
 from ..structure.anatomy import base_model, text_config
 from ..structure.locating import locate
 from ..structure.observation import forward_replaced
-from .replay import standing_in
+from .replay import handing
 
 LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
 
@@ -74,7 +74,7 @@ class Head:
         """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
         device = _present(self.model.get_input_embeddings().weight.device)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
-        with standing_in(self.model, self.anatomy, lambda *_: hidden):
+        with handing(self.model, self.anatomy, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()

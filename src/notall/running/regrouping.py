@@ -53,9 +53,9 @@ def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
 
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
-    it make an ordinary layer, whichever blocks they come from.
+    it make an ordinary layer, whichever blocks they come from. Layers that keep their seats are part of no other model.
     """
-    return all(is_ordinary(anatomy, group) for group in regroup(anatomy.kinds, plan))
+    return not (anatomy.seated and plan) and all(is_ordinary(anatomy, group) for group in regroup(anatomy.kinds, plan))
 
 
 def is_ordinary(anatomy: Anatomy, group: Group) -> bool:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModel
 from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
 from .repaired import LinearMap, RepairedPlan, with_weights
+from .skipping import skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Trunk:
 
 
 class Replay:
-    """Evaluate `plans` together, batch after batch. Raises as `skip` does when a plan does not fit the model."""
+    """Evaluate `plans` together, batch after batch. Raises as `skip` does when a plan does not fit the model.
+
+    Where layers cannot be run apart, plan by plan is skipped in the model itself, and nothing is shared.
+    """
 
     def __init__(self, model: PreTrainedModel, plans: Sequence[Plan]) -> None:
         self.model = base_model(model)
@@ -84,22 +89,33 @@ class Replay:
         self.plans = len(plans)
         self.one_by_one = 0
         self.ran = 0  # sublayers run so far, over all batches
+        self.alone: dict[Plan, list[int]] = {}  # plans that share nothing, with their numbers
         for number, plan in enumerate(plans):
             plan.check(self.anatomy)
-            self._plant(number, plan)
+            if self.anatomy.apart:
+                self._plant(number, plan)
+            else:
+                self.alone.setdefault(plan, []).append(number)
+                self.one_by_one += len(self.anatomy.running(plan))
 
     @property
     def executions(self) -> int:
         """Sublayers run for one batch; `one_by_one` says how many there would be without sharing."""
-        return sum(len(step.parts) for step in self._steps())
+        shared = sum(len(step.parts) for step in self._steps())
+        return shared + sum(len(self.anatomy.running(plan)) for plan in self.alone)
 
     def hidden_states(self, recording: Recording, trunk: Trunk | None = None) -> Iterator[tuple[list[int], Tensor]]:
         """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
 
         The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
         ends, and otherwise in the order given: the dense model, given first, comes first. What `trunk` holds of this
-        batch is not run again, and what it lacks is left there when it is run.
+        batch is not run again, and what it lacks is left there when it is run. Where layers cannot be run apart, it is
+        what the output embeddings are given, and there is nothing to go on from.
         """
+        for plan, numbers in self.alone.items():
+            self.ran += len(self.anatomy.running(plan))
+            with skip(self.model, plan):
+                yield numbers, _before_output(self.model, recording.inputs)
         waiting: list[tuple[Step | list[int], Tensor | None, int | None]]  # with its place on the trunk
         start = None if trunk is None else 0
         waiting = [(step, recording.embedded, start) for step in reversed(self.first.values())]
@@ -236,8 +252,51 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
 def run_head(model: PreTrainedModel, recording: Recording, hidden: Tensor) -> Tensor:
     """The logits, (batch, tokens, vocabulary), of the last layer's output `hidden`, by the model's own head."""
     inner = base_model(model)
-    with standing_in(inner, locate(inner), lambda *_: hidden):
+    with handing(inner, locate(inner), hidden):
         return inner(**recording.inputs, use_cache=False).logits
+
+
+def _before_output(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What the output embeddings are given."""
+
+    def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given.append(args[0])
+        raise _Recorded
+
+    given: list[Tensor] = []
+    handle = output_embeddings(model).register_forward_pre_hook(reach)
+    try:
+        model(**inputs, use_cache=False)
+    except _Recorded:
+        pass
+    finally:
+        handle.remove()
+    return given[0]
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The module that makes logits. Raises `UnsupportedModel` where there is none."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise UnsupportedModel(f"{type(model).__name__} makes logits without output embeddings")
+    return output
+
+
+@contextmanager
+def handing(model: PreTrainedModel, anatomy: Anatomy, hidden: Tensor) -> Iterator[None]:
+    """Have `hidden` stand in for what a replay yields, for the time of the `with`: what follows is the model's own."""
+    if anatomy.apart:
+        with standing_in(model, anatomy, lambda *_: hidden):
+            yield
+        return
+    output = output_embeddings(model)
+    # ahead of hooks that look at what is given
+    handle = output.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]), prepend=True)
+    try:
+        with standing_in(model, anatomy, lambda layer, arguments, given: given):
+            yield
+    finally:
+        handle.remove()
 
 
 class _Recorded(Exception):
@@ -283,9 +342,13 @@ class Passage:
 
 
 def walk(model: PreTrainedModel, **inputs: Tensor) -> Iterator[Passage]:
-    """Through the dense model, block by block; only one block's states are alive at a time."""
+    """Through the dense model, block by block; only one block's states are alive at a time.
+
+    Raises `UsageError` where layers cannot be run apart, or not by halves.
+    """
     inner = base_model(model)
     anatomy = locate(inner)
+    anatomy.refuse_stubs("what compares states")
     layers = inner.get_submodule(anatomy.layers)
     recording = record(inner, **inputs)
     before = recording.embedded

@@ -1,14 +1,14 @@
 """Leave sublayers out of a live model: for a while (`skip`) or for good (`remove`).
 
-The live sublayers are cut again into layers that own exactly one attention each, or another mixer; an MLP that lost
-its attention rides along behind the layer before it (or ahead of the first). So `layer_idx` counts the layers that are
-left, and whatever counts layers, caches and masks first of all, is right by construction.
+Layers that keep their seats (see `structure/seats.py`) get stubs. Else the live sublayers are cut again into layers
+that own exactly one attention each, or another mixer; an MLP that lost its attention rides along behind the layer
+before it (or ahead of the first). So `layer_idx` counts the layers that are left, and whatever counts layers, caches
+and masks first of all, is right by construction.
 This is the only file that changes a live model.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +26,9 @@ from ..structure import locating
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
-from ..structure.slicing import as_it_is, is_told, renumber, slice_config
+from ..structure.seats import emptied
+from ..structure.slicing import as_it_is, free_places, is_told, renumber, slice_config
+from ..structure.twins import move_inputs_like, set_child, twin_of
 from .regrouping import Group, is_ordinary, regroup
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
@@ -92,16 +94,21 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(anatomy)
     if not plan:
         return
-    dense, groups = _layers(inner, anatomy), regroup(anatomy.kinds, plan)
+    dense = _layers(inner, anatomy)
     weights = plan.weights if isinstance(plan, RepairedPlan) else {}
     for path, weight in weights.items():
         holder_of(inner, path, weight)  # refuse before anything is changed
     for path, weight in weights.items():
         set_weight(inner, path, weight.clone())
-    layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
-    _install(inner, anatomy, nn.ModuleList(layers), groups)
+    if anatomy.seated:
+        layers = _with_stubs(anatomy, dense, plan)
+        _seat(inner, anatomy, layers, plan)
+    else:
+        groups = regroup(anatomy.kinds, plan)
+        layers = nn.ModuleList(_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups)
+        _install(inner, anatomy, layers, groups)
     locating.forget(inner)
-    if _are_regrouped(layers) or not _is_built_again(inner):
+    if anatomy.seated or _are_regrouped(layers) or not _is_built_again(inner):
         inner.save_pretrained = _refuse_to_save
 
 
@@ -117,16 +124,23 @@ def _is_built_again(model: PreTrainedModel) -> bool:
     try:
         with torch.device("meta"):
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except Exception:  # whatever a config's own checks raise
         return False
-    return _build(again) == _build(model)
+    quantized = bool(getattr(model, "is_quantized", False))
+    built, held = list(again.named_modules()), list(model.named_modules())
+    return len(built) == len(held) and all(
+        there == here and _is_alike(plain, module, quantized) for (there, plain), (here, module) in zip(built, held)
+    )
 
 
-def _build(model: nn.Module) -> list[tuple[str, str, list[torch.Size]]]:
-    return [
-        (path, type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)])
-        for path, module in model.named_modules()
-    ]
+def _is_alike(plain: nn.Module, module: nn.Module, quantized: bool) -> bool:
+    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
+    if quantized and type(plain) is not type(module) and isinstance(plain, nn.Linear):
+        return (plain.in_features, plain.out_features) == tuple(
+            getattr(module, name, None) for name in ("in_features", "out_features")
+        )
+    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
+    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
@@ -174,15 +188,19 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
     groups = regroup(anatomy.kinds, plan)
-    regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
     try:
         if isinstance(plan, RepairedPlan):
             undo.enter_context(with_weights(model, plan.weights))
-        for change in _install(model, anatomy, regrouped, groups):
-            undo.callback(setattr, *change)
-        if _are_regrouped(regrouped):
+        if anatomy.seated:
+            layers = _with_stubs(anatomy, dense, plan)
+            _seat(model, anatomy, layers, plan)
+        else:
+            layers = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
+            for change in _install(model, anatomy, layers, groups):
+                undo.callback(setattr, *change)
+        if anatomy.seated or _are_regrouped(layers):
             undo.enter_context(_unsaveable(model))
-        locating.remember(model, regrouped, anatomy)
+        locating.remember(model, layers, anatomy)
     except BaseException:
         undo.close()
         raise
@@ -199,6 +217,28 @@ def _install(
         slice_config(config, [group.layer for group in groups])
     parent._modules[anatomy.layers.rpartition(".")[2]] = layers
     return [change for index, layer in enumerate(layers) for change in renumber(layer, index)]
+
+
+def _with_stubs(anatomy: Anatomy, dense: nn.ModuleList, plan: Plan) -> nn.ModuleList:
+    """The dense layers, with stubs for what is skipped, or silenced where others read it."""
+    running = anatomy.running(plan)
+    layers = []
+    for block, layer in zip(anatomy.blocks, dense):
+        skipped = [part for part in block.sublayers if block.index in getattr(plan, part.kind)]
+        stubs = [part.stub for part in skipped if part.stub and part.name not in running]
+        muted = [part.stub for part in skipped if part.stub and part.name in running]
+        layers.append(emptied(layer, block.index, stubs, muted) if skipped else layer)
+    return nn.ModuleList(layers)
+
+
+def _seat(model: PreTrainedModel, anatomy: Anatomy, layers: nn.ModuleList, plan: Plan) -> None:
+    """Make `layers` the model's own, and have its caches keep no place for mixers that do not run."""
+    parent, running = _parent(model, anatomy), anatomy.running(plan)
+    layers.training = parent.training
+    freed = [index for index in plan.attention if f"attn.{index}" not in running]
+    for config in _configs(model, parent) if freed else ():
+        free_places(config, freed)
+    parent._modules[anatomy.layers.rpartition(".")[2]] = layers
 
 
 @contextmanager
@@ -242,6 +282,7 @@ class Holder(nn.Module):
 class RegroupedLayer(nn.Module):
     """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
 
+    is_cut = True
     before: nn.ModuleList
     after: nn.ModuleList
     blocks: dict[str, Any]
@@ -299,7 +340,7 @@ def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     block = anatomy.blocks[group.layer]
     parts = block.sublayers if group.whole else (block.attention,)
     children = {name: child(source, name) for part in parts for name in part.modules}
-    layer = _twin(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
+    layer = twin_of(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
     layer.after = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.after)
     for extras in (layer.before, layer.after):
@@ -326,47 +367,14 @@ def _merged(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module |
         return None
     block = anatomy.blocks[group.layer]
     swapped = {name: child(donor, name) for name in block.mlp.modules}
-    return _twin(source, dict(source.named_children()) | swapped, type(source))
-
-
-def _twin(source: nn.Module, children: dict[str, nn.Module], layer_class: type[nn.Module]) -> nn.Module:
-    """Like `source`, sharing its attributes, parameters and hooks, but of `layer_class` and with `children`."""
-    twin = object.__new__(layer_class)
-    twin.__dict__.update(source.__dict__)
-    for bound_to_source in ("forward", "_old_forward", "_hf_hook"):  # left by output capturing or by accelerate
-        twin.__dict__.pop(bound_to_source, None)
-    twin.__dict__["_modules"] = {}
-    for name, module in children.items():
-        _set_child(twin, name, module)
-    if "_hf_hook" in source.__dict__:
-        _move_inputs_like(source, twin)
-    return twin
-
-
-def _move_inputs_like(source: nn.Module, twin: nn.Module) -> None:
-    """Give `twin` the accelerate hook of `source`, which moves what comes in to the layer's device."""
-    from accelerate.hooks import add_hook_to_module
-
-    hook: Any = copy.copy(source._hf_hook)
-    hook.init_hook = lambda module: module  # the weights are placed already
-    add_hook_to_module(twin, hook)
+    return twin_of(source, dict(source.named_children()) | swapped, type(source))
 
 
 def _holder(source: nn.Module, mlp: Sublayer) -> Holder:
     holder = Holder()
     holder.training = source.training
     for name in mlp.modules:
-        _set_child(holder, name, child(source, name))
+        set_child(holder, name, child(source, name))
     if "_hf_hook" in source.__dict__:
-        _move_inputs_like(source, holder)
+        move_inputs_like(source, holder)
     return holder
-
-
-def _set_child(holder: nn.Module, path: str, module: nn.Module) -> None:
-    """Hang `module` at a dotted `path` below `holder`, with plain modules for what lies between."""
-    *between, name = path.split(".")
-    for step in between:
-        if step not in holder._modules:
-            holder._modules[step] = nn.Module()
-        holder = holder._modules[step]  # type: ignore[assignment]
-    holder._modules[name] = module

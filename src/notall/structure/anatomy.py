@@ -14,9 +14,12 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..errors import UsageError
 from ..records.fingerprint import Fingerprint
+from ..records.plan import Plan
 from ..records.ranges import in_ranges
 from .observation import Branch
+from .seats import Stub
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,13 @@ class Sublayer:
     """A mixer, which looks at other tokens, or an MLP, which doesn't, with the norms and multipliers of its own.
 
     A mixer is called attention, whatever it is: `mixer` tells, as transformers names it (full_attention,
-    linear_attention, conv), and is None for an MLP. `parameters` counts elements, `weight_bytes` bytes as loaded,
-    `kv_bytes_per_token` what one token leaves in the cache, `state_bytes` what it keeps there of fixed size for one
-    sequence. A norm that both sublayers of a parallel block share is counted with the attention.
+    linear_attention, conv), or `layer` where a layer is one sublayer as a whole; it is None for an MLP. `parameters`
+    counts elements, `weight_bytes` bytes as loaded, `kv_bytes_per_token` what one token leaves in the cache,
+    `state_bytes` what it keeps there of fixed size for one sequence. A norm that both sublayers of a parallel block
+    share is counted with the attention.
+
+    In a layer that keeps its seat a sublayer has a `stub` in place of branches. `lends` names the sublayers that read
+    what it makes: while one of these runs, it runs as well, and when it is skipped it adds nothing.
     """
 
     kind: Literal["attention", "mlp"]
@@ -37,6 +44,8 @@ class Sublayer:
     kv_bytes_per_token: int
     state_bytes: int = 0
     mixer: str | None = None
+    stub: Stub | None = None
+    lends: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,7 +53,9 @@ class Sublayer:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The paths of its modules, below the layer."""
+        """The paths of its modules, below the layer; "" is the layer itself."""
+        if self.stub:
+            return self.stub.modules
         return tuple(dict.fromkeys(name for branch in self.branches for name in branch.modules))
 
 
@@ -76,12 +87,18 @@ class Block:
 
 @dataclass(frozen=True, repr=False)
 class Anatomy:
-    """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`."""
+    """Where the sublayers of one model are. `layers` is the path of its decoder layers, such as `model.layers`.
+
+    `seated`: layers keep their seats, and stubs stand in for what is skipped (see `structure/seats.py`). `apart`: they
+    can be run one at a time, each on the hidden states of the one before it, (batch, tokens, hidden).
+    """
 
     model_type: str
     layers: str
     blocks: tuple[Block, ...]
     fingerprint: str  # see `Fingerprint`
+    seated: bool = False
+    apart: bool = True
 
     def __repr__(self) -> str:
         """Some lines for people: layers of one form together, however many there are."""
@@ -100,6 +117,28 @@ class Anatomy:
     def kinds(self) -> tuple[tuple[str, ...], ...]:
         """For each block, the kinds of its sublayers."""
         return tuple(block.kinds for block in self.blocks)
+
+    def running(self, plan: Plan) -> frozenset[str]:
+        """The names of what runs under `plan`: what it keeps, and what it skips and others that run read."""
+        running = {p.name for p in self.sublayers if p.index not in getattr(plan, p.kind)}
+        seats = {f"layer.{block.index}" for block in self.blocks}
+        for part in reversed(self.sublayers):  # what is lent goes to later layers
+            if (running | seats).intersection(part.lends):
+                running.add(part.name)
+        return frozenset(running)
+
+    @property
+    def stubbed(self) -> bool:
+        """Whether there are sublayers that run only inside of their layers, or are whole ones."""
+        return any(part.stub for part in self.sublayers)
+
+    def refuse_stubs(self, what: str) -> None:
+        """Raise `UsageError` where there are such: `what` looks inside of layers."""
+        if self.stubbed:
+            raise UsageError(
+                f"{what} runs sublayers one at a time, and those of {self.model_type} run only inside of their layers; "
+                "choose what evaluates whole plans"
+            )
 
     @property
     def mixers(self) -> tuple[str, ...]:

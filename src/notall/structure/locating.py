@@ -8,22 +8,36 @@ a cache and a layer index of its own (`proving`): where the numbers differ, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
 from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
-from .observation import Branch, LayerTrace, child, lines_of, watching
-from .proving import prove
+from .lending import Lending, Place, tensors_in
+from .observation import (
+    PROBE_BATCH,
+    PROBE_TOKENS,
+    Branch,
+    LayerTrace,
+    Watch,
+    child,
+    forward_replaced,
+    lines_of,
+    parameter_names,
+    watching,
+)
+from .proving import first, prove, prove_layer, prove_seat
+from .seats import DummyLayer, Stub, halves, whole
+from .slicing import LAYER_INDICES, places_freed
 from .weightless import is_weightless, running_weightless
-
-PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyDictionary()
 
@@ -31,7 +45,8 @@ _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyD
 def locate(model: PreTrainedModel) -> Anatomy:
     """Find and prove the sublayers of a causal language model, once per model.
 
-    Costs some three forward passes of 8 tokens. On the meta device only the structure is read.
+    Costs some three forward passes of 8 tokens, and six where layers keep their seats. On the meta device only the
+    structure is read.
     Raises `UnsupportedModel`, naming the layer, what was expected and what to do, when the model is not an embedding,
     a residual stream of attentions and MLPs, and a head, or when a layer differs from its recomposition.
     """
@@ -47,13 +62,13 @@ def locate(model: PreTrainedModel) -> Anatomy:
         return known[1]
     try:
         with _undisturbed(model):
-            blocks = _weightless_blocks(model, layers) if is_weightless(model) else _proved_blocks(model, layers)
+            found = _weightless(model, layers) if is_weightless(model) else _proved(model, layers)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise _refusal(model, error) from error
     config = text_config(model)
-    anatomy = Anatomy(config.model_type, path, blocks, str(fingerprint(config)))
+    anatomy = Anatomy(config.model_type, path, found.blocks, str(fingerprint(config)), found.seated, found.apart)
     remember(model, layers, anatomy)
     return anatomy
 
@@ -75,7 +90,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise UnsupportedModel(
             f"{config.model_type} is an encoder-decoder; notall skips sublayers of decoder-only models"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "num_kv_shared_layers", 0) and DummyLayer is None:
         raise UnsupportedModel(
             f"{config.model_type} shares keys and values between layers (num_kv_shared_layers="
             f"{config.num_kv_shared_layers}): an attention cannot be left out without those that read from it"
@@ -120,34 +135,56 @@ def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
     )
 
 
-def _proved_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+@dataclass(frozen=True)
+class _Found:
+    blocks: tuple[Block, ...]
+    seated: bool = False
+    plain: bool = True  # the stream is (batch, tokens, hidden)
+
+    @property
+    def apart(self) -> bool:
+        return self.plain and not self.seated
+
+    @property
+    def by_lines(self) -> bool:
+        return not any(part.stub for block in self.blocks for part in block.sublayers)
+
+
+def _proved(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
     weight = model.get_input_embeddings().weight
     # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
     device = weight.device if weight.device.type != "meta" else torch.device("cpu")
     config = text_config(model)
-    traces = _observe(model, layers, model, device)
-    blocks = tuple(_read(config, trace) for trace in traces)
-    for trace, block in zip(traces, blocks):
-        prove(config, trace, block)
-    return blocks
+    watch = _observe(model, layers, model, device)
+    found = _find(model, watch, model, device)
+    for trace, block in zip(watch.traces, found.blocks):
+        if found.by_lines:
+            prove(config, trace, block)
+        elif found.seated:
+            prove_seat(config, trace, block, watch.lending)
+        else:
+            prove_layer(config, trace)
+    return found
 
 
-def _weightless_blocks(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Block, ...]:
+def _weightless(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
+    device = torch.device("cpu")
     with running_weightless(model) as call:
-        traces = _observe(model, layers, call, torch.device("cpu"))
-        return tuple(_read(text_config(model), trace) for trace in traces)
+        return _find(model, _observe(model, layers, call, device), call, device)
 
 
-def _observe(
-    model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device
-) -> list[LayerTrace]:
-    config = text_config(model)
-    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % config.vocab_size
+def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, **cache: DynamicCache) -> None:
+    vocabulary = text_config(model).vocab_size
+    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    cache = DynamicCache(config=config)
+    call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
+
+
+def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device) -> Watch:
+    cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        call(input_ids=tokens, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+        _run_probe(model, call, device, **{cache_argument(model): cache})
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -155,19 +192,144 @@ def _observe(
             "notall needs a plain stack of decoder layers"
         )
     for before, after in zip(traces, traces[1:]):
-        if _hands_on_more(before.answer, after.arguments):
-            raise UnsupportedModel(
-                f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
-                f"{before.index}; expected layers that depend on each other by the residual stream alone. "
-                "notall leaves this model alone: choose another one"
-            )
-        answer = before.answer[0] if isinstance(before.answer, tuple) else before.answer
-        if not _is_handed_on(answer, after.kept[0]):
+        if not _is_handed_on(first(before.answer), after.kept[0]):
             raise UnsupportedModel(
                 f"the model changes its hidden states between layers {before.index} and {after.index}; "
                 "expected each layer's output to be the next one's input. notall leaves this model alone"
             )
-    return traces
+    return watch
+
+
+def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device) -> _Found:
+    """Lines of a residual stream where layers can be read as such; else layers in their seats, or as wholes."""
+    config = text_config(model)
+    try:
+        return _Found(_lines(config, watch))
+    except UnsupportedModel:
+        if DummyLayer is None:  # there a cache keeps a place for every layer
+            raise
+    if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
+        raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
+    writers = [trace.index for trace in watch.traces if trace.cache_writes]
+    apart = not watch.lending.loans and not any(_is_told_index(trace) for trace in watch.traces)
+    for stubs in (_halves(watch), _wholes(watch)):
+        seated = not apart or not all(stub.is_layer for named in stubs for stub in named.values())
+        try:
+            _prove_apart(model, watch, call, device, freed=writers[:-1] if seated else [])
+        except UnsupportedModel:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            continue
+        parts = (_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
+        stream = watch.traces[0].hidden.shape
+        return _Found(tuple(parts), seated, plain=stream == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size))
+    raise UnsupportedModel(
+        f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
+        f"({reason}). notall leaves this model alone: choose another one"
+    )
+
+
+def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
+    for before, after in zip(watch.traces, watch.traces[1:]):
+        _refuse_more_than_hidden_states(before, after)
+    for (lender, _), (borrower, _) in watch.lending.loans:
+        raise UnsupportedModel(f"layer {borrower} reads what layer {lender} makes beside its hidden states")
+    for trace in watch.traces:
+        if _is_told_index(trace):
+            raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
+    return tuple(_read(config, trace) for trace in watch.traces)
+
+
+def _is_told_index(trace: LayerTrace) -> bool:
+    """Whether the model says which layer it is; one that knows it itself can be told another."""
+    return any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES)
+
+
+def _refuse_more_than_hidden_states(before: LayerTrace, after: LayerTrace) -> None:
+    if _hands_on_more(before.answer, after.arguments):
+        raise UnsupportedModel(
+            f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
+            f"{before.index}; expected layers that depend on each other by the residual stream alone. "
+            "notall leaves this model alone: choose another one"
+        )
+
+
+Named = dict[str, Stub]  # the stubs of a layer, by the names of its sublayers
+
+
+def _halves(watch: Watch) -> list[Named]:
+    """By halves, and each layer that cannot be read so as a whole."""
+    writers = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
+    mixers = frozenset(type(child(layer, module)) for layer, module in writers if module)
+    stubs = []
+    for trace in watch.traces:
+        found = halves(trace, mixers)
+        mixer, mlp = (found.mixer, found.mlp) if found else (whole(trace), None)
+        stubs.append({f"attn.{trace.index}": mixer} | ({f"mlp.{trace.index}": mlp} if mlp else {}))
+    return stubs
+
+
+def _wholes(watch: Watch) -> list[Named]:
+    return [{f"attn.{trace.index}": whole(trace)} for trace in watch.traces]
+
+
+def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], lending: Lending) -> Block:
+    parts = []
+    for name, stub in stubs[trace.index].items():
+        kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
+        mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
+        lends = {_at(stubs, borrower) for lender, borrower in lending.loans if _at(stubs, lender) == name}
+        parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
+    return Block(trace.index, tuple(parts), False, _answer(trace))
+
+
+def _at(stubs: list[Named], place: Place) -> str:
+    """The sublayer at `place`, or its layer, where no sublayer of it is there."""
+    index, module = place
+    return next(
+        (name for name, stub in stubs[index].items() if stub.is_layer or module in stub.modules), f"layer.{index}"
+    )
+
+
+def _prove_apart(
+    model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device, freed: list[int]
+) -> None:
+    """With layers that do nothing, each is given the same, but for what layers were seen to make.
+
+    The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
+    """
+    given: list[dict[str, Any]] = []
+    with ExitStack() as idle:
+        idle.enter_context(places_freed(text_config(model), freed))
+        for trace in watch.traces:
+            idle.enter_context(forward_replaced(trace.layer, _idle(trace, given)))
+        _run_probe(model, call, device)
+    for trace, other in zip(watch.traces, given):
+        made = [held for held in tensors_in(trace.given) if not watch.lending.lender_of(held)]
+        left = list(tensors_in(other))
+        if len(made) != len(left) or not all(map(_alike, made, left)):
+            raise UnsupportedModel(
+                f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
+                "layers' answers; notall leaves this model alone: choose another one"
+            )
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
+
+
+def _idle(trace: LayerTrace, given: list[dict[str, Any]]) -> Callable[..., Any]:
+    """A forward that notes what it is given, and hands its hidden states on."""
+    names = parameter_names(trace.layer)
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args)) | kwargs
+        hidden = arguments.pop(names[0])
+        given.append(arguments)
+        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
+
+    return idle
 
 
 def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
@@ -177,9 +339,15 @@ def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
 
 
 def _is_handed_on(answer: Any, given: Tensor) -> bool:
-    """Whether the next layer was given `answer` itself, or, on another device, a copy of it."""
+    """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
     if given is answer or not isinstance(answer, Tensor):
         return given is answer
+    if given.untyped_storage()._cdata == answer.untyped_storage()._cdata:
+        return (given.shape, given.stride(), given.storage_offset()) == (
+            answer.shape,
+            answer.stride(),
+            answer.storage_offset(),
+        )
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
@@ -244,9 +412,11 @@ def _sublayer(
     branches: tuple[Branch, ...],
     exclude: Iterable[str],
     mixer: str | None = None,
+    stub: Stub | None = None,
+    lends: tuple[str, ...] = (),
 ) -> Sublayer:
-    names = {name for branch in branches for name in branch.modules} - set(exclude)
-    weights = {id(p): p for name in names for p in child(trace.layer, name).parameters()}.values()
+    names = {name for branch in branches for name in branch.modules} | {*(stub.modules if stub else ())}
+    weights = {id(p): p for name in names - set(exclude) for p in child(trace.layer, name).parameters()}.values()
     return Sublayer(
         kind,
         trace.index,
@@ -256,4 +426,6 @@ def _sublayer(
         kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
+        stub=stub,
+        lends=lends,
     )

@@ -12,9 +12,10 @@ and that is what `lines_of` returns, or it raises `UnsupportedModel` with the re
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModel
+from .lending import Lending
+
+PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 # Same numbers in another shape: what a layer's children compute does not depend on it.
@@ -164,7 +168,7 @@ def run_branches(branches: tuple[Branch, ...], holder: nn.Module, hidden: Tensor
 
 def child(holder: nn.Module, path: str) -> nn.Module:
     """The module at a dotted `path` below `holder`; the short way, as it runs for every call of every layer."""
-    if "." in path:
+    if "." in path or not path:
         return holder.get_submodule(path)
     return holder._modules[path]  # type: ignore[return-value]
 
@@ -197,19 +201,33 @@ class Node:
         return self.made_by if isinstance(self.made_by, str) else getattr(self.made_by, "__name__", "its input")
 
 
+@dataclass(frozen=True)
+class ChildCall:
+    """One call of a child module: its arguments by their names, and its answer."""
+
+    arguments: dict[str, Any]
+    answer: Any
+
+
 @dataclass
 class LayerTrace:
-    """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence."""
+    """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence.
+
+    `arguments` are by the layer's parameter names, without the hidden states. `given` are the same, with what mappings
+    held when the layer was called. `calls` are those of its children, in the order in which they ended.
+    """
 
     index: int
     layer: nn.Module
-    arguments: dict[str, Any]  # by the layer's parameter names, without the hidden states
+    arguments: dict[str, Any]
+    given: dict[str, Any]
     hidden: Tensor  # (batch, tokens, hidden), as it went in
     answer: Any = None
     result: Node | None = None
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: list[CacheWrite] = field(default_factory=list)
+    calls: dict[str, list[ChildCall]] = field(default_factory=dict)
     state_bytes: int = 0
     attention_answer: Any = None
 
@@ -234,10 +252,14 @@ class Watch(TorchFunctionMode):
         self.traces: list[LayerTrace] = []
         self.now: LayerTrace | None = None
         self.inside: list[str] = []  # the children of the layer that are running, outermost first
+        self.lending = Lending()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.now is None or self.inside:
+        if self.now is None:
+            return func(*args, **kwargs)
+        self.lending.read((self.now.index, self.inside[0] if self.inside else None), (args, kwargs))
+        if self.inside:
             return func(*args, **kwargs)
         positional, keywords = self._traced(args), {k: self._traced([v])[0] for k, v in kwargs.items()}
         result = func(*args, **kwargs)
@@ -270,7 +292,8 @@ class Watch(TorchFunctionMode):
     def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(parameter_names(layer), args)) | kwargs
         hidden = arguments.pop(hidden_name(layer))
-        self.now = LayerTrace(index, layer, arguments, hidden.clone())
+        self.lending.know((hidden, arguments))
+        self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone())
         self._note(hidden, Node())
         self.traces.append(self.now)
 
@@ -278,6 +301,10 @@ class Watch(TorchFunctionMode):
         assert self.now is not None
         self.now.answer = answer
         hidden = answer[0] if isinstance(answer, tuple) else answer
+        for made in answer[1:] if isinstance(answer, tuple) else ():
+            maker = self.now.nodes.get(id(made))
+            module = maker.made_by if maker and isinstance(maker.made_by, str) else None
+            self.lending.lend((self.now.index, module), made)
         self.now.result = self.now.nodes.get(id(hidden))
         self.now = None
 
@@ -288,6 +315,9 @@ class Watch(TorchFunctionMode):
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
+        self.lending.lend((self.now.index, name), list(_mappings(self.now.arguments)))
+        names = parameter_names(child(self.now.layer, name))
+        self.now.calls.setdefault(name, []).append(ChildCall(dict(zip(names, args)) | kwargs, answer))
         given = tuple(self._traced(args)), {k: self._traced([v])[0] for k, v in kwargs.items()}
         inputs = (*args, *kwargs.values())
         if any(write.module == name for write in self.now.cache_writes):
@@ -307,6 +337,15 @@ class Watch(TorchFunctionMode):
         module = self.inside[0] if self.inside else None
         grows = not method.endswith("_state")
         self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens if grows else 0))
+
+
+def as_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` with copies of the mappings among them, which layers write to."""
+    return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
+
+
+def _mappings(arguments: Mapping[str, Any]) -> Iterator[Any]:
+    return (value for value in arguments.values() if isinstance(value, MutableMapping))
 
 
 @functools.cache

@@ -6,15 +6,20 @@ Every layer run again from its parts, alone, must give what it gave, and no MLP 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from ..errors import UnsupportedModel
 from .anatomy import Block
-from .observation import Branch, LayerCall, LayerTrace, run_branches
-from .slicing import numbered, sliced
+from .lending import Lending
+from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, run_branches
+from .seats import emptied
+from .slicing import numbered, places_freed, sliced
 
 
 def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
@@ -65,6 +70,112 @@ def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hi
             f"layer {trace.index} ({type(trace.layer).__name__}): {', '.join(branch.modules)} looks at other tokens "
             "without a cache; expected that of the attention alone. notall leaves this model alone: choose another one"
         )
+
+
+def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lending: Lending) -> None:
+    """Run the layer in its seat: as it is, with each sublayer silenced and left out, and without its mixer.
+
+    So it depends on others only by what it was seen to read, stubs do what silence does, and the MLP is local.
+    """
+    where = f"layer {trace.index} ({type(trace.layer).__name__})"
+    elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
+    if elsewhere:
+        raise UnsupportedModel(f"{where} writes to the cache at {elsewhere[0]}; expected its own place")
+    seat = _Seat(config, trace, lending)
+    _compare(trace, seat.run(trace.layer, trace.hidden), first(trace.answer), "what it answers alone, in its seat")
+    mixer = block.attention
+    for part in block.sublayers:
+        assert part.stub is not None
+        silent = seat.run(emptied(trace.layer, trace.index, (), [part.stub]), trace.hidden)
+        stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub], ()), trace.hidden, freed=part is mixer)
+        _compare(trace, stubbed, silent, f"what it answers when {part.name} runs and adds nothing")
+    assert mixer.stub is not None
+    if not mixer.stub.is_layer:
+        without = emptied(trace.layer, trace.index, [mixer.stub], ())
+        _prove_others_local(trace, lambda hidden: seat.run(without, hidden, freed=True))
+    elif not trace.cache_writes and not lending.borrows(trace.index):
+        _prove_others_local(trace, lambda hidden: seat.run(trace.layer, hidden))
+
+
+def prove_layer(config: PretrainedConfig, trace: LayerTrace) -> None:
+    """A layer that goes or stays as a whole answers the same alone, as the first one of its model."""
+
+    def alone(hidden: Tensor) -> Tensor:
+        return first(trace.layer(hidden.clone(), **_alone(config, trace).arguments))
+
+    with numbered(trace.layer, 0):
+        _compare(trace, alone(trace.hidden), first(trace.answer), "what it answers alone")
+        if not trace.cache_writes:
+            _prove_others_local(trace, alone)
+
+
+def _prove_others_local(trace: LayerTrace, run: Callable[[Tensor], Tensor]) -> None:
+    """What is no mixer must make the same of the last token whatever came before it."""
+    found, expected = (last_token(run(given)) for given in (_earlier_flipped(trace.hidden), trace.hidden))
+    if not relative_error(found, expected) <= tolerance(expected.dtype):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}) looks at other tokens without a cache, or keeps a "
+            "state elsewhere; expected that of a mixer that writes to the cache. notall leaves this model alone: "
+            "choose another one"
+        )
+
+
+def _compare(trace: LayerTrace, found: Tensor, expected: Tensor, what: str) -> None:
+    if not (error := relative_error(found, expected)) <= tolerance(expected.dtype):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}) differs by {error:.1e} of its largest value from "
+            f"{what} (expected at most {tolerance(expected.dtype):.0e}). notall leaves this model alone: "
+            "choose another one"
+        )
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """Runs a layer, or a twin of it, as it was called, in a cache where no other layer has left anything."""
+
+    config: PretrainedConfig
+    trace: LayerTrace
+    lending: Lending
+
+    def run(self, layer: nn.Module, hidden: Tensor, freed: bool = False) -> Tensor:
+        with places_freed(self.config, [self.trace.index] if freed else []):
+            cache = DynamicCache(config=self.config)
+        given = {
+            name: cache if isinstance(value, DynamicCache) else self._unread_zeroed(value)
+            for name, value in as_given(self.trace.given).items()
+        }
+        return first(layer(hidden.clone(), **given))
+
+    def _unread_zeroed(self, value: Any) -> Any:
+        """What others lend and this layer was not seen to read makes no difference."""
+        if isinstance(value, Tensor):
+            unread = self.lending.lender_of(value) and not self.lending.is_read(value, self.trace.index)
+            return torch.zeros_like(value) if unread else value
+        if isinstance(value, MutableMapping):
+            for name, held in value.items():
+                value[name] = self._unread_zeroed(held)
+        return tuple(map(self._unread_zeroed, value)) if type(value) is tuple else value
+
+
+def first(answer: Any) -> Tensor:
+    """The hidden states of what a layer answers."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def last_token(hidden: Tensor) -> Tensor:
+    """(..., width), of hidden states whose batch and tokens are those of the probe, in this order."""
+    return hidden.select(_tokens_axis(hidden), -1)
+
+
+def _earlier_flipped(hidden: Tensor) -> Tensor:
+    axis = _tokens_axis(hidden)
+    earlier, last = hidden.split([hidden.shape[axis] - 1, 1], dim=axis)
+    return torch.cat([earlier.flip(-1), last], dim=axis)
+
+
+def _tokens_axis(hidden: Tensor) -> int:
+    pairs = list(itertools.pairwise(hidden.shape))
+    return pairs.index((PROBE_BATCH, PROBE_TOKENS)) + 1
 
 
 def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:

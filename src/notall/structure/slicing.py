@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,25 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
     if underived:
         config.__class__ = _told(type(config), underived)
+
+
+def free_places(config: PretrainedConfig, layers: Iterable[int]) -> None:
+    """Have caches made from `config` hold nothing for `layers`, as for those that share keys and values."""
+    modes = list(getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers)
+    for index in layers:
+        modes[index] = "reuse"
+    config.__class__ = _told(type(config), {"kv_sharing_modes": modes})
+
+
+@contextmanager
+def places_freed(config: PretrainedConfig, layers: Iterable[int]) -> Iterator[PretrainedConfig]:
+    """`config` after `free_places`, for the time of the `with`."""
+    put_back = as_it_is(config)
+    try:
+        free_places(config, layers)
+        yield config
+    finally:
+        put_back()
 
 
 def is_told(config: PretrainedConfig) -> bool:

@@ -35,6 +35,7 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
     """dL/dgate of each unit, by sequence: a block's gate is the gate of both its sublayers. (sequences,) each."""
     start = time.process_time()
     space, model = setting.space, base_model(setting.model)
+    space.anatomy.refuse_stubs("this criterion")
     found: dict[tuple[str, ...], list[Tensor]] = {unit: [] for unit in space.units}
     for ids in setting.batches:
         with torch.no_grad():

@@ -45,6 +45,7 @@ class DenseRun:
         inner = base_model(model)
         self.anatomy = locate(inner)
         plan.check(self.anatomy)
+        self.anatomy.refuse_stubs("a repair")
         self.layers: nn.ModuleList = inner.get_submodule(self.anatomy.layers)
         self.lines = lines_of(self.anatomy)
         self.recordings = [record(inner, input_ids=batch) for batch in batches]
