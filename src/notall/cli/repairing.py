@@ -35,6 +35,7 @@ MEASURED = 16  # windows of each text that what came out is measured on
 class Train(str, Enum):
     outputs = "outputs"
     all = "all"
+    lora = "lora"
 
 
 @app.command(
@@ -117,9 +118,25 @@ def heal(
     length: Length = 512,
     batch_size: BatchSize = 4,
     train: Annotated[
-        Train, typer.Option(metavar="WHAT", help="outputs: norms and output projections; all: every kept weight")
+        Train,
+        typer.Option(
+            metavar="WHAT",
+            help="outputs: norms and output projections; all: every kept weight; lora: thin matrices beside each kept "
+            "one, added to it in the end",
+        ),
     ] = Train.outputs,
+    rank: Annotated[int | None, typer.Option(help="of --train lora; else 16", show_default=False)] = None,
     rate: Annotated[float, typer.Option(help="the learning rate to begin with")] = 3e-4,
+    warm_up: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="for this share of the tokens, 0 to 1, each kept sublayer alone is trained to the dense model's stream",
+        ),
+    ] = 0.0,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="train on what the dense model writes, from the first words of each window")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -136,12 +153,16 @@ def heal(
     from ..records.ledger import read, refuse_foreign
     from ..repairing.healing import heal as heal_plan
     from ..repairing.measured import measure
+    from ..repairing.sampling import sampled
+    from ..repairing.students import RANK
     from ..running.repaired import RepairedPlan
 
     refuse_foreign(out, "heal")
     wanted = _given(plan)
     if not 0 < rate < 1:
         raise UsageError(f"--rate {rate} is no learning rate: give one such as 3e-4")
+    if rank is not None and (train != Train.lora or rank < 1):
+        raise UsageError(f"--rank {shortened(rank)} is of no use here: give 1 or more, with --train lora")
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
@@ -149,16 +170,20 @@ def heal(
     texts = _Texts.drawn(
         net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed, most=TOKENS // length
     )
-    settings = provenance_of(net, model, revision, **texts.described)
+    settings = provenance_of(net, model, revision, **texts.described, **({"sampled": True} if sample else {}))
     with progress_bar() as progress:
         fit, stop = texts.together(batch_size), texts.stop(batch_size)
+        if sample:
+            fit = sampled(net, fit, out, settings, seed=seed, progress=progress)
         healed = heal_plan(
             net,
             wanted,
             fit,
             stop,
             train=train.value,
+            rank=rank or RANK,
             rate=rate,
+            warm_up=warm_up,
             folder=out,
             settings=settings,
             seed=seed,
