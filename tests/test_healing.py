@@ -265,6 +265,20 @@ def test_a_warm_up_is_a_share(warm_up):
         run_heal(warm_up=warm_up)
 
 
+# --- in half precision ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["outputs", "lora"])
+def test_in_half_precision_small_steps_count(train, tmp_path):
+    """What is trained is in float32 meanwhile: steps of this rate would be rounded away."""
+    model = llama().to(torch.bfloat16)
+    healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=1e-3, train=train, warm_up=0.25, folder=tmp_path)
+    assert {weight.dtype for weight in healed.weights.values()} == {torch.bfloat16}
+    assert distance(model, healed) < 0.95 * distance(model, PLAN)
+    first = read(tmp_path / HealRecord.file, HealRecord)[0]
+    assert (first.held_out_kl, first.held_out_nll) == pytest.approx(by_hand(model, PLAN)[:2], rel=0.05)
+
+
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 

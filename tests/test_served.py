@@ -91,5 +91,5 @@ def test_what_an_engine_does_not_tell_is_left_out_on_both_sides():
 def test_an_engine_that_is_not_there_is_said(tmp_path):
     assert "make test-engines installs it" in served.absent("vllm", str(tmp_path / "python"))
     assert served.absent("transformers", "") == ""
-    with pytest.raises(RuntimeError, match="(?s)luck ended with 1: .*KeyError: 'luck'"):
+    with pytest.raises(RuntimeError, match=r"(?s)luck ended with 1: .*KeyError: 'luck'"):
         served.asked_of("luck", sys.executable, tmp_path, WINDOWS)

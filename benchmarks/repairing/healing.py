@@ -78,7 +78,9 @@ def main() -> None:
                 with progress_bar() as bar:
                     batches = [row for batch in fit for row in batch.split(BATCH)]
                     if asked.sample:
-                        batches = sampled(model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar)
+                        batches = sampled(
+                            model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar
+                        )
                     way = {"train": asked.train, "warm_up": asked.warm_up, "rate": asked.rate}
                     healed = heal(model, start, batches, stop, **way, folder=folder, progress=bar)
                 minutes = read(folder / HealRecord.file, HealRecord)[-1].seconds / 60

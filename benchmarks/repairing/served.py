@@ -44,7 +44,9 @@ COLUMNS = (
 def absent(engine: str, python: str) -> str:
     """Why an engine cannot be asked; empty where it can."""
     if engine == "vllm":
-        there = Path(python).is_file() and not subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode
+        there = (
+            Path(python).is_file() and not subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode
+        )
         return "" if there else f"{python} has no vLLM: make test-engines installs it"
     if engine == "llama.cpp" and not importlib.util.find_spec("xllamacpp"):
         return "there is no xllamacpp: pip install 'notall[export]'"

@@ -131,7 +131,7 @@ def heal(
         float,
         typer.Option(
             metavar="SHARE",
-            help="for this share of the tokens, 0 to 1, each kept sublayer alone is trained to the dense model's stream",
+            help="for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
         ),
     ] = 0.0,
     sample: Annotated[
@@ -193,7 +193,7 @@ def heal(
         measured = measure(net, {before: wanted, "healed": healed}, texts.other, out, settings, progress)
     looks: list[Row] = [look.row() for look in read(out / HealRecord.file, HealRecord)]
     tables = {
-        "healing": Shown(looks, HealRecord.columns, f"{out}: KL on text that was not trained on"),
+        "healing": Shown(looks, HealRecord.columns, f"{out}: what it loses on text that was not trained on"),
         "quality": shown_quality(measured, f"skip {wanted}: before the healing and after it"),
     }
     show_all(tables, as_json=as_json)

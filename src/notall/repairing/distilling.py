@@ -150,7 +150,7 @@ class _Trainer(Trainer):
         self.run.student.eval()
         with self.accelerator.autocast():
             metrics = self.exam.look(self.run.student.model)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # which writes to `control`
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -137,7 +137,11 @@ def _adaptable(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> Iterator
         layer = f"{anatomy.layers}.{block.index}"
         for name in (f"{layer}.{name}" for part in parts for name in part.modules):
             for path, module in model.get_submodule(name).named_modules(prefix=name):
-                if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared and _is_trained_in(module):
+                if (
+                    isinstance(module, nn.Linear | Conv1D)
+                    and id(module.weight) not in shared
+                    and _is_trained_in(module)
+                ):
                     yield path
 
 
@@ -156,7 +160,7 @@ def _shared(model: PreTrainedModel) -> set[int]:
 
 
 def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, Any]:
-    """Put LoRA matrices beside those at `paths`, which answer nothing at first; these layers of peft, by their paths."""
+    """Put LoRA matrices, which answer nothing at first, beside those at `paths`; peft's layers by these paths."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -169,7 +173,9 @@ def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, An
             torch.manual_seed(0)
             inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
-        raise UnsupportedModel(f"peft refuses this model ({shortened(error)}); train something else than lora") from None
+        raise UnsupportedModel(
+            f"peft refuses this model ({shortened(error)}); train something else than lora"
+        ) from None
     return {path: model.get_submodule(path) for path in sorted(paths)}
 
 
