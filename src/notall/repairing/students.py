@@ -62,11 +62,11 @@ class Student(nn.Module):
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
         self.dtypes = {path: one.dtype for path, one in self.trained.items()}
+        self.stream = _Stream(model, anatomy, plan, copied.get_submodule(anatomy.layers)) if streamed else None
+        remove(copied, Plan(plan.attention, plan.mlp))
         for parameter in self.trained.values():
             parameter.data = parameter.data.float()  # steps are too small for the dtypes of few bits
             parameter.requires_grad_(True)
-        self.stream = _Stream(model, anatomy, plan, copied.get_submodule(anatomy.layers)) if streamed else None
-        remove(copied, Plan(plan.attention, plan.mlp))
         self.model = copied
 
     def forward(self, input_ids: Tensor, lesson: Lesson | None = None) -> Tensor:
