@@ -320,7 +320,7 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rate": 3e-3}, {"rate": 0.1}, {"rate": 3e-3, "train": "lora"}, {"rate": 3e-3, "warm_up": 0.8}],
+    [{"rate": 3e-3}, {"rate": 0.1}, {"rate": 3e-3, "train": "lora"}, {"rate": 0.9, "warm_up": 0.8}],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):

@@ -83,9 +83,18 @@ def test_ours_is_the_loss_of_the_skipped_model():
 
 def test_what_an_engine_does_not_tell_is_left_out_on_both_sides():
     row = served.compared("llama.cpp", [[1.0, None], [3.5, 2.0]], [[1.5, 9.0], [3.0, 2.0]])
-    assert row == {"engine": "llama.cpp", "nll": 6.5 / 3, "ours": 6.5 / 3, "off": 0.0, "worst": 0.5, "tokens": 3}
+    assert row == {"nll": 6.5 / 3, "ours": 6.5 / 3, "off": 0.0, "worst": 0.5, "tokens": 3}
     with pytest.raises(RuntimeError, match="tells of no token"):
         served.compared("llama.cpp", [[None]], [[1.0]])
+
+
+def test_an_engine_fails_by_what_it_is_off_beyond_the_dense_model():
+    def rows(**off):
+        return [{"engine": "an engine", "model": name, "off": value} for name, value in off.items()]
+
+    assert served.too_far(rows(dense=0.02, repaired=-0.029), 0.01) == []
+    assert served.too_far(rows(dense=0.0, repaired=-0.011), 0.01) == ["an engine"]
+    assert served.too_far(rows(dense=-0.02, repaired=0.031), 0.01) == ["an engine"]
 
 
 def test_an_engine_that_is_not_there_is_said(tmp_path):

@@ -71,7 +71,7 @@ class Distillation:
             args=self._arguments(batches, course, fresh=checkpoint is None),
             train_dataset=[{"input_ids": row} for batch in batches for row in batch],
             eval_dataset=[{"input_ids": row} for batch in held_out for row in batch],
-            callbacks=[_Patience(PATIENCE).after(warm), _Told(self, batches[0].numel())],
+            callbacks=[_Patience(warm), _Told(self, batches[0].numel())],
         )
         trainer.remove_callback(PrinterCallback)
         before = {path: one.detach().clone() for path, one in self.student.trained.items()}
@@ -190,17 +190,19 @@ class _Exam:
 
 
 class _Patience(EarlyStoppingCallback):
-    """Looks in the warm-up do not count: what it aims at is something else."""
+    """Looks in the warm-up, so many steps, do not count: what it aims at is something else."""
 
-    warm = 0
-
-    def after(self, steps: int) -> _Patience:
-        self.warm = steps
-        return self
+    def __init__(self, warm: int) -> None:
+        super().__init__(PATIENCE)
+        self.warm = warm
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         if state.global_step > self.warm or not self.warm:
             super().on_evaluate(args, state, control, metrics, **more)
+
+    def state(self) -> dict[str, Any]:
+        """What another is made like it from, where a run goes on."""
+        return {**super().state(), "args": {"warm": self.warm}}
 
 
 class _Told(TrainerCallback):
