@@ -32,7 +32,7 @@ def kept_repair(
     batches: Sequence[Tensor],
     progress: Progress = silent,
 ) -> tuple[RepairedPlan, float]:
-    """`plan` repaired by the method `name`, and the CPU seconds of all threads that took; taken from `folder` where it is there.
+    """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
 
     Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
     Raises as the method does.
