@@ -60,8 +60,9 @@ def heal(
     that were best there, if only those that it began with. With a `folder` the result is written down, and the same
     call goes on where one that was killed stopped.
 
-    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, and a folder that
-    holds other work or is in use, and `UnsupportedModel` as `locate` does and where the head is no matrix.
+    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a folder that
+    holds other work or is in use, and `lora` without peft, and `UnsupportedModel` as `locate` does and where the head
+    is no matrix.
     """
     inner = base_model(model)
     anatomy = locate(inner)
