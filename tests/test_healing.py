@@ -91,7 +91,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     own = dict(model.named_parameters())
     assert {path for path, weight in healed.weights.items() if not torch.equal(weight, own[path])} == wanted
     looks = [
-        (look.held_out_kl, look.held_out_nll, look.top1_agreement)
+        (look.held_out_kl, look.held_out_nll, look.held_out_agreement)
         for look in read(tmp_path / HealRecord.file, HealRecord)
     ]
     assert looks[0] == pytest.approx(by_hand(model, PLAN), rel=1e-4)
@@ -259,6 +259,20 @@ def test_looks_in_the_warm_up_do_not_try_the_patience(tmp_path):
         assert len(read(folder / HealRecord.file, HealRecord)) == looks
 
 
+def test_a_run_that_goes_on_in_its_warm_up_has_as_much_patience(tmp_path):
+    def fail(done, *_):
+        if done == 3:
+            raise RuntimeError("planted")
+
+    def run(name, **more):
+        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, rate=0.9, warm_up=0.5, folder=tmp_path / name, **more)
+        return [look.held_out_kl for look in read(tmp_path / name / HealRecord.file, HealRecord)]
+
+    with pytest.raises(RuntimeError, match="planted"):
+        run("stopped", progress=fail)
+    assert run("stopped") == run("whole")
+
+
 @pytest.mark.parametrize("warm_up", [-0.1, 1.1, float("nan")])
 def test_a_warm_up_is_a_share(warm_up):
     with pytest.raises(UsageError, match="give one from 0 to 1"):
@@ -320,7 +334,7 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rate": 3e-3}, {"rate": 0.1}, {"rate": 3e-3, "train": "lora"}, {"rate": 0.9, "warm_up": 0.8}],
+    [{"rate": 3e-3}, {"rate": 0.1}, {"rate": 3e-3, "train": "lora"}, {"rate": 3e-3, "warm_up": 0.8}],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):

@@ -21,7 +21,7 @@ class HealRecord(Record):
         number("tokens", "tokens", ","),
         number("held_out_kl", "held-out KL", ".4f"),
         number("held_out_nll", "held-out NLL", ".4f"),
-        number("top1_agreement", "top-1 agreement", ".4f"),
+        number("held_out_agreement", "held-out top-1 agreement", ".4f"),
         number("seconds", "CPU s", ",.1f"),
     )
 
@@ -29,5 +29,5 @@ class HealRecord(Record):
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(None, description="negative log-likelihood there, nats per token")
-    top1_agreement: Share = Field(None, description="share of its tokens with the dense model's first choice, 0 to 1")
+    held_out_agreement: Share = Field(None, description="share of its tokens with the dense model's first choice, 0 to 1")
     seconds: Amount = Field(description="CPU seconds of all threads so far, of this process")

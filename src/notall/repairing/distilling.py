@@ -221,7 +221,7 @@ class _Told(TrainerCallback):
             tokens=state.global_step * self.tokens,
             held_out_kl=metrics["eval_loss"],
             held_out_nll=metrics["nll"],
-            top1_agreement=metrics["same"],
+            held_out_agreement=metrics["same"],
             seconds=time.process_time() - self.start,
         )
         if self.run.kept is not None and look.key not in self.run.kept:
