@@ -145,16 +145,22 @@ def test_the_dense_model_answers_on_each_text_once():
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma3"])
-def test_merged_it_answers_as_with_the_matrices_beside(name, monkeypatch):
-    students = []
+@pytest.fixture
+def students(monkeypatch):
+    """Those that are trained."""
+    found = []
 
     class Kept(Student):
         def __init__(self, *given, **more):
             super().__init__(*given, **more)
-            students.append(self)
+            found.append(self)
 
     monkeypatch.setattr(healing, "Student", Kept)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma3"])
+def test_merged_it_answers_as_with_the_matrices_beside(name, students):
     model = family(name).build()
     begun = repair(model, PLAN, TRAINED, ridges=[10.0])  # which leaves much to do
     healed = heal(model, begun, TRAINED, TRAINED[:2], train="lora", rank=3, rate=1e-3)
@@ -283,10 +289,11 @@ def test_a_warm_up_is_a_share(warm_up):
 
 
 @pytest.mark.parametrize("train", ["outputs", "lora"])
-def test_in_half_precision_small_steps_count(train, tmp_path):
-    """What is trained is in float32 meanwhile: steps of this rate would be rounded away."""
+def test_in_half_precision_what_is_trained_is_in_float32_meanwhile(train, students, tmp_path):
+    """Small steps would be rounded away."""
     model = llama().to(torch.bfloat16)
     healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=1e-3, train=train, warm_up=0.25, folder=tmp_path)
+    assert {one.dtype for one in students[0].trained.values()} == {torch.float32}
     assert {weight.dtype for weight in healed.weights.values()} == {torch.bfloat16}
     assert distance(model, healed) < 0.95 * distance(model, PLAN)
     first = read(tmp_path / HealRecord.file, HealRecord)[0]

@@ -29,5 +29,7 @@ class HealRecord(Record):
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(None, description="negative log-likelihood there, nats per token")
-    held_out_agreement: Share = Field(None, description="share of its tokens with the dense model's first choice, 0 to 1")
+    held_out_agreement: Share = Field(
+        None, description="share of first choices there that are the dense model's, 0 to 1"
+    )
     seconds: Amount = Field(description="CPU seconds of all threads so far, of this process")
