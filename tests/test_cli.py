@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
 import forked
 import notall
@@ -30,6 +31,7 @@ from notall.records.ledger import read
 from notall.records.measured import MeasuredRecord
 from notall.repairing import refitting
 from notall.repairing.kept import load_repaired
+from notall.repairing.refitting import digest_of
 from notall.reporting import extras, side_by_side
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import TASKS, write_tasks
@@ -319,6 +321,8 @@ def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder
     (step,) = load_repaired(out).history
     assert (step.sampled, step.train, step.rank, step.warm_up) == (True, "lora", 2, 0.5)
     assert "16 tokens that it wrote itself from the first words of prose" in str(step)
+    (text,) = out.glob("sampled-*.safetensors")
+    assert digest_of([load_file(text)["ids"]]) == step.training
     assert run(*command, "--out", out, *asked)[1] == shown
     assert "another" in run(*command, "--out", out)[2]
     for words, said in (
