@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
 import forked
 import notall
@@ -29,6 +30,8 @@ from notall.measuring import quality
 from notall.records.ledger import read
 from notall.records.measured import MeasuredRecord
 from notall.repairing import refitting
+from notall.repairing.kept import load_repaired
+from notall.repairing.refitting import digest_of
 from notall.reporting import extras, side_by_side
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import TASKS, write_tasks
@@ -303,6 +306,33 @@ def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
             patched.setattr(quality, "record", lambda *_, **__: pytest.fail("it was measured again"))
             assert run(*command)[1] == shown
         assert run("eval", folder, "--plan", out / before, *QUICK)[0] == 0
+
+
+def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder, tmp_path):
+    path, out = tmp_path / "plan.json", tmp_path / "healed"
+    Plan([4]).save(path)
+    heal = ["--tokens", "64", "--length", "16", "--dtype", "float32", "--json"]
+    command = ["heal", folder, "--plan", path, *heal]
+    asked = ["--sample", "--train", "lora", "--rank", "2", "--warm-up", "0.5"]
+    code, shown, err = run(*command, "--out", out, *asked)
+    assert (code, err) == (0, "")
+    looks = json.loads(shown)["healing"]
+    assert all({"held_out_kl", "held_out_nll", "held_out_agreement"} <= look.keys() for look in looks)
+    (step,) = load_repaired(out).history
+    assert (step.sampled, step.train, step.rank, step.warm_up) == (True, "lora", 2, 0.5)
+    assert "16 tokens that it wrote itself from the first words of prose" in str(step)
+    (text,) = out.glob("sampled-*.safetensors")
+    assert digest_of([load_file(text)["ids"]]) == step.training
+    assert run(*command, "--out", out, *asked)[1] == shown
+    assert "another" in run(*command, "--out", out)[2]
+    for words, said in (
+        (["--rank", "4"], "give 1 or more, with --train lora"),
+        (["--train", "lora", "--rank", "0"], "give 1 or more, with --train lora"),
+        (["--warm-up", "2"], "give one from 0 to 1"),
+    ):
+        code, _, err = run(*command, "--out", tmp_path / "n", *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
 
 
 def test_search_keeps_what_the_repair_of_its_choice_gives_back(run, folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from notall.records.ledger import read
 from notall.repairing import healing
 from notall.repairing.healing import heal
 from notall.repairing.kept import load_repaired
+from notall.repairing.students import Student
 from notall.running.replay import Replay
 
 PLAN = Plan(attention=[2], mlp=[1])
@@ -49,11 +51,17 @@ def kl(log_p, log_q):
 
 
 @torch.no_grad()
+def by_hand(model, plan):
+    """KL, NLL and the share of same first choices on the held-out text, of all tokens that are predicted."""
+    ids = torch.cat(HELD_OUT)
+    log_p, log_q = (one[:, :-1].log_softmax(-1) for one in (model(ids).logits, logits_of(model, plan, ids)))
+    nll = -log_q.gather(2, ids[:, 1:, None]).mean()
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
+    return [float(kl(log_p, log_q).mean()), float(nll), float(same)]
+
+
 def distance(model, plan):
-    losses = [
-        kl(model(ids).logits.log_softmax(-1), logits_of(model, plan, ids).log_softmax(-1)).mean() for ids in HELD_OUT
-    ]
-    return float(sum(losses) / len(losses))
+    return by_hand(model, plan)[0]
 
 
 def same(found, expected):
@@ -69,7 +77,7 @@ def kept_paths(model, plan=PLAN):
     return {name for name, _ in model.named_parameters() if "layers." in name and not any(one in name for one in gone)}
 
 
-@pytest.mark.parametrize("train", ["outputs", "all"])
+@pytest.mark.parametrize("train", ["outputs", "all", "lora"])
 def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path):
     model = llama()
     before = [(name, id(one), one.detach().clone(), one.requires_grad) for name, one in model.named_parameters()]
@@ -78,12 +86,17 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
         assert (name, id(one), one.requires_grad) == (known, there, grad)
         assert torch.equal(one, bits)
     assert distance(model, healed) < 0.95 * distance(model, PLAN)
-    wanted = {path for path in kept_paths(model) if train == "all" or path.endswith(OUTPUTS)}
+    chosen = {"outputs": OUTPUTS, "all": ("",), "lora": ("_proj.weight",)}[train]
+    wanted = {path for path in kept_paths(model) if path.endswith(chosen)}
     own = dict(model.named_parameters())
     assert {path for path, weight in healed.weights.items() if not torch.equal(weight, own[path])} == wanted
-    looks = read(tmp_path / HealRecord.file, HealRecord)
-    assert looks[0].held_out_kl == pytest.approx(distance(model, PLAN), rel=1e-4)
-    assert min(look.held_out_kl for look in looks) == pytest.approx(distance(model, healed), rel=1e-4)
+    looks = [
+        (look.held_out_kl, look.held_out_nll, look.held_out_agreement)
+        for look in read(tmp_path / HealRecord.file, HealRecord)
+    ]
+    assert looks[0] == pytest.approx(by_hand(model, PLAN), rel=1e-4)
+    assert min(looks) == pytest.approx(by_hand(model, healed), rel=1e-4)
+    assert len({same for *_, same in looks}) > 1
     assert same(load_repaired(tmp_path), healed)
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
         *("healing.jsonl", "healed.safetensors", "plan.json"),
@@ -115,20 +128,179 @@ def test_one_step_is_one_step_of_adamw_on_the_plain_loss():
         torch.testing.assert_close(found.weights[path], parameter.detach(), rtol=1e-4, atol=2e-5)
 
 
-def test_the_dense_model_answers_on_each_text_once(monkeypatch):
+def test_the_dense_model_answers_on_each_text_once():
     """What is trained on is seen once, what it stops by at every look."""
     model, seen = llama(), []
-
-    def states(asked, ids, plain=healing._states):
-        seen.append((asked is model, ids.tolist()))
-        return plain(asked, ids)
-
-    monkeypatch.setattr(healing, "_states", states)
+    model.register_forward_pre_hook(  # the copy has it too
+        lambda asked, _, given: seen.append((asked is model, given["input_ids"].tolist())), with_kwargs=True
+    )
     heal(model, PLAN, TRAINED, HELD_OUT, rate=1e-3)
     of_dense = [ids for is_dense, ids in seen if is_dense]
-    assert len(of_dense) == len(TRAINED) + len(HELD_OUT)
+    rows = [row for ids in of_dense if len(ids) > 1 for row in ids]  # one alone is to find projections with
+    assert all(rows.count(row) == 1 for batch in TRAINED for row in batch.tolist())
     assert all(of_dense.count(batch.tolist()) == 1 for batch in HELD_OUT)
     assert sum(ids == HELD_OUT[0].tolist() for is_dense, ids in seen if not is_dense) > 5
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def students(monkeypatch):
+    """Those that are trained."""
+    found = []
+
+    class Kept(Student):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            found.append(self)
+
+    monkeypatch.setattr(healing, "Student", Kept)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma3"])
+def test_merged_it_answers_as_with_the_matrices_beside(name, students):
+    model = family(name).build()
+    begun = repair(model, PLAN, TRAINED, ridges=[10.0])  # which leaves much to do
+    healed = heal(model, begun, TRAINED, TRAINED[:2], train="lora", rank=3, rate=1e-3)
+    with torch.no_grad():
+        adapted = students[0].model(HELD_OUT[0]).logits
+    merged, before = logits_of(model, healed, HELD_OUT[0]), logits_of(model, begun, HELD_OUT[0])
+    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    assert (merged - before).abs().max() > 1e-3
+    own = dict(model.named_parameters())
+    for path in students[0].adapters:
+        change = healed.weights[f"{path}.weight"] - begun.weights.get(f"{path}.weight", own[f"{path}.weight"])
+        assert torch.linalg.matrix_rank(change.detach(), atol=1e-6) == 3
+    assert healed.weights.keys() == begun.weights.keys() | {f"{path}.weight" for path in students[0].adapters}
+
+
+def test_without_peft_there_is_no_lora(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match=r"needs peft: pip install 'notall\[lora\]'"):
+        run_heal(tmp_path / "out", train="lora")
+
+
+@pytest.mark.parametrize("train", ["outputs", "all", "lora"])
+def test_weights_that_layers_share_stay_as_they_are(train):
+    """A plan has one value for a path, and would leave the other layer with the old one."""
+    model = llama()
+    layers = model.model.layers
+    layers[0].mlp.down_proj.weight = layers[3].mlp.down_proj.weight
+    healed = run_heal(model=model, train=train)
+    assert not any("down_proj" in path for path in healed.weights if "layers.2" not in path)
+    assert "model.layers.2.mlp.down_proj.weight" in healed.weights
+
+
+# --- the warm-up ------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_warm_up_is_one_step_of_adamw_on_each_sublayer_alone():
+    """By hand: each sublayer is given the student's own stream, and is to end where the dense one is behind the gap."""
+    model = llama()
+    found = heal(model, PLAN, TRAINED[:1], HELD_OUT, rate=1e-3, warm_up=1.0)
+    ids, twin = TRAINED[0], copy.deepcopy(model)
+    names = [(layer, kind) for layer in range(4) for kind in ("attention", "mlp")]
+    kept = [one for one in names if one not in ((2, "attention"), (1, "mlp"))]
+    with torch.no_grad():
+        dense = [model.model.embed_tokens(ids)]
+        for name in names:
+            dense.append(dense[-1] + added(model, *name, dense[-1]))
+    ends = [names.index(one) for one in kept[1:]] + [len(names)]
+    trained = {path: twin.get_parameter(path) for path in kept_paths(model) if path.endswith(OUTPUTS)}
+    hidden, losses = dense[0], []
+    for place, (name, end) in enumerate(zip(kept, ends, strict=True)):
+        behind = hidden + added(twin, *name, hidden)
+        metric = read_by(model, kept[place + 1 : place + 5])
+        losses.append((((behind - dense[end]) ** 2) @ metric / ((dense[end] ** 2) @ metric)).mean())
+        hidden = behind.detach()
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0)
+    gradients = torch.autograd.grad(sum(losses) / len(losses), list(trained.values()))
+    scale = min(1.0, 1 / float(torch.cat([one.flatten() for one in gradients]).norm()))
+    for parameter, gradient in zip(trained.values(), gradients):
+        parameter.grad = scale * gradient
+    optimizer.step()
+    assert found.weights.keys() == trained.keys()
+    for path, parameter in trained.items():
+        torch.testing.assert_close(found.weights[path], parameter.detach(), rtol=1e-4, atol=2e-5)
+
+
+def added(model, layer, kind, hidden):
+    """What a llama's sublayer adds to the stream."""
+    block = model.model.layers[layer]
+    if kind == "mlp":
+        return block.mlp(block.post_attention_layernorm(hidden))
+    tokens = hidden.shape[1]
+    mask = torch.full((tokens, tokens), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+    angles = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+    return block.self_attn(block.input_layernorm(hidden), position_embeddings=angles, attention_mask=mask)[0]
+
+
+def read_by(model, readers):
+    """How much each channel counts: the mean of the squared gains of these norms and the last one."""
+    layers = model.model.layers
+    gains = [
+        (layers[layer].input_layernorm if kind == "attention" else layers[layer].post_attention_layernorm).weight
+        for layer, kind in readers
+    ] + [model.model.norm.weight]
+    squares = torch.stack([gain.detach().square() / gain.detach().square().mean() for gain in gains])
+    return squares.mean(0) / squares.mean(0).mean()
+
+
+def test_the_warm_up_comes_nearer_and_what_follows_aims_at_the_next_token(tmp_path):
+    model = llama()
+    warm = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3, warm_up=1.0)
+    both = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3, warm_up=0.5)
+    assert distance(model, warm) < 0.95 * distance(model, PLAN)
+    assert not same(both, warm)
+    assert not same(both, heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3))
+
+
+def test_looks_in_the_warm_up_do_not_try_the_patience(tmp_path):
+    """At a rate where nothing gets better."""
+    for warm_up, looks in ((0.0, 5), (0.5, 1 + 8 + 3)):
+        folder = tmp_path / str(warm_up)
+        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, rate=0.9, warm_up=warm_up, folder=folder)
+        assert len(read(folder / HealRecord.file, HealRecord)) == looks
+
+
+def test_a_run_that_goes_on_in_its_warm_up_has_as_much_patience(tmp_path):
+    def fail(done, *_):
+        if done == 3:
+            raise RuntimeError("planted")
+
+    def run(name, **more):
+        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, rate=0.9, warm_up=0.5, folder=tmp_path / name, **more)
+        return [look.held_out_kl for look in read(tmp_path / name / HealRecord.file, HealRecord)]
+
+    with pytest.raises(RuntimeError, match="planted"):
+        run("stopped", progress=fail)
+    assert run("stopped") == run("whole")
+
+
+@pytest.mark.parametrize("warm_up", [-0.1, 1.1, float("nan")])
+def test_a_warm_up_is_a_share(warm_up):
+    with pytest.raises(UsageError, match="give one from 0 to 1"):
+        run_heal(warm_up=warm_up)
+
+
+# --- in half precision ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["outputs", "lora"])
+def test_in_half_precision_what_is_trained_is_in_float32_meanwhile(train, students, tmp_path):
+    """Small steps would be rounded away."""
+    model = llama().to(torch.bfloat16)
+    healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=1e-3, train=train, warm_up=0.25, folder=tmp_path)
+    assert {one.dtype for one in students[0].trained.values()} == {torch.float32}
+    assert {weight.dtype for weight in healed.weights.values()} == {torch.bfloat16}
+    assert distance(model, healed) < 0.95 * distance(model, PLAN)
+    first = read(tmp_path / HealRecord.file, HealRecord)[0]
+    assert (first.held_out_kl, first.held_out_nll) == pytest.approx(by_hand(model, PLAN)[:2], rel=0.05)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
 
 
 def test_where_nothing_gets_better_it_keeps_what_it_began_with():
@@ -140,7 +312,7 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with():
 
 
 def test_a_capped_head_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(healing, "_Run", lambda *_: pytest.fail("a training was begun"))
+    monkeypatch.setattr(healing, "Distillation", lambda *_: pytest.fail("a training was begun"))
     with pytest.raises(UnsupportedModel, match="is no matrix, and cannot be aimed at") as refusal:
         run_heal(tmp_path / "out", family("gemma2").build())
     assert "\n" not in str(refusal.value)
@@ -167,29 +339,34 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
     assert same(load_repaired(folder), whole)
 
 
-@pytest.mark.parametrize("rate", [3e-3, 0.1])
-def test_stopped_by_an_error_it_comes_to_the_same(rate, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"rate": 3e-3}, {"rate": 0.1}, {"rate": 3e-3, "train": "lora"}, {"rate": 3e-3, "warm_up": 0.8}],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):
     """Also where nothing gets better, and its patience is soon at an end."""
 
     def fail(done, *_):
         if done == 3:
             raise RuntimeError("planted")
 
-    whole = run_heal(tmp_path / "whole", rate=rate)
+    whole = run_heal(tmp_path / "whole", **options)
     with pytest.raises(RuntimeError, match="planted"):
-        run_heal(tmp_path / "stopped", rate=rate, progress=fail)
+        run_heal(tmp_path / "stopped", **options, progress=fail)
     torn = tmp_path / "stopped" / "checkpoints" / "checkpoint-7"
     torn.mkdir()
     (torn / "optimizer.pt").write_bytes(b"torn")
-    assert same(run_heal(tmp_path / "stopped", rate=rate), whole)
+    assert same(run_heal(tmp_path / "stopped", **options), whole)
     whole_looks, looks = (read(tmp_path / name / HealRecord.file, HealRecord) for name in ("whole", "stopped"))
     assert [(one.tokens, one.held_out_kl) for one in looks] == [(one.tokens, one.held_out_kl) for one in whole_looks]
 
 
 def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tmp_path, monkeypatch):
     whole = run_heal(tmp_path)
-    monkeypatch.setattr(healing, "_Run", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(healing, "Distillation", lambda *_: pytest.fail("it was trained again"))
     assert same(run_heal(tmp_path), whole)
-    for changes, said in (({"rate": 1e-3}, "another rate"), ({"train": "all"}, "another train")):
+    others = {"rate": 1e-3}, {"train": "all"}, {"warm_up": 0.5}
+    for changes, said in ((one, f"another {name}") for one in others for name in one):
         with pytest.raises(UsageError, match=said):
             run_heal(tmp_path, **changes)

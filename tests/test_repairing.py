@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import forked
 from families import FAMILIES, each_structure, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
-from notall.repairing.kept import load_repaired
+from notall.repairing.kept import Kept, load_repaired
 from notall.repairing.projections import find_projection
 from notall.repairing.refitting import HELD, RIDGES, held_out
 from notall.repairing.spool import Spool
@@ -411,6 +412,20 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
     assert same(load_repaired(folder), whole)
     assert load_repaired(folder) == whole
     assert [one.sublayers for one in load_repaired(folder).refits] == [one.sublayers for one in whole.refits]
+
+
+def test_new_weights_lie_in_files_and_are_never_in_memory_together(tmp_path, monkeypatch):
+    made, alive = [], []
+
+    def add(kept, refit, weights, add=Kept.add):
+        alive.append(sum(one() is not None for one in made))
+        made.extend(weakref.ref(weight) for weight in weights.values())
+        add(kept, refit, weights)
+
+    monkeypatch.setattr(Kept, "add", add)
+    run_repair(tmp_path)
+    assert len(made) == 4
+    assert alive == [0, 0, 0, 0]
 
 
 def test_what_is_finished_is_not_refit_again(tmp_path, monkeypatch):

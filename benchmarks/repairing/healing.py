@@ -2,6 +2,7 @@
 
     python benchmarks/repairing/healing.py --data DATA --out results/healing                  # hours on 2 cores
     python benchmarks/repairing/healing.py --data DATA --sets a8 --tokens 8192 --windows 8   # a look
+    python benchmarks/repairing/healing.py --data DATA --train lora --warm-up 0.2 --sample   # other ways
 
 Trained on the text that the repair is fitted to, and measured on other text: see methods.py beside this. Called again
 with the same --out, it goes on. DATA is as there.
@@ -13,7 +14,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from methods import LENGTH, SETS, load_asked, options_of, texts
@@ -25,14 +26,18 @@ from notall.records import lines
 from notall.records.columns import number, plain, with_error
 from notall.records.healing import HealRecord
 from notall.records.ledger import read
+from notall.records.provenance import Provenance
 from notall.repairing.healing import heal
 from notall.repairing.methods.keeping import kept_repair
+from notall.repairing.sampling import sampled
+from notall.repairing.students import Trained
 from notall.reporting.console import show
 from notall.reporting.progress_bars import progress_bar
 
 STOP = 8  # windows to stop by, half of each text
 BATCH = 4
 BEGINS = ("skipped", "repaired")
+WHAT = ("model", "dtype", "tokens", "windows", "rate", "train", "warm_up", "sample")  # results of others lie elsewhere
 COLUMNS = (
     *(plain("set", "skip"), plain("begun", "begun with"), plain("text"), plain("state", "model")),
     with_error("delta_nll", "NLL added"),
@@ -51,12 +56,15 @@ def main() -> None:
     options.add_argument("--sets", nargs="+", choices=SETS, default=["a8", "b4", "p8"])
     options.add_argument("--begin", nargs="+", choices=BEGINS, default=list(BEGINS))
     options.add_argument("--rate", type=float, default=3e-4)
+    options.add_argument("--train", choices=get_args(Trained), default="outputs")
+    options.add_argument("--warm-up", type=float, default=0.0, help="share of the tokens that aim at the stream")
+    options.add_argument("--sample", action="store_true", help="train on what the dense model writes itself")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
     rows = torch.cat(drawn)
     fit, stop = list(rows[:-STOP].split(8)), list(rows[-STOP:].split(BATCH))
-    settings = {name: getattr(asked, name) for name in ("model", "dtype", "tokens", "windows", "rate")}
+    settings = {name: getattr(asked, name) for name in WHAT}
     named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
     found, curve = lines.read(path), list[dict[str, Any]]()
@@ -69,7 +77,12 @@ def main() -> None:
                 start, _ = kept_repair(asked.out / f"repairs-{named}", by, model, plan, fit)
                 with progress_bar() as bar:
                     batches = [row for batch in fit for row in batch.split(BATCH)]
-                    healed = heal(model, start, batches, stop, rate=asked.rate, folder=folder, progress=bar)
+                    if asked.sample:
+                        batches = sampled(
+                            model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar
+                        )
+                    way = {"train": asked.train, "warm_up": asked.warm_up, "rate": asked.rate}
+                    healed = heal(model, start, batches, stop, **way, folder=folder, progress=bar)
                 minutes = read(folder / HealRecord.file, HealRecord)[-1].seconds / 60
                 added: list[dict[str, Any]] = []
                 for text, windows in held_out.items():

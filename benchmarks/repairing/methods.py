@@ -56,7 +56,7 @@ COLUMNS = (
     with_error("delta_nll", "NLL added"),
     with_error("kl", "KL"),
     with_error("top1_agreement", "top-1 agreement"),
-    number("seconds", "s to repair", ",.1f"),
+    number("seconds", "CPU s to repair", ",.1f"),
     size("added_bytes", "added"),
 )
 

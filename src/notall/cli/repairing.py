@@ -35,6 +35,7 @@ MEASURED = 16  # windows of each text that what came out is measured on
 class Train(str, Enum):
     outputs = "outputs"
     all = "all"
+    lora = "lora"
 
 
 @app.command(
@@ -121,10 +122,25 @@ def heal(
     train: Annotated[
         Train,
         typer.Option(
-            metavar="WHAT", help="what to train: outputs (norms and output projections), or all (every kept weight)"
+            metavar="WHAT",
+            help="what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
+            "beside each kept one, added to it in the end)",
         ),
     ] = Train.outputs,
+    rank: Annotated[
+        int | None, typer.Option(help="rank of the matrices of --train lora (default: 16)", show_default=False)
+    ] = None,
     rate: Annotated[float, typer.Option(help="the learning rate to begin with")] = 3e-4,
+    warm_up: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
+        ),
+    ] = 0.0,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="train on what the dense model writes, from the first words of each window")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -142,12 +158,16 @@ def heal(
     from ..records.ledger import read, refuse_foreign
     from ..repairing.healing import heal as heal_plan
     from ..repairing.measured import measure
+    from ..repairing.sampling import sampled
+    from ..repairing.students import RANK
     from ..running.repaired import RepairedPlan
 
     refuse_foreign(out, "heal")
     wanted = _given(plan)
     if not 0 < rate < 1:
         raise UsageError(f"--rate {rate} is no learning rate: give one such as 3e-4")
+    if rank is not None and (train != Train.lora or rank < 1):
+        raise UsageError(f"--rank {shortened(rank)} is of no use here: give 1 or more, with --train lora")
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
@@ -155,16 +175,20 @@ def heal(
     texts = _Texts.drawn(
         net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed, most=TOKENS // length
     )
-    settings = provenance_of(net, model, revision, **texts.described)
+    settings = provenance_of(net, model, revision, **texts.described, **({"sampled": True} if sample else {}))
     with progress_bar() as progress:
         fit, stop = texts.together(batch_size), texts.stop(batch_size)
+        if sample:
+            fit = sampled(net, fit, out, settings, seed=seed, progress=progress)
         healed = heal_plan(
             net,
             wanted,
             fit,
             stop,
             train=train.value,
+            rank=rank or RANK,
             rate=rate,
+            warm_up=warm_up,
             folder=out,
             settings=settings,
             seed=seed,
@@ -174,7 +198,7 @@ def heal(
         measured = measure(net, {before: wanted, "healed": healed}, texts.other, out, settings, progress)
     looks: list[Row] = [look.row() for look in read(out / HealRecord.file, HealRecord)]
     tables = {
-        "healing": Shown(looks, HealRecord.columns, f"{out}: KL on text that was not trained on"),
+        "healing": Shown(looks, HealRecord.columns, f"{out}: what it loses on text that was not trained on"),
         "quality": shown_quality(measured, f"skip {wanted}: before the healing and after it"),
     }
     show_all(tables, as_json=as_json)

@@ -49,7 +49,8 @@ class _NormedFit:
                 now = self._error(self.old + self._damped(change, step)) / none
                 if now < left:
                     best, left = (ridge, step), now
-        change = None if best is None else (fitted + held).solve(best[0])
+        fitted = fitted + held  # no other sums are needed from here on, and they are large
+        change = None if best is None else fitted.solve(best[0])
         if best is None or change is None:
             return None
         new = (self.old + self._damped(change, best[1])).to(self.projection.matrix(self.seen.layer).dtype)

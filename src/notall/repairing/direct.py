@@ -18,7 +18,8 @@ def refit_directly(seen: Seen, ridges: Sequence[float]) -> Refit | None:
         change = fitted.solve(ridge)
         if change is not None and (now := held.left(change, seen.metric.to(change))) < left:
             best, left = ridge, now
-    change = None if best is None else (fitted + held).solve(best)
+    fitted = fitted + held  # no other sums are needed from here on, and they are large
+    change = None if best is None else fitted.solve(best)
     if best is None or change is None:
         return None
     return Refit(best, left, _weights(seen, change))

@@ -83,9 +83,10 @@ class Moments:
         with `alike`, by ridge * |C|^2.
         """
         sizes = self.gram.diagonal()[: len(self.gram) - self.biased]
-        held_back = torch.zeros_like(self.gram[0])
-        held_back[: len(sizes)] = _held_back(sizes, ridge, alike)
-        lower, failed = torch.linalg.cholesky_ex(self.gram + held_back.diag())
+        damped = self.gram.clone()
+        damped.diagonal()[: len(sizes)] += _held_back(sizes, ridge, alike)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as all that is known
         if failed:
             return None
         change = torch.cholesky_solve(self.cross.T, lower).T

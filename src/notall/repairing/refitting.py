@@ -203,21 +203,20 @@ class Repair:
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
         path = f"{self.text.anatomy.layers}.{step.block.index}."
-        if self.kept and (step.names,) in self.kept.refits:
-            refit = self.kept.refits[(step.names,)]
-            weights = self.kept.weights(refit)
+        if self.kept is None:
+            refit, weights = self._solve(step, target)
+            self.weights |= weights
         else:
-            refit, below = self._solve(step, target)
-            weights = {path + name: weight for name, weight in below.items()}
-            if self.kept:
-                self.kept.add(refit, weights)
+            if (step.names,) not in self.kept.refits:
+                self.kept.add(*self._solve(step, target))
+            refit = self.kept.refits[(step.names,)]
+            weights = self.kept.weights(refit)  # from the file, so that those of all steps are never in memory together
         self.refits.append(refit)
-        self.weights |= weights
         with with_weights(self.text.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
             return self._run(step)
 
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
-        """What became of a step, and its new weights by their paths below the layer."""
+        """What became of a step, and its new weights by their paths in the model."""
         start, layer = time.process_time(), self.text.layers[step.block.index]
         refit, why = None, ""
         projections = self._projections(step)
@@ -236,7 +235,8 @@ class Repair:
             seconds=time.process_time() - start,
             why=why,
         )
-        return record, refit.weights if refit else {}
+        path = f"{self.text.anatomy.layers}.{step.block.index}."
+        return record, {path + name: weight for name, weight in refit.weights.items()} if refit else {}
 
     def _run(self, step: LiveStep) -> list[Tensor]:
         index = step.block.index

@@ -87,6 +87,33 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
         )
 
 
+def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
+    """`prompts`, (rows, tokens), and as many tokens behind each as asked for, drawn from the model's distributions.
+
+    Where a text ends another one begins. Raises `UsageError` as `check_positions` does.
+    """
+    check_positions(model, prompts.shape[1], new_tokens)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        return _generate(
+            model,
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            num_beams=1,
+            do_sample=True,
+            temperature=1.0,  # and nothing cut off, whatever the model's own generation_config.json says
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            typical_p=1.0,
+            repetition_penalty=1.0,
+            eos_token_id=-1,  # none that is ever drawn
+            pad_token_id=0,
+        ).clone()
+
+
 def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -32,7 +32,7 @@ def kept_repair(
     batches: Sequence[Tensor],
     progress: Progress = silent,
 ) -> tuple[RepairedPlan, float]:
-    """`plan` repaired by the method `name`, and the seconds that took; taken from `folder` where it is there.
+    """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
 
     Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
     Raises as the method does.
@@ -42,9 +42,9 @@ def kept_repair(
         asked.update(json.dumps(batch.tolist()).encode())
     path = folder / f"{name.replace(':', '-').replace('/', '-')}-{asked.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        start = time.perf_counter()
+        start = time.process_time()
         repaired = method(name).repair(model, plan, batches, progress)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         save_file(_tensors(repaired), part, {"seconds": str(seconds)})
