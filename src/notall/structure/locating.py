@@ -22,6 +22,7 @@ from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, finge
 from .observation import Branch, LayerTrace, child, lines_of, watching
 from .proving import prove
 from .weightless import is_weightless, running_weightless
+from .weights import weights_of
 
 PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
@@ -246,13 +247,13 @@ def _sublayer(
     mixer: str | None = None,
 ) -> Sublayer:
     names = {name for branch in branches for name in branch.modules} - set(exclude)
-    weights = {id(p): p for name in names for p in child(trace.layer, name).parameters()}.values()
+    weights = {key: one for name in names for key, one in weights_of(child(trace.layer, name)).items()}.values()
     return Sublayer(
         kind,
         trace.index,
         branches,
-        parameters=sum(weight.numel() for weight in weights),
-        weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        parameters=sum(weight.elements for weight in weights),
+        weight_bytes=sum(weight.bytes for weight in weights),
         kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
