@@ -6,7 +6,6 @@ an export must cut.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,16 +36,15 @@ class Kind:
     """
 
     name: str
-    write: Callable[[Path], None]
+    write: Callable[..., None]
     cut: dict[str, Any]
     needs: tuple[str, ...] = ()
     since: int = 4  # the release of transformers that runs it on a CPU; 6: none does, so far
     base: str = "llama"
 
     @property
-    def runs(self) -> bool:
-        here = int(transformers.__version__.split(".")[0])
-        return here >= self.since and all(importlib.util.find_spec(name) for name in self.needs)
+    def is_read(self) -> bool:
+        return int(transformers.__version__.split(".")[0]) >= self.since
 
     @property
     def is_written_by_hand(self) -> bool:
@@ -56,9 +54,11 @@ class Kind:
         return self.name
 
 
-def _packed_by_hand(folder: Path, config: dict[str, Any], pack: Packer, whole: str | None = WHOLE) -> None:
+def _packed_by_hand(
+    folder: Path, config: dict[str, Any], pack: Packer, whole: str | None = WHOLE, **changes: Any
+) -> None:
     """Save a tiny Llama with its projections packed, but for those of `whole`."""
-    model = family("llama").build(**SIZES)
+    model = family("llama").build(**SIZES | changes)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         module = name.removesuffix(".weight")
@@ -95,7 +95,7 @@ def _packed(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> 
     return (shifted - ((shifted >> 31) << 32)).int()
 
 
-def _write_fp8(folder: Path) -> None:
+def _write_fp8(folder: Path, **changes: Any) -> None:
     def pack(module: str, weight: Tensor) -> dict[str, Tensor]:
         rows, columns = (size // GROUP for size in weight.shape)
         blocks = weight.view(rows, GROUP, columns, GROUP)
@@ -109,7 +109,7 @@ def _write_fp8(folder: Path) -> None:
         "weight_block_size": [GROUP, GROUP],
         "modules_to_not_convert": ["lm_head", WHOLE],
     }
-    _packed_by_hand(folder, config, pack)
+    _packed_by_hand(folder, config, pack, **changes)
 
 
 def _write_gptq(folder: Path, dynamic: bool) -> None:

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source
+from ..models.quantisation import quantisation_of
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
@@ -54,7 +55,7 @@ class DenseModel:
     @property
     def quantisation(self) -> dict[str, Any] | None:
         """The settings of quantised weights, as config.json words them; None where they are plain."""
-        return self.settings.get("quantization_config")
+        return quantisation_of(self.config) and self.settings["quantization_config"]
 
     @cached_property
     def notes(self) -> dict[str, str]:

@@ -13,50 +13,57 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..models.quantisation import quantisation_name
 
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
+Means = Callable[[str], bool]
+
+
 @dataclass(frozen=True)
 class Words:
-    """How settings name modules: whether a pattern means a name, and the pattern that means just that name.
+    """How settings name modules: what a pattern means, and the pattern that means one name.
 
-    `exactly` is given the pattern that it replaces, too. With `weights`, a module's weight may be named instead.
+    `exactly` is given the pattern that it replaces, too. With `tree`, what it writes means all below a module as well.
+    With `weights`, a module's weight may be named instead.
     """
 
-    means: Callable[[str, str], bool]
+    means: Callable[[str], Means]
     exactly: Callable[[str, str], str]
+    tree: bool = False
     weights: bool = False
 
 
 # --- how each kind of settings names modules --------------------------------------------------------------------------
 
 
-def _begins_or_ends(pattern: str, name: str) -> bool:
+def _begins_or_ends(pattern: str) -> Means:
     """As transformers' `should_convert_module`: from the start to a full stop, or at the end."""
-    return _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern)
+    begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: begins(name) or name.endswith(pattern)
 
 
-def _is_or_matches(pattern: str, name: str) -> bool:
-    return _matches(pattern.removeprefix("re:"), name) if pattern.startswith("re:") else pattern == name
+def _is_or_matches(pattern: str) -> Means:
+    return _matches(pattern[3:]) if pattern.startswith("re:") else pattern.__eq__
 
 
-def _is_or_matches_whole(pattern: str, name: str) -> bool:
-    return _matches(f"(?:{pattern[3:]})$", name) if pattern.startswith("re:") else pattern == name
+def _is_or_matches_whole(pattern: str) -> Means:
+    return _matches(f"(?:{pattern[3:]})$") if pattern.startswith("re:") else pattern.__eq__
 
 
-def _matches_signed(pattern: str, name: str) -> bool:
-    return _matches(_unsigned(pattern), name)
+def _matches_signed(pattern: str) -> Means:
+    return _matches(_unsigned(pattern))
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str) -> Means:
     try:
-        return re.match(pattern, name) is not None
+        compiled = re.compile(pattern)
     except re.error:
-        return False
+        return lambda name: False
+    return lambda name: compiled.match(name) is not None
 
 
 def _unsigned(pattern: str) -> str:
@@ -72,7 +79,7 @@ def _escaped(pattern: str, name: str) -> str:
     return f"{pattern.removesuffix(_unsigned(pattern))}{re.escape(name)}$"
 
 
-BEGINNINGS = Words(_begins_or_ends, _itself)
+BEGINNINGS = Words(_begins_or_ends, _itself, tree=True)
 NAMES = Words(_is_or_matches, _itself)
 WHOLE_NAMES = Words(_is_or_matches_whole, _itself, weights=True)
 SIGNED = Words(_matches_signed, _escaped)
@@ -124,7 +131,7 @@ def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> dict
             )
     cut: Any = told
     for rule, words in rules.items():
-        cut = _cut_at(cut, rule, words, moved | _weights(moved) if words.weights else moved)
+        cut = _cut_at(cut, rule, _Cut(words, moved | _weights(moved) if words.weights else moved, layers))
     return dict(cut)
 
 
@@ -148,64 +155,92 @@ def _weights(moved: Moved) -> dict[str, str | None]:
     return {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
 
 
-def _cut_at(value: Any, path: tuple[str, ...], words: Words, moved: Moved) -> Any:
+def _cut_at(value: Any, path: tuple[str, ...], cut: _Cut) -> Any:
     """`value` with the patterns at `path` below it cut; a group all of whose targets are gone goes, too."""
     if not path:
-        return _cut_patterns(value, words, moved)
+        return cut.patterns(value)
     head, *rest = path
     if head == "*" and isinstance(value, list):
-        return [_cut_at(entry, tuple(rest), words, moved) for entry in value]
+        return [_cut_at(entry, tuple(rest), cut) for entry in value]
     if not isinstance(value, Mapping):
         return value
-    cut = {
-        key: _cut_at(entry, tuple(rest), words, moved) if head in (key, "*") else entry for key, entry in value.items()
-    }
+    new = {key: _cut_at(entry, tuple(rest), cut) if head in (key, "*") else entry for key, entry in value.items()}
     if head == "*" and rest == ["targets"]:
-        return {key: entry for key, entry in cut.items() if entry["targets"] or not value[key]["targets"]}
-    return cut
+        return {key: entry for key, entry in new.items() if entry == value[key] or entry["targets"]}
+    return new
 
 
-def _cut_patterns(value: Any, words: Words, moved: Moved) -> Any:
-    """A list of patterns, or a table of what holds for each."""
-    if isinstance(value, list):
-        return list(dict.fromkeys(new for pattern in value for new in _cut(pattern, words, moved)))
-    if isinstance(value, Mapping):
+@dataclass(frozen=True)
+class _Cut:
+    """Cuts patterns in these words, of modules that have `moved`; `layers` is what the names of layers begin with."""
+
+    words: Words
+    moved: Moved
+    layers: str
+
+    def patterns(self, value: Any) -> Any:
+        """A list of patterns, or a table of what holds for each."""
+        if isinstance(value, list):
+            return list(dict.fromkeys(new for pattern in value for new in self._one(str(pattern))))
+        if not isinstance(value, Mapping):
+            return value
         cut: dict[str, Any] = {}
         for pattern, setting in value.items():
-            for new in _cut(pattern, words, moved):
+            for new in self._one(pattern):
                 cut.setdefault(new, setting)
         return cut
-    return value
+
+    def _one(self, pattern: str) -> list[str]:
+        """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
+        means = self.words.means(pattern)
+        meant = {new for name, new in self.moved.items() if means(name)}
+        wanted = {new for new in meant if new is not None}
+        if not meant and (unknown := re.match(rf"{re.escape(self.layers)}(\d+)\.", pattern)):
+            return self._unknown(pattern, unknown)
+        if meant and not wanted:
+            return []
+        if self._meant_by([pattern]) == wanted:
+            return [pattern]
+        if (renumbered := self.moved.get(pattern)) and self._meant_by([renumbered]) == wanted:
+            return [renumbered]
+        named = self._named(pattern, wanted)
+        if self.words.tree and self._meant_by(named) != wanted:
+            raise _not_renumbered(pattern)
+        return named
+
+    def _unknown(self, pattern: str, beginning: re.Match[str]) -> list[str]:
+        """A name of no module here, such as one that only an engine has: it goes where all of its layer goes."""
+        old = beginning[0]
+        starts = {
+            new.removesuffix(name.removeprefix(old)) if new else None
+            for name, new in self.moved.items()
+            if name.startswith(old)
+        }
+        if len(starts) > 1:
+            raise _not_renumbered(pattern)
+        return [start + pattern.removeprefix(old) for start in starts if start]
+
+    def _named(self, pattern: str, wanted: set[str]) -> list[str]:
+        """Each of `wanted` by its own name, but for those below another one, where that means them as well."""
+        tops = [name for name in wanted if not (self.words.tree and any(above in wanted for above in _above(name)))]
+        return [self.words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
+
+    def _meant_by(self, patterns: Iterable[str]) -> set[str]:
+        tests = [self.words.means(pattern) for pattern in patterns]
+        return {new for new in self.moved.values() if new and any(means(new) for means in tests)}
 
 
-def _cut(pattern: str, words: Words, moved: Moved) -> list[str]:
-    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
-    meant = {new for name, new in moved.items() if words.means(pattern, name)}
-    wanted = {new for new in meant if new is not None}
-    if meant and not wanted:
-        return []
-    renumbered = moved.get(pattern)
-    named = _named(pattern, wanted, words)
-    for candidate in ([pattern], [renumbered] if renumbered else [], named):
-        if candidate and _mean(candidate, words, moved) == wanted:
-            return candidate
-    raise UsageError(
-        f"the quantisation settings of this model name modules by {pattern!r}, which notall cannot renumber, so this "
-        "plan runs in memory only"
+def _not_renumbered(pattern: str) -> UsageError:
+    return UsageError(
+        f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber, "
+        "so this plan runs in memory only"
     )
 
 
-def _named(pattern: str, wanted: Iterable[str], words: Words) -> list[str]:
-    """Each of `wanted` by its own name, but for those that another one's name means as well."""
-    named: list[str] = []
-    for name in sorted(wanted, key=_in_order):
-        if not any(words.means(other, name) for other in named):
-            named.append(words.exactly(pattern, name))
-    return named
-
-
-def _mean(patterns: Iterable[str], words: Words, moved: Moved) -> set[str]:
-    return {new for new in moved.values() if new and any(words.means(pattern, new) for pattern in patterns)}
+def _above(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

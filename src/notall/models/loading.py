@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, shortened
 from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -74,6 +75,12 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+    if told and (missing := sorted(map(str, report["missing_keys"]))):
+        raise UsageError(
+            f"transformers {transformers.__version__} does not read the {quantisation_name(told)} weights of "
+            f"{shortened(str(spec))} as they are stored ({len(missing)} are missing, first {shortened(missing[0])}): "
+            "give another checkpoint; notall inspect, plan and export take this one"
+        )
     check_weights(spec, report)
     _refuse_unread_rope(spec, model.config)
     if told and not quantisation_of(model.config):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
 from .load_errors import quiet
@@ -22,10 +23,15 @@ PACKAGES = {
 
 
 def quantisation_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The quantisation settings of a config, as config.json words them; None where the weights are plain."""
+    """The quantisation settings of a config, as config.json words them; None where the weights are plain.
+
+    Raises `UsageError` where they are no settings.
+    """
     told = getattr(config, "quantization_config", None)
     if told is None:
         return None
+    if not isinstance(told, Mapping | QuantizationConfigMixin):
+        raise UsageError("the quantization_config of this model is damaged; fetch its config.json again")
     return dict(told) if isinstance(told, Mapping) else told.to_dict()
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..errors import UnsupportedModel, UsageError
 from ..measuring.token_scores import TokenScorer
 from ..models.loading import dtype_name
+from ..models.quantisation import quantisation_name, quantisation_of
 from ..progress import Progress, silent
 from ..records.healing import HealRecord
 from ..records.ledger import Ledger, working_in
@@ -72,10 +73,16 @@ def heal(
     those that it began with. With a `folder` the result is written down, and the same call goes on where one that was
     killed stopped.
 
-    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, and a folder that
-    holds other work or is in use, and `UnsupportedModel` as `locate` does and where the head is no matrix.
+    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
+    and a folder that holds other work or is in use, and `UnsupportedModel` as `locate` does and where the head is no
+    matrix.
     """
     inner = base_model(model)
+    if told := quantisation_of(inner.config):
+        raise UsageError(
+            f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
+            "model that was quantised, export that, and quantise the export"
+        )
     anatomy = locate(inner)
     plan.check(anatomy)
     if not plan or not batches or not held_out:
