@@ -52,7 +52,8 @@ layer as it is, by a rule that names that layer, and an export renumbers such ru
 """
 AFTER_QUANTISED = """
 transformers unpacks fp8, mxfp4 and compressed-tensors on a CPU. Another kind is exported where its settings tell no layers
-apart, and refused otherwise. nemotron-nas takes plain weights alone. `gguf` rewrites a GGUF file whatever its quantisation.
+apart, and refused otherwise. nemotron-nas takes plain weights alone. `gguf` rewrites a GGUF file whatever its quantisation. None of these exports was run
+in vLLM, SGLang or TensorRT-LLM.
 """
 REFUSED = """
 ## Refused

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -117,6 +118,15 @@ def test_an_export_is_run_and_answers_as_the_skipped_model(kind, plans, checkpoi
             expected = model(IDS).logits
         assert torch.equal(load(out)(IDS).logits, expected)
     engines.quantised(kind.name, plans, "exact")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUNNABLE if kind.id == "torchao"])
+def test_shards_hold_what_their_headers_say_of_tensors(kind, checkpoint, tmp_path):
+    """torchao tells in the headers of files what their tensors make up."""
+    dense, out = checkpoint(kind), tmp_path / "out"
+    export(dense, ANY, "hf", out, shard_bytes=60_000)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert isinstance(verdict_of(read_manifest(out)), Verified)
 
 
 @pytest.mark.parametrize("kind", WRITABLE)
@@ -265,6 +275,14 @@ def test_sizes_of_a_hub_model_are_read_from_its_headers(checkpoint, monkeypatch)
     header = {name: SimpleNamespace(data_offsets=(t.start, t.start + t.size)) for name, t in tensors.items()}
     answer = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=header)})
     monkeypatch.setattr(weights, "get_safetensors_metadata", lambda name, revision: answer)
+    monkeypatch.setattr(weights, "snapshot_download", raising(LocalEntryNotFoundError("never fetched")))
+    assert weights.stored_sizes("org/model") == weights.stored_sizes(folder)
+
+
+def test_sizes_of_a_hub_model_that_was_fetched_need_no_network(checkpoint, monkeypatch):
+    folder = checkpoint(KINDS[0])
+    monkeypatch.setattr(weights, "get_safetensors_metadata", raising(AssertionError("the network was asked")))
+    monkeypatch.setattr(weights, "snapshot_download", lambda name, revision, local_files_only: folder)
     assert weights.stored_sizes("org/model") == weights.stored_sizes(folder)
 
 

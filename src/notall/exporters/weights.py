@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, shortened
@@ -51,13 +52,25 @@ def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
 
 def stored_sizes(spec: str | Path, revision: str | None = None, named: str | None = None) -> dict[str, int]:
     """The bytes of each tensor of a model: of a folder, or of a hub id, of whose files only the headers are read."""
-    path = expanded(spec)
-    if path.is_dir():
-        return {name: tensor.size for name, tensor in read_tensors(path, named)[1].items()}
+    if folder := _local(spec, revision, named):
+        return {name: tensor.size for name, tensor in read_tensors(folder, named)[1].items()}
     with explained(spec):
         headers = get_safetensors_metadata(hub_id(spec), revision=revision).files_metadata.values()
     ranges = ((name, tensor.data_offsets) for header in headers for name, tensor in header.tensors.items())
     return {name: last - first for name, (first, last) in ranges}
+
+
+def _local(spec: str | Path, revision: str | None, named: str | None) -> Path | None:
+    """The folder of a model that is here; of a hub id, where its weights were fetched before."""
+    path = expanded(spec)
+    if path.is_dir():
+        return path
+    try:
+        folder = Path(snapshot_download(hub_id(spec), revision=revision, local_files_only=True))
+        read_tensors(folder, named)
+    except (LocalEntryNotFoundError, UsageError):
+        return None
+    return folder
 
 
 def _index(path: Path) -> dict[str, str]:
