@@ -55,7 +55,8 @@ class DenseModel:
     @property
     def quantisation(self) -> dict[str, Any] | None:
         """The settings of quantised weights, as config.json words them; None where they are plain."""
-        return quantisation_of(self.config) and self.settings["quantization_config"]
+        told = quantisation_of(self.config)
+        return told and self.settings.get("quantization_config", told)
 
     @cached_property
     def notes(self) -> dict[str, str]:
