@@ -24,7 +24,7 @@ from notall.exporters.dense import opened
 from notall.exporters.layout import layers_of
 from notall.exporters.manifest import NotVerified, Verified, read_manifest, verdict_of
 from notall.exporters.moving import moved_modules
-from notall.exporters.quantisation import cut_quantisation
+from notall.exporters.quantisation import cut_quantisation, renamed_notes
 from notall.exporters.tensors import StoredTensor
 from notall.exporters.weights import read_tensors
 from notall.models import loading
@@ -356,6 +356,12 @@ def test_torchao_names_modules_or_their_weights():
     told = {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": table}}}
     found = cut("torchao", quant_type=told)["quant_type"]["default"]["_data"]["fqn_to_config"]
     assert found == {"layers.1.attn.q": 1, "layers.2.mlp.up.weight": 2, "layers.0.mlp.up": 3, "_default": None}
+
+
+@pytest.mark.parametrize("damaged", ["[", "3", "{"])
+def test_damaged_notes_are_one_line(damaged):
+    with pytest.raises(UsageError, match="noted of this model's tensors is damaged"):
+        renamed_notes({"tensor_names": damaged}, MOVES)
 
 
 def test_a_group_that_is_left_out_whole_goes():

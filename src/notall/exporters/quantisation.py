@@ -136,11 +136,18 @@ def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> dict
 
 
 def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
-    """What torchao notes of tensors in the headers of their files, under their new names."""
+    """What torchao notes of tensors in the headers of their files, under their new names.
+
+    Raises `UsageError` where the list of them is damaged.
+    """
     parameters = {name: _renamed(name, moved) for name in notes if name != TENSOR_NAMES}
     renamed = {new: notes[name] for name, new in parameters.items() if new}
     if TENSOR_NAMES in notes:
-        listed = [new for name in json.loads(notes[TENSOR_NAMES]) if (new := _renamed(name, moved))]
+        try:
+            names = [str(name) for name in json.loads(notes[TENSOR_NAMES])]
+        except (ValueError, TypeError):
+            raise UsageError("what torchao noted of this model's tensors is damaged; fetch the model again") from None
+        listed = [new for name in names if (new := _renamed(name, moved))]
         renamed[TENSOR_NAMES] = json.dumps(listed)
     return renamed
 
