@@ -10,6 +10,7 @@ VENV := .venv
 VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
+VENV_GPTQ := .venv-gptq
 PYTEST := -m pytest -n 2 --dist worksteal -q
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -45,6 +46,13 @@ $(VENV_MLX)/.done: pyproject.toml
 	$(VENV_MLX)/bin/python -m pip install --quiet 'mlx[cpu]' mlx-lm --editable . pytest pytest-timeout
 	touch $@
 
+# gptqmodel is built from its source beside the torch that is here, and asks for a newer one than it needs to run.
+$(VENV_GPTQ)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV_GPTQ)
+	$(VENV_GPTQ)/bin/python -m pip install --quiet --upgrade 'setuptools>=84' wheel pillow --editable '.[dev]'
+	$(VENV_GPTQ)/bin/python -m pip install --quiet --no-deps --no-build-isolation gptqmodel optimum device-smi pypcre tokenicer logbar defuser ninja
+	touch $@
+
 demo: setup ## run the paper's experiment on the default model: table, figures and a report in results/demo
 	$(VENV)/bin/notall sweep --out results/demo
 	$(VENV)/bin/notall report results/demo -o results/demo/report.html
@@ -60,17 +68,18 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not slow and not any_transformers'
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error.
-test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
+test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done $(VENV_GPTQ)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
+	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
-	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py
-	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_quantised.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_quantised.py
 	NOTALL_RECORD=1 $(MAKE) test-engines
 	$(VENV)/bin/python docs/engines.py
 
@@ -114,5 +123,5 @@ browser: ## install Debian's chromium, for the tests of the report (as root); wi
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }
 
 clean: ## remove the environments and every cache (results stay)
-	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
+	rm -rf $(VENV) $(VENV4) $(VENV_VLLM) $(VENV_MLX) $(VENV_GPTQ) .hypothesis .pytest_cache .ruff_cache .mypy_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from notall.exporters.gguf import ORDINARY
@@ -35,6 +36,25 @@ the likeliest tokens).
 | engine | release | target | plans | how | architectures |
 | --- | --- | --- | --- | --- | --- |
 """
+QUANTISED = """
+## Quantised checkpoints
+
+What becomes of a checkpoint whose weights are quantised. Each was made, tiny; where its kind can, it leaves the MLP of one
+layer as it is, by a rule that names that layer, and an export renumbers such rules.
+
+- *exact*: the answers equal, to the last bit, those of hooks that silence the same sublayers (in memory), or those of the
+  skipped model (exports).
+- *copied*: transformers does not run the dense checkpoint either, so that the export was not run. Its tensors are the dense
+  model's, bit for bit, its settings are renumbered, and the manifest says so.
+
+| checkpoint | transformers | in memory | `hf`, portable | `hf`, any plan |
+| --- | --- | --- | --- | --- |
+"""
+AFTER_QUANTISED = """
+transformers unpacks fp8, mxfp4 and compressed-tensors on a CPU. Another kind is exported where its settings tell no layers
+apart, and refused otherwise. nemotron-nas takes plain weights alone. `gguf` rewrites a GGUF file whatever its quantisation. None of these exports was run
+in vLLM, SGLang or TensorRT-LLM.
+"""
 REFUSED = """
 ## Refused
 
@@ -54,10 +74,23 @@ def render(lines: list[dict[str, str]]) -> str:
     refused = [
         _row(line["target"], line["architecture"], line["plans"], line["reason"].replace("|", "/"))
         for line in sorted(lines, key=lambda line: (line["target"], line["architecture"].lower()))
-        if line["verdict"] == "refused"
+        if line["verdict"] == "refused" and line["target"] != "quantised"
     ]
     head = HEAD.replace("GGUF.\n", f"{', '.join(sorted(ORDINARY))}.\n")
-    return head + "".join(works) + REFUSED + "".join(refused)
+    quantised = "".join(_quantised([line for line in lines if line["target"] == "quantised"]))
+    return head + "".join(works) + QUANTISED + quantised + AFTER_QUANTISED + REFUSED + "".join(refused)
+
+
+def _quantised(lines: list[dict[str, str]]) -> Iterator[str]:
+    """A row for each kind of checkpoint and release of transformers."""
+    found = {(line["architecture"], line["version"], line["plans"]): line for line in lines}
+    for kind, release in sorted({(kind, release) for kind, release, _ in found}):
+        cells = (found.get((kind, release, plans), {}) for plans in ("in memory", "portable", "any"))
+        yield _row(kind, release, *(_verdict(line) for line in cells))
+
+
+def _verdict(line: dict[str, str]) -> str:
+    return ": ".join(part for part in (line.get("verdict", ""), line.get("reason", "")) if part)
 
 
 def _row(*cells: str) -> str:

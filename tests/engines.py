@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+QUANTISED = "quantised"  # the target of lines that are not of an engine but of a kind of checkpoint
 KEPT = Path(__file__).parent.parent / "docs" / "engines.jsonl"
 
 
@@ -30,6 +31,12 @@ def works(engine: str, package: str, target: str, architecture: str, plans: str,
     """This engine runs such an export of this architecture, and answers as the skipped model does."""
     key = {"engine": engine, "target": target, "how": how, "plans": plans, "architecture": architecture}
     _compare_or_record(key, {"verdict": "works"}, version(package))
+
+
+def quantised(kind: str, plans: str, verdict: str, reason: str = "") -> None:
+    """What became of a quantised checkpoint: `exact` where it ran, `copied` where only its tensors were compared."""
+    key = {"engine": "transformers", "target": QUANTISED, "how": "", "plans": plans, "architecture": kind}
+    _compare_or_record(key, {"verdict": verdict}, version("transformers"), reason=reason)
 
 
 def refused(target: str, architecture: str, plans: str, reason: str) -> None:

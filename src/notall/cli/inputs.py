@@ -46,13 +46,25 @@ def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a config, without weights, in a dtype, or else in the checkpoint's own."""
+    """The model of a config, without weights, in a dtype, or else in the checkpoint's own, quantised as it is there."""
+    from ..exporters.weights import stored_sizes
+    from ..models.folders import named_weights
     from ..models.loading import build_empty, load_config, named_dtype, own_dtype
+    from ..models.paths import expanded
+    from ..models.quantisation import quantisation_of
+    from ..structure.weights import count_as_stored
 
     given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
         config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
-        return build_empty(config, given or own_dtype(config))
+        if quantisation_of(config) is None:
+            return build_empty(config, given or own_dtype(config))
+        if given or expanded(spec).is_file():  # unpacked, as it were
+            del config.quantization_config
+            return build_empty(config, given or own_dtype(config))
+        model = build_empty(config, own_dtype(config))
+        count_as_stored(model, stored_sizes(spec, revision, named_weights(spec, config)))
+        return model
 
 
 def dummy_model(

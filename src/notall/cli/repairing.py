@@ -123,8 +123,8 @@ def heal(
         Train,
         typer.Option(
             metavar="WHAT",
-            help="what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
-            "beside each kept one, added to it in the end)",
+            help="what to train: outputs (norms and output projections), all (every kept weight), or lora (thin "
+            "matrices beside each kept one, added to it in the end)",
         ),
     ] = Train.outputs,
     rank: Annotated[

@@ -21,11 +21,12 @@ from ..errors import UsageError
 from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source
+from ..models.quantisation import quantisation_of
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
 from .manifest import Origin
-from .tensors import FLOATS, CastTensor, LiveTensor, total_bytes
+from .tensors import FLOATS, CastTensor, LiveTensor, StoredTensor, read_notes, total_bytes
 from .weights import Tensors, check_tensors, read_tensors
 
 # Other forms of the same weights, which a download need not fetch.
@@ -50,6 +51,18 @@ class DenseModel:
     def own_bytes(self) -> int:
         """What the tensors weigh in the files."""
         return total_bytes({name: getattr(tensor, "source", tensor) for name, tensor in self.tensors.items()})
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """The settings of quantised weights, as config.json words them; None where they are plain."""
+        told = quantisation_of(self.config)
+        return told and self.settings.get("quantization_config", told)
+
+    @cached_property
+    def notes(self) -> dict[str, str]:
+        """What the headers of the files say beside their tensors."""
+        files = sorted({tensor.file for tensor in self.tensors.values() if isinstance(tensor, StoredTensor)})
+        return {name: note for file in files for name, note in read_notes(file).items()}
 
     @cached_property
     def prefix(self) -> str:
@@ -112,7 +125,7 @@ class DenseModel:
 
     def in_dtype(self, dtype: torch.dtype) -> DenseModel:
         """With its floats in another dtype. Raises `UsageError` where they are quantised, so that they have none."""
-        if getattr(self.config, "quantization_config", None) is not None:
+        if self.quantisation is not None:
             raise UsageError(f"{self.origin.model} is quantised, so that no dtype can be chosen; leave --dtype out")
         name = next(name for name, ours in FLOATS.items() if ours == dtype)
         tensors = {

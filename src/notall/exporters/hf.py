@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from .companions import companions, copy_companions
 from .dense import DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
 from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
+from .moving import moved_modules, moved_tensors
+from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import Source, total_bytes, write_shards
+from .tensors import total_bytes, write_shards
 from .verification import verify
-from .weights import Tensors
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -48,6 +49,11 @@ def export_hf(
     layers, beside = layers_of(dense.anatomy, plan), companions(dense.folder, code=dense.trusted)
     is_ordinary = all(layer.is_ordinary for layer in layers)
     settings = cut_settings(dense, layers)
+    notes: dict[str, str] = {}
+    if dense.quantisation is not None:
+        moved = moved_modules(dense, layers)
+        settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
+        notes = renamed_notes(dense.notes, moved)
     check_twins(dense, build_cut(dense, settings), layers)
     base = dense.config.model_type
     if not is_ordinary:
@@ -57,8 +63,8 @@ def export_hf(
     elif not dense.trusted:
         settings.pop("auto_map", None)  # the code that it names does not go along
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tensors = dict(_named(dense, layers))
-    write_shards(folder, tensors, shard_bytes, progress)
+    tensors = dict(moved_tensors(dense, layers))
+    write_shards(folder, tensors, shard_bytes, progress, notes)
     copy_companions(beside, folder)
     verdict: Verdict = TURNED_OFF
     if check:
@@ -66,7 +72,7 @@ def export_hf(
         if not is_ordinary:
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
         progress(0, 1, "comparing with the skipped model")
-        verdict = verify(dense, plan, folder, loader)
+        verdict = verify(dense, plan, folder, loader, tensors)
     manifest = manifest_of(dense.origin, plan, settings["model_type"])
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
@@ -102,23 +108,3 @@ def _regrouped_settings(base: str, layers: Sequence[Layer]) -> dict[str, Any]:
         "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
         "sublayers": [asdict(layer) for layer in layers],
     }
-
-
-def _named(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Source]]:
-    """The tensors of the export under their new names."""
-    yield from dense.outside_layers.items()
-    for number, layer in enumerate(layers):
-        start = f"{dense.prefix}{number}."
-        if layer.mlp == layer.attention:
-            yield from _under(start, dense.block(layer.attention))
-        else:
-            yield from _under(start, dense.parts(dense.anatomy.blocks[layer.attention].attention))
-            if layer.mlp is not None:
-                yield from _under(start, dense.parts(dense.anatomy.blocks[layer.mlp].mlp))
-        for place, indices in (("before", layer.before), ("after", layer.after)):
-            for slot, index in enumerate(indices):
-                yield from _under(f"{start}{place}.{slot}.", dense.parts(dense.anatomy.blocks[index].mlp))
-
-
-def _under(start: str, tensors: Tensors) -> Iterator[tuple[str, Source]]:
-    return ((start + name, tensor) for name, tensor in tensors.items())

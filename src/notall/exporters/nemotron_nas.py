@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..models.quantisation import quantisation_name
 from ..progress import Progress, silent
 from ..records.plan import Plan
 from ..running.regrouping import SparseLayer, sparse_layers
@@ -91,6 +92,8 @@ def _check(dense: DenseModel) -> None:
         problem = f"its activation is {config.hidden_act}, not silu"
     elif getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
         problem = "its heads are not the hidden size divided by their number"
+    elif dense.quantisation is not None:
+        problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
     elif has_window:
         problem = f"its attention has a window of {window} tokens"
     else:

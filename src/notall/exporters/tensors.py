@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -129,6 +130,31 @@ Source = StoredTensor | LiveTensor | CastTensor  # of the model that is exported
 def read_header(path: Path) -> dict[str, Source]:
     """The tensors of one safetensors file, by name. Raises `UsageError` when the file is truncated or damaged."""
     size = path.stat().st_size
+    header, _, data = _header(path)
+    tensors = {name: _entry(path, name, entry, data, size) for name, entry in header.items()}
+    position = data
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != position:
+            raise _damaged(path, "its tensors overlap, or leave gaps")
+        position += tensor.size
+    if position != size:
+        raise _damaged(path, "it goes on behind its tensors")
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # what transformers reads it with may be stricter
+    except SafetensorError:
+        raise _damaged(path, "the safetensors library cannot open it") from None
+    return dict(tensors)
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors. Raises as `read_header` does."""
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The entries of the tensors, what is said beside them, and where the data begins."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
@@ -143,20 +169,7 @@ def read_header(path: Path) -> dict[str, Source]:
     told = header.pop("__metadata__", {})
     if not isinstance(told, dict) or not all(isinstance(word, str) for word in told.values()):
         raise _damaged(path, "its metadata is no table of texts")
-    tensors = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    position = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
-        if tensor.start != position:
-            raise _damaged(path, "its tensors overlap, or leave gaps")
-        position += tensor.size
-    if position != size:
-        raise _damaged(path, "it goes on behind its tensors")
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # what transformers reads it with may be stricter
-    except SafetensorError:
-        raise _damaged(path, "the safetensors library cannot open it") from None
-    return dict(tensors)
+    return header, told, 8 + length
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, end: int) -> StoredTensor:
@@ -177,9 +190,14 @@ def _damaged(path: Path, reason: str) -> UsageError:
     return UsageError(f"{path.name} is no whole safetensors file: {reason}; download the file again")
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda size: None) -> None:
-    """Write one safetensors file, a chunk at a time; `wrote` is told the bytes of each."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    wrote: Callable[[int], None] = lambda size: None,
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write one safetensors file, a chunk at a time; `wrote` is told the bytes of each, `notes` go into its header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
     position = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -198,8 +216,17 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int],
                 wrote(len(chunk))
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, progress: Progress = silent) -> None:
-    """Write a checkpoint as transformers does: `model.safetensors`, or shards of about `shard_bytes` and an index."""
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    shard_bytes: int,
+    progress: Progress = silent,
+    notes: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a checkpoint as transformers does: `model.safetensors`, or shards of about `shard_bytes` and an index.
+
+    `notes` go into the header of each file.
+    """
     total, done = total_bytes(tensors), 0
 
     def wrote(size: int) -> None:
@@ -214,7 +241,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, 
         max_shard_size=shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        write_file(folder / file, {name: tensors[name] for name in names}, wrote)
+        write_file(folder / file, {name: tensors[name] for name in names}, wrote, notes)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

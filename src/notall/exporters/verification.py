@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UsageError
 from ..models.load_errors import explained, quiet
+from ..models.quantisation import why_not_here
 from ..records.plan import Plan
 from ..running.skipping import skip
 from ..structure.anatomy import cache_argument, text_config
@@ -19,24 +21,51 @@ from ..structure.proving import relative_error, tolerance
 from . import mlx
 from .dense import DenseModel
 from .manifest import NotVerified, Verdict, Verified
+from .tensors import Tensor as Written
+from .weights import read_tensors
 
 TOKENS, PADDING = 12, 5  # two sequences of 12 tokens, 5 of the first being padding on the left
 
 
-def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any) -> Verified:
+def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any, tensors: Mapping[str, Written]) -> Verdict:
     """Raise `UsageError` unless the model in `exported`, read by the class `loader`, answers as the skipped one.
 
     Compared are the logits of a left-padded batch and those of one more token through the cache. One of the two models
-    is in memory at a time.
+    is in memory at a time. Of a quantised model that transformers does not run here, only its `tensors` are compared.
     """
-    with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
+    try:
+        model = _dense(dense)
+    except UsageError as error:
+        if dense.quantisation is None:
+            raise
+        check_copies(exported, tensors)
+        return NotVerified(f"{error}; each tensor is the dense model's, bit for bit")
     with skip(model, plan):
         expected = logits_of(model)
     del model
     with explained(exported.name), quiet():
         found = logits_of(_load(loader, exported, dense.trusted))
     return compare(f"transformers {transformers.__version__}", found, expected, tolerance(expected.dtype))
+
+
+def _dense(dense: DenseModel) -> PreTrainedModel:
+    if dense.quantisation is not None and (reason := why_not_here(dense.quantisation)):
+        raise UsageError(reason)
+    with explained(dense.origin.model), quiet():
+        return _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
+
+
+def check_copies(folder: Path, tensors: Mapping[str, Written]) -> None:
+    """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit."""
+    _, written = read_tensors(folder)
+    same = written.keys() == tensors.keys() and all(_are_same(written[name], tensors[name]) for name in tensors)
+    if not same:
+        raise UsageError(f"{folder.name} does not hold what was written; check the disk, and export again")
+
+
+def _are_same(one: Written, other: Written) -> bool:
+    is_alike = (one.dtype, one.shape, one.size) == (other.dtype, other.shape, other.size)
+    return is_alike and all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
 def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:

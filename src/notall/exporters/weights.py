@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, shortened
 from ..models.folders import INDEX, SINGLE, own_file
-from ..models.load_errors import check_weights, quiet
+from ..models.load_errors import check_weights, explained, quiet
+from ..models.names import hub_id
+from ..models.paths import expanded
 from ..records.strict_json import read_json
 from .tensors import Source, read_header
 
@@ -43,6 +48,29 @@ def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Tensors]:
     if lost := where.keys() - tensors.keys():
         raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
     return file.name, tensors
+
+
+def stored_sizes(spec: str | Path, revision: str | None = None, named: str | None = None) -> dict[str, int]:
+    """The bytes of each tensor of a model: of a folder, or of a hub id, of whose files only the headers are read."""
+    if folder := _local(spec, revision, named):
+        return {name: tensor.size for name, tensor in read_tensors(folder, named)[1].items()}
+    with explained(spec):
+        headers = get_safetensors_metadata(hub_id(spec), revision=revision).files_metadata.values()
+    ranges = ((name, tensor.data_offsets) for header in headers for name, tensor in header.tensors.items())
+    return {name: last - first for name, (first, last) in ranges}
+
+
+def _local(spec: str | Path, revision: str | None, named: str | None) -> Path | None:
+    """The folder of a model that is here; of a hub id, where its weights were fetched before."""
+    path = expanded(spec)
+    if path.is_dir():
+        return path
+    try:
+        folder = Path(snapshot_download(hub_id(spec), revision=revision, local_files_only=True))
+        read_tensors(folder, named)
+    except (LocalEntryNotFoundError, UsageError):
+        return None
+    return folder
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -82,7 +110,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
             "fetch or save it again"
         ) from None
     if is_quantised:
-        held = {key.rpartition(".")[0] for key in tensors}
+        held = {key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)}
         missing = {key for key in report["missing_keys"] if key.rpartition(".")[0] not in held}
         report = {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}
     check_weights(name, report)

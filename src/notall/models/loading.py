@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, nearest, shortened
 from .cache import sha256
 from .folders import named_weights, refuse_adapter
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
@@ -29,8 +30,11 @@ from .gguf_header import check_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .paths import expanded
+from .quantisation import quantisation_name, quantisation_of, refuse_what_cannot_run
 
 MOST = 10_000  # layers, or experts of a layer, that any model has
+
+UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,7 +63,7 @@ def load(
     with explained(spec):
         source = model_source(spec, revision)
         options = _options(source, revision, trust_remote_code)
-        _check_config(spec, source, options)
+        told = quantisation_of(_checked_config(spec, source, options))
         with quiet(progress=not isinstance(source, Path)):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
@@ -72,8 +76,16 @@ def load(
                 output_loading_info=True,
                 **options,
             )
+    if told and (missing := sorted(map(str, report["missing_keys"]))):
+        raise UsageError(
+            f"transformers {transformers.__version__} does not read the {quantisation_name(told)} weights of "
+            f"{shortened(str(spec))} as they are stored ({len(missing)} are missing, first {shortened(missing[0])}): "
+            "give another checkpoint; notall inspect, plan and export take this one"
+        )
     check_weights(spec, report)
     _refuse_unread_rope(spec, model.config)
+    if told and not quantisation_of(model.config):
+        setattr(model, UNPACKED_FROM, quantisation_name(told))
     return model.eval(), tokenizer
 
 
@@ -97,7 +109,13 @@ def load_config(
 
 
 def dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
+    """Such as `bfloat16`, or `gptq 4-bit, bfloat16`: what quantised weights are stored as, and computed with."""
+    told = quantisation_of(model.config)
+    stored = quantisation_name(told) if told else getattr(model, UNPACKED_FROM, None)
+    computed = str(model.dtype).removeprefix("torch.")
+    if stored is None:
+        return computed
+    return f"{stored}, {computed}" if told else f"{stored}, unpacked to {computed}"
 
 
 def own_dtype(config: PretrainedConfig) -> torch.dtype:
@@ -233,14 +251,16 @@ def _options(source: Path | str, revision: str | None, trust_remote_code: bool) 
     }
 
 
-def _check_config(spec: str | Path, source: Path | str, options: dict[str, Any]) -> None:
+def _checked_config(spec: str | Path, source: Path | str, options: dict[str, Any]) -> PretrainedConfig:
     """Refuse a config by which transformers would read other weights than the model's safetensors, or not end."""
     where = {name: options[name] for name in ("revision", "local_files_only")}
     refuse_adapter(spec, find_adapter_config_file(source, **where))
     with quiet():
         config = AutoConfig.from_pretrained(source, **options)
     named_weights(spec, config)
+    refuse_what_cannot_run(spec, config)
     _refuse_endless(spec, config)
+    return config
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError
 from ..models.loading import dtype_name
+from ..models.quantisation import quantisation_name, quantisation_of
 from ..progress import Progress, silent
 from ..records.healing import HealRecord
 from ..records.ledger import Ledger, working_in
@@ -60,11 +61,16 @@ def heal(
     that were best there, if only those that it began with. With a `folder` the result is written down, and the same
     call goes on where one that was killed stopped.
 
-    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a folder that
-    holds other work or is in use, and `lora` without peft, and `UnsupportedModel` as `locate` does and where the head
-    is no matrix.
+    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
+    a folder that holds other work or is in use, and `lora` without peft, and `UnsupportedModel` as `locate` does and
+    where the head is no matrix.
     """
     inner = base_model(model)
+    if told := quantisation_of(inner.config):
+        raise UsageError(
+            f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
+            "model that was quantised, export that, and quantise the export"
+        )
     anatomy = locate(inner)
     plan.check(anatomy)
     anatomy.refuse_stubs("healing")

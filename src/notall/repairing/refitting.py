@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..models.loading import dtype_name
+from ..models.quantisation import quantisation_name, quantisation_of
 from ..progress import Progress, silent
 from ..records.ledger import working_in
 from ..records.plan import Plan
@@ -72,8 +73,9 @@ def repair(
     `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
     goes on where one that was killed stopped; `settings` tell it apart from others.
 
-    Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, and a
-    folder that holds other work or is in use, and `UnsupportedModel` as `locate` does.
+    Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
+    of which all that is kept is quantised, and a folder that holds other work or is in use, and `UnsupportedModel` as
+    `locate` does.
     """
     sequences = sum(len(batch) for batch in batches)
     if sequences < 2:
@@ -105,6 +107,11 @@ def repair(
         else:
             text = Calibration(inner, batches, streams=streams)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
+        if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
+            raise UsageError(
+                f"what this plan keeps is quantised ({quantisation_name(told)}), and a refit weight is none of its "
+                "numbers: repair the plan on the model that was quantised, export that, and quantise the export"
+            )
         return found.model_copy(update={"history": history})
 
 

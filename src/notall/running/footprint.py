@@ -11,11 +11,12 @@ from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, base_model
 from ..structure.locating import locate
 from ..structure.observation import child
+from ..structure.weights import weights_of
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """`params` in elements, `weight_bytes` as loaded, `kv_bytes_per_token` for one sequence.
+    """`params` in elements, `weight_bytes` as loaded, scales too, `kv_bytes_per_token` for one sequence.
 
     What is skipped and others read weighs what it did. `state_bytes` are of the states of fixed size that mixers keep
     for one sequence; None where the model has no such.
@@ -38,18 +39,18 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     layers = list(inner.get_submodule(anatomy.layers).children())
     running = anatomy.running(plan)
     live, dead = _weights(layers, anatomy, running, True), _weights(layers, anatomy, running, False)
-    held = [weight for weight in inner.parameters() if id(weight) not in dead - live]
+    held = [weight for key, weight in weights_of(inner).items() if key not in dead - live]
     kept = [part for part in anatomy.sublayers if part.name in running]
     return Footprint(
-        sum(weight.numel() for weight in held),
-        sum(weight.numel() * weight.element_size() for weight in held),
+        sum(weight.elements for weight in held),
+        sum(weight.bytes for weight in held),
         sum(part.kv_bytes_per_token for part in kept),
         sum(part.state_bytes for part in kept) if any(part.state_bytes for part in anatomy.sublayers) else None,
     )
 
 
 def _weights(layers: list[nn.Module], anatomy: Anatomy, running: frozenset[str], live: bool) -> set[int]:
-    """The ids of the weights that sublayers use which run, or do not."""
+    """The keys of the weights that sublayers use which run, or do not."""
     parts = [part for part in anatomy.sublayers if (part.name in running) == live]
     modules = (child(layers[part.index], name) for part in parts for name in part.modules)
-    return {id(weight) for module in modules for weight in module.parameters()}
+    return {key for module in modules for key in weights_of(module)}

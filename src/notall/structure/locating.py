@@ -38,6 +38,7 @@ from .proving import first, prove, prove_layer, prove_seat
 from .seats import DummyLayer, Stub, halves, whole
 from .slicing import LAYER_INDICES, places_freed
 from .weightless import is_weightless, running_weightless
+from .weights import weights_of
 
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyDictionary()
 
@@ -416,13 +417,15 @@ def _sublayer(
     lends: tuple[str, ...] = (),
 ) -> Sublayer:
     names = {name for branch in branches for name in branch.modules} | {*(stub.modules if stub else ())}
-    weights = {id(p): p for name in names - set(exclude) for p in child(trace.layer, name).parameters()}.values()
+    weights = {
+        key: one for name in names - set(exclude) for key, one in weights_of(child(trace.layer, name)).items()
+    }.values()
     return Sublayer(
         kind,
         trace.index,
         branches,
-        parameters=sum(weight.numel() for weight in weights),
-        weight_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        parameters=sum(weight.elements for weight in weights),
+        weight_bytes=sum(weight.bytes for weight in weights),
         kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,

@@ -65,7 +65,7 @@ def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hi
     found, expected = (
         branch.run(trace.layer, stream, _alone(config, trace)).view(hidden.shape)[:, -1] for stream in (others, hidden)
     )
-    if not relative_error(found, expected) <= tolerance(hidden.dtype):
+    if not relative_error(found, expected) <= tolerance(_computed_in(config, hidden.dtype)):
         raise UnsupportedModel(
             f"layer {trace.index} ({type(trace.layer).__name__}): {', '.join(branch.modules)} looks at other tokens "
             "without a cache; expected that of the attention alone. notall leaves this model alone: choose another one"
@@ -176,6 +176,12 @@ def _earlier_flipped(hidden: Tensor) -> Tensor:
 def _tokens_axis(hidden: Tensor) -> int:
     pairs = list(itertools.pairwise(hidden.shape))
     return pairs.index((PROBE_BATCH, PROBE_TOKENS)) + 1
+
+
+def _computed_in(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype:
+    """LLM.int8() computes in float16, and picks by all tokens the columns that it does not round to 8 bits."""
+    is_int8 = getattr(getattr(config, "quantization_config", None), "load_in_8bit", False)
+    return torch.float16 if is_int8 else dtype
 
 
 def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:

@@ -1,0 +1,277 @@
+"""The quantisation settings of a checkpoint that loses layers: the modules that they name are renumbered.
+
+Settings name modules by themselves (`model.layers.1.mlp`) or by patterns (`re:.*layers\\.[01]\\..*`). Each pattern is
+written so that it means, of what is kept, exactly what it meant in the dense model: as it is, else renumbered, else as
+the list of what it named. What is written is compared, module by module, before it is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError, shortened
+from ..models.quantisation import quantisation_name
+
+Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
+TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
+
+
+Means = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Words:
+    """How settings name modules: what a pattern means, and the pattern that means one name.
+
+    `exactly` is given the pattern that it replaces, too. With `tree`, what it writes means all below a module as well.
+    With `weights`, a module's weight may be named instead.
+    """
+
+    means: Callable[[str], Means]
+    exactly: Callable[[str, str], str]
+    tree: bool = False
+    weights: bool = False
+
+
+# --- how each kind of settings names modules --------------------------------------------------------------------------
+
+
+def _begins_or_ends(pattern: str) -> Means:
+    """As transformers' `should_convert_module`: from the start to a full stop, or at the end."""
+    begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: begins(name) or name.endswith(pattern)
+
+
+def _is_or_matches(pattern: str) -> Means:
+    return _matches(pattern[3:]) if pattern.startswith("re:") else pattern.__eq__
+
+
+def _is_or_matches_whole(pattern: str) -> Means:
+    return _matches(f"(?:{pattern[3:]})$") if pattern.startswith("re:") else pattern.__eq__
+
+
+def _matches_signed(pattern: str) -> Means:
+    return _matches(_unsigned(pattern))
+
+
+def _matches(pattern: str) -> Means:
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return lambda name: False
+    return lambda name: compiled.match(name) is not None
+
+
+def _unsigned(pattern: str) -> str:
+    """GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`."""
+    return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
+
+
+def _itself(pattern: str, name: str) -> str:
+    return name
+
+
+def _escaped(pattern: str, name: str) -> str:
+    return f"{pattern.removesuffix(_unsigned(pattern))}{re.escape(name)}$"
+
+
+BEGINNINGS = Words(_begins_or_ends, _itself, tree=True)
+NAMES = Words(_is_or_matches, _itself)
+WHOLE_NAMES = Words(_is_or_matches_whole, _itself, weights=True)
+SIGNED = Words(_matches_signed, _escaped)
+
+Rules = Mapping[tuple[str, ...], Words]  # where settings name modules, `*` being any key, and how
+
+_LISTS: Rules = {(name,): BEGINNINGS for name in ("modules_to_not_convert", "modules_to_convert", "ignored_layers")}
+_TRANSFORMS = ("transform_config", "config_groups", "*", "apply", "*")
+
+RULES: Mapping[str, Rules] = {
+    "awq": _LISTS,
+    "bitsandbytes": {("llm_int8_skip_modules",): BEGINNINGS},
+    "compressed-tensors": {
+        ("ignore",): NAMES,
+        ("config_groups", "*", "targets"): NAMES,
+        ("sparsity_config", "ignore"): NAMES,
+        ("sparsity_config", "targets"): NAMES,
+        (*_TRANSFORMS, "targets"): NAMES,
+        (*_TRANSFORMS, "ignore"): NAMES,
+    },
+    "fbgemm_fp8": _LISTS,
+    "fp8": _LISTS,
+    "gptq": {("dynamic",): SIGNED},
+    "mxfp4": _LISTS,
+    "mxfp8": _LISTS,
+    "quanto": _LISTS,
+    "torchao": {
+        **_LISTS,
+        ("quant_type", "default", "_data", "fqn_to_config"): WHOLE_NAMES,
+        ("quant_type", "default", "_data", "module_fqn_to_config"): WHOLE_NAMES,
+    },
+}
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+
+def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> dict[str, Any]:
+    """The settings of an export whose modules have `moved`; `layers` is what the names of layers begin with.
+
+    Raises `UsageError` where they tell layers apart in a place that is not known.
+    """
+    rules = RULES.get(quantisation_name(told).split()[0], {})
+    for path, value in _leaves(told):
+        if not any(_is_below(path, rule) for rule in rules) and _tells_a_layer(value, layers):
+            raise UsageError(
+                f"the quantisation settings of this model ({quantisation_name(told)}) tell layers apart in "
+                f"{'.'.join(path)}, which notall cannot cut, so this plan runs in memory only"
+            )
+    cut: Any = told
+    for rule, words in rules.items():
+        cut = _cut_at(cut, rule, _Cut(words, moved | _weights(moved) if words.weights else moved, layers))
+    return dict(cut)
+
+
+def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
+    """What torchao notes of tensors in the headers of their files, under their new names.
+
+    Raises `UsageError` where the list of them is damaged.
+    """
+    parameters = {name: _renamed(name, moved) for name in notes if name != TENSOR_NAMES}
+    renamed = {new: notes[name] for name, new in parameters.items() if new}
+    if TENSOR_NAMES in notes:
+        try:
+            names = [str(name) for name in json.loads(notes[TENSOR_NAMES])]
+        except (ValueError, TypeError):
+            raise UsageError("what torchao noted of this model's tensors is damaged; fetch the model again") from None
+        listed = [new for name in names if (new := _renamed(name, moved))]
+        renamed[TENSOR_NAMES] = json.dumps(listed)
+    return renamed
+
+
+def _renamed(parameter: str, moved: Moved) -> str | None:
+    module, _, name = parameter.rpartition(".")
+    new = moved.get(module)
+    return new and f"{new}.{name}"
+
+
+def _weights(moved: Moved) -> dict[str, str | None]:
+    return {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
+
+
+def _cut_at(value: Any, path: tuple[str, ...], cut: _Cut) -> Any:
+    """`value` with the patterns at `path` below it cut; a group all of whose targets are gone goes, too."""
+    if not path:
+        return cut.patterns(value)
+    head, *rest = path
+    if head == "*" and isinstance(value, list):
+        return [_cut_at(entry, tuple(rest), cut) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    new = {key: _cut_at(entry, tuple(rest), cut) if head in (key, "*") else entry for key, entry in value.items()}
+    if head == "*" and rest == ["targets"]:
+        return {key: entry for key, entry in new.items() if entry == value[key] or entry["targets"]}
+    return new
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Cuts patterns in these words, of modules that have `moved`; `layers` is what the names of layers begin with."""
+
+    words: Words
+    moved: Moved
+    layers: str
+
+    def patterns(self, value: Any) -> Any:
+        """A list of patterns, or a table of what holds for each."""
+        if isinstance(value, list):
+            return list(dict.fromkeys(new for pattern in value for new in self._one(str(pattern))))
+        if not isinstance(value, Mapping):
+            return value
+        cut: dict[str, Any] = {}
+        for pattern, setting in value.items():
+            for new in self._one(pattern):
+                cut.setdefault(new, setting)
+        return cut
+
+    def _one(self, pattern: str) -> list[str]:
+        """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
+        means = self.words.means(pattern)
+        meant = {new for name, new in self.moved.items() if means(name)}
+        wanted = {new for new in meant if new is not None}
+        if not meant and (unknown := re.match(rf"{re.escape(self.layers)}(\d+)\.", pattern)):
+            return self._unknown(pattern, unknown)
+        if meant and not wanted:
+            return []
+        if self._meant_by([pattern]) == wanted:
+            return [pattern]
+        if (renumbered := self.moved.get(pattern)) and self._meant_by([renumbered]) == wanted:
+            return [renumbered]
+        named = self._named(pattern, wanted)
+        if self.words.tree and self._meant_by(named) != wanted:
+            raise _not_renumbered(pattern)
+        return named
+
+    def _unknown(self, pattern: str, beginning: re.Match[str]) -> list[str]:
+        """A name of no module here, such as one that only an engine has: it goes where all of its layer goes."""
+        old = beginning[0]
+        starts = {
+            new.removesuffix(name.removeprefix(old)) if new else None
+            for name, new in self.moved.items()
+            if name.startswith(old)
+        }
+        if len(starts) > 1:
+            raise _not_renumbered(pattern)
+        return [start + pattern.removeprefix(old) for start in starts if start]
+
+    def _named(self, pattern: str, wanted: set[str]) -> list[str]:
+        """Each of `wanted` by its own name, but for those below another one, where that means them as well."""
+        tops = [name for name in wanted if not (self.words.tree and any(above in wanted for above in _above(name)))]
+        return [self.words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
+
+    def _meant_by(self, patterns: Iterable[str]) -> set[str]:
+        tests = [self.words.means(pattern) for pattern in patterns]
+        return {new for new in self.moved.values() if new and any(means(new) for means in tests)}
+
+
+def _not_renumbered(pattern: str) -> UsageError:
+    return UsageError(
+        f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber, "
+        "so this plan runs in memory only"
+    )
+
+
+def _above(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The texts of nested settings, keys too, and where they stand."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield (*path, str(key)), str(key)
+            yield from _leaves(entry, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _leaves(entry, (*path, "*"))
+    elif isinstance(value, str):
+        yield path, value
+
+
+def _is_below(path: tuple[str, ...], rule: tuple[str, ...]) -> bool:
+    return len(path) >= len(rule) and all(wanted in ("*", step) for wanted, step in zip(rule, path))
+
+
+def _tells_a_layer(text: str, layers: str) -> bool:
+    """Whether a number follows the name of the list of layers, perhaps inside a pattern."""
+    last = layers.rstrip(".").rpartition(".")[2]
+    return re.search(rf"\b{re.escape(last)}\W*\d", text) is not None

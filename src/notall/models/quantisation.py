@@ -1,0 +1,69 @@
+"""What a config says of quantised weights, and whether transformers can run them on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import UsageError, shortened
+from .load_errors import quiet
+
+# What transformers runs each kind with.
+PACKAGES = {
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "gptqmodel optimum",
+    "torchao": "torchao",
+}
+
+
+def quantisation_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantisation settings of a config, as config.json words them; None where the weights are plain.
+
+    Raises `UsageError` where they are no settings.
+    """
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        return None
+    if not isinstance(told, Mapping | QuantizationConfigMixin):
+        raise UsageError("the quantization_config of this model is damaged; fetch its config.json again")
+    return dict(told) if isinstance(told, Mapping) else told.to_dict()
+
+
+def quantisation_name(told: Mapping[str, Any]) -> str:
+    """Such as `fp8`, `gptq 4-bit` or `compressed-tensors`."""
+    method = told.get("quant_method")
+    method = str(getattr(method, "value", method) or "bitsandbytes")  # old files of bitsandbytes do not say
+    bits = told.get("bits") or (4 if told.get("load_in_4bit") else 8 if told.get("load_in_8bit") else None)
+    return f"{method} {bits}-bit" if bits else method
+
+
+def why_not_here(told: Mapping[str, Any]) -> str | None:
+    """What keeps transformers from running such weights here, and what to install; None where nothing does."""
+    name = quantisation_name(told)
+    package = PACKAGES.get(name.split()[0])
+    try:
+        with quiet():
+            AutoHfQuantizer.from_config(dict(told), pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        fix = f": pip install {package}" if package else f" ({_first_line(error)})"
+        return f"transformers runs {name} weights with a package that is not installed{fix}"
+    except Exception as error:  # each quantiser checks in its own way
+        return f"transformers cannot run {name} weights here ({_first_line(error)})"
+    return None
+
+
+def refuse_what_cannot_run(spec: object, config: PretrainedConfig) -> None:
+    """Raises `UsageError` where a model's weights are quantised in a way that this machine cannot run."""
+    told = quantisation_of(config)
+    if told is not None and (reason := why_not_here(told)):
+        raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")
+
+
+def _first_line(error: Exception) -> str:
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."), 120)
