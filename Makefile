@@ -1,6 +1,6 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests test-transformers4 test-engines engines architectures bench bench-engines lint fix \
+.PHONY: help setup demo test tests test-transformers4 test-engines test-gptq engines architectures bench bench-engines lint fix \
   docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
@@ -68,13 +68,16 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not slow and not any_transformers'
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error.
-test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done $(VENV_GPTQ)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
+test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
+
+# On its own: the package is built from source, which takes a compiler and minutes.
+test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
 	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
