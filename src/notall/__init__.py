@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .records.plan import Plan
     from .repairing.healing import heal
     from .repairing.refitting import repair
+    from .running.drafting import draft_model
     from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
     from .structure.anatomy import Anatomy, Block, Sublayer
@@ -36,6 +37,7 @@ _HOMES = {
     "UsageError": "errors",
     "choose_plan": "choosing.choice",
     "deepest": "evaluation.paper.grid",
+    "draft_model": "running.drafting",
     "evaluate": "measuring.quality",
     "export": "exporters",
     "heal": "repairing.healing",

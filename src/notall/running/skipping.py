@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -117,7 +118,7 @@ def _is_built_again(model: PreTrainedModel) -> bool:
     try:
         with torch.device("meta"):
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, StrictDataclassError):
         return False
     return _build(again) == _build(model)
 
