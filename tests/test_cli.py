@@ -405,6 +405,7 @@ def test_draft_tells_what_a_plan_brings_and_keeps_it_for_a_report(run, folder, t
     assert run("report", out, "-o", page)[0] == 0
     told = page.read_text(encoding="utf-8")
     assert "As a draft model" in told
+    assert "Below 1, drafting is" in told
     assert told.count("1 MLP") >= 4 <= told.count("1 attention")
     code, _, err = run("draft", folder, *small)
     assert (code, "say what to leave out" in err) == (2, True)
