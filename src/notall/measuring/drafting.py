@@ -83,14 +83,14 @@ def measure_draft(
         }
         generating = _Generating(model, draft, prompts, how.new_tokens)
         times = in_turn(_measures(model, draft, windows[:1], how, generating), how.rounds, progress=stages.stage(8))
-        of_plan = {"plan": plan, "model": "repaired" if isinstance(plan, RepairedPlan) else "skipped"}
         records = [
             DraftRecord(
+                plan=plan,
+                model="repaired" if isinstance(plan, RepairedPlan) else "skipped",
                 decoding=decoding,
                 drafted=drafted,
                 texts=len(texts),
                 rounds=how.rounds,
-                **of_plan,
                 **_accepted(texts, drafted),
                 **_predicted(times, drafted, tokens_per_round(texts, drafted)[0]),
                 **(_measured(times, drafted, generating) if decoding == "greedy" else {}),
@@ -151,7 +151,10 @@ def _measures(
     """What is timed: each answers milliseconds."""
     step = partial(step_ms, tokens=window, prompt=how.prompt_tokens)
     drafts = range(1, how.most + 1)
-    measures = {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1)}
+    measures: dict[str, Callable[[], float]] = {
+        DENSE: partial(step, model, width=1),
+        DRAFT: partial(step, draft, width=1),
+    }
     measures |= {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in drafts}
     if not generating.refused:
         measures |= {ALONE: generating.alone}
@@ -205,7 +208,7 @@ class _Generating:
             self.refused = str(error)
 
     def alone(self) -> float:
-        return self._timed(0, lambda prompt: self._continue(prompt))
+        return self._timed(0, self._continue)
 
     def with_draft(self, drafted: int) -> float:
         return self._timed(drafted, partial(self._draft, drafted))
