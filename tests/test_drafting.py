@@ -16,6 +16,7 @@ from notall import Plan, RepairedPlan, UsageError, draft_model, skip
 from notall.measuring import drafting
 from notall.measuring.acceptance import Accepted, acceptance, judge, rounds, tokens_per_round, write_texts
 from notall.measuring.drafting import Drafting, measure_draft
+from notall.progress import silent
 from notall.records.drafting import DraftRecord
 from notall.records.ledger import read
 from notall.reporting.drafts import row_of, said_of
@@ -139,20 +140,16 @@ def test_as_many_rounds_are_told_as_drafting_takes(model, draft, drafted):
 
 @pytest.mark.parametrize("drafted", [1, 3, 8])
 def test_transformers_takes_as_many_rounds_too(model, draft, drafted):
-    generating = drafting._Generating(model, draft, IDS, NEW)
+    generating = drafting._Generating(model, draft, IDS, NEW, drafted)
     asked = []
     handle = model.register_forward_hook(lambda *_: asked.append(1))
-    generating.with_draft(drafted)
+    assert generating.timed("drafted", assistant_model=draft) > 0
     handle.remove()
     texts = write_texts(model, IDS, NEW, "greedy")
     judged = [judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)]
     assert len(asked) == sum(rounds(text.known, drafted) for text in judged)
-    assert generating.said[drafted] == [text.tolist() for text in texts]
+    assert generating.said["drafted"] == [text.tolist() for text in texts]
     assert tokens_per_round(judged, drafted)[0] == 2 * NEW / len(asked)
-    generating.alone()
-    assert generating.same(drafted) == 2
-    generating.said[drafted][0] = [0]
-    assert generating.same(drafted) == 1
 
 
 def test_acceptance_by_position_is_that_of_drafts_that_begin_anywhere(model, draft):
@@ -271,18 +268,22 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
         drafting.DRAFT: [4.0, 8.0],
         drafting._check_of(1): [11.0, 22.0],
         drafting._check_of(2): [12.0, 12.0],
-        drafting.ALONE: [300.0, 100.0],
-        drafting._with(1): [200.0, 50.0],
-        drafting._with(2): [300.0, 200.0],
     }
+    whole = {drafting.ALONE: [300.0, 100.0], drafting.WITH: [200.0, 50.0]}
+    expected = [samples, whole]
 
     def in_turn(measures, rounds, progress):
-        assert (list(measures), rounds) == (list(samples), 2)
+        found = expected.pop(0)
+        assert (list(measures), rounds) == (list(found), 2)
         for measure in measures.values():
             assert measure() > 0
-        return samples
+        return found
 
+    asked = []
     monkeypatch.setattr(drafting, "in_turn", in_turn)
+    plain = model.generate
+    note = lambda *ids, **more: asked.append(more.get("assistant_model")) or plain(*ids, **more)  # noqa: E731
+    monkeypatch.setattr(model, "generate", note, raising=False)
     found = measure_draft(model, PLAN, windows, HOW, {"model": "tiny"}, out=tmp_path)
     assert found.refused == ""
     assert read(tmp_path / "drafts.jsonl", DraftRecord) == found.records
@@ -293,13 +294,26 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     assert one.predicted == pytest.approx(one.tokens_per_round * 10 / 15)
     assert two.predicted_low == pytest.approx(two.tokens_per_round * (0.75 * 10 / 20 + 0.25 * 20 / 28))
     assert (one.dense_ms, one.draft_ms, one.check_ms, two.check_ms) == (15, 6, 16.5, 12)
-    assert (one.measured, two.measured, one.same_texts, one.texts) == (1.75, 0.75, 2, 2)
-    assert sampled.measured is sampled.same_texts is None
+    best, other = sorted([one, two], key=lambda record: -record.predicted)
+    assert (best.measured, best.same_texts, best.texts) == (1.75, 2, 2)
+    assert asked.count(None) == 2
+    assert {draft.generation_config.num_assistant_tokens for draft in asked if draft} == {best.drafted}
+    assert other.measured is other.same_texts is sampled.measured is None
     assert sampled.tokens_per_round != one.tokens_per_round
     assert (one.model, one.plan, one.provenance.what) == (
         *("skipped", PLAN),
         {"model": "tiny", "seed": 0, "prompt": 9, "new": 4},
     )
+
+
+def test_texts_that_come_out_otherwise_are_counted(model, draft, monkeypatch):
+    generating = drafting._Generating(model, draft, IDS, 4, 1)
+    generating.said = {drafting.ALONE: [[1], [2, 3]], drafting.WITH: [[1], [2, 4]]}
+    monkeypatch.setattr(drafting, "in_turn", lambda *_, **__: {drafting.ALONE: [3.0], drafting.WITH: [2.0]})
+    assert generating.measured(1, silent) == {
+        **{f"measured{end}": 1.5 for end in ("", "_low", "_high")},
+        "same_texts": 1,
+    }
 
 
 def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeypatch):
@@ -336,7 +350,7 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
     draft = draft_model(model, PLAN)
     type(model)._is_stateful, before = True, inspect.getattr_static(type(model), "_is_stateful", False)
     try:
-        generating = drafting._Generating(model, draft, IDS, 4)
+        generating = drafting._Generating(model, draft, IDS, 4, 1)
     finally:
         type(model)._is_stateful = before
     assert "not supported with stateful models" in generating.refused

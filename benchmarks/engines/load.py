@@ -291,7 +291,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=16)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--eager", action="store_true", help="do not compile: the servers start sooner")
     given = parser.parse_args()
+    options = ("--enforce-eager",) if given.eager else ()
     depth = load_config(given.model).num_hidden_layers
     third = notall.Plan(attention=range(depth - 1 - round(depth / 3), depth - 1))
     plans = {"dense": notall.Plan(), "export": notall.Plan.load(given.plan) if given.plan else third}
@@ -300,7 +302,7 @@ def main() -> None:
         for name, plan in plans.items():
             folder = notall.export(given.model, plan, "hf", Path(scratch) / name, verify=False)
             log = Path(scratch) / f"{name}.log"
-            with serving(given.vllm_python, folder, log, given.at_once, given.context) as address:
+            with serving(given.vllm_python, folder, log, given.at_once, given.context, *options) as address:
                 found[name] = bear(address, given.requests, given.at_once, given.new)
     show(found)
     faults = compared(found)

@@ -63,7 +63,8 @@ def draft(
     """Tell what a plan brings as a draft model, whose tokens the dense one checks: the same text, sooner or later.
 
     Windows of the text are prompts. The dense model continues them itself; its text tells how much of a draft it would
-    accept, and the steps of both are timed: that predicts a speedup. transformers' own generate measures one, greedy.
+    accept, and the steps of both are timed: that predicts a speedup. At the number of tokens where it is best,
+    transformers' own generate measures one, greedy.
     """
     from torch import cat
 

@@ -81,8 +81,16 @@ def measure_draft(
             decoding: _judged(model, draft, prompts, how.new_tokens, decoding, seed, stages.stage(1))
             for decoding in get_args(Decoding)
         }
-        generating = _Generating(model, draft, prompts, how.new_tokens)
-        times = in_turn(_measures(model, draft, windows[:1], how, generating), how.rounds, progress=stages.stage(8))
+        drafts = range(1, how.most + 1)
+        times = in_turn(_steps(model, draft, windows[:1], how), how.rounds, progress=stages.stage(4))
+        predicted = {
+            (decoding, drafted): _predicted(times, drafted, tokens_per_round(texts, drafted)[0])
+            for decoding, texts in judged.items()
+            for drafted in drafts
+        }
+        best = max(drafts, key=lambda drafted: float(predicted["greedy", drafted]["predicted"]))
+        generating = _Generating(model, draft, prompts, how.new_tokens, best)
+        measured = generating.measured(how.rounds, stages.stage(4))
         records = [
             DraftRecord(
                 plan=plan,
@@ -92,12 +100,12 @@ def measure_draft(
                 texts=len(texts),
                 rounds=how.rounds,
                 **_accepted(texts, drafted),
-                **_predicted(times, drafted, tokens_per_round(texts, drafted)[0]),
-                **(_measured(times, drafted, generating) if decoding == "greedy" else {}),
+                **predicted[decoding, drafted],
+                **(measured if (decoding, drafted) == ("greedy", best) else {}),
                 provenance=source,
             )
             for decoding, texts in judged.items()
-            for drafted in range(1, how.most + 1)
+            for drafted in drafts
         ]
         if kept is not None:
             kept.add(*records)
@@ -134,32 +142,21 @@ def _judged(
     return [judge(model, draft, prompt, text, decoding) for prompt, text in pairs]
 
 
-DENSE, DRAFT, ALONE = "a decode step", "a draft step", "generating"
+DENSE, DRAFT = "a decode step", "a draft step"
+ALONE, WITH = "generating", "generating with a draft"
 
 
 def _check_of(drafted: int) -> str:
     return f"the check of {drafted}"
 
 
-def _with(drafted: int) -> str:
-    return f"generating with {drafted} drafted"
-
-
-def _measures(
-    model: PreTrainedModel, draft: PreTrainedModel, window: Tensor, how: Drafting, generating: _Generating
+def _steps(
+    model: PreTrainedModel, draft: PreTrainedModel, window: Tensor, how: Drafting
 ) -> dict[str, Callable[[], float]]:
     """What is timed: each answers milliseconds."""
     step = partial(step_ms, tokens=window, prompt=how.prompt_tokens)
-    drafts = range(1, how.most + 1)
-    measures: dict[str, Callable[[], float]] = {
-        DENSE: partial(step, model, width=1),
-        DRAFT: partial(step, draft, width=1),
-    }
-    measures |= {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in drafts}
-    if not generating.refused:
-        measures |= {ALONE: generating.alone}
-        measures |= {_with(drafted): partial(generating.with_draft, drafted) for drafted in drafts}
-    return measures
+    checks = {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
+    return {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1), **checks}
 
 
 def _accepted(texts: Sequence[Accepted], drafted: int) -> Row:
@@ -176,55 +173,46 @@ def _predicted(times: Mapping[str, Sequence[float]], drafted: int, tokens: float
     return {name: Spread.of(each).median for name, each in medians.items()} | _with_spread("predicted", faster)
 
 
-def _measured(times: Mapping[str, Sequence[float]], drafted: int, generating: _Generating) -> Row:
-    if generating.refused:
-        return {}
-    faster = speedup(times[ALONE], times[_with(drafted)])
-    return _with_spread("measured", faster) | {"same_texts": generating.same(drafted)}
-
-
 def _with_spread(name: str, spread: Spread) -> Row:
     return {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
 
 
 @dataclass
 class _Generating:
-    """transformers' own generate, greedy, with the draft model as its assistant and without one."""
+    """transformers' own generate, greedy, with `drafted` tokens of the draft model a round, and without it."""
 
     model: PreTrainedModel
     draft: PreTrainedModel
     prompts: Tensor
     new_tokens: int
-    said: dict[int, list[list[int]]] = field(default_factory=dict)  # by how many tokens were drafted
+    drafted: int
+    said: dict[str, list[list[int]]] = field(default_factory=dict)
     refused: str = ""
 
     def __post_init__(self) -> None:
         settings = self.draft.generation_config
+        settings.num_assistant_tokens = self.drafted
         settings.num_assistant_tokens_schedule = "constant"
         settings.assistant_confidence_threshold = 0.0  # or it ends drafts early
         try:
-            self._draft(1, self.prompts[:1])
+            self._continue(self.prompts[:1], assistant_model=self.draft)
         except UsageError as error:
             self.refused = str(error)
 
-    def alone(self) -> float:
-        return self._timed(0, self._continue)
+    def measured(self, rounds: int, progress: Progress) -> Row:
+        """How many times faster it is with the draft, and how many texts are the same; nothing where it is refused."""
+        if self.refused:
+            return {}
+        ways = {ALONE: partial(self.timed, ALONE), WITH: partial(self.timed, WITH, assistant_model=self.draft)}
+        times = in_turn(ways, rounds, progress=progress)
+        same = sum(map(list.__eq__, self.said[WITH], self.said[ALONE]))
+        return _with_spread("measured", speedup(times[ALONE], times[WITH])) | {"same_texts": same}
 
-    def with_draft(self, drafted: int) -> float:
-        return self._timed(drafted, partial(self._draft, drafted))
-
-    def same(self, drafted: int) -> int:
-        """How many texts have the same tokens with and without."""
-        return sum(map(list.__eq__, self.said[drafted], self.said[0]))
-
-    def _timed(self, drafted: int, write: Callable[[Tensor], Tensor]) -> float:
+    def timed(self, way: str, **assistant: Any) -> float:
+        """Milliseconds of continuing all prompts, one after the other."""
         start = time.perf_counter()
-        self.said[drafted] = [write(prompt).tolist() for prompt in self.prompts.split(1)]
+        self.said[way] = [self._continue(prompt, **assistant).tolist() for prompt in self.prompts.split(1)]
         return 1e3 * (time.perf_counter() - start)
-
-    def _draft(self, drafted: int, prompt: Tensor) -> Tensor:
-        self.draft.generation_config.num_assistant_tokens = drafted
-        return self._continue(prompt, assistant_model=self.draft)
 
     def _continue(self, prompt: Tensor, **assistant: Any) -> Tensor:
         plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model would rather do

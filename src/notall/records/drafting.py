@@ -53,7 +53,7 @@ class DraftRecord(Record, Skips):
     predicted_high: Positive = Field(description="quartile")
     measured: Positive | None = Field(
         None,
-        description="speedup of transformers' generate with the draft model, prefill and all, likewise; greedy alone",
+        description="likewise of transformers' generate with the draft model, prefill and all; greedy, at the best",
     )
     measured_low: Positive | None = Field(None, description="quartile")
     measured_high: Positive | None = Field(None, description="quartile")
