@@ -279,11 +279,14 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
             assert measure() > 0
         return found
 
-    asked = []
+    asked, plain = [], drafting._Generating._continue
+
+    def note(generating, prompt, **assistant):
+        asked.append((generating.draft.generation_config.num_assistant_tokens, *assistant))
+        return plain(generating, prompt, **assistant)
+
     monkeypatch.setattr(drafting, "in_turn", in_turn)
-    plain = model.generate
-    note = lambda *ids, **more: asked.append(more.get("assistant_model")) or plain(*ids, **more)  # noqa: E731
-    monkeypatch.setattr(model, "generate", note, raising=False)
+    monkeypatch.setattr(drafting._Generating, "_continue", note)
     found = measure_draft(model, PLAN, windows, HOW, {"model": "tiny"}, out=tmp_path)
     assert found.refused == ""
     assert read(tmp_path / "drafts.jsonl", DraftRecord) == found.records
@@ -296,8 +299,8 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     assert (one.dense_ms, one.draft_ms, one.check_ms, two.check_ms) == (15, 6, 16.5, 12)
     best, other = sorted([one, two], key=lambda record: -record.predicted)
     assert (best.measured, best.same_texts, best.texts) == (1.75, 2, 2)
-    assert asked.count(None) == 2
-    assert {draft.generation_config.num_assistant_tokens for draft in asked if draft} == {best.drafted}
+    alone, with_it = (best.drafted,), (best.drafted, "assistant_model")
+    assert asked == [with_it, *[alone] * 2, *[with_it] * 2]  # the first to see if it is refused
     assert other.measured is other.same_texts is sampled.measured is None
     assert sampled.tokens_per_round != one.tokens_per_round
     assert (one.model, one.plan, one.provenance.what) == (
