@@ -94,8 +94,9 @@ architectures: setup $(VENV4)/.done ## record what the tests find of each archit
 bench: setup ## run every program in benchmarks/ and print its figures
 	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(VENV)/bin/python $$program; done
 
-bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp
+bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
+	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style, types, and that imports point one way
 	$(VENV)/bin/ruff check

@@ -332,7 +332,7 @@ def lines_alike(seen: Seen) -> str | None:
 
 def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     """Whether it has the form of one of them, but for its kind, as before there were kinds, and where it is from."""
-    optional = {"record", "provenance"} if command.startswith(("report", "bench")) else {"record"}
+    optional = {"record", "provenance"} if command.startswith(("report", "bench", "draft")) else {"record"}
     if isinstance(value, dict) and {"chosen", "in_time"} <= value.keys():
         optional |= {"quality", "check", "provenance"}  # a search may have measured less, and only adds its own line
     if isinstance(value, dict) and {"kind", "layer", "delta_nll"} <= value.keys():
@@ -545,6 +545,10 @@ COMPARE = (
 SEARCH = f"search ../model -o r.json --kind attention --count 2 --patience 1 --held-out ../text.txt {SMALL}"
 BY_SPEED = f"search ../model -o r.json --kind attention --speedup 1.05 --prompt 4 --new 2 --patience 0 {SMALL}"
 BENCH = "bench ../model --skip block --fraction 0.5 --out r --prompt 4 --new 2 --rounds 1 --dtype float32 --device cpu"
+DRAFT = (
+    "draft ../model --skip attention --fraction 0.25 --out r --text ../text.txt --sequences 1 --prompt 4 --new 4 "
+    "--most 2 --rounds 1 --dtype float32 --device cpu"
+)
 EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
 REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
 HEAL = "heal ../model --plan ../plan.json --out r --text ../text.txt --tokens 32 --length 8 --batch-size 2 --device cpu"
@@ -582,6 +586,7 @@ KINDS: dict[str, Kind] = {
     "search of old lines": Kind(in_old_form(made_by(SEARCH)), SEARCHED, (REPORT_SEARCH, SEARCH), lines_alike),
     "times kept": Kind(kept_times, ("cache/times/*.json",), (BY_SPEED,), times_as_kept),
     "bench": Kind(made_by(BENCH, BENCH), LINES, (REPORT, BENCH), lines_alike),
+    "draft": Kind(made_by(DRAFT, DRAFT), LINES, (REPORT, DRAFT), lines_alike),
     "repair": Kind(
         made_by(REPAIR),
         ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json"),

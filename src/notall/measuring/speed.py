@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -24,6 +25,7 @@ from ..progress import Progress, silent
 from ..running.generating import check_positions
 
 Entering = Callable[[], AbstractContextManager[Any]]
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,56 @@ def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, 
     """
     devices = _accelerators(model)
     # As `generate` does: the logits of the whole prompt would dominate the prefill of small models.
-    takes = inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    last_only = last_logits(model, 1)
     with torch.inference_mode():
         start = _now(devices)
         output = model(input_ids=prompt, use_cache=True, **last_only)
         token = output.logits[:, -1:].argmax(-1)  # (B, 1)
         prefilled = _now(devices)
-        name = _cache_name(output)
+        name = cache_name(output)
         for _ in range(new):
             output = model(input_ids=token, use_cache=True, **{name: output[name]}, **last_only)
             token = output.logits[:, -1:].argmax(-1)
         decoded = _now(devices)
     return 1e3 * (prefilled - start), 1e3 * (decoded - prefilled) / new
+
+
+def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
+    """The argument of the model's forward that has it make the logits of so many last tokens alone, if it takes one."""
+    return {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
+    """Milliseconds of a forward of `width` tokens with a cache: the mean of walking over `tokens` behind their prompt.
+
+    `tokens` are (B, P); the first `prompt` of them fill the cache before the clock is read. Each step makes the logits
+    and the likeliest token at all of its places, as the check of a draft does. Raises as `time_once` does.
+    """
+    devices, all_of_them = _accelerators(model), last_logits(model, width)
+    steps = (tokens.shape[1] - prompt) // width
+    with torch.inference_mode():
+        output = model(input_ids=tokens[:, :prompt], use_cache=True, **last_logits(model, 1))
+        name = cache_name(output)
+        start = _now(devices)
+        for step in tokens[:, prompt : prompt + steps * width].split(width, dim=1):
+            output = model(input_ids=step, use_cache=True, **{name: output[name]}, **all_of_them)
+            output.logits.argmax(-1)
+        return 1e3 * (_now(devices) - start) / steps
+
+
+def in_turn(
+    measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
+) -> dict[str, list[Sample]]:
+    """What each of `measures` answers, once a round, in an order that is reversed every other round: drift cancels.
+
+    The first `warmup` rounds are run in full and thrown away.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in measures}
+    for index in range(warmup + rounds):
+        for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
+            progress(index * len(measures) + place, (warmup + rounds) * len(measures), f"timing {name}")
+            samples[name].append(measures[name]())
+    return {name: found[warmup:] for name, found in samples.items()}
 
 
 def compare(
@@ -105,25 +144,24 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, in an order that is reversed every other round, so that drift cancels.
+    """Time each variant once a round, `in_turn`.
 
-    A variant is a function that returns a context manager, entered and left outside of the timed region. The
-    first `warmup` rounds are run in full and thrown away. The prompt is the same for all: random ids of shape
-    (batch_size, prompt_tokens). Raises `UsageError` for counts that are too low, and for more tokens than the
-    model has positions.
+    A variant is a function that returns a context manager, entered and left outside of the timed region. The prompt
+    is the same for all: random ids of shape (batch_size, prompt_tokens). Raises `UsageError` for counts that are too
+    low, and for more tokens than the model has positions.
     """
     _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds)
     if warmup < 0:
         raise UsageError(f"warmup is {warmup}; give 0 or more")
     check_positions(model, prompt_tokens, new_tokens)
     prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
-    samples: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in variants}
-    for index in range(warmup + rounds):
-        for place, name in enumerate(list(variants)[:: -1 if index % 2 else 1]):
-            progress(index * len(variants) + place, (warmup + rounds) * len(variants), f"timing {name}")
-            with variants[name]():
-                samples[name].append(_measure(model, prompt, new_tokens))
-    return {name: _summarise(rows[warmup:]) for name, rows in samples.items()}
+
+    def measured(name: str) -> tuple[float, float, int | None]:
+        with variants[name]():
+            return _measure(model, prompt, new_tokens)
+
+    samples = in_turn({name: partial(measured, name) for name in variants}, rounds, warmup, progress)
+    return {name: _summarise(rows) for name, rows in samples.items()}
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Spread:
@@ -176,7 +214,8 @@ def _accelerators(model: PreTrainedModel) -> set[torch.device]:
     return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
 
 
-def _cache_name(output: Mapping[str, Any]) -> str:
+def cache_name(output: Mapping[str, Any]) -> str:
+    """By which name a model that answers this takes its cache. Raises `UsageError` where it keeps none."""
     # transformers renamed it in 5.24; a model returns its cache under the name by which it takes it.
     for name in ("cache", "past_key_values"):
         if output.get(name) is not None:

@@ -11,6 +11,7 @@ from .answers import AnswersRecord
 from .bench import BenchRecord
 from .benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
+from .drafting import DraftRecord
 from .healing import HealRecord
 from .leave_one_out import LeaveOneOutRecord
 from .measured import MeasuredRecord
@@ -24,7 +25,7 @@ from .sweep import SampleRecord, ScoresRecord, SweepRecord
 _ALL: tuple[type[Record], ...] = (
     *(SweepRecord, ScoresRecord, SampleRecord, SimilarityRecord, LeaveOneOutRecord),
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
-    *(SearchRecord, EvaluationRecord, BenchRecord, RefitRecord, HealRecord, MeasuredRecord),
+    *(SearchRecord, EvaluationRecord, BenchRecord, DraftRecord, RefitRecord, HealRecord, MeasuredRecord),
     *(BenchmarkRecord, BatteryRecord, TimesRecord, AnswersRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}

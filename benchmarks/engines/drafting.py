@@ -1,0 +1,159 @@
+"""What a GGUF export of a plan brings as a draft model in llama.cpp: decoding with it beside decoding without.
+
+A process for each number of drafted tokens, 0 for none; in every round all continue the same prompts in turn, greedy.
+Speedups are over none, of decoding alone, by round: median [quartiles]. The last line is JSON.
+
+    python benchmarks/engines/drafting.py --plan plan.json [--model FILE.gguf] [--drafted 1,2,4,8] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import notall
+from notall.measuring.speed import Spread, speedup
+from notall.models.loading import load
+from notall.models.names import named_gguf
+from notall.models.texts import read_text, token_batches
+
+CONTEXT = 512
+
+
+def serve(dense: str, draft: str, drafted: int, threads: int) -> None:
+    """Answer each line of prompt tokens with what is said, its milliseconds a token, and what was drafted."""
+    import xllamacpp as llama
+
+    answers = os.fdopen(os.dup(1), "w")  # llama.cpp prints to stdout
+    os.dup2(2, 1)
+    settings = llama.CommonParams()
+    settings.model.path = dense
+    settings.n_ctx = settings.n_batch = CONTEXT
+    settings.n_parallel = 1
+    settings.warmup = False
+    settings.verbosity = 1
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    kinds = [settings.cpuparams, settings.cpuparams_batch]
+    if drafted:
+        speculative = settings.speculative
+        speculative.types = [llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        speculative.draft.mparams.path = draft
+        speculative.draft.n_max, speculative.draft.n_min, speculative.draft.p_min = drafted, 0, 0.0
+        kinds += [speculative.draft.cpuparams, speculative.draft.cpuparams_batch]
+    for kind in kinds:
+        kind.n_threads, kind.poll = threads, 0  # threads that wait must not take the cores from the other processes
+    server = llama.Server(settings)
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line) | {"temperature": 0, "cache_prompt": False, "return_tokens": True}
+        answer = server.handle_completions(asked)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        print(json.dumps({"said": answer["choices"][0]["text"], **answer["timings"]}), file=answers, flush=True)
+    answers.close()
+    os._exit(0)  # its threads outlive it
+
+
+class Running:
+    """A process that continues prompts with so many drafted tokens."""
+
+    def __init__(self, dense: Path, draft: Path, drafted: int, threads: int) -> None:
+        command = [sys.executable, __file__, "--serve", str(dense), str(draft), str(drafted), str(threads)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.rounds: list[list[dict[str, Any]]] = []
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline() or sys.exit("llama.cpp ended"))
+
+    def ask(self, prompts: list[list[int]], new: int) -> list[dict[str, Any]]:
+        assert self.process.stdin
+        found = []
+        for prompt in prompts:
+            print(json.dumps({"prompt": prompt, "max_tokens": new}), file=self.process.stdin, flush=True)
+            found.append(self.answer())
+        return found
+
+    @property
+    def decode_ms(self) -> list[float]:
+        """Of each round."""
+        return [sum(one["predicted_ms"] for one in found) for found in self.rounds]
+
+    def share_accepted(self) -> float | None:
+        drafted = sum(one.get("draft_n", 0) for one in self.rounds[-1])
+        return sum(one.get("draft_n_accepted", 0) for one in self.rounds[-1]) / drafted if drafted else None
+
+    def end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def measure(dense: Path, draft: Path, prompts: list[list[int]], given: argparse.Namespace) -> list[dict[str, Any]]:
+    numbers = [0, *map(int, given.drafted.split(","))]
+    running = {drafted: Running(dense, draft, drafted, given.threads) for drafted in numbers}
+    for index in range(given.rounds + 1):
+        for one in list(running.values())[:: -1 if index % 2 else 1]:
+            found = one.ask(prompts, given.new)
+            one.rounds += [found] if index else []  # the first warms up
+    for one in running.values():
+        one.end()
+    alone = running[0]
+    rows = []
+    for drafted, one in running.items():
+        faster: Spread = speedup(alone.decode_ms, one.decode_ms)
+        pairs = zip(one.rounds[-1], alone.rounds[-1])
+        rows.append(
+            {
+                "drafted": drafted,
+                "decode_ms": statistics.median(one.decode_ms) / sum(n["predicted_n"] for n in one.rounds[-1]),
+                "speedup": [faster.low, faster.median, faster.high],
+                "accepted": one.share_accepted(),
+                "same_texts": sum(own["said"] == other["said"] for own, other in pairs),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        dense, draft, drafted, threads = sys.argv[2:]
+        return serve(dense, draft, int(drafted), int(threads))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2", help="a .gguf file")
+    parser.add_argument("--drafted", default="1,2,4,8", help="tokens a round")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    dense = named_gguf(given.model) or sys.exit(f"{given.model} is no .gguf file")
+    _, tokenizer = load(given.model)
+    batches = token_batches(tokenizer, read_text(), sequences=given.prompts, length=given.prompt, batch_size=1)
+    prompts = [batch[0].tolist() for batch in batches]
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = notall.Plan.load(given.plan)
+        draft = next(notall.export(given.model, plan, "gguf", Path(scratch) / "draft", verify=False).glob("*.gguf"))
+        rows = measure(dense, draft, prompts, given)
+    print("| drafted | decode ms/token | speedup | accepted | same texts |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        low, median, high = row["speedup"]
+        share = "-" if row["accepted"] is None else f"{row['accepted']:.2f}"
+        cells = (f"{row['decode_ms']:.2f}", f"{median:.2f} [{low:.2f}, {high:.2f}]", share, str(row["same_texts"]))
+        print(f"| {' | '.join((str(row['drafted']), *cells))} |")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How many tokens of a draft the dense model accepts, told by one pass of both over text that the dense model wrote.
+
+Nothing is drafted. What a draft model would say next, as long as all before it was accepted, is what it says next of
+the dense model's own text. Greedy, a drafted token is accepted where it is the dense model's first choice. Sampled, one
+that is drafted from q is accepted with the probability min(1, p/q), and what comes out is distributed as the dense
+model's p. So any is accepted with the probability sum(min(p, q)), and where the text goes on with a certain token, that
+one was drafted and accepted with the probability min(p, q) / p of it.
+Source: Leviathan et al. 2023, arXiv 2211.17192.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..records.drafting import Decoding
+from .speed import cache_name, last_logits
+from .statistics import jackknife_error
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Of one text, a value from 0 to 1 a token: how likely a token that is drafted in its place is accepted.
+
+    `expected` is before it is known which token that is, `known` given that the text goes on as it does. Greedy both
+    are the same, 0 or 1.
+    """
+
+    expected: tuple[float, ...]
+    known: tuple[float, ...]
+
+
+def write_texts(
+    model: PreTrainedModel, prompts: Tensor, new_tokens: int, decoding: Decoding, *, seed: int = 0
+) -> list[Tensor]:
+    """What `model` says behind `prompts`, (B, P): token ids, (tokens,) each, up to and with the token that ends a text.
+
+    Greedy, or sampled as it is: at temperature 1, from the whole vocabulary.
+    """
+    generator = torch.Generator(prompts.device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:  # (B, vocabulary) -> (B, 1)
+        if decoding == "greedy":
+            return logits.argmax(-1, keepdim=True)
+        return torch.multinomial(logits.float().softmax(-1).to(prompts.device), 1, generator=generator)
+
+    last = last_logits(model, 1)
+    with torch.inference_mode():
+        output = model(input_ids=prompts, use_cache=True, **last)
+        name, said = cache_name(output), [choose(output.logits[:, -1])]
+        for _ in range(new_tokens - 1):
+            output = model(input_ids=said[-1], use_cache=True, **{name: output[name]}, **last)
+            said.append(choose(output.logits[:, -1]))
+    ends = _ends(model).to(prompts.device)
+    return [_until(row, ends) for row in torch.cat(said, dim=1)]
+
+
+def judge(model: PreTrainedModel, draft: PreTrainedModel, prompt: Tensor, text: Tensor, decoding: Decoding) -> Accepted:
+    """Of each token of `text`, (tokens,), which `model` wrote behind `prompt`, (P,): is it accepted from `draft`?"""
+    tokens = torch.cat([prompt, text])[None, :-1]
+    with torch.inference_mode():
+        p, q = (_logits(each, tokens, len(text)) for each in (model, draft))
+        if decoding == "greedy":
+            same = tuple((q.argmax(-1) == text).float().tolist())
+            return Accepted(same, same)
+        p, q = p.softmax(-1), q.softmax(-1)
+        said_p, said_q = (each.gather(1, text[:, None])[:, 0] for each in (p, q))
+        known = (said_q / said_p).clamp(max=1)
+        return Accepted(tuple(torch.minimum(p, q).sum(-1).clamp(max=1).tolist()), tuple(known.tolist()))
+
+
+def acceptance(texts: Sequence[Accepted], place: int) -> tuple[float, float]:
+    """The chance that token `place` of a draft, from 1, is accepted once all before it were, and its standard error.
+
+    Over drafts that begin anywhere in the texts; both are nan where no draft comes as far.
+    """
+    return _with_error(lambda some: _acceptance(some, place), texts)
+
+
+def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, float]:
+    """How many tokens a round of `drafted` tokens and their check gives, and its standard error over the texts."""
+
+    def mean(some: Sequence[Accepted]) -> float:
+        return sum(len(text.known) for text in some) / math.fsum(rounds(text.known, drafted) for text in some)
+
+    return _with_error(mean, texts)
+
+
+def rounds(known: Sequence[float], drafted: int) -> float:
+    """How many rounds write a text whose tokens are accepted with these probabilities.
+
+    A round gives the tokens of the draft up to the first that is not accepted, and one of the dense model's own. Where
+    less than `drafted` tokens and one are left to write, it drafts no more than it may.
+    """
+    begins = [1.0] + [0.0] * len(known)  # the chance that a round begins at each token
+    for start in range(len(known)):
+        alive, last = begins[start], min(start + drafted, len(known) - 1)
+        for place in range(start, last):
+            begins[place + 1] += alive * (1 - known[place])
+            alive *= known[place]
+        begins[last + 1] += alive
+    return math.fsum(begins[:-1])
+
+
+def _acceptance(texts: Sequence[Accepted], place: int) -> float:
+    reached = [pair for text in texts for pair in _reached(text, place)]
+    weight = math.fsum(chance for chance, _ in reached)
+    return math.fsum(chance * expected for chance, expected in reached) / weight if weight else math.nan
+
+
+def _reached(text: Accepted, place: int) -> Iterator[tuple[float, float]]:
+    """Of a draft that begins at each token: how likely it comes to `place`, and is accepted there."""
+    for start in range(len(text.known) - place + 1):
+        yield math.prod(text.known[start : start + place - 1]), text.expected[start + place - 1]
+
+
+def _with_error(statistic: Callable[[Sequence[Accepted]], float], texts: Sequence[Accepted]) -> tuple[float, float]:
+    return statistic(texts), jackknife_error(statistic, texts)
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, last: int) -> Tensor:
+    """(last, vocabulary), in float32."""
+    return model(input_ids=tokens, use_cache=False, **last_logits(model, last)).logits[0, -last:].float()
+
+
+def _ends(model: PreTrainedModel) -> Tensor:
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
+
+
+def _until(text: Tensor, ends: Tensor) -> Tensor:
+    found = torch.isin(text, ends).nonzero()
+    return text[: int(found[0]) + 1] if len(found) else text
