@@ -489,8 +489,7 @@ def test_files_are_utf8_wherever_they_are_written(tmp_path, monkeypatch):
     about = {"model": "modèle", "dtype": "float32", "revision": "", "machine": machine}
     depth = SimilarityRecord(layer=0, kind="block", cosine=0.5, cosine_se=0.1, provenance=Provenance.of(about))
     running.write_paper(tmp_path, [depth], [], [])
-    scoreboard.write_tables(
-        {"times": pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))}, tmp_path
-    )
+    frame = pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))
+    scoreboard.write_tables([scoreboard.PaperTable("times", "Times.", frame)], tmp_path)
     assert "modèle" in (tmp_path / "paper.md").read_text(encoding="utf-8")
     assert "tâche" in (tmp_path / "times.tex").read_text(encoding="utf-8")
