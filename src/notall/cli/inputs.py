@@ -258,14 +258,47 @@ def two_texts(
     return batches, others, described | about | {"sequences": sequences}
 
 
-def budget_of(
-    model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
-) -> tuple[Budget, str]:
-    """The budget that `amounts` give, with a limit or without, and the objective that goes with it.
+@dataclass(frozen=True)
+class AskedBudget:
+    """What the options say of a budget: what to save, or at most how many nats to lose, by the names of options."""
 
-    It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
-    """
-    from ..choosing.budget import by_limit, within_limit
+    saving: tuple[str, float] | None
+    limit: tuple[str, float] | None
+
+    @property
+    def aim(self) -> str:
+        """The objective that goes with it.
+
+        It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
+        """
+        return self.limit[0].removeprefix("max_") if self.limit else "kl"
+
+    def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
+        """Raise `UsageError` for what cannot be saved, as far as that is known without timing the model."""
+        from ..measuring.speed import check_timing
+
+        if self.saving and self.saving[0] == "speedup":
+            check_timing(model, workload.prompt, workload.new, workload.batch)
+        else:
+            self.of(model, space, workload)
+
+    def of(self, model: PreTrainedModel, space: Space, workload: Workload) -> Budget:
+        """The budget; where it is a speedup, the model is timed."""
+        from ..choosing.budget import by_limit, within_limit
+
+        limit = by_limit(space, self.limit[1], self.aim.upper()) if self.limit else None
+        saving = _saving_of(model, space, *self.saving, workload) if self.saving else None
+        if saving and limit:
+            return within_limit(saving, limit)
+        found = saving or limit
+        assert found
+        return found
+
+
+def asked_budget(amounts: dict[str, float | None]) -> AskedBudget:
+    """What options of these names give. Raises `UsageError` unless they are one budget, with a limit or without."""
+    from ..choosing.budget import check_nats
+    from ..choosing.speedups import check_faster
 
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     limits = [name for name in given if name.startswith("max_")]
@@ -274,13 +307,12 @@ def budget_of(
         wrong = savings if len(savings) > 1 else limits or list(amounts)
         names = ["--" + name.replace("_", "-") for name in wrong]
         raise UsageError(f"give one budget: {' or '.join(names)}")
-    saving = _saving_of(model, space, savings[0], given[savings[0]], workload) if savings else None
-    if not limits:
-        assert saving
-        return saving, "kl"
-    told = limits[0].removeprefix("max_")
-    limit = by_limit(space, given[limits[0]], told.upper())
-    return within_limit(saving, limit) if saving else limit, told
+    for name in limits:
+        check_nats(given[name])
+    if "speedup" in given:
+        check_faster(given["speedup"])
+    saving, limit = (next(((name, given[name]) for name in names), None) for names in (savings, limits))
+    return AskedBudget(saving, limit)
 
 
 def _saving_of(model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload) -> Budget:

@@ -14,6 +14,7 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
+from .checks import check_file, check_texts
 from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
 from .options import (
     BatchSize,
@@ -98,6 +99,8 @@ def similarity(
 
     if out:
         need(*FIGURES)
+        check_file(out)
+    check_texts(text)
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:

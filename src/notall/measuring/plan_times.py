@@ -18,7 +18,7 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..running.footprint import footprint
 from ..running.skipping import skip
-from .speed import Spread, Timing, compare, speedup
+from .speed import Spread, Timing, check_timing, compare, speedup
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Timed:
     new_tokens: int = 16
     batch_size: int = 1
     rounds: int = 5
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` as `check_timing` does."""
+        check_timing(model, **asdict(self))
 
 
 TIMED = Timed()
