@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, nearest, shortened
 from ..models.texts import fields, prompt_tokens, read_file
+from ..records.plan import Plan
 from ..running.generating import check_positions
+from ..running.skipping import skip
 from .objective import Batch, Objective, Term, kl, mix, nll
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def answers(
     for prompt in prompts:
         ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
         check_positions(model, ids.shape[1], new_tokens)
-        with torch.inference_mode():
+        with skip(model, Plan()), torch.inference_mode():
             whole = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1
             )

@@ -123,7 +123,7 @@ def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:
         return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to is Target.nemotron_nas:
         return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
-    return {"Next": f"notall generate {folder} {prompt}{trust}", "Serve": f"vllm serve {folder}{trust}"}
+    return {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}{trust}"}
 
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
 
 
+MANIFEST = "notall.json"  # of an export
+
+
 @dataclass(frozen=True)
 class Loading:
     """What the options say of how to load a model: the arguments of `notall.load`."""
@@ -39,7 +42,7 @@ class Loading:
 
 def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer."""
-    from ..models.loading import load
+    from ..running.opening import load
 
     with working(f"loading {loading.spec}"):
         return load(**asdict(loading))
@@ -47,12 +50,12 @@ def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a config, without weights, in a dtype, or else in the checkpoint's own."""
-    from ..models.loading import build_empty, load_config, named_dtype, own_dtype
+    from ..models.loading import named_dtype
+    from ..running.opening import load_empty
 
     given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
-        config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
-        return build_empty(config, given or own_dtype(config))
+        return load_empty(spec, given, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def dummy_model(
@@ -111,9 +114,13 @@ def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **mor
 
 
 def read_plan(path: Path | None) -> Plan:
-    """The plan of a file, or of the folder of a repair, with its weights; without a path, one that skips nothing."""
+    """The plan of a file, an export, or the folder of a repair, with its weights; without a path, an empty one."""
     from ..records.plan import Plan
 
+    if path and (path / MANIFEST).is_file():
+        from ..exporters.manifest import plan_of
+
+        return plan_of(path)
     if path and path.is_dir():
         from ..repairing.kept import load_repaired
 

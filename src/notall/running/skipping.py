@@ -27,7 +27,7 @@ from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_confi
 from ..structure.locating import locate
 from ..structure.observation import LayerCall, child, parameter_names, run_branches
 from ..structure.slicing import as_it_is, is_told, renumber, slice_config
-from .regrouping import Group, is_ordinary, regroup
+from .regrouping import Group, groups_of, is_ordinary
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
 
@@ -92,13 +92,13 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(anatomy)
     if not plan:
         return
-    dense, groups = _layers(inner, anatomy), regroup(anatomy.kinds, plan)
+    dense, groups = _layers(inner, anatomy), groups_of(anatomy, plan)
     weights = plan.weights if isinstance(plan, RepairedPlan) else {}
     for path, weight in weights.items():
         holder_of(inner, path, weight)  # refuse before anything is changed
     for path, weight in weights.items():
         set_weight(inner, path, weight.clone())
-    layers = [_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups]
+    layers = [_merged(anatomy, dense, group) or regrouped_layer(anatomy, dense, group) for group in groups]
     _install(inner, anatomy, nn.ModuleList(layers), groups)
     locating.forget(inner)
     if _are_regrouped(layers) or not _is_built_again(inner):
@@ -163,7 +163,7 @@ def _configs(model: PreTrainedModel, parent: nn.Module) -> list[PretrainedConfig
 def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     """Put the regrouped layers in; what comes back puts the dense ones back when it is closed."""
     undo = ExitStack()
-    if not plan:
+    if not plan and not anatomy.lacking:
         return undo
     parent, dense = _parent(model, anatomy), _layers(model, anatomy)
     _install_output_hooks(parent)
@@ -173,8 +173,8 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     undo.callback(locating.remember, model, dense, anatomy)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
-    groups = regroup(anatomy.kinds, plan)
-    regrouped = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
+    groups = groups_of(anatomy, plan)
+    regrouped = nn.ModuleList(regrouped_layer(anatomy, dense, group) for group in groups)
     try:
         if isinstance(plan, RepairedPlan):
             undo.enter_context(with_weights(model, plan.weights))
@@ -258,7 +258,7 @@ class RegroupedLayer(nn.Module):
             answer = layout.stock_forward(self, hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
-            hidden = run_branches(layout.block.attention.branches, self, hidden, call)
+            hidden = run_branches(layout.own.branches, self, hidden, call)
             rest = layout.rest(call)
         for mlp, holder in zip(layout.after, self.after):
             hidden = holder(hidden, mlp, call)
@@ -270,6 +270,7 @@ class _Layout:
     """What a regrouped layer runs, apart from its modules."""
 
     block: Block
+    own: Sublayer  # that is run where the layer is not whole
     whole: bool
     before: tuple[Sublayer, ...]
     after: tuple[Sublayer, ...]
@@ -287,17 +288,25 @@ class _Layout:
 
 @functools.cache
 def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
-    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it."""
-    return type(f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class), {"__module__": __name__})
+    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it.
+
+    Its forward has the signature of the layer's own, by which arguments are told apart.
+    """
+    if issubclass(layer_class, RegroupedLayer):
+        return layer_class
+    forward = functools.wraps(layer_class.forward)(RegroupedLayer.forward)  # type: ignore[attr-defined]
+    name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)
+    return type(name, bases, {"__module__": __name__, "forward": forward})
 
 
-def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
+def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     """The module that runs `group`: the dense layer itself where nothing in it changes."""
     source = dense[group.layer]
     if group.untouched:
         return source
     block = anatomy.blocks[group.layer]
-    parts = block.sublayers if group.whole else (block.attention,)
+    own = block.attention if "attention" in block.kinds else block.mlp
+    parts = block.sublayers if group.whole else (own,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     layer = _twin(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
@@ -307,6 +316,7 @@ def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     names = tuple(parameter_names(source))
     layer._layout = _Layout(  # type: ignore[assignment]
         block,
+        own,
         group.whole,
         tuple(anatomy.blocks[index].mlp for index in group.before),
         tuple(anatomy.blocks[index].mlp for index in group.after),

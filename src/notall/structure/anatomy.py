@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..records.fingerprint import Fingerprint
+from ..records.plan import Plan
 from .observation import Branch
 
 
@@ -79,6 +80,7 @@ class Anatomy:
     layers: str
     blocks: tuple[Block, ...]
     fingerprint: str  # see `Fingerprint`
+    lacking: Plan = field(default_factory=Plan)  # what layers have room for and a checkpoint lacks
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
