@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 import vl_convert
@@ -182,6 +183,13 @@ def test_a_folder_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
         ("Too few", "1 of 3", "B is"),
     ]
     assert "The paper&#39;s claims, and this model" in render(folder)
+
+
+def test_the_evaluation_that_the_repository_holds_makes_a_page():
+    folder = read_folder(Path(__file__).parent.parent / "benchmarks" / "paper")
+    assert {"claims", "benchmarks", "battery", "times"} <= set(folder.others)
+    assert findings_of(folder)[0].title == "Holds"
+    assert "normalized accuracy" in render(folder)
 
 
 def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
