@@ -160,6 +160,15 @@ def test_every_command_takes_an_export(run, exported, tmp_path, target):  # noqa
     assert err.endswith("is an export already: give the dense model, and a plan that skips what both skip\n")
 
 
+def test_what_a_load_would_fill_with_random_weights_is_not_saved(exported, tmp_path):
+    model, _ = notall.load(exported("hf"))
+    with skip(model, Plan([0])):
+        pass
+    with pytest.raises(UsageError, match="a load would fill what this model lacks with random weights"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_plan_of_the_dense_model_is_not_for_the_export(exported, dense, run, tmp_path):  # noqa: F811
     run("plan", dense, "--skip", "mlp", "--fraction", "0.2", "-o", tmp_path / "plan.json")
     code, _, err = run("eval", exported("hf"), "--plan", tmp_path / "plan.json", *QUICK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,6 +43,7 @@ def without(model: PreTrainedModel, lacking: Plan) -> Anatomy:
     layers.training = parent.training
     parent._modules[whole.layers.rpartition(".")[2]] = layers
     locating.remember(model, layers, anatomy)
+    model.save_pretrained = _refuse_to_save
     if not _counts_right(model, anatomy):
         model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
     return anatomy
@@ -59,6 +60,13 @@ def _counts_right(model: PreTrainedModel, anatomy: Anatomy) -> bool:
     """Whether transformers counts the tokens of a cache right: it asks the first layer of each kind."""
     kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(anatomy.blocks)
     return all("attention" in anatomy.kinds[kinds.index(kind)] for kind in set(kinds))
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    raise UsageError(
+        "a load would fill what this model lacks with random weights; copy the folder that it was loaded from, or "
+        "export the dense model with the plan that you want"
+    )
 
 
 def _refuse_cache(model: PreTrainedModel, args: Any, arguments: Mapping[str, Any]) -> None:
