@@ -86,6 +86,18 @@ def test_an_export_answers_as_the_dense_model_that_skips_the_plan(dense, exporte
     assert sum(name.startswith("mlp") for name in kept) == 6 - len(plan.mlp)
 
 
+def test_shards_are_read_as_one_file(dense, tmp_path):
+    plan = PLANS["after"]
+    out = export(dense, plan, "hf", tmp_path / "out", verify=False, shard_bytes=50_000)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    model, _ = notall.load(out, dtype="float32")
+    with skip(model, Plan()):
+        torch.testing.assert_close(logits(model), skipped_logits(dense, plan), atol=1e-5, rtol=1e-4)
+    next(out.glob("*.safetensors")).unlink()
+    with pytest.raises(UsageError, match="lacks weights"):
+        notall.load(out)
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_run_as_it_is_it_is_right_or_refuses_the_cache(dense, exported, plan):
     """transformers counts the tokens of a cache by the first layer."""

@@ -72,9 +72,9 @@ class SearchRecord(Record, SpentFields, Skips):
         *CHECK,
         number("cost", "objective", ".4f"),
         number("dense_cost", "dense objective", ".4f"),
-        plain("missed"),
         plain("in_time", "in time", lambda in_time: "yes" if in_time else "no"),
         *SPENT,
+        plain("missed"),
     )
 
     record: Literal["search"] = "search"

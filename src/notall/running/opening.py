@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UnknownArchitecture, UsageError, shortened
 from ..models import loading
 from ..models.folders import INDEX, SINGLE, own_file
+from ..models.gguf_header import check_gguf
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import DEFAULT_MODEL, SHAPES, named_gguf
 from ..models.own_exports import OwnExport, is_own_form, own_export, read_settings
@@ -24,7 +26,8 @@ from ..records.plan import Plan
 from ..records.strict_json import read_json
 from .lacking import without
 
-CONFIG, FORM = "config.json", "deci"
+CONFIG = "config.json"
+UNREAD = re.compile("architecture deci |`deci`")  # what transformers says of a file that only llama.cpp runs
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub id that is an export; no code
 
 
@@ -165,7 +168,7 @@ def _gguf_explained(spec: str | Path) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        told = _told_of_gguf(spec) if FORM in str(error) else None
+        told = _told_of_gguf(spec) if UNREAD.search(str(error)) else None
         if told is None:
             raise
         raise UnknownArchitecture(told) from error
@@ -175,6 +178,8 @@ def _told_of_gguf(spec: str | Path) -> str | None:
     from gguf import GGUFReader
 
     path = named_gguf(spec)
+    if path:
+        check_gguf(path)  # readers run for hours on a wrong count
     field = GGUFReader(path).get_field("notall.manifest") if path else None
     if path is None or field is None:
         return None
