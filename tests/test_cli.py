@@ -1,5 +1,6 @@
 """The command line as people type it: what it prints, and one clear line with exit code 2 for bad input."""
 
+import csv
 import io
 import json
 import os
@@ -33,6 +34,7 @@ from notall.repairing import refitting
 from notall.repairing.kept import load_repaired
 from notall.repairing.refitting import digest_of
 from notall.reporting import extras, side_by_side
+from notall.reporting.comparison_files import TIMED_ONCE
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import TASKS, write_tasks
 from tiny_tokenizer import byte_tokenizer
@@ -65,6 +67,12 @@ def run(monkeypatch, capsys):
     return run
 
 
+def caption_and_rows(text, start, count):
+    """The text, which has so many lines that start so."""
+    assert not count or sum(line.startswith(start) for line in text.splitlines()) == count
+    return text
+
+
 def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_path):
     code, out, err = run("sweep", folder, "--out", tmp_path / "r", *QUICK, *FAST[:-2])
     assert (code, err) == (0, "")
@@ -72,6 +80,15 @@ def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_
     for figure in ("similarity", "tradeoff"):
         for suffix in ("png", "svg", "html"):
             assert (tmp_path / "r" / f"{figure}.{suffix}").stat().st_size > 1000
+    with open(tmp_path / "r" / "table.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["variant"] for row in table] == ["dense", *["attention"] * 6, *["mlp"] * 6, *["block"] * 6]
+    assert "tiny without its deepest attentions, MLPs or blocks, beside the dense model" in caption_and_rows(
+        (tmp_path / "r" / "table.md").read_text(encoding="utf-8"), "| ", 19 + 2
+    )
+    latex = caption_and_rows((tmp_path / "r" / "table.tex").read_text(encoding="utf-8"), "", 0)
+    assert latex.count(" \\\\\n") == 19 + 1
+    assert f"{float(table[1]['delta_nll']):.3f} $\\pm$" in latex.replace("$-$", "-")
     rows = [line.split("│")[1].split()[0] for line in out.splitlines() if line.startswith("│")]
     assert rows == ["dense", *["attention"] * 6, *["MLP"] * 6, *["block"] * 6]
     record = json.loads((tmp_path / "r" / "results.jsonl").read_text().splitlines()[0])
@@ -345,7 +362,11 @@ def test_search_keeps_what_the_repair_of_its_choice_gives_back(run, folder, tmp_
     assert [row["model"] for row in rows] == ["skipped", "repaired"]
     assert [one.row() for one in read(tmp_path / "plan.search" / "measured.jsonl", MeasuredRecord)] == rows
     assert json.loads(run(*command, *size, "--held-out", "prose")[1])["quality"] == rows
-    assert set(json.loads(run(*command, *size)[1])) == {"search"}
+    other = json.loads(run(*command, *size)[1])["quality"]  # windows of the same text
+    assert [(row["text"], row["model"]) for row in other] == [
+        ("prose, other windows", "skipped"),
+        ("prose, other windows", "repaired"),
+    ]
 
 
 def test_what_repair_cannot_take_is_one_line(run, folder, tmp_path):
@@ -849,8 +870,13 @@ def test_compare_writes_results_a_table_and_the_front(run, folder, tmp_path):
     assert (out / "comparison.jsonl").read_text().count("\n") == 9
     assert str(tmp_path) not in (out / "comparison.jsonl").read_text()
     assert (out / "table.md").read_text().count("###") == 3
+    assert TIMED_ONCE in (out / "table.md").read_text()
     assert (out / "front.png").stat().st_size > 1000
-    assert run(*command)[0] == 0
+    code, shown, _ = run(*command)
+    assert (code, "Plans that leave equal" in shown) == (0, False)  # no times, nothing to say of them
+    assert TIMED_ONCE not in (out / "table.md").read_text()
+    _, shown, _ = run(*command, "--rounds", "1", "--prompt", "4", "--new", "2")
+    assert TIMED_ONCE in shown
     code, _, err = run("report", out, "-o", tmp_path / "report.html")
     assert (code, err) == (0, "")
     assert "search by nll: 2 portable" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ import pytest
 
 import result_folders
 from notall.cli import columns as lists
-from notall.evaluation.paper import claims
 from notall.records.columns import Column, as_csv, as_markdown, given, legend, magnitude, plain, with_error, with_spread
 from notall.records.comparison import columns_of, with_tasks
 from notall.records.kinds import KINDS
@@ -43,7 +42,6 @@ def described():
     """Every column that there is, and where it was found."""
     for name, kind in SHOWN.items():
         yield from ((name, column) for column in kind.columns)
-    yield from (("claims", column) for column in claims.COLUMNS)
     for name, columns in vars(lists).items():
         if name.endswith("_COLUMNS"):
             yield from ((name, column) for column in columns)
@@ -62,7 +60,7 @@ def in_markdown(text):
 
 
 def test_kinds_that_are_shown_have_columns():
-    measured = {"sweep", "similarity", "comparison", "bench", "benchmark", "battery", "times"}
+    measured = {"sweep", "similarity", "comparison", "bench", "benchmark", "battery", "times", "claim"}
     assert measured | {"search", "refit", "healing", "measured", "draft"} == set(SHOWN)
 
 

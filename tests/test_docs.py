@@ -16,6 +16,8 @@ import notall
 from families import family
 from notall import Plan, cli, extensions
 from notall.choosing import latency, speedups
+from notall.choosing.criteria import CRITERIA
+from notall.repairing.methods import METHODS
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +120,7 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
                     assert word == "pip", line
                     assert set(re.findall(r"notall\[(\w+)\]", line)) <= set(extras)
         else:  # what other programs take
-            assert language == "text", f"{page.name} has a block of {language}, which nothing here runs"
+            assert language in ("text", "bibtex"), f"{page.name} has a block of {language}, which nothing here runs"
 
 
 def program(name):
@@ -160,6 +162,21 @@ def test_the_page_of_the_python_api_has_every_public_name_and_no_other():
     assert own == set(notall.__all__) - {"__version__"}
     for path in named:
         assert inspect.getdoc(pkgutil.resolve_name(path)), path
+
+
+@pytest.mark.any_transformers
+def test_every_paper_that_the_code_names_is_a_reference_with_bibtex():
+    page = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    named = {number for text in sources for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
+    assert len(named) >= 20
+    for number in named:
+        assert f"](https://arxiv.org/abs/{number})" in page, number
+        assert f"eprint = {{{number}}}" in page, number
+    for name in (*CRITERIA, *set(METHODS) - {"none"}):
+        assert f"`{name}`" in page, name
+    entries = re.findall(r"^@misc{(\w+),\n  title = {.+},\n  author = {.+},\n  year = {\d{4}},$", page, re.M)
+    assert len(set(entries)) == page.count("@misc{") == page.count("eprint = ")
 
 
 @pytest.mark.any_transformers

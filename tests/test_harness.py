@@ -460,14 +460,14 @@ def test_a_missing_task_folder_is_named(run, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [None, '{"question": "wh', "", '{"nothing": 1}\n'])
-def test_data_that_cannot_be_read_is_one_line_and_keeps_what_is_finished(run, tmp_path, damage):
+def test_data_that_cannot_be_read_is_one_line_before_anything_is_computed(run, tmp_path, damage):
     local = write_tasks(tmp_path / "tasks", documents=3)
     copy_task(local, "tiny_choice", "broken", data="broken.jsonl")
     if damage is not None:
         (local / "broken.jsonl").write_text(damage)
     message = "cannot build the requests of broken: .*; check its data"
     refused(message, run, [], ["tiny_choice", "broken"], task_path=local, folder=tmp_path)
-    assert (tmp_path / AnswersRecord.file).read_text().endswith("\n")
+    assert not (tmp_path / AnswersRecord.file).exists()
 
 
 def test_labels_that_are_none_are_one_line(run, tmp_path):

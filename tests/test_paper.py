@@ -19,13 +19,22 @@ from notall import Plan, UsageError, cli, locate
 from notall.evaluation.battery import Check
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
-from notall.evaluation.paper.claims import claims_of
+from notall.evaluation.paper.claims import LEAST_DOCUMENTS, LEAST_ROUNDS, claims_of
 from notall.evaluation.paper.grid import paper_grid
-from notall.evaluation.paper.scoreboard import Scoreboard, battery_table, benchmark_table, latex, time_table
+from notall.evaluation.paper.scoreboard import (
+    PaperTable,
+    Scoreboard,
+    battery_table,
+    benchmark_table,
+    time_table,
+)
 from notall.evaluation.paper.times import time_grid
 from notall.progress import silent
 from notall.records import lines
-from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
+from notall.records.claims import ClaimRecord
+from notall.records.latex import escaped
+from notall.records.ledger import read
 from notall.records.provenance import Provenance
 from notall.records.similarity import SimilarityRecord
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
@@ -61,11 +70,14 @@ def board(shares):
     return Scoreboard(records)
 
 
-def timed(key, prefill, decode, prompt=128, batch=1):
+def timed(key, prefill, decode, prompt=128, batch=1, rounds=5):
     row = {"prompt_tokens": prompt, "batch_size": batch, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
     for name, value in (("prefill", prefill), ("decode", decode)):
         row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
-    return TimesRecord.model_construct(prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, **row)
+    about = Provenance(what={"rounds": rounds})
+    return TimesRecord.model_construct(
+        prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, provenance=about, **row
+    )
 
 
 def verdicts(claims):
@@ -88,9 +100,9 @@ def test_averages_and_differences_by_hand():
 def test_the_table_says_value_difference_error_and_significance():
     table = benchmark_table(board({("mlp", 0.33, False): 0.3}), keep_last=False)
     assert list(table.columns) == ["ARC-C", "MMLU", "average"]
-    assert table.loc[("dense", "100%"), "ARC-C"] == "50.0 ± 5.0"
-    assert table.loc[("mlp", "67%"), "MMLU"] == "30.0 (-20.0 ± 1.0*)"
-    assert table.loc[("mlp", "67%"), "average"].startswith("30.0 (-20.0 ± 2.0*")
+    assert table.loc[("dense", "0%"), "ARC-C"] == "50.0 ± 5.0"
+    assert table.loc[("MLP", "33%"), "MMLU"] == "30.0 (-20.0* ± 1.0)"
+    assert table.loc[("MLP", "33%"), "average"].startswith("30.0 (-20.0* ± 2.0)")
     assert len(table) == 1 + 6
 
 
@@ -98,7 +110,7 @@ def test_the_table_says_value_difference_error_and_significance():
 def test_a_star_is_a_small_probability_also_one_that_underflows(p_value, mark):
     records = [cell for row in board({("mlp", 0.33, False): 0.3}).cells.values() for cell in row.values()]
     scores = Scoreboard([record.model_copy(update={"p_value": p_value}) for record in records])
-    assert benchmark_table(scores, keep_last=False).loc[("mlp", "67%"), "MMLU"] == f"30.0 (-20.0 ± 1.0{mark})"
+    assert benchmark_table(scores, keep_last=False).loc[("MLP", "33%"), "MMLU"] == f"30.0 (-20.0{mark} ± 1.0)"
 
 
 def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
@@ -110,22 +122,56 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     more = Scoreboard([*records, lacking, *words, *rounded])
     assert more.shared == ["ARC-C", "MMLU", "TruthfulQA"]
     table = benchmark_table(more, keep_last=True)
-    assert table.loc[("block", "67%"), "GSM8K"] == "–"
-    assert table.loc[("block", "67%"), "wikitext"] == "800"
+    assert table.loc[("block", "33%"), "GSM8K"] == "–"
+    assert table.loc[("block", "33%"), "wikitext"] == "800"
 
 
 def test_the_time_table_reads_as_the_paper_s():
     records = [timed(KEYS[0], 1, 1), timed(("block", 0.33, True), 1.5, 1.25), timed(("mlp", 0.33, False), 2, 2)]
     table = time_table(records, True, "decode_ms_per_token")
-    assert table.loc[("block", "67%"), "prompt 128, batch 1"] == "8.0 (1.25× [1.23, 1.27])"
+    assert table.loc[("block", "33%"), "prompt 128, batch 1"] == "8.0 (1.25× [1.23, 1.27])"
     assert len(table) == 2
 
 
-def test_latex_has_no_bare_signs():
-    text = latex(benchmark_table(board({}), keep_last=False), "benchmarks-last-kept")
-    assert "50.0 $\\pm$ 5.0" in text
-    assert "67\\%" in text
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
+    scores = board({("mlp", 0.33, keep_last): 0.3})
+    caption = running.caption_of("benchmarks", keep_last, model="smollm2_135", rounds="")
+    text = PaperTable("benchmarks-x", caption, benchmark_table(scores, keep_last)).latex()
+    assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
+    assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
     assert text.count("\\toprule") == 1
+    assert "skipped & fraction & ARC-C & MMLU & average \\\\" in text  # the hyphen of a name is none of a number
+    told = {False: "the last layer may be skipped too", True: "the last layer is kept"}[keep_last]
+    assert "\\caption{Benchmarks of smollm2\\_135 without a fraction of its layers' attentions, MLPs or" in text
+    assert f"the deepest; {told}. Per cent $\\pm$ standard error;" in text
+    assert "$^{*}$ p $<$ 0.05" in text
+
+
+def test_latex_escapes_what_it_would_read_as_its_own():
+    assert escaped("50% of a_b & {c} #1 ~ ^ \\d $5") == (
+        "50\\% of a\\_b \\& \\{c\\} \\#1 \\textasciitilde{} \\textasciicircum{} \\textbackslash{}d \\$5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "usual"),
+    [
+        ("acc,none", "accuracy"),
+        ("acc_norm,none", "normalized accuracy"),
+        ("exact_match,strict-match", "exact match (strict match)"),
+        ("my_own,none", "my own"),
+        ("acc", "accuracy"),
+    ],
+)
+def test_metrics_have_their_usual_names(metric, usual):
+    assert usual_metric(metric) == usual
+    assert BenchmarkRecord.columns[1].text({"metric": metric}) == usual
+
+
+def test_a_task_of_two_metrics_has_a_column_each():
+    both = [benchmark("tiny", KEYS[0], [1.0], [1.0]).model_copy(update={"metric": m}) for m in ("acc,none", "f1,none")]
+    assert Scoreboard(both).columns == ["tiny, accuracy", "tiny, F1"]
 
 
 def test_the_battery_s_table_marks_what_got_worse():
@@ -140,8 +186,8 @@ def test_the_battery_s_table_marks_what_got_worse():
         check("repetition", None, None, ("block", 0.33, False), False),
     ]
     table = battery_table(records, keep_last=False)
-    assert table.loc[("dense", "100%")].to_list() == ["3", "0.3"]
-    assert table.loc[("mlp", "67%")].to_list() == ["3.5 (+0.5 ± 0.02*)", "0.25 (-0.05 ± 0.02)"]
+    assert table.loc[("dense", "0%")].to_list() == ["3", "0.3"]
+    assert table.loc[("MLP", "33%")].to_list() == ["3.5 (+0.5* ± 0.02)", "0.25 (-0.05 ± 0.02)"]
     assert len(table) == 2
 
 
@@ -188,6 +234,31 @@ def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_bat
     assert [claim.verdict for claim in found] == ["holds", "holds", "within error"] * 2
     found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
     assert {claim.verdict for claim in found} == {"does not hold"}
+
+
+def few(documents):
+    """Both tasks, each of so many documents, that every configuration answers alike."""
+    answers = [1.0, 0.0] * (documents // 2) + [1.0] * (documents % 2)
+    return Scoreboard([benchmark(task, key, answers, answers) for task in ("mmlu", "tiny") for key in KEYS])
+
+
+@pytest.mark.parametrize("documents", [6, LEAST_DOCUMENTS - 1, LEAST_DOCUMENTS])
+def test_no_claim_is_judged_on_a_few_documents(documents):
+    found = claims_of([], few(documents), [])
+    is_few = {claim.verdict == "too few" for claim in found}
+    assert is_few == {documents < LEAST_DOCUMENTS}
+    assert {f"on {documents} documents of a task" in claim.here for claim in found} == is_few
+
+
+@pytest.mark.parametrize("rounds", [1, LEAST_ROUNDS - 1, LEAST_ROUNDS])
+def test_no_claim_is_judged_in_a_few_rounds(rounds):
+    cells = {("attention", 0.33, False): 1.3, ("mlp", 0.33, False): 1.1, ("block", 0.33, False): 1.4}
+    grid = [timed(KEYS[0], 1, 1, rounds=rounds), *(timed(key, s, s, rounds=rounds) for key, s in cells.items())]
+    found = claims_of([], None, grid)
+    assert {claim.verdict for claim in found} == {"too few" if rounds < LEAST_ROUNDS else "holds"}
+    assert all((f"in {rounds} rounds" in claim.here) == (rounds < LEAST_ROUNDS) for claim in found)
+    unknown = [record.model_copy(update={"provenance": None}) for record in grid]
+    assert {claim.verdict for claim in claims_of([], None, unknown)} == {"too few"}
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -344,10 +415,18 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16", "--battery"]
     times = ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1", "--dtype", "float32"]
     claims = run(*words, *sizes, *times)
-    assert {claim["verdict"] for claim in claims} <= {"holds", "does not hold", "within error"}
+    verdicts = {claim["claim"].startswith("Fig. 1"): set() for claim in claims}
+    for claim in claims:
+        verdicts[claim["claim"].startswith("Fig. 1")].add(claim["verdict"])
+    assert verdicts[False] == {"too few"}  # six documents, one round
+    assert verdicts[True] <= {"holds", "does not hold", "within error"}
     assert len(claims) >= 10
+    assert [one.claim for one in read(tmp_path / "claims.jsonl", ClaimRecord)] == [claim["claim"] for claim in claims]
     story = (tmp_path / "paper.md").read_text()
-    assert story.count("\n### ") == 8
+    assert story.count("| skipped ") == 8
+    assert "less than 30 documents of a task, or than 3 rounds" in story
+    assert "tiny_letters, 0-shot, accuracy of 6 documents" in story
+    assert story.index("## The paper's claims") < story.index("## Benchmarks")
     for claim in claims:
         assert claim["claim"] in story
     assert {path.name for path in tmp_path.glob("*.tex")} == {
@@ -402,7 +481,7 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
 def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
     model, task_path = folders
     words = ["notall", "paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path]
-    words += ["--limit", "3", "--sequences", "2", "--length", "16", "--dtype", "float32"]
+    words += ["--limit", "3", "--sequences", "2", "--length", "16", "--dtype", "float32", "--prompt", "4", "--new", "2"]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
     (tmp_path / "times.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as leaving:

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import re
+from pathlib import Path
 
 import pytest
 import vl_convert
@@ -15,7 +16,7 @@ from notall.records.strict_json import read_json
 from notall.reporting import figures, plots
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
-from notall.reporting.page import write_report
+from notall.reporting.page import render, write_report
 from notall.reporting.rows import name_of
 from notall.reporting.tables import foreign_table, other_table, stepped_table
 from small_disk import room_for
@@ -169,6 +170,26 @@ def test_small_probabilities_are_not_called_none():
     rows = [{"check": "passkey", "variant": "dense", "fraction": 0.0, "keep_last": False, "p_value": 0.0}]
     table = other_table("battery", rows, {})
     assert table.rows[0][table.headings.index("p")].text == "< 0.001"
+
+
+def test_a_folder_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
+    verdicts = {"A is better": "holds", "B is": "too few", "C is": "holds"}
+    claims = [
+        {"record": "claim", "claim": name, "here": "+1.0 ± 0.1", "verdict": said} for name, said in verdicts.items()
+    ]
+    folder = read_folder(result_folders.write(tmp_path, claims=claims, similarity=result_folders.similarity()))
+    assert [(card.title, card.figure, card.text) for card in findings_of(folder)] == [
+        ("Holds", "2 of 3", "A is better; C is"),
+        ("Too few", "1 of 3", "B is"),
+    ]
+    assert "The paper&#39;s claims, and this model" in render(folder)
+
+
+def test_the_evaluation_that_the_repository_holds_makes_a_page():
+    folder = read_folder(Path(__file__).parent.parent / "benchmarks" / "paper")
+    assert {"claims", "benchmarks", "battery", "times"} <= set(folder.others)
+    assert findings_of(folder)[0].title == "Holds"
+    assert "normalized accuracy" in render(folder)
 
 
 def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):

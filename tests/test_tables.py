@@ -21,8 +21,9 @@ from notall import Plan, UsageError, cli
 from notall.choosing import latency, speedups
 from notall.choosing.criteria import CRITERIA
 from notall.cli import columns as lists
-from notall.evaluation.paper import claims, running, scoreboard
+from notall.evaluation.paper import running, scoreboard
 from notall.records.bench import BenchRecord
+from notall.records.claims import ClaimRecord
 from notall.records.columns import given, number, plain, with_error
 from notall.records.comparison import ComparisonRecord
 from notall.records.measured import MeasuredRecord
@@ -84,6 +85,7 @@ MEASURED = {
     "cost": 15.8701,
     "dense_cost": 3.0011,
     "in_time": True,
+    "missed": "1.16 ± 0.02 times as fast is what was reached",
     "num_fewshot": 25,
     "documents": 14_042,
     "dense": 0.5447,
@@ -160,7 +162,7 @@ TABLES = {
         lists.CHECK_COLUMNS,
         ("check", "model", "difference", "worse"),
     ),
-    "paper": (rows(**CLAIMS), claims.COLUMNS, ("claim", "verdict")),
+    "paper": (rows(**CLAIMS), ClaimRecord.columns, ("claim", "verdict")),
     "export": (
         rows(file=["config.json", "model-00001-of-00002.safetensors", "m.gguf"], bytes=[7, 5_368_709_120, 1]),
         lists.FILE_COLUMNS,
@@ -489,8 +491,7 @@ def test_files_are_utf8_wherever_they_are_written(tmp_path, monkeypatch):
     about = {"model": "modèle", "dtype": "float32", "revision": "", "machine": machine}
     depth = SimilarityRecord(layer=0, kind="block", cosine=0.5, cosine_se=0.1, provenance=Provenance.of(about))
     running.write_paper(tmp_path, [depth], [], [])
-    scoreboard.write_tables(
-        {"times": pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))}, tmp_path
-    )
+    frame = pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))
+    scoreboard.write_tables([scoreboard.PaperTable("times", "Times.", frame)], tmp_path)
     assert "modèle" in (tmp_path / "paper.md").read_text(encoding="utf-8")
     assert "tâche" in (tmp_path / "times.tex").read_text(encoding="utf-8")

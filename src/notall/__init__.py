@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .exporters.remote_code import register
     from .measuring.quality import evaluate
     from .measuring.similarity import measure_similarity
-    from .models.loading import load
     from .records.plan import Plan
     from .repairing.healing import heal
     from .repairing.refitting import repair
     from .running.drafting import draft_model
     from .running.generating import generate_text
+    from .running.opening import load
     from .running.repaired import RepairedPlan
     from .running.skipping import remove, skip
     from .structure.anatomy import Anatomy, Block, Sublayer
@@ -49,7 +49,7 @@ _HOMES = {
     "export": "exporters",
     "generate_text": "running.generating",
     "heal": "repairing.healing",
-    "load": "models.loading",
+    "load": "running.opening",
     "locate": "structure.locating",
     "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, nearest, shortened
 from ..models.texts import fields, prompt_tokens, read_file
+from ..records.plan import Plan
 from ..running.generating import check_positions
+from ..running.skipping import skip
 from .objective import Batch, Objective, Term, kl, mix, nll
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import TaskShelf
 
 TOKENS_AT_ONCE = 1024
 
@@ -27,7 +32,7 @@ def build_objective(
     batches: Sequence[Tensor],
     *,
     prompts: Path | None = None,
-    task_path: Path | None = None,
+    task_path: Path | TaskShelf | None = None,
     task_limit: int = 100,
 ) -> Objective:
     """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix: `kl + 0.5*task:NAME`.
@@ -36,23 +41,31 @@ def build_objective(
     answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.
     """
     terms = []
-    for word in wanted.split("+"):
-        weight, _, name = word.strip().rpartition("*")
-        factor = _weight(weight)
-        name = name.strip()
-        if name in ("nll", "kl"):
-            terms.append((nll if name == "nll" else kl)(batches, factor))
-        elif name == "answers":
-            if prompts is None:
-                raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
-            terms.append(answers(model, tokenizer, read_prompts(prompts), factor))
-        elif name.startswith("task:"):
+    for factor, name in terms_of(wanted, prompts):
+        if name.startswith("task:"):
             terms.append(task(model, tokenizer, name[5:], task_path, task_limit, factor))
+        elif name == "answers" and prompts:
+            terms.append(answers(model, tokenizer, read_prompts(prompts), factor))
         else:
-            near = nearest(name, ("nll", "kl", "answers"))
-            said = f"there is no objective {shortened(name)!r}{near}"
-            raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
+            terms.append((nll if name == "nll" else kl)(batches, factor))
     return mix(terms)
+
+
+def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
+    """The weights and names that `wanted` is a sum of. Raises `UsageError` for others, and where prompts lack."""
+    return [_term(word, prompts) for word in wanted.split("+")]
+
+
+def _term(word: str, prompts: Path | None) -> tuple[float, str]:
+    weight, _, name = word.strip().rpartition("*")
+    factor, name = _weight(weight), name.strip()
+    if name not in ("nll", "kl", "answers") and not name.startswith("task:"):
+        near = nearest(name, ("nll", "kl", "answers"))
+        said = f"there is no objective {shortened(name)!r}{near}"
+        raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
+    if name == "answers" and prompts is None:
+        raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
+    return factor, name
 
 
 def _weight(word: str) -> float:
@@ -95,7 +108,7 @@ def answers(
     for prompt in prompts:
         ids = torch.tensor([prompt_tokens(tokenizer, prompt)], device=model.device)
         check_positions(model, ids.shape[1], new_tokens)
-        with torch.inference_mode():
+        with skip(model, Plan()), torch.inference_mode():
             whole = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1
             )
@@ -113,7 +126,7 @@ def task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    task_path: Path | None = None,
+    task_path: Path | TaskShelf | None = None,
     limit: int = 100,
     weight: float = 1.0,
 ) -> Objective:
@@ -127,7 +140,7 @@ def task(
 
     if limit < 1:
         raise UsageError(f"{limit} training questions of {name} make no objective: give 1 or more")
-    shelf = TaskShelf(task_path)
+    shelf = TaskShelf.of(task_path)
     (name,) = shelf.names([name])
     (harness_task,) = shelf.build(name, 0, 1).tasks.values()
     questions = _questions(harness_task, name, limit)

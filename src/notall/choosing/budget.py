@@ -82,9 +82,14 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
 
 def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:
     """As many sublayers as can be had while the objective rises by at most `limit` nats."""
+    check_nats(limit)
+    return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {of_what}", limit)
+
+
+def check_nats(limit: float) -> None:
+    """Raise `UsageError` for what the objective cannot be held to."""
     if not 0 <= limit < math.inf:
         raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
-    return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {of_what}", limit)
 
 
 def within_limit(budget: Budget, limit: Budget) -> Budget:

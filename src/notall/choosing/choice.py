@@ -68,6 +68,7 @@ class ChosenPlan:
             **vars(self.spent),
             forwards=self.forwards,
             in_time=self.in_time,
+            missed=self.missed,
             quality=QualityFields(**asdict(self.held_out[1])) if self.held_out else None,
             check=_speed_check(self.times) if self.times else None,
             provenance=about,
@@ -80,6 +81,12 @@ def keep_choice(folder: Path, record: SearchRecord) -> None:
         kept = Ledger(folder, SearchRecord)
         if record.key not in kept:
             kept.add(record)
+
+
+def check_minutes(most: float | None) -> None:
+    """Raise `UsageError` for a time that is none."""
+    if most is not None and not most >= 0:
+        raise UsageError(f"the search cannot end after {most} minutes: give 0 or more")
 
 
 def _speed_check(times: Prediction) -> SpeedCheck:
@@ -123,8 +130,7 @@ def choose_plan(
     `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other work or is in use, and as
     `criteria.choose` does.
     """
-    if max_minutes is not None and not max_minutes >= 0:
-        raise UsageError(f"the search cannot end after {max_minutes} minutes: give 0 or more")
+    check_minutes(max_minutes)
     with working_in(folder, "search") if folder else nullcontext():
         if after_repair:
             evaluator: Evaluator = AfterRepair(model, batches, folder=folder, settings=settings)

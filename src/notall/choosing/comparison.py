@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,9 @@ from .criteria.setting import Chosen, take
 from .evaluator import Evaluator, Spent
 from .objective import Objective
 from .space import Space, plan_of
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import Job, TaskShelf
 
 NO_FILE_NAME = str.maketrans(" /:", "---")  # criteria and aims may be called module:function and task:NAME
 DEAR = ("greedy", "evolution", "quadratic")  # criteria that evaluate many times as often as the search
@@ -83,7 +86,13 @@ class Tasks:
     tokenizer: PreTrainedTokenizerBase
     limit: int | None = None
     num_fewshot: int | None = None
-    folder: Path | None = None
+    folder: Path | TaskShelf | None = None
+
+    def jobs(self) -> list[Job]:
+        """Their requests, built. Raises `UsageError` as `TaskShelf.jobs` does."""
+        from ..evaluation.tasks import Limits, TaskShelf
+
+        return TaskShelf.of(self.folder).jobs(self.names, self.num_fewshot, Limits(self.limit))
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,11 @@ def compare_criteria(
     `UsageError` when the folder holds work of other settings or of another command, is in use or cannot be written,
     and as `choose` does.
     """
+    if timed:
+        timed.check(model)
+    for question in questions:
+        by_count(question.space, question.count)
+    jobs = tasks.jobs() if tasks else []
     about = Provenance.of(provenance, seed=seed)
     guesses = {question: _guess(question) for question in questions}
     chosen_in = sum(guesses.values())
@@ -151,7 +165,9 @@ def compare_criteria(
         plans = {choice.skipped: plan_of(choice.skipped.split()) for choice in choices}
         losses = _losses(model, plans, held_out, out, about, stages.stage(0.3 * chosen_in))
         repaired = _repaired(model, plans, repairs, held_out, out, about, stages.stage(repaired_in)) if repairs else {}
-        answers = _answers(model, plans, tasks, out, stages.stage(0.1 * chosen_in)) if tasks else {}
+        answers = (
+            _answers(model, tasks.tokenizer, plans, jobs, out, stages.stage(0.1 * chosen_in)) if tasks and jobs else {}
+        )
         times = _times(model, plans, timed, out, about, seed, stages.stage(0.1 * chosen_in)) if timed else {}
         source = Provenance.of(about, fingerprint=locate(model).fingerprint)
         records = []
@@ -354,23 +370,19 @@ class _HeldOut:
 
 
 def _answers(
-    model: PreTrainedModel, plans: Mapping[str, Plan], tasks: Tasks, out: Path, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Mapping[str, Plan],
+    jobs: Sequence[Job],
+    out: Path,
+    progress: Progress,
 ) -> dict[str, dict[str, TaskFigure]]:
     """Each plan's metric of each task, with its difference to the dense model, paired by document."""
-    from ..evaluation.harness import run_tasks
+    from ..evaluation.harness import run_jobs
 
     names = ["", *(skipped for skipped in plans if skipped)]
-    found = run_tasks(
-        model,
-        tasks.tokenizer,
-        [plans.get(skipped, Plan()) for skipped in names],
-        tasks.names,
-        num_fewshot=tasks.num_fewshot,
-        limit=tasks.limit,
-        task_path=tasks.folder,
-        folder=out / "answers",
-        progress=progress,
-    )
+    every = [plans.get(skipped, Plan()) for skipped in names]
+    found = run_jobs(model, tokenizer, every, jobs, folder=out / "answers", progress=progress)
     by_plan: dict[str, dict[str, TaskFigure]] = {skipped: {} for skipped in names}
     for result in found:
         by_plan[names[result.number]][f"{result.task} {result.metric.partition(',')[0]}"] = TaskFigure(

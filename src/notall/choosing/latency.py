@@ -7,7 +7,6 @@ import json
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -129,7 +128,7 @@ def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Kept | None
 
 def _holds(held: _Kept, model: PreTrainedModel, workload: Workload, seed: int) -> bool:
     """Whether the dense model takes now what it took; with a warning where it does not."""
-    dense = _compare(model, {"dense": nullcontext}, workload, 1, seed)["dense"]
+    dense = _compare(model, {"dense": partial(skip, model, Plan())}, workload, 1, seed)["dense"]
     (now,) = _totals(dense, workload)
     if abs(now / held.dense_ms - 1) <= MOST_CHANGED:
         return True
@@ -143,7 +142,8 @@ def _holds(held: _Kept, model: PreTrainedModel, workload: Workload, seed: int) -
 
 def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int = 5, seed: int = 0) -> Prediction:
     """Time `plan` in turn with the dense model, and hold it against what the sublayers' times add up to."""
-    found = _compare(model, {"dense": nullcontext, "skipped": partial(skip, model, plan)}, times.workload, rounds, seed)
+    variants = {name: partial(skip, model, one) for name, one in (("dense", Plan()), ("skipped", plan))}
+    found = _compare(model, variants, times.workload, rounds, seed)
     dense, skipped = (_totals(found[name], times.workload) for name in ("dense", "skipped"))
     predicted = times.predicted_ms(plan)
     return Prediction(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
@@ -158,7 +158,7 @@ def _measure(
     progress: Progress,
 ) -> Times:
     plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
-    variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
+    variants: dict[str, Callable[[], Any]] = {"dense": partial(skip, model, Plan())}
     variants |= {name: partial(skip, model, plan) for name, plan in plans.items() if plan}
     found = _compare(
         model, variants, workload, rounds, seed, lambda done, total, _: progress(done, total, "timing the sublayers")

@@ -50,8 +50,7 @@ class TimedChoice:
 
 def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
     """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
-    if not 1 <= faster < math.inf:
-        raise UsageError(f"{faster} is no speedup: give 1.3 for a model that is 1.3 times as fast")
+    check_faster(faster)
     if faster > (most := _fastest(space, times)):
         raise UsageError(
             f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
@@ -61,6 +60,12 @@ def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
     described = f"{faster:g}x at prompt {w.prompt}, {w.new} new, batch {w.batch}"
     target = times.dense_ms * (1 - 1 / faster)
     return SpeedBudget(_saved_by(space, times), target, described, faster=faster, space=space, times=times)
+
+
+def check_faster(faster: float) -> None:
+    """Raise `UsageError` for what is no speedup."""
+    if not 1 <= faster < math.inf:
+        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
 
 
 def choose_as_fast(criterion: str, setting: Setting, budget: SpeedBudget) -> TimedChoice:

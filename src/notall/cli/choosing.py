@@ -11,21 +11,24 @@ import typer
 
 from ..errors import UsageError
 from ..records.columns import Row
-from ..reporting.console import Shown, show, show_all
+from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
+from .checks import check_file, check_folders, check_objectives, check_texts
 from .ending import conclude
 from .inputs import (
+    AskedBudget,
     Loading,
+    asked_budget,
     budget_line,
-    budget_of,
     deepest_plan,
     empty_model,
     load_model,
     provenance_of,
     space_of,
     two_texts,
+    words_of,
 )
 from .options import (
     BUDGET,
@@ -166,17 +169,21 @@ def search(
     It keeps its evaluations beside the plan, in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """
-    _refuse_before_loading(criterion, objective, front, repair, max_nll is not None)
+    amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
+    amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
+    folder, beside = (out.with_name(f"{out.stem}.{end}") for end in ("search", "repaired"))
+    check_folders(search=folder, repair=beside if repair else None)
+    check_file(out)
+    asked = _refuse_before_loading(criterion, objective, front, repair, amounts, max_minutes)
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
     from ..choosing.comparison import Aim
     from ..choosing.latency import Workload
-    from ..records.ledger import refuse_foreign
     from ..records.search import SearchRecord
-    from .repairing import repaired_by
+    from .repairing import other_windows, repaired_by
 
-    folder, beside = (out.with_name(f"{out.stem}.{end}") for end in ("search", "repaired"))
-    refuse_foreign(folder, "search")
+    check_texts(text, held_out)
+    shelf = check_objectives([objective or asked.aim], prompts, task_path)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
@@ -184,12 +191,12 @@ def search(
     batches, others, described = two_texts(net, tokenizer, text, held_out, *windows, fewer=True)
     other = {name: described.pop(name) for name in ("held_out", "held_out_sha256") if name in described}
     among = space_of(net, kind, portable, keep_first, keep_last)
-    amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
-    amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
-    budget, aim = budget_of(net, among, amounts, Workload(prompt, new, batch))
+    workload = Workload(prompt, new, batch)
+    asked.check(net, among, workload)
     goal = build_objective(
-        objective or aim, net, tokenizer, batches, prompts=prompts, task_path=task_path, task_limit=task_limit
+        objective or asked.aim, net, tokenizer, batches, prompts=prompts, task_path=shelf, task_limit=task_limit
     )
+    budget = asked.of(net, among, workload)
     settings = provenance_of(net, model, revision, **described)
     with progress_bar() as bar:
         found = choose_plan(
@@ -218,10 +225,12 @@ def search(
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
     title = f"{out}: {budget.description}, skip {found.plan}"
-    held = {other["held_out"]: others} if held_out else {}
-    measured = _quality(net, plans, held, folder, settings) if repair else {}
-    quality = [row for table in measured.values() for row in table.rows] if repair else [record.row()]
+    measured, quality = dict[str, Shown](), [record.row()]
     measured_on = other["held_out"] if held_out else f"other windows of {described['text']}"
+    if repair:
+        held = {measured_on: others} if held_out else other_windows(net, tokenizer, [text])
+        measured = {"quality": _quality(net, plans, held, folder, settings)}
+        quality, measured_on = [*measured["quality"].rows], next(iter(held))
     verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
     table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
     _show(table, measured | _retrieval(net, tokenizer, plans, batches, seed), alone=not repair, as_json=as_json)
@@ -286,31 +295,41 @@ def _quality(
     texts: dict[str, list[Tensor]],
     folder: Path,
     settings: Provenance,
-) -> dict[str, Shown]:
-    """A table of what the plans cost on held-out texts, before the repair and after it; none without a text."""
+) -> Shown:
+    """What the plans cost on held-out texts, before the repair and after it."""
     from ..repairing.measured import measure
     from .repairing import shown_quality
 
     with progress_bar() as bar:
         measured = measure(net, plans, texts, folder, settings, bar)
-    return {"quality": shown_quality(measured, "before the repair, and after it")} if texts else {}
+    return shown_quality(measured, "before the repair, and after it")
 
 
-def _refuse_before_loading(criterion: str, objective: str | None, front: bool, repair: bool, max_nll: bool) -> None:
-    """What a search cannot do together, or without an extra.
+def _refuse_before_loading(
+    criterion: str,
+    objective: str | None,
+    front: bool,
+    repair: bool,
+    amounts: dict[str, float | None],
+    max_minutes: float | None,
+) -> AskedBudget:
+    """The budget that `amounts` are.
 
     Raises:
-        UsageError: with the way out.
+        UsageError: with the way out of what a search cannot do together, or without an extra.
     """
+    from ..choosing.choice import check_minutes
     from ..choosing.criteria import criterion as criterion_of
 
     if front:
         need(*FIGURES)
     if "task:" in (objective or ""):
         need("lm_eval")
-    if repair and (objective or max_nll):
+    if repair and (objective or amounts["max_nll"] is not None):
         raise UsageError("--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll")
     need(*criterion_of(criterion).needs)
+    check_minutes(max_minutes)
+    return asked_budget(amounts)
 
 
 def _draw_front(
@@ -403,22 +422,23 @@ def compare(
     from ..choosing.criteria import every_criterion
     from ..measuring.plan_times import Timed
     from ..records.comparison import columns_of, with_tasks
-    from ..records.ledger import refuse_foreign
-    from ..reporting.comparison_files import write_comparison
+    from ..reporting.comparison_files import TIMED_ONCE, timed_once, write_comparison
 
     need(*(module for name in criterion or () for module in criterion_of(name).needs))
     methods = tuple(repair or ())
     comparison.Repairs(methods)  # refused before a model is loaded
-    refuse_foreign(out, "compare")
+    check_folders(compare=out)
+    check_texts(text, held_out)
+    aimed, asked = objective or ["kl"], words_of([tasks] if tasks else None)
+    shelf = check_objectives(aimed, prompts, task_path, asked, num_fewshot, limit)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )
     every = [name for name, one in every_criterion().items() if installed(*one.needs) and one.fits(net)]
     batches, others, described = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed)
-    build = partial(build_objective, prompts=prompts, task_path=task_path, task_limit=task_limit)
-    aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in objective or ["kl"]}
     spaces = [budget_line(net, line, keep_first, keep_last) for line in budget or ["attention:4,8"]]
-    asked = tuple(tasks.split(",")) if tasks else ()
+    build = partial(build_objective, prompts=prompts, task_path=shelf, task_limit=task_limit)
+    aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in aimed}
     with progress_bar() as progress:
         records = comparison.compare_criteria(
             net,
@@ -427,7 +447,7 @@ def compare(
             others,
             out,
             provenance_of(net, model, revision, **described),
-            tasks=comparison.Tasks(asked, tokenizer, limit, num_fewshot, task_path) if asked else None,
+            tasks=comparison.Tasks(tuple(asked), tokenizer, limit, num_fewshot, shelf) if asked else None,
             timed=Timed(prompt, new, rounds=rounds) if rounds else None,
             repairs=comparison.Repairs(methods, batches) if methods else None,
             seed=seed,
@@ -437,6 +457,8 @@ def compare(
     rows = [record.row() for record in records]
     shown = rows if as_json else [with_tasks(row) for row in rows]
     show(shown, columns_of(rows), as_json=as_json, title=f"{len(rows)} choices in {out}")
+    if timed_once(records) and not as_json:
+        say(TIMED_ONCE)
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")

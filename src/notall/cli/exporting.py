@@ -6,15 +6,15 @@ import shlex
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError, shortened
 from ..records.columns import Row, in_bytes
 from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
+from .checks import check_folders, check_texts
 from .ending import conclude
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import Json, Model, OwnDtype, Repair, RepairText, Revision, Trust
@@ -54,12 +54,19 @@ def export(
 
     OUT appears whole or not at all.
     """
+    from ..exporters import check_export
     from ..exporters import export as export_model
     from .columns import FILE_COLUMNS
 
+    kept = out.with_name(f"{out.name}.repaired")
+    check_folders(repair=kept if repair else None)
     wanted = read_plan(plan)
+    check_texts(measure, *(repair_text or []))
+    if repair or measure:
+        how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+        check_export(model, wanted, to.value, out, **how)
     if repair:
-        wanted = _repaired(model, wanted, repair_text, out, revision, trust_remote_code)
+        wanted = _repaired(model, wanted, repair_text, kept, revision, trust_remote_code)
     measured, verdict = _measured(model, wanted, measure, revision, trust_remote_code) if measure else (None, None)
     with progress_bar() as progress:
         export_model(
@@ -87,17 +94,15 @@ def export(
 
 
 def _repaired(
-    model: str, plan: Plan, texts: list[str] | None, out: Path, revision: str | None, trust_remote_code: bool
+    model: str, plan: Plan, texts: list[str] | None, kept: Path, revision: str | None, trust_remote_code: bool
 ) -> Plan:
-    """The plan after a repair, which is kept beside OUT, in OUT.repaired."""
+    """The plan after a repair, which is in the folder `kept`."""
     from .repairing import repaired_by
 
-    if out.exists():
-        raise UsageError(f"{shortened(out)} exists already; choose another folder")
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     settings = provenance_of(net, model, revision)
     with progress_bar() as progress:
-        return repaired_by(net, tokenizer, plan, texts, out.with_name(f"{out.name}.repaired"), settings, progress)
+        return repaired_by(net, tokenizer, plan, texts, kept, settings, progress)
 
 
 def _conclusion(out: Path, to: Target) -> dict[str, str]:
@@ -121,7 +126,7 @@ def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:
         return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to is Target.nemotron_nas:
         return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
-    return {"Next": f"notall generate {folder} {prompt}{trust}", "Serve": f"vllm serve {folder}{trust}"}
+    return {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}{trust}"}
 
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
 
 
+MANIFEST = "notall.json"  # of an export
+
+
 @dataclass(frozen=True)
 class Loading:
     """What the options say of how to load a model: the arguments of `notall.load`."""
@@ -39,7 +42,7 @@ class Loading:
 
 def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer."""
-    from ..models.loading import load
+    from ..running.opening import load
 
     with working(f"loading {loading.spec}"):
         return load(**asdict(loading))
@@ -49,21 +52,16 @@ def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote
     """The model of a config, without weights, in a dtype, or else in the checkpoint's own, quantised as it is there."""
     from ..exporters.weights import stored_sizes
     from ..models.folders import named_weights
-    from ..models.loading import build_empty, load_config, named_dtype, own_dtype
-    from ..models.paths import expanded
+    from ..models.loading import named_dtype
     from ..models.quantisation import quantisation_of
+    from ..running.opening import load_empty
     from ..structure.weights import count_as_stored
 
     given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
-        config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
-        if quantisation_of(config) is None:
-            return build_empty(config, given or own_dtype(config))
-        if given or expanded(spec).is_file():  # unpacked, as it were
-            del config.quantization_config
-            return build_empty(config, given or own_dtype(config))
-        model = build_empty(config, own_dtype(config))
-        count_as_stored(model, stored_sizes(spec, revision, named_weights(spec, config)))
+        model = load_empty(spec, given, revision=revision, trust_remote_code=trust_remote_code)
+        if quantisation_of(model.config):
+            count_as_stored(model, stored_sizes(spec, revision, named_weights(spec, model.config)))
         return model
 
 
@@ -123,9 +121,13 @@ def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **mor
 
 
 def read_plan(path: Path | None) -> Plan:
-    """The plan of a file, or of the folder of a repair, with its weights; without a path, one that skips nothing."""
+    """The plan of a file, an export, or the folder of a repair, with its weights; without a path, an empty one."""
     from ..records.plan import Plan
 
+    if path and (path / MANIFEST).is_file():
+        from ..exporters.manifest import plan_of
+
+        return plan_of(path)
     if path and path.is_dir():
         from ..repairing.kept import load_repaired
 
@@ -270,14 +272,47 @@ def two_texts(
     return batches, others, described | about | {"sequences": sequences}
 
 
-def budget_of(
-    model: PreTrainedModel, space: Space, amounts: dict[str, float | None], workload: Workload
-) -> tuple[Budget, str]:
-    """The budget that `amounts` give, with a limit or without, and the objective that goes with it.
+@dataclass(frozen=True)
+class AskedBudget:
+    """What the options say of a budget: what to save, or at most how many nats to lose, by the names of options."""
 
-    It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
-    """
-    from ..choosing.budget import by_limit, within_limit
+    saving: tuple[str, float] | None
+    limit: tuple[str, float] | None
+
+    @property
+    def aim(self) -> str:
+        """The objective that goes with it.
+
+        It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
+        """
+        return self.limit[0].removeprefix("max_") if self.limit else "kl"
+
+    def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
+        """Raise `UsageError` for what cannot be saved, as far as that is known without timing the model."""
+        from ..measuring.speed import check_timing
+
+        if self.saving and self.saving[0] == "speedup":
+            check_timing(model, workload.prompt, workload.new, workload.batch)
+        else:
+            self.of(model, space, workload)
+
+    def of(self, model: PreTrainedModel, space: Space, workload: Workload) -> Budget:
+        """The budget; where it is a speedup, the model is timed."""
+        from ..choosing.budget import by_limit, within_limit
+
+        limit = by_limit(space, self.limit[1], self.aim.upper()) if self.limit else None
+        saving = _saving_of(model, space, *self.saving, workload) if self.saving else None
+        if saving and limit:
+            return within_limit(saving, limit)
+        found = saving or limit
+        assert found
+        return found
+
+
+def asked_budget(amounts: dict[str, float | None]) -> AskedBudget:
+    """What options of these names give. Raises `UsageError` unless they are one budget, with a limit or without."""
+    from ..choosing.budget import check_nats
+    from ..choosing.speedups import check_faster
 
     given = {name: amount for name, amount in amounts.items() if amount is not None}
     limits = [name for name in given if name.startswith("max_")]
@@ -286,13 +321,12 @@ def budget_of(
         wrong = savings if len(savings) > 1 else limits or list(amounts)
         names = ["--" + name.replace("_", "-") for name in wrong]
         raise UsageError(f"give one budget: {' or '.join(names)}")
-    saving = _saving_of(model, space, savings[0], given[savings[0]], workload) if savings else None
-    if not limits:
-        assert saving
-        return saving, "kl"
-    told = limits[0].removeprefix("max_")
-    limit = by_limit(space, given[limits[0]], told.upper())
-    return within_limit(saving, limit) if saving else limit, told
+    for name in limits:
+        check_nats(given[name])
+    if "speedup" in given:
+        check_faster(given["speedup"])
+    saving, limit = (next(((name, given[name]) for name in names), None) for names in (savings, limits))
+    return AskedBudget(saving, limit)
 
 
 def _saving_of(model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload) -> Budget:

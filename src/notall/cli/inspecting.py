@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from ..progress import tracked
+from ..records.lines import refuse_unwritable
 from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import LOOK, app
+from .checks import check_texts
 from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
 from .options import (
     BatchSize,
@@ -104,6 +106,8 @@ def similarity(
 
     if out:
         need(*FIGURES)
+        refuse_unwritable(out.parent)
+    check_texts(text)
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
     batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:

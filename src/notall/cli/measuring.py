@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar, working
 from .app import MEASURE, OnRay, app
+from .checks import check_folders, check_tasks, check_texts
 from .ending import conclude
 from .inputs import (
     Loading,
@@ -60,6 +61,10 @@ from .options import (
 )
 from .repairing import repaired_by, warn_of_own_text
 
+if TYPE_CHECKING:
+    from ..records.measured import State
+    from ..records.plan import Plan
+
 
 @app.command(cls=OnRay, rich_help_panel=MEASURE, epilog="Example:  notall sweep smollm2 --out results")
 def sweep(
@@ -90,11 +95,13 @@ def sweep(
     """
     from ..evaluation.paper.sweep import sweep as sweep_grid
     from ..measuring.plan_times import Timed
-    from ..records.ledger import read, refuse_foreign
+    from ..records.ledger import read
     from ..records.similarity import SimilarityRecord
     from ..records.sweep import SweepRecord
+    from ..reporting.sweep_files import write_sweep
 
-    refuse_foreign(out, "sweep")
+    check_folders(sweep=out)
+    check_texts(text)
     loading = Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load_model(loading)
     batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
@@ -114,6 +121,7 @@ def sweep(
         )
     rows = [record.row() for record in records]
     name = about.what["model"]
+    write_sweep(records, out, name)
     if installed(*FIGURES):
         from ..reporting import plots
 
@@ -146,7 +154,7 @@ def evaluate(
     repair: Repair = False,
     repair_text: RepairText = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="keep answers in this folder, so that a killed run continues")
+        Path | None, typer.Option("--out", "-o", help="keep results in this folder, so that a killed run continues")
     ] = None,
     batch_size: TaskBatch = "auto",
     dtype: Dtype = "auto",
@@ -164,27 +172,30 @@ def evaluate(
     """
     if tasks or battery:
         need("lm_eval")
-    from ..evaluation.one_plan import evaluate_plan
-    from ..records.ledger import refuse_foreign
+    from ..evaluation.one_plan import evaluate_plan, keep
+    from ..repairing.measured import about_measured
     from ..reporting.verdict import Verdict, left_out_of, mending, next_command
     from ..running.repaired import RepairedPlan
+    from ..structure.locating import locate
     from .columns import CHECK_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS
 
-    if out:
-        refuse_foreign(out, "eval")
+    kept = out.with_name(f"{out.name}.repaired") if out and repair else None
+    check_folders(eval=out, repair=kept)
     asked = asked_plan(plan, skip, fraction, keep_last, needed=True)
     size = batch_size_of(batch_size)
-    limits = words_of(limit)
+    check_texts(text, *(repair_text or []))
+    wanted_tasks, limits = words_of(tasks), words_of(limit)
+    shelf = check_tasks(wanted_tasks, task_path, num_fewshot=num_fewshot, limits=limits)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     )
     wanted = asked.of(net)
+    wanted.check(locate(net))
     windows = 4 if size == "auto" else size
     batches, described = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
     with progress_bar() as progress:
         if repair:
-            kept = out.with_name(f"{out.name}.repaired") if out else None
             about = provenance_of(net, model, revision)
             wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress)
         warn_of_own_text(wanted, described)
@@ -193,16 +204,23 @@ def evaluate(
             tokenizer,
             wanted,
             batches,
-            tasks=words_of(tasks),
+            tasks=wanted_tasks,
             limits=limits,
             num_fewshot=num_fewshot,
-            task_path=task_path,
+            task_path=shelf,
             truncate=truncate,
             batch_size=size,
             folder=out,
             battery=long_ones,
             progress=progress,
         )
+    if out:
+        settings = provenance_of(net, model, revision, **described, fingerprint=locate(net).fingerprint)
+        states: dict[State, Plan] = {"skipped": getattr(wanted, "unrepaired", wanted)}
+        if isinstance(wanted, RepairedPlan):
+            states["repaired"] = wanted
+        abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in states.items()}
+        keep(out, found, described["text"], abouts)
     shown = {
         "quality": Shown(found.quality, QUALITY_COLUMNS, f"skip {wanted}"),
         "tasks": Shown(found.tasks, TASK_COLUMNS, "benchmarks, differences paired by document; worse: p < 0.05"),
@@ -257,11 +275,9 @@ def bench(
     from ..measuring.speed import machine
     from ..models.loading import dtype_name
     from ..records.bench import BenchRecord
-    from ..records.ledger import refuse_foreign
     from ..structure.locating import locate
 
-    if out:
-        refuse_foreign(out, "bench")
+    check_folders(bench=out)
     asked = asked_plan(plan, skip, fraction, keep_last)
     if dummy_weights or shape:
         net = dummy_model(shape or model, dummy_weights, dtype, device, revision, trust_remote_code, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, OnRay, app
+from .checks import check_folders, check_tasks, check_texts
 from .inputs import (
     Loading,
     batch_size_of,
@@ -97,20 +97,22 @@ def paper(
     This needs the extra `eval`. If you interrupt it, the same command continues where it stopped.
     """
     need(*FIGURES, "lm_eval", "pandas", "tabulate")
-    from ..evaluation.paper.claims import COLUMNS
     from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
     from ..evaluation.tasks import Limits
-    from ..records.ledger import read, refuse_foreign
+    from ..records.claims import ClaimRecord
+    from ..records.ledger import read
     from ..records.similarity import SimilarityRecord
     from ..reporting import plots
 
-    refuse_foreign(out, "paper")
+    check_folders(paper=out)
+    check_texts(text)
+    size, asked, limits = batch_size_of(batch_size), words_of(tasks) or ["openllm"], words_of(limit)
     evaluation = Evaluation(
-        tasks=words_of(tasks) or ["openllm"],
-        limits=Limits.parse(words_of(limit)),
+        tasks=asked,
+        limits=Limits.parse(limits),
         num_fewshot=num_fewshot,
-        task_path=task_path,
-        batch_size=batch_size_of(batch_size),
+        task_path=check_tasks(asked, task_path, num_fewshot=num_fewshot, limits=limits),
+        batch_size=size,
         truncate=truncate,
         generate_all=generate_all,
     )
@@ -135,4 +137,9 @@ def paper(
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
     plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about.what['model']}"), out / "similarity")
-    show([asdict(claim) for claim in claims], COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")
+    show(
+        [claim.row() for claim in claims],
+        ClaimRecord.columns,
+        as_json=as_json,
+        title=f"The tables are in {out}/paper.md",
+    )

@@ -11,9 +11,11 @@ import typer
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row
+from ..records.lines import refuse_unwritable
 from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
+from .checks import check_folders, check_texts
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
 
@@ -76,15 +78,19 @@ def repair(
     Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
-    from ..records.ledger import refuse_foreign
     from ..records.repair import RefitRecord
     from ..repairing.measured import measure
     from ..repairing.refitting import repair as repair_plan
+    from ..structure.locating import locate
 
-    refuse_foreign(out, "repair")
+    check_folders(repair=out)
+    if streams:
+        refuse_unwritable(streams)
     wanted = _given(plan)
+    check_texts(*(text or ["prose"]), *(held_out or []))
     loading = Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     net, tokenizer = load_model(loading)
+    wanted.check(locate(net))
     texts = _Texts.drawn(net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed)
     settings = provenance_of(net, model, revision, **texts.described)
     with progress_bar() as progress:
@@ -155,15 +161,17 @@ def heal(
     If you interrupt it, the same command continues where it stopped.
     """
     from ..records.healing import HealRecord
-    from ..records.ledger import read, refuse_foreign
+    from ..records.ledger import read
     from ..repairing.healing import heal as heal_plan
     from ..repairing.measured import measure
     from ..repairing.sampling import sampled
     from ..repairing.students import RANK
     from ..running.repaired import RepairedPlan
+    from ..structure.locating import locate
 
-    refuse_foreign(out, "heal")
+    check_folders(heal=out)
     wanted = _given(plan)
+    check_texts(*(text or ["prose"]), *(held_out or []))
     if not 0 < rate < 1:
         raise UsageError(f"--rate {rate} is no learning rate: give one such as 3e-4")
     if rank is not None and (train != Train.lora or rank < 1):
@@ -171,6 +179,7 @@ def heal(
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
+    wanted.check(locate(net))
     sequences = None if tokens is None else tokens // length
     texts = _Texts.drawn(
         net, tokenizer, text or ["prose"], held_out or [], sequences, length, seed, most=TOKENS // length
@@ -222,6 +231,13 @@ def repaired_by(
     drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], None, LENGTH, 0)
     about = {**settings.what, **drawn.described}
     return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
+
+
+def other_windows(
+    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> dict[str, list[Tensor]]:
+    """Windows of the texts that `repaired_by` does not fit to, by name."""
+    return _Texts.drawn(net, tokenizer, texts, [], None, LENGTH, 0).other
 
 
 def warn_of_own_text(plan: Plan, described: dict[str, Any]) -> None:

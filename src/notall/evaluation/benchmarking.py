@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..progress import Progress, Stages, silent
 from ..records.benchmarks import BenchmarkRecord
-from ..records.ledger import Ledger, working_in
+from ..records.ledger import Ledger, refuse_foreign, working_in
 from ..records.provenance import Provenance
 from .harness import LM_EVAL_VERSION, PlansLM, TaskResult, evaluate_job
 from .paper.grid import Configuration
-from .tasks import Job, Limits, TaskShelf
+from .tasks import Job, Limits, TaskShelf, check_fewshot
 
 if TYPE_CHECKING:
     from .ray_workers import Workers
@@ -28,47 +28,86 @@ def run_benchmarks(
     out: Path,
     provenance: Provenance | Mapping[str, Any],
     *,
-    generating_rows: Sequence[Configuration] | None = None,
-    num_fewshot: int | None = None,
-    limits: Limits | None = None,
-    task_path: str | Path | None = None,
-    batch_size: int | Literal["auto"] = "auto",
-    truncate: bool = False,
     progress: Progress = silent,
-    workers: Workers | None = None,
+    **how: Any,
 ) -> list[BenchmarkRecord]:
-    """Evaluate `rows` (the dense one first) on `tasks`, as `run_tasks` does; one record a task, metric and row.
+    """`Benchmarks` with these options, run."""
+    return Benchmarks(model, tokenizer, rows, tasks, out, provenance, **how).run(progress)
 
-    Tasks that generate text take a pass for each row: they are run on `generating_rows`, where given. Writes to `out`
-    the records of a task as soon as it is done, and each answer as it comes: the same call goes on where it stopped.
-    Raises `UsageError` as `run_tasks` does, when `out` holds the results of other settings or of another command, and
-    when another process works in it.
+
+class Benchmarks:
+    """Some tasks for `rows` (the dense one first): their data is read, and all is checked, before anything is computed.
+
+    Tasks that generate text take a pass for each row: they are for `generating_rows`, where given. Raises `UsageError`
+    as `run_tasks` does, and when `out` holds the results of other settings or of another command.
     """
-    limits = limits or Limits()
-    shelf = TaskShelf(task_path)
-    names = shelf.names(tasks)
-    settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": num_fewshot, "truncate": truncate}
-    about = Provenance.of(provenance, **settings)
-    abouts = {name: Provenance.of(about, asked=name, limit=limits.of(name)) for name in names}
-    with working_in(out, "paper"):
-        records = Ledger(out, BenchmarkRecord, lambda record: abouts.get(str(_what(record).get("asked")), about))
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Configuration],
+        tasks: Sequence[str],
+        out: Path,
+        provenance: Provenance | Mapping[str, Any],
+        *,
+        generating_rows: Sequence[Configuration] | None = None,
+        num_fewshot: int | None = None,
+        limits: Limits | None = None,
+        task_path: str | Path | TaskShelf | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        truncate: bool = False,
+        workers: Workers | None = None,
+    ) -> None:
+        check_fewshot(num_fewshot)
+        limits, shelf = limits or Limits(), TaskShelf.of(task_path)
+        self.rows, self.generating_rows, self.out = rows, generating_rows, out
+        self.names = shelf.names(tasks)
+        settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": num_fewshot, "truncate": truncate}
+        self.about = Provenance.of(provenance, **settings)
+        self.abouts = {name: Provenance.of(self.about, asked=name, limit=limits.of(name)) for name in self.names}
+        refuse_foreign(out, "paper")
+        records = self._records()
+        lacking = [name for name in self.names if not self._is_done(records, name)]
+        self.jobs = {name: shelf.build(name, num_fewshot, limits.of(name)) for name in lacking}
         how = {"batch_size": batch_size, "truncate": truncate, "workers": workers}
-        models = _Models(model, tokenizer, out, how)
-        stages = Stages(progress, len(names))
-        for name in names:
-            telling = stages.stage(1)
-            held = _held(records, name, rows)
-            if held and len(held) == _what(held[0]).get("records"):
-                continue
-            job = shelf.build(name, num_fewshot, limits.of(name))
-            chosen = generating_rows if generating_rows and generates(job) else rows
-            found = evaluate_job(models.of(chosen, telling), job)
-            source = Provenance.of(abouts[name], records=len(found))
-            every = [_record(chosen[result.number], result, source) for result in found]
-            known = {record.key for record in held}
-            records.add(*(record for record in every if record.key not in known))
-        progress(len(names), len(names), "benchmarks")
-        return [record for name in names for record in _held(records, name, rows)]
+        self.models = _Models(model, tokenizer, out, how)
+        for job in self.jobs.values():
+            self.models.of(self._rows_of(job), silent).check(job)
+
+    def run(self, progress: Progress = silent) -> list[BenchmarkRecord]:
+        """One record a task, metric and row.
+
+        Writes to `out` the records of a task as soon as it is done, and each answer as it comes: the same call goes on
+        where it stopped. Raises `UsageError` when another process works in `out`, and when it cannot be written.
+        """
+        with working_in(self.out, "paper"):
+            records = self._records()
+            stages = Stages(progress, len(self.names))
+            for name in self.names:
+                telling = stages.stage(1)
+                if name not in self.jobs or self._is_done(records, name):
+                    continue
+                chosen = self._rows_of(self.jobs[name])
+                found = evaluate_job(self.models.of(chosen, telling), self.jobs[name])
+                source = Provenance.of(self.abouts[name], records=len(found))
+                every = [_record(chosen[result.number], result, source) for result in found]
+                known = {record.key for record in _held(records, name, self.rows)}
+                records.add(*(record for record in every if record.key not in known))
+            progress(len(self.names), len(self.names), "benchmarks")
+            return [record for name in self.names for record in _held(records, name, self.rows)]
+
+    def _records(self) -> Ledger[BenchmarkRecord]:
+        return Ledger(
+            self.out, BenchmarkRecord, lambda record: self.abouts.get(str(_what(record).get("asked")), self.about)
+        )
+
+    def _is_done(self, records: Ledger[BenchmarkRecord], name: str) -> bool:
+        held = _held(records, name, self.rows)
+        return bool(held) and len(held) == _what(held[0]).get("records")
+
+    def _rows_of(self, job: Job) -> Sequence[Configuration]:
+        return self.generating_rows if self.generating_rows and generates(job) else self.rows
 
 
 def _held(records: Iterable[BenchmarkRecord], name: str, rows: Sequence[Configuration]) -> list[BenchmarkRecord]:

@@ -97,7 +97,7 @@ def run_tasks(
     *,
     num_fewshot: int | None = None,
     limit: int | Limits | None = None,
-    task_path: str | Path | None = None,
+    task_path: str | Path | TaskShelf | None = None,
     batch_size: int | Literal["auto"] = "auto",
     folder: Path | None = None,
     truncate: bool = False,
@@ -107,17 +107,30 @@ def run_tasks(
 
     The tasks of the leaderboard come with its number of examples and its metric, others with what they say, unless
     `num_fewshot` is given. `limit` is in documents a task, or by task. Answers are kept in `folder`, so that a run that
-    was killed goes on. Requests longer than the model's context raise `UsageError` before anything of their task is
-    computed, or lose tokens on the left, as in the harness, with `truncate`.
+    was killed goes on. Requests longer than the model's context raise `UsageError` before anything is computed, or
+    lose tokens on the left, as in the harness, with `truncate`.
 
     Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk, a
     folder that another process works in.
     """
     limits = limit if isinstance(limit, Limits) else Limits(limit)
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
-    shelf = TaskShelf(task_path)
-    names = shelf.names(tasks)
+    jobs = TaskShelf.of(task_path).jobs(tasks, num_fewshot, limits)
+    how: dict[str, Any] = {"batch_size": batch_size, "folder": folder, "truncate": truncate, "progress": progress}
+    return run_jobs(model, tokenizer, plans, jobs, **how)
+
+
+def run_jobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    jobs: Sequence[Job],
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    folder: Path | None = None,
+    truncate: bool = False,
+    progress: Progress = silent,
+) -> list[TaskResult]:
+    """`run_tasks` of tasks whose requests are built. All of them are checked before any is computed."""
     with working_in(folder, "eval") if folder else nullcontext():
         lm = PlansLM(
             model,
@@ -128,9 +141,9 @@ def run_tasks(
             truncate=truncate,
             progress=progress,
         )
-        return [
-            result for name in names for result in evaluate_job(lm, shelf.build(name, num_fewshot, limits.of(name)))
-        ]
+        for job in jobs:
+            lm.check(job)
+        return [result for job in jobs for result in evaluate_job(lm, job)]
 
 
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
@@ -182,6 +195,17 @@ class PlansLM(HFLM):
     def answer_as(self, number: int, task: str) -> None:
         """From now on answer as the plan `number`; `task` is for whoever watches the progress."""
         self.number, self.task = number, task
+
+    def check(self, job: Job) -> None:
+        """Raise `UsageError` where the model's context is too short for a request of `job`."""
+        self.answer_as(0, job.name)
+        asked: dict[str, list[Instance]] = {"loglikelihood": [], "generate_until": []}
+        for task in job.tasks.values():
+            for request in task.instances:
+                asked.setdefault(request.request_type, []).append(request)
+        lengths = [len(self.tok_encode("".join(request.args))) for request in asked["loglikelihood"]]
+        self._check_fit(lengths, self.max_length + 1)
+        self._room_to_generate(asked["generate_until"])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         keys = [self.answers.key("loglikelihood", *request.args) for request in requests]

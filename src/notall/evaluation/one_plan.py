@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +15,15 @@ from ..errors import UsageError
 from ..measuring.quality import evaluate
 from ..progress import Progress, silent
 from ..records.columns import Row
+from ..records.ledger import Ledger, working_in
+from ..records.measured import MeasuredRecord, State
 from ..records.plan import Plan
+from ..records.provenance import Provenance
 from ..running.repaired import RepairedPlan
 from .battery import SIGNIFICANT, run_battery
+
+if TYPE_CHECKING:
+    from .tasks import Job, TaskShelf
 
 GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
 
@@ -40,7 +46,7 @@ def evaluate_plan(
     tasks: Sequence[str] = (),
     limits: Sequence[str] = (),
     num_fewshot: int | None = None,
-    task_path: str | Path | None = None,
+    task_path: str | Path | TaskShelf | None = None,
     truncate: bool = False,
     batch_size: int | Literal["auto"] = "auto",
     folder: Path | None = None,
@@ -49,25 +55,23 @@ def evaluate_plan(
 ) -> Evaluated:
     """Quality of `plan` on `batches` of token ids, (batch, tokens) each, then `tasks`, then the battery.
 
+    The data of `tasks` is loaded and looked at before anything is computed.
+
     A repaired plan is set beside what it skips without its weights, each row saying which `model` it is of.
     `battery` are the windows for `run_battery`, None to leave it out; it ends with GSM8K, which is left out with a
     warning where its data can't be had. Raises as `evaluate`, `run_tasks` and `run_battery` do.
     """
+    progress(0, 1, "reading the tasks")
+    jobs = _jobs(tasks, limits, num_fewshot, task_path) if tasks else []
     progress(0, 1, "quality on the text")
     asked = {"dense": Plan(), "skipped": plan}
     if isinstance(plan, RepairedPlan):
         asked = {"dense": Plan(), "skipped": plan.unrepaired, "repaired": plan}
     found = evaluate(model, list(asked.values()), batches)
     quality = [{"model": name, **asdict(row)} for name, row in zip(asked, found)]
-    how: dict[str, Any] = {
-        "num_fewshot": num_fewshot,
-        "task_path": task_path,
-        "truncate": truncate,
-        "batch_size": batch_size,
-        "folder": folder,
-    }
     del asked["dense"]
-    rows = _tasks(model, tokenizer, asked, tasks, limits, progress, **how) if tasks else []
+    how: dict[str, Any] = {"truncate": truncate, "batch_size": batch_size, "folder": folder, "progress": progress}
+    rows = _tasks(model, tokenizer, asked, jobs, **how) if jobs else []
     checks = []
     if battery is not None:
         for check in run_battery(model, tokenizer, list(asked.values()), battery, progress=progress):
@@ -76,10 +80,25 @@ def evaluate_plan(
         if not any(row["task"].endswith(GSM8K) for row in rows):
             try:
                 least = [str(GSM8K_DOCUMENTS), *limits]
-                rows += _tasks(model, tokenizer, asked, [GSM8K], least, progress, **how | {"num_fewshot": None})
+                rows += _tasks(model, tokenizer, asked, _jobs([GSM8K], least, None, task_path), **how)
             except UsageError as error:
                 warnings.warn(f"the battery goes without {GSM8K}: {error}", stacklevel=2)
     return Evaluated(quality, rows, checks)
+
+
+def keep(folder: Path, found: Evaluated, text: str, plans: Mapping[State, tuple[Plan, Provenance]]) -> None:
+    """Write the quality on `text` into `folder`, a line for each of `plans`: with what decides its figures.
+
+    Raises `UsageError` as `Ledger` does.
+    """
+    with working_in(folder, "eval"):
+        kept = Ledger(folder, MeasuredRecord)
+        for row in found.quality:
+            if row["model"] in plans:
+                plan, about = plans[row["model"]]
+                record = MeasuredRecord(**row, text=text, plan=plan, provenance=about)
+                if record.key not in kept:
+                    kept.add(record)
 
 
 def _named(plans: Mapping[str, Plan], number: int) -> Row:
@@ -87,28 +106,25 @@ def _named(plans: Mapping[str, Plan], number: int) -> Row:
     return {"model": [*plans][number]} if len(plans) > 1 else {}
 
 
+def _jobs(
+    tasks: Sequence[str], limits: Sequence[str], num_fewshot: int | None, task_path: str | Path | TaskShelf | None
+) -> list[Job]:
+    from .tasks import Limits, TaskShelf
+
+    return TaskShelf.of(task_path).jobs(tasks, num_fewshot, Limits.parse(limits))
+
+
 def _tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plans: Mapping[str, Plan],
-    tasks: Sequence[str],
-    limits: Sequence[str],
-    progress: Progress,
+    jobs: Sequence[Job],
     **how: Any,
 ) -> list[Row]:
-    from .harness import run_tasks
-    from .tasks import Limits
+    from .harness import run_jobs
 
     rows = []
-    for result in run_tasks(
-        model,
-        tokenizer,
-        list(plans.values()),
-        tasks,
-        limit=Limits.parse(limits),
-        progress=progress,
-        **how,
-    ):
+    for result in run_jobs(model, tokenizer, list(plans.values()), jobs, **how):
         sign = {True: 1, False: -1}.get(result.higher_is_better, 0)  # type: ignore[arg-type]
         rows.append(
             _named(plans, result.number)

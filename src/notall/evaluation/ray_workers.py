@@ -200,7 +200,7 @@ class _Worker:
     """What runs on a machine of the cluster."""
 
     def __init__(self, load_options: dict[str, Any]) -> None:
-        from ..models.loading import load
+        from ..running.opening import load
 
         self.model, _ = load(**load_options)
         self.scorers: dict[Any, Scorer] = {}

@@ -99,6 +99,12 @@ class Job:
         return {name: [name] for name in self.tasks}
 
 
+def check_fewshot(num_fewshot: int | None) -> None:
+    """Raise `UsageError` for a number of examples that cannot be shown."""
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
+
+
 class TaskShelf:
     """The tasks that the harness knows, with those of the folder `task_path`, whose names come first."""
 
@@ -107,6 +113,11 @@ class TaskShelf:
             raise UsageError(f"no task folder {task_path}: give a folder with the harness's YAML files")
         with quiet():
             self.manager = TaskManager(include_path=str(task_path) if task_path else None)
+
+    @classmethod
+    def of(cls, tasks: TaskShelf | str | Path | None) -> TaskShelf:
+        """`tasks` itself, or the shelf of a folder: to read the harness's own takes half a minute of CPU time."""
+        return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 
     def names(self, wanted: Sequence[str]) -> list[str]:
         """`wanted` with `openllm` spelled out, each name once.
@@ -164,6 +175,11 @@ class TaskShelf:
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise
                 raise UsageError(_complaint(name, error)) from error
         return Job(name, loaded, benchmark.metric if benchmark else None, limit)
+
+    def jobs(self, wanted: Sequence[str], num_fewshot: int | None, limits: Limits) -> list[Job]:
+        """Every task that is wanted, its data loaded and its requests built. Raises as `names` and `build` do."""
+        check_fewshot(num_fewshot)
+        return [self.build(name, num_fewshot, limits.of(name)) for name in self.names(wanted)]
 
     def _local(self, name: str) -> str:
         return f"local_{name}" if f"local_{name}" in self.manager.task_index else name

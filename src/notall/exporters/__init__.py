@@ -11,10 +11,12 @@ from ..models.names import hub_id, named_gguf
 from ..models.paths import expanded
 from ..progress import Progress, silent
 from ..records.plan import Plan
-from .writing import appearing
+from .writing import appearing, check_absent, check_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .dense import DenseModel
 
 Target = Literal["hf", "nemotron-nas", "gguf"]
 SHARD_BYTES = 5_000_000_000
@@ -53,8 +55,7 @@ def export(
     out = Path(out)
     with appearing(out) as folder:
         if target == "gguf":
-            if dtype:
-                raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
+            _refuse_dtype(dtype)
             from .gguf import export_gguf
 
             export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
@@ -65,20 +66,61 @@ def export(
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas
 
-            given = named_dtype(dtype) if dtype else None
+            if dtype:
+                named_dtype(dtype)  # refused before a model is fetched
             write = export_hf if target == "hf" else export_nemotron_nas
             with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
                 plan.check(dense.anatomy)
                 if isinstance(plan, RepairedPlan):
                     dense = dense.with_weights(plan.weights)
-                if given:
-                    dense = dense.in_dtype(given)
+                dense = _in_dtype(dense, dtype)
                 write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify, progress=progress)
         else:
             raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")
     if push_to_hub:
         _push(out, push_to_hub)
     return out
+
+
+def check_export(
+    model: str | Path,
+    plan: Plan,
+    target: Target,
+    out: Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+) -> None:
+    """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
+    check_absent(out)
+    if target == "gguf":
+        from .gguf import cut
+        from .gguf_file import read_gguf
+        from .gguf_file import total_bytes as gguf_bytes
+
+        _refuse_dtype(dtype)
+        check_room(out, gguf_bytes(cut(read_gguf(_gguf(model)), plan)[1]))
+        return
+    from . import hf, nemotron_nas
+    from .dense import opened
+    from .tensors import total_bytes
+
+    prepared: Any = hf.prepared if target == "hf" else nemotron_nas.prepared
+    with opened(model, revision=revision, trust_remote_code=trust_remote_code) as dense:
+        plan.check(dense.anatomy)
+        check_room(out, total_bytes(prepared(_in_dtype(dense, dtype), plan)[1]))
+
+
+def _refuse_dtype(dtype: str | None) -> None:
+    if dtype:
+        raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
+
+
+def _in_dtype(dense: DenseModel, dtype: str | None) -> DenseModel:
+    from ..models.loading import named_dtype
+
+    return dense.in_dtype(named_dtype(dtype)) if dtype else dense
 
 
 def _gguf(model: Any) -> Path:

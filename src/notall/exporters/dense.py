@@ -22,6 +22,7 @@ from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source
 from ..models.quantisation import quantisation_of
+from ..running.opening import refuse_export
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
@@ -205,6 +206,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fol
 
 def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> DenseModel:
     name = identity["model"]
+    refuse_export(folder)
     settings = _settings(folder)
     refuse_adapter(name, (folder / ADAPTER).exists())
     config = load_config(folder, trust_remote_code=trust_remote_code)

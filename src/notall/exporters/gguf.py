@@ -35,6 +35,7 @@ from .manifest import (
     describe,
     manifest_of,
 )
+from .writing import check_room
 
 # Their blocks hold one attention and one MLP each, or recurrent halves that take an attention's place: not ours to cut.
 ORDINARY = {
@@ -85,6 +86,7 @@ def export_gguf(
     weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
     repaired = with_weights(source, weights) if weights else source
     fields, tensors = cut(repaired, plan)
+    check_room(folder, total_bytes(tensors))
     form = str(fields["general.architecture"].value)
     fingerprint = str(Fingerprint(source.architecture, source.depth, source.count("embedding_length")))
     origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)

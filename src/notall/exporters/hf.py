@@ -21,8 +21,9 @@ from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .moving import moved_modules, moved_tensors
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import total_bytes, write_shards
+from .tensors import Source, total_bytes, write_shards
 from .verification import verify
+from .writing import check_room
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -46,24 +47,13 @@ def export_hf(
 
     Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form.
     """
-    layers, beside = layers_of(dense.anatomy, plan), companions(dense.folder, code=dense.trusted)
-    is_ordinary = all(layer.is_ordinary for layer in layers)
-    settings = cut_settings(dense, layers)
-    notes: dict[str, str] = {}
-    if dense.quantisation is not None:
-        moved = moved_modules(dense, layers)
-        settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
-        notes = renamed_notes(dense.notes, moved)
-    check_twins(dense, build_cut(dense, settings), layers)
+    beside = companions(dense.folder, code=dense.trusted)
+    settings, tensors, notes, is_ordinary = prepared(dense, plan)
+    check_room(folder, total_bytes(tensors))
     base = dense.config.model_type
     if not is_ordinary:
-        _check_regrouped(dense, plan)
-        settings |= _regrouped_settings(base, layers)
         write_modeling(folder, base)
-    elif not dense.trusted:
-        settings.pop("auto_map", None)  # the code that it names does not go along
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tensors = dict(moved_tensors(dense, layers))
     write_shards(folder, tensors, shard_bytes, progress, notes)
     copy_companions(beside, folder)
     verdict: Verdict = TURNED_OFF
@@ -77,6 +67,28 @@ def export_hf(
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
+
+
+def prepared(dense: DenseModel, plan: Plan) -> tuple[dict[str, Any], dict[str, Source], dict[str, str], bool]:
+    """config.json, the tensors by their new names, what their files say, and whether the checkpoint is an ordinary one.
+
+    Raises as `export_hf`.
+    """
+    layers = layers_of(dense.anatomy, plan)
+    is_ordinary = all(layer.is_ordinary for layer in layers)
+    settings = cut_settings(dense, layers)
+    notes: dict[str, str] = {}
+    if dense.quantisation is not None:
+        moved = moved_modules(dense, layers)
+        settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
+        notes = renamed_notes(dense.notes, moved)
+    check_twins(dense, build_cut(dense, settings), layers)
+    if not is_ordinary:
+        _check_regrouped(dense, plan)
+        settings |= _regrouped_settings(dense.config.model_type, layers)
+    elif not dense.trusted:
+        settings.pop("auto_map", None)  # the code that it names does not go along
+    return settings, dict(moved_tensors(dense, layers)), notes, is_ordinary
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError
 from ..models.loading import build_empty
 from ..records.plan import Plan
-from ..running.regrouping import Layer, fits, merged, regroup
+from ..running.regrouping import Layer, fits, groups_of, merged
 from ..structure.anatomy import Anatomy, Sublayer
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
@@ -31,7 +31,7 @@ MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
     """The layers of the exported model."""
-    return merged(regroup(anatomy.kinds, plan), partial(fits, anatomy))
+    return merged(groups_of(anatomy, plan), partial(fits, anatomy))
 
 
 def sublayers_of(anatomy: Anatomy, layer: Layer) -> list[Sublayer]:

@@ -12,7 +12,10 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
+from ..errors import UsageError, shortened
+from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
+from ..records.strict_json import read_json
 
 MANIFEST = "notall.json"
 
@@ -111,6 +114,23 @@ def _repair_of(plan: Plan) -> dict[str, Any] | None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that `export` wrote."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def plan_of(folder: Path) -> Plan:
+    """What an export leaves out, in the dense model's numbers.
+
+    Raises `UsageError` where the manifest is damaged, and where weights that only the export has belong to the plan.
+    """
+    try:
+        manifest = read_json((folder / MANIFEST).read_bytes())
+        plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
+        repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
+    if repaired:
+        raise UsageError(f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself")
+    shape = Fingerprint.parse(fingerprint)  # that of a GGUF file has no digest, and is equal to no model's
+    return found.model_copy(update={"fingerprint": str(fingerprint)}) if shape and shape.digest else found
 
 
 def verdict_of(manifest: Mapping[str, Any]) -> Verdict:

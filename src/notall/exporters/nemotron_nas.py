@@ -26,6 +26,7 @@ from .layout import layers_of, rope_names
 from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
 from .tensors import BITS, CHUNK, MadeTensor, Source, Tensor, total_bytes, write_shards
 from .verification import verify_in_mlx
+from .writing import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,9 @@ def export_nemotron_nas(
 
     Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
     """
-    _check(dense)
-    kept, beside = list(sparse_layers(layers_of(dense.anatomy, plan))), companions(dense.folder, code=dense.trusted)
-    tensors = dict(_named(dense, kept))
+    beside = companions(dense.folder, code=dense.trusted)
+    kept, tensors = prepared(dense, plan)
+    check_room(folder, total_bytes(tensors))
     (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
     write_shards(folder, tensors, shard_bytes, progress)
@@ -78,6 +79,13 @@ def export_nemotron_nas(
     manifest = manifest_of(dense.origin, plan, "nemotron-nas")
     weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
+
+
+def prepared(dense: DenseModel, plan: Plan) -> tuple[list[SparseLayer], dict[str, Tensor]]:
+    """The layers, and the tensors by their new names. Raises as `export_nemotron_nas`."""
+    _check(dense)
+    kept = list(sparse_layers(layers_of(dense.anatomy, plan)))
+    return kept, dict(_named(dense, kept))
 
 
 def _check(dense: DenseModel) -> None:

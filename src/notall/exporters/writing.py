@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
+from ..records.columns import in_bytes
+from ..records.lines import refuse_unwritable
 
 
 @contextmanager
@@ -19,8 +21,7 @@ def appearing(out: Path) -> Iterator[Path]:
 
     Raises `UsageError` when `out` exists, and when it cannot be written (no space, no permission).
     """
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"{out} exists already; choose another folder, or remove it first")
+    check_absent(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -38,6 +39,24 @@ def appearing(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_absent(out: Path) -> None:
+    """Raise `UsageError` where a folder `out` cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists already; choose another folder, or remove it first")
+    refuse_unwritable(out.parent)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise `UsageError` where the disk of `folder`, which need not be there, has fewer than `size` bytes left."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise UsageError(
+            f"the export takes {in_bytes(size)}, and {shortened(place)} has {in_bytes(free)} left; "
+            "free some, or choose another disk"
+        )
 
 
 def _umask() -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..running.footprint import footprint
 from ..running.skipping import skip
-from .speed import Spread, Timing, compare, speedup
+from .speed import Spread, Timing, check_timing, compare, speedup
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Timed:
     new_tokens: int = 16
     batch_size: int = 1
     rounds: int = 5
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` as `check_timing` does."""
+        check_timing(model, **asdict(self))
 
 
 TIMED = Timed()
@@ -42,11 +47,9 @@ def time_plan(
     Times are medians over rounds with their quartiles (`_low`, `_high`); a speedup is the median of the rounds' own
     ratios to dense. `peak_bytes` is CUDA memory, None elsewhere. Raises as `skip` and `compare` do.
     """
-    variants: dict[str, Callable[[], Any]] = {"dense": nullcontext}
-    if plan:
-        variants["skipped"] = lambda: skip(model, plan)
+    plans = {"dense": Plan(), **({"skipped": plan} if plan else {})}
+    variants = {name: partial(skip, model, one) for name, one in plans.items()}
     timings = compare(model, variants, **asdict(timed), seed=seed, progress=progress)
-    plans = {"dense": Plan(), "skipped": plan}
     dense = timings["dense"]
     return {name: timing_fields(model, plans[name], dense, timing) for name, timing in timings.items()}
 

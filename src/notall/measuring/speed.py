@@ -150,10 +150,9 @@ def compare(
     is the same for all: random ids of shape (batch_size, prompt_tokens). Raises `UsageError` for counts that are too
     low, and for more tokens than the model has positions.
     """
-    _check_counts(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, rounds=rounds)
+    check_timing(model, prompt_tokens, new_tokens, batch_size, rounds)
     if warmup < 0:
         raise UsageError(f"warmup is {warmup}; give 0 or more")
-    check_positions(model, prompt_tokens, new_tokens)
     prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
 
     def measured(name: str) -> tuple[float, float, int | None]:
@@ -162,6 +161,17 @@ def compare(
 
     samples = in_turn({name: partial(measured, name) for name in variants}, rounds, warmup, progress)
     return {name: _summarise(rows) for name, rows in samples.items()}
+
+
+def check_timing(
+    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int = 1, rounds: int = 1
+) -> None:
+    """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} is {count}; give 1 or more")
+    check_positions(model, prompt_tokens, new_tokens)
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Spread:
@@ -227,12 +237,6 @@ def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{name} is {count}; give 1 or more")
 
 
 def _cores() -> int:

@@ -23,7 +23,27 @@ from .record import (
     Unsigned,
 )
 
-TASK = (plain("task"), plain("metric"))
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "normalized accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "perplexity": "perplexity",
+    "word_perplexity": "perplexity a word",
+    "byte_perplexity": "perplexity a byte",
+    "bits_per_byte": "bits a byte",
+}
+
+
+def usual_metric(metric: str) -> str:
+    """The harness's `metric,filter` by its usual name: acc_norm,none is normalized accuracy."""
+    name, _, kind = metric.partition(",")
+    said = METRICS.get(name, name.replace("_", " "))
+    return said if kind in ("", "none") else f"{said} ({kind.replace('-', ' ')})"
+
+
+TASK = (plain("task"), plain("metric", write=usual_metric))
 DIFFERENCE = with_error("delta", "difference")
 WORSE = plain("worse", write=lambda worse: "worse" if worse else "")
 P = probability("p_value", "p")

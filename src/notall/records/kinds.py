@@ -10,6 +10,7 @@ from . import lines
 from .answers import AnswersRecord
 from .bench import BenchRecord
 from .benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from .claims import ClaimRecord
 from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from .drafting import DraftRecord
 from .healing import HealRecord
@@ -26,7 +27,7 @@ _ALL: tuple[type[Record], ...] = (
     *(SweepRecord, ScoresRecord, SampleRecord, SimilarityRecord, LeaveOneOutRecord),
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
     *(SearchRecord, EvaluationRecord, BenchRecord, DraftRecord, RefitRecord, HealRecord, MeasuredRecord),
-    *(BenchmarkRecord, BatteryRecord, TimesRecord, AnswersRecord),
+    *(BenchmarkRecord, BatteryRecord, TimesRecord, ClaimRecord, AnswersRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}
 _BY_FILE = {kind.file: kind for kind in _ALL}

@@ -112,6 +112,12 @@ def refuse_foreign(folder: Path, command: Command) -> None:
             )
 
 
+def check_folder(folder: Path, command: Command) -> None:
+    """Raise `UsageError` where `command` could not write to `folder`: another's results are there, or it may not."""
+    lines.refuse_unwritable(folder)
+    refuse_foreign(folder, command)
+
+
 @contextmanager
 def working_in(folder: Path, command: Command) -> Iterator[None]:
     """Keep `folder` for this process. Raises `UsageError` as `refuse_foreign` and `lines.lock` do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -60,6 +61,18 @@ def numbered(path: Path, most: int | None = None) -> Iterator[tuple[int, Line]]:
             if line is None:
                 raise UsageError(f"line {number} of {path} is no JSON record; repair or delete that line")
             yield number, line
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `UsageError` where `folder`, or what it would be made in, can't be written. Makes nothing."""
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class MeasuredRecord(Record, QualityFields, Skips):
     """One plan, with its weights if it has any, on one text that they were not fitted to."""
 
     file = "measured.jsonl"
-    commands = ("repair", "heal", "search")
+    commands = ("repair", "heal", "search", "eval")
     key_fields = ("text", "model")
     columns = (plain("text"), plain("model"), *QUALITY, number("sequences", "sequences", "d"), PLAN)
 

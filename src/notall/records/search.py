@@ -74,6 +74,7 @@ class SearchRecord(Record, SpentFields, Skips):
         number("dense_cost", "dense objective", ".4f"),
         plain("in_time", "in time", lambda in_time: "yes" if in_time else "no"),
         *SPENT,
+        plain("missed"),
     )
 
     record: Literal["search"] = "search"
@@ -85,6 +86,7 @@ class SearchRecord(Record, SpentFields, Skips):
     cost: Number = Field(description="the objective of the plan")
     forwards: Amount = Field(description="executions in dense forward passes over the calibration text")
     in_time: bool = Field(description="found before the time was up")
+    missed: str | None = Field(None, description="what was reached of a budget that was not; None where it was")
     quality: QualityFields | None = Field(None, description="on held-out text")
     check: SpeedCheck | None = Field(None, description="where a speedup was asked for")
 

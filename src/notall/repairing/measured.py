@@ -38,7 +38,7 @@ def measure(
     with lines.lock(folder):
         kept = Ledger(folder, MeasuredRecord)
         for text, batches in texts.items():
-            about = {name: _about(model, settings, plan, batches) for name, plan in plans.items()}
+            about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
             keys = {name: (text, name, about[name].key) for name in plans}
             lacking = [name for name in plans if keys[name] not in kept]
             if lacking:
@@ -56,7 +56,7 @@ def measure(
     return found
 
 
-def _about(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
+def about_measured(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
     """What decides the figures."""
     return Provenance.of(
         settings,

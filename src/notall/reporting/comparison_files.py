@@ -10,6 +10,11 @@ from ..records.columns import Row, as_markdown, given, legend
 from ..records.comparison import ComparisonRecord, columns_of, with_tasks
 from .extras import FIGURES, installed
 
+TIMED_ONCE = (
+    "Plans that leave equal parameters, weights and KV cache take equal time, so one of them was timed, and the others "
+    "show its times."
+)
+
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str) -> None:
     """The table, `out/table.md`, and with the extra `report` the front, `out/front.png`, .svg and .html.
@@ -17,12 +22,20 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str)
     Raises `UsageError` as plots do.
     """
     rows = [record.row() for record in records]
-    (out / "table.md").write_text(comparison_table(rows), encoding="utf-8")
+    note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""
+    (out / "table.md").write_text(comparison_table(rows) + note, encoding="utf-8")
     if not installed(*FIGURES):
         return
     from . import plots
 
     plots.save(plots.front_chart(rows, title), out / "front")
+
+
+def timed_once(records: Sequence[ComparisonRecord]) -> bool:
+    """Whether plans of different sublayers show the same measurement of time."""
+    timed = [record for record in records if record.times]
+    of_size = {(record.params, record.weight_bytes, record.kv_bytes_per_token) for record in timed}
+    return len({record.plan for record in timed}) > len(of_size)
 
 
 def comparison_table(records: Sequence[Row]) -> str:

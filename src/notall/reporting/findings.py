@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ..records.claims import Verdict
 from ..records.columns import Row
 from ..records.measured import State
 from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
@@ -57,7 +58,21 @@ def findings_of(folder: Folder) -> list[Finding]:
         return _of_comparison(folder.records)
     if folder.kind == "search":
         return _of_search(folder.records[-1])
+    if claims := folder.others.get("claims"):
+        return _of_claims(claims)
     return _of_repair(folder.others.get("measured", ()))
+
+
+def _of_claims(claims: Sequence[Row]) -> list[Finding]:
+    """What became of the paper's claims: a card a verdict."""
+    verdicts: dict[str, list[str]] = {verdict: [] for verdict in get_args(Verdict)}
+    for row in claims:
+        verdicts[row["verdict"]].append(row["claim"])
+    return [
+        Finding(verdict.capitalize(), f"{len(names)} of {len(claims)}", "claims of the paper", "; ".join(names))
+        for verdict, names in verdicts.items()
+        if names
+    ]
 
 
 def _of_sweep(folder: Folder) -> list[Finding]:

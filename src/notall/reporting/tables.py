@@ -16,6 +16,7 @@ from .rows import name_of, sublayers
 
 IN_TABLES = {Path(kind.file).stem: kind for kind in KINDS.values() if kind.columns}
 TITLES = {
+    "claims": "The paper's claims, and this model",
     "measured": "Before and after",
     "healing": "How the healing went",
     "refits": "What became of each kept sublayer",

@@ -15,6 +15,7 @@ from ..errors import UsageError, raised_by, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
 from ..records.plan import Plan
+from ..structure.locating import lacks
 from .skipping import skip
 
 
@@ -54,7 +55,7 @@ def generate_text(
     check_positions(model, ids.shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    skipping = skip(model, plan) if plan else nullcontext()  # without a plan any model runs, an export too
+    skipping = skip(model, plan) if plan or lacks(model) else nullcontext()  # without a plan any model runs
     with skipping, torch.inference_mode():
         tokens = _generate(
             model,

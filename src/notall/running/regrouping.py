@@ -49,13 +49,20 @@ def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
     return groups
 
 
+def groups_of(anatomy: Anatomy, plan: Plan) -> list[Group]:
+    """`regroup` of a model: an MLP whose attention its checkpoint lacks rides along too."""
+    lacking = {*anatomy.lacking.attention, *anatomy.lacking.mlp}
+    kinds = [BOTH if block.index in lacking else block.kinds for block in anatomy.blocks]
+    return regroup(kinds, plan | anatomy.lacking)
+
+
 def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
 
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
     it make an ordinary layer, whichever blocks they come from. Layers that keep their seats are part of no other model.
     """
-    return not (anatomy.seated and plan) and all(is_ordinary(anatomy, group) for group in regroup(anatomy.kinds, plan))
+    return not (anatomy.seated and plan) and all(is_ordinary(anatomy, group) for group in groups_of(anatomy, plan))
 
 
 def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
@@ -70,6 +77,8 @@ def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
 def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
     """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
     block, other = anatomy.blocks[attention], anatomy.blocks[mlp]
+    if "mlp" not in block.kinds:  # so that its own form is not known
+        return False
     attention_first = block.sublayers[0].kind == "attention"
     return not block.parallel and attention_first and block.mlp.branches == other.mlp.branches
 

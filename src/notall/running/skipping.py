@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,7 +29,7 @@ from ..structure.observation import LayerCall, child, parameter_names, run_branc
 from ..structure.seats import emptied
 from ..structure.slicing import as_it_is, free_places, is_told, renumber, slice_config
 from ..structure.twins import move_inputs_like, set_child, twin_of
-from .regrouping import Group, is_ordinary, regroup
+from .regrouping import Group, groups_of, is_ordinary
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
 
@@ -105,8 +104,10 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
         layers = _with_stubs(anatomy, dense, plan)
         _seat(inner, anatomy, layers, plan)
     else:
-        groups = regroup(anatomy.kinds, plan)
-        layers = nn.ModuleList(_merged(anatomy, dense, group) or _layer(anatomy, dense, group) for group in groups)
+        groups = groups_of(anatomy, plan)
+        layers = nn.ModuleList(
+            _merged(anatomy, dense, group) or regrouped_layer(anatomy, dense, group) for group in groups
+        )
         _install(inner, anatomy, layers, groups)
     locating.forget(inner)
     if anatomy.seated or _are_regrouped(layers) or not _is_built_again(inner):
@@ -178,7 +179,7 @@ def _configs(model: PreTrainedModel, parent: nn.Module) -> list[PretrainedConfig
 def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     """Put the regrouped layers in; what comes back puts the dense ones back when it is closed."""
     undo = ExitStack()
-    if not plan:
+    if not plan and not anatomy.lacking:
         return undo
     parent, dense = _parent(model, anatomy), _layers(model, anatomy)
     _install_output_hooks(parent)
@@ -188,7 +189,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
     undo.callback(locating.remember, model, dense, anatomy)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
-    groups = regroup(anatomy.kinds, plan)
+    groups = groups_of(anatomy, plan)
     try:
         if isinstance(plan, RepairedPlan):
             undo.enter_context(with_weights(model, plan.weights))
@@ -196,7 +197,7 @@ def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
             layers = _with_stubs(anatomy, dense, plan)
             _seat(model, anatomy, layers, plan)
         else:
-            layers = nn.ModuleList(_layer(anatomy, dense, group) for group in groups)
+            layers = nn.ModuleList(regrouped_layer(anatomy, dense, group) for group in groups)
             for change in _install(model, anatomy, layers, groups):
                 undo.callback(setattr, *change)
         if anatomy.seated or _are_regrouped(layers):
@@ -300,7 +301,7 @@ class RegroupedLayer(nn.Module):
             answer = layout.stock_forward(self, hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
-            hidden = run_branches(layout.block.attention.branches, self, hidden, call)
+            hidden = run_branches(layout.own.branches, self, hidden, call)
             rest = layout.rest(call)
         for mlp, holder in zip(layout.after, self.after):
             hidden = holder(hidden, mlp, call)
@@ -312,6 +313,7 @@ class _Layout:
     """What a regrouped layer runs, apart from its modules."""
 
     block: Block
+    own: Sublayer  # that is run where the layer is not whole
     whole: bool
     before: tuple[Sublayer, ...]
     after: tuple[Sublayer, ...]
@@ -329,17 +331,25 @@ class _Layout:
 
 @functools.cache
 def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
-    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it."""
-    return type(f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class), {"__module__": __name__})
+    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it.
+
+    Its forward has the signature of the layer's own, by which arguments are told apart.
+    """
+    if issubclass(layer_class, RegroupedLayer):
+        return layer_class
+    forward = functools.wraps(layer_class.forward)(RegroupedLayer.forward)  # type: ignore[attr-defined]
+    name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)
+    return type(name, bases, {"__module__": __name__, "forward": forward})
 
 
-def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
+def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     """The module that runs `group`: the dense layer itself where nothing in it changes."""
     source = dense[group.layer]
     if group.untouched:
         return source
     block = anatomy.blocks[group.layer]
-    parts = block.sublayers if group.whole else (block.attention,)
+    own = block.attention if "attention" in block.kinds else block.mlp
+    parts = block.sublayers if group.whole else (own,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     layer = twin_of(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
     layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
@@ -349,6 +359,7 @@ def _layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     names = tuple(parameter_names(source))
     layer._layout = _Layout(  # type: ignore[assignment]
         block,
+        own,
         group.whole,
         tuple(anatomy.blocks[index].mlp for index in group.before),
         tuple(anatomy.blocks[index].mlp for index in group.after),

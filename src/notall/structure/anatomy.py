@@ -99,6 +99,7 @@ class Anatomy:
     fingerprint: str  # see `Fingerprint`
     seated: bool = False
     apart: bool = True
+    lacking: Plan = field(default_factory=Plan)  # what layers have room for and a checkpoint lacks
 
     def __repr__(self) -> str:
         """Some lines for people: layers of one form together, however many there are."""

@@ -79,6 +79,12 @@ def remember(model: nn.Module, layers: nn.ModuleList, anatomy: Anatomy) -> None:
     _LOCATED[model] = (layers, anatomy)
 
 
+def lacks(model: nn.Module) -> bool:
+    """Whether `model` is known to lack sublayers, so that only `skip` counts its layers right."""
+    known = _LOCATED.get(base_model(model))
+    return bool(known and known[1].lacking)
+
+
 def forget(model: nn.Module) -> None:
     """Have `locate` look again: the model was changed for good."""
     _LOCATED.pop(model, None)

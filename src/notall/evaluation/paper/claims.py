@@ -1,38 +1,29 @@
-"""What the paper says of Llama-2, beside what a model shows: it holds, it does not, or the errors leave it open."""
+"""What the paper says of Llama-2, beside what a model shows: it holds, does not, or is left open."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import pandas as pd
 
 from ...records.benchmarks import TimesRecord
-from ...records.columns import plain
+from ...records.claims import ClaimRecord, Verdict
 from ...records.similarity import SimilarityRecord
 from .scoreboard import ConfigurationKey, Scoreboard, key_of
 
-Verdict = Literal["holds", "does not hold", "within error"]
 ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
-
-    claim: str
-    here: str
-    verdict: Verdict
-
-
-COLUMNS = (plain("claim"), plain("verdict"), plain("here"))
+LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
+LEAST_ROUNDS = 3  # fewer have no quartiles
+JUDGED = (
+    f"A difference counts from {ERRORS} standard errors, a speed when the quartiles agree. Too few: less than "
+    f"{LEAST_DOCUMENTS} documents of a task, or than {LEAST_ROUNDS} rounds."
+)
 
 
 def claims_of(
     similarity: Sequence[SimilarityRecord], board: Scoreboard | None, times: Sequence[TimesRecord]
-) -> list[Claim]:
+) -> list[ClaimRecord]:
     """Every claim that the given figures bear on.
 
     `similarity` rows are as in `measure_similarity`; `times` as in `time_grid`: those of the longest prompt and the
@@ -53,13 +44,13 @@ def _judge(difference: float, error: float) -> Verdict:
     return "holds" if difference > 0 else "does not hold"
 
 
-def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim]:
+def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[ClaimRecord]:
     blocks = sorted((row for row in similarity if row.kind == "block"), key=lambda row: row.layer)
     if len(blocks) < 4:
         return
     inner = pd.DataFrame({"layer": range(len(blocks) - 1), "cosine": [row.cosine for row in blocks[:-1]]})
     rho = float(inner.corr(method="spearman").loc["layer", "cosine"])
-    yield Claim(
+    yield _claim(
         "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
         f"rank correlation of cosine and depth {rho:+.2f}",
         _judge(rho, 1 / math.sqrt(len(inner) - 1)),
@@ -69,22 +60,25 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim
         return
     drop = before.cosine - last.cosine
     error = math.hypot(before.cosine_se or math.nan, last.cosine_se or math.nan)
-    yield Claim(
+    yield _claim(
         "Fig. 1: the very last layer is less similar than the one before it",
         f"cosine {last.cosine:.3f} after {before.cosine:.3f}",
         _judge(drop, error),
     )
 
 
-def _quality_claims(board: Scoreboard) -> Iterable[Claim]:
+def _quality_claims(board: Scoreboard) -> Iterable[ClaimRecord]:
     most = max(fraction for _, fraction, _ in board.cells)
     dense: ConfigurationKey = ("dense", 0.0, False)
+    fewest = min(row[column].documents for row in board.cells.values() for column in board.shared)
     share = f"{most:.0%}"
 
-    def compare(claim: str, key: ConfigurationKey, other: ConfigurationKey, at_least: float = 0.0) -> Claim:
+    def compare(claim: str, key: ConfigurationKey, other: ConfigurationKey, at_least: float = 0.0) -> ClaimRecord:
         difference, error = board.difference(key, other)
         here = f"{100 * difference:+.1f} ± {100 * error:.1f} points of the average"
-        return Claim(claim, here, _judge(difference - at_least, error))
+        if fewest < LEAST_DOCUMENTS:
+            return _claim(claim, f"{here}, on {fewest} documents of a task", "too few")
+        return _claim(claim, here, _judge(difference - at_least, error))
 
     yield compare(
         f"skipping the deepest {share} of the attentions loses no more than 1.8 points of the average (13B)",
@@ -107,7 +101,7 @@ def _quality_claims(board: Scoreboard) -> Iterable[Claim]:
     yield compare(f"... but not for attention ({share})", ("attention", most, True), ("attention", most, False))
 
 
-def _time_claims(times: Sequence[TimesRecord]) -> Iterable[Claim]:
+def _time_claims(times: Sequence[TimesRecord]) -> Iterable[ClaimRecord]:
     longest = max(record.prompt_tokens for record in times)
     smallest = min(record.batch_size for record in times if record.prompt_tokens == longest)
     cells = {
@@ -116,9 +110,16 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterable[Claim]:
     most = max(fraction for _, fraction, _ in cells)
     attention, mlp, block = (cells[variant, most, False] for variant in ("attention", "mlp", "block"))
     at = f"prompt {longest}, batch {smallest}"
+    rounds = min(_rounds(record) for record in cells.values())
+
+    def judged(claim: str, here: str, verdict: Verdict) -> ClaimRecord:
+        if rounds < LEAST_ROUNDS:
+            return _claim(claim, f"{here}, in {rounds} rounds", "too few")
+        return _claim(claim, here, verdict)
+
     for name in ("prefill", "decode"):
         gain = f"speedup_{name}"
-        yield Claim(
+        yield judged(
             f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {name}, {at}",
             _gain(attention, gain),
             _by_quartiles(getattr(attention, f"{gain}_low") - 1.18, getattr(attention, f"{gain}_high") - 1.18),
@@ -126,11 +127,20 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterable[Claim]:
         for saver, word in ((attention, "attentions"), (block, "blocks")):
             slowest = getattr(saver, f"{gain}_low") - getattr(mlp, f"{gain}_high")
             fastest = getattr(saver, f"{gain}_high") - getattr(mlp, f"{gain}_low")
-            yield Claim(
+            yield judged(
                 f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {name}, {at}",
                 f"{_gain(saver, gain)} against {_gain(mlp, gain)}",
                 _by_quartiles(slowest, fastest),
             )
+
+
+def _rounds(record: TimesRecord) -> int:
+    """How often it was timed; 0 where that was not written down."""
+    return int(record.provenance.what.get("rounds", 0)) if record.provenance else 0
+
+
+def _claim(claim: str, here: str, verdict: Verdict) -> ClaimRecord:
+    return ClaimRecord(claim=claim, here=here, verdict=verdict)
 
 
 def _by_quartiles(low: float, high: float) -> Verdict:

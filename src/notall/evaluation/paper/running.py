@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...measuring.similarity import measure_similarity
+from ...measuring.speed import check_timing
 from ...progress import Progress, Stages, silent
-from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
+from ...records.claims import ClaimRecord
 from ...records.columns import as_markdown
 from ...records.ledger import Ledger, working_in
 from ...records.provenance import Provenance
@@ -20,17 +23,53 @@ from ...records.record import Record
 from ...records.similarity import SimilarityRecord
 from ...structure.locating import locate
 from ..battery import CONTEXTS, PARTS, Check, run_battery
-from ..benchmarking import run_benchmarks
-from ..tasks import Limits
-from .claims import COLUMNS, Claim, claims_of
+from ..benchmarking import Benchmarks
+from ..tasks import Limits, TaskShelf
+from .claims import JUDGED, claims_of
 from .grid import Configuration, paper_grid
-from .scoreboard import Scoreboard, battery_table, benchmark_table, time_table, write_csv, write_tables
+from .scoreboard import (
+    PaperTable,
+    Scoreboard,
+    battery_table,
+    benchmark_table,
+    heading_of,
+    time_table,
+    write_csv,
+    write_tables,
+)
 from .times import time_grid
 
 if TYPE_CHECKING:
     from ..ray_workers import Workers
 
-LAST = {False: "any layer may be skipped, the last one too", True: "the last layer is kept"}
+LAST = {False: "the last layer may be skipped too", True: "the last layer is kept"}
+ENDINGS = {False: "last-skipped", True: "last-kept"}
+# Of each kind of table: what it shows, and what its cells say.
+CAPTIONS = {
+    "benchmarks": (
+        "Benchmarks of",
+        "Per cent ± standard error; in brackets the difference to the dense model, paired by document, ± its standard "
+        "error. * p < 0.05 (McNemar's exact test for accuracies), not corrected for the number of comparisons. The "
+        "average is over the tasks that every row has.",
+    ),
+    "battery": (
+        "What accuracy hides of",
+        "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
+        "expected calibration error of the next token, and greedy continuations beside the dense model's. In brackets "
+        "the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the number of "
+        "comparisons.",
+    ),
+    "prefill": (
+        "Milliseconds that a prefill takes of",
+        "Median of {rounds} rounds; in brackets how many times the dense model's speed [quartiles of the rounds' own "
+        "ratios].",
+    ),
+    "decode": (
+        "Milliseconds that a new token takes of",
+        "Median of {rounds} rounds, with a real KV cache; in brackets how many times the dense model's speed "
+        "[quartiles of the rounds' own ratios].",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +79,7 @@ class Evaluation:
     tasks: Sequence[str] = ("openllm",)
     limits: Limits = field(default_factory=Limits)
     num_fewshot: int | None = None
-    task_path: str | Path | None = None
+    task_path: str | Path | TaskShelf | None = None
     batch_size: int | Literal["auto"] = "auto"
     truncate: bool = False
     generate_all: bool = False  # also tasks that generate text, on every configuration
@@ -54,6 +93,12 @@ class TimeGrid:
     batch_sizes: Sequence[int] = (1,)
     new_tokens: int = 16
     rounds: int = 3
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` as `check_timing` does."""
+        for prompt in self.prompts:
+            for batch_size in self.batch_sizes:
+                check_timing(model, prompt, self.new_tokens, batch_size, self.rounds)
 
 
 def run_paper(
@@ -69,42 +114,52 @@ def run_paper(
     seed: int = 0,
     progress: Progress = silent,
     workers: Workers | None = None,
-) -> list[Claim]:
+) -> list[ClaimRecord]:
     """Benchmarks and times of the paper's grid and, on `batches` of token ids, its Fig. 1; what became of its claims.
 
     Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `battery` are the
     windows for `run_battery`, if it is wanted. What is finished stays in `out`, and the same call goes on from there.
-    Writes paper.md, a .tex for each table and a .csv for each kind of records. Raises as `run_benchmarks`,
-    `run_battery` and `time_grid` do.
+    Writes paper.md, a .tex for each table and a .csv for each kind of records. Raises as `Benchmarks`, `run_battery`
+    and `time_grid` do, before anything is computed.
     """
+    timing.check(model)
     rows = paper_grid(locate(model))
-    most = max(row.fraction for row in rows)
     about = Provenance.of(provenance)
-    stages = Stages(progress, 1 + 20 * bool(evaluation.tasks) + 10 * bool(battery) + 10)
+    progress(0, 1, "reading the tasks")
+    asked = _benchmarks(model, tokenizer, rows, evaluation, out, about, workers) if evaluation.tasks else None
+    stages = Stages(progress, 1 + 20 * bool(asked) + 10 * bool(battery) + 10)
     similarity = _similarity(model, batches, out, about, stages.stage(1))
-    benchmarks = (
-        run_benchmarks(
-            model,
-            tokenizer,
-            rows,
-            evaluation.tasks,
-            out,
-            about,
-            generating_rows=None if evaluation.generate_all else [r for r in rows if r.fraction in (0.0, most)],
-            num_fewshot=evaluation.num_fewshot,
-            limits=evaluation.limits,
-            task_path=evaluation.task_path,
-            batch_size=evaluation.batch_size,
-            truncate=evaluation.truncate,
-            progress=stages.stage(20),
-            workers=workers,
-        )
-        if evaluation.tasks
-        else []
-    )
+    benchmarks = asked.run(stages.stage(20)) if asked else []
     checks = _battery(model, tokenizer, rows[1:], battery, out, about, seed, stages.stage(10)) if battery else []
     times = time_grid(model, rows, out, about, **asdict(timing), seed=seed, progress=stages.stage(10))
     return write_paper(out, similarity, benchmarks, times, checks)
+
+
+def _benchmarks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Configuration],
+    evaluation: Evaluation,
+    out: Path,
+    about: Provenance,
+    workers: Workers | None,
+) -> Benchmarks:
+    most = max(row.fraction for row in rows)
+    return Benchmarks(
+        model,
+        tokenizer,
+        rows,
+        evaluation.tasks,
+        out,
+        about,
+        generating_rows=None if evaluation.generate_all else [row for row in rows if row.fraction in (0.0, most)],
+        num_fewshot=evaluation.num_fewshot,
+        limits=evaluation.limits,
+        task_path=evaluation.task_path,
+        batch_size=evaluation.batch_size,
+        truncate=evaluation.truncate,
+        workers=workers,
+    )
 
 
 def write_paper(
@@ -113,29 +168,50 @@ def write_paper(
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],
     checks: Sequence[BatteryRecord] = (),
-) -> list[Claim]:
+) -> list[ClaimRecord]:
     """Tables and claims from what was measured, into `out`."""
-    records: list[Record] = [*benchmarks, *times, *similarity]
+    records: list[Record] = [*similarity, *times, *benchmarks]
     about = next(record.provenance for record in records if record.provenance)
     board = Scoreboard(benchmarks) if benchmarks else None
-    tables = {}
-    for keep_last in (False, True):
-        ending = "last-kept" if keep_last else "last-skipped"
+    told = {"model": str(about.what.get("model")), "rounds": str(_about(times[0]).get("rounds")) if times else ""}
+    tables: list[PaperTable] = []
+    for keep_last in LAST:
+        frames: dict[str, pd.DataFrame] = {}
         if board:
-            tables[f"benchmarks-{ending}"] = benchmark_table(board, keep_last)
+            frames["benchmarks"] = benchmark_table(board, keep_last)
         if checks:
-            tables[f"battery-{ending}"] = battery_table(checks, keep_last)
+            frames["battery"] = battery_table(checks, keep_last)
         for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
             if times:
-                tables[f"{name}-{ending}"] = time_table(times, keep_last, quantity)
+                frames[name] = time_table(times, keep_last, quantity)
+        tables += [
+            PaperTable(f"{kind}-{ENDINGS[keep_last]}", caption_of(kind, keep_last, **told), frame)
+            for kind, frame in frames.items()
+        ]
     write_tables(tables, out)
     write_csv(benchmarks, out / "benchmarks.csv")
     write_csv(times, out / "times.csv")
     if checks:
         write_csv(checks, out / "battery.csv")
-    claims = claims_of(similarity, board, times)
-    (out / "paper.md").write_text(_story(about.flat, tables, claims, benchmarks, times), encoding="utf-8")
+    claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
+    _keep_claims(out, claims)
+    (out / "paper.md").write_text(_story(about.flat, tables, claims, benchmarks), encoding="utf-8")
     return claims
+
+
+def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str) -> str:
+    """What a table says under itself, in sentences."""
+    shows, note = CAPTIONS[kind]
+    skipped = f"{model} without a fraction of its layers' attentions, MLPs or whole blocks, the deepest"
+    return f"{shows} {skipped}; {LAST[keep_last]}. {note.format(rounds=rounds)}"
+
+
+def _keep_claims(out: Path, claims: Sequence[ClaimRecord]) -> None:
+    """They follow from the other records, so that those of today take the place of earlier ones."""
+    with working_in(out, "paper"):
+        (out / ClaimRecord.file).unlink(missing_ok=True)
+        if claims:
+            Ledger(out, ClaimRecord).add(*claims)
 
 
 def _similarity(
@@ -194,46 +270,28 @@ def _battery_record(part: str, row: Configuration, check: Check, about: Provenan
 
 def _story(
     about: Mapping[str, Any],
-    tables: Mapping[str, Any],
-    claims: Sequence[Claim],
+    tables: Sequence[PaperTable],
+    claims: Sequence[ClaimRecord],
     benchmarks: Sequence[BenchmarkRecord],
-    times: Sequence[TimesRecord],
 ) -> str:
-    """paper.md: the tables, and the claims beside them."""
+    """paper.md: the claims, and the tables that they are judged by."""
     lines = [
         f"# The evaluation of arXiv 2407.15516 on {about['model']}",
         "",
         f"{about['dtype']} on {_place(about.get('machine'))}. Weights: {about['revision']}.",
-        "",
-        "![Similarity by depth](similarity.png)",
+        *("", "## The paper's claims, and this model", ""),
+        as_markdown([row.row() for row in claims], ClaimRecord.columns),
+        JUDGED,
+        *("", "## Similarity", "", "![Similarity by depth](similarity.png)"),
     ]
     if benchmarks:
-        lines += ["", "## Benchmarks", "", _documents(benchmarks), ""]
-        lines += [
-            "Per cent ± standard error; in brackets the difference to the dense model, paired by document, "
-            "± its standard error. * p < 0.05 (McNemar's exact test for accuracies), not corrected for the number of "
-            "comparisons. The average is over the tasks that every row has.",
-        ]
-        lines += _section(tables, "benchmarks")
-    if any(name.startswith("battery") for name in tables):
-        lines += ["", "## What accuracy hides", ""]
-        lines += [
-            "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
-            "expected calibration error of the next token, and greedy continuations beside the dense model's. In "
-            "brackets the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the "
-            "number of comparisons.",
-        ]
-        lines += _section(tables, "battery")
-    if times:
-        lines += ["", "## Times", ""]
-        lines += [
-            f"Milliseconds (median of {_about(times[0])['rounds']} rounds, all configurations in turn, a real KV "
-            "cache); in brackets how many times the dense model's speed [quartiles of the rounds' own ratios].",
-        ]
-        lines += _section(tables, "prefill") + _section(tables, "decode")
-    lines += ["", "## The paper's claims, and this model", "", as_markdown([asdict(row) for row in claims], COLUMNS)]
-    lines += ["A difference counts from two standard errors; a speed when the quartiles agree.", ""]
-    return "\n".join(lines)
+        lines += ["", "## Benchmarks", "", _documents(benchmarks)]
+    for title, kinds in (("", ["benchmarks"]), ("What accuracy hides", ["battery"]), ("Times", ["prefill", "decode"])):
+        shown = [table for kind in kinds for table in tables if table.name.startswith(kind)]
+        lines += ["", f"## {title}"] if title and shown else []
+        for table in shown:
+            lines += ["", table.caption, "", table.markdown()]
+    return "\n".join([*lines, ""])
 
 
 def _place(machine: Any) -> str:
@@ -245,20 +303,14 @@ def _place(machine: Any) -> str:
         return "a machine that is not told"
 
 
-def _section(tables: Mapping[str, Any], kind: str) -> list[str]:
-    lines = []
-    for keep_last, told in LAST.items():
-        table = tables.get(f"{kind}-{'last-kept' if keep_last else 'last-skipped'}")
-        if table is not None:
-            lines += ["", f"### {kind.capitalize()}: {told}", "", table.reset_index().to_markdown(index=False)]
-    return lines
-
-
 def _about(record: Record) -> Mapping[str, Any]:
     return record.provenance.what if record.provenance else {}
 
 
 def _documents(benchmarks: Sequence[BenchmarkRecord]) -> str:
-    counts = {record.task: (record.num_fewshot, record.documents) for record in benchmarks}
-    told = (f"{task} {shots}-shot, {documents} documents" for task, (shots, documents) in counts.items())
+    asked = {(record.task, record.metric): record for record in benchmarks}
+    told = (
+        f"{heading_of(task)}, {one.num_fewshot}-shot, {usual_metric(metric)} of {one.documents} documents"
+        for (task, metric), one in asked.items()
+    )
     return f"lm-evaluation-harness {_about(benchmarks[0])['lm_eval']}: {'; '.join(told)}."

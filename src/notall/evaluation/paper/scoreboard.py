@@ -1,17 +1,19 @@
-"""The paper's tables from the records: benchmarks and times, by variant and fraction kept, in three formats."""
+"""The paper's tables from the records: benchmarks and times, by variant and fraction skipped, in three formats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from ...measuring.statistics import mean_and_error
-from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
 from ...records.columns import as_csv
-from ...records.record import CONFIGURED, TIMES, Configured, Record
+from ...records.latex import as_latex
+from ...records.record import CONFIGURED, TIMES, VARIANTS, Configured, Record
 from ..tasks import stock_name
 
 ConfigurationKey = tuple[str, float, bool]  # variant, fraction, keep_last
@@ -24,8 +26,14 @@ HEADINGS = {
     "winogrande": "Winogrande",
     "gsm8k": "GSM8K",
 }
+DENSE = ("dense", "0%")
 SIGNIFICANT = 0.05
 ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
+
+
+def heading_of(task: str) -> str:
+    """What the leaderboard calls a task, or else the harness."""
+    return HEADINGS.get(stock_name(task), stock_name(task))
 
 
 def key_of(record: Configured) -> ConfigurationKey:
@@ -43,8 +51,8 @@ class Scoreboard:
             metrics.setdefault(record.task, set()).add(record.metric)
         for record in records:
             task: str = record.task
-            name = HEADINGS.get(stock_name(task), task)
-            column = name if len(metrics[record.task]) == 1 else f"{name} {record.metric.partition(',')[0]}"
+            name = heading_of(task)
+            column = name if len(metrics[record.task]) == 1 else f"{name}, {usual_metric(record.metric)}"
             self.cells.setdefault(key_of(record), {})[column] = record
         self.columns = list(dict.fromkeys(column for row in self.cells.values() for column in row))
 
@@ -110,30 +118,41 @@ def time_table(records: Iterable[TimesRecord], keep_last: bool, quantity: str) -
 
 def battery_table(records: Iterable[BatteryRecord], keep_last: bool) -> pd.DataFrame:
     """Each check's value, with the paired difference to dense ± its standard error; * where it got worse beyond it."""
-    rows: dict[tuple[str, str], dict[str, str]] = {("dense", "100%"): {}}
+    rows: dict[tuple[str, str], dict[str, str]] = {DENSE: {}}
     for record in records:
         check, value, delta = record.check, record.value, record.delta
         if value is None or delta is None:  # of a model that overflows
             continue
-        rows["dense", "100%"][check] = f"{value - delta:.3g}"
+        rows[DENSE][check] = f"{value - delta:.3g}"
         if record.keep_last == keep_last:
             error = "–" if record.delta_se is None else f"{record.delta_se:.2g}"
             mark = "*" if record.worse else ""
-            rows.setdefault(_label(key_of(record)), {})[check] = f"{value:.3g} ({delta:+.2g} ± {error}{mark})"
+            rows.setdefault(_label(key_of(record)), {})[check] = f"{value:.3g} ({delta:+.2g}{mark} ± {error})"
     return _frame(rows)
 
 
-def write_tables(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+@dataclass(frozen=True)
+class PaperTable:
+    """A table with the caption under which it stands in a paper; `name` is its label, and its file without suffix."""
+
+    name: str
+    caption: str
+    frame: pd.DataFrame
+
+    def markdown(self) -> str:
+        return str(self.frame.reset_index().to_markdown(index=False))
+
+    def latex(self) -> str:
+        cells = self.frame.reset_index()
+        right = [False] * len(cells.columns)  # cells are texts of several numbers
+        return as_latex([*cells.columns], cells.to_numpy().tolist(), caption=self.caption, label=self.name, right=right)
+
+
+def write_tables(tables: Iterable[PaperTable], out: Path) -> None:
     """Each table as out/NAME.tex; the Markdown is put together by whoever tells the story."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items():
-        (out / f"{name}.tex").write_text(latex(table, name), encoding="utf-8")
-
-
-def latex(table: pd.DataFrame, name: str) -> str:
-    caption = name.replace("-", " ").replace("_", " ")
-    escaped = table.reset_index().map(_escaped).rename(columns=_escaped)
-    return str(escaped.style.hide(axis="index").to_latex(hrules=True, caption=caption, label=f"tab:{name}"))
+    for table in tables:
+        (out / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
 
 
 def write_csv(records: Sequence[Record], path: Path) -> None:
@@ -148,11 +167,12 @@ def _dense(board: Scoreboard) -> ConfigurationKey:
 
 def _label(key: ConfigurationKey) -> tuple[str, str]:
     variant, fraction, _ = key
-    return variant, f"{1 - fraction:.0%}"
+    return VARIANTS[variant], f"{fraction:.0%}"
 
 
 def _frame(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=[CONFIGURED[0].heading, "kept"]))
+    names = [column.heading for column in CONFIGURED[:2]]
+    table = pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=names))
     return table.fillna("–")
 
 
@@ -165,14 +185,14 @@ def _score(record: BenchmarkRecord | None) -> str:
         return f"{100 * record.value:.1f} ± {_percent(record.value_se)}"
     mark = "*" if record.p_value is not None and record.p_value < SIGNIFICANT else ""
     delta = "–" if record.delta is None else f"{100 * record.delta:+.1f}"
-    return f"{100 * record.value:.1f} ({delta} ± {_percent(record.delta_se)}{mark})"
+    return f"{100 * record.value:.1f} ({delta}{mark} ± {_percent(record.delta_se)})"
 
 
 def _with_difference(value: float, delta: float, error: float, key: ConfigurationKey) -> str:
     if key[0] == "dense":
         return f"{100 * value:.1f}"
     mark = "*" if abs(delta) > 1.96 * error else ""
-    return f"{100 * value:.1f} ({100 * delta:+.1f} ± {_percent(error)}{mark})"
+    return f"{100 * value:.1f} ({100 * delta:+.1f}{mark} ± {_percent(error)})"
 
 
 def _percent(value: float | None) -> str:
@@ -189,8 +209,3 @@ def _is_share(record: BenchmarkRecord) -> bool:
 def _shares(record: BenchmarkRecord) -> list[float]:
     """The metric of each document that has one."""
     return [value for value in record.values or () if value is not None]
-
-
-def _escaped(text: str) -> str:
-    signs: dict[str, str] = {"%": r"\%", "±": r"$\pm$", "×": r"$\times$", "–": "--", "_": r"\_", "#": r"\#"}
-    return "".join(signs.get(sign, sign) for sign in text)

@@ -61,6 +61,7 @@ def sweep(
     times are always this process's. Raises `UsageError` when the folder holds the results of other settings or of
     another command, is in use, or cannot be written.
     """
+    timed.check(model)
     anatomy = locate(model)
     rows = paper_grid(anatomy)
     about = Provenance.of(provenance, timed=asdict(timed), seed=seed, batches=_digest(batches))

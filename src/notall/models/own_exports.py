@@ -1,0 +1,139 @@
+"""What `notall export` wrote, without the code beside it: layers of the original architecture that lack a sublayer.
+
+A regrouped checkpoint (`notall_llama` and so on) and a nemotron-nas one both come down to a list of layers that have an
+attention, an MLP or both. Nothing in the folder says which code is run: only config.json is read, and the class is
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from ..errors import UsageError, shortened
+from .load_errors import quiet
+
+REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
+MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
+LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # of config.json, an entry a layer
+INDEX_LISTS = ("mlp_only_layers",)
+TENSOR = re.compile(
+    r"(?P<start>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
+)
+NOT_OURS = ("auto_map", "architectures", "sublayers", "block_configs")
+REDONE = "export it anew from the dense model"
+
+
+@dataclass(frozen=True)
+class OwnExport:
+    """Layers as `config` counts them; `lacking` says by kind which of them have no such sublayer.
+
+    `places` maps a layer of the files, and where in it an MLP rides along (such as after, 0), to a layer of `config`.
+    """
+
+    config: PretrainedConfig
+    lacking: dict[str, list[int]]
+    places: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
+
+    def renamed(self, name: str) -> str:
+        """What a tensor of the files is called in the model of `config`."""
+        match = TENSOR.fullmatch(name)
+        if match is None or not self.places:
+            return name
+        key = int(match["layer"]), match["place"] or "", int(match["slot"] or 0)
+        if key not in self.places:
+            raise UsageError(f"config.json says nothing of {shortened(name)}: it is damaged; {REDONE}")
+        return f"{match['start']}{self.places[key]}.{match['end']}"
+
+
+def is_own_form(settings: Mapping[str, Any]) -> bool:
+    """Whether config.json is of a form that no class of transformers reads, and that exports have."""
+    form = str(settings.get("model_type"))
+    return form == NEMOTRON_NAS or form.startswith(REGROUPED)
+
+
+def read_settings(source: Path | str, **options: Any) -> dict[str, Any]:
+    """config.json of a folder or of a hub id, as a table."""
+    with quiet():
+        return PretrainedConfig.get_config_dict(source, **options)[0]
+
+
+def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
+    """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
+    try:
+        regrouped = settings["model_type"] != NEMOTRON_NAS
+        return _regrouped(settings) if regrouped else _nemotron_nas(settings)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        said = shortened(f"{type(error).__name__}: {error}")
+        raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error
+
+
+def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
+    rows = settings["sublayers"]
+    places: dict[tuple[int, str, int], int] = {}
+    lacking: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for number, row in enumerate(rows):
+        for place, count in (("before", len(row["before"])), ("", 1), ("after", len(row["after"]))):
+            for slot in range(count):
+                layer = len(places)
+                places[number, place, slot] = layer
+                if place:
+                    lacking["attention"].append(layer)
+                elif row["mlp"] is None:
+                    lacking["mlp"].append(layer)
+    sources = [number for number, _, _ in places]
+    config = _config(settings["model_type"].removeprefix(REGROUPED), _spread(settings, len(rows), sources))
+    return OwnExport(config, lacking, places)
+
+
+def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) -> dict[str, Any]:
+    """Settings of a layer each for those of `layers`, by the layer that each comes from."""
+    spread = {**settings, "num_hidden_layers": len(sources)}
+    for name in LISTS:
+        values = settings.get(name)
+        if isinstance(values, list) and len(values) == layers:
+            spread[name] = [values[source] for source in sources]
+    for name in INDEX_LISTS:
+        if indices := settings.get(name):
+            spread[name] = [number for number, source in enumerate(sources) if source in indices]
+    return spread
+
+
+def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
+    """As Llama, which it is but for what its layers lack; only where the layers are of one size."""
+    blocks, hidden = settings["block_configs"], settings["hidden_size"]
+    lacking = {
+        kind: [number for number, block in enumerate(blocks) if block[name]["no_op"]]
+        for kind, name in (("attention", "attention"), ("mlp", "ffn"))
+    }
+    if set(lacking["attention"]) & set(lacking["mlp"]):
+        raise ValueError("a layer has neither an attention nor an MLP")
+    parts = [block[name] for block in blocks for name in ("attention", "ffn")]
+    if any(part.get(name) for part in parts for name in ("replace_with_linear", "sparsify", "window_length")):
+        raise ValueError("layers are not Llama's")
+    groups = {block["attention"]["n_heads_in_group"] for block in blocks if not block["attention"]["no_op"]}
+    widths = {block["ffn"]["ffn_mult"] for block in blocks if not block["ffn"]["no_op"]}
+    if len(groups) != 1 or len(widths) > 1:
+        raise ValueError("layers differ in size")
+    width = max((ceil(int(2 * mult * hidden / 3) / MULTIPLE) * MULTIPLE for mult in widths), default=MULTIPLE)
+    sizes = {
+        "num_hidden_layers": len(blocks),
+        "num_key_value_heads": settings["num_attention_heads"] // groups.pop(),
+        "intermediate_size": width,
+    }
+    return OwnExport(_config("llama", {**settings, **sizes}), lacking)
+
+
+def _config(model_type: str, settings: Mapping[str, Any]) -> PretrainedConfig:
+    own = {name: value for name, value in settings.items() if name not in NOT_OURS}
+    config_class = CONFIG_MAPPING[model_type]
+    if not config_class.__module__.startswith("transformers."):
+        raise ValueError(f"{model_type} is no architecture of transformers")
+    with quiet():
+        return config_class.from_dict({**own, "model_type": model_type})
