@@ -206,7 +206,7 @@ def test_a_gguf_that_only_llama_cpp_runs_says_so_and_what_to_do(run, tmp_path): 
     for command in (["inspect", file], ["generate", file, "hello"], ["bench", file], ["search", file, "--count", "1"]):
         code, _, err = run(*command)
         assert code == 2
-        assert "is notall's export of tiny.gguf without attn.1 mlp.2, in a form that only llama.cpp runs" in err
+        assert "is notall's export of tiny.gguf without attention 1; mlp 2, in a form that only llama.cpp runs" in err
         assert f"here, give tiny.gguf with --plan {out}" in " ".join(err.split()) or "--plan …" in err
         assert err.count("\n") == 1
     code, _, err = run("eval", path, "--plan", out, *QUICK)
