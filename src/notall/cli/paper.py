@@ -127,5 +127,5 @@ def paper(
             workers=workers,
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about.what['model']}"), out / "similarity")
+    plots.save(plots.similarity_chart(rows, f"Change by depth, {about.what['model']}"), out / "similarity")
     show([asdict(claim) for claim in claims], COLUMNS, as_json=as_json, title=f"The tables are in {out}/paper.md")

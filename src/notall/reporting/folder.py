@@ -23,6 +23,7 @@ from ..records.search import EvaluationRecord, SearchRecord
 from ..records.similarity import SimilarityRecord
 from ..records.sweep import SampleRecord, ScoresRecord, SweepRecord
 from .costs import Costs, read_costs
+from .paper_files import PAPER, read_claims, read_tables
 from .rows import SHORT, kind_of, name_of
 
 # Kinds that a page steps through, the first that is there, and those that have a section of their own.
@@ -39,14 +40,17 @@ RAW: tuple[type[Record], ...] = (
 class Folder:
     """Records to step through, and those of other files by name, without the suffix; a file that is absent has none.
 
-    `foreign` are files that no command of ours wrote: their lines as they are.
+    `claims` are the paper's, beside what the model shows. `foreign` are files that no command of ours wrote: their
+    lines as they are.
     """
 
+    path: Path
     records: tuple[Row, ...]
     similarity: tuple[Row, ...]
     costs: Costs | None
     samples: tuple[Row, ...]
     others: Mapping[str, tuple[Row, ...]]
+    claims: tuple[Row, ...]
     foreign: Mapping[str, tuple[Row, ...]]
 
     @property
@@ -54,11 +58,16 @@ class Folder:
         """The command that wrote the records, if there are any."""
         return kind_of(self.records[0]) if self.records else None
 
+    @property
+    def of_paper(self) -> bool:
+        """Whether `notall paper` wrote it."""
+        return not self.records and (bool(self.claims) or any(Path(kind.file).stem in self.others for kind in PAPER))
+
     @cached_property
     def provenance(self) -> Row:
         """Of the first record that has one."""
         others = (row for rows in self.others.values() for row in rows)
-        rows = (*self.records, *self.similarity, *self.samples, *others)
+        rows = (*self.records, *self.similarity, *self.samples, *others, *self.claims)
         return next((row["provenance"] for row in rows if row.get("provenance")), {})
 
     @cached_property
@@ -88,19 +97,22 @@ def read_folder(path: Path) -> Folder:
     files = [(file, kind_at(file)) for file in sorted(path.glob("*.jsonl"))]
     by_kind = {kind: file for file, kind in files if kind}
     stepped = next((kind for kind in STEPPED if kind in by_kind), None)
+    others = {
+        file.stem: rows
+        for file, kind in files
+        if kind and kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
+    }
     folder = Folder(
+        path=path,
         records=_latest(_rows(by_kind[stepped], stepped)) if stepped else (),
         similarity=_rows_of(by_kind, SimilarityRecord),
         costs=read_costs(path),
         samples=_rows_of(by_kind, SampleRecord),
-        others={
-            file.stem: rows
-            for file, kind in files
-            if kind and kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
-        },
+        others=read_tables(path) | others,
+        claims=read_claims(path),
         foreign={file.stem: rows for file, kind in files if not kind and (rows := tuple(lines.read(file)))},
     )
-    if not (folder.records or folder.similarity or folder.others or folder.foreign):
+    if not (folder.records or folder.similarity or folder.others or folder.claims or folder.foreign):
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         if AnswersRecord in by_kind:  # of eval, whose results are not kept, or of a paper that has only begun
