@@ -12,7 +12,7 @@ import result_folders
 from notall import UsageError
 from notall.records.columns import probability, size
 from notall.records.strict_json import read_json
-from notall.reporting import figures, plots
+from notall.reporting import axes, figures, plots
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import write_report
@@ -88,6 +88,35 @@ def test_costs_that_were_measured_shade_the_map(tmp_path, folder):
     page = " ".join(write_report(tmp_path, tmp_path / "r.html").read_text().split())
     assert "left out, on a logarithmic scale: NLL added, nats per token, measured on 2 windows of text." in page
     assert "a stand-in" not in page
+
+
+def test_one_very_dear_sublayer_leaves_the_others_shades(tmp_path):
+    """What stands between the others on the ramp is far more than a hundredth of it."""
+    costs = [0.01, 0.1, 0.3, 9.0]
+    alone = [row | {"delta_nll": cost} for row, cost in zip(result_folders.alone(), costs)]
+    result_folders.write(tmp_path, results=result_folders.all_records(), leave_one_out=alone)
+    layers = figures.draw_map(read_folder(tmp_path)).to_dict()["layer"]
+    (shade,) = [layer["encoding"]["color"] for layer in layers if "scale" in layer["encoding"].get("color", {})]
+    scale = shade["scale"]
+    assert (scale["type"], scale["domain"]) == ("symlog", [0, 9.0])
+    places = [axes.symlog(cost, scale["constant"]) / axes.symlog(9.0, scale["constant"]) for cost in costs]
+    assert all(after - before > 0.1 for before, after in zip(places, places[1:]))
+    assert shade["legend"]["values"][0] == 0
+    gain = [row | {"delta_nll": -row["delta_nll"]} for row in alone]
+    read = read_folder(
+        result_folders.write(tmp_path / "gain", similarity=result_folders.similarity(), leave_one_out=gain)
+    )
+    assert "symlog" in str(figures.draw_map(read).to_dict())
+
+
+def test_one_noisy_quartile_leaves_the_bars_of_what_is_saved_long():
+    records = [row | {"speedup_decode_low": row["speedup_decode"] / 9} for row in result_folders.all_records()]
+    layers = figures.draw_savings(figures.savings_rows(records)).to_dict()["layer"]
+    (bars,) = [layer for layer in layers if layer["mark"]["type"] == "bar"]
+    assert bars["encoding"]["x"]["scale"]["domain"] == [0, 1.25]
+    rows = bars["data"]["values"]
+    assert max(row["high"] for row in rows) > 5
+    assert max(row["to"] for row in rows) == 1.25
 
 
 def test_savings_are_shares_of_the_dense_model():

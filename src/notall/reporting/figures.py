@@ -163,9 +163,13 @@ def draw_savings(rows: Sequence[Row]) -> alt.LayerChart:
     spread = base.mark_rule(strokeWidth=2, color=alt.expr("ink"), yOffset=9).encode(x="low:Q", x2="to:Q")
     goes_on = base.mark_point(shape="triangle-right", filled=True, size=60, color=alt.expr("ink"), yOffset=9, opacity=1)
     beyond = goes_on.encode(x="to:Q").transform_filter("datum.high > datum.to")
-    words = base.mark_text(align="left", x=2, yOffset=-9, color=alt.expr("ink"), fontSize=12).encode(text="text:N")
+    place = {"align": "left", "x": 2, "yOffset": -9, "fontSize": 12}
+    halo = base.mark_text(**place, stroke=alt.expr("paper"), strokeWidth=4).encode(text="text:N")
+    words = base.mark_text(**place, color=alt.expr("ink")).encode(text="text:N")
     whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=alt.expr("grey"))
-    return (bars + spread + beyond + words + whole.encode(x="share:Q")).add_params(alt.param(name="plan", value=0))
+    return (bars + whole.encode(x="share:Q") + spread + beyond + halo + words).add_params(
+        alt.param(name="plan", value=0)
+    )
 
 
 def draw_tradeoff(records: Sequence[Row]) -> alt.LayerChart:

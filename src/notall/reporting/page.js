@@ -129,5 +129,5 @@ function fitTables() {
   }
 }
 addEventListener("beforeprint", fitTables);
-for (const query of [dark, narrow]) query.addEventListener("change", draw);
-draw();
+let drawing = draw(); // one after the other: colours and width may change at once
+for (const query of [dark, narrow]) query.addEventListener("change", () => (drawing = drawing.then(draw)));
