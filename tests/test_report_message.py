@@ -1,6 +1,7 @@
 """The first sentence of a report, for each kind of folder: what can be left out, the loss, the gain, what is next."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 import typer.testing
@@ -126,9 +127,32 @@ def test_of_a_search_that_was_repaired_it_is_the_repaired_plan(tmp_path):
 )
 def test_of_a_repair_it_is_its_last_state_and_what_comes_after_that(tmp_path, before, after, lost, command):
     rows = [result_folders.measured("prose", state, lost * share) for state, share in ((before, 1), (after, 0.25))]
-    found = message(tmp_path / "r", measured=rows)
+    made = {"healing": result_folders.looks()} if after == "healed" else {"refits": result_folders.refits()}
+    found = message(tmp_path / "r", measured=rows, **made)
     assert found.said.startswith(f"Without 3 attentions of its 12 layers, the {after} tiny is ")
     assert found.command == f"notall {command.format(tmp_path / 'r')}"
+
+
+@pytest.mark.parametrize(
+    ("lost", "usable", "command"),
+    [
+        (0.4, True, "bench tiny --skip attention --fraction 0.33"),
+        (0.8, False, "search tiny --max-nll 0.1 --out plan.json"),
+    ],
+)
+def test_of_an_evaluation_it_is_what_was_measured_and_what_it_saves(tmp_path, lost, usable, command):
+    """Its folder holds no plan: the next command names it as the evaluation did."""
+    about = {"what": {"model": "tiny"}, "where": {"command": "notall eval tiny --skip attention --fraction 0.33 -o e"}}
+    found = message(tmp_path, measured=[result_folders.measured("prose", "skipped", lost, provenance=about)])
+    assert found.said.startswith(f"Without 3 attentions, tiny is {'still' if usable else 'no longer'} ")
+    assert found.usable is usable
+    assert found.command == f"notall {command}"
+
+
+def test_a_search_that_missed_its_budget_says_so(tmp_path):
+    read = read_folder(result_folders.write(tmp_path, chosen=[result_folders.chosen(2)]))
+    missed = replace(read, records=(read.records[0] | {"missed": "1.16x is what was reached"},))
+    assert message_of(missed).said == f"{message_of(read).said} It missed what was asked: 1.16x is what was reached."
 
 
 @pytest.mark.parametrize(
@@ -147,7 +171,7 @@ def test_of_a_bench_it_is_the_last_plan_and_what_its_loss_is(tmp_path, about, co
     rows = [row | {"provenance": result_folders.ABOUT | about} for row in result_folders.all_benched()]
     found = message(tmp_path, bench=rows)
     assert found.said == (
-        "Without 3 blocks of its 10 layers, tiny decodes 1.40× as fast (quartiles 1.33 to 1.54) with weights smaller "
+        "Without 3 blocks, tiny decodes 1.40× as fast (quartiles 1.33 to 1.54) with weights smaller "
         "by 52% and a KV cache smaller by 30%; what that costs was not measured."
     )
     assert found.usable is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,9 +66,13 @@ class Folder:
     @cached_property
     def provenance(self) -> Row:
         """Of the first record that has one."""
+        return next(self._provenances(), {})
+
+    def _provenances(self) -> Iterator[Row]:
         others = (row for rows in self.others.values() for row in rows)
-        rows = (*self.records, *self.similarity, *self.samples, *others, *self.claims)
-        return next((row["provenance"] for row in rows if row.get("provenance")), {})
+        for row in (*self.records, *self.similarity, *self.samples, *others, *self.claims):
+            if row.get("provenance"):
+                yield row["provenance"]
 
     @cached_property
     def plans(self) -> tuple[Row, ...]:
@@ -82,12 +86,17 @@ class Folder:
 
     @property
     def layers(self) -> int:
-        """How many the model has, as far as the folder tells."""
-        shape = Fingerprint.parse(self.provenance.get("fingerprint"))
+        """How many the model has at least, as far as the folder tells."""
         named = (index for record in self.plans for kind in SHORT for index in record["plan"].get(kind, ()))
         alone = (layer for _, layer in (self.costs.found if self.costs else ()))
-        most = max([*named, *alone, *(row["layer"] for row in self.similarity)], default=-1) + 1
-        return max(most, shape.layers if shape else 0)
+        return max(max([*named, *alone], default=-1) + 1, self.known_layers)
+
+    @cached_property
+    def known_layers(self) -> int:
+        """How many the model has; 0 where neither its shape nor the similarity of all layers is here."""
+        shapes = (Fingerprint.parse(about.get("fingerprint")) for about in self._provenances())
+        shape = next(filter(None, shapes), None)
+        return max(shape.layers if shape else 0, max((row["layer"] + 1 for row in self.similarity), default=0))
 
 
 def read_folder(path: Path) -> Folder:

@@ -17,6 +17,7 @@ from .sentences import loss_of, sentence
 from .usable import fastest, is_known, is_usable, mildest
 from .verdict import faults_of, mending, next_command
 
+MADE = ("refits", "healing")  # what a repair and a healing tell of the weights that they make
 LITTLE = 0.1  # nats to ask for where nothing was usable
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 
@@ -58,7 +59,7 @@ def _of_many(folder: Folder, model: str) -> Message | None:
         dense = next((record for record in folder.records if not sublayers(record)), None)
         end, command = _found_better(model, best) if folder.kind == "sweep" else _found_again(model, best)
         named = name_of(best) if folder.kind == "sweep" else way_of(best)
-        return Message(sentence(model, best, dense, folder.layers, named), True, end, command)
+        return Message(sentence(model, best, dense, folder.known_layers, named), True, end, command)
     if least:
         plans = sum(bool(sublayers(record)) for record in folder.records)
         which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
@@ -96,12 +97,23 @@ def _of_search(folder: Folder, model: str) -> Message:
     found = folder.records[-1] | (repaired or {})
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
     dense = {name.removeprefix("dense_"): found[name] for name in found if name.startswith("dense_")}
-    return _of_one(sentence(model, found, dense, folder.layers), model, made, found)
+    said = sentence(model, found, dense, folder.known_layers)
+    missed = f" It missed what was asked: {shorten(found['missed'])}." if found.get("missed") else ""
+    return _of_one(said + missed, model, made, found)
 
 
 def _of_repair(folder: Folder, model: str) -> Message | None:
+    """Of weights that are in the folder, or else of what an evaluation measured."""
     found = repaired_last(folder)
-    return _of_one(sentence(model, found, layers=folder.layers), model, folder.path, found) if found else None
+    if not found:
+        return None
+    said = sentence(model, found, layers=folder.known_layers)
+    if any(name in folder.others for name in MADE):
+        return _of_one(said, model, folder.path, found)
+    if not is_usable(found):
+        return Message(said, False, *_asking_for_less(model))
+    command = f"{next_command('bench', model)} {shlex.join(_asked_plan(found['provenance']))}"
+    return Message(said, True, "see what that saves", command)
 
 
 def _of_one(said: str, model: str, made: Path, found: Row) -> Message:
@@ -124,7 +136,7 @@ def _of_bench(folder: Folder, model: str) -> Message | None:
     dense, found = folder.records[places[-1] - 1], folder.records[places[-1]]
     real = "MODEL" if folder.provenance.get("dummy_weights") else model  # of random weights no loss is of interest
     command = f"{next_command('eval', real)} {shlex.join(_asked_plan(folder.provenance))}"
-    said = sentence(model, found, dense if not sublayers(dense) else None, folder.layers)
+    said = sentence(model, found, dense if not sublayers(dense) else None, folder.known_layers)
     return Message(said, None, "see what that costs", command)
 
 

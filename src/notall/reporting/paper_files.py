@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from ..records.record import Record
 
 PAPER: tuple[type[Record], ...] = (BenchmarkRecord, BatteryRecord, TimesRecord)
 STORY = "paper.md"
-CLAIM = ("claim", "verdict", "here")  # the headings of its last table
+CLAIM = ("claim", "verdict", "here")  # the headings of one of its tables
 TITLE = re.compile(r"# The evaluation of arXiv \S+ on (.+)\n\n(.+)")
 BETWEEN = re.compile(r"(?<!\\)\|")
 UNTOLD: Row = {"plan": {"attention": [], "mlp": []}, "values": None}  # what a table of figures leaves out
@@ -27,9 +28,9 @@ def read_claims(folder: Path) -> tuple[Row, ...]:
     story = _text(folder / STORY)
     title = TITLE.match(story)
     about = {"provenance": {"model": title[1], "measured": title[2]} if title else {}}
-    rows = [_cells(line) for line in story.splitlines() if line.startswith("|")]
-    begin = max((place for place, row in enumerate(rows) if row == CLAIM), default=len(rows)) + 2
-    return tuple(dict(zip(CLAIM, row)) | about for row in rows[begin:] if len(row) == len(CLAIM))
+    rows = dropwhile(CLAIM.__ne__, map(_cells, story.splitlines()))
+    table = takewhile(bool, rows)  # a line that is no row ends it
+    return tuple(dict(zip(CLAIM, row)) | about for row in islice(table, 2, None) if len(row) == len(CLAIM))
 
 
 def read_tables(folder: Path) -> dict[str, tuple[Row, ...]]:
@@ -47,6 +48,7 @@ def _text(file: Path) -> str:
 
 
 def _cells(line: str) -> tuple[str, ...]:
+    """Of a row of a table; of any other line none."""
     return tuple(cell.strip().replace(r"\|", "|") for cell in BETWEEN.split(line)[1:-1])
 
 

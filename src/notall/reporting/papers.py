@@ -18,6 +18,7 @@ BECAME = {
     "holds": ("holds", "hold"),
     "does not hold": ("does not hold", "do not hold"),
     "within error": ("lies within error", "lie within error"),
+    "too few": ("rests on too few figures", "rest on too few figures"),
 }
 
 
