@@ -274,9 +274,24 @@ def test_labels_of_a_dense_figure_do_not_overlap_in_the_picture():
             for keep_last in (False, True)
         )
     ]
-    drawn = points(plots.tradeoff_chart(crowded, ""))
-    assert {row["needs"] for row in drawn} > {None}
-    assert any(row["needs"] for row in drawn)
+    chart = plots.tradeoff_chart(crowded, "")
+    drawn = points(chart)
+    (left, right), scale = encoding(chart, "x")["scale"]["domain"], encoding(chart, "y")["scale"]
+    low, high = (axes.symlog(end, scale["constant"]) for end in scale["domain"])
+    for width in axes.WIDTHS:
+
+        def box(row, around, width=width):
+            across = plots.PADDING + (row["speedup"] - left) / (right - left) * (width - 2 * plots.PADDING)
+            up = (axes.symlog(row["lost"], scale["constant"]) - low) / (high - low)
+            down = plots.HEIGHT - plots.PAD_OF_LOSSES - up * (plots.HEIGHT - 2 * plots.PAD_OF_LOSSES)
+            return across + around[0], across + around[1], down + around[2], down + around[3]
+
+        shown = [row for row in drawn if row["needs"] is not None and row["needs"] <= width]
+        labels = [box(row, plots.LABELS[row["last"]]) for row in shown]
+        assert overlaps(labels) == 0
+        for label in labels:
+            assert not [row for row in drawn if overlaps([label, box(row, plots.POINT)])]
+    assert 0 < len(shown) < len(drawn)
 
 
 MANY = [

@@ -276,6 +276,9 @@ def test_every_next_command_is_one_that_can_be_typed(tmp_path):
     """Its options are the command's own; only what it reads is absent here."""
     folders = {
         "sweep": result_folders.write(tmp_path / "sweep"),
+        "useless": result_folders.write(
+            tmp_path / "useless", results=[row | {"top1_agreement": 0.1} for row in result_folders.all_records()]
+        ),
         "compare": result_folders.write_comparison(tmp_path / "compare"),
         "search": result_folders.write(tmp_path / "p.search", chosen=[result_folders.chosen(2)]),
         "wrecked": result_folders.write(tmp_path / "w.search", chosen=[result_folders.chosen(2, delta_nll=3.0)]),

@@ -111,8 +111,7 @@ def _shared(benchmarks: Sequence[Row]) -> list[Row]:
 def _averages(rows: Sequence[Row]) -> dict[Configured, tuple[float, float]]:
     found: dict[Configured, list[Row]] = {}
     for row in rows:
-        if row["variant"] != "dense":
-            found.setdefault(_key(row), []).append(row)
+        found.setdefault(_key(row), []).append(row)
     return {
         key: (
             math.fsum(row["delta"] for row in given) / len(given),

@@ -116,7 +116,7 @@ def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
     ]
     logarithmic = alt.Scale(type="log", nice=False, padding=16)
     axis = alt.Axis(format="~g", tickCount=6)
-    changed = alt.Y("changed:Q", title="1 − cosine, before and after", scale=logarithmic, axis=axis)
+    changed = alt.Y("changed:Q", title="1 − cosine similarity, before and after", scale=logarithmic, axis=axis)
     return _by_depth(rows, changed, alt.Tooltip("cosine:Q", format=".4f"))
 
 
