@@ -1,4 +1,4 @@
-"""Pictures of reports for the documentation: `python docs/screenshots.py sweep=results/demo search=results/plan.search`.
+"""Pictures of reports for the documentation: `python docs/screenshots.py sweep=results/demo paper=benchmarks/paper`.
 
 Of each folder the first screen, as first-screen-NAME.png; of a sweep also report-light, -dark and -phone.
 """
