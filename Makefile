@@ -120,8 +120,10 @@ docs: setup ## write the command reference and build the documentation into site
 notebook: setup ## run docs/notebook.ipynb on the default model, keep what its cells show, and render docs/notebook.md
 	$(VENV)/bin/python docs/notebook.py
 
-screenshots: setup ## take the pictures of results/demo/report.html that the documentation shows
-	$(VENV)/bin/python docs/screenshots.py results/demo/report.html
+screenshots: demo ## take the pictures of reports that the documentation shows
+	cd results && ../$(VENV)/bin/notall search --kind attention --count 4 --sequences 4 --length 128 -o plan.json
+	cd results && ../$(VENV)/bin/python ../docs/screenshots.py sweep=demo search=plan.search \
+	  compare=../benchmarks/comparison paper=../benchmarks/paper
 
 browser: ## install Debian's chromium, for the tests of the report (as root); without it they skip
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -qy install --no-install-recommends chromium; }

@@ -788,7 +788,7 @@ def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
     assert lines[2]["provenance"]["what"]["held_out"] == "prose"
     (row,) = json.loads(shown)
     given = {name: value for name, value in row.items() if name not in ("seconds", "provenance", "verdict")}
-    assert given.items() <= (lines[1] | lines[1]["quality"]).items()
+    assert given.items() <= (lines[1] | lines[1]["quality"] | lines[1]["weighed"]).items()
     assert str(tmp_path) not in kept.read_text()
     assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
     told = page.read_text(encoding="utf-8")

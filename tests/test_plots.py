@@ -8,7 +8,7 @@ import pytest
 
 import result_folders
 from notall.errors import UsageError
-from notall.reporting import plots
+from notall.reporting import axes, plots
 
 pytestmark = pytest.mark.any_transformers  # it draws records, and runs no model
 
@@ -206,3 +206,130 @@ def test_the_front_is_what_nothing_beats_in_both():
     points = [(1.0, 0.0), (1.2, 0.5), (1.1, 0.6), (1.2, 0.4), (1.5, 3.0), (1.4, 3.0), (0.9, 0.2)]
     slow_twin = [p for p in points if not any(q != p and q[0] >= p[0] and q[1] <= p[1] for q in points)]
     assert plots.front(points) == sorted(slow_twin) == [(1.0, 0.0), (1.2, 0.4), (1.5, 3.0)]
+
+
+def tradeoff_spec(records, **size):
+    return plots.spec_of(plots.tradeoff_chart(records, "").properties(**size))
+
+
+def noisy(low, high):
+    """A sweep of which one plan has quartiles that are far off."""
+    first = RECORDS[1] | {"speedup_decode_low": low, "speedup_decode_high": high}
+    return [RECORDS[0], first, *RECORDS[2:]]
+
+
+def test_one_noisy_quartile_stretches_no_axis_and_is_marked_where_it_goes_on():
+    wide, quiet = (encoding(plots.tradeoff_chart(records, ""), "x")["scale"] for records in (noisy(0.2, 3.0), RECORDS))
+    assert quiet["domain"] == pytest.approx([1.0, 1.36])  # as far as the quiet bars go
+    assert wide["domain"] == pytest.approx([1 - 0.15, 1.33 + 0.15])
+    (row,) = [row for row in points(plots.tradeoff_chart(noisy(0.2, 3.0), "")) if row["speedup_high"] == 3.0]
+    assert (row["speedup_low"], row["speedup_from"], row["speedup_to"]) == pytest.approx((0.2, 0.85, 1.48))
+    arrows = {
+        name: sum(layer["mark"].get("shape") == name for layer in tradeoff_spec(noisy(0.2, 3.0))["layer"])
+        for name in ("triangle-left", "triangle-right")
+    }
+    assert arrows == {"triangle-left": 1, "triangle-right": 1}
+
+
+def test_bounds_follow_the_bars_that_are_near_the_points():
+    assert axes.bounds([1, 2], [0.9, 2.1]) == (0.9, 2.1)
+    assert axes.bounds([1, 2], [-5, 9]) == (0.75, 2.25)
+    assert axes.bounds([1, 2], [-5, 9], least=1) == (0, 3)
+    assert axes.bounds([1], []) == (0.9, 1.1)
+
+
+def overlaps(boxes):
+    """How many pairs share a pixel; the slow twin of what the labels are laid out by."""
+    pairs = ((a, b) for place, a in enumerate(boxes) for b in boxes[:place])
+    return sum(a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3] for a, b in pairs)
+
+
+@pytest.mark.parametrize("width", axes.WIDTHS)
+def test_labels_lie_on_no_other_at_any_width_and_more_of_them_fit_a_wider_plot(width):
+    across = [(7 * place % 19) / 19 for place in range(40)]
+    labels = [axes.Label((x, 11 * place % 160), -30, -5, -14, -2) for place, x in enumerate(across)]
+    needed = axes.needed_widths(labels, [], 20)
+    shown = [label for label, need in zip(labels, needed) if need is not None and need <= width]
+    inside = width - 40
+    boxes = [
+        (x * inside + one.left, x * inside + one.right, y + one.top, y + one.bottom)
+        for one in shown
+        for x, y in [one.point]
+    ]
+    assert overlaps(boxes) == 0
+    left_out = [place for place, need in enumerate(needed) if need is None or need > width]
+    for place in left_out:  # each of them would lie on one that goes before it or was there at a smaller width
+        x, y = labels[place].point
+        box = (x * inside - 30, x * inside - 5, y - 14, y - 2)
+        assert overlaps([*boxes, box]) > 0
+
+
+def test_labels_of_a_dense_figure_do_not_overlap_in_the_picture():
+    crowded = [RECORDS[0]] + [
+        record(variant, fraction, keep_last, 3 + place / 50, 1.2 + fraction / 10)
+        for place, (variant, fraction, keep_last) in enumerate(
+            (variant, fraction, keep_last)
+            for variant in ("attention", "mlp", "block")
+            for fraction in (0.1, 0.25, 0.33)
+            for keep_last in (False, True)
+        )
+    ]
+    chart = plots.tradeoff_chart(crowded, "")
+    drawn = points(chart)
+    (left, right), scale = encoding(chart, "x")["scale"]["domain"], encoding(chart, "y")["scale"]
+    low, high = (axes.symlog(end, scale["constant"]) for end in scale["domain"])
+    for width in axes.WIDTHS:
+
+        def box(row, around, width=width):
+            across = plots.PADDING + (row["speedup"] - left) / (right - left) * (width - 2 * plots.PADDING)
+            up = (axes.symlog(row["lost"], scale["constant"]) - low) / (high - low)
+            down = plots.HEIGHT - plots.PAD_OF_LOSSES - up * (plots.HEIGHT - 2 * plots.PAD_OF_LOSSES)
+            return across + around[0], across + around[1], down + around[2], down + around[3]
+
+        shown = [row for row in drawn if row["needs"] is not None and row["needs"] <= width]
+        labels = [box(row, plots.LABELS[row["last"]]) for row in shown]
+        assert overlaps(labels) == 0
+        for label in labels:
+            assert not [row for row in drawn if overlaps([label, box(row, plots.POINT)])]
+    assert 0 < len(shown) < len(drawn)
+
+
+MANY = [
+    result_folders.compared(way, space, count, lost * count)
+    for space, counts in (("attention", (2, 4)), ("mlp", (2,)))
+    for way, lost in (("search", 0.1), ("a", 0.5), ("b", 0.2), ("c", 0.3), ("d", 0.4), ("e", 0.6), ("f", 0.7))
+    for count in counts
+    if (way, space) != ("b", "mlp")  # not asked there, so not known to be among the best
+]
+
+
+def test_of_many_criteria_the_best_have_colours_and_the_rest_is_grey():
+    rows = plots.front_rows(MANY)
+    colours = plots.criterion_colours(rows)
+    assert list(colours) == ["search", "c", "d", "b"]
+    drawn = plots.front_layers(rows, colours)
+    scale = encoding(drawn, "color")["scale"]
+    assert scale["domain"] == ["search", "c", "d", "b", plots.OTHERS]
+    assert (scale["range"][0], scale["range"][-1]) == ({"expr": "ink"}, {"expr": "pale"})
+    shown = points(drawn)
+    assert [row["shown"] for row in shown].count(plots.OTHERS) == 3 * 3  # a, e and f
+    assert shown[0]["shown"] == plots.OTHERS  # below what has a colour
+    lines = [layer for layer in drawn.to_dict()["layer"] if layer["mark"]["type"] == "line"]
+    assert lines[0]["encoding"]["detail"]["field"] == "criterion"  # each grey one is a line of its own
+
+
+def test_few_criteria_have_a_colour_each():
+    rows = plots.front_rows([row for row in MANY if row["criterion"] in ("search", "a", "b", "c", "f")])
+    colours = plots.criterion_colours(rows)
+    assert set(colours) == {"search", "a", "b", "c", "f"}
+    assert plots.OTHERS not in encoding(plots.front_layers(rows, colours), "color")["scale"]["domain"]
+
+
+def test_what_changes_is_logarithmic_and_rounding_is_no_change():
+    chart = plots.similarity_chart([*SIMILARITY, {"layer": 30, "kind": "block", "cosine": 1 + 1e-9}], "")
+    changed = {(row["layer"], row["kind"]): row["changed"] for row in points(chart)}
+    assert changed[3, "MLP"] == pytest.approx(0.37)
+    assert changed[30, "block"] == plots.LEAST_CHANGE
+    drawn = encoding(chart, "y")
+    assert drawn["scale"]["type"] == "log"
+    assert drawn["title"].startswith("1 − cosine")

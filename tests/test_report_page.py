@@ -47,6 +47,36 @@ def nasty_comparison(tmp_path_factory):
     return write_report(folder, folder / "report.html")
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A page of each kind of folder, made when it is first asked for."""
+    made = {}
+    figure = {"value": 0.5, "delta": -0.1234, "delta_stderr": 0.0123, "p_value": 0.5}
+    tasks = {f"benchmark_{number} acc_norm": figure for number in range(20)}
+    wide = [row | {"tasks": tasks} for row in result_folders.all_compared()]
+    writers = {
+        "sweep": result_folders.write,
+        "compare": lambda folder: result_folders.write_comparison(folder, wide),
+        "search": lambda folder: result_folders.write(folder, chosen=[result_folders.chosen(3)]),
+        "paper": lambda folder: result_folders.write_paper(folder, battery=True),
+        "bench": lambda folder: result_folders.write(folder, bench=result_folders.all_benched()),
+        "repair": lambda folder: result_folders.write(
+            folder, measured=result_folders.all_measured(), refits=result_folders.refits()
+        ),
+    }
+
+    def page_of(kind):
+        if kind not in made:
+            folder = writers[kind](tmp_path_factory.mktemp(kind))
+            made[kind] = write_report(folder, folder / "report.html")
+        return made[kind]
+
+    return page_of
+
+
+KINDS = ("sweep", "compare", "search", "paper", "bench", "repair")
+
+
 @pytest.fixture
 def view(browser):
     """Open a report; whatever it complains of or fetches fails the test."""
@@ -81,10 +111,91 @@ def hatched(page):
     return page.locator('#map .mark-rect.role-mark > path[fill^="url("]').count()
 
 
+def boxes(page, selector):
+    """Where elements are on the page: left, right, top, bottom."""
+    return page.locator(selector).evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right, box.top, box.bottom])"
+    )
+
+
+def resize(page, width, height=800):
+    """And wait until what follows the width is drawn again."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.evaluate("new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame))).then(() => drawing)")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_the_screen(view, pages, kind):
+    page = view(pages(kind))
+    for width in (1680, 1280, 800, 390):
+        resize(page, width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for selector in ("#said", "#message code", "#copy-next"):
+            ((left, right, top, bottom),) = boxes(page, selector)
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= 800
+    assert "tiny" in page.locator("#said").inner_text()
+    assert page.locator("#message code").inner_text().startswith("notall ")
+
+
+@pytest.mark.parametrize(("kind", "colours"), [*zip(KINDS, ["light", "dark"] * 3)])
+def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
+    """On a landscape A4; a phone's page is the hardest to print."""
+    page = view(pages(kind), 390, colours)
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")  # and tells the page that it is printed
+    page.emulate_media(media="print", color_scheme=colours)
+    resize(page, 1047, 718)
+    wide = "all => all.forEach(one => one.setAttribute('width', 3000))"  # as where a wide screen's are not drawn again
+    page.locator(".chart svg").evaluate_all(wide)
+    charts = boxes(page, ".chart svg")
+    assert len(charts) == int(page.get_attribute("body", "data-drawn"))
+    for left, right, top, bottom in charts + boxes(page, "table"):
+        assert 0 <= left < right <= 1047
+        assert bottom - top > 40
+    for element in (".scroll", ".said", ".prompt", ".provenance dd"):
+        ways = page.locator(element).evaluate_all("all => all.map(one => getComputedStyle(one).overflowY)")
+        assert set(ways) <= {"visible"}
+    assert page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor") == "rgb(255, 255, 255)"
+    light = page.locator(".chart svg").evaluate_all("all => all.every(one => getComputedStyle(one).filter == 'none')")
+    assert light == (colours == "light" or not charts)
+
+
+@pytest.mark.parametrize("width", [360, 800, 1680])
+def test_no_label_of_a_point_lies_on_another(view, report, width):
+    page = view(report, width)
+    texts = boxes(page, "#tradeoff .mark-text.role-mark > text")
+    labels = {tuple(round(side) for side in box) for box in texts}  # each is there twice, with its halo
+    assert len(labels) > 5
+    for a in labels:
+        assert not [
+            b for b in labels - {a} if a[0] < b[1] - 1 and b[0] < a[1] - 1 and a[2] < b[3] - 2 and b[2] < a[3] - 2
+        ]
+
+
+def test_the_next_command_is_copied_whole(view, report):
+    page = view(report)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#copy-next").click()
+    page.wait_for_function("document.querySelector('#copy-next').textContent == 'copied'")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "notall search tiny --kind attention --count 3 --out plan.json"
+
+
+def test_a_wide_table_scrolls_within_its_box_under_a_column_that_stays(view, pages):
+    page = view(pages("compare"), 800)
+    box = page.locator(".scroll:has(#table-results)")
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    before = boxes(page, "#table-results tbody tr:first-child td:first-child")
+    box.evaluate("box => box.scrollLeft = 300")
+    assert boxes(page, "#table-results tbody tr:first-child td:first-child") == before
+    told = page.locator("#table-results tbody tr").first.inner_text()
+    assert told.startswith("search")
+
+
 def test_every_figure_is_drawn(view, report):
     page = view(report)
     assert page.get_attribute("body", "data-drawn") == "4"
-    assert marks(page, "map", "rect") == 2 * result_folders.LAYERS + 1
+    assert marks(page, "map", "rect") == 2 * result_folders.LAYERS + 3
     assert marks(page, "savings", "rect") == 4
     assert marks(page, "similarity", "symbol") >= 3 * result_folders.LAYERS
     assert marks(page, "tradeoff", "symbol") >= 18
@@ -94,12 +205,12 @@ def test_every_figure_is_drawn(view, report):
 def test_slider_buttons_and_keys_step_through_the_plans(view, report):
     page = view(report)
     slider = page.locator("#plan")
-    assert page.locator("#plan-name").inner_text() == "attention 10%, last layer kept"
-    assert hatched(page) == 1
+    assert page.locator("#plan-name").inner_text() == "attention 33%, last layer kept"
+    assert hatched(page) == 3
     page.get_by_role("button", name="next plan").click()
-    page.wait_for_function("views.map.signal('skipped').length == 2")
-    assert page.locator("#plan-name").inner_text() == "attention 25%"
-    assert hatched(page) == 2
+    page.wait_for_function("views.map.signal('skipped').length == 1")
+    assert page.locator("#plan-name").inner_text() == "MLP 10%"
+    assert hatched(page) == 1
     slider.focus()
     page.keyboard.press("End")
     page.wait_for_function("views.map.signal('skipped').length == 6")
@@ -243,7 +354,7 @@ def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, compari
 
 def test_the_table_of_a_comparison_sorts_and_filters(view, comparison):
     page = view(comparison)
-    for heading, column in (("NLL added", 5), ("arc_easy", 10), ("CPU s", 15)):
+    for heading, column in (("NLL added", 5), ("arc_easy", 11), ("CPU s", 16)):
         page.get_by_role("button", name=heading).click()
         cells = page.locator(f"#table-results tbody tr td:nth-child({column})")
         values = [float(value) for value in cells.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]

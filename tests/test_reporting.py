@@ -13,7 +13,7 @@ import result_folders
 from notall import UsageError
 from notall.records.columns import probability, size
 from notall.records.strict_json import read_json
-from notall.reporting import figures, plots
+from notall.reporting import axes, figures, plots
 from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import render, write_report
@@ -87,8 +87,37 @@ def test_costs_that_were_measured_shade_the_map(tmp_path, folder):
     assert source == "measured"
     assert [row["cost"] for row in rows[:3]] == [0, 0.1, 0.2]
     page = " ".join(write_report(tmp_path, tmp_path / "r.html").read_text().split())
-    assert "left out: NLL added, nats per token, measured on 2 windows of text." in page
+    assert "left out, on a logarithmic scale: NLL added, nats per token, measured on 2 windows of text." in page
     assert "a stand-in" not in page
+
+
+def test_one_very_dear_sublayer_leaves_the_others_shades(tmp_path):
+    """What stands between the others on the ramp is far more than a hundredth of it."""
+    costs = [0.01, 0.1, 0.3, 9.0]
+    alone = [row | {"delta_nll": cost} for row, cost in zip(result_folders.alone(), costs)]
+    result_folders.write(tmp_path, results=result_folders.all_records(), leave_one_out=alone)
+    layers = figures.draw_map(read_folder(tmp_path)).to_dict()["layer"]
+    (shade,) = [layer["encoding"]["color"] for layer in layers if "scale" in layer["encoding"].get("color", {})]
+    scale = shade["scale"]
+    assert (scale["type"], scale["domain"]) == ("symlog", [0, 9.0])
+    places = [axes.symlog(cost, scale["constant"]) / axes.symlog(9.0, scale["constant"]) for cost in costs]
+    assert all(after - before > 0.1 for before, after in zip(places, places[1:]))
+    assert shade["legend"]["values"][0] == 0
+    gain = [row | {"delta_nll": -row["delta_nll"]} for row in alone]
+    read = read_folder(
+        result_folders.write(tmp_path / "gain", similarity=result_folders.similarity(), leave_one_out=gain)
+    )
+    assert "symlog" in str(figures.draw_map(read).to_dict())
+
+
+def test_one_noisy_quartile_leaves_the_bars_of_what_is_saved_long():
+    records = [row | {"speedup_decode_low": row["speedup_decode"] / 9} for row in result_folders.all_records()]
+    layers = figures.draw_savings(figures.savings_rows(records)).to_dict()["layer"]
+    (bars,) = [layer for layer in layers if layer["mark"]["type"] == "bar"]
+    assert bars["encoding"]["x"]["scale"]["domain"] == [0, 1.25]
+    rows = bars["data"]["values"]
+    assert max(row["high"] for row in rows) > 5
+    assert max(row["to"] for row in rows) == 1.25
 
 
 def test_savings_are_shares_of_the_dense_model():
@@ -111,12 +140,22 @@ def test_the_table_says_and_sorts_by_the_records():
     assert copied[2]["skipped"] == "attn.8"
 
 
-def test_a_sweep_begins_with_the_plan_that_loses_least(folder):
+def test_a_sweep_begins_with_the_fastest_plan_that_is_usable(folder):
     read = read_folder(folder)
-    losses = [record["delta_nll"] for record in read.records if record["variant"] != "dense"]
-    assert read.records[first_plan(read)]["delta_nll"] == min(losses) < max(losses)
+    first, losses = read.records[first_plan(read)], [row["delta_nll"] for row in read.records[1:]]
+    speedups = [row["speedup_decode"] for row in read.records[1:]]
+    assert first["speedup_decode"] == max(speed for speed, lost in zip(speedups, losses) if lost < math.log(2))
+    assert first["speedup_decode"] < max(speedups)  # which more than doubles perplexity
     cards = {card.title: card.figure for card in findings_of(read)}
     assert cards["Loses least"] == f"{min(losses):+.2f}" != f"{max(losses):+.2f}"
+    assert cards["Fastest usable"] == f"{first['speedup_decode']:.2f}×" != f"{max(speedups):.2f}×"
+
+
+def test_where_no_plan_is_usable_the_cards_name_none_and_the_plan_that_loses_least_comes_first(tmp_path):
+    useless = [row | {"top1_agreement": 0.49} for row in result_folders.all_records()[1:]]
+    read = read_folder(result_folders.write(tmp_path, results=[*result_folders.all_records()[:1], *useless]))
+    assert read.records[first_plan(read)]["delta_nll"] == min(row["delta_nll"] for row in useless)
+    assert {card.title: card.figure for card in findings_of(read)}["Fastest usable"] == "none"
 
 
 def test_files_of_other_commands_become_tables_as_they_are():
@@ -179,16 +218,15 @@ def test_a_folder_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
     ]
     folder = read_folder(result_folders.write(tmp_path, claims=claims, similarity=result_folders.similarity()))
     assert [(card.title, card.figure, card.text) for card in findings_of(folder)] == [
-        ("Holds", "2 of 3", "A is better; C is"),
-        ("Too few", "1 of 3", "B is"),
+        ("Claims that hold", "2 of 3", "1 rests on too few figures"),
     ]
-    assert "The paper&#39;s claims, and this model" in render(folder)
+    assert "The paper's claims, and this model" in render(folder)
 
 
 def test_the_evaluation_that_the_repository_holds_makes_a_page():
     folder = read_folder(Path(__file__).parent.parent / "benchmarks" / "paper")
-    assert {"claims", "benchmarks", "battery", "times"} <= set(folder.others)
-    assert findings_of(folder)[0].title == "Holds"
+    assert {"benchmarks", "battery", "times"} <= set(folder.others)
+    assert findings_of(folder)[0].title == "Claims that hold"
     assert "normalized accuracy" in render(folder)
 
 
@@ -242,7 +280,10 @@ def test_a_comparison_is_a_map_of_its_choices_fronts_and_a_table(tmp_path):
     assert [plan["name"] for plan in data["plans"]][:2] == ["search by kl: 2 attention", "search by kl: 4 attention"]
     assert data["plans"][0]["skipped"] == ["attn.8", "attn.9"]
     assert "skipped in this order: attn.9, attn.8." in data["plans"][0]["told"]
-    assert "left out: KL added, nats per token, measured on the text that was chosen by." in " ".join(page.split())
+    assert (
+        "left out, on a logarithmic scale: KL added, nats per token, measured on the text that was chosen by."
+        in " ".join(page.split())
+    )
     assert not {"choices", "held_out", "times"} & data["csv"].keys()
     assert "table-times" not in page
     assert read_folder(folder).layers == result_folders.LAYERS + 2  # as the fingerprint says
@@ -257,7 +298,8 @@ def test_the_table_of_a_comparison_has_its_tasks():
     table = stepped_table("compare", records)
     assert table.headings[:5] == ("criterion", "by", "among", "count", "NLL added")
     column = table.headings.index("arc_easy acc")
-    assert [row[column].text for row in table.rows[:3]] == ["0.480 (-0.020 ± 0.020)", "-", "0.480 (-0.020 ± 0.020)"]
+    told = {table.plans[place]: row[column].text for place, row in enumerate(table.rows)}
+    assert [told[plan] for plan in range(3)] == ["0.480 (-0.020 ± 0.020)", "-", "0.480 (-0.020 ± 0.020)"]
     assert table.rows[0][column].value == 0.48
     copied = next(csv.DictReader(io.StringIO(table.csv)))
     assert (copied["arc_easy acc value"], copied["arc_easy acc delta_se"]) == ("0.48", "0.02")
@@ -288,9 +330,13 @@ def test_the_cards_of_a_comparison_say_what_loses_least_at_the_largest_counts(tm
     found = findings_of(
         read_folder(result_folders.write_comparison(tmp_path, [*result_folders.all_compared(), lacking]))
     )
-    assert [card.title for card in found] == ["Loses least: 4 attention", "Loses least: 6 portable"]
-    assert found[0].figure == "+0.40"
-    assert found[0].text.startswith(
+    assert [card.title for card in found] == [
+        "Fastest usable",
+        "Loses least: 4 attention",
+        "Loses least: 6 portable",
+    ]
+    assert found[1].figure == "+0.40"
+    assert found[1].text.startswith(
         "search by kl, 10.0 forward passes to find; next, +1.20 nats a token (± 0.12): cosine"
     )
 
@@ -480,7 +526,7 @@ def test_hostile_text_is_text(tmp_path, write):
         ({"evaluations": result_folders.evaluations()}, "holds no results; .* or let a run end"),
         (
             {"answers": [{"record": "answers", "plans": [], "answers": {}}]},
-            "answers alone make no page: notall eval prints what they come to, notall paper keeps it$",
+            "answers alone make no page: let notall eval or notall paper end$",
         ),
     ],
 )

@@ -67,6 +67,7 @@ MEASURED = {
     "weight_bytes": 137_953_296_384,
     "kv_bytes_per_token": 327_680,
     "state_bytes": 18_874_368,
+    "read_by": "attn.7 attn.9",
     "peak_bytes": 150_000_000_000,
     "sequences": 1024,
     "evaluations": 123_456,

@@ -19,7 +19,8 @@ from ..records.ledger import Ledger, working_in
 from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.record import QualityFields
-from ..records.search import SearchRecord, SpeedCheck
+from ..records.search import SearchRecord, SpeedCheck, Weighed
+from ..running.footprint import Footprint, footprint
 from .after_repair import AfterRepair
 from .budget import Budget
 from .criteria import Setting
@@ -49,6 +50,7 @@ class ChosenPlan:
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
     times: Prediction | None = None
     missed: str | None = None
+    weighed: tuple[Footprint, Footprint] | None = None  # likewise
 
     def __str__(self) -> str:
         before, after = (round(cost, 3) + 0.0 for cost in (self.dense_cost, self.cost))  # none is -0.000
@@ -71,6 +73,7 @@ class ChosenPlan:
             missed=self.missed,
             quality=QualityFields(**asdict(self.held_out[1])) if self.held_out else None,
             check=_speed_check(self.times) if self.times else None,
+            weighed=_weighed(*self.weighed) if self.weighed else None,
             provenance=about,
         )
 
@@ -87,6 +90,15 @@ def check_minutes(most: float | None) -> None:
     """Raise `UsageError` for a time that is none."""
     if most is not None and not most >= 0:
         raise UsageError(f"the search cannot end after {most} minutes: give 0 or more")
+
+
+def _weighed(dense: Footprint, left: Footprint) -> Weighed:
+    return Weighed(
+        weight_bytes=left.weight_bytes,
+        dense_weight_bytes=dense.weight_bytes,
+        kv_bytes_per_token=left.kv_bytes_per_token,
+        dense_kv_bytes_per_token=dense.kv_bytes_per_token,
+    )
 
 
 def _speed_check(times: Prediction) -> SpeedCheck:
@@ -154,4 +166,5 @@ def choose_plan(
         tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
         outcome.check,
         outcome.missed,
+        (footprint(model, Plan()), footprint(model, plan)),
     )

@@ -115,7 +115,7 @@ def similarity(
     if out:
         from ..reporting import plots
 
-        plots.save(plots.similarity_chart(rows, f"Similarity by depth, {model}"), out)
+        plots.save(plots.similarity_chart(rows, f"Change by depth, {model}"), out)
     show(rows, SimilarityRecord.columns, as_json=as_json, title="cosine of the residual stream before and after")
 
 

@@ -126,7 +126,7 @@ def sweep(
         from ..reporting import plots
 
         depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-        plots.save(plots.similarity_chart(depths, f"Similarity by depth, {name}"), out / "similarity")
+        plots.save(plots.similarity_chart(depths, f"Change by depth, {name}"), out / "similarity")
         plots.save(plots.tradeoff_chart(rows, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
     show(rows, SweepRecord.columns, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
 

@@ -136,7 +136,7 @@ def paper(
             workers=workers,
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    plots.save(plots.similarity_chart(rows, f"Similarity by depth, {about.what['model']}"), out / "similarity")
+    plots.save(plots.similarity_chart(rows, f"Change by depth, {about.what['model']}"), out / "similarity")
     show(
         [claim.row() for claim in claims],
         ClaimRecord.columns,

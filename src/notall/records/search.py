@@ -59,13 +59,22 @@ CHECK = (
 )
 
 
+class Weighed(Fields):
+    """What the plan leaves of the model, beside the dense model's."""
+
+    weight_bytes: Count = Field(description="bytes of the weights that are left")
+    dense_weight_bytes: Count
+    kv_bytes_per_token: Count = Field(description="bytes of KV cache a token of one sequence takes")
+    dense_kv_bytes_per_token: Count
+
+
 class SearchRecord(Record, SpentFields, Skips):
     """A plan that was chosen, and what was measured of it, if anything."""
 
     file = "chosen.jsonl"
     commands = ("search",)
     key_fields = ("chosen", "plan", "evaluations", "in_time")  # times are never the same twice
-    groups = ("quality", "check")
+    groups = ("quality", "check", "weighed")
     columns = (
         plain("chosen"),
         *QUALITY,
@@ -89,6 +98,7 @@ class SearchRecord(Record, SpentFields, Skips):
     missed: str | None = Field(None, description="what was reached of a budget that was not; None where it was")
     quality: QualityFields | None = Field(None, description="on held-out text")
     check: SpeedCheck | None = Field(None, description="where a speedup was asked for")
+    weighed: Weighed | None = Field(None, description="what that leaves")
 
     @property
     def key(self) -> Key:

@@ -19,6 +19,8 @@ TIMES = {
     "decode": ("decode_ms_per_token", "each further token"),
 }
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token", "state_bytes": "states"}
+LEAST_SHADE = 1e-9  # where all costs are 0
+WIDER = 1.25  # than the longest bar is the axis: one noisy quartile does not shrink all bars
 FRONT = "front"  # what the names of its panels begin with
 BESIDE = {"refits": plots.refit_layers, "healing": plots.healing_layers}  # above the table of that name
 NAMES = ("criterion", "aim", "space")
@@ -34,7 +36,7 @@ def draw_all(folder: Folder) -> dict[str, Row]:
     if folder.similarity:
         drawn["similarity"] = plots.similarity_layers(folder.similarity).properties(height=340)
     if folder.kind == "sweep" and len(folder.records) > 1:
-        drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=460)
+        drawn["tradeoff"] = draw_tradeoff(folder.records).properties(height=plots.HEIGHT)
     if folder.kind == "compare":
         drawn |= draw_comparison(folder.records)
     beside = {name: draw(folder.others[name]) for name, draw in BESIDE.items() if name in folder.others}
@@ -83,8 +85,7 @@ def draw_map(folder: Folder) -> alt.LayerChart:
             ],
         )
     )
-    legend = alt.Legend(orient="bottom", gradientLength=180, title=title)
-    shade = alt.Color("cost:Q", scale=alt.Scale(type="sqrt"), legend=legend)
+    shade = _logarithmic([row["cost"] for row in rows if row["cost"] is not None], title)
     framed = cells.mark_rect(stroke=alt.expr("paper"), strokeWidth=1.5)
     unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
     shaded = [] if source == "nothing" else [framed.encode(color=shade).transform_filter("isValid(datum.cost)")]
@@ -92,6 +93,17 @@ def draw_map(folder: Folder) -> alt.LayerChart:
         "datum.state == 'skipped'"
     )
     return alt.LayerChart(layer=[unknown, *shaded, hatched]).add_params(alt.param(name="skipped", value=[]))
+
+
+def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
+    """A shade that tells small costs apart beside a large one; linear near 0, where errors are."""
+    most = max([LEAST_SHADE, *costs])
+    linear = most / 300
+    decades = [most / 10**power for power in range(3)]
+    ticks = [0, *sorted(float(f"{tick:.0e}") for tick in decades)]
+    legend = alt.Legend(orient="bottom", gradientLength=220, title=title, values=ticks, format="~g")
+    scale = alt.Scale(type="symlog", constant=linear, domain=[min([0, *costs]), most], nice=False)
+    return alt.Color("cost:Q", scale=scale, legend=legend)
 
 
 def _stripes() -> alt.LinearGradient:
@@ -132,7 +144,8 @@ def savings_rows(records: Sequence[Row]) -> list[Row]:
 
 def draw_savings(rows: Sequence[Row]) -> alt.LayerChart:
     """What the plan takes of the dense model's time and bytes."""
-    most = max([1.15, *(row["high"] for row in rows)])
+    most = max([1.15, *(WIDER * row["share"] for row in rows)])
+    rows = [row | {"to": min(row["high"], most)} for row in rows]
     base = (
         alt.Chart(alt.Data(values=rows))
         .transform_filter("datum.plan == plan")
@@ -147,10 +160,16 @@ def draw_savings(rows: Sequence[Row]) -> alt.LayerChart:
         ),
         tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")],
     )
-    spread = base.mark_rule(strokeWidth=2, color=alt.expr("ink"), yOffset=9).encode(x="low:Q", x2="high:Q")
-    words = base.mark_text(align="left", x=2, yOffset=-9, color=alt.expr("ink"), fontSize=12).encode(text="text:N")
+    spread = base.mark_rule(strokeWidth=2, color=alt.expr("ink"), yOffset=9).encode(x="low:Q", x2="to:Q")
+    goes_on = base.mark_point(shape="triangle-right", filled=True, size=60, color=alt.expr("ink"), yOffset=9, opacity=1)
+    beyond = goes_on.encode(x="to:Q").transform_filter("datum.high > datum.to")
+    place = {"align": "left", "x": 2, "yOffset": -9, "fontSize": 12}
+    halo = base.mark_text(**place, stroke=alt.expr("paper"), strokeWidth=4).encode(text="text:N")
+    words = base.mark_text(**place, color=alt.expr("ink")).encode(text="text:N")
     whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=alt.expr("grey"))
-    return (bars + spread + words + whole.encode(x="share:Q")).add_params(alt.param(name="plan", value=0))
+    return (bars + whole.encode(x="share:Q") + spread + beyond + halo + words).add_params(
+        alt.param(name="plan", value=0)
+    )
 
 
 def draw_tradeoff(records: Sequence[Row]) -> alt.LayerChart:
@@ -174,7 +193,7 @@ def draw_comparison(records: Sequence[Row]) -> dict[str, alt.LayerChart]:
     timed = [row for row in rows if "speedup" in row]
     if timed:
         chart = _ringed(plots.compared_layers(timed, colours), timed, "speedup")
-        drawn["tradeoff"] = chart.properties(height=460)
+        drawn["tradeoff"] = chart.properties(height=plots.HEIGHT)
     return drawn
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ..records.claims import Verdict
-from ..records.columns import Row
+from ..records.columns import Column, Row
 from ..records.measured import State
 from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
 from .folder import Folder
+from .papers import became_of, in_words, standing_of
 from .plots import front
-from .rows import name_of, sublayers, way_of
+from .rows import name_of, several, sublayers, way_of
+from .usable import fastest, is_known, is_usable, mildest
 
 MOST_CARDS = 5
+FASTEST, LARGEST = "Fastest usable", "Largest usable"
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,16 @@ class Finding:
 
 
 def first_plan(folder: Folder) -> int:
-    """The plan to begin with: the one that a search chose last, else what loses least, as far as that is known."""
-    lost = [(row["delta_nll"], plan) for plan, row in enumerate(folder.records) if _lost(row)]
+    """The plan to begin with: what a search chose last, else what the page's first sentence is about."""
     last = max(len(folder.plans) - 1, 0)
-    return last if folder.kind == "search" else min(lost, default=(0, last))[1]
+    best = None if folder.kind == "search" else fastest(folder.records) or mildest(folder.records)
+    return next((plan for plan, row in enumerate(folder.records) if row is best), last)
 
 
 def told(record: Row) -> str:
     """One sentence of a plan's figures."""
     count = len(sublayers(record))
-    parts = [f"{count} sublayer{'s' if count > 1 else ''} skipped" if count else "nothing is skipped"]
+    parts = [f"{several(count, 'sublayer')} skipped" if count else "nothing is skipped"]
     if count and "delta_nll" in record and "text" not in record:  # of a repair, the cards say it for each text
         parts.append(_loss(record))
     if count and "speedup_decode" in record:
@@ -58,31 +60,20 @@ def findings_of(folder: Folder) -> list[Finding]:
         return _of_comparison(folder.records)
     if folder.kind == "search":
         return _of_search(folder.records[-1])
-    if claims := folder.others.get("claims"):
-        return _of_claims(claims)
+    if folder.kind == "bench":
+        return _of_bench(folder.records)
+    if folder.of_paper:
+        return _of_paper(folder)
     return _of_repair(folder.others.get("measured", ()))
 
 
-def _of_claims(claims: Sequence[Row]) -> list[Finding]:
-    """What became of the paper's claims: a card a verdict."""
-    verdicts: dict[str, list[str]] = {verdict: [] for verdict in get_args(Verdict)}
-    for row in claims:
-        verdicts[row["verdict"]].append(row["claim"])
-    return [
-        Finding(verdict.capitalize(), f"{len(names)} of {len(claims)}", "claims of the paper", "; ".join(names))
-        for verdict, names in verdicts.items()
-        if names
-    ]
-
-
 def _of_sweep(folder: Folder) -> list[Finding]:
-    """Of the dense model, of what loses least, of what is fastest, of the front."""
+    """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
     dense = next((record for record in folder.records if record["variant"] == "dense"), None)
-    skipping = [record for record in folder.records if _lost(record)]
-    if not dense or not skipping:
+    skipping = [record for record in folder.records if is_known(record)]
+    least = mildest(skipping)
+    if not dense or not least:
         return []
-    least = folder.records[first_plan(folder)]
-    fastest = max(skipping, key=lambda record: record["speedup_decode"])
     best = front([(1.0, 0.0), *((record["speedup_decode"], record["delta_nll"]) for record in skipping)])
     on_front = [record for record in skipping if (record["speedup_decode"], record["delta_nll"]) in best]
     named = [name_of(record).replace(", last layer kept", " kept") for record in on_front]
@@ -93,17 +84,12 @@ def _of_sweep(folder: Folder) -> list[Finding]:
             PERPLEXITY.heading,
             f"{dense['decode_ms_per_token']:.0f} ms a token, {dense['params'] / 1e6:,.0f} million parameters",
         ),
+        _fastest(skipping),
         Finding(
             "Loses least",
             f"{least['delta_nll']:+.2f}",
             "nats a token",
             f"{name_of(least)}; decodes {least['speedup_decode']:.2f}×",
-        ),
-        Finding(
-            "Fastest",
-            f"{fastest['speedup_decode']:.2f}×",
-            SPEEDUPS[0].heading,
-            f"{name_of(fastest)}; {fastest['delta_nll']:+.2f} nats a token",
         ),
         Finding(
             "On the front",
@@ -114,17 +100,26 @@ def _of_sweep(folder: Folder) -> list[Finding]:
     ]
 
 
+def _fastest(records: Sequence[Row]) -> Finding:
+    """Of those that leave the model usable."""
+    best = fastest(records)
+    if best is None:
+        told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
+        return Finding(FASTEST, "none", f"of {len(records)} plans", told)
+    text = f"{name_of(best)}; {_loss(best)}"
+    if "speedup_decode" not in best:
+        return Finding(LARGEST, str(len(sublayers(best))), "sublayers left out", text)
+    return Finding(FASTEST, f"{best['speedup_decode']:.2f}×", SPEEDUPS[0].heading, text)
+
+
 def _of_comparison(records: Sequence[Row]) -> list[Finding]:
-    """What loses least, and what is next, at the largest count of each space: where the ways to choose differ most."""
-    largest: dict[str, int] = {}
-    for record in records:
-        largest[record["space"]] = max(record["count"], largest.get(record["space"], 0))
-    found = []
-    for space, count in list(largest.items())[:MOST_CARDS]:
-        asked = [row for row in records if (row["space"], row["count"]) == (space, count) and _lost(row)]
-        ranked = sorted(asked, key=lambda row: row["delta_nll"])
-        if ranked:
-            found.append(_least(ranked, f"Loses least: {count} {space}"))
+    """What is fastest of the usable, and what loses least at the largest usable count of each space."""
+    found = [_fastest(known)] if (known := [record for record in records if is_known(record)]) else []
+    for space in list(dict.fromkeys(record["space"] for record in known))[: MOST_CARDS - 1]:
+        asked = [record for record in known if record["space"] == space]
+        count = max(record["count"] for record in [*filter(is_usable, asked)] or asked)
+        ranked = sorted((row for row in asked if row["count"] == count), key=lambda row: row["delta_nll"])
+        found.append(_least(ranked, f"Loses least: {count} {space}"))
     return found
 
 
@@ -133,6 +128,8 @@ def _least(ranked: Sequence[Row], title: str) -> Finding:
     text = f"{way_of(best)}, {best['forwards']:,.1f} forward passes to find"
     if rest:
         text += f"; next, {_loss(rest[0])}: {way_of(rest[0])}"
+    if not is_usable(best):
+        text += "; no longer usable"
     return Finding(title, f"{best['delta_nll']:+.2f}", f"{_error(best)} nats a token", text)
 
 
@@ -141,7 +138,7 @@ def _of_search(record: Row) -> list[Finding]:
     found = [
         Finding("Skips", str(len(sublayers(record))), "sublayers", f"{counted(record['plan'])}; {record['chosen']}")
     ]
-    if _lost(record):
+    if is_known(record):
         unit = f"{_error(record)} nats a token"
         found.append(Finding("Loses", f"{record['delta_nll']:+.2f}", unit, f"{DELTA_NLL.heading} on the held-out text"))
     if None not in (record["cost"], record["dense_cost"]):
@@ -158,11 +155,48 @@ def _of_search(record: Row) -> list[Finding]:
     return [*found, Finding("Took", forwards.text(record), forwards.heading, text)]
 
 
+def _of_bench(records: Sequence[Row]) -> list[Finding]:
+    """How much faster the plan was that was timed last."""
+    timed = [record for record in records if sublayers(record)]
+    if not timed:
+        return []
+    row = timed[-1]
+    told = f"without {counted(row['plan'])}; prompt {row['prompt_tokens']}, batch {row['batch_size']}"
+    return [_speedup(column, row, told) for column in SPEEDUPS]
+
+
+def _speedup(column: Column, row: Row, told: str) -> Finding:
+    return Finding(column.heading.capitalize(), f"{column.value(row)}×", column.beside(row), told)
+
+
+def _of_paper(folder: Folder) -> list[Finding]:
+    """How many claims hold, and what became of the configuration that the first sentence is about."""
+    standing, found = standing_of(folder), []
+    if folder.claims:
+        holds = sum(row["verdict"] == "holds" for row in folder.claims)
+        rest = [row for row in folder.claims if row["verdict"] != "holds"]
+        found.append(Finding("Claims that hold", f"{holds} of {len(folder.claims)}", "", became_of(rest)))
+    key = standing.headline
+    if key is None:
+        return found
+    if key in standing.times:
+        row = standing.times[key]
+        told = f"without {in_words(key)}; prompt {row['prompt_tokens']}, batch {row['batch_size']}"
+        found += [_speedup(column, row, told) for column in SPEEDUPS]
+    if key in standing.averages:
+        change, error = standing.averages[key]
+        told = f"without {in_words(key)}; the average of {several(standing.tasks, 'benchmark')}"
+        found.append(Finding("Benchmarks", f"{100 * change:+.1f}", f"± {100 * error:.1f} points", told))
+    if key in standing.nats:
+        found.append(Finding("Long texts", f"{standing.nats[key]:+.2f}", "nats a token", f"without {in_words(key)}"))
+    return found
+
+
 def _of_repair(measured: Sequence[Row]) -> list[Finding]:
     """For each text what is lost in the end, and what was before."""
     texts: dict[str, dict[str, Row]] = {}
     for row in measured:
-        if _lost(row):
+        if is_known(row):
             texts.setdefault(row["text"], {})[row["model"]] = row
     found = []
     for text, rows in list(texts.items())[:MOST_CARDS]:
@@ -170,11 +204,6 @@ def _of_repair(measured: Sequence[Row]) -> list[Finding]:
         told = "; ".join([after["model"], *(f"{_loss(row)} {row['model']}" for row in before)])
         found.append(Finding(text, f"{after['delta_nll']:+.2f}", f"{_error(after)} nats a token", told))
     return found
-
-
-def _lost(record: Row) -> bool:
-    """Whether something is skipped, and it is known what that costs in NLL."""
-    return bool(sublayers(record)) and record.get("delta_nll") is not None
 
 
 def _loss(record: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ from ..errors import UsageError
 from ..records import lines
 from ..records.answers import AnswersRecord
 from ..records.bench import BenchRecord, pairs_of
+from ..records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
+from ..records.claims import ClaimRecord
 from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from ..records.fingerprint import Fingerprint
@@ -27,7 +29,8 @@ from .rows import SHORT, kind_of, name_of
 
 # Kinds that a page steps through, the first that is there, and those that have a section of their own.
 STEPPED: tuple[type[Record], ...] = (SweepRecord, ComparisonRecord, SearchRecord, BenchRecord)
-APART: tuple[type[Record], ...] = (SimilarityRecord, SampleRecord, LeaveOneOutRecord)
+APART: tuple[type[Record], ...] = (SimilarityRecord, SampleRecord, LeaveOneOutRecord, ClaimRecord)
+PAPER: tuple[type[Record], ...] = (BenchmarkRecord, BatteryRecord, TimesRecord)  # a table each
 # Kinds that hold what others sum up.
 RAW: tuple[type[Record], ...] = (
     *(ScoresRecord, AnswersRecord, EvaluationRecord),
@@ -39,14 +42,17 @@ RAW: tuple[type[Record], ...] = (
 class Folder:
     """Records to step through, and those of other files by name, without the suffix; a file that is absent has none.
 
-    `foreign` are files that no command of ours wrote: their lines as they are.
+    `claims` are the paper's, beside what the model shows. `foreign` are files that no command of ours wrote: their
+    lines as they are.
     """
 
+    path: Path
     records: tuple[Row, ...]
     similarity: tuple[Row, ...]
     costs: Costs | None
     samples: tuple[Row, ...]
     others: Mapping[str, tuple[Row, ...]]
+    claims: tuple[Row, ...]
     foreign: Mapping[str, tuple[Row, ...]]
 
     @property
@@ -54,12 +60,21 @@ class Folder:
         """The command that wrote the records, if there are any."""
         return kind_of(self.records[0]) if self.records else None
 
+    @property
+    def of_paper(self) -> bool:
+        """Whether `notall paper` wrote it."""
+        return not self.records and (bool(self.claims) or any(Path(kind.file).stem in self.others for kind in PAPER))
+
     @cached_property
     def provenance(self) -> Row:
         """Of the first record that has one."""
+        return next(self._provenances(), {})
+
+    def _provenances(self) -> Iterator[Row]:
         others = (row for rows in self.others.values() for row in rows)
-        rows = (*self.records, *self.similarity, *self.samples, *others)
-        return next((row["provenance"] for row in rows if row.get("provenance")), {})
+        for row in (*self.records, *self.similarity, *self.samples, *others, *self.claims):
+            if row.get("provenance"):
+                yield row["provenance"]
 
     @cached_property
     def plans(self) -> tuple[Row, ...]:
@@ -73,12 +88,17 @@ class Folder:
 
     @property
     def layers(self) -> int:
-        """How many the model has, as far as the folder tells."""
-        shape = Fingerprint.parse(self.provenance.get("fingerprint"))
+        """How many the model has at least, as far as the folder tells."""
         named = (index for record in self.plans for kind in SHORT for index in record["plan"].get(kind, ()))
         alone = (layer for _, layer in (self.costs.found if self.costs else ()))
-        most = max([*named, *alone, *(row["layer"] for row in self.similarity)], default=-1) + 1
-        return max(most, shape.layers if shape else 0)
+        return max(max([*named, *alone], default=-1) + 1, self.known_layers)
+
+    @cached_property
+    def known_layers(self) -> int:
+        """How many the model has; 0 where neither its shape nor the similarity of all layers is here."""
+        shapes = (Fingerprint.parse(about.get("fingerprint")) for about in self._provenances())
+        shape = next(filter(None, shapes), None)
+        return max(shape.layers if shape else 0, max((row["layer"] + 1 for row in self.similarity), default=0))
 
 
 def read_folder(path: Path) -> Folder:
@@ -88,23 +108,26 @@ def read_folder(path: Path) -> Folder:
     files = [(file, kind_at(file)) for file in sorted(path.glob("*.jsonl"))]
     by_kind = {kind: file for file, kind in files if kind}
     stepped = next((kind for kind in STEPPED if kind in by_kind), None)
+    others = {
+        file.stem: rows
+        for file, kind in files
+        if kind and kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
+    }
     folder = Folder(
+        path=path,
         records=_latest(_rows(by_kind[stepped], stepped)) if stepped else (),
         similarity=_rows_of(by_kind, SimilarityRecord),
         costs=read_costs(path),
         samples=_rows_of(by_kind, SampleRecord),
-        others={
-            file.stem: rows
-            for file, kind in files
-            if kind and kind not in (stepped, *APART, *RAW) and (rows := tuple(_rows(file, kind)))
-        },
+        others=others,
+        claims=_rows_of(by_kind, ClaimRecord),
         foreign={file.stem: rows for file, kind in files if not kind and (rows := tuple(lines.read(file)))},
     )
-    if not (folder.records or folder.similarity or folder.others or folder.foreign):
+    if not (folder.records or folder.similarity or folder.others or folder.claims or folder.foreign):
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         if AnswersRecord in by_kind:  # of eval, whose results are not kept, or of a paper that has only begun
-            advice = "answers alone make no page: notall eval prints what they come to, notall paper keeps it"
+            advice = "answers alone make no page: let notall eval or notall paper end"
         raise UsageError(f"{path} holds no results; {advice}")
     return folder
 

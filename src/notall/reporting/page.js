@@ -1,8 +1,10 @@
 "use strict";
-const { specs, themes, plans, csv } = JSON.parse(document.getElementById("data").textContent);
+const { next, specs, themes, plans, csv } = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 600px)");
 const slider = document.getElementById("plan");
+const SHEET = 1047; // pixels across a landscape A4 within its margins
+const LEAST_FIT = 0.75; // of letters in print, before lines are broken
 const views = {};
 const followers = Object.keys(specs).filter((id) => specs[id].params?.some((param) => param.name === "plan"));
 
@@ -23,6 +25,7 @@ async function draw() {
   }
   for (const id of followers) views[id].addEventListener("click", (_, item) => item?.datum?.plan !== undefined && step(item.datum.plan));
   await step(slider ? +slider.value : 0);
+  document.body.dataset.theme = name;
   document.body.dataset.drawn = Object.keys(views).length;
 }
 
@@ -84,25 +87,47 @@ async function saveFigure(button) {
   save(await views[figure].toImageURL(as, 2), `${figure}.${as}`);
 }
 
-async function copy(button) {
-  const text = csv[button.dataset.copy];
+async function copy(button, text, otherwise) {
   try {
     await navigator.clipboard.writeText(text);
     say(button, "copied");
-  } catch { // no clipboard for this page: a file holds the same
+  } catch { // no clipboard for this page
+    otherwise();
+  }
+}
+
+function copyTable(button) {
+  const text = csv[button.dataset.copy];
+  copy(button, text, () => {
     save("data:text/csv;charset=utf-8," + encodeURIComponent(text), button.dataset.copy + ".csv");
     say(button, "saved");
-  }
+  });
+}
+
+function copyNext(button) {
+  copy(button, next, () => getSelection().selectAllChildren(document.querySelector("#message code")));
 }
 
 for (const heading of document.querySelectorAll("table.sortable th")) heading.firstElementChild.addEventListener("click", () => sort(heading));
 for (const input of document.querySelectorAll("[data-filter]")) input.addEventListener("input", () => filter(input));
 for (const button of document.querySelectorAll("[data-as]")) button.addEventListener("click", () => saveFigure(button));
-for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
+for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copyTable(button));
+document.getElementById("copy-next")?.addEventListener("click", (event) => copyNext(event.target));
 for (const button of document.querySelectorAll("[data-show]"))
   button.addEventListener("click", () => step(+button.dataset.show).then(() => document.getElementById("plans").scrollIntoView()));
 slider?.addEventListener("input", () => step(+slider.value));
 document.getElementById("previous")?.addEventListener("click", () => step(+slider.value - 1));
 document.getElementById("next")?.addEventListener("click", () => step(+slider.value + 1));
-for (const query of [dark, narrow]) query.addEventListener("change", draw);
-draw();
+// Makes the letters of tables that are wider than a sheet smaller, and smaller still where breaking lines is not enough.
+function fitTables() {
+  for (const table of document.querySelectorAll("table")) {
+    const whole = SHEET / table.scrollWidth;
+    table.classList.add("narrowest");
+    const broken = SHEET / table.scrollWidth;
+    table.classList.remove("narrowest");
+    table.style.setProperty("--fit", Math.min(1, Math.max(whole, Math.min(broken, LEAST_FIT))));
+  }
+}
+addEventListener("beforeprint", fitTables);
+let drawing = draw(); // one after the other: colours and width may change at once
+for (const query of [dark, narrow]) query.addEventListener("change", () => (drawing = drawing.then(draw)));

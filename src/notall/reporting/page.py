@@ -13,9 +13,10 @@ from ..records.lines import finite
 from .figures import FRONT, draw_all, map_rows, savings_rows, spaces
 from .findings import findings_of, first_plan, told
 from .folder import Folder, flatten, read_folder
+from .message import message_of
 from .plots import DARK, LIGHT, VEGALITE
 from .rows import name_of, shorten, sublayers
-from .tables import TITLES, foreign_table, other_table, stepped_table
+from .tables import TITLES, claims_table, foreign_table, other_table, repairs_table, stepped_table
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -64,6 +65,10 @@ def render(folder: Folder) -> str:
     templates.filters |= {"short": shorten, "legend": legend}
     specs = finite(draw_all(folder))  # sums of what is very large: a browser's JSON knows no infinity
     tables = {"results": stepped_table(folder.kind, folder.records)} if folder.kind else {}
+    if folder.claims:
+        tables["claims"] = claims_table(folder.claims)
+    if repairs := repairs_table(folder.records):
+        tables["repairs"] = repairs
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
     order = sorted(folder.others, key=[*TITLES, *folder.others].index)
     others = {name: other_table(name, folder.others[name], names) for name in order}
@@ -71,7 +76,8 @@ def render(folder: Folder) -> str:
     return templates.get_template("page.html").render(
         model=str(folder.provenance.get("model", "a model")),
         about=folder.provenance,
-        provenance=list(flatten(_without_doubles(folder.provenance))),
+        message=message_of(folder),
+        provenance=list(flatten(_in_order(_without_doubles(folder.provenance)))),
         specs=specs,
         csv=_csv(folder) | {name: table.csv for name, table in (tables | others).items()},
         themes={"light": LIGHT, "dark": DARK},
@@ -84,6 +90,8 @@ def render(folder: Folder) -> str:
         fronts=_fronts(folder),
         layers=folder.layers,
         results=tables.get("results"),
+        claims=tables.get("claims"),
+        repairs=tables.get("repairs"),
         others=others,
         titles=TITLES,
         samples=_samples(folder),
@@ -113,6 +121,13 @@ def _without_doubles(about: Row) -> Row:
     if not isinstance(machine, dict):
         return about
     return about | {"machine": {key: value for key, value in machine.items() if about.get(key) != value}}
+
+
+def _in_order(about: Row) -> Row:
+    """What to type first, and when it was typed; of folders that were written before this was kept, that it was not."""
+    if not about:
+        return {}
+    return {name: about.get(name) or "not written down" for name in ("command", "date")} | about
 
 
 def _plan(record: Row) -> Row:

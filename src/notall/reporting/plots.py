@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
 from ..records.record import CONFIGURED, DELTA_NLL, KL, SPEEDUPS, VARIANTS
+from .axes import Label, Span, bounds, needed_widths, symlog, within
 from .printable import printable
 
 # From Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -28,6 +29,17 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [12, 4], [1, 3])  # of plans as 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 LAST = {False: "skipped too", True: "kept"}
 
+HEIGHT = 440  # pixels of a figure of quality against speed
+LINEAR = 0.1  # nats, below which the axis of losses is linear
+PAD_OF_LOSSES = 24  # pixels
+POINT = (-6.0, 6.0, -6.0, 6.0)  # boxes around a point: left, right, top, bottom
+LABELS = {LAST[False]: (-33.0, -7.0, -15.0, -2.0), LAST[True]: (7.0, 33.0, 2.0, 15.0)}
+DENSE_LABEL = (-17.0, 17.0, 9.0, 23.0)
+NEAR = 0.15  # of a speedup: so far beyond the points a quartile may always stretch the axis
+PADDING = 28  # pixels around the points of a figure of speedups
+LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
+BEST = 4  # criteria that get a colour where there are more
+OTHERS = "other ways"
 NATS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # ticks of losses
 TIMES = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
 HELD_OUT = f"{DELTA_NLL.heading} on held-out text, {DELTA_NLL.unit}"
@@ -37,11 +49,13 @@ MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # 
 
 
 def theme(
-    ink: str, grey: str, pale: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
+    ink: str, grey: str, pale: str, faint: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
 ) -> Mapping[str, Any]:
     """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
     plain = {"titleFontWeight": "normal", "titleFontSize": 12}
-    named = {"ink": ink, "grey": grey, "paper": paper} | {f"colour_{name}": hue for name, hue in colours.items()}
+    named = {"ink": ink, "grey": grey, "pale": faint, "paper": paper} | {
+        f"colour_{name}": hue for name, hue in colours.items()
+    }
     return {
         "background": paper,
         "font": "system-ui, Helvetica, Arial, sans-serif",
@@ -63,16 +77,16 @@ def theme(
     }
 
 
-LIGHT = theme("#222222", "#666666", "#e6e6e6", "#ffffff", ("#eef1f5", "#08306b"), COLOURS)
-DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#15181c", ("#272c33", "#9ecbff"), PALER)
+LIGHT = theme("#222222", "#666666", "#e6e6e6", "#b9bec5", "#ffffff", ("#eef1f5", "#08306b"), COLOURS)
+DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#5b626c", "#15181c", ("#272c33", "#9ecbff"), PALER)
 
 
 def similarity_chart(similarity: Sequence[Row], title: str) -> alt.LayerChart:
-    """Cosine similarity of each layer's features with the previous layer's, by depth (the paper's Fig. 1).
+    """How far each layer's features are from the previous layer's, 1 − cosine, by depth (after the paper's Fig. 1).
 
     A row holds `layer` (from 0), `kind` (block, attention or mlp) and `cosine`.
     """
-    return _dress(similarity_layers(similarity), title, "Close to 1: little of the input is changed")
+    return _dress(similarity_layers(similarity), title, "1 − cosine similarity. Low: little of the input is changed")
 
 
 def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
@@ -91,12 +105,19 @@ def tradeoff_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
 def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
     """What `similarity_chart` draws, without size, title and theme."""
     rows = [
-        {"layer": row["layer"], "kind": VARIANTS[row["kind"]], "cosine": row["cosine"]}
+        {
+            "layer": row["layer"],
+            "kind": VARIANTS[row["kind"]],
+            "cosine": row["cosine"],
+            "changed": max(1 - row["cosine"], LEAST_CHANGE),
+        }
         for row in similarity
         if _is_number(row["cosine"])
     ]
-    cosine = alt.Y("cosine:Q", title="cosine of the features before and after", scale=_snug(16))
-    return _by_depth(rows, cosine, alt.Tooltip("cosine:Q", format=".4f"))
+    logarithmic = alt.Scale(type="log", nice=False, padding=16)
+    axis = alt.Axis(format="~g", tickCount=6)
+    changed = alt.Y("changed:Q", title="1 − cosine similarity, before and after", scale=logarithmic, axis=axis)
+    return _by_depth(rows, changed, alt.Tooltip("cosine:Q", format=".4f"))
 
 
 def refit_layers(refits: Sequence[Row]) -> alt.LayerChart:
@@ -151,12 +172,16 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
         for number, record in enumerate(records)
         if record["variant"] != "dense" and _is_number(record["delta_nll"])
     ]
-    series, chosen = _series(rows, _speedup(), DELTA_NLL.titled, _colour("skipped", rows))
-    above = series.transform_filter(alt.datum.last == LAST[False])
-    below = series.transform_filter(alt.datum.last == LAST[True])
+    rows, span = _clipped(rows)
+    rows = _labelled(rows, span)
+    series, chosen = _series(rows, _speedup(span), DELTA_NLL.titled, _colour("skipped", rows))
+    fitting = series.transform_filter("isValid(datum.needs) && datum.needs <= width")
+    above = fitting.transform_filter(alt.datum.last == LAST[False])
+    below = fitting.transform_filter(alt.datum.last == LAST[True])
     layers = [
         _paths(series),
         *_bars(series),
+        *_beyond(series),
         _front(rows),
         _points(series).add_params(chosen),
         # Paths go up and to the right: there is room left of them above, and right of them below.
@@ -165,6 +190,30 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
         *_dense(),
     ]
     return alt.LayerChart(layer=layers)
+
+
+def _labelled(rows: Sequence[Row], span: Span) -> list[Row]:
+    """`rows` with the width that a plot needs for their labels to lie on no other; those on the front go first."""
+    best = front([(row["speedup"], row["lost"]) for row in rows])
+    order = sorted(range(len(rows)), key=lambda place: (rows[place]["speedup"], rows[place]["lost"]) not in best)
+    down = _pixels_down(rows)
+
+    def label(speedup: float, lost: float, box: tuple[float, float, float, float]) -> Label:
+        return Label(((speedup - span[0]) / (span[1] - span[0]), down(lost)), *box)
+
+    points = [label(row["speedup"], row["lost"], POINT) for row in rows]
+    dense = [label(1.0, 0.0, POINT), label(1.0, 0.0, DENSE_LABEL)]
+    labels = [label(rows[place]["speedup"], rows[place]["lost"], LABELS[rows[place]["last"]]) for place in order]
+    needed = dict(zip(order, needed_widths(labels, [*points, *dense], PADDING)))
+    return [row | {"needs": needed[place]} for place, row in enumerate(rows)]
+
+
+def _pixels_down(rows: Sequence[Row]) -> Callable[[float], float]:
+    """Where a loss is in a figure of `HEIGHT`, as the scale of `_losses` has it."""
+    low, high = _span_of_losses(rows)
+    of = (lambda lost: symlog(lost, LINEAR)) if high >= 1 else float
+    inside = HEIGHT - 2 * PAD_OF_LOSSES
+    return lambda lost: HEIGHT - PAD_OF_LOSSES - (of(lost) - of(low)) / (of(high) - of(low)) * inside
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -181,12 +230,13 @@ def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Laye
 
     What is repaired has a shape of its own.
     """
-    series, chosen = _series(rows, _speedup(), HELD_OUT, _by_criterion(rows, colours))
+    rows, span = _clipped(_emphasised(rows, colours))
+    series, chosen = _series(rows, _speedup(span), HELD_OUT, _by_criterion(rows, colours))
     points = series.mark_point(filled=True, size=60).encode(
         shape=alt.Shape("among:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
         tooltip=[*_asked(), alt.Tooltip("speedup:Q", format=".3f")],
     )
-    return alt.LayerChart(layer=[*_bars(series), _front(rows), points.add_params(chosen), *_dense()])
+    return alt.LayerChart(layer=[*_bars(series), *_beyond(series), _front(rows), points.add_params(chosen), *_dense()])
 
 
 def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
@@ -205,9 +255,10 @@ def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
 
 def front_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
     """What a panel of `front_chart` draws of `front_rows`, without size, title and theme."""
+    rows = _emphasised(rows, colours)
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug(16))
     series, chosen = _series(rows, counts, HELD_OUT, _by_criterion(rows, colours))
-    lines = series.mark_line(strokeWidth=1.5)
+    lines = series.mark_line(strokeWidth=1.5).encode(detail="criterion:N")
     points = series.mark_point(filled=True, size=50).encode(tooltip=_asked())
     repairs = list(dict.fromkeys([UNREPAIRED, *(row["repair"] for row in rows)]))
     if len(repairs) > 1:
@@ -226,10 +277,31 @@ def front_rows(records: Sequence[Row]) -> list[Row]:
 
 
 def criterion_colours(rows: Sequence[Row]) -> Mapping[str, Any]:
-    """A colour for each criterion of `front_rows`; the search comes first, in the colour of ink."""
-    names = sorted(dict.fromkeys(row["criterion"] for row in rows), key=lambda name: not name.startswith("search"))
+    """A colour for each criterion of `front_rows`, of many for the few that lose least on the whole.
+
+    The first search is in the colour of ink. What has no colour here is drawn grey, as one of `OTHERS`.
+    """
+    names = _best_criteria(rows)
+    names = names if len(names) <= BEST + 1 else names[:BEST]
+    names.sort(key=lambda name: not name.startswith("search"))
     searched = bool(names) and names[0].startswith("search")
     return dict(zip(names, cycle(SPECTRUM))) | ({names[0]: alt.expr("ink")} if searched else {})
+
+
+def _best_criteria(rows: Sequence[Row]) -> list[str]:
+    """By their mean rank over all that was asked, 0 to 1; one that did not answer is the last there."""
+    asked: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        asked.setdefault((row["space"], row["count"]), []).append(row)
+    ranks: dict[str, float] = dict.fromkeys((row["criterion"] for row in rows), 0.0)
+    for answers in asked.values():
+        best: dict[str, float] = {}
+        for row in answers:
+            best[row["criterion"]] = min(row["lost"], best.get(row["criterion"], math.inf))
+        order = sorted(best, key=best.__getitem__)
+        for name in ranks:
+            ranks[name] += order.index(name) / len(order) if name in best else 1
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
@@ -339,11 +411,33 @@ def _series(rows: Sequence[Row], x: alt.X, title: str, colour: alt.Color) -> tup
 def _bars(series: alt.Chart) -> list[alt.Chart]:
     """Errors of the loss, and quartiles of the speedup."""
     bar = series.mark_rule(strokeWidth=1.5)
-    return [bar.encode(y="lost_low:Q", y2="lost_high:Q"), bar.encode(x="speedup_low:Q", x2="speedup_high:Q")]
+    return [bar.encode(y="lost_low:Q", y2="lost_high:Q"), bar.encode(x="speedup_from:Q", x2="speedup_to:Q")]
 
 
-def _speedup() -> alt.X:
-    return alt.X("speedup:Q", title=f"{SPEEDUP} over the dense model", axis=TIMES, scale=_snug(28))
+def _beyond(series: alt.Chart) -> list[alt.Chart]:
+    """An arrow where a bar goes on beyond the axis."""
+    ends = {"speedup_from": ("triangle-left", "<"), "speedup_to": ("triangle-right", ">")}
+    return [
+        series.mark_point(filled=True, size=55, shape=shape)
+        .encode(x=f"{end}:Q", tooltip=[alt.Tooltip(f"{beyond}:Q", title="quartile", format=".3f")])
+        .transform_filter(f"datum.{beyond} {sign} datum.{end}")
+        for (end, (shape, sign)), beyond in zip(ends.items(), ("speedup_low", "speedup_high"))
+    ]
+
+
+def _clipped(rows: Sequence[Row]) -> tuple[list[Row], Span]:
+    """`rows` with their quartiles as far as the axis goes, `speedup_from` and `speedup_to`; and that axis."""
+    ends = [row[f"speedup_{end}"] for row in rows for end in ("low", "high")]
+    span = bounds([1.0, *(row["speedup"] for row in rows)], ends, NEAR)
+    return [
+        row | {"speedup_from": within(row["speedup_low"], span), "speedup_to": within(row["speedup_high"], span)}
+        for row in rows
+    ], span
+
+
+def _speedup(span: Span) -> alt.X:
+    scale = alt.Scale(domain=list(span), zero=False, nice=False, padding=PADDING)
+    return alt.X("speedup:Q", title=f"{SPEEDUP} over the dense model", axis=TIMES, scale=scale)
 
 
 def _front(rows: Sequence[Row]) -> alt.Chart:
@@ -394,13 +488,16 @@ def _dense() -> list[alt.Chart]:
 
 def _losses(rows: Sequence[Row]) -> Mapping[str, Any]:
     """Scale and axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
-    low = min([0, *(row["lost_low"] for row in rows)])
-    high = max([0, *(row["lost_high"] for row in rows)])
+    low, high = _span_of_losses(rows)
     if high < 1:
-        return {"scale": _snug(24)}
+        return {"scale": alt.Scale(domain=[low, high], zero=False, nice=False, padding=PAD_OF_LOSSES)}
     ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
-    scale = alt.Scale(type="symlog", constant=0.1, domain=[low, high], nice=False, padding=24)
+    scale = alt.Scale(type="symlog", constant=LINEAR, domain=[low, high], nice=False, padding=PAD_OF_LOSSES)
     return {"scale": scale, "axis": alt.Axis(values=ticks, format="~g")}
+
+
+def _span_of_losses(rows: Sequence[Row]) -> Span:
+    return bounds([0, *(row["lost"] for row in rows)], [row[f"lost_{end}"] for row in rows for end in ("low", "high")])
 
 
 def _snug(padding: int) -> alt.Scale:
@@ -424,10 +521,17 @@ def _each(names: Sequence[str], values: Sequence[Any]) -> alt.Scale:
     return alt.Scale(domain=list(names), range=[value for _, value in zip(names, cycle(values))])
 
 
+def _emphasised(rows: Sequence[Row], colours: Mapping[str, Any]) -> list[Row]:
+    """`rows` with the name that each goes by in the legend, `shown`; the grey ones come first, below the others."""
+    shown = [row | {"shown": row["criterion"] if row["criterion"] in colours else OTHERS} for row in rows]
+    return sorted(shown, key=lambda row: bool(row["shown"] != OTHERS))
+
+
 def _by_criterion(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Color:
-    names = [name for name in colours if any(row["criterion"] == name for row in rows)]
-    scale = alt.Scale(domain=names, range=[colours[name] for name in names])
-    return alt.Color("criterion:N", title="criterion", sort=names, scale=scale)
+    """Of rows that `_emphasised` answered."""
+    names = [name for name in (*colours, OTHERS) if any(row["shown"] == name for row in rows)]
+    scale = alt.Scale(domain=names, range=[colours.get(name, alt.expr("pale")) for name in names])
+    return alt.Color("shown:N", title="criterion", sort=names, scale=scale)
 
 
 def _asked() -> list[Any]:
@@ -446,4 +550,4 @@ def _is_number(value: float | None) -> bool:
 
 def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:
     heading = alt.Title(title, subtitle=subtitle, anchor="start", frame="group", offset=14)
-    return chart.properties(width=640, height=440, title=heading, padding=16).configure(**LIGHT)
+    return chart.properties(width=640, height=HEIGHT, title=heading, padding=16).configure(**LIGHT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
 from ..records.record import VARIANTS, counted
@@ -40,6 +42,19 @@ def way_of(record: Row) -> str:
     """How the plan of a comparison was chosen, and repaired, such as `search by kl, refit`."""
     repair = record.get("repair", UNREPAIRED)
     return f"{record['criterion']} by {record['aim']}" + (f", {repair}" if repair != UNREPAIRED else "")
+
+
+def in_words(plan: Mapping[str, Sequence[int]]) -> str:
+    """What a plan skips, such as `3 blocks` or `1 attention and 4 MLPs`."""
+    attention, mlp = plan.get("attention", ()), plan.get("mlp", ())
+    if attention and list(attention) == list(mlp):
+        return several(len(mlp), "block")
+    parts = [several(len(skipped), name) for skipped, name in ((attention, "attention"), (mlp, "MLP")) if skipped]
+    return " and ".join(parts) or "nothing"
+
+
+def several(count: int, name: str) -> str:
+    return f"{count} {name}" + ("s" if count != 1 else "")
 
 
 def shorten(text: str, length: int = SHORT_NAME) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records.columns import Column, Row, as_csv, given, number, plain
-from ..records.comparison import ComparisonRecord, columns_of, with_tasks
+from ..records.claims import ClaimRecord
+from ..records.columns import Column, Row, as_csv, given, number, plain, with_error
+from ..records.comparison import ASKED, UNREPAIRED, ComparisonRecord, columns_of, with_tasks
 from ..records.kinds import KINDS
-from ..records.record import Record
+from ..records.record import DELTA_NLL, Record
 from .folder import STEPPED
 from .rows import name_of, sublayers
+from .usable import is_known, is_usable
+from .verdict import nats_lost
 
 IN_TABLES = {Path(kind.file).stem: kind for kind in KINDS.values() if kind.columns}
 TITLES = {
-    "claims": "The paper's claims, and this model",
     "measured": "Before and after",
     "healing": "How the healing went",
     "refits": "What became of each kept sublayer",
@@ -25,6 +28,9 @@ TITLES = {
     "times": "Times",
     "drafts": "As a draft model",
 }
+
+USABLE = plain("usable")
+Asked = tuple[str, ...]  # a question of a comparison
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
 
@@ -53,9 +59,56 @@ class Table:
 
 
 def stepped_table(kind: str, records: Sequence[Row]) -> Table:
-    """The records that the page steps through, as the command of this kind writes them."""
+    """The records that the page steps through, as the command of this kind writes them; of a comparison the best first.
+
+    Where it is known what a plan costs, a column says whether the model is still usable.
+    """
     by_command: dict[str, type[Record]] = {kind.commands[0]: kind for kind in STEPPED}
-    return _table("results", records, by_command[kind], tuple(range(len(records))))
+    order = best_first(records) if kind == "compare" else tuple(range(len(records)))
+    return _table("results", [records[place] for place in order], by_command[kind], order)
+
+
+def best_first(records: Sequence[Row]) -> tuple[int, ...]:
+    """Places of a comparison's records: by space and count, then by loss, what is repaired beside what is not."""
+    lost: dict[Asked, float] = {}
+    for record in records:
+        lost[_asked(record)] = min(nats_lost(record), lost.get(_asked(record), math.inf))
+    spaces = [*dict.fromkeys(record["space"] for record in records)]
+
+    def rank(place: int) -> tuple[Any, ...]:
+        record = records[place]
+        asked = _asked(record)
+        return spaces.index(record["space"]), record["count"], lost[asked], asked, nats_lost(record)
+
+    return tuple(sorted(range(len(records)), key=rank))
+
+
+def repairs_table(records: Sequence[Row]) -> Table | None:
+    """What each choice of a comparison costs, and beside it after each repair; None where nothing is repaired."""
+    repairs = [*dict.fromkeys(record["repair"] for record in records if "repair" in record)]
+    if not set(repairs) - {UNREPAIRED}:
+        return None
+    rows: dict[Asked, Row] = {}
+    for place in best_first(records):
+        record = records[place]
+        row = rows.setdefault(_asked(record), {name: record[name] for name in ASKED} | {"place": place})
+        row |= {f"{record['repair']} {field}": record[field] for field in DELTA_NLL.fields}
+    columns = [plain("criterion"), plain("aim", "by"), plain("space", "among"), plain("count")]
+    columns += [with_error(f"{name} delta_nll", "unrepaired" if name == UNREPAIRED else name) for name in repairs]
+    return _of_columns("repairs", [*rows.values()], columns, tuple(row.pop("place") for row in rows.values()))
+
+
+def claims_table(claims: Sequence[Row]) -> Table:
+    """The paper's claims, what became of them, and the figures that say so."""
+    return _of_columns("claims", claims, ClaimRecord.columns, (None,) * len(claims))
+
+
+def _asked(record: Row) -> Asked:
+    return tuple(str(record[name]) for name in ASKED)
+
+
+def _judged(record: Row) -> Row:
+    return record | {"usable": "yes" if is_usable(record) else "no"} if is_known(record) else record
 
 
 def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
@@ -67,13 +120,16 @@ def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> 
 
 def foreign_table(name: str, records: Sequence[Row]) -> Table:
     """What no command of ours wrote, as it is: its plans and provenance may be anything."""
-    columns = given(_as_they_are(records), records)
-    cells = (tuple(Cell(column.text(row), column.sorted_by(row)) for column in columns) for row in records)
-    return Table(name, tuple(columns), tuple(cells), (None,) * len(records), as_csv(records, columns))
+    return _of_columns(name, records, given(_as_they_are(records), records), (None,) * len(records))
+
+
+def _of_columns(name: str, rows: Sequence[Row], columns: Sequence[Column], plans: tuple[int | None, ...]) -> Table:
+    cells = (tuple(Cell(column.text(row), column.sorted_by(row)) for column in columns) for row in rows)
+    return Table(name, tuple(columns), tuple(cells), plans, as_csv(rows, columns))
 
 
 def _table(name: str, records: Sequence[Row], kind: type[Record] | None, plans: tuple[int | None, ...]) -> Table:
-    rows = [with_tasks(record) for record in records]
+    rows = [with_tasks(_judged(record)) for record in records]
     columns = given(_columns(rows, kind), rows)
     cells = (tuple(Cell(column.text(row), column.sorted_by(row)) for column in columns) for row in rows)
     named = [{"skipped": " ".join(sublayers(row)), **row} if "plan" in row else row for row in rows]
@@ -81,9 +137,11 @@ def _table(name: str, records: Sequence[Row], kind: type[Record] | None, plans: 
 
 
 def _columns(rows: Sequence[Row], kind: type[Record] | None) -> Sequence[Column]:
-    if kind is ComparisonRecord:
-        return columns_of(rows)
-    return kind.columns if kind else _as_they_are(rows)
+    if kind is None:
+        return _as_they_are(rows)
+    columns = list(columns_of(rows) if kind is ComparisonRecord else kind.columns)
+    place = columns.index(DELTA_NLL) + 1 if DELTA_NLL in columns else 0
+    return [*columns[:place], USABLE, *columns[place:]] if place else columns
 
 
 def _as_they_are(records: Sequence[Row]) -> list[Column]:

@@ -6,14 +6,16 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
-from ..measuring.speed import Spread
 from ..records.columns import Row, in_bytes
 from ..records.plan import Plan
-from ..running.footprint import Footprint, footprint
-from ..structure.locating import locate
+
+if TYPE_CHECKING:  # a page says what is of use without loading what runs models
+    from transformers import PreTrainedModel
+
+    from ..measuring.speed import Spread
+    from ..running.footprint import Footprint
 
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
@@ -41,7 +43,7 @@ class Verdict:
         """Whether perplexity has at most doubled and at least half of the first choices are the same."""
         if self.quality is None:
             return None
-        return not self._faults(self.quality)
+        return not faults_of(self.quality)
 
     def then(self, mend: str, otherwise: str) -> Verdict:
         """With the command that makes up for a plan that is of no use, or else with what one would do with it."""
@@ -55,7 +57,7 @@ class Verdict:
 
     def _said(self) -> Iterator[str]:
         yield f"Without {self.left_out}: {'; '.join(self._parts())}."
-        if self.quality and (faults := self._faults(self.quality)):
+        if self.quality and (faults := faults_of(self.quality)):
             yield f"Warning: the model is no longer usable: {' and '.join(faults)}."
         if self.missed:
             yield f"Missed {self.missed}."
@@ -63,7 +65,7 @@ class Verdict:
     def row(self) -> Row:
         """For programs."""
         quality, speed = self.quality or {}, self.speedup
-        lost = _lost(quality) if quality else math.inf
+        lost = nats_lost(quality) if quality else math.inf
         return {
             "said": " ".join(self._said()),
             "usable": self.usable,
@@ -71,7 +73,7 @@ class Verdict:
             "next": self.next,
             "text": self.text if self.quality else None,
             "delta_nll": lost if math.isfinite(lost) else None,
-            "perplexity_factor": _factor(lost) if math.isfinite(lost) else None,
+            "perplexity_factor": perplexity_factor(lost) if math.isfinite(lost) else None,
             "top1_agreement": quality.get("top1_agreement"),
             "speedup": speed.median if speed else None,
             "weight_bytes": {"dense": self.dense.weight_bytes, "skipped": self.left.weight_bytes},
@@ -79,20 +81,11 @@ class Verdict:
             "state_bytes": {"dense": self.dense.state_bytes, "skipped": self.left.state_bytes},
         }
 
-    @staticmethod
-    def _faults(quality: Row) -> list[str]:
-        """Why the model is of no use, if it is of none."""
-        faults = {
-            "perplexity has more than doubled": _lost(quality) > MOST_NATS,
-            "over half of its first choices have changed": quality["top1_agreement"] < LEAST_AGREEMENT,
-        }
-        return [fault for fault, found in faults.items() if found]
-
     def _parts(self) -> Iterator[str]:
         if self.quality:
-            lost, error = _lost(self.quality), self.quality.get("delta_nll_se")
+            lost, error = nats_lost(self.quality), self.quality.get("delta_nll_se")
             nats = f"{lost:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-            yield f"{nats} nats a token (perplexity × {_factor(lost):.3g}) on {self.text}"
+            yield f"{nats} nats a token (perplexity × {perplexity_factor(lost):.3g}) on {self.text}"
             yield f"{self.quality['top1_agreement']:.0%} of the first choices are the same"
         else:
             yield "what that costs was not measured on other text: give --held-out"
@@ -104,8 +97,32 @@ class Verdict:
             yield _less("states", "", self.dense.state_bytes, self.left.state_bytes or 0)
 
 
+def faults_of(quality: Row) -> list[str]:
+    """Why a model of this quality, as tables have it, is of no use; nothing where it is usable."""
+    agreement = quality["top1_agreement"]
+    faults = {
+        "perplexity has more than doubled": nats_lost(quality) > MOST_NATS,
+        "over half of its first choices have changed": agreement is None or agreement < LEAST_AGREEMENT,
+    }
+    return [fault for fault, found in faults.items() if found]
+
+
+def nats_lost(quality: Row) -> float:
+    """Nats a token that were lost; infinite where the model overflows, which is no number."""
+    lost = quality["delta_nll"]
+    return lost if lost is not None and math.isfinite(lost) else math.inf
+
+
+def perplexity_factor(nats: float) -> float:
+    """What so many nats a token more multiply perplexity by."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def left_out_of(model: PreTrainedModel, plan: Plan) -> tuple[str, Footprint, Footprint]:
     """What a plan leaves out of a model, in words, and what both weigh: the first fields of a `Verdict`."""
+    from ..running.footprint import footprint
+    from ..structure.locating import locate
+
     kinds: list[str] = [part.kind for part in locate(model).sublayers]
     parts = [
         f"{len(skipped)} of {kinds.count(kind)} {name}{'s' if kinds.count(kind) > 1 else ''}"
@@ -125,16 +142,6 @@ def next_command(name: str, *words: object, **options: object) -> str:
     """A command line of notall; an option that is True has no value."""
     given = [[f"--{option}", *([] if value is True else [str(value)])] for option, value in options.items()]
     return shlex.join(["notall", name, *map(str, words), *(word for option in given for word in option)])
-
-
-def _lost(quality: Row) -> float:
-    """Nats a token; infinite where the model overflows, which is no number."""
-    lost = quality["delta_nll"]
-    return lost if lost is not None and math.isfinite(lost) else math.inf
-
-
-def _factor(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _less(what: str, unit: str, dense: int, left: int) -> str:
