@@ -11,6 +11,7 @@ from .answers import AnswersRecord
 from .bench import BenchRecord
 from .benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
+from .front import EngineScoresRecord, EngineTimesRecord, FrontRecord
 from .healing import HealRecord
 from .leave_one_out import LeaveOneOutRecord
 from .measured import MeasuredRecord
@@ -26,6 +27,7 @@ _ALL: tuple[type[Record], ...] = (
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
     *(SearchRecord, EvaluationRecord, BenchRecord, RefitRecord, HealRecord, MeasuredRecord),
     *(BenchmarkRecord, BatteryRecord, TimesRecord, AnswersRecord),
+    *(FrontRecord, EngineScoresRecord, EngineTimesRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}
 _BY_FILE = {kind.file: kind for kind in _ALL}
