@@ -160,7 +160,7 @@ def front(
         records = measure_front(runs, subjects, kinds, RoundsOf(prompt, new, rounds), out, run, progress=progress)
     rows = [record.row() for record in records]
     on_what = described.get("held_out", described["text"])
-    title = f"{about.what['model']} in {engine}, {count} threads; NLL on {on_what}"
+    title = f"{about.what['model']} in {engine}, {count} thread{'s' if count > 1 else ''}; NLL on {on_what}"
     write_front(rows, out, title)
     said = sentence(rows)
     show_all({"front": Shown(rows, FrontRecord.columns, f"{title}: {out}")}, as_json=as_json, also={"verdict": said})

@@ -15,6 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..measuring.speed import Spread, speedup
 from ..measuring.statistics import mean_and_error
 from ..progress import Progress, silent
@@ -102,6 +103,9 @@ def measure_front(
     cannot run is in the records with what it said, and is tried again by the next call. Raises `EngineFailed` where
     that is the plain dense model, and `UsageError` where `out` is in use or holds other work.
     """
+    names = [(subject.name, subject.repaired) for subject in subjects]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise UsageError(f"two of the models are called {twice[0][0]}: rename the file or folder of one")
     run = _Run(engine, subjects, types, rounds, out, about, progress)
     with working_in(out, "front"):
         return run.records()

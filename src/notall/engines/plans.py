@@ -46,9 +46,11 @@ def found_plans(
     """
     stages = Stages(progress, len(counts) + len(speedups))
     found: dict[str, Plan] = {}
-    asked: dict[str, Callable[[], Budget]] = {f"{count:g} {space}": partial(by_count, space, count) for count in counts}
+    asked: dict[str, Callable[[], Budget]] = {
+        f"less {count:g} {space}": partial(by_count, space, count) for count in counts
+    }
     faster = partial(_budget_of_speed, model, space, workload or Workload())
-    asked |= {f"{speedup:g} times": partial(faster, speedup) for speedup in speedups}
+    asked |= {f"{speedup:g}x in torch": partial(faster, speedup) for speedup in speedups}
     for name, budget in asked.items():
         found[name] = _found(model, space, budget, batches, folder / file_name(name), about, seed, stages.stage(1))
     return found

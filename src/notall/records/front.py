@@ -68,6 +68,11 @@ class EngineTimesRecord(Record, Variant):
     memory_bytes: Count = Field(description="by which the engine's process grew")
 
 
+def _how_many(names: str) -> str:
+    count = len(names.split())
+    return f"{count} sublayer{'s' if count > 1 else ''}" if count else ""
+
+
 class FrontRecord(Record, Variant):
     """One model beside the dense one; differences are paired by window, speedups by round."""
 
@@ -89,7 +94,7 @@ class FrontRecord(Record, Variant):
         DELTA_BITS,
         with_error("nll", "NLL", unit=NATS),
         *TIMES[2:],
-        plain("skipped", "without", lambda names: f"{len(names.split())} sublayers" if names else ""),
+        plain("skipped", "without", _how_many),
         plain("why", "not measured"),
     )
 
@@ -146,5 +151,5 @@ def key_of(row: Row) -> Key:
 
 
 def named(row: Row) -> str:
-    """A row in words, such as `4 attention, repaired, Q8_0`."""
+    """A row in words, such as `less 4 attention, repaired, Q8_0`."""
     return ", ".join([row["model"], *(["repaired"] if row["repaired"] else []), row["type"]])

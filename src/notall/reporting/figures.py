@@ -20,7 +20,11 @@ TIMES = {
 }
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token", "state_bytes": "states"}
 FRONT = "front"  # what the names of its panels begin with
-BESIDE = {"refits": plots.refit_layers, "healing": plots.healing_layers}  # above the table of that name
+BESIDE = {
+    "refits": plots.refit_layers,
+    "healing": plots.healing_layers,
+    "front": plots.quantised_layers,
+}  # above the table of that name
 NAMES = ("criterion", "aim", "space")
 
 

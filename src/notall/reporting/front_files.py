@@ -31,8 +31,8 @@ def sentence(rows: Sequence[Row]) -> str:
     if not best:
         return "No model was both scored and timed."
     by_bits = goes_by_bits(rows)
-    choices = "; ".join(f"for {row['speedup_decode']:.2f} times {_choice(row, by_bits=by_bits)}" for row in best)
-    return f"Decoding as fast as the dense model, or faster, take: {choices}. {_skipping(best)}"
+    choices = "; ".join(f"{row['speedup_decode']:.2f} times, {_choice(row, by_bits=by_bits)}" for row in best)
+    return f"What to take to decode so many times as fast as {named(rows[0])}: {choices}. {_skipping(best)}"
 
 
 def _choice(row: Row, *, by_bits: bool) -> str:

@@ -22,6 +22,7 @@ TITLES = {
     "benchmarks": "Benchmarks",
     "battery": "What accuracy hides",
     "times": "Times",
+    "front": "Skipping beside quantising",
 }
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
