@@ -21,6 +21,7 @@ from .engine import Engine, Timing, Tokens
 from .memory import resident_bytes
 
 AT_ONCE = 8  # windows that are scored together
+CERTAIN = 1e4  # more than any logit
 CELLS = 64  # a sequence's cache is a multiple of so many tokens
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,15 @@ class LlamaCpp(Engine):
     def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
         together = min(AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
+        found: dict[int, list[float | None]] = {}
+
+        def fill(slot: int) -> None:
+            for number in range(slot, len(windows), together):
+                found[number] = _scored(server, slot, windows[number])
+
         with ThreadPoolExecutor(together) as pool:
-            return list(pool.map(lambda tokens: _forced(server, tokens), windows))
+            list(pool.map(fill, range(together)))
+        return [found[number] for number in range(len(windows))]
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
         before = resident_bytes()
@@ -89,7 +97,7 @@ class LlamaCpp(Engine):
         settings.n_parallel = together
         settings.n_ctx = together * CELLS * math.ceil((tokens + 1) / CELLS)
         settings.n_batch = settings.n_ctx
-        settings.cache_ram_mib = 0  # nothing is asked for twice
+        settings.cache_ram_mib = settings.n_ctx_checkpoints = 0  # slots keep what is asked for again
         settings.warmup = False
         settings.verbosity = 1  # errors
         for cores in (settings.cpuparams, settings.cpuparams_batch):
@@ -106,34 +114,28 @@ def _file(spec: str | Path) -> Path:
     return path
 
 
-def _forced(server: Any, tokens: Tokens) -> list[float | None]:
+def _scored(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
     """The NLL of each token but the first.
 
-    The server tells no probabilities of a prompt, but of what it generates, as the model has them before a grammar
-    chooses among them: so these tokens are made to be what it generates. Of one that ends within a character it tells
-    nothing.
+    The server tells no probabilities of a prompt, but those of what it generates, as they are before a bias changes
+    them: so it is asked for a token after each prefix, and a bias makes that the token of the text. What it has read
+    of the prefix it keeps in its slot. Of a token that ends within a character it tells nothing.
     """
-    wanted = list(tokens[1:])
-    asked = {
-        "prompt": list(tokens[:1]),
-        "max_tokens": len(wanted),
-        "temperature": 0,
-        "ignore_eos": True,
-        "n_probs": 1,
-        "cache_prompt": False,
-        "grammar": "root ::= " + " ".join(f"<[{token}]>" for token in wanted),
-    }
-    told = iter(_answer(server, asked)["choices"][0]["logprobs"]["content"])
     found: list[float | None] = []
-    entry = next(told, None)
-    for token in wanted:
-        if entry and entry["id"] == token:
-            found.append(-entry["logprob"])
-            entry = next(told, None)
-        else:
-            found.append(None)
-    if entry:
-        raise UsageError("llama.cpp generated other tokens than those of the text; please report the model")
+    for place, token in enumerate(tokens[1:], 1):
+        asked = {
+            "prompt": list(tokens[:place]),
+            "max_tokens": 1,
+            "temperature": 0,
+            "n_probs": 1,
+            "logit_bias": [[token, CERTAIN]],
+            "cache_prompt": True,
+            "id_slot": slot,
+        }
+        told = (_answer(server, asked)["choices"][0]["logprobs"] or {"content": ()})["content"]
+        if told and told[0]["id"] != token:
+            raise UsageError("llama.cpp generates another token than it is made to; please report the model")
+        found.append(-told[0]["logprob"] if told else None)
     return found
 
 
