@@ -63,7 +63,7 @@ def in_markdown(text):
 
 def test_kinds_that_are_shown_have_columns():
     measured = {"sweep", "similarity", "comparison", "bench", "benchmark", "battery", "times"}
-    assert measured | {"search", "refit", "healing", "measured"} == set(SHOWN)
+    assert measured | {"search", "refit", "healing", "measured", "front"} == set(SHOWN)
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -378,7 +378,7 @@ def test_a_run_goes_on_and_takes_an_interrupted_round_again(asked, tmp_path):
 def test_what_an_engine_cannot_run_is_told_and_tried_again(asked, tmp_path):
     asked.broken = {"less-small"}
     found = measured(tmp_path)
-    assert found["less", "small"].why == "less-small is broken"
+    assert found["less", "small"].failed == "less-small is broken"
     assert found["less", "small"].times is None
     assert found["less", "plain"].times
     asked.broken = set()
@@ -476,6 +476,7 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, monkeypatch,
     [
         (["--engine", "vllm"], "vLLM is not measured this way"),
         (["--counts", "few"], "--counts few are no numbers"),
+        (["--fit", "2"], "--fit 2 is too few"),
         (["--types", "Q3"], "llama.cpp has no type 'Q3'"),
         (["--plan", "a/plan.json", "--plan", "b/plan.json"], "two of the plans have the same name"),
     ],
@@ -485,7 +486,7 @@ def test_what_the_command_refuses(dense, words, said, monkeypatch, capsys, tmp_p
     for folder in ("a", "b"):
         Path(folder).mkdir()
         LESS.save(Path(folder) / "plan.json")
-    code, _, err = run(monkeypatch, capsys, dense, *words, *SMALL)
+    code, _, err = run(monkeypatch, capsys, dense, *SMALL, *words)
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError, shortened
+from ..progress import Stages
 from ..reporting.console import Shown, say, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import MEASURE, app
@@ -31,6 +33,7 @@ from .options import (
     Sequences,
     TextSource,
 )
+from .repairing import warn_of_own_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
     from ..engines.front import Subject
     from ..engines.windows import Windows
 
+TEXT_FIELDS = ("text", "text_sha256")
 SPEEDUPS = ("1.1", "1.2")
-FIT = 128  # windows
+FIT, FEWEST = 128, 4  # windows
 
 
 @app.command(
@@ -120,6 +124,8 @@ def front(
     given = {path.stem: read_plan(path) for path in plan or ()}
     if len(given) < len(plan or ()):
         raise UsageError("two of the plans have the same name: rename one")
+    if fit < FEWEST:
+        raise UsageError(f"--fit {shortened(fit)} is too few to choose by and to repair with: give {FEWEST} or more")
     wanted_counts = _numbers("--counts", counts)
     wanted_speedups = _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
     count = threads or cores()
@@ -130,8 +136,10 @@ def front(
     kinds = runs.checked_types(words_of(types))
     own, windows, described = _texts(net, tokenizer, text, held_out, (fit, sequences), length, batch_size, seed)
     about = provenance_of(net, model, None, **described, seed=seed)
+    measured_on = {name: described.get(name.replace("text", "held_out"), described[name]) for name in TEXT_FIELDS}
     kept = out / "plans"
     with progress_bar() as progress:
+        stages = Stages(progress, 8)
         among = space_of(net, kind, portable, keep_first, keep_last)
         plans = given | found_plans(
             net,
@@ -143,24 +151,27 @@ def front(
             speedups=wanted_speedups,
             workload=Workload(prompt, new),
             seed=seed,
-            progress=progress,
+            progress=stages.stage(1),
         )
         for one in plans.values():
             one.check(among.anatomy)
+            warn_of_own_text(one, measured_on)
         variants = [(name, one) for name, one in plans.items()]
         if not no_repair:
-            variants = with_repairs(net, plans, own, kept, about, progress=progress)
+            variants = with_repairs(net, plans, own, kept, about, progress=stages.stage(1))
         subjects = [
             *(Subject(name, model, one, windows) for name, one in [(DENSE, Plan()), *variants]),
             *(_other(spec, tokenizer, windows) for spec in also or ()),
         ]
         del net  # what is measured needs its memory
         how = {"engine": engine, "threads": count, "prompt_tokens": prompt, "new_tokens": new}
-        run = Provenance.of(about, **how)
-        records = measure_front(runs, subjects, kinds, RoundsOf(prompt, new, rounds), out, run, progress=progress)
+        versions = {**about.where["versions"], runs.package: version(runs.package)}
+        run = Provenance(what=about.what | how, where=about.where | {"versions": versions})
+        timed = RoundsOf(prompt, new, rounds)
+        records = measure_front(runs, subjects, kinds, timed, out, run, progress=stages.stage(6))
     rows = [record.row() for record in records]
-    on_what = described.get("held_out", described["text"])
-    title = f"{about.what['model']} in {engine}, {count} thread{'s' if count > 1 else ''}; NLL on {on_what}"
+    on_cores = f"{count} thread{'s' if count > 1 else ''}"
+    title = f"{about.what['model']} in {engine}, {on_cores}; NLL on {measured_on['text']}"
     write_front(rows, out, title)
     said = sentence(rows)
     show_all({"front": Shown(rows, FrontRecord.columns, f"{title}: {out}")}, as_json=as_json, also={"verdict": said})
@@ -214,4 +225,5 @@ def _other(spec: str, ours: PreTrainedTokenizerBase, windows: Windows) -> Subjec
 
     _, theirs = load_model(Loading(spec, "auto", "cpu"))
     known = identify(spec)
-    return Subject(Path(known["model"]).stem, spec, Plan(), by_another(theirs, ours, windows), known["revision"])
+    name = known["model"].removesuffix(".gguf")
+    return Subject(name, spec, Plan(), by_another(theirs, ours, windows), known["revision"])

@@ -103,6 +103,8 @@ def measure_front(
     cannot run is in the records with what it said, and is tried again by the next call. Raises `EngineFailed` where
     that is the plain dense model, and `UsageError` where `out` is in use or holds other work.
     """
+    if rounds.rounds < 1:
+        raise UsageError("times take a round at least: give --rounds 1 or more")
     names = [(subject.name, subject.repaired) for subject in subjects]
     if twice := [one for one in names if names.count(one) > 1]:
         raise UsageError(f"two of the models are called {twice[0][0]}: rename the file or folder of one")
@@ -229,7 +231,7 @@ class _Run:
         names = [f"attn.{index}" for index in plan.attention] + [f"mlp.{index}" for index in plan.mlp]
         about = {**variant.named, "skipped": " ".join(names), "provenance": self._about(variant.subject)}
         if variant.key in self.failed:
-            return FrontRecord(**about, why=self.failed[variant.key])
+            return FrontRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
         rounds = [self.times[variant.in_round(number)] for number in range(self.rounds.rounds)]
         beside = [self.times[self.dense.in_round(number)] for number in range(self.rounds.rounds)]

@@ -95,7 +95,7 @@ class FrontRecord(Record, Variant):
         with_error("nll", "NLL", unit=NATS),
         *TIMES[2:],
         plain("skipped", "without", _how_many),
-        plain("why", "not measured"),
+        plain("failed", "not measured"),
     )
 
     record: Literal["front"] = "front"
@@ -114,7 +114,7 @@ class FrontRecord(Record, Variant):
     memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
     times: TimeFields | None = Field(None, description="speedups are over the dense model in the engine's plain type")
     on_front: bool = Field(False, description="whether nothing measured is both as fast and as good")
-    why: str | None = Field(None, description="what the engine said, where it could not run it")
+    failed: str | None = Field(None, description="what the engine said, where it could not run it")
 
 
 def loss_of(row: Mapping[str, object], *, by_bits: bool) -> float | None:
