@@ -18,7 +18,7 @@ from notall import Plan, UsageError, cli, load, repair, skip
 from notall.engines import asking, engine_named, gguf_types
 from notall.engines import front as front_run
 from notall.engines.asking import EngineFailed, ask
-from notall.engines.engine import Engine, Timing
+from notall.engines.engine import Engine, Timing, weight_bytes
 from notall.engines.front import Rounds, Subject, measure_front
 from notall.engines.hf import Transformers
 from notall.engines.llamacpp import LlamaCpp
@@ -119,7 +119,7 @@ def test_transformers_holds_eight_bits_in_less_room(dense, windows, tmp_path):
         plain, packed = tmp_path / name, tmp_path / f"{name}-int8"
         engine.write(str(dense), plan, plain)
         ask(engine, "quantise", plain=str(plain), kind="int8", out=str(packed))
-        sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (plain, packed)]
+        sizes = [weight_bytes(folder) for folder in (plain, packed)]
         assert sizes[1] < 0.6 * sizes[0]
         scored = [ask(engine, "score", checkpoint=str(one), windows=windows.tokens[:1])[0] for one in (plain, packed)]
         assert scored[0] != scored[1]
@@ -398,6 +398,8 @@ def test_a_folder_of_other_work_is_refused(asked, tmp_path):
         measured(tmp_path, text="prose", plan=Plan(mlp=[1]))
     with pytest.raises(UsageError, match="two of the models are called less"):
         measured(tmp_path / "twice", Subject("less", "n", Plan(), OWN))
+    with pytest.raises(UsageError, match="give --rounds 1 or more"):
+        measured(tmp_path / "none", rounds=0)
 
 
 def test_other_tokens_are_compared_by_bits_a_byte(asked, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,8 @@ from .memory import resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PICKLED = {"safe_serialization": False} if version("transformers").startswith("4.") else {}  # its torchao needs that
 
 
 class Transformers(Engine):
@@ -49,7 +52,7 @@ class Transformers(Engine):
         except ImportError as error:
             raise UsageError(f"{kind} needs more here: {error}") from None
         with appearing(out) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **PICKLED)
             for code in plain.glob("*.py"):
                 (folder / code.name).write_bytes(code.read_bytes())
 
