@@ -171,7 +171,8 @@ def front(
         records = measure_front(runs, subjects, kinds, timed, out, run, progress=stages.stage(6))
     rows = [record.row() for record in records]
     on_cores = f"{count} thread{'s' if count > 1 else ''}"
-    title = f"{about.what['model']} in {engine}, {on_cores}; NLL on {measured_on['text']}"
+    on_what = measured_on["text"] if held_out else f"other windows of {measured_on['text']}"
+    title = f"{about.what['model']} in {engine}, {on_cores}; NLL on {on_what}"
     write_front(rows, out, title)
     said = sentence(rows)
     show_all({"front": Shown(rows, FrontRecord.columns, f"{title}: {out}")}, as_json=as_json, also={"verdict": said})
