@@ -5,6 +5,7 @@ import math
 import stat
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -337,7 +338,7 @@ def subjects(*more):
 
 def measured(out, *more, plan=LESS, rounds=3, **about):
     models = [Subject("dense", "m", Plan(), OWN), Subject("less", "m", plan, OWN), *more]
-    settings = Provenance(what={"model": "m", **about})
+    settings = Provenance(what={"model": "m", **about}, where={"date": str(uuid4())})
     found = measure_front(Fake(1), models, ("plain", "small"), Rounds(4, 2, rounds), out, settings)
     return {(record.model, record.type): record for record in found}
 

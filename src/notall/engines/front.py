@@ -138,9 +138,10 @@ class _Run:
             self._trying(variant, partial(self._scored, variant, 2 * number))
         for number in range(self.rounds.rounds):
             self._round(number)
-        found = self._compared()
-        kept.add(*(record for record in found if record.key not in kept or kept[record.key] != record))
-        return found
+        new = [record for record in self._compared() if not (record.key in kept and _same(kept[record.key], record))]
+        if new:
+            kept.add(*new)
+        return [kept[variant.key] for variant in self.variants]
 
     def _about(self, subject: Subject) -> Provenance:
         return Provenance.of(self.about, subject=subject.fixed_by)
@@ -250,6 +251,11 @@ class _Run:
 
 
 Values = Sequence[float | None]
+
+
+def _same(one: FrontRecord, other: FrontRecord) -> bool:
+    """Whether they say the same, wherever and whenever that was put together."""
+    return one.model_copy(update={"provenance": None}) == other.model_copy(update={"provenance": None})
 
 
 def _remove(checkpoint: Path) -> None:
