@@ -28,6 +28,7 @@ from notall.exporters.gguf_file import read_gguf
 from notall.records.front import EngineTimesRecord, FrontRecord, best_of
 from notall.records.ledger import read
 from notall.records.provenance import Provenance
+from notall.reporting.figures import draw_all
 from notall.reporting.folder import read_folder
 from notall.reporting.front_files import sentence, write_front
 from notall.reporting.page import render
@@ -440,7 +441,8 @@ def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     assert [row["model"] for row in folder.others["front"]] == ["dense", "dense", "less", "less"]
     page = render(folder)
     assert "Skipping beside quantising" in page
-    assert '"front"' in page
+    assert "loss against speed" in page
+    assert "front" in draw_all(folder)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
