@@ -71,7 +71,7 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
-	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py -k 'llamacpp or default' -m ''
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_front.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py

@@ -61,7 +61,7 @@ def in_markdown(text):
 
 def test_kinds_that_are_shown_have_columns():
     measured = {"sweep", "similarity", "comparison", "bench", "benchmark", "battery", "times", "claim"}
-    assert measured | {"search", "refit", "healing", "measured", "draft"} == set(SHOWN)
+    assert measured | {"search", "refit", "healing", "measured", "draft", "front"} == set(SHOWN)
 
 
 @pytest.mark.parametrize("name", SHOWN)

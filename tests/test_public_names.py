@@ -14,9 +14,9 @@ import torch
 import notall
 from families import TRANSFORMERS_5, family
 from notall import Plan
-from notall.chatter import DROPPED
 from notall.choosing.budget import by_count
 from notall.choosing.objective import nll
+from notall.models.chatter import DROPPED
 from notall.models.loading import build_empty, load_config
 from notall.records.ranges import in_ranges
 from tiny_checkpoint import save_tiny_checkpoint

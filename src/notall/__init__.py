@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .chatter import drop_chatter
+from .models.chatter import drop_chatter
 
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan

@@ -18,7 +18,7 @@ import typer
 from ..errors import UsageError, nearest, shortened
 from ..reporting.extras import EXTRAS
 from ..reporting.printable import print_in_any_encoding, printable
-from . import choosing, drafting, exporting, inspecting, measuring, paper, repairing, reporting  # noqa: F401  (they add their commands)
+from . import choosing, drafting, exporting, front, inspecting, measuring, paper, repairing, reporting  # noqa: F401  (they add their commands)
 from .app import Interrupted, app
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.

@@ -188,7 +188,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     on_cuda = torch.device(device).type == "cuda"
     return {
         "cpu": cpu,
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
@@ -239,7 +239,8 @@ def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: i
     return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux: what a container or taskset leaves us
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,6 +13,7 @@ from .benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord
 from .claims import ClaimRecord
 from .comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from .drafting import DraftRecord
+from .front import EngineScoresRecord, EngineTimesRecord, FrontRecord
 from .healing import HealRecord
 from .leave_one_out import LeaveOneOutRecord
 from .measured import MeasuredRecord
@@ -28,6 +29,7 @@ _ALL: tuple[type[Record], ...] = (
     *(ComparisonRecord, ChoiceRecord, HeldOutRecord, PlanTimesRecord),
     *(SearchRecord, EvaluationRecord, BenchRecord, DraftRecord, RefitRecord, HealRecord, MeasuredRecord),
     *(BenchmarkRecord, BatteryRecord, TimesRecord, ClaimRecord, AnswersRecord),
+    *(FrontRecord, EngineScoresRecord, EngineTimesRecord),
 )
 KINDS: dict[str, type[Record]] = {kind.model_fields["record"].default: kind for kind in _ALL}
 _BY_FILE = {kind.file: kind for kind in _ALL}

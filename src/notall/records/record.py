@@ -15,7 +15,7 @@ from .provenance import Provenance
 MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become a page of gigabytes
 
 Key = tuple[Any, ...]
-Command = Literal["sweep", "compare", "search", "paper", "bench", "draft", "eval", "repair", "heal"]
+Command = Literal["sweep", "compare", "search", "paper", "bench", "draft", "eval", "repair", "heal", "front"]
 
 
 def _none_if_infinite(value: Any) -> Any:

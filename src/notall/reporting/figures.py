@@ -22,7 +22,11 @@ BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "KV cache a token", "s
 LEAST_SHADE = 1e-9  # where all costs are 0
 WIDER = 1.25  # than the longest bar is the axis: one noisy quartile does not shrink all bars
 FRONT = "front"  # what the names of its panels begin with
-BESIDE = {"refits": plots.refit_layers, "healing": plots.healing_layers}  # above the table of that name
+BESIDE = {
+    "refits": plots.refit_layers,
+    "healing": plots.healing_layers,
+    "front": plots.quantised_layers,
+}  # above the table of that name
 NAMES = ("criterion", "aim", "space")
 
 

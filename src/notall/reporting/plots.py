@@ -13,8 +13,9 @@ import altair as alt
 from altair.utils.mimebundle import spec_to_mimebundle
 
 from ..errors import UsageError
-from ..records.columns import Row
+from ..records.columns import Row, in_bytes
 from ..records.comparison import UNREPAIRED
+from ..records.front import DELTA_BITS, goes_by_bits, loss_of
 from ..records.record import CONFIGURED, DELTA_NLL, KL, SPEEDUPS, VARIANTS
 from .axes import Label, Span, bounds, needed_widths, symlog, within
 from .printable import printable
@@ -239,6 +240,50 @@ def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Laye
     return alt.LayerChart(layer=[*_bars(series), *_beyond(series), _front(rows), points.add_params(chosen), *_dense()])
 
 
+def quantised_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
+    """What is lost against decode speedup of skipped and quantised models; rows are as `FrontRecord` has them."""
+    told = [
+        "Lower right is better. Labels: how weights are held. Bars: standard error; quartiles of the speedup.",
+        "Grey line: the front, where nothing measured is both faster and better.",
+    ]
+    return _dress(quantised_layers(records), title, told)
+
+
+def quantised_layers(records: Sequence[Row]) -> alt.LayerChart:
+    """What `quantised_chart` draws, without size, title and theme: a colour a model, a shape for what is repaired."""
+    by_bits = goes_by_bits(records)
+    rows = [
+        _quantised_row(record, by_bits=by_bits)
+        for record in records
+        if "speedup_decode" in record and loss_of(record, by_bits=by_bits) is not None
+    ]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    colours = _each(names, (alt.expr("ink"), *SPECTRUM))
+    title = DELTA_BITS.titled if by_bits else HELD_OUT
+    rows, span = _clipped(rows)
+    series, chosen = _series(rows, _speedup(span), title, alt.Color("model:N", sort=names, scale=colours))
+    repaired = alt.Scale(domain=["no", "yes"], range=["circle", "square"])
+    points = series.mark_point(filled=True, size=75).encode(
+        shape=alt.Shape("repaired:N", scale=repaired, legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
+        tooltip=[
+            *("model:N", "type:N", "repaired:N"),
+            alt.Tooltip("speedup:Q", format=".3f"),
+            alt.Tooltip("lost:Q", title=title, format=".4f"),
+            alt.Tooltip("file:N"),
+        ],
+    )
+    layers = [*_bars(series), *_beyond(series), _front(rows, alone=True), points.add_params(chosen)]
+    return alt.LayerChart(layer=[*layers, *_labels(series, "type:N", align="left", dx=7, dy=-7)])
+
+
+def _quantised_row(record: Row, *, by_bits: bool) -> Row:
+    fields = ("delta_bits", "delta_bits_se") if by_bits else ("delta_nll", "delta_nll_se")
+    measured = _measured(record | dict(zip(("delta_nll", "delta_nll_se"), (record[field] for field in fields))))
+    repaired = "yes" if record["repaired"] else "no"
+    told = {"model": record["model"], "type": record["type"], "file": in_bytes(record["file_bytes"])}
+    return {**told, "repaired": repaired, **measured}
+
+
 def front_chart(records: Sequence[Row], title: str) -> alt.FacetChart:
     """Quality lost (`delta_nll`) against what is skipped, a line a criterion, a panel for what it chose among.
 
@@ -440,8 +485,10 @@ def _speedup(span: Span) -> alt.X:
     return alt.X("speedup:Q", title=f"{SPEEDUP} over the dense model", axis=TIMES, scale=scale)
 
 
-def _front(rows: Sequence[Row]) -> alt.Chart:
-    best = front([(1.0, 0.0), *((row["speedup"], row["lost"]) for row in rows)])
+def _front(rows: Sequence[Row], *, alone: bool = False) -> alt.Chart:
+    """Of `rows`, and of a dense model that is none of them unless they stand `alone`."""
+    dense = [] if alone else [(1.0, 0.0)]
+    best = front([*dense, *((row["speedup"], row["lost"]) for row in rows)])
     data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
     line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
     return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")

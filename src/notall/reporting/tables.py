@@ -27,6 +27,7 @@ TITLES = {
     "battery": "What accuracy hides",
     "times": "Times",
     "drafts": "As a draft model",
+    "front": "Skipping beside quantising",
 }
 
 USABLE = plain("usable")
