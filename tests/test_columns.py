@@ -19,7 +19,7 @@ from notall.records.record import Fields
 from notall.records.sweep import SweepRecord
 from notall.reporting.comparison_files import comparison_table
 from notall.reporting.console import show
-from notall.reporting.tables import stepped_table
+from notall.reporting.tables import USABLE, stepped_table
 
 SHOWN = {name: kind for name, kind in KINDS.items() if kind.columns}
 STEPPED = {
@@ -92,20 +92,24 @@ def test_the_terminal_the_page_and_csv_show_the_same_columns(command, monkeypatc
     columns = columns_of(rows) if command == "compare" else SHOWN[name].columns
     table = stepped_table(command, rows)
     flat = [with_tasks(row) for row in rows]
-    assert on_a_terminal(flat, columns, monkeypatch) == list(table.headings)
-    assert [column.heading for column in given(columns, flat)] == list(table.headings)
+    headings = [heading for heading in table.headings if heading != "usable"]  # the page's own judgement
+    assert on_a_terminal(flat, columns, monkeypatch) == headings
+    assert [column.heading for column in given(columns, flat)] == headings
     if command != "compare":  # whose columns of tasks are made anew
-        assert set(table.columns) <= set(columns)
-    names = next(csv.reader(io.StringIO(table.csv)))
+        assert set(table.columns) - {USABLE} <= set(columns)
+    names = [name for name in next(csv.reader(io.StringIO(table.csv))) if name != "usable"]
     fields = [field for column in table.columns for field in column.fields if field in flat[0] and field != "plan"]
     assert names[1 : 1 + len(fields)] == fields
     for row, cells in zip(flat, table.rows):
-        assert [cell.text for cell in cells] == [column.text(row) for column in table.columns]
+        told = [(cell.text, column.text(row)) for cell, column in zip(cells, table.columns) if column is not USABLE]
+        assert all(shown == expected for shown, expected in told)
 
 
 def test_markdown_has_the_headings_of_the_page_and_the_terminal():
     rows = result_folders.all_compared()
-    page = [heading for heading in stepped_table("compare", rows).headings if heading not in ("among", "count")]
+    page = [
+        heading for heading in stepped_table("compare", rows).headings if heading not in ("among", "count", "usable")
+    ]
     assert in_markdown(comparison_table(rows)) == page
     assert {"NLL added", "arc_easy acc", "decode speedup", "CPU s"} <= set(page)
     assert "| 0.480 (-0.020 ± 0.020) |" in comparison_table(rows)

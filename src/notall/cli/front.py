@@ -53,38 +53,38 @@ FIT, FEWEST = 128, 4  # windows
 )
 def front(
     model: Model = "smollm2",
-    engine: Annotated[str, typer.Option(help="llama.cpp (of a .gguf file) or transformers")] = "llama.cpp",
+    engine: Annotated[str, typer.Option(help="the engine: llama.cpp (for a .gguf file) or transformers")] = "llama.cpp",
     types: Annotated[
         list[str] | None,
         typer.Option(
             "--types",
             metavar="TYPE",
-            help="F16, Q8_0, Q5_K_M, Q4_K_M of llama.cpp; int8, int4 of transformers; a comma or another --types "
-            "between them. Else all that usually run; plain weights are always measured",
+            help="ways to hold weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers; with "
+            "commas between them (default: all that usually run, and always plain weights)",
         ),
     ] = None,
     plan: Annotated[
-        list[Path] | None, typer.Option(help="plan file, or the folder of a repair, to measure; again for more")
+        list[Path] | None, typer.Option(help="plan file, or the folder of a repair, to measure; repeat it for more")
     ] = None,
     speedups: Annotated[
         list[str] | None,
-        typer.Option(help="find plans that run so many times as fast in torch, such as 1.1,1.2. Else that"),
+        typer.Option(help="find plans of these speedups in torch, such as 1.1,1.2 (the default)"),
     ] = None,
-    counts: Annotated[list[str] | None, typer.Option(help="or plans that skip so many, such as 4,8")] = None,
+    counts: Annotated[
+        list[str] | None, typer.Option(help="instead of --speedups: find plans that skip this many, such as 4,8")
+    ] = None,
     kind: Kind = "sublayer",
     portable: Portable = False,
     keep_first: KeepFirst = False,
     keep_last: KeepLast = False,
-    no_repair: Annotated[bool, typer.Option("--no-repair", help="measure plans as they are alone")] = False,
+    no_repair: Annotated[bool, typer.Option("--no-repair", help="measure plans without a repair only")] = False,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="another model, to measure beside; again for more. Other tokens: compared by bits a byte"),
+        typer.Option(help="another model to measure beside this one; repeat it for more"),
     ] = None,
     text: TextSource = "prose",
-    held_out: Annotated[
-        str | None, typer.Option(help="another text, to measure on; else other windows of --text")
-    ] = None,
-    fit: Annotated[int, typer.Option(help="windows of --text to choose by and to repair with")] = FIT,
+    held_out: Annotated[str | None, typer.Option(help="text to measure on (default: other windows of --text)")] = None,
+    fit: Annotated[int, typer.Option(help="number of windows of --text to choose by and to repair with")] = FIT,
     sequences: Sequences = 8,
     length: Length = 256,
     batch_size: BatchSize = 4,
@@ -92,19 +92,21 @@ def front(
     new: New = 32,
     rounds: Rounds = 5,
     threads: Annotated[
-        int | None, typer.Option(help="of the engine; else one a core", rich_help_panel=TIMING, min=1)
+        int | None,
+        typer.Option(help="threads of the engine (default: one for each core)", rich_help_panel=TIMING, min=1),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="folder for records, checkpoints, table.md and front")
+        Path, typer.Option("--out", "-o", help="folder for the records, the checkpoints, the table and the figure")
     ] = Path("front"),
     dtype: Dtype = "auto",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Set skipping beside quantising in the engine that serves the model: what is lost, how fast, how large.
+    """Compare skipping with quantising in the engine that serves the model: what is lost, how fast, how large.
 
-    The dense model and each plan, as it is and repaired, in each type: NLL as the engine computes it, times in turn,
-    bytes. Plans are repaired before they are quantised. Interrupted, the same command goes on where it stopped.
+    This measures the dense model and each plan, as it is and repaired, in each type: NLL as the engine computes it,
+    times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
+    continues where it stopped.
     """
     from ..choosing.latency import Workload
     from ..engines import engine_named

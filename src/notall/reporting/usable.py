@@ -11,7 +11,7 @@ from .verdict import faults_of, nats_lost
 
 def is_known(record: Row) -> bool:
     """Whether something is skipped, and it is known what that costs in NLL."""
-    return record.get("delta_nll") is not None and bool(sublayers(record))
+    return record.get("delta_nll") is not None and "plan" in record and bool(sublayers(record))
 
 
 def is_usable(record: Row) -> bool:
