@@ -45,6 +45,7 @@ from mutations import (
     damaged_safetensors,
     damaged_text,
 )
+from notall import Plan
 from notall.cli.app import MISSED
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
@@ -362,15 +363,15 @@ def plan_as_it_says(seen: Seen) -> str | None:
         return f"took a plan: {error}"
     if not isinstance(fields, dict) or not fields.keys() <= {"attention", "mlp", "fingerprint", "note"}:
         return "took what is no plan"
-    skipped = []
-    for kind, short in (("attention", "attn"), ("mlp", "mlp")):
+    skipped = {}
+    for kind in ("attention", "mlp"):
         layers = fields.get(kind, [])
         if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < LAYERS for layer in layers):
             return "took a plan with wrong layers"
         if len(set(layers)) < len(layers):
             return "took a plan with a layer twice"
-        skipped += [f"{short}.{layer}" for layer in sorted(layers)]
-    if f" {' '.join(skipped) or 'nothing'}\n" not in seen.ended.out.replace(" \n", "\n"):
+        skipped[kind] = layers
+    if f" {Plan(**skipped)}\n" not in seen.ended.out.replace(" \n", "\n"):
         return "skipped something else"
     return None
 

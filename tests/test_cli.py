@@ -543,7 +543,7 @@ def bad_inputs(folder, tmp_path):
         "a word too long": (["eval", folder, "--length", "long" * 999], "--length"),
         "a word too many": (["inspect", folder, folder], "see `notall inspect --help`"),
         "a misspelt value": (
-            ["search", folder, "--kind", "atention"],
+            ["search", folder, "--kind", "atention", "--count", 1],
             "'atention' (did you mean attention?): give",
         ),
         "a misspelt dtype": (["eval", folder, "--dtype", "bfloat", *MLPS], "(did you mean bfloat16?)"),

@@ -9,8 +9,9 @@ from notall.choosing import latency
 from notall.choosing.budget import by_count, by_limit, within_limit
 from notall.choosing.joint import choose_within
 from notall.choosing.latency import Times
-from test_cli import QUICK, folder, run  # noqa: F401
+from test_cli import QUICK, run  # noqa: F401
 from test_speedups import DENSE, EACH, asked, machine, setting  # noqa: F401
+from tiny_checkpoint import save_tiny_checkpoint
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_what_misses_the_speedup_at_once_says_so_too(costs, machine):  # noqa: F
 
 
 @pytest.mark.parametrize(("nats", "code"), [("9", 0), ("1e-09", 3)])
-def test_search_takes_both_and_leaves_with_3(run, folder, tmp_path, monkeypatch, timing, nats, code):  # noqa: F811
+def test_search_takes_both_and_leaves_with_3(run, tmp_path, monkeypatch, timing, nats, code):  # noqa: F811
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=1024)
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
     monkeypatch.setattr(latency, "measure_times", lambda _, w, **__: Times(w, DENSE, dict.fromkeys(names, EACH)))
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))

@@ -215,7 +215,7 @@ def test_a_page_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
 
 
 def test_a_folder_of_foreign_lines_has_no_message(tmp_path):
-    assert message(tmp_path, front=[{"criterion": "cosine", "lost": 0.1}]) is None
+    assert message(tmp_path, lost=[{"criterion": "cosine", "lost": 0.1}]) is None
 
 
 def test_the_table_of_a_comparison_begins_with_the_best_and_repairs_stand_beside(tmp_path):

@@ -430,6 +430,6 @@ def test_a_bench_is_bars_and_a_table(view, tmp_path):
 
 
 def test_a_folder_of_one_file_is_a_page_too(view, tmp_path):
-    folder = result_folders.write(tmp_path / "r", front=[{"criterion": "cosine", "lost": 0.1}])
+    folder = result_folders.write(tmp_path / "r", lost=[{"criterion": "cosine", "lost": 0.1}])
     page = view(write_report(folder, tmp_path / "report.html"))
-    assert page.locator("#table-front tbody tr").count() == 1
+    assert page.locator("#table-lost tbody tr").count() == 1

@@ -631,6 +631,6 @@ def test_a_folder_of_folders_names_one_that_holds_results(tmp_path):
 
 
 def test_a_folder_of_a_file_of_no_kind_shows_it_as_it_is(tmp_path):
-    folder = read_folder(result_folders.write(tmp_path, front=[{"criterion": "cosine", "lost": 0.1}]))
+    folder = read_folder(result_folders.write(tmp_path, lost=[{"criterion": "cosine", "lost": 0.1}]))
     assert folder.kind is None
-    assert folder.foreign == {"front": ({"criterion": "cosine", "lost": 0.1},)}
+    assert folder.foreign == {"lost": ({"criterion": "cosine", "lost": 0.1},)}

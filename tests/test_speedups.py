@@ -119,7 +119,7 @@ def test_when_it_is_late_what_was_chosen_is_not_chosen_anew(setting, machine):
 
 @pytest.mark.parametrize(("share", "code"), [(1.0, 0), (0.6, 0), (0.3, 3)])
 def test_search_leaves_with_3_where_the_speedup_was_missed(run, tmp_path, monkeypatch, machine, share, code):  # noqa: F811
-    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6)
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=1024)
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
     monkeypatch.setattr(latency, "measure_times", lambda _, w, **__: Times(w, DENSE, dict.fromkeys(names, EACH)))
     machine(share)
