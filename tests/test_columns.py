@@ -116,14 +116,14 @@ def test_markdown_has_the_headings_of_the_page_and_the_terminal():
     assert "| 0.480 (-0.020 ± 0.020) |" in comparison_table(rows)
 
 
-def test_the_readme_shows_the_headings_of_a_sweep():
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| skipped |") :].partition("\n\n")[0]
+def test_the_page_of_the_paper_shows_the_headings_of_a_sweep():
+    page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text(encoding="utf-8")
+    table = page[page.index("| skipped |") :].partition("\n\n")[0]
     headings = in_markdown(table)
     assert headings == [column.heading for column in SweepRecord.columns if column.heading in headings]
     assert {"skipped", "NLL added", "decode speedup", "perplexity"} <= set(headings)
     columns = [column for column in SweepRecord.columns if column.heading in headings]
-    assert readme.partition(table)[2].strip().startswith(legend(columns))
+    assert page.partition(table)[2].strip().startswith(legend(columns))
 
 
 def test_quartiles_are_written_from_the_low_to_the_high():
