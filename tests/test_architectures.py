@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from families import FAMILIES, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
+from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from notall.structure.anatomy import cache_argument
 from notall.structure.observation import ModuleOp
@@ -35,8 +35,6 @@ FEW = PLANS if RECORDING else {n: PLANS[n] for n in ("first attention", "all but
 # Of a family that is built like one that is tried with every plan.
 FEWEST = {n: PLANS[n] for n in ("several attentions", "mixed")}
 EXACT = 1e-5
-# There the attention divides by the very index that addresses the cache.
-REFUSED_IN_4 = {"gpt2 (scaled by layer)"}
 
 
 @each_structure(FAMILIES)

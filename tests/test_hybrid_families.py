@@ -25,6 +25,7 @@ KEEP_NOTHING = {"openai-gpt"}
 # Their layers scale, norm or mix the stream, or begin another, even if nothing is added to it.
 CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER if not family.whole} | {
     *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_text (experts)", "gemma4_unified_text"),
+    "gemma4 (text part)",
     *("inkling2_text", "inkling2_loop_text", "minimax", "zaya"),
 }
 

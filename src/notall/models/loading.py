@@ -32,7 +32,7 @@ from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .paths import expanded
 from .quantisation import quantisation_name, quantisation_of, refuse_what_cannot_run
 
-MOST = 10_000  # layers, or experts of a layer, that any model has
+MOST = 20_000  # layers, or experts: Doge has 16,384
 
 UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
 
