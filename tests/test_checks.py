@@ -16,7 +16,7 @@ from test_cli import FAST, QUICK, run  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import write_tasks
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [pytest.mark.usefixtures("short_prose"), pytest.mark.any_transformers]  # before transformers is asked
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is absent")
 
 
