@@ -14,9 +14,10 @@ import typer
 
 import notall
 from families import family
-from notall import Plan, cli, extensions
+from notall import Plan, cli
 from notall.choosing import latency, speedups
 from notall.choosing.criteria import CRITERIA
+from notall.models import extensions
 from notall.repairing.methods import METHODS
 from tiny_checkpoint import save_tiny_checkpoint
 

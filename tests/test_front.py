@@ -16,14 +16,14 @@ from gguf.quants import dequantize, quantize
 import engines
 from families import family
 from notall import Plan, UsageError, cli, load, repair, skip
-from notall.engines import asking, engine_named, gguf_types
-from notall.engines import front as front_run
-from notall.engines.asking import EngineFailed, ask
-from notall.engines.engine import Engine, Timing, weight_bytes
-from notall.engines.front import Rounds, Subject, measure_front
-from notall.engines.hf import Transformers
-from notall.engines.llamacpp import LlamaCpp
-from notall.engines.windows import Windows, as_windows, by_another
+from notall.exporters.engines import asking, engine_named, gguf_types
+from notall.exporters.engines import front as front_run
+from notall.exporters.engines.asking import EngineFailed, ask
+from notall.exporters.engines.engine import Engine, Timing, weight_bytes
+from notall.exporters.engines.front import Rounds, Subject, measure_front
+from notall.exporters.engines.hf import Transformers
+from notall.exporters.engines.llamacpp import LlamaCpp
+from notall.exporters.engines.windows import Windows, as_windows, by_another
 from notall.exporters.gguf_file import read_gguf
 from notall.records.front import EngineTimesRecord, FrontRecord, best_of
 from notall.records.ledger import read

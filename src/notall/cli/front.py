@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..engines.front import Subject
-    from ..engines.windows import Windows
+    from ..exporters.engines.front import Subject
+    from ..exporters.engines.windows import Windows
 
 TEXT_FIELDS = ("text", "text_sha256")
 SPEEDUPS = ("1.1", "1.2")
@@ -109,10 +109,10 @@ def front(
     continues where it stopped.
     """
     from ..choosing.latency import Workload
-    from ..engines import engine_named
-    from ..engines.front import Rounds as RoundsOf
-    from ..engines.front import Subject, measure_front
-    from ..engines.plans import found_plans, with_repairs
+    from ..exporters.engines import engine_named
+    from ..exporters.engines.front import Rounds as RoundsOf
+    from ..exporters.engines.front import Subject, measure_front
+    from ..exporters.engines.plans import found_plans, with_repairs
     from ..measuring.speed import cores
     from ..models.loading import dtype_name
     from ..records.front import DENSE, FrontRecord
@@ -204,7 +204,7 @@ def _texts(
     """Batches to choose by and to repair with, windows to measure on, and what they are; none is in both."""
     from torch import cat
 
-    from ..engines.windows import as_windows
+    from ..exporters.engines.windows import as_windows
 
     fit, measured = counts
     more = 0 if held_out else measured
@@ -221,8 +221,8 @@ def _texts(
 
 def _other(spec: str, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:
     """Another model, with the same text in its own tokens."""
-    from ..engines.front import Subject
-    from ..engines.windows import by_another
+    from ..exporters.engines.front import Subject
+    from ..exporters.engines.windows import by_another
     from ..models.loading import identify
     from ..records.plan import Plan
 

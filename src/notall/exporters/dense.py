@@ -22,6 +22,7 @@ from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source
 from ..models.quantisation import quantisation_of
+from ..records.strict_json import Settings
 from ..running.opening import refuse_export
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Anatomy, Sublayer, base_model
@@ -39,7 +40,7 @@ class DenseModel:
     """`settings` is config.json as it is written, `config` what transformers makes of it."""
 
     folder: Path
-    settings: dict[str, Any]
+    settings: Settings
     config: PretrainedConfig
     empty: PreTrainedModel  # on the meta device
     anatomy: Anatomy
@@ -54,7 +55,7 @@ class DenseModel:
         return total_bytes({name: getattr(tensor, "source", tensor) for name, tensor in self.tensors.items()})
 
     @property
-    def quantisation(self) -> dict[str, Any] | None:
+    def quantisation(self) -> Settings | None:
         """The settings of quantised weights, as config.json words them; None where they are plain."""
         told = quantisation_of(self.config)
         return told and self.settings.get("quantization_config", told)
@@ -234,7 +235,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     return DenseModel(folder, settings, config, model, anatomy, tensors, origin, trust_remote_code)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> Settings:
     """config.json as it is written."""
     path = own_file(folder, "config.json")
     if path is None:

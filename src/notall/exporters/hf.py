@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import UsageError
 from ..progress import Progress, silent
 from ..records.plan import Plan
+from ..records.strict_json import Settings
 from ..running.regrouping import Layer
 from .companions import companions, copy_companions
 from .dense import DenseModel
@@ -69,7 +70,7 @@ def export_hf(
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 
-def prepared(dense: DenseModel, plan: Plan) -> tuple[dict[str, Any], dict[str, Source], dict[str, str], bool]:
+def prepared(dense: DenseModel, plan: Plan) -> tuple[Settings, dict[str, Source], dict[str, str], bool]:
     """config.json, the tensors by their new names, what their files say, and whether the checkpoint is an ordinary one.
 
     Raises as `export_hf`.
@@ -111,7 +112,7 @@ def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
         )
 
 
-def _regrouped_settings(base: str, layers: Sequence[Layer]) -> dict[str, Any]:
+def _regrouped_settings(base: str, layers: Sequence[Layer]) -> Settings:
     classes = classes_of(base)
     module = modeling_file(base).removesuffix(".py")
     return {

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError
 from ..models.loading import build_empty
 from ..records.plan import Plan
+from ..records.strict_json import Settings
 from ..running.regrouping import Layer, fits, groups_of, merged
 from ..structure.anatomy import Anatomy, Sublayer
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
@@ -43,7 +43,7 @@ def sublayers_of(anatomy: Anatomy, layer: Layer) -> list[Sublayer]:
     return attention if layer.mlp is None else [*attention, anatomy.blocks[layer.mlp].mlp]
 
 
-def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, Any]:
+def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     """config.json of a model of `layers`: the dense one, with its per-layer settings cut by the source of each."""
     settings, config = copy.deepcopy(dense.settings), dense.config
     settings.pop("transformers_weights", None)  # the weights of an export have the usual names
@@ -79,7 +79,7 @@ def _kind_of_mlp(layer: Layer) -> int:
     return next(iter((*own, *layer.before, *layer.after)), layer.attention)
 
 
-def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
+def rope_names(settings: Settings) -> Settings:
     """The names that transformers 4 and other engines read RoPE's settings by, where only version 5's are written."""
     rope = settings.get("rope_parameters")
     if not rope or "rope_theta" in settings:
@@ -101,7 +101,7 @@ def rope_names(settings: dict[str, Any]) -> dict[str, Any]:
     return {**named, "rope_theta": rope["rope_theta"]}
 
 
-def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
+def build_cut(dense: DenseModel, settings: Settings) -> PreTrainedModel:
     """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
     try:
         config = type(dense.config).from_dict(_read_back(settings))
@@ -115,7 +115,7 @@ def build_cut(dense: DenseModel, settings: dict[str, Any]) -> PreTrainedModel:
         ) from None
 
 
-def _read_back(settings: dict[str, Any]) -> dict[str, Any]:
+def _read_back(settings: Settings) -> Settings:
     """`settings` as transformers reads them from a file, where an infinite number stands in words."""
     with tempfile.TemporaryDirectory(prefix="notall-") as folder:
         Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -137,13 +137,13 @@ def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[L
                 )
 
 
-def build_of(dense: DenseModel, part: Sublayer) -> dict[str, Any]:
+def build_of(dense: DenseModel, part: Sublayer) -> Settings:
     """How a sublayer of the dense model is built: the class, settings and shapes of each of its modules."""
     return _build(dense.empty.get_submodule(f"{dense.anatomy.layers}.{part.index}"), part)
 
 
-def _build(layer: nn.Module, part: Sublayer) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
+def _build(layer: nn.Module, part: Sublayer) -> Settings:
+    facts: Settings = {}
     held = dict(layer.named_modules())
     for path in part.modules:
         if path not in held:
@@ -156,7 +156,7 @@ def _build(layer: nn.Module, part: Sublayer) -> dict[str, Any]:
     return facts
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _settings(module: nn.Module) -> Settings:
     plain = (bool, int, float, str, type(None))
     return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in LAYER_INDICES}
 

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import UsageError, shortened
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
-from ..records.strict_json import read_json
+from ..records.strict_json import Settings, read_json
 
 MANIFEST = "notall.json"
 
@@ -86,7 +86,7 @@ def describe(
     (folder / "README.md").write_text(_card(manifest, dense_card, use, verdict, measured), encoding="utf-8")
 
 
-def manifest_of(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
+def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it.
 
     `form` is the model type that is written.
@@ -102,7 +102,7 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> dict[str, Any]:
     }
 
 
-def _repair_of(plan: Plan) -> dict[str, Any] | None:
+def _repair_of(plan: Plan) -> Settings | None:
     """What made the weights of a repaired plan, and how well; its class would import torch."""
     if not hasattr(plan, "history"):
         return None
@@ -111,7 +111,7 @@ def _repair_of(plan: Plan) -> dict[str, Any] | None:
     return {"weights": plan.digest, "history": steps, "refits": refits}  # type: ignore[attr-defined]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Settings:
     """The manifest of a folder that `export` wrote."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
@@ -172,7 +172,7 @@ def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
         yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), refit)
 
 
-def _terms(dense_card: Path) -> dict[str, Any]:
+def _terms(dense_card: Path) -> Settings:
     """What the dense model's card says of its licence and language: words, or lists of words."""
     try:
         known = metadata_load(dense_card) or {}

@@ -19,6 +19,7 @@ from ..errors import UsageError
 from ..models.quantisation import quantisation_name
 from ..progress import Progress, silent
 from ..records.plan import Plan
+from ..records.strict_json import Settings
 from ..running.regrouping import SparseLayer, sparse_layers
 from .companions import companions, copy_companions
 from .dense import DenseModel
@@ -109,12 +110,12 @@ def _check(dense: DenseModel) -> None:
     raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
 
 
-def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> dict[str, Any]:
+def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> Settings:
     config = dense.config
     settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
     if config.model_type == "qwen2":
         settings["attention_bias"] = True
-    rope: dict[str, Any] = {name: value for name, value in dense.settings.items() if name.startswith("rope_")}
+    rope: Settings = {name: value for name, value in dense.settings.items() if name.startswith("rope_")}
     rope |= rope_names(dense.settings)
     rope.setdefault("rope_theta", 10_000.0)  # others take another default
     return {
@@ -129,7 +130,7 @@ def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> dict[str, Any]:
     }
 
 
-def _block(config: Any, row: SparseLayer) -> dict[str, Any]:
+def _block(config: Any, row: SparseLayer) -> Settings:
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
     attention = {
         "n_heads_in_group": None if row.attention is None else heads_in_group,

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UsageError, shortened
 from ..models.quantisation import quantisation_name
+from ..records.strict_json import Settings
 
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
@@ -117,7 +118,7 @@ RULES: Mapping[str, Rules] = {
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> dict[str, Any]:
+def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
     """The settings of an export whose modules have `moved`; `layers` is what the names of layers begin with.
 
     Raises `UsageError` where they tell layers apart in a place that is not known.
@@ -191,7 +192,7 @@ class _Cut:
             return list(dict.fromkeys(new for pattern in value for new in self._one(str(pattern))))
         if not isinstance(value, Mapping):
             return value
-        cut: dict[str, Any] = {}
+        cut: Settings = {}
         for pattern, setting in value.items():
             for new in self._one(pattern):
                 cut.setdefault(new, setting)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError, nearest, shortened
+from ..records.strict_json import Settings
 from .paths import expanded
 
 DEFAULT_MODEL = "smollm2"
 
 
-def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> Settings:
     return {
         "vocab_size": 32000,
         "hidden_size": hidden_size,

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
+from ..records.strict_json import Settings
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
@@ -58,7 +59,7 @@ def is_own_form(settings: Mapping[str, Any]) -> bool:
     return form == NEMOTRON_NAS or form.startswith(REGROUPED)
 
 
-def read_settings(source: Path | str, **options: Any) -> dict[str, Any]:
+def read_settings(source: Path | str, **options: Any) -> Settings:
     """config.json of a folder or of a hub id, as a table."""
     with quiet():
         return PretrainedConfig.get_config_dict(source, **options)[0]
@@ -92,7 +93,7 @@ def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
     return OwnExport(config, lacking, places)
 
 
-def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) -> dict[str, Any]:
+def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) -> Settings:
     """Settings of a layer each for those of `layers`, by the layer that each comes from."""
     spread = {**settings, "num_hidden_layers": len(sources)}
     for name in LISTS:

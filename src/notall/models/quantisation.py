@@ -10,6 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
+from ..records.strict_json import Settings
 from .load_errors import quiet
 
 # What transformers runs each kind with.
@@ -22,7 +23,7 @@ PACKAGES = {
 }
 
 
-def quantisation_of(config: PretrainedConfig) -> dict[str, Any] | None:
+def quantisation_of(config: PretrainedConfig) -> Settings | None:
     """The quantisation settings of a config, as config.json words them; None where the weights are plain.
 
     Raises `UsageError` where they are no settings.

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic_core import from_json
 
+Settings = dict[str, Any]  # a table of JSON, such as a config.json
+
 
 class DoubledKey(ValueError):
     """An object has a key twice; the message is that key, in quotes."""
@@ -24,7 +26,7 @@ def read_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_each_key_once, parse_float=_finite)
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> Settings:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)

@@ -24,7 +24,7 @@ from ..models.own_exports import OwnExport, is_own_form, own_export, read_settin
 from ..models.paths import expanded
 from ..models.quantisation import quantisation_of
 from ..records.plan import Plan
-from ..records.strict_json import read_json
+from ..records.strict_json import Settings, read_json
 from .lacking import without
 
 CONFIG = "config.json"
@@ -85,7 +85,7 @@ def refuse_export(folder: Path) -> None:
         )
 
 
-def _settings_of_export(spec: str | Path, revision: str | None) -> dict[str, Any] | None:
+def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | None:
     """config.json of what `notall export` wrote in a form of its own; None for any other model."""
     if spec in SHAPES or named_gguf(spec):
         return None
@@ -97,7 +97,7 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> dict[str, Any
     return settings if is_own_form(settings) else None
 
 
-def _own(file: Path) -> dict[str, Any] | None:
+def _own(file: Path) -> Settings | None:
     """A config.json that is damaged is for transformers to complain of."""
     try:
         settings = read_json(file.read_bytes())

@@ -21,7 +21,7 @@ from ..errors import UnsupportedModel
 from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
-from ..structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
+from ..structure.observation import Arguments, LayerCall, forward_replaced, parameter_names, run_branches
 from .repaired import LinearMap, RepairedPlan, with_weights
 from .skipping import skip
 
@@ -32,7 +32,7 @@ class Recording:
 
     inputs: dict[str, Tensor]
     embedded: Tensor  # (batch, tokens, hidden)
-    arguments: tuple[dict[str, Any], ...]  # a layer each
+    arguments: tuple[Arguments, ...]  # a layer each
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +181,7 @@ class Replay:
             trunk.states[place] = hidden
         return hidden
 
-    def _run(self, step: Step, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _run(self, step: Step, hidden: Tensor, arguments: Arguments) -> Tensor:
         self.ran += len(step.parts)
         if step.map:
             return step.map.run(hidden)
@@ -231,9 +231,9 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
     """Run the embedding of `model` on `inputs` (as for its forward), and note what each layer is called with."""
     inner = base_model(model)
     anatomy = locate(inner)
-    calls: list[dict[str, Any]] = []
+    calls: list[Arguments] = []
 
-    def note(layer: nn.Module, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+    def note(layer: nn.Module, arguments: Arguments, hidden: Tensor) -> Tensor:
         calls.append(arguments)
         embedded.append(hidden)
         if len(calls) == len(anatomy.blocks):
@@ -305,7 +305,7 @@ class _Recorded(Exception):
 
 @contextmanager
 def standing_in(
-    model: nn.Module, anatomy: Anatomy, answer: Callable[[nn.Module, dict[str, Any], Tensor], Tensor]
+    model: nn.Module, anatomy: Anatomy, answer: Callable[[nn.Module, Arguments, Tensor], Tensor]
 ) -> Iterator[None]:
     """Have `answer(layer, arguments, hidden)` stand in for each layer's forward, for the time of the `with`.
 

@@ -25,6 +25,7 @@ from .lending import Lending, Place, tensors_in
 from .observation import (
     PROBE_BATCH,
     PROBE_TOKENS,
+    Arguments,
     Branch,
     LayerTrace,
     Watch,
@@ -306,7 +307,7 @@ def _prove_apart(
 
     The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
     """
-    given: list[dict[str, Any]] = []
+    given: list[Arguments] = []
     with ExitStack() as idle:
         idle.enter_context(places_freed(text_config(model), freed))
         for trace in watch.traces:
@@ -326,7 +327,7 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
 
 
-def _idle(trace: LayerTrace, given: list[dict[str, Any]]) -> Callable[..., Any]:
+def _idle(trace: LayerTrace, given: list[Arguments]) -> Callable[..., Any]:
     """A forward that notes what it is given, and hands its hidden states on."""
     names = parameter_names(trace.layer)
 
@@ -339,7 +340,7 @@ def _idle(trace: LayerTrace, given: list[dict[str, Any]]) -> Callable[..., Any]:
     return idle
 
 
-def _hands_on_more(answer: Any, arguments: dict[str, Any]) -> bool:
+def _hands_on_more(answer: Any, arguments: Arguments) -> bool:
     """Whether a layer is given something beside the hidden states that the layer before it made."""
     made = answer[1:] if isinstance(answer, tuple) else ()
     return any(value is given for value in made if isinstance(value, Tensor) for given in arguments.values())

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UnsupportedModel
 from .lending import Lending
 
+Arguments = dict[str, Any]  # of a call, by their names
 PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -72,8 +73,8 @@ Slot = Value | Residual | Argument | Constant
 class LayerCall:
     """What a layer was called with, by name, while its branches run; `attention` keeps the attention's whole answer."""
 
-    arguments: dict[str, Any]
-    extras: dict[str, Any] = field(default_factory=dict)
+    arguments: Arguments
+    extras: Arguments = field(default_factory=dict)
     attention: Any = None
 
 
@@ -205,7 +206,7 @@ class Node:
 class ChildCall:
     """One call of a child module: its arguments by their names, and its answer."""
 
-    arguments: dict[str, Any]
+    arguments: Arguments
     answer: Any
 
 
@@ -219,8 +220,8 @@ class LayerTrace:
 
     index: int
     layer: nn.Module
-    arguments: dict[str, Any]
-    given: dict[str, Any]
+    arguments: Arguments
+    given: Arguments
     hidden: Tensor  # (batch, tokens, hidden), as it went in
     answer: Any = None
     result: Node | None = None
@@ -289,7 +290,7 @@ class Watch(TorchFunctionMode):
         """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
         return result.view(result.shape) if any(result is v for v in inputs) else result
 
-    def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         arguments = dict(zip(parameter_names(layer), args)) | kwargs
         hidden = arguments.pop(hidden_name(layer))
         self.lending.know((hidden, arguments))
@@ -339,7 +340,7 @@ class Watch(TorchFunctionMode):
         self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens if grows else 0))
 
 
-def as_given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def as_given(arguments: Mapping[str, Any]) -> Arguments:
     """`arguments` with copies of the mappings among them, which layers write to."""
     return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import UsageError
-from .observation import LayerTrace, Node, child, hidden_name, parameter_names
+from .observation import Arguments, LayerTrace, Node, child, hidden_name, parameter_names
 from .twins import twin_of
 
 try:  # places of a cache that hold nothing
@@ -46,7 +46,7 @@ class Form:
     elements: tuple[bool | str | None, ...] | None
     width: int | None = None
 
-    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
+    def answer(self, args: tuple[Any, ...], kwargs: Arguments, index: int) -> Any:
         """Raises `UsageError` where the cache keeps a place for what is left out, by which it would count tokens."""
         arguments = dict(zip(self.names, args)) | kwargs
         _check_place(arguments, index)
@@ -55,13 +55,13 @@ class Form:
             value = value.new_zeros(*value.shape[:-1], self.width)
         return self.around(value, arguments)
 
-    def around(self, value: Tensor, arguments: dict[str, Any]) -> Any:
+    def around(self, value: Tensor, arguments: Arguments) -> Any:
         if self.elements is None:
             return value
         return tuple(value if e is True else arguments.get(e) if isinstance(e, str) else None for e in self.elements)
 
 
-def _check_place(arguments: dict[str, Any], index: int) -> None:
+def _check_place(arguments: Arguments, index: int) -> None:
     for given in arguments.values():
         cache = getattr(given, "self_attention_cache", given)
         if isinstance(cache, Cache) and not (len(cache.layers) > index and isinstance(cache.layers[index], DummyLayer)):
@@ -239,7 +239,7 @@ def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
     return Stub(tuple(forms))
 
 
-def _elements(answer: Any, arguments: dict[str, Any], used: set[int]) -> tuple[bool | str | None, ...] | None:
+def _elements(answer: Any, arguments: Arguments, used: set[int]) -> tuple[bool | str | None, ...] | None:
     if not isinstance(answer, tuple):
         return None
     named = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}

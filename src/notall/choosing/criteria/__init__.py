@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, nearest, shortened
-from ...extensions import find, installed_names
+from ...models.extensions import find, installed_names
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
 from ..budget import Budget
@@ -139,7 +139,7 @@ GROUP = "notall.criteria"  # of entry points
 def criterion(name: str) -> Criterion:
     """The criterion of this name: one of `CRITERIA`, of an installed package, or of `module:function`.
 
-    Raises `UsageError` for another, and as `extensions.find` does.
+    Raises `UsageError` for another, and as `models.extensions.find` does.
     """
     if name in CRITERIA:
         return CRITERIA[name]

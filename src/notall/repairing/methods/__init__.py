@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, nearest, shortened
-from ...extensions import find, installed_names
+from ...models.extensions import find, installed_names
 from ...progress import Progress, silent
 from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
@@ -72,7 +72,7 @@ GROUP = "notall.repair_methods"  # of entry points
 def method(name: str) -> Method:
     """The method of this name: one of `METHODS`, of an installed package, or of `module:function`.
 
-    Raises `UsageError` for another, and as `extensions.find` does.
+    Raises `UsageError` for another, and as `models.extensions.find` does.
     """
     if name in METHODS:
         return METHODS[name]

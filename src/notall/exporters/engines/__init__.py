@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError, nearest
+from ...errors import UsageError, nearest
 from .engine import Engine
 from .hf import Transformers
 from .llamacpp import LlamaCpp

@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType, quant_shape_to_byte_shape
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
-from ..exporters.gguf_file import Field, GGUFTensor, read_gguf, write_gguf
+from ..gguf_file import Field, GGUFTensor, read_gguf, write_gguf
 
 Values = np.ndarray[Any, Any]
 Shapes = Mapping[str, tuple[int, ...]]

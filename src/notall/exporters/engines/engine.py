@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import UsageError, nearest
-from ..records.plan import Plan
+from ...errors import UsageError, nearest
+from ...records.plan import Plan
 
 Tokens = Sequence[int]
 

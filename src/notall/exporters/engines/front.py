@@ -15,15 +15,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from ..measuring.speed import Spread, speedup
-from ..measuring.statistics import mean_and_error
-from ..progress import Progress, silent
-from ..records.front import EngineScoresRecord, EngineTimesRecord, FrontRecord, best_of, key_of
-from ..records.ledger import Ledger, working_in
-from ..records.plan import Plan
-from ..records.provenance import Provenance
-from ..records.record import Key, TimeFields
+from ...errors import UsageError
+from ...measuring.speed import Spread, speedup
+from ...measuring.statistics import mean_and_error
+from ...progress import Progress, silent
+from ...records.front import EngineScoresRecord, EngineTimesRecord, FrontRecord, best_of, key_of
+from ...records.ledger import Ledger, working_in
+from ...records.plan import Plan
+from ...records.provenance import Provenance
+from ...records.record import Key, TimeFields
 from .asking import EngineFailed, ask
 from .engine import Engine, weight_bytes
 from .plans import file_name

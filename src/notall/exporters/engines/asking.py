@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..errors import UsageError, shortened
+from ...errors import UsageError, shortened
 from .engine import Engine
 
 LOADING = "error loading model: "  # what llama.cpp says before its reason
@@ -24,7 +24,7 @@ def ask(engine: Engine, question: str, **about: Any) -> Any:
     Raises `EngineFailed` where it fails, or the process ends.
     """
     asked = {"engine": engine.name, "settings": asdict(engine), "question": question, "about": about}
-    command = [sys.executable, "-m", "notall.engines.worker"]
+    command = [sys.executable, "-m", "notall.exporters.engines.worker"]
     run = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, errors="replace")
     lines = run.stdout.splitlines()
     if run.returncode or not lines:

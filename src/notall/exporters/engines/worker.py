@@ -1,4 +1,4 @@
-"""The process that one question to an engine is asked in: `python -m notall.engines.worker`, JSON in and JSON out."""
+"""The process in which one question to an engine is asked: `python -m notall.exporters.engines.worker`, with JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import shortened
+from ...errors import shortened
 
 PATHS = ("checkpoint", "plain", "out")
 

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UsageError, shortened
-from ..exporters import export
-from ..models.names import named_gguf
-from ..records.plan import Plan
+from ...errors import UsageError, shortened
+from ...models.names import named_gguf
+from ...records.plan import Plan
+from .. import export
 from . import gguf_types
 from .engine import Engine, Timing, Tokens
 from .memory import resident_bytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 TORN = "\ufffd"  # of a character that a window cuts through
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import UsageError, nearest, shortened
+from ..errors import UsageError, nearest, shortened
 
 
 def installed_names(group: str) -> list[str]:

@@ -9,19 +9,19 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..choosing.budget import Budget, by_count
-from ..choosing.choice import choose_plan, keep_choice
-from ..choosing.latency import Workload, measure_times
-from ..choosing.objective import kl
-from ..choosing.space import Space, names_of
-from ..choosing.speedups import by_speedup
-from ..progress import Progress, Stages, silent
-from ..records.ledger import Ledger
-from ..records.plan import Plan
-from ..records.provenance import Provenance
-from ..records.search import SearchRecord
-from ..repairing.refitting import repair
-from ..running.repaired import RepairedPlan
+from ...choosing.budget import Budget, by_count
+from ...choosing.choice import choose_plan, keep_choice
+from ...choosing.latency import Workload, measure_times
+from ...choosing.objective import kl
+from ...choosing.space import Space, names_of
+from ...choosing.speedups import by_speedup
+from ...progress import Progress, Stages, silent
+from ...records.ledger import Ledger
+from ...records.plan import Plan
+from ...records.provenance import Provenance
+from ...records.search import SearchRecord
+from ...repairing.refitting import repair
+from ...running.repaired import RepairedPlan
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
 PATIENCE = 12  # evaluations that bring nothing, before a search ends

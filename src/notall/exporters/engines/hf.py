@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UsageError
-from ..exporters import export
-from ..exporters.writing import appearing
-from ..records.plan import Plan
+from ...errors import UsageError
+from ...records.plan import Plan
+from .. import export
+from ..writing import appearing
 from .engine import Engine, Timing, Tokens
 from .memory import resident_bytes
 
@@ -71,7 +71,7 @@ class Transformers(Engine):
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
         import torch
 
-        from ..measuring.speed import time_once
+        from ...measuring.speed import time_once
 
         before = resident_bytes()
         model = self._load(checkpoint)
