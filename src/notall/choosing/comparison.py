@@ -169,8 +169,7 @@ def compare_criteria(
             _answers(model, tasks.tokenizer, plans, jobs, out, stages.stage(0.1 * chosen_in)) if tasks and jobs else {}
         )
         times = _times(model, plans, timed, out, about, seed, stages.stage(0.1 * chosen_in)) if timed else {}
-        source = Provenance.of(about, fingerprint=locate(model).fingerprint)
-        records = []
+        records: list[ComparisonRecord] = []
         for choice in choices:
             plan = plans[choice.skipped]
             record = ComparisonRecord(
@@ -180,19 +179,31 @@ def compare_criteria(
                 **asdict(footprint(model, plan)),
                 tasks=answers.get(choice.skipped, {}),
                 times=times.get(choice.skipped),
-                provenance=source,
+                provenance=Provenance.of(about, fingerprint=locate(model).fingerprint),
             )
-            records.append(record if not repairs else record.model_copy(update={"repair": UNREPAIRED}))
-            for name in repairs.others if repairs else ():
-                scores, added = repaired[name, choice.skipped]
-                changes = {"repair": name, "added_bytes": added, "tasks": {}}
-                changes |= {"times": None} if added else {}
-                records.append(record.model_copy(update=changes | asdict(summarize(scores, losses[""]))))
-        for record in records:
-            if record.key not in kept or _figures(kept[record.key]) != _figures(record):
-                kept.add(record)
+            scores = {name: repaired[name, choice.skipped] for name in (repairs.others if repairs else ())}
+            records += _each_repair(record, scores, losses[""]) if repairs else [record]
+        _keep(kept, records)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return records
+
+
+def _keep(kept: Ledger[ComparisonRecord], records: Sequence[ComparisonRecord]) -> None:
+    for record in records:
+        if record.key not in kept or _figures(kept[record.key]) != _figures(record):
+            kept.add(record)
+
+
+def _each_repair(
+    record: ComparisonRecord, repaired: Mapping[str, tuple[Losses, int]], dense: Losses
+) -> list[ComparisonRecord]:
+    """A record unrepaired, and one of each repair, from its scores and the bytes that it adds."""
+    records = [record.model_copy(update={"repair": UNREPAIRED})]
+    for name, (scores, added) in repaired.items():
+        changes = {"repair": name, "added_bytes": added, "tasks": {}}
+        changes |= {"times": None} if added else {}
+        records.append(record.model_copy(update=changes | asdict(summarize(scores, dense))))
+    return records
 
 
 def _figures(record: ComparisonRecord) -> Row:

@@ -171,9 +171,7 @@ def search(
     """
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
-    folder, beside = (out.with_name(f"{out.stem}.{end}") for end in ("search", "repaired"))
-    check_folders(search=folder, repair=beside if repair else None)
-    check_file(out)
+    folder, beside = _checked_places(out, repair)
     asked = _refuse_before_loading(criterion, objective, front, repair, amounts, max_minutes)
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
@@ -224,17 +222,25 @@ def search(
     keep_choice(folder, record)
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
+    held = {other["held_out"] if held_out else f"other windows of {described['text']}": others}
+    if repair and not held_out:
+        held = other_windows(net, tokenizer, [text])
+    measured = {"quality": _quality(net, plans, held, folder, settings)} if repair else {}
+    quality = [*measured["quality"].rows] if repair else [record.row()]
+    told = next(iter(held)), budget.description, beside if repair else out
+    verdict = _verdict(net, model, found, plans, quality, *told)
     title = f"{out}: {budget.description}, skip {found.plan}"
-    measured, quality = dict[str, Shown](), [record.row()]
-    measured_on = other["held_out"] if held_out else f"other windows of {described['text']}"
-    if repair:
-        held = {measured_on: others} if held_out else other_windows(net, tokenizer, [text])
-        measured = {"quality": _quality(net, plans, held, folder, settings)}
-        quality, measured_on = [*measured["quality"].rows], next(iter(held))
-    verdict = _verdict(net, model, found, plans, quality, measured_on, budget.description, beside if repair else out)
     table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
     _show(table, measured | _retrieval(net, tokenizer, plans, batches, seed), alone=not repair, as_json=as_json)
     conclude(verdict, as_json=as_json)
+
+
+def _checked_places(out: Path, repair: bool) -> tuple[Path, Path]:
+    """The folders of a search and of its repair, beside its plan. Raises `UsageError` where they cannot be written."""
+    folder, beside = (out.with_name(f"{out.stem}.{end}") for end in ("search", "repaired"))
+    check_folders(search=folder, repair=beside if repair else None)
+    check_file(out)
+    return folder, beside
 
 
 def _show(found: Shown, others: dict[str, Shown], *, alone: bool, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from ..exporters.engines.front import Subject
     from ..exporters.engines.windows import Windows
+    from ..records.front import FrontRecord
+    from ..records.plan import Plan
 
 TEXT_FIELDS = ("text", "text_sha256")
 SPEEDUPS = ("1.1", "1.2")
@@ -115,17 +117,14 @@ def front(
     from ..exporters.engines.plans import found_plans, with_repairs
     from ..measuring.speed import cores
     from ..models.loading import dtype_name
-    from ..records.front import DENSE, FrontRecord
+    from ..records.front import DENSE
     from ..records.ledger import refuse_foreign
     from ..records.plan import Plan
     from ..records.provenance import Provenance
-    from ..reporting.front_files import sentence, write_front
 
     kind_of_engine = engine_named(engine)
     refuse_foreign(out, "front")
-    given = {path.stem: read_plan(path) for path in plan or ()}
-    if len(given) < len(plan or ()):
-        raise UsageError("two of the plans have the same name: rename one")
+    given = _given_plans(plan or [])
     if fit < FEWEST:
         raise UsageError(f"--fit {shortened(fit)} is too few to choose by and to repair with: give {FEWEST} or more")
     wanted_counts = _numbers("--counts", counts)
@@ -158,23 +157,38 @@ def front(
         for one in plans.values():
             one.check(among.anatomy)
             warn_of_own_text(one, measured_on)
-        variants = [(name, one) for name, one in plans.items()]
-        if not no_repair:
-            variants = with_repairs(net, plans, own, kept, about, progress=stages.stage(1))
-        subjects = [
-            *(Subject(name, model, one, windows) for name, one in [(DENSE, Plan()), *variants]),
-            *(_other(spec, tokenizer, windows) for spec in also or ()),
-        ]
+        variants = (
+            [(name, one) for name, one in plans.items()]
+            if no_repair
+            else with_repairs(net, plans, own, kept, about, progress=stages.stage(1))
+        )
+        subjects = [Subject(name, model, one, windows) for name, one in [(DENSE, Plan()), *variants]]
+        subjects += [_other(spec, tokenizer, windows) for spec in also or ()]
         del net  # what is measured needs its memory
         how = {"engine": engine, "threads": count, "prompt_tokens": prompt, "new_tokens": new}
         versions = {**about.where["versions"], runs.package: version(runs.package)}
         run = Provenance(what=about.what | how, where=about.where | {"versions": versions})
         timed = RoundsOf(prompt, new, rounds)
         records = measure_front(runs, subjects, kinds, timed, out, run, progress=stages.stage(6))
-    rows = [record.row() for record in records]
     on_cores = f"{count} thread{'s' if count > 1 else ''}"
     on_what = measured_on["text"] if held_out else f"other windows of {measured_on['text']}"
-    title = f"{about.what['model']} in {engine}, {on_cores}; NLL on {on_what}"
+    _show(records, out, f"{about.what['model']} in {engine}, {on_cores}; NLL on {on_what}", as_json=as_json)
+
+
+def _given_plans(paths: Sequence[Path]) -> dict[str, Plan]:
+    """The plans of some files, by the names of these. Raises `UsageError` where two have the same."""
+    given = {path.stem: read_plan(path) for path in paths}
+    if len(given) < len(paths):
+        raise UsageError("two of the plans have the same name: rename one")
+    return given
+
+
+def _show(records: Sequence[FrontRecord], out: Path, title: str, *, as_json: bool) -> None:
+    """Write the table and the figure, and say what to take."""
+    from ..records.front import FrontRecord
+    from ..reporting.front_files import sentence, write_front
+
+    rows = [record.row() for record in records]
     write_front(rows, out, title)
     said = sentence(rows)
     show_all({"front": Shown(rows, FrontRecord.columns, f"{title}: {out}")}, as_json=as_json, also={"verdict": said})

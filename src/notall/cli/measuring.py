@@ -14,6 +14,7 @@ from .app import MEASURE, OnRay, app
 from .checks import check_folders, check_tasks, check_texts
 from .ending import conclude
 from .inputs import (
+    AskedPlan,
     Loading,
     asked_plan,
     batch_size_of,
@@ -174,8 +175,7 @@ def evaluate(
         need("lm_eval")
     from ..evaluation.one_plan import evaluate_plan, keep
     from ..repairing.measured import about_measured
-    from ..reporting.verdict import Verdict, left_out_of, mending, next_command
-    from ..running.repaired import RepairedPlan
+    from ..reporting.verdict import Verdict, left_out_of, next_command
     from ..structure.locating import locate
     from .columns import CHECK_COLUMNS, QUALITY_COLUMNS, TASK_COLUMNS
 
@@ -216,10 +216,7 @@ def evaluate(
         )
     if out:
         settings = provenance_of(net, model, revision, **described, fingerprint=locate(net).fingerprint)
-        states: dict[State, Plan] = {"skipped": getattr(wanted, "unrepaired", wanted)}
-        if isinstance(wanted, RepairedPlan):
-            states["repaired"] = wanted
-        abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in states.items()}
+        abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in _states_of(wanted).items()}
         keep(out, found, described["text"], abouts)
     shown = {
         "quality": Shown(found.quality, QUALITY_COLUMNS, f"skip {wanted}"),
@@ -227,14 +224,28 @@ def evaluate(
         "battery": Shown(found.battery, CHECK_COLUMNS, "what accuracy hides; worse: p < 0.05"),
     }
     verdict = Verdict(*left_out_of(net, wanted), quality=found.quality[-1], text=described["text"])
-    if asked.skip:
-        mend = next_command("search", model, kind=asked.skip.value, count=asked.fraction, out="better.json")
-    else:
-        mend = mending(model, plan, isinstance(wanted, RepairedPlan))
-    verdict = verdict.then(mend, next_command("bench", model, **asked.words))
+    verdict = verdict.then(_mend_of(model, asked, wanted), next_command("bench", model, **asked.words))
     tables = {name: table for name, table in shown.items() if table.rows}
     show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
     conclude(verdict, as_json=as_json)
+
+
+def _states_of(plan: Plan) -> dict[State, Plan]:
+    """What is measured of a plan: without what it skips, and repaired where it is."""
+    from ..running.repaired import RepairedPlan
+
+    states: dict[State, Plan] = {"skipped": getattr(plan, "unrepaired", plan)}
+    return states | ({"repaired": plan} if isinstance(plan, RepairedPlan) else {})
+
+
+def _mend_of(model: str, asked: AskedPlan, plan: Plan) -> str:
+    """The command that may find something better than what was asked for."""
+    from ..reporting.verdict import mending, next_command
+    from ..running.repaired import RepairedPlan
+
+    if asked.skip:
+        return next_command("search", model, kind=asked.skip.value, count=asked.fraction, out="better.json")
+    return mending(model, asked.path, isinstance(plan, RepairedPlan))
 
 
 @app.command(

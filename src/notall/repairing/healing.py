@@ -66,23 +66,13 @@ def heal(
     where the head is no matrix.
     """
     inner = base_model(model)
-    if told := quantisation_of(inner.config):
-        raise UsageError(
-            f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
-            "model that was quantised, export that, and quantise the export"
-        )
-    anatomy = locate(inner)
-    plan.check(anatomy)
-    anatomy.refuse_stubs("healing")
+    _check(inner, plan, warm_up)
     if not plan or not batches or not held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
-    if not 0 <= warm_up <= 1:
-        raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
-    if Head(inner).projection is None:
-        raise UnsupportedModel(
-            f"the head of {type(inner).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
-        )
+    anatomy = locate(inner)
     before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
+    how = {"training": digest_of(batches), "stops_by": digest_of(held_out), "train": train, "rate": rate}
+    how |= {"train_seed": seed} | ({"rank": rank} if train == "lora" else {})
     history = plan.history if isinstance(plan, RepairedPlan) else ()
     about = Provenance.of(
         settings or {},
@@ -90,13 +80,7 @@ def heal(
         repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
         fingerprint=anatomy.fingerprint,
         dtype=dtype_name(inner),
-        training=digest_of(batches),
-        stops_by=digest_of(held_out),
-        train=train,
-        rate=rate,
-        train_seed=seed,
-        **({"rank": rank} if train == "lora" else {}),
-        **({"warm_up": warm_up} if warm_up else {}),
+        **how | ({"warm_up": warm_up} if warm_up else {}),
         **{BEFORE: [step.model_dump(mode="json") for step in history]},
     )
     history += (step_of("heal", about),)
@@ -112,3 +96,21 @@ def heal(
             keep_healed(folder, healed)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return healed
+
+
+def _check(model: PreTrainedModel, plan: Plan, warm_up: float) -> None:
+    """Raise where `model` cannot be healed without what `plan` skips, or not with such a warm-up."""
+    if not 0 <= warm_up <= 1:
+        raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
+    if told := quantisation_of(model.config):
+        raise UsageError(
+            f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
+            "model that was quantised, export that, and quantise the export"
+        )
+    anatomy = locate(model)
+    plan.check(anatomy)
+    anatomy.refuse_stubs("healing")
+    if Head(model).projection is None:
+        raise UnsupportedModel(
+            f"the head of {type(model).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
+        )
