@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -15,6 +16,18 @@ from ..errors import UsageError, nearest, shortened
 def installed_names(group: str) -> list[str]:
     """The names that installed packages add to a group of entry points; nothing is imported."""
     return sorted({point.name for point in entry_points(group=group)})
+
+
+def named(name: str, built_in: Mapping[str, Any], group: str, what: str) -> Any:
+    """One of `built_in`, or what `find` finds. Raises `UsageError` for another, and as `find` does."""
+    found = built_in.get(name) or find(name, group)
+    if found is None:
+        names = [*built_in, *installed_names(group)]
+        raise UsageError(
+            f"there is no {what} {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
+            "or give module:function"
+        )
+    return found
 
 
 def find(name: str, group: str) -> Any | None:

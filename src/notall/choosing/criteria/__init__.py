@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, nearest, shortened
-from ...models.extensions import find, installed_names
+from ...errors import UsageError, shortened
+from ...models.extensions import installed_names, named
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
 from ..budget import Budget
@@ -139,18 +139,9 @@ GROUP = "notall.criteria"  # of entry points
 def criterion(name: str) -> Criterion:
     """The criterion of this name: one of `CRITERIA`, of an installed package, or of `module:function`.
 
-    Raises `UsageError` for another, and as `models.extensions.find` does.
+    Raises as `models.extensions.named` does.
     """
-    if name in CRITERIA:
-        return CRITERIA[name]
-    found = find(name, GROUP)
-    if found is None:
-        names = [*CRITERIA, *installed_names(GROUP)]
-        raise UsageError(
-            f"there is no criterion {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
-            "or give module:function"
-        )
-    return _made(name, found)
+    return _made(name, named(name, CRITERIA, GROUP, "criterion"))
 
 
 def every_criterion() -> dict[str, Criterion]:
@@ -161,7 +152,7 @@ def every_criterion() -> dict[str, Criterion]:
 def _made(name: str, found: Any) -> Criterion:
     """A criterion by the name it was asked for; a function becomes one that scores."""
     if isinstance(found, Criterion):
-        return replace(found, name=name)
+        return found if found.name == name else replace(found, name=name)
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
     return Criterion(name, (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."), found)

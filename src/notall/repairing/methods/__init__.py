@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, nearest, shortened
-from ...models.extensions import find, installed_names
+from ...errors import UsageError, shortened
+from ...models.extensions import named
 from ...progress import Progress, silent
 from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
@@ -72,18 +72,9 @@ GROUP = "notall.repair_methods"  # of entry points
 def method(name: str) -> Method:
     """The method of this name: one of `METHODS`, of an installed package, or of `module:function`.
 
-    Raises `UsageError` for another, and as `models.extensions.find` does.
+    Raises as `models.extensions.named` does.
     """
-    if name in METHODS:
-        return METHODS[name]
-    found = find(name, GROUP)
-    if found is None:
-        names = [*METHODS, *installed_names(GROUP)]
-        raise UsageError(
-            f"there is no repair {shortened(name)!r}{nearest(name, names)}: choose {', '.join(names)}, "
-            "or give module:function"
-        )
-    return _made(name, found)
+    return _made(name, named(name, METHODS, GROUP, "repair"))
 
 
 def _made(name: str, found: Any) -> Method:
