@@ -26,12 +26,15 @@ import torch
 import notall
 from notall.choosing.space import plan_of
 from notall.exporters import Target
+from notall.exporters.engines import engine_named
+from notall.exporters.engines.asking import ask
+from notall.measuring.speed import cores
 from notall.models.texts import read_text, token_batches
 from notall.records.columns import number, plain
 from notall.repairing.kept import load_repaired
 from notall.reporting.console import show
 
-WORKER = Path(__file__).with_name("text_worker.py")
+VLLM = Path(__file__).with_name("vllm_text.py")
 TARGETS: dict[str, Target] = {"transformers": "hf", "vllm": "hf", "llama.cpp": "gguf"}
 COLUMNS = (
     *(plain("engine"), plain("model")),
@@ -56,12 +59,20 @@ def absent(engine: str, python: str) -> str:
 
 
 def asked_of(engine: str, python: str, folder: Path, windows: list[list[int]]) -> list[list[float | None]]:
-    """The NLL of each token but the first, by window. Raises `RuntimeError` with what the engine said last."""
-    command = [python, str(WORKER), engine, str(folder)]
-    run = subprocess.run(command, input=json.dumps(windows), capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"{engine} ended with {run.returncode}: {run.stderr.strip()[-400:]}")
-    answer: list[list[float | None]] = json.loads(run.stdout.splitlines()[-1])
+    """The NLL of each token but the first, by window; in a process of its own.
+
+    Raises `RuntimeError` or `UsageError` with what the engine said last.
+    """
+    answer: list[list[float | None]]
+    if engine == "vllm":
+        run = subprocess.run([python, VLLM, folder], input=json.dumps(windows), capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{engine} ended with {run.returncode}: {run.stderr.strip()[-400:]}")
+        answer = json.loads(run.stdout.splitlines()[-1])
+    else:
+        checkpoint = next(folder.glob("*.gguf")) if engine == "llama.cpp" else folder
+        asked = engine_named(engine)(cores(), "float32")
+        answer = ask(asked, "score", checkpoint=str(checkpoint), windows=windows)
     return answer
 
 
