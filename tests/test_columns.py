@@ -21,6 +21,8 @@ from notall.reporting.comparison_files import comparison_table
 from notall.reporting.console import show
 from notall.reporting.tables import USABLE, best_first, stepped_table
 
+pytestmark = pytest.mark.any_transformers  # it writes tables, and runs no model
+
 SHOWN = {name: kind for name, kind in KINDS.items() if kind.columns}
 STEPPED = {
     "sweep": (result_folders.all_records(), "sweep"),

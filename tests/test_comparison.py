@@ -20,6 +20,8 @@ from notall.reporting import plots
 from notall.reporting.comparison_files import comparison_table
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
+pytestmark = pytest.mark.any_transformers  # it is about choices among choices
+
 CALIBRATION = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(2))
 HELD_OUT = list((torch.arange(5 * 9).view(5, 9) * 11 % 90 + 3).split(2))
 AIMS = {"nll": Aim(nll(CALIBRATION), CALIBRATION), "kl": Aim(kl(CALIBRATION[:2]), CALIBRATION[:2])}

@@ -16,6 +16,8 @@ from notall.choosing.objective import kl
 from notall.repairing import methods
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it looks up names
+
 MINE = '''
 from notall import RepairedPlan
 from notall.choosing.criteria import Chosen, Criterion

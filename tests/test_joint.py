@@ -13,6 +13,8 @@ from test_cli import QUICK, run  # noqa: F401
 from test_speedups import DENSE, EACH, asked, machine, setting  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it chooses by times that are given
+
 
 @pytest.fixture
 def costs(setting):  # noqa: F811

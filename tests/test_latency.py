@@ -20,6 +20,8 @@ from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it is about times
+
 WORK = Workload(prompt=8, new=10, batch=2)
 EACH = {"attn": (2.0, 0.3), "mlp": (3.0, 0.1)}  # prefill and decode milliseconds
 

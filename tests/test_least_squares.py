@@ -9,6 +9,8 @@ import torch
 
 from notall.repairing.least_squares import DEAD, Moments, Rows, sums_for
 
+pytestmark = pytest.mark.any_transformers  # it is arithmetic
+
 METRIC = torch.tensor([1.0, 0.2, 3.0], dtype=torch.float64)
 
 

@@ -10,6 +10,8 @@ from notall.progress import Stages, tracked
 from notall.reporting import progress_bars
 from notall.reporting.progress_bars import Clock, progress_bar, working
 
+pytestmark = pytest.mark.any_transformers  # it counts and draws
+
 
 def test_stages_are_one_count_in_steps_of_the_whole():
     seen = []

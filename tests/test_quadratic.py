@@ -19,6 +19,8 @@ from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl, nll
 from notall.choosing.space import Space
 
+pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
+
 LAYERS = 5
 BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
 SCREENED = BATCHES[0]  # a quarter

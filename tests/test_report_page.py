@@ -77,6 +77,11 @@ def pages(tmp_path_factory):
 KINDS = ("sweep", "compare", "search", "paper", "bench", "repair")
 
 
+def slow(*parameters):
+    """Another size, colour or kind of page: `make test` looks at one of each."""
+    return pytest.param(*parameters, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def view(browser):
     """Open a report; whatever it complains of or fetches fails the test."""
@@ -124,7 +129,7 @@ def resize(page, width, height=800):
     page.evaluate("new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame))).then(() => drawing)")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS[:2], *map(slow, KINDS[2:])])
 def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_the_screen(view, pages, kind):
     page = view(pages(kind))
     for width in (1680, 1280, 800, 390):
@@ -138,7 +143,15 @@ def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_th
     assert page.locator("#message code").inner_text().startswith("notall ")
 
 
-@pytest.mark.parametrize(("kind", "colours"), [*zip(KINDS, ["light", "dark"] * 3)])
+@pytest.mark.parametrize(
+    ("kind", "colours"),
+    [
+        ("sweep", "light"),
+        *map(slow, KINDS[1:3], ["dark", "light"]),
+        ("paper", "dark"),
+        *map(slow, KINDS[4:], ["light", "dark"]),
+    ],
+)
 def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
     """On a landscape A4; a phone's page is the hardest to print."""
     page = view(pages(kind), 390, colours)
@@ -160,7 +173,7 @@ def test_what_is_printed_is_whole_and_light(view, pages, kind, colours):
     assert light == (colours == "light" or not charts)
 
 
-@pytest.mark.parametrize("width", [360, 800, 1680])
+@pytest.mark.parametrize("width", [360, slow(800), slow(1680)])
 def test_no_label_of_a_point_lies_on_another(view, report, width):
     page = view(report, width)
     texts = boxes(page, "#tradeoff .mark-text.role-mark > text")
@@ -273,7 +286,7 @@ def test_figures_are_saved_and_numbers_copied(view, report, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["report", "comparison"])
-@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")])
+@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), slow(1280, "dark"), slow(360, "light"), (360, "dark")])
 def test_it_fits_and_can_be_read_in_every_size_and_colour(view, request, which, width, colours):
     page = view(request.getfixturevalue(which), width, colours)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -300,7 +313,7 @@ def test_every_control_is_reached_by_keyboard(view, report):
     assert len(reached - {-1}) == wanted
 
 
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [slow(1280), 360])
 def test_hostile_text_is_shown_as_text(view, nasty, width):
     page = view(nasty, width)
     assert page.evaluate("window.pwned") is None
@@ -313,7 +326,7 @@ def test_hostile_text_is_shown_as_text(view, nasty, width):
     assert page.locator("#table-other tbody tr:visible").count() == 1
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("colours", [slow("light"), "dark"])
 def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
     page = view(comparison, colours=colours)
     assert page.get_attribute("body", "data-drawn") == "5"
@@ -364,7 +377,7 @@ def test_the_table_of_a_comparison_sorts_and_filters(view, comparison):
     assert page.locator("#table-results tbody tr:visible").count() == 2
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [slow(1280), 390])
 def test_hostile_names_of_a_comparison_are_shown_as_text(view, nasty_comparison, width):
     page = view(nasty_comparison, width)
     assert page.evaluate("window.pwned") is None
@@ -403,7 +416,7 @@ def test_a_search_is_a_map_and_a_table(view, tmp_path):
     assert len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
 
 
-@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "colours"), [slow(1280, "light"), (390, "dark")])
 @pytest.mark.parametrize("figure", ["refits", "healing"])
 def test_a_repair_is_a_figure_over_its_table(view, tmp_path, figure, width, colours):
     rows = {"refits": result_folders.refits(), "healing": result_folders.looks()}[figure]

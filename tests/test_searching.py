@@ -22,6 +22,8 @@ from notall.choosing.space import Space, plan_of
 from notall.measuring.quality import evaluate
 from notall.records import lines
 
+pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
+
 BATCHES = list((torch.arange(8 * 9).view(8, 9) * 7 % 90 + 3).split(2))
 LAYERS = 8
 
@@ -470,7 +472,6 @@ test_searching.run_search(model, Path(sys.argv[1]), delay=0.05)
 """
 
 
-@pytest.mark.any_transformers
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     expected, whole = run_search(model, tmp_path / "whole")
     folder = tmp_path / "killed"

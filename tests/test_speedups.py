@@ -16,6 +16,8 @@ from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it is about times
+
 DENSE, EACH = 100.0, 5.0  # milliseconds: twelve sublayers take sixty
 
 

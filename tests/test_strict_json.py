@@ -4,6 +4,8 @@ import pytest
 
 from notall.records.strict_json import DoubledKey, read_json
 
+pytestmark = pytest.mark.any_transformers  # it reads JSON
+
 
 @pytest.mark.parametrize("text", ['{"a": [1, -0.5, null, true, "é"], "b": {"a": {}}}', "1e300", '"\\ud83d\\ude00"'])
 def test_json_is_read(text):

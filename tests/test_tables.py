@@ -36,6 +36,8 @@ from notall.reporting.printable import print_in_any_encoding, printable
 from notall.reporting.progress_bars import progress_bar
 from tiny_checkpoint import save_tiny_checkpoint
 
+pytestmark = pytest.mark.any_transformers  # it lays out what a tiny Llama gave
+
 WIDTHS = (60, 80, 120, 200)
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
 TIMED = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]

@@ -16,6 +16,8 @@ from notall.reporting.verdict import Verdict, left_out_of, mending, next_command
 from notall.running.footprint import footprint
 from test_cli import QUICK, folder, run  # noqa: F401
 
+pytestmark = pytest.mark.any_transformers  # it says what was measured
+
 PLAN = Plan([1, 3], [2])
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/choosing/comparison.py --data DATA          # some three hours on one core with AMX
     python benchmarks/choosing/comparison.py --data DATA --quick  # a look, under a quarter of an hour on one core
-    python benchmarks/choosing/comparison.py --data DATA --budgets --model GGUF --name "Gemma 3 270M" --out GEMMA
+    python benchmarks/choosing/comparison.py --data DATA --budgets --sequences 4 --model GGUF --name NAME --out OTHER
 
 DATA holds `c4/sample300.jsonl`, `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `make_tasks.py`,
 which writes the task that two rows go by; see benchmarks/README.md. Results, table and front land in --out.
@@ -134,10 +134,12 @@ def main() -> None:
     options.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's, as titles say it")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--budgets", action="store_true", help="no rows of other texts, tasks, greedy and evolution")
+    options.add_argument("--sequences", type=int, help="to choose by, of 512 tokens each (8)")
     arguments = options.parse_args()
     sizes = QUICK if arguments.quick else FULL
     if arguments.budgets:
         sizes = replace(sizes, special=())
+    sizes = replace(sizes, sequences=arguments.sequences or sizes.sequences)
     out = arguments.out or Path("results") / ("comparison-quick" if arguments.quick else "comparison")
     model, tokenizer = load_asked(arguments)
     task_path = out / "task-files"

@@ -169,9 +169,9 @@ def search(
     It keeps its evaluations beside the plan, in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """
+    folder, beside = _checked_places(out, repair)
     amounts = {"count": count, "params": params, "weights": weights, "kv": kv}
     amounts |= {"max_nll": max_nll, "max_kl": max_kl, "speedup": speedup}
-    folder, beside = _checked_places(out, repair)
     asked = _refuse_before_loading(criterion, objective, front, repair, amounts, max_minutes)
     from ..choosing.answer_objectives import build_objective
     from ..choosing.choice import choose_plan, keep_choice
@@ -182,12 +182,10 @@ def search(
 
     check_texts(text, held_out)
     shelf = check_objectives([objective or asked.aim], prompts, task_path)
-    net, tokenizer = load_model(
-        Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
-    )
-    windows = sequences, length, batch_size, seed
-    batches, others, described = two_texts(net, tokenizer, text, held_out, *windows, fewer=True)
-    other = {name: described.pop(name) for name in ("held_out", "held_out_sha256") if name in described}
+    loading = Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
+    net, tokenizer = load_model(loading)
+    batches, others, about = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed, fewer=True)
+    other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
     among = space_of(net, kind, portable, keep_first, keep_last)
     workload = Workload(prompt, new, batch)
     asked.check(net, among, workload)
@@ -195,7 +193,7 @@ def search(
         objective or asked.aim, net, tokenizer, batches, prompts=prompts, task_path=shelf, task_limit=task_limit
     )
     budget = asked.of(net, among, workload)
-    settings = provenance_of(net, model, revision, **described)
+    settings = provenance_of(net, model, revision, **about)
     with progress_bar() as bar:
         found = choose_plan(
             net,
@@ -217,14 +215,12 @@ def search(
         plans: dict[State, Plan] = {"skipped": found.plan}
         if repair:
             plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
-    about = provenance_of(net, model, revision, **described, **other, fingerprint=found.plan.fingerprint)
-    record = found.record(about)
+    record = found.record(provenance_of(net, model, revision, **about, **other, fingerprint=found.plan.fingerprint))
     keep_choice(folder, record)
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
-    held = {other["held_out"] if held_out else f"other windows of {described['text']}": others}
-    if repair and not held_out:
-        held = other_windows(net, tokenizer, [text])
+    held = {other.get("held_out", f"other windows of {about['text']}"): others}
+    held = other_windows(net, tokenizer, [text]) if repair and not held_out else held
     measured = {"quality": _quality(net, plans, held, folder, settings)} if repair else {}
     quality = [*measured["quality"].rows] if repair else [record.row()]
     told = next(iter(held)), budget.description, beside if repair else out

@@ -125,10 +125,8 @@ def front(
     kind_of_engine = engine_named(engine)
     refuse_foreign(out, "front")
     given = _given_plans(plan or [])
-    if fit < FEWEST:
-        raise UsageError(f"--fit {shortened(fit)} is too few to choose by and to repair with: give {FEWEST} or more")
-    wanted_counts = _numbers("--counts", counts)
-    wanted_speedups = _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
+    _check_fit(fit)
+    wanted = _numbers("--counts", counts), _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
     count = threads or cores()
     for spec in (model, *(also or ())):
         kind_of_engine(count).check(spec)
@@ -148,8 +146,8 @@ def front(
             own,
             kept,
             about,
-            counts=wanted_counts,
-            speedups=wanted_speedups,
+            counts=wanted[0],
+            speedups=wanted[1],
             workload=Workload(prompt, new),
             seed=seed,
             progress=stages.stage(1),
@@ -157,11 +155,9 @@ def front(
         for one in plans.values():
             one.check(among.anatomy)
             warn_of_own_text(one, measured_on)
-        variants = (
-            [(name, one) for name, one in plans.items()]
-            if no_repair
-            else with_repairs(net, plans, own, kept, about, progress=stages.stage(1))
-        )
+        variants = [*plans.items()]
+        if not no_repair:
+            variants = with_repairs(net, plans, own, kept, about, progress=stages.stage(1))
         subjects = [Subject(name, model, one, windows) for name, one in [(DENSE, Plan()), *variants]]
         subjects += [_other(spec, tokenizer, windows) for spec in also or ()]
         del net  # what is measured needs its memory
@@ -173,6 +169,11 @@ def front(
     on_cores = f"{count} thread{'s' if count > 1 else ''}"
     on_what = measured_on["text"] if held_out else f"other windows of {measured_on['text']}"
     _show(records, out, f"{about.what['model']} in {engine}, {on_cores}; NLL on {on_what}", as_json=as_json)
+
+
+def _check_fit(fit: int) -> None:
+    if fit < FEWEST:
+        raise UsageError(f"--fit {shortened(fit)} is too few to choose by and to repair with: give {FEWEST} or more")
 
 
 def _given_plans(paths: Sequence[Path]) -> dict[str, Plan]:
