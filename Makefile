@@ -11,7 +11,8 @@ VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
 VENV_GPTQ := .venv-gptq
-PYTEST := -m pytest -n 2 --dist worksteal -q
+# A file stays with its worker, so that what its tests share is made once.
+PYTEST := -m pytest -n 2 --dist loadfile -q
 # Two workers with one thread each: the suite is many small models, and never goes to a network.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 

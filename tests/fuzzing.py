@@ -286,6 +286,7 @@ UNREAD = {
     "report": ("scores.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl", "plan_times.jsonl", "answers.jsonl"),
     "compare": ("r/evaluations/", "r/results.jsonl", "r/times.jsonl"),
     "paper": ("r/answers.jsonl",),
+    "front": ("r/front.jsonl",),  # is written anew from the scores and times
 }
 
 
@@ -530,6 +531,20 @@ def shards(folder: Path) -> None:
     model.save_pretrained(folder / "m", max_shard_size="40KB")
 
 
+def own_exports(folder: Path) -> None:
+    """Of both forms, in place of the model that they were made from."""
+    from notall.records.plan import Plan
+
+    checkpoint(folder)
+    (folder / "m").rename(folder / "dense")
+    Plan([1]).save(folder / "plan.json")
+    for form, name in (("hf", "m"), ("nemotron-nas", "n")):
+        words = f"export dense --plan plan.json --out {name} --to {form} --no-verify"
+        assert run(words.split(), folder).code == 0
+    shutil.rmtree(folder / "dense")
+    Plan([], [0]).save(folder / "plan.json")
+
+
 def gguf(folder: Path) -> None:
     from notall.records.plan import Plan
 
@@ -553,6 +568,10 @@ DRAFT = (
 EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
 REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
 HEAL = "heal ../model --plan ../plan.json --out r --text ../text.txt --tokens 32 --length 8 --batch-size 2 --device cpu"
+FRONT = (
+    "front ../model --engine transformers --plan ../plan.json --no-repair --types int8 --out r --text ../text.txt "
+    "--fit 4 --sequences 2 --length 16 --rounds 1 --prompt 4 --new 2 --threads 1 --json --dtype float32"
+)
 PAPER = f"paper ../model --out r {TASKS} --prompt 4 --new 2 --rounds 1 --generate-all"
 REPORT, REPORT_SEARCH = (f"report {folder} -o page.html" for folder in ("r", "r.search"))
 GENERATE = "generate m river --max-new-tokens 2 --device cpu"
@@ -602,6 +621,7 @@ KINDS: dict[str, Kind] = {
         if_page_is_read,
     ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
+    "front": Kind(made_by(FRONT), LINES, (REPORT, FRONT), lines_alike, share=0.2),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
     "texts": Kind(
         texts, ("text.txt",), ("eval ../model --skip mlp --text text.txt --sequences 1 --length 8 --device cpu",)
@@ -641,6 +661,12 @@ KINDS: dict[str, Kind] = {
         ("m/*.index.json", "m/*.index.json", "m/*-00001-*"),
         (GENERATE, f"{EXPORT} hf", f"{EXPORT} hf --no-verify", f"{EXPORT} nemotron-nas --no-verify"),
         weights_as_read,
+        model=False,
+    ),
+    "own exports": Kind(
+        own_exports,
+        ("[mn]/config.json", "[mn]/config.json", "[mn]/*.safetensors", "[mn]/notall*.json"),
+        (GENERATE, GENERATE.replace(" m ", " n "), "inspect m", "inspect n", f"eval m --plan plan.json {SMALL}"),
         model=False,
     ),
     "gguf": Kind(

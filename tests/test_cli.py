@@ -325,6 +325,7 @@ def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
         assert run("eval", folder, "--plan", out / before, *QUICK)[0] == 0
 
 
+@pytest.mark.slow
 def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder, tmp_path):
     path, out = tmp_path / "plan.json", tmp_path / "healed"
     Plan([4]).save(path)
@@ -352,6 +353,7 @@ def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder
         assert said in err
 
 
+@pytest.mark.slow
 def test_search_keeps_what_the_repair_of_its_choice_gives_back(run, folder, tmp_path):
     path = tmp_path / "plan.json"
     command = ["search", folder, "--kind", "attention", "--count", "1", "--criterion", "deepest", "--repair"]

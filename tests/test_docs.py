@@ -24,7 +24,14 @@ from tiny_checkpoint import save_tiny_checkpoint
 ROOT = Path(__file__).parent.parent
 GENERATED = {"architectures.md", "commands.md", "engines.md", "notebook.md"}
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
-LONG = {"README.md", "choosing.md", "index.md", "repairing.md"}  # come with `make test-engines`
+LONG = {
+    "README.md",
+    "choosing.md",
+    "drafting.md",
+    "exporting.md",
+    "index.md",
+    "repairing.md",
+}  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {
     "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt 4 --new 2 --rounds 1",

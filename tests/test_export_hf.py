@@ -302,6 +302,7 @@ assert torch.equal(first(ids).logits, second(ids).logits)
 """
 
 
+@pytest.mark.slow
 def test_registered_classes_need_no_trust_and_save_their_code(exported, tmp_path):
     _, folder = exported("llama", "mixed")
     environment = os.environ | {"NOTALL_CACHE": str(tmp_path / "cache")}

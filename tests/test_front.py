@@ -103,6 +103,7 @@ def test_llamacpp_scores_the_default_model_as_the_model_does(default_model, tmp_
     assert sum(found) / len(found) == pytest.approx(float(expected.mean()), abs=0.01)
 
 
+@pytest.mark.slow
 def test_transformers_scores_as_the_model_token_by_token(dense, windows, tmp_path):
     engine = Transformers(1)
     engine.write(str(dense), MIXED, tmp_path / "plain")

@@ -120,7 +120,7 @@ def check_equal(results, model, tokenizer, job):
         pytest.param("tiny_nested", None, 2 * 55 * 4, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("shots", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_each_plan_equals_the_harness_on_the_skipped_model(run, model, tokenizer, folder, name, limit, answers, shots):
     results = run(PLANS, [name], num_fewshot=shots, limit=limit)
     assert [result.plan for result in results if result.metric == results[0].metric] == PLANS
@@ -360,7 +360,7 @@ def run_until_killed(folder, out, name, lines):
 
 @pytest.mark.any_transformers
 @pytest.mark.filterwarnings("ignore:the last line")
-@pytest.mark.parametrize("lines", [1, 4])
+@pytest.mark.parametrize("lines", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["tiny_choice", "tiny_text", "tiny_words"])
 def test_a_killed_run_goes_on_and_does_nothing_twice(run, folder, tmp_path, name, lines):
     run_until_killed(folder, tmp_path, name, lines)

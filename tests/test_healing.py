@@ -159,7 +159,9 @@ def students(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "qwen2", "gemma3"))]
+)
 def test_merged_it_answers_as_with_the_matrices_beside(name, students):
     model = family(name).build()
     begun = repair(model, PLAN, TRAINED, ridges=[10.0])  # which leaves much to do
@@ -248,6 +250,7 @@ def read_by(model, readers):
     return squares.mean(0) / squares.mean(0).mean()
 
 
+@pytest.mark.slow
 def test_the_warm_up_comes_nearer_and_what_follows_aims_at_the_next_token(tmp_path):
     model = llama()
     warm = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3, warm_up=1.0)
@@ -257,6 +260,7 @@ def test_the_warm_up_comes_nearer_and_what_follows_aims_at_the_next_token(tmp_pa
     assert not same(both, heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3))
 
 
+@pytest.mark.slow
 def test_looks_in_the_warm_up_do_not_try_the_patience(tmp_path):
     """At a rate where nothing gets better."""
     for warm_up, looks in ((0.0, 5), (0.5, 1 + 8 + 3)):
@@ -265,6 +269,7 @@ def test_looks_in_the_warm_up_do_not_try_the_patience(tmp_path):
         assert len(read(folder / HealRecord.file, HealRecord)) == looks
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_its_warm_up_has_as_much_patience(tmp_path):
     def fail(done, *_):
         if done == 3:

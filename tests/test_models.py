@@ -530,6 +530,7 @@ def test_a_file_and_a_shape_are_known(gguf):
     assert models.identify("llama-2-7b") == {"model": "llama-2-7b", "revision": "built-in"}
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     stored = tmp_path / "hub" / "models--org--tiny"

@@ -228,6 +228,7 @@ def broken(folder, tmp_path, **changes):
         {"model_type": "notall_nothing"},
         {"model_type": "notall_"},
         {"sublayers": 7, "block_configs": []},
+        {"vocab_size": "many"},
     ],
 )
 def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):  # noqa: F811

@@ -49,6 +49,7 @@ def test_the_sdist_holds_what_the_tests_need(dist):
     assert not any(name.startswith((".venv", "results", "site")) for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_a_clean_environment(dist, tmp_path):
     """Its dependencies are those of this environment; notall itself is the wheel's."""
     (wheel,) = dist.glob("*.whl")
@@ -126,6 +127,7 @@ assert "ray" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_harness_and_ray_are_imported_only_where_they_are_asked_for():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, env=environment)

@@ -370,6 +370,7 @@ def run(monkeypatch, capsys, own_tasks_only):
     return run
 
 
+@pytest.mark.slow
 def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
     model, task_path = folders
     Plan(attention=[1], mlp=[2]).save(tmp_path / "plan.json")

@@ -108,6 +108,7 @@ def tiny(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is what talks")
 @pytest.mark.parametrize("how", ["in Python", "at the terminal"])
 def test_no_library_talks_on_the_terminal(how, tiny):

@@ -397,7 +397,7 @@ def same(found, expected):
 
 
 @pytest.mark.any_transformers
-@pytest.mark.parametrize("lines", [2, 3, 4])
+@pytest.mark.parametrize("lines", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
     whole = run_repair(tmp_path / "whole")
     folder = tmp_path / "killed"

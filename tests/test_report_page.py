@@ -194,6 +194,7 @@ def test_the_next_command_is_copied_whole(view, report):
     assert copied == "notall search tiny --kind attention --count 3 --out plan.json"
 
 
+@pytest.mark.slow
 def test_a_wide_table_scrolls_within_its_box_under_a_column_that_stays(view, pages):
     page = view(pages("compare"), 800)
     box = page.locator(".scroll:has(#table-results)")
@@ -237,6 +238,7 @@ def test_slider_buttons_and_keys_step_through_the_plans(view, report):
     assert slider.get_attribute("aria-valuetext") == "dense"
 
 
+@pytest.mark.slow
 def test_a_row_and_a_point_choose_their_plan(view, report):
     page = view(report)
     page.locator("#table-results button[data-show='12']").click()
@@ -245,6 +247,7 @@ def test_a_row_and_a_point_choose_their_plan(view, report):
     page.wait_for_function("document.querySelector('#plan').value != '12'")
 
 
+@pytest.mark.slow
 def test_the_map_says_its_figures_under_the_pointer(view, report):
     page = view(report)
     page.locator("#map .mark-rect path").nth(3).hover()
@@ -297,6 +300,7 @@ def test_it_fits_and_can_be_read_in_every_size_and_colour(view, request, which, 
     assert page.evaluate("() => views.map.background()") == {"light": "#ffffff", "dark": "#15181c"}[colours]
 
 
+@pytest.mark.slow
 def test_the_colours_follow_the_reader(view, report):
     page = view(report)
     page.emulate_media(color_scheme="dark")
@@ -326,7 +330,8 @@ def test_hostile_text_is_shown_as_text(view, nasty, width):
     assert page.locator("#table-other tbody tr:visible").count() == 1
 
 
-@pytest.mark.parametrize("colours", [slow("light"), "dark"])
+@pytest.mark.slow
+@pytest.mark.parametrize("colours", ["light", "dark"])
 def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
     page = view(comparison, colours=colours)
     assert page.get_attribute("body", "data-drawn") == "5"
@@ -377,7 +382,8 @@ def test_the_table_of_a_comparison_sorts_and_filters(view, comparison):
     assert page.locator("#table-results tbody tr:visible").count() == 2
 
 
-@pytest.mark.parametrize("width", [slow(1280), 390])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
 def test_hostile_names_of_a_comparison_are_shown_as_text(view, nasty_comparison, width):
     page = view(nasty_comparison, width)
     assert page.evaluate("window.pwned") is None
@@ -391,6 +397,7 @@ def test_hostile_names_of_a_comparison_are_shown_as_text(view, nasty_comparison,
     page.wait_for_function("views.map.signal('skipped').length == 4")
 
 
+@pytest.mark.slow
 def test_a_long_table_scrolls_in_itself_under_its_headings(view, tmp_path):
     rows = [{"check": f"check {number}", "lost": number} for number in range(200)]
     result_folders.write(tmp_path, similarity=result_folders.similarity(), checks=rows)
@@ -402,6 +409,7 @@ def test_a_long_table_scrolls_in_itself_under_its_headings(view, tmp_path):
     assert abs(heading.evaluate("head => head.getBoundingClientRect().top") - inside) < 2
 
 
+@pytest.mark.slow
 def test_a_search_is_a_map_and_a_table(view, tmp_path):
     rows = [result_folders.chosen(3)]
     folder = result_folders.write(tmp_path / "p.search", chosen=rows, evaluations=result_folders.evaluations())
@@ -431,6 +439,7 @@ def test_a_repair_is_a_figure_over_its_table(view, tmp_path, figure, width, colo
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_a_bench_is_bars_and_a_table(view, tmp_path):
     folder = result_folders.write(tmp_path / "b", bench=result_folders.all_benched())
     page = view(write_report(folder, tmp_path / "report.html"))
@@ -442,6 +451,7 @@ def test_a_bench_is_bars_and_a_table(view, tmp_path):
     assert page.locator("#table-results tbody tr").count() == 4
 
 
+@pytest.mark.slow
 def test_a_folder_of_one_file_is_a_page_too(view, tmp_path):
     folder = result_folders.write(tmp_path / "r", lost=[{"criterion": "cosine", "lost": 0.1}])
     page = view(write_report(folder, tmp_path / "report.html"))

@@ -12,7 +12,7 @@ import pytest
 
 import engines
 
-pytestmark = pytest.mark.any_transformers
+pytestmark = [pytest.mark.any_transformers, pytest.mark.slow]  # of a program that only `make bench-engines` runs
 
 REQUESTS, AT_ONCE, NEW = 40, 6, 5
 
@@ -111,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def bear(load, monkeypatch):
     """A function that puts a server with a fault under load."""
-    monkeypatch.setattr(load, "PATIENCE", 3.0)
+    monkeypatch.setattr(load, "PATIENCE", 1.0)
 
     def bear(fault=None):
         server = Server(fault)

@@ -219,7 +219,7 @@ def search(
     keep_choice(folder, record)
     if front:
         _draw_front(net, among, found.plan, Aim(goal, batches), others or batches, folder / "front", settings, seed)
-    held = {other.get("held_out", f"other windows of {about['text']}"): others}
+    held = {other["held_out"] if held_out else f"other windows of {about['text']}": others}
     held = other_windows(net, tokenizer, [text]) if repair and not held_out else held
     measured = {"quality": _quality(net, plans, held, folder, settings)} if repair else {}
     quality = [*measured["quality"].rows] if repair else [record.row()]

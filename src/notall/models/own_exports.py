@@ -70,7 +70,7 @@ def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
     try:
         regrouped = settings["model_type"] != NEMOTRON_NAS
         return _regrouped(settings) if regrouped else _nemotron_nas(settings)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file leads it to
         said = shortened(f"{type(error).__name__}: {error}")
         raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error
 
