@@ -384,6 +384,12 @@ def structure(family: Family) -> Any:
     return str(facts), str(getattr(config, "layer_types", None)), family.auto
 
 
+def layout(family: Family) -> Any:
+    """Of its structure what the files of a model show."""
+    proved = PROVED.get(family.name, {})
+    return str([proved.get(name, family.name) for name in ("block", "alike", "sublayers")])
+
+
 @functools.cache
 def representatives() -> list[Family]:
     """The first family of every structure; all of them where the run records what it finds."""
@@ -394,7 +400,16 @@ def representatives() -> list[Family]:
 
 def each_structure(families: Sequence[Family]) -> pytest.MarkDecorator:
     """A test of each; of one whose structure another has, only with `make test-engines`."""
-    first = representatives()
+    return _each(families, representatives())
+
+
+def each_layout(families: Sequence[Family]) -> pytest.MarkDecorator:
+    """The same for what only files and weights matter to."""
+    first = {layout(family): family for family in reversed(representatives())}
+    return _each(families, representatives() if RECORDING else [*first.values()])
+
+
+def _each(families: Sequence[Family], first: Sequence[Family]) -> pytest.MarkDecorator:
     parameters = [one if one in first else pytest.param(one, marks=pytest.mark.slow) for one in families]
     return pytest.mark.parametrize("family", parameters, ids=str)
 

@@ -596,6 +596,7 @@ def test_an_interrupted_command_says_so_in_one_line(run, folder, monkeypatch, ho
     assert err == "interrupted: what is finished is kept; run the same command again to go on\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_was_written_stays(run, folder, tmp_path, monkeypatch):
     out = tmp_path / "r"
     assert run("sweep", folder, "--out", out, *QUICK, *FAST[:-2])[0] == 0

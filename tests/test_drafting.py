@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import REFUSED_IN_4, TRANSFORMERS_5, each_structure, family, representatives
+from families import REFUSED_IN_4, TRANSFORMERS_5, each_layout, family, representatives
 from notall import Plan, RepairedPlan, UsageError, draft_model, skip
 from notall.measuring import drafting
 from notall.measuring.acceptance import Accepted, acceptance, judge, rounds, tokens_per_round, write_texts
@@ -44,7 +44,7 @@ def logits(model):
 # --- a second model of the same weights -------------------------------------------------------------------------------
 
 
-@each_structure(representatives())
+@each_layout(representatives())
 def test_the_draft_is_the_skipped_model_and_shares_every_weight(family):
     if family.name in REFUSED_IN_4 and not TRANSFORMERS_5:
         pytest.skip("refused on this line of transformers")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
-from families import FAMILIES, each_structure, family, representatives, silenced
+from families import FAMILIES, each_layout, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
 from notall.exporters import export
 from notall.exporters.remote_code import FAMILIES as REGROUPED
@@ -85,13 +85,20 @@ each_family = pytest.mark.parametrize("name", BASES)
 FORMS = {(f.mlp, f.text, f.scaled, f.experts): base.removesuffix("_text") for base, f in reversed(REGROUPED.items())}
 each_form = pytest.mark.parametrize("name", sorted(FORMS.values()))
 each_plan = pytest.mark.parametrize("plan", PLANS)
+each_family_and_plan = pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        pytest.param(name, plan, marks=[] if plan == "mixed" or name in FORMS.values() else [pytest.mark.slow])
+        for name in BASES
+        for plan in PLANS
+    ],
+)
 
 
 # --- the regrouped form, in every family ------------------------------------------------------------------------------
 
 
-@each_plan
-@each_family
+@each_family_and_plan
 def test_regrouped_answers_as_the_slow_twin(exported, name, plan):
     dense, folder = exported(name, plan)
     found = load(folder)
@@ -241,7 +248,7 @@ def test_whole_blocks_leave_an_ordinary_checkpoint(family, tmp_path):
     engines.works("transformers", "transformers", "hf", family.name, "whole blocks")
 
 
-@each_structure(ORDINARY)
+@each_layout(ORDINARY)
 def test_alternating_sublayers_leave_an_ordinary_checkpoint(family, tmp_path):
     model = family.build()
     if not is_portable(locate(model), PORTABLE["portable"]):

@@ -7,13 +7,14 @@ import pytest
 import fuzzing
 
 KINDS = {
-    "plan": 120,
-    "old search": 60,
+    "plan": 80,
+    "old search": 40,
     "old bench": 40,
     "lines of text": 30,
     "lines of prompts": 30,
     "safetensors": 20,
-    "repair": 60,
+    "repair": 40,
+    "own exports": 60,
 }
 
 pytestmark = pytest.mark.any_transformers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forked
-from families import FAMILIES, each_structure, family
+from families import FAMILIES, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
 from notall.repairing.kept import Kept, load_repaired
@@ -49,8 +49,9 @@ def with_odd_gains(hand: Hand):
     return model
 
 
-TWINS = [*((hand, name) for hand in (DIRECT[0], NORMED[0]) for name in PLANS)]
-OTHER_TWINS = [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
+TWINS = [*((DIRECT[0], name) for name in PLANS), (NORMED[0], "attentions"), (NORMED[0], "blocks")]
+OTHER_TWINS = [(NORMED[0], name) for name in PLANS if (NORMED[0], name) not in TWINS]
+OTHER_TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ LEFT_ALONE = {
 }
 
 
-@each_structure(FAMILIES)
+@each_layout(FAMILIES)
 @torch.no_grad()
 def test_every_family_is_repaired(family):
     if not family.exists:

@@ -129,7 +129,7 @@ def resize(page, width, height=800):
     page.evaluate("new Promise(frame => requestAnimationFrame(() => requestAnimationFrame(frame))).then(() => drawing)")
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:2], *map(slow, KINDS[2:])])
+@pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
 def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_the_screen(view, pages, kind):
     page = view(pages(kind))
     for width in (1680, 1280, 800, 390):
@@ -148,7 +148,7 @@ def test_the_first_screen_says_what_can_be_left_out_and_nothing_is_wider_than_th
     [
         ("sweep", "light"),
         *map(slow, KINDS[1:3], ["dark", "light"]),
-        ("paper", "dark"),
+        slow("paper", "dark"),
         *map(slow, KINDS[4:], ["light", "dark"]),
     ],
 )
@@ -288,7 +288,7 @@ def test_figures_are_saved_and_numbers_copied(view, report, tmp_path):
     assert len(copied.splitlines()) == 20
 
 
-@pytest.mark.parametrize("which", ["report", "comparison"])
+@pytest.mark.parametrize("which", ["report", slow("comparison")])
 @pytest.mark.parametrize(("width", "colours"), [(1280, "light"), slow(1280, "dark"), slow(360, "light"), (360, "dark")])
 def test_it_fits_and_can_be_read_in_every_size_and_colour(view, request, which, width, colours):
     page = view(request.getfixturevalue(which), width, colours)
@@ -351,6 +351,7 @@ def test_every_figure_of_a_comparison_is_drawn(view, comparison, colours):
     )
 
 
+@pytest.mark.slow
 def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, comparison):
     page = view(comparison)
     assert page.locator("#plan-name").inner_text() == "search by kl: 2 attention"
@@ -370,6 +371,7 @@ def test_a_comparison_is_stepped_through_by_slider_points_and_rows(view, compari
     page.wait_for_function("views.tradeoff.signal('plan') == 2")
 
 
+@pytest.mark.slow
 def test_the_table_of_a_comparison_sorts_and_filters(view, comparison):
     page = view(comparison)
     for heading, column in (("NLL added", 5), ("arc_easy", 11), ("CPU s", 16)):
@@ -424,7 +426,8 @@ def test_a_search_is_a_map_and_a_table(view, tmp_path):
     assert len({fill for fill in cells if fill.startswith("rgb")}) == result_folders.LAYERS
 
 
-@pytest.mark.parametrize(("width", "colours"), [slow(1280, "light"), (390, "dark")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (390, "dark")])
 @pytest.mark.parametrize("figure", ["refits", "healing"])
 def test_a_repair_is_a_figure_over_its_table(view, tmp_path, figure, width, colours):
     rows = {"refits": result_folders.refits(), "healing": result_folders.looks()}[figure]

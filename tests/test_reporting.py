@@ -572,6 +572,7 @@ def test_a_page_that_cannot_be_written_is_one_clear_line(folder):
         write_report(folder, folder / "results.jsonl" / "report.html")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_the_page_that_was_there_and_nothing_beside_it(folder, tmp_path):
     path = write_report(folder, tmp_path / "report.html")
     whole = path.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_structure
+from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_layout
 from notall import Anatomy, UnsupportedModel, locate
 from notall.structure.anatomy import fingerprint
 
@@ -19,7 +19,7 @@ from notall.structure.anatomy import fingerprint
 NEEDS_VALUES = {} if TRANSFORMERS_5 else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}
 
 
-@each_structure(FAMILIES)
+@each_layout(FAMILIES)
 def test_same_anatomy_without_weights(family: Family) -> None:
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")
