@@ -185,6 +185,41 @@ def test_a_portable_set_is_no_worse_than_whole_blocks(model):
     assert better
 
 
+class Rows(Table):
+    """Blocks that are dear each, and cheap where they follow each other from the second on."""
+
+    GOOD = frozenset(f"{kind}.{index}" for kind in ("attn", "mlp") for index in (1, 2, 3, 4))
+
+    def cost(self, skipped, share=1.0):
+        cost = super().cost(skipped, share)
+        return cost - 6.0 if skipped >= self.GOOD else cost + len(self.GOOD & skipped)
+
+
+@pytest.mark.parametrize(("kind", "portable"), [("block", False), ("sublayer", True)])
+def test_a_run_of_blocks_that_no_swap_leads_to_is_found(model, kind, portable):
+    space = Space(locate(model), kind, portable=portable)
+    found = search(space, by_count(space, 8 if portable else 4), Rows(space, 0))
+    assert found.skipped == Rows.GOOD
+    assert found.cost == Rows(space, 0).cost(Rows.GOOD)
+    assert found.path[-1] == (found.skipped, found.cost)
+    assert frozenset(name for unit in found.order for name in unit) == found.skipped
+
+
+def test_from_a_run_it_is_refined(model):
+    space = Space(locate(model), "block")
+    table = Table(space, 3, 1.0, forgiving=True)
+    looking = searching._Search(space, by_count(space, 3), table, {}, 0.25, lambda: False, searching._Count(
+        space, by_count(space, 3), 0.25, 99))  # fmt: skip
+    looking.skipped, looking.cost = frozenset({"attn.0", "mlp.0"}), 1e9
+    looking.start_from_a_run(99)
+    runs = [searching._all_of(space.units[first : first + 3]) for first in range(LAYERS - 2)]
+    assert set(runs) <= {*table.asked_of_a_part}
+    best = min(map(table.cost, runs))
+    assert looking.cost < best
+    assert looking.cost == table.cost(looking.skipped)
+    assert len(looking.skipped) == 6
+
+
 def test_where_whole_blocks_are_better_each_of_them_is_given_back_anew(model, monkeypatch):
     """What it gained to give a pair back is of the set that is left, not of the one that the search goes on from."""
     space, wanted, known = Space(locate(model), portable=True), set(), 0
