@@ -23,6 +23,8 @@ from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
 
+STAY = "50% of first choices stay"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -412,8 +414,11 @@ def test_a_repair_shows_what_it_gives_back_and_what_became_of_each_sublayer(tmp_
     read = read_folder(folder)
     assert read.layers == result_folders.LAYERS + 2  # as the fingerprint says
     assert [(card.title, card.figure, card.text) for card in findings_of(read)] == [
-        ("prose, other windows", "+0.10", "repaired; +0.40 nats a token (± 0.04) skipped"),
-        ("book.txt", "+0.20", "repaired; +0.80 nats a token (± 0.08) skipped"),
+        (
+            *("prose, other windows", "+0.10"),
+            f"repaired (KL 0.10, {STAY}); +0.40 nats a token (± 0.04) skipped (KL 0.40, {STAY})",
+        ),
+        ("book.txt", "+0.20", f"repaired (KL 0.20, {STAY}); +0.80 nats a token (± 0.08) skipped (KL 0.80, {STAY})"),
     ]
 
 
@@ -444,8 +449,8 @@ def test_a_healing_is_what_it_gives_back_over_its_tokens(tmp_path):
         {"tokens": 1024, "kl": 0.25},
     ]
     assert [card.text for card in findings_of(read_folder(folder))] == [
-        "healed; +0.40 nats a token (± 0.04) repaired",
-        "healed; +0.80 nats a token (± 0.08) repaired",
+        f"healed (KL 0.10, {STAY}); +0.40 nats a token (± 0.04) repaired (KL 0.40, {STAY})",
+        f"healed (KL 0.10, {STAY}); +0.80 nats a token (± 0.08) repaired (KL 0.80, {STAY})",
     ]
     assert findings_of(read_folder(folder))[1].figure == "+0.10"
 

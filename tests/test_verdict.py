@@ -41,6 +41,9 @@ def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(left_out):
         f"weights {smaller:.0%} smaller ({in_bytes(left.weight_bytes)}); "
         f"KV cache 33% smaller ({in_bytes(left.kv_bytes_per_token)} a token)."
     )
+    for error in (None, math.nan):  # of one window alone
+        (line,) = Verdict(*left_out, quality() | {"delta_nll_se": error}, "book.txt").lines()
+        assert "MLPs: +0.360 nats a token (perplexity" in line
     (line,) = Verdict(*left_out_of(model, Plan(mlp=[0]))).lines()
     assert line.startswith("Without 1 of 6 MLPs: what that costs was not measured on other text: give --held-out; ")
     assert line.endswith("; the same KV cache.")

@@ -14,6 +14,7 @@ from .papers import became_of, in_words, standing_of
 from .plots import front
 from .rows import name_of, several, sublayers, way_of
 from .usable import fastest, is_known, is_usable, mildest
+from .verdict import is_number
 
 MOST_CARDS = 5
 FASTEST, LARGEST = "Fastest usable", "Largest usable"
@@ -201,7 +202,9 @@ def _of_repair(measured: Sequence[Row]) -> list[Finding]:
     found = []
     for text, rows in list(texts.items())[:MOST_CARDS]:
         *before, after = sorted(rows.values(), key=lambda row: get_args(State).index(row["model"]))
-        told = "; ".join([after["model"], *(f"{_loss(row)} {row['model']}" for row in before)])
+        told = "; ".join(
+            [f"{after['model']}{_beside(after)}", *(f"{_loss(row)} {row['model']}{_beside(row)}" for row in before)]
+        )
         found.append(Finding(text, f"{after['delta_nll']:+.2f}", f"{_error(after)} nats a token", told))
     return found
 
@@ -213,5 +216,13 @@ def _loss(record: Row) -> str:
     return f"{record['delta_nll']:+.2f} nats a token" + (f" ({error})" if error else "")
 
 
+def _beside(record: Row) -> str:
+    """What stands beside the nats."""
+    kl, agreement = record.get("kl"), record.get("top1_agreement")
+    told = [f"KL {kl:.2f}"] if is_number(kl) else []
+    told += [f"{agreement:.0%} of first choices stay"] if is_number(agreement) else []
+    return f" ({', '.join(told)})" if told else ""
+
+
 def _error(record: Row) -> str:
-    return "" if record["delta_nll_se"] is None else f"± {record['delta_nll_se']:.2f}"
+    return f"± {error:.2f}" if is_number(error := record["delta_nll_se"]) else ""

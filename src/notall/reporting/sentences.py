@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..records.columns import Row
 from .rows import in_words, shorten
 from .usable import is_usable
-from .verdict import nats_lost, perplexity_factor
+from .verdict import in_nats, is_number, nats_lost, perplexity_factor
 
 TIMED = {"speedup_decode": "decodes", "speedup": "runs"}  # which verb tells of a speedup
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "a KV cache"}
@@ -26,11 +26,10 @@ def sentence(model: str, record: Row, dense: Row | None = None, layers: int = 0,
 
 def loss_of(record: Row) -> str:
     """Such as `+0.39 ± 0.02 nats a token (perplexity × 1.48; 70% of its first choices stay)`."""
-    lost, error, agreement = nats_lost(record), record.get("delta_nll_se"), record.get("top1_agreement")
-    digits = 2 if error is None or error >= 0.005 else 3
-    nats = f"{lost:+.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    error, agreement = record.get("delta_nll_se"), record.get("top1_agreement")
+    nats = in_nats(record, 3 if is_number(error) and error < 0.005 else 2)
     stays = "" if agreement is None else f"; {agreement:.0%} of its first choices stay"
-    return f"{nats} nats a token (perplexity × {perplexity_factor(lost):.3g}{stays})"
+    return f"{nats} nats a token (perplexity × {perplexity_factor(nats_lost(record)):.3g}{stays})"
 
 
 def joined(parts: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from ..records.columns import Row, in_bytes
 from ..records.plan import Plan
@@ -83,9 +83,8 @@ class Verdict:
 
     def _parts(self) -> Iterator[str]:
         if self.quality:
-            lost, error = nats_lost(self.quality), self.quality.get("delta_nll_se")
-            nats = f"{lost:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-            yield f"{nats} nats a token (perplexity × {perplexity_factor(lost):.3g}) on {self.text}"
+            lost = nats_lost(self.quality)
+            yield f"{in_nats(self.quality, 3)} nats a token (perplexity × {perplexity_factor(lost):.3g}) on {self.text}"
             yield f"{self.quality['top1_agreement']:.0%} of the first choices are the same"
         else:
             yield "what that costs was not measured on other text: give --held-out"
@@ -110,7 +109,17 @@ def faults_of(quality: Row) -> list[str]:
 def nats_lost(quality: Row) -> float:
     """Nats a token that were lost; infinite where the model overflows, which is no number."""
     lost = quality["delta_nll"]
-    return lost if lost is not None and math.isfinite(lost) else math.inf
+    return lost if is_number(lost) else math.inf
+
+
+def in_nats(quality: Row, digits: int) -> str:
+    """What was lost, with its standard error, which one window alone has not."""
+    lost, error = nats_lost(quality), quality.get("delta_nll_se")
+    return f"{lost:+.{digits}f}" + (f" ± {error:.{digits}f}" if is_number(error) else "")
+
+
+def is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def perplexity_factor(nats: float) -> float:
