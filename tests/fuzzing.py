@@ -285,7 +285,7 @@ def if_page_is_read(seen: Seen) -> str | None:
 UNREAD = {
     "report": ("scores.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl", "plan_times.jsonl", "answers.jsonl"),
     "compare": ("r/evaluations/", "r/results.jsonl", "r/times.jsonl"),
-    "paper": ("r/answers.jsonl",),
+    "paper": ("r/answers.jsonl", "r/claims.jsonl"),
     "front": ("r/front.jsonl",),  # is written anew from the scores and times
 }
 
@@ -324,7 +324,7 @@ def lines_alike(seen: Seen) -> str | None:
         if not _is_a_line(value, models, seen.command):
             return f"took line {number}"
         values.append(value)
-    times = seen.command.startswith("paper") and seen.file == "r/times.jsonl"  # measured anew, and claims go by them
+    times = "times.jsonl" in seen.file  # measured anew, and claims and fronts go by them
     if "--json" in seen.command and not times and all(value in models for value in values):
         found, expected = (_untimed(json.loads(each.out)) for each in (seen.ended, seen.before))
         if found != expected:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from families import REFUSED_IN_4, TRANSFORMERS_5, each_layout, family, representatives
@@ -309,6 +310,27 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
         *("skipped", PLAN),
         {"model": "tiny", "seed": 0, "prompt": 9, "new": 4},
     )
+
+
+def test_what_was_measured_is_written_whole_or_not_at_all():
+    record = {
+        **{"plan": {"attention": [3], "mlp": []}, "model": "skipped", "decoding": "greedy", "texts": 1, "rounds": 1},
+        **{
+            "drafted": 1,
+            "acceptance": 1.0,
+            "acceptance_se": None,
+            "tokens_per_round": 2.0,
+            "tokens_per_round_se": None,
+        },
+        **dict.fromkeys(("dense_ms", "draft_ms", "check_ms", "predicted", "predicted_low", "predicted_high"), 1.0),
+        "provenance": {"what": {}, "where": {}},
+    }
+    measured = {"measured": 1.0, "measured_low": 1.0, "measured_high": 1.0, "same_texts": 1}
+    assert DraftRecord.model_validate(record).measured is None
+    assert DraftRecord.model_validate(record | measured).same_texts == 1
+    for name in measured:
+        with pytest.raises(ValidationError, match="what was measured lacks a part"):
+            DraftRecord.model_validate(record | measured | {name: None})
 
 
 def test_texts_that_come_out_otherwise_are_counted(model, draft, monkeypatch):

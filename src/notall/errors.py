@@ -28,9 +28,10 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
     """Make a `UsageError` of what the code of `package` itself raises over a user's file, and not what that calls."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         *_, frame = traceback.extract_tb(error.__traceback__)
-        if package not in Path(frame.filename).parts:
+        too_large = "overflow" in str(error)  # of a number, as torch says it; what else it raises is no fault of a file
+        if package not in Path(frame.filename).parts or (isinstance(error, RuntimeError) and not too_large):
             raise
         said = shortened(f"{type(error).__name__}: {error}", 160)
         raise UsageError(f"{what}: {said}; {fix}") from error

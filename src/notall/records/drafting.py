@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .columns import Column, number, plain, with_error, with_spread
 from .record import PLAN, Count, Positive, Record, Share, Skips, Unsigned
@@ -62,3 +62,10 @@ class DraftRecord(Record, Skips):
     )
     texts: Count = Field(description="how many prompts were continued")
     rounds: Count = Field(description="how often all was timed, in turn")
+
+    @model_validator(mode="after")
+    def _measured_whole(self) -> DraftRecord:
+        measured = (self.measured, self.measured_low, self.measured_high, self.same_texts)
+        if len({value is None for value in measured}) > 1:
+            raise ValueError("what was measured lacks a part")
+        return self
