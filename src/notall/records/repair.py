@@ -53,7 +53,7 @@ class RefitRecord(Record):
     )
 
     record: Literal["refit"] = "refit"
-    sublayers: tuple[SublayerName, ...] = Field(description="a sublayer, or both of a parallel block")
+    sublayers: tuple[SublayerName, ...] = Field(min_length=1, description="a sublayer, or both of a parallel block")
     ridge: Amount | None = Field(description="relative to each feature's own square; None where it was left alone")
     left: Number = Field(description="squared distance to the dense stream behind it, over the one without a refit")
     seconds: Amount = Field(description="CPU seconds of all threads")
