@@ -430,6 +430,13 @@ def test_a_repair_that_was_killed_shows_what_is_refit(tmp_path):
     assert findings_of(read_folder(folder)) == []
 
 
+def test_a_refit_of_no_sublayer_is_one_line(tmp_path):
+    header, line, *_ = result_folders.refits()
+    folder = result_folders.write(tmp_path, refits=[header, line | {"sublayers": []}])
+    with pytest.raises(UsageError, match=r"line 2 of .*refits.jsonl: sublayers: .* at least 1 item"):
+        write_report(folder, tmp_path / "r.html")
+
+
 def test_a_parallel_block_is_drawn_as_one():
     both = [row | {"sublayers": ["attn.3", "mlp.3"]} for row in result_folders.refits()[1:2]]
     lacking = [both[0] | {"left": None}]
