@@ -64,6 +64,12 @@ def model():
     return family("llama").build(num_hidden_layers=6)
 
 
+def test_sublayers_that_sum_to_more_than_the_model_leave_a_time():
+    times = latency.Times(WORK, 10.0, {"attn.0": 6.0, "attn.1": 6.0})
+    assert times.predicted_ms(Plan([0])) == 4.0
+    assert times.predicted_ms(Plan([0, 1])) == 0.01
+
+
 def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
     times = measure_times(model, WORK, rounds=1)
     assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 10 * 0.3)

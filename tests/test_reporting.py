@@ -479,6 +479,10 @@ def test_a_bench_is_held_against_the_dense_model_that_it_was_timed_with(tmp_path
     assert len(data_of(page)["plans"]) == 4
     weights = {row["plan"]: row["share"] for row in figures.savings_rows(rows) if row["measure"] == "weights"}
     assert weights == {0: 1, 1: 3_880_000 / 4_000_000, 2: 1, 3: 3_880_000 / 8_000_000}
+    without = rows[3] | {"state_bytes": None}  # a line may lack what the other one has
+    assert (
+        len(figures.savings_rows([rows[2] | {"state_bytes": 100}, without])) == len(figures.savings_rows(rows[2:])) + 1
+    )
     table = stepped_table("bench", rows)
     assert [row[0].text for row in table.rows] == ["dense", "3 attention", "dense", "3 attention, 3 MLP"]
     assert name_of(rows[3]) == "3 attention, 3 MLP, 128 + 32 tokens, batch 4"

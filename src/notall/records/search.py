@@ -41,9 +41,9 @@ class EvaluationRecord(Record, SpentFields):
 class SpeedCheck(Fields):
     """The speedup that was predicted, and the one that was measured."""
 
-    predicted_ms: float
+    predicted_ms: Positive
     measured_ms: Positive
-    predicted_speedup: float = Field(description="ratio to the dense model")
+    predicted_speedup: Positive = Field(description="ratio to the dense model")
     speedup: Positive = Field(description="measured, the rounds' own ratios: median")
     speedup_low: Positive = Field(description="quartile")
     speedup_high: Positive = Field(description="quartile")

@@ -139,7 +139,7 @@ def savings_rows(records: Sequence[Row]) -> list[Row]:
             text = f"{title}: {record[key]:,.1f} ms, {middle:.2f}× as fast"
             rows.append(about | {"measure": title, "text": text} | share)
         for key, title in BYTES.items():
-            if dense and dense.get(key):
+            if dense and dense.get(key) and record.get(key) is not None:
                 share = dict.fromkeys(("share", "low", "high"), record[key] / dense[key])
                 text = f"{title}: {in_bytes(record[key])} of {in_bytes(dense[key])}"
                 rows.append(about | {"measure": title, "text": text} | share)
