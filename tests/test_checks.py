@@ -259,6 +259,7 @@ def test_eval_keeps_what_it_measured_once_and_a_report_shows_it(run, folder, pla
     assert "1 attention, 1 MLP" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_eval_of_a_repair_keeps_both_states(run, folder, plan, tmp_path):  # noqa: F811
     code, _, err = run("eval", folder, "--plan", plan, "--repair", "--out", tmp_path / "e", *QUICK)
     assert code == 0, err
@@ -278,6 +279,7 @@ def test_a_missed_budget_is_kept_with_the_choice(run, folder, tmp_path):  # noqa
     assert json.loads((tmp_path / "met.search" / "chosen.jsonl").read_text())["missed"] is None
 
 
+@pytest.mark.slow
 def test_a_repaired_choice_has_a_loss_on_windows_that_it_was_not_fitted_to(run, folder, tmp_path):  # noqa: F811
     command = ["search", folder, "--kind", "attention", "--count", "1", "--repair", "-o", tmp_path / "p.json", *QUICK]
     code, out, err = run(*command, "--sequences", "4", "--json")

@@ -129,6 +129,7 @@ def test_bytes_say_of_which_dtype_they_are(run, folder, tmp_path):
         assert "in float32" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_bytes_are_counted_in_the_checkpoint_s_own_dtype_or_another(run, folder, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(folder, half)
@@ -307,6 +308,7 @@ def test_what_is_killed_while_it_measures_has_lost_nothing(run, folder, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
     path, repaired, out = tmp_path / "plan.json", tmp_path / "repaired", tmp_path / "healed"
     Plan([4]).save(path)

@@ -26,6 +26,8 @@ GENERATED = {"architectures.md", "commands.md", "engines.md", "notebook.md"}
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED)]
 LONG = {
     "README.md",
+    "add-criterion.md",
+    "add-repair.md",
     "choosing.md",
     "drafting.md",
     "exporting.md",

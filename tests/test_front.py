@@ -463,6 +463,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @needs_llamacpp
 def test_the_command_measures_plans_as_they_are_and_repaired(dense, monkeypatch, capsys, tmp_path):
     words = [dense, "--kind", "attention", "--counts", "1", "--types", "Q8_0", "--out", tmp_path / "out", *SMALL]

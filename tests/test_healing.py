@@ -347,7 +347,7 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rate": 3e-3},
+        pytest.param({"rate": 3e-3}, marks=pytest.mark.slow),
         pytest.param({"rate": 0.1}, marks=pytest.mark.slow),
         pytest.param({"rate": 3e-3, "train": "lora"}, marks=pytest.mark.slow),
         {"rate": 3e-3, "warm_up": 0.8},

@@ -183,6 +183,7 @@ def test_inspect_and_plan_tell_kinds_and_states(folder, tmp_path, capsys) -> Non
     assert sizes[0]["state_bytes"] == sizes[1]["state_bytes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prose")
 def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> None:
     text, out = ["--text", folder / "text.txt", *SMALL], tmp_path / "out"

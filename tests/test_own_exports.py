@@ -228,7 +228,6 @@ def broken(folder, tmp_path, **changes):
         {"model_type": "notall_nothing"},
         {"model_type": "notall_"},
         {"sublayers": 7, "block_configs": []},
-        {"vocab_size": "many"},
     ],
 )
 def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):  # noqa: F811
@@ -238,6 +237,13 @@ def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):  # noqa
         assert code == 2
         assert "export it anew from the dense model" in err
         assert err.count("\n") == 1
+
+
+def test_a_wrong_type_in_the_config_of_an_export_is_one_line(run, exported, tmp_path):  # noqa: F811
+    code, _, err = run("inspect", broken(exported("hf"), tmp_path, vocab_size="many"))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
 
 
 def test_layers_of_several_sizes_are_refused(run, exported, tmp_path):  # noqa: F811

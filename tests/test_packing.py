@@ -181,7 +181,7 @@ def test_all_plans_at_once_equal_each_inside_skip(model):
         assert greedy[row].tolist() == [is_greedy for _, is_greedy in expected]
 
 
-@pytest.mark.parametrize("room", [30, 10])  # for two packs, or not even for one
+@pytest.mark.parametrize("room", [pytest.param(30, marks=pytest.mark.slow), 10])  # for two packs, or not even for one
 @pytest.mark.parametrize("batch_size", ["auto", *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(model, batch_size, room, monkeypatch):
     requests = questions(15, seed=7, shared=1)

@@ -400,6 +400,7 @@ def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
         assert {row["model"] for row in both[kind]} == set(rows)
 
 
+@pytest.mark.slow
 def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     model, task_path = folders
     words = [

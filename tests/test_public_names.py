@@ -65,7 +65,7 @@ def lines_at_80_columns(printed):
     return sum(-(-max(1, len(line)) // 80) for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("shape", ["llama-2-7b", "llama-2-70b"])
+@pytest.mark.parametrize("shape", ["llama-2-7b", pytest.param("llama-2-70b", marks=pytest.mark.slow)])
 def test_an_anatomy_fits_a_screen(shape):
     anatomy = notall.locate(build_empty(load_config(shape)))
     layers = len(anatomy.blocks)

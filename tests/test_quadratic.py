@@ -120,6 +120,7 @@ def test_the_solver_says_what_there_is_none_of_and_what_takes_too_long():
         QuadraticProgram(draw.normal(size=40), wild + wild.T, np.ones(40), 40).solve(np.ones(40), 20, 20, seconds=0)
 
 
+@pytest.mark.slow
 def test_thirty_of_sixty_are_found_in_seconds_and_always_alike():
     """As many as the sublayers of 30 layers; what two lose together is of the size of what each loses."""
     draw = np.random.default_rng(0)
