@@ -70,8 +70,8 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error.
 test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
-	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'slow and not any_transformers'
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --dist worksteal -m slow  # over half of them are in one file
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) --dist worksteal -m 'slow and not any_transformers'
 	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_front.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
