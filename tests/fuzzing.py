@@ -290,6 +290,9 @@ UNREAD = {
 }
 
 
+TIMES = {"paper": "r/times.jsonl", "front": "r/engine_times.jsonl"}  # measured anew, and what comes out goes by them
+
+
 def _is_read(seen: Seen) -> bool:
     name, _, _ = seen.command.partition(" ")
     again = name == "compare" and (seen.folder / "asked anew").exists()
@@ -324,7 +327,7 @@ def lines_alike(seen: Seen) -> str | None:
         if not _is_a_line(value, models, seen.command):
             return f"took line {number}"
         values.append(value)
-    times = "times.jsonl" in seen.file  # measured anew, and claims and fronts go by them
+    times = TIMES.get(seen.command.partition(" ")[0]) == seen.file
     if "--json" in seen.command and not times and all(value in models for value in values):
         found, expected = (_untimed(json.loads(each.out)) for each in (seen.ended, seen.before))
         if found != expected:

@@ -18,7 +18,7 @@ from notall.choosing.criteria.losses import choose_greedily
 from notall.choosing.evaluator import Evaluator, Spent
 from notall.choosing.objective import kl, mix, nll
 from notall.choosing.searching import search
-from notall.choosing.space import Space, plan_of
+from notall.choosing.space import Space, names_in, plan_of
 from notall.measuring.quality import evaluate
 from notall.records import lines
 
@@ -212,7 +212,7 @@ def test_from_a_run_it_is_refined(model):
         space, by_count(space, 3), 0.25, 99))  # fmt: skip
     looking.skipped, looking.cost = frozenset({"attn.0", "mlp.0"}), 1e9
     looking.start_from_a_run(99)
-    runs = [searching._all_of(space.units[first : first + 3]) for first in range(LAYERS - 2)]
+    runs = [names_in(space.units[first : first + 3]) for first in range(LAYERS - 2)]
     assert set(runs) <= {*table.asked_of_a_part}
     best = min(map(table.cost, runs))
     assert looking.cost < best

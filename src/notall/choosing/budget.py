@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import UsageError, shortened
 from ..records.plan import Plan
 from ..running.footprint import footprint
-from .space import Skipped, Space, Unit
+from .space import Skipped, Space, Unit, names_in
 
 Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]
 
@@ -95,6 +95,18 @@ def check_nats(limit: float) -> None:
 def within_limit(budget: Budget, limit: Budget) -> Budget:
     """What `budget` asks for, at no more than what `limit` (see `by_limit`) lets it cost."""
     return replace(budget, limit=limit.limit, description=f"{budget.description}, {limit.description}")
+
+
+def runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]:
+    """By the number of its first unit, the shortest run of units from there on that meets the budget."""
+    found = {}
+    for first in range(len(space.units)):
+        for behind in range(first, len(space.units) + 1):
+            run = space.units[first:behind]
+            if budget.met(names_in(run)) and space.allows(names_in(run)):
+                found[first] = run
+                break
+    return found
 
 
 def _possible(space: Space, budget: Budget) -> Budget:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..progress import Progress, Stages, silent
-from .budget import Budget
+from .budget import Budget, runs
 from .evaluator import Evaluator
-from .space import Skipped, Space, Unit
+from .space import Skipped, Space, Unit, names_in
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 12
@@ -136,27 +136,18 @@ class _Search:
 
     def start_from_a_run(self, patience: int) -> None:
         """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
-        runs = self._runs() if self.budget.target < math.inf else []
-        if not runs or self.late():
-            return
         self.evaluator.stand_on(frozenset())
-        best = min(runs, key=lambda run: math.inf if self.late() else self._on_a_part(_all_of(run)))
-        cost = math.inf if self.late() else self._evaluate(_all_of(best))
+        asked = runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
+        guesses = {run: self._on_a_part(names_in(run)) for run in asked if not self.late()}
+        if not guesses or self.late():
+            return
+        best = min(guesses, key=guesses.__getitem__)
+        cost = self._evaluate(names_in(best))
         if cost < self.cost:
-            self.skipped, self.cost, self.order = _all_of(best), cost, [*best]
+            self.skipped, self.cost, self.order = names_in(best), cost, [*best]
             self.rises = {}
             self.guess(self.moves(self.skipped))
             self.refine(patience)
-
-    def _runs(self) -> list[tuple[Unit, ...]]:
-        """From each unit on, as many as the budget asks for."""
-        units, found = self.space.units, []
-        for first in range(len(units)):
-            ends = range(first + 1, len(units) + 1)
-            run = next((units[first:end] for end in ends if self.budget.met(_all_of(units[first:end]))), None)
-            if run and self.space.allows(_all_of(run)):
-                found.append(run)
-        return found
 
     @property
     def worth(self) -> tuple[float, float]:
@@ -275,10 +266,6 @@ class _Search:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
 
 
-def _all_of(units: Iterable[Unit]) -> Skipped:
-    return frozenset(name for unit in units for name in unit)
-
-
 class _Count:
     """Evaluations of the whole text: how many were done, and how many a search takes at most, about."""
 
@@ -286,7 +273,8 @@ class _Count:
         units = len(space.units)
         mean = budget.saved(space.names) / units
         steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
-        self.total, self.done = units * screened + steps * RECHECKS + steps + patience, 0.0
+        guesses = units * screened * (2 if space.kind == "block" else 1)  # of each, and of the runs that begin there
+        self.total, self.done = guesses + steps * RECHECKS + steps + patience, 0.0
         self.progress: Progress = silent
 
     def evaluated(self, share: float, doing: str) -> None:

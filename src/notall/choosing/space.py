@@ -127,6 +127,11 @@ class Space:
         return plan_of(skipped, self.anatomy.fingerprint, note)
 
 
+def names_in(units: Iterable[Unit]) -> Skipped:
+    """The sublayers of some units."""
+    return frozenset(name for unit in units for name in unit)
+
+
 def plan_of(skipped: Iterable[str], fingerprint: str | None = None, note: str | None = None) -> Plan:
     """The plan that skips the sublayers of these names, such as attn.3."""
     indices: dict[str, list[int]] = {"attn": [], "mlp": []}

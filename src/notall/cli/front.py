@@ -126,7 +126,8 @@ def front(
     refuse_foreign(out, "front")
     given = _given_plans(plan or [])
     _check_fit(fit)
-    wanted = _numbers("--counts", counts), _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
+    wanted = {"counts": _numbers("--counts", counts)}
+    wanted["speedups"] = _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
     count = threads or cores()
     for spec in (model, *(also or ())):
         kind_of_engine(count).check(spec)
@@ -146,8 +147,7 @@ def front(
             own,
             kept,
             about,
-            counts=wanted[0],
-            speedups=wanted[1],
+            **wanted,
             workload=Workload(prompt, new),
             seed=seed,
             progress=stages.stage(1),

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 Row = dict[str, Any]  # plain values by the names of fields
 
@@ -102,6 +102,11 @@ def with_difference(name: str, form: str = ".3f") -> Column:
 def size(field: str, heading: str) -> Column:
     """Bytes, in the unit that suits them."""
     return Column((field,), heading, in_bytes)
+
+
+def is_number(value: float | None) -> TypeGuard[float]:
+    """Whether there is a value, and a finite one."""
+    return value is not None and math.isfinite(value)
 
 
 def in_bytes(value: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ..records.columns import Column, Row
+from ..records.columns import Column, Row, is_number
 from ..records.measured import State
 from ..records.record import DELTA_NLL, PERPLEXITY, SPEEDUPS, SPENT, counted
 from .folder import Folder
@@ -14,7 +14,6 @@ from .papers import became_of, in_words, standing_of
 from .plots import front
 from .rows import name_of, several, sublayers, way_of
 from .usable import fastest, is_known, is_usable, mildest
-from .verdict import is_number
 
 MOST_CARDS = 5
 FASTEST, LARGEST = "Fastest usable", "Largest usable"

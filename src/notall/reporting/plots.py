@@ -13,7 +13,7 @@ import altair as alt
 from altair.utils.mimebundle import spec_to_mimebundle
 
 from ..errors import UsageError
-from ..records.columns import Row, in_bytes
+from ..records.columns import Row, in_bytes, is_number
 from ..records.comparison import UNREPAIRED
 from ..records.front import DELTA_BITS, goes_by_bits, loss_of
 from ..records.record import CONFIGURED, DELTA_NLL, KL, SPEEDUPS, VARIANTS
@@ -113,7 +113,7 @@ def similarity_layers(similarity: Sequence[Row]) -> alt.LayerChart:
             "changed": max(1 - row["cosine"], LEAST_CHANGE),
         }
         for row in similarity
-        if _is_number(row["cosine"])
+        if is_number(row["cosine"])
     ]
     logarithmic = alt.Scale(type="log", nice=False, padding=16)
     axis = alt.Axis(format="~g", tickCount=6)
@@ -127,7 +127,7 @@ def refit_layers(refits: Sequence[Row]) -> alt.LayerChart:
     for refit in refits:
         kinds, layers = zip(*(name.split(".") for name in refit["sublayers"]))
         kind = {"attn": "attention", "mlp": "MLP"}[kinds[0]] if len(kinds) == 1 else "block"
-        if _is_number(refit["left"]):
+        if is_number(refit["left"]):
             rows.append({"layer": int(layers[0]), "kind": kind, "left": refit["left"]})
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _by_depth(rows, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
@@ -135,7 +135,7 @@ def refit_layers(refits: Sequence[Row]) -> alt.LayerChart:
 
 def healing_layers(looks: Sequence[Row]) -> alt.LayerChart:
     """The KL on text that is not trained on, over the training, without size and theme; rows as of `HealRecord`."""
-    rows = [{"tokens": row["tokens"], "kl": row["held_out_kl"]} for row in looks if _is_number(row["held_out_kl"])]
+    rows = [{"tokens": row["tokens"], "kl": row["held_out_kl"]} for row in looks if is_number(row["held_out_kl"])]
     lines = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("tokens:Q", title="tokens trained on", axis=alt.Axis(format=",d"), scale=_snug(12)),
         y=alt.Y("kl:Q", title=f"held-out {KL.titled}", scale=_snug(16)),
@@ -171,7 +171,7 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
     rows = [
         _tradeoff_row(record) | {"plan": number}
         for number, record in enumerate(records)
-        if record["variant"] != "dense" and _is_number(record["delta_nll"])
+        if record["variant"] != "dense" and is_number(record["delta_nll"])
     ]
     rows, span = _clipped(rows)
     rows = _labelled(rows, span)
@@ -317,7 +317,7 @@ def front_rows(records: Sequence[Row]) -> list[Row]:
     return [
         _front_row(record, records) | {"plan": number}
         for number, record in enumerate(records)
-        if _is_number(record["delta_nll"])
+        if is_number(record["delta_nll"])
     ]
 
 
@@ -434,7 +434,7 @@ def _front_row(record: Row, records: Sequence[Row]) -> Row:
 def _measured(record: Row) -> Row:
     """The loss with its error, and the speedup with its quartiles, where it was timed."""
     lost, error = record["delta_nll"], record["delta_nll_se"]
-    bar = error if _is_number(error) else 0
+    bar = error if is_number(error) else 0
     ends = [end for end in ("", "_low", "_high") if f"speedup_decode{end}" in record]
     return {"lost": lost, "lost_low": lost - bar, "lost_high": lost + bar} | {
         f"speedup{end}": record[f"speedup_decode{end}"] for end in ends
@@ -589,10 +589,6 @@ def _asked() -> list[Any]:
         "count:Q",
         alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f"),
     ]
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _dress(chart: alt.LayerChart, title: str, subtitle: str | list[str]) -> alt.LayerChart:

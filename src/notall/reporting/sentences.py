@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..records.columns import Row
+from ..records.columns import Row, is_number
 from .rows import in_words, shorten
 from .usable import is_usable
-from .verdict import in_nats, is_number, nats_lost, perplexity_factor
+from .verdict import in_nats, nats_lost, perplexity_factor
 
 TIMED = {"speedup_decode": "decodes", "speedup": "runs"}  # which verb tells of a speedup
 BYTES = {"weight_bytes": "weights", "kv_bytes_per_token": "a KV cache"}

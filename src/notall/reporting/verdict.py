@@ -6,9 +6,9 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-from ..records.columns import Row, in_bytes
+from ..records.columns import Row, in_bytes, is_number
 from ..records.plan import Plan
 
 if TYPE_CHECKING:  # a page says what is of use without loading what runs models
@@ -116,10 +116,6 @@ def in_nats(quality: Row, digits: int) -> str:
     """What was lost, with its standard error, which one window alone has not."""
     lost, error = nats_lost(quality), quality.get("delta_nll_se")
     return f"{lost:+.{digits}f}" + (f" ± {error:.{digits}f}" if is_number(error) else "")
-
-
-def is_number(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
 
 
 def perplexity_factor(nats: float) -> float:

@@ -12,8 +12,8 @@ from torch.nn.functional import cosine_similarity
 
 from ...errors import UsageError
 from ...running.replay import walk
-from ..budget import Budget
-from ..space import Unit
+from ..budget import Budget, runs
+from ..space import Unit, names_in
 from .setting import Chosen, Setting, UnitScores
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
@@ -44,18 +44,11 @@ def choose_angular(setting: Setting, budget: Budget) -> Chosen:
     if space.kind != "block" or budget.target == math.inf:
         raise UsageError("the angular distance chooses a run of blocks: say how many with --count")
     states = _last_tokens(setting)
-    runs: dict[int, list[tuple[str, ...]]] = {}
-    for first in range(len(space.units)):
-        for behind in range(first, len(space.units) + 1):
-            run = space.units[first:behind]
-            names = frozenset(name for unit in run for name in unit)
-            if budget.met(names) and space.allows(names):
-                runs[first] = list(run)
-                break
+    found = runs(space, budget)
     angles = {first: _angle(states[first + space.keep_first], states[first + space.keep_first + len(run)])
-              for first, run in runs.items()}  # fmt: skip
-    order = tuple(runs[min(angles, key=angles.__getitem__)])
-    return Chosen(frozenset(name for unit in order for name in unit), order)
+              for first, run in found.items()}  # fmt: skip
+    order = found[min(angles, key=angles.__getitem__)]
+    return Chosen(names_in(order), order)
 
 
 def _angle(before: Tensor, after: Tensor) -> float:

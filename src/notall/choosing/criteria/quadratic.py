@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import UsageError
 from ..budget import Budget
 from ..searching import SCREENED
-from ..space import Unit
+from ..space import Unit, names_in
 from .quadratic_program import Floats, QuadraticProgram
 from .setting import Chosen, Setting
 
@@ -92,4 +92,4 @@ def _solve(program: QuadraticProgram, sizes: Floats, target: float) -> tuple[int
 
 def _named(units: Sequence[Unit], chosen: Sequence[int]) -> Chosen:
     order = tuple(units[i] for i in chosen)
-    return Chosen(frozenset(name for unit in order for name in unit), order)
+    return Chosen(names_in(order), order)
