@@ -11,6 +11,7 @@ import torch
 
 from families import family, silenced
 from notall import Plan, UsageError
+from notall.errors import raised_by
 from notall.models import chat_template
 from notall.running.generating import Streamer, continue_prompts, generate_text
 from tiny_tasks import byte_tokenizer, tiny_llama
@@ -87,6 +88,17 @@ def test_what_is_wrong_elsewhere_is_not_blamed_on_the_settings(tokenizer, monkey
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", mistaken)
     with pytest.raises(kind, match="a mistake of the test"):
         generate_text(model, tokenizer, Plan(), "x", max_new_tokens=2)
+
+
+def test_only_a_number_that_is_too_large_is_a_runtime_error_of_the_settings():
+    def ran_out(what):
+        exec(compile(f"raise RuntimeError({what!r})", "/somewhere/transformers/generation.py", "exec"))
+
+    with pytest.raises(UsageError, match=r"cannot: RuntimeError: no int64 without overflow; do so"):
+        with raised_by("transformers", "cannot", "do so"):
+            ran_out("no int64 without overflow")
+    with pytest.raises(RuntimeError, match="out of memory"), raised_by("transformers", "cannot", "do so"):
+        ran_out("out of memory")
 
 
 def test_greedy_is_greedy_whatever_the_model_would_rather_do(tokenizer):
