@@ -94,9 +94,9 @@ def test_only_a_number_that_is_too_large_is_a_runtime_error_of_the_settings():
     def ran_out(what):
         exec(compile(f"raise RuntimeError({what!r})", "/somewhere/transformers/generation.py", "exec"))
 
-    with pytest.raises(UsageError, match=r"cannot: RuntimeError: no int64 without overflow; do so"):
-        with raised_by("transformers", "cannot", "do so"):
-            ran_out("no int64 without overflow")
+    said = "cannot: RuntimeError: no int64 without overflow; do so"
+    with pytest.raises(UsageError, match=said), raised_by("transformers", "cannot", "do so"):
+        ran_out("no int64 without overflow")
     with pytest.raises(RuntimeError, match="out of memory"), raised_by("transformers", "cannot", "do so"):
         ran_out("out of memory")
 
