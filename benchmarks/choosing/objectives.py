@@ -50,31 +50,29 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True)
     options.add_argument("--sizes", type=int, nargs="+", default=(4, 16, 64), help=f"sequences of {LENGTH} tokens")
     options.add_argument("--held-out", type=int, default=64, help=f"sequences of {LENGTH} tokens of each text")
+    options.add_argument("--by", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     by_name = texts(tokenizer, asked.data, max(asked.sizes), asked.held_out)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    plans = []
     for kind, share in BUDGETS:
         space = Space(notall.locate(model), kind)
         budget = by_count(space, share)
         for text, (batches, _) in by_name.items():
             for size in asked.sizes:
-                for name, objective in OBJECTIVES.items():
+                for name in asked.by:
                     folder = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
                     some = batches[:size]
-                    found = choose_plan(model, "search", space, budget, some, objective(some), folder=folder)
-                    row: dict[str, Any] = {
-                        "skip": budget.description,
-                        "text": text,
-                        "tokens": size * LENGTH,
-                        "by": name,
-                    }
-                    for other, (_, measured) in by_name.items():
-                        (quality,) = evaluate(model, [found.plan], measured)
-                        row |= {f"{other} nll": quality.delta_nll, f"{other} nll_se": quality.delta_nll_se}
-                        row |= {f"{other} kl": quality.kl, f"{other} kl_se": quality.kl_se}
-                    rows.append(row | {"forwards": found.forwards, "plan": str(found.plan)})
+                    found = choose_plan(model, "search", space, budget, some, OBJECTIVES[name](some), folder=folder)
+                    plans.append(found.plan)
+                    rows.append({"skip": budget.description, "text": text, "tokens": size * LENGTH, "by": name})
+                    rows[-1] |= {"forwards": found.forwards, "plan": str(found.plan)}
                     print(*rows[-1].values(), flush=True)
+    for text, (_, measured) in by_name.items():
+        for row, quality in zip(rows, evaluate(model, plans, measured)):
+            row |= {f"{text} nll": quality.delta_nll, f"{text} nll_se": quality.delta_nll_se}
+            row |= {f"{text} kl": quality.kl, f"{text} kl_se": quality.kl_se}
     about = machine(model.device)
     print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
     measures = [with_error(f"{text} {what}", f"{text}, {told}", ".3f")
