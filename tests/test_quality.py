@@ -80,13 +80,15 @@ def test_similarity_keeps_one_blocks_states(monkeypatch):
     model = family("llama").build(num_hidden_layers=12)
     alive, most, walked = [], 0, similarity.walk
 
-    def counting(*args, **kwargs):
-        nonlocal most
-        for passage in walked(*args, **kwargs):
+    def counting(net, look, **inputs):
+        def looking(passage):
+            nonlocal most
             alive.append(weakref.ref(passage.after))
             gc.collect()
             most = max(most, sum(ref() is not None for ref in alive))
-            yield passage
+            look(passage)
+
+        walked(net, looking, **inputs)
 
     monkeypatch.setattr(similarity, "walk", counting)
     gc.collect()

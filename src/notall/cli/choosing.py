@@ -278,6 +278,7 @@ def _verdict(
 ) -> Verdict:
     """On the last of `plans`, which is in `made`, with the last row of `quality`, if any, on `text`."""
     from ..reporting.verdict import Verdict, left_out_of, mending, next_command
+    from ..structure.locating import locate
 
     verdict = Verdict(
         *left_out_of(net, [*plans.values()][-1]),
@@ -286,6 +287,9 @@ def _verdict(
         speedup=found.times.measured_speedup if found.times else None,
         missed=found.missed and f"{asked}: {found.missed}",
     )
+    if locate(net).seated:  # its layers are neither cut out of a checkpoint nor repaired
+        timed = next_command("bench", model, plan=made)
+        return verdict.then(timed, timed)
     pruned = made.with_name(f"{made.stem}-pruned")
     otherwise = next_command("export", model, plan=made, to="hf", out=pruned)
     return verdict.then(mending(model, made, "repaired" in plans), otherwise)

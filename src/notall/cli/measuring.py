@@ -224,7 +224,8 @@ def evaluate(
         "battery": Shown(found.battery, CHECK_COLUMNS, "what accuracy hides; worse: p < 0.05"),
     }
     verdict = Verdict(*left_out_of(net, wanted), quality=found.quality[-1], text=described["text"])
-    verdict = verdict.then(_mend_of(model, asked, wanted), next_command("bench", model, **asked.words))
+    timed = next_command("bench", model, **asked.words)
+    verdict = verdict.then(timed if locate(net).seated else _mend_of(model, asked, wanted), timed)
     tables = {name: table for name, table in shown.items() if table.rows}
     show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
     conclude(verdict, as_json=as_json)

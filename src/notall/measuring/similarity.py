@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from ..running.replay import walk
+from ..running.passages import Passage, walk
 from ..structure.locating import locate
 from .statistics import mean_and_error
 
@@ -38,13 +38,16 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
     Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
     """
     found: dict[tuple[int, str], list[Tensor]] = {}
+
+    def look(passage: Passage) -> None:
+        pairs = {"block": (passage.before, passage.after)} | passage.around
+        for kind, (before, after) in pairs.items():
+            cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
+            found.setdefault((passage.block.index, kind), []).append(cosine)
+
     with torch.no_grad():
         for tokens in batches:
-            for passage in walk(model, input_ids=tokens):
-                pairs = {"block": (passage.before, passage.after)} | passage.around
-                for kind, (before, after) in pairs.items():
-                    cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
-                    found.setdefault((passage.block.index, kind), []).append(cosine)
+            walk(model, look, input_ids=tokens)
     anatomy = locate(model)
     mixers = {(p.index, p.kind): p.mixer for p in anatomy.sublayers} if len(anatomy.mixers) > 1 else {}
     rows = []

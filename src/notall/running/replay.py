@@ -326,39 +326,3 @@ def standing_in(
         for layer, block in zip(model.get_submodule(anatomy.layers).children(), anatomy.blocks):
             replaced.enter_context(forward_replaced(layer, stand_in(layer, block)))
         yield
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A block's passage: the residual stream, (batch, tokens, hidden), before and after it and around its sublayers.
-
-    `around` maps a kind to the stream (before, after) that sublayer.
-    """
-
-    block: Block
-    before: Tensor
-    after: Tensor
-    around: dict[str, tuple[Tensor, Tensor]]
-
-
-def walk(model: PreTrainedModel, **inputs: Tensor) -> Iterator[Passage]:
-    """Through the dense model, block by block; only one block's states are alive at a time.
-
-    Raises `UsageError` where layers cannot be run apart, or not by halves.
-    """
-    inner = base_model(model)
-    anatomy = locate(inner)
-    anatomy.refuse_stubs("what compares states")
-    layers = inner.get_submodule(anatomy.layers)
-    recording = record(inner, **inputs)
-    before = recording.embedded
-    for block, layer, arguments in zip(anatomy.blocks, layers.children(), recording.arguments):
-        around: dict[str, tuple[Tensor, Tensor]] = {}
-        after = before
-        for part in block.sublayers:
-            start = before if block.parallel else after
-            end = run_branches(part.branches, layer, start, LayerCall(arguments))
-            around[part.kind] = start, end
-            after = after + (end - start) if block.parallel and after is not before else end
-        yield Passage(block, before, after, around)
-        before = after

@@ -228,7 +228,7 @@ def _with_stubs(anatomy: Anatomy, dense: nn.ModuleList, plan: Plan) -> nn.Module
     for block, layer in zip(anatomy.blocks, dense):
         skipped = [part for part in block.sublayers if block.index in getattr(plan, part.kind)]
         stubs = [part.stub for part in skipped if part.stub and part.name not in running]
-        muted = [part.stub for part in skipped if part.stub and part.name in running]
+        muted = {part.stub: torch.zeros_like for part in skipped if part.stub and part.name in running}
         layers.append(emptied(layer, block.index, stubs, muted) if skipped else layer)
     return nn.ModuleList(layers)
 

@@ -30,12 +30,13 @@ from .observation import (
     LayerTrace,
     Watch,
     child,
+    first,
     forward_replaced,
     lines_of,
     parameter_names,
     watching,
 )
-from .proving import first, prove, prove_layer, prove_seat
+from .proving import prove, prove_layer, prove_seat
 from .seats import DummyLayer, Stub, halves, whole
 from .slicing import LAYER_INDICES, places_freed
 from .weightless import is_weightless, running_weightless

@@ -435,6 +435,11 @@ def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None
         undo.callback(module.register_forward_hook(after_child, with_kwargs=True).remove)
 
 
+def first(answer: Any) -> Tensor:
+    """The hidden states of what a layer answers."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Have `forward` run in place of the module's own, for the time of the `with`.

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PretrainedConfig
 from ..errors import UnsupportedModel
 from .anatomy import Block
 from .lending import Lending
-from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, run_branches
+from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, first, run_branches
 from .seats import emptied
 from .slicing import numbered, places_freed, sliced
 
@@ -86,12 +86,12 @@ def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lendin
     mixer = block.attention
     for part in block.sublayers:
         assert part.stub is not None
-        silent = seat.run(emptied(trace.layer, trace.index, (), [part.stub]), trace.hidden)
-        stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub], ()), trace.hidden, freed=part is mixer)
+        silent = seat.run(emptied(trace.layer, trace.index, scaled={part.stub: torch.zeros_like}), trace.hidden)
+        stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub]), trace.hidden, freed=part is mixer)
         _compare(trace, stubbed, silent, f"what it answers when {part.name} runs and adds nothing")
     assert mixer.stub is not None
     if not mixer.stub.is_layer:
-        without = emptied(trace.layer, trace.index, [mixer.stub], ())
+        without = emptied(trace.layer, trace.index, [mixer.stub])
         _prove_others_local(trace, lambda hidden: seat.run(without, hidden, freed=True))
     elif not trace.cache_writes and not lending.borrows(trace.index):
         _prove_others_local(trace, lambda hidden: seat.run(trace.layer, hidden))
@@ -155,11 +155,6 @@ class _Seat:
             for name, held in value.items():
                 value[name] = self._unread_zeroed(held)
         return tuple(map(self._unread_zeroed, value)) if type(value) is tuple else value
-
-
-def first(answer: Any) -> Tensor:
-    """The hidden states of what a layer answers."""
-    return answer[0] if isinstance(answer, tuple) else answer
 
 
 def last_token(hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ given when it is left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import UsageError
-from .observation import Arguments, LayerTrace, Node, child, hidden_name, parameter_names
+from .observation import Arguments, LayerTrace, Node, child, first, hidden_name, parameter_names
 from .twins import twin_of
 
 try:  # places of a cache that hold nothing
@@ -116,40 +116,47 @@ def _nothing(module: nn.Module, form: Form, index: int) -> nn.Module:
     return cast(nn.Module, stub)
 
 
-class Muted(nn.Module):
-    """Runs the last module of a sublayer, whose answer others read, and has it add nothing."""
+Scale = Callable[[Tensor], Tensor]  # of what a sublayer adds
+
+
+class Scaled(nn.Module):
+    """Runs the last module of a sublayer, and scales what it adds."""
 
     is_cut = True
 
-    def __init__(self, module: nn.Module, form: Form) -> None:
+    def __init__(self, module: nn.Module, form: Form, scale: Scale) -> None:
         super().__init__()
-        self.module, self.form = module, form
+        self.module, self.form, self.scale = module, form, scale
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         answer = self.module(*args, **kwargs)
         if not isinstance(answer, tuple):
-            return torch.zeros_like(answer)
+            return self.scale(answer)
         place = (self.form.elements or ()).index(True)
-        return (*answer[:place], torch.zeros_like(answer[place]), *answer[place + 1 :])
+        return (*answer[:place], self.scale(answer[place]), *answer[place + 1 :])
 
 
 class EmptySeat(nn.Module):
-    """Mixed into the class of a layer: answers the hidden states that it is given, run or not."""
+    """Mixed into the class of a layer: answers the hidden states that it is given, and what it adds, scaled.
+
+    Without a `scale` it does not run.
+    """
 
     is_cut = True
     form: Form
     index: int
-    runs: bool
+    scale: Scale | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         form: Form = self.form
-        if not self.runs:
+        if self.scale is None:
             return form.answer(args, kwargs, self.index)
         arguments = dict(zip(form.names, args)) | kwargs
         given = arguments[form.value].clone()
         answer = super().forward(*args, **kwargs)
-        return (given, *answer[1:]) if isinstance(answer, tuple) else given
+        scaled = given + self.scale(first(answer) - given)
+        return (scaled, *answer[1:]) if isinstance(answer, tuple) else scaled
 
 
 @functools.cache
@@ -158,17 +165,20 @@ def _mixed(mixin: type, module_class: type) -> type:
     return type(f"{mixin.__name__}{module_class.__name__}", (mixin, module_class), {"__module__": __name__})
 
 
-def emptied(layer: nn.Module, index: int, stubs: Iterable[Stub], muted: Iterable[Stub]) -> nn.Module:
-    """`layer` without what `stubs` hold; of what `muted` hold all is run, and adds nothing."""
+def emptied(
+    layer: nn.Module, index: int, stubs: Iterable[Stub] = (), scaled: Mapping[Stub, Scale] | None = None
+) -> nn.Module:
+    """`layer` without what `stubs` hold; of what `scaled` holds all is run, and what it adds is scaled."""
     children = dict(layer.named_children())
-    for stub, runs in [(stub, False) for stub in stubs] + [(stub, True) for stub in muted]:
+    for stub, scale in [*((stub, None) for stub in stubs), *(scaled or {}).items()]:
         name, form = stub.end
         if stub.is_layer:
-            empty = twin_of(layer, children if runs else {}, _mixed(EmptySeat, type(layer)))  # type: ignore[arg-type]
-            empty.form, empty.index, empty.runs = form, index, runs  # type: ignore[assignment]
+            held = children if scale else {}
+            empty = twin_of(layer, held, _mixed(EmptySeat, type(layer)))  # type: ignore[arg-type]
+            empty.form, empty.index, empty.scale = form, index, scale  # type: ignore[assignment]
             return empty
-        if runs:
-            children[name] = Muted(children[name], form)
+        if scale:
+            children[name] = Scaled(children[name], form, scale)
         else:
             children |= {name: _nothing(children[name], form, index) for name, form in stub.forms}
     return twin_of(layer, children, type(layer))

@@ -47,8 +47,7 @@ __all__ = [
 class Criterion:
     """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective.
 
-    `needs` names modules that an extra brings, and `layers` a test that each layer of a model must pass. `inside`: it
-    runs sublayers one at a time.
+    `needs` names modules that an extra brings, and `layers` a test that each layer of a model must pass.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Criterion:
     kinds: tuple[UnitKind, ...] = UNIT_KINDS
     needs: tuple[str, ...] = ()
     layers: Callable[[nn.Module], bool] | None = None
-    inside: bool = False
 
     def __post_init__(self) -> None:
         if (self.score is None) == (self.choose is None):
@@ -76,21 +74,17 @@ class Criterion:
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether a model's layers are such that this can choose among them."""
-        anatomy = locate(model)
-        held = base_model(model).get_submodule(anatomy.layers).children()
-        return not (self.inside and anatomy.stubbed) and (self.layers is None or all(map(self.layers, held)))
+        held = base_model(model).get_submodule(locate(model).layers).children()
+        return self.layers is None or all(map(self.layers, held))
 
 
 def choose_by_search(setting: Setting, budget: Budget) -> Chosen:
-    """The lazy search with its refinement (see `searching`), in the order of the cosine where nothing is known yet.
-
-    Where sublayers run only inside of their layers, from the deepest.
-    """
+    """The lazy search with its refinement (see `searching`), in the order of the cosine where nothing is known yet."""
     found = search(
         setting.space,
         budget,
         setting.evaluator,
-        cheap=score_deepest(setting) if setting.space.anatomy.stubbed else score_cosine(setting),
+        cheap=score_cosine(setting),
         patience=setting.patience,
         late=lambda: setting.late,
         progress=setting.progress,
@@ -102,15 +96,11 @@ _ALL = (
     Criterion("deepest", "place: the deepest first (the paper's rule, 2407.15516)", score_deepest),
     Criterion("shallowest", "place: the shallowest first", score_shallowest),
     Criterion("random", "chance: an order drawn with the seed", score_random),
-    Criterion(
-        "cosine", "1 - cosine before and after (LLM-Drop 2406.15786, ShortGPT 2403.03853)", score_cosine, inside=True
-    ),
-    Criterion(
-        "angular", "angle over a run of blocks (2403.17887)", choose=choose_angular, kinds=("block",), inside=True
-    ),
-    Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude, inside=True),
-    Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order, inside=True),
-    Criterion("fisher", "that gradient squared, by sequence (1801.05787)", score_fisher, inside=True),
+    Criterion("cosine", "1 - cosine before and after (LLM-Drop 2406.15786, ShortGPT 2403.03853)", score_cosine),
+    Criterion("angular", "angle over a run of blocks (2403.17887)", choose=choose_angular, kinds=("block",)),
+    Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude),
+    Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order),
+    Criterion("fisher", "that gradient squared, by sequence (1801.05787)", score_fisher),
     Criterion(
         "gate-norm",
         "|W_Q W_K^T|, without a text (2512.20636)",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...errors import UsageError
-from ...running.replay import walk
+from ...running.passages import Passage, walk
 from ..budget import Budget, runs
 from ..space import Unit, names_in
 from .setting import Chosen, Setting, UnitScores
@@ -62,10 +62,15 @@ def _last_tokens(setting: Setting) -> list[Tensor]:
     start = time.process_time()
     blocks = len(setting.space.anatomy.blocks)
     states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+
+    def look(passage: Passage) -> None:
+        index = passage.block.index
+        states[index].append(passage.before[:, -1].double().cpu())
+        if index == blocks - 1:
+            states[blocks].append(passage.after[:, -1].double().cpu())
+
     for tokens in setting.batches:
-        for passage in walk(setting.model, input_ids=tokens):
-            states[passage.block.index].append(passage.before[:, -1].double().cpu())
-        states[blocks].append(passage.after[:, -1].double().cpu())
+        walk(setting.model, look, input_ids=tokens)
     setting.passed(1, start)
     return [torch.cat(rows) for rows in states]
 
@@ -75,16 +80,17 @@ def _measured(setting: Setting, measure: Measure) -> UnitScores:
     """The mean over tokens of what is measured of each unit."""
     start = time.process_time()
     totals = dict.fromkeys(setting.space.units, 0.0)
+
+    def look(passage: Passage) -> None:
+        block = passage.block
+        pairs: dict[Unit, tuple[Tensor, Tensor]] = {(part.name,): passage.around[part.kind] for part in block.sublayers}
+        pairs[tuple(part.name for part in block.sublayers)] = passage.before, passage.after
+        for unit, (before, after) in pairs.items():
+            if unit in totals:
+                totals[unit] += float(measure(before.float(), after.float()).sum())
+
     for tokens in setting.batches:
-        for passage in walk(setting.model, input_ids=tokens):
-            block = passage.block
-            pairs: dict[Unit, tuple[Tensor, Tensor]] = {
-                (part.name,): passage.around[part.kind] for part in block.sublayers
-            }
-            pairs[tuple(part.name for part in block.sublayers)] = passage.before, passage.after
-            for unit, (before, after) in pairs.items():
-                if unit in totals:
-                    totals[unit] += float(measure(before.float(), after.float()).sum())
+        walk(setting.model, look, input_ids=tokens)
     setting.passed(1, start)
     count = sum(tokens.numel() for tokens in setting.batches)
     return {unit: total / count for unit, total in totals.items()}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-from ...running.replay import record, run_head
-from ...structure.anatomy import Anatomy, base_model
-from ...structure.observation import LayerCall, run_branches
+from ...structure.anatomy import Anatomy, Block, base_model
+from ...structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
+from ...structure.seats import Scale, emptied
 from .setting import Setting, UnitScores
 
 
@@ -35,34 +39,62 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
     """dL/dgate of each unit, by sequence: a block's gate is the gate of both its sublayers. (sequences,) each."""
     start = time.process_time()
     space, model = setting.space, base_model(setting.model)
-    space.anatomy.refuse_stubs("this criterion")
     found: dict[tuple[str, ...], list[Tensor]] = {unit: [] for unit in space.units}
     for ids in setting.batches:
-        with torch.no_grad():
-            recording = record(model, input_ids=ids)
-        rows = len(recording.embedded)
-        device = recording.embedded.device
-        gates = {name: torch.ones(rows, 1, 1, device=device, requires_grad=True) for name in space.order}
+        rows = len(ids)
+        gates = {name: torch.ones(rows, device=ids.device, requires_grad=True) for name in space.order}
         with torch.enable_grad():
-            hidden = _gated(model, space.anatomy, recording.embedded, recording.arguments, gates)
-            logits = run_head(model, recording, hidden)[:, :-1].float()
+            with gated(model, space.anatomy, gates, ids.shape):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device)) * rows
         by_gate = dict(zip(gates, torch.autograd.grad(loss, list(gates.values()))))
         for unit, parts in found.items():
-            parts.append(torch.stack([by_gate[name].double().flatten().cpu() for name in unit]).sum(0))
+            parts.append(torch.stack([by_gate[name].double().cpu() for name in unit]).sum(0))
     setting.passed(3, start)  # a backward pass costs about two forward ones
     return {unit: torch.cat(parts) for unit, parts in found.items()}
 
 
-def _gated(model, anatomy: Anatomy, hidden: Tensor, arguments, gates: dict[str, Tensor]) -> Tensor:  # type: ignore[no-untyped-def]
-    """The last layer's output, with a gate before each sublayer's contribution."""
-    layers = model.get_submodule(anatomy.layers)
-    for block, layer, given in zip(anatomy.blocks, layers.children(), arguments):
-        total = hidden
+@contextmanager
+def gated(
+    model: PreTrainedModel, anatomy: Anatomy, gates: Mapping[str, Tensor], shape: Sequence[int]
+) -> Iterator[None]:
+    """Have each sublayer of the dense model add what it does times its gate, (batch,), for the time of the `with`.
+
+    `shape` is (batch, tokens).
+    """
+    with ExitStack() as replaced:
+        for block, layer in zip(anatomy.blocks, model.get_submodule(anatomy.layers).children()):
+            scales = {part.stub: _times(gates[part.name], shape) for part in block.sublayers if part.stub}
+            forward = emptied(layer, block.index, scaled=scales) if scales else _added(block, layer, gates, shape)
+            replaced.enter_context(forward_replaced(layer, forward))
+        yield
+
+
+def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: Sequence[int]) -> Callable[..., Any]:
+    """A forward for a layer whose sublayers can be run one at a time."""
+    names = parameter_names(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args)) | kwargs
+        given = total = arguments.pop(names[0])
         for part in block.sublayers:
-            start = hidden if block.parallel else total
-            added = run_branches(part.branches, layer, start, LayerCall(given)) - start
-            gate = gates[part.name].to(added.device, added.dtype)
-            total = total + gate * added
-        hidden = total
-    return hidden
+            start = given if block.parallel else total
+            added = run_branches(part.branches, layer, start, LayerCall(arguments)) - start
+            total = total + _times(gates[part.name], shape)(added)
+        return total if block.answer is None else (total, *(None for _ in block.answer))
+
+    return forward
+
+
+def _times(gate: Tensor, shape: Sequence[int]) -> Scale:
+    """Times the gate of each sequence: of states (batch, tokens, ...), (streams, batch, tokens, ...), or all tokens in
+    a row."""
+    batch, tokens = shape
+
+    def scale(added: Tensor) -> Tensor:
+        factors = gate.to(added.device, added.dtype)
+        if added.dim() > 3 and added.shape[:2] != (batch, tokens):
+            return added * factors.view(1, batch, *[1] * (added.dim() - 2))
+        return (added.reshape(batch, -1) * factors.view(batch, 1)).view(added.shape)
+
+    return scale

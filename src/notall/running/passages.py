@@ -1,0 +1,110 @@
+"""What each layer and sublayer does to the residual stream of the dense model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..structure.anatomy import Block, base_model
+from ..structure.locating import locate
+from ..structure.observation import LayerCall, first, forward_replaced, parameter_names, run_branches
+from ..structure.seats import Stub, emptied
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block's passage: the residual stream, (batch, tokens, hidden), before and after it and around its sublayers.
+
+    `around` maps a kind to the stream (before, after) that sublayer. Of several streams all are there, side by side.
+    """
+
+    block: Block
+    before: Tensor
+    after: Tensor
+    around: dict[str, tuple[Tensor, Tensor]]
+
+
+Look = Callable[[Passage], None]
+
+
+def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
+    """Have `look` see the passages of the dense model on `inputs` (as for its forward), block by block.
+
+    Only one block's states are alive at a time, and no head is run.
+    """
+    inner = base_model(model)
+    anatomy = locate(inner)
+    shape = inputs["input_ids"].shape
+
+    def seen(passage: Passage) -> None:
+        look(passage)
+        if passage.block is anatomy.blocks[-1]:
+            raise _Passed
+
+    with ExitStack() as replaced:
+        for block, layer in zip(anatomy.blocks, inner.get_submodule(anatomy.layers).children()):
+            stubs = [part.stub for part in block.sublayers if part.stub]
+            watched = _stubbed(block, layer, stubs, shape, seen) if stubs else _read(block, layer, seen)
+            replaced.enter_context(forward_replaced(layer, watched))
+        with suppress(_Passed):
+            inner(**inputs, use_cache=False)
+
+
+class _Passed(Exception):
+    """The last layer was looked at: no need to run the head."""
+
+
+def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
+    """A forward for a layer whose sublayers can be run one at a time."""
+    names = parameter_names(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args)) | kwargs
+        before = after = arguments.pop(names[0])
+        around: dict[str, tuple[Tensor, Tensor]] = {}
+        for part in block.sublayers:
+            start = before if block.parallel else after
+            end = run_branches(part.branches, layer, start, LayerCall(arguments))
+            around[part.kind] = start, end
+            after = after + (end - start) if block.parallel and after is not before else end
+        look(Passage(block, before, after, around))
+        return after if block.answer is None else (after, *(None for _ in block.answer))
+
+    return forward
+
+
+def _stubbed(
+    block: Block, layer: nn.Module, stubs: Sequence[Stub], shape: Sequence[int], look: Look
+) -> Callable[..., Any]:
+    """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them.
+
+    What else the layer does is on both sides of each sublayer. The dense layer comes last: others read what it makes.
+    """
+    fewer = [emptied(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
+    names = parameter_names(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = (dict(zip(names, args)) | kwargs)[names[0]]
+        before = as_stream(given, shape).clone()
+        states = []
+        for twin in fewer:
+            answer = twin(*args, **kwargs)
+            states.append(as_stream(first(answer), shape))
+        kinds: Iterator[str] = (part.kind for part in block.sublayers)
+        look(Passage(block, before, states[-1], dict(zip(kinds, pairwise(states)))))
+        return answer
+
+    return forward
+
+
+def as_stream(state: Tensor, shape: Sequence[int]) -> Tensor:
+    """Any number of streams as one, (batch, tokens, hidden); `shape` is (batch, tokens)."""
+    if state.dim() > 3 and state.shape[:2] != tuple(shape):  # Gemma 3n's streams come first
+        state = state.movedim(0, 2)
+    return state.flatten(2)
