@@ -206,3 +206,74 @@ def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> No
     said = json.loads(run(capsys, *export))
     assert "answers as the skipped model" in said["check"]
     assert len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))) == 6
+
+
+# --- periods ----------------------------------------------------------------------------------------------------------
+
+LONG = {"num_hidden_layers": 8, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2}
+
+
+def test_a_period_is_as_many_layers_as_it_takes_until_the_kinds_come_again() -> None:
+    assert locate(family("qwen3_next").build(**LONG)).period == 4
+    assert locate(family("llama").build()).period == 1
+    assert locate(family("nemotron_h").build()).period == 0
+
+
+def test_periods_are_runs_from_any_layer_that_leave_the_kinds_in_their_order() -> None:
+    anatomy = locate(family("qwen3_next").build(**LONG))
+    space = Space(anatomy, "period")
+    assert [(unit[0], unit[-1]) for unit in space.units] == [(f"attn.{i}", f"mlp.{i + 3}") for i in range(5)]
+    for unit in space.units:
+        left = [part.mixer for part in anatomy.sublayers if part.mixer and part.name not in unit]
+        assert left == ["linear_attention"] * 3 + ["full_attention"]
+        assert space.moves(frozenset(unit)) == []  # one attention with keys and values stays
+        assert space.returns(frozenset(unit)) == [unit]
+    assert by_count(space, 0.5).target == 1
+    assert by_count(space, 1).met(space.units[2])
+    assert not by_count(space, 1).met(space.units[2][1:])
+
+
+def test_what_is_given_back_leaves_whole_periods() -> None:
+    types = (["linear_attention"] * 3 + ["full_attention"]) * 3
+    space = Space(locate(family("qwen3_next").build(num_hidden_layers=12, layer_types=types)), "period")
+    both = frozenset(space.units[0] + space.units[4])  # layers 0 to 7
+    assert space.returns(both) == [space.units[0], space.units[4]]  # and none from between, which would leave LF LL LF
+    assert not space.allows(both.difference(space.units[2]))
+
+
+@pytest.mark.parametrize("name", [name for name, one in CRITERIA.items() if "period" in one.kinds])
+def test_every_criterion_chooses_a_period(name: str) -> None:
+    model = family("qwen3_next").build(**LONG)
+    if not CRITERIA[name].fits(model):
+        pytest.skip("asks for other layers")
+    batches = [prompt(False)[0]]
+    asked = Setting(model, Space(locate(model), "period"), batches, Evaluator(model, nll(batches)))
+    plan = asked.space.plan(choose(name, asked, by_count(asked.space, 1)).skipped)
+    assert len(plan.blocks) == 4
+    assert plan.blocks == tuple(range(plan.blocks[0], plan.blocks[0] + 4))
+
+
+def test_a_period_scores_what_its_blocks_do() -> None:
+    model, batches = family("qwen3_next").build(**LONG), [prompt(False)[0]]
+    scores = {}
+    for kind in ("block", "period"):
+        asked = Setting(model, Space(locate(model), kind), batches, Evaluator(model, nll(batches)))
+        scores[kind] = CRITERIA["cosine"].scores(asked)
+    blocks = [*scores["block"].values()]
+    assert [*scores["period"].values()] == pytest.approx([sum(blocks[i : i + 4]) for i in range(5)])
+
+
+@pytest.mark.parametrize(("name", "why"), [("llama", "are all alike"), ("nemotron_h", "do not come again in a period")])
+def test_there_are_no_periods_where_kinds_do_not_come_again(name: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"the layers of {name} {why}: choose among blocks"):
+        Space(locate(family(name).build()), "period")
+
+
+def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", of="qwen3_next", **LONG)
+    for name, blocks in (("whole", [1, 2, 3, 4]), ("broken", [2])):
+        plan, out = tmp_path / f"{name}.json", tmp_path / name
+        Plan(blocks, blocks).save(plan)
+        said = run(capsys, "export", model, "--plan", plan, "--to", "hf", "--out", out)
+        assert ("no longer come again every 4 layers" in said) == (name == "broken")
+        assert json.loads((out / "notall.json").read_text()).get("breaks_period") == (4 if name == "broken" else None)

@@ -52,14 +52,14 @@ class Budget:
 
 
 def by_count(space: Space, count: float) -> Budget:
-    """So many of the space's kind (blocks count whole, portable sets by sublayers), or a fraction of them.
+    """So many of the space's kind (blocks and periods count whole, portable sets by sublayers), or a fraction of them.
 
     A number below 1 is a fraction, rounded to the nearest whole number. Raises `UsageError` when there are fewer, and
     for an odd number of sublayers of a portable set.
     """
     if not 0 <= count < math.inf or (count >= 1 and count != int(count)):
         raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
-    whole = round(count * len(space.units)) if count < 1 else int(count)
+    whole = round(count * space.most) if count < 1 else int(count)
     if space.by_pairs and whole % 2:
         raise UsageError(f"a portable set has an even number of sublayers: give {whole - 1} or {whole + 1}")
     saves = {name: 1 / len(unit) for unit in space.units for name in unit}

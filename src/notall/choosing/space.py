@@ -12,18 +12,20 @@ from ..records.plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
 
-UnitKind = Literal["attention", "mlp", "block", "sublayer"]
+UnitKind = Literal["attention", "mlp", "block", "period", "sublayer"]
 Unit = tuple[str, ...]  # names of sublayers that are skipped together, such as ("attn.3",), in the model's order
 Skipped = frozenset[str]
 
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
+WHOLE = ("block", "period")  # layers as they are
 
 
 @dataclass(frozen=True)
 class Space:
     """The sets to choose from: of one `kind` ("sublayer": attentions and MLPs), first and last layers preserved.
 
-    `kind` may also be that of some mixers of the model, such as linear_attention.
+    `kind` may also be that of some mixers of the model, such as linear_attention. A "period" is as many layers in a row
+    as it takes until the kinds of mixers come again: without any of them they still do, as some engines take it.
 
     `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
@@ -40,7 +42,10 @@ class Space:
         if self.kind not in known:
             near = nearest(self.kind, known)
             raise UsageError(f"cannot choose among {shortened(repr(self.kind))}{near}: give one of {', '.join(known)}")
-        if self.portable and self.kind not in ("sublayer", "block") and self.anatomy.by_halves:
+        if self.kind == "period" and self.anatomy.period < 2:
+            alike = "are all alike" if self.anatomy.period else "do not come again in a period"
+            raise UsageError(f"the layers of {self.anatomy.model_type} {alike}: choose among blocks")
+        if self.portable and self.kind not in ("sublayer", *WHOLE) and self.anatomy.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
         if self.portable and self.anatomy.seated:
             raise UsageError(
@@ -72,7 +77,7 @@ class Space:
     def names(self) -> tuple[str, ...]:
         """The sublayers that may be skipped, in the model's order."""
         inner = range(self.keep_first, len(self.anatomy.blocks) - self.keep_last)
-        all_kinds = self.kind in ("sublayer", "block")
+        all_kinds = self.kind in ("sublayer", *WHOLE)
         return tuple(
             part.name
             for part in self.anatomy.sublayers
@@ -81,11 +86,22 @@ class Space:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What scores are given to: a sublayer each, or the two of a block."""
-        if self.kind != "block":
+        """What scores are given to: a sublayer each, the two of a block, or those of the layers of a period."""
+        if self.kind not in WHOLE:
             return tuple((name,) for name in self.names)
-        whole = (tuple(part.name for part in block.sublayers) for block in self.anatomy.blocks)
-        return tuple(unit for unit in whole if set(unit) <= set(self.names))
+        whole = [tuple(part.name for part in block.sublayers) for block in self.anatomy.blocks]
+        runs = (whole[first : first + self.length] for first in range(len(whole) - self.length + 1))
+        return tuple(unit for run in runs if set(unit := sum(run, ())) <= set(self.names))
+
+    @property
+    def length(self) -> int:
+        """Of a unit of whole layers, how many it has. Units of several overlap."""
+        return self.anatomy.period if self.kind == "period" else 1
+
+    @property
+    def most(self) -> int:
+        """How many units there are that do not overlap."""
+        return (len(self.units) + self.length - 1) // self.length
 
     def moves(self, skipped: Skipped) -> list[Unit]:
         """What may be skipped next, beside `skipped`."""
@@ -111,13 +127,20 @@ class Space:
             inside = self.sorted(skipped)
             pairs = [pair for pair in zip(inside, inside[1:]) if places[pair[1]] == places[pair[0]] + 1]
             return [pair for pair in pairs if self.allows(skipped.difference(pair))]
-        return [unit for unit in self.units if skipped.issuperset(unit)]
+        whole = [unit for unit in self.units if skipped.issuperset(unit)]
+        return whole if self.length == 1 else [unit for unit in whole if self.allows(skipped.difference(unit))]
 
     def allows(self, skipped: Skipped) -> bool:
-        """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model."""
+        """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model or whole periods."""
         if skipped.issuperset(f"attn.{index}" for index in self.anatomy.counting):
             return False
+        if self.kind == "period" and not self.anatomy.keeps_period(self._kept(skipped)):
+            return False
         return not self.portable or is_portable(self.anatomy, self.plan(skipped))
+
+    def _kept(self, skipped: Skipped) -> list[int]:
+        """The layers that lose nothing."""
+        return [block.index for block in self.anatomy.blocks if skipped.isdisjoint(p.name for p in block.sublayers)]
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=self.order.__getitem__)

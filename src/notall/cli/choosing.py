@@ -350,9 +350,10 @@ def _draw_front(
 ) -> None:
     """The trade-off up to `plan`, as a table and a figure in `folder`."""
     from ..choosing.comparison import compare_front
+    from ..choosing.space import WHOLE
     from ..reporting.comparison_files import write_comparison
 
-    most = len(plan.blocks) if among.kind == "block" else len(plan)
+    most = len(plan.blocks) // among.length if among.kind in WHOLE else len(plan)
     with progress_bar() as bar:
         points = compare_front(net, among, most, by, held_out, folder, settings, seed=seed, progress=bar)
     write_comparison(points, folder, f"NLL added by up to {most} of {among}")
@@ -369,7 +370,8 @@ def compare(
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            help="attention, mlp, block, sublayer or portable, and counts; repeat it for more (default: attention:4,8)"
+            help="attention, mlp, block, period, sublayer or portable, and counts; repeat it for more "
+            "(default: attention:4,8)"
         ),
     ] = None,
     criterion: Annotated[

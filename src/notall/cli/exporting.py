@@ -93,6 +93,12 @@ def export(
         typer.echo(f"{name + ':':9}{line}", err=as_json)
 
 
+BROKEN = (
+    "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
+    "for some models, runs this wrong: choose with --kind period"
+)
+
+
 def _repaired(
     model: str, plan: Plan, texts: list[str] | None, kept: Path, revision: str | None, trust_remote_code: bool
 ) -> Plan:
@@ -114,6 +120,7 @@ def _conclusion(out: Path, to: Target) -> dict[str, str]:
     return {
         "Check": str(verdict_of(manifest)),
         "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}",
+        **({"Period": BROKEN.format(period)} if (period := manifest.get("breaks_period")) else {}),
         **_commands(out, to, manifest["model_type"].startswith("notall_")),
     }
 

@@ -149,7 +149,8 @@ Kind = Annotated[
     str,
     typer.Option(
         metavar="KIND",
-        help="attention, mlp, block or sublayer (attentions and MLPs), or a kind of mixer, as inspect names it",
+        help="attention, mlp, block, period (blocks until the kinds of mixers come again) or sublayer (attentions and "
+        "MLPs), or a kind of mixer, as inspect names it",
     ),
 ]
 Portable = Annotated[bool, typer.Option("--portable", help="consider only sets that leave an ordinary checkpoint")]

@@ -15,6 +15,7 @@ from ..progress import Progress, silent
 from ..records.plan import Plan
 from ..records.strict_json import Settings
 from ..running.regrouping import Layer
+from ..structure.anatomy import Anatomy
 from .companions import companions, copy_companions
 from .dense import DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
@@ -64,10 +65,16 @@ def export_hf(
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
         progress(0, 1, "comparing with the skipped model")
         verdict = verify(dense, plan, folder, loader, tensors)
-    manifest = manifest_of(dense.origin, plan, settings["model_type"])
+    manifest = manifest_of(dense.origin, plan, settings["model_type"]) | _broken_period(dense.anatomy, plan)
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
     weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
+
+
+def _broken_period(anatomy: Anatomy, plan: Plan) -> Settings:
+    """After how many layers the kinds of mixers come again, where they no longer do: some engines count them so."""
+    kept = [block.index for block in anatomy.blocks if block.index not in plan.attention]
+    return {"breaks_period": anatomy.period} if anatomy.period > 1 and not anatomy.keeps_period(kept) else {}
 
 
 def prepared(dense: DenseModel, plan: Plan) -> tuple[Settings, dict[str, Source], dict[str, str], bool]:

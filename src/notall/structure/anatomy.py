@@ -146,6 +146,18 @@ class Anatomy:
         """The kinds of its mixers, each once, in the order of the layers."""
         return tuple(dict.fromkeys(part.mixer for part in self.sublayers if part.mixer))
 
+    @cached_property
+    def period(self) -> int:
+        """After how many layers the kinds of mixers come again, as in Qwen3-Next after 4; 0 where they do not."""
+        kinds = [tuple(part.mixer for part in block.sublayers) for block in self.blocks]
+        half = len(kinds) // 2
+        return next((length for length in range(1, half + 1) if kinds[length:] == kinds[:-length]), 0)
+
+    def keeps_period(self, layers: Sequence[int]) -> bool:
+        """Whether `layers` alone have mixers of the kinds that as many layers have in the dense model's beginning."""
+        kinds = [tuple(part.mixer for part in block.sublayers) for block in self.blocks]
+        return [kinds[index] for index in layers] == kinds[: len(layers)]
+
     @property
     def by_halves(self) -> bool:
         """Whether there are layers of two sublayers. Else a layer stays or goes, and every plan leaves whole layers."""

@@ -77,20 +77,25 @@ def _last_tokens(setting: Setting) -> list[Tensor]:
 
 @torch.no_grad()
 def _measured(setting: Setting, measure: Measure) -> UnitScores:
-    """The mean over tokens of what is measured of each unit."""
+    """The mean over tokens of what is measured of each unit; of a period the sum over its layers."""
     start = time.process_time()
-    totals = dict.fromkeys(setting.space.units, 0.0)
+    blocks = [tuple(part.name for part in block.sublayers) for block in setting.space.anatomy.blocks]
+    sums = {
+        unit: [unit] if len(unit) == 1 or unit in blocks else [block for block in blocks if set(block) <= {*unit}]
+        for unit in setting.space.units
+    }
+    alone = {part: 0.0 for parts in sums.values() for part in parts}
 
     def look(passage: Passage) -> None:
         block = passage.block
         pairs: dict[Unit, tuple[Tensor, Tensor]] = {(part.name,): passage.around[part.kind] for part in block.sublayers}
         pairs[tuple(part.name for part in block.sublayers)] = passage.before, passage.after
         for unit, (before, after) in pairs.items():
-            if unit in totals:
-                totals[unit] += float(measure(before.float(), after.float()).sum())
+            if unit in alone:
+                alone[unit] += float(measure(before.float(), after.float()).sum())
 
     for tokens in setting.batches:
         walk(setting.model, look, input_ids=tokens)
     setting.passed(1, start)
     count = sum(tokens.numel() for tokens in setting.batches)
-    return {unit: total / count for unit, total in totals.items()}
+    return {unit: math.fsum(alone[part] for part in parts) / count for unit, parts in sums.items()}
