@@ -31,6 +31,7 @@ from notall.records.provenance import Provenance
 from notall.reporting.figures import draw_all
 from notall.reporting.folder import read_folder
 from notall.reporting.front_files import sentence, write_front
+from notall.reporting.message import message_of
 from notall.reporting.page import render
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
@@ -444,6 +445,11 @@ def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     assert "Skipping beside quantising" in page
     assert "loss against speed" in page
     assert "front" in draw_all(folder)
+    said = message_of(folder)
+    assert said
+    assert said.said == sentence(folder.others["front"])
+    assert said.command.startswith("notall front ")
+    assert said.command.endswith(f" --speedups 1.3,1.5 --out {tmp_path}")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

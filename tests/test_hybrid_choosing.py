@@ -277,3 +277,29 @@ def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> Non
         said = run(capsys, "export", model, "--plan", plan, "--to", "hf", "--out", out)
         assert ("no longer come again every 4 layers" in said) == (name == "broken")
         assert json.loads((out / "notall.json").read_text()).get("breaks_period") == (4 if name == "broken" else None)
+
+
+# --- layers that keep their seats -------------------------------------------------------------------------------------
+
+
+def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(tmp_path: Path, capsys) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
+    (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+    plan, text = tmp_path / "plan.json", ["--text", tmp_path / "text.txt", *SMALL]
+    said = run(capsys, "search", model, *text, "--kind", "attention", "--count", "1", "-o", plan)
+    assert f"notall bench {model} --plan {plan}" in said
+    assert f"notall bench {model} --plan {plan}" in run(capsys, "eval", model, *text, "--plan", plan)
+
+
+def test_a_sweep_of_seats_compares_their_layers(tmp_path: Path, capsys) -> None:
+    model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
+    (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
+    out, text = tmp_path / "out", ["--text", tmp_path / "text.txt", *SMALL]
+    run(capsys, "sweep", model, *text, "--prompt", "4", "--new", "2", "--rounds", "1", "--out", out)
+    rows = [json.loads(line) for line in (out / "similarity.jsonl").read_text().splitlines()]
+    assert [(row["layer"], row["kind"]) for row in rows][:4] == [
+        (0, "block"),
+        (0, "attention"),
+        (0, "mlp"),
+        (1, "block"),
+    ]

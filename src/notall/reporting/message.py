@@ -11,6 +11,7 @@ from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
 from ..records.measured import State
 from .folder import Folder
+from .front_files import sentence as front_in_words
 from .papers import claims_in_words, in_words, standing_of
 from .rows import name_of, shorten, sublayers, way_of
 from .sentences import loss_of, sentence
@@ -18,6 +19,7 @@ from .usable import fastest, is_known, is_usable, mildest
 from .verdict import faults_of, mending, next_command
 
 MADE = ("refits", "healing")  # what a repair and a healing tell of the weights that they make
+FASTER = "1.3,1.5"  # speedups to add to a front
 LITTLE = 0.1  # nats to ask for where nothing was usable
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 
@@ -43,6 +45,8 @@ def message_of(folder: Folder) -> Message | None:
         return _of_bench(folder, model)
     if folder.of_paper:
         return _of_paper(folder, model)
+    if "front" in folder.others:
+        return _of_front(folder, model)
     return _of_repair(folder, model)
 
 
@@ -149,6 +153,13 @@ def _asked_plan(provenance: Row) -> list[str]:
     found = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--fraction", "--plan")]
     kept = ["--keep-last"] if "--keep-last" in words else []
     return [word for pair in found for word in pair] + kept or ["--plan", "plan.json"]
+
+
+def _of_front(folder: Folder, model: str) -> Message:
+    """What to take, of models whose checkpoints are in the folder."""
+    asked = {"engine": folder.provenance.get("engine", "llama.cpp"), "speedups": FASTER, "out": folder.path}
+    said = front_in_words(folder.others["front"])
+    return Message(said, None, "measure what is faster beside these", next_command("front", model, **asked))
 
 
 def _of_paper(folder: Folder, model: str) -> Message:
