@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import notall
 from notall.evaluation.paper.grid import FRACTIONS, paper_grid
-from notall.evaluation.paper.scoreboard import time_table, write_csv, write_tables
+from notall.evaluation.paper.scoreboard import PaperTable, time_table, write_csv, write_tables
 from notall.evaluation.paper.times import time_grid
 from notall.measuring.speed import machine
 from notall.models.loading import build_empty, build_random, load_config, resolve_device, resolve_dtype
@@ -138,18 +138,26 @@ def main() -> None:
                 compiled=arguments.compile,
                 progress=progress,
             )
-    tables = {
-        f"{name}-{'last-kept' if keep else 'last-skipped'}": time_table(records, keep, quantity)
+    shape = provenance["model"]
+    tables = [
+        PaperTable(
+            f"{name}-{'last-kept' if keep else 'last-skipped'}",
+            f"{told}, {shape} with dummy weights; the last layer {'is kept' if keep else 'may be skipped'}.",
+            time_table(records, keep, quantity),
+        )
         for keep in (False, True)
-        for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode"))
-    }
+        for quantity, name, told in (
+            ("prefill_ms", "prefill", "Milliseconds of the prefill"),
+            ("decode_ms_per_token", "decode", "Milliseconds a token of decoding"),
+        )
+    ]
     write_tables(tables, arguments.out)
     write_csv(records, arguments.out / "times.csv")
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
     print(f"{provenance['model']}, {provenance['dtype']}, {about['device_name']}{peak}, {about['versions']}, "
           f"{(time.monotonic() - start) / 60:.0f} minutes")  # fmt: skip
-    for name, table in tables.items():
-        print(f"\n{name}\n\n{table.reset_index().to_markdown(index=False)}")
+    for table in tables:
+        print(f"\n{table.name}\n\n{table.markdown()}")
     beside_bounds(build_empty(config), records, arguments.new)
 
 
