@@ -16,7 +16,7 @@ from families import TRANSFORMERS_5, Family, family, modules_of, silenced, stack
 from notall import locate, skip
 from notall.choosing.budget import by_count
 from notall.choosing.criteria import CRITERIA, choose
-from notall.choosing.criteria.gradients import score_first_order
+from notall.choosing.criteria.gradients import score_first_order, times
 from notall.choosing.criteria.setting import Setting
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import nll
@@ -160,6 +160,14 @@ def test_gradients_in_seats_are_those_of_a_gate_on_what_is_named_by_hand(name: s
         loss = cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
         (slope,) = torch.autograd.grad(loss, gate)
         assert scores[part.name,] == pytest.approx(-float(slope), rel=1e-3, abs=1e-6), part.name
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 3, 4), (3, 2, 5, 4), (10, 4)], ids=str)
+def test_a_gate_is_that_of_its_sequence_wherever_streams_stand(shape: tuple[int, ...]) -> None:
+    scaled_ones = times(torch.tensor([1.0, 3.0]), (2, 5))(torch.ones(shape))
+    by_sequence = scaled_ones.movedim(1, 0) if shape == (3, 2, 5, 4) else scaled_ones.view(2, -1)
+    assert torch.equal(by_sequence[0], torch.full_like(by_sequence[0], 1.0))
+    assert torch.equal(by_sequence[1], torch.full_like(by_sequence[1], 3.0))
 
 
 @seated

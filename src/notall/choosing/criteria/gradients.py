@@ -64,7 +64,7 @@ def gated(
     """
     with ExitStack() as replaced:
         for block, layer in zip(anatomy.blocks, model.get_submodule(anatomy.layers).children()):
-            scales = {part.stub: _times(gates[part.name], shape) for part in block.sublayers if part.stub}
+            scales = {part.stub: times(gates[part.name], shape) for part in block.sublayers if part.stub}
             forward = emptied(layer, block.index, scaled=scales) if scales else _added(block, layer, gates, shape)
             replaced.enter_context(forward_replaced(layer, forward))
         yield
@@ -80,15 +80,17 @@ def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: S
         for part in block.sublayers:
             start = given if block.parallel else total
             added = run_branches(part.branches, layer, start, LayerCall(arguments)) - start
-            total = total + _times(gates[part.name], shape)(added)
+            total = total + times(gates[part.name], shape)(added)
         return total if block.answer is None else (total, *(None for _ in block.answer))
 
     return forward
 
 
-def _times(gate: Tensor, shape: Sequence[int]) -> Scale:
-    """Times the gate of each sequence: of states (batch, tokens, ...), (streams, batch, tokens, ...), or all tokens in
-    a row."""
+def times(gate: Tensor, shape: Sequence[int]) -> Scale:
+    """Times the gate of each sequence, (batch,); `shape` is (batch, tokens).
+
+    Of (batch, tokens, ...), (streams, batch, tokens, ...), or (batch x tokens, ...).
+    """
     batch, tokens = shape
 
     def scale(added: Tensor) -> Tensor:
