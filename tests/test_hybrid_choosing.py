@@ -22,6 +22,7 @@ from notall.choosing.objective import nll
 from notall.choosing.space import Space
 from notall.evaluation.paper.grid import deepest
 from notall.evaluation.retrieval import may_lose_retrieval
+from notall.reporting.verdict import Verdict
 from notall.running.footprint import footprint
 from notall.running.replay import Replay
 from test_architectures import prompt
@@ -282,7 +283,11 @@ def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> Non
 # --- layers that keep their seats -------------------------------------------------------------------------------------
 
 
-def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("usable", [True, False])
+def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(
+    usable: bool, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(Verdict, "usable", usable)
     model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
     (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
     plan, text = tmp_path / "plan.json", ["--text", tmp_path / "text.txt", *SMALL]
