@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,18 +71,28 @@ def divergence(dense: Tensor, skipped: Tensor) -> Tensor:
 
 
 class Counting:
-    """Stands in for a scorer and counts the rows that go through a head."""
+    """Stands in for a scorer and counts the rows that go through a head; through a part of one, a part of each."""
 
-    def __init__(self, scorer: TokenScorer) -> None:
-        self.scorer, self.rows = scorer, 0
+    def __init__(self, scorer: TokenScorer, whole: Counting | None = None, share: float = 1.0) -> None:
+        self.scorer, self.whole, self.share, self.rows = scorer, whole or self, share, 0.0
 
     def dense(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.rows += len(hidden)
+        self.whole.rows += self.share * len(hidden)
         return self.scorer.dense(hidden, *args, **kwargs)
 
     def score(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.rows += len(hidden)
+        self.whole.rows += self.share * len(hidden)
         return self.scorer.score(hidden, *args, **kwargs)
+
+    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> Counting:
+        looked_at = list(hidden)
+        part = self.scorer.on_likely_words(looked_at, words, targets)
+        if part is self.scorer:
+            return self
+        self.rows += sum(map(len, looked_at))  # the whole head tells which words are likely
+        weights: Any = (part.way, self.scorer.way)
+        few, all_words = (len(way.weight) for way in weights)
+        return Counting(part, self, few / all_words)
 
 
 @contextmanager
