@@ -9,10 +9,8 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from filelock import FileLock
@@ -27,16 +25,6 @@ def needs(module: str, command: str = "make test-engines") -> pytest.MarkDecorat
     if absent and os.environ.get("NOTALL_ENGINE") == module:
         raise RuntimeError(f"{module} should have been tested here, and is not installed")
     return pytest.mark.skipif(absent, reason=f"no {module} here: {command}")
-
-
-def program(name: str) -> ModuleType:
-    """One of `benchmarks/engines`, as a module."""
-    spec = importlib.util.spec_from_file_location(name, KEPT.parent.parent / "benchmarks" / "engines" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def works(engine: str, package: str, target: str, architecture: str, plans: str, how: str = "") -> None:

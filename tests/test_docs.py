@@ -1,6 +1,5 @@
 """Every command and snippet of the README and the documentation runs, on a tiny model and smaller sizes."""
 
-import importlib.util
 import inspect
 import json
 import pkgutil
@@ -19,6 +18,7 @@ from notall.choosing import latency, speedups
 from notall.choosing.criteria import CRITERIA
 from notall.models import extensions
 from notall.repairing.methods import METHODS
+from programs import program
 from tiny_checkpoint import save_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -133,22 +133,14 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
             assert language in ("text", "bibtex"), f"{page.name} has a block of {language}, which nothing here runs"
 
 
-def program(name):
-    """A program of the folder docs, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.any_transformers
 def test_the_command_reference_is_of_this_code():
     written = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert written == program("commands").render(), "run: make docs"
+    assert written == program("docs/commands").render(), "run: make docs"
 
 
 def test_the_notebook_runs_and_shows_what_its_cells_say(workplace):
-    notebook = program("notebook")
+    notebook = program("docs/notebook")
     namespace = {}
     cells = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
     for cell in cells:
@@ -160,7 +152,7 @@ def test_the_notebook_runs_and_shows_what_its_cells_say(workplace):
 
 @pytest.mark.any_transformers
 def test_the_page_of_the_notebook_is_of_it():
-    notebook = program("notebook")
+    notebook = program("docs/notebook")
     written = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
     assert written == notebook.render(notebook.cells()), "run: make notebook"
     assert {"nbformat", "nbformat_minor", "metadata", "cells"} == json.loads(notebook.NOTEBOOK.read_text()).keys()

@@ -10,6 +10,7 @@ import torch
 import engines
 from families import family
 from notall import Plan, export, heal, repair, skip
+from programs import program
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 pytestmark = [engines.needs("vllm"), pytest.mark.timeout(900)]
@@ -136,7 +137,7 @@ def test_the_server_completes_as_transformers_does(written, tmp_path):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with skip(model, MIXED):
         said = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :]
-    load = engines.program("load")
+    load = program("benchmarks/engines/load")
     asked = {"model": load.NAME, "prompt": ids[0].tolist(), "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
     with load.serving(sys.executable, folder, tmp_path / "log", 4, 64, "--enforce-eager") as address:
         answer = json.load(load.post(address, "/v1/completions", asked | {"return_token_ids": True}))
@@ -145,7 +146,7 @@ def test_the_server_completes_as_transformers_does(written, tmp_path):
 
 
 def test_the_server_bears_many_requests_at_once_as_it_does_of_the_dense_model(tmp_path):
-    load = engines.program("load")
+    load = program("benchmarks/engines/load")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     model = family("llama").build(**SIZES | {"max_position_embeddings": 512})

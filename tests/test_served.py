@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,11 @@ import torch
 import engines
 from families import family
 from notall import Plan, export, heal, load, repair, skip
+from programs import program
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
 
-PROGRAM = Path(__file__).parent.parent / "benchmarks" / "repairing" / "served.py"
-if not PROGRAM.is_file():
-    pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("served", PROGRAM)
-assert _spec is not None
-assert _spec.loader is not None
-served = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(served)
+served = program("benchmarks/repairing/served")
 
 PLANS = {"portable": Plan(attention=[2], mlp=[1]), "mixed": Plan(attention=[0, 3], mlp=[1])}
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "eos_token_id": None}

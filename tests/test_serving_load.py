@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import engines
+from programs import program
 
 pytestmark = [pytest.mark.any_transformers, pytest.mark.slow]  # of a program that only `make bench-engines` runs
 
@@ -19,7 +19,7 @@ REQUESTS, AT_ONCE, NEW = 40, 6, 5
 
 @pytest.fixture(scope="module")
 def load():
-    return engines.program("load")
+    return program("benchmarks/engines/load")
 
 
 class Server(ThreadingHTTPServer):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +13,9 @@ from notall import Plan, locate
 from notall.records.benchmarks import TimesRecord
 from notall.records.ledger import read
 from notall.structure.anatomy import text_config
+from programs import program
 
-PROGRAM = Path(__file__).parent.parent / "benchmarks" / "shapes" / "paper_times.py"
-if not PROGRAM.is_file():
-    pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
-_spec = importlib.util.spec_from_file_location("paper_times", PROGRAM)
-assert _spec is not None
-assert _spec.loader is not None
-paper_times = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(paper_times)
+paper_times = program("benchmarks/shapes/paper_times")
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["each its own", "one layer's"])

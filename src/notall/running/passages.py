@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..structure.anatomy import Block, base_model
 from ..structure.locating import locate
-from ..structure.observation import LayerCall, first, forward_replaced, parameter_names, run_branches
+from ..structure.observation import Arguments, LayerCall, first, forward_replaced, parameter_names, run_branches
 from ..structure.seats import Stub, emptied
+from .replay import answering
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,9 @@ class _Passed(Exception):
 
 def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
     """A forward for a layer whose sublayers can be run one at a time."""
-    names = parameter_names(layer)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args)) | kwargs
-        before = after = arguments.pop(names[0])
+    def answer(arguments: Arguments, before: Tensor) -> Tensor:
+        after = before
         around: dict[str, tuple[Tensor, Tensor]] = {}
         for part in block.sublayers:
             start = before if block.parallel else after
@@ -74,9 +73,9 @@ def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
             around[part.kind] = start, end
             after = after + (end - start) if block.parallel and after is not before else end
         look(Passage(block, before, after, around))
-        return after if block.answer is None else (after, *(None for _ in block.answer))
+        return after
 
-    return forward
+    return answering(layer, block, answer)
 
 
 def _stubbed(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -303,6 +304,18 @@ class _Recorded(Exception):
     """The last layer was called: no need to run the head."""
 
 
+def answering(layer: nn.Module, block: Block, answer: Callable[[Arguments, Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward for a layer that answers, in its form, the hidden states `answer(arguments, hidden)`."""
+    names = parameter_names(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args)) | kwargs
+        hidden = answer(arguments, arguments.pop(names[0]))
+        return hidden if block.answer is None else (hidden, *(None for _ in block.answer))
+
+    return forward
+
+
 @contextmanager
 def standing_in(
     model: nn.Module, anatomy: Anatomy, answer: Callable[[nn.Module, Arguments, Tensor], Tensor]
@@ -312,17 +325,7 @@ def standing_in(
     Below an accelerate hook, so that arguments come on the layer's own device.
     """
 
-    def stand_in(layer: nn.Module, block: Block) -> Callable[..., Any]:
-        names = parameter_names(layer)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(zip(names, args)) | kwargs
-            hidden = answer(layer, arguments, arguments.pop(names[0]))
-            return hidden if block.answer is None else (hidden, *(None for _ in block.answer))
-
-        return forward
-
     with ExitStack() as replaced:
         for layer, block in zip(model.get_submodule(anatomy.layers).children(), anatomy.blocks):
-            replaced.enter_context(forward_replaced(layer, stand_in(layer, block)))
+            replaced.enter_context(forward_replaced(layer, answering(layer, block, partial(answer, layer))))
         yield

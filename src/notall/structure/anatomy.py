@@ -138,7 +138,7 @@ class Anatomy:
         if self.stubbed:
             raise UsageError(
                 f"{what} runs sublayers one at a time, and those of {self.model_type} run only inside of their layers; "
-                "choose what evaluates whole plans"
+                "use the plan as it is"
             )
 
     @property
@@ -147,15 +147,19 @@ class Anatomy:
         return tuple(dict.fromkeys(part.mixer for part in self.sublayers if part.mixer))
 
     @cached_property
+    def _mixers_by_layer(self) -> list[tuple[str | None, ...]]:
+        return [tuple(part.mixer for part in block.sublayers) for block in self.blocks]
+
+    @cached_property
     def period(self) -> int:
         """After how many layers the kinds of mixers come again, as in Qwen3-Next after 4; 0 where they do not."""
-        kinds = [tuple(part.mixer for part in block.sublayers) for block in self.blocks]
+        kinds = self._mixers_by_layer
         half = len(kinds) // 2
         return next((length for length in range(1, half + 1) if kinds[length:] == kinds[:-length]), 0)
 
     def keeps_period(self, layers: Sequence[int]) -> bool:
         """Whether `layers` alone have mixers of the kinds that as many layers have in the dense model's beginning."""
-        kinds = [tuple(part.mixer for part in block.sublayers) for block in self.blocks]
+        kinds = self._mixers_by_layer
         return [kinds[index] for index in layers] == kinds[: len(layers)]
 
     @property

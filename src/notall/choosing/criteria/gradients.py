@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ...running.replay import answering
 from ...structure.anatomy import Anatomy, Block, base_model
-from ...structure.observation import LayerCall, forward_replaced, parameter_names, run_branches
+from ...structure.observation import Arguments, LayerCall, forward_replaced, run_branches
 from ...structure.seats import Scale, emptied
 from .setting import Setting, UnitScores
 
@@ -72,18 +73,16 @@ def gated(
 
 def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: Sequence[int]) -> Callable[..., Any]:
     """A forward for a layer whose sublayers can be run one at a time."""
-    names = parameter_names(layer)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args)) | kwargs
-        given = total = arguments.pop(names[0])
+    def answer(arguments: Arguments, given: Tensor) -> Tensor:
+        total = given
         for part in block.sublayers:
             start = given if block.parallel else total
             added = run_branches(part.branches, layer, start, LayerCall(arguments)) - start
             total = total + times(gates[part.name], shape)(added)
-        return total if block.answer is None else (total, *(None for _ in block.answer))
+        return total
 
-    return forward
+    return answering(layer, block, answer)
 
 
 def times(gate: Tensor, shape: Sequence[int]) -> Scale:
