@@ -527,6 +527,7 @@ def bad_inputs(folder, tmp_path):
         "a plan that skips everything": (["eval", folder, "--plan", everything, *QUICK], "keep at least one"),
         "nothing to leave out": (["eval", folder], "--plan plan.json (notall search writes one), or --skip attention"),
         "two things to leave out": (["generate", folder, "a", "--plan", plan, *MLPS], "give one of them"),
+        "a fraction of less than a layer": (["plan", folder, "--fraction", "0.01"], "none of them: give a larger"),
         "a fraction of nothing": (["bench", folder, "--fraction", "0.5"], "add --skip"),
         "a truncated plan": (["eval", folder, "--plan", torn], "not valid JSON"),
         "a missing plan": (["eval", folder, "--plan", tmp_path / "absent"], "cannot read"),

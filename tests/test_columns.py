@@ -12,7 +12,18 @@ import pytest
 
 import result_folders
 from notall.cli import columns as lists
-from notall.records.columns import Column, as_csv, as_markdown, given, legend, magnitude, plain, with_error, with_spread
+from notall.records.columns import (
+    Column,
+    as_csv,
+    as_markdown,
+    given,
+    legend,
+    magnitude,
+    number,
+    plain,
+    with_error,
+    with_spread,
+)
 from notall.records.comparison import columns_of, with_tasks
 from notall.records.kinds import KINDS
 from notall.records.record import Fields
@@ -131,6 +142,15 @@ def test_the_page_of_the_paper_shows_the_headings_of_a_sweep():
 def test_quartiles_are_written_from_the_low_to_the_high():
     record = {"speedup_decode": 1.25, "speedup_decode_low": 1.0, "speedup_decode_high": 1.5}
     assert with_spread("speedup_decode", "decode", ".2f").text(record) == "1.25 [1.00, 1.50]"
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    row = {"cost": -1e-9, "cost_se": 0.0, "low": -0.0, "endless": -math.inf, "small": -0.051}
+    assert number("cost", "objective", ".4f").value(row) == "0.0000"
+    assert with_error("cost", "NLL added", "+.2f").text(row) == "+0.00 ± +0.00"
+    assert number("low", "change", ".0%").value(row) == "0%"
+    assert number("endless", "change").value(row) == "-inf"
+    assert number("small", "change", ".1f").value(row) == "-0.1"
 
 
 def test_a_perplexity_can_be_read_however_large():

@@ -177,10 +177,15 @@ def asked_plan(
 
 
 def deepest_plan(model: PreTrainedModel, skip: SkippedKind, fraction: float, keep_last: bool) -> Plan:
+    """Raises `UsageError` where a fraction is less than one layer, and as `deepest` does."""
     from ..evaluation.paper.grid import deepest
     from ..structure.locating import locate
 
-    return deepest(locate(model), skip.value, fraction, keep_last=keep_last)
+    anatomy = locate(model)
+    found = deepest(anatomy, skip.value, fraction, keep_last=keep_last)
+    if fraction and not found:
+        raise UsageError(f"{fraction:g} of {len(anatomy.blocks)} layers is none of them: give a larger --fraction")
+    return found
 
 
 def workers_on(

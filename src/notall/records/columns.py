@@ -63,7 +63,7 @@ def plain(field: str, heading: str | None = None, write: Callable[[Any], str] = 
 
 
 def number(field: str, heading: str, form: str = ".3f", unit: str = "") -> Column:
-    return Column((field,), heading, lambda value: format(value, form), unit=unit)
+    return Column((field,), heading, lambda value: _written(value, form), unit=unit)
 
 
 def magnitude(field: str, heading: str) -> Column:
@@ -158,7 +158,14 @@ def as_csv(rows: Sequence[Row], columns: Sequence[Column] = ()) -> str:
 
 
 def _formatted(form: str) -> Callable[[Any], str]:
-    return lambda value: NOTHING if _is_nothing(value) else format(value, form)
+    return lambda value: NOTHING if _is_nothing(value) else _written(value, form)
+
+
+def _written(value: float, form: str) -> str:
+    """By `form`; what rounds to nothing is not below it."""
+    text = format(value, form)
+    nothing = "0" in text and not any(digit in text for digit in "123456789")
+    return format(abs(value) * 0, form) if nothing else text
 
 
 def _is_nothing(value: Any) -> bool:
