@@ -82,8 +82,8 @@ test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
 	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
-	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_quantised.py
-	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_quantised.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_quantised.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_quantised.py
 	NOTALL_RECORD=1 $(MAKE) test-engines
 	$(VENV)/bin/python docs/engines.py
 

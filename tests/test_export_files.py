@@ -37,6 +37,7 @@ def dense(tmp_path_factory):
     family("llama").build().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "preprocessor_config.json").write_text("{}")
     (folder / "generation_config.json").write_text('{"temperature": 0.5}')
     (folder / "LICENSE").write_text("yours")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -56,7 +57,13 @@ def nothing_left(folder):
 @pytest.mark.parametrize("plan", [BLOCK, MIXED], ids=["ordinary", "regrouped"])
 def test_companions_go_along_and_other_weights_do_not(dense, plan, tmp_path):
     out = export(dense, plan, "hf", tmp_path / "out")
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "generation_config.json",
+        "LICENSE",
+    ):
         assert (out / name).read_bytes() == (dense / name).read_bytes()
     assert not (out / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -409,7 +416,13 @@ def test_what_is_not_on_the_list_stays_where_it_is(beside, target, tmp_path):
         (beside / name).write_text("mine")
     out = export(beside, BLOCK, target, tmp_path / "out", verify=False)
     assert not {path.name for path in out.iterdir()} & set(secrets)
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "generation_config.json",
+        "LICENSE",
+    ):
         assert (out / name).is_file()
 
 

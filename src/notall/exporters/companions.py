@@ -1,4 +1,4 @@
-"""What goes along with the weights: tokenizer, chat template, generation settings, licence. Nothing else does."""
+"""What goes along with the weights: tokenizer, processors, chat template, generation settings, licence. No more does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ TOKENIZER = (
     "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
     "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-SETTINGS = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+SETTINGS = (
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")  # in any case
 
 

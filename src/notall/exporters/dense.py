@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import UsageError
 from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
 from ..models.load_errors import explained, quiet
-from ..models.loading import build_empty, identify, load_config, model_source
+from ..models.loading import build_empty, identify, load_config, model_source, reader_of
 from ..models.quantisation import quantisation_of
 from ..records.strict_json import Settings
 from ..running.opening import refuse_export
@@ -37,7 +37,10 @@ OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onn
 
 @dataclass(frozen=True)
 class DenseModel:
-    """`settings` is config.json as it is written, `config` what transformers makes of it."""
+    """`settings` is config.json as it is written, `config` what transformers makes of it.
+
+    Of a model that sees too the files are all here, and plans speak of its text part.
+    """
 
     folder: Path
     settings: Settings
@@ -48,6 +51,22 @@ class DenseModel:
     origin: Origin
     trusted: bool  # whether the model's own code may be run
     dtype: torch.dtype | None = None  # another than the files'
+
+    @property
+    def text(self) -> PretrainedConfig:
+        """The config of the text part: `config` itself where there is no other."""
+        return self.config.get_text_config(decoder=True)
+
+    def text_settings(self, settings: Settings) -> Settings:
+        """The part of `settings` that describes the text part: all of them where they tell no parts."""
+        parts = (name for name in self.config.sub_configs if getattr(self.config, name, None) is self.text)
+        own = settings.get(next(parts, ""))
+        return own if isinstance(own, dict) else settings
+
+    @property
+    def reader(self) -> Any:
+        """The auto class that reads its checkpoint, and those of its exports."""
+        return reader_of(self.config)
 
     @property
     def own_bytes(self) -> int:
@@ -76,12 +95,21 @@ class DenseModel:
                 found.setdefault(match[1], set()).add(int(match[2]))
         depth = len(self.anatomy.blocks)
         whole = [prefix for prefix, numbers in found.items() if numbers >= set(range(depth))]
+        if len(whole) > 1:  # beside a stack of layers that see, say
+            alike = max(map(self._alike, whole))
+            whole = [prefix for prefix in whole if self._alike(prefix) == alike]
         if len(whole) != 1:
             raise UsageError(
                 f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}, "
                 "expected one; fetch or save the model again"
             )
         return whole[0]
+
+    def _alike(self, prefix: str) -> int:
+        """How many tensors of the first layer after `prefix` are of the model's first layer, by name and shape."""
+        layer = self.empty.get_submodule(f"{self.anatomy.layers}.0")
+        stored = {name: tensor.shape for name, tensor in self.tensors.items() if name.startswith(f"{prefix}0.")}
+        return sum(stored.get(f"{prefix}0.{name}") == weight.shape for name, weight in layer.named_parameters())
 
     @cached_property
     def outside_layers(self) -> Tensors:
@@ -211,11 +239,6 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     settings = _settings(folder)
     refuse_adapter(name, (folder / ADAPTER).exists())
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    if config.get_text_config(decoder=True) is not config:
-        raise UsageError(
-            f"{name} is a model of more than text ({config.model_type}); notall exports text models only, and skips "
-            "in memory here"
-        )
     weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)
     anatomy = locate(model)

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from ..errors import UsageError
 from ..progress import Progress, silent
 from ..records.plan import Plan
@@ -60,7 +58,7 @@ def export_hf(
     copy_companions(beside, folder)
     verdict: Verdict = TURNED_OFF
     if check:
-        loader: Any = AutoModelForCausalLM
+        loader = dense.reader
         if not is_ordinary:
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
         progress(0, 1, "comparing with the skipped model")

@@ -45,8 +45,9 @@ def sublayers_of(anatomy: Anatomy, layer: Layer) -> list[Sublayer]:
 
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     """config.json of a model of `layers`: the dense one, with its per-layer settings cut by the source of each."""
-    settings, config = copy.deepcopy(dense.settings), dense.config
-    settings.pop("transformers_weights", None)  # the weights of an export have the usual names
+    whole, config = copy.deepcopy(dense.settings), dense.text
+    whole.pop("transformers_weights", None)  # the weights of an export have the usual names
+    settings = dense.text_settings(whole)
     attentions = [layer.attention for layer in layers]
     mlps = [_kind_of_mlp(layer) for layer in layers]
     for name in LISTS:
@@ -70,7 +71,8 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
         settings["mlp_only_layers"] = [number for number, sparse in enumerate(is_sparse) if not sparse]
         settings["decoder_sparse_step"] = 1
     settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    return settings | rope_names(settings)
+    settings |= rope_names(settings)
+    return whole
 
 
 def _kind_of_mlp(layer: Layer) -> int:
@@ -85,7 +87,9 @@ def rope_names(settings: Settings) -> Settings:
     if not rope or "rope_theta" in settings:
         return {}
     if "sliding_attention" in rope:
-        if not settings["model_type"].startswith("gemma3"):  # which alone has a name of its own for the second base
+        if not settings.get("model_type", "").startswith(
+            "gemma3"
+        ):  # which alone has a name of its own for the second base
             return {}
         local, rope = rope["sliding_attention"], rope["full_attention"]
         named = {"rope_local_base_freq": local["rope_theta"]}

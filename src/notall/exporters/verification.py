@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..models.load_errors import explained, quiet
@@ -52,7 +52,7 @@ def _dense(dense: DenseModel) -> PreTrainedModel:
     if dense.quantisation is not None and (reason := why_not_here(dense.quantisation)):
         raise UsageError(reason)
     with explained(dense.origin.model), quiet():
-        return _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
+        return _load(dense.reader, dense.folder, dense.trusted, dense.dtype)
 
 
 def check_copies(folder: Path, tensors: Mapping[str, Written]) -> None:
@@ -73,7 +73,7 @@ def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:
     if not mlx.is_installed():
         return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
     with explained(dense.origin.model), quiet():
-        model = _load(AutoModelForCausalLM, dense.folder, dense.trusted, dense.dtype)
+        model = _load(dense.reader, dense.folder, dense.trusted, dense.dtype)
     tokens = _tokens(model)
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits

