@@ -375,6 +375,14 @@ HYBRIDS: list[Family] = [
         **MIXED,
         **POST_NORMS,
     ),
+    _llama(
+        "gemma4_text (nothing shared)",
+        "gemma4_text",
+        hidden_size_per_layer_input=0,
+        global_head_dim=16,
+        **MIXED,
+        **POST_NORMS,
+    ),
     _llama("gemma4_unified_text", num_kv_shared_layers=2, lends=SHARED, global_head_dim=16, **MIXED, **POST_NORMS),
     Family(
         "glm_moe_dsa",
@@ -460,7 +468,7 @@ HYBRIDS: list[Family] = [
 ]
 
 # One of each way to build a layer; the others come with `make test-engines`.
-QUICK = {"gemma4_text", "qwen3_next", "jamba", "nemotron_h", "mamba2"}
+QUICK = {"gemma4_text", "gemma4_text (nothing shared)", "qwen3_next", "jamba", "nemotron_h", "mamba2"}
 
 
 def marks(family: Family) -> list[pytest.MarkDecorator]:

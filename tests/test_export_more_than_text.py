@@ -56,6 +56,19 @@ def test_the_text_part_is_cut_and_the_rest_stays(family: Family, name: str, tmp_
     engines.works("transformers", "transformers", "hf", family.name, name)
 
 
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="Gemma 4 is of transformers 5")
+@torch.no_grad()
+def test_gemma_4_is_cut_where_its_layers_share_nothing(tmp_path) -> None:
+    one, plan, tokens = family("gemma4 (text part)"), PLANS["portable"], prompt(False)[0]
+    text = one.config["text_config"] | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    one.build(text_config=text).save_pretrained(tmp_path / "dense")
+    export(tmp_path / "dense", plan, "hf", tmp_path / "cut", verify=False)
+    dense, cut = (AutoModelForImageTextToText.from_pretrained(tmp_path / name).eval() for name in ("dense", "cut"))
+    with silenced(dense, one, plan.attention, plan.mlp):
+        expected = dense(tokens).logits
+    assert (cut(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @torch.no_grad()
 def test_what_was_cut_sees_as_it_did(tmp_path) -> None:
     """With an image: as the dense model whose text part skips the plan."""

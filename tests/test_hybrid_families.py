@@ -26,6 +26,7 @@ KEEP_NOTHING = {"openai-gpt"}
 CHANGE_THE_STREAM = {family.name for family in NORMED_AFTER if not family.whole} | {
     *("beam", "deepseek_v4", "doge", "gemma3n_text", "gemma4_text", "gemma4_text (experts)", "gemma4_unified_text"),
     "gemma4 (text part)",
+    "gemma4_text (nothing shared)",
     *("inkling2_text", "inkling2_loop_text", "minimax", "zaya"),
 }
 

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engines
-from families import TRANSFORMERS_5, Family, family
+from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
 from notall.exporters import export, mlx
+from notall.running.regrouping import is_portable
 from test_architectures import prompt
 from test_mixers import REFUSED
 
@@ -25,12 +26,13 @@ NOT_CUT = {
     ("jamba", "third"): "rule by layer or depth",
     ("jamba", "alternating"): "rule by layer or depth",
     ("olmo_hybrid", "alternating"): "do not alternate",
+    **{("beam", name): "rule by layer or depth" for name in ("first", "third", "alternating")},
     ("qwen4_exp_text (n-grams)", "first"): "are not those of qwen4_exp_text",  # tables that are made as it loads
     ("qwen4_exp_text (n-grams)", "third"): "are not those of qwen4_exp_text",
 }
 # What layers read of others is in no cut.
-SEATED = {"gemma3n_text", "gemma4_text", "gemma4_text (experts)", "gemma4_unified_text", "glm_moe_dsa", "zamba"}
-SEATED |= {"zamba2", "doge", "beam", "zaya", "deepseek_v4", "hy_v4"}
+SEATED = {"gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm_moe_dsa", "zamba"}
+SEATED |= {"zamba2", "doge", "zaya", "deepseek_v4", "hy_v4"}
 TEXTS = [one for one in HYBRIDS if one.name not in REFUSED and "text part" not in one.name]
 
 
@@ -63,6 +65,44 @@ def test_a_cut_is_read_back_exactly(family: Family, name: str, tmp_path) -> None
     held = sum(parameter.numel() for parameter in cut.parameters())
     gone = [part for part in locate(dense).sublayers if part.index in getattr(plan, part.kind)]
     assert held == dense.num_parameters() - sum(part.parameters for part in gone)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text (nothing shared)", "gemma4_text (experts)"])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan([0, 1], [0]), Plan([0], [0]), Plan([1, 2], [1, 2]), Plan([0, 2], [0, 1])],
+    ids=["mlp", "first", "middle", "both"],
+)
+@torch.no_grad()
+def test_numbers_that_layers_multiply_by_are_folded(name: str, plan: Plan, tmp_path) -> None:
+    """The next layers, and what a sublayer of another layer adds, are given what the ones that are cut multiply by."""
+    dense, tokens = family(name).build(), prompt(False)[0]
+    dense.save_pretrained(tmp_path / "dense")
+    if not is_portable(locate(dense), plan):
+        with pytest.raises(UsageError, match="do not alternate"):
+            export(tmp_path / "dense", plan, "hf", tmp_path / "cut")
+        return
+    export(tmp_path / "dense", plan, "hf", tmp_path / "cut", verify=False)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    with silenced(dense, family(name), plan.attention, plan.mlp):
+        expected = dense(tokens).logits
+    assert (cut(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_what_published_configs_of_gemma_4_say_of_heads_is_cut_too(tmp_path) -> None:
+    """One size for all layers of full attention, in place of a table of layers."""
+    one, plan = family("gemma4_text (nothing shared)"), Plan([2], [1])
+    one.build().save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["per_layer_config"]
+    path.write_text(json.dumps(settings | {"global_head_dim": 16}))
+    export(tmp_path / "dense", plan, "hf", tmp_path / "cut")
+    dense, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("dense", "cut"))
+    with skip(dense, plan):
+        expected = dense(prompt(False)[0]).logits
+    assert (cut(prompt(False)[0]).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @engines.needs("mlx_lm")

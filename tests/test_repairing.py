@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forked
-from families import FAMILIES, each_layout, family
+from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
 from notall.repairing.kept import Kept, load_repaired
@@ -50,8 +50,11 @@ def with_odd_gains(hand: Hand):
 
 
 TWINS = [*((DIRECT[0], name) for name in PLANS), (NORMED[0], "attentions"), (NORMED[0], "blocks")]
+if TRANSFORMERS_5:
+    TWINS += [(NORMED[-1], "attentions")]
 OTHER_TWINS = [(NORMED[0], name) for name in PLANS if (NORMED[0], name) not in TWINS]
-OTHER_TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs")]
+OTHER_TWINS += [(hand, name) for hand in (*DIRECT[1:], *NORMED[1:]) for name in ("attentions", "MLPs") if hand.exists]
+OTHER_TWINS = [twin for twin in OTHER_TWINS if twin not in TWINS]
 
 
 @pytest.mark.parametrize(

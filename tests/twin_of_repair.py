@@ -6,6 +6,7 @@ Nothing of `notall` runs in it. What the parts of a layer are called is read off
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ STEPS = (0.003, 0.03, 0.3, 3.0)
 NAMES = ("attn", "mlp")
 LLAMA = {"last": ("self_attn.o_proj", "mlp.down_proj"), "final": "model.norm"}
 PRE = ("input_layernorm", "post_attention_layernorm")
+SCALED = "gemma4_text (nothing shared)"  # each layer multiplies its stream in the end
 POST = {"behind": ("post_attention_layernorm", "post_feedforward_layernorm")}
 
 
@@ -38,6 +40,10 @@ class Hand:
     turned: bool = False  # Conv1D: (features, outputs)
     behind: tuple[str, str] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exists(self) -> bool:
+        return family(self.name).exists
 
     def build(self) -> PreTrainedModel:
         return family(self.name).build("sdpa", **self.changes).double()
@@ -56,6 +62,7 @@ NORMED = [
     Hand("gemma3", ("input_layernorm", "pre_feedforward_layernorm"), **LLAMA, **POST),
     Hand("gemma3", ("input_layernorm", "pre_feedforward_layernorm"), **LLAMA, **POST, changes={"attention_bias": True}),
     Hand("olmo2", ("self_attn", "mlp"), **LLAMA, **POST),
+    Hand(SCALED, ("input_layernorm", "pre_feedforward_layernorm"), **LLAMA, **POST),
 ]
 
 
@@ -103,12 +110,20 @@ class Twin:
         for place, (step, end) in enumerate(zip(self.steps, self.ends)):
             target, following = dense[end], place + 1 < len(self.steps)
             if following and ahead and self.ends[place + 1] > end + 1:
-                target = target + ahead * (dense[self.ends[place + 1]] - dense[end + 1])
+                gone, left = dense[self.ends[place + 1]], dense[end + 1]
+                on = self.scale(end, self.ends[place + 1]), self.scale(end, end + 1)
+                target = target + ahead * (gone / on[0] - left / on[1])
             gap = end > step.line + 1 or self._beside(step)
             if apart or gap or (ahead and following and self._has_gap(place + 1)):
                 self._refit(place, target)
                 apart = True
         return self
+
+    def scale(self, line: int, other: int) -> float:
+        """By what layers multiply the stream from one line to another."""
+        lines = len(self.hand.reads)
+        ends = (self.layers[at // lines] for at in range(line, other) if at % lines == lines - 1)
+        return math.prod(float(getattr(layer, "layer_scalar", 1.0)) for layer in ends)
 
     def _steps(self) -> list[Step]:
         steps = []
@@ -169,7 +184,7 @@ class Twin:
         if not hasattr(norm, "weight"):  # no norm: an attention or an MLP
             return torch.ones(32, dtype=torch.float64)
         weight = norm.weight.detach()
-        return weight + 1 if type(norm).__name__.startswith("Gemma") else weight
+        return weight + 1 if type(norm).__name__ == "Gemma3RMSNorm" else weight
 
     def _refit(self, place: int, target: Tensor) -> None:
         step, metric = self.steps[place], self.metric(place)
@@ -178,14 +193,20 @@ class Twin:
         last = [layer.get_submodule(self.hand.last[kind]) for kind in step.kinds]
         features = [given[step.layer, kind] for kind in step.kinds]
         counts = 1 / (target.square() * metric).sum(1)
-        behind = lines[step.line + 1]
+        whole, behind_own = self._around(place)
+        before, behind = lines[step.line] * whole, lines[step.line + 1] * behind_own
         solve = self._solve_behind_norm if self.hand.behind else self._solve
-        ridge, left, values = solve(place, last, features, counts, metric, lines[step.line], behind, target)
+        ridge, left, values = solve(place, last, features, counts, metric, before, behind, target)
         self.found.append(Found(step.names, ridge, left))
         for kind, module, value in zip(step.kinds, last, values):
             for name, tensor in value.items():
                 module.get_parameter(name).data.copy_(tensor)
                 self.weights[f"{self.root}.{step.layer}.{self.hand.last[kind]}.{name}"] = tensor
+
+    def _around(self, place: int) -> tuple[float, float]:
+        """By what layers multiply the stream between a step and the next, and of that what is behind its own line."""
+        line, end = self.steps[place].line, self.ends[place]
+        return self.scale(line, end), self.scale(line + 1, end)
 
     def _solve(
         self,
@@ -198,7 +219,8 @@ class Twin:
         behind: Tensor,
         target: Tensor,
     ) -> tuple[float | None, float, list[dict[str, Tensor]]]:
-        z, lacking = self.hand.scale * torch.cat(features, 1), target - behind
+        whole, behind_own = self._around(place)
+        z, lacking = self.hand.scale * whole * torch.cat(features, 1), target - behind
         if lacking.abs().max() < 1e-9 * target.abs().max():  # streams that do not differ yet, but for rounding
             return None, 1.0, []
         biased = sum(module.bias is not None for module in last)
@@ -222,7 +244,7 @@ class Twin:
             for module, value in zip(last, values(change)):
                 for name, tensor in value.items():
                     module.get_parameter(name).data.copy_(tensor)
-            now = target - self.forward(self.copy, self.plan)[0][self.steps[place].line + 1]
+            now = target - behind_own * self.forward(self.copy, self.plan)[0][self.steps[place].line + 1]
             for module, (weight, bias) in zip(last, old):
                 module.weight.data.copy_(weight)
                 if bias is not None:
@@ -253,12 +275,13 @@ class Twin:
         gain = self._gain(self.layers[step.layer].get_submodule(self.hand.behind[kind]))
         answers = z @ old.T + (0 if module.bias is None else module.bias.detach())
         size = answers.square().mean(1, keepdim=True).sqrt()
-        lacking = size * (target - before) / gain - answers
+        whole, behind_own = self._around(place)
+        lacking = size * (target - before) / (whole * gain) - answers
         weights = 1 / (target.square() * metric).sum(1) / size[:, 0].square()
 
         def error() -> float:
             """Of whole forwards with the weights as they are now."""
-            missed = self.forward(self.copy, self.plan)[0][step.line + 1] - target
+            missed = behind_own * self.forward(self.copy, self.plan)[0][step.line + 1] - target
             return float((counts[:, None] * missed.square() * metric)[self.held].sum())
 
         def moved(rows: Tensor, ridge: float, held_back: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What goes along with the weights: tokenizer, processors, chat template, generation settings, licence. No more does."""
+"""What goes along with the weights: tokenizer, processors, chat template, settings, licence. Nothing else does."""
 
 from __future__ import annotations
 

@@ -132,9 +132,9 @@ class DenseModel:
 
     def parts(self, sublayer: Sublayer) -> Tensors:
         """The tensors of one sublayer, by their names below its layer. Raises `UsageError` where names do not tell."""
-        owner = self._owners(sublayer.index)
+        owner, scaled_by = self._owners(sublayer.index), self.anatomy.blocks[sublayer.index].scaled_by
         held = self._layers[sublayer.index]
-        return {name: tensor for name, tensor in held.items() if owner(name) == sublayer.kind}
+        return {name: tensor for name, tensor in held.items() if name != scaled_by and owner(name) == sublayer.kind}
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
         """With these values of parameters, by their paths in the model, in the dtypes of the files.
@@ -242,7 +242,7 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)
     anatomy = locate(model)
-    if anatomy.seated:
+    if not anatomy.cuttable:
         raise UsageError(
             f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint; keep the "
             "dense checkpoint with the plan file, and skip in memory"

@@ -27,6 +27,8 @@ LISTS = (*PER_LAYER_LISTS, "num_attention_heads_per_layer")
 # Lists of the indices of layers whose MLP is of one kind, and numbers of layers from the first on with such MLPs.
 MLP_INDICES = ("mlp_only_layers", "moe_layers")
 MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
+# Gemma 4's last attention of each kind leaves its keys to layers that share them: none do in a model that can be cut.
+LEFT_TO_OTHERS = "store_full_length_kv"
 
 
 def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
@@ -58,6 +60,8 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
         settings["hybrid_override_pattern"] = "".join(pattern[index] for index in attentions)
     if indices := settings.get("attn_layer_indices"):
         settings["attn_layer_indices"] = [number for number, index in enumerate(attentions) if index in indices]
+    if isinstance(others := settings.get("per_layer_config"), dict):  # what some layers have otherwise, by their number
+        settings["per_layer_config"] = {str(n): others[str(i)] for n, i in enumerate(attentions) if str(i) in others}
     if "attention_types" in settings:  # GPT-Neo writes its list as repeated patterns
         settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
     for name in MLP_INDICES:
@@ -161,8 +165,8 @@ def _build(layer: nn.Module, part: Sublayer) -> Settings:
 
 
 def _settings(module: nn.Module) -> Settings:
-    plain = (bool, int, float, str, type(None))
-    return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in LAYER_INDICES}
+    plain, other = (bool, int, float, str, type(None)), (*LAYER_INDICES, LEFT_TO_OTHERS)
+    return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in other}
 
 
 def _shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:

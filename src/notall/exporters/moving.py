@@ -11,6 +11,7 @@ from ..running.regrouping import Layer
 from ..structure.anatomy import Sublayer
 from ..structure.observation import child
 from .dense import DenseModel
+from .folding import folded_scales
 from .tensors import Source
 from .weights import Tensors
 
@@ -23,12 +24,18 @@ class Piece:
     tensors: Tensors
     start: str
 
+    def named(self) -> Iterator[tuple[str, Source]]:
+        """Its tensors by their new names."""
+        return ((self.start + name, tensor) for name, tensor in self.tensors.items())
+
 
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Source]]:
     """The tensors of the export under their new names."""
     yield from dense.outside_layers.items()
+    new = dict(folded_scales(dense, layers))
     for piece in _pieces(dense, layers):
-        yield from ((piece.start + name, tensor) for name, tensor in piece.tensors.items())
+        yield from ((name, new.pop(name, tensor)) for name, tensor in piece.named())
+    yield from new.items()
 
 
 def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str | None]:

@@ -36,7 +36,7 @@ from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
-from ..structure.observation import LayerCall
+from ..structure.observation import LayerCall, scaled
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
 from .kept import Kept, step_of
@@ -204,8 +204,11 @@ class Repair:
         if not (following and following.gap and self.ahead):
             return self.text.dense.before(step.behind)[0]
         here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
-        keep = self.text.spool.keep
-        return [keep(aim + self.ahead * (gone - left)) for aim, left, gone in zip(here, by, to)]
+        keep, on = self.text.spool.keep, (following.own_scale, following.scale)
+        return [
+            keep(aim + self.ahead * (scaled(gone, 1 / on[1]) - scaled(left, 1 / on[0])))
+            for aim, left, gone in zip(here, by, to)
+        ]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
@@ -232,8 +235,9 @@ class Repair:
         else:
             with features_of(layer, projections, self.text.spool) as features:
                 behind = self._run(step)
-            metric = self.metrics[step.names]
-            seen = Seen(layer, projections, self.states, behind, target, features(), self.text.held, metric)
+            metric, keep = self.metrics[step.names], self.text.spool.keep
+            before = self.states if step.scale == 1 else [keep(step.scale * hidden) for hidden in self.states]
+            seen = Seen(layer, projections, before, behind, target, features(), self.text.held, metric)
             refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
         record = RefitRecord(
             sublayers=step.names,
@@ -248,13 +252,13 @@ class Repair:
     def _run(self, step: LiveStep) -> list[Tensor]:
         index = step.block.index
         self.ran += len(step.parts)
-        behind = run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings)
+        behind = run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings, step.scale)
         return [self.text.spool.keep(hidden) for hidden in behind]
 
     def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""
         found = [self.text.projection(part) for part in step.parts]
-        own = tuple(one for one in found if one is not None)
+        own = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
         return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
 
 

@@ -21,7 +21,7 @@ from ..running.replay import Recording, live_steps, record
 from ..running.skipping import remove
 from ..structure.anatomy import Anatomy
 from ..structure.locating import decoder_layers
-from ..structure.observation import LayerCall, forward_replaced, run_branches
+from ..structure.observation import LayerCall, forward_replaced, run_branches, scaled
 from .projections import find_projection
 from .readers import is_norm, reading_gains
 from .streams import DenseStream, steps_of
@@ -222,7 +222,9 @@ class _Stream:
         for step, aim, metric in zip(self.steps, lesson.aims, self.metrics):
             index = step.block.index
             call = LayerCall(lesson.recording.arguments[index])
-            behind = run_branches(step.branches, self.layers.get_submodule(str(index)), hidden, call)
+            behind = scaled(
+                run_branches(step.branches, self.layers.get_submodule(str(index)), hidden, call), step.scale
+            )
             off, size = ((one.float().square() @ metric).flatten() for one in (behind - aim, aim))
             missed.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())
             hidden = behind.detach()

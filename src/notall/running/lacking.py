@@ -36,7 +36,9 @@ def without(model: PreTrainedModel, lacking: Plan) -> Anatomy:
     anatomy = replace(whole, blocks=blocks, fingerprint=str(named), lacking=lacking)
     parent = model.get_submodule(whole.layers.rpartition(".")[0])
     layers = nn.ModuleList(
-        layer if block == before else regrouped_layer(anatomy, dense, Group(block.index, whole=False))
+        layer
+        if block == before
+        else regrouped_layer(anatomy, dense, Group(block.index, whole=False, start=block.index, end=block.index + 1))
         for dense in [model.get_submodule(whole.layers)]
         for layer, block, before in zip(dense, blocks, whole.blocks)
     )

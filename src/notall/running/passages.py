@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..structure.anatomy import Block, base_model
 from ..structure.locating import locate
-from ..structure.observation import Arguments, LayerCall, first, forward_replaced, parameter_names, run_branches
+from ..structure.observation import Arguments, LayerCall, first, forward_replaced, parameter_names, run_branches, scaled
 from ..structure.seats import Stub, emptied
 from .replay import answering
 
@@ -72,6 +72,7 @@ def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
             end = run_branches(part.branches, layer, start, LayerCall(arguments))
             around[part.kind] = start, end
             after = after + (end - start) if block.parallel and after is not before else end
+        after = scaled(after, block.scale)
         look(Passage(block, before, after, around))
         return after
 

@@ -16,13 +16,21 @@ if TYPE_CHECKING:
 class Group:
     """A layer of the regrouped model, by dense indices: MLPs ahead, a layer or its attention, and MLPs behind.
 
-    `layer` is kept as it is where it is `whole`; where not, its attention alone.
+    `layer` is kept as it is where it is `whole`; where not, its attention alone. The stream goes in as the dense block
+    `start` is given it, and comes out as `end` is.
     """
 
     layer: int
     whole: bool
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
+    start: int = field(default=0, compare=False)
+    end: int = field(default=0, compare=False)
+
+    @property
+    def first(self) -> int:
+        """The block of what runs first."""
+        return min([self.layer, *self.before])
 
     @property
     def untouched(self) -> bool:
@@ -46,6 +54,9 @@ def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
             ahead = []
         elif kept:
             (groups[-1].after if groups else ahead).append(index)
+    ends = [group.first for group in groups[1:]] + [len(kinds)]
+    for group, start, end in zip(groups, [0, *ends], ends):
+        group.start, group.end = start, end
     return groups
 
 
@@ -60,9 +71,12 @@ def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
     """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
 
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
-    it make an ordinary layer, whichever blocks they come from. Layers that keep their seats are part of no other model.
+    it make an ordinary layer, whichever blocks they come from. Layers with more in their seats are part of no other
+    model.
     """
-    return not (anatomy.seated and plan) and all(is_ordinary(anatomy, group) for group in groups_of(anatomy, plan))
+    if plan and not anatomy.cuttable:
+        return False
+    return all(is_ordinary(anatomy, group) for group in groups_of(anatomy, plan))
 
 
 def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
@@ -80,7 +94,8 @@ def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
     if "mlp" not in block.kinds:  # so that its own form is not known
         return False
     attention_first = block.sublayers[0].kind == "attention"
-    return not block.parallel and attention_first and block.mlp.branches == other.mlp.branches
+    alike = (block.mlp.branches, block.mlp.stub) == (other.mlp.branches, other.mlp.stub)
+    return not block.parallel and attention_first and alike
 
 
 @dataclass(frozen=True)

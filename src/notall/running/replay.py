@@ -22,7 +22,7 @@ from ..errors import UnsupportedModel
 from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
-from ..structure.observation import Arguments, LayerCall, forward_replaced, parameter_names, run_branches
+from ..structure.observation import Arguments, LayerCall, forward_replaced, parameter_names, run_branches, scaled
 from .repaired import LinearMap, RepairedPlan, with_weights
 from .skipping import skip
 
@@ -46,7 +46,8 @@ class Step:
     """A node of the tree: a sublayer, or a whole parallel block, and what may come after it.
 
     `weights` are a repaired plan's own, by their paths below the layer, and part of the name. Where a `map` stands in
-    for something skipped there are no `parts`, and no sublayer is counted.
+    for something skipped there are no `parts`, and no sublayer is counted. `scale` is what the layers between the step
+    before it and its own multiply the stream by.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     parts: tuple[Sublayer, ...]
     weights: Mapping[str, Tensor]
     map: LinearMap | None = None
+    scale: float = 1.0
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
@@ -129,7 +131,9 @@ class Replay:
             place = place if _is_at(trunk, place, step) else None
             hidden = self._behind(step, hidden, recording, trunk, place)
             if step.plans:
-                waiting.append((step.plans, hidden, None))
+                assert hidden is not None
+                left = self.anatomy.scale(step.block.index, len(self.anatomy.blocks))
+                waiting.append((step.plans, scaled(hidden, left), None))
             following = None if place is None else place + 1
             waiting.extend((child, hidden, following) for child in reversed(step.after.values()))
 
@@ -144,6 +148,7 @@ class Replay:
     def _plant(self, number: int, plan: Plan) -> None:
         here, step = self.first, None
         for new in self._steps_of(plan):
+            new.scale = self.anatomy.scale(step.block.index if step else 0, new.block.index)
             step = here.setdefault(new.name, new)
             here = step.after
             self.one_by_one += len(new.parts)
@@ -184,11 +189,14 @@ class Replay:
 
     def _run(self, step: Step, hidden: Tensor, arguments: Arguments) -> Tensor:
         self.ran += len(step.parts)
+        hidden = scaled(hidden, step.scale)
         if step.map:
             return step.map.run(hidden)
         layer = self.layers[step.block.index]
         with with_weights(layer, step.weights):
-            if step.parts == step.block.sublayers:  # its own forward adds up in an order and a dtype of its own
+            if (
+                step.parts == step.block.sublayers and not step.block.scaled_by
+            ):  # its own forward adds up in an order and a dtype of its own
                 answer = layer(hidden, **arguments)
                 return answer[0] if isinstance(answer, tuple) else answer
             return run_branches(step.parts[0].branches, layer, hidden, LayerCall(arguments))

@@ -10,7 +10,7 @@ This is the only file that changes a live model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -281,12 +281,30 @@ class Holder(nn.Module):
         return run_branches(mlp.branches, self, hidden, call)
 
 
+class Scales(nn.Module):
+    """The numbers that dense layers multiply their stream by, on the way to each part of a regrouped one and behind."""
+
+    def __init__(self, ways: Sequence[Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.ways: list[list[str]] = []
+        for way, numbers in enumerate(ways):
+            self.ways.append([f"{way}_{place}" for place in range(len(numbers))])
+            for name, number in zip(self.ways[-1], numbers):
+                self.register_buffer(name, number, persistent=False)
+
+    def forward(self, hidden: Tensor, way: int) -> Tensor:
+        for name in self.ways[way]:
+            hidden = hidden * getattr(self, name)
+        return hidden
+
+
 class RegroupedLayer(nn.Module):
     """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
 
     is_cut = True
     before: nn.ModuleList
     after: nn.ModuleList
+    scales: Scales | None
     blocks: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -294,9 +312,16 @@ class RegroupedLayer(nn.Module):
         arguments = dict(zip(layout.names, args)) | kwargs
         hidden: Tensor = arguments.pop(layout.names[0])
         extras = {name: value for name, value in kwargs.items() if name not in layout.declared}
-        call = LayerCall(arguments, extras)
+        call, way = LayerCall(arguments, extras), 0
+
+        def scaled(hidden: Tensor) -> Tensor:
+            nonlocal way
+            way += 1
+            return self.scales(hidden, way - 1) if self.scales else hidden
+
         for mlp, holder in zip(layout.before, self.before):
-            hidden = holder(hidden, mlp, call)
+            hidden = holder(scaled(hidden), mlp, call)
+        hidden = scaled(hidden)
         if layout.whole:
             answer = layout.stock_forward(self, hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
@@ -304,7 +329,8 @@ class RegroupedLayer(nn.Module):
             hidden = run_branches(layout.own.branches, self, hidden, call)
             rest = layout.rest(call)
         for mlp, holder in zip(layout.after, self.after):
-            hidden = holder(hidden, mlp, call)
+            hidden = holder(scaled(hidden), mlp, call)
+        hidden = scaled(hidden)
         return hidden if layout.block.answer is None else (hidden, *rest)
 
 
@@ -344,8 +370,8 @@ def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
 
 def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
     """The module that runs `group`: the dense layer itself where nothing in it changes."""
-    source = dense[group.layer]
-    if group.untouched:
+    source, ways = dense[group.layer], _ways(anatomy, group)
+    if group.untouched and not any(ways):
         return source
     block = anatomy.blocks[group.layer]
     own = block.attention if "attention" in block.kinds else block.mlp
@@ -356,6 +382,7 @@ def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.
     layer.after = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.after)
     for extras in (layer.before, layer.after):
         extras.training = source.training
+    setattr(layer, "scales", Scales([[_scale(anatomy, dense, i) for i in way] for way in ways]) if any(ways) else None)  # noqa: B010
     names = tuple(parameter_names(source))
     layer._layout = _Layout(  # type: ignore[assignment]
         block,
@@ -370,9 +397,23 @@ def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.
     return layer
 
 
+def _ways(anatomy: Anatomy, group: Group) -> list[list[int]]:
+    """The blocks that multiply the stream and whose ends lie before each part of a regrouped layer, and behind all."""
+    parts = [*group.before, group.layer, *group.after]
+    here, ways = group.start, []
+    for block in [*parts, group.end]:
+        ways.append([index for index in range(here, block) if anatomy.blocks[index].scaled_by])
+        here = block + (group.whole and block == group.layer)
+    return ways
+
+
+def _scale(anatomy: Anatomy, dense: nn.ModuleList, index: int) -> Tensor:
+    return getattr(dense[index], anatomy.blocks[index].scaled_by)  # type: ignore[arg-type]
+
+
 def _merged(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module | None:
     """Attention i with the MLP of block j as one ordinary layer; None where only a regrouped layer will do."""
-    if group.untouched or not is_ordinary(anatomy, group):
+    if group.untouched or anatomy.scaled or not is_ordinary(anatomy, group):
         return None
     source, donor = dense[group.layer], dense[group.after[0]]
     if type(source) is not type(donor):

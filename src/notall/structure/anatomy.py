@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,12 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`."""
+    """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`.
+
+    In the end it multiplies its stream by `scale`, the value of its tensor `scaled_by`, as Gemma 4 does: that stays
+    where a sublayer is left out. It is `bare` where there is nothing in it beside that and its sublayers, and nothing
+    that other layers read.
+    """
 
     index: int
     sublayers: tuple[Sublayer, ...]
@@ -69,6 +75,9 @@ class Block:
     # None: the layer answers a tensor. Otherwise (hidden, ...), and for each further element, which element of the
     # attention's answer it is (None where it is not the attention's).
     answer: tuple[int | None, ...] | None = field(repr=False)
+    scaled_by: str | None = None
+    scale: float = field(default=1.0, compare=False)
+    bare: bool = True
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -118,6 +127,20 @@ class Anatomy:
     def kinds(self) -> tuple[tuple[str, ...], ...]:
         """For each block, the kinds of its sublayers."""
         return tuple(block.kinds for block in self.blocks)
+
+    def scale(self, start: int, end: int) -> float:
+        """By what the stream is multiplied from block `start` to before block `end`."""
+        return math.prod(block.scale for block in self.blocks[start:end])
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there are layers that multiply their stream."""
+        return any(block.scaled_by for block in self.blocks)
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether layers can be cut out of it, or made of the sublayers of others."""
+        return not self.seated or all(block.bare for block in self.blocks)
 
     def running(self, plan: Plan) -> frozenset[str]:
         """The names of what runs under `plan`: what it keeps, and what it skips and others that run read."""

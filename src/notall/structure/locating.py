@@ -34,6 +34,7 @@ from .observation import (
     forward_replaced,
     lines_of,
     parameter_names,
+    scale_of,
     watching,
 )
 from .proving import prove, prove_layer, prove_seat
@@ -290,7 +291,11 @@ def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], lendi
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
         lends = {_at(stubs, borrower) for lender, borrower in lending.loans if _at(stubs, lender) == name}
         parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
-    return Block(trace.index, tuple(parts), False, _answer(trace))
+    scaled_by, modules = scale_of(trace), [module for part in parts for module in part.modules]
+    own = all(name.startswith(tuple(f"{module}." for module in modules)) for name, _ in trace.layer.named_parameters())
+    bare = own and "" not in modules and not any(part.lends for part in parts)
+    value = _value(trace.layer, scaled_by)
+    return Block(trace.index, tuple(parts), False, _answer(trace), scaled_by, value, bare)
 
 
 def _at(stubs: list[Named], place: Place) -> str:
@@ -385,7 +390,17 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
     if mlps:
         mlp = _sublayer(trace, "mlp", mlps, exclude=names)
         parts.insert(0 if mixing != lines[:1] else 1, mlp)
-    return Block(trace.index, tuple(parts), len(lines) < len(parts), _answer(trace))
+    scaled_by = scale_of(trace)
+    return Block(
+        trace.index, tuple(parts), len(lines) < len(parts), _answer(trace), scaled_by, _value(trace.layer, scaled_by)
+    )
+
+
+def _value(layer: nn.Module, name: str | None) -> float:
+    """That of a layer's own number; 1 without one, and where it has no value."""
+    if name is None or (number := getattr(layer, name)).is_meta:
+        return 1.0
+    return float(number)
 
 
 def _kind(config: PretrainedConfig, trace: LayerTrace) -> str:

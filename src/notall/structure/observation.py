@@ -7,7 +7,8 @@ must read as
     h = h + ops(h)          one branch,  or
     h = h + ops(h) + ...    several branches of the same h (a parallel block)
 
-and that is what `lines_of` returns, or it raises `UnsupportedModel` with the reason.
+and that is what `lines_of` returns, or it raises `UnsupportedModel` with the reason. In the end it may multiply h by
+one number of its own (`scale_of`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 # Same numbers in another shape: what a layer's children compute does not depend on it.
 RESHAPES = {"view", "reshape", "contiguous", "flatten", "view_as", "clone", "detach"}
 CASTS = {"to", "float", "type_as"}
+MULTIPLICATIONS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
 # f(a + b) = f(a) + f(b), so a sum of branches may be scaled as a whole.
-LINEAR = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__", "dropout"}
+LINEAR = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -167,6 +169,11 @@ def run_branches(branches: tuple[Branch, ...], holder: nn.Module, hidden: Tensor
     return total
 
 
+def scaled(hidden: Tensor, scale: float) -> Tensor:
+    """`hidden` times `scale`: itself where that is 1."""
+    return hidden if scale == 1 else scale * hidden
+
+
 def child(holder: nn.Module, path: str) -> nn.Module:
     """The module at a dotted `path` below `holder`; the short way, as it runs for every call of every layer."""
     if "." in path or not path:
@@ -215,7 +222,8 @@ class LayerTrace:
     """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence.
 
     `arguments` are by the layer's parameter names, without the hidden states. `given` are the same, with what mappings
-    held when the layer was called. `calls` are those of its children, in the order in which they ended.
+    held when the layer was called. `calls` are those of its children, in the order in which they ended. `numbers` are
+    the paths of its tensors of one element, by their ids.
     """
 
     index: int
@@ -223,6 +231,7 @@ class LayerTrace:
     arguments: Arguments
     given: Arguments
     hidden: Tensor  # (batch, tokens, hidden), as it went in
+    numbers: dict[int, str]
     answer: Any = None
     result: Node | None = None
     nodes: dict[int, Node] = field(default_factory=dict)
@@ -294,7 +303,7 @@ class Watch(TorchFunctionMode):
         arguments = dict(zip(parameter_names(layer), args)) | kwargs
         hidden = arguments.pop(hidden_name(layer))
         self.lending.know((hidden, arguments))
-        self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone())
+        self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), _numbers_of(layer))
         self._note(hidden, Node())
         self.traces.append(self.now)
 
@@ -338,6 +347,11 @@ class Watch(TorchFunctionMode):
         module = self.inside[0] if self.inside else None
         grows = not method.endswith("_state")
         self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens if grows else 0))
+
+
+def _numbers_of(layer: nn.Module) -> dict[int, str]:
+    own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    return {id(tensor): name for name, tensor in own if tensor.numel() == 1}
 
 
 def as_given(arguments: Mapping[str, Any]) -> Arguments:
@@ -472,7 +486,21 @@ def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
     """
     if trace.result is None:
         raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
-    return _stream(trace, trace.result)
+    return _stream(trace, _unscaled(trace, trace.result)[0])
+
+
+def scale_of(trace: LayerTrace) -> str | None:
+    """The name of the layer's own number that it multiplies its stream by in the end; None where it does not."""
+    return _unscaled(trace, trace.result)[1] if trace.result else None
+
+
+def _unscaled(trace: LayerTrace, node: Node) -> tuple[Node, str | None]:
+    """A node before it was multiplied by a number of the layer's, and the name of that."""
+    if getattr(node.made_by, "__name__", "") in MULTIPLICATIONS and len(node.inputs) == 1:
+        for given in (*node.positional, *node.keywords.values()):
+            if id(given) in trace.numbers:
+                return node.inputs[0], trace.numbers[id(given)]
+    return node, None
 
 
 def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:

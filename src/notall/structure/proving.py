@@ -17,7 +17,7 @@ from transformers import DynamicCache, PretrainedConfig
 from ..errors import UnsupportedModel
 from .anatomy import Block
 from .lending import Lending
-from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, first, run_branches
+from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, first, run_branches, scaled
 from .seats import emptied
 from .slicing import numbered, places_freed, sliced
 
@@ -34,6 +34,7 @@ def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
                 if not branch.is_attention:
                     local.append((branch, hidden))
             hidden = run_branches(branches, trace.layer, hidden, call)
+    hidden = scaled(hidden, block.scale)
     expected = trace.answer[0] if isinstance(trace.answer, tuple) else trace.answer
     error = relative_error(hidden, expected)
     if not error <= tolerance(expected.dtype):

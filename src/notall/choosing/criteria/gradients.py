@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...running.replay import answering
 from ...structure.anatomy import Anatomy, Block, base_model
-from ...structure.observation import Arguments, LayerCall, forward_replaced, run_branches
+from ...structure.observation import Arguments, LayerCall, forward_replaced, run_branches, scaled
 from ...structure.seats import Scale, emptied
 from .setting import Setting, UnitScores
 
@@ -80,7 +80,7 @@ def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: S
             start = given if block.parallel else total
             added = run_branches(part.branches, layer, start, LayerCall(arguments)) - start
             total = total + times(gates[part.name], shape)(added)
-        return total
+        return scaled(total, block.scale)
 
     return answering(layer, block, answer)
 

@@ -46,6 +46,10 @@ class DenseRun:
         self.anatomy = locate(inner)
         plan.check(self.anatomy)
         self.anatomy.refuse_stubs("a repair")
+        if self.anatomy.scaled:
+            raise UsageError(
+                f"layers of {self.anatomy.model_type} multiply their stream; only notall.repair knows that"
+            )
         self.layers: nn.ModuleList = inner.get_submodule(self.anatomy.layers)
         self.lines = lines_of(self.anatomy)
         self.recordings = [record(inner, input_ids=batch) for batch in batches]
