@@ -72,7 +72,7 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --dist worksteal -m slow  # over half of them are in one file
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) --dist worksteal -m 'slow and not any_transformers'
-	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_front.py -k 'llamacpp or default' -m ''
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_front.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
@@ -82,7 +82,7 @@ test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ
 	NOTALL_ENGINE=gptqmodel $(TEST_ENV) $(VENV_GPTQ)/bin/python -m pytest -q tests/test_quantised.py -k 'gptq or awq'
 
 engines: setup $(VENV4)/.done ## record what the tests find of each engine, and render docs/engines.md
-	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_quantised.py
+	NOTALL_RECORD=1 $(TEST_ENV) $(VENV)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_export_nemotron_nas.py tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_quantised.py
 	NOTALL_RECORD=1 $(TEST_ENV) $(VENV4)/bin/python $(PYTEST) tests/test_export_hf.py tests/test_export_more_than_text.py tests/test_quantised.py
 	NOTALL_RECORD=1 $(MAKE) test-engines
 	$(VENV)/bin/python docs/engines.py

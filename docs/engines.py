@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from notall.exporters.gguf import ORDINARY
+from notall.exporters.gguf import HYBRIDS, ORDINARY
 
 HERE = Path(__file__).parent
 HEAD = """# Engines
@@ -26,12 +26,15 @@ A plan is *portable* when what it keeps alternates attention, MLP, attention, ML
 model whose first layer has an MLP and no attention: export to `hf` then.
 
 `gguf` writes portable plans and whole blocks for every architecture that llama.cpp builds of blocks of one attention and
-one MLP; only those in the table below were run: GGUF.
+one MLP: <ordinary>. It writes hybrids by whole layers, and by portable plans where a layer holds two sublayers: <hybrid>. Of all these
+only those in the table below were run. llama.cpp tells the kinds of Qwen3-Next's layers by their place, so that plans keep its
+periods; for Qwen3.5's the file lists them, which llama.cpp reads since 2026.
 
 ## Works
 
 Each was run: the engine's answers equal those of the skipped model in memory (float32; logits, or log-probabilities of
-the likeliest tokens).
+the likeliest tokens). GGUF files of hybrids and of Gemma 4 are compared with llama.cpp's own answers for the dense file, in which
+the skipped sublayers add nothing.
 
 | engine | release | target | plans | how | architectures |
 | --- | --- | --- | --- | --- | --- |
@@ -76,7 +79,7 @@ def render(lines: list[dict[str, str]]) -> str:
         for line in sorted(lines, key=lambda line: (line["target"], line["architecture"].lower()))
         if line["verdict"] == "refused" and line["target"] != "quantised"
     ]
-    head = HEAD.replace("GGUF.\n", f"{', '.join(sorted(ORDINARY))}.\n")
+    head = HEAD.replace("<ordinary>", ", ".join(sorted(ORDINARY))).replace("<hybrid>", ", ".join(sorted(HYBRIDS)))
     quantised = "".join(_quantised([line for line in lines if line["target"] == "quantised"]))
     return head + "".join(works) + QUANTISED + quantised + AFTER_QUANTISED + REFUSED + "".join(refused)
 

@@ -353,7 +353,7 @@ def test_a_weight_that_the_file_has_no_tensor_for_is_one_line():
 # --- refusals, after which nothing is left ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba", "gemma3n", "from-the-future"])
+@pytest.mark.parametrize("name", ["rwkv7", "gemma3n", "from-the-future"])
 def test_an_architecture_that_is_not_a_stack_of_blocks_is_refused(name):
     with pytest.raises(UsageError, match=f"layers of {name}") as refusal:
         cut(sketch(name), Plan([1], [1]))

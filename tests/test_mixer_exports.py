@@ -89,6 +89,15 @@ def test_numbers_that_layers_multiply_by_are_folded(name: str, plan: Plan, tmp_p
     assert (cut(tokens).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("number", [0.0, float("nan")])
+def test_a_number_that_nothing_can_be_divided_by_is_refused(number: float, tmp_path) -> None:
+    dense = family("gemma4_text (nothing shared)").build()
+    dense.model.layers[0].layer_scalar.fill_(number)
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UsageError, match="layer_scalar of layer 0; download them again"):
+        export(tmp_path / "dense", Plan([1], [1]), "hf", tmp_path / "cut")
+
+
 @torch.no_grad()
 def test_what_published_configs_of_gemma_4_say_of_heads_is_cut_too(tmp_path) -> None:
     """One size for all layers of full attention, in place of a table of layers."""

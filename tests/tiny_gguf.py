@@ -45,7 +45,7 @@ def write_gguf(model: PreTrainedModel, path: Path, *, without: str = "", kind: K
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(len(WORDS))
-    _add_tokenizer(writer)
+    add_tokenizer(writer)
     for name, tensor in _tensors(model).items():
         if name != without:
             values = np.ascontiguousarray(tensor.detach().numpy())
@@ -72,7 +72,7 @@ def packed(values: np.ndarray, kind: Kind) -> np.ndarray:
     return np.hstack(pieces).reshape(len(values), -1)
 
 
-def _add_tokenizer(writer: GGUFWriter) -> None:
+def add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(WORDS)

@@ -61,6 +61,18 @@ COLUMNS = (
 )
 
 
+def beside(rows: list[dict[str, Any]], figure: str) -> list[dict[str, Any]]:
+    """A row a set and text: `figure` with each method, and the share of it that ours gives back."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        into = found.setdefault((row["set"], row["text"]), {"set": row["set"], "text": row["text"]})
+        into |= {row["repair"]: row[figure], f"{row['repair']}_se": row[f"{figure}_se"]}
+    for row in found.values():
+        if "none" in row and "refit" in row:
+            row["back"] = 1 - row["refit"] / row["none"]
+    return [*found.values()]
+
+
 def texts(tokenizer: Any, data: Path, tokens: int, windows: int) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """The calibration text, two kinds in turn, and the texts to measure on."""
     documents = [json.loads(line)["text"] for line in (data / "c4" / "sample300.jsonl").read_text().splitlines()]
@@ -118,7 +130,11 @@ def main() -> None:
     order = [*SETS], [*METHODS]
     shown = [row for row in rows if row["set"] in asked.sets and row["repair"] in asked.methods]
     shown.sort(key=lambda row: (order[0].index(row["set"]), row["text"], order[1].index(row["repair"])))
-    show(shown, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
+    title = f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
+    show(shown, COLUMNS, title=title)
+    sets = (plain("set", "skip"), plain("text"), number("back", "refit gives back", ".0%"))
+    for figure, name in (("delta_nll", "NLL added"), ("kl", "KL")):
+        show(beside(shown, figure), [*sets, *(with_error(method, method) for method in METHODS)], title=name)
 
 
 if __name__ == "__main__":

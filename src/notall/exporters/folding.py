@@ -1,10 +1,4 @@
-"""The numbers that layers multiply their stream by, where some layers are cut out: folded into what is left.
-
-A dense layer i ends in h = s_i h, and h goes on being multiplied by the numbers of the layers that are left out. In the
-export a layer of attention i and MLP j, with attention n next, has the number s_i ... s_(n-1). What stands between the
-two, s_i ... s_(j-1), then comes late for the MLP: what it adds is divided by it. A norm begins the MLP, which does not
-mind by how much its stream is larger. What stands before the first attention is late for both.
-"""
+"""The numbers that layers multiply their stream by, where some layers are cut out: folded into what is left."""
 
 from __future__ import annotations
 
@@ -16,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..running.regrouping import Layer
+from ..running.regrouping import Layer, folded
 from ..structure.anatomy import Sublayer
 from ..structure.observation import ModuleOp
 from .dense import DenseModel
@@ -31,19 +25,16 @@ def folded_scales(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[
     if not dense.anatomy.scaled:
         return
     scales = [_scale(dense, index) for index in range(len(dense.anatomy.blocks))]
-    attentions = [layer.attention for layer in layers]
-    for number, (layer, following) in enumerate(zip(layers, [*attentions[1:], len(scales)])):
+    for number, (layer, by) in enumerate(zip(layers, folded(layers, scales))):
         start, block = f"{dense.prefix}{number}.", dense.anatomy.blocks[layer.attention]
-        late = 1.0 if number else math.prod(scales[: layer.attention])
-        if late != 1:
-            yield from _divided(dense, block.attention, late, start)
         mlp = layer.attention if layer.mlp is None else layer.mlp
-        if (later := late * math.prod(scales[layer.attention : mlp])) != 1:
-            yield from _divided(dense, dense.anatomy.blocks[mlp].mlp, later, start)
+        if by.attention != 1:
+            yield from _divided(dense, block.attention, by.attention, start)
+        if by.mlp != 1:
+            yield from _divided(dense, dense.anatomy.blocks[mlp].mlp, by.mlp, start)
         if block.scaled_by:
             like = dense.block(layer.attention)[block.scaled_by]
-            whole = late * math.prod(scales[layer.attention : following])
-            yield start + block.scaled_by, _like(like, torch.full(like.shape, whole, dtype=torch.float64))
+            yield start + block.scaled_by, _like(like, torch.full(like.shape, by.whole, dtype=torch.float64))
 
 
 def _scale(dense: DenseModel, index: int) -> float:
@@ -51,9 +42,12 @@ def _scale(dense: DenseModel, index: int) -> float:
     if name is None:
         return 1.0
     stored = dense.block(index).get(name)
-    if stored is None or stored.dtype not in FLOATS:
-        raise UsageError(f"the files of {dense.origin.model} have no {name} of layer {index}; download them again")
-    return float(_values(stored))
+    scale = math.nan if stored is None or stored.dtype not in FLOATS else float(_values(stored).sum())
+    if not 0 < abs(scale) < math.inf:
+        raise UsageError(
+            f"the files of {dense.origin.model} have {scale} for {name} of layer {index}; download them again"
+        )
+    return scale
 
 
 def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterator[tuple[str, Source]]:

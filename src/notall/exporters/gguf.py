@@ -8,6 +8,7 @@ a layer, without a setting in the file, cannot be carried over, and is refused w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..models.cache import sha256
 from ..progress import Progress, silent
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
-from ..running.regrouping import BOTH, Layer, merged, regroup, sparse_layers
+from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup, sparse_layers
 from . import llamacpp
 from .gguf_file import BLOCK, GGUF, Field, GGUFTensor, read_gguf, total_bytes, write_gguf
 from .gguf_weights import with_weights
@@ -37,21 +38,34 @@ from .manifest import (
 )
 from .writing import check_room
 
-# Their blocks hold one attention and one MLP each, or recurrent halves that take an attention's place: not ours to cut.
+# Their blocks hold one attention and one MLP each.
 ORDINARY = {
     "apertus", "arcee", "arctic", "baichuan", "bailingmoe", "bailingmoe2", "bitnet", "bloom", "chameleon",
     "chatglm", "codeshell", "cohere2", "command-r", "dbrx", "deci", "deepseek", "deepseek2", "dots1", "ernie4_5",
-    "ernie4_5-moe", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "glm4", "glm4moe", "gpt-oss",
+    "ernie4_5-moe", "exaone", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma4", "glm4", "glm4moe", "gpt-oss",
     "gpt2", "gptj", "gptneox", "granite", "granitemoe", "grok", "hunyuan-dense", "hunyuan-moe", "internlm2", "jais",
     "llama", "llama4", "maincoder", "minicpm", "minicpm3", "mistral3", "mpt", "nemotron", "olmo", "olmo2", "olmoe",
     "openelm", "orion", "pangu-embedded", "phi2", "phi3", "phimoe", "plamo", "plm", "qwen", "qwen2", "qwen2moe",
     "qwen2vl", "qwen3", "qwen3moe", "refact", "seed_oss", "smollm3", "stablelm", "starcoder", "starcoder2", "xverse"
 }  # fmt: skip
 
+# Some of their layers hold a recurrent mixer, or one sublayer alone; lists of the file, or their tensors, say which.
+HYBRIDS = {
+    "falcon-h1", "granitehybrid", "jamba", "lfm2", "lfm2moe", "mamba", "mamba2", "nemotron_h", "nemotron_h_moe",
+    "qwen35", "qwen35moe", "qwen3next",
+}  # fmt: skip
+# Every n-th mixer is an attention, unless the file lists the others, which llama.cpp reads of those alone.
+INTERVAL, LISTED = "full_attention_interval", "attention.recurrent_layers"
+INTERVALS = {"qwen35": 4, "qwen35moe": 4, "qwen3next": 4}
+LISTING = {"qwen35", "qwen35moe"}
+
 # Every n-th layer has full attention and the others a window, unless the file lists them.
 WINDOWS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt-oss": 2, "exaone4": 4, "olmo2": 4, "llama4": 4}
 # Every n-th attention goes without RoPE, and no setting says so.
 WITHOUT_ROPE = {"smollm3": 4, "llama4": 4}
+# What makes layers of Gemma 4 depend on each other, or on their place.
+BY_DEPTH = ("attention.shared_kv_layers", "embedding_length_per_layer_input")
+OUTPUT_SCALE = "layer_output_scale.weight"
 # Depths by which llama.cpp recognises a model that it then computes in another way.
 TELLING_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
 # The MLP of these reads what the attention read, though it has a norm of its own.
@@ -138,7 +152,8 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
 def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
     """Fields and tensors of the file without what `plan` skips. Raises `UsageError` where no file can say so."""
     _check(source, plan)
-    layers = merged(regroup([BOTH] * source.depth, plan), lambda attention, mlp: _fits(source, attention, mlp))
+    groups = regroup([_kinds(source, index) for index in range(source.depth)], plan)
+    layers = merged(groups, lambda attention, mlp: _fits(source, attention, mlp))
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
     return _deci(source, layers)
@@ -157,10 +172,23 @@ def _check(source: GGUF, plan: Plan) -> None:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)
     name = source.architecture
-    if name not in ORDINARY:
+    if name not in ORDINARY | HYBRIDS:
         raise UsageError(f"notall does not know how llama.cpp builds the layers of {name}, and leaves it alone")
     if source.setting("nextn_predict_layers", 0):
         raise UsageError(f"{source.path.name} holds layers that predict ahead, after its last; convert it without them")
+    for kind in BOTH:
+        lacking = [index for index in getattr(plan, kind) if kind not in _kinds(source, index)]
+        if lacking:
+            raise UsageError(f"the plan skips the {kind} of layer {lacking[0]}, which has none in {source.path.name}")
+
+
+def _kinds(source: GGUF, index: int) -> Sequence[str]:
+    """What a block holds: both, but for hybrids with layers of one sublayer."""
+    if source.architecture not in HYBRIDS:
+        return BOTH
+    names = [name for name in source.block(index) if not name.split(".")[0].endswith("_norm")]
+    has = {kind: any(name.startswith("ffn_") == (kind == "mlp") for name in names) for kind in BOTH}
+    return [kind for kind in BOTH if has[kind]]
 
 
 # --- ordinary files ---------------------------------------------------------------------------------------------------
@@ -181,16 +209,52 @@ def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], 
         fields[f"{start}leading_dense_block_count"] = Field.of(sum(index < lead for index in mlps))
     if pattern := _window_pattern(source, attentions):
         fields[f"{start}attention.sliding_window_pattern"] = pattern
+    if recurrent := _recurrent_layers(source, attentions):
+        fields[f"{start}{LISTED}"] = recurrent
     tensors = source.outside_blocks
-    for number, (attention, mlp) in enumerate(zip(attentions, mlps)):
+    scales = [_output_scale(source, index) for index in range(source.depth)]
+    for number, (attention, mlp, by) in enumerate(zip(attentions, mlps, folded(layers, scales))):
         parts = _attention(source.block(attention)) | _mlp(source.block(mlp))
+        if any(scale != 1 for scale in scales):
+            parts |= _scaled(source, parts, by)
         tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
     return fields, tensors
 
 
+def _output_scale(source: GGUF, index: int) -> float:
+    """What a layer multiplies its stream by in the end, as Gemma 4's do."""
+    stored = source.block(index).get(OUTPUT_SCALE)
+    scale = 1.0 if stored is None else float(_floats(source, OUTPUT_SCALE, stored)[0])
+    if not 0 < abs(scale) < math.inf:
+        raise UsageError(f"{source.path.name} has {scale} for {OUTPUT_SCALE} of block {index}; download it again")
+    return scale
+
+
+def _scaled(source: GGUF, parts: Mapping[str, GGUFTensor], by: Folded) -> dict[str, GGUFTensor]:
+    """The number of a layer, and the norms behind what comes late for the numbers of those that were cut."""
+    late = {"post_attention_norm.weight": by.attention, "post_ffw_norm.weight": by.mlp}
+    new = {name: _floats(source, name, parts[name]) / scale for name, scale in late.items() if scale != 1}
+    if OUTPUT_SCALE in parts:
+        new[OUTPUT_SCALE] = np.full_like(_floats(source, OUTPUT_SCALE, parts[OUTPUT_SCALE]), by.whole)
+    return {name: GGUFTensor(np.float32(values), GGMLQuantizationType.F32) for name, values in new.items()}
+
+
+def _floats(source: GGUF, name: str, stored: GGUFTensor) -> np.ndarray[Any, Any]:
+    if stored.quantization != GGMLQuantizationType.F32 or stored.data.ndim != 1 or not stored.data.size:
+        raise UsageError(f"{source.path.name} has {name} in another form than llama.cpp's converter; download it again")
+    return stored.data
+
+
 def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequence[int]) -> None:
     name = source.architecture
+    if any(source.setting(given, 0) for given in BY_DEPTH):
+        raise UsageError(
+            f"layers of this {name} share keys and values, or each is given an input of its own, so that none can be "
+            "cut out; skip in memory"
+        )
+    listed = name in LISTING or source.setting(LISTED, [])
     rules = [
+        ("full attentions", 1 if listed else source.count(INTERVAL, INTERVALS.get(name, 1)), attentions),
         ("attentions without RoPE", WITHOUT_ROPE.get(name, 1), attentions),
         ("MLPs with experts", source.setting("interleave_moe_layer_step", 1) or 1, mlps),
     ]
@@ -223,6 +287,17 @@ def _window_pattern(source: GGUF, attentions: Sequence[int]) -> Field | None:
     return Field([not _is_last(index, given) for index in attentions], GGUFValueType.BOOL)
 
 
+def _recurrent_layers(source: GGUF, attentions: Sequence[int]) -> Field | None:
+    """The list of recurrent layers, where the file has none and they come in another order than the architecture's."""
+    if source.architecture not in LISTING or source.setting(LISTED, []):
+        return None
+    period = source.count(INTERVAL, INTERVALS[source.architecture])
+    recurrent = [not _is_last(index, period) for index in attentions]
+    if recurrent == [not _is_last(number, period) for number in range(len(attentions))]:
+        return None
+    return Field(recurrent, GGUFValueType.BOOL)
+
+
 def _attention(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
     return {name: tensor for name, tensor in block.items() if not _is_mlp(name, block)}
 
@@ -234,7 +309,7 @@ def _mlp(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
 def _is_mlp(name: str, block: Mapping[str, GGUFTensor]) -> bool:
     if name.startswith("post_attention_norm."):  # the norm after the attention, or the only one before the MLP
         return not any(other.startswith(("ffn_norm.", "post_ffw_norm.")) for other in block)
-    return name.startswith(("ffn_", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
+    return name.startswith(("ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
 
 
 def _fits(source: GGUF, attention: int, mlp: int) -> bool:

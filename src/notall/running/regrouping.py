@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -124,6 +125,35 @@ def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]
             mlp = after.pop(0)
         layers.append(Layer(group.layer, mlp, tuple(group.before), tuple(after)))
     return layers
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What becomes of the numbers that dense layers multiply their stream by, where some are cut, in an exported layer.
+
+    `whole` is the layer's own number. `attention` and `mlp` come late for these: what each adds is divided by it.
+    """
+
+    attention: float
+    mlp: float
+    whole: float
+
+
+def folded(layers: Sequence[Layer], scales: Sequence[float]) -> list[Folded]:
+    """For each layer, of the numbers `scales` of the dense ones.
+
+    A dense layer i ends in h = s_i h, and h goes on being multiplied where layers are left out. So a layer of attention
+    i and MLP j, with attention n next, has s_i ... s_(n-1); s_i ... s_(j-1) of it comes late for the MLP, and what
+    stands before the first attention for both. A norm begins them, which does not mind how large their stream is.
+    """
+    found = []
+    for number, layer in enumerate(layers):
+        mlp = layer.attention if layer.mlp is None else layer.mlp
+        following = layers[number + 1].attention if number + 1 < len(layers) else len(scales)
+        late = math.prod(scales[: layer.attention]) if number == 0 else 1.0
+        between, whole = scales[layer.attention : mlp], scales[layer.attention : following]
+        found.append(Folded(late, late * math.prod(between), late * math.prod(whole)))
+    return found
 
 
 @dataclass(frozen=True)
