@@ -7,6 +7,7 @@ import logging
 # Loggers, and words of the lines of each that are dropped. transformers imports torchao wherever it is installed.
 DROPPED = {
     "torchao": ("Failed to load", "Skipping import of cpp extensions"),  # kernels for another Python or another torch
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU",),  # kernels that it would fetch; transformers imports it
     "torch.utils._pytree": ("register_constant() on Enum subclasses",),  # torchao calls it
 }
 
