@@ -382,7 +382,8 @@ def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.
     layer.after = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.after)
     for extras in (layer.before, layer.after):
         extras.training = source.training
-    setattr(layer, "scales", Scales([[_scale(anatomy, dense, i) for i in way] for way in ways]) if any(ways) else None)  # noqa: B010
+    numbers = [[_scale(anatomy, dense, index) for index in way] for way in ways]
+    layer.scales = Scales(numbers) if any(ways) else None  # type: ignore[assignment]
     names = tuple(parameter_names(source))
     layer._layout = _Layout(  # type: ignore[assignment]
         block,
