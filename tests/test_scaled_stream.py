@@ -83,6 +83,15 @@ def test_removed_for_good_it_answers_so_in_any_dtype(model, plan: Plan) -> None:
 
 
 @torch.no_grad()
+def test_numbers_of_a_finer_dtype_leave_the_stream_in_its_own(model) -> None:
+    model.bfloat16()
+    for layer in stack_of(model):
+        layer.layer_scalar.data = layer.layer_scalar.float()
+    with skip(model, Plan([1])):
+        assert model(TOKENS).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_passages_lead_from_layer_to_layer(model) -> None:
     seen: list[Passage] = []
     walk(model, seen.append, input_ids=TOKENS)

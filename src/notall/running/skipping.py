@@ -294,7 +294,7 @@ class Scales(nn.Module):
 
     def forward(self, hidden: Tensor, way: int) -> Tensor:
         for name in self.ways[way]:
-            hidden = hidden * getattr(self, name)
+            hidden = (hidden * getattr(self, name)).to(hidden.dtype)  # a number may be of a finer one
         return hidden
 
 
