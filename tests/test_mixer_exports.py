@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import engines
@@ -13,6 +14,7 @@ from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
 from notall.exporters import export, mlx
+from notall.exporters.folding import _is_divided_by_weights
 from notall.running.regrouping import is_portable
 from test_architectures import prompt
 from test_mixers import REFUSED
@@ -166,3 +168,17 @@ def test_where_layers_go_by_their_index_nothing_is_saved(name: str, changes: dic
     remove(model, plans_of(family(name))["first"])
     with pytest.raises(UsageError, match="cannot hold or tell apart"):
         model.save_pretrained(tmp_path)
+
+
+def test_what_is_not_halved_with_its_weights_is_not_divided() -> None:
+    class Shifted(nn.RMSNorm):
+        def forward(self, given: Tensor) -> Tensor:
+            return super().forward(given) * (1 + self.weight) / self.weight
+
+    class Mixed(nn.Linear):
+        def forward(self, given: Tensor, others: Tensor) -> Tensor:
+            return super().forward(given + others)
+
+    with torch.device("meta"):
+        tried = [nn.RMSNorm(8), nn.Linear(8, 4), Shifted(8), Mixed(8, 8), nn.Identity()]
+    assert [_is_divided_by_weights(one) for one in tried] == [True, True, False, False, False]

@@ -91,9 +91,8 @@ def rope_names(settings: Settings) -> Settings:
     if not rope or "rope_theta" in settings:
         return {}
     if "sliding_attention" in rope:
-        if not settings.get("model_type", "").startswith(
-            "gemma3"
-        ):  # which alone has a name of its own for the second base
+        # Gemma 3 alone has a name of its own for the second base.
+        if not settings.get("model_type", "").startswith("gemma3"):
             return {}
         local, rope = rope["sliding_attention"], rope["full_attention"]
         named = {"rope_local_base_freq": local["rope_theta"]}
