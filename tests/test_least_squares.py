@@ -79,3 +79,14 @@ def test_of_few_tokens_the_tokens_are_kept():
     like = torch.empty(0)
     assert isinstance(sums_for(6, 7, 3, False, like), Rows)
     assert isinstance(sums_for(7, 7, 3, False, like), Moments)
+
+
+def test_a_second_ridge_and_more_tokens_are_no_other_problem():
+    rows = seen(5)
+    (few, _), more = both(rows, True), seen(3, seed=1)
+    for ridge, alike in ((0.3, False), (3.0, False), (3.0, True)):
+        torch.testing.assert_close(
+            few.solve(ridge, alike=alike), stacked(rows, ridge, True, alike), rtol=1e-5, atol=1e-6
+        )
+    few.add(*more[0])
+    torch.testing.assert_close(few.solve(0.3), stacked(rows + more, 0.3, True, False), rtol=1e-5, atol=1e-6)

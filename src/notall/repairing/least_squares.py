@@ -101,10 +101,12 @@ class Rows:
     features: list[Tensor] = field(default_factory=list)
     lacking: list[Tensor] = field(default_factory=list)
     roots: list[Tensor] = field(default_factory=list)
+    kernels: dict[bool, Tensor] = field(default_factory=dict)
 
     def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None:
         """As of `Moments`."""
         roots = weights.sqrt()[:, None]
+        self.kernels.clear()
         self.features.append(features * roots)
         self.lacking.append(lacking * roots)
         self.roots.append(roots)
@@ -124,7 +126,7 @@ class Rows:
         """As of `Moments`: with H the diagonal of what features are held back by, C = r' (z H^-1 z' + 1)^-1 z H^-1."""
         features, lacking, roots = self._together()
         scaled = features / _held_back(features.square().sum(0), ridge, alike)
-        kernel = features @ scaled.T
+        kernel = self._kernel(alike) / ridge
         kernel.diagonal().add_(1)
         lower, failed = torch.linalg.cholesky_ex(kernel)
         if failed:
@@ -135,6 +137,13 @@ class Rows:
         change = ((shares - by_bias @ bias) if self.biased else shares).T @ scaled
         change = torch.cat([change, bias.T], 1) if self.biased else change
         return change if change.isfinite().all() else None
+
+    def _kernel(self, alike: bool) -> Tensor:
+        """z H^-1 z' for a ridge of 1, (tokens, tokens): for any other it is less by that."""
+        if alike not in self.kernels:
+            features, _, _ = self._together()
+            self.kernels[alike] = features @ (features / _held_back(features.square().sum(0), 1.0, alike)).T
+        return self.kernels[alike]
 
     def _together(self) -> tuple[Tensor, Tensor, Tensor]:
         for name in ("features", "lacking", "roots"):
