@@ -54,16 +54,13 @@ def nothing_left(folder):
     return not list(folder.iterdir())
 
 
+GOING_ALONG = ["tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json", "LICENSE"]
+
+
 @pytest.mark.parametrize("plan", [BLOCK, MIXED], ids=["ordinary", "regrouped"])
 def test_companions_go_along_and_other_weights_do_not(dense, plan, tmp_path):
     out = export(dense, plan, "hf", tmp_path / "out")
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "preprocessor_config.json",
-        "generation_config.json",
-        "LICENSE",
-    ):
+    for name in GOING_ALONG:
         assert (out / name).read_bytes() == (dense / name).read_bytes()
     assert not (out / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -416,13 +413,7 @@ def test_what_is_not_on_the_list_stays_where_it_is(beside, target, tmp_path):
         (beside / name).write_text("mine")
     out = export(beside, BLOCK, target, tmp_path / "out", verify=False)
     assert not {path.name for path in out.iterdir()} & set(secrets)
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "preprocessor_config.json",
-        "generation_config.json",
-        "LICENSE",
-    ):
+    for name in GOING_ALONG:
         assert (out / name).is_file()
 
 
