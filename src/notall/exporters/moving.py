@@ -24,18 +24,13 @@ class Piece:
     tensors: Tensors
     start: str
 
-    def named(self) -> Iterator[tuple[str, Source]]:
-        """Its tensors by their new names."""
-        return ((self.start + name, tensor) for name, tensor in self.tensors.items())
-
 
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Source]]:
-    """The tensors of the export under their new names."""
+    """The tensors of the export under their new names; of a name that comes again, the later one."""
     yield from dense.outside_layers.items()
-    new = dict(folded_scales(dense, layers))
     for piece in _pieces(dense, layers):
-        yield from ((name, new.pop(name, tensor)) for name, tensor in piece.named())
-    yield from new.items()
+        yield from ((piece.start + name, tensor) for name, tensor in piece.tensors.items())
+    yield from folded_scales(dense, layers)
 
 
 def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str | None]:
