@@ -36,7 +36,7 @@ from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
-from ..structure.observation import LayerCall, scaled
+from ..structure.observation import LayerCall
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
 from .kept import Kept, step_of
@@ -204,11 +204,8 @@ class Repair:
         if not (following and following.gap and self.ahead):
             return self.text.dense.before(step.behind)[0]
         here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
-        keep, on = self.text.spool.keep, (following.own_scale, following.scale)
-        return [
-            keep(aim + self.ahead * (scaled(gone, 1 / on[1]) - scaled(left, 1 / on[0])))
-            for aim, left, gone in zip(here, by, to)
-        ]
+        keep, whole, own = self.text.spool.keep, following.scale, following.own_scale
+        return [keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
