@@ -1,11 +1,13 @@
 """Criteria and repairs of others: by an entry point of an installed package, and as module:function."""
 
+import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import notall
 from families import family
@@ -14,6 +16,7 @@ from notall.choosing import criteria
 from notall.choosing.budget import by_count
 from notall.choosing.objective import kl
 from notall.repairing import methods
+from notall.repairing.kept import load_repaired
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it looks up names
@@ -36,6 +39,10 @@ def halved(model, plan, batches, progress=None):
     """Half of an MLP."""
     path = "model.layers.0.mlp.down_proj.weight"
     return RepairedPlan.of(plan, weights={path: model.get_parameter(path).detach() / 2})
+
+def elsewhere(model, plan, batches, progress=None):
+    path = "model.layers.0.mlp.down_proj.weight"
+    return RepairedPlan.of(plan, weights={path: model.get_parameter(path).detach()[:1]})
 
 def lacks_one(setting):
     return {unit: 0.0 for unit in setting.space.units[1:]}
@@ -184,6 +191,64 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     code, _, err = run("search", model, "--criterion", "mine:by_deth", "--count", 1)
     assert (code, err.count("\n")) == (2, 1)
     assert "did you mean by_depth?" in err
+
+
+def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_prose):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=5)
+    Plan([2]).save("plan.json")
+    Path("text.txt").write_text("a bird sings under the winter light of an old stone; " * 9)
+    small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt", "--plan", "plan.json"]
+    command = ["repair", model, *small, "--method", "mine:halved", "--out", "made", "--json"]
+    code, shown, err = run(*command)
+    assert (code, err) == (0, "")
+    found = json.loads(shown)
+    assert ["quality"] == [*found]
+    assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
+    held = load_repaired(Path("made"))
+    ((path, weight),) = held.weights.items()
+    dense = notall.load(str(model), dtype="float32")[0].get_parameter(path)
+    assert torch.equal(weight, dense / 2)
+    assert "repaired by mine:halved" in str(held.history[0])
+    before = {file.name: file.read_bytes() for file in Path("made").iterdir()}
+    with pytest.MonkeyPatch.context() as patched:  # it is there, and nothing is made again
+        patched.setattr(sys.modules["mine"], "halved", lambda *_, **__: pytest.fail("made again"))
+        assert run(*command)[:2] == (0, shown)
+    assert {file.name: file.read_bytes() for file in Path("made").iterdir()} == before
+    code, _, err = run("export", model, "--plan", "made", "--to", "hf", "--out", "fast", "--dtype", "float32")
+    assert code == 0, err
+    exported = load_file("fast/model.safetensors")
+    assert torch.equal(exported[path], dense / 2)
+    assert "repaired by mine:halved" in Path("fast/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (["--method", "nbl"], "nbl keeps a matrix and a bias each at run time"),
+        (["--method", "refitt"], "did you mean refit?"),
+        (["--method", "mine:elsewhere"], "the repaired model.layers.0.mlp.down_proj.weight is (1, "),
+        (["--method", "replaceme", "--streams", "s"], "--streams goes with --method refit"),
+    ],
+)
+def test_a_method_that_no_plan_can_keep_is_one_line(mine, run, tmp_path, short_prose, named, message):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=3)
+    Plan([1]).save("plan.json")
+    small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--plan", "plan.json"]
+    code, _, err = run("repair", model, *small, *named, "--out", "made")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not Path("made/plan.json").exists()
+
+
+def test_a_folder_of_one_method_is_not_taken_for_another(mine, run, tmp_path, short_prose):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=3)
+    Plan([1]).save("plan.json")
+    small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--plan", "plan.json", "--out", "made"]
+    assert run("repair", model, *small, "--method", "replaceme")[0] == 0
+    for other in ("prune-and-comp", "refit"):
+        code, _, err = run("repair", model, *small, "--method", other)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "made holds results of another" in err
 
 
 def test_the_list_of_criteria_has_those_of_packages(package, run):

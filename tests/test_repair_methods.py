@@ -369,7 +369,7 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
     rows = [json.loads(line) for line in (tmp_path / "plain" / ComparisonRecord.file).read_text().splitlines()]
     assert not any("repair" in row or "added_bytes" in row for row in rows)
     assert "repair" not in comparison_table([record.row() for record in plain])
-    assert name_of(plain[0].row()) == "deepest by nll: 2 attention"
+    assert name_of(plain[0].row()) == "deepest: 2 attention"
     repaired = compare_criteria(
         model, asked, AIMS, HELD_OUT, tmp_path / "more", ABOUT, repairs=Repairs(("ghosted",), BATCHES)
     )
@@ -377,7 +377,7 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
     assert "| criterion | by | repair | NLL added |" in table
     assert "| added |" in table
     assert "| deepest | nll | ghosted |" in table
-    assert name_of(repaired[1].row()) == "deepest by nll, ghosted: 2 attention"
+    assert name_of(repaired[1].row()) == "deepest, ghosted: 2 attention"
     names = {(row["criterion"], row["repair"]) for row in plots.front_rows([record.row() for record in repaired])}
     assert names == {(name, repair) for name in ("deepest", "shallowest") for repair in ("none", "ghosted")}
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
     from ..running.repaired import RepairedPlan
 
+REFIT = "refit"  # the method that is the default
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 TOKENS = 131_072  # that are trained on
 MEASURED = 16  # windows of each text that what came out is measured on
@@ -61,6 +62,10 @@ def repair(
     ] = None,
     length: Length = LENGTH,
     batch_size: BatchSize = 8,
+    method: Annotated[
+        str,
+        typer.Option(help="how: refit, replaceme, prune-and-comp, or a function of your own, as module:function"),
+    ] = REFIT,
     streams: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="keep the text's streams in files in this folder, if memory is short"),
@@ -78,14 +83,13 @@ def repair(
     Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
-    from ..records.repair import RefitRecord
     from ..repairing.measured import measure
-    from ..repairing.refitting import repair as repair_plan
     from ..structure.locating import locate
 
     check_folders(repair=out)
     if streams:
         refuse_unwritable(streams)
+    _refuse_method(method, streams)
     wanted = _given(plan)
     check_texts(*(text or ["prose"]), *(held_out or []))
     loading = Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
@@ -95,14 +99,51 @@ def repair(
     settings = provenance_of(net, model, revision, **texts.described)
     with progress_bar() as progress:
         fit = texts.together(batch_size)
-        repaired = repair_plan(net, wanted, fit, streams=streams, folder=out, settings=settings, progress=progress)
+        repaired = _repaired_by(method, net, wanted, fit, out, settings, streams, progress)
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
-    refits: list[Row] = [refit.row() for refit in repaired.refits if as_json or refit.ridge is not None or refit.why]
-    tables = {
-        "refits": Shown(refits, RefitRecord.columns, f"{out}: {_counted(repaired)}"),
-        "quality": shown_quality(measured, f"skip {wanted}: before the repair and after it"),
-    }
-    show_all(tables, as_json=as_json)
+    quality = shown_quality(measured, f"skip {wanted}: before the repair and after it")
+    show_all({**(_refits(repaired, out, as_json) if method == REFIT else {}), "quality": quality}, as_json=as_json)
+
+
+def _refuse_method(name: str, streams: Path | None) -> None:
+    """Raise `UsageError` for a repair that there is none of, that no plan can keep, or that knows no streams."""
+    from ..repairing.methods import method
+
+    adds = method(name).adds
+    if adds != "nothing":
+        raise UsageError(
+            f"{shortened(name)} keeps {adds} at run time, which no checkpoint has room for: measure it with `notall "
+            f"compare --repair {shortened(name)}`, or leave out --method"
+        )
+    if streams and name != REFIT:
+        raise UsageError(f"--streams goes with --method {REFIT}, the default")
+
+
+def _repaired_by(
+    method: str,
+    net: PreTrainedModel,
+    plan: Plan,
+    fit: list[Tensor],
+    out: Path,
+    settings: Provenance,
+    streams: Path | None,
+    progress: Progress,
+) -> RepairedPlan:
+    if method == REFIT:
+        from ..repairing.refitting import repair
+
+        return repair(net, plan, fit, streams=streams, folder=out, settings=settings, progress=progress)
+    from ..repairing.methods.keeping import repair_into
+
+    return repair_into(out, method, net, plan, fit, settings, progress)
+
+
+def _refits(repaired: RepairedPlan, out: Path, everything: bool) -> dict[str, Shown]:
+    """What became of each sublayer; at the terminal only where something did."""
+    from ..records.repair import RefitRecord
+
+    refits: list[Row] = [one.row() for one in repaired.refits if everything or one.ridge is not None or one.why]
+    return {"refits": Shown(refits, RefitRecord.columns, f"{out}: {_counted(repaired)}")}
 
 
 @app.command(

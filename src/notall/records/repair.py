@@ -28,10 +28,12 @@ class RepairStep(BaseModel):
     texts: tuple[FittedText, ...] = ()
     sequences: int | None = Field(None, ge=1, description="windows of all texts together")
     length: int | None = Field(None, ge=1, description="tokens a window")
+    method: str = Field("refit", max_length=100, description="how weights were repaired")
     sampled: bool = Field(False, description="whether the dense model wrote the windows, from the texts' first words")
 
     def __str__(self) -> str:
-        verb = "refit in closed form" if self.by == "repair" else "trained to say what the dense model says"
+        repaired = "refit in closed form" if self.method == "refit" else f"repaired by {self.method}"
+        verb = repaired if self.by == "repair" else "trained to say what the dense model says"
         on = " and of ".join(one.text for one in self.texts)
         by = "that it wrote itself from the first words " if self.sampled else ""
         return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb

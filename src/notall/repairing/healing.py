@@ -29,7 +29,7 @@ from ..running.repaired import RepairedPlan
 from ..structure.anatomy import base_model
 from ..structure.locating import locate
 from .distilling import CHECKPOINTS, Course, Distillation
-from .kept import BEFORE, PLAN, keep_healed, load_repaired, step_of
+from .kept import BEFORE, HEALED, PLAN, keep_whole, load_repaired, step_of
 from .refitting import digest_of
 from .students import RANK, Student, Trained
 
@@ -93,7 +93,7 @@ def heal(
         training.train(batches, held_out, Course(rate, warm_up, seed))
         healed = RepairedPlan.of(plan, weights=before | student.weights(), history=history)
         if folder:
-            keep_healed(folder, healed)
+            keep_whole(folder, healed, HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return healed
 

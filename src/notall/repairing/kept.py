@@ -19,7 +19,7 @@ from ..records.provenance import Provenance
 from ..records.repair import RefitRecord, RepairStep
 from ..running.repaired import RepairedPlan
 
-PLAN, HEALED = "plan.json", "healed.safetensors"
+PLAN, HEALED, WHOLE = "plan.json", "healed.safetensors", "weights.safetensors"
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 
@@ -59,9 +59,9 @@ def step_of(by: str, about: Provenance) -> RepairStep:
     return RepairStep.model_validate({**settings, "by": by})
 
 
-def keep_healed(folder: Path, plan: RepairedPlan) -> None:
-    """Write a plan whose weights were trained, all in one file."""
-    save_file({path: weight.cpu() for path, weight in plan.weights.items()}, folder / HEALED)
+def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
+    """Write a plan and its weights, all in the one file `name`: `HEALED` where they were trained, else `WHOLE`."""
+    save_file({path: weight.cpu().contiguous() for path, weight in plan.weights.items()}, folder / name)
     plan.save(folder / PLAN)
 
 
@@ -82,8 +82,8 @@ def load_repaired(folder: Path) -> RepairedPlan:
     refits = read(folder / RefitRecord.file, RefitRecord)
     weights = {path: weight for refit in refits for path, weight in _weights(folder, refit).items()}
     history = _history(folder)
-    if own_file(folder, HEALED):
-        weights |= _read(folder, HEALED)
+    for name in (WHOLE, HEALED):
+        weights |= _read(folder, name) if own_file(folder, name) else {}
     return RepairedPlan.of(plan, weights=weights, refits=tuple(refits), history=history)
 
 

@@ -39,9 +39,13 @@ def name_of(record: Row) -> str:
 
 
 def way_of(record: Row) -> str:
-    """How the plan of a comparison was chosen, and repaired, such as `search by kl, refit`."""
+    """How the plan of a comparison was chosen, and repaired, such as `search by kl, refit`.
+
+    What evaluates nothing but the dense model goes by no objective.
+    """
     repair = record.get("repair", UNREPAIRED)
-    return f"{record['criterion']} by {record['aim']}" + (f", {repair}" if repair != UNREPAIRED else "")
+    aim = f" by {record['aim']}" if record["evaluations"] > 1 else ""
+    return f"{record['criterion']}{aim}" + (f", {repair}" if repair != UNREPAIRED else "")
 
 
 def in_words(plan: Mapping[str, Sequence[int]]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,9 +17,15 @@ from transformers import PreTrainedModel
 from ...errors import UsageError, shortened
 from ...models.loading import dtype_name
 from ...progress import Progress, silent
+from ...records.ledger import Ledger, working_in
 from ...records.plan import Plan
-from ...running.repaired import LinearMap, RepairedPlan
+from ...records.provenance import Provenance
+from ...records.repair import RefitRecord
+from ...running.repaired import LinearMap, RepairedPlan, holder_of, refuse_maps
 from ...structure.anatomy import base_model
+from ...structure.locating import locate
+from ..kept import PLAN, WHOLE, keep_whole, load_repaired
+from ..refitting import digest_of
 from . import method
 
 WEIGHT, MATRIX, BIAS = "weight ", "matrix ", "bias "
@@ -56,6 +63,43 @@ def kept_repair(
     except SafetensorError as error:
         raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}); delete it, and run again") from None
     return _repaired(plan, tensors), seconds
+
+
+def repair_into(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    settings: Provenance | Mapping[str, Any],
+    progress: Progress = silent,
+) -> RepairedPlan:
+    """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
+
+    Raises `UsageError` for a method that keeps matrices at run time, weights that are none of the model's, and a folder
+    that holds other work or is in use, and as the method does.
+    """
+    anatomy = locate(base_model(model))
+    plan.check(anatomy)
+    about = Provenance.of(
+        settings,
+        plan=plan.indices,
+        fingerprint=anatomy.fingerprint,
+        dtype=dtype_name(base_model(model)),
+        calibration=digest_of(batches),
+        method=name,
+    )
+    with working_in(folder, "repair"):
+        ledger = Ledger(folder, RefitRecord, about)
+        if not (folder / PLAN).is_file():
+            repaired = method(name).repair(model, plan, batches, progress)
+            refuse_maps(repaired)
+            repaired.check(anatomy)
+            for path, weight in repaired.weights.items():
+                holder_of(model, path, weight)
+            ledger.add()  # its first line alone: where the weights come from
+            keep_whole(folder, repaired, WHOLE)
+        return load_repaired(folder)
 
 
 def _tensors(repaired: RepairedPlan) -> dict[str, Tensor]:
