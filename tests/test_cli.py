@@ -31,10 +31,10 @@ from notall.measuring import quality
 from notall.records.ledger import read
 from notall.records.measured import MeasuredRecord
 from notall.repairing import refitting
-from notall.repairing.kept import load_repaired
 from notall.repairing.refitting import digest_of
 from notall.reporting import extras, side_by_side
 from notall.reporting.comparison_files import TIMED_ONCE
+from notall.running.repaired_folders import load_repaired
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import TASKS, write_tasks
 from tiny_tokenizer import byte_tokenizer

@@ -16,7 +16,7 @@ from notall.choosing import criteria
 from notall.choosing.budget import by_count
 from notall.choosing.objective import kl
 from notall.repairing import methods
-from notall.repairing.kept import load_repaired
+from notall.running.repaired_folders import load_repaired
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it looks up names
@@ -202,7 +202,7 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     code, shown, err = run(*command)
     assert (code, err) == (0, "")
     found = json.loads(shown)
-    assert ["quality"] == [*found]
+    assert [*found] == ["quality"]
     assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
     held = load_repaired(Path("made"))
     ((path, weight),) = held.weights.items()

@@ -15,8 +15,8 @@ from notall.records.healing import HealRecord
 from notall.records.ledger import read
 from notall.repairing import healing
 from notall.repairing.healing import heal
-from notall.repairing.kept import load_repaired
 from notall.repairing.students import Student
+from notall.running.repaired_folders import load_repaired
 from notall.running.replay import Replay
 
 PLAN = Plan(attention=[2], mlp=[1])

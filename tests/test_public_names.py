@@ -99,7 +99,8 @@ def test_what_a_choice_comes_to_fits_a_screen():
     chosen = notall.choose_plan(model, "deepest", space, budget, batches, objective, held_out=batches)
     for one, most in ((chosen, 20), (budget, 2), (objective, 2), (chosen.held_out[1], 4)):
         assert lines_at_80_columns(repr(one)) <= most, one
-    assert f"skip {chosen.plan}: {chosen.dense_cost:.3f} before, {chosen.cost:.3f} after" in str(chosen)
+    told = f"skip {chosen.plan}: nll {chosen.dense_cost:.3f} without the plan, {chosen.cost:.3f} with it"
+    assert told in str(chosen)
     assert ": 0.000 before, -0.001 after" in str(replace(chosen, dense_cost=-1e-9, cost=-0.001))
 
 

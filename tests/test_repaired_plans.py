@@ -18,7 +18,7 @@ from notall.evaluation.answers import Answers
 from notall.exporters.dense import opened
 from notall.measuring.quality import evaluate
 from notall.records.record import Skipped
-from notall.repairing.kept import load_repaired
+from notall.running.repaired_folders import load_repaired
 from notall.running.replay import Replay, Trunk, live_steps, record, step_name
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3

@@ -12,10 +12,11 @@ import forked
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from notall.repairing import refitting
-from notall.repairing.kept import Kept, load_repaired
+from notall.repairing.kept import Kept
 from notall.repairing.projections import find_projection
 from notall.repairing.refitting import HELD, RIDGES, held_out
 from notall.repairing.spool import Spool
+from notall.running.repaired_folders import load_repaired
 from notall.running.replay import Replay, record
 from notall.structure.observation import LayerCall
 from small_disk import room_for

@@ -31,8 +31,8 @@ from notall.exporters.engines.asking import ask
 from notall.measuring.speed import cores
 from notall.models.texts import read_text, token_batches
 from notall.records.columns import number, plain
-from notall.repairing.kept import load_repaired
 from notall.reporting.console import show
+from notall.running.repaired_folders import load_repaired
 
 VLLM = Path(__file__).with_name("vllm_text.py")
 TARGETS: dict[str, Target] = {"transformers": "hf", "vllm": "hf", "llama.cpp": "gguf"}

@@ -58,7 +58,32 @@ _HOMES = {
     "skip": "running.skipping",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])
+# as a literal, which type checkers read
+__all__ = [
+    "Anatomy",
+    "Block",
+    "Plan",
+    "RepairedPlan",
+    "Space",
+    "Sublayer",
+    "UnsupportedModel",
+    "UsageError",
+    "__version__",
+    "choose_plan",
+    "deepest",
+    "draft_model",
+    "evaluate",
+    "export",
+    "generate_text",
+    "heal",
+    "load",
+    "locate",
+    "measure_similarity",
+    "register",
+    "remove",
+    "repair",
+    "skip",
+]
 
 drop_chatter()
 

@@ -37,6 +37,12 @@ def raised_by(package: str, what: str, fix: str) -> Iterator[None]:
         raise UsageError(f"{what}: {said}; {fix}") from error
 
 
+def expect(given: object, kind: type | tuple[type, ...], give: str) -> None:
+    """Raise `UsageError` that says what to give, where `given` is no `kind`."""
+    if not isinstance(given, kind):
+        raise UsageError(f"give {give}, not {type(given).__name__}")
+
+
 def nearest(word: object, names: Sequence[str]) -> str:
     """` (did you mean NAME?)` where one of `names` is like `word`, else nothing."""
     near = difflib.get_close_matches(str(word)[:200], names, 1)

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: `progress(done, total, doing)`, in steps of its own, and what it is doing."""
+"""How long-running work reports progress: `progress(done, total, doing)`, in steps of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def silent(done: float, total: float, doing: str) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 class Stages:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from ..records.plan import Plan
 from ..running.footprint import footprint
 from .space import Skipped, Space, Unit, names_in
@@ -52,10 +52,10 @@ class Budget:
 
 
 def by_count(space: Space, count: float) -> Budget:
-    """So many of the space's kind (blocks and periods count whole, portable sets by sublayers), or a fraction of them.
+    """A budget: skip `count` units of this space or, below 1, that share of them, rounded to the nearest whole number.
 
-    A number below 1 is a fraction, rounded to the nearest whole number. Raises `UsageError` when there are fewer, and
-    for an odd number of sublayers of a portable set.
+    Blocks and periods count as one each, and portable sets by their sublayers. Raises `UsageError` when there are
+    fewer, and for an odd number of sublayers of a portable set.
     """
     if not 0 <= count < math.inf or (count >= 1 and count != int(count)):
         raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
@@ -67,7 +67,13 @@ def by_count(space: Space, count: float) -> Budget:
 
 
 def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amount: float) -> Budget:
-    """So many parameters, bytes of weights or bytes of KV cache a token less, or a fraction (below 1) of the dense."""
+    """A budget: save this many parameters, bytes of weights or bytes of KV cache a token; below 1, that share of them.
+
+    Raises `UsageError` for another resource, and for more than there is to save.
+    """
+    if resource not in (known := get_args(Resource)):
+        near = nearest(resource, known)
+        raise UsageError(f"cannot save {shortened(repr(resource))}{near}: give one of {', '.join(known)}")
     sizes = {part.name: part for part in space.anatomy.sublayers}
     size = "parameters" if resource == "params" else resource
     saves = {name: float(getattr(sizes[name], size)) for name in space.names}
@@ -81,7 +87,7 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
 
 
 def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:
-    """As many sublayers as can be had while the objective rises by at most `limit` nats."""
+    """A budget: skip as many sublayers as possible while the objective rises by at most `limit` nats."""
     check_nats(limit)
     return Budget(dict.fromkeys(space.names, 1.0), math.inf, f"at most {limit:g} more {of_what}", limit)
 
@@ -93,7 +99,7 @@ def check_nats(limit: float) -> None:
 
 
 def within_limit(budget: Budget, limit: Budget) -> Budget:
-    """What `budget` asks for, at no more than what `limit` (see `by_limit`) lets it cost."""
+    """A joint budget: what `budget` asks for, while the objective rises by at most `limit` (see `by_limit`)."""
     return replace(budget, limit=limit.limit, description=f"{budget.description}, {limit.description}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import UsageError
+from ..errors import UsageError, expect
 from ..measuring.quality import Quality, evaluate
 from ..progress import Progress, silent
 from ..records.ledger import Ledger, working_in
@@ -21,13 +22,15 @@ from ..records.provenance import Provenance
 from ..records.record import QualityFields
 from ..records.search import SearchRecord, SpeedCheck, Weighed
 from ..running.footprint import Footprint, footprint
+from ..structure.token_ids import all_checked, checked
 from .after_repair import AfterRepair
 from .budget import Budget
-from .criteria import Setting
+from .criteria import Setting, Way
+from .criteria import criterion as criterion_of
 from .evaluator import STATES_BYTES, Evaluator, Spent
 from .joint import choose_within
 from .latency import Prediction
-from .objective import Objective
+from .objective import Objective, kl
 from .searching import PATIENCE
 from .space import Space, Unit
 
@@ -51,16 +54,17 @@ class ChosenPlan:
     times: Prediction | None = None
     missed: str | None = None
     weighed: tuple[Footprint, Footprint] | None = None  # likewise
+    judged_by: str = "objective"
 
     def __str__(self) -> str:
         before, after = (round(cost, 3) + 0.0 for cost in (self.dense_cost, self.cost))  # none is -0.000
         return (
-            f"skip {self.plan}: {before:.3f} before, {after:.3f} after, "
-            f"in {self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
+            f"skip {self.plan}: {self.judged_by} {before:.3f} without the plan, {after:.3f} with it; "
+            f"{self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
         )
 
     def record(self, about: Provenance) -> SearchRecord:
-        """As it is written down: what was chosen, what it took, and what was measured of it."""
+        """The record that is stored: the choice, what it took, and its measurements."""
         return SearchRecord(
             plan=self.plan,
             chosen=self.plan.note or "",
@@ -116,13 +120,13 @@ def _speed_check(times: Prediction) -> SpeedCheck:
 
 def choose_plan(
     model: PreTrainedModel,
-    criterion: str,
+    criterion: Way,
     space: Space,
     budget: Budget,
     batches: Sequence[Tensor],
-    objective: Objective,
+    objective: Objective | None = None,
     *,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     settings: Provenance | Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
     patience: int = PATIENCE,
@@ -132,17 +136,27 @@ def choose_plan(
     after_repair: bool = False,
     progress: Progress = silent,
 ) -> ChosenPlan:
-    """What `criterion` skips of `space` to meet `budget`, measured by `objective` on `batches` of token ids.
+    """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
 
-    With a `folder` each evaluation is kept in it, and the same call goes on where one that was killed stopped;
-    `settings` tell it apart from others. With `max_minutes` the search ends with the best it has then, and with
-    `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
-    anew where it is too slow (see `choose_as_fast`); for budgets with a limit see `choose_within`. The plan is then
-    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves (see
-    `AfterRepair`), whatever the objective. Raises `UsageError` when the folder holds other work or is in use, and as
-    `criteria.choose` does.
+    `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. The `objective` brings its own
+    text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a `folder` each
+    evaluation is kept in it, and repeating the call resumes an interrupted run; `settings` identify the run, and a
+    folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with `patience`
+    after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen anew where it
+    is too slow (see `choose_as_fast`); for budgets with a limit see `choose_within`. The plan is then measured on
+    `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves (see
+    `AfterRepair`), whatever the objective.
+
+    Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
+    space, and for a budget that cannot be met.
     """
     check_minutes(max_minutes)
+    expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
+    expect(budget, Budget, "a budget, such as notall.choosing.budget.by_count(space, 3)")
+    way, batches, held_out = criterion_of(criterion), all_checked(batches, model), [*checked(held_out, model)]
+    objective = kl(batches) if objective is None else objective
+    expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
+    folder = None if folder is None else Path(folder)
     with working_in(folder, "search") if folder else nullcontext():
         if after_repair:
             evaluator: Evaluator = AfterRepair(model, batches, folder=folder, settings=settings)
@@ -150,11 +164,11 @@ def choose_plan(
             evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
-        outcome = choose_within(criterion, setting, budget)
+        outcome = choose_within(way, setting, budget)
         chosen = outcome.chosen
         spent = Spent(**vars(evaluator.spent))
         dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
-    plan = space.plan(chosen.skipped, f"{criterion} by {evaluator.judged_by}: {budget.description}")
+    plan = space.plan(chosen.skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}")
     return ChosenPlan(
         plan,
         chosen.order,
@@ -167,4 +181,5 @@ def choose_plan(
         outcome.check,
         outcome.missed,
         (footprint(model, Plan()), footprint(model, plan)),
+        evaluator.judged_by,
     )

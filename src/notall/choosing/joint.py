@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from .budget import Budget
-from .criteria import Chosen, Setting, choose
+from .criteria import Chosen, Setting, Way, choose
 from .latency import Prediction
 from .speedups import SpeedBudget, choose_as_fast, timed
 
@@ -20,7 +20,7 @@ class Outcome:
     missed: str | None = None
 
 
-def choose_within(criterion: str, setting: Setting, budget: Budget) -> Outcome:
+def choose_within(criterion: Way, setting: Setting, budget: Budget) -> Outcome:
     """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within it.
 
     Raises as `criteria.choose` does.
@@ -42,7 +42,7 @@ def choose_within(criterion: str, setting: Setting, budget: Budget) -> Outcome:
     return replace(within, missed=f"{costs}; at {at}")
 
 
-def _choose(criterion: str, setting: Setting, budget: Budget) -> Outcome:
+def _choose(criterion: Way, setting: Setting, budget: Budget) -> Outcome:
     if not isinstance(budget, SpeedBudget):
         return Outcome(choose(criterion, setting, budget))
     found = choose_as_fast(criterion, setting, budget)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..structure.token_ids import all_checked
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -89,16 +91,18 @@ class Objective:
 
 def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
+    batches = all_checked(batches)
     return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in batches), weight),))
 
 
 def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
+    batches = all_checked(batches)
     return Objective((Term("kl", tuple(_text(ids, None) for ids in batches), weight),))
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:
-    """Their sum."""
+    """The sum of several objectives, each with its weight."""
     return Objective(tuple(term for objective in objectives for term in objective.terms))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
-from ..errors import UsageError, nearest, shortened
+from ..errors import UsageError, expect, nearest, shortened
 from ..records.plan import Plan
 from ..running.regrouping import is_portable
 from ..structure.anatomy import Anatomy
@@ -24,8 +24,8 @@ WHOLE = ("block", "period")  # layers as they are
 class Space:
     """The sets to choose from: of one `kind` ("sublayer": attentions and MLPs), first and last layers preserved.
 
-    `kind` may also be that of some mixers of the model, such as linear_attention. A "period" is as many layers in a row
-    as it takes until the kinds of mixers come again: without any of them they still do, as some engines take it.
+    `kind` may also be that of some mixers of the model, such as linear_attention. A "period" is one turn of the pattern
+    in which the kinds of mixers repeat, in layers: skipping one leaves the pattern intact, which some engines need.
 
     `portable` leaves only sets whose result is an ordinary checkpoint: every maximal run of skipped sublayers has even
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
@@ -38,6 +38,7 @@ class Space:
     keep_last: int = 0
 
     def __post_init__(self) -> None:
+        expect(self.anatomy, Anatomy, "the anatomy of a model: notall.locate(model)")
         known = (*UNIT_KINDS, *self.anatomy.mixers)
         if self.kind not in known:
             near = nearest(self.kind, known)
@@ -113,7 +114,7 @@ class Space:
         return [unit for unit in free if self.allows(skipped.union(unit))]
 
     def beside(self, unit: Unit, skipped: Skipped) -> list[Unit]:
-        """The moves that take the nearest that is left before `unit`, or after it."""
+        """The moves that skip the nearest sublayer that is left before `unit`, or after it."""
         places = [self.order[name] for name in unit]
         left = [name for name in self.names if name not in skipped]
         before = [name for name in left if self.order[name] < min(places)][-1:]
@@ -121,7 +122,7 @@ class Space:
         return [move for move in self.moves(skipped) if {*before, *after}.intersection(move)]
 
     def returns(self, skipped: Skipped) -> list[Unit]:
-        """What may be given back of `skipped`; of a portable set, pairs that follow each other."""
+        """The units of `skipped` that may be restored; of a portable set, pairs that follow each other."""
         if self.by_pairs:
             places = self.order
             inside = self.sorted(skipped)

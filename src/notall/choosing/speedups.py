@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 from .budget import Budget
-from .criteria import Chosen, Setting, choose
+from .criteria import Chosen, Setting, Way, choose
 from .latency import Prediction, Times, check_times
 from .space import Space, plan_of
 
@@ -49,7 +49,7 @@ class TimedChoice:
 
 
 def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
-    """What makes the workload so many times faster. Raises `UsageError` where nothing that may be skipped does."""
+    """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
     check_faster(faster)
     if faster > (most := _fastest(space, times)):
         raise UsageError(
@@ -68,7 +68,7 @@ def check_faster(faster: float) -> None:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
 
 
-def choose_as_fast(criterion: str, setting: Setting, budget: SpeedBudget) -> TimedChoice:
+def choose_as_fast(criterion: Way, setting: Setting, budget: SpeedBudget) -> TimedChoice:
     """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
 
     What was evaluated for one choice is known for the next. Where none of `CHOICES` is as fast, before the setting

@@ -129,7 +129,7 @@ def read_plan(path: Path | None) -> Plan:
 
         return plan_of(path)
     if path and path.is_dir():
-        from ..repairing.kept import load_repaired
+        from ..running.repaired_folders import load_repaired
 
         return load_repaired(path)
     return Plan.load(path) if path else Plan()

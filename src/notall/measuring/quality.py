@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import UsageError, expect
 from ..records.plan import Plan
 from ..running.replay import Replay, record
+from ..structure.token_ids import IDS, checked
 from .statistics import mean_and_error
 from .token_scores import TokenScorer, TokenScores
 
@@ -53,9 +55,16 @@ class Quality:
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
     """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the dense model.
 
-    All plans run together, sharing their first sublayers (see `Replay`). Raises `UsageError` when a plan does not fit.
+    All plans run together, sharing their first sublayers (see `Replay`). Raises `UsageError` when a plan does not fit,
+    for what are no token ids of the model, and for a model inside a `skip`.
     """
-    return gather(score(model, plans, tokens) for tokens in batches)
+    expect(plans, Sequence, "a list of plans, such as [plan]")
+    for plan in plans:
+        expect(plan, Plan, "plans, such as notall.Plan(attention=[3])")
+    scores = [score(model, plans, tokens) for tokens in checked(batches, model)]
+    if not scores:
+        raise UsageError(f"there is no text to measure on: give a list of {IDS}")
+    return gather(scores)
 
 
 def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..errors import UsageError, nearest, shortened
+
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 
 def installed_names(group: str) -> list[str]:
@@ -38,8 +41,20 @@ def find(name: str, group: str) -> Any | None:
     """
     for point in entry_points(group=group):
         if point.name == name:
-            return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)})")
+            of = f" of {point.dist.name}" if point.dist else ""
+            return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)}{of})")
     return _loaded(name, shortened(name)) if ":" in name else None
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Make one line of what code of others raises: what it was, and where in their code."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
 def _loaded(value: str, told: str) -> Any:
@@ -74,5 +89,12 @@ def _where(error: Exception) -> str:
     said = shortened(f"{type(error).__name__}: {error}", 120)
     if isinstance(error, SyntaxError):  # which says it
         return said
-    last = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")][-1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    theirs = [frame for frame in frames if not _is_a_library(frame.filename)]
+    last = (theirs or frames)[-1]
     return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"
+
+
+def _is_a_library(filename: str) -> bool:
+    """Whether a file is notall's own, or of an installed package: its author cannot mend it."""
+    return filename.startswith(PACKAGE) or "site-packages" in filename

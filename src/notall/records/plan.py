@@ -52,7 +52,7 @@ class Plan(BaseModel):
     @classmethod
     def _each_once(cls, given: Any) -> tuple[int, ...]:
         if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
-            raise ValueError(f"give a list of layer indices such as [3, 4], not {shortened(given)}")
+            raise ValueError(f"give a list of layer indices such as [3, 4], not {shortened(repr(given))}")
         indices = sorted(map(_index, given))
         if indices and indices[0] < 0:
             raise ValueError(f"layer indices start at 0, but {shortened(indices[0])} is named")
@@ -123,6 +123,8 @@ class Plan(BaseModel):
         try:
             with path.open("rb") as file:
                 content = file.read(MOST_BYTES + 1)
+        except IsADirectoryError:
+            raise UsageError(f"{where} is a folder: notall.RepairedPlan.load reads a plan with weights") from None
         except OSError as error:
             raise UsageError(f"cannot read the plan {where}: {error.strerror}; `notall plan` writes one") from None
         if len(content) > MOST_BYTES:
@@ -183,5 +185,7 @@ def _index(given: Any) -> int:
 
 def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
+    if problem["type"] == "extra_forbidden":
+        return f"it has attention and mlp, and no {shortened(problem['loc'][0])}; a block is named in both"
     where = ".".join(shortened(part) for part in problem["loc"])
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

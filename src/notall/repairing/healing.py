@@ -6,6 +6,7 @@ repair is; `distilling` has the loop.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel, UsageError
+from ..errors import UnsupportedModel, UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..progress import Progress, silent
@@ -26,10 +27,11 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..running.head import Head
 from ..running.repaired import RepairedPlan
+from ..running.repaired_folders import BEFORE, HEALED, PLAN, keep_whole, load_repaired, step_of
 from ..structure.anatomy import base_model
 from ..structure.locating import locate
+from ..structure.token_ids import checked
 from .distilling import CHECKPOINTS, Course, Distillation
-from .kept import BEFORE, HEALED, PLAN, keep_whole, load_repaired, step_of
 from .refitting import digest_of
 from .students import RANK, Student, Trained
 
@@ -47,7 +49,7 @@ def heal(
     rate: float = RATE,
     warm_up: float = 0.0,
     seed: int = 0,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     settings: Provenance | Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
@@ -57,15 +59,17 @@ def heal(
     `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer, and
     `lora` has two thin matrices of `rank` beside each of those, which are added to them in the end. For the share
     `warm_up` of the batches each kept sublayer aims at the dense model's stream behind it, and only then all of them
-    at the next token. It ends early where the KL on `held_out`, batches as well, no longer falls, with the weights
-    that were best there, if only those that it began with. With a `folder` the result is written down, and the same
-    call goes on where one that was killed stopped.
+    at the next token. It ends early where the KL on `held_out`, batches as well, no longer falls, and keeps the best
+    weights, possibly the initial ones. With a `folder` the result is written down, and repeating the call resumes an
+    interrupted run.
 
     Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
     a folder that holds other work or is in use, and `lora` without peft, and `UnsupportedModel` as `locate` does and
     where the head is no matrix.
     """
-    inner = base_model(model)
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
+    inner, folder = base_model(model), Path(folder) if folder else None
+    batches, held_out = ([*checked(text, model)] for text in (batches, held_out))
     _check(inner, plan, warm_up)
     if not plan or not batches or not held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")

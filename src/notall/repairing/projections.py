@@ -51,6 +51,7 @@ class OutputProjection:
         return found if bias is None else found | {f"{self.path}.bias": bias}
 
 
+@torch.no_grad()
 def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> OutputProjection | None:
     """The output projection of a sublayer, tried on some of the stream, (batch, tokens, hidden); None if there is none.
 

@@ -11,6 +11,7 @@ Nothing is trained, and no tensor is added: the model has the shapes that it had
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UsageError
+from ..errors import UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..progress import Progress, silent
@@ -32,14 +33,16 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
+from ..running.repaired_folders import step_of
 from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
 from ..structure.anatomy import Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import LayerCall
+from ..structure.token_ids import all_checked
 from .behind_norms import refit_behind_norm
 from .direct import refit_directly
-from .kept import Kept, step_of
+from .kept import Kept
 from .projections import OutputProjection, features_of, find_projection
 from .readers import reading_gains
 from .spool import Spool
@@ -61,22 +64,25 @@ def repair(
     ridges: Sequence[float] = RIDGES,
     ahead: float = AHEAD,
     streams: Path | None = None,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     settings: Provenance | Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
 
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
-    eight is held out. `ridges` are tried in turn, relative to each feature's own square; `math.inf` changes nothing.
-    Streams and features of all of the text are in memory, or in files of the folder `streams`, which go with them.
-    `refits` of the result says what became of each sublayer. With a `folder` it is written down, and the same call
-    goes on where one that was killed stopped; `settings` tell it apart from others.
+    eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
+    sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
+    features of all of the text are in memory, or in files of the folder `streams`, which go with them. `refits` of the
+    result says what became of each sublayer. With a `folder` it is written down, and repeating the call resumes an
+    interrupted run; `settings` identify the run, and a folder of another one is refused.
 
     Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
     of which all that is kept is quantised, and a folder that holds other work or is in use, and `UnsupportedModel` as
     `locate` does.
     """
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
+    batches = all_checked(batches, model)
     sequences = sum(len(batch) for batch in batches)
     if sequences < 2:
         raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
@@ -99,7 +105,7 @@ def repair(
         ridges=list(ridges),
         ahead=ahead,
     )
-    history = (step_of("repair", about),)
+    history, folder = (step_of("repair", about),), Path(folder) if folder else None
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, about) if folder else None
         if kept and kept.has(step.names for step in come_to(steps_of(anatomy, plan), ahead)):

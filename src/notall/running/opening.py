@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UnknownArchitecture, UsageError, shortened
+from ..errors import UnknownArchitecture, UsageError, expect, shortened
 from ..models import loading
+from ..models.causal_model import CausalModel
 from ..models.folders import INDEX, SINGLE, own_file
 from ..models.gguf_header import check_gguf
 from ..models.load_errors import check_weights, explained, quiet
@@ -29,6 +30,7 @@ from .lacking import without
 
 CONFIG = "config.json"
 UNREAD = re.compile("architecture deci |`deci`")  # what transformers says of a file that only llama.cpp runs
+Loaded = tuple[CausalModel, PreTrainedTokenizerBase]
 WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub id that is an export; no code
 
 
@@ -41,20 +43,25 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in evaluation mode, and its tokenizer: `models.loading.load`, and exports too.
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    `spec` is "smollm2", a hub id, a folder or a .gguf file. `dtype` is "float32", "bfloat16", "float16", or "auto":
+    bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or "auto": the fastest there is.
+    `device_map`, accelerate's, replaces `device`.
 
     What `notall.export` wrote is opened as layers of the original architecture, some of which lack a sublayer, and is
     inspected, measured and skipped further like any other model. None of the code beside it is run. Raises `UsageError`
     for a model that is unknown, out of reach or incomplete, and for an export in a form that is not opened here.
     """
+    expect(spec, (str, Path), "a hub id, a folder or a file")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
     options |= {"attn_implementation": attn_implementation, "revision": revision}
     with _gguf_explained(spec):
         settings = _settings_of_export(spec, revision)
         if settings is None:
-            return loading.load(spec, **options, trust_remote_code=trust_remote_code)
-    return _load_export(spec, own_export(spec, settings), **options)
+            return cast("Loaded", loading.load(spec, **options, trust_remote_code=trust_remote_code))
+    return cast("Loaded", _load_export(spec, own_export(spec, settings), **options))
 
 
 def load_empty(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,7 +83,26 @@ class RepairedPlan(Plan):
         return Plan(self.attention, self.mlp, fingerprint=self.fingerprint, note=self.note)
 
     def __str__(self) -> str:
-        return f"{super().__str__()} (repaired)"
+        return f"{super().__str__()} (repaired)" if self.weights or self.maps else super().__str__()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan and its weights to a new folder, which commands take as `--plan`.
+
+        Raises `UsageError` where the folder holds something or cannot be written, and where the plan has `maps`.
+        """
+        from .repaired_folders import save_repaired
+
+        save_repaired(Path(path), self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RepairedPlan:
+        """Read the folder that `save`, `notall repair` or `notall heal` wrote.
+
+        Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
+        """
+        from .repaired_folders import load_repaired
+
+        return load_repaired(Path(path))
 
     @property
     def identity(self) -> tuple[Any, ...]:

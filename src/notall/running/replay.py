@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, UsageError
 from ..records.plan import Plan
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model
 from ..structure.locating import locate
 from ..structure.observation import Arguments, LayerCall, forward_replaced, parameter_names, run_branches, scaled
 from .repaired import LinearMap, RepairedPlan, with_weights
-from .skipping import skip
+from .skipping import is_skipping, skip
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,16 @@ class Trunk:
 
 
 class Replay:
-    """Evaluate `plans` together, batch after batch. Raises as `skip` does when a plan does not fit the model.
+    """Evaluate `plans` together, batch after batch.
 
     Where layers cannot be run apart, plan by plan is skipped in the model itself, and nothing is shared.
+    Raises `UsageError` when a plan does not fit the model, or the model is inside a `skip`.
     """
 
     def __init__(self, model: PreTrainedModel, plans: Sequence[Plan]) -> None:
         self.model = base_model(model)
+        if is_skipping(self.model):
+            raise UsageError("the model is inside a `with notall.skip(...)`; leave it before evaluating plans")
         self.anatomy = locate(self.model)
         self.layers: nn.ModuleList = self.model.get_submodule(self.anatomy.layers)
         self.first: dict[str, Step] = {}

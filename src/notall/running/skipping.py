@@ -13,14 +13,14 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import UsageError
+from ..errors import UsageError, expect
 from ..records.plan import Plan
 from ..structure import locating
 from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
@@ -40,11 +40,12 @@ class _Active:
     undo: ExitStack
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 _ACTIVE: WeakKeyDictionary[nn.Module, list[_Active]] = WeakKeyDictionary()
 
 
 @contextmanager
-def skip(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+def skip(model: Model, plan: Plan) -> Iterator[Model]:
     """Run `model` without the sublayers of `plan`, for the time of the `with`.
 
     Inside, the model holds no KV cache for a skipped attention and spends no time on what is skipped; its config
@@ -54,6 +55,7 @@ def skip(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     Not for two threads at once on one model. Raises `UsageError` when the plan does not fit the model or its repair
     keeps matrices at run time, and `UnsupportedModel` when the model's sublayers cannot be located.
     """
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
     active = _ACTIVE.setdefault(inner, [])
@@ -89,6 +91,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     inner = base_model(model)
     if is_skipping(inner):
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before removing anything for good")
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     anatomy = locate(inner)
     plan.check(anatomy)

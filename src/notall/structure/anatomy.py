@@ -50,6 +50,7 @@ class Sublayer:
 
     @property
     def name(self) -> str:
+        """Such as attn.3 or mlp.3."""
         return f"{'attn' if self.kind == 'attention' else 'mlp'}.{self.index}"
 
     @property
@@ -65,8 +66,7 @@ class Block:
     """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`.
 
     In the end it multiplies its stream by `scale`, the value of its tensor `scaled_by`, as Gemma 4 does: that stays
-    where a sublayer is left out. It is `bare` where there is nothing in it beside that and its sublayers, and nothing
-    that other layers read.
+    where a sublayer is left out. It is `bare` if it has no other modules, and no other layer reads from it.
     """
 
     index: int
@@ -81,6 +81,7 @@ class Block:
 
     @property
     def kinds(self) -> tuple[str, ...]:
+        """Of its sublayers: attention, mlp."""
         return tuple(sublayer.kind for sublayer in self.sublayers)
 
     @property
@@ -121,6 +122,7 @@ class Anatomy:
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
+        """Of all blocks, in the order they run."""
         return tuple(sublayer for block in self.blocks for sublayer in block.sublayers)
 
     @property
@@ -129,7 +131,7 @@ class Anatomy:
         return tuple(block.kinds for block in self.blocks)
 
     def scale(self, start: int, end: int) -> float:
-        """By what the stream is multiplied from block `start` to before block `end`."""
+        """The factor by which layers multiply the stream, from block `start` to before block `end`."""
         return math.prod(block.scale for block in self.blocks[start:end])
 
     @property
@@ -175,7 +177,7 @@ class Anatomy:
 
     @cached_property
     def period(self) -> int:
-        """After how many layers the kinds of mixers come again, as in Qwen3-Next after 4; 0 where they do not."""
+        """The period of the pattern of mixers, in layers: 4 in Qwen3-Next; 0 where there is none."""
         kinds = self._mixers_by_layer
         half = len(kinds) // 2
         return next((length for length in range(1, half + 1) if kinds[length:] == kinds[:-length]), 0)
@@ -187,7 +189,7 @@ class Anatomy:
 
     @property
     def by_halves(self) -> bool:
-        """Whether there are layers of two sublayers. Else a layer stays or goes, and every plan leaves whole layers."""
+        """Whether some layer has two sublayers. If not, plans skip only whole layers."""
         return any(len(block.sublayers) == 2 for block in self.blocks)
 
     @cached_property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, expect
 from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
 from .lending import Lending, Place, tensors_in
 from .observation import (
@@ -37,7 +37,7 @@ from .observation import (
     scale_of,
     watching,
 )
-from .proving import prove, prove_layer, prove_seat
+from .proving import prove, prove_causal, prove_layer, prove_seat
 from .seats import DummyLayer, Stub, halves, whole
 from .slicing import LAYER_INDICES, places_freed
 from .weightless import is_weightless, running_weightless
@@ -49,11 +49,12 @@ _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyD
 def locate(model: PreTrainedModel) -> Anatomy:
     """Find and prove the sublayers of a causal language model, once per model.
 
-    Costs some three forward passes of 8 tokens, and six where layers keep their seats. On the meta device only the
+    Takes about three forward passes of 8 tokens, or six where layers depend on each other. On the meta device only the
     structure is read.
     Raises `UnsupportedModel`, naming the layer, what was expected and what to do, when the model is not an embedding,
     a residual stream of attentions and MLPs, and a head, or when a layer differs from its recomposition.
     """
+    expect(model, nn.Module, "a model, as notall.load returns it")
     model = base_model(model)
     path, layers = decoder_layers(model)
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
@@ -174,6 +175,8 @@ def _proved(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
             prove_seat(config, trace, block, watch.lending)
         else:
             prove_layer(config, trace)
+    reads = [trace for trace in watch.traces if trace.cache_writes] or watch.traces
+    prove_causal(config, reads[0], watch.lending if found.seated else None)
     return found
 
 

@@ -100,14 +100,32 @@ def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lendin
 
 def prove_layer(config: PretrainedConfig, trace: LayerTrace) -> None:
     """A layer that goes or stays as a whole answers the same alone, as the first one of its model."""
-
-    def alone(hidden: Tensor) -> Tensor:
-        return first(trace.layer(hidden.clone(), **_alone(config, trace).arguments))
-
     with numbered(trace.layer, 0):
-        _compare(trace, alone(trace.hidden), first(trace.answer), "what it answers alone")
+        _compare(trace, _run_alone(config, trace, trace.hidden), first(trace.answer), "what it answers alone")
         if not trace.cache_writes:
-            _prove_others_local(trace, alone)
+            _prove_others_local(trace, lambda hidden: _run_alone(config, trace, hidden))
+
+
+def prove_causal(config: PretrainedConfig, trace: LayerTrace, lending: Lending | None = None) -> None:
+    """What a layer makes of a token must not hang on those that follow, as in an encoder: tried on the last one.
+
+    `lending` is that of layers that keep their seats.
+    """
+    axis = _tokens_axis(trace.hidden)
+    earlier, last = trace.hidden.split([trace.hidden.shape[axis] - 1, 1], dim=axis)
+    changed = torch.cat([earlier, last.flip(-1)], dim=axis)
+    if lending:
+        found = _Seat(config, trace, lending).run(trace.layer, changed)
+    else:
+        with numbered(trace.layer, 0):
+            found = _run_alone(config, trace, changed)
+    # the first one is padding in the probe, where attention may look anywhere
+    found, expected = (answer.narrow(axis, 1, earlier.shape[axis] - 1) for answer in (found, first(trace.answer)))
+    if not relative_error(found, expected) <= tolerance(_computed_in(config, expected.dtype)):
+        raise UnsupportedModel(
+            f"layer {trace.index} ({type(trace.layer).__name__}) looks at the tokens that follow, as encoders do; "
+            "notall skips sublayers of causal language models: choose another one"
+        )
 
 
 def _prove_others_local(trace: LayerTrace, run: Callable[[Tensor], Tensor]) -> None:
@@ -187,6 +205,11 @@ def _alone(config: PretrainedConfig, trace: LayerTrace) -> LayerCall:
     return LayerCall(
         {name: cache if isinstance(value, DynamicCache) else value for name, value in trace.arguments.items()}
     )
+
+
+def _run_alone(config: PretrainedConfig, trace: LayerTrace, hidden: Tensor) -> Tensor:
+    """The layer as it is, as the first one of its model."""
+    return first(trace.layer(hidden.clone(), **_alone(config, trace).arguments))
 
 
 def block_lines(block: Block) -> list[tuple[Branch, ...]]:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, shortened
-from ...models.extensions import installed_names, named
+from ...errors import UsageError, expect, shortened
+from ...models.extensions import explained, installed_names, named
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
 from ..budget import Budget
@@ -45,9 +46,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to choose: by `score`, the lowest first, or by `choose`. `measured`: by the objective.
+    """A way to choose: give `score`, of which the lowest is skipped first, or `choose`.
 
-    `needs` names modules that an extra brings, and `layers` a test that each layer of a model must pass.
+    Set `measured` where it goes by the objective. `kinds` are the kinds of units that it can choose among: attention,
+    mlp, block, period, sublayer. `needs` names modules that an extra brings, and `layers` a test that each layer of a
+    model must pass.
     """
 
     name: str
@@ -64,13 +67,23 @@ class Criterion:
             raise UsageError(f"the criterion {shortened(self.name)} needs one of score and choose")
 
     def scores(self, setting: Setting) -> UnitScores:
-        """By `score`. Raises `UsageError` where a unit that may be skipped has none."""
+        """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has none."""
         assert self.score
-        scores = self.score(setting)
+        with explained(f"the criterion {self.name}"):
+            scores = self.score(setting)
+        expect(scores, Mapping, f"back a score for each unit, a dict, from the criterion {shortened(self.name)}")
         for unit in setting.space.units:
             if math.isnan(scores.get(unit, math.nan)):
                 raise UsageError(f"the criterion {shortened(self.name)} gives no number to {unit}: score every unit")
         return scores
+
+    def chosen(self, setting: Setting, budget: Budget) -> Chosen:
+        """By `choose`. Raises `UsageError` where it fails, and where it returns no `Chosen`."""
+        assert self.choose
+        with explained(f"the criterion {self.name}"):
+            found = self.choose(setting, budget)
+        expect(found, Chosen, f"back a Chosen from the criterion {shortened(self.name)}")
+        return found
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether a model's layers are such that this can choose among them."""
@@ -126,39 +139,51 @@ CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points
 
 
-def criterion(name: str) -> Criterion:
-    """The criterion of this name: one of `CRITERIA`, of an installed package, or of `module:function`.
+Way = str | Criterion | Callable[[Setting], UnitScores]
 
-    Raises as `models.extensions.named` does.
+
+def criterion(way: Way) -> Criterion:
+    """The criterion of a name: one of `CRITERIA`, of an installed package, or of `module:function`.
+
+    A function becomes one: of a `Setting`, it scores; of a `Setting` and a `Budget`, it chooses. A `Criterion` is
+    itself. Raises `UsageError` for a name that there is nothing of, and for a module that cannot be imported.
     """
-    return _made(name, named(name, CRITERIA, GROUP, "criterion"))
+    if not isinstance(way, str):
+        return _made(getattr(way, "__name__", "criterion"), way) if not isinstance(way, Criterion) else way
+    return _made(way, named(way, CRITERIA, GROUP, "criterion"))
 
 
 def every_criterion() -> dict[str, Criterion]:
-    """By name, those of installed packages too. Raises as `criterion` does."""
-    return {name: criterion(name) for name in dict.fromkeys([*CRITERIA, *installed_names(GROUP)])}
+    """By name, those of installed packages too, but for those that fail: they are warned of."""
+    found = dict(CRITERIA)
+    for name in installed_names(GROUP):
+        try:
+            found[name] = criterion(name)
+        except UsageError as error:
+            warnings.warn(f"an installed criterion is left out: {error}", stacklevel=2)
+    return found
 
 
 def _made(name: str, found: Any) -> Criterion:
-    """A criterion by the name it was asked for; a function becomes one that scores."""
+    """A criterion by the name it was asked for; a function becomes one."""
     if isinstance(found, Criterion):
         return found if found.name == name else replace(found, name=name)
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
-    return Criterion(name, (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."), found)
+    described = (inspect.getdoc(found) or "").partition("\n")[0].rstrip(".")
+    given = inspect.signature(found).parameters.values()
+    required = [one for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return Criterion(name, described, **({"choose": found} if len(required) == 2 else {"score": found}))  # type: ignore[arg-type]
 
 
-def suits(name: str, space: Space) -> bool:
-    """Whether the criterion `name` can choose from `space`."""
-    return space.unit_kind in criterion(name).kinds
+def suits(way: Way, space: Space) -> bool:
+    """Whether a criterion can choose from `space`."""
+    return space.unit_kind in criterion(way).kinds
 
 
-def choose(name: str, setting: Setting, budget: Budget) -> Chosen:
-    """What the criterion `name` skips of `setting.space` to meet `budget`. Raises `UsageError` where it can't."""
-    one = criterion(name)
-    if not suits(name, setting.space):
-        raise UsageError(f"{name} chooses among {' and '.join(one.kinds)} only, not {setting.space.kind}")
-    if one.score:
-        return take(setting, one.scores(setting), budget)
-    assert one.choose
-    return one.choose(setting, budget)
+def choose(way: Way, setting: Setting, budget: Budget) -> Chosen:
+    """What a criterion skips of `setting.space` to meet `budget`. Raises `UsageError` where it can't."""
+    one = criterion(way)
+    if not suits(one, setting.space):
+        raise UsageError(f"{one.name} chooses among {' and '.join(one.kinds)} only, not {setting.space.kind}")
+    return take(setting, one.scores(setting), budget) if one.score else one.chosen(setting, budget)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ...errors import UsageError
+from ...errors import UsageError, expect
 from ...records.plan import Plan, Skippable, Variant
 from ...records.record import Configured
 from ...structure.anatomy import Anatomy
@@ -22,6 +22,7 @@ def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bo
     Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a fraction outside 0..1, or a
     fraction that leaves no attention.
     """
+    expect(anatomy, Anatomy, "the anatomy of a model: notall.locate(model)")
     if skip not in SKIPPABLE:
         raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
     if not 0 <= fraction <= 1:

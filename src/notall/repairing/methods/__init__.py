@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, shortened
-from ...models.extensions import named
+from ...errors import UsageError, expect, shortened
+from ...models.extensions import explained, named
 from ...progress import Progress, silent
 from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
@@ -72,15 +72,30 @@ GROUP = "notall.repair_methods"  # of entry points
 def method(name: str) -> Method:
     """The method of this name: one of `METHODS`, of an installed package, or of `module:function`.
 
-    Raises as `models.extensions.named` does.
+    Raises `UsageError` for a name that there is nothing of, and for a module that cannot be imported. What fails in a
+    method of others is a `UsageError` too, when it is called.
     """
-    return _made(name, named(name, METHODS, GROUP, "repair"))
+    return METHODS.get(name) or _made(name, named(name, METHODS, GROUP, "repair"))
 
 
 def _made(name: str, found: Any) -> Method:
     """A method; a function becomes one, described by its first line."""
     if isinstance(found, Method):
-        return found
+        return replace(found, repair=_guarded(name, found.repair))
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no repair: give a function of a model, a plan and batches, or a Method")
-    return Method(found, (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."))
+    return Method(_guarded(name, found), (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."))
+
+
+def _guarded(name: str, function: Repairing) -> Repairing:
+    """A repair of others, whose faults are one line."""
+
+    def guarded(
+        model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
+    ) -> RepairedPlan:
+        with explained(f"the repair {name}"):
+            found = function(model, plan, batches, progress)
+        expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
+        return found
+
+    return guarded

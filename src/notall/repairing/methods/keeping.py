@@ -22,9 +22,9 @@ from ...records.plan import Plan
 from ...records.provenance import Provenance
 from ...records.repair import RefitRecord
 from ...running.repaired import LinearMap, RepairedPlan, holder_of, refuse_maps
+from ...running.repaired_folders import PLAN, WHOLE, keep_whole, load_repaired
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
-from ..kept import PLAN, WHOLE, keep_whole, load_repaired
 from ..refitting import digest_of
 from . import method
 
