@@ -131,9 +131,9 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
     records = compare_criteria(model, [*first, Question("deepest", "nll", space, 2)], AIMS, HELD_OUT, tmp_path, ABOUT)
     assert [record.criterion for record in records] == ["cosine", "deepest"]
     assert len(read(tmp_path / ComparisonRecord.file, ComparisonRecord)) == 2
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="results with model"):
         compare_criteria(model, first, AIMS, HELD_OUT, tmp_path, {"model": "other"})
-    with pytest.raises(UsageError, match="another by"):
+    with pytest.raises(UsageError, match="results with by"):
         compare_criteria(model, first, {"nll": Aim(nll(HELD_OUT), HELD_OUT)}, HELD_OUT, tmp_path, ABOUT)
 
 
@@ -158,7 +158,7 @@ def test_tasks_are_answered_for_every_plan(tmp_path):
 def test_the_table_has_a_part_for_each_budget_and_the_best_first(compared):
     text = comparison_table([record.row() for record in compared[1]])
     assert text.count("###") == 4
-    part = text.partition("### 2 of attention")[2].partition("###")[0]
+    part = text.partition("### 2 attentions")[2].partition("###")[0]
     rows = [line for line in part.splitlines() if line.startswith("| ") and "±" in line and "criterion" not in line]
     losses = [float(row.split("|")[3].split("±")[0]) for row in rows]
     assert len(losses) == len([r for r in compared[1] if r.space == "attention" and r.count == 2])

@@ -248,7 +248,7 @@ def test_a_folder_of_one_method_is_not_taken_for_another(mine, run, tmp_path, sh
     for other in ("prune-and-comp", "refit"):
         code, _, err = run("repair", model, *small, "--method", other)
         assert (code, err.count("\n")) == (2, 1)
-        assert "made holds results of another" in err
+        assert "made holds results with" in err
 
 
 def test_the_list_of_criteria_has_those_of_packages(package, run):

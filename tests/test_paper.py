@@ -33,7 +33,7 @@ from notall.progress import silent
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
 from notall.records.claims import ClaimRecord
-from notall.records.latex import escaped
+from notall.records.latex import as_latex, escaped
 from notall.records.ledger import read
 from notall.records.provenance import Provenance
 from notall.records.similarity import SimilarityRecord
@@ -136,16 +136,34 @@ def test_the_time_table_reads_as_the_paper_s():
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
-    caption = running.caption_of("benchmarks", keep_last, model="smollm2_135", rounds="")
+    caption = running.caption_of("benchmarks", keep_last, model="smollm2_135", rounds="", made="On 1.9e5 documents.")
     text = PaperTable("benchmarks-x", caption, benchmark_table(scores, keep_last)).latex()
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
     assert text.count("\\toprule") == 1
     assert "skipped & fraction & ARC-C & MMLU & average \\\\" in text  # the hyphen of a name is none of a number
-    told = {False: "the last layer may be skipped too", True: "the last layer is kept"}[keep_last]
-    assert "\\caption{Benchmarks of smollm2\\_135 without a fraction of its layers' attentions, MLPs or" in text
-    assert f"the deepest; {told}. Per cent $\\pm$ standard error;" in text
+    told = {False: "the last layer skipped too", True: "the last layer kept"}[keep_last]
+    assert "\\caption{Benchmarks of smollm2\\_135 with the deepest of its attentions, MLPs or blocks skipped, " in text
+    assert f"{told}. Per cent $\\pm$ standard error;" in text
+    assert "On $1.9\\times10^{5}$ documents.}" in text
+    assert "\\begin{tabular}{llrrr}" in text
     assert "$^{*}$ p $<$ 0.05" in text
+
+
+def test_rows_that_begin_alike_stand_together_and_what_is_wide_spans_the_page():
+    def made(rows, columns):
+        return as_latex(["a"] * columns, rows, caption="c", label="l", right=[False] * columns)
+
+    grouped = made([["x", "1"], ["x", "2"], ["y", "3"]], 2)
+    assert "x & 2 \\\\\n\\addlinespace\ny & 3" in grouped
+    assert grouped.count("addlinespace") == 1
+    assert "addlinespace" not in made([["x", "1"], ["y", "2"]], 2)
+    assert "\\begin{table}" in grouped
+    assert "resizebox" not in grouped
+    wide = made([["x"] * 7], 7)
+    assert "\\begin{table*}" in wide
+    assert wide.count("resizebox") == 1
+    assert "\\end{tabular}}\n\\end{table*}" in wide
 
 
 def test_latex_escapes_what_it_would_read_as_its_own():
@@ -204,13 +222,13 @@ def test_claims_that_hold_and_do_not():
     assert found[little] == "holds"
     assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "holds"
     assert found["keeping the last layer lowers quality when 33% are skipped: block"] == "within error"
-    assert found["... but not for attention (33%)"] == "holds"
+    assert found["keeping the last layer does not lower quality when 33% are skipped: attention"] == "holds"
     bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
     found = verdicts(claims_of([], board(bad), []))
     assert found["skipping 33% of the attentions costs less than as many MLPs"] == "does not hold"
     assert found[little] == "does not hold"
     assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "does not hold"
-    assert found["... but not for attention (33%)"] == "does not hold"
+    assert found["keeping the last layer does not lower quality when 33% are skipped: attention"] == "does not hold"
 
 
 def test_claims_about_similarity():
@@ -247,7 +265,7 @@ def test_no_claim_is_judged_on_a_few_documents(documents):
     found = claims_of([], few(documents), [])
     is_few = {claim.verdict == "too few" for claim in found}
     assert is_few == {documents < LEAST_DOCUMENTS}
-    assert {f"on {documents} documents of a task" in claim.here for claim in found} == is_few
+    assert {f"with as few as {documents} documents a task" in claim.here for claim in found} == is_few
 
 
 @pytest.mark.parametrize("rounds", [1, LEAST_ROUNDS - 1, LEAST_ROUNDS])

@@ -101,7 +101,7 @@ def test_what_a_choice_comes_to_fits_a_screen():
         assert lines_at_80_columns(repr(one)) <= most, one
     told = f"skip {chosen.plan}: nll {chosen.dense_cost:.3f} without the plan, {chosen.cost:.3f} with it"
     assert told in str(chosen)
-    assert ": 0.000 before, -0.001 after" in str(replace(chosen, dense_cost=-1e-9, cost=-0.001))
+    assert ": nll 0.000 without the plan, -0.001 with it" in str(replace(chosen, dense_cost=-1e-9, cost=-0.001))
 
 
 @pytest.fixture(scope="module")

@@ -185,6 +185,12 @@ def test_of_the_papers_evaluation_it_is_what_became_of_its_claims(tmp_path):
     assert found.command == "notall eval tiny --skip attention --fraction 0.33"
 
 
+def test_an_average_from_a_few_documents_is_not_told_as_one(tmp_path):
+    folder = read_folder(result_folders.write_paper(tmp_path))
+    folder.others["benchmarks"] = [row | {"documents": 29} for row in folder.others["benchmarks"]]
+    assert "-20.0 ± 3.5 points, from too few documents to say (29 a task)." in message_of(folder).said
+
+
 def test_the_battery_tells_which_of_the_papers_plans_is_usable(tmp_path):
     folder = read_folder(result_folders.write_paper(tmp_path, battery=True))
     found = message_of(folder)

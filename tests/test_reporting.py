@@ -220,7 +220,7 @@ def test_a_folder_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
     ]
     folder = read_folder(result_folders.write(tmp_path, claims=claims, similarity=result_folders.similarity()))
     assert [(card.title, card.figure, card.text) for card in findings_of(folder)] == [
-        ("Claims that hold", "2 of 3", "1 rests on too few figures"),
+        ("Claims that hold", "2 of 3", "1 is open, on too few documents or rounds"),
     ]
     assert "The paper's claims, and this model" in render(folder)
 

@@ -236,9 +236,9 @@ def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
     assert keys[0] in again
     assert again[keys[0]].variant == "mlp"
     assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
-    with pytest.raises(UsageError, match=r"holds results of another seed \(0, not 1\); choose another --out"):
+    with pytest.raises(UsageError, match=r"holds results with seed 0, not 1; choose another --out"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
-    with pytest.raises(UsageError, match=r"holds results of another length \(None, not 8\)"):
+    with pytest.raises(UsageError, match=r"holds results with length None, not 8"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0, "length": 8}))
     lines.append(tmp_path / SweepRecord.file, {n: v for n, v in RECORD.items() if n != "provenance"})
     with pytest.raises(UsageError, match="does not say where it comes from; delete its line, or choose another folder"):
@@ -261,7 +261,7 @@ def test_a_file_with_a_header_is_held_against_it(tmp_path):
     assert header_of(path).provenance == about
     assert [line["record"] for line in lines.read(path)] == ["header", "evaluation"]
     assert Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost is None
-    with pytest.raises(UsageError, match="another objective"):
+    with pytest.raises(UsageError, match="results with objective"):
         Ledger(tmp_path, EvaluationRecord, Provenance(what={"objective": "nll"}))
     Ledger(tmp_path, EvaluationRecord, about).add(found)
     assert len(lines.read(path)) == 3  # one header

@@ -3,6 +3,7 @@
     python benchmarks/repairing/healing.py --data DATA --out results/healing                  # hours on 2 cores
     python benchmarks/repairing/healing.py --data DATA --sets a8 --tokens 8192 --windows 8   # a look
     python benchmarks/repairing/healing.py --data DATA --train lora --warm-up 0.2 --sample   # other ways
+    python benchmarks/repairing/healing.py --data DATA --sets b4 --passes 2                  # twice over the text
 
 Trained on the text that the repair is fitted to, and measured on other text: see methods.py beside this. Called again
 with the same --out, it goes on. DATA is as there.
@@ -59,12 +60,13 @@ def main() -> None:
     options.add_argument("--train", choices=get_args(Trained), default="outputs")
     options.add_argument("--warm-up", type=float, default=0.0, help="share of the tokens that aim at the stream")
     options.add_argument("--sample", action="store_true", help="train on what the dense model writes itself")
+    options.add_argument("--passes", type=int, default=1, help="over the text, in one training")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
     rows = torch.cat(drawn)
     fit, stop = list(rows[:-STOP].split(8)), list(rows[-STOP:].split(BATCH))
-    settings = {name: getattr(asked, name) for name in WHAT}
+    settings = {name: getattr(asked, name) for name in WHAT} | ({"passes": asked.passes} if asked.passes > 1 else {})
     named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
     found, curve = lines.read(path), list[dict[str, Any]]()
@@ -76,7 +78,7 @@ def main() -> None:
                 by = "refit" if begun == "repaired" else "none"
                 start, _ = kept_repair(asked.out / f"repairs-{named}", by, model, plan, fit)
                 with progress_bar() as bar:
-                    batches = [row for batch in fit for row in batch.split(BATCH)]
+                    batches = [row for batch in fit for row in batch.split(BATCH)] * asked.passes
                     if asked.sample:
                         batches = sampled(
                             model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..records.columns import Row
 from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
@@ -28,6 +28,7 @@ from .inputs import (
     provenance_of,
     space_of,
     two_texts,
+    windows_of,
     words_of,
 )
 from .options import (
@@ -356,7 +357,9 @@ def _draw_front(
     most = len(plan.blocks) // among.length if among.kind in WHOLE else len(plan)
     with progress_bar() as bar:
         points = compare_front(net, among, most, by, held_out, folder, settings, seed=seed, progress=bar)
-    write_comparison(points, folder, f"NLL added by up to {most} of {among}")
+    write_comparison(
+        points, folder, f"NLL added by up to {most} of {among}", f"Measured on {windows_of(settings.what)}."
+    )
 
 
 @app.command(
@@ -429,6 +432,7 @@ def compare(
     from ..choosing.criteria import criterion as criterion_of
     from ..choosing.criteria import every_criterion
     from ..measuring.plan_times import Timed
+    from ..models.loading import dtype_name
     from ..records.comparison import columns_of, with_tasks
     from ..reporting.comparison_files import TIMED_ONCE, timed_once, write_comparison
 
@@ -461,12 +465,18 @@ def compare(
             seed=seed,
             progress=progress,
         )
-    write_comparison(records, out, f"Ways to choose, {described['text']}")
+    made = f"Chosen and measured on {windows_of(described)}, in {dtype_name(net)}."
+    if held_out:
+        made = f"Chosen by {windows_of(described)}, measured on as much of {Path(held_out).name}, in {dtype_name(net)}."
+    write_comparison(records, out, f"Ways to choose what {shortened(model)} skips", made)
     rows = [record.row() for record in records]
     shown = rows if as_json else [with_tasks(row) for row in rows]
     show(shown, columns_of(rows), as_json=as_json, title=f"{len(rows)} choices in {out}")
     if timed_once(records) and not as_json:
         say(TIMED_ONCE)
+    if not as_json:
+        say(f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}.")
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,6 +100,11 @@ def text_batches(
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
     described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
     return [batch.to(model.device) for batch in batches], described
+
+
+def windows_of(described: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
 
 
 def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:

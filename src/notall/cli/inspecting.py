@@ -11,12 +11,13 @@ import typer
 
 from ..progress import tracked
 from ..records.lines import refuse_unwritable
-from ..reporting.console import show
+from ..reporting.console import say, show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
+from ..reporting.similarity_files import write_similarity
 from .app import LOOK, app
 from .checks import check_texts
-from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
+from .inputs import Loading, asked_plan, empty_model, load_model, text_batches, windows_of
 from .options import (
     BatchSize,
     Device,
@@ -88,7 +89,8 @@ def similarity(
     model: Model = "smollm2",
     text: TextSource = "prose",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="also draw it to OUT.png, OUT.svg and OUT.html")
+        Path | None,
+        typer.Option("--out", "-o", help="also write OUT.csv and .tex, and draw OUT.png, .svg and .html"),
     ] = None,
     sequences: Sequences = 8,
     length: Length = 256,
@@ -109,14 +111,13 @@ def similarity(
         refuse_unwritable(out.parent)
     check_texts(text)
     net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
-    batches, _ = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
+    batches, described = text_batches(net, tokenizer, text, sequences, length, batch_size, seed)
     with progress_bar() as progress:
         rows = [asdict(row) for row in measure_similarity(net, tracked(batches, "comparing the layers", progress))]
-    if out:
-        from ..reporting import plots
-
-        plots.save(plots.similarity_chart(rows, f"Change by depth, {model}"), out)
+    written = write_similarity(rows, out, model, windows_of(described)) if out else []
     show(rows, SimilarityRecord.columns, as_json=as_json, title="cosine of the residual stream before and after")
+    if written and not as_json:
+        say(f"Written: {', '.join(map(str, written))}")
 
 
 @app.command(

@@ -10,6 +10,7 @@ import typer
 from ..reporting.console import Shown, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar, working
+from ..reporting.similarity_files import write_similarity
 from .app import MEASURE, OnRay, app
 from .checks import check_folders, check_tasks, check_texts
 from .ending import conclude
@@ -23,6 +24,7 @@ from .inputs import (
     load_model,
     provenance_of,
     text_batches,
+    windows_of,
     words_of,
     workers_on,
 )
@@ -123,11 +125,11 @@ def sweep(
     rows = [record.row() for record in records]
     name = about.what["model"]
     write_sweep(records, out, name)
+    depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
+    write_similarity(depths, out / "similarity", name, windows_of(about.what))
     if installed(*FIGURES):
         from ..reporting import plots
 
-        depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-        plots.save(plots.similarity_chart(depths, f"Change by depth, {name}"), out / "similarity")
         plots.save(plots.tradeoff_chart(rows, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
     show(rows, SweepRecord.columns, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
 
@@ -338,4 +340,5 @@ def tasks(
         from ..evaluation.tasks import TaskShelf
 
         rows = TaskShelf(task_path).listed(word)
-    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{len(rows):,} names for --tasks")
+    named = "1 name" if len(rows) == 1 else f"{len(rows):,} names"
+    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{named} for --tasks; shots as the leaderboard shows them")

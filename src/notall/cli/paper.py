@@ -10,6 +10,7 @@ import typer
 from ..reporting.console import show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
+from ..reporting.similarity_files import write_similarity
 from .app import MEASURE, OnRay, app
 from .checks import check_folders, check_tasks, check_texts
 from .inputs import (
@@ -19,6 +20,7 @@ from .inputs import (
     load_model,
     provenance_of,
     text_batches,
+    windows_of,
     words_of,
     workers_on,
 )
@@ -92,9 +94,10 @@ def paper(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and each claim beside what is found.
+    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
 
-    This needs the extra `eval`. If you interrupt it, the same command continues where it stopped.
+    This needs the extra `eval`, and hours on a CPU: --limit says how many documents of each task are used, and mmlu is
+    57 tasks. If you interrupt it, the same command continues where it stopped.
     """
     need(*FIGURES, "lm_eval", "pandas", "tabulate")
     from ..evaluation.paper.running import Evaluation, TimeGrid, run_paper
@@ -102,7 +105,6 @@ def paper(
     from ..records.claims import ClaimRecord
     from ..records.ledger import read
     from ..records.similarity import SimilarityRecord
-    from ..reporting import plots
 
     check_folders(paper=out)
     check_texts(text)
@@ -136,7 +138,7 @@ def paper(
             workers=workers,
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    plots.save(plots.similarity_chart(rows, f"Change by depth, {about.what['model']}"), out / "similarity")
+    write_similarity(rows, out / "similarity", about.what["model"], windows_of(about.what))
     show(
         [claim.row() for claim in claims],
         ClaimRecord.columns,

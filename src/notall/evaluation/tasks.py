@@ -24,6 +24,8 @@ from ..errors import UsageError, nearest, shortened
 from ..models.load_errors import quiet
 from ..records.columns import Row
 
+UNREACHED = re.compile("Couldn't reach|OfflineMode|ConnectionError|Connection error|Max retries|offline mode", re.I)
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -111,6 +113,8 @@ class TaskShelf:
     def __init__(self, task_path: str | Path | None = None) -> None:
         if task_path and not Path(task_path).is_dir():
             raise UsageError(f"no task folder {task_path}: give a folder with the harness's YAML files")
+        if task_path and not any(Path(task_path).rglob("*.yaml")):
+            raise UsageError(f"{shortened(task_path)} holds no task: give a folder with the harness's YAML files")
         with quiet():
             self.manager = TaskManager(include_path=str(task_path) if task_path else None)
 
@@ -138,17 +142,17 @@ class TaskShelf:
         return list(dict.fromkeys(found))
 
     def listed(self, word: str = "") -> list[Row]:
-        """Each name that holds `word`: whether it is a task or several, and how many examples the leaderboard shows.
+        """Each name that holds `word`, or all of openllm: whether it is a task or several, and the leaderboard's shots.
 
         Raises `UsageError` where there is none.
         """
         shown = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
         every = {"openllm": "group"} | {name: self._kind(name) for name in self.manager.all_tasks}
-        rows = [
-            {"task": name, "kind": kind, "num_fewshot": shown.get(stock_name(name))}
-            for name, kind in every.items()
-            if word.lower() in name.lower()
-        ]
+        found = [name for name in every if word.lower() in name.lower()]
+        if word == "openllm":
+            found = ["openllm", *filter(every.__contains__, shown)]
+        found.sort(key=lambda name: not name.lower().startswith(word.lower()))  # these are more likely meant
+        rows = [{"task": name, "kind": every[name], "num_fewshot": shown.get(stock_name(name))} for name in found]
         if not rows:
             raise UsageError(
                 f"no task's name holds {shortened(word)!r}{nearest(word, [*every])}: give a shorter word, or none"
@@ -236,6 +240,11 @@ def no_bars() -> Iterator[None]:
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
     said = " ".join(str(cause).split()) or type(cause).__name__
+    if UNREACHED.search(said):
+        return (
+            f"cannot read the data of {name}: the hub is out of reach. Give --task-path DIR, a folder of tasks on "
+            "files of your own (docs/evaluating.md, Benchmarks without a network)"
+        )
     return (
         f"cannot build the requests of {name}: {shortened(said, 160)}; check its data (a network, or its files), "
         "examples and limit"

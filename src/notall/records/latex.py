@@ -11,34 +11,55 @@ SIGNS = {
     "–": "--", "*": "$^{*}$",
 }  # fmt: skip
 MINUS = re.compile(r"(?<!\w)-(?=[\d.])")  # not the hyphen of a name
+POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e(-?\d+)(?!\w)")  # 1.9e5
+WIDE = 6  # columns: a table of more is made to fit across the page
 
 
 def as_latex(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, label: str, right: Sequence[bool]
 ) -> str:
-    """A table with a caption and a label; `right` says of each column whether it is aligned to the right."""
-    lines = [_line(headings), r"\midrule", *map(_line, rows)]
+    """A table with a caption and a label; `right` says of each column whether it is aligned to the right.
+
+    Rows that begin alike stand together, with some room to the next. What is wide spans both columns of a page.
+    """
+    wide = len(headings) > WIDE
+    kind = "table*" if wide else "table"
     return "\n".join(
         [
-            r"% \usepackage{booktabs}",
-            r"\begin{table}",
+            rf"% \usepackage{{booktabs{',graphicx' if wide else ''}}}",
+            rf"\begin{{{kind}}}",
             r"\centering",
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{tab:{label}}}",
+            *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
             rf"\begin{{tabular}}{{{''.join('lr'[is_right] for is_right in right)}}}",
             r"\toprule",
-            *lines,
+            _line(headings),
+            r"\midrule",
+            *_grouped(rows),
             r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            rf"\end{{tabular}}{'}' if wide else ''}",
+            rf"\end{{{kind}}}",
             "",
         ]
     )
 
 
+def _grouped(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Their lines, with room where the first cell changes, if some begin alike."""
+    apart = len({row[0] for row in rows}) < len(rows)
+    lines: list[str] = []
+    for place, row in enumerate(rows):
+        if apart and place and row[0] != rows[place - 1][0]:
+            lines.append(r"\addlinespace")
+        lines.append(_line(row))
+    return lines
+
+
 def escaped(text: str) -> str:
     """Text with LaTeX's own signs escaped, and those of numbers set as mathematics."""
-    return MINUS.sub("$-$", "".join(SIGNS.get(sign, sign) for sign in text))
+    signs = "".join(SIGNS.get(sign, sign) for sign in text)
+    return MINUS.sub("$-$", POWER.sub(r"$\1\\times10^{\2}$", signs))
 
 
 def _line(cells: Sequence[str]) -> str:

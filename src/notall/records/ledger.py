@@ -96,8 +96,8 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
     for name, value in lines.finite(wanted.what).items():
         if held.what.get(name) != value:
             raise UsageError(
-                f"{out} holds results of another {name} ({_shown(held.what.get(name))}, not {_shown(value)}); choose "
-                "another --out, or give the same settings to go on with it"
+                f"{out} holds results with {name} {_shown(held.what.get(name))}, not {_shown(value)}; choose another "
+                "--out, or give the same settings to go on with it"
             )
 
 

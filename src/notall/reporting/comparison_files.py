@@ -1,14 +1,25 @@
-"""A comparison of criteria as files that people open: a table in Markdown, and the front as a figure."""
+"""A comparison of criteria as files that people open: its table, its plans, and the front as a figure."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..records.columns import Row, as_markdown, given, legend
+from ..records.columns import Column, Row, as_csv, as_markdown, given, legend, plain
 from ..records.comparison import ComparisonRecord, columns_of, with_tasks
+from ..records.latex import as_latex
+from ..records.plan import Plan
+from ..records.ranges import in_ranges
+from ..records.record import VARIANTS
 from .extras import FIGURES, installed
+from .rows import way_of
+
+PLANS = "plans"
+LONG = 80  # letters of a file's name
+SETS = {"mlp": "MLPs", "portable": "portable sublayers"}
 
 TIMED_ONCE = (
     "Plans that leave equal parameters, weights and KV cache take equal time, so one of them was timed, and the others "
@@ -16,14 +27,21 @@ TIMED_ONCE = (
 )
 
 
-def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str) -> None:
-    """The table, `out/table.md`, and with the extra `report` the front, `out/front.png`, .svg and .html.
+def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str, made: str) -> None:
+    """The table, `out/table.md`, .tex and .csv, each plan in `out/plans`, and with the extra `report` the front.
 
-    Raises `UsageError` as plots do.
+    `title` stands over the table, and `made` says how and on what it was measured. Raises `UsageError` as plots do.
     """
     rows = [record.row() for record in records]
     note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""
-    (out / "table.md").write_text(comparison_table(rows) + note, encoding="utf-8")
+    heading = f"# {title}\n\n{made}\n\n"
+    (out / "table.md").write_text(heading + comparison_table(rows) + note, encoding="utf-8")
+    (out / "table.tex").write_text("\n".join(_latex(rows, f"{title}. {made}")), encoding="utf-8")
+    (out / "table.csv").write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
+    (out / PLANS).mkdir(exist_ok=True)
+    for record in records:
+        plan = Plan(record.plan.attention, record.plan.mlp, note=way_of(record.row()))
+        plan.save(plan_file(out, record.row()))
     if not installed(*FIGURES):
         return
     from . import plots
@@ -44,13 +62,54 @@ def comparison_table(records: Sequence[Row]) -> str:
     "On its own text" is what the objective rises by on the calibration text, "run in full" how many forward passes the
     evaluations would be without shared states.
     """
-    rows = [with_tasks(record) for record in records]
-    columns = [column for column in given(columns_of(rows), rows) if column.fields[0] not in ("space", "count")]
+    columns, groups = _grouped(records)
+    parts = [f"{legend(columns)}\n"]
+    parts += [
+        f"### {_counted(count, space)}\n\n{as_markdown(ranked, columns)}" for (space, count), ranked in groups.items()
+    ]
+    return "\n".join(parts)
+
+
+def plan_file(folder: Path, record: Row) -> Path:
+    """Where the plan of a choice is, in the folder of a comparison."""
+    named = f"{record['criterion']}-{record['aim']}-{record['space']}-{record['count']}"
+    short = re.sub("[^A-Za-z0-9.-]+", "-", named)
+    if len(short) > LONG:
+        short = f"{short[:LONG]}-{hashlib.sha256(named.encode()).hexdigest()[:8]}"
+    return folder / PLANS / f"{short}.json"
+
+
+def _grouped(records: Sequence[Row]) -> tuple[list[Column], dict[tuple[str, int], list[Row]]]:
+    """The columns, and by space and count the rows, what loses least first."""
+    rows = [with_tasks(record) | {"layers": layers_in(record["plan"])} for record in records]
+    columns = [
+        column
+        for column in given([*columns_of(rows), plain("layers", "skips")], rows)
+        if column.fields[0] not in ("space", "count")
+    ]
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["space"], row["count"]), []).append(row)
-    parts = [f"{legend(columns)}\n"]
-    for (space, count), group in groups.items():
-        ranked = sorted(group, key=lambda row: math.inf if row["delta_nll"] is None else row["delta_nll"])
-        parts.append(f"### {count} of {space}\n\n{as_markdown(ranked, columns)}")
-    return "\n".join(parts)
+    return columns, {
+        asked: sorted(group, key=lambda row: math.inf if row["delta_nll"] is None else row["delta_nll"])
+        for asked, group in groups.items()
+    }
+
+
+def layers_in(plan: Row) -> str:
+    """Which layers a plan skips something of, such as `attention 6, 7; MLP 3`."""
+    return "; ".join(f"{VARIANTS[kind]} {in_ranges(layers)}" for kind, layers in plan.items() if layers)
+
+
+def _counted(count: int, space: str) -> str:
+    return f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
+
+
+def _latex(records: Sequence[Row], caption: str) -> Iterator[str]:
+    """A table for each space and count."""
+    columns, groups = _grouped(records)
+    headings, right = [column.heading for column in columns], [column.right for column in columns]
+    for (space, count), rows in groups.items():
+        told = f"{caption} {_counted(count, space)} skipped. {legend(columns)}"
+        cells = [[column.text(row) for column in columns] for row in rows]
+        yield as_latex(headings, cells, caption=told, label=f"{space}-{count}", right=right)

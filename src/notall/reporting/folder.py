@@ -105,6 +105,8 @@ class Folder:
 
 def read_folder(path: Path) -> Folder:
     """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: give the folder that it lies in")
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
     files = [(file, kind_at(file)) for file in sorted(path.glob("*.jsonl"))]

@@ -10,6 +10,7 @@ from typing import get_args
 from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
 from ..records.measured import State
+from .comparison_files import plan_file
 from .folder import Folder
 from .front_files import sentence as front_in_words
 from .papers import claims_in_words, in_words, standing_of
@@ -61,7 +62,7 @@ def _of_many(folder: Folder, model: str) -> Message | None:
     best, least = fastest(folder.records), mildest(folder.records)
     if best:
         dense = next((record for record in folder.records if not sublayers(record)), None)
-        end, command = _found_better(model, best) if folder.kind == "sweep" else _found_again(model, best)
+        end, command = _found_better(model, best) if folder.kind == "sweep" else _found_again(folder, model, best)
         named = name_of(best) if folder.kind == "sweep" else way_of(best)
         return Message(sentence(model, best, dense, folder.known_layers, named), True, end, command)
     if least:
@@ -78,8 +79,14 @@ def _found_better(model: str, record: Row) -> tuple[str, str]:
     return "look for a better set of that size", next_command("search", model, kind=kind, count=count, out="plan.json")
 
 
-def _found_again(model: str, record: Row) -> tuple[str, str]:
-    """The search that answers the same question as a comparison."""
+def _found_again(folder: Folder, model: str, record: Row) -> tuple[str, str]:
+    """What makes the model of a choice: from its plan, or else by a search for the same."""
+    unrepaired = record.get("repair", UNREPAIRED) == UNREPAIRED
+    if (plan := plan_file(folder.path, record)).is_file() and unrepaired:
+        return "write that model", next_command("export", model, plan=plan, to="hf", out="smaller")
+    if plan.is_file():
+        mend = {"method": record["repair"]} if record["repair"] != "refit" else {}
+        return "repair that plan", next_command("repair", model, plan=plan, **mend, out="repaired")
     portable = record["space"] == "portable"
     options: dict[str, object] = {"kind": "sublayer", "portable": True} if portable else {"kind": record["space"]}
     options["count"] = record["count"]
@@ -87,7 +94,7 @@ def _found_again(model: str, record: Row) -> tuple[str, str]:
         options["criterion"] = record["criterion"]
     if record["aim"] in GOALS:
         options["objective"] = record["aim"]
-    repair = "" if record.get("repair", UNREPAIRED) == UNREPAIRED else ", then repair it"
+    repair = "" if unrepaired else ", then repair it"
     return f"make that plan{repair}", next_command("search", model, **options, out="plan.json")
 
 

@@ -13,12 +13,13 @@ from .folder import Folder
 from .sentences import joined
 from .verdict import MOST_NATS
 
+LEAST_DOCUMENTS = 30  # as the claims are judged
 Configured = tuple[str, float, bool]  # variant, fraction, whether the last layer is kept
 BECAME = {
     "holds": ("holds", "hold"),
     "does not hold": ("does not hold", "do not hold"),
     "within error": ("lies within error", "lie within error"),
-    "too few": ("rests on too few figures", "rest on too few figures"),
+    "too few": ("is open, on too few documents or rounds", "are open, on too few documents or rounds"),
 }
 
 
@@ -26,10 +27,12 @@ BECAME = {
 class Standing:
     """Of each configuration: the change of its average on the benchmarks with its error, its times, its nats lost.
 
-    `tasks` is over how many benchmarks the average is; a share of 0 to 1, as its error. `nats` come from the battery.
+    `tasks` is over how many benchmarks the average is; a share of 0 to 1, as its error. `documents` is how many the one
+    of them with the fewest has. `nats` come from the battery.
     """
 
     tasks: int
+    documents: int
     averages: Mapping[Configured, tuple[float, float]]
     times: Mapping[Configured, Row]
     nats: Mapping[Configured, float]
@@ -47,6 +50,11 @@ class Standing:
         """Whether perplexity has at most doubled, where the battery tells."""
         return self.nats[key] <= MOST_NATS if key in self.nats else None
 
+    @property
+    def few(self) -> bool:
+        """Whether there are fewer documents than a verdict is given on."""
+        return self.documents < LEAST_DOCUMENTS
+
     def told(self, key: Configured) -> str:
         """What a configuration comes to, in words."""
         return joined([*self._parts(key)])
@@ -57,7 +65,8 @@ class Standing:
         if key in self.averages:
             change, error = self.averages[key]
             benchmarks = f"the average of {self.tasks} benchmarks" if self.tasks > 1 else "the one benchmark"
-            yield f"{benchmarks} changes by {100 * change:+.1f} ± {100 * error:.1f} points"
+            few = f", from too few documents to say ({self.documents} a task)" if self.few else ""
+            yield f"{benchmarks} changes by {100 * change:+.1f} ± {100 * error:.1f} points{few}"
         if key in self.nats:
             usable = "" if self.usable(key) else ": it is no longer usable"
             yield f"long texts take {self.nats[key]:+.2f} nats a token{usable}"
@@ -68,6 +77,7 @@ def standing_of(folder: Folder) -> Standing:
     shared = _shared(folder.others.get("benchmarks", ()))
     return Standing(
         tasks=len({(row["task"], row["metric"]) for row in shared}),
+        documents=min((row["documents"] for row in shared), default=LEAST_DOCUMENTS),
         averages=_averages(shared),
         times=_times(folder.others.get("times", ())),
         nats=_nats(folder.others.get("battery", ())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ from ..errors import shortened
 from ..progress import Progress
 from .printable import printable
 
+SILENT = 60.0  # seconds without a word, in a log
 OTHERS = 56  # letters of a line that are not the description
 
 
@@ -32,7 +34,7 @@ class Clock(ProgressColumn):
 
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr while work goes on, gone when it ends; nothing where stderr is no terminal."""
+    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
@@ -43,9 +45,15 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     )
     with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(_fitting(doing, console), total=None)
+        begun = told = time.monotonic()
 
         def tell(done: float, total: float, doing: str) -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total, description=_fitting(doing, console))
+            if not console.is_terminal and (now := time.monotonic()) - told >= SILENT:
+                told = now
+                passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
+                console.print(f"{done / (total or 1):.0%} after {passed}: {said}", markup=False)
 
         yield tell
 

@@ -16,8 +16,8 @@ ERRORS = 2  # how many standard errors a difference must be away from zero to be
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 3  # fewer have no quartiles
 JUDGED = (
-    f"A difference counts from {ERRORS} standard errors, a speed when the quartiles agree. Too few: less than "
-    f"{LEAST_DOCUMENTS} documents of a task, or than {LEAST_ROUNDS} rounds."
+    f"A difference counts if it exceeds {ERRORS} standard errors, a speed if both quartiles lie on one side; else it "
+    f"is within error. Too few: less than {LEAST_DOCUMENTS} documents of a task, or than {LEAST_ROUNDS} rounds."
 )
 
 
@@ -52,8 +52,8 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim
     rho = float(inner.corr(method="spearman").loc["layer", "cosine"])
     yield _claim(
         "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
-        f"rank correlation of cosine and depth {rho:+.2f}",
-        _judge(rho, 1 / math.sqrt(len(inner) - 1)),
+        f"rank correlation of cosine and depth {rho:+.2f} ± {(error := 1 / math.sqrt(len(inner) - 1)):.2f}",
+        _judge(rho, error),
     )
     before, last = blocks[-2], blocks[-1]
     if before.cosine is None or last.cosine is None:
@@ -62,7 +62,7 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterable[Claim
     error = math.hypot(before.cosine_se or math.nan, last.cosine_se or math.nan)
     yield _claim(
         "Fig. 1: the very last layer is less similar than the one before it",
-        f"cosine {last.cosine:.3f} after {before.cosine:.3f}",
+        f"cosine {last.cosine:.3f} after {before.cosine:.3f}, {-drop:+.3f} ± {error:.3f}",
         _judge(drop, error),
     )
 
@@ -77,7 +77,7 @@ def _quality_claims(board: Scoreboard) -> Iterable[ClaimRecord]:
         difference, error = board.difference(key, other)
         here = f"{100 * difference:+.1f} ± {100 * error:.1f} points of the average"
         if fewest < LEAST_DOCUMENTS:
-            return _claim(claim, f"{here}, on {fewest} documents of a task", "too few")
+            return _claim(claim, f"{here}, with as few as {fewest} documents a task", "too few")
         return _claim(claim, here, _judge(difference - at_least, error))
 
     yield compare(
@@ -98,7 +98,11 @@ def _quality_claims(board: Scoreboard) -> Iterable[ClaimRecord]:
             (variant, most, False),
             (variant, most, True),
         )
-    yield compare(f"... but not for attention ({share})", ("attention", most, True), ("attention", most, False))
+    yield compare(
+        f"keeping the last layer does not lower quality when {share} are skipped: attention",
+        ("attention", most, True),
+        ("attention", most, False),
+    )
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterable[ClaimRecord]:

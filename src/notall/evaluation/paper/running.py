@@ -42,7 +42,7 @@ from .times import time_grid
 if TYPE_CHECKING:
     from ..ray_workers import Workers
 
-LAST = {False: "the last layer may be skipped too", True: "the last layer is kept"}
+LAST = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
 # Of each kind of table: what it shows, and what its cells say.
 CAPTIONS = {
@@ -60,14 +60,14 @@ CAPTIONS = {
         "comparisons.",
     ),
     "prefill": (
-        "Milliseconds that a prefill takes of",
-        "Median of {rounds} rounds; in brackets how many times the dense model's speed [quartiles of the rounds' own "
-        "ratios].",
+        "Prefill time (ms) of",
+        "Median of {rounds} rounds; in brackets how many times the dense model's speed [quartiles]. These ratios are "
+        "taken within a round, so that they may differ from those of the medians.",
     ),
     "decode": (
-        "Milliseconds that a new token takes of",
+        "Decode time per new token (ms) of",
         "Median of {rounds} rounds, with a real KV cache; in brackets how many times the dense model's speed "
-        "[quartiles of the rounds' own ratios].",
+        "[quartiles]. These ratios are taken within a round, so that they may differ from those of the medians.",
     ),
 }
 
@@ -119,8 +119,8 @@ def run_paper(
 
     Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `battery` are the
     windows for `run_battery`, if it is wanted. What is finished stays in `out`, and the same call goes on from there.
-    Writes paper.md, a .tex for each table and a .csv for each kind of records. Raises as `Benchmarks`, `run_battery`
-    and `time_grid` do, before anything is computed.
+    Writes paper.md, a .tex for each table, the claims among them, and a .csv for each kind of records. Raises as
+    `Benchmarks`, `run_battery` and `time_grid` do, before anything is computed.
     """
     timing.check(model)
     rows = paper_grid(locate(model))
@@ -174,6 +174,8 @@ def write_paper(
     about = next(record.provenance for record in records if record.provenance)
     board = Scoreboard(benchmarks) if benchmarks else None
     told = {"model": str(about.what.get("model")), "rounds": str(_about(times[0]).get("rounds")) if times else ""}
+    where = f"{about.what.get('dtype')} on {_place(about.where.get('machine')).partition(';')[0]}."
+    made = {"benchmarks": f"{_documents(benchmarks)} {where}" if benchmarks else where}
     tables: list[PaperTable] = []
     for keep_last in LAST:
         frames: dict[str, pd.DataFrame] = {}
@@ -184,26 +186,36 @@ def write_paper(
         for quantity, name in (("prefill_ms", "prefill"), ("decode_ms_per_token", "decode")):
             if times:
                 frames[name] = time_table(times, keep_last, quantity)
-        tables += [
-            PaperTable(f"{kind}-{ENDINGS[keep_last]}", caption_of(kind, keep_last, **told), frame)
-            for kind, frame in frames.items()
-        ]
+        for kind, frame in frames.items():
+            caption = caption_of(kind, keep_last, **told, made=made.get(kind, where))
+            tables.append(PaperTable(f"{kind}-{ENDINGS[keep_last]}", caption, frame))
+    claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
+    if claims:
+        tables.append(_claims_table(claims, f"{told['model']}, {where}"))
+        write_csv(claims, out / "claims.csv")
     write_tables(tables, out)
     write_csv(benchmarks, out / "benchmarks.csv")
     write_csv(times, out / "times.csv")
     if checks:
         write_csv(checks, out / "battery.csv")
-    claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
     _keep_claims(out, claims)
     (out / "paper.md").write_text(_story(about.flat, tables, claims, benchmarks), encoding="utf-8")
     return claims
 
 
-def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str) -> str:
-    """What a table says under itself, in sentences."""
+def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str, made: str) -> str:
+    """What a table says under itself, in sentences; `made` is how, and on what."""
     shows, note = CAPTIONS[kind]
-    skipped = f"{model} without a fraction of its layers' attentions, MLPs or whole blocks, the deepest"
-    return f"{shows} {skipped}; {LAST[keep_last]}. {note.format(rounds=rounds)}"
+    skipped = f"{model} with the deepest of its attentions, MLPs or blocks skipped, {LAST[keep_last]}"
+    return f"{shows} {skipped}. {note.format(rounds=rounds)} {made}"
+
+
+def _claims_table(claims: Sequence[ClaimRecord], of: str) -> PaperTable:
+    columns = ClaimRecord.columns
+    frame = pd.DataFrame([[column.text(claim.row()) for column in columns] for claim in claims])
+    frame.columns = [column.heading for column in columns]
+    caption = f"The claims of arXiv 2407.15516 about Llama-2, and our evidence on {of} {JUDGED}"
+    return PaperTable("claims", caption, frame.set_index([*frame.columns]))
 
 
 def _keep_claims(out: Path, claims: Sequence[ClaimRecord]) -> None:
@@ -285,7 +297,7 @@ def _story(
         *("", "## Similarity", "", "![Similarity by depth](similarity.png)"),
     ]
     if benchmarks:
-        lines += ["", "## Benchmarks", "", _documents(benchmarks)]
+        lines += ["", "## Benchmarks"]
     for title, kinds in (("", ["benchmarks"]), ("What accuracy hides", ["battery"]), ("Times", ["prefill", "decode"])):
         shown = [table for kind in kinds for table in tables if table.name.startswith(kind)]
         lines += ["", f"## {title}"] if title and shown else []

@@ -144,7 +144,7 @@ class PaperTable:
 
     def latex(self) -> str:
         cells = self.frame.reset_index()
-        right = [False] * len(cells.columns)  # cells are texts of several numbers
+        right = [place >= self.frame.index.nlevels for place in range(len(cells.columns))]
         return as_latex([*cells.columns], cells.to_numpy().tolist(), caption=self.caption, label=self.name, right=right)
 
 
