@@ -16,6 +16,7 @@ from families import family
 from notall import Plan, cli
 from notall.choosing import latency, speedups
 from notall.choosing.criteria import CRITERIA
+from notall.evaluation.tasks import TaskShelf
 from notall.models import extensions
 from notall.repairing.methods import METHODS
 from programs import program
@@ -113,6 +114,12 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
         elif language == "toml":
             (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
             assert extensions.find(value, "of no package").__name__ == value.partition(":")[2]
+        elif language == "yaml":
+            question = {"question": "What is it?", "choices": ["a", "bird", "of", "stone"], "label": 1}
+            Path("questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for _ in range(4)))
+            Path(title).parent.mkdir(exist_ok=True)
+            Path(title).write_text(text.replace("/path/to", str(Path.cwd())))
+            assert TaskShelf(Path(title).parent).build(Path(title).stem, 1, 2).tasks
         elif language == "json":
             Path("read.json").write_text(text)
             assert Plan.load("read.json")

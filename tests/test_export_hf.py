@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from notall.running.footprint import footprint
 from notall.running.regrouping import is_portable
 from notall.structure.anatomy import cache_argument
 from test_weightless import NEEDS_VALUES
+from tiny_checkpoint import save_tiny_checkpoint
 
 PLANS = {
     "attention": Plan(attention=[0, 2]),  # an MLP ahead of every attention, and one behind
@@ -214,6 +216,16 @@ def test_no_layer_keeps_its_dense_index(exported, name):
     model = load(exported(name, "attention")[1])
     indices = [layer.self_attn.layer_idx for layer in model.model.layers]
     assert indices == list(range(model.config.num_hidden_layers)) == [0, 1]
+
+
+def test_the_card_shows_how_to_load_it_and_that_runs(tmp_path, monkeypatch, capsys):
+    model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
+    export(str(model), Plan([1], [2]), "hf", tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path / "out")
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("Hello")
 
 
 @each_form

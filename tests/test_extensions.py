@@ -44,6 +44,25 @@ def elsewhere(model, plan, batches, progress=None):
     path = "model.layers.0.mlp.down_proj.weight"
     return RepairedPlan.of(plan, weights={path: model.get_parameter(path).detach()[:1]})
 
+def raises(setting):
+    raise RuntimeError("boom")
+
+def deep_inside(setting):
+    import torch
+    return torch.zeros(2) @ torch.zeros(3)
+
+def lists(setting):
+    return [1, 2]
+
+def says_none(setting, budget):
+    return None
+
+def breaks(model, plan, batches, progress=None):
+    return 1 / 0
+
+def forgets(model, plan, batches, progress=None):
+    return plan
+
 def lacks_one(setting):
     return {unit: 0.0 for unit in setting.space.units[1:]}
 
@@ -191,6 +210,36 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     code, _, err = run("search", model, "--criterion", "mine:by_deth", "--count", 1)
     assert (code, err.count("\n")) == (2, 1)
     assert "did you mean by_depth?" in err
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("raises", r"the criterion mine:raises failed: RuntimeError: boom \(mine.py, line \d+\)"),
+        ("deep_inside", r"the criterion mine:deep_inside failed: .* \(mine.py, line \d+\)"),
+        ("lists", "give back a score for each unit, a dict, from the criterion mine:lists, not list"),
+        ("says_none", "give back a Chosen from the criterion mine:says_none, not NoneType"),
+    ],
+)
+def test_a_criterion_that_fails_is_one_line(mine, way, said):
+    model = family("llama").build()
+    space = notall.Space(notall.locate(model), "mlp")
+    with pytest.raises(UsageError, match=said):
+        notall.choose_plan(model, f"mine:{way}", space, by_count(space, 1), BATCHES)
+
+
+def test_a_repair_that_fails_is_one_line(mine):
+    model = family("llama").build()
+    with pytest.raises(UsageError, match=r"the repair mine:breaks failed: ZeroDivisionError: .* \(mine.py, line \d+\)"):
+        methods.method("mine:breaks").repair(model, Plan([2]), BATCHES)
+    with pytest.raises(UsageError, match="give back a RepairedPlan from the repair mine:forgets, not Plan"):
+        methods.method("mine:forgets").repair(model, Plan([2]), BATCHES)
+
+
+def test_a_package_that_is_broken_hides_no_other(package):
+    (Path(package) / "wonders.py").write_text("1 / 0")
+    with pytest.warns(UserWarning, match="an installed criterion is left out: .* of wonders"):
+        assert set(criteria.every_criterion()) == set(criteria.CRITERIA)
 
 
 def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_prose):

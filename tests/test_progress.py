@@ -31,6 +31,15 @@ def test_stages_are_one_count_in_steps_of_the_whole():
     ]
 
 
+def test_a_log_is_told_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 30.0, 61.0, 90.0, 200.0])
+    monkeypatch.setattr(progress_bars.time, "monotonic", lambda: next(clock))
+    with progress_bar() as tell:
+        for done in range(4):
+            tell(done, 4, f"part [{done}]")
+    assert capsys.readouterr().err.splitlines() == ["25% after 0:01:01: part [1]", "75% after 0:03:20: part [3]"]
+
+
 def test_stages_nest():
     seen = []
     outer = Stages(lambda *state: seen.append(state[:2]), 8)

@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families import LAYERS, TOKENS, VOCABULARY, family
 from notall import UnsupportedModel, locate
+from notall.structure.locating import forget
 from verdicts import compare_or_record
 
 # model type: config, what the message says
@@ -43,6 +44,22 @@ def test_encoder_decoder(model_type: str) -> None:
     with pytest.raises(UnsupportedModel, match="encoder-decoder") as refusal:
         locate(model)
     compare_or_record(f"{model_type} (encoder-decoder)", verdict="refused", reason=str(refusal.value))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "mixtral"])
+def test_a_model_that_looks_ahead_is_refused(name: str) -> None:
+    model = family(name).build()
+    model.config._attn_implementation = "eager"
+
+    def seeing(layer: Any, args: Any, kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"attention_mask": torch.zeros_like(mask)}
+
+    for block in locate(model).blocks:
+        model.get_submodule(locate(model).layers)[block.index].register_forward_pre_hook(seeing, with_kwargs=True)
+    forget(model)
+    with pytest.raises(UnsupportedModel, match="looks at the tokens that follow, as encoders do"):
+        locate(model)
 
 
 def test_module_that_scales_the_stream_it_is_given() -> None:

@@ -7,7 +7,9 @@ import pytest
 import typer.testing
 
 import result_folders
+from notall import Plan
 from notall.cli.app import app
+from notall.reporting.comparison_files import plan_file
 from notall.reporting.findings import findings_of, first_plan
 from notall.reporting.folder import read_folder
 from notall.reporting.message import message_of
@@ -65,6 +67,24 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
         "Without 4 attentions of its 12 layers (search by kl), tiny decodes 1.40× as fast (quartiles 1.30 to 1.50), at"
     )
     assert found.command == "notall search tiny --kind attention --count 4 --objective kl --out plan.json"
+
+
+@pytest.mark.parametrize(
+    ("repair", "end", "command"),
+    [
+        ("none", "write that model", "notall export tiny --plan {} --to hf --out smaller"),
+        ("refit", "repair that plan", "notall repair tiny --plan {} --out repaired"),
+        ("replaceme", "repair that plan", "notall repair tiny --plan {} --method replaceme --out repaired"),
+    ],
+)
+def test_of_a_comparison_that_kept_its_plans_it_is_what_to_do_with_the_plan(tmp_path, repair, end, command):
+    rows = [result_folders.compared("search", "attention", 2, 0.1, repair=repair)]
+    folder = result_folders.write_comparison(tmp_path, rows)
+    kept = plan_file(folder, rows[0])
+    kept.parent.mkdir()
+    Plan([1, 2]).save(kept)
+    found = message_of(read_folder(folder))
+    assert (found.end, found.command) == (end, command.format(kept))
 
 
 def test_the_command_of_a_comparison_names_its_space_and_its_way_to_choose(tmp_path):

@@ -60,7 +60,7 @@ def draft(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Tell what a plan brings as a draft model, whose tokens the dense one checks: the same text, sooner or later.
+    """Predict and measure the speedup of a plan as a draft model in speculative decoding.
 
     Windows of the text are prompts. The dense model continues them itself; its text tells how much of a draft it would
     accept, and the steps of both are timed: that predicts a speedup. At the number of tokens where it is best,

@@ -47,7 +47,7 @@ def inspect(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show every sublayer: its parameters, share of the weights, KV bytes a token and states.
+    """Show every sublayer: its parameters, share of the weights, KV bytes per token and size of its state.
 
     This needs only a config.
     """

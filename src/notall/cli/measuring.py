@@ -283,7 +283,7 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Time prefill and decode of the dense and the skipped model in turn, with a real KV cache."""
+    """Time prefill and decode of the dense and the skipped model, alternating, with a real KV cache."""
     from ..measuring.plan_times import Timed
     from ..measuring.plan_times import bench as bench_plan
     from ..measuring.speed import machine

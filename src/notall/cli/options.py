@@ -63,7 +63,7 @@ def _seed(seed: int) -> int:
     return seed
 
 
-Seed = Annotated[int, typer.Option(callback=_seed, help="seed for all that is random")]
+Seed = Annotated[int, typer.Option(callback=_seed, help="random seed")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Prompt = Annotated[int, typer.Option("--prompt", help="prompt tokens when timing", rich_help_panel=TIMING)]
 New = Annotated[int, typer.Option("--new", help="new tokens when timing", rich_help_panel=TIMING)]

@@ -16,7 +16,10 @@ from .app import SHOW, app
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="folder that sweep, paper, compare, search, bench, repair or heal wrote"),
+        typer.Argument(
+            metavar="DIR",
+            help="folder of results, as most commands write one",
+        ),
     ] = Path("results"),
     out: Annotated[Path, typer.Option("--out", "-o", help="where to write the page")] = Path("report.html"),
 ) -> None:

@@ -68,7 +68,7 @@ class Limits:
         for word in words:
             name, _, count = word.rpartition("=")
             if not re.fullmatch("[0-9]{1,9}", count):
-                raise UsageError(f"--limit {shortened(word)} counts no documents; give 40, or mmlu=2 for one task")
+                raise UsageError(f"--limit {shortened(word)} is no number; give 40, or mmlu=2 for one task")
             if name:
                 by_task[name] = int(count)
             else:

@@ -29,7 +29,12 @@ ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model lo
 REGROUPED_USE = (
     "Every layer has one attention, and MLPs that lost theirs ride along; the modeling file beside the weights says "
     "how. Load it with `trust_remote_code=True`, or after `notall.register()`:\n\n"
-    "```python\nAutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```"
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'folder = "."  # where this file lies, or its hub id\n'
+    "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+    "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+    'tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=16)\n'
+    "print(tokenizer.decode(tokens[0]))\n```"
 )
 
 

@@ -47,7 +47,8 @@ class Verified:
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.by} answers as the skipped model does, within {self.difference:.1e} {self.unit}"
+        how = f"within {self.difference:.1e} {self.unit}" if self.difference else "to the last bit"
+        return f"{self.by} answers as the skipped model does, {how}"
 
 
 @dataclass(frozen=True)

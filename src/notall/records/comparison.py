@@ -120,8 +120,8 @@ class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
         size("added_bytes", "added"),
         *SPEEDUPS,
         *SPENT,
-        number("forwards_in_full", "run in full", ",.1f"),
-        number("calibration_delta", "on its own text", "+.3f"),
+        number("forwards_in_full", "without sharing", ",.1f"),
+        number("calibration_delta", "on the text it chose by", "+.3f"),
         number("calibration_tokens", "calibration tokens", ",d"),
     )
 

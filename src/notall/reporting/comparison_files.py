@@ -59,7 +59,7 @@ def timed_once(records: Sequence[ComparisonRecord]) -> bool:
 def comparison_table(records: Sequence[Row]) -> str:
     """The comparison in Markdown, a part for each space and count, what loses least first.
 
-    "On its own text" is what the objective rises by on the calibration text, "run in full" how many forward passes the
+    "On the text it chose by" is the objective's rise there, "without sharing" how many forward passes the
     evaluations would be without shared states.
     """
     columns, groups = _grouped(records)

@@ -85,7 +85,8 @@ def _found_again(folder: Folder, model: str, record: Row) -> tuple[str, str]:
     if (plan := plan_file(folder.path, record)).is_file() and unrepaired:
         return "write that model", next_command("export", model, plan=plan, to="hf", out="smaller")
     if plan.is_file():
-        mend = {"method": record["repair"]} if record["repair"] != "refit" else {}
+        kept = record["repair"] == "refit" or record.get("added_bytes")  # what adds matrices cannot be served
+        mend = {} if kept else {"method": record["repair"]}
         return "repair that plan", next_command("repair", model, plan=plan, **mend, out="repaired")
     portable = record["space"] == "portable"
     options: dict[str, object] = {"kind": "sublayer", "portable": True} if portable else {"kind": record["space"]}

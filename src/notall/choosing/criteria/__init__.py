@@ -113,7 +113,7 @@ _ALL = (
     Criterion("angular", "angle over a run of blocks (2403.17887)", choose=choose_angular, kinds=("block",)),
     Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude),
     Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order),
-    Criterion("fisher", "that gradient squared, by sequence (1801.05787)", score_fisher),
+    Criterion("fisher", "the same gradient, squared per sequence (1801.05787)", score_fisher),
     Criterion(
         "gate-norm",
         "|W_Q W_K^T|, without a text (2512.20636)",
@@ -121,12 +121,14 @@ _ALL = (
         kinds=("attention",),
         layers=has_projections,
     ),
-    Criterion("leave-one-out", "the objective without each one alone", score_leave_one_out, measured=True),
+    Criterion(
+        "leave-one-out", "rise of the objective when only this unit is skipped", score_leave_one_out, measured=True
+    ),
     Criterion("greedy", "the objective, step by step (SLEB, BlockPruner, FinerCut)", None, choose_greedily, True),
     Criterion("evolution", "sets that swap and are selected (EvoPress 2410.14649)", None, choose_by_evolution, True),
     Criterion(
         "quadratic",
-        "effects of one and of two, the least sum (after 2602.00161; extra: solver)",
+        "the least sum of single and pairwise effects (after 2602.00161; extra: solver)",
         choose=choose_quadratic,
         measured=True,
         needs=("scipy",),

@@ -1,0 +1,170 @@
+"""A mistake in Python is one line that says what to give, as one at the terminal is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import notall
+from families import family
+from notall import Plan, RepairedPlan, Space, UsageError
+from notall.choosing.budget import by_count, by_footprint
+from notall.choosing.criteria import Chosen, Criterion
+from notall.choosing.objective import kl
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama").build()
+
+
+@pytest.fixture(scope="module")
+def space(model):
+    return Space(notall.locate(model), "mlp")
+
+
+def chosen_by(model, space, way, **more):
+    return notall.choose_plan(model, way, space, by_count(space, 2), [IDS], **more)
+
+
+MISTAKES = {
+    "a name for a model": (lambda m, s: notall.locate("gemma"), "give a model, as notall.load returns it, not str"),
+    "a model for its name": (lambda m, s: notall.load(m), "give a hub id, a folder or a file, not Llama"),
+    "a model for its anatomy": (lambda m, s: Space(m, "mlp"), r"anatomy of a model: notall.locate\(model\), not Llama"),
+    "that of a rule": (lambda m, s: notall.deepest(m, "mlp", 0.5), "anatomy of a model"),
+    "one plan": (lambda m, s: notall.evaluate(m, Plan([1]), [IDS]), r"a list of plans, such as \[plan\], not Plan"),
+    "a dict for a plan": (lambda m, s: notall.evaluate(m, [{"mlp": [1]}], [IDS]), "plans, such as .* not dict"),
+    "a dict to skip": (lambda m, s: notall.skip(m, {"mlp": [1]}).__enter__(), "give a plan, such as .* not dict"),
+    "a dict to remove": (lambda m, s: notall.remove(m, {"mlp": [1]}), "give a plan, such as .* not dict"),
+    "a dict to repair": (lambda m, s: notall.repair(m, {"mlp": [1]}, [IDS]), "give a plan, such as .* not dict"),
+    "a dict to heal": (lambda m, s: notall.heal(m, {"mlp": [1]}, [IDS], [IDS]), "give a plan, such as .* not dict"),
+    "no text": (lambda m, s: notall.evaluate(m, [Plan([1])], []), "there is no text to measure on"),
+    "no text to repair with": (lambda m, s: notall.repair(m, Plan([1]), []), "there is no text"),
+    "a tensor for a list": (lambda m, s: notall.evaluate(m, [Plan([1])], IDS), r"not a tensor of \(12,\), int64"),
+    "words": (lambda m, s: notall.evaluate(m, [Plan([1])], ["a word"]), "token ids as tensors .* not str"),
+    "numbers that are no ids": (lambda m, s: kl([IDS.float()]), r"not a tensor of \(2, 12\), float32"),
+    "one token": (lambda m, s: notall.evaluate(m, [Plan([1])], [IDS[:, :1]]), "a window of one token predicts nothing"),
+    "a foreign tokenizer": (lambda m, s: notall.evaluate(m, [Plan([1])], [IDS + 90]), "the model has no token 113"),
+    "a number for a budget": (
+        lambda m, s: notall.choose_plan(m, "deepest", s, 3, [IDS]),
+        "give a budget, such as .* not int",
+    ),
+    "a name for an objective": (lambda m, s: chosen_by(m, s, "deepest", objective="kl"), "an objective, such as"),
+    "a resource of another name": (
+        lambda m, s: by_footprint(m, s, "kv", 0.3),
+        "cannot save 'kv'.*: give one of params, weight_bytes, kv_bytes_per_token",
+    ),
+    "a kind that plans do not have": (
+        lambda m, s: Plan(block=[1]),
+        "attention and mlp, and no block; a block is named",
+    ),
+    "text for indices": (lambda m, s: Plan(attention="12"), "not '12'"),
+    "a folder for a plan": (lambda m, s: Plan.load(Path(__file__).parent), "a folder: notall.RepairedPlan.load reads"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(model, space, mistake):
+    make, said = MISTAKES[mistake]
+    with pytest.raises(UsageError, match=said) as caught:
+        make(model, space)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_evaluated_inside_a_skip(model, space):
+    with notall.skip(model, Plan([1])):
+        for act in (
+            lambda: notall.evaluate(model, [Plan([2])], [IDS]),
+            lambda: chosen_by(model, space, "search"),
+        ):
+            with pytest.raises(UsageError, match=r"inside a `with notall\.skip"):
+                act()
+    assert len(notall.evaluate(model, [Plan([2])], [IDS])) == 1
+
+
+def deepest(setting):
+    """The deepest first."""
+    return {unit: -int(unit[0].partition(".")[2]) for unit in setting.space.units}
+
+
+def last(setting, budget):
+    """Only the last ones."""
+    units = setting.space.units[-2:]
+    return Chosen(frozenset(name for unit in units for name in unit), tuple(units))
+
+
+@pytest.mark.parametrize("way", [deepest, last, Criterion("mine", "the deepest", score=deepest), "deepest"])
+def test_a_function_is_a_way_to_choose(model, space, way):
+    assert chosen_by(model, space, way).plan.mlp == (2, 3)
+
+
+def test_without_an_objective_it_is_the_kl_on_the_text(model, space):
+    other = [IDS + 20]
+    found = [chosen_by(model, space, "deepest", **more).cost for more in ({}, {"objective": kl([IDS])})]
+    assert found[0] == found[1]
+    assert chosen_by(model, space, "deepest", objective=kl(other)).cost != found[0]
+
+
+def test_a_folder_may_be_named_as_text(model, space, tmp_path):
+    chosen_by(model, space, "search", folder=str(tmp_path / "found"))
+    assert (tmp_path / "found" / "evaluations.jsonl").is_file()
+    repaired = notall.repair(model, Plan([1]), [IDS], folder=str(tmp_path / "repaired"))
+    assert RepairedPlan.load(str(tmp_path / "repaired")) == repaired
+
+
+class TestARepairThatIsSaved:
+    def test_is_the_same_when_it_is_loaded(self, model, tmp_path):
+        repaired = notall.repair(model, Plan([1], [2]), [IDS])
+        repaired.save(tmp_path / "kept")
+        loaded = RepairedPlan.load(tmp_path / "kept")
+        assert loaded == repaired
+        assert loaded.weights.keys() == repaired.weights.keys()
+        assert (loaded.refits, loaded.fingerprint) == (repaired.refits, repaired.fingerprint)
+        assert str(loaded.history) == str(repaired.history)
+        ours, theirs = (notall.evaluate(model, [plan], [IDS])[0].nll for plan in (repaired, loaded))
+        assert ours == theirs
+
+    def test_keeps_what_it_was_healed_from(self, model, tmp_path):
+        repaired = notall.repair(model, Plan([1]), [IDS])
+        healed = notall.heal(model, repaired, [IDS], [IDS + 20])
+        healed.save(tmp_path / "kept")
+        loaded = RepairedPlan.load(tmp_path / "kept")
+        assert loaded == healed
+        assert [step.by for step in loaded.history] == [step.by for step in healed.history] == ["repair", "heal"]
+
+    def test_takes_a_new_folder(self, model, tmp_path):
+        (tmp_path / "mine.txt").write_text("mine")
+        with pytest.raises(UsageError, match="holds something already: choose a new folder"):
+            notall.repair(model, Plan([1]), [IDS]).save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_is_not_called_repaired_without_weights(self):
+        assert str(RepairedPlan.of(Plan([1]))) == "attention 1"
+        weights = {"model.layers.0.mlp.down_proj.weight": torch.ones(2)}
+        assert str(RepairedPlan.of(Plan([1]), weights=weights)) == "attention 1 (repaired)"
+
+
+CONSUMER = """
+import torch
+import notall
+from notall import Plan
+
+model, tokenizer = notall.load("smollm2")
+plan: Plan = notall.deepest(notall.locate(model), "mlp", 0.1)
+with notall.skip(model, plan) as skipped:
+    tokens = skipped.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=4)
+    same = model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=4)
+nats: float = notall.evaluate(model, [plan], [torch.zeros(1, 2, dtype=torch.long)])[0].nll
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_uses_it_passes_a_strict_type_checker(tmp_path):
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--config-file", "", "consumer.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
