@@ -28,7 +28,8 @@ completion to your shell.
 A table fits your terminal. If that is too narrow for all columns, a line below names those left out. A file or a pipe
 gets every column, and `--json` every digit.
 
-Commands show their progress and the time left on stderr, and only at a terminal. `NO_COLOR=1` turns colours off.
+Commands show their progress and the time left on stderr; where that is no terminal, a line a minute. `NO_COLOR=1` turns
+colours off.
 """
 
 

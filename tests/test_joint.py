@@ -1,12 +1,14 @@
 """A budget with a limit on what it may cost: both hold, or what can be had of each is told."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
-from notall.choosing import latency
+from notall.choosing import joint, latency, speedups
 from notall.choosing.budget import by_count, by_limit, within_limit
+from notall.choosing.criteria import choose
 from notall.choosing.joint import choose_within
 from notall.choosing.latency import Times
 from test_cli import QUICK, run  # noqa: F401
@@ -44,7 +46,10 @@ def test_where_they_cannot_what_each_costs_the_other_is_told(costs, timing, crit
     found = choose_within(criterion, costs, limited(asked(costs, 1.3), 0.35))
     assert timing == [5, 3]
     assert len(found.chosen.skipped) == 3
-    assert found.missed == ("1.33 ± 0.00 times as fast costs 0.500 nats; at 0.300 nats it is 1.18 ± 0.00 times as fast")
+    assert found.missed == (
+        "1.33 ± 0.00 times as fast costs 0.500 nats on the text it was chosen by; at 0.300 nats it is "
+        "1.18 ± 0.00 times as fast"
+    )
 
 
 def test_a_count_has_its_limit_too(costs):
@@ -53,14 +58,31 @@ def test_a_count_has_its_limit_too(costs):
     assert choose_within("greedy", costs, within_limit(count, by_limit(costs.space, 0.65))).missed is None
     found = choose_within("greedy", costs, within_limit(count, limit))
     assert len(found.chosen.skipped) == 4
-    assert found.missed == "6 of 6 costs 0.600 nats; at 0.400 nats it is 4 of 6"
+    assert found.missed == "6 of 6 costs 0.600 nats on the text it was chosen by; at 0.400 nats it is 4 of 6"
 
 
-def test_late_what_was_found_first_is_kept_and_said_to_cost_too_much(costs, timing):
+@pytest.mark.parametrize("criterion", ["greedy", "leave-one-out"])
+def test_late_what_is_found_keeps_to_the_limit_all_the_same(costs, timing, criterion):
     late = replace(costs, deadline=0.0)
-    found = choose_within("greedy", late, limited(asked(costs, 1.3), 0.35))
-    assert len(found.chosen.skipped) == 5
-    assert found.missed == "1.33 ± 0.00 times as fast costs 0.500 nats, and the time was up"
+    found = choose_within(criterion, late, limited(asked(costs, 1.3), 0.35))
+    assert costs.evaluator.cost(found.chosen.skipped) - costs.evaluator.cost(frozenset()) <= 0.35
+    assert "costs 0.500 nats on the text it was chosen by; at" in found.missed
+    assert found.missed.endswith("; the time was up")
+
+
+def test_the_first_choice_leaves_time_for_the_second(costs, timing, monkeypatch):
+    """Of 100 seconds that are left."""
+    given = []
+
+    def choosing(criterion, asked_of, budget):
+        given.append(asked_of.deadline - time.monotonic())
+        return choose(criterion, asked_of, budget)
+
+    monkeypatch.setattr(joint, "choose", choosing)
+    monkeypatch.setattr(speedups, "choose", choosing)
+    choose_within("greedy", replace(costs, deadline=time.monotonic() + 100), limited(asked(costs, 1.3), 0.35))
+    assert given[0] == pytest.approx(60, abs=5)
+    assert given[-1] == pytest.approx(100, abs=5)
 
 
 def test_what_misses_the_speedup_at_once_says_so_too(costs, machine):  # noqa: F811

@@ -10,6 +10,7 @@ import torch
 import notall
 from families import family
 from notall import Plan, RepairedPlan, Space, UsageError
+from notall.choosing import criteria
 from notall.choosing.budget import by_count, by_footprint
 from notall.choosing.criteria import Chosen, Criterion
 from notall.choosing.objective import kl
@@ -100,6 +101,15 @@ def last(setting, budget):
 @pytest.mark.parametrize("way", [deepest, last, Criterion("mine", "the deepest", score=deepest), "deepest"])
 def test_a_function_is_a_way_to_choose(model, space, way):
     assert chosen_by(model, space, way).plan.mlp == (2, 3)
+
+
+def test_what_fails_in_notall_itself_is_seen_whole(model, space, monkeypatch):
+    def broken(setting):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(criteria.CRITERIA, "deepest", Criterion("deepest", "", score=broken))
+    with pytest.raises(ZeroDivisionError):
+        chosen_by(model, space, "deepest")
 
 
 def test_without_an_objective_it_is_the_kl_on_the_text(model, space):

@@ -58,6 +58,20 @@ def test_what_is_as_fast_as_predicted_is_chosen_once(setting, machine):
     assert found.met
 
 
+def test_what_is_much_faster_than_asked_for_is_chosen_anew_and_what_costs_least_is_kept(setting, machine):
+    timed = machine(1.8)  # skipping saves almost twice as much as the times say
+    found = choose_as_fast("greedy", setting, asked(setting, 1.3))
+    assert timed[0] == 5
+    assert found.met
+    assert len(found.chosen.skipped) == min(timed) < 5
+
+
+def test_what_is_a_little_faster_than_asked_for_is_kept(setting, machine):
+    timed = machine(1.02)
+    assert choose_as_fast("greedy", setting, asked(setting, 1.3)).met
+    assert timed == [5]
+
+
 def test_what_is_too_slow_corrects_the_times_and_the_next_is_as_fast(setting, machine):
     timed = machine(0.6)
     found = choose_as_fast("greedy", setting, asked(setting, 1.3))

@@ -10,6 +10,8 @@ from .criteria import Chosen, Setting, Way, choose
 from .latency import Prediction
 from .speedups import SpeedBudget, choose_as_fast, timed
 
+FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -27,19 +29,18 @@ def choose_within(criterion: Way, setting: Setting, budget: Budget) -> Outcome:
     """
     if math.inf in (budget.limit, budget.target):
         return _choose(criterion, setting, budget)
-    whole = _choose(criterion, setting, replace(budget, limit=math.inf))
+    whole = _choose(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
     if (cost := _rise(setting, whole)) <= budget.limit:
         return whole
-    costs = f"{_as_much(budget, whole)} costs {cost:.3f} nats"
-    if setting.late:
-        return replace(whole, missed=f"{costs}, and the time was up")
+    costs = f"{_as_much(budget, whole)} costs {cost:.3f} nats on the text it was chosen by"
     within = Outcome(choose(criterion, setting, replace(budget, target=math.inf)))
     if isinstance(budget, SpeedBudget):
         within = replace(within, check=timed(setting, within.chosen, budget))
     if _reached(budget, within):
         return within
     at = f"{_rise(setting, within):.3f} nats it is {_as_much(budget, within)}"
-    return replace(within, missed=f"{costs}; at {at}")
+    late = "; the time was up" if setting.late else ""
+    return replace(within, missed=f"{costs}; at {at}{late}")
 
 
 def _choose(criterion: Way, setting: Setting, budget: Budget) -> Outcome:

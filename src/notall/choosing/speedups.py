@@ -29,6 +29,11 @@ class SpeedBudget(Budget):
         measured = check.measured_speedup
         return measured.median + min(measured.error, MOST_ERROR * self.faster) >= self.faster
 
+    def exceeded(self, check: Prediction) -> bool:
+        """Whether what was measured is faster than what was asked for, beyond its standard error and `MOST_ERROR`."""
+        measured = check.measured_speedup
+        return measured.median - max(measured.error, MOST_ERROR * self.faster) > self.faster
+
     def corrected(self, check: Prediction) -> SpeedBudget | None:
         """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
         predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))
@@ -71,18 +76,24 @@ def check_faster(faster: float) -> None:
 def choose_as_fast(criterion: Way, setting: Setting, budget: SpeedBudget) -> TimedChoice:
     """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
 
-    What was evaluated for one choice is known for the next. Where none of `CHOICES` is as fast, before the setting
-    gets late, the fastest comes back.
+    What was evaluated for one choice is known for the next. Where a choice is much faster than it was asked to be, it
+    gave up more than it had to: then, too, the times are corrected. Of what is as fast as asked for, the one that costs
+    least comes back; where none of `CHOICES` is, before the setting gets late, the fastest.
     """
     tried: list[TimedChoice] = []
     following: SpeedBudget | None = budget
     while following is not None and len(tried) < CHOICES and not (tried and setting.late):
         chosen = choose(criterion, setting, following)
+        if any(one.met and one.chosen.skipped == chosen.skipped for one in tried):
+            break
         check = timed(setting, chosen, following)
         tried.append(TimedChoice(chosen, check, following.reached(check)))
-        if tried[-1].met:
-            return tried[-1]
+        if tried[-1].met and not following.exceeded(check):
+            break
         following = following.corrected(check)
+    met = [one for one in tried if one.met]
+    if met:
+        return min(met, key=lambda one: setting.evaluator.cost(one.chosen.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median)
 
 

@@ -129,7 +129,7 @@ def search(
     max_nll: Annotated[
         float | None,
         of_budget(
-            help="skip as much as possible while NLL rises by at most this many nats; it may limit another budget"
+            help="skip as much as possible while NLL rises by at most this many nats; you can add it to another budget"
         ),
     ] = None,
     max_kl: Annotated[float | None, of_budget(help="the same for KL")] = None,
@@ -212,10 +212,13 @@ def search(
             after_repair=repair,
             progress=bar,
         )
+        replaced = _replaced(out, found.plan)
         found.plan.save(out)
         plans: dict[State, Plan] = {"skipped": found.plan}
         if repair:
             plans["repaired"] = repaired_by(net, tokenizer, found.plan, [text], beside, settings, bar)
+    if replaced is not None:
+        typer.echo(f"note: {out} skipped {replaced} before, and is replaced", err=True)
     record = found.record(provenance_of(net, model, revision, **about, **other, fingerprint=found.plan.fingerprint))
     keep_choice(folder, record)
     if front:
@@ -230,6 +233,17 @@ def search(
     table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
     _show(table, measured | _retrieval(net, tokenizer, plans, batches, seed), alone=not repair, as_json=as_json)
     conclude(verdict, as_json=as_json)
+
+
+def _replaced(out: Path, plan: Plan) -> Plan | None:
+    """What `out` skipped before, if that is something else."""
+    from ..records.plan import Plan
+
+    try:
+        before = Plan.load(out)
+    except UsageError:
+        return None
+    return None if before.identity == plan.identity else before
 
 
 def _checked_places(out: Path, repair: bool) -> tuple[Path, Path]:
@@ -292,7 +306,8 @@ def _verdict(
         timed = next_command("bench", model, plan=made)
         return verdict.then(timed, timed)
     pruned = made.with_name(f"{made.stem}-pruned")
-    otherwise = next_command("export", model, plan=made, to="hf", out=pruned)
+    repaired: dict[str, object] = {} if "repaired" in plans else {"repair": True}
+    otherwise = next_command("export", model, plan=made, **repaired, to="hf", out=pruned)
     return verdict.then(mending(model, made, "repaired" in plans), otherwise)
 
 

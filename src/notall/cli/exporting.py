@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..models.names import named_gguf
 from ..records.columns import Row, in_bytes
+from ..records.strict_json import read_json
 from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
 from .checks import check_folders, check_texts
 from .ending import conclude
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
-from .options import Json, Model, OwnDtype, Repair, RepairText, Revision, Trust
+from .options import Json, Model, OwnDtype, Repair, RepairSequences, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
     from ..records.plan import Plan
     from ..reporting.verdict import Verdict
+
+
+UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
 
 
 class Target(str, Enum):
@@ -43,6 +48,7 @@ def export(
     ] = None,
     repair: Repair = False,
     repair_text: RepairText = None,
+    repair_sequences: RepairSequences = None,
     verify: Annotated[bool, typer.Option(help="run what was written, and compare it with the skipped model")] = True,
     push_to_hub: Annotated[str | None, typer.Option(help="upload the export to this repository of the hub")] = None,
     dtype: OwnDtype = None,
@@ -58,6 +64,8 @@ def export(
     from ..exporters import export as export_model
     from .columns import FILE_COLUMNS
 
+    if dtype is None and to is not Target.gguf and named_gguf(model):
+        dtype = UNPACKED
     kept = out.with_name(f"{out.name}.repaired")
     check_folders(repair=kept if repair else None)
     wanted = read_plan(plan)
@@ -66,7 +74,7 @@ def export(
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
         check_export(model, wanted, to.value, out, **how)
     if repair:
-        wanted = _repaired(model, wanted, repair_text, kept, revision, trust_remote_code)
+        wanted = _repaired(model, wanted, repair_text, repair_sequences, kept, revision, trust_remote_code)
     measured, verdict = _measured(model, wanted, measure, revision, trust_remote_code) if measure else (None, None)
     with progress_bar() as progress:
         export_model(
@@ -100,7 +108,13 @@ BROKEN = (
 
 
 def _repaired(
-    model: str, plan: Plan, texts: list[str] | None, kept: Path, revision: str | None, trust_remote_code: bool
+    model: str,
+    plan: Plan,
+    texts: list[str] | None,
+    sequences: int | None,
+    kept: Path,
+    revision: str | None,
+    trust_remote_code: bool,
 ) -> Plan:
     """The plan after a repair, which is in the folder `kept`."""
     from .repairing import repaired_by
@@ -108,7 +122,7 @@ def _repaired(
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     settings = provenance_of(net, model, revision)
     with progress_bar() as progress:
-        return repaired_by(net, tokenizer, plan, texts, kept, settings, progress)
+        return repaired_by(net, tokenizer, plan, texts, kept, settings, progress, sequences=sequences)
 
 
 def _conclusion(out: Path, to: Target) -> dict[str, str]:
@@ -117,12 +131,20 @@ def _conclusion(out: Path, to: Target) -> dict[str, str]:
 
     manifest = read_manifest(out)
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
+    in_dtype = f" in {named}" if (named := _dtype_of(out)) else ""
     return {
         "Check": str(verdict_of(manifest)),
-        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}",
+        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}{in_dtype}",
         **({"Period": BROKEN.format(period)} if (period := manifest.get("breaks_period")) else {}),
         **_commands(out, to, manifest["model_type"].startswith("notall_")),
     }
+
+
+def _dtype_of(out: Path) -> str | None:
+    """What a checkpoint's config says of its numbers; a GGUF has types for each tensor."""
+    config = out / "config.json"
+    told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return next((str(told[name]) for name in ("dtype", "torch_dtype") if told.get(name)), None)
 
 
 def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:

@@ -48,6 +48,7 @@ from .options import (
     RayGpus,
     RayWorkers,
     Repair,
+    RepairSequences,
     RepairText,
     Revision,
     Rounds,
@@ -156,6 +157,7 @@ def evaluate(
     battery: Battery = False,
     repair: Repair = False,
     repair_text: RepairText = None,
+    repair_sequences: RepairSequences = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="keep results in this folder, so that a killed run continues")
     ] = None,
@@ -199,7 +201,7 @@ def evaluate(
     with progress_bar() as progress:
         if repair:
             about = provenance_of(net, model, revision)
-            wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress)
+            wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress, sequences=repair_sequences)
         warn_of_own_text(wanted, described)
         found = evaluate_plan(
             net,

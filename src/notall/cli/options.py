@@ -20,7 +20,11 @@ Dtype = Annotated[
 ]
 OwnDtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's own)", rich_help_panel=MODEL),
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16 (default: the checkpoint's own; of a GGUF file, bfloat16)",
+        rich_help_panel=MODEL,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="device to run on: auto, cpu, cuda, cuda:1, mps ...", rich_help_panel=MODEL)]
 DeviceMap = Annotated[
@@ -36,12 +40,23 @@ Attention = Annotated[
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="plan file, or the folder of a repair")]
 Repair = Annotated[
-    bool, typer.Option("--repair", help="refit what is kept first, as `notall repair` does", rich_help_panel=REPAIRING)
+    bool,
+    typer.Option(
+        "--repair",
+        help="refit what is kept first, as `notall repair`: minutes",
+        rich_help_panel=REPAIRING,
+    ),
 ]
 RepairText = Annotated[
     list[str] | None,
     typer.Option(
         "--repair-text", help="text to refit to; repeat it for more (default: prose)", rich_help_panel=REPAIRING
+    ),
+]
+RepairSequences = Annotated[
+    int | None,
+    typer.Option(
+        help="windows of 512 tokens to refit to (default: up to 128, which take minutes)", rich_help_panel=REPAIRING
     ),
 ]
 TextSource = Annotated[
@@ -159,7 +174,7 @@ KeepLast = Annotated[bool, typer.Option("--keep-last", help="preserve the last l
 Objective = Annotated[
     str | None,
     typer.Option(
-        help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl)",
+        help="nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)",
         rich_help_panel=JUDGED_BY,
     ),
 ]

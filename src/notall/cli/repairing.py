@@ -12,7 +12,7 @@ import typer
 from ..errors import UsageError, shortened
 from ..records.columns import Row
 from ..records.lines import refuse_unwritable
-from ..reporting.console import Shown, show_all
+from ..reporting.console import Shown, say, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
 from .checks import check_folders, check_texts
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
     from ..running.repaired import RepairedPlan
 
+LITTLE = 0.02  # of the error: refits that mend less fill screens
 REFIT = "refit"  # the method that is the default
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 TOKENS = 131_072  # that are trained on
@@ -84,6 +85,7 @@ def repair(
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.measured import measure
+    from ..reporting.verdict import next_command
     from ..structure.locating import locate
 
     check_folders(repair=out)
@@ -103,6 +105,9 @@ def repair(
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = shown_quality(measured, f"skip {wanted}: before the repair and after it")
     show_all({**(_refits(repaired, out, as_json) if method == REFIT else {}), "quality": quality}, as_json=as_json)
+    if not as_json:
+        exported = next_command("export", model, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
+        say(f"Next:    {exported}", whole=True)
 
 
 def _refuse_method(name: str, streams: Path | None) -> None:
@@ -139,11 +144,15 @@ def _repaired_by(
 
 
 def _refits(repaired: RepairedPlan, out: Path, everything: bool) -> dict[str, Shown]:
-    """What became of each sublayer; at the terminal only where something did."""
+    """What became of each sublayer; at the terminal only where much did."""
+    from ..records.columns import given
     from ..records.repair import RefitRecord
 
-    refits: list[Row] = [one.row() for one in repaired.refits if everything or one.ridge is not None or one.why]
-    return {"refits": Shown(refits, RefitRecord.columns, f"{out}: {_counted(repaired)}")}
+    told = [one for one in repaired.refits if everything or (one.left or 0.0) <= 1 - LITTLE or one.why]
+    refits: list[Row] = [one.row() | ({} if everything or one.why else {"why": None}) for one in told]
+    columns = given(RefitRecord.columns, refits)
+    less = "" if everything else f"; shown are those that mend over {LITTLE:.0%}"
+    return {"refits": Shown(refits, columns, f"{out}: {_counted(repaired)}{less}")}
 
 
 @app.command(
@@ -262,14 +271,16 @@ def repaired_by(
     folder: Path | None,
     settings: Provenance,
     progress: Progress,
+    *,
+    sequences: int | None = None,
 ) -> Plan:
-    """The plan after a repair of the usual size, as `--repair` of other commands asks for; as it is with weights."""
+    """The plan after a repair, for `--repair` of other commands: of the usual size, unless `sequences` says another."""
     from ..repairing.refitting import repair as repair_plan
     from ..running.repaired import RepairedPlan
 
     if not plan or isinstance(plan, RepairedPlan):
         return plan
-    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], None, LENGTH, 0)
+    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], sequences, LENGTH, 0)
     about = {**settings.what, **drawn.described}
     return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
 
@@ -281,10 +292,14 @@ def other_windows(
     return _Texts.drawn(net, tokenizer, texts, [], None, LENGTH, 0).other
 
 
+def is_own_text(plan: Plan, described: dict[str, Any]) -> bool:
+    """Whether a repaired plan was fitted to a text, where it looks better than it is."""
+    return described["text_sha256"] in {one.text_sha256 for step in getattr(plan, "history", ()) for one in step.texts}
+
+
 def warn_of_own_text(plan: Plan, described: dict[str, Any]) -> None:
     """Say so where a repaired plan is measured on the text that it was fitted to."""
-    own = {text.text_sha256 for step in getattr(plan, "history", ()) for text in step.texts}
-    if described["text_sha256"] in own:
+    if is_own_text(plan, described):
         text = shortened(described["text"])
         note = f"note: the plan was repaired with {text}, where it looks better than it is; measure on another --text"
         typer.echo(note, err=True)
@@ -368,4 +383,4 @@ def _counted(repaired: RepairedPlan) -> str:
     """How many of the sublayers that the repair came to were refit."""
     refit = [len(one.sublayers) for one in repaired.refits if one.ridge is not None]
     total = sum(len(one.sublayers) for one in repaired.refits)
-    return f"{sum(refit)} of {total} kept sublayers refit; the others would not be better on what was held out"
+    return f"{sum(refit)} of {total} kept sublayers refit; refitting others did not help on held-out text"

@@ -70,7 +70,7 @@ def export_hf(
         verdict = verify(dense, plan, folder, loader, tensors)
     manifest = manifest_of(dense.origin, plan, settings["model_type"]) | _broken_period(dense.anatomy, plan)
     use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
-    weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
+    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 

@@ -19,6 +19,7 @@ from ..records.strict_json import Settings, read_json
 
 MANIFEST = "notall.json"
 
+MUCH = 0.98  # of the error that is left: refits that mend less fill pages
 logger = logging.getLogger(__name__)
 
 
@@ -168,9 +169,12 @@ def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
     made = f" They were {told}." if told else ""
     yield "## Repaired"
     yield f"What is kept makes up for what is left out: some of its weights are not the dense model's.{made}"
-    refit = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in repair["refits"] if one["ridge"] is not None]
+    refit = [one for one in repair["refits"] if one["ridge"] is not None]
+    rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= MUCH]
     if refit:
-        yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), refit)
+        yield f"{len(refit)} steps were refit; these left at most {MUCH:.0%} of the error."
+    if rows:
+        yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), rows)
 
 
 def _terms(dense_card: Path) -> Settings:

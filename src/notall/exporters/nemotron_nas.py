@@ -78,7 +78,7 @@ def export_nemotron_nas(
         progress(0, 1, "comparing with the skipped model")
         verdict = verify_in_mlx(dense, plan, folder)
     manifest = manifest_of(dense.origin, plan, "nemotron-nas")
-    weights = WeightBytes(dense.own_bytes, total_bytes(tensors))
+    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
     describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,6 +38,11 @@ class Setting:
     @property
     def late(self) -> bool:
         return time.monotonic() > self.deadline
+
+    def until(self, share: float) -> Setting:
+        """The same, late when this share of the time that is left has passed."""
+        now = time.monotonic()
+        return replace(self, deadline=now + share * max(0.0, self.deadline - now))
 
     def passed(self, passes: float, since: float) -> None:
         """Count passes over the calibration text that began at `since`, on the clock of `time.process_time`."""
