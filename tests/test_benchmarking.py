@@ -126,16 +126,16 @@ def test_records_of_another_row_or_task_are_made_again(run, tmp_path, change):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"limits": Limits(5)}, "another limit"),
-        ({"num_fewshot": 1}, "another asked_fewshot"),
-        ({"truncate": True}, "another truncate"),
+        ({"limits": Limits(5)}, "results with limit"),
+        ({"num_fewshot": 1}, "results with asked_fewshot"),
+        ({"truncate": True}, "results with truncate"),
     ],
 )
 def test_other_settings_want_another_folder(run, tmp_path, changes, told):
     run(["tiny_choice"], tmp_path, ABOUT)
     with pytest.raises(UsageError, match=told):
         run(["tiny_choice"], tmp_path, ABOUT, **changes)
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="results with model"):
         run(["tiny_choice"], tmp_path, ABOUT | {"model": "other"})
 
 

@@ -396,9 +396,9 @@ def test_what_an_engine_cannot_run_is_told_and_tried_again(asked, tmp_path):
 
 def test_a_folder_of_other_work_is_refused(asked, tmp_path):
     measured(tmp_path, text="prose")
-    with pytest.raises(UsageError, match="another text"):
+    with pytest.raises(UsageError, match="results with text"):
         measured(tmp_path, text="book")
-    with pytest.raises(UsageError, match="another subject"):
+    with pytest.raises(UsageError, match="results with subject"):
         measured(tmp_path, text="prose", plan=Plan(mlp=[1]))
     with pytest.raises(UsageError, match="two of the models are called less"):
         measured(tmp_path / "twice", Subject("less", "n", Plan(), OWN))

@@ -113,7 +113,7 @@ def test_what_sublayers_cost_is_not_measured_twice(model, swept, tmp_path, monke
     assert (tmp_path / LeaveOneOutRecord.file).read_text() == whole
     other = whole.replace('"seed": 0', '"seed": 1')
     (tmp_path / LeaveOneOutRecord.file).write_text(other)
-    with pytest.raises(UsageError, match="another seed"):
+    with pytest.raises(UsageError, match="results with seed"):
         grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
 
 
@@ -196,7 +196,7 @@ def test_scores_of_other_plans_or_sequences_are_not_taken(model, swept, tmp_path
 )
 def test_results_of_other_settings_are_not_mixed_in(model, swept, change, says):
     arguments = {"batches": BATCHES, "provenance": ABOUT, "timed": TIMED, "seed": 0} | change
-    with pytest.raises(UsageError, match=f"another {says}") as error:
+    with pytest.raises(UsageError, match=f"results with {says}") as error:
         grid.sweep(model, arguments.pop("batches"), swept[0], arguments.pop("provenance"), **arguments)
     assert "--out" in str(error.value)
 

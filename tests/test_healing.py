@@ -377,6 +377,6 @@ def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tm
     monkeypatch.setattr(healing, "Distillation", lambda *_: pytest.fail("it was trained again"))
     assert same(run_heal(tmp_path), whole)
     others = {"rate": 1e-3}, {"train": "all"}, {"warm_up": 0.5}
-    for changes, said in ((one, f"another {name}") for one in others for name in one):
+    for changes, said in ((one, f"results with {name}") for one in others for name in one):
         with pytest.raises(UsageError, match=said):
             run_heal(tmp_path, **changes)

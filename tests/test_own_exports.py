@@ -12,6 +12,7 @@ import notall
 from families import family
 from notall import Plan, UsageError, export, locate, skip
 from notall.evaluation.paper.grid import deepest
+from notall.exporters.manifest import plan_of
 from notall.exporters.remote_code import FAMILIES
 from notall.measuring.quality import evaluate
 from notall.running.footprint import footprint
@@ -274,6 +275,23 @@ def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, export
         manifest.write_text(text)
         code, _, err = run("eval", dense, "--plan", tmp_path / "broken", *QUICK)
         assert (code, says in err) == (2, True)
+
+
+def test_an_export_is_measured_beside_its_dense_model(run, exported):  # noqa: F811
+    code, _, err = run("eval", exported("nemotron-nas"), "--sequences", "1", "--length", "8")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is what is left of another model: name that one, and give --plan" in err
+
+
+def test_the_repair_beside_an_export_is_named(tmp_path, exported):
+    folder = shutil.copytree(exported("nemotron-nas"), tmp_path / "out")
+    manifest = folder / "notall.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"repair": {}}))
+    for kept, said in ((False, "repair itself$"), (True, r"repair itself, .*out\.repaired$")):
+        if kept:
+            (tmp_path / "out.repaired").mkdir()
+        with pytest.raises(UsageError, match=said):
+            plan_of(folder)
 
 
 def test_a_layer_of_nothing_is_refused(dense):

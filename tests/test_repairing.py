@@ -139,7 +139,7 @@ def test_one_sequence_in_eight_is_held_out_or_the_last_where_there_are_fewer(sha
     ("plan", "shapes", "said"),
     [
         (Plan([1]), [(1, 8)], "1 is too few"),
-        (Plan([1]), [], "0 is too few"),
+        (Plan([1]), [], "there is no text"),
         (Plan(), [(4, 8)], "skips nothing"),
         (Plan([9]), [(4, 8)], "layers are 0 to 3"),
         (Plan([0, 1, 2, 3]), [(4, 8)], "keep at least one"),
@@ -454,10 +454,10 @@ def test_the_steps_that_it_comes_to_are_known_before(name, ahead, plan):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"plan": Plan([2])}, "another plan"),
-        ({"dtype": torch.bfloat16}, "another dtype"),
-        ({"ridges": [1.0]}, "another ridges"),
-        ({"ahead": 0.25}, "another ahead"),
+        ({"plan": Plan([2])}, "results with plan"),
+        ({"dtype": torch.bfloat16}, "results with dtype"),
+        ({"ridges": [1.0]}, "results with ridges"),
+        ({"ahead": 0.25}, "results with ahead"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(tmp_path, changes, said):
@@ -468,9 +468,9 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, changes, said):
 
 def test_a_folder_of_other_text_or_another_command_is_refused(tmp_path):
     run_repair(tmp_path / "a")
-    with pytest.raises(UsageError, match="another calibration"):
+    with pytest.raises(UsageError, match="results with calibration"):
         repair(family("llama").build(), PLANS["blocks"], TEXTS[:2], folder=tmp_path / "a", settings={"seed": 0})
-    with pytest.raises(UsageError, match="another seed"):
+    with pytest.raises(UsageError, match="results with seed"):
         repair(family("llama").build(), PLANS["blocks"], TEXTS, folder=tmp_path / "a", settings={"seed": 1})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "bench.jsonl").write_text('{"model": "dense"}\n')

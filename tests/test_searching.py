@@ -537,10 +537,10 @@ def test_what_was_evaluated_together_is_written_together(model, tmp_path, monkey
 
 def test_evaluations_of_other_settings_are_not_taken(model, tmp_path, monkeypatch):
     run_search(model, tmp_path)
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="results with model"):
         run_search(model, tmp_path, name="other")
-    with pytest.raises(UsageError, match="another calibration"):
+    with pytest.raises(UsageError, match="results with calibration"):
         Evaluator(model, nll(BATCHES[:1]), folder=tmp_path, settings={"model": "tiny"})
     monkeypatch.setattr(notall.choosing.evaluator, "WORDS", 30)  # guesses on other words cannot be held together
-    with pytest.raises(UsageError, match="another guesses"):
+    with pytest.raises(UsageError, match="results with guesses"):
         run_search(model, tmp_path)

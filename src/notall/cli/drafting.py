@@ -79,7 +79,7 @@ def draft(
 
     if out:
         refuse_foreign(out, "draft")
-    asked = asked_plan(plan, skip, fraction, keep_last, needed=True)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=True, model=model)
     how = Drafting(prompt, new, most, rounds)
     loading = Loading(model, dtype, device, None, attn_implementation, revision, trust_remote_code)
     net, tokenizer = load_model(loading)

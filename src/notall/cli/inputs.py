@@ -163,9 +163,15 @@ class AskedPlan:
 
 
 def asked_plan(
-    plan: Path | None, skip: SkippedKind | None, fraction: float | None, keep_last: bool, *, needed: bool = False
+    plan: Path | None,
+    skip: SkippedKind | None,
+    fraction: float | None,
+    keep_last: bool,
+    *,
+    needed: bool = False,
+    model: str = "",
 ) -> AskedPlan:
-    """What `--plan`, or `--skip` with its options, leave out; nothing without either, unless that is `needed`.
+    """What `--plan`, or `--skip` with its options, leave out of `model`; nothing without either, if not `needed`.
 
     Raises `UsageError` where they say two things, or too little.
     """
@@ -174,6 +180,10 @@ def asked_plan(
     if skip is None and (fraction is not None or keep_last):
         raise UsageError(
             "--fraction and --keep-last say how much of what to leave out: add --skip attention, mlp or block"
+        )
+    if needed and not (plan or skip) and model and (Path(model) / MANIFEST).is_file():
+        raise UsageError(
+            f"{shortened(model)} is what is left of another model: name that one, and give --plan {shortened(model)}"
         )
     if needed and not (plan or skip):
         raise UsageError(

@@ -185,7 +185,7 @@ def evaluate(
 
     kept = out.with_name(f"{out.name}.repaired") if out and repair else None
     check_folders(eval=out, repair=kept)
-    asked = asked_plan(plan, skip, fraction, keep_last, needed=True)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=True, model=model)
     size = batch_size_of(batch_size)
     check_texts(text, *(repair_text or []))
     wanted_tasks, limits = words_of(tasks), words_of(limit)

@@ -130,7 +130,11 @@ def plan_of(folder: Path) -> Plan:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
     if repaired:
-        raise UsageError(f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself")
+        beside = folder.with_name(f"{folder.name}.repaired")
+        which = f", {shortened(beside)}" if beside.is_dir() else ""
+        raise UsageError(
+            f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself{which}"
+        )
     shape = Fingerprint.parse(fingerprint)  # that of a GGUF file has no digest, and is equal to no model's
     return found.model_copy(update={"fingerprint": str(fingerprint)}) if shape and shape.digest else found
 
