@@ -453,7 +453,11 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
         f"{name}-{ending}.tex"
         for name in ("benchmarks", "battery", "prefill", "decode")
         for ending in ("last-kept", "last-skipped")
-    }
+    } | {"claims.tex", "similarity.tex"}
+    assert {"claims.csv", "similarity.csv"} <= {path.name for path in tmp_path.glob("*.csv")}
+    assert "tiny_letters, 0-shot, accuracy of 6 documents" in (
+        tmp_path / "benchmarks-last-kept.tex"
+    ).read_text().replace("\\_", "_")
     for name in ("benchmarks", "battery"):
         with open(tmp_path / f"{name}.csv") as file:
             assert len(list(csv.DictReader(file))) == len(lines.read(tmp_path / f"{name}.jsonl"))

@@ -72,7 +72,7 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
 @pytest.mark.parametrize(
     ("repair", "end", "command"),
     [
-        ("none", "write that model", "notall export tiny --plan {} --to hf --out smaller"),
+        ("none", "repair it, and write that model", "notall export tiny --plan {} --repair --to hf --out smaller"),
         ("refit", "repair that plan", "notall repair tiny --plan {} --out repaired"),
         ("replaceme", "repair that plan", "notall repair tiny --plan {} --method replaceme --out repaired"),
     ],
@@ -106,7 +106,7 @@ def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
         "choices stay)."
     )
     plan = tmp_path / "better.json"
-    assert found.command == f"notall export tiny --plan {plan} --to hf --out {tmp_path / 'better-pruned'}"
+    assert found.command == f"notall export tiny --plan {plan} --repair --to hf --out {tmp_path / 'better-pruned'}"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def _found_again(folder: Folder, model: str, record: Row) -> tuple[str, str]:
     """What makes the model of a choice: from its plan, or else by a search for the same."""
     unrepaired = record.get("repair", UNREPAIRED) == UNREPAIRED
     if (plan := plan_file(folder.path, record)).is_file() and unrepaired:
-        return "write that model", next_command("export", model, plan=plan, to="hf", out="smaller")
+        command = next_command("export", model, plan=plan, repair=True, to="hf", out="smaller")
+        return "repair it, and write that model", command
     if plan.is_file():
         kept = record["repair"] == "refit" or record.get("added_bytes")  # what adds matrices cannot be served
         mend = {} if kept else {"method": record["repair"]}
@@ -135,7 +136,9 @@ def _of_one(said: str, model: str, made: Path, found: Row) -> Message:
         return Message(said, None, "see what that costs", next_command("eval", model, plan=made))
     if is_usable(found):
         pruned = made.with_name(f"{made.stem}-pruned")
-        return Message(said, True, "write that model", next_command("export", model, plan=made, to="hf", out=pruned))
+        mend = {"repair": True} if state == "skipped" else {}
+        command = next_command("export", model, plan=made, **mend, to="hf", out=pruned)
+        return Message(said, True, "repair it, and write that model" if mend else "write that model", command)
     if state == "healed":
         return Message(said, False, *_asking_for_less(model))
     return Message(said, False, "make up for what is lost", mending(model, made, state == "repaired"))
