@@ -154,5 +154,5 @@ def test_the_server_bears_many_requests_at_once_as_it_does_of_the_dense_model(tm
     for name, plan in {"dense": Plan(), "export": MIXED}.items():
         out = export(model, plan, "hf", tmp_path / name, tokenizer=tokenizer, verify=False)
         with load.serving(sys.executable, out, tmp_path / f"{name}.log", 8, 512, "--enforce-eager") as address:
-            found[name] = load.bear(address, 40, 8, NEW)
+            found[name] = load.bear(address, 160, 8, 4 * NEW)
     assert load.compared(found) == []

@@ -82,7 +82,7 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
         most_used = 0.0
         while not all(one.done() for one in [*good, *refused, *hung_up]):
             most_used = max(most_used, metric(address, USED))
-            time.sleep(0.1)
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
     answers, statuses = [one.result() for one in good], [one.result() for one in refused]
     for one in hung_up:
