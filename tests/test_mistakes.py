@@ -50,6 +50,7 @@ MISTAKES = {
     "numbers that are no ids": (lambda m, s: kl([IDS.float()]), r"not a tensor of \(2, 12\), float32"),
     "one token": (lambda m, s: notall.evaluate(m, [Plan([1])], [IDS[:, :1]]), "a window of one token predicts nothing"),
     "a foreign tokenizer": (lambda m, s: notall.evaluate(m, [Plan([1])], [IDS + 90]), "the model has no token 113"),
+    "an id below none": (lambda m, s: notall.evaluate(m, [Plan([1])], [IDS - 1]), "the model has no token -1"),
     "a number for a budget": (
         lambda m, s: notall.choose_plan(m, "deepest", s, 3, [IDS]),
         "give a budget, such as .* not int",

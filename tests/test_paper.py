@@ -19,7 +19,7 @@ from notall import Plan, UsageError, cli, locate
 from notall.evaluation.battery import Check
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
-from notall.evaluation.paper.claims import LEAST_DOCUMENTS, LEAST_ROUNDS, claims_of
+from notall.evaluation.paper.claims import LEAST_ROUNDS, claims_of
 from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.paper.scoreboard import (
     PaperTable,
@@ -32,7 +32,7 @@ from notall.evaluation.paper.times import time_grid
 from notall.progress import silent
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
-from notall.records.claims import ClaimRecord
+from notall.records.claims import LEAST_DOCUMENTS, ClaimRecord
 from notall.records.latex import as_latex, escaped
 from notall.records.ledger import read
 from notall.records.provenance import Provenance
@@ -164,6 +164,11 @@ def test_rows_that_begin_alike_stand_together_and_what_is_wide_spans_the_page():
     assert "\\begin{table*}" in wide
     assert wide.count("resizebox") == 1
     assert "\\end{tabular}}\n\\end{table*}" in wide
+
+
+def test_sentences_are_broken_into_lines_of_their_column():
+    text = as_latex(["a", "b"], [["x" * 41, "y" * 40]], caption="c", label="l", right=[False, False])
+    assert "\\begin{tabular}{p{0.4\\linewidth}l}" in text
 
 
 def test_latex_escapes_what_it_would_read_as_its_own():

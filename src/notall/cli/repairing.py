@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..records.provenance import Provenance
     from ..running.repaired import RepairedPlan
 
-LITTLE = 0.02  # of the error: refits that mend less fill screens
 REFIT = "refit"  # the method that is the default
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 TOKENS = 131_072  # that are trained on
@@ -146,7 +145,7 @@ def _repaired_by(
 def _refits(repaired: RepairedPlan, out: Path, everything: bool) -> dict[str, Shown]:
     """What became of each sublayer; at the terminal only where much did."""
     from ..records.columns import given
-    from ..records.repair import RefitRecord
+    from ..records.repair import LITTLE, RefitRecord
 
     told = [one for one in repaired.refits if everything or (one.left or 0.0) <= 1 - LITTLE or one.why]
     refits: list[Row] = [one.row() | ({} if everything or one.why else {"why": None}) for one in told]
@@ -292,14 +291,10 @@ def other_windows(
     return _Texts.drawn(net, tokenizer, texts, [], None, LENGTH, 0).other
 
 
-def is_own_text(plan: Plan, described: dict[str, Any]) -> bool:
-    """Whether a repaired plan was fitted to a text, where it looks better than it is."""
-    return described["text_sha256"] in {one.text_sha256 for step in getattr(plan, "history", ()) for one in step.texts}
-
-
 def warn_of_own_text(plan: Plan, described: dict[str, Any]) -> None:
     """Say so where a repaired plan is measured on the text that it was fitted to."""
-    if is_own_text(plan, described):
+    own = {text.text_sha256 for step in getattr(plan, "history", ()) for text in step.texts}
+    if described["text_sha256"] in own:
         text = shortened(described["text"])
         note = f"note: the plan was repaired with {text}, where it looks better than it is; measure on another --text"
         typer.echo(note, err=True)

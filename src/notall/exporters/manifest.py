@@ -15,11 +15,11 @@ from .. import __version__
 from ..errors import UsageError, shortened
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
+from ..records.repair import LITTLE
 from ..records.strict_json import Settings, read_json
 
 MANIFEST = "notall.json"
 
-MUCH = 0.98  # of the error that is left: refits that mend less fill pages
 logger = logging.getLogger(__name__)
 
 
@@ -174,9 +174,9 @@ def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
     yield "## Repaired"
     yield f"What is kept makes up for what is left out: some of its weights are not the dense model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
-    rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= MUCH]
+    rows = [(" ".join(one["sublayers"]), f"{one['left']:.1%}") for one in refit if one["left"] <= 1 - LITTLE]
     if refit:
-        yield f"{len(refit)} steps were refit; these left at most {MUCH:.0%} of the error."
+        yield f"{len(refit)} steps were refit, and {len(rows)} of them left at most {1 - LITTLE:.0%} of the error."
     if rows:
         yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), rows)
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from .columns import plain
 from .record import Record
 
+LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 Verdict = Literal["holds", "does not hold", "within error", "too few"]
 
 

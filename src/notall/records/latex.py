@@ -12,6 +12,7 @@ SIGNS = {
 }  # fmt: skip
 MINUS = re.compile(r"(?<!\w)-(?=[\d.])")  # not the hyphen of a name
 POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e(-?\d+)(?!\w)")  # 1.9e5
+SENTENCE = 40  # letters: a longer cell is one
 WIDE = 6  # columns: a table of more is made to fit across the page
 
 
@@ -32,7 +33,7 @@ def as_latex(
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{tab:{label}}}",
             *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
-            rf"\begin{{tabular}}{{{''.join('lr'[is_right] for is_right in right)}}}",
+            rf"\begin{{tabular}}{{{''.join(map(_column, right, zip(headings, *rows)))}}}",
             r"\toprule",
             _line(headings),
             r"\midrule",
@@ -43,6 +44,11 @@ def as_latex(
             "",
         ]
     )
+
+
+def _column(right: bool, cells: Sequence[str]) -> str:
+    """How a column is set: sentences are broken into lines."""
+    return "r" if right else r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"
 
 
 def _grouped(rows: Sequence[Sequence[str]]) -> list[str]:

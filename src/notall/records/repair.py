@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from .columns import number, plain
 from .record import Amount, Number, Record, SublayerName
 
+LITTLE = 0.02  # of the error: refits that mend less fill screens
+
 
 class FittedText(BaseModel):
     """A text that weights were fitted to, or trained on."""

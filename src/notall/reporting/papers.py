@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..records.claims import LEAST_DOCUMENTS
 from ..records.columns import Row
 from ..records.record import VARIANTS
 from .folder import Folder
 from .sentences import joined
 from .verdict import MOST_NATS
 
-LEAST_DOCUMENTS = 30  # as the claims are judged
 Configured = tuple[str, float, bool]  # variant, fraction, whether the last layer is kept
 BECAME = {
     "holds": ("holds", "hold"),

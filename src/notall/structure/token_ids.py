@@ -25,8 +25,10 @@ def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterat
             raise UsageError(f"give {IDS}, not a tensor of {tuple(batch.shape)}, {str(batch.dtype).rpartition('.')[2]}")
         if batch.shape[1] < 2:
             raise UsageError("a window of one token predicts nothing: give windows of two tokens or more")
-        if vocabulary is not None and not 0 <= (most := int(batch.max())) < vocabulary:
-            raise UsageError(f"the model has no token {most:,}: its {vocabulary:,} begin at 0. Use its own tokenizer")
+        least, most = map(int, batch.aminmax())
+        for token in (least, most):
+            if vocabulary is not None and not 0 <= token < vocabulary:
+                raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
         yield batch
 
 

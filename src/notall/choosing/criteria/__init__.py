@@ -146,7 +146,7 @@ CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points
 
 
-Way = str | Criterion | Callable[[Setting], UnitScores]
+Way = str | Criterion | Callable[..., Any]  # see `criterion`
 
 
 def criterion(way: Way) -> Criterion:
@@ -180,7 +180,7 @@ def _made(name: str, found: Any) -> Criterion:
     described = (inspect.getdoc(found) or "").partition("\n")[0].rstrip(".")
     given = inspect.signature(found).parameters.values()
     required = [one for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    return Criterion(name, described, **({"choose": found} if len(required) == 2 else {"score": found}))  # type: ignore[arg-type]
+    return Criterion(name, described, choose=found) if len(required) == 2 else Criterion(name, described, found)
 
 
 def suits(way: Way, space: Space) -> bool:

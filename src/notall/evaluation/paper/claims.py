@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from ...records.benchmarks import TimesRecord
-from ...records.claims import ClaimRecord, Verdict
+from ...records.claims import LEAST_DOCUMENTS, ClaimRecord, Verdict
 from ...records.similarity import SimilarityRecord
 from .scoreboard import ConfigurationKey, Scoreboard, key_of
 
 ERRORS = 2  # how many standard errors a difference must be away from zero to be told from it
-LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 3  # fewer have no quartiles
 JUDGED = (
     f"A difference counts if it exceeds {ERRORS} standard errors, a speed if both quartiles lie on one side; else it "
