@@ -19,6 +19,7 @@ from notall.exporters import mlx
 from notall.exporters.dense import opened
 from notall.exporters.tensors import FLOATS, CastTensor, LiveTensor
 from tiny_checkpoint import save_tiny_checkpoint
+from tiny_gguf import WORDS, write_gguf
 
 
 @pytest.fixture
@@ -28,15 +29,24 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, plan=None):
+    def run(*arguments, plan=None, model="dense"):
         (plan or Plan([1], [1])).save("plan.json")
         capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["notall", "export", "dense", "--plan", "plan.json", *arguments])
+        monkeypatch.setattr("sys.argv", ["notall", "export", model, "--plan", "plan.json", *arguments])
         with pytest.raises(SystemExit) as end:
             cli.main()
         return (end.value.code or 0, *capsys.readouterr())
 
     return run
+
+
+@pytest.mark.parametrize(("options", "dtype"), [((), torch.bfloat16), (("--dtype", "float32"), torch.float32)])
+def test_a_gguf_file_is_written_in_the_dtype_it_is_run_in(run, options, dtype):
+    write_gguf(family("llama").build(vocab_size=len(WORDS)), Path("dense.gguf"))
+    code, out, err = run("--to", "hf", "--out", "written", *options, model="dense.gguf")
+    assert code == 0, err
+    assert {weight.dtype for weight in load_file("written/model.safetensors").values()} == {dtype}
+    assert f"in {str(dtype).removeprefix('torch.')}" in out
 
 
 def test_a_folder_is_written_and_listed(run):

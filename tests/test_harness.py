@@ -459,6 +459,33 @@ def test_a_missing_task_folder_is_named(run, tmp_path):
     refused("no task folder .*nowhere", run, [], ["tiny_choice"], task_path=tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("own_tasks_only")
+def test_a_folder_without_tasks_is_named(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.jsonl").write_text("{}")
+    refused("data holds no task: give a folder with", run, [], ["tiny_choice"], task_path=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "said", ["Couldn't reach 'allenai/ai2_arc' on the Hub (OfflineModeIsEnabled)", "Max retries exceeded with url: /x"]
+)
+def test_without_a_network_the_way_out_is_named(said):
+    told = _complaint("arc_challenge", ConnectionError(said))
+    assert told.startswith("cannot read the data of arc_challenge: the hub is out of reach. Give --task-path DIR")
+    assert "check its data" in _complaint("arc_challenge", ValueError("a column is missing"))
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_papers_six_are_listed_by_their_name(tmp_path):
+    folder = write_tasks(tmp_path)
+    for name in (b.task for b in OPENLLM[:2]):
+        copy_task(folder, "tiny_choice", name)
+    found = [(row["task"], row["num_fewshot"]) for row in TaskShelf(folder).listed("openllm")]
+    assert found == [("openllm", None), *((b.task, b.num_fewshot) for b in OPENLLM[:2])]
+    copy_task(folder, "tiny_choice", "a_tiny_choice")
+    assert [row["task"] for row in TaskShelf(folder).listed("tiny_c")] == ["tiny_choice", "a_tiny_choice"]
+
+
 @pytest.mark.parametrize("damage", [None, '{"question": "wh', "", '{"nothing": 1}\n'])
 def test_data_that_cannot_be_read_is_one_line_before_anything_is_computed(run, tmp_path, damage):
     local = write_tasks(tmp_path / "tasks", documents=3)
