@@ -206,6 +206,8 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     code, out, err = run("compare", model, *named, *small, "--out", "c", "--json")
     assert (code, err) == (0, "")
     assert '"mine:halved"' in out
+    (kept,) = Path("c/plans").iterdir()
+    assert Plan.load(kept).fingerprint == Plan.load("plan.json").fingerprint is not None
     assert len(list(Path("c/repairs").glob("mine-halved-*.safetensors"))) == 1
     code, _, err = run("search", model, "--criterion", "mine:by_deth", "--count", 1)
     assert (code, err.count("\n")) == (2, 1)

@@ -18,7 +18,7 @@ from notall.reporting.findings import findings_of, first_plan, told
 from notall.reporting.folder import flatten, read_folder
 from notall.reporting.page import render, write_report
 from notall.reporting.rows import name_of
-from notall.reporting.tables import foreign_table, other_table, stepped_table
+from notall.reporting.tables import by_plan_table, foreign_table, other_table, stepped_table
 from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
@@ -271,6 +271,26 @@ def test_a_folder_of_the_papers_evaluation_has_its_tables_and_a_map(tmp_path):
     assert page.index("<h2>Benchmarks</h2>") < page.index("<h2>Times</h2>")
     assert 'id="table-answers"' not in page
     assert data_of(page)["csv"]["benchmarks"].splitlines()[0].startswith("skipped,task,metric,variant,")
+    beside = list(csv.DictReader(io.StringIO(data_of(page)["csv"]["benchmarks-by-plan"])))
+    assert len(beside) == 19
+    assert {row["arc, accuracy value"] for row in beside} == {"0.5"}
+    assert [row["arc, accuracy delta"] for row in beside if row["variant"] == "dense"] == [""]
+
+
+def test_checks_stand_beside_each_other_by_plan():
+    asked = {"part": "text", "value_se": 0.1, "p_value": 0.5, "better": "lower", "worse": False, "plan": {}}
+    rows = [
+        {"variant": variant, "fraction": 0.1, "keep_last": False, "check": check, "value": value, "delta": 0.5} | asked
+        for variant in ("dense", "attention")
+        for check, value in (("NLL at 0 to 63", 3.5), ("repetition", None))
+    ]
+    table = by_plan_table("battery", [row | {"delta_se": 0.25} for row in rows], {"attention 10%": 7})
+    assert table.headings == ("skipped", "fraction", "last layer", "NLL at 0 to 63", "repetition")
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["dense", "10%", "", "3.500", "-"],
+        ["attention", "10%", "", "3.500 (+0.500 ± 0.250)", "-"],
+    ]
+    assert table.plans == (None, 7)
 
 
 def test_a_comparison_is_a_map_of_its_choices_fronts_and_a_table(tmp_path):

@@ -144,7 +144,8 @@ def search(
     task_path: TaskPath = None,
     task_limit: TaskLimit = 100,
     max_minutes: Annotated[
-        float | None, typer.Option(help="stop after this many minutes with the best plan found")
+        float | None,
+        typer.Option(help="stop looking after this many minutes; loading, timing and measuring come on top"),
     ] = None,
     patience: Annotated[int, typer.Option(min=0, help="stop after this many evaluations that bring nothing")] = 12,
     repair: Annotated[

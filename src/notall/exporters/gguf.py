@@ -146,7 +146,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
             f"llama.cpp answers differently from the skipped model, by {error:.2f} nats (at most {TOLERANCE} was "
             "expected), so nothing was written; please report the model and the plan"
         )
-    return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats")
+    return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats of log-probability")
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:

@@ -48,7 +48,11 @@ class Verified:
     unit: str
 
     def __str__(self) -> str:
-        how = f"within {self.difference:.1e} {self.unit}" if self.difference else "to the last bit"
+        how = (
+            f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
+            if self.difference
+            else "to the last bit"
+        )
         return f"{self.by} answers as the skipped model does, {how}"
 
 

@@ -96,7 +96,11 @@ def with_difference(name: str, form: str = ".3f") -> Column:
     write, signed = _formatted(form), _formatted(f"+{form}")
     fields = (f"{name} value", f"{name} delta", f"{name} delta_se")
     note = "( ): difference to the dense model ± its standard error"
-    return Column(fields, name, write, lambda delta, error: f"({signed(delta)} ± {write(error)})", note=note)
+
+    def beside(delta: Any, error: Any) -> str:  # nothing beside the dense model itself
+        return "" if _is_nothing(delta) else f"({signed(delta)} ± {write(error)})"
+
+    return Column(fields, name, write, beside, note=note)
 
 
 def size(field: str, heading: str) -> Column:

@@ -40,7 +40,8 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     (out / "table.csv").write_text(as_csv(rows, columns_of(rows)), encoding="utf-8")
     (out / PLANS).mkdir(exist_ok=True)
     for record in records:
-        plan = Plan(record.plan.attention, record.plan.mlp, note=way_of(record.row()))
+        shape = record.provenance.what.get("fingerprint") if record.provenance else None
+        plan = Plan(record.plan.attention, record.plan.mlp, fingerprint=shape, note=way_of(record.row()))
         plan.save(plan_file(out, record.row()))
     if not installed(*FIGURES):
         return

@@ -16,7 +16,16 @@ from .folder import Folder, flatten, read_folder
 from .message import message_of
 from .plots import DARK, LIGHT, VEGALITE
 from .rows import name_of, shorten, sublayers
-from .tables import TITLES, claims_table, foreign_table, other_table, repairs_table, stepped_table
+from .tables import (
+    BY_PLAN,
+    TITLES,
+    by_plan_table,
+    claims_table,
+    foreign_table,
+    other_table,
+    repairs_table,
+    stepped_table,
+)
 
 
 def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -70,8 +79,11 @@ def render(folder: Folder) -> str:
     if repairs := repairs_table(folder.records):
         tables["repairs"] = repairs
     names = {name_of(record): plan for plan, record in enumerate(folder.plans)}
-    order = sorted(folder.others, key=[*TITLES, *folder.others].index)
-    others = {name: other_table(name, folder.others[name], names) for name in order}
+    others = {name: other_table(name, rows, names) for name, rows in folder.others.items()}
+    others |= {
+        f"{name}-by-plan": by_plan_table(name, folder.others[name], names) for name in BY_PLAN if name in folder.others
+    }
+    others = {name: others[name] for name in sorted(others, key=[*TITLES, *others].index)}
     others |= {name: foreign_table(name, rows) for name, rows in folder.foreign.items()}
     return templates.get_template("page.html").render(
         model=str(folder.provenance.get("model", "a model")),

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..records.benchmarks import usual_metric
 from ..records.claims import ClaimRecord
-from ..records.columns import Column, Row, as_csv, given, number, plain, with_error
+from ..records.columns import Column, Row, as_csv, given, number, plain, with_difference, with_error
 from ..records.comparison import ASKED, UNREPAIRED, ComparisonRecord, columns_of, with_tasks
 from ..records.kinds import KINDS
-from ..records.record import DELTA_NLL, Record
+from ..records.record import CONFIGURED, DELTA_NLL, Record
 from .folder import STEPPED
 from .rows import name_of, sublayers
 from .usable import is_known, is_usable
@@ -23,13 +24,17 @@ TITLES = {
     "measured": "Before and after",
     "healing": "How the healing went",
     "refits": "What became of each kept sublayer",
-    "benchmarks": "Benchmarks",
-    "battery": "What accuracy hides",
+    "benchmarks-by-plan": "Benchmarks",
+    "battery-by-plan": "What accuracy hides",
+    "benchmarks": "Benchmarks, one by one",
+    "battery": "What accuracy hides, check by check",
     "times": "Times",
     "drafts": "As a draft model",
     "front": "Skipping beside quantising",
 }
 
+BY_PLAN = ("benchmarks", "battery")  # too long to read as they are
+CONFIGURATION = tuple(field for column in CONFIGURED for field in column.fields)
 USABLE = plain("usable")
 Asked = tuple[str, ...]  # a question of a comparison
 
@@ -117,6 +122,22 @@ def other_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> 
     kind = IN_TABLES.get(name)
     shown = tuple(plans.get(name_of(record)) if kind and "plan" in record else None for record in records)
     return _table(name, records, kind, shown)
+
+
+def by_plan_table(name: str, records: Sequence[Row], plans: Mapping[str, int]) -> Table:
+    """A row for each configuration, and a column for each task, or check, of all that `name` holds a line each of."""
+    rows: dict[str, Row] = {}
+    for record in records:
+        row = rows.setdefault(name_of(record), {field: record[field] for field in (*CONFIGURATION, "plan")})
+        asked, dense = _asked_of(record), record["variant"] == "dense"
+        row |= {f"{asked} value": record["value"], f"{asked} delta": None if dense else record["delta"]}
+        row[f"{asked} delta_se"] = record["delta_se"]
+    columns = [*CONFIGURED, *map(with_difference, dict.fromkeys(map(_asked_of, records)))]
+    return _of_columns(f"{name}-by-plan", [*rows.values()], columns, tuple(map(plans.get, rows)))
+
+
+def _asked_of(record: Row) -> str:
+    return record["check"] if "check" in record else f"{record['task']}, {usual_metric(record['metric'])}"
 
 
 def foreign_table(name: str, records: Sequence[Row]) -> Table:
