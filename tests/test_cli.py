@@ -26,6 +26,7 @@ from families import family
 from notall import Plan, UsageError, cli
 from notall.choosing import comparison
 from notall.cli import inspecting, measuring
+from notall.cli.ending import warn_if_worse
 from notall.cli.inputs import two_texts
 from notall.measuring import quality
 from notall.records.ledger import read
@@ -250,7 +251,7 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     assert "repaired with prose, where it looks better than it is; measure on another --text" in warned
     other = tmp_path / "other.txt"
     other.write_text("What it was not repaired with. " * 50)
-    assert run("eval", folder, "--plan", out, *QUICK, "--text", other)[2] == ""
+    assert "prose" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]
     dense, skipped, repaired = json.loads(shown)["quality"]
     assert code == 0
     assert [row["model"] for row in (dense, skipped, repaired)] == ["dense", "skipped", "repaired"]
@@ -655,6 +656,31 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_
     assert code == 2
     assert "cosine" in err
     assert ("quadratic" in err) == (not lacks)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"delta_nll": 0.5, "delta_nll_se": 0.02}, {"delta_nll": 0.53, "delta_nll_se": 0.02}, ""),
+        ({"delta_nll": 0.5, "delta_nll_se": 0.02}, {"delta_nll": 0.4, "delta_nll_se": 0.02}, ""),
+        (
+            {"delta_nll": 0.5, "delta_nll_se": None},
+            {"delta_nll": 0.53, "delta_nll_se": None},
+            "0.530 nats where it was 0.5",
+        ),
+        (
+            {"delta_nll": 0.5, "delta_nll_se": 0.02},
+            {"delta_nll": 0.6, "delta_nll_se": 0.02},
+            "0.600 nats where it was 0.5",
+        ),
+        ({"delta_nll": None, "delta_nll_se": None}, {"delta_nll": 0.6, "delta_nll_se": 0.02}, ""),
+    ],
+)
+def test_a_repair_that_makes_it_worse_is_told(capsys, before, after, told):
+    rows = [{"model": state, "text": "b.txt", **row} for state, row in (("skipped", before), ("repaired", after))]
+    warn_if_worse([{"model": "dense", "delta_nll": 0.0, "delta_nll_se": 0.0}, *rows])
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: the repair makes it worse on b.txt: {told}") if told else said == ""
 
 
 def test_a_warning_is_one_line_without_code(run, monkeypatch):

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from families import family
 from notall import Plan, UsageError, cli
-from notall.exporters import mlx
+from notall.exporters import export, mlx
 from notall.exporters.dense import opened
+from notall.exporters.manifest import Verified
 from notall.exporters.tensors import FLOATS, CastTensor, LiveTensor
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
@@ -41,12 +42,26 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "dtype"), [((), torch.bfloat16), (("--dtype", "float32"), torch.float32)])
-def test_a_gguf_file_is_written_in_the_dtype_it_is_run_in(run, options, dtype):
+def test_a_gguf_file_is_written_and_counted_in_the_dtype_it_is_run_in(run, options, dtype, monkeypatch, capsys):
     write_gguf(family("llama").build(vocab_size=len(WORDS)), Path("dense.gguf"))
     code, out, err = run("--to", "hf", "--out", "written", *options, model="dense.gguf")
     assert code == 0, err
     assert {weight.dtype for weight in load_file("written/model.safetensors").values()} == {dtype}
     assert f"in {str(dtype).removeprefix('torch.')}" in out
+    export("dense.gguf", Plan([1]), "hf", "python", dtype=dict([options] if options else []).get("--dtype"))
+    assert {weight.dtype for weight in load_file("python/model.safetensors").values()} == {dtype}
+    for command in (["inspect", "dense.gguf"], ["plan", "dense.gguf", "-o", "deepest.json"]):
+        monkeypatch.setattr("sys.argv", ["notall", *command, *options])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert f"in {str(dtype).removeprefix('torch.')}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_check_says_is_how_near_it_came_and_how_near_it_had_to():
+    assert str(Verified("llama.cpp", 0.3183, 0.5, "nats")).endswith(
+        "answers as the skipped model does, within 0.32 nats (at most 0.5)"
+    )
+    assert str(Verified("llama.cpp", 0.0, 0.5, "nats")).endswith("does, to the last bit")
 
 
 def test_a_folder_is_written_and_listed(run):

@@ -35,6 +35,24 @@ def choose_first(setting, budget):
     unit = setting.space.units[0]
     return Chosen(frozenset(unit), (unit,))
 
+def chooses_too_few(setting, budget):
+    return Chosen(frozenset({"mlp.1"}), (("mlp.1",),))
+
+def chooses_what_is_not_there(setting, budget):
+    return Chosen(frozenset({"mlp.99"}), (("mlp.99",),))
+
+def spells(setting):
+    return dict.fromkeys(setting.space.units, "low")
+
+def of_three(setting, budget, more):
+    return None
+
+def of_two(model, plan):
+    return plan
+
+def silently(model, plan, batches):
+    return RepairedPlan.of(plan)
+
 def halved(model, plan, batches, progress=None):
     """Half of an MLP."""
     path = "model.layers.0.mlp.down_proj.weight"
@@ -144,6 +162,7 @@ def test_a_package_adds_a_criterion_and_a_repair(package):
         ("needs:x", "needs:x fails as it is imported: ModuleNotFoundError: No module named 'lost' (needs.py, line 1)"),
         ("broken:x", "broken:x fails as it is imported: SyntaxError"),
         ("mine:NUMBER", "mine:NUMBER is no "),
+        ("mine:zzz", "there is no mine:zzz: mine has no zzz; it has by_depth, choose_first, chooses_too_few, chooses_"),
     ],
 )
 @pytest.mark.parametrize("found_by", [criteria.criterion, methods.method])
@@ -220,6 +239,10 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
         ("raises", r"the criterion mine:raises failed: RuntimeError: boom \(mine.py, line \d+\)"),
         ("deep_inside", r"the criterion mine:deep_inside failed: .* \(mine.py, line \d+\)"),
         ("lists", "give back a score for each unit, a dict, from the criterion mine:lists, not list"),
+        ("chooses_too_few", r"mine:chooses_too_few saves 1 of 2, and the budget is 2 mlp: go on until budget.met"),
+        ("chooses_what_is_not_there", "skips mlp.99, which may not be: choose of setting.space.names"),
+        ("spells", r"gives no number to \('mlp.0',\)"),
+        ("of_three", "mine:of_three is no criterion: let it take a Setting, and a Budget if it chooses itself"),
         ("says_none", "give back a Chosen from the criterion mine:says_none, not NoneType"),
     ],
 )
@@ -227,7 +250,31 @@ def test_a_criterion_that_fails_is_one_line(mine, way, said):
     model = family("llama").build()
     space = notall.Space(notall.locate(model), "mlp")
     with pytest.raises(UsageError, match=said):
-        notall.choose_plan(model, f"mine:{way}", space, by_count(space, 1), BATCHES)
+        notall.choose_plan(model, f"mine:{way}", space, by_count(space, 2), BATCHES)
+
+
+def test_a_criterion_may_choose_less_than_the_budget_when_the_time_is_up(mine):
+    model = family("llama").build()
+    space = notall.Space(notall.locate(model), "mlp")
+    found = notall.choose_plan(model, "mine:chooses_too_few", space, by_count(space, 2), BATCHES, max_minutes=0)
+    assert (found.plan.mlp, found.in_time) == ((1,), False)
+
+
+def test_a_set_that_the_space_does_not_allow_is_refused(mine):
+    model = family("llama").build()
+    space = notall.Space(notall.locate(model), portable=True)
+    with pytest.raises(UsageError, match=r"skips mlp\.1, which portable does not allow: ask space\.moves"):
+        notall.choose_plan(model, "mine:chooses_too_few", space, by_count(space, 2), BATCHES)
+
+
+def test_a_repair_is_also_a_function_and_needs_no_progress(mine):
+    model = family("llama").build()
+    assert methods.method("mine:silently").repair(model, Plan([1]), BATCHES).attention == (1,)
+    assert methods.method(methods.refit).description == "What `notall repair` does"
+    with pytest.raises(
+        UsageError, match=r"mine:of_two is no repair: let it take \(model, plan, batches\) or progress too"
+    ):
+        methods.method("mine:of_two")
 
 
 def test_a_repair_that_fails_is_one_line(mine):
@@ -252,6 +299,8 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     command = ["repair", model, *small, "--method", "mine:halved", "--out", "made", "--json"]
     code, shown, err = run(*command)
     assert (code, err) == (0, "")
+    modes = {file.stat().st_mode for file in Path("made").glob("*.*s*n")}
+    assert len(modes) == 1  # who may read the plan may read its weights
     found = json.loads(shown)
     assert [*found] == ["quality"]
     assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]

@@ -11,9 +11,10 @@ import notall
 from families import family
 from notall import Plan, RepairedPlan, Space, UsageError
 from notall.choosing import criteria
-from notall.choosing.budget import by_count, by_footprint
+from notall.choosing.budget import by_count, by_footprint, by_limit
 from notall.choosing.criteria import Chosen, Criterion
 from notall.choosing.objective import kl
+from notall.choosing.speedups import check_faster
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -62,9 +63,46 @@ MISTAKES = {
     ),
     "a kind that plans do not have": (
         lambda m, s: Plan(block=[1]),
-        "attention and mlp, and no block; a block is named",
+        "attention, mlp, and no block; a block is named",
     ),
     "text for indices": (lambda m, s: Plan(attention="12"), "not '12'"),
+    "a name to skip without": (lambda m, s: notall.skip("m", Plan([1])).__enter__(), "first the model, .* not str"),
+    "no language model": (lambda m, s: notall.locate(torch.nn.Linear(2, 2)), "Linear has no config: give a causal"),
+    "a tensor to compare layers by": (
+        lambda m, s: notall.measure_similarity(m, IDS),
+        r"not a tensor of \(12,\), int64",
+    ),
+    "a list of prompts": (
+        lambda m, s: notall.generate_text(m, None, Plan(), ["a"]),
+        "the prompt, a string, .* not list",
+    ),
+    "a prompt for a plan": (lambda m, s: notall.generate_text(m, None, "a", Plan()), "give a plan, .* not str"),
+    "text for a fraction": (
+        lambda m, s: notall.deepest(notall.locate(m), "mlp", "0.3"),
+        "give the fraction to skip, a number from 0 to 1, not str",
+    ),
+    "a count for a space": (lambda m, s: by_count(2, s), "give first the space, and then how many of it, not int"),
+    "text for a count": (lambda m, s: by_count(s, "2"), "give how many to skip, a number, not str"),
+    "text for a share": (lambda m, s: by_footprint(m, s, "params", "2"), "give how much to save, a number, not str"),
+    "text for nats": (lambda m, s: by_limit(s, "0.3"), "give a number of nats, not str"),
+    "text for a speedup": (lambda m, s: check_faster("1.1"), "give how many times as fast, a number, not str"),
+    "a budget of another space": (
+        lambda m, s: notall.choose_plan(m, "cosine", Space(s.anatomy, "attention"), by_count(s, 2), [IDS]),
+        r"the budget \(2 mlp\) is of another space: make it of the space to choose from",
+    ),
+    "a choice for its plan": (
+        lambda m, s: notall.skip(m, chosen_by(m, s, "deepest")).__enter__(),
+        "not ChosenPlan; it is in its .plan",
+    ),
+    "weights by another name": (
+        lambda m, s: RepairedPlan.of(Plan([1]), weight={}),
+        r"it has attention, mlp, weights, .* no weight \(did you mean weights\?\)",
+    ),
+    "a file for a folder": (
+        lambda m, s: RepairedPlan.load(__file__),
+        "is a file: notall.Plan.load reads a plan without",
+    ),
+    "no folder": (lambda m, s: RepairedPlan.load("nowhere"), "there is no folder nowhere: give one that"),
     "a folder for a plan": (lambda m, s: Plan.load(Path(__file__).parent), "a folder: notall.RepairedPlan.load reads"),
 }
 
@@ -75,6 +113,11 @@ def test_a_mistake_is_one_line(model, space, mistake):
     with pytest.raises(UsageError, match=said) as caught:
         make(model, space)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_and_something_else_are_no_plan():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Plan([1]) | {"mlp": [1]}
 
 
 def test_nothing_is_evaluated_inside_a_skip(model, space):
@@ -174,8 +217,17 @@ nats: float = notall.evaluate(model, [plan], [torch.zeros(1, 2, dtype=torch.long
 
 
 @pytest.mark.slow
-def test_a_program_that_uses_it_passes_a_strict_type_checker(tmp_path):
-    (tmp_path / "consumer.py").write_text(CONSUMER)
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", ""),
+        ("notall.choose_pln(model)", 'Module has no attribute "choose_pln"'),
+        ("from notall import skipp", "skipp"),
+    ],
+)
+def test_a_program_that_uses_it_passes_a_strict_type_checker_without_misspelt_names(tmp_path, more, said):
+    (tmp_path / "consumer.py").write_text(CONSUMER + more)
     command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--config-file", "", "consumer.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == bool(more), done.stdout
+    assert said in done.stdout

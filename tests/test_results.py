@@ -236,7 +236,7 @@ def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
     assert keys[0] in again
     assert again[keys[0]].variant == "mlp"
     assert Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0}, where={"date": "tomorrow"})).missing(keys)
-    with pytest.raises(UsageError, match=r"holds results with seed 0, not 1; choose another --out"):
+    with pytest.raises(UsageError, match=r"holds results with seed 0, not 1; choose another folder \(--out\)"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 1}))
     with pytest.raises(UsageError, match=r"holds results with length None, not 8"):
         Ledger(tmp_path, SweepRecord, Provenance(what={"seed": 0, "length": 8}))

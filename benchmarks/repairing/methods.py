@@ -2,6 +2,7 @@
 
     python benchmarks/repairing/methods.py --data DATA --out results/repairs   # hours on 2 cores
     python benchmarks/repairing/methods.py --data DATA --sets a8 --tokens 16384 --windows 8   # a look
+    python benchmarks/repairing/methods.py --data DATA --model GGUF --sets gemma-a4 gemma-p8 --methods none refit
 
 All are given the same text, windows of 512 tokens of WikiText-2 train and of C4 documents 151 to 300 in turn, and are
 measured on WikiText-2 test and on C4 documents 1 to 150. Called again with the same --out, it goes on.
@@ -10,6 +11,7 @@ DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `c
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -50,6 +52,13 @@ SETS = {
     # the paper's rule, the last layer kept
     "d8": "attn.21 attn.22 attn.23 attn.24 attn.25 attn.26 attn.27 attn.28",
     "db4": "attn.25 mlp.25 attn.26 mlp.26 attn.27 mlp.27 attn.28 mlp.28",
+    # found by the search on Gemma 3 270M
+    "gemma-a4": "attn.7 attn.9 attn.16 attn.17",
+    "gemma-a8": "attn.3 attn.6 attn.7 attn.8 attn.9 attn.15 attn.16 attn.17",
+    "gemma-b4": "attn.7 mlp.7 attn.8 mlp.8 attn.9 mlp.9 attn.14 mlp.14",
+    "gemma-b8": "attn.2 mlp.2 attn.4 mlp.4 attn.6 mlp.6 attn.7 mlp.7 attn.8 mlp.8 attn.9 mlp.9 attn.14 mlp.14 attn.15 "
+    "mlp.15",
+    "gemma-p8": "attn.7 mlp.7 attn.8 mlp.8 attn.9 mlp.9 mlp.16 attn.17",
 }
 COLUMNS = (
     *(plain("set", "skip"), plain("repair"), plain("text")),
@@ -71,6 +80,13 @@ def beside(rows: list[dict[str, Any]], figure: str) -> list[dict[str, Any]]:
         if "none" in row and "refit" in row:
             row["back"] = 1 - row["refit"] / row["none"]
     return [*found.values()]
+
+
+def named(asked: argparse.Namespace, *what: str) -> tuple[dict[str, Any], str]:
+    """Options that decide what comes out, and their hash, by which files are called; of a path the last part."""
+    settings = {name: getattr(asked, name) for name in what}
+    settings["model"] = Path(asked.model).name
+    return settings, hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def texts(tokenizer: Any, data: Path, tokens: int, windows: int) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
@@ -101,14 +117,16 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("results/repairs"))
     options.add_argument("--tokens", type=int, default=131072, help="of calibration text")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
-    options.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    options.add_argument(
+        "--sets", nargs="+", choices=SETS, default=[name for name in SETS if not name.startswith("gemma")]
+    )
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
-    settings = {name: getattr(asked, name) for name in ("model", "dtype", "tokens", "windows")}
-    named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    path = asked.out / f"results-{named}.jsonl"  # other settings are another file
+    settings, called = named(asked, "model", "dtype", "tokens", "windows")
+    path = asked.out / f"results-{called}.jsonl"  # other settings are another file
+    kept = asked.out / f"repairs-{called}"
     rows = lines.read(path)
     for of in asked.sets:
         plan = plan_of(SETS[of].split())
@@ -117,7 +135,7 @@ def main() -> None:
         made = {}
         for name in lacking:
             print(f"{of}: {name}", file=sys.stderr, flush=True)
-            made[name] = kept_repair(asked.out / f"repairs-{named}", name, model, plan, batches)
+            made[name] = kept_repair(kept, name, model, plan, batches)
         found: list[dict[str, Any]] = []
         for text, windows in held_out.items() if lacking else ():
             for name, quality in zip(lacking, evaluate(model, [made[name][0] for name in lacking], windows)):

@@ -88,11 +88,13 @@ __all__ = [
 drop_chatter()
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `import notall` stays quick."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'notall' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+if not TYPE_CHECKING:  # which would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used, so that `import notall` stays quick."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'notall' has no attribute {name!r}")
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

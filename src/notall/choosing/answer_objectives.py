@@ -102,7 +102,7 @@ def answers(
 ) -> Objective:
     """KL(dense || skipped), the mean over the tokens of the dense model's own greedy answers, by prompt.
 
-    Raises `UsageError` as `prompt_tokens` and `check_positions` do.
+    Raises `UsageError` for a prompt without tokens, and for more tokens than the model has positions.
     """
     rows, starts = [], []
     for prompt in prompts:

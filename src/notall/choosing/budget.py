@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
-from ..errors import UsageError, nearest, shortened
+from ..errors import UsageError, expect, nearest, shortened
 from ..records.plan import Plan
 from ..running.footprint import footprint
 from .space import Skipped, Space, Unit, names_in
@@ -57,6 +58,8 @@ def by_count(space: Space, count: float) -> Budget:
     Blocks and periods count as one each, and portable sets by their sublayers. Raises `UsageError` when there are
     fewer, and for an odd number of sublayers of a portable set.
     """
+    expect(space, Space, "first the space, and then how many of it")
+    expect(count, Real, "how many to skip, a number")
     if not 0 <= count < math.inf or (count >= 1 and count != int(count)):
         raise UsageError(f"cannot skip {count} of them: give a whole number, or a fraction below 1")
     whole = round(count * space.most) if count < 1 else int(count)
@@ -79,6 +82,7 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     saves = {name: float(getattr(sizes[name], size)) for name in space.names}
     lends = {part.name: part.lends for part in space.anatomy.sublayers if part.lends}
     dense = getattr(footprint(model, Plan()), resource)
+    expect(amount, Real, "how much to save, a number")
     if not 0 <= amount < math.inf:
         raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
@@ -94,6 +98,7 @@ def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> B
 
 def check_nats(limit: float) -> None:
     """Raise `UsageError` for what the objective cannot be held to."""
+    expect(limit, Real, "a number of nats")
     if not 0 <= limit < math.inf:
         raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
 

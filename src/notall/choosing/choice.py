@@ -40,7 +40,8 @@ class ChosenPlan:
     """A plan, the objective without and with it, what it took, and the order in which it came to be.
 
     `forwards` is `spent.executions` in dense forward passes over the calibration text; `in_time` says whether it was
-    found before the time was up, and `missed`, where the plan is not what was asked for, what was reached.
+    found before the time was up, and `missed`, where the plan is not what was asked for, what was reached. `times`
+    are predicted and measured where a speedup was asked for; `weighed` is what the dense model and the plan weigh.
     """
 
     plan: Plan
@@ -143,9 +144,9 @@ def choose_plan(
     evaluation is kept in it, and repeating the call resumes an interrupted run; `settings` identify the run, and a
     folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with `patience`
     after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen anew where it
-    is too slow (see `choose_as_fast`); for budgets with a limit see `choose_within`. The plan is then measured on
-    `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves (see
-    `AfterRepair`), whatever the objective.
+    is too slow; where a budget has a limit too, the plan that saves most within it is the answer if both cannot be met,
+    and `missed` says so. The plan is then measured on `held_out`, where given. With `after_repair` sets are judged by
+    the KL that a cheap repair leaves on half of the sequences, to which it was not fitted, whatever the objective.
 
     Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
     space, and for a budget that cannot be met.

@@ -77,8 +77,8 @@ def measure_times(
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Kept times are used where the
     dense model still takes what it took, to a tenth, in one round; otherwise all are measured anew, with a warning.
-    Of more than 32 new tokens 32 are decoded, behind the prompt, and counted as many times as needed. Raises as
-    `speed.compare` does.
+    Of more than 32 new tokens 32 are decoded, behind the prompt, and counted as many times as needed.
+    Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     anatomy = locate(model)
     about: dict[str, Any] = {

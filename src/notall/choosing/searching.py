@@ -259,7 +259,8 @@ class _Search:
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
-        self.count.evaluated(share, f"{len(self.skipped)} skipped, objective {self.cost:.4f}")
+        reached = round(self.cost, 4) + 0.0  # none is -0.0000
+        self.count.evaluated(share, f"{len(self.skipped)} skipped, objective {reached:.4f}")
         return cost
 
     def _cheap(self, unit: Unit) -> float:

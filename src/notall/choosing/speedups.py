@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
-from ..errors import UsageError
+from ..errors import UsageError, expect
 from .budget import Budget
 from .criteria import Chosen, Setting, Way, choose
 from .latency import Prediction, Times, check_times
@@ -69,6 +70,7 @@ def by_speedup(space: Space, times: Times, faster: float) -> SpeedBudget:
 
 def check_faster(faster: float) -> None:
     """Raise `UsageError` for what is no speedup."""
+    expect(faster, Real, "how many times as fast, a number")
     if not 1 <= faster < math.inf:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
 

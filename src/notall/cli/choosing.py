@@ -16,7 +16,7 @@ from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
 from .app import CHOOSE, app
 from .checks import check_file, check_folders, check_objectives, check_texts
-from .ending import conclude
+from .ending import conclude, warn_if_worse
 from .inputs import (
     AskedBudget,
     Loading,
@@ -233,6 +233,7 @@ def search(
     title = f"{out}: {budget.description}, skip {found.plan}"
     table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
     _show(table, measured | _retrieval(net, tokenizer, plans, batches, seed), alone=not repair, as_json=as_json)
+    warn_if_worse(quality if repair else ())
     conclude(verdict, as_json=as_json)
 
 

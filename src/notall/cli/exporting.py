@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.names import named_gguf
 from ..records.columns import Row, in_bytes
 from ..records.strict_json import read_json
 from ..reporting.console import Shown, show_all
@@ -24,9 +23,6 @@ from .options import Json, Model, OwnDtype, Repair, RepairSequences, RepairText,
 if TYPE_CHECKING:
     from ..records.plan import Plan
     from ..reporting.verdict import Verdict
-
-
-UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
 
 
 class Target(str, Enum):
@@ -64,8 +60,6 @@ def export(
     from ..exporters import export as export_model
     from .columns import FILE_COLUMNS
 
-    if dtype is None and to is not Target.gguf and named_gguf(model):
-        dtype = UNPACKED
     kept = out.with_name(f"{out.name}.repaired")
     check_folders(repair=kept if repair else None)
     wanted = read_plan(plan)

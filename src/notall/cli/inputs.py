@@ -50,14 +50,20 @@ def load_model(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def empty_model(spec: str, dtype: str | None, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a config, without weights, in a dtype, or else in the checkpoint's own, quantised as it is there."""
+    """The model of a config, without weights, in a dtype, or else in the checkpoint's own, quantised as it is there.
+
+    A GGUF file's is what it is exported in.
+    """
+    from ..exporters import UNPACKED
     from ..exporters.weights import stored_sizes
     from ..models.folders import named_weights
     from ..models.loading import named_dtype
+    from ..models.names import named_gguf
     from ..models.quantisation import quantisation_of
     from ..running.opening import load_empty
     from ..structure.weights import count_as_stored
 
+    dtype = dtype or (UNPACKED if named_gguf(spec) else None)
     given = named_dtype(dtype) if dtype else None
     with working(f"reading the config of {spec}"):
         model = load_empty(spec, given, revision=revision, trust_remote_code=trust_remote_code)

@@ -169,7 +169,8 @@ def generate(
     if not beside:
         say(plan=asked.of(net), streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         return
-    plans = {"dense": Plan(), "skipped": asked.of(net)}
+    wanted = asked.of(net)
+    plans = {"dense": Plan(), "repaired" if hasattr(wanted, "unrepaired") else "skipped": wanted}
     with side_by_side([*plans]) as write:
         for name, wanted in plans.items():
             say(plan=wanted, streamer=Streamer(tokenizer, partial(write, name)))

@@ -13,7 +13,7 @@ from ..reporting.progress_bars import progress_bar, working
 from ..reporting.similarity_files import write_similarity
 from .app import MEASURE, OnRay, app
 from .checks import check_folders, check_tasks, check_texts
-from .ending import conclude
+from .ending import conclude, warn_if_worse
 from .inputs import (
     AskedPlan,
     Loading,
@@ -232,6 +232,7 @@ def evaluate(
     verdict = verdict.then(timed if locate(net).seated else _mend_of(model, asked, wanted), timed)
     tables = {name: table for name, table in shown.items() if table.rows}
     show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
+    warn_if_worse(found.quality)
     conclude(verdict, as_json=as_json)
 
 

@@ -16,6 +16,7 @@ from ..reporting.console import Shown, say, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
 from .checks import check_folders, check_texts
+from .ending import warn_if_worse
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
 
@@ -104,6 +105,7 @@ def repair(
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = shown_quality(measured, f"skip {wanted}: before the repair and after it")
     show_all({**(_refits(repaired, out, as_json) if method == REFIT else {}), "quality": quality}, as_json=as_json)
+    warn_if_worse(quality.rows)
     if not as_json:
         exported = next_command("export", model, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
         say(f"Next:    {exported}", whole=True)

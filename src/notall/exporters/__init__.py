@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Target = Literal["hf", "nemotron-nas", "gguf"]
 SHARD_BYTES = 5_000_000_000
+UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
 
 
 def export(
@@ -42,7 +43,8 @@ def export(
 
     `model` is what `notall.load` takes, or a live model with its `tokenizer`. Weights are copied file to file, so that
     memory is needed for `verify` alone, which runs the dense and the written model, one at a time, and compares them.
-    `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs.
+    `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs, and those of a
+    GGUF file, which have no such dtype, become bfloat16.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
     Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
     damaged or unreadable files, a target that cannot hold the plan, a full disk, and a written model that answers
@@ -66,6 +68,7 @@ def export(
             from .hf import export_hf
             from .nemotron_nas import export_nemotron_nas
 
+            dtype = _asked_dtype(model, dtype)
             if dtype:
                 named_dtype(dtype)  # refused before a model is fetched
             write = export_hf if target == "hf" else export_nemotron_nas
@@ -109,12 +112,16 @@ def check_export(
     prepared: Any = hf.prepared if target == "hf" else nemotron_nas.prepared
     with opened(model, revision=revision, trust_remote_code=trust_remote_code) as dense:
         plan.check(dense.anatomy)
-        check_room(out, total_bytes(prepared(_in_dtype(dense, dtype), plan)[1]))
+        check_room(out, total_bytes(prepared(_in_dtype(dense, _asked_dtype(model, dtype)), plan)[1]))
 
 
 def _refuse_dtype(dtype: str | None) -> None:
     if dtype:
         raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
+
+
+def _asked_dtype(model: Any, dtype: str | None) -> str | None:
+    return UNPACKED if dtype is None and isinstance(model, str | Path) and named_gguf(model) else dtype
 
 
 def _in_dtype(dense: DenseModel, dtype: str | None) -> DenseModel:

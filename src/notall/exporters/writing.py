@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError, shortened
+from ..models.paths import open_to_others
 from ..records.columns import in_bytes
 from ..records.lines import refuse_unwritable
 
@@ -29,7 +30,7 @@ def appearing(out: Path) -> Iterator[Path]:
         raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
     try:
         yield scratch
-        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+        open_to_others(scratch)  # mkdtemp makes folders that only their owner can read
         os.rename(scratch, out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -57,9 +58,3 @@ def check_room(folder: Path, size: int) -> None:
             f"the export takes {in_bytes(size)}, and {shortened(place)} has {in_bytes(free)} left; "
             "free some, or choose another disk"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

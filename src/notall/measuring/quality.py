@@ -55,8 +55,8 @@ class Quality:
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
     """The quality of each plan on `batches` of token ids, (batch, tokens) each, beside the dense model.
 
-    All plans run together, sharing their first sublayers (see `Replay`). Raises `UsageError` when a plan does not fit,
-    for what are no token ids of the model, and for a model inside a `skip`.
+    All plans run together, sharing the sublayers before the first that differs. Raises `UsageError` when a plan
+    does not fit, for what are no token ids of the model, and for a model inside a `skip`.
     """
     expect(plans, Sequence, "a list of plans, such as [plan]")
     for plan in plans:

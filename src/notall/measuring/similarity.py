@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..running.passages import Passage, walk
 from ..structure.locating import locate
+from ..structure.token_ids import checked
 from .statistics import mean_and_error
 
 
@@ -35,6 +36,7 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
 
     `batches` are token ids, (batch, tokens) each. The last block is compared before the final norm. Costs less than a
     forward pass, since no head is run, and keeps one block's hidden states at a time.
+    Raises `UsageError` for what are no token ids.
     Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
     """
     found: dict[tuple[int, str], list[Tensor]] = {}
@@ -46,7 +48,7 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
             found.setdefault((passage.block.index, kind), []).append(cosine)
 
     with torch.no_grad():
-        for tokens in batches:
+        for tokens in checked(batches, model):
             walk(model, look, input_ids=tokens)
     anatomy = locate(model)
     mixers = {(p.index, p.kind): p.mixer for p in anatomy.sublayers} if len(anatomy.mixers) > 1 else {}

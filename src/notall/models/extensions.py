@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..errors import UsageError, nearest, shortened
 
+MANY = 9  # arguments: more than a function of others is called with
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
 
 
@@ -57,6 +59,17 @@ def explained(name: str) -> Iterator[None]:
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
+def positional(function: Callable[..., Any]) -> range:
+    """How many arguments a function can be called with, by their places."""
+    given = inspect.signature(function).parameters.values()
+    placed = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in given):
+        return range(0)
+    least = sum(one.default is one.empty for one in placed)
+    most = MANY if any(one.kind is one.VAR_POSITIONAL for one in given) else len(placed)
+    return range(least, most + 1)
+
+
 def _loaded(value: str, told: str) -> Any:
     """What stands behind `module:function`."""
     found = EntryPoint.pattern.fullmatch(value)
@@ -65,10 +78,17 @@ def _loaded(value: str, told: str) -> Any:
     holder: Any = _imported(found["module"], told)
     for name in found["attr"].split("."):
         if not hasattr(holder, name):
-            near = nearest(name, dir(holder))
-            raise UsageError(f"there is no {told}: {found['module']} has no {shortened(name)}{near}")
+            raise UsageError(f"there is no {told}: {_what_has(found['module'], holder, name)}")
         holder = getattr(holder, name)
     return holder
+
+
+def _what_has(module: str, holder: Any, name: str) -> str:
+    """That a module lacks a name, and which functions of its own it has."""
+    near = nearest(name, dir(holder))
+    own = [key for key, value in vars(holder).items() if getattr(value, "__module__", None) == module]
+    lists = f"; it has {shortened(', '.join(own))}" if own and not near else ""
+    return f"{module} has no {shortened(name)}{near}{lists}"
 
 
 def _imported(module: str, told: str) -> Any:

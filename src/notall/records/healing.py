@@ -32,4 +32,4 @@ class HealRecord(Record):
     held_out_agreement: Share = Field(
         None, description="share of first choices there that are the dense model's, 0 to 1"
     )
-    seconds: Amount = Field(description="CPU seconds of all threads so far, of this process")
+    seconds: Amount = Field(description="CPU seconds of all threads so far, also before an interruption")

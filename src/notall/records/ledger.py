@@ -97,7 +97,7 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
         if held.what.get(name) != value:
             raise UsageError(
                 f"{out} holds results with {name} {_shown(held.what.get(name))}, not {_shown(value)}; choose another "
-                "--out, or give the same settings to go on with it"
+                "folder (--out), or give the same settings to go on with it"
             )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, nearest, shortened
 from .ranges import in_ranges
 from .strict_json import DoubledKey, read_json
 
@@ -46,7 +46,7 @@ class Plan(BaseModel):
         try:
             super().__init__(attention=attention, mlp=mlp, **fields)
         except ValidationError as error:
-            raise UsageError(f"this is no plan: {_first(error)}") from None
+            raise UsageError(f"this is no plan: {_first(error, type(self))}") from None
 
     @field_validator("attention", "mlp", mode="before")
     @classmethod
@@ -92,6 +92,8 @@ class Plan(BaseModel):
 
     def __or__(self, other: Plan) -> Plan:
         """The plan that skips what either skips."""
+        if not isinstance(other, Plan):
+            return NotImplemented
         return Plan(
             {*self.attention, *other.attention},
             {*self.mlp, *other.mlp},
@@ -183,9 +185,11 @@ def _index(given: Any) -> int:
         raise ValueError(f"{shortened(repr(given))} is no layer index: give whole numbers") from None
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, kind: type[Plan]) -> str:
     problem = error.errors()[0]
     if problem["type"] == "extra_forbidden":
-        return f"it has attention and mlp, and no {shortened(problem['loc'][0])}; a block is named in both"
+        has = ["attention", "mlp", *(name for name in kind.model_fields if name not in Plan.model_fields)]
+        told = f"it has {', '.join(has)}, and no {shortened(problem['loc'][0])}"
+        return told + ("; a block is named in both" if kind is Plan else nearest(problem["loc"][0], has))
     where = ".".join(shortened(part) for part in problem["loc"])
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

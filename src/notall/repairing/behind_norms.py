@@ -41,24 +41,25 @@ class _NormedFit:
 
     def best(self, ridges: Sequence[float]) -> Refit | None:
         fitted, held = self._sums(held=False), self._sums(held=True)
-        none = self._error(self.old)
+        none, *_ = self._errors(torch.zeros_like(self.old))
         best, left = None, 1.0
         for ridge in ridges:
             change = fitted.solve(ridge)
-            for step in STEPS if change is not None and none else ():
-                now = self._error(self.old + self._damped(change, step)) / none
-                if now < left:
-                    best, left = (ridge, step), now
+            errors = self._errors(change) if change is not None and none else []
+            for step, error in zip(STEPS, errors):
+                if error / none < left:
+                    best, left = (ridge, step), error / none
         fitted = fitted + held  # no other sums are needed from here on, and they are large
         change = None if best is None else fitted.solve(best[0])
         if best is None or change is None:
             return None
-        new = (self.old + self._damped(change, best[1])).to(self.projection.matrix(self.seen.layer).dtype)
+        new = self.old + self._shares(best[1])[:, None] * change
+        new = new.to(self.projection.matrix(self.seen.layer).dtype)
         return Refit(best[0], left, self.projection.parameters(self.seen.layer, new, None))
 
-    def _damped(self, change: Tensor | None, step: float) -> Tensor:
-        assert change is not None
-        return (self.counting / (self.counting + step * self.counting.mean()))[:, None] * change
+    def _shares(self, step: float) -> Tensor:
+        """How much of the way each channel goes, (hidden,)."""
+        return self.counting / (self.counting + step * self.counting.mean())
 
     def _sums(self, held: bool) -> Sums:
         sums = sums_for(self.seen.count, self.old.shape[1], len(self.old), False, self.old.new_empty(0))
@@ -70,14 +71,17 @@ class _NormedFit:
             sums.add(features, lacking, self.seen.counts(target) / size.square())
         return sums
 
-    def _error(self, matrix: Tensor) -> float:
-        """The squared distance to the target behind the norm, over tokens that are held out."""
-        total = 0.0
+    def _errors(self, change: Tensor) -> list[float]:
+        """For each of `STEPS` the squared distance to the target behind the norm, over tokens that are held out."""
+        totals = [0.0] * len(STEPS)
         for features, before, _, target in self.seen.tokens(held=True):
-            missed = before + self._added(features, matrix) - target
-            total += float(self.seen.counts(target) @ (missed.square() @ self.metric))
-        return total
+            answers, more = features @ self.old.T + self.bias, features @ change.T
+            counts = self.seen.counts(target)
+            for place, step in enumerate(STEPS):
+                missed = before + self._added(answers + self._shares(step) * more) - target
+                totals[place] += float(counts @ (missed.square() @ self.metric))
+        return totals
 
-    def _added(self, features: Tensor, matrix: Tensor) -> Tensor:
-        answers = (features @ matrix.T + self.bias).to(self.seen.before[0].dtype)
-        return self.projection.scale * self.norm(answers[None])[0].to(features)
+    def _added(self, answers: Tensor) -> Tensor:
+        rounded = answers.to(self.seen.before[0].dtype)
+        return self.projection.scale * self.norm(rounded[None])[0].to(answers)

@@ -71,7 +71,7 @@ class Distillation:
             args=self._arguments(batches, course, fresh=checkpoint is None),
             train_dataset=[{"input_ids": row} for batch in batches for row in batch],
             eval_dataset=[{"input_ids": row} for batch in held_out for row in batch],
-            callbacks=[_Patience(warm), _Told(self, batches[0].numel())],
+            callbacks=[_Patience(warm), _Told(self, batches[0].numel(), checkpoint is not None)],
         )
         trainer.remove_callback(PrinterCallback)
         before = {path: one.detach().clone() for path, one in self.student.trained.items()}
@@ -208,8 +208,9 @@ class _Patience(EarlyStoppingCallback):
 class _Told(TrainerCallback):
     """Tells how far it is, and notes each look at the held-out text."""
 
-    def __init__(self, run: Distillation, tokens: int) -> None:
-        self.run, self.tokens, self.start = run, tokens, time.process_time()
+    def __init__(self, run: Distillation, tokens: int, resumed: bool) -> None:
+        spent = max((look.seconds or 0 for look in run.kept or ()), default=0.0) if resumed else 0.0
+        self.run, self.tokens, self.start = run, tokens, time.process_time() - spent
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.progress(state.global_step, state.max_steps, "healing")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..records.ledger import Ledger
@@ -13,7 +12,7 @@ from ..records.plan import Plan
 from ..records.provenance import Provenance
 from ..records.repair import RefitRecord
 from ..running.repaired import RepairedPlan
-from ..running.repaired_folders import PLAN, file_of, read_weights
+from ..running.repaired_folders import PLAN, file_of, read_weights, write_weights
 
 
 class Kept:
@@ -30,7 +29,7 @@ class Kept:
     def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
         """Weights first: a line says that they are there."""
         if weights:
-            save_file({path: weight.cpu() for path, weight in weights.items()}, self.folder / file_of(refit))
+            write_weights(self.folder / file_of(refit), weights)
         self.refits.add(refit)
 
     def has(self, steps: Iterable[tuple[str, ...]]) -> bool:

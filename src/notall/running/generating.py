@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ..errors import UsageError, raised_by, shortened
+from ..errors import UsageError, expect, raised_by, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
 from ..records.plan import Plan
@@ -45,8 +45,10 @@ def generate_text(
     """The continuation of `prompt`; greedy at temperature 0. `streamer` is transformers' own.
 
     Raises `UsageError` for a prompt without tokens, counts and temperatures that make no text, more tokens than the
-    model has positions, and as `in_chat_template` and `skip` do.
+    model has positions, a plan that does not fit, and `chat` where the tokenizer has no chat template.
     """
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3]), behind the tokenizer")
+    expect(prompt, str, "the prompt, a string, behind the plan")
     if not (temperature == 0 or 0.001 <= temperature < math.inf):
         raise UsageError(f"temperature is {temperature}: give 0, or from 0.001")
     if chat:

@@ -45,7 +45,7 @@ class RepairedPlan(Plan):
     or exported, this one runs and is exported with them; the dense model keeps its own.
 
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
-    there to be measured against: `Replay`, and so `evaluate`, runs them; `skip`, `remove` and `export` refuse them.
+    there to be measured against: `evaluate` runs them; `skip`, `remove` and `export` refuse them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)

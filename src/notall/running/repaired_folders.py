@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UsageError, shortened
 from ..models.folders import own_file
+from ..models.paths import open_to_others
 from ..records.healing import HealRecord
 from ..records.ledger import Ledger, header_of, read
 from ..records.plan import Plan
@@ -32,7 +34,7 @@ def step_of(by: str, about: Provenance) -> RepairStep:
 
 def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
     """Write a plan and its weights, all in the one file `name`: `HEALED` where they were trained, else `WHOLE`."""
-    save_file({path: weight.cpu().contiguous() for path, weight in plan.weights.items()}, folder / name)
+    write_weights(folder / name, plan.weights)
     plan.unrepaired.save(folder / PLAN)
 
 
@@ -64,6 +66,10 @@ def load_repaired(folder: Path) -> RepairedPlan:
 
     Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
     """
+    if not folder.exists():
+        raise UsageError(f"there is no folder {shortened(folder)}: give one that `notall repair` wrote")
+    if folder.is_file():
+        raise UsageError(f"{shortened(folder)} is a file: notall.Plan.load reads a plan without weights")
     if not (folder / PLAN).is_file():
         begun = [kind for kind in (RefitRecord, HealRecord) if (folder / kind.file).is_file()]
         raise UsageError(
@@ -103,6 +109,12 @@ def _history(folder: Path) -> tuple[RepairStep, ...]:
 def file_of(refit: RefitRecord) -> str:
     """What the weights of one step of a repair are in."""
     return f"{'+'.join(refit.sublayers)}.safetensors"
+
+
+def write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """By their paths in the dense model."""
+    save_file({path: weight.cpu().contiguous() for path, weight in weights.items()}, file)
+    open_to_others(file)  # safetensors makes files that only their owner can read
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     Not for two threads at once on one model. Raises `UsageError` when the plan does not fit the model or its repair
     keeps matrices at run time, and `UnsupportedModel` when the model's sublayers cannot be located.
     """
+    expect(model, nn.Module, "first the model, as notall.load returns it, and then the plan")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
@@ -84,7 +85,8 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
 
     A kept attention and the kept MLP that follows it become one ordinary layer where their form is the same, so that
     a portable plan leaves an ordinary model, which `save_pretrained` writes and any engine loads. Otherwise saving is
-    refused, because what it wrote would load as a dense model with random weights.
+    refused, because what it wrote would load as a dense model with random weights. Such a model generates, and nothing
+    else of notall takes it again: measure, search and export with the dense one.
 
     Raises as `skip` does, and `UsageError` inside a `skip`.
     """

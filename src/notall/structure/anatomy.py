@@ -34,7 +34,8 @@ class Sublayer:
     share is counted with the attention.
 
     In a layer that keeps its seat a sublayer has a `stub` in place of branches. `lends` names the sublayers that read
-    what it makes: while one of these runs, it runs as well, and when it is skipped it adds nothing.
+    what it makes: while one of these runs, it runs as well, and when it is skipped it adds nothing. `branches` are the
+    pieces of the layer that it is run by.
     """
 
     kind: Literal["attention", "mlp"]
@@ -66,14 +67,14 @@ class Block:
     """One decoder layer: its sublayers, one or two, in the order they run; both read the same input when `parallel`.
 
     In the end it multiplies its stream by `scale`, the value of its tensor `scaled_by`, as Gemma 4 does: that stays
-    where a sublayer is left out. It is `bare` if it has no other modules, and no other layer reads from it.
+    where a sublayer is left out. It is `bare` if it has no other modules, and no other layer reads from it. `answer` is
+    None where its module returns a tensor; else it returns (hidden, ...), and `answer` says for each further element
+    which one of the attention's answer it is, None where it is not the attention's.
     """
 
     index: int
     sublayers: tuple[Sublayer, ...]
     parallel: bool
-    # None: the layer answers a tensor. Otherwise (hidden, ...), and for each further element, which element of the
-    # attention's answer it is (None where it is not the attention's).
     answer: tuple[int | None, ...] | None = field(repr=False)
     scaled_by: str | None = None
     scale: float = field(default=1.0, compare=False)

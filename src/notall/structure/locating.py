@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModel, expect
+from ..errors import UnsupportedModel, UsageError, expect
 from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
 from .lending import Lending, Place, tensors_in
 from .observation import (
@@ -56,6 +56,8 @@ def locate(model: PreTrainedModel) -> Anatomy:
     """
     expect(model, nn.Module, "a model, as notall.load returns it")
     model = base_model(model)
+    if not hasattr(model, "config"):
+        raise UsageError(f"{type(model).__name__} has no config: give a causal language model of transformers")
     path, layers = decoder_layers(model)
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
         raise UnsupportedModel(

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, expect, shortened
-from ...models.extensions import explained, installed_names, named
+from ...models.extensions import explained, installed_names, named, positional
 from ...structure.anatomy import base_model
 from ...structure.locating import locate
 from ..budget import Budget
@@ -68,27 +69,47 @@ class Criterion:
             raise UsageError(f"the criterion {shortened(self.name)} needs one of score and choose")
 
     def scores(self, setting: Setting) -> UnitScores:
-        """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has none."""
+        """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has no number."""
         assert self.score
         with self._explained():
             scores = self.score(setting)
         expect(scores, Mapping, f"back a score for each unit, a dict, from the criterion {shortened(self.name)}")
         for unit in setting.space.units:
-            if math.isnan(scores.get(unit, math.nan)):
+            score: Any = scores.get(unit)
+            if not isinstance(score, Real) or math.isnan(score):
                 raise UsageError(f"the criterion {shortened(self.name)} gives no number to {unit}: score every unit")
         return scores
 
     def chosen(self, setting: Setting, budget: Budget) -> Chosen:
-        """By `choose`. Raises `UsageError` where it fails, and where it returns no `Chosen`."""
+        """By `choose`. Raises `UsageError` where it fails, and where it returns no `Chosen` that meets the budget."""
         assert self.choose
         with self._explained():
             found = self.choose(setting, budget)
         expect(found, Chosen, f"back a Chosen from the criterion {shortened(self.name)}")
+        if not self._is_ours:
+            self._check(found, setting, budget)
         return found
+
+    def _check(self, found: Chosen, setting: Setting, budget: Budget) -> None:
+        """Raise `UsageError` for a set that cannot be skipped, and for one that saves too little in all the time."""
+        named = f"the criterion {shortened(self.name)}"
+        unknown = sorted(set(found.skipped) - set(setting.space.names))
+        if unknown:
+            raise UsageError(f"{named} skips {shortened(unknown[0])}, which may not be: choose of setting.space.names")
+        if not setting.space.allows(frozenset(found.skipped)):
+            told = ", ".join(setting.space.sorted(found.skipped))
+            raise UsageError(f"{named} skips {shortened(told)}, which {setting.space} does not allow: ask space.moves")
+        if math.isfinite(budget.target) and not budget.met(found.skipped) and not setting.late:
+            saved = f"{budget.saved(found.skipped):,.4g} of {budget.target:,.4g}"
+            raise UsageError(f"{named} saves {saved}, and the budget is {budget.description}: go on until budget.met")
 
     def _explained(self) -> AbstractContextManager[None]:
         """What code of others raises is one line; what notall's own does is to be seen whole."""
-        return nullcontext() if CRITERIA.get(self.name) is self else explained(f"the criterion {self.name}")
+        return nullcontext() if self._is_ours else explained(f"the criterion {self.name}")
+
+    @property
+    def _is_ours(self) -> bool:
+        return CRITERIA.get(self.name) is self
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether a model's layers are such that this can choose among them."""
@@ -150,7 +171,7 @@ Way = str | Criterion | Callable[..., Any]  # see `criterion`
 
 
 def criterion(way: Way) -> Criterion:
-    """The criterion of a name: one of `CRITERIA`, of an installed package, or of `module:function`.
+    """The criterion of a name: one that `notall criteria` lists, or `module:function`.
 
     A function becomes one: of a `Setting`, it scores; of a `Setting` and a `Budget`, it chooses. A `Criterion` is
     itself. Raises `UsageError` for a name that there is nothing of, and for a module that cannot be imported.
@@ -178,9 +199,10 @@ def _made(name: str, found: Any) -> Criterion:
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
     described = (inspect.getdoc(found) or "").partition("\n")[0].rstrip(".")
-    given = inspect.signature(found).parameters.values()
-    required = [one for one in given if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    return Criterion(name, described, choose=found) if len(required) == 2 else Criterion(name, described, found)
+    taken = positional(found)
+    if 1 not in taken and 2 not in taken:
+        raise UsageError(f"{shortened(name)} is no criterion: let it take a Setting, and a Budget if it chooses itself")
+    return Criterion(name, described, found) if 1 in taken else Criterion(name, described, choose=found)
 
 
 def suits(way: Way, space: Space) -> bool:
@@ -191,6 +213,8 @@ def suits(way: Way, space: Space) -> bool:
 def choose(way: Way, setting: Setting, budget: Budget) -> Chosen:
     """What a criterion skips of `setting.space` to meet `budget`. Raises `UsageError` where it can't."""
     one = criterion(way)
+    if not set(setting.space.names) <= budget.saves.keys():
+        raise UsageError(f"the budget ({budget.description}) is of another space: make it of the space to choose from")
     if not suits(one, setting.space):
         raise UsageError(f"{one.name} chooses among {' and '.join(one.kinds)} only, not {setting.space.kind}")
     return take(setting, one.scores(setting), budget) if one.score else one.chosen(setting, budget)

@@ -22,8 +22,8 @@ UnitScores = Mapping[Unit, float]  # the lowest is skipped first
 class Setting:
     """A model, the sets to choose from, a calibration text ((batch, tokens) token ids each), and what evaluates sets.
 
-    `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is that of `searching.search`;
-    `progress` is told how far the choice is.
+    `deadline` is when to stop looking, on the clock of `time.monotonic`; `patience` is how many evaluations may
+    bring nothing before a search ends; `progress` is told how far the choice is.
     """
 
     model: PreTrainedModel

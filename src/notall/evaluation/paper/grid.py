@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import get_args
 
 from ...errors import UsageError, expect
@@ -25,6 +26,7 @@ def deepest(anatomy: Anatomy, skip: Skippable, fraction: float, *, keep_last: bo
     expect(anatomy, Anatomy, "the anatomy of a model: notall.locate(model)")
     if skip not in SKIPPABLE:
         raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
+    expect(fraction, Real, "the fraction to skip, a number from 0 to 1")
     if not 0 <= fraction <= 1:
         raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
     layers = [block for block in anatomy.blocks if skip == "block" or skip in block.kinds]

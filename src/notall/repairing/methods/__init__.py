@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, expect, shortened
-from ...models.extensions import explained, named
+from ...models.extensions import explained, named, positional
 from ...progress import Progress, silent
 from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
@@ -69,32 +69,38 @@ METHODS = {
 GROUP = "notall.repair_methods"  # of entry points
 
 
-def method(name: str) -> Method:
-    """The method of this name: one of `METHODS`, of an installed package, or of `module:function`.
+def method(way: str | Method | Repairing) -> Method:
+    """The method of a name: none, refit, replaceme, prune-and-comp, nbl, ghosted, or `module:function`.
 
-    Raises `UsageError` for a name that there is nothing of, and for a module that cannot be imported. What fails in a
-    method of others is a `UsageError` too, when it is called.
+    Packages may add names of their own. A function of (model, plan, batches), with a fourth argument that is told the
+    progress if it takes one, becomes a method. Raises `UsageError` for a name that there is nothing of, and for a
+    module that cannot be imported. What fails in a method of others is a `UsageError` too, when it is called.
     """
-    return METHODS.get(name) or _made(name, named(name, METHODS, GROUP, "repair"))
+    if not isinstance(way, str):
+        return _made(getattr(way, "__name__", "method"), way)
+    return METHODS.get(way) or _made(way, named(way, METHODS, GROUP, "repair"))
 
 
 def _made(name: str, found: Any) -> Method:
     """A method; a function becomes one, described by its first line."""
     if isinstance(found, Method):
-        return replace(found, repair=_guarded(name, found.repair))
+        return found if found in METHODS.values() else replace(found, repair=_guarded(name, found.repair))
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no repair: give a function of a model, a plan and batches, or a Method")
     return Method(_guarded(name, found), (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."))
 
 
 def _guarded(name: str, function: Repairing) -> Repairing:
-    """A repair of others, whose faults are one line."""
+    """A repair of others, whose faults are one line. Raises `UsageError` for one that takes other arguments."""
+    taken = positional(function)
+    if 3 not in taken and 4 not in taken:
+        raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
     def guarded(
         model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
     ) -> RepairedPlan:
         with explained(f"the repair {name}"):
-            found = function(model, plan, batches, progress)
+            found = function(model, plan, batches, *([progress] if 4 in taken else []))
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 

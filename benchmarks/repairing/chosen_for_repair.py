@@ -1,0 +1,128 @@
+"""Sets that are chosen by what they lose after a repair, beside sets that are chosen as they are: both repaired.
+
+    python benchmarks/repairing/chosen_for_repair.py --data DATA --out results/repairs     # hours on 2 cores
+    python benchmarks/repairing/chosen_for_repair.py --data DATA --sets a8 --tokens 16384 --windows 8   # a look
+
+Chosen on the first sequences of the text that the repair is fitted to, and measured on other text: see methods.py
+beside this, whose repairs are used again. Called again with the same --out, it goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import LENGTH, SETS, load_asked, named, options_of, texts
+from torch import Tensor
+
+import notall
+from notall import Plan
+from notall.choosing.budget import by_count
+from notall.choosing.choice import ChosenPlan, choose_plan
+from notall.choosing.space import plan_of
+from notall.measuring.quality import Scores, score, summarize
+from notall.measuring.statistics import mean_and_error
+from notall.records import lines
+from notall.records.columns import number, plain, with_error
+from notall.records.provenance import Provenance
+from notall.repairing.methods.keeping import kept_repair
+from notall.reporting.console import show
+from notall.reporting.progress_bars import progress_bar
+
+SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4)}
+COLUMNS = (
+    *(plain("set", "skip"), plain("chosen"), plain("text")),
+    with_error("skipped_nll", "NLL added"),
+    with_error("delta_nll", "repaired"),
+    with_error("kl", "KL, repaired"),
+    with_error("top1_agreement", "top-1 agreement, repaired"),
+    with_error("less", "less than chosen as it is"),
+    number("forwards", "forward passes to choose", ",.1f"),
+    number("seconds", "CPU s to choose", ",.0f"),
+    plain("plan"),
+)
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    options.add_argument("--out", type=Path, default=Path("results/repairs"))
+    options.add_argument("--tokens", type=int, default=131072, help="of calibration text")
+    options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
+    options.add_argument("--sequences", type=int, default=16, help="to choose by, half of them to fit to")
+    options.add_argument("--sets", nargs="+", choices=SPACES, default=list(SPACES))
+    asked = options.parse_args()
+    model, tokenizer = load_asked(asked)
+    batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
+    settings, called = named(asked, "model", "dtype", "tokens", "windows")
+    path = asked.out / f"chosen-{called}-{asked.sequences}.jsonl"
+    rows = lines.read(path)
+    for of in asked.sets:
+        if any(row["set"] == of for row in rows):
+            continue
+        first = torch.cat(list(batches))[: asked.sequences].split(1)
+        found = chosen(model, of, first, asked)
+        plans = {"as it is": plan_of(SETS[of].split()), "after a repair": found.plan}
+        kept = asked.out / f"repairs-{called}"
+        repaired = {way: kept_repair(kept, "refit", model, plan, batches)[0] for way, plan in plans.items()}
+        spent = {"forwards": found.forwards, "seconds": found.spent.seconds}
+        added = [
+            {"set": of, "text": text, **row, **(spent if row["chosen"] == "after a repair" else {}), **settings}
+            for text, windows in held_out.items()
+            for row in measured(model, plans, repaired, windows)
+        ]
+        lines.append(path, *added)
+        rows += added
+    title = f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
+    show([row for row in rows if row["set"] in asked.sets], COLUMNS, title=title)
+
+
+def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> ChosenPlan:
+    """What the search finds by the KL that a cheap repair leaves."""
+    kind, count = SPACES[of]
+    space = notall.Space(notall.locate(model), kind)
+    about = Provenance(what={"model": Path(asked.model).name, "dtype": asked.dtype, "sequences": asked.sequences})
+    print(f"{of}: choosing", file=sys.stderr, flush=True)
+    with progress_bar() as bar:
+        return choose_plan(
+            *(model, "search", space, by_count(space, count), batches),
+            folder=asked.out / f"chosen-{of}-{asked.sequences}.search",
+            settings=about,
+            after_repair=True,
+            progress=bar,
+        )
+
+
+def measured(
+    model: Any, plans: dict[str, Plan], repaired: dict[str, Plan], windows: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """A row for each way to choose; `less` is what is lost, repaired, less that of the first way, by window."""
+    every = [*plans.values(), *repaired.values()]
+    scores = [Scores() for _ in range(1 + len(every))]
+    for tokens in windows:
+        for total, part in zip(scores, score(model, every, tokens)):
+            total.extend(part)
+    dense, *found = scores
+    raw, mended = found[: len(plans)], found[len(plans) :]
+    rows = []
+    for way, before, after in zip(plans, raw, mended):
+        skipped, quality = summarize(before, dense), summarize(after, dense)
+        less, less_se = mean_and_error([mine - first for mine, first in zip(after.nll, mended[0].nll)])
+        rows.append(
+            {
+                "chosen": way,
+                "skipped_nll": skipped.delta_nll,
+                "skipped_nll_se": skipped.delta_nll_se,
+                **vars(quality),
+                "less": less,
+                "less_se": less_se,
+                "plan": " ".join(plans[way].names),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
