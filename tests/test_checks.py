@@ -200,6 +200,40 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
 
 
 @needs_harness
+@pytest.mark.parametrize("command", ["eval", "paper"])
+def test_a_limit_of_a_task_that_is_not_run_is_refused_before_a_model_is_loaded(
+    run,  # noqa: F811
+    folder,
+    plan,
+    tmp_path,
+    no_model,
+    own_tasks_only,
+    command,
+):
+    words = ["--plan", plan] if command == "eval" else []
+    words += ["--tasks", "tiny_choice", "--task-path", write_tasks(tmp_path / "t"), "--limit", "tiny_choise=2"]
+    code, _, err = run(command, folder, *words, "-o", tmp_path / "out")
+    said = "error: --limit tiny_choise=2 is of no task that is run (did you mean tiny_choice?): tiny_choice\n"
+    assert (code, err) == (2, said)
+
+
+@pytest.mark.parametrize("command", ["sweep", "eval", "search", "similarity", "paper"])
+def test_windows_longer_than_the_model_reads_are_refused_before_a_forward_pass(
+    run,  # noqa: F811
+    folder,
+    plan,
+    tmp_path,
+    no_forward,
+    command,
+):
+    words = {"eval": ["--plan", plan], "search": ["--count", "1"], "paper": ["--tasks", ""]}.get(command, [])
+    if command == "paper" and find_spec("lm_eval") is None:
+        pytest.skip("needs lm_eval")
+    code, _, err = run(command, folder, *words, "--length", "65", "--sequences", "2", "-o", tmp_path / "out")
+    assert (code, err) == (2, "error: windows of 65 tokens exceed the model's 64 positions: lower --length\n")
+
+
+@needs_harness
 @pytest.mark.parametrize("command", ["eval", "paper", "compare"])
 def test_tasks_without_data_are_refused_before_a_forward_pass_and_the_folder_takes_other_settings(
     run,  # noqa: F811

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from families import family
-from notall import UsageError, locate
+from notall import UsageError, locate, skip
 from notall.choosing import comparison
 from notall.choosing.budget import by_count
 from notall.choosing.comparison import Aim, Question, compare_criteria, questions_of
@@ -17,7 +18,7 @@ from notall.measuring.quality import evaluate
 from notall.records.comparison import ChoiceRecord, ComparisonRecord
 from notall.records.ledger import read
 from notall.reporting import plots
-from notall.reporting.comparison_files import comparison_table
+from notall.reporting.comparison_files import comparison_table, write_comparison
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.any_transformers  # it is about choices among choices
@@ -163,6 +164,44 @@ def test_the_table_has_a_part_for_each_budget_and_the_best_first(compared):
     losses = [float(row.split("|")[3].split("±")[0]) for row in rows]
     assert len(losses) == len([r for r in compared[1] if r.space == "attention" and r.count == 2])
     assert losses == sorted(losses)
+
+
+def test_each_choice_stands_beside_the_best_of_as_many(model, compared):
+    """Paired by window, by hand: what both lose over the dense model is of no account."""
+    _, records = compared
+    for (space, count), group in groups_of(records).items():
+        best, *others = sorted(group, key=lambda record: record.delta_nll)
+        assert (best.behind, best.behind_se) == (None, None), (space, count)
+        for record in others:
+            mine, least = (nll_by_window(model, one.plan) for one in (record, best))
+            assert record.behind == pytest.approx(float((mine - least).mean()), abs=1e-5)
+            assert record.behind_se == pytest.approx(float((mine - least).std() / len(mine) ** 0.5), abs=1e-5)
+
+
+def nll_by_window(model, plan):
+    """One window at a time."""
+    with skip(model, plan), torch.no_grad():
+        windows = [row[None] for batch in HELD_OUT for row in batch]
+        return torch.stack([cross_entropy(model(row).logits[0, :-1], row[0, 1:]) for row in windows])
+
+
+def test_what_is_pasted_has_few_columns_and_says_what_they_are(compared, tmp_path):
+    _, records = compared
+    write_comparison(records, tmp_path, "Ways to choose", "Measured.")
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    heads = [line for line in text.splitlines() if line.startswith("criterion &")]
+    told = "criterion & by & NLL added & KL & top-1 agreement & behind the best & decode speedup & forward passes \\\\"
+    assert heads == [told] * len(groups_of(records))
+    assert "By: the objective that a criterion goes by, if by one." in text
+    deepest = next(line for line in text.splitlines() if line.startswith("deepest &"))
+    assert deepest.split(" & ")[1] == "-"  # it goes by no objective
+
+
+def groups_of(records):
+    found = {}
+    for record in records:
+        found.setdefault((record.space, record.count), []).append(record)
+    return found
 
 
 def test_the_front_holds_every_choice(compared, tmp_path):

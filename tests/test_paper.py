@@ -19,7 +19,7 @@ from notall import Plan, UsageError, cli, locate
 from notall.evaluation.battery import Check
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
-from notall.evaluation.paper.claims import LEAST_ROUNDS, claims_of
+from notall.evaluation.paper.claims import claims_of
 from notall.evaluation.paper.grid import paper_grid
 from notall.evaluation.paper.scoreboard import (
     PaperTable,
@@ -32,10 +32,10 @@ from notall.evaluation.paper.times import time_grid
 from notall.progress import silent
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
-from notall.records.claims import LEAST_DOCUMENTS, ClaimRecord
+from notall.records.claims import LEAST_DOCUMENTS, LEAST_ROUNDS, LEAST_WINDOWS, ClaimRecord
 from notall.records.latex import as_latex, escaped
 from notall.records.ledger import read
-from notall.records.provenance import Provenance
+from notall.records.provenance import Provenance, place_of
 from notall.records.similarity import SimilarityRecord
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
@@ -91,10 +91,26 @@ def test_averages_and_differences_by_hand():
     scores = board({("mlp", 0.33, False): 0.3})
     assert scores.shared == ["ARC-C", "MMLU"]
     assert scores.average(("mlp", 0.33, False)) == pytest.approx(0.3)
-    difference, error = scores.difference(("mlp", 0.33, False), ("dense", 0.0, False))
+    difference, error, p_value = scores.difference(("mlp", 0.33, False), ("dense", 0.0, False))
     # 40 of 200 differ by -1: variance 0.2 x 0.8 x 200/199, over 200 documents; two independent tasks.
     assert difference == pytest.approx(-0.2)
     assert error == pytest.approx(math.sqrt(2 * 0.2 * 0.8 / 199) / 2)
+    assert p_value == pytest.approx(math.erfc(math.sqrt(80) / math.sqrt(2)))  # 80 documents, all worse
+    rows = {(row["variant"], row["fraction"], row["keep_last"]): row for row in scores.averages()}
+    assert rows.keys() == set(KEYS)
+    assert rows["mlp", 0.33, False]["delta"] == pytest.approx(-0.2)
+    assert rows["dense", 0.0, False]["p_value"] == 1
+
+
+def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_give():
+    """Three documents of twenty are worse: by chance that happens one time in four, however small the error."""
+    worse = [0.0, 0.0, 0.0] + [1.0] * 17
+    records = [benchmark(task, key, [1.0] * 20, [1.0] * 20) for task in ("mmlu", "tiny") for key in KEYS[:1]]
+    records += [benchmark("mmlu", KEYS[1], worse, [1.0] * 20), benchmark("tiny", KEYS[1], [1.0] * 20, [1.0] * 20)]
+    board = Scoreboard(records)
+    difference, _, p_value = board.difference(KEYS[1], KEYS[0])
+    assert (difference, p_value) == (pytest.approx(-3 / 40), 2 / 8)
+    assert "*" not in benchmark_table(board, keep_last=KEYS[1][2])["average"].iloc[-1]
 
 
 def test_the_table_says_value_difference_error_and_significance():
@@ -136,7 +152,8 @@ def test_the_time_table_reads_as_the_paper_s():
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
-    caption = running.caption_of("benchmarks", keep_last, model="smollm2_135", rounds="", made="On 1.9e5 documents.")
+    told = {"model": "smollm2_135", "rounds": "", "new": "", "made": "On 1.9e5 documents."}
+    caption = running.caption_of("benchmarks", keep_last, **told)
     text = PaperTable("benchmarks-x", caption, benchmark_table(scores, keep_last)).latex()
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
@@ -225,26 +242,47 @@ def test_claims_that_hold_and_do_not():
     assert found["skipping 33% of the attentions costs less than as many MLPs"] == "holds"
     assert found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
     assert found[little] == "holds"
-    assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "holds"
-    assert found["keeping the last layer lowers quality when 33% are skipped: block"] == "within error"
-    assert found["keeping the last layer does not lower quality when 33% are skipped: attention"] == "holds"
+    assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "holds"
+    assert found["keeping the last layer lowers quality when 33% of the blocks are skipped"] == "within error"
+    assert found["keeping the last layer does not lower quality when 33% of the attentions are skipped"] == "holds"
     bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
     found = verdicts(claims_of([], board(bad), []))
     assert found["skipping 33% of the attentions costs less than as many MLPs"] == "does not hold"
     assert found[little] == "does not hold"
-    assert found["keeping the last layer lowers quality when 33% are skipped: mlp"] == "does not hold"
-    assert found["keeping the last layer does not lower quality when 33% are skipped: attention"] == "does not hold"
+    assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "does not hold"
+    kept = "keeping the last layer does not lower quality when 33% of the attentions are skipped"
+    assert found[kept] == "does not hold"
 
 
 def test_claims_about_similarity():
     def rows(cosines):
-        return [SimilarityRecord(layer=i, kind="block", cosine=c, cosine_se=0.001) for i, c in enumerate(cosines)]
+        about = Provenance(what={"sequences": windows})
+        return [
+            SimilarityRecord(layer=i, kind="block", cosine=c, cosine_se=0.001, provenance=about)
+            for i, c in enumerate(cosines)
+        ]
 
+    windows = LEAST_WINDOWS
     rising = [0.5 + 0.01 * i for i in range(20)]
     assert list(verdicts(claims_of(rows([*rising, 0.4]), None, [])).values()) == ["holds", "holds"]
     assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), None, [])).values()) == ["does not hold"] * 2
     flat = [0.5 + 0.01 * (i % 2) for i in range(20)]
     assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["within error"] * 2
+    windows -= 1
+    found = claims_of(rows([*rising, 0.4]), None, [])
+    assert {claim.verdict for claim in found} == {"too few"}
+    assert all(claim.here.endswith(f", on {windows} windows") for claim in found)
+
+
+def test_a_claim_says_what_is_subtracted_from_what_and_has_its_figures_as_numbers():
+    found = {claim.claim: claim for claim in claims_of([], board({("mlp", 0.33, True): 0.4}), [])}
+    kept = found["keeping the last layer lowers quality when 33% of the MLPs are skipped"]
+    assert kept.here == "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of 2 tasks"
+    assert (kept.figure, kept.unit) == (pytest.approx(10), "points")
+    skipping = [timed((variant, 0.33, False), 1.3, 1.3) for variant in ("attention", "mlp", "block")]
+    fast, *_ = claims_of([], None, [timed(KEYS[0], 1, 1), *skipping])
+    assert (fast.figure, fast.low, fast.high, fast.unit) == (1.3, 1.28, 1.32, "times as fast")
+    assert "last layer skipped too" in fast.claim
 
 
 def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_batch():
@@ -329,7 +367,7 @@ def test_times_of_another_row_or_batch_are_measured_again(model, tmp_path, chang
 
 @pytest.mark.parametrize("machine", [None, "here", {}, {"versions": []}, {"versions": {"torch": "2"}}])
 def test_a_machine_that_is_not_told_is_none(machine):
-    assert running._place(machine) == "a machine that is not told"
+    assert place_of(machine) == "a machine that is not told"
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):

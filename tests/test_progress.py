@@ -1,6 +1,7 @@
 """How far long work is: one count for its stages, and a bar that says what has passed and what is left."""
 
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -38,6 +39,17 @@ def test_a_log_is_told_now_and_then(monkeypatch, capsys):
         for done in range(4):
             tell(done, 4, f"part [{done}]")
     assert capsys.readouterr().err.splitlines() == ["25% after 0:01:01: part [1]", "75% after 0:03:20: part [3]"]
+
+
+def test_a_log_is_told_also_while_a_step_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(progress_bars, "SILENT", 0.05)
+    with progress_bar("reading") as tell:
+        time.sleep(0.3)
+        tell(1, 4, "measuring")
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert "0% after 0:00:00: reading" in lines
+    assert lines.count("25% after 0:00:00: measuring") > 1
 
 
 def test_stages_nest():

@@ -27,13 +27,13 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     read = read_folder(result_folders.write(tmp_path))
     found = message_of(read)
     assert found.said == (
-        "Without 3 attentions of its 10 layers (attention 33%, last layer kept), tiny decodes 1.17× as fast "
-        "(quartiles 1.11 to 1.28) with weights smaller by 3% and a KV cache smaller by 30%, at +0.33 ± 0.03 nats a "
-        "token (perplexity × 1.39; 50% of its first choices stay)."
+        "Without 2 attentions of its 10 layers (attention 25%, last layer kept), tiny decodes 1.12× as fast "
+        "(quartiles 1.07 to 1.24) with weights smaller by 2% and a KV cache smaller by 20%, at +0.25 ± 0.03 nats a "
+        "token (perplexity × 1.28; 50% of its first choices stay)."
     )
     assert found.usable
-    assert found.command == "notall search tiny --kind attention --count 3 --out plan.json"
-    assert read.records[first_plan(read)]["plan"]["attention"] == [6, 7, 8]
+    assert found.command == "notall search tiny --kind attention --count 2 --text t --out plan.json"
+    assert read.records[first_plan(read)]["plan"]["attention"] == [7, 8]
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
     ("repair", "end", "command"),
     [
         ("none", "repair it, and write that model", "notall export tiny --plan {} --repair --to hf --out smaller"),
-        ("refit", "repair that plan", "notall repair tiny --plan {} --out repaired"),
-        ("replaceme", "repair that plan", "notall repair tiny --plan {} --method replaceme --out repaired"),
+        ("refit", "repair that plan", "notall repair tiny --plan {} --text t --out repaired"),
+        ("replaceme", "repair that plan", "notall repair tiny --plan {} --method replaceme --text t --out repaired"),
     ],
 )
 def test_of_a_comparison_that_kept_its_plans_it_is_what_to_do_with_the_plan(tmp_path, repair, end, command):

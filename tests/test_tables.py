@@ -179,8 +179,10 @@ TABLES = {
             aim=["kl", "0.5*kl+task:arc_easy", "answers"],
         ),
         [
-            column for column in ComparisonRecord.columns if column.heading not in ("repair", "added")
-        ],  # without --repair
+            column
+            for column in ComparisonRecord.columns
+            if column.heading not in ("repair", "added", "behind the best")
+        ],  # without --repair, and of one choice each
         ("criterion", "by", "among", "count", "NLL added"),
     ),
     "search": (

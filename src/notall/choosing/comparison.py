@@ -6,6 +6,7 @@ held-out text, repaired ones plan by plan, answer tasks together, are timed, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..evaluation.paper.sweep import as_record, as_scores
 from ..measuring.plan_times import Timed, time_plan
 from ..measuring.quality import Scores as Losses
 from ..measuring.quality import score, summarize
+from ..measuring.statistics import mean_and_error
 from ..progress import Progress, Stages, silent
 from ..records.columns import Row
 from ..records.comparison import (
@@ -31,7 +33,7 @@ from ..records.comparison import (
 from ..records.ledger import Ledger, working_in
 from ..records.plan import Plan
 from ..records.provenance import Provenance
-from ..records.record import TimeFields
+from ..records.record import Key, TimeFields
 from ..records.search import EvaluationRecord
 from ..repairing.methods import method
 from ..repairing.methods.keeping import kept_repair
@@ -183,9 +185,31 @@ def compare_criteria(
             )
             scores = {name: repaired[name, choice.skipped] for name in (repairs.others if repairs else ())}
             records += _each_repair(record, scores, losses[""]) if repairs else [record]
-        _keep(kept, records)
+        held = _HeldOut(out, about, held_out)
+        asked = {record.key for record in records}
+        every = _behind([*records, *(record for record in kept if record.key not in asked)], held)
+        _keep(kept, every)
+        records = every[: len(records)]
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return records
+
+
+def _behind(records: Sequence[ComparisonRecord], held: _HeldOut) -> list[ComparisonRecord]:
+    """The same, each beside the one of as many of the same space, and repaired alike, that loses least."""
+    groups: dict[tuple[Any, ...], list[ComparisonRecord]] = {}
+    for record in records:
+        if record.delta_nll is not None and held.has(record.repair, record.skipped):
+            groups.setdefault((record.space, record.count, record.repair), []).append(record)
+    beside: dict[Key, tuple[float | None, float | None]] = {}
+    for group in groups.values():
+        best, *others = sorted(group, key=lambda one: one.delta_nll or 0.0)
+        least = held.scores(best.repair, best.skipped).nll
+        for one in others:
+            mine = held.scores(one.repair, one.skipped).nll
+            behind, error = mean_and_error([a - b for a, b in zip(mine, least)])
+            beside[one.key] = behind, None if math.isnan(error) else error
+    figures = (beside.get(record.key, (None, None)) for record in records)
+    return [record.model_copy(update={"behind": a, "behind_se": b}) for record, (a, b) in zip(records, figures)]
 
 
 def _keep(kept: Ledger[ComparisonRecord], records: Sequence[ComparisonRecord]) -> None:
@@ -365,6 +389,10 @@ class _HeldOut:
 
     def lacking(self, batch: int, repair: str, plans: Sequence[str]) -> list[str]:
         return [skipped for skipped in plans if (batch, repair, skipped) not in self.held]
+
+    def has(self, repair: str, skipped: str) -> bool:
+        """Of all batches."""
+        return all((number, repair, skipped) in self.held for number in range(len(self.batches)))
 
     def add(self, batch: int, repair: str, scores: Mapping[str, Losses]) -> None:
         new = {skipped: as_record(one) for skipped, one in scores.items()}

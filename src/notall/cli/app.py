@@ -25,12 +25,13 @@ MISSED = 3  # the exit code of a command that did its work and did not reach wha
 WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
 
 FIRST_STEPS = """\
-notall leaves out what a language model does not need, and measures what that costs and saves.
+notall leaves out what a language model does not need, and measures what that
+costs and saves.
 
-  First run   notall sweep --out results                the paper's experiment on a small model, minutes on a laptop
-  Look        notall report results -o report.html      one page, to open in a browser
-  Your model  notall sweep MODEL --out results          a hub id, a folder or a .gguf file
-  All else    notall --help                             every command; notall COMMAND --help has an example
+  First run   notall sweep --out results             the paper's grid: minutes
+  Look        notall report results -o report.html   one page, for a browser
+  Your model  notall sweep MODEL --out results       a hub id, a folder, a .gguf
+  All else    notall --help                          every command
 """
 
 

@@ -55,10 +55,10 @@ def check_tasks(
     with working("reading the harness's tasks"):
         from ..evaluation.tasks import Limits, TaskShelf, check_fewshot
 
-        Limits.parse(limits)
+        asked = Limits.parse(limits)
         check_fewshot(num_fewshot)
         shelf = TaskShelf(task_path)
-    shelf.names(names)
+    asked.check(shelf.names(names))
     return shelf
 
 

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row
+from ..records.provenance import model_in_words, place_of, windows_of
 from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
@@ -28,7 +29,6 @@ from .inputs import (
     provenance_of,
     space_of,
     two_texts,
-    windows_of,
     words_of,
 )
 from .options import (
@@ -186,9 +186,9 @@ def search(
     shelf = check_objectives([objective or asked.aim], prompts, task_path)
     loading = Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     net, tokenizer = load_model(loading)
+    among = space_of(net, kind, portable, keep_first, keep_last)
     batches, others, about = two_texts(net, tokenizer, text, held_out, sequences, length, batch_size, seed, fewer=True)
     other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
-    among = space_of(net, kind, portable, keep_first, keep_last)
     workload = Workload(prompt, new, batch)
     asked.check(net, among, workload)
     goal = build_objective(
@@ -468,6 +468,7 @@ def compare(
     spaces = [budget_line(net, line, keep_first, keep_last) for line in budget or ["attention:4,8"]]
     build = partial(build_objective, prompts=prompts, task_path=shelf, task_limit=task_limit)
     aims = {name: comparison.Aim(build(name, net, tokenizer, batches), batches) for name in aimed}
+    about = provenance_of(net, model, revision, **described)
     with progress_bar() as progress:
         records = comparison.compare_criteria(
             net,
@@ -475,17 +476,18 @@ def compare(
             aims,
             others,
             out,
-            provenance_of(net, model, revision, **described),
+            about,
             tasks=comparison.Tasks(tuple(asked), tokenizer, limit, num_fewshot, shelf) if asked else None,
             timed=Timed(prompt, new, rounds=rounds) if rounds else None,
             repairs=comparison.Repairs(methods, batches) if methods else None,
             seed=seed,
             progress=progress,
         )
-    made = f"Chosen and measured on {windows_of(described)}, in {dtype_name(net)}."
-    if held_out:
-        made = f"Chosen by {windows_of(described)}, measured on as much of {Path(held_out).name}, in {dtype_name(net)}."
-    write_comparison(records, out, f"Ways to choose what {shortened(model)} skips", made)
+    made = f"Chosen by {windows_of(described)}, measured on {_as_many(described)}, in {dtype_name(net)}."
+    if rounds:
+        place = place_of(about.where["machine"], versions=False)
+        made += f" Times of {prompt} prompt tokens and {new} new ones, {rounds} rounds, on {place}."
+    write_comparison(records, out, f"Ways to choose what {shortened(model_in_words(about.what))} skips", made)
     rows = [record.row() for record in records]
     shown = rows if as_json else [with_tasks(row) for row in rows]
     show(shown, columns_of(rows), as_json=as_json, title=f"{len(rows)} choices in {out}")
@@ -494,6 +496,12 @@ def compare(
     if not as_json:
         say(f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}.")
         say(f"Next: notall report {out} -o {out / 'report.html'}")
+
+
+def _as_many(described: Row) -> str:
+    """The held-out windows, in words."""
+    held_out = str(described["held_out"])
+    return f"as many of {Path(held_out).name}" if "held_out_sha256" in described else "as many other ones"
 
 
 @app.command(rich_help_panel=CHOOSE, epilog="Example:  notall criteria --json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,16 +100,15 @@ def text_batches(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Token batches on the model's device, and what they are, for the record."""
     from ..models.texts import read_text, token_batches
+    from ..structure.anatomy import text_config
 
     text = read_text(source)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
     described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
     return [batch.to(model.device) for batch in batches], described
-
-
-def windows_of(described: Mapping[str, Any]) -> str:
-    """What was measured on, in words."""
-    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
 
 
 def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:

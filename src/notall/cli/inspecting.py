@@ -11,13 +11,14 @@ import typer
 
 from ..progress import tracked
 from ..records.lines import refuse_unwritable
+from ..records.provenance import windows_of
 from ..reporting.console import say, show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from ..reporting.similarity_files import write_similarity
 from .app import LOOK, app
 from .checks import check_texts
-from .inputs import Loading, asked_plan, empty_model, load_model, text_batches, windows_of
+from .inputs import Loading, asked_plan, empty_model, load_model, text_batches
 from .options import (
     BatchSize,
     Device,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..reporting.console import Shown, show, show_all
+from ..records.provenance import model_in_words, windows_of
+from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar, working
 from ..reporting.similarity_files import write_similarity
@@ -24,7 +25,6 @@ from .inputs import (
     load_model,
     provenance_of,
     text_batches,
-    windows_of,
     words_of,
     workers_on,
 )
@@ -125,14 +125,17 @@ def sweep(
         )
     rows = [record.row() for record in records]
     name = about.what["model"]
-    write_sweep(records, out, name)
+    write_sweep(records, out, model_in_words(about.what))
     depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    write_similarity(depths, out / "similarity", name, windows_of(about.what))
+    write_similarity(depths, out / "similarity", model_in_words(about.what), windows_of(about.what))
     if installed(*FIGURES):
         from ..reporting import plots
 
         plots.save(plots.tradeoff_chart(rows, f"Quality lost against decode speedup, {name}"), out / "tradeoff")
     show(rows, SweepRecord.columns, as_json=as_json, title=f"{name}: {len(rows)} configurations in {out}")
+    if not as_json:
+        say(f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv.")
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
 
 
 @app.command(
@@ -344,4 +347,5 @@ def tasks(
 
         rows = TaskShelf(task_path).listed(word)
     named = "1 name" if len(rows) == 1 else f"{len(rows):,} names"
-    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{named} for --tasks; shots as the leaderboard shows them")
+    shots = "; shots as the leaderboard shows them" if any(row["num_fewshot"] for row in rows) else ""
+    show(rows, TASKS_COLUMNS, as_json=as_json, title=f"{named} for --tasks{shots}")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..reporting.console import show
+from ..records.provenance import model_in_words, windows_of
+from ..reporting.console import say, show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
 from ..reporting.similarity_files import write_similarity
@@ -20,7 +21,6 @@ from .inputs import (
     load_model,
     provenance_of,
     text_batches,
-    windows_of,
     words_of,
     workers_on,
 )
@@ -78,7 +78,7 @@ def paper(
         list[int] | None, typer.Option(help="batch size to time; repeat it for more (default: 1)")
     ] = None,
     new: Annotated[int, typer.Option("--new", help="new tokens when timing")] = 16,
-    rounds: Annotated[int, typer.Option(help="timed rounds; each times all configurations in turn")] = 3,
+    rounds: Annotated[int, typer.Option(help="timed rounds; each times all configurations in turn")] = 5,
     ray: Ray = None,
     ray_workers: RayWorkers = None,
     ray_gpus: RayGpus = 1,
@@ -138,10 +138,12 @@ def paper(
             workers=workers,
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    write_similarity(rows, out / "similarity", about.what["model"], windows_of(about.what))
+    write_similarity(rows, out / "similarity", model_in_words(about.what), windows_of(about.what))
     show(
         [claim.row() for claim in claims],
         ClaimRecord.columns,
         as_json=as_json,
-        title=f"The tables are in {out}/paper.md",
+        title=f"The tables are in {out}/paper.md, and as .tex and .csv beside it",
     )
+    if not as_json:
+        say(f"Next: notall report {out} -o {out / 'report.html'}")

@@ -75,6 +75,17 @@ class Limits:
                 most = int(count)
         return cls(most, by_task)
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise `UsageError` for a limit of what is none of `tasks`."""
+        known = {*tasks, *map(stock_name, tasks)}
+        for name in self.by_task:
+            if name not in known:
+                near = nearest(name, sorted(known))
+                told = shortened(", ".join(tasks))
+                raise UsageError(
+                    f"--limit {shortened(name)}={self.by_task[name]} is of no task that is run{near}: {told}"
+                )
+
     def of(self, task: str) -> int | None:
         """The limit of `task`; a group's holds for each of its tasks."""
         return self.by_task.get(task, self.by_task.get(stock_name(task), self.most))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
+MOST_FLIPPED = 16  # terms of a sum of which all signs are tried
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -48,6 +49,22 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
     lost = sum(a < b for a, b in zip(ours, theirs))
     tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2 ** (gained + lost))
+
+
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """How likely a sum is as far from zero by chance, were each of its terms as likely of the other sign: two-sided.
+
+    Exact for up to 16 terms that are not 0; for more by the normal distribution, with the variance that flipping gives.
+    Source: Fisher 1935, The Design of Experiments, section 21.
+    """
+    terms = [value for value in differences if value]
+    observed, spread = abs(math.fsum(terms)), math.sqrt(math.fsum(value**2 for value in terms))
+    if len(terms) > MOST_FLIPPED:
+        return normal_p_value(observed, spread)
+    sums = [0.0]
+    for value in terms:
+        sums = [total + value for total in sums] + [total - value for total in sums]
+    return sum(abs(total) >= observed - 1e-9 * spread for total in sums) / len(sums)
 
 
 def normal_p_value(difference: float, error: float) -> float:

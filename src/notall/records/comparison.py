@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .columns import Column, Row, number, plain, size, with_difference
+from .columns import Column, Row, number, plain, size, with_difference, with_error
 from .record import (
     QUALITY,
     SPEEDUPS,
@@ -117,6 +117,7 @@ class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
     columns = (
         *(plain("criterion"), plain("aim", "by"), plain("space", "among"), plain("count"), plain("repair")),
         *QUALITY,
+        with_error("behind", "behind the best"),
         size("added_bytes", "added"),
         *SPEEDUPS,
         *SPENT,
@@ -127,6 +128,10 @@ class ComparisonRecord(Record, SizeFields, QualityFields, Skips, Answered):
 
     record: Literal["comparison"] = "comparison"
     repair: RepairName = Field(UNREPAIRED, description="what made up for what was skipped")
+    behind: Number = Field(
+        None, description="NLL beyond that of the least, of as many and repaired alike; of that one itself nothing"
+    )
+    behind_se: Unsigned = Field(None, description="its standard error, paired by window of text")
     added_bytes: Count = Field(0, description="of matrices that the repair keeps at run time")
     tasks: dict[str, TaskFigure] = Field(description="by task and metric")
     times: TimeFields | None = Field(None, description="where plans were timed")

@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..errors import shortened
 from .columns import Row
 
+DEFAULT_MODEL = "smollm2"  # which is a GGUF file
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
 
@@ -47,3 +49,24 @@ def this_run() -> dict[str, str]:
     """The command as it was typed, without the folders of a machine, and the date, in UTC to the minute."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {"command": " ".join(["notall", *words]), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def windows_of(described: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
+
+
+def place_of(machine: Any, *, versions: bool = True) -> str:
+    """Where it was measured, in words, as far as that was written down."""
+    try:
+        place = f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}"
+        told = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        return f"{place}; {told}" if versions else place
+    except (TypeError, KeyError, AttributeError):
+        return "a machine that is not told"
+
+
+def model_in_words(what: Mapping[str, Any]) -> str:
+    """The model's name; of one that came quantised, as GGUF files do, also that."""
+    name = str(what.get("model", "a model"))
+    return f"{name} (a GGUF file, unpacked)" if name == DEFAULT_MODEL or name.endswith(".gguf") else name

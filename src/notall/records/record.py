@@ -155,7 +155,7 @@ class QualityFields(Fields):
 NATS = "nats per token"
 DELTA_NLL = with_error("delta_nll", "NLL added", unit=NATS)
 KL = with_error("kl", "KL", unit=NATS)
-TOP1 = with_error("top1_agreement", "top-1 agreement", ".2f")
+TOP1 = with_error("top1_agreement", "top-1 agreement")
 PERPLEXITY = magnitude("perplexity", "perplexity")
 QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, with_error("nll", "NLL", unit=NATS))
 

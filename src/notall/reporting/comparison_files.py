@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..records.columns import Column, Row, as_csv, as_markdown, given, legend, plain
-from ..records.comparison import ComparisonRecord, columns_of, with_tasks
+from ..records.comparison import UNREPAIRED, ComparisonRecord, columns_of, with_tasks
 from ..records.latex import as_latex
 from ..records.plan import Plan
 from ..records.ranges import in_ranges
@@ -21,6 +21,11 @@ PLANS = "plans"
 LONG = 80  # letters of a file's name
 SETS = {"mlp": "MLPs", "portable": "portable sublayers"}
 
+PASTED = ("criterion", "aim", "repair", "delta_nll", "kl", "top1_agreement", "behind", "speedup_decode", "forwards")
+TOLD = (
+    "By: the objective that a criterion goes by, if by one. NLL and KL in nats a token; behind the best: NLL beyond "
+    "that of the best row that is repaired alike, paired by window. Forward passes: over the text that is chosen by."
+)
 TIMED_ONCE = (
     "Plans that leave equal parameters, weights and KV cache take equal time, so one of them was timed, and the others "
     "show its times."
@@ -41,7 +46,8 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     (out / PLANS).mkdir(exist_ok=True)
     for record in records:
         shape = record.provenance.what.get("fingerprint") if record.provenance else None
-        plan = Plan(record.plan.attention, record.plan.mlp, fingerprint=shape, note=way_of(record.row()))
+        way = way_of(record.row() | {"repair": UNREPAIRED})
+        plan = Plan(record.plan.attention, record.plan.mlp, fingerprint=shape, note=way)
         plan.save(plan_file(out, record.row()))
     if not installed(*FIGURES):
         return
@@ -82,7 +88,7 @@ def plan_file(folder: Path, record: Row) -> Path:
 
 def _grouped(records: Sequence[Row]) -> tuple[list[Column], dict[tuple[str, int], list[Row]]]:
     """The columns, and by space and count the rows, what loses least first."""
-    rows = [with_tasks(record) | {"layers": layers_in(record["plan"])} for record in records]
+    rows = [_without_unused(with_tasks(record)) | {"layers": layers_in(record["plan"])} for record in records]
     columns = [
         column
         for column in given([*columns_of(rows), plain("layers", "skips")], rows)
@@ -91,10 +97,26 @@ def _grouped(records: Sequence[Row]) -> tuple[list[Column], dict[tuple[str, int]
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["space"], row["count"]), []).append(row)
-    return columns, {
-        asked: sorted(group, key=lambda row: math.inf if row["delta_nll"] is None else row["delta_nll"])
-        for asked, group in groups.items()
-    }
+    return columns, {asked: _best_first(group) for asked, group in groups.items()}
+
+
+def _best_first(rows: Sequence[Row]) -> list[Row]:
+    """By loss, what is repaired beside what is not."""
+
+    def lost(row: Row) -> float:
+        return math.inf if row["delta_nll"] is None else row["delta_nll"]
+
+    least: dict[tuple[str, str], float] = {}
+    for row in rows:
+        way = row["criterion"], str(row["aim"])
+        least[way] = min(lost(row), least.get(way, math.inf))
+    return sorted(rows, key=lambda row: (least[row["criterion"], str(row["aim"])], row["criterion"], lost(row)))
+
+
+def _without_unused(row: Row) -> Row:
+    """A row that names no objective and no text where its criterion goes by none."""
+    unused = [("aim", row["evaluations"] <= 1), ("calibration_tokens", not row["evaluations"])]
+    return row | {name: None for name, is_unused in unused if is_unused}
 
 
 def layers_in(plan: Row) -> str:
@@ -107,10 +129,11 @@ def _counted(count: int, space: str) -> str:
 
 
 def _latex(records: Sequence[Row], caption: str) -> Iterator[str]:
-    """A table for each space and count."""
+    """A table for each space and count, of what a paper says; the other columns are in the CSV."""
     columns, groups = _grouped(records)
-    headings, right = [column.heading for column in columns], [column.right for column in columns]
+    shown = [column for column in columns if column.fields[0] in PASTED or "value" in column.fields[0].split()]
+    headings, right = [column.heading for column in shown], [column.right for column in shown]
     for (space, count), rows in groups.items():
-        told = f"{caption} {_counted(count, space)} skipped. {legend(columns)}"
-        cells = [[column.text(row) for column in columns] for row in rows]
+        told = f"{caption} {_counted(count, space)} skipped. {TOLD} {legend(shown)}"
+        cells = [[column.text(row) for column in shown] for row in rows]
         yield as_latex(headings, cells, caption=told, label=f"{space}-{count}", right=right)

@@ -13,6 +13,7 @@ from .folder import Folder
 from .papers import became_of, in_words, standing_of
 from .plots import front
 from .rows import name_of, several, sublayers, way_of
+from .sentences import joined
 from .usable import fastest, is_known, is_usable, mildest
 
 MOST_CARDS = 5
@@ -126,8 +127,12 @@ def _of_comparison(records: Sequence[Row]) -> list[Finding]:
 def _least(ranked: Sequence[Row], title: str) -> Finding:
     best, *rest = ranked
     text = f"{way_of(best)}, {best['forwards']:,.1f} forward passes to find"
-    if rest:
-        text += f"; next, {_loss(rest[0])}: {way_of(rest[0])}"
+    same = [row for row in rest if (row["plan"], row["delta_nll"]) == (best["plan"], best["delta_nll"])]
+    other = next((row for row in rest if row not in same), None)
+    if same:
+        text += f"; the same set by {joined([way_of(row) for row in same])}"
+    if other:
+        text += f"; next, {_loss(other)}: {way_of(other)}"
     if not is_usable(best):
         text += "; no longer usable"
     return Finding(title, f"{best['delta_nll']:+.2f}", f"{_error(best)} nats a token", text)

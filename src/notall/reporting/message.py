@@ -21,6 +21,7 @@ from .verdict import faults_of, mending, next_command
 
 MADE = ("refits", "healing")  # what a repair and a healing tell of the weights that they make
 FASTER = "1.3,1.5"  # speedups to add to a front
+DEFAULT_TEXT = "prose"
 LITTLE = 0.1  # nats to ask for where nothing was usable
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 
@@ -62,7 +63,10 @@ def _of_many(folder: Folder, model: str) -> Message | None:
     best, least = fastest(folder.records), mildest(folder.records)
     if best:
         dense = next((record for record in folder.records if not sublayers(record)), None)
-        end, command = _found_better(model, best) if folder.kind == "sweep" else _found_again(folder, model, best)
+        about = folder.provenance
+        end, command = (
+            _found_better(model, best, about) if folder.kind == "sweep" else _found_again(folder, model, best)
+        )
         named = name_of(best) if folder.kind == "sweep" else way_of(best)
         return Message(sentence(model, best, dense, folder.known_layers, named), True, end, command)
     if least:
@@ -73,10 +77,17 @@ def _of_many(folder: Folder, model: str) -> Message | None:
     return None
 
 
-def _found_better(model: str, record: Row) -> tuple[str, str]:
+def _found_better(model: str, record: Row, about: Row) -> tuple[str, str]:
     kind = record["variant"]
-    count = len(record["plan"]["attention" if kind == "block" else kind])
-    return "look for a better set of that size", next_command("search", model, kind=kind, count=count, out="plan.json")
+    options = {"kind": kind, "count": len(record["plan"]["attention" if kind == "block" else kind])}
+    command = next_command("search", model, **options, **_on_the_text(about), out="plan.json")
+    return "look for a better set of that size", command
+
+
+def _on_the_text(about: Row, *sizes: str) -> dict[str, object]:
+    """The options that name the text of a run, where it is not what commands read by default; with it its `sizes`."""
+    text = about.get("text", DEFAULT_TEXT)
+    return {name: about[name] for name in ("text", *sizes) if name in about} if text != DEFAULT_TEXT else {}
 
 
 def _found_again(folder: Folder, model: str, record: Row) -> tuple[str, str]:
@@ -88,6 +99,7 @@ def _found_again(folder: Folder, model: str, record: Row) -> tuple[str, str]:
     if plan.is_file():
         kept = record["repair"] == "refit" or record.get("added_bytes")  # what adds matrices cannot be served
         mend = {} if kept else {"method": record["repair"]}
+        mend |= _on_the_text(folder.provenance, "sequences", "length")
         return "repair that plan", next_command("repair", model, plan=plan, **mend, out="repaired")
     portable = record["space"] == "portable"
     options: dict[str, object] = {"kind": "sublayer", "portable": True} if portable else {"kind": record["space"]}

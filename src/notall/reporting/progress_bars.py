@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Event, Thread
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
@@ -45,17 +46,44 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     )
     with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(_fitting(doing, console), total=None)
-        begun = told = time.monotonic()
+        if console.is_terminal:
+            yield lambda done, total, doing: bar.update(
+                task, completed=done, total=total, description=_fitting(doing, console)
+            )
+            return
+        with _log(console, doing) as tell:
+            yield tell
 
-        def tell(done: float, total: float, doing: str) -> None:
-            nonlocal told
-            bar.update(task, completed=done, total=total, description=_fitting(doing, console))
-            if not console.is_terminal and (now := time.monotonic()) - told >= SILENT:
-                told = now
-                passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
-                console.print(f"{done / (total or 1):.0%} after {passed}: {said}", markup=False)
 
+@contextmanager
+def _log(console: Console, doing: str) -> Iterator[Progress]:
+    """A line a minute, also while a single step takes longer."""
+    begun = told = time.monotonic()
+    share, ended = 0.0, Event()
+
+    def tell(done: float, total: float, now_doing: str) -> None:
+        nonlocal share, doing
+        share, doing = done / (total or 1), now_doing
+        say()
+
+    def say() -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= SILENT:
+            told = now
+            passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
+            console.print(f"{share:.0%} after {passed}: {said}", markup=False)
+
+    def beat() -> None:
+        while not ended.wait(SILENT / 4):
+            say()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
         yield tell
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _fitting(doing: str, console: Console) -> str:

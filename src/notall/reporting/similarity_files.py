@@ -12,7 +12,7 @@ from .extras import FIGURES, installed
 
 KINDS = ("block", "attention", "mlp")
 HEADINGS = ("layer", "block", "attention", "MLP")
-COSINE = with_error("cosine", "cosine")
+COSINE = with_error("cosine", "cosine", ".4f")
 
 
 def write_similarity(rows: Sequence[Row], path: Path, model: str, text: str = "") -> list[Path]:

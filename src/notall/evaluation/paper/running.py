@@ -16,9 +16,9 @@ from ...measuring.speed import check_timing
 from ...progress import Progress, Stages, silent
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
 from ...records.claims import ClaimRecord
-from ...records.columns import as_markdown
+from ...records.columns import as_csv, as_markdown
 from ...records.ledger import Ledger, working_in
-from ...records.provenance import Provenance
+from ...records.provenance import Provenance, model_in_words, place_of, windows_of
 from ...records.record import Record
 from ...records.similarity import SimilarityRecord
 from ...structure.locating import locate
@@ -49,8 +49,8 @@ CAPTIONS = {
     "benchmarks": (
         "Benchmarks of",
         "Per cent ± standard error; in brackets the difference to the dense model, paired by document, ± its standard "
-        "error. * p < 0.05 (McNemar's exact test for accuracies), not corrected for the number of comparisons. The "
-        "average is over the tasks that every row has.",
+        "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for the "
+        "average), not corrected for the number of comparisons. The average is over the tasks that every row has.",
     ),
     "battery": (
         "What accuracy hides of",
@@ -61,13 +61,14 @@ CAPTIONS = {
     ),
     "prefill": (
         "Prefill time (ms) of",
-        "Median of {rounds} rounds; in brackets how many times the dense model's speed [quartiles]. These ratios are "
-        "taken within a round, so that they may differ from those of the medians.",
+        "Median of {rounds} rounds, each of all rows in turn; in brackets how many times the dense model's speed "
+        "[quartiles]. These ratios are taken within a round, so that they may differ from those of the medians.",
     ),
     "decode": (
         "Decode time per new token (ms) of",
-        "Median of {rounds} rounds, with a real KV cache; in brackets how many times the dense model's speed "
-        "[quartiles]. These ratios are taken within a round, so that they may differ from those of the medians.",
+        "{new} new tokens. Median of {rounds} rounds, each of all rows in turn, with a real KV cache; in brackets "
+        "how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that they may "
+        "differ from those of the medians.",
     ),
 }
 
@@ -92,7 +93,7 @@ class TimeGrid:
     prompts: Sequence[int] = (128, 512)
     batch_sizes: Sequence[int] = (1,)
     new_tokens: int = 16
-    rounds: int = 3
+    rounds: int = 5
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UsageError` as `check_timing` does."""
@@ -173,9 +174,11 @@ def write_paper(
     records: list[Record] = [*similarity, *times, *benchmarks]
     about = next(record.provenance for record in records if record.provenance)
     board = Scoreboard(benchmarks) if benchmarks else None
-    told = {"model": str(about.what.get("model")), "rounds": str(_about(times[0]).get("rounds")) if times else ""}
-    where = f"{about.what.get('dtype')} on {_place(about.where.get('machine')).partition(';')[0]}."
-    made = {"benchmarks": f"{_documents(benchmarks)} {where}" if benchmarks else where}
+    timed = _about(times[0]) if times else {}
+    told = {"model": model_in_words(about.what)} | {
+        name: str(timed.get(field, "?")) for name, field in (("rounds", "rounds"), ("new", "new_tokens"))
+    }
+    made = {"benchmarks": _made(benchmarks), "battery": _made(checks), "prefill": _made(times), "decode": _made(times)}
     tables: list[PaperTable] = []
     for keep_last in LAST:
         frames: dict[str, pd.DataFrame] = {}
@@ -187,14 +190,16 @@ def write_paper(
             if times:
                 frames[name] = time_table(times, keep_last, quantity)
         for kind, frame in frames.items():
-            caption = caption_of(kind, keep_last, **told, made=made.get(kind, where))
+            caption = caption_of(kind, keep_last, **told, made=made[kind])
             tables.append(PaperTable(f"{kind}-{ENDINGS[keep_last]}", caption, frame))
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
     if claims:
-        tables.append(_claims_table(claims, f"{told['model']}, {where}"))
+        tables.append(_claims_table(claims, _evidence(told["model"], similarity, benchmarks, times)))
         write_csv(claims, out / "claims.csv")
     write_tables(tables, out)
     write_csv(benchmarks, out / "benchmarks.csv")
+    if board and board.shared:
+        (out / "averages.csv").write_text(as_csv(board.averages()), encoding="utf-8")
     write_csv(times, out / "times.csv")
     if checks:
         write_csv(checks, out / "battery.csv")
@@ -203,19 +208,46 @@ def write_paper(
     return claims
 
 
-def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str, made: str) -> str:
+def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str, new: str, made: str) -> str:
     """What a table says under itself, in sentences; `made` is how, and on what."""
     shows, note = CAPTIONS[kind]
     skipped = f"{model} with the deepest of its attentions, MLPs or blocks skipped, {LAST[keep_last]}"
-    return f"{shows} {skipped}. {note.format(rounds=rounds)} {made}"
+    return f"{shows} {skipped}. {note.format(rounds=rounds, new=new)} {made}"
 
 
 def _claims_table(claims: Sequence[ClaimRecord], of: str) -> PaperTable:
     columns = ClaimRecord.columns
     frame = pd.DataFrame([[column.text(claim.row()) for column in columns] for claim in claims])
     frame.columns = [column.heading for column in columns]
-    caption = f"The claims of arXiv 2407.15516 about Llama-2, and our evidence on {of} {JUDGED}"
+    caption = (
+        f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {of} {JUDGED}"
+    )
     return PaperTable("claims", caption, frame.set_index([*frame.columns]))
+
+
+def _evidence(
+    model: str,
+    similarity: Sequence[SimilarityRecord],
+    benchmarks: Sequence[BenchmarkRecord],
+    times: Sequence[TimesRecord],
+) -> str:
+    """What the claims are judged by, in sentences."""
+    parts = [f"{model}."]
+    if similarity and "sequences" in _about(similarity[0]):
+        parts.append(f"Similarity: {windows_of(_about(similarity[0]))}.")
+    parts += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
+    parts += [f"Times: {_about(times[0]).get('rounds', '?')} rounds, {_made(times)}"] if times else []
+    return " ".join(parts)
+
+
+def _made(records: Sequence[Record]) -> str:
+    """How and where figures were measured, in sentences."""
+    about = next((record.provenance for record in records if record.provenance), None)
+    if about is None:
+        return ""
+    where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
+    asked = [record for record in records if isinstance(record, BenchmarkRecord)]
+    return f"{_documents(asked)} {where}" if asked else where
 
 
 def _keep_claims(out: Path, claims: Sequence[ClaimRecord]) -> None:
@@ -288,9 +320,9 @@ def _story(
 ) -> str:
     """paper.md: the claims, and the tables that they are judged by."""
     lines = [
-        f"# The evaluation of arXiv 2407.15516 on {about['model']}",
+        f"# The evaluation of arXiv 2407.15516 on {model_in_words(about)}",
         "",
-        f"{about['dtype']} on {_place(about.get('machine'))}. Weights: {about['revision']}.",
+        f"{about['dtype']} on {place_of(about.get('machine'))}. Weights: {about['revision']}.",
         *("", "## The paper's claims, and this model", ""),
         as_markdown([row.row() for row in claims], ClaimRecord.columns),
         JUDGED,
@@ -304,15 +336,6 @@ def _story(
         for table in shown:
             lines += ["", table.caption, "", table.markdown()]
     return "\n".join([*lines, ""])
-
-
-def _place(machine: Any) -> str:
-    """Where it was measured, as far as that was written down."""
-    try:
-        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-        return f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}; {versions}"
-    except (TypeError, KeyError, AttributeError):
-        return "a machine that is not told"
 
 
 def _about(record: Record) -> Mapping[str, Any]:

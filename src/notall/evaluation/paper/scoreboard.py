@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ...measuring.statistics import mean_and_error
+from ...measuring.statistics import mean_and_error, sign_flip_p_value
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
-from ...records.columns import as_csv
+from ...records.columns import Row, as_csv
 from ...records.latex import as_latex
 from ...records.record import CONFIGURED, TIMES, VARIANTS, Configured, Record
 from ..tasks import stock_name
@@ -73,15 +73,28 @@ class Scoreboard:
         assert value is not None  # of a shared column
         return value
 
-    def difference(self, key: ConfigurationKey, other: ConfigurationKey) -> tuple[float, float]:
-        """The average of `key` less that of `other`, with its standard error, paired by document."""
-        means, errors = [], []
+    def difference(self, key: ConfigurationKey, other: ConfigurationKey) -> tuple[float, float, float]:
+        """The average of `key` less that of `other`, its standard error and p value, paired by document."""
+        means, errors, terms = [], [], list[float]()
         for column in self.shared:
             ours, theirs = _shares(self.cells[key][column]), _shares(self.cells[other][column])
             means.append(self._value(key, column) - self._value(other, column))
-            errors.append(mean_and_error([a - b for a, b in zip(ours, theirs)])[1])
+            differences = [a - b for a, b in zip(ours, theirs)]
+            errors.append(mean_and_error(differences)[1])
+            terms += [one / len(differences) for one in differences]
         count = len(self.shared)
-        return math.fsum(means) / count, math.sqrt(math.fsum(error**2 for error in errors)) / count
+        error = math.sqrt(math.fsum(error**2 for error in errors)) / count
+        return math.fsum(means) / count, error, sign_flip_p_value(terms)
+
+    def averages(self) -> list[Row]:
+        """A row for each configuration: the average over tasks, beside the dense model's."""
+        dense = next(key for key in self.cells if key[0] == "dense")
+        rows: list[Row] = []
+        for key in self.cells if self.shared else ():
+            delta, error, p_value = self.difference(key, dense)
+            row: Row = {**dict(zip(("variant", "fraction", "keep_last"), key)), "tasks": len(self.shared)}
+            rows.append(row | {"average": self.average(key), "delta": delta, "delta_se": error, "p_value": p_value})
+        return rows
 
 
 def benchmark_table(board: Scoreboard, keep_last: bool) -> pd.DataFrame:
@@ -188,10 +201,10 @@ def _score(record: BenchmarkRecord | None) -> str:
     return f"{100 * record.value:.1f} ({delta}{mark} ± {_percent(record.delta_se)})"
 
 
-def _with_difference(value: float, delta: float, error: float, key: ConfigurationKey) -> str:
+def _with_difference(value: float, delta: float, error: float, p_value: float, key: ConfigurationKey) -> str:
     if key[0] == "dense":
         return f"{100 * value:.1f}"
-    mark = "*" if abs(delta) > 1.96 * error else ""
+    mark = "*" if p_value < SIGNIFICANT else ""
     return f"{100 * value:.1f} ({100 * delta:+.1f}{mark} ± {_percent(error)})"
 
 

@@ -35,7 +35,7 @@ def time_grid(
     prompts: Sequence[int] = (128, 512),
     batch_sizes: Sequence[int] = (1,),
     new_tokens: int = 16,
-    rounds: int = 3,
+    rounds: int = 5,
     seed: int = 0,
     compiled: bool = False,
     progress: Progress = silent,
