@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_giv
     difference, _, p_value = board.difference(KEYS[1], KEYS[0])
     assert (difference, p_value) == (pytest.approx(-3 / 40), 2 / 8)
     assert "*" not in benchmark_table(board, keep_last=KEYS[1][2])["average"].iloc[-1]
+    fewer = [
+        benchmark("tiny", KEYS[0], [0.0] * 10, [0.0] * 10),
+        benchmark("tiny", KEYS[1], [1.0] + [0.0] * 9, [0.0] * 10),
+    ]
+    records = [*(record for record in records if record.task == "mmlu"), *fewer]
+    flipped = [sum(signs) for signs in product(*((-term, term) for term in (1 / 20, 1 / 20, 1 / 20, 1 / 10)))]
+    found = Scoreboard(records).difference(KEYS[1], KEYS[0])[2]
+    assert found == sum(abs(total) > 0.05 - 1e-9 for total in flipped) / 16
 
 
 def test_the_table_says_value_difference_error_and_significance():
