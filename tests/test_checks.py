@@ -118,7 +118,7 @@ def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, 
     [
         ([], "give one budget: --count"),
         (["--speedup", "0.5"], "a speedup of 0.5 is none"),
-        (["--speedup", "1.1", "--max-nll", "nan"], "a rise of nan"),
+        (["--speedup", "1.1", "--max-nll", "nan"], "not nan: give a limit"),
         (["--count", "1", "--max-minutes", "-1"], "end after -1.0 minutes"),
         (["--count", "1", "--objective", "joy"], "no objective 'joy'"),
         (["--count", "1", "--objective", "answers", "--prompts", "none.txt"], "cannot read the text none.txt"),

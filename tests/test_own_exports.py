@@ -1,6 +1,7 @@
 """notall opens what it wrote: exports of every target, without running the code beside them."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -280,7 +281,21 @@ def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, export
 def test_an_export_is_measured_beside_its_dense_model(run, exported):  # noqa: F811
     code, _, err = run("eval", exported("nemotron-nas"), "--sequences", "1", "--length", "8")
     assert (code, err.count("\n")) == (2, 1)
-    assert "is what is left of another model: name that one, and give --plan" in err
+    assert "is what is left of another model: name that one, such as " in err
+    assert err.endswith(f"{exported('nemotron-nas').name}\n")
+
+
+def test_what_an_export_was_made_of_is_named_with_the_repair_beside_it(run, exported, tmp_path):  # noqa: F811
+    folder = shutil.copytree(exported("nemotron-nas"), tmp_path / "out")
+    manifest = folder / "notall.json"
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(told | {"dense": told["dense"] | {"model": "some-model"}}))
+    (tmp_path / "out.repaired").mkdir()
+    code, _, err = run("eval", folder)
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search(r"name that one, such as some-model, and give --plan .*out\.repaired$", err)
+    manifest.write_text("{")
+    assert "name that one, such as the hub id or folder that it was made of, and" in run("eval", folder)[2]
 
 
 def test_the_repair_beside_an_export_is_named(tmp_path, exported):

@@ -398,12 +398,12 @@ def test_a_search_shows_what_it_chose_last(tmp_path):
     assert "time was up" in cards["Took"].text
     table = stepped_table("search", rows)
     told = [dict(zip(table.headings, (cell.text for cell in row))) for row in table.rows]
-    assert [told[0][name] for name in ("chosen", "objective", "dense objective")] == [
+    assert [told[0][name] for name in ("chosen", "objective, own text", "dense model's")] == [
         "search by kl: 2 attention",
         "0.2500",
         "0.0000",
     ]
-    assert [row["in time"] for row in told] == ["yes", "no"]
+    assert [row["search finished"] for row in told] == ["yes", "no"]
 
 
 def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
@@ -411,7 +411,7 @@ def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
     names += ("speedup", "speedup_low", "speedup_high")
     row = {name: value for name, value in result_folders.chosen(2).items() if name not in names}
     assert stepped_table("search", [row]).headings == (
-        *("chosen", "objective", "dense objective", "in time"),
+        *("chosen", "objective, own text", "dense model's", "search finished"),
         *("evaluations", "forward passes", "CPU s"),
     )
     folder = read_folder(result_folders.write(tmp_path, chosen=[row]))

@@ -114,12 +114,54 @@ def test_search_and_eval_end_with_a_verdict_on_text_that_was_not_chosen_by(run, 
     assert (verdict["text"], verdict["delta_nll"], verdict["usable"]) == (None, None, None)
     code, out, err = run("eval", folder, "--plan", "plan.json", "--text", "text.txt", *QUICK, "--json")
     found = json.loads(out)
-    assert (code, err) == (0, "")
+    told = "note: the plan was chosen by text.txt, where it looks better than it is; measure on another --text\n"
+    assert (code, err) == (0, told)
     assert found["verdict"]["delta_nll"] == found["quality"][1]["delta_nll"]
     assert found["verdict"]["text"] == "text.txt"
     fast = ["--prompt", "4", "--new", "2", "--rounds", "1"] if " bench " in found["verdict"]["next"] else []
     if fast:
         assert type_next(found["verdict"]["next"], monkeypatch, *fast) == 0
+
+
+def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told():
+    model = family("llama").build(num_hidden_layers=6)
+    (line,) = Verdict(*left_out_of(model, Plan()), quality(0.0, 1.0), "book.txt").lines()
+    assert line == "Nothing is left out: this is the dense model."
+    *_, line = Verdict(*left_out_of(model, PLAN), late=True).lines()
+    assert line == "The time was up before the search was done: with more --max-minutes it finds better."
+
+
+def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, folder, tmp_path, short_prose):  # noqa: F811
+    none = ["search", folder, "--max-nll", "0", "--max-minutes", "0", "-o", tmp_path / "none.json", *QUICK, "--json"]
+    verdict = json.loads(run(*none)[1])[0]["verdict"]
+    assert verdict["said"].startswith("Nothing is left out: this is the dense model. The time was up ")
+    asked = shlex.split(verdict["next"])
+    assert asked[1:3] == ["search", str(folder)]
+    assert asked[asked.index("--max-nll") + 1] == "0.1"
+    written = ["export", folder, "--plan", tmp_path / "none.json", "--to", "hf", "--out", tmp_path / "e", "--repair"]
+    assert "note: the plan skips nothing, so " in run(*written, "--no-verify")[2]
+
+
+def test_the_command_after_a_search_repairs_with_the_text_that_it_went_by(run, folder, tmp_path, short_prose):  # noqa: F811
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
+    for text, words in ((tmp_path / "text.txt", ["--repair-text", str(tmp_path / "text.txt")]), ("prose", [])):
+        out = tmp_path / f"{len(words)}.json"
+        mild = ["search", folder, "--kind", "mlp", "--count", "1", "--text", text, "-o", out, *QUICK, "--json"]
+        command = shlex.split(json.loads(run(*mild)[1])[0]["verdict"]["next"])
+        if "export" in command:
+            assert ("--repair-text" in command) == bool(words)
+            assert command[command.index("--repair") + 1 :][: len(words)] == words
+
+
+def test_an_export_that_repairs_says_what_the_plan_costs_before_and_after(run, folder, tmp_path, short_prose):  # noqa: F811
+    Plan([1], [1]).save(tmp_path / "plan.json")
+    command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--repair"]
+    code, out, _ = run(*command, "--repair-sequences", "4", "--out", tmp_path / "e", "--json")
+    assert code == 0
+    rows = json.loads(out)["quality"]
+    assert [row["model"] for row in rows] == ["skipped", "repaired"]
+    assert {row["text"] for row in rows} == {"prose, other windows"}
+    assert len({row["delta_nll"] for row in rows}) == 2
 
 
 def test_export_says_what_it_measured(run, folder, tmp_path, short_prose):  # noqa: F811

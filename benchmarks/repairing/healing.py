@@ -4,6 +4,7 @@
     python benchmarks/repairing/healing.py --data DATA --sets a8 --tokens 8192 --windows 8   # a look
     python benchmarks/repairing/healing.py --data DATA --train lora --warm-up 0.2 --sample   # other ways
     python benchmarks/repairing/healing.py --data DATA --sets b4 --passes 2                  # twice over the text
+    python benchmarks/repairing/healing.py --data DATA --sets b4 --train-tokens 262144       # on more text
 
 Trained on the text that the repair is fitted to, and measured on other text: see methods.py beside this. Called again
 with the same --out, it goes on. DATA is as there.
@@ -52,7 +53,7 @@ CURVE = (plain("set", "skip"), plain("begun", "begun with"), *HealRecord.columns
 def main() -> None:
     options = options_of(__doc__)
     options.add_argument("--out", type=Path, default=Path("results/healing"))
-    options.add_argument("--tokens", type=int, default=131072, help="to train on, and to fit the repair to")
+    options.add_argument("--tokens", type=int, default=131072, help="to fit the repair to, and to train on")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
     options.add_argument("--sets", nargs="+", choices=SETS, default=["a8", "b4", "p8"])
     options.add_argument("--begin", nargs="+", choices=BEGINS, default=list(BEGINS))
@@ -61,12 +62,16 @@ def main() -> None:
     options.add_argument("--warm-up", type=float, default=0.0, help="share of the tokens that aim at the stream")
     options.add_argument("--sample", action="store_true", help="train on what the dense model writes itself")
     options.add_argument("--passes", type=int, default=1, help="over the text, in one training")
+    options.add_argument("--train-tokens", type=int, help="to train on, where that is not what the repair is fitted to")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
-    rows = torch.cat(drawn)
-    fit, stop = list(rows[:-STOP].split(8)), list(rows[-STOP:].split(BATCH))
-    settings = {name: getattr(asked, name) for name in WHAT} | ({"passes": asked.passes} if asked.passes > 1 else {})
+    fit = list(torch.cat(drawn)[:-STOP].split(8))
+    trained = (asked.train_tokens or asked.tokens) + STOP * LENGTH
+    rows = torch.cat(texts(tokenizer, asked.data, trained, asked.windows)[0])
+    lesson, stop = rows[:-STOP], list(rows[-STOP:].split(BATCH))
+    more = {"passes": asked.passes if asked.passes > 1 else None, "train_tokens": asked.train_tokens}
+    settings = {name: getattr(asked, name) for name in WHAT} | {name: value for name, value in more.items() if value}
     named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
     found, curve = lines.read(path), list[dict[str, Any]]()
@@ -78,7 +83,7 @@ def main() -> None:
                 by = "refit" if begun == "repaired" else "none"
                 start, _ = kept_repair(asked.out / f"repairs-{named}", by, model, plan, fit)
                 with progress_bar() as bar:
-                    batches = [row for batch in fit for row in batch.split(BATCH)] * asked.passes
+                    batches = list(lesson.split(BATCH)) * asked.passes
                     if asked.sample:
                         batches = sampled(
                             model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar

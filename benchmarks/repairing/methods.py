@@ -28,7 +28,7 @@ from inputs import load_asked, options_of
 
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
-from notall.models.texts import Text, read_text, token_batches
+from notall.models.texts import Text, read_text, token_batches, windows_in
 from notall.records import lines
 from notall.records.columns import number, plain, size, with_error
 from notall.repairing.methods import METHODS
@@ -90,15 +90,21 @@ def named(asked: argparse.Namespace, *what: str) -> tuple[dict[str, Any], str]:
 
 
 def texts(tokenizer: Any, data: Path, tokens: int, windows: int) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """The calibration text, two kinds in turn, and the texts to measure on."""
+    """The calibration text, two kinds in turn, and the texts to measure on.
+
+    Where one kind ends early the other has more, and windows of the first are spread evenly among its windows.
+    """
     documents = [json.loads(line)["text"] for line in (data / "c4" / "sample300.jsonl").read_text().splitlines()]
     first, last = (_text(name, part) for name, part in (("C4, 1-150", documents[:150]), ("C4", documents[150:])))
 
     def drawn(text: Text, sequences: int) -> list[Tensor]:
         return token_batches(tokenizer, text, sequences=sequences, length=LENGTH, batch_size=1)
 
-    kinds = [drawn(text, tokens // LENGTH // 2) for text in (_wiki(data, "wiki.train.first1MB.txt"), last)]
-    mixed = [row for pair in zip(*kinds) for row in pair]
+    fewer = min(tokens // LENGTH // 2, windows_in(tokenizer, last, LENGTH))
+    more = tokens // LENGTH // 2 * 2 - fewer
+    kinds = [drawn(_wiki(data, "wiki.train.first1MB.txt"), more), drawn(last, fewer)]
+    placed = [((place + 0.5) / len(rows), row) for rows in kinds for place, row in enumerate(rows)]
+    mixed = [row for _, row in sorted(placed, key=lambda pair: pair[0])]
     held_out = {text.name: drawn(text, windows) for text in (_wiki(data, "wiki.test.raw"), first)}
     return list(torch.cat(mixed).split(8)), held_out
 

@@ -100,7 +100,7 @@ def check_nats(limit: float) -> None:
     """Raise `UsageError` for what the objective cannot be held to."""
     expect(limit, Real, "a number of nats")
     if not 0 <= limit < math.inf:
-        raise UsageError(f"the objective cannot be held to a rise of {limit}: give a number of nats from 0")
+        raise UsageError(f"nothing can be lost but from 0 nats on, not {limit}: give a limit such as 0.1")
 
 
 def within_limit(budget: Budget, limit: Budget) -> Budget:

@@ -228,7 +228,7 @@ def search(
     held = other_windows(net, tokenizer, [text]) if repair and not held_out else held
     measured = {"quality": _quality(net, plans, held, folder, settings)} if repair else {}
     quality = [*measured["quality"].rows] if repair else [record.row()]
-    told = next(iter(held)), budget.description, beside if repair else out
+    told = next(iter(held)), budget.description, beside if repair else out, text
     verdict = _verdict(net, model, found, plans, quality, *told)
     title = f"{out}: {budget.description}, skip {found.plan}"
     table = Shown([record.row() | {"verdict": verdict.row()}], SearchRecord.columns, title)
@@ -292,8 +292,13 @@ def _verdict(
     text: str,
     asked: str,
     made: Path,
+    repair_text: str,
 ) -> Verdict:
-    """On the last of `plans`, which is in `made`, with the last row of `quality`, if any, on `text`."""
+    """On the last of `plans`, which is in `made`, with the last row of `quality`, if any, on `text`.
+
+    `repair_text` is what to repair with, should that come next.
+    """
+    from ..reporting.message import DEFAULT_TEXT, LITTLE
     from ..reporting.verdict import Verdict, left_out_of, mending, next_command
     from ..structure.locating import locate
 
@@ -303,12 +308,17 @@ def _verdict(
         text=text,
         speedup=found.times.measured_speedup if found.times else None,
         missed=found.missed and f"{asked}: {found.missed}",
+        late=not found.in_time,
     )
+    if not found.plan:
+        return verdict.then("", next_command("search", model, **{"max-nll": LITTLE}, out=made))
     if locate(net).seated:  # its layers are neither cut out of a checkpoint nor repaired
         timed = next_command("bench", model, plan=made)
         return verdict.then(timed, timed)
     pruned = made.with_name(f"{made.stem}-pruned")
     repaired: dict[str, object] = {} if "repaired" in plans else {"repair": True}
+    if "repaired" not in plans and repair_text != DEFAULT_TEXT:
+        repaired["repair-text"] = repair_text
     otherwise = next_command("export", model, plan=made, **repaired, to="hf", out=pruned)
     return verdict.then(mending(model, made, "repaired" in plans), otherwise)
 

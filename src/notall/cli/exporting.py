@@ -16,8 +16,8 @@ from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
 from .checks import check_folders, check_texts
-from .ending import conclude
-from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
+from .ending import conclude, warn_if_worse
+from .inputs import Loading, load_model, positions_of, provenance_of, read_plan, text_batches
 from .options import Json, Model, OwnDtype, Repair, RepairSequences, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def export(
     if repair or measure:
         how: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
         check_export(model, wanted, to.value, out, **how)
+    quality = None
     if repair:
-        wanted = _repaired(model, wanted, repair_text, repair_sequences, kept, revision, trust_remote_code)
+        wanted, quality = _repaired(model, wanted, repair_text, repair_sequences, kept, revision, trust_remote_code)
     measured, verdict = _measured(model, wanted, measure, revision, trust_remote_code) if measure else (None, None)
     with progress_bar() as progress:
         export_model(
@@ -86,9 +87,12 @@ def export(
         )
     rows = [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(out.iterdir())]
     ending = _conclusion(out, to)
-    tables = {"files": Shown(rows, FILE_COLUMNS, f"{out}: skips {wanted}")}
+    tables = ({"quality": quality} if quality else {}) | {"files": Shown(rows, FILE_COLUMNS, f"{out}: skips {wanted}")}
     also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.row()} if verdict else {})
     show_all(tables, as_json=as_json, also=also)
+    if not wanted:
+        typer.echo(f"note: the plan skips nothing, so {out} is the dense model", err=True)
+    warn_if_worse(quality.rows if quality else ())
     if verdict:
         conclude(verdict, as_json=as_json)
     for name, line in ending.items():
@@ -109,14 +113,21 @@ def _repaired(
     kept: Path,
     revision: str | None,
     trust_remote_code: bool,
-) -> Plan:
-    """The plan after a repair, which is in the folder `kept`."""
-    from .repairing import repaired_by
+) -> tuple[Plan, Shown | None]:
+    """The plan after a repair, which is in the folder `kept`, and what it costs before and after; None without one."""
+    from ..repairing.measured import measure
+    from ..running.repaired import RepairedPlan
+    from .repairing import other_windows, repaired_by, shown_quality
 
+    if not plan or isinstance(plan, RepairedPlan):
+        return plan, None
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     settings = provenance_of(net, model, revision)
     with progress_bar() as progress:
-        return repaired_by(net, tokenizer, plan, texts, kept, settings, progress, sequences=sequences)
+        repaired = repaired_by(net, tokenizer, plan, texts, kept, settings, progress, sequences=sequences)
+        others = {name: rows[:8] for name, rows in other_windows(net, tokenizer, texts or ["prose"]).items()}
+        measured = measure(net, {"skipped": plan, "repaired": repaired}, others, kept, settings, progress)
+    return repaired, shown_quality(measured, f"skip {plan}: before the repair and after it")
 
 
 def _conclusion(out: Path, to: Target) -> dict[str, str]:
@@ -144,12 +155,14 @@ def _dtype_of(out: Path) -> str | None:
 def _commands(out: Path, to: Target, own_code: bool) -> dict[str, str]:
     """What to type next; `own_code`: the checkpoint brings a modeling file along."""
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
-    trust = " --trust-remote-code" if own_code else ""
     if to is Target.gguf:
         return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to is Target.nemotron_nas:
         return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
-    return {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}{trust}"}
+    served = {"Serve": f"vllm serve {folder}"}
+    if own_code:  # with notall beside vLLM, and with vLLM alone
+        served["Alone"] = f"vllm serve {folder} --trust-remote-code"
+    return {"Next": f"notall generate {folder} {prompt}", **served}
 
 
 def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_remote_code: bool) -> tuple[Row, Verdict]:
@@ -160,11 +173,12 @@ def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_rem
     from ..reporting.verdict import Verdict, left_out_of
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
-    batches, described = text_batches(net, tokenizer, text, 8, 256, 4, 0)
+    length = int(min(256, positions_of(net)))
+    batches, described = text_batches(net, tokenizer, text, 8, length, 4, 0)
     before = [plan.unrepaired] if hasattr(plan, "unrepaired") else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
     card = {
-        "text": f"{described['text']}, 8 windows of 256 tokens",
+        "text": f"{described['text']}, 8 windows of {length} tokens",
         f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(asdict(dense)),
         **{column.titled: column.text(asdict(skipped)) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
         **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(asdict(one)) for one in unrepaired},

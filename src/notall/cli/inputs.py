@@ -100,22 +100,29 @@ def text_batches(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Token batches on the model's device, and what they are, for the record."""
     from ..models.texts import read_text, token_batches
-    from ..structure.anatomy import text_config
 
     text = read_text(source)
-    positions = getattr(text_config(model), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
+    if length > (most := positions_of(model)):
+        raise UsageError(f"windows of {length} tokens exceed the model's {most:g} positions: lower --length")
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
     described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
     return [batch.to(model.device) for batch in batches], described
+
+
+def positions_of(model: PreTrainedModel) -> float:
+    """How many tokens the model reads at once; infinite where its config sets no limit."""
+    from ..structure.anatomy import text_config
+
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return float("inf") if limit is None else limit
 
 
 def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:
     """The windows of text that `--battery` goes by."""
     from ..evaluation.battery import WINDOW_TOKENS, WINDOWS
 
-    return text_batches(model, tokenizer, source, WINDOWS, WINDOW_TOKENS, 1, seed)[0]
+    length = int(min(WINDOW_TOKENS, positions_of(model)))
+    return text_batches(model, tokenizer, source, WINDOWS, length, 1, seed)[0]
 
 
 def provenance_of(model: PreTrainedModel, spec: str, revision: str | None, **more: Any) -> Provenance:
@@ -186,8 +193,12 @@ def asked_plan(
             "--fraction and --keep-last say how much of what to leave out: add --skip attention, mlp or block"
         )
     if needed and not (plan or skip) and model and (Path(model) / MANIFEST).is_file():
+        from ..exporters.manifest import dense_of, weights_beside
+
+        beside = shortened(weights_beside(Path(model)) or model)
         raise UsageError(
-            f"{shortened(model)} is what is left of another model: name that one, and give --plan {shortened(model)}"
+            f"{shortened(model)} is what is left of another model: name that one, such as {dense_of(Path(model))}, "
+            f"and give --plan {beside}"
         )
     if needed and not (plan or skip):
         raise UsageError(

@@ -153,7 +153,7 @@ def generate(
     from ..reporting.side_by_side import side_by_side
     from ..running.generating import Streamer, generate_text
 
-    asked = asked_plan(plan, skip, fraction, keep_last, needed=beside)
+    asked = asked_plan(plan, skip, fraction, keep_last, needed=beside, model=model)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, revision=revision, trust_remote_code=trust_remote_code)
     )

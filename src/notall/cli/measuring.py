@@ -201,11 +201,12 @@ def evaluate(
     windows = 4 if size == "auto" else size
     batches, described = text_batches(net, tokenizer, text, sequences, length, windows, seed)
     long_ones = battery_windows(net, tokenizer, text, seed) if battery else None
-    with progress_bar() as progress:
-        if repair:
+    if repair:
+        with progress_bar() as progress:
             about = provenance_of(net, model, revision)
             wanted = repaired_by(net, tokenizer, wanted, repair_text, kept, about, progress, sequences=repair_sequences)
-        warn_of_own_text(wanted, described)
+    warn_of_own_text(wanted, described, plan)
+    with progress_bar() as progress:
         found = evaluate_plan(
             net,
             tokenizer,

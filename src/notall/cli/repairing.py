@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,13 +12,15 @@ import typer
 
 from ..errors import UsageError, shortened
 from ..records.columns import Row
+from ..records.ledger import read
 from ..records.lines import refuse_unwritable
+from ..records.search import SearchRecord
 from ..reporting.console import Shown, say, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
 from .checks import check_folders, check_texts
 from .ending import warn_if_worse
-from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
+from .inputs import Loading, load_model, positions_of, provenance_of, read_plan, text_batches
 from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
 
 if TYPE_CHECKING:
@@ -281,7 +284,7 @@ def repaired_by(
 
     if not plan or isinstance(plan, RepairedPlan):
         return plan
-    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], sequences, LENGTH, 0)
+    drawn = _Texts.drawn(net, tokenizer, texts or ["prose"], [], sequences, _usual_length(net), 0)
     about = {**settings.what, **drawn.described}
     return repair_plan(net, plan, drawn.together(8), folder=folder, settings=about, progress=progress)
 
@@ -290,15 +293,27 @@ def other_windows(
     net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> dict[str, list[Tensor]]:
     """Windows of the texts that `repaired_by` does not fit to, by name."""
-    return _Texts.drawn(net, tokenizer, texts, [], None, LENGTH, 0).other
+    return _Texts.drawn(net, tokenizer, texts, [], None, _usual_length(net), 0).other
 
 
-def warn_of_own_text(plan: Plan, described: dict[str, Any]) -> None:
-    """Say so where a repaired plan is measured on the text that it was fitted to."""
-    own = {text.text_sha256 for step in getattr(plan, "history", ()) for text in step.texts}
-    if described["text_sha256"] in own:
+def _usual_length(net: PreTrainedModel) -> int:
+    return int(min(LENGTH, positions_of(net)))
+
+
+def warn_of_own_text(plan: Plan, described: dict[str, Any], path: Path | None = None) -> None:
+    """Say so where a plan is measured on the text that its repair was fitted to, or that it was chosen by.
+
+    What it was chosen by is in the folder that a search leaves beside the plan at `path`.
+    """
+    own = {text.text_sha256: "repaired with" for step in getattr(plan, "history", ()) for text in step.texts}
+    found = path.with_suffix(".search") / SearchRecord.file if path else None
+    if found and found.is_file():
+        with suppress(UsageError):  # a damaged file is nothing to stop for
+            chosen = [record.provenance for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
+            own = {str(about.what.get("text_sha256")): "chosen by" for about in chosen if about} | own
+    if how := own.get(described["text_sha256"]):
         text = shortened(described["text"])
-        note = f"note: the plan was repaired with {text}, where it looks better than it is; measure on another --text"
+        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
         typer.echo(note, err=True)
 
 

@@ -8,7 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quant_shape_from_byte_shape
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    get_tensor_name_map,
+    quant_shape_from_byte_shape,
+)
 from gguf.quants import quantize
 
 from ..errors import UsageError
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
 
 TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
 NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
-FALLBACK = GGMLQuantizationType.Q8_0  # for types that only llama.cpp's own tools write
+FALLBACK = GGMLQuantizationType.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +33,8 @@ logger = logging.getLogger(__name__)
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
     """With these values of parameters, by their paths in the transformers model, in the types of the file's tensors.
 
-    What cannot be packed in its own type goes into 8 bits, with a warning. Raises `UsageError` where the file has no
-    such tensor.
+    What has fewer than 8 bits goes into 8, with a warning: rounded coarsely, a repair gives back less. Raises
+    `UsageError` where the file has no such tensor.
     """
     architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[source.architecture], source.depth)
@@ -46,8 +52,8 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
             widened.add(source.tensors[name].quantization.name)
     if widened:
         logger.warning(
-            "repaired weights that were %s are written in 8 bits: only llama.cpp's own tools write that type. To have "
-            "it all the same, repair and export an F16 file, and quantise that",
+            "repaired weights that were %s are written in 8 bits, in which they lose less. To have that type all the "
+            "same, repair and export an F16 file, and quantise that with llama.cpp's own tools",
             ", ".join(sorted(widened)),
         )
     return replace(source, tensors=tensors)
@@ -65,7 +71,6 @@ def _shape(tensor: GGUFTensor) -> tuple[int, ...]:
 
 
 def _packed(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> GGUFTensor:
-    try:
-        return GGUFTensor(quantize(values, kind), kind)
-    except NotImplementedError:
-        return GGUFTensor(quantize(values, FALLBACK), FALLBACK)
+    block, size = GGML_QUANT_SIZES[kind]
+    kind = FALLBACK if size < block else kind
+    return GGUFTensor(quantize(values, kind), kind)

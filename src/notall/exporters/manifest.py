@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
 from ..errors import UsageError, shortened
+from ..models.names import DEFAULT_MODEL, default_gguf
 from ..records.fingerprint import Fingerprint
 from ..records.plan import Plan
 from ..records.repair import LITTLE
@@ -134,13 +135,27 @@ def plan_of(folder: Path) -> Plan:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
     if repaired:
-        beside = folder.with_name(f"{folder.name}.repaired")
-        which = f", {shortened(beside)}" if beside.is_dir() else ""
+        which = f", {shortened(beside)}" if (beside := weights_beside(folder)) else ""
         raise UsageError(
             f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself{which}"
         )
     shape = Fingerprint.parse(fingerprint)  # that of a GGUF file has no digest, and is equal to no model's
     return found.model_copy(update={"fingerprint": str(fingerprint)}) if shape and shape.digest else found
+
+
+def weights_beside(folder: Path) -> Path | None:
+    """The folder of the repair that an export was made of, where it lies beside it."""
+    beside = folder.with_name(f"{folder.name}.repaired")
+    return beside if beside.is_dir() else None
+
+
+def dense_of(folder: Path) -> str:
+    """The name of the model that an export was made of; of the default model's file that of the default model."""
+    try:
+        name = str(read_json((folder / MANIFEST).read_bytes())["dense"]["model"])
+        return DEFAULT_MODEL if name == default_gguf().name else shortened(name)
+    except (ValueError, KeyError, TypeError, OSError, StopIteration):
+        return "the hub id or folder that it was made of"
 
 
 def verdict_of(manifest: Mapping[str, Any]) -> Verdict:

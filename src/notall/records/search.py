@@ -79,9 +79,9 @@ class SearchRecord(Record, SpentFields, Skips):
         plain("chosen"),
         *QUALITY,
         *CHECK,
-        number("cost", "objective", ".4f"),
-        number("dense_cost", "dense objective", ".4f"),
-        plain("in_time", "in time", lambda in_time: "yes" if in_time else "no"),
+        number("cost", "objective, own text", ".4f"),
+        number("dense_cost", "dense model's", ".4f"),
+        plain("in_time", "search finished", lambda in_time: "yes" if in_time else "no"),
         *SPENT,
         plain("missed"),
     )

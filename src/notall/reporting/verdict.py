@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a page says what is of use without loading what runs models
     from ..running.footprint import Footprint
 
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
+NOTHING = "nothing"  # left out
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 
 
@@ -25,8 +26,8 @@ LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has chang
 class Verdict:
     """A plan with what is known of it: `quality` as tables have it, and on which `text`; None where not measured.
 
-    `left_out` counts what is skipped, in words. `missed` says what was reached of a budget that was not, `next` is the
-    command to type.
+    `left_out` counts what is skipped, in words. `missed` says what was reached of a budget that was not, `late` that
+    the time was up before the search was done, and `next` is the command to type.
     """
 
     left_out: str
@@ -36,6 +37,7 @@ class Verdict:
     text: str = ""
     speedup: Spread | None = None
     missed: str | None = None
+    late: bool = False
     next: str = ""
 
     @property
@@ -56,11 +58,16 @@ class Verdict:
             yield f"Next:    {self.next}"
 
     def _said(self) -> Iterator[str]:
-        yield f"Without {self.left_out}: {'; '.join(self._parts())}."
+        if self.left_out == NOTHING:
+            yield "Nothing is left out: this is the dense model."
+        else:
+            yield f"Without {self.left_out}: {'; '.join(self._parts())}."
         if self.quality and (faults := faults_of(self.quality)):
             yield f"Warning: the model is no longer usable: {' and '.join(faults)}."
         if self.missed:
             yield f"Missed {self.missed}."
+        if self.late:
+            yield "The time was up before the search was done: with more --max-minutes it finds better."
 
     def row(self) -> Row:
         """For programs."""
@@ -134,7 +141,7 @@ def left_out_of(model: PreTrainedModel, plan: Plan) -> tuple[str, Footprint, Foo
         for kind, name, skipped in (("attention", "attention", plan.attention), ("mlp", "MLP", plan.mlp))
         if skipped
     ]
-    return " and ".join(parts) or "nothing", footprint(model, Plan()), footprint(model, plan)
+    return " and ".join(parts) or NOTHING, footprint(model, Plan()), footprint(model, plan)
 
 
 def mending(model: str, plan: object, repaired: bool) -> str:
