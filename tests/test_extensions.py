@@ -225,6 +225,7 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     code, out, err = run("compare", model, *named, *small, "--out", "c", "--json")
     assert (code, err) == (0, "")
     assert '"mine:halved"' in out
+    assert run("compare", model, *named, *small, "--out", "c", "--json") == (0, out, "")  # from what it wrote
     (kept,) = Path("c/plans").iterdir()
     assert Plan.load(kept).fingerprint == Plan.load("plan.json").fingerprint is not None
     assert len(list(Path("c/repairs").glob("mine-halved-*.safetensors"))) == 1

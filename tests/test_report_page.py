@@ -191,7 +191,7 @@ def test_the_next_command_is_copied_whole(view, report):
     page.locator("#copy-next").click()
     page.wait_for_function("document.querySelector('#copy-next').textContent == 'copied'")
     copied = page.evaluate("navigator.clipboard.readText()")
-    assert copied == "notall search tiny --kind attention --count 3 --out plan.json"
+    assert copied == "notall search tiny --kind attention --count 2 --text t --out plan.json"
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_a_wide_table_scrolls_within_its_box_under_a_column_that_stays(view, pag
 def test_every_figure_is_drawn(view, report):
     page = view(report)
     assert page.get_attribute("body", "data-drawn") == "4"
-    assert marks(page, "map", "rect") == 2 * result_folders.LAYERS + 3
+    assert marks(page, "map", "rect") == 2 * result_folders.LAYERS + 2
     assert marks(page, "savings", "rect") == 4
     assert marks(page, "similarity", "symbol") >= 3 * result_folders.LAYERS
     assert marks(page, "tradeoff", "symbol") >= 18
@@ -219,12 +219,12 @@ def test_every_figure_is_drawn(view, report):
 def test_slider_buttons_and_keys_step_through_the_plans(view, report):
     page = view(report)
     slider = page.locator("#plan")
-    assert page.locator("#plan-name").inner_text() == "attention 33%, last layer kept"
-    assert hatched(page) == 3
+    assert page.locator("#plan-name").inner_text() == "attention 25%, last layer kept"
+    assert hatched(page) == 2
     page.get_by_role("button", name="next plan").click()
-    page.wait_for_function("views.map.signal('skipped').length == 1")
-    assert page.locator("#plan-name").inner_text() == "MLP 10%"
-    assert hatched(page) == 1
+    page.wait_for_function("views.map.signal('skipped').length == 3")
+    assert page.locator("#plan-name").inner_text() == "attention 33%"
+    assert hatched(page) == 3
     slider.focus()
     page.keyboard.press("End")
     page.wait_for_function("views.map.signal('skipped').length == 6")

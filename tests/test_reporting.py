@@ -398,7 +398,7 @@ def test_a_search_shows_what_it_chose_last(tmp_path):
     assert "time was up" in cards["Took"].text
     table = stepped_table("search", rows)
     told = [dict(zip(table.headings, (cell.text for cell in row))) for row in table.rows]
-    assert [told[0][name] for name in ("chosen", "objective, own text", "dense model's")] == [
+    assert [told[0][name] for name in ("chosen", "objective on its text", "dense model's objective")] == [
         "search by kl: 2 attention",
         "0.2500",
         "0.0000",
@@ -411,7 +411,7 @@ def test_a_search_that_measured_nothing_but_its_objective(tmp_path):
     names += ("speedup", "speedup_low", "speedup_high")
     row = {name: value for name, value in result_folders.chosen(2).items() if name not in names}
     assert stepped_table("search", [row]).headings == (
-        *("chosen", "objective, own text", "dense model's", "search finished"),
+        *("chosen", "objective on its text", "dense model's objective", "search finished"),
         *("evaluations", "forward passes", "CPU s"),
     )
     folder = read_folder(result_folders.write(tmp_path, chosen=[row]))

@@ -188,7 +188,7 @@ TABLES = {
     "search": (
         [{name: value for name, value in row.items() if name in UNMEASURED} for row in rows(**CHOSEN)],
         [column for column in SearchRecord.columns if column.fields[0] in UNMEASURED],
-        ("chosen", "objective, own text", "dense model's", "search finished"),
+        ("chosen", "objective on its text", "dense model's objective", "search finished"),
     ),
     "search --speedup": (rows(**CHOSEN), SearchRecord.columns, ("chosen", "NLL added", "measured speedup")),
     "criteria": (

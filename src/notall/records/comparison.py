@@ -41,7 +41,7 @@ class Asked(Fields):
 
 ASKED = ("criterion", "aim", "space", "count")
 UNREPAIRED = "none"
-RepairName = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
+RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:function
 
 
 class Answered(SpentFields, Asked):
