@@ -128,7 +128,7 @@ def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told():
     (line,) = Verdict(*left_out_of(model, Plan()), quality(0.0, 1.0), "book.txt").lines()
     assert line == "Nothing is left out: this is the dense model."
     *_, line = Verdict(*left_out_of(model, PLAN), late=True).lines()
-    assert line == "The time was up before the search was done: with more --max-minutes it finds better."
+    assert line == "The time was up before the search was done: with more --max-minutes it may find better."
 
 
 def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, folder, tmp_path, short_prose):  # noqa: F811

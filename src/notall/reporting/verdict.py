@@ -67,7 +67,7 @@ class Verdict:
         if self.missed:
             yield f"Missed {self.missed}."
         if self.late:
-            yield "The time was up before the search was done: with more --max-minutes it finds better."
+            yield "The time was up before the search was done: with more --max-minutes it may find better."
 
     def row(self) -> Row:
         """For programs."""
