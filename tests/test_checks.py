@@ -200,16 +200,9 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
 
 
 @needs_harness
+@pytest.mark.usefixtures("no_model", "own_tasks_only")
 @pytest.mark.parametrize("command", ["eval", "paper"])
-def test_a_limit_of_a_task_that_is_not_run_is_refused_before_a_model_is_loaded(
-    run,  # noqa: F811
-    folder,
-    plan,
-    tmp_path,
-    no_model,
-    own_tasks_only,
-    command,
-):
+def test_a_limit_of_a_task_that_is_not_run_is_refused(run, folder, plan, tmp_path, command):  # noqa: F811
     words = ["--plan", plan] if command == "eval" else []
     words += ["--tasks", "tiny_choice", "--task-path", write_tasks(tmp_path / "t"), "--limit", "tiny_choise=2"]
     code, _, err = run(command, folder, *words, "-o", tmp_path / "out")

@@ -53,6 +53,10 @@ def of_two(model, plan):
 def silently(model, plan, batches):
     return RepairedPlan.of(plan)
 
+def strongly(model, plan, batches, strength=1.5):
+    assert strength == 1.5
+    return RepairedPlan.of(plan)
+
 def halved(model, plan, batches, progress=None):
     """Half of an MLP."""
     path = "model.layers.0.mlp.down_proj.weight"
@@ -270,7 +274,8 @@ def test_a_set_that_the_space_does_not_allow_is_refused(mine):
 
 def test_a_repair_is_also_a_function_and_needs_no_progress(mine):
     model = family("llama").build()
-    assert methods.method("mine:silently").repair(model, Plan([1]), BATCHES).attention == (1,)
+    for name in ("silently", "strongly"):  # whose fourth argument is something else
+        assert methods.method(f"mine:{name}").repair(model, Plan([1]), BATCHES).attention == (1,)
     assert methods.method(methods.refit).description == "What `notall repair` does"
     with pytest.raises(
         UsageError, match=r"mine:of_two is no repair: let it take \(model, plan, batches\) or progress too"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError, shortened
+from ..models.names import model_in_words
 from ..records.columns import Row
-from ..records.provenance import model_in_words, place_of, windows_of
+from ..records.provenance import place_of, windows_of
 from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar
@@ -298,7 +299,8 @@ def _verdict(
 
     `repair_text` is what to repair with, should that come next.
     """
-    from ..reporting.message import DEFAULT_TEXT, LITTLE
+    from ..models.names import DEFAULT_TEXT
+    from ..reporting.message import LITTLE
     from ..reporting.verdict import Verdict, left_out_of, mending, next_command
     from ..structure.locating import locate
 
@@ -497,7 +499,7 @@ def compare(
     if rounds:
         place = place_of(about.where["machine"], versions=False)
         made += f" Times of {prompt} prompt tokens and {new} new ones, {rounds} rounds, on {place}."
-    write_comparison(records, out, f"Ways to choose what {shortened(model_in_words(about.what))} skips", made)
+    write_comparison(records, out, f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips", made)
     rows = [record.row() for record in records]
     shown = rows if as_json else [with_tasks(row) for row in rows]
     show(shown, columns_of(rows), as_json=as_json, title=f"{len(rows)} choices in {out}")

@@ -17,7 +17,7 @@ from ..reporting.progress_bars import progress_bar
 from .app import TAKE, app
 from .checks import check_folders, check_texts
 from .ending import conclude, warn_if_worse
-from .inputs import Loading, load_model, positions_of, provenance_of, read_plan, text_batches
+from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import Json, Model, OwnDtype, Repair, RepairSequences, RepairText, Revision, Trust
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def _measured(model: str, plan: Plan, text: str, revision: str | None, trust_rem
     from ..records.plan import Plan
     from ..records.record import DELTA_NLL, KL, PERPLEXITY, TOP1
     from ..reporting.verdict import Verdict, left_out_of
+    from ..structure.anatomy import positions_of
 
     net, tokenizer = load_model(Loading(model, revision=revision, trust_remote_code=trust_remote_code))
     length = int(min(256, positions_of(net)))

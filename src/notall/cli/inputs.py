@@ -100,26 +100,20 @@ def text_batches(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Token batches on the model's device, and what they are, for the record."""
     from ..models.texts import read_text, token_batches
+    from ..structure.anatomy import positions_of
 
     text = read_text(source)
     if length > (most := positions_of(model)):
-        raise UsageError(f"windows of {length} tokens exceed the model's {most:g} positions: lower --length")
+        raise UsageError(f"windows of {length} tokens exceed the model's {most} positions: lower --length")
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
     described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
     return [batch.to(model.device) for batch in batches], described
 
 
-def positions_of(model: PreTrainedModel) -> float:
-    """How many tokens the model reads at once; infinite where its config sets no limit."""
-    from ..structure.anatomy import text_config
-
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    return float("inf") if limit is None else limit
-
-
 def battery_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int) -> list[Tensor]:
     """The windows of text that `--battery` goes by."""
     from ..evaluation.battery import WINDOW_TOKENS, WINDOWS
+    from ..structure.anatomy import positions_of
 
     length = int(min(WINDOW_TOKENS, positions_of(model)))
     return text_batches(model, tokenizer, source, WINDOWS, length, 1, seed)[0]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..records.provenance import model_in_words, windows_of
+from ..models.names import model_in_words
+from ..records.provenance import windows_of
 from ..reporting.console import Shown, say, show, show_all
 from ..reporting.extras import FIGURES, installed, need
 from ..reporting.progress_bars import progress_bar, working
@@ -125,9 +126,9 @@ def sweep(
         )
     rows = [record.row() for record in records]
     name = about.what["model"]
-    write_sweep(records, out, model_in_words(about.what))
+    write_sweep(records, out, model_in_words(about.what["model"]))
     depths = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    write_similarity(depths, out / "similarity", model_in_words(about.what), windows_of(about.what))
+    write_similarity(depths, out / "similarity", model_in_words(about.what["model"]), windows_of(about.what))
     if installed(*FIGURES):
         from ..reporting import plots
 

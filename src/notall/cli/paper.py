@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..records.provenance import model_in_words, windows_of
+from ..models.names import model_in_words
+from ..records.provenance import windows_of
 from ..reporting.console import say, show
 from ..reporting.extras import FIGURES, need
 from ..reporting.progress_bars import progress_bar
@@ -138,7 +139,7 @@ def paper(
             workers=workers,
         )
     rows = [record.row() for record in read(out / SimilarityRecord.file, SimilarityRecord)]
-    write_similarity(rows, out / "similarity", model_in_words(about.what), windows_of(about.what))
+    write_similarity(rows, out / "similarity", model_in_words(about.what["model"]), windows_of(about.what))
     show(
         [claim.row() for claim in claims],
         ClaimRecord.columns,

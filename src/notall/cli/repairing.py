@@ -20,7 +20,7 @@ from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
 from .checks import check_folders, check_texts
 from .ending import warn_if_worse
-from .inputs import Loading, load_model, positions_of, provenance_of, read_plan, text_batches
+from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
 
 if TYPE_CHECKING:
@@ -215,7 +215,6 @@ def heal(
     If you interrupt it, the same command continues where it stopped.
     """
     from ..records.healing import HealRecord
-    from ..records.ledger import read
     from ..repairing.healing import heal as heal_plan
     from ..repairing.measured import measure
     from ..repairing.sampling import sampled
@@ -297,6 +296,9 @@ def other_windows(
 
 
 def _usual_length(net: PreTrainedModel) -> int:
+    """Tokens of a window, as many as the model reads."""
+    from ..structure.anatomy import positions_of
+
     return int(min(LENGTH, positions_of(net)))
 
 

@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
 from ..records.plan import Plan
 from ..running.replay import Replay, record
-from ..structure.anatomy import base_model, text_config
+from ..structure.anatomy import base_model, positions_of, text_config
 from .packing import Pack, inputs_of, packed, plain
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
@@ -68,7 +68,7 @@ class Scorer:
         takes_positions = "position_ids" in _parameters(self.model)
         self.packs = takes_positions and config._attn_implementation in MASKED_ATTENTION
         # Some models have buffers as long as their context, so a pack must not be longer.
-        self.context = getattr(config, "max_position_embeddings", None) or math.inf
+        self.context = positions_of(self.model)
         self.window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
         self.token_scorer = TokenScorer(self.model)
         self.proved = 0  # the longest sequence for which packed was seen to equal plain

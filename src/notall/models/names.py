@@ -11,6 +11,7 @@ from ..records.strict_json import Settings
 from .paths import expanded
 
 DEFAULT_MODEL = "smollm2"
+DEFAULT_TEXT = "prose"  # Python's own documentation
 
 
 def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> Settings:
@@ -47,6 +48,11 @@ def named_gguf(spec: str | Path) -> Path | None:
         return default_gguf()
     path = expanded(spec)
     return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def model_in_words(name: str) -> str:
+    """A model as records name it; of a GGUF file that its numbers were unpacked."""
+    return f"{name} (a GGUF file, unpacked)" if name == DEFAULT_MODEL or name.endswith(".gguf") else name
 
 
 def near_model(spec: str | Path) -> str:

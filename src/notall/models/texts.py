@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, shortened
 from ..records.strict_json import read_json
+from .names import DEFAULT_TEXT
 from .paths import expanded
 
-DEFAULT_TEXT = "prose"
 MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
 
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import shortened
 from .columns import Row
 
-DEFAULT_MODEL = "smollm2"  # which is a GGUF file
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
 
@@ -64,9 +63,3 @@ def place_of(machine: Any, *, versions: bool = True) -> str:
         return f"{place}; {told}" if versions else place
     except (TypeError, KeyError, AttributeError):
         return "a machine that is not told"
-
-
-def model_in_words(what: Mapping[str, Any]) -> str:
-    """The model's name; of one that came quantised, as GGUF files do, also that."""
-    name = str(what.get("model", "a model"))
-    return f"{name} (a GGUF file, unpacked)" if name == DEFAULT_MODEL or name.endswith(".gguf") else name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..records.ranges import in_ranges
 from ..records.record import VARIANTS
 from .extras import FIGURES, installed
 from .rows import way_of
+from .tables import best_first
 
 PLANS = "plans"
 LONG = 80  # letters of a file's name
@@ -88,7 +88,8 @@ def plan_file(folder: Path, record: Row) -> Path:
 
 def _grouped(records: Sequence[Row]) -> tuple[list[Column], dict[tuple[str, int], list[Row]]]:
     """The columns, and by space and count the rows, what loses least first."""
-    rows = [_without_unused(with_tasks(record)) | {"layers": layers_in(record["plan"])} for record in records]
+    ranked = [records[place] for place in best_first(records)]
+    rows = [_without_unused(with_tasks(record)) | {"layers": layers_in(record["plan"])} for record in ranked]
     columns = [
         column
         for column in given([*columns_of(rows), plain("layers", "skips")], rows)
@@ -97,20 +98,7 @@ def _grouped(records: Sequence[Row]) -> tuple[list[Column], dict[tuple[str, int]
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["space"], row["count"]), []).append(row)
-    return columns, {asked: _best_first(group) for asked, group in groups.items()}
-
-
-def _best_first(rows: Sequence[Row]) -> list[Row]:
-    """By loss, what is repaired beside what is not."""
-
-    def lost(row: Row) -> float:
-        return math.inf if row["delta_nll"] is None else row["delta_nll"]
-
-    least: dict[tuple[str, str], float] = {}
-    for row in rows:
-        way = row["criterion"], str(row["aim"])
-        least[way] = min(lost(row), least.get(way, math.inf))
-    return sorted(rows, key=lambda row: (least[row["criterion"], str(row["aim"])], row["criterion"], lost(row)))
+    return columns, groups
 
 
 def _without_unused(row: Row) -> Row:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from ..models.names import DEFAULT_TEXT
 from ..records.columns import Row
 from ..records.comparison import UNREPAIRED
 from ..records.measured import State
@@ -21,7 +22,6 @@ from .verdict import faults_of, mending, next_command
 
 MADE = ("refits", "healing")  # what a repair and a healing tell of the weights that they make
 FASTER = "1.3,1.5"  # speedups to add to a front
-DEFAULT_TEXT = "prose"
 LITTLE = 0.1  # nats to ask for where nothing was usable
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 

@@ -15,6 +15,7 @@ from ..errors import UsageError, expect, raised_by, shortened
 from ..models.chat_template import in_chat_template
 from ..models.texts import prompt_tokens
 from ..records.plan import Plan
+from ..structure.anatomy import positions_of
 from ..structure.locating import lacks
 from .skipping import skip
 
@@ -82,8 +83,7 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Raise `UsageError` unless a prompt of so many tokens and so many new ones fit the model."""
     if new < 1:
         raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and prompt + new > limit:
+    if prompt + new > (limit := positions_of(model)):
         raise UsageError(
             f"{prompt} prompt tokens and {shortened(new)} new ones exceed the model's {limit} positions; "
             f"lower them to {limit} together"

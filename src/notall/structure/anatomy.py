@@ -239,6 +239,11 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def positions_of(model: PreTrainedModel) -> float:
+    """How many tokens the model reads at once; infinite where its config sets no limit."""
+    return getattr(text_config(model), "max_position_embeddings", None) or math.inf
+
+
 def fingerprint(config: PretrainedConfig) -> Fingerprint:
     """The shape of the model that a config describes."""
     facts = config.to_dict()

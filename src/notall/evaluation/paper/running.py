@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...measuring.similarity import measure_similarity
 from ...measuring.speed import check_timing
+from ...models.names import model_in_words
 from ...progress import Progress, Stages, silent
 from ...records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
 from ...records.claims import ClaimRecord
 from ...records.columns import as_csv, as_markdown
 from ...records.ledger import Ledger, working_in
-from ...records.provenance import Provenance, model_in_words, place_of, windows_of
+from ...records.provenance import Provenance, place_of, windows_of
 from ...records.record import Record
 from ...records.similarity import SimilarityRecord
 from ...structure.locating import locate
@@ -175,7 +176,7 @@ def write_paper(
     about = next(record.provenance for record in records if record.provenance)
     board = Scoreboard(benchmarks) if benchmarks else None
     timed = _about(times[0]) if times else {}
-    told = {"model": model_in_words(about.what)} | {
+    told = {"model": model_in_words(str(about.what.get("model")))} | {
         name: str(timed.get(field, "?")) for name, field in (("rounds", "rounds"), ("new", "new_tokens"))
     }
     made = {"benchmarks": _made(benchmarks), "battery": _made(checks), "prefill": _made(times), "decode": _made(times)}
@@ -320,7 +321,7 @@ def _story(
 ) -> str:
     """paper.md: the claims, and the tables that they are judged by."""
     lines = [
-        f"# The evaluation of arXiv 2407.15516 on {model_in_words(about)}",
+        f"# The evaluation of arXiv 2407.15516 on {model_in_words(str(about['model']))}",
         "",
         f"{about['dtype']} on {place_of(about.get('machine'))}. Weights: {about['revision']}.",
         *("", "## The paper's claims, and this model", ""),

@@ -72,8 +72,8 @@ GROUP = "notall.repair_methods"  # of entry points
 def method(way: str | Method | Repairing) -> Method:
     """The method of a name: none, refit, replaceme, prune-and-comp, nbl, ghosted, or `module:function`.
 
-    Packages may add names of their own. A function of (model, plan, batches), with a fourth argument that is told the
-    progress if it takes one, becomes a method. Raises `UsageError` for a name that there is nothing of, and for a
+    Packages may add names of their own. A function of (model, plan, batches), with a fourth argument `progress` if
+    it is to be told, becomes a method. Raises `UsageError` for a name that there is nothing of, and for a
     module that cannot be imported. What fails in a method of others is a `UsageError` too, when it is called.
     """
     if not isinstance(way, str):
@@ -93,6 +93,7 @@ def _made(name: str, found: Any) -> Method:
 def _guarded(name: str, function: Repairing) -> Repairing:
     """A repair of others, whose faults are one line. Raises `UsageError` for one that takes other arguments."""
     taken = positional(function)
+    by_name = "progress" in inspect.signature(function).parameters
     if 3 not in taken and 4 not in taken:
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
@@ -100,7 +101,9 @@ def _guarded(name: str, function: Repairing) -> Repairing:
         model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
     ) -> RepairedPlan:
         with explained(f"the repair {name}"):
-            found = function(model, plan, batches, *([progress] if 4 in taken else []))
+            named_so = {"progress": progress} if by_name else {}
+            fourth = () if by_name or 3 in taken else (progress,)
+            found = function(model, plan, batches, *fourth, **named_so)
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
