@@ -13,6 +13,7 @@ from notall.choosing.space import plan_of
 from notall.repairing.refitting import Calibration, Repair
 
 SETS = [frozenset({"attn.1"}), frozenset({"attn.0", "mlp.2"})]
+NESTED = ("attn.1", "attn.1 mlp.6", "attn.1 mlp.6 attn.8", "attn.1 attn.6 attn.8", "attn.1 attn.8", "attn.1 mlp.11")
 
 
 def texts(*shapes):
@@ -54,3 +55,52 @@ def test_what_was_evaluated_is_answered_from_the_folder(tmp_path, monkeypatch):
 def test_fewer_than_four_sequences_are_refused():
     with pytest.raises(UsageError, match="four sequences or more"):
         AfterRepair(family("llama").build(), texts((3, 12)))
+
+
+def test_a_repair_goes_on_from_where_it_parts_from_another():
+    model, batches = family("llama").build(num_hidden_layers=12), texts((8, 12))
+    together, sets = AfterRepair(model, batches), [frozenset(names.split()) for names in NESTED]
+    for skipped in sets:
+        alone = AfterRepair(model, batches)
+        assert together.cost(skipped) == alone.cost(skipped)
+        together.stand_on(skipped)
+    each = [AfterRepair(model, batches) for _ in sets]
+    assert [one.cost(skipped) for one, skipped in zip(each, sets)] == together.costs(sets)
+    apart = sum(one.spent.executions for one in each)
+    assert together.spent.executions < 0.7 * apart
+    alone = AfterRepair(model, batches, states_bytes=0)
+    assert alone.costs(sets) == together.costs(sets)
+    assert alone.spent.executions == apart
+
+
+def test_the_base_is_kept_however_much_is_asked_for():
+    model, batches = family("llama").build(num_hidden_layers=12), texts((8, 12))
+    evaluator = AfterRepair(model, batches)
+    base = frozenset({"attn.1"})
+    evaluator.cost(base)
+    evaluator.stand_on(base)
+    for place in range(3, 9):
+        evaluator.cost(frozenset({f"attn.{place}"}))
+    before = evaluator.spent.executions
+    evaluator.cost(base | {"mlp.11"})
+    assert evaluator.spent.executions - before < 8
+
+
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("other", ["attn.1 mlp.9", "attn.1 mlp.2", "attn.1 mlp.3", "attn.1 attn.3", "attn.1"])
+@torch.no_grad()
+def test_what_a_repair_makes_does_not_depend_on_what_it_goes_on_from(near, other):
+    text = Calibration(family("llama").build(num_hidden_layers=12), texts((8, 12)), one_in=ONE_IN, keep_all=True)
+    first, alone, going_on = (
+        Repair(text, plan_of(frozenset(names.split())), near=near, keep_all=True)
+        for names in ("attn.1 mlp.9", other, other)
+    )
+    first.run()
+    expected, found = alone.run(), going_on.run(others=[first])
+    assert [one.names for one in going_on.steps] == [one.names for one in alone.steps]
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(found.weights[path], weight) for path, weight in expected.weights.items())
+    assert [(one.sublayers, one.ridge, one.left) for one in found.refits] == [
+        (one.sublayers, one.ridge, one.left) for one in expected.refits
+    ]
+    assert going_on.ran < alone.ran or going_on.shared_with(first) < 2

@@ -32,7 +32,7 @@ from notall.repairing.methods.keeping import kept_repair
 from notall.reporting.console import show
 from notall.reporting.progress_bars import progress_bar
 
-SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4)}
+SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4), "s16": ("sublayer", 16)}
 COLUMNS = (
     *(plain("set", "skip"), plain("chosen"), plain("text")),
     with_error("skipped_nll", "NLL added"),
@@ -52,7 +52,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=131072, help="of calibration text")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
     options.add_argument("--sequences", type=int, default=16, help="to choose by, half of them to fit to")
-    options.add_argument("--sets", nargs="+", choices=SPACES, default=list(SPACES))
+    options.add_argument("--sets", nargs="+", choices=SPACES, default=["a8", "a12", "b4"])
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)

@@ -160,7 +160,9 @@ def choose_plan(
     folder = None if folder is None else Path(folder)
     with working_in(folder, "search") if folder else nullcontext():
         if after_repair:
-            evaluator: Evaluator = AfterRepair(model, batches, folder=folder, settings=settings)
+            evaluator: Evaluator = AfterRepair(
+                model, batches, states_bytes=states_bytes, folder=folder, settings=settings
+            )
         else:
             evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from .behind_norms import refit_behind_norm
 from .direct import refit_directly
 from .kept import Kept
 from .projections import OutputProjection, features_of, find_projection
-from .readers import reading_gains
+from .readers import READERS, reading_gains
 from .spool import Spool
 from .step import Seen
 from .streams import DenseStream, LiveStep, run_all, steps_of
@@ -160,10 +160,20 @@ class Calibration:
         return self._found[part.name]
 
 
+@dataclass(frozen=True)
+class Passed:
+    """A step that a repair went past: what it hung on, the stream behind it, and how many were refit by then."""
+
+    hung_on: tuple[LiveStep, ...]
+    states: list[Tensor]
+    made: int
+
+
 class Repair:
     """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
 
-    `near` leaves what stands before no gap as it is: cheaper, and a little worse.
+    `near` leaves what stands before no gap as it is: cheaper, and a little worse. `keep_all` keeps the stream behind
+    each step, for repairs of other plans of the same text and options, which go on from where they part.
     """
 
     def __init__(
@@ -175,35 +185,64 @@ class Repair:
         ahead: float = AHEAD,
         near: bool = False,
         kept: Kept | None = None,
+        keep_all: bool = False,
     ) -> None:
-        self.text, self.plan, self.kept = text, plan, kept
+        self.text, self.plan, self.kept, self.keep_all = text, plan, kept, keep_all
         self.ridges, self.ahead, self.near = sorted(ridges), ahead, near
         self.steps = steps_of(text.anatomy, plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
-        self.weights: dict[str, Tensor] = {}
-        self.refits: list[RefitRecord] = []
+        followed = zip(self.steps, [*self.steps[1:], None])
+        self.before_gaps = [is_near(step, following, ahead) for step, following in followed]
+        self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
         self.states: list[Tensor] = []
+        self.passed: list[Passed] = []
         self.ran = 0  # sublayers of the skipped model run so far
 
-    def run(self, progress: Progress = silent) -> RepairedPlan:
+    def run(self, progress: Progress = silent, *, others: Sequence[Repair] = ()) -> RepairedPlan:
+        """The repaired plan; it goes on from that of the `others` that it shares most with."""
         (self.states,) = self.text.dense.before(0)
-        apart = self.steps[0].line > 0  # whether the streams differ already
-        for number, step in enumerate(self.steps):
+        self._go_on_from(max(others, key=self.shared_with, default=self))
+        for number in range(len(self.passed), len(self.steps)):
+            step = self.steps[number]
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
-            following = self.steps[number + 1] if number + 1 < len(self.steps) else None
-            near = is_near(step, following, self.ahead)
-            if near or (apart and not self.near):
+            if self._is_refit(number):
+                following = self.steps[number + 1] if number + 1 < len(self.steps) else None
                 self.states = self._refit(step, self._target(step, following))
-            elif apart:
+            elif self._is_apart(number):
                 self.states = self._run(step)
             else:
                 (self.states,) = self.text.dense.before(step.behind)
-            apart = apart or near
-        progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in self.refits)}")
+            if self.keep_all:
+                self.passed.append(Passed(self._hangs_on(number), self.states, len(self.made)))
+        refits = tuple(refit for refit, _ in self.made)
+        progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
             return self.kept.finish(self.plan)
-        return RepairedPlan.of(self.plan, weights=self.weights, refits=tuple(self.refits))
+        weights = {path: weight for _, made in self.made for path, weight in made.items()}
+        return RepairedPlan.of(self.plan, weights=weights, refits=refits)
+
+    def shared_with(self, other: Repair) -> int:
+        """How many of the first steps another repair went past in the same way."""
+        numbers = range(min(len(self.steps), len(other.passed)))
+        parted = (number for number in numbers if other.passed[number].hung_on != self._hangs_on(number))
+        return next(parted, len(numbers))
+
+    def _go_on_from(self, other: Repair) -> None:
+        self.passed = other.passed[: self.shared_with(other)]
+        if self.passed:
+            self.states, self.made = self.passed[-1].states, other.made[: self.passed[-1].made]
+
+    def _is_apart(self, number: int) -> bool:
+        """Whether the two streams differ before a step."""
+        return self.steps[0].line > 0 or any(self.before_gaps[:number])
+
+    def _is_refit(self, number: int) -> bool:
+        return self.before_gaps[number] or (self._is_apart(number) and not self.near)
+
+    def _hangs_on(self, number: int) -> tuple[LiveStep, ...]:
+        """A step, and where it is refit those that follow and have a say in how."""
+        return tuple(self.steps[number : number + 1 + (READERS if self._is_refit(number) else 0)])
 
     def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
         """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
@@ -218,13 +257,13 @@ class Repair:
         path = f"{self.text.anatomy.layers}.{step.block.index}."
         if self.kept is None:
             refit, weights = self._solve(step, target)
-            self.weights |= weights
+            self.made.append((refit, weights))
         else:
             if (step.names,) not in self.kept.refits:
                 self.kept.add(*self._solve(step, target))
             refit = self.kept.refits[(step.names,)]
             weights = self.kept.weights(refit)  # from the file, so that those of all steps are never in memory together
-        self.refits.append(refit)
+            self.made.append((refit, {}))
         with with_weights(self.text.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
             return self._run(step)
 
