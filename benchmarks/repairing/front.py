@@ -1,0 +1,178 @@
+"""What a decode speedup costs: skipped, repaired in closed form, and healed, from 1.1 to 1.5 times as fast as dense.
+
+    python benchmarks/repairing/front.py --data DATA --times-only                    # first, alone on the machine
+    python benchmarks/repairing/front.py --data DATA --threads 1 --heal 1.3          # hours
+    python benchmarks/repairing/front.py --data DATA --speeds                        # last, alone again
+
+What is skipped is chosen as it is, by KL; what is repaired is chosen by the KL that a cheap repair leaves. Both go by
+what each sublayer takes of decoding, and the speeds told are measured: all plans in turn with the dense model, with
+the weights that they have then. Texts are those of methods.py beside this. Called again with the same --out, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from healing import BATCH, STOP
+from methods import LENGTH, load_asked, named, options_of, texts
+from torch import Tensor
+
+import notall
+from notall import Plan
+from notall.choosing.budget import Budget
+from notall.choosing.choice import choose_plan
+from notall.choosing.latency import Times, Workload, measure_times
+from notall.choosing.speedups import by_speedup
+from notall.measuring.quality import evaluate
+from notall.measuring.speed import compare, machine, speedup
+from notall.records import lines
+from notall.records.columns import number, plain, with_error
+from notall.records.healing import HealRecord
+from notall.records.ledger import read
+from notall.records.provenance import Provenance
+from notall.repairing.healing import heal
+from notall.repairing.methods.keeping import kept_repair
+from notall.reporting.console import show
+from notall.reporting.progress_bars import progress_bar
+from notall.running.footprint import footprint
+
+SPEEDUPS = (1.1, 1.2, 1.3, 1.5)
+DECODING = Workload(prompt=128, new=512)  # the prompt is a hundredth of it
+WAYS = {"as it is": 4, "after a repair": 16}  # windows to choose by: half of the latter are fitted to
+STATES = {"skipped": "as it is", "repaired": "after a repair", "healed": "after a repair"}
+COLUMNS = (
+    number("faster", "speedup asked for", ".1f"),
+    *(plain("state", "model"), plain("text")),
+    with_error("delta_nll", "NLL added"),
+    with_error("kl", "KL"),
+    with_error("top1_agreement", "top-1 agreement"),
+    number("cpu_minutes", "CPU min. of healing", ".1f"),
+    plain("plan"),
+)
+SPEEDS = (
+    number("faster", "speedup asked for", ".1f"),
+    plain("chosen"),
+    number("decode_ms", "decode ms/token", ".2f"),
+    *(number(name, name.replace("_", " "), ".3f") for name in ("speedup", "lower_quartile", "upper_quartile")),
+    number("weights", "of the dense model's weights", ".3f"),
+)
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    options.add_argument("--out", type=Path, default=Path("results/repair-front"))
+    options.add_argument("--tokens", type=int, default=131072, help="to fit repairs to, and to train on")
+    options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
+    options.add_argument("--faster", nargs="+", type=float, default=list(SPEEDUPS))
+    options.add_argument("--heal", nargs="*", type=float, default=[], help="the speedups whose models are healed")
+    options.add_argument("--rounds", type=int, default=11)
+    options.add_argument("--times-only", action="store_true", help="what sublayers take, for later calls")
+    options.add_argument("--speeds", action="store_true", help="time what was chosen")
+    asked = options.parse_args()
+    model, tokenizer = load_asked(asked)
+    times = kept_times(asked.out / "times.json", model)
+    if asked.times_only:
+        return
+    drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
+    front = Front(asked, model, times, torch.cat(drawn))
+    settings, called = named(asked, "model", "dtype", "tokens", "windows")
+    path = asked.out / f"results-{called}.jsonl"
+    rows = lines.read(path)
+    for faster in asked.faster:
+        made = front.made(faster, healed=faster in asked.heal)
+        known = {row["state"] for row in rows if row["faster"] == faster}
+        lacking = {state: plan for state, plan in made.items() if state not in known}
+        found: list[dict[str, Any]] = []
+        for text, windows in held_out.items() if lacking else ():
+            for state, quality in zip(lacking, evaluate(model, [*lacking.values()], windows)):
+                about = {"faster": faster, "state": state, "text": text, "plan": " ".join(lacking[state].names)}
+                spent = {"cpu_minutes": front.minutes(faster)} if state == "healed" else {}
+                found.append(about | vars(quality) | spent | settings)
+        lines.append(path, *found)
+        rows += found
+    show(sorted(rows, key=lambda row: (row["faster"], [*STATES].index(row["state"]), row["text"])), COLUMNS)
+    if asked.speeds:
+        timed = speeds(model, {faster: front.made(faster) for faster in asked.faster}, asked.rounds)
+        lines.append(asked.out / f"speeds-{called}.jsonl", *timed)
+        about = machine(model.device)
+        title = f"Decoding after 128 tokens, {about['cpu']}, {about['threads']} threads, {asked.dtype}"
+        show(timed, SPEEDS, title=f"{title}, {asked.rounds} rounds")
+
+
+def kept_times(path: Path, model: Any) -> Times:
+    """What each sublayer takes of decoding: from a file, where it was measured."""
+    if path.exists():
+        held = json.loads(path.read_text())
+        return Times(DECODING, held["dense_ms"], held["sublayer_ms"])
+    print("timing the sublayers: nothing else should run on this machine", file=sys.stderr, flush=True)
+    times = measure_times(model, DECODING, rounds=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"dense_ms": times.dense_ms, "sublayer_ms": dict(times.sublayer_ms)}))
+    return times
+
+
+class Front:
+    """What is chosen, repaired and healed for each speedup, from files of the folder where it is there."""
+
+    def __init__(self, asked: Any, model: Any, times: Times, rows: Tensor) -> None:
+        self.asked, self.model, self.times, self.rows = asked, model, times, rows
+        self.space = notall.Space(notall.locate(model), "sublayer")
+
+    def made(self, faster: float, healed: bool = False) -> dict[str, Plan]:
+        plans = {state: self.chosen(faster, STATES[state]) for state in ("skipped", "repaired")}
+        fit = self.rows[:-STOP].split(8)
+        print(f"{faster}x: repairing", file=sys.stderr, flush=True)
+        plans["repaired"], _ = kept_repair(self.asked.out / "repairs", "refit", self.model, plans["repaired"], fit)
+        if healed:
+            batches, stop = self.rows[:-STOP].split(BATCH), self.rows[-STOP:].split(BATCH)
+            print(f"{faster}x: healing", file=sys.stderr, flush=True)
+            with progress_bar() as bar:
+                folder = self.asked.out / f"healed-{faster:g}"
+                plans["healed"] = heal(self.model, plans["repaired"], batches, stop, folder=folder, progress=bar)
+        return plans
+
+    def minutes(self, faster: float) -> float:
+        return read(self.asked.out / f"healed-{faster:g}" / HealRecord.file, HealRecord)[-1].seconds / 60
+
+    def chosen(self, faster: float, way: str) -> Plan:
+        """What the search finds; sets that it evaluated for one speedup are known for the next."""
+        exact = by_speedup(self.space, self.times, faster)
+        budget = Budget(exact.saves, exact.target, exact.description)  # not timed here: it is timed in the end
+        about = Provenance(what={"model": Path(self.asked.model).name, "dtype": self.asked.dtype, "chosen": way})
+        print(f"{faster}x: choosing {way}", file=sys.stderr, flush=True)
+        with progress_bar() as bar:
+            return choose_plan(
+                *(self.model, "search", self.space, budget, self.rows[: WAYS[way]].split(1)),
+                folder=self.asked.out / f"chosen {way}".replace(" ", "-"),
+                settings=about,
+                after_repair=way == "after a repair",
+                progress=bar,
+            ).plan
+
+
+def speeds(model: Any, made: dict[float, dict[str, Plan]], rounds: int) -> list[dict[str, Any]]:
+    """How fast each plan decodes, in turn with the dense model: as it is chosen, or with its repaired weights."""
+    plans = {(faster, STATES[state]): plan for faster, of in made.items() for state, plan in of.items()}
+    entering = {"dense": partial(notall.skip, model, Plan())}
+    entering |= {f"{faster:g} {way}": partial(notall.skip, model, plan) for (faster, way), plan in plans.items()}
+    found = compare(model, entering, prompt_tokens=128, new_tokens=32, rounds=rounds)
+    dense, weights = found["dense"].decode_samples_ms, footprint(model, Plan()).weight_bytes
+    rows = []
+    for (faster, way), plan in plans.items():
+        timing = found[f"{faster:g} {way}"]
+        ratio = speedup(dense, timing.decode_samples_ms)
+        spread = {"speedup": ratio.median, "lower_quartile": ratio.low, "upper_quartile": ratio.high}
+        kept = footprint(model, plan).weight_bytes / weights
+        rows.append(
+            {"faster": faster, "chosen": way, "decode_ms": timing.decode_ms_per_token.median, **spread, "weights": kept}
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
