@@ -10,7 +10,7 @@ beside this, whose repairs are used again. Called again with the same --out, it 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> Chosen
 
 
 def measured(
-    model: Any, plans: dict[str, Plan], repaired: dict[str, Plan], windows: Sequence[Tensor]
+    model: Any, plans: Mapping[str, Plan], repaired: Mapping[str, Plan], windows: Sequence[Tensor]
 ) -> list[dict[str, Any]]:
     """A row for each way to choose; `less` is what is lost, repaired, less that of the first way, by window."""
     every = [*plans.values(), *repaired.values()]

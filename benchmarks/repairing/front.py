@@ -5,8 +5,8 @@
     python benchmarks/repairing/front.py --data DATA --speeds                        # last, alone again
 
 What is skipped is chosen as it is, by KL; what is repaired is chosen by the KL that a cheap repair leaves. Both go by
-what each sublayer takes of decoding, and the speeds told are measured: all plans in turn with the dense model, with
-the weights that they have then. Texts are those of methods.py beside this. Called again with the same --out, it goes on.
+what each sublayer takes of decoding. The speeds told are measured, all plans in turn with the dense model, with the
+weights that they have then. Texts are those of methods.py beside this. Called again with the same --out, it goes on.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def main() -> None:
                 found.append(about | vars(quality) | spent | settings)
         lines.append(path, *found)
         rows += found
-    show(sorted(rows, key=lambda row: (row["faster"], [*STATES].index(row["state"]), row["text"])), COLUMNS)
+    rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), row["text"]))
+    show(rows, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
     if asked.speeds:
         timed = speeds(model, {faster: front.made(faster) for faster in asked.faster}, asked.rounds)
         lines.append(asked.out / f"speeds-{called}.jsonl", *timed)
