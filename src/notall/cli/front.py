@@ -55,14 +55,16 @@ FIT, FEWEST = 128, 4  # windows
 )
 def front(
     model: Model = "smollm2",
-    engine: Annotated[str, typer.Option(help="the engine: llama.cpp (for a .gguf file) or transformers")] = "llama.cpp",
+    engine: Annotated[
+        str, typer.Option(help="the engine: llama.cpp (for a .gguf file), transformers or vllm")
+    ] = "llama.cpp",
     types: Annotated[
         list[str] | None,
         typer.Option(
             "--types",
             metavar="TYPE",
-            help="ways to hold weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers; with "
-            "commas between them (default: all that usually run, and always plain weights)",
+            help="ways to hold weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers, int8 in vllm; "
+            "with commas between them (default: all that usually run, and always plain weights)",
         ),
     ] = None,
     plan: Annotated[

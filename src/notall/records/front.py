@@ -112,8 +112,12 @@ class FrontRecord(Record, Variant):
     tokens: Count | None = Field(None, description="predicted, of all windows")
     file_bytes: Count | None = Field(None, description="of weights on disk")
     memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
-    times: TimeFields | None = Field(None, description="speedups are over the dense model in the engine's plain type")
-    on_front: bool = Field(False, description="whether nothing measured is both as fast and as good")
+    times: TimeFields | None = Field(
+        None,
+        description="speedups are over the dense model in the engine's plain type; models of one shape share theirs",
+    )
+    rounds: Count | None = Field(None, description="in which it was timed")
+    on_front: bool = Field(False, description="whether what loses less is slower, beyond the spread of the rounds")
     failed: str | None = Field(None, description="what the engine said, where it could not run it")
 
 
@@ -129,20 +133,22 @@ def goes_by_bits(rows: Sequence[Row]) -> bool:
 
 
 def best_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no other beats both in decoding and in what is lost, from the slowest to the fastest."""
+    """The rows that lose less than any that is as fast, from the slowest to the fastest.
+
+    Faster is what is so by quartiles: its lower one is above the upper one of the other. What may be as fast, by the
+    spread of the rounds, is not worth a greater loss.
+    """
     by_bits = goes_by_bits(rows)
     measured = [
-        (row["speedup_decode"], value, row)
+        (value, -row["speedup_decode"], row)
         for row in rows
         if "speedup_decode" in row and (value := loss_of(row, by_bits=by_bits)) is not None
     ]
     found: list[Row] = []
-    least = float("inf")
-    for _, value, row in sorted(measured, key=lambda one: (-one[0], one[1])):
-        if value < least:
+    for _, _, row in sorted(measured, key=lambda one: one[:2]):
+        if not found or row["speedup_decode_low"] > found[-1]["speedup_decode_high"]:
             found.append(row)
-            least = value
-    return found[::-1]
+    return found
 
 
 def key_of(row: Row) -> Key:

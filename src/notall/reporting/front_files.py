@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..records.claims import LEAST_ROUNDS, LEAST_WINDOWS
 from ..records.columns import Row, as_markdown, given, in_bytes, legend
 from ..records.front import FrontRecord, best_of, goes_by_bits, loss_of, named
 from .extras import FIGURES, installed
@@ -32,12 +33,26 @@ def sentence(rows: Sequence[Row]) -> str:
         return "No model was both scored and timed."
     by_bits = goes_by_bits(rows)
     choices = "; ".join(f"{row['speedup_decode']:.2f} times, {_choice(row, by_bits=by_bits)}" for row in best)
-    return f"What to take to decode so many times as fast as {named(rows[0])}: {choices}. {_skipping(best)}"
+    said = f"What to take to decode so many times as fast as {named(rows[0])}: {choices}. {_skipping(best)}"
+    return f"{said}{_caution(rows[0])}"
 
 
 def _choice(row: Row, *, by_bits: bool) -> str:
     value = loss_of(row, by_bits=by_bits)
     return f"{named(row)} ({value:+.3f} {'bits a byte' if by_bits else 'nats'}, {in_bytes(row['file_bytes'])})"
+
+
+def _caution(row: Row) -> str:
+    """A word where it is too little to go by."""
+    rounds, windows = (row.get(name) for name in ("rounds", "windows"))
+    few = [f"{rounds} rounds"] if rounds is not None and rounds < LEAST_ROUNDS else []
+    few += [f"{windows} windows of text"] if windows is not None and windows < LEAST_WINDOWS else []
+    if not few:
+        return ""
+    return (
+        f" That is of {' and '.join(few)}, too few to go by: give --rounds {LEAST_ROUNDS} and --sequences "
+        f"{LEAST_WINDOWS} or more."
+    )
 
 
 def _skipping(best: Sequence[Row]) -> str:

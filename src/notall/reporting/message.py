@@ -21,7 +21,7 @@ from .usable import fastest, is_known, is_usable, mildest
 from .verdict import faults_of, mending, next_command
 
 MADE = ("refits", "healing")  # what a repair and a healing tell of the weights that they make
-FASTER = "1.3,1.5"  # speedups to add to a front
+FIRST, FASTER = "1.1,1.2", "1.3,1.5"  # speedups that a front finds, and those to add to it
 LITTLE = 0.1  # nats to ask for where nothing was usable
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 
@@ -169,20 +169,39 @@ def _of_bench(folder: Folder, model: str) -> Message | None:
 
 def _asked_plan(provenance: Row) -> list[str]:
     """How the command that a folder is of named its plan."""
-    try:
-        words = shlex.split(str(provenance.get("command", "")))
-    except ValueError:
-        words = []
+    words = _words_of(provenance)
     found = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--fraction", "--plan")]
     kept = ["--keep-last"] if "--keep-last" in words else []
     return [word for pair in found for word in pair] + kept or ["--plan", "plan.json"]
 
 
+def _words_of(provenance: Row) -> list[str]:
+    """The command that a folder is of; [] where it is not known."""
+    try:
+        return shlex.split(str(provenance.get("command", "")))
+    except ValueError:
+        return []
+
+
 def _of_front(folder: Folder, model: str) -> Message:
     """What to take, of models whose checkpoints are in the folder."""
-    asked = {"engine": folder.provenance.get("engine", "llama.cpp"), "speedups": FASTER, "out": folder.path}
     said = front_in_words(folder.others["front"])
-    return Message(said, None, "measure what is faster beside these", next_command("front", model, **asked))
+    given = _words_of(folder.provenance)
+    if given[:2] != ["notall", "front"]:
+        asked = {"engine": folder.provenance.get("engine", "llama.cpp"), "speedups": FASTER, "out": folder.path}
+        return Message(said, None, "measure what is faster beside these", next_command("front", model, **asked))
+    return Message(said, None, "measure what is faster beside these", shlex.join(_with_faster(given)))
+
+
+def _with_faster(words: list[str]) -> list[str]:
+    """A command as it was given, that finds plans of more speedups."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if "--speedups" not in words:
+        own = "" if {"--counts", "--plan"} & {*words} else f"{FIRST},"  # without either it finds these
+        return [*words, "--speedups", own + FASTER]
+    at = words.index("--speedups") + 1
+    known = words[at].split(",")
+    return [*words[:at], ",".join([*known, *(one for one in FASTER.split(",") if one not in known)]), *words[at + 1 :]]
 
 
 def _of_paper(folder: Folder, model: str) -> Message:

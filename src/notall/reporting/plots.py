@@ -15,7 +15,7 @@ from altair.utils.mimebundle import spec_to_mimebundle
 from ..errors import UsageError
 from ..records.columns import Row, in_bytes, is_number
 from ..records.comparison import UNREPAIRED
-from ..records.front import DELTA_BITS, goes_by_bits, loss_of
+from ..records.front import DELTA_BITS, best_of, goes_by_bits, key_of, loss_of
 from ..records.record import CONFIGURED, DELTA_NLL, KL, SPEEDUPS, VARIANTS
 from .axes import Label, Span, bounds, needed_widths, symlog, within
 from .printable import printable
@@ -183,7 +183,7 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
         _paths(series),
         *_bars(series),
         *_beyond(series),
-        _front(rows),
+        _front(_best(rows)),
         _points(series).add_params(chosen),
         # Paths go up and to the right: there is room left of them above, and right of them below.
         *_labels(above, "fraction:N", align="right", dx=-7, dy=-8),
@@ -226,6 +226,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best[::-1]
 
 
+def _best(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """The front of `rows` and of the dense model, which is none of them."""
+    return front([(1.0, 0.0), *((row["speedup"], row["lost"]) for row in rows)])
+
+
 def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.LayerChart:
     """Quality lost against decode speedup of `front_rows` that were timed: a colour a criterion, a shape a space.
 
@@ -237,23 +242,25 @@ def compared_layers(rows: Sequence[Row], colours: Mapping[str, Any]) -> alt.Laye
         shape=alt.Shape("among:N", title="among", legend=alt.Legend(symbolFillColor=alt.expr("grey"))),
         tooltip=[*_asked(), alt.Tooltip("speedup:Q", format=".3f")],
     )
-    return alt.LayerChart(layer=[*_bars(series), *_beyond(series), _front(rows), points.add_params(chosen), *_dense()])
+    return alt.LayerChart(
+        layer=[*_bars(series), *_beyond(series), _front(_best(rows)), points.add_params(chosen), *_dense()]
+    )
 
 
 def quantised_chart(records: Sequence[Row], title: str) -> alt.LayerChart:
     """What is lost against decode speedup of skipped and quantised models; rows are as `FrontRecord` has them."""
     told = [
         "Lower right is better. Labels: how weights are held. Bars: standard error; quartiles of the speedup.",
-        "Grey line: the front, where nothing measured is both faster and better.",
+        "Grey line: the front. What loses more is on it where its speed is above all of that by quartiles.",
     ]
     return _dress(quantised_layers(records), title, told)
 
 
 def quantised_layers(records: Sequence[Row]) -> alt.LayerChart:
     """What `quantised_chart` draws, without size, title and theme: a colour a model, a shape for what is repaired."""
-    by_bits = goes_by_bits(records)
+    by_bits, best_ones = goes_by_bits(records), [key_of(row) for row in best_of(records)]
     rows = [
-        _quantised_row(record, by_bits=by_bits)
+        _quantised_row(record, by_bits=by_bits) | {"best": key_of(record) in best_ones}
         for record in records
         if "speedup_decode" in record and loss_of(record, by_bits=by_bits) is not None
     ]
@@ -272,7 +279,8 @@ def quantised_layers(records: Sequence[Row]) -> alt.LayerChart:
             alt.Tooltip("file:N"),
         ],
     )
-    layers = [*_bars(series), *_beyond(series), _front(rows, alone=True), points.add_params(chosen)]
+    best = [(row["speedup"], row["lost"]) for row in rows if row["best"]]
+    layers = [*_bars(series), *_beyond(series), _front(sorted(best)), points.add_params(chosen)]
     return alt.LayerChart(layer=[*layers, *_labels(series, "type:N", align="left", dx=7, dy=-7)])
 
 
@@ -485,10 +493,8 @@ def _speedup(span: Span) -> alt.X:
     return alt.X("speedup:Q", title=f"{SPEEDUP} over the dense model", axis=TIMES, scale=scale)
 
 
-def _front(rows: Sequence[Row], *, alone: bool = False) -> alt.Chart:
-    """Of `rows`, and of a dense model that is none of them unless they stand `alone`."""
-    dense = [] if alone else [(1.0, 0.0)]
-    best = front([*dense, *((row["speedup"], row["lost"]) for row in rows)])
+def _front(best: Sequence[tuple[float, float]]) -> alt.Chart:
+    """Through (speedup, loss) pairs."""
     data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
     line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=alt.expr("grey"), strokeJoin="round")
     return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")

@@ -6,15 +6,13 @@ from ...errors import UsageError, nearest
 from .engine import Engine
 from .hf import Transformers
 from .llamacpp import LlamaCpp
+from .vllm import VLLM
 
-ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (LlamaCpp, Transformers)}
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (LlamaCpp, Transformers, VLLM)}
 
 
 def engine_named(name: str) -> type[Engine]:
     """The engine of this name. Raises `UsageError` for one that is not measured here."""
     if name in ENGINES:
         return ENGINES[name]
-    known = " or ".join(ENGINES)
-    if name == "vllm":
-        raise UsageError(f"vLLM is not measured this way: give {known}; an export runs there (notall export --to hf)")
-    raise UsageError(f"there is no engine {name!r}{nearest(name, [*ENGINES])}: give {known}")
+    raise UsageError(f"there is no engine {name!r}{nearest(name, [*ENGINES])}: give {', '.join(ENGINES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,7 +26,8 @@ def ask(engine: Engine, question: str, **about: Any) -> Any:
     """
     asked = {"engine": engine.name, "settings": asdict(engine), "question": question, "about": about}
     command = [sys.executable, "-m", "notall.exporters.engines.worker"]
-    run = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, errors="replace")
+    apart = os.environ | {"PYTHONSAFEPATH": "1"}  # a file here that is called like a library is none
+    run = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, errors="replace", env=apart)
     lines = run.stdout.splitlines()
     if run.returncode or not lines:
         raise EngineFailed(f"{engine.name} did not {question}: {_reason(run)}")

@@ -83,6 +83,10 @@ class Variant:
         return dict(zip(("model", "repaired", "type"), self.key))
 
     @property
+    def shape(self) -> tuple[Any, ...]:
+        return (self.subject.spec, self.subject.plan.indices, self.type)
+
+    @property
     def words(self) -> str:
         return f"{self.subject.stem} {self.type}"
 
@@ -235,7 +239,6 @@ class _Run:
             return FrontRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
         rounds = [self.times[variant.in_round(number)] for number in range(self.rounds.rounds)]
-        beside = [self.times[self.dense.in_round(number)] for number in range(self.rounds.rounds)]
         return FrontRecord(
             **about,
             **_with_error("nll", scores.nll),
@@ -246,8 +249,19 @@ class _Run:
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
             memory_bytes=round(Spread.of([one.memory_bytes for one in rounds]).median),
-            times=_times(rounds, beside),
+            times=self._times(variant),
+            rounds=len(rounds),
         )
+
+    def _times(self, variant: Variant) -> TimeFields:
+        """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
+        alike = [one for one in self.variants if one.shape == variant.shape and one.key not in self.failed]
+        pairs = [
+            (self.times[one.in_round(number)], self.times[self.dense.in_round(number)])
+            for number in range(self.rounds.rounds)
+            for one in alike
+        ]
+        return _times(*zip(*pairs))
 
 
 Values = Sequence[float | None]

