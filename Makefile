@@ -97,6 +97,7 @@ bench: setup ## run every program in benchmarks/ and print its figures
 
 bench-engines: setup $(VENV_VLLM)/.done ## measure exports of the default model in transformers, vLLM and llama.cpp, and under load
 	$(VENV)/bin/python benchmarks/engines/measure.py --vllm-python $(VENV_VLLM)/bin/python
+	$(VENV)/bin/python benchmarks/engines/stock_gguf.py
 	$(VENV)/bin/python benchmarks/engines/load.py --vllm-python $(VENV_VLLM)/bin/python
 
 lint: setup ## check style, types, and that imports point one way

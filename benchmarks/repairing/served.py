@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,6 @@ from notall.records.columns import number, plain
 from notall.reporting.console import show
 from notall.running.repaired_folders import load_repaired
 
-VLLM = Path(__file__).with_name("vllm_text.py")
 TARGETS: dict[str, Target] = {"transformers": "hf", "vllm": "hf", "llama.cpp": "gguf"}
 COLUMNS = (
     *(plain("engine"), plain("model")),
@@ -59,20 +57,10 @@ def absent(engine: str, python: str) -> str:
 
 
 def asked_of(engine: str, python: str, folder: Path, windows: list[list[int]]) -> list[list[float | None]]:
-    """The NLL of each token but the first, by window; in a process of its own.
-
-    Raises `RuntimeError` or `UsageError` with what the engine said last.
-    """
-    answer: list[list[float | None]]
-    if engine == "vllm":
-        run = subprocess.run([python, VLLM, folder], input=json.dumps(windows), capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{engine} ended with {run.returncode}: {run.stderr.strip()[-400:]}")
-        answer = json.loads(run.stdout.splitlines()[-1])
-    else:
-        checkpoint = next(folder.glob("*.gguf")) if engine == "llama.cpp" else folder
-        asked = engine_named(engine)(cores(), "float32")
-        answer = ask(asked, "score", checkpoint=str(checkpoint), windows=windows)
+    """The NLL of each token but the first, by window. Raises `UsageError` with what the engine said last."""
+    checkpoint = next(folder.glob("*.gguf")) if engine == "llama.cpp" else folder
+    runs = engine_named(engine)(cores(), "float32")
+    answer: list[list[float | None]] = ask(runs, "score", python=python, checkpoint=str(checkpoint), windows=windows)
     return answer
 
 

@@ -63,8 +63,8 @@ def front(
         typer.Option(
             "--types",
             metavar="TYPE",
-            help="ways to hold weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers, int8 in vllm; "
-            "with commas between them (default: all that usually run, and always plain weights)",
+            help="ways to hold weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers, int8 in "
+            "vllm; with commas between them (default: all that usually run, and always plain weights)",
         ),
     ] = None,
     plan: Annotated[

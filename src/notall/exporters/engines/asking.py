@@ -19,13 +19,14 @@ class EngineFailed(UsageError):
     """An engine could not do it; the message says what it said."""
 
 
-def ask(engine: Engine, question: str, **about: Any) -> Any:
+def ask(engine: Engine, question: str, *, python: str | None = None, **about: Any) -> Any:
     """What the method `question` of the engine answers, as JSON has it; paths are given as texts.
 
+    `python` is that of another environment with notall, where the engine is in none of ours.
     Raises `EngineFailed` where it fails, or the process ends.
     """
     asked = {"engine": engine.name, "settings": asdict(engine), "question": question, "about": about}
-    command = [sys.executable, "-m", "notall.exporters.engines.worker"]
+    command = [python or sys.executable, "-m", "notall.exporters.engines.worker"]
     apart = os.environ | {"PYTHONSAFEPATH": "1"}  # a file here that is called like a library is none
     run = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, errors="replace", env=apart)
     lines = run.stdout.splitlines()
