@@ -19,7 +19,12 @@ from ..remote_code import FAMILIES, classes_of
 from .plugin import NATIVE
 
 # The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
-LAYERS_IN = {"mistral": "llama", "qwen3": "qwen2"}
+LAYERS_IN = {"mistral": "llama", "qwen3": "qwen2", "phi3": "llama"}
+# The modules of an MLP, where vLLM calls them otherwise than transformers.
+MLP_IN = {
+    "phi3": ("post_attention_layernorm", "mlp"),
+    "mixtral": ("post_attention_layernorm", "block_sparse_moe"),
+}
 
 
 class Passed(nn.Module):
@@ -74,25 +79,36 @@ def _vllm_module(name: str) -> Any:
 def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
     """Have vLLM build the layers of `base` as the config of the checkpoint says."""
     module = _vllm_module(LAYERS_IN.get(base, base.removesuffix("_text")))
-    make_layers, names = module.make_layers, FAMILIES[base].mlp
-    attentions = vllm_config.compilation_config.static_forward_context
+    make_layers, names = module.make_layers, MLP_IN.get(base, FAMILIES[base].mlp)
+    known = vllm_config.compilation_config
+
+    def forget(prefix: str) -> None:
+        """What vLLM would hold a cache for, or wait for as experts to run."""
+        for name in [name for name in known.static_forward_context if name.startswith(f"{prefix}.")]:
+            del known.static_forward_context[name]
+        known.static_all_moe_layers[:] = [n for n in known.static_all_moe_layers if not n.startswith(f"{prefix}.")]
 
     def mlp_of(make: Callable[..., nn.Module], prefix: str) -> MLP:
-        known = set(attentions)
         layer = make(prefix=prefix)
-        for name in set(attentions) - known:  # else vLLM holds a cache for the attention of this layer
-            del attentions[name]
+        forget(f"{prefix}.self_attn")
         return MLP(layer, names)
 
     def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
         def layer(prefix: str) -> nn.Module:
-            held = vllm_config.model_config.hf_config.sublayers[int(prefix.rpartition(".")[2])]
-            extras = {where: [mlp_of(make, prefix) for _ in held[where]] for where in ("before", "after")}
-            made = make(prefix=prefix)
+            layers, _, place = prefix.rpartition(".")
+            held = vllm_config.model_config.hf_config.sublayers[int(place)]
+
+            def mlps(where: str) -> nn.ModuleList:
+                names = (f"{layers}.{where}_{number}.{place}" for number, _ in enumerate(held[where]))
+                return nn.ModuleList(mlp_of(make, name) for name in names)  # vLLM takes the last for a number
+
+            before, made, after = mlps("before"), make(prefix=prefix), mlps("after")  # as they run: vLLM counts experts
             made.__class__ = _regrouped_class(type(made))  # type: ignore[arg-type]
-            made.before, made.after = nn.ModuleList(extras["before"]), nn.ModuleList(extras["after"])
+            made.before, made.after = before, after
             if held["mlp"] is None:
                 norm, *rest = names
+                for name in rest:
+                    forget(f"{prefix}.{name}")
                 setattr(made, norm, Passed())
                 for name in rest:
                     setattr(made, name, nn.Identity())

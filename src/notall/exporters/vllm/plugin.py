@@ -6,7 +6,7 @@ After it, `vllm serve DIR` runs a regrouped checkpoint on vLLM's native classes,
 from __future__ import annotations
 
 # The architectures whose native classes `models` regroups.
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
 
 
 def register() -> None:
