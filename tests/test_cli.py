@@ -236,6 +236,11 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     names = [name for refit in found["refits"] for name in refit["sublayers"]]
     assert names == ["attn.1", "mlp.1", "mlp.2", "attn.3", "mlp.4", "attn.5", "mlp.5"]
     assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
+    verdict = found["verdict"]
+    assert verdict["said"].startswith("Without 2 of 6 attentions and 1 of 6 MLPs: ")
+    assert verdict["delta_nll"] == found["quality"][1]["delta_nll"]
+    assert (verdict["text"], verdict["usable"]) == ("prose, other windows", False)
+    assert verdict["next"] == f"notall heal {folder} --plan {out} --out healed"
     lines = [json.loads(line) for line in (out / "refits.jsonl").read_text().splitlines()]
     assert [line["sublayers"] for line in lines[1:]] == [refit["sublayers"] for refit in found["refits"]]
     assert str(tmp_path) not in (out / "refits.jsonl").read_text()
@@ -304,8 +309,9 @@ def test_what_is_killed_while_it_measures_has_lost_nothing(run, folder, tmp_path
     assert (code, err) == (0, "")
     assert {name: (out / name).read_bytes() for name in before} == before
     fresh = json.loads(run(*command[:5], tmp_path / "fresh", *command[6:])[1])
-    assert [[untimed(row) for row in json.loads(shown)[table]] for table in fresh] == [
-        [untimed(row) for row in fresh[table]] for table in fresh
+    tables = [name for name in fresh if name != "verdict"]
+    assert [[untimed(row) for row in json.loads(shown)[table]] for table in tables] == [
+        [untimed(row) for row in fresh[table]] for table in tables
     ]
 
 
@@ -321,6 +327,9 @@ def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
         assert (code, err) == (0, "")
         rows = json.loads(shown)["quality"]
         assert [row["model"] for row in rows] == [before, "healed"]
+        verdict = json.loads(shown)["verdict"]
+        assert verdict["delta_nll"] == rows[1]["delta_nll"]
+        assert verdict["next"].startswith(f"notall export {folder} --plan {out / before} ")
         assert [one.row() for one in read(out / before / "measured.jsonl", MeasuredRecord)] == rows
         with monkeypatch.context() as patched:
             patched.setattr(quality, "record", lambda *_, **__: pytest.fail("it was measured again"))

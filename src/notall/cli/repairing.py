@@ -15,11 +15,11 @@ from ..records.columns import Row
 from ..records.ledger import read
 from ..records.lines import refuse_unwritable
 from ..records.search import SearchRecord
-from ..reporting.console import Shown, say, show_all
+from ..reporting.console import Shown, show_all
 from ..reporting.progress_bars import progress_bar
 from .app import REPAIR, app
 from .checks import check_folders, check_texts
-from .ending import warn_if_worse
+from .ending import conclude, warn_if_worse
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
 from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..records.measured import MeasuredRecord, State
     from ..records.plan import Plan
     from ..records.provenance import Provenance
+    from ..reporting.verdict import Verdict
     from ..running.repaired import RepairedPlan
 
 REFIT = "refit"  # the method that is the default
@@ -88,7 +89,6 @@ def repair(
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.measured import measure
-    from ..reporting.verdict import next_command
     from ..structure.locating import locate
 
     check_folders(repair=out)
@@ -107,11 +107,11 @@ def repair(
         repaired = _repaired_by(method, net, wanted, fit, out, settings, streams, progress)
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = shown_quality(measured, f"skip {wanted}: before the repair and after it")
-    show_all({**(_refits(repaired, out, as_json) if method == REFIT else {}), "quality": quality}, as_json=as_json)
+    verdict = _verdict_of(quality.rows[-1], model, net, wanted, out)
+    tables = {**(_refits(repaired, out, as_json) if method == REFIT else {}), "quality": quality}
+    show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
     warn_if_worse(quality.rows)
-    if not as_json:
-        exported = next_command("export", model, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
-        say(f"Next:    {exported}", whole=True)
+    conclude(verdict, as_json=as_json)
 
 
 def _refuse_method(name: str, streams: Path | None) -> None:
@@ -145,6 +145,15 @@ def _repaired_by(
     from ..repairing.methods.keeping import repair_into
 
     return repair_into(out, method, net, plan, fit, settings, progress)
+
+
+def _verdict_of(measured: Row, model: str, net: PreTrainedModel, plan: Plan, out: Path) -> Verdict:
+    """What a plan comes to with the weights in `out`, as it was measured last; it is healed where it is of no use."""
+    from ..reporting.verdict import Verdict, left_out_of, mending, next_command
+
+    exported = next_command("export", model, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
+    verdict = Verdict(*left_out_of(net, plan), measured, measured["text"])
+    return verdict.then(mending(model, out, repaired=True) if measured["model"] == "repaired" else exported, exported)
 
 
 def _refits(repaired: RepairedPlan, out: Path, everything: bool) -> dict[str, Shown]:
@@ -263,7 +272,9 @@ def heal(
         "healing": Shown(looks, HealRecord.columns, f"{out}: what it loses on text that was not trained on"),
         "quality": shown_quality(measured, f"skip {wanted}: before the healing and after it"),
     }
-    show_all(tables, as_json=as_json)
+    verdict = _verdict_of(tables["quality"].rows[-1], model, net, wanted, out)
+    show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
+    conclude(verdict, as_json=as_json)
 
 
 def repaired_by(
