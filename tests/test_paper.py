@@ -17,6 +17,7 @@ if importlib.util.find_spec("lm_eval") is None:
 
 import forked
 from notall import Plan, UsageError, cli, locate
+from notall.evaluation import one_plan
 from notall.evaluation.battery import Check
 from notall.evaluation.paper import running
 from notall.evaluation.paper import times as timing
@@ -30,6 +31,7 @@ from notall.evaluation.paper.scoreboard import (
     time_table,
 )
 from notall.evaluation.paper.times import time_grid
+from notall.evaluation.tasks import Limits
 from notall.progress import silent
 from notall.records import lines
 from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
@@ -440,6 +442,18 @@ def run(monkeypatch, capsys, own_tasks_only):
     return run
 
 
+@pytest.mark.parametrize(("limits", "documents"), [([], 20), (["200"], 20), (["5"], 5), (["200", "gsm8k=30"], 30)])
+def test_the_battery_asks_little_of_what_takes_long(limits, documents, monkeypatch):
+    asked = []
+    monkeypatch.setattr(one_plan, "evaluate", lambda *_: [])
+    monkeypatch.setattr(one_plan, "run_battery", lambda *_, **__: [])
+    monkeypatch.setattr(one_plan, "_jobs", lambda names, words, *_: asked.append((names, Limits.parse(words))))
+    monkeypatch.setattr(one_plan, "_tasks", lambda *_, **__: [])
+    one_plan.evaluate_plan(None, None, Plan([1]), [], limits=limits, battery=object())
+    ((names, found),) = asked
+    assert (names, found.of("gsm8k")) == (["gsm8k"], documents)
+
+
 @pytest.mark.slow
 def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
     model, task_path = folders
@@ -447,7 +461,7 @@ def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
     words = ["eval", model, "--plan", tmp_path / "plan.json", "--dtype", "float32", "--sequences", 2, "--length", 16]
     task = ["--tasks", "tiny_choice", "--limit", 7, "--task-path", task_path, "--out", tmp_path / "out"]
     with pytest.warns(UserWarning, match="goes without gsm8k"):  # its data is not there
-        found = run(*words, *task, "--battery")
+        found = run(*words, *task, "--limit", "gsm8k=2", "--battery")
     assert [row["model"] for row in found["quality"]] == ["dense", "skipped"]
     (accuracy, norm) = found["tasks"]
     assert (accuracy["metric"], norm["metric"], accuracy["documents"]) == ("acc,none", "acc_norm,none", 7)

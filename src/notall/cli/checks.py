@@ -48,8 +48,12 @@ def check_tasks(
     *,
     num_fewshot: int | None = None,
     limits: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> TaskShelf | Path | None:
-    """The tasks that there are, or, where none is wanted, `task_path` as it is. Raises `UsageError` for other names."""
+    """The tasks that there are, or, where none is wanted, `task_path` as it is. Raises `UsageError` for other names.
+
+    Limits may be of what is run `also`.
+    """
     if not names:
         return task_path
     with working("reading the harness's tasks"):
@@ -58,7 +62,7 @@ def check_tasks(
         asked = Limits.parse(limits)
         check_fewshot(num_fewshot)
         shelf = TaskShelf(task_path)
-    asked.check(shelf.names(names))
+    asked.check([*shelf.names(names), *also])
     return shelf
 
 

@@ -181,7 +181,7 @@ def evaluate(
     """
     if tasks or battery:
         need("lm_eval")
-    from ..evaluation.one_plan import evaluate_plan, keep
+    from ..evaluation.one_plan import GSM8K, evaluate_plan, keep
     from ..repairing.measured import about_measured
     from ..reporting.verdict import Verdict, left_out_of, next_command
     from ..structure.locating import locate
@@ -193,7 +193,8 @@ def evaluate(
     size = batch_size_of(batch_size)
     check_texts(text, *(repair_text or []))
     wanted_tasks, limits = words_of(tasks), words_of(limit)
-    shelf = check_tasks(wanted_tasks, task_path, num_fewshot=num_fewshot, limits=limits)
+    also = (GSM8K,) if battery else ()
+    shelf = check_tasks(wanted_tasks, task_path, num_fewshot=num_fewshot, limits=limits, also=also)
     net, tokenizer = load_model(
         Loading(model, dtype, device, device_map, attn_implementation, revision, trust_remote_code)
     )

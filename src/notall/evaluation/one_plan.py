@@ -25,7 +25,10 @@ from .battery import SIGNIFICANT, run_battery
 if TYPE_CHECKING:
     from .tasks import Job, TaskShelf
 
-GSM8K, GSM8K_DOCUMENTS = "gsm8k", 20  # what the battery asks of it unless --limit says more
+GSM8K, GSM8K_DOCUMENTS = (
+    "gsm8k",
+    20,
+)  # at most, unless --limit names it: it writes long texts
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ def evaluate_plan(
             dense = {"dense": check.value - check.delta, "worse": check.worse}
             checks.append(_named(asked, check.plan) | asdict(check) | dense)
         if not any(row["task"].endswith(GSM8K) for row in rows):
+            from .tasks import Limits
+
             try:
-                least = [str(GSM8K_DOCUMENTS), *limits]
+                most = Limits.parse(limits).most or GSM8K_DOCUMENTS
+                least = [str(min(most, GSM8K_DOCUMENTS)), *(word for word in limits if "=" in word)]
                 rows += _tasks(model, tokenizer, asked, _jobs([GSM8K], least, None, task_path), **how)
             except UsageError as error:
                 warnings.warn(f"the battery goes without {GSM8K}: {error}", stacklevel=2)
