@@ -23,6 +23,7 @@ from notall.measuring.speed import Spread, speedup
 from notall.models.loading import load
 from notall.models.names import named_gguf
 from notall.models.texts import read_text, token_batches
+from notall.running.repaired_folders import load_repaired
 
 CONTEXT = 512
 
@@ -128,7 +129,7 @@ def main() -> None:
         dense, draft, drafted, threads = sys.argv[2:]
         return serve(dense, draft, int(drafted), int(threads))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True, help="a plan file, or the folder of a repair")
     parser.add_argument("--model", default="smollm2", help="a .gguf file")
     parser.add_argument("--drafted", default="1,2,4,8", help="tokens a round")
     parser.add_argument("--prompts", type=int, default=8)
@@ -142,7 +143,7 @@ def main() -> None:
     batches = token_batches(tokenizer, read_text(), sequences=given.prompts, length=given.prompt, batch_size=1)
     prompts = [batch[0].tolist() for batch in batches]
     with tempfile.TemporaryDirectory() as scratch:
-        plan = notall.Plan.load(given.plan)
+        plan = load_repaired(given.plan) if given.plan.is_dir() else notall.Plan.load(given.plan)
         draft = next(notall.export(given.model, plan, "gguf", Path(scratch) / "draft", verify=False).glob("*.gguf"))
         rows = measure(dense, draft, prompts, given)
     print("| drafted | decode ms/token | speedup | accepted | same texts |")
