@@ -422,6 +422,10 @@ def test_the_sentence_says_if_it_is_slower_and_where_it_is_best():
     assert said_of([record("greedy", 1, 1.2, 1.1), record("greedy", 3, 1.5, 1.3)]) == (
         "Drafting with it would be faster greedy (at best 1.50x, with 3 tokens a round; transformers measured 1.30x)."
     )
+    assert said_of([record("greedy", 1, 1.2, 0.72)]) == (
+        "Drafting with it would be slower greedy in transformers (measured 0.72x, where 1.20x was predicted at best, "
+        "with 1 token a round)."
+    )
     row = row_of(slow, "")
     assert row["best"]["greedy"] == {"drafted": 1, "predicted": 0.81, "measured": 0.6, "tokens_per_round": 2.0}
     assert (row["said"], row["refused"]) == (said_of(slow), None)

@@ -107,6 +107,7 @@ def test_a_front_scores_as_the_model_and_holds_eight_bits_in_less_room(written, 
         assert rounded != exact
         assert sum(rounded) / len(rounded) == pytest.approx(sum(exact) / len(exact), abs=0.1)
     assert weight_bytes(packed) < 0.6 * weight_bytes(folder)
+    assert engine.version[0].isdigit()
     taken = ask(engine, "time", checkpoint=str(packed), prompt=PROMPTS[0] * 4, new=4)
     assert taken["prefill_ms"] > 0
     assert taken["decode_ms_per_token"] > 0

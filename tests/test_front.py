@@ -4,6 +4,7 @@ import json
 import math
 import stat
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -189,6 +190,7 @@ def test_a_process_that_dies_is_an_answer(monkeypatch, tmp_path):
 @needs_llamacpp
 def test_engines_and_types_are_named():
     assert engine_named("llama.cpp") is LlamaCpp
+    assert LlamaCpp(1).version == version("xllamacpp")
     with pytest.raises(UsageError, match=r"did you mean llama\.cpp"):
         engine_named("llamacpp")
     assert engine_named("vllm") is VLLM

@@ -15,7 +15,7 @@ from notall.records import lines
 from notall.records.answers import AnswersRecord
 from notall.records.kinds import KINDS
 from notall.records.ledger import Ledger, header_of, read, refuse_foreign, working_in
-from notall.records.provenance import Provenance
+from notall.records.provenance import Provenance, this_run
 from notall.records.search import EvaluationRecord
 from notall.records.sweep import ScoresRecord, SweepRecord
 from small_disk import room_for
@@ -286,6 +286,11 @@ def test_a_folder_of_another_command_is_refused(tmp_path, held, command, says):
     with pytest.raises(UsageError, match=says), working_in(tmp_path, command):
         raise AssertionError("it went on")
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_command_is_told_as_it_can_be_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notall", "front", "--plan", "/home/me/4 attentions.json"])
+    assert this_run()["command"] == "notall front --plan '4 attentions.json'"
 
 
 def test_a_folder_of_no_command_is_anyones(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,7 +163,7 @@ def front(
         subjects += [_other(spec, tokenizer, windows) for spec in also or ()]
         del net  # what is measured needs its memory
         how = {"engine": engine, "threads": count, "prompt_tokens": prompt, "new_tokens": new}
-        versions = {**about.where["versions"], runs.package: version(runs.package)}
+        versions = {**about.where["versions"], runs.package: runs.version}
         run = Provenance(what=about.what | how, where=about.where | {"versions": versions})
         timed = RoundsOf(prompt, new, rounds)
         records = measure_front(runs, subjects, kinds, timed, out, run, progress=stages.stage(6))

