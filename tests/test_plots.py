@@ -336,7 +336,10 @@ def test_what_changes_is_logarithmic_and_rounding_is_no_change():
 
 
 def test_of_labels_that_meet_the_best_one_is_shown():
-    rows = [{"speedup": 1.2, "lost": lost, "best": best} for lost, best in ((0.1, False), (0.101, True))]
-    rows.append({"speedup": 1.0, "lost": 0.0, "best": False})
+    places = ((1.2, 0.1, False), (1.2, 0.101, True), (1.0, 0.0, False))
+    rows = [
+        {"speedup": speedup, "lost": lost, "lost_low": lost, "lost_high": lost, "best": best}
+        for speedup, lost, best in places
+    ]
     found = plots._with_room(rows, (0.9, 1.3), [(7.0, 50.0, -15.0, -2.0)] * 3)
     assert [row["needs"] for row in found] == [None, 240, 240]
