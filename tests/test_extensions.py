@@ -308,7 +308,7 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     modes = {(Path("made") / name).stat().st_mode for name in ("plan.json", "weights.safetensors")}
     assert len(modes) == 1  # who may read the plan may read its weights
     found = json.loads(shown)
-    assert [*found] == ["quality"]
+    assert [*found] == ["quality", "verdict"]
     assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
     held = load_repaired(Path("made"))
     ((path, weight),) = held.weights.items()

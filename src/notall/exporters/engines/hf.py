@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
-from ...records.plan import Plan
-from .. import export
 from ..writing import appearing
-from .engine import Engine, Timing, Tokens
+from .checkpoints import OnCheckpoints
+from .engine import Timing, Tokens
 from .memory import resident_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 PICKLED = {"safe_serialization": False} if version("transformers").startswith("4.") else {}  # its torchao needs that
 
 
-class Transformers(Engine):
+class Transformers(OnCheckpoints):
     """Checkpoints of `notall export --to hf` on torch's kernels, on the CPU. The head stays as it is."""
 
     name: ClassVar[str] = "transformers"
@@ -34,15 +33,6 @@ class Transformers(Engine):
     @property
     def usual(self) -> tuple[str, ...]:
         return (self.dtype, "int8")  # torchao's int4 runs on few CPUs
-
-    def check(self, spec: str | Path) -> None:
-        self.need_package()
-
-    def place(self, folder: Path, name: str) -> Path:
-        return folder / name
-
-    def write(self, spec: str | Path, plan: Plan, out: Path) -> None:
-        export(spec, plan, "hf", out, dtype=self.dtype, verify=False)
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
         try:

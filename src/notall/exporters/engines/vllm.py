@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import UsageError
-from ...records.plan import Plan
-from .. import export
 from ..writing import appearing
-from .engine import Engine, Timing, Tokens
+from .checkpoints import OnCheckpoints
+from .engine import Timing, Tokens
 from .memory import resident_bytes
 
 CACHE = 2**28  # bytes, of a sequence of a few hundred tokens
@@ -40,7 +39,7 @@ EIGHT_BITS = {
 }
 
 
-class VLLM(Engine):
+class VLLM(OnCheckpoints):
     """Checkpoints of `notall export --to hf` on vLLM's own classes where it has them, one sequence at a time."""
 
     name: ClassVar[str] = "vllm"
@@ -57,15 +56,6 @@ class VLLM(Engine):
     @property
     def usual(self) -> tuple[str, ...]:
         return self.types
-
-    def check(self, spec: str | Path) -> None:
-        self.need_package()
-
-    def place(self, folder: Path, name: str) -> Path:
-        return folder / name
-
-    def write(self, spec: str | Path, plan: Plan, out: Path) -> None:
-        export(spec, plan, "hf", out, dtype=self.dtype, verify=False)
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
         with appearing(out) as folder:
