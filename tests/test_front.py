@@ -489,6 +489,7 @@ def test_the_sentence_says_what_to_take(asked, tmp_path):
     )
     assert "too few" not in sentence([row | {"rounds": 5, "windows": 8} for row in rows])
     assert "of 4 rounds, too few" in sentence([row | {"rounds": 4, "windows": 8} for row in rows])
+    assert "of 1 round and 1 window of text, too" in sentence([row | {"rounds": 1, "windows": 1} for row in rows])
     alone = [row for row in rows if row["model"] == "dense"]
     assert "Leaving sublayers out is nowhere on this front" in sentence(alone)
     assert [row["type"] for row in best_of(alone)] == ["plain", "small"]

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from ..records.plan import Plan
 
 TEXT_FIELDS = ("text", "text_sha256")
-SPEEDUPS = ("1.1", "1.2")
 FIT, FEWEST = 128, 4  # windows
 
 
@@ -122,13 +121,14 @@ def front(
     from ..records.ledger import refuse_foreign
     from ..records.plan import Plan
     from ..records.provenance import Provenance
+    from ..reporting.message import FIRST
 
     kind_of_engine = engine_named(engine)
     refuse_foreign(out, "front")
     given = _given_plans(plan or [])
     _check_fit(fit)
     wanted = {"counts": _numbers("--counts", counts)}
-    wanted["speedups"] = _numbers("--speedups", speedups or ([] if given or counts else SPEEDUPS))
+    wanted["speedups"] = _numbers("--speedups", speedups or ([] if given or counts else [FIRST]))
     count = threads or cores()
     for spec in (model, *(also or ())):
         kind_of_engine(count).check(spec)

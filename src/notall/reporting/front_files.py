@@ -45,8 +45,12 @@ def _choice(row: Row, *, by_bits: bool) -> str:
 def _caution(row: Row) -> str:
     """A word where it is too little to go by."""
     rounds, windows = (row.get(name) for name in ("rounds", "windows"))
-    few = [f"{rounds} rounds"] if rounds is not None and rounds < LEAST_ROUNDS else []
-    few += [f"{windows} windows of text"] if windows is not None and windows < LEAST_WINDOWS else []
+    few = [f"{rounds} round{'s' if rounds > 1 else ''}"] if rounds is not None and rounds < LEAST_ROUNDS else []
+    few += (
+        [f"{windows} window{'s' if windows > 1 else ''} of text"]
+        if windows is not None and windows < LEAST_WINDOWS
+        else []
+    )
     if not few:
         return ""
     return (
