@@ -2,6 +2,7 @@
 
     python benchmarks/repairing/front.py --data DATA --times-only                    # first, alone on the machine
     python benchmarks/repairing/front.py --data DATA --threads 1 --heal 1.3          # hours
+    python benchmarks/repairing/front.py --data DATA --threads 1 --heal 1.3 --train-tokens 786432   # an hour's healing
     python benchmarks/repairing/front.py --data DATA --speeds                        # last, alone again
 
 What is skipped is chosen as it is, by KL; what is repaired is chosen by the KL that a cheap repair leaves. Both go by
@@ -44,7 +45,8 @@ from notall.running.footprint import footprint
 SPEEDUPS = (1.1, 1.2, 1.3, 1.5)
 DECODING = Workload(prompt=128, new=512)  # the prompt is a hundredth of it
 WAYS = {"as it is": 4, "after a repair": 16}  # windows to choose by: half of the latter are fitted to
-STATES = {"skipped": "as it is", "repaired": "after a repair", "healed": "after a repair"}
+STATES = {"skipped": "as it is", "repaired": "after a repair", "healed": "after a repair"}  # by how it is chosen
+TEXT = 262144  # tokens, about all there are of both texts: training on more goes through them again
 COLUMNS = (
     number("faster", "speedup asked for", ".1f"),
     *(plain("state", "model"), plain("text")),
@@ -66,7 +68,8 @@ SPEEDS = (
 def main() -> None:
     options = options_of(__doc__)
     options.add_argument("--out", type=Path, default=Path("results/repair-front"))
-    options.add_argument("--tokens", type=int, default=131072, help="to fit repairs to, and to train on")
+    options.add_argument("--tokens", type=int, default=131072, help="to fit repairs to")
+    options.add_argument("--train-tokens", type=int, default=131072, help="to heal with")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
     options.add_argument("--faster", nargs="+", type=float, default=list(SPEEDUPS))
     options.add_argument("--heal", nargs="*", type=float, default=[], help="the speedups whose models are healed")
@@ -79,23 +82,24 @@ def main() -> None:
     if asked.times_only:
         return
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
-    front = Front(asked, model, times, torch.cat(drawn))
+    lesson, _ = texts(tokenizer, asked.data, min(asked.train_tokens, TEXT) + STOP * LENGTH, 1)
+    front = Front(asked, model, times, torch.cat(drawn)[:-STOP], torch.cat(lesson))
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"results-{called}.jsonl"
     rows = lines.read(path)
     for faster in asked.faster:
         made = front.made(faster, healed=faster in asked.heal)
-        known = {row["state"] for row in rows if row["faster"] == faster}
+        known = {row["state"] for row in rows if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)}
         lacking = {state: plan for state, plan in made.items() if state not in known}
         found: list[dict[str, Any]] = []
         for text, windows in held_out.items() if lacking else ():
             for state, quality in zip(lacking, evaluate(model, [*lacking.values()], windows)):
                 about = {"faster": faster, "state": state, "text": text, "plan": " ".join(lacking[state].names)}
-                spent = {"cpu_minutes": front.minutes(faster)} if state == "healed" else {}
+                spent = front.spent(faster) if state == "healed" else {}
                 found.append(about | vars(quality) | spent | settings)
         lines.append(path, *found)
         rows += found
-    rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), row["text"]))
+    rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), healed_with(row), row["text"]))
     show(rows, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
     if asked.speeds:
         timed = speeds(model, {faster: front.made(faster) for faster in asked.faster}, asked.rounds)
@@ -103,6 +107,11 @@ def main() -> None:
         about = machine(model.device)
         title = f"Decoding after 128 tokens, {about['cpu']}, {about['threads']} threads, {asked.dtype}"
         show(timed, SPEEDS, title=f"{title}, {asked.rounds} rounds")
+
+
+def healed_with(row: dict[str, Any]) -> int:
+    """The tokens that a result was healed with."""
+    return row.get("train_tokens", 0)
 
 
 def kept_times(path: Path, model: Any) -> Times:
@@ -120,25 +129,31 @@ def kept_times(path: Path, model: Any) -> Times:
 class Front:
     """What is chosen, repaired and healed for each speedup, from files of the folder where it is there."""
 
-    def __init__(self, asked: Any, model: Any, times: Times, rows: Tensor) -> None:
-        self.asked, self.model, self.times, self.rows = asked, model, times, rows
+    def __init__(self, asked: Any, model: Any, times: Times, rows: Tensor, lesson: Tensor) -> None:
+        self.asked, self.model, self.times, self.rows, self.lesson = asked, model, times, rows, lesson
         self.space = notall.Space(notall.locate(model), "sublayer")
 
     def made(self, faster: float, healed: bool = False) -> dict[str, Plan]:
         plans = {state: self.chosen(faster, STATES[state]) for state in ("skipped", "repaired")}
-        fit = self.rows[:-STOP].split(8)
+        fit = self.rows.split(8)
         print(f"{faster}x: repairing", file=sys.stderr, flush=True)
         plans["repaired"], _ = kept_repair(self.asked.out / "repairs", "refit", self.model, plans["repaired"], fit)
         if healed:
-            batches, stop = self.rows[:-STOP].split(BATCH), self.rows[-STOP:].split(BATCH)
+            batches, stop = self.lesson[:-STOP].split(BATCH), self.lesson[-STOP:].split(BATCH)
+            batches *= self.asked.train_tokens // self.lesson[:-STOP].numel()
             print(f"{faster}x: healing", file=sys.stderr, flush=True)
             with progress_bar() as bar:
-                folder = self.asked.out / f"healed-{faster:g}"
+                folder = self.healing(faster)
                 plans["healed"] = heal(self.model, plans["repaired"], batches, stop, folder=folder, progress=bar)
         return plans
 
-    def minutes(self, faster: float) -> float:
-        return read(self.asked.out / f"healed-{faster:g}" / HealRecord.file, HealRecord)[-1].seconds / 60
+    def spent(self, faster: float) -> dict[str, float]:
+        """What healing took: CPU minutes, and tokens of text."""
+        seconds = read(self.healing(faster) / HealRecord.file, HealRecord)[-1].seconds
+        return {"cpu_minutes": seconds / 60, "train_tokens": self.asked.train_tokens}
+
+    def healing(self, faster: float) -> Path:
+        return self.asked.out / f"healed-{faster:g}-with-{self.asked.train_tokens}"
 
     def chosen(self, faster: float, way: str) -> Plan:
         """What the search finds; sets that it evaluated for one speedup are known for the next."""

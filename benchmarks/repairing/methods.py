@@ -52,6 +52,9 @@ SETS = {
     # the paper's rule, the last layer kept
     "d8": "attn.21 attn.22 attn.23 attn.24 attn.25 attn.26 attn.27 attn.28",
     "db4": "attn.25 mlp.25 attn.26 mlp.26 attn.27 mlp.27 attn.28 mlp.28",
+    # found by the search that judges sets after a repair
+    "after-a8": "attn.6 attn.7 attn.8 attn.15 attn.17 attn.21 attn.26 attn.28",
+    "after-b4": "attn.12 mlp.12 attn.14 mlp.14 attn.15 mlp.15 attn.17 mlp.17",
     # found by the search on Gemma 3 270M
     "gemma-a4": "attn.7 attn.9 attn.16 attn.17",
     "gemma-a8": "attn.3 attn.6 attn.7 attn.8 attn.9 attn.15 attn.16 attn.17",
@@ -124,7 +127,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=131072, help="of calibration text")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
     options.add_argument(
-        "--sets", nargs="+", choices=SETS, default=[name for name in SETS if not name.startswith("gemma")]
+        "--sets", nargs="+", choices=SETS, default=[name for name in SETS if not name.startswith(("after", "gemma"))]
     )
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     asked = options.parse_args()

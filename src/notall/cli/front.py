@@ -196,6 +196,8 @@ def _show(records: Sequence[FrontRecord], out: Path, title: str, *, as_json: boo
     show_all({"front": Shown(rows, FrontRecord.columns, f"{title}: {out}")}, as_json=as_json, also={"verdict": said})
     if not as_json:
         say(said)
+        say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
 
 
 def _numbers(option: str, given: Iterable[str] | None) -> list[float]:
