@@ -568,6 +568,9 @@ def test_the_command_measures_plans_as_they_are_and_repaired(dense, monkeypatch,
     assert len({row["nll"] for row in rows}) == 6
     assert (tmp_path / "out" / "checkpoints" / "less-1-attention-repaired-Q8_0.gguf").is_file()
     assert run(monkeypatch, capsys, *words)[1] == out
+    told = run(monkeypatch, capsys, *words[: -len(SMALL)], *SMALL[:-1])[1]  # without --json
+    folder = tmp_path / "out"
+    assert f"Next: notall report {folder} -o {folder / 'report.html'}" in " ".join(told.split())
 
 
 @needs_llamacpp

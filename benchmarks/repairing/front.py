@@ -89,7 +89,8 @@ def main() -> None:
     rows = lines.read(path)
     for faster in asked.faster:
         made = front.made(faster, healed=faster in asked.heal)
-        known = {row["state"] for row in rows if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)}
+        of_these = [row for row in rows if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)]
+        known = {row["state"] for row in of_these}
         lacking = {state: plan for state, plan in made.items() if state not in known}
         found: list[dict[str, Any]] = []
         for text, windows in held_out.items() if lacking else ():
