@@ -192,6 +192,20 @@ def test_what_is_skipped_may_be_said_without_a_plan_file(run, folder, tmp_path, 
     assert skipped["plan"]["attention"] == list(Plan.load(path).attention)
 
 
+def test_a_bench_ends_with_what_a_whole_answer_takes(run, folder, tmp_path):
+    code, told, _ = run("bench", folder, *FAST, "--skip", "attention", "--fraction", "0.5", "-o", tmp_path / "times")
+    assert code == 0
+    lines = (tmp_path / "times" / "bench.jsonl").read_text().splitlines()
+    dense, skipped = (
+        row["prefill_ms"] + row["new_tokens"] * row["decode_ms_per_token"] for row in map(json.loads, lines)
+    )
+    assert (
+        f"take {skipped:,.0f} ms, where the dense model takes {dense:,.0f}: {dense / skipped:.2f} times as fast"
+        in " ".join(told.split())
+    )
+    assert "Without" not in run("bench", folder, *FAST)[1]
+
+
 def test_generate_shows_both_answers_side_by_side(run, folder, monkeypatch):
     """In a pipe one below the other; at a terminal in columns, as they come."""
     command = ["generate", folder, "abc", "--max-new-tokens", "12"]

@@ -298,6 +298,7 @@ def bench(
     from ..measuring.speed import machine
     from ..models.loading import dtype_name
     from ..records.bench import BenchRecord
+    from ..reporting.verdict import left_out_of
     from ..structure.locating import locate
 
     check_folders(bench=out)
@@ -333,6 +334,13 @@ def bench(
         f"{here['device_name']}, {here['threads']} threads; median of {rounds} [quartiles]"
     )
     show([record.row() for record in records], BenchRecord.columns, as_json=as_json, title=title)
+    if not as_json and wanted:
+        left_out, _, _ = left_out_of(net, wanted)
+        dense, skipped = (record.prefill_ms + new * record.decode_ms_per_token for record in records)
+        say(
+            f"Without {left_out} the prompt and {new} new tokens take {skipped:,.0f} ms, where the dense model takes "
+            f"{dense:,.0f}: {dense / skipped:.2f} times as fast, by medians."
+        )
 
 
 @app.command(rich_help_panel=MEASURE, epilog="Example:  notall tasks arc")
