@@ -27,7 +27,8 @@ import notall
 from notall import Plan
 from notall.choosing.budget import Budget
 from notall.choosing.choice import choose_plan
-from notall.choosing.latency import Times, Workload, measure_times
+from notall.choosing.latency import Times, Workload, check_times, measure_times
+from notall.choosing.space import Space
 from notall.choosing.speedups import by_speedup
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import compare, machine, speedup
@@ -78,18 +79,20 @@ def main() -> None:
     options.add_argument("--speeds", action="store_true", help="time what was chosen")
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
-    times = kept_times(asked.out / "times.json", model)
+    space = notall.Space(notall.locate(model), "sublayer")
+    times = kept_times(asked.out / "times.json", model, space)
     if asked.times_only:
         return
     drawn, held_out = texts(tokenizer, asked.data, asked.tokens + STOP * LENGTH, asked.windows)
     lesson, _ = texts(tokenizer, asked.data, min(asked.train_tokens, TEXT) + STOP * LENGTH, 1)
-    front = Front(asked, model, times, torch.cat(drawn)[:-STOP], torch.cat(lesson))
+    front = Front(asked, model, space, times, torch.cat(drawn)[:-STOP], torch.cat(lesson))
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"results-{called}.jsonl"
-    rows = lines.read(path)
     for faster in asked.faster:
         made = front.made(faster, healed=faster in asked.heal)
-        of_these = [row for row in rows if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)]
+        of_these = [
+            row for row in lines.read(path) if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)
+        ]
         known = {row["state"] for row in of_these}
         lacking = {state: plan for state, plan in made.items() if state not in known}
         found: list[dict[str, Any]] = []
@@ -99,7 +102,7 @@ def main() -> None:
                 spent = front.spent(faster) if state == "healed" else {}
                 found.append(about | vars(quality) | spent | settings)
         lines.append(path, *found)
-        rows += found
+    rows = lines.read(path)
     rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), healed_with(row), row["text"]))
     show(rows, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
     if asked.speeds:
@@ -115,24 +118,34 @@ def healed_with(row: dict[str, Any]) -> int:
     return row.get("train_tokens", 0)
 
 
-def kept_times(path: Path, model: Any) -> Times:
+def kept_times(path: Path, model: Any, space: Space) -> Times:
     """What each sublayer takes of decoding: from a file, where it was measured."""
     if path.exists():
         held = json.loads(path.read_text())
         return Times(DECODING, held["dense_ms"], held["sublayer_ms"])
     print("timing the sublayers: nothing else should run on this machine", file=sys.stderr, flush=True)
-    times = measure_times(model, DECODING, rounds=7)
+    times = corrected(model, space, measure_times(model, DECODING, rounds=7))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"dense_ms": times.dense_ms, "sublayer_ms": dict(times.sublayer_ms)}))
     return times
 
 
+def corrected(model: Any, space: Space, times: Times) -> Times:
+    """Times that tell how fast the model is without 12 attentions and 5 MLPs, which is about 1.3x."""
+    depth = len(space.anatomy.layers)
+    plan = Plan(attention=[depth * place // 12 for place in range(12)], mlp=[depth * place // 5 for place in range(5)])
+    check = check_times(model, plan, times, rounds=11)
+    print(f"predicted {check.predicted_speedup:.3f}x, measured {check.measured_speedup}", file=sys.stderr, flush=True)
+    budget = by_speedup(space, times, check.predicted_speedup).corrected(check)
+    return budget.times if budget else times
+
+
 class Front:
     """What is chosen, repaired and healed for each speedup, from files of the folder where it is there."""
 
-    def __init__(self, asked: Any, model: Any, times: Times, rows: Tensor, lesson: Tensor) -> None:
-        self.asked, self.model, self.times, self.rows, self.lesson = asked, model, times, rows, lesson
-        self.space = notall.Space(notall.locate(model), "sublayer")
+    def __init__(self, asked: Any, model: Any, space: Space, times: Times, rows: Tensor, lesson: Tensor) -> None:
+        self.asked, self.model, self.space, self.times = asked, model, space, times
+        self.rows, self.lesson = rows, lesson
 
     def made(self, faster: float, healed: bool = False) -> dict[str, Plan]:
         plans = {state: self.chosen(faster, STATES[state]) for state in ("skipped", "repaired")}
