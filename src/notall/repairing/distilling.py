@@ -28,7 +28,7 @@ from ..records.ledger import Ledger
 from .students import Student, rows_of, states_of
 
 LOOKS = 10  # at the held-out text, evenly over the training
-PATIENCE = 3  # looks without a gain that end it
+PATIENCE = 5  # looks without a gain that end it: while the rate is high there may be none, and as it falls there are
 CHECKPOINTS, WEIGHTS = "checkpoints", "trained.safetensors"
 
 
