@@ -368,6 +368,9 @@ def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):
     torn = tmp_path / "stopped" / "checkpoints" / "checkpoint-7"
     torn.mkdir()
     (torn / "optimizer.pt").write_bytes(b"torn")
+    half = tmp_path / "stopped" / "checkpoints" / "checkpoint-8"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 0.')
     kept = tmp_path / "stopped" / HealRecord.file
     kept.write_text(re.sub(r'"seconds": ?[\d.e-]+', '"seconds": 1000.0', kept.read_text()))
     assert same(run_heal(tmp_path / "stopped", **options), whole)

@@ -6,6 +6,7 @@ The loss is KL(dense || skipped) of the next token, whose derivative by what the
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -119,10 +120,18 @@ class Distillation:
 def _last_whole(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end, where its state stands; torn ones are deleted."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]
+    whole = [path for path in found if _is_json(path / TRAINER_STATE_NAME)]
     for torn in set(found) - set(whole):
         shutil.rmtree(torn)
     return whole[-1] if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _Trainer(Trainer):
