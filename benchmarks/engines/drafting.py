@@ -120,10 +120,10 @@ def vllm(dense: str, draft: str, drafted: int, threads: int) -> Answer:
 SERVERS: dict[str, Callable[[str, str, int, int], Answer]] = {"llama.cpp": llamacpp, "vllm": vllm}
 
 
-def surroundings() -> dict[str, str]:
-    """With Intel's OpenMP where it is installed, without which vLLM warns that drafting on a CPU is slow."""
+def surroundings(engine: str) -> dict[str, str]:
+    """For vLLM with Intel's OpenMP, if it is installed: without it vLLM warns that drafting on a CPU is slow."""
     intel = Path(sys.prefix, "lib", "libiomp5.so")
-    return dict(os.environ) | ({"LD_PRELOAD": str(intel)} if intel.exists() else {})
+    return dict(os.environ) | ({"LD_PRELOAD": str(intel)} if engine == "vllm" and intel.exists() else {})
 
 
 class Running:
@@ -132,8 +132,9 @@ class Running:
     def __init__(self, engine: str, dense: Path, draft: Path, drafted: int, threads: int) -> None:
         command = [sys.executable, __file__, "--serve", engine, *map(str, (dense, draft, drafted, threads))]
         pipe = subprocess.PIPE
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=surroundings())
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=surroundings(engine)
+        )
         self.rounds: list[list[dict[str, Any]]] = []
         self.answer()
 

@@ -44,13 +44,12 @@ def _choice(row: Row, *, by_bits: bool) -> str:
 
 def _caution(row: Row) -> str:
     """A word where it is too little to go by."""
-    rounds, windows = (row.get(name) for name in ("rounds", "windows"))
-    few = [f"{rounds} round{'s' if rounds > 1 else ''}"] if rounds is not None and rounds < LEAST_ROUNDS else []
-    few += (
-        [f"{windows} window{'s' if windows > 1 else ''} of text"]
-        if windows is not None and windows < LEAST_WINDOWS
-        else []
-    )
+    needed = (("rounds", "round", "", LEAST_ROUNDS), ("windows", "window", " of text", LEAST_WINDOWS))
+    few = [
+        f"{count} {what}{'s' if count > 1 else ''}{of}"
+        for name, what, of, least in needed
+        if (count := row.get(name)) is not None and count < least
+    ]
     if not few:
         return ""
     return (
