@@ -29,8 +29,8 @@ from notall.exporters.engines.llamacpp import LlamaCpp
 from notall.exporters.engines.vllm import EIGHT_BITS, VLLM
 from notall.exporters.engines.windows import Windows, as_windows, by_another
 from notall.exporters.gguf_file import read_gguf
+from notall.records import lines
 from notall.records.front import EngineTimesRecord, FrontRecord, best_of
-from notall.records.ledger import read
 from notall.records.provenance import Provenance
 from notall.reporting.figures import draw_all
 from notall.reporting.folder import read_folder
@@ -438,10 +438,10 @@ def test_a_run_goes_on_and_takes_an_interrupted_round_again(asked, tmp_path):
     done = len(asked)
     measured(tmp_path)
     assert len(asked) == done
-    assert len(read(tmp_path / FrontRecord.file, FrontRecord)) == 4
+    assert len(lines.read(tmp_path / FrontRecord.file)) == 4
     measured(tmp_path, rounds=4)
     assert [question for question, _ in asked[done:]] == ["time"] * 4
-    assert len(read(tmp_path / EngineTimesRecord.file, EngineTimesRecord)) == 2 + 4 * 4
+    assert len(lines.read(tmp_path / EngineTimesRecord.file)) == 2 + 4 * 4
 
 
 def test_what_an_engine_cannot_run_is_told_and_tried_again(asked, tmp_path):

@@ -124,6 +124,15 @@ def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
     assert mlp.row() == RECORD
 
 
+def test_of_a_record_that_was_measured_again_the_last_one_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    lines.append(path, RECORD, RECORD | {"variant": "dense"}, RECORD | {"nll": 2.8})
+    assert [(one.variant, one.nll) for one in read(path, SweepRecord)] == [("mlp", 2.8), ("dense", 2.9)]
+    answers = tmp_path / "answers.jsonl"  # which have no key
+    lines.append(answers, *[{"plans": ["a"], "answers": {"x": [answer]}} for answer in (1.5, 1.5)])
+    assert len(read(answers, AnswersRecord)) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -155,6 +155,7 @@ def cluster():
     words = f"start --head --block --port {ports[0]} --ray-client-server-port {ports[1]} --temp-dir {folder}"
     words += " --num-cpus 2 --include-dashboard=false --disable-usage-stats"
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test" * 6}
+    environment["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "200"  # 30 are few on a busy machine
     running = subprocess.Popen([ray, *words.split()], env=environment, stdout=subprocess.DEVNULL)
     try:
         wait_for(ports[1], running)
@@ -173,6 +174,16 @@ def wait_for(port, running):
     raise AssertionError("the cluster ended before it listened")
 
 
+def test_of_a_traceback_that_rays_client_hands_on_its_last_line_is_said(monkeypatch):
+    handed_on = (
+        "Initialization failure from server:\nTraceback (most recent call last):\n  File x\nRuntimeError: full\n"
+    )
+    monkeypatch.setattr(spreading.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(spreading.ray, "init", mock.Mock(side_effect=ConnectionAbortedError(handed_on)))
+    with pytest.raises(UsageError, match="no Ray cluster at ray://there:1: RuntimeError: full; give local"):
+        Workers({}, None, "ray://there:1")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, cluster, tmp_path):
@@ -180,6 +191,8 @@ def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, c
     places = (("inside", f"127.0.0.1:{ports[0]}", 2), ("outside", f"ray://127.0.0.1:{ports[1]}", 1))
     for name, address, workers in places:
         done = sweep_on(options, tmp_path / name, address, workers, **token)
+        if "Ray client server failed" in done.stderr:  # as Ray's own does at times on a busy machine
+            done = sweep_on(options, tmp_path / name, address, workers, **token)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)) == 19
 

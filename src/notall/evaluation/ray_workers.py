@@ -59,7 +59,7 @@ class Workers:
                 where = None if address == "any" else address
                 ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
             except (ConnectionError, RayError, ValueError) as error:
-                said = " ".join(str(error).split())[:200]
+                said = " ".join(_reason(str(error)).split())[:200]
                 raise UsageError(
                     f"no Ray cluster at {address}: {said}; give local, auto, HOST:PORT or ray://HOST:PORT, and set "
                     "RAY_AUTH_MODE=token where the cluster wants a token"
@@ -179,6 +179,11 @@ def split_branches(anatomy: Anatomy, plans: Sequence[Plan], parts: int) -> list[
     while len(groups := _filled(order, paths, most)) > parts:
         most += 1
     return groups
+
+
+def _reason(said: str) -> str:
+    """The last line of a traceback that Ray's client hands on, else all of it."""
+    return said.strip().splitlines()[-1] if "Traceback" in said else said
 
 
 def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -> list[list[int]]:

@@ -78,11 +78,13 @@ class Ledger(Generic[R]):
 def read(path: Path, kind: type[R]) -> list[R]:
     """The records of a file in their order, also those of an older form; [] without a file.
 
+    Of a key the last one counts: a group of records that was torn while it was written is measured again as a whole.
     Raises `UsageError` that names the line, and the field, where one is malformed or of another kind.
     """
     found = ((number, upgraded(line, path)) for number, line in lines.numbered(path))
     start = 1 if kind.headed else 0  # the header has no key
-    return [_checked(path, number, line, kind) for number, line in list(found)[start:]]
+    records = [_checked(path, number, line, kind) for number, line in list(found)[start:]]
+    return list({record.key: record for record in records}.values()) if kind.key_fields else records
 
 
 def header_of(path: Path) -> HeaderRecord | None:

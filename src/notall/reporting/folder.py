@@ -17,7 +17,7 @@ from ..records.claims import ClaimRecord
 from ..records.columns import Row
 from ..records.comparison import ChoiceRecord, ComparisonRecord, HeldOutRecord, PlanTimesRecord
 from ..records.fingerprint import Fingerprint
-from ..records.front import EngineScoresRecord, EngineTimesRecord, FrontRecord
+from ..records.front import EngineScoresRecord, EngineTimesRecord
 from ..records.kinds import kind_at
 from ..records.leave_one_out import LeaveOneOutRecord
 from ..records.ledger import header_of, read
@@ -142,8 +142,6 @@ def _rows_of(files: Mapping[type[Record], Path], kind: type[Record]) -> tuple[Ro
 
 def _rows(file: Path, kind: type[Record]) -> list[Row]:
     records: Iterable[Record] = pairs_of(read(file, BenchRecord)) if kind is BenchRecord else read(file, kind)
-    if kind is FrontRecord:  # of each model what was measured last
-        records = {record.key: record for record in records}.values()
     header = header_of(file) if kind.headed else None
     about = {"provenance": header.provenance.flat} if header else {}
     return [record.row() | about for record in records]
