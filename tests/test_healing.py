@@ -14,7 +14,7 @@ from families import family
 from notall import Plan, UnsupportedModel, UsageError, repair, skip
 from notall.records.healing import HealRecord
 from notall.records.ledger import read
-from notall.repairing import healing
+from notall.repairing import distilling
 from notall.repairing.healing import heal
 from notall.repairing.students import Student
 from notall.running.repaired_folders import load_repaired
@@ -156,7 +156,7 @@ def students(monkeypatch):
             super().__init__(*given, **more)
             found.append(self)
 
-    monkeypatch.setattr(healing, "Student", Kept)
+    monkeypatch.setattr(distilling, "Student", Kept)
     return found
 
 
@@ -318,7 +318,7 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with():
 
 
 def test_a_capped_head_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(healing, "Distillation", lambda *_: pytest.fail("a training was begun"))
+    monkeypatch.setattr(distilling, "Distillation", lambda *_: pytest.fail("a training was begun"))
     with pytest.raises(UnsupportedModel, match="is no matrix, and cannot be aimed at") as refusal:
         run_heal(tmp_path / "out", family("gemma2").build())
     assert "\n" not in str(refusal.value)
@@ -381,7 +381,7 @@ def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):
 
 def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tmp_path, monkeypatch):
     whole = run_heal(tmp_path)
-    monkeypatch.setattr(healing, "Distillation", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(distilling, "Distillation", lambda *_: pytest.fail("it was trained again"))
     assert same(run_heal(tmp_path), whole)
     others = {"rate": 1e-3}, {"train": "all"}, {"warm_up": 0.5}
     for changes, said in ((one, f"results with {name}") for one in others for name in one):

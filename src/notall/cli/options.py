@@ -121,7 +121,7 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="evaluate on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or "
+        help="run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or "
         "ray://HOST:PORT",
         rich_help_panel=CLUSTER,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,21 @@ from .app import REPAIR, app
 from .checks import check_folders, check_texts
 from .ending import conclude, warn_if_worse
 from .inputs import Loading, load_model, provenance_of, read_plan, text_batches
-from .options import BatchSize, Device, DeviceMap, Dtype, Json, Length, Model, PlanFile, Revision, Seed, Trust
+from .options import (
+    BatchSize,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Length,
+    Model,
+    PlanFile,
+    Ray,
+    RayWorkers,
+    Revision,
+    Seed,
+    Trust,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +45,7 @@ if TYPE_CHECKING:
     from ..records.measured import MeasuredRecord, State
     from ..records.plan import Plan
     from ..records.provenance import Provenance
+    from ..repairing.spreading import Spread
     from ..reporting.verdict import Verdict
     from ..running.repaired import RepairedPlan
 
@@ -214,6 +229,8 @@ def heal(
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    ray: Ray = None,
+    ray_workers: RayWorkers = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +257,9 @@ def heal(
         raise UsageError(f"--rank {shortened(rank)} is of no use here: give 1 or more, with --train lora")
     if tokens is not None and tokens < length:
         raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {length}: give more")
-    net, tokenizer = load_model(Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code))
+    loading = Loading(model, dtype, device, revision=revision, trust_remote_code=trust_remote_code)
+    workers = _workers(loading, ray, ray_workers, batch_size)
+    net, tokenizer = load_model(loading)
     wanted.check(locate(net))
     sequences = None if tokens is None else tokens // length
     texts = _Texts.drawn(
@@ -263,6 +282,7 @@ def heal(
             folder=out,
             settings=settings,
             seed=seed,
+            workers=workers,
             progress=progress,
         )
         before: State = "repaired" if isinstance(wanted, RepairedPlan) else "skipped"
@@ -275,6 +295,17 @@ def heal(
     verdict = _verdict_of(tables["quality"].rows[-1], model, net, wanted, out)
     show_all(tables, as_json=as_json, also={"verdict": verdict.row()})
     conclude(verdict, as_json=as_json)
+
+
+def _workers(loading: Loading, address: str | None, count: int | None, batch_size: int) -> Spread | None:
+    """Those of `--ray`, which share each batch; None without it."""
+    if address is None:
+        return None
+    from ..repairing.spreading import Spread
+
+    spread = Spread(asdict(loading), address, count)
+    spread.check(batch_size)
+    return spread
 
 
 def repaired_by(

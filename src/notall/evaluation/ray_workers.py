@@ -6,7 +6,6 @@ again by another one, once. Results are those of one process: the same functions
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,11 @@ from torch import Tensor
 from ..errors import UsageError
 from ..measuring.quality import Scores, score
 from ..records.plan import Plan
+from ..running.cluster import join, ray, room
 from ..running.replay import live_steps
 from ..structure.anatomy import Anatomy
 from .packing import common
 from .scoring import Request, RequestScores, Scorer
-
-try:
-    import ray
-    from ray.exceptions import RayActorError, RayError
-except ModuleNotFoundError:
-    raise UsageError("spreading over machines needs ray; pip install 'notall[ray]'") from None
 
 SLICE = 256  # requests that are answered before anything is kept
 
@@ -37,10 +31,9 @@ Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
 class Workers:
     """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
 
-    `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here),
-    HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside, by Ray's client). There are `count`
-    workers, or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs. Raises
-    `UsageError` when no cluster is there, when it has no room, and when a worker can't load the model.
+    `address` is as in `cluster.join`. There are `count` workers, or as many as the GPUs allow at `gpus` each, or
+    without GPUs as many as half of the CPUs. Raises `UsageError` when no cluster is there, when it has no room, and
+    when a worker can't load the model.
     """
 
     def __init__(
@@ -53,22 +46,10 @@ class Workers:
         gpus: int = 1,
     ) -> None:
         self.anatomy = anatomy
-        self.started = not ray.is_initialized()
-        if self.started:
-            try:
-                where = None if address == "any" else address
-                ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-            except (ConnectionError, RayError, ValueError) as error:
-                said = " ".join(_reason(str(error)).split())[:200]
-                raise UsageError(
-                    f"no Ray cluster at {address}: {said}; give local, auto, HOST:PORT or ray://HOST:PORT, and set "
-                    "RAY_AUTH_MODE=token where the cluster wants a token"
-                ) from None
-        held = ray.cluster_resources()
-        has_gpus = held.get("GPU", 0) >= gpus
-        room = int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))
+        self.started = join(address)
+        most, has_gpus = room(gpus)
         remote = ray.remote(num_cpus=1, num_gpus=gpus if has_gpus else 0)(_Worker)
-        self.actors: list[Any] = [remote.remote(dict(load_options)) for _ in range(count or room)]
+        self.actors: list[Any] = [remote.remote(dict(load_options)) for _ in range(count or most)]
         self.processes = self._processes()
 
     def __enter__(self) -> Workers:
@@ -128,7 +109,7 @@ class Workers:
             try:
                 answers[number] = ray.get(ready)
                 idle.append(actor)
-            except RayActorError:
+            except ray.exceptions.RayActorError:
                 self.actors.remove(actor)
                 if tried[number] > 1:
                     raise UsageError("two workers were lost on the same branches; look at the cluster's logs") from None
@@ -139,7 +120,7 @@ class Workers:
         """Of the workers, once each has its model."""
         try:
             return ray.get([actor.ready.remote() for actor in self.actors], timeout=1800)
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             said = " ".join(str(cause).split())[-300:]
             raise UsageError(f"a worker could not load the model: {said}") from None
@@ -179,11 +160,6 @@ def split_branches(anatomy: Anatomy, plans: Sequence[Plan], parts: int) -> list[
     while len(groups := _filled(order, paths, most)) > parts:
         most += 1
     return groups
-
-
-def _reason(said: str) -> str:
-    """The last line of a traceback that Ray's client hands on, else all of it."""
-    return said.strip().splitlines()[-1] if "Traceback" in said else said
 
 
 def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -> list[list[int]]:

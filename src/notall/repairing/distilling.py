@@ -1,5 +1,7 @@
 """The loop of a healing: transformers' Trainer, and so accelerate, with a loss that keeps no logits.
 
+Where several processes train, each has its share of every batch and of the held-out text.
+
 The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known (see
 `TokenScorer.distance`). For a first share of the steps it may be how far the student's stream is off instead.
 """
@@ -26,7 +28,9 @@ from ..measuring.token_scores import Dense, TokenScorer
 from ..progress import Progress
 from ..records.healing import HealRecord
 from ..records.ledger import Ledger
-from .students import Student, rows_of, states_of
+from ..records.plan import Plan
+from ..structure.locating import locate
+from .students import Student, Trained, rows_of, states_of
 
 LOOKS = 10  # at the held-out text, evenly over the training
 PATIENCE = 5  # looks without a gain that end it: while the rate is high there may be none, and as it falls there are
@@ -40,6 +44,29 @@ class Course:
     rate: float
     warm_up: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on which text and how, wherever that is."""
+
+    plan: Plan
+    batches: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    train: Trained
+    rank: int
+    course: Course
+
+    def run(
+        self, model: PreTrainedModel, folder: Path, kept: Ledger[HealRecord] | None, progress: Progress
+    ) -> dict[str, Tensor]:
+        """The weights that were best, by their paths in `model`, the dense one."""
+        streamed = self.course.warm_up > 0
+        student = Student(
+            model, locate(model), self.plan, self.train, self.batches[0], rank=self.rank, streamed=streamed
+        )
+        Distillation(model, student, folder, kept, progress).train(self.batches, self.held_out, self.course)
+        return student.weights()
 
 
 class Distillation:
@@ -85,7 +112,6 @@ class Distillation:
         steps = len(batches)
         arguments = TrainingArguments(
             output_dir=str(self.folder / CHECKPOINTS),
-            per_device_train_batch_size=len(batches[0]),
             max_steps=steps,
             learning_rate=course.rate,
             lr_scheduler_type="cosine",
@@ -112,6 +138,7 @@ class Distillation:
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        arguments.per_device_train_batch_size = len(batches[0]) // arguments.world_size
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # threads over several GPUs would each take a batch, and are slower than one
         return arguments
@@ -122,7 +149,7 @@ def _last_whole(folder: Path) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if _is_json(path / TRAINER_STATE_NAME)]
     for torn in set(found) - set(whole):
-        shutil.rmtree(torn)
+        shutil.rmtree(torn, ignore_errors=True)  # another worker may be at it
     return whole[-1] if whole else None
 
 
@@ -155,10 +182,13 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A look at the held-out text."""
-        self.exam = self.exam or _Exam(self.run.teacher, self.scorer, self.held_out)
+        share = self.held_out[self.args.process_index :: self.args.world_size]
+        self.exam = self.exam or _Exam(self.run.teacher, self.scorer, share)
         self.run.student.eval()
         with self.accelerator.autocast():
-            metrics = self.exam.look(self.run.student.model)
+            sums = self.exam.look(self.run.student.model)
+        kl, nll, same, count = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {"eval_loss": kl / count, "nll": nll / count, "same": same / count}
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # which writes to `control`
         return metrics
 
@@ -188,14 +218,14 @@ class _Exam:
             self.asked.append((ids, targets, scores.likeliest, dense))
 
     @torch.no_grad()
-    def look(self, student: PreTrainedModel) -> dict[str, float]:
-        """Means over all tokens that are predicted."""
-        found: list[Tensor] = []
+    def look(self, student: PreTrainedModel) -> Tensor:
+        """Sums over all tokens that are predicted, and how many these are."""
+        found = [torch.zeros(4, 0, device=student.device)]
         for ids, targets, likeliest, dense in self.asked:
             scores = self.scorer.score(rows_of(student, ids), targets, dense, likeliest=True)
-            found.append(torch.stack([scores.kl, scores.nll, (scores.likeliest == likeliest).to(scores.kl)]))
-        kl, nll, same = torch.cat(found, 1).mean(1).tolist()
-        return {"eval_loss": kl, "nll": nll, "same": same}
+            same = (scores.likeliest == likeliest).to(scores.kl)
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+        return torch.cat(found, 1).sum(1)
 
 
 class _Patience(EarlyStoppingCallback):
@@ -234,7 +264,7 @@ class _Told(TrainerCallback):
             held_out_agreement=metrics["same"],
             seconds=time.process_time() - self.start,
         )
-        if self.run.kept is not None and look.key not in self.run.kept:
+        if state.is_world_process_zero and self.run.kept is not None and look.key not in self.run.kept:
             self.run.kept.add(look)
 
 

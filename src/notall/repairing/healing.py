@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,9 +31,12 @@ from ..running.repaired_folders import BEFORE, HEALED, PLAN, keep_whole, load_re
 from ..structure.anatomy import base_model
 from ..structure.locating import locate
 from ..structure.token_ids import checked
-from .distilling import CHECKPOINTS, Course, Distillation
+from .distilling import CHECKPOINTS, Course, Training
 from .refitting import digest_of
-from .students import RANK, Student, Trained
+from .students import RANK, Trained
+
+if TYPE_CHECKING:
+    from .spreading import Spread
 
 RATE = 3e-4
 
@@ -51,6 +54,7 @@ def heal(
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     settings: Provenance | Mapping[str, Any] | None = None,
+    workers: Spread | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the dense model.
@@ -61,11 +65,11 @@ def heal(
     `warm_up` of the batches each kept sublayer aims at the dense model's stream behind it, and only then all of them
     at the next token. It ends early where the KL on `held_out`, batches as well, no longer falls, and keeps the best
     weights, possibly the initial ones. With a `folder` the result is written down, and repeating the call resumes an
-    interrupted run.
+    interrupted run. `workers` of a Ray cluster share each batch among them, and need the folder too.
 
     Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
-    a folder that holds other work or is in use, and `lora` without peft, and `UnsupportedModel` as `locate` does and
-    where the head is no matrix.
+    a folder that holds other work or is in use, `lora` without peft, and as `Spread.train` does, and `UnsupportedModel`
+    as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     inner, folder = base_model(model), Path(folder) if folder else None
@@ -73,6 +77,8 @@ def heal(
     _check(inner, plan, warm_up)
     if not plan or not batches or not held_out:
         raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+    if workers and not folder:
+        raise UsageError("workers share a folder: give one")
     anatomy = locate(inner)
     before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
     how = {"training": digest_of(batches), "stops_by": digest_of(held_out), "train": train, "rate": rate}
@@ -92,10 +98,12 @@ def heal(
         kept = Ledger(folder, HealRecord, about) if folder else None
         if folder and (folder / PLAN).is_file():
             return load_repaired(folder)
-        student = Student(inner, anatomy, plan, train, batches[0], rank=rank, streamed=warm_up > 0)
-        training = Distillation(inner, student, Path(folder or scratch), kept, progress)
-        training.train(batches, held_out, Course(rate, warm_up, seed))
-        healed = RepairedPlan.of(plan, weights=before | student.weights(), history=history)
+        training = Training(plan, batches, held_out, train, rank, Course(rate, warm_up, seed))
+        if workers and folder:
+            trained = workers.train(training, folder, about, progress)
+        else:
+            trained = training.run(inner, Path(folder or scratch), kept, progress)
+        healed = RepairedPlan.of(plan, weights=before | trained, history=history)
         if folder:
             keep_whole(folder, healed, HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""A healing on two workers of a Ray cluster is that of one process, also where one fails in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
+
+import ray
+
+from notall import Plan, UsageError, cli, load, repair
+from notall.records.healing import HealRecord
+from notall.records.ledger import read
+from notall.repairing import distilling, healing, spreading
+from notall.repairing.distilling import Training
+from notall.repairing.healing import heal
+from notall.repairing.spreading import Spread
+from notall.running import cluster
+from test_healing import HELD_OUT, PLAN, TRAINED, llama
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+pytestmark = pytest.mark.any_transformers
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spread") / "tiny"
+    llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return {"spec": str(path), "dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def two(options):
+    """Two workers on a cluster of this file's own, as starting one takes long."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield Spread(options, count=2)
+    ray.shutdown()
+
+
+class FailsOnce(Training):
+    """Raises after the third step, in the worker that is first there."""
+
+    def run(self, model, folder, kept, progress):
+        def fail(done, *_):
+            if done == 3:
+                (folder / "failed").touch(exist_ok=False)  # another one that comes here later waits, or fails too
+                raise RuntimeError("planted")
+
+        return super().run(model, folder, kept, progress if (folder / "failed").exists() else fail)
+
+
+class AlwaysFails(Training):
+    def run(self, model, folder, kept, progress):
+        raise UsageError("planted for good")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", [Training, FailsOnce])
+def test_two_workers_come_to_what_one_process_does(kind, two, tmp_path, monkeypatch):
+    """From a repaired plan, with a warm-up, and an odd number of held-out batches."""
+    monkeypatch.setattr(healing, "Training", kind)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    model = load(**two.load_options)[0]
+    plan, held_out, told = repair(model, PLAN, TRAINED), [*HELD_OUT, HELD_OUT[0] + 1], []
+    how = {"rate": 3e-3, "warm_up": 0.25}
+
+    def progress(*now):
+        told.append(now)
+
+    there = heal(
+        model,
+        plan,
+        TRAINED,
+        held_out,
+        **how,
+        folder=tmp_path / "two",
+        workers=two,
+        progress=progress,
+    )
+    monkeypatch.setattr(healing, "Training", Training)
+    here = heal(model, plan, TRAINED, held_out, **how, folder=tmp_path / "one")
+    assert there.weights.keys() == here.weights.keys()
+    for path, weight in here.weights.items():
+        torch.testing.assert_close(there.weights[path], weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(weight, model.get_parameter(path)) or path not in plan.weights
+    one, both = (read(tmp_path / name / HealRecord.file, HealRecord) for name in ("one", "two"))
+    assert [look.tokens for look in both] == [look.tokens for look in one]
+    for name in ("held_out_kl", "held_out_nll", "held_out_agreement"):
+        assert [getattr(look, name) for look in both] == pytest.approx([getattr(look, name) for look in one], rel=1e-5)
+    assert told[-1][2] == "healing on 2 workers"
+    assert 0 <= told[-1][0] <= told[-1][1] == distilling.LOOKS
+    assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_fails_again_is_one_line(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "Training", AlwaysFails)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(UsageError, match=r"a worker failed: .*planted for good; the same command goes on") as refusal:
+        heal(load(**two.load_options)[0], PLAN, TRAINED, HELD_OUT, folder=tmp_path, workers=two)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("spread", "said"),
+    [
+        (Spread({}, count=3), "3 workers cannot share a batch of 4 evenly: give another --batch-size or --ray-workers"),
+        (Spread({}, count=-1), "-1 workers cannot share"),
+        (Spread({}, "ray://there:1"), "give --ray auto or HOST:PORT there"),
+        (Spread({}), "8 workers cannot share a batch of 4"),
+    ],
+)
+def test_what_workers_cannot_share_is_refused(spread, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(spreading, "join", lambda address: False)
+    monkeypatch.setattr(spreading, "room", lambda: (8, True))
+    with pytest.raises(UsageError, match=said):
+        heal(llama(), PLAN, TRAINED, HELD_OUT, folder=tmp_path / "out", workers=spread)
+
+
+def test_workers_need_a_folder():
+    with pytest.raises(UsageError, match="workers share a folder: give one"):
+        heal(llama(), PLAN, TRAINED, HELD_OUT, workers=Spread({}, count=2))
+
+
+@pytest.mark.parametrize(
+    ("held", "gpus", "found"),
+    [({"CPU": 6.0}, 1, (3, False)), ({"CPU": 1.0}, 1, (1, False)), ({"CPU": 9.0, "GPU": 5.0}, 2, (2, True))],
+)
+def test_room_is_counted_in_gpus_else_in_pairs_of_cpus(held, gpus, found, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: held)
+    assert cluster.room(gpus) == found
+
+
+def test_the_command_hands_its_workers_what_they_load(tmp_path, monkeypatch):
+    asked, model = {}, tmp_path / "tiny"
+    tiny_llama().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+
+    def train(self, training, folder, about, progress):
+        asked.update(spread=self, training=training, folder=folder)
+        raise UsageError("as far as this")
+
+    monkeypatch.setattr(Spread, "train", train)
+    plan = tmp_path / "plan.json"
+    Plan(attention=[2]).save(plan)
+    words = ["notall", "heal", model, "--plan", plan, "--out", tmp_path / "out", "--tokens", "64"]
+    words += ["--length", "16", "--batch-size", "2", "--ray", "local", "--ray-workers", "2", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    spread = asked["spread"]
+    assert (spread.address, spread.count) == ("local", 2)
+    assert (spread.load_options["spec"], spread.load_options["dtype"]) == (str(model), "float32")
+    assert asked["folder"] == tmp_path / "out"
+    assert len(asked["training"].batches[0]) == 2
