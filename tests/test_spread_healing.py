@@ -14,6 +14,7 @@ if importlib.util.find_spec("ray") is None:
 import ray
 
 from notall import Plan, UsageError, cli, load, repair
+from notall.records import lines
 from notall.records.healing import HealRecord
 from notall.records.ledger import read
 from notall.repairing import distilling, healing, spreading
@@ -92,6 +93,7 @@ def test_two_workers_come_to_what_one_process_does(kind, two, tmp_path, monkeypa
         assert not torch.equal(weight, model.get_parameter(path)) or path not in plan.weights
     one, both = (read(tmp_path / name / HealRecord.file, HealRecord) for name in ("one", "two"))
     assert [look.tokens for look in both] == [look.tokens for look in one]
+    assert len(lines.read(tmp_path / "two" / HealRecord.file)) == 1 + len(both)  # the first worker alone writes
     for name in ("held_out_kl", "held_out_nll", "held_out_agreement"):
         assert [getattr(look, name) for look in both] == pytest.approx([getattr(look, name) for look in one], rel=1e-5)
     assert told[-1][2] == "healing on 2 workers"

@@ -37,7 +37,7 @@ from notall.records.columns import number, plain, with_error
 from notall.records.healing import HealRecord
 from notall.records.ledger import read
 from notall.records.provenance import Provenance
-from notall.repairing.healing import heal
+from notall.repairing.healing import RATE, heal
 from notall.repairing.methods.keeping import kept_repair
 from notall.reporting.console import show
 from notall.reporting.progress_bars import progress_bar
@@ -49,16 +49,17 @@ WAYS = {"as it is": 4, "after a repair": 16}  # windows to choose by: half of th
 STATES = {"skipped": "as it is", "repaired": "after a repair", "healed": "after a repair"}  # by how it is chosen
 TEXT = 262144  # tokens, about all there are of both texts: training on more goes through them again
 COLUMNS = (
-    number("faster", "speedup asked for", ".1f"),
+    number("faster", "speedup asked for", ".2f"),
     *(plain("state", "model"), plain("text")),
     with_error("delta_nll", "NLL added"),
     with_error("kl", "KL"),
     with_error("top1_agreement", "top-1 agreement"),
     number("cpu_minutes", "CPU min. of healing", ".1f"),
+    number("rate", "rate", "g"),
     plain("plan"),
 )
 SPEEDS = (
-    number("faster", "speedup asked for", ".1f"),
+    number("faster", "speedup asked for", ".2f"),
     plain("chosen"),
     number("decode_ms", "decode ms/token", ".2f"),
     *(number(name, name.replace("_", " "), ".3f") for name in ("speedup", "lower_quartile", "upper_quartile")),
@@ -71,6 +72,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("results/repair-front"))
     options.add_argument("--tokens", type=int, default=131072, help="to fit repairs to")
     options.add_argument("--train-tokens", type=int, default=131072, help="to heal with")
+    options.add_argument("--rate", type=float, default=RATE, help="of learning, to heal with")
     options.add_argument("--windows", type=int, default=32, help="of 512 tokens, of each text to measure on")
     options.add_argument("--faster", nargs="+", type=float, default=list(SPEEDUPS))
     options.add_argument("--heal", nargs="*", type=float, default=[], help="the speedups whose models are healed")
@@ -90,9 +92,7 @@ def main() -> None:
     path = asked.out / f"results-{called}.jsonl"
     for faster in asked.faster:
         made = front.made(faster, healed=faster in asked.heal)
-        of_these = [
-            row for row in lines.read(path) if row["faster"] == faster and healed_with(row) in (0, asked.train_tokens)
-        ]
+        of_these = [row for row in lines.read(path) if row["faster"] == faster and is_healed_as(asked, row)]
         known = {row["state"] for row in of_these}
         lacking = {state: plan for state, plan in made.items() if state not in known}
         found: list[dict[str, Any]] = []
@@ -103,7 +103,7 @@ def main() -> None:
                 found.append(about | vars(quality) | spent | settings)
         lines.append(path, *found)
     rows = lines.read(path)
-    rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), healed_with(row), row["text"]))
+    rows.sort(key=lambda row: (row["faster"], [*STATES].index(row["state"]), row.get("train_tokens", 0), row["text"]))
     show(rows, COLUMNS, title=f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
     if asked.speeds:
         timed = speeds(model, {faster: front.made(faster) for faster in asked.faster}, asked.rounds)
@@ -113,9 +113,10 @@ def main() -> None:
         show(timed, SPEEDS, title=f"{title}, {asked.rounds} rounds")
 
 
-def healed_with(row: dict[str, Any]) -> int:
-    """The tokens that a result was healed with."""
-    return row.get("train_tokens", 0)
+def is_healed_as(asked: Any, row: dict[str, Any]) -> bool:
+    """Whether a result is not of a healing, or of one that is asked for."""
+    healing = (asked.train_tokens, asked.rate)
+    return row["state"] != "healed" or (row["train_tokens"], row.get("rate", RATE)) == healing
 
 
 def kept_times(path: Path, model: Any, space: Space) -> Times:
@@ -158,16 +159,18 @@ class Front:
             print(f"{faster}x: healing", file=sys.stderr, flush=True)
             with progress_bar() as bar:
                 folder = self.healing(faster)
-                plans["healed"] = heal(self.model, plans["repaired"], batches, stop, folder=folder, progress=bar)
+                options = {"rate": self.asked.rate, "folder": folder, "progress": bar}
+                plans["healed"] = heal(self.model, plans["repaired"], batches, stop, **options)
         return plans
 
     def spent(self, faster: float) -> dict[str, float]:
         """What healing took: CPU minutes, and tokens of text."""
         seconds = read(self.healing(faster) / HealRecord.file, HealRecord)[-1].seconds
-        return {"cpu_minutes": seconds / 60, "train_tokens": self.asked.train_tokens}
+        return {"cpu_minutes": seconds / 60, "train_tokens": self.asked.train_tokens, "rate": self.asked.rate}
 
     def healing(self, faster: float) -> Path:
-        return self.asked.out / f"healed-{faster:g}-with-{self.asked.train_tokens}"
+        at = "" if self.asked.rate == RATE else f"-at-{self.asked.rate:g}"
+        return self.asked.out / f"healed-{faster:g}-with-{self.asked.train_tokens}{at}"
 
     def chosen(self, faster: float, way: str) -> Plan:
         """What the search finds; sets that it evaluated for one speedup are known for the next."""

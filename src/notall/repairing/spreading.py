@@ -25,7 +25,7 @@ try:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
     from ray.train.torch import TorchTrainer, get_device
 except ImportError:
-    raise UsageError("training on a cluster needs Ray Train; pip install 'notall[ray]'") from None
+    raise UsageError("training on a cluster needs Ray Train; pip install -U 'notall[ray]'") from None
 
 TRAINED, RAYS_OWN = "best.safetensors", "ray"  # in the folder of the checkpoints
 POLL = 1.0  # seconds
