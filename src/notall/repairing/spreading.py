@@ -60,13 +60,13 @@ class Spread:
         started = join(self.address)
         try:
             most, has_gpus = room()
-            count = self.count or most
+            count, on_gpus = self.count or most, has_gpus and self.load_options.get("device") != "cpu"
             _check_share(count, rows)
             asked = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"asked": ray.put(asked), "has_gpus": has_gpus},
-                scaling_config=ScalingConfig(num_workers=count, use_gpu=has_gpus),
+                train_loop_config={"asked": ray.put(asked), "on_gpus": on_gpus},
+                scaling_config=ScalingConfig(num_workers=count, use_gpu=on_gpus),
                 run_config=RunConfig(
                     storage_path=str(folder.absolute() / CHECKPOINTS / RAYS_OWN),
                     failure_config=FailureConfig(max_failures=1),
@@ -88,7 +88,7 @@ def _work(config: dict[str, Any]) -> None:
     from ..running.opening import load
 
     asked = ray.get(config["asked"])
-    device = {"device": str(get_device())} if config["has_gpus"] else {}
+    device = {"device": str(get_device())} if config["on_gpus"] else {}
     model, _ = load(**asked["load"] | device)
     kept = Ledger(asked["folder"], HealRecord, asked["about"])
     trained = asked["training"].run(base_model(model), asked["folder"], kept, silent)

@@ -11,6 +11,8 @@ try:
 except ModuleNotFoundError:
     raise UsageError("spreading over machines needs ray; pip install 'notall[ray]'") from None
 
+ATTEMPTS = 3  # Ray's server forks beside threads of its own, and at times that child dies at once
+
 
 def join(address: str) -> bool:
     """Connect this process to a cluster, unless it is connected; whether that was necessary.
@@ -22,8 +24,7 @@ def join(address: str) -> bool:
     if ray.is_initialized():
         return False
     try:
-        where = None if address == "any" else address
-        ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        _connect(None if address == "any" else address, ATTEMPTS)
     except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
         said = " ".join(last_line(str(error)).split())[:200]
         raise UsageError(
@@ -31,6 +32,16 @@ def join(address: str) -> bool:
             "RAY_AUTH_MODE=token where the cluster wants a token"
         ) from None
     return True
+
+
+def _connect(address: str | None, attempts: int) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    except ConnectionAbortedError:  # a server is there, and could not start what it starts for each client
+        if attempts == 1:
+            raise
+        ray.shutdown()
+        _connect(address, attempts - 1)
 
 
 def room(gpus: int = 1) -> tuple[int, bool]:
