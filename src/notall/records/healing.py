@@ -32,4 +32,6 @@ class HealRecord(Record):
     held_out_agreement: Share = Field(
         None, description="share of first choices there that are the dense model's, 0 to 1"
     )
-    seconds: Amount = Field(description="CPU seconds of all threads so far, also before an interruption")
+    seconds: Amount = Field(
+        description="CPU seconds of all threads so far, also before an interruption; of several workers the first one's"
+    )
