@@ -40,7 +40,7 @@ from notall.records.latex import as_latex, escaped
 from notall.records.ledger import read
 from notall.records.provenance import Provenance, place_of
 from notall.records.similarity import SimilarityRecord
-from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
+from tiny_tasks import saved, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
 
@@ -422,9 +422,7 @@ def test_each_check_of_the_battery_is_of_its_own_row(model, tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("paper")
-    tiny_llama().save_pretrained(path / "tiny")
-    byte_tokenizer().save_pretrained(path / "tiny")
-    return path / "tiny", write_tasks(path / "tasks")
+    return saved(tiny_llama(), path / "tiny"), write_tasks(path / "tasks")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -23,16 +24,14 @@ from notall.repairing.healing import heal
 from notall.repairing.spreading import Spread
 from notall.running import cluster
 from test_healing import HELD_OUT, PLAN, TRAINED, llama
-from tiny_tasks import byte_tokenizer, tiny_llama
+from tiny_tasks import saved, tiny_llama
 
 pytestmark = pytest.mark.any_transformers
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spread") / "tiny"
-    llama().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    path = saved(llama(), tmp_path_factory.mktemp("spread") / "tiny")
     return {"spec": str(path), "dtype": "float32", "device": "cpu"}
 
 
@@ -127,6 +126,21 @@ def test_what_workers_cannot_share_is_refused(spread, said, tmp_path, monkeypatc
         heal(llama(), PLAN, TRAINED, HELD_OUT, folder=tmp_path / "out", workers=spread)
 
 
+@pytest.mark.parametrize(
+    ("device", "has_gpus", "on_gpus"), [("auto", True, True), ("cpu", True, False), ("auto", False, False)]
+)
+def test_it_runs_on_gpus_where_there_are_some_unless_told_otherwise(device, has_gpus, on_gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(spreading, "join", lambda address: False)
+    monkeypatch.setattr(spreading, "room", lambda: (2, has_gpus))
+    monkeypatch.setattr(spreading.ray, "put", lambda asked: asked)
+    monkeypatch.setattr(spreading, "read_weights", lambda folder, name: {})
+    trainer = mock.Mock()
+    monkeypatch.setattr(spreading, "TorchTrainer", trainer)
+    Spread({"device": device}).train(mock.Mock(batches=TRAINED), tmp_path, mock.Mock(), mock.Mock())
+    scaling, told = trainer.call_args.kwargs["scaling_config"], trainer.call_args.kwargs["train_loop_config"]
+    assert (scaling.num_workers, scaling.use_gpu, told["on_gpus"]) == (2, on_gpus, on_gpus)
+
+
 def test_workers_need_a_folder():
     with pytest.raises(UsageError, match="workers share a folder: give one"):
         heal(llama(), PLAN, TRAINED, HELD_OUT, workers=Spread({}, count=2))
@@ -142,9 +156,7 @@ def test_room_is_counted_in_gpus_else_in_pairs_of_cpus(held, gpus, found, monkey
 
 
 def test_the_command_hands_its_workers_what_they_load(tmp_path, monkeypatch):
-    asked, model = {}, tmp_path / "tiny"
-    tiny_llama().save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
+    asked, model = {}, saved(tiny_llama(), tmp_path / "tiny")
 
     def train(self, training, folder, about, progress):
         asked.update(spread=self, training=training, folder=folder)

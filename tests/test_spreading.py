@@ -31,7 +31,7 @@ from notall.evaluation.scoring import Request, Scorer
 from notall.measuring.quality import score
 from notall.running import cluster as cluster_module
 from notall.running.replay import Replay
-from tiny_tasks import byte_tokenizer, tiny_llama
+from tiny_tasks import saved, tiny_llama
 
 pytestmark = pytest.mark.any_transformers  # it is about processes: what each computes is what one computes
 
@@ -41,9 +41,7 @@ REQUESTS = [Request(tuple(range(5, 40 + n % 7)), (n % 50 + 3, n % 60 + 4)) for n
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spread") / "tiny"
-    tiny_llama().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    path = saved(tiny_llama(), tmp_path_factory.mktemp("spread") / "tiny")
     return {"spec": str(path), "dtype": "float32", "device": "cpu"}
 
 

@@ -83,6 +83,13 @@ aggregate_metric_list:
 NESTED = GROUP.replace("group: tiny_group", "group: tiny_nested").replace("[tiny_choice, tiny_letters]", "[tiny_group]")
 
 
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """The folder of a checkpoint, with a tokenizer."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_tasks(folder: Path, documents: int = 55) -> Path:
     """The tasks above, of `documents` each, the group of the first two, and a group of that group."""
     folder.mkdir(parents=True, exist_ok=True)

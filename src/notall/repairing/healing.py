@@ -65,7 +65,7 @@ def heal(
     `warm_up` of the batches each kept sublayer aims at the dense model's stream behind it, and only then all of them
     at the next token. It ends early where the KL on `held_out`, batches as well, no longer falls, and keeps the best
     weights, possibly the initial ones. With a `folder` the result is written down, and repeating the call resumes an
-    interrupted run. `workers` of a Ray cluster share each batch among them, and need the folder too.
+    interrupted run. `workers`, a `notall.repairing.spreading.Spread`, share each batch among them, and need the folder.
 
     Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
     a folder that holds other work or is in use, `lora` without peft, and as `Spread.train` does, and `UnsupportedModel`

@@ -111,7 +111,8 @@ def _telling(looks: Path, count: int, progress: Progress) -> Iterator[None]:
     def tell() -> None:
         while not ended.wait(POLL):
             lines = looks.read_bytes().count(b"\n") if looks.exists() else 0
-            progress(min(max(0, lines - 2), LOOKS), LOOKS, f"healing on {count} workers")
+            done = lines - 2  # the first line is a header, and the second of before the training
+            progress(min(max(0, done), LOOKS), LOOKS, f"healing on {count} workers")
 
     thread = Thread(target=tell, daemon=True)
     thread.start()
