@@ -23,7 +23,7 @@ def default_model():
 @pytest.fixture
 def short_prose(monkeypatch):
     """The beginning of the default text: of all of it, the bytes are most of what a command on a tiny model takes."""
-    from notall.models import texts
+    from api import texts
 
     whole = texts._prose
     monkeypatch.setattr(texts, "_prose", lambda: whole()[:40_000])
@@ -36,6 +36,6 @@ def own_tasks_only(monkeypatch):
 
     from lm_eval.tasks import TaskManager
 
-    from notall.evaluation import tasks
+    from api import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))

@@ -14,7 +14,7 @@ from typing import Any
 
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["notall.cli", "transformers.models.llama.modeling_llama", "lm_eval.evaluator"])
-NOTALL = "from notall import cli; cli.main()"
+NOTALL = "from api import cli; cli.main()"
 
 
 def start(program: str, *arguments: Any, says: Path | None = None) -> BaseProcess:

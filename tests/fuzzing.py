@@ -36,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import typer.main
 
 import result_folders
+from api import MISSED
 from families import family
 from mutations import (
     Mutation,
@@ -46,7 +47,6 @@ from mutations import (
     damaged_text,
 )
 from notall import Plan
-from notall.cli.app import MISSED
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 from tiny_tasks import write_tasks
@@ -117,7 +117,7 @@ class Hangs(BaseException):
 
 def run(words: list[str], folder: Path) -> Ended:
     """The command line in `folder`, in this process."""
-    from notall import cli
+    from api import cli
 
     def late(*_: Any) -> None:
         raise Hangs
@@ -177,7 +177,7 @@ def _own_tasks_only() -> Iterator[None]:
     """The harness's own fifteen thousand task files take seconds to read, each time."""
     from lm_eval.tasks import TaskManager
 
-    from notall.evaluation import tasks
+    from api import tasks
 
     with mock.patch.object(tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False)):
         yield
@@ -413,7 +413,7 @@ BY_ANSWERS = f"search ../model -o chosen.json --criterion deepest --count 1 --ki
 
 
 def write_plan(folder: Path) -> None:
-    from notall.records.plan import Plan
+    from api import Plan
 
     Plan([1, 2], [2], fingerprint="llama-4x32-48d1233b", note="by hand").save(folder / "plan.json")
 
@@ -511,7 +511,7 @@ def tasks(folder: Path) -> None:
 
 
 def checkpoint(folder: Path) -> None:
-    from notall.records.plan import Plan
+    from api import Plan
 
     save_tiny_checkpoint(folder / "m", num_hidden_layers=2)
     (folder / "m" / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n\n# A model\n")
@@ -536,7 +536,7 @@ def shards(folder: Path) -> None:
 
 def own_exports(folder: Path) -> None:
     """Of both forms, in place of the model that they were made from."""
-    from notall.records.plan import Plan
+    from api import Plan
 
     checkpoint(folder)
     (folder / "m").rename(folder / "dense")
@@ -549,7 +549,7 @@ def own_exports(folder: Path) -> None:
 
 
 def gguf(folder: Path) -> None:
-    from notall.records.plan import Plan
+    from api import Plan
 
     (folder / "cache").mkdir()
     write_gguf(family("llama").build(vocab_size=len(WORDS), num_hidden_layers=2), folder / "m.gguf")
@@ -747,8 +747,7 @@ def once() -> Iterator[None]:
 @contextlib.contextmanager
 def models_once() -> Iterator[None]:
     """Load each model once: it is the same in every case. Charts are built, but not drawn."""
-    from notall.models import loading
-    from notall.reporting import plots
+    from api import loading, plots
 
     load = loading.load
 

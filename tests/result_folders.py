@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from notall.records import lines
+from api import records_lines as lines
 
 LAYERS = 10
 ABOUT = {

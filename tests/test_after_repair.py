@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from api import ONE_IN, AfterRepair, Calibration, Repair, after_repair
+from api import after_repair_RIDGES as RIDGES
+from api import space_plan_of as plan_of
 from families import family
 from notall import UsageError, skip
-from notall.choosing import after_repair
-from notall.choosing.after_repair import ONE_IN, RIDGES, AfterRepair
-from notall.choosing.space import plan_of
-from notall.repairing.refitting import Calibration, Repair
 
 SETS = [frozenset({"attn.1"}), frozenset({"attn.0", "mlp.2"})]
 NESTED = ("attn.1", "attn.1 mlp.6", "attn.1 mlp.6 attn.8", "attn.1 attn.6 attn.8", "attn.1 attn.8", "attn.1 mlp.11")

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from api import ModuleOp, cache_argument, relative_error
 from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
-from notall.structure.anatomy import cache_argument
-from notall.structure.observation import ModuleOp
-from notall.structure.proving import relative_error
 from verdicts import RECORDING, compare_or_record
 
 PROMPT, NEW = 8, 4  # past two windows, and past chunks of one window both in the prompt and behind it

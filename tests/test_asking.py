@@ -5,13 +5,10 @@ import json
 import pytest
 import torch
 
+from api import Evaluator, answers, build_objective, kl, mix, nll, read_prompts, run_tasks, task
 from families import family as family_of
 from families import silenced
 from notall import Plan, UsageError, locate
-from notall.choosing.answer_objectives import answers, build_objective, read_prompts, task
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.objective import kl, mix, nll
-from notall.evaluation.harness import run_tasks
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.usefixtures("own_tasks_only")

@@ -5,17 +5,8 @@ import math
 import pytest
 import torch
 
+from api import Check, battery, calibration_error, check_passkey, check_texts, check_writing, repetition, run_battery
 from notall import Plan, UsageError, skip
-from notall.evaluation import battery
-from notall.evaluation.battery import (
-    Check,
-    calibration_error,
-    check_passkey,
-    check_texts,
-    check_writing,
-    repetition,
-    run_battery,
-)
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLANS = [Plan(attention=[2]), Plan(attention=[1, 3], mlp=[3])]

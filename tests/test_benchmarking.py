@@ -9,16 +9,9 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 import forked
+from api import BenchmarkRecord, Limits, Scorer, paper_grid, read, run_benchmarks, run_tasks, tasks
+from api import records_lines as lines
 from notall import UsageError, locate
-from notall.evaluation import tasks
-from notall.evaluation.benchmarking import run_benchmarks
-from notall.evaluation.harness import run_tasks
-from notall.evaluation.paper.grid import paper_grid
-from notall.evaluation.scoring import Scorer
-from notall.evaluation.tasks import Limits
-from notall.records import lines
-from notall.records.benchmarks import BenchmarkRecord
-from notall.records.ledger import read
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.usefixtures("own_tasks_only")
@@ -154,11 +147,8 @@ import sys
 from functools import partial
 from pathlib import Path
 from lm_eval.tasks import TaskManager
+from api import Limits, paper_grid, run_benchmarks, tasks
 from notall import locate
-from notall.evaluation import tasks
-from notall.evaluation.benchmarking import run_benchmarks
-from notall.evaluation.tasks import Limits
-from notall.evaluation.paper.grid import paper_grid
 from tiny_tasks import byte_tokenizer, tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 model = tiny_llama()

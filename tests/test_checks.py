@@ -8,10 +8,15 @@ from importlib.util import find_spec
 import pytest
 from transformers import LlamaForCausalLM
 
+from api import cli_choosing as choosing
+from api import cli_exporting as exporting
+from api import cli_inputs as inputs
+from api import cli_inspecting as inspecting
+from api import cli_measuring as measuring
+from api import cli_paper as paper
+from api import cli_repairing as repairing
+from api import refuse_unwritable, writing
 from notall import Plan, UsageError
-from notall.cli import choosing, exporting, inputs, inspecting, measuring, paper, repairing
-from notall.exporters import writing
-from notall.records.lines import refuse_unwritable
 from test_cli import FAST, QUICK, run  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import write_tasks

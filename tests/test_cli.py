@@ -22,20 +22,25 @@ from safetensors.torch import load_file
 
 import forked
 import notall
+from api import (
+    TIMED_ONCE,
+    MeasuredRecord,
+    cli,
+    comparison,
+    digest_of,
+    extras,
+    load_repaired,
+    quality,
+    read,
+    refitting,
+    side_by_side,
+    two_texts,
+    warn_if_worse,
+)
+from api import cli_inspecting as inspecting
+from api import cli_measuring as measuring
 from families import family
-from notall import Plan, UsageError, cli
-from notall.choosing import comparison
-from notall.cli import inspecting, measuring
-from notall.cli.ending import warn_if_worse
-from notall.cli.inputs import two_texts
-from notall.measuring import quality
-from notall.records.ledger import read
-from notall.records.measured import MeasuredRecord
-from notall.repairing import refitting
-from notall.repairing.refitting import digest_of
-from notall.reporting import extras, side_by_side
-from notall.reporting.comparison_files import TIMED_ONCE
-from notall.running.repaired_folders import load_repaired
+from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import TASKS, write_tasks
 from tiny_tokenizer import byte_tokenizer
@@ -314,7 +319,7 @@ def test_what_is_killed_while_it_measures_has_lost_nothing(run, folder, tmp_path
     Plan([4]).save(path)
     (tmp_path / "book.txt").write_text("the river runs under the old bridge " * 100)
     command = ["repair", folder, "--plan", path, "--out", out, "--text", tmp_path / "book.txt", *REPAIR]
-    dies = "import os; from notall.repairing import measured; measured.evaluate = lambda *_: os._exit(9)"
+    dies = "import os; from api import measured; measured.evaluate = lambda *_: os._exit(9)"
     assert forked.run(f"{dies}; {forked.NOTALL}", *command).returncode == 9
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert "plan.json" in before
@@ -507,8 +512,8 @@ def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, c
 
 
 def test_bench_times_nothing_where_it_may_not_write(monkeypatch, tmp_path):
-    from notall.measuring import plan_times
-    from notall.records import lines
+    from api import plan_times
+    from api import records_lines as lines
 
     monkeypatch.setattr(plan_times, "time_plan", lambda *_, **__: pytest.fail("it was timed"))
     model = family("llama").build()

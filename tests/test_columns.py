@@ -11,26 +11,29 @@ from pathlib import Path
 import pytest
 
 import result_folders
-from notall.cli import columns as lists
-from notall.records.columns import (
+from api import (
+    KINDS,
+    USABLE,
     Column,
+    Fields,
+    SweepRecord,
     as_csv,
     as_markdown,
+    best_first,
+    columns_of,
+    comparison_table,
     given,
     legend,
     magnitude,
     number,
-    plain,
+    show,
+    stepped_table,
     with_error,
     with_spread,
+    with_tasks,
 )
-from notall.records.comparison import columns_of, with_tasks
-from notall.records.kinds import KINDS
-from notall.records.record import Fields
-from notall.records.sweep import SweepRecord
-from notall.reporting.comparison_files import comparison_table
-from notall.reporting.console import show
-from notall.reporting.tables import USABLE, best_first, stepped_table
+from api import cli_columns as lists
+from api import columns_plain as plain
 
 pytestmark = pytest.mark.any_transformers  # it writes tables, and runs no model
 

@@ -4,21 +4,31 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from api import (
+    CRITERIA,
+    Aim,
+    ChoiceRecord,
+    ComparisonRecord,
+    Evaluator,
+    Question,
+    Setting,
+    Space,
+    Timed,
+    by_count,
+    choose,
+    compare_criteria,
+    comparison,
+    comparison_table,
+    evaluate,
+    kl,
+    nll,
+    plots,
+    questions_of,
+    read,
+    write_comparison,
+)
 from families import family
 from notall import UsageError, locate, skip
-from notall.choosing import comparison
-from notall.choosing.budget import by_count
-from notall.choosing.comparison import Aim, Question, compare_criteria, questions_of
-from notall.choosing.criteria import CRITERIA, Setting, choose
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.objective import kl, nll
-from notall.choosing.space import Space
-from notall.measuring.plan_times import Timed
-from notall.measuring.quality import evaluate
-from notall.records.comparison import ChoiceRecord, ComparisonRecord
-from notall.records.ledger import read
-from notall.reporting import plots
-from notall.reporting.comparison_files import comparison_table, write_comparison
 from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.any_transformers  # it is about choices among choices
@@ -140,7 +150,7 @@ def test_rows_may_be_added_and_other_settings_may_not(model, tmp_path):
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_tasks_are_answered_for_every_plan(tmp_path):
-    from notall.evaluation.harness import run_tasks
+    from api import run_tasks
 
     model, tokenizer = tiny_llama(), byte_tokenizer()
     folder = write_tasks(tmp_path / "tasks", documents=12)

@@ -8,20 +8,29 @@ import transformers
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from api import (
+    CRITERIA,
+    GENERATIONS,
+    Evaluator,
+    Setting,
+    Space,
+    by_count,
+    by_limit,
+    choose,
+    is_portable,
+    kl,
+    names_of,
+    nll,
+    score_cosine,
+    score_first_order,
+    score_fisher,
+    score_gate_norm,
+    score_leave_one_out,
+    score_random,
+    score_relative_magnitude,
+)
 from families import family, silenced
 from notall import UsageError, deepest, locate, skip
-from notall.choosing.budget import by_count, by_limit
-from notall.choosing.criteria import CRITERIA, Setting, choose
-from notall.choosing.criteria.evolution import GENERATIONS
-from notall.choosing.criteria.features import score_cosine, score_relative_magnitude
-from notall.choosing.criteria.gradients import score_first_order, score_fisher
-from notall.choosing.criteria.losses import score_leave_one_out
-from notall.choosing.criteria.position import score_random
-from notall.choosing.criteria.weights import score_gate_norm
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.objective import kl, nll
-from notall.choosing.space import Space, names_of
-from notall.running.regrouping import is_portable
 
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 LAYERS = 6

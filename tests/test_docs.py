@@ -12,13 +12,9 @@ import pytest
 import typer
 
 import notall
+from api import CRITERIA, METHODS, TaskShelf, cli, cli_repairing, extensions, latency, speedups
 from families import family
-from notall import Plan, cli
-from notall.choosing import latency, speedups
-from notall.choosing.criteria import CRITERIA
-from notall.evaluation.tasks import TaskShelf
-from notall.models import extensions
-from notall.repairing.methods import METHODS
+from notall import Plan
 from programs import program
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -63,8 +59,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def workplace(tiny, tmp_path, monkeypatch, short_prose):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("notall.cli.repairing.SEQUENCES", 4)
-    monkeypatch.setattr("notall.cli.repairing.LENGTH", 32)
+    monkeypatch.setattr(cli_repairing, "SEQUENCES", 4)
+    monkeypatch.setattr(cli_repairing, "LENGTH", 32)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(16)]
     times = lambda _, workload, **__: latency.Times(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
@@ -196,9 +192,9 @@ def test_links_lead_somewhere():
 
 
 def test_the_documentation_counts_shared_sublayer_runs_right():
+    from api import Replay
+    from api import paper_sweep as grid
     from notall import locate
-    from notall.evaluation.paper import sweep as grid
-    from notall.running.replay import Replay
 
     model = family("llama").build(num_hidden_layers=30)
     plans = [row.plan for row in grid.paper_grid(locate(model))]

@@ -12,15 +12,24 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from api import (
+    Accepted,
+    Drafting,
+    DraftRecord,
+    acceptance,
+    drafting,
+    judge,
+    measure_draft,
+    read,
+    rounds,
+    row_of,
+    said_of,
+    silent,
+    tokens_per_round,
+    write_texts,
+)
 from families import REFUSED_IN_4, TRANSFORMERS_5, each_layout, family, representatives
 from notall import Plan, RepairedPlan, UsageError, draft_model, skip
-from notall.measuring import drafting
-from notall.measuring.acceptance import Accepted, acceptance, judge, rounds, tokens_per_round, write_texts
-from notall.measuring.drafting import Drafting, measure_draft
-from notall.progress import silent
-from notall.records.drafting import DraftRecord
-from notall.records.ledger import read
-from notall.reporting.drafts import row_of, said_of
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 PLAN = Plan(attention=[3])

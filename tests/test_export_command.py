@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+from api import FLOATS, CastTensor, LiveTensor, Verified, cli, export, hf, opened
+from api import exporters_mlx as mlx
 from families import family
-from notall import Plan, UsageError, cli
-from notall.exporters import export, mlx
-from notall.exporters.dense import opened
-from notall.exporters.manifest import Verified
-from notall.exporters.tensors import FLOATS, CastTensor, LiveTensor
+from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
@@ -191,7 +189,7 @@ def test_bad_input_is_one_line_and_exit_2(run, arguments, plan, said, tmp_path):
 
 
 def test_no_verify_runs_nothing(run, monkeypatch):
-    monkeypatch.setattr("notall.exporters.hf.verify", lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr(hf, "verify", lambda *_: pytest.fail("the model was run"))
     assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 0
     with pytest.raises(pytest.fail.Exception):  # which would be seen
         run("--to", "hf", "--out", "other")
@@ -202,7 +200,7 @@ def test_an_export_that_is_terminated_leaves_nothing(run, monkeypatch, tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # without the mend this goes on, in place of ending pytest
-        monkeypatch.setattr("notall.exporters.hf.write_shards", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(hf, "write_shards", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # as it was before
     finally:

@@ -17,13 +17,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engines
+from api import (
+    GGUF,
+    Field,
+    GGUFTensor,
+    UnknownArchitecture,
+    cut,
+    exporters_gguf,
+    llamacpp,
+    loading,
+    read_gguf,
+    write_gguf,
+)
+from api import gguf_weights_with_weights as with_weights
 from families import family
 from notall import Plan, UsageError, export, load, repair, skip
-from notall.errors import UnknownArchitecture
-from notall.exporters import llamacpp
-from notall.exporters.gguf import cut
-from notall.exporters.gguf_file import GGUF, Field, GGUFTensor, read_gguf, write_gguf
-from notall.exporters.gguf_weights import with_weights
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
 
@@ -87,7 +95,7 @@ def answering(monkeypatch, logprobs):
 @pytest.mark.parametrize(("logprobs", "most"), [([-50.0] * 10, 0.5), ([-1.0] + [float("nan")] * 9, 99)])
 def test_a_wrong_answer_of_llamacpp_is_refused(llama, logprobs, most, monkeypatch, tmp_path):
     answering(monkeypatch, logprobs)
-    monkeypatch.setattr("notall.exporters.gguf.TOLERANCE", most)
+    monkeypatch.setattr(exporters_gguf, "TOLERANCE", most)
     with pytest.raises(UsageError, match="answers differently from the skipped model"):
         export(llama, PLANS["portable"], "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -100,7 +108,7 @@ def test_only_an_unknown_architecture_stops_the_comparison(llama, monkeypatch, t
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("notall.models.loading.load", fail)
+    monkeypatch.setattr(loading, "load", fail)
     error = UsageError("cannot load llama.gguf: not enough memory")
     with pytest.raises(UsageError, match="not enough memory"):
         export(llama, PLANS["portable"], "gguf", tmp_path / "out")
@@ -244,11 +252,11 @@ def test_the_manifest_is_in_the_file_too(llama, tmp_path):
 
 def test_no_torch_is_needed(llama, tmp_path):
     program = (
-        "import sys; from notall.exporters import export; from notall.records.plan import Plan\n"
+        "import sys; from api import export; from notall import Plan\n"
         f"export({str(llama)!r}, Plan([0], [1]), 'gguf', {str(tmp_path / 'out')!r}, verify=False)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True)
 
 
 # --- rules that llama.cpp keeps by layer ------------------------------------------------------------------------------

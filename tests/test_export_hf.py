@@ -14,14 +14,10 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import engines
+from api import FAMILIES as REGROUPED
+from api import cache_argument, export, footprint, is_portable, source_of
 from families import FAMILIES, each_layout, family, representatives, silenced
 from notall import Plan, UsageError, locate, skip
-from notall.exporters import export
-from notall.exporters.remote_code import FAMILIES as REGROUPED
-from notall.exporters.remote_code import source_of
-from notall.running.footprint import footprint
-from notall.running.regrouping import is_portable
-from notall.structure.anatomy import cache_argument
 from test_weightless import NEEDS_VALUES
 from tiny_checkpoint import save_tiny_checkpoint
 

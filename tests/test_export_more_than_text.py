@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import engines
 import notall
+from api import export
 from families import FAMILIES, TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS
 from notall import Plan, UsageError, locate
-from notall.exporters import export
 from test_architectures import prompt
 from tiny_checkpoint import save_tiny_checkpoint
 

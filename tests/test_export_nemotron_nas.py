@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import engines
+from api import exporters_mlx as mlx
+from api import ffn_mult
 from families import family
 from notall import Plan, UsageError, export
-from notall.exporters import mlx
-from notall.exporters.nemotron_nas import ffn_mult
 
 MIXED = Plan(attention=[0, 3], mlp=[1])
 PLANS = {"block": Plan([1], [1]), "attention": Plan([0, 2]), "MLP": Plan(mlp=[1, 3]), "mixed": MIXED}

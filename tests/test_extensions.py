@@ -10,13 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import notall
+from api import by_count, cli, criteria, kl, load_repaired, methods
 from families import family
-from notall import Plan, UsageError, cli
-from notall.choosing import criteria
-from notall.choosing.budget import by_count
-from notall.choosing.objective import kl
-from notall.repairing import methods
-from notall.running.repaired_folders import load_repaired
+from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it looks up names

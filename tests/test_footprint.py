@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from api import footprint
 from families import FAMILIES, family
 from notall import Plan, locate, remove, skip
-from notall.running.footprint import footprint
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "gemma3", "mixtral"])

@@ -17,26 +17,42 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 import engines
+from api import (
+    EIGHT_BITS,
+    VLLM,
+    Engine,
+    EngineFailed,
+    EngineTimesRecord,
+    FrontRecord,
+    LlamaCpp,
+    Provenance,
+    Rounds,
+    Subject,
+    Transformers,
+    Windows,
+    as_windows,
+    ask,
+    asking,
+    best_of,
+    by_another,
+    cli,
+    draw_all,
+    engine_named,
+    gguf_types,
+    measure_front,
+    message_of,
+    read_folder,
+    read_gguf,
+    render,
+    sentence,
+    weight_bytes,
+    write_front,
+)
+from api import engine_Timing as Timing
+from api import engines_front as front_run
+from api import records_lines as lines
 from families import family
-from notall import Plan, UsageError, cli, load, repair, skip
-from notall.exporters.engines import asking, engine_named, gguf_types
-from notall.exporters.engines import front as front_run
-from notall.exporters.engines.asking import EngineFailed, ask
-from notall.exporters.engines.engine import Engine, Timing, weight_bytes
-from notall.exporters.engines.front import Rounds, Subject, measure_front
-from notall.exporters.engines.hf import Transformers
-from notall.exporters.engines.llamacpp import LlamaCpp
-from notall.exporters.engines.vllm import EIGHT_BITS, VLLM
-from notall.exporters.engines.windows import Windows, as_windows, by_another
-from notall.exporters.gguf_file import read_gguf
-from notall.records import lines
-from notall.records.front import EngineTimesRecord, FrontRecord, best_of
-from notall.records.provenance import Provenance
-from notall.reporting.figures import draw_all
-from notall.reporting.folder import read_folder
-from notall.reporting.front_files import sentence, write_front
-from notall.reporting.message import message_of
-from notall.reporting.page import render
+from notall import Plan, UsageError, load, repair, skip
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
 

@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from api import Streamer, chat_template, continue_prompts, generate_text, raised_by
 from families import family, silenced
 from notall import Plan, UsageError
-from notall.errors import raised_by
-from notall.models import chat_template
-from notall.running.generating import Streamer, continue_prompts, generate_text
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan([1], [2])

@@ -7,15 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import forked
+from api import LeaveOneOutRecord, ScoresRecord, SimilarityRecord, SweepRecord, read, score, summarize
+from api import paper_sweep as grid
+from api import records_lines as lines
 from families import family, silenced
 from notall import Plan, UsageError, locate, skip
-from notall.evaluation.paper import sweep as grid
-from notall.measuring.quality import score, summarize
-from notall.records import lines
-from notall.records.leave_one_out import LeaveOneOutRecord
-from notall.records.ledger import read
-from notall.records.similarity import SimilarityRecord
-from notall.records.sweep import ScoresRecord, SweepRecord
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
 TIMED = grid.Timed(prompt_tokens=4, new_tokens=2, rounds=1)
@@ -218,8 +214,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import test_grid
+from api import paper_sweep as grid
 from families import family
-from notall.evaluation.paper import sweep as grid
 model = family("llama").build(num_hidden_layers=test_grid.DEPTH)
 grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 10, rounds=1))
 """

@@ -22,12 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import forked
+from api import OPENLLM, AnswersRecord, Scorer, TaskShelf, _complaint, harness, no_bars, run_tasks
 from notall import Plan, UsageError, skip
-from notall.evaluation import harness
-from notall.evaluation.harness import run_tasks
-from notall.evaluation.scoring import Scorer
-from notall.evaluation.tasks import OPENLLM, TaskShelf, _complaint, no_bars
-from notall.records.answers import AnswersRecord
 from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -326,10 +322,8 @@ KILLED = """
 import os, signal
 from functools import partial
 from pathlib import Path
+from api import records_lines as lines, run_tasks, tasks
 from notall import Plan
-from notall.evaluation import tasks
-from notall.evaluation.harness import run_tasks
-from notall.records import lines
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 append, left = lines.append, {lines}
@@ -544,9 +538,9 @@ def test_a_full_disk_is_one_line(run, tmp_path):
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "notall.evaluation.harness")
+    monkeypatch.delitem(sys.modules, harness.__name__)
     with pytest.raises(UsageError, match=r"benchmarks need lm_eval.*pip install 'notall\[eval\]'"):
-        importlib.import_module("notall.evaluation.harness")
+        importlib.import_module(harness.__name__)
 
 
 def test_progress_is_told_batch_by_batch(run):

@@ -10,15 +10,9 @@ import pytest
 import torch
 
 import forked
+from api import HealRecord, Replay, Student, distilling, heal, load_repaired, read
 from families import family
 from notall import Plan, UnsupportedModel, UsageError, repair, skip
-from notall.records.healing import HealRecord
-from notall.records.ledger import read
-from notall.repairing import distilling
-from notall.repairing.healing import heal
-from notall.repairing.students import Student
-from notall.running.repaired_folders import load_repaired
-from notall.running.replay import Replay
 
 PLAN = Plan(attention=[2], mlp=[1])
 OUTPUTS = ("layernorm.weight", "o_proj.weight", "down_proj.weight")

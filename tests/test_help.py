@@ -6,7 +6,7 @@ import sys
 import pytest
 import typer
 
-from notall import cli
+from api import cli
 
 pytestmark = pytest.mark.any_transformers  # it needs no model
 

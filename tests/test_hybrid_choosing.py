@@ -11,20 +11,26 @@ from typing import Any
 import pytest
 import torch
 
+from api import (
+    CRITERIA,
+    Evaluator,
+    Replay,
+    Setting,
+    Space,
+    Verdict,
+    _alike,
+    _half,
+    by_count,
+    choose,
+    cli,
+    deepest,
+    footprint,
+    may_lose_retrieval,
+    nll,
+)
+from api import quadratic_measure as measure
 from families import TRANSFORMERS_5, family, silenced
-from notall import Plan, UsageError, cli, locate, repair
-from notall.choosing.budget import by_count
-from notall.choosing.criteria import CRITERIA, Setting, choose
-from notall.choosing.criteria.quadratic import measure
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.latency import _alike, _half
-from notall.choosing.objective import nll
-from notall.choosing.space import Space
-from notall.evaluation.paper.grid import deepest
-from notall.evaluation.retrieval import may_lose_retrieval
-from notall.reporting.verdict import Verdict
-from notall.running.footprint import footprint
-from notall.running.replay import Replay
+from notall import Plan, UsageError, locate, repair
 from test_architectures import prompt
 from test_repairing import SMALL as SMALL_TEXT
 from test_repairing import check_against_replay

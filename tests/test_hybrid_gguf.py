@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 import engines
+from api import cut, export, llamacpp, read_gguf
 from notall import Plan, UsageError
-from notall.exporters import export, llamacpp
-from notall.exporters.gguf import cut
-from notall.exporters.gguf_file import read_gguf
 from tiny_hybrid_gguf import DEPTH, LAYERS, write_hybrid
 
 TOKENS = [5, 30, 31, 32, 90, 41, 7]

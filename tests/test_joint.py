@@ -6,11 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from notall.choosing import joint, latency, speedups
-from notall.choosing.budget import by_count, by_limit, within_limit
-from notall.choosing.criteria import choose
-from notall.choosing.joint import choose_within
-from notall.choosing.latency import Times
+from api import Times, by_count, by_limit, choose, choose_within, joint, latency, speedups, within_limit
 from test_cli import QUICK, run  # noqa: F401
 from test_speedups import DENSE, EACH, asked, machine, setting  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint

@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from api import Budget, Space, Workload, by_speedup, check_times, latency, measure_times, search
+from api import speed_Timing as Timing
 from families import family
 from notall import Plan, UsageError, locate
-from notall.choosing import latency
-from notall.choosing.budget import Budget
-from notall.choosing.latency import Workload, check_times, measure_times
-from notall.choosing.searching import search
-from notall.choosing.space import Space
-from notall.choosing.speedups import by_speedup
-from notall.measuring.speed import Timing
 from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint

@@ -7,17 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from api import MeasuredRecord, Provenance, QualityFields, RepairedPlan, evaluate, lock, measured, read
+from api import measured_measure as measure
 from families import family
 from notall import Plan, UsageError
-from notall.measuring.quality import evaluate
-from notall.records.ledger import read
-from notall.records.lines import lock
-from notall.records.measured import MeasuredRecord
-from notall.records.provenance import Provenance
-from notall.records.record import QualityFields
-from notall.repairing import measured
-from notall.repairing.measured import measure
-from notall.running.repaired import RepairedPlan
 
 pytestmark = pytest.mark.any_transformers
 PLAN = Plan([1, 2])

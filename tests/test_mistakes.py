@@ -8,13 +8,9 @@ import pytest
 import torch
 
 import notall
+from api import Chosen, Criterion, by_count, by_footprint, by_limit, check_faster, criteria, kl
 from families import family
 from notall import Plan, RepairedPlan, Space, UsageError
-from notall.choosing import criteria
-from notall.choosing.budget import by_count, by_footprint, by_limit
-from notall.choosing.criteria import Chosen, Criterion
-from notall.choosing.objective import kl
-from notall.choosing.speedups import check_faster
 
 IDS = torch.arange(24).view(2, 12)
 

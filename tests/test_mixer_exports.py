@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import engines
+from api import _is_divided_by_weights, export, is_portable
+from api import exporters_mlx as mlx
 from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
-from notall.exporters import export, mlx
-from notall.exporters.folding import _is_divided_by_weights
-from notall.running.regrouping import is_portable
 from test_architectures import prompt
 from test_mixers import REFUSED
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from api import proving, relative_error
 from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UnsupportedModel, UsageError, locate, skip
-from notall.structure import proving
-from notall.structure.proving import relative_error
 from plain_families import NORMED_AFTER, OTHERS
 from test_architectures import EXACT, cached, described, generate, mask_for, prompt, static_cache_works, uncached
 from verdicts import RECORDING, compare_or_record

@@ -22,13 +22,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from api import UsageError, check_weights, gguf_copies, read_text
+from api import cache as caching
+from api import loading as models
 from families import family
-from notall.errors import UsageError
-from notall.models import cache as caching
-from notall.models import gguf_copies
-from notall.models import loading as models
-from notall.models.load_errors import check_weights
-from notall.models.texts import read_text
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
@@ -539,11 +536,17 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from notall.models.loading import identify, load\n"
-        "print(identify('org/tiny'), load('org/tiny')[0].num_parameters())"
+        "from api import loading\nprint(loading.identify('org/tiny'), loading.load('org/tiny')[0].num_parameters())"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     parameters = family("llama").build().num_parameters()
     assert ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n", ran.stderr
 

@@ -6,10 +6,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from api import Origin, export, manifest_of, read_manifest
 from families import TRANSFORMERS_5, family
 from notall import Plan
-from notall.exporters import export
-from notall.exporters.manifest import Origin, manifest_of, read_manifest
 
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 90 + 3
 PLAN = Plan(attention=[1], mlp=[2])

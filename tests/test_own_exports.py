@@ -10,14 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import notall
+from api import FAMILIES, decoder_layers, deepest, evaluate, footprint
+from api import manifest_plan_of as plan_of
 from families import family
 from notall import Plan, UsageError, export, locate, skip
-from notall.evaluation.paper.grid import deepest
-from notall.exporters.manifest import plan_of
-from notall.exporters.remote_code import FAMILIES
-from notall.measuring.quality import evaluate
-from notall.running.footprint import footprint
-from notall.structure.locating import decoder_layers
 from test_cli import FAST, QUICK, run  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
@@ -310,7 +306,7 @@ def test_the_repair_beside_an_export_is_named(tmp_path, exported):
 
 
 def test_a_layer_of_nothing_is_refused(dense):
-    from notall.running.lacking import without
+    from api import without
 
     model, _ = notall.load(dense)
     with pytest.raises(UsageError, match="layer 1 would have neither"):

@@ -120,9 +120,9 @@ def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
 
 IMPORTS = """
 import sys
-import notall.measuring.quality, notall.running.skipping
+from api import quality, skipping
 assert "lm_eval" not in sys.modules
-import notall.cli, notall.evaluation.harness, notall.evaluation.paper.running
+from api import cli, harness, paper_running
 assert "ray" not in sys.modules
 """
 

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
+from api import Pack, Request, Scorer, inputs_of, packed
+from api import packing_plain as plain
 from families import WINDOW, family, representatives
 from notall import Plan, UsageError
-from notall.evaluation.packing import Pack, inputs_of, packed, plain
-from notall.evaluation.scoring import Request, Scorer
 
 
 def questions(count, seed, *, shared=6, own=4, answers=3, vocabulary=90):

@@ -16,30 +16,39 @@ if importlib.util.find_spec("lm_eval") is None:
 
 
 import forked
-from notall import Plan, UsageError, cli, locate
-from notall.evaluation import one_plan
-from notall.evaluation.battery import Check
-from notall.evaluation.paper import running
-from notall.evaluation.paper import times as timing
-from notall.evaluation.paper.claims import claims_of
-from notall.evaluation.paper.grid import paper_grid
-from notall.evaluation.paper.scoreboard import (
+from api import (
+    LEAST_DOCUMENTS,
+    LEAST_ROUNDS,
+    LEAST_WINDOWS,
+    BatteryRecord,
+    BenchmarkRecord,
+    Check,
+    ClaimRecord,
+    Limits,
     PaperTable,
+    Provenance,
     Scoreboard,
+    SimilarityRecord,
+    TimesRecord,
+    as_latex,
     battery_table,
     benchmark_table,
+    claims_of,
+    cli,
+    escaped,
+    one_plan,
+    paper_grid,
+    place_of,
+    read,
+    silent,
+    time_grid,
     time_table,
+    usual_metric,
 )
-from notall.evaluation.paper.times import time_grid
-from notall.evaluation.tasks import Limits
-from notall.progress import silent
-from notall.records import lines
-from notall.records.benchmarks import BatteryRecord, BenchmarkRecord, TimesRecord, usual_metric
-from notall.records.claims import LEAST_DOCUMENTS, LEAST_ROUNDS, LEAST_WINDOWS, ClaimRecord
-from notall.records.latex import as_latex, escaped
-from notall.records.ledger import read
-from notall.records.provenance import Provenance, place_of
-from notall.records.similarity import SimilarityRecord
+from api import paper_running as running
+from api import paper_times as timing
+from api import records_lines as lines
+from notall import Plan, UsageError, locate
 from tiny_tasks import saved, tiny_llama, write_tasks
 
 ABOUT = {"model": "tiny"}
@@ -535,8 +544,7 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
 COMMAND = """
 from functools import partial
 from lm_eval.tasks import TaskManager
-from notall import cli
-from notall.evaluation import tasks
+from api import cli, tasks
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 cli.main()
 """

@@ -12,17 +12,22 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from api import (
+    CRITERIA,
+    Evaluator,
+    Passage,
+    Setting,
+    Space,
+    by_count,
+    choose,
+    measure_similarity,
+    nll,
+    score_first_order,
+    times,
+    walk,
+)
 from families import TRANSFORMERS_5, Family, family, modules_of, silenced, stack_of
 from notall import locate, skip
-from notall.choosing.budget import by_count
-from notall.choosing.criteria import CRITERIA, choose
-from notall.choosing.criteria.gradients import score_first_order, times
-from notall.choosing.criteria.setting import Setting
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.objective import nll
-from notall.choosing.space import Space
-from notall.measuring.similarity import measure_similarity
-from notall.running.passages import Passage, walk
 from test_seats import KINDS
 
 IDS = torch.arange(24).view(2, 12) * 7 % 90 + 3

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from api import Group, is_portable, regroup
 from families import family
 from notall import Plan, UsageError, deepest, locate
-from notall.running.regrouping import Group, is_portable, regroup
 
 
 @pytest.fixture(scope="module")

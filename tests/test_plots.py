@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 import result_folders
-from notall.errors import UsageError
-from notall.reporting import axes, plots
+from api import UsageError, axes, plots
 
 pytestmark = pytest.mark.any_transformers  # it draws records, and runs no model
 

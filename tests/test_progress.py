@@ -7,9 +7,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Task
 
-from notall.progress import Stages, tracked
-from notall.reporting import progress_bars
-from notall.reporting.progress_bars import Clock, progress_bar, working
+from api import Clock, Stages, progress_bar, progress_bars, tracked, working
 
 pytestmark = pytest.mark.any_transformers  # it counts and draws
 

@@ -12,13 +12,9 @@ import pytest
 import torch
 
 import notall
+from api import DROPPED, build_empty, by_count, in_ranges, load_config, nll
 from families import TRANSFORMERS_5, family
 from notall import Plan
-from notall.choosing.budget import by_count
-from notall.choosing.objective import nll
-from notall.models.chatter import DROPPED
-from notall.models.loading import build_empty, load_config
-from notall.records.ranges import in_ranges
 from tiny_checkpoint import save_tiny_checkpoint
 
 

@@ -9,15 +9,23 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from api import (
+    Budget,
+    Evaluator,
+    QuadraticProgram,
+    Setting,
+    Space,
+    by_count,
+    by_footprint,
+    by_limit,
+    choose,
+    kl,
+    nll,
+    quadratic,
+)
+from api import quadratic_measure as measure
 from families import family, silenced
 from notall import UsageError, locate
-from notall.choosing.budget import Budget, by_count, by_footprint, by_limit
-from notall.choosing.criteria import Setting, choose, quadratic
-from notall.choosing.criteria.quadratic import measure
-from notall.choosing.criteria.quadratic_program import QuadraticProgram
-from notall.choosing.evaluator import Evaluator
-from notall.choosing.objective import kl, nll
-from notall.choosing.space import Space
 
 pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
 

@@ -7,10 +7,9 @@ import weakref
 import pytest
 import torch
 
+from api import mean_and_error, similarity
 from families import family, silenced
 from notall import Plan, evaluate, measure_similarity
-from notall.measuring import similarity
-from notall.measuring.statistics import mean_and_error
 
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 PLAN = Plan(attention=[1], mlp=[2])

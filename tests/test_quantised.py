@@ -16,20 +16,29 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 import engines
+from api import (
+    NotVerified,
+    StoredTensor,
+    Verified,
+    cut_quantisation,
+    dtype_name,
+    empty_model,
+    export,
+    footprint,
+    layers_of,
+    loading,
+    moved_modules,
+    opened,
+    provenance_of,
+    read_manifest,
+    read_tensors,
+    renamed_notes,
+    verdict_of,
+    verification,
+    weights,
+)
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, UsageError, heal, locate, repair, skip
-from notall.cli.inputs import empty_model, provenance_of
-from notall.exporters import export, verification, weights
-from notall.exporters.dense import opened
-from notall.exporters.layout import layers_of
-from notall.exporters.manifest import NotVerified, Verified, read_manifest, verdict_of
-from notall.exporters.moving import moved_modules
-from notall.exporters.quantisation import cut_quantisation, renamed_notes
-from notall.exporters.tensors import StoredTensor
-from notall.exporters.weights import read_tensors
-from notall.models import loading
-from notall.models.loading import dtype_name
-from notall.running.footprint import footprint
 from quantised import KINDS, SIZES
 from tiny_checkpoint import save_tiny_checkpoint
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from api import forget
 from families import LAYERS, TOKENS, VOCABULARY, family
 from notall import UnsupportedModel, locate
-from notall.structure.locating import forget
 from verdicts import compare_or_record
 
 # model type: config, what the message says

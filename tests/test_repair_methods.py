@@ -6,27 +6,38 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from api import (
+    METHODS,
+    Aim,
+    ComparisonRecord,
+    HeldOutRecord,
+    LinearMap,
+    Question,
+    RepairedPlan,
+    Repairs,
+    Replay,
+    Space,
+    compare_criteria,
+    comparison,
+    comparison_table,
+    evaluate,
+    gaps_of,
+    ghosted,
+    keeping,
+    kept_repair,
+    methods,
+    name_of,
+    nbl,
+    nll,
+    plots,
+    prune_and_comp,
+    read,
+    replaceme,
+)
+from api import methods_lines as lines
+from api import repaired_with_weights as with_weights
 from families import family
 from notall import Plan, UsageError, export, locate, remove, skip
-from notall.choosing.comparison import Aim, Question, Repairs, compare_criteria
-from notall.choosing.objective import nll
-from notall.choosing.space import Space
-from notall.measuring.quality import evaluate
-from notall.records.comparison import ComparisonRecord, HeldOutRecord
-from notall.records.ledger import read
-from notall.repairing import methods
-from notall.repairing.methods import METHODS, lines
-from notall.repairing.methods.ghosted import ghosted
-from notall.repairing.methods.keeping import kept_repair
-from notall.repairing.methods.lines import gaps_of
-from notall.repairing.methods.nbl import nbl
-from notall.repairing.methods.prune_and_comp import prune_and_comp
-from notall.repairing.methods.replaceme import replaceme
-from notall.reporting import plots
-from notall.reporting.comparison_files import comparison_table
-from notall.reporting.rows import name_of
-from notall.running.repaired import LinearMap, RepairedPlan, with_weights
-from notall.running.replay import Replay
 
 BATCHES = list((torch.arange(12 * 40).view(12, 40) * 7 % 89 + 3).split(4))
 HELD_OUT = list((torch.arange(4 * 12).view(4, 12) * 11 % 89 + 3).split(2))
@@ -319,7 +330,7 @@ def test_a_repair_is_made_once(model, tmp_path, monkeypatch):
         made, seconds = kept_repair(tmp_path, name, model, MIXED, BATCHES)
         assert made == METHODS[name].repair(model, MIXED, BATCHES), name
         monkeypatch.setattr(methods, "method", None)
-        monkeypatch.setattr("notall.repairing.methods.keeping.method", None)
+        monkeypatch.setattr(keeping, "method", None)
         assert kept_repair(tmp_path, name, model, MIXED, BATCHES) == (made, seconds)
         with pytest.raises(TypeError):
             kept_repair(tmp_path, name, model, MIXED, BATCHES[:2])
@@ -355,8 +366,8 @@ def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeyp
         (expected,) = evaluate(model, [METHODS[record.repair].repair(model, record.plan, BATCHES)], HELD_OUT)
         assert (record.delta_nll, record.kl) == pytest.approx((expected.delta_nll, expected.kl), abs=1e-9)
         assert record.added_bytes == (2 * (32 * 32 + 32) * 8 if record.repair == "nbl" else 0)
-    monkeypatch.setattr("notall.choosing.comparison.score", None)
-    monkeypatch.setattr("notall.repairing.methods.keeping.method", None)
+    monkeypatch.setattr(comparison, "score", None)
+    monkeypatch.setattr(keeping, "method", None)
     again = compare_criteria(model, asked, AIMS, HELD_OUT, tmp_path, ABOUT, repairs=repairs)
     assert again == records
     assert {record.key for record in read(tmp_path / ComparisonRecord.file, ComparisonRecord)} == {

@@ -12,14 +12,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+from api import Answers, Replay, Skipped, Trunk, evaluate, live_steps, load_repaired, opened, record, step_name
 from families import TRANSFORMERS_5, family
 from notall import Plan, RepairedPlan, UsageError, export, heal, locate, remove, repair, skip
-from notall.evaluation.answers import Answers
-from notall.exporters.dense import opened
-from notall.measuring.quality import evaluate
-from notall.records.record import Skipped
-from notall.running.repaired_folders import load_repaired
-from notall.running.replay import Replay, Trunk, live_steps, record, step_name
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 TEXTS = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 import forked
+from api import HELD, Kept, LayerCall, Replay, Spool, find_projection, held_out, load_repaired, record, refitting
+from api import refitting_RIDGES as RIDGES
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
-from notall.repairing import refitting
-from notall.repairing.kept import Kept
-from notall.repairing.projections import find_projection
-from notall.repairing.refitting import HELD, RIDGES, held_out
-from notall.repairing.spool import Spool
-from notall.running.repaired_folders import load_repaired
-from notall.running.replay import Replay, record
-from notall.structure.observation import LayerCall
 from small_disk import room_for
 from twin_of_repair import DIRECT, NORMED, Hand, Twin
 

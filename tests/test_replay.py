@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from api import Replay
 from families import family, representatives
 from notall import Plan, UnsupportedModel, deepest, locate, skip
-from notall.running.replay import Replay
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 MASK = torch.ones_like(IDS)

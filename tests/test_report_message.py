@@ -7,14 +7,19 @@ import pytest
 import typer.testing
 
 import result_folders
+from api import (
+    app,
+    claims_table,
+    findings_of,
+    first_plan,
+    message_of,
+    plan_file,
+    read_folder,
+    repairs_table,
+    stepped_table,
+    write_report,
+)
 from notall import Plan
-from notall.cli.app import app
-from notall.reporting.comparison_files import plan_file
-from notall.reporting.findings import findings_of, first_plan
-from notall.reporting.folder import read_folder
-from notall.reporting.message import message_of
-from notall.reporting.page import write_report
-from notall.reporting.tables import claims_table, repairs_table, stepped_table
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model
 

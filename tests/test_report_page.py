@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import result_folders
-from notall.reporting.page import write_report
+from api import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

@@ -10,15 +10,27 @@ import pytest
 import vl_convert
 
 import result_folders
+from api import (
+    axes,
+    by_plan_table,
+    figures,
+    findings_of,
+    first_plan,
+    flatten,
+    foreign_table,
+    name_of,
+    other_table,
+    plots,
+    probability,
+    read_folder,
+    read_json,
+    render,
+    size,
+    stepped_table,
+    told,
+    write_report,
+)
 from notall import UsageError
-from notall.records.columns import probability, size
-from notall.records.strict_json import read_json
-from notall.reporting import axes, figures, plots
-from notall.reporting.findings import findings_of, first_plan, told
-from notall.reporting.folder import flatten, read_folder
-from notall.reporting.page import render, write_report
-from notall.reporting.rows import name_of
-from notall.reporting.tables import by_plan_table, foreign_table, other_table, stepped_table
 from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it reads records, and runs no model

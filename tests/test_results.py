@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from api import (
+    KINDS,
+    AnswersRecord,
+    EvaluationRecord,
+    Ledger,
+    Provenance,
+    ScoresRecord,
+    SweepRecord,
+    UsageError,
+    header_of,
+    read,
+    refuse_foreign,
+    this_run,
+    working_in,
+)
+from api import records_lines as lines
 from notall import Plan
-from notall.errors import UsageError
-from notall.records import lines
-from notall.records.answers import AnswersRecord
-from notall.records.kinds import KINDS
-from notall.records.ledger import Ledger, header_of, read, refuse_foreign, working_in
-from notall.records.provenance import Provenance, this_run
-from notall.records.search import EvaluationRecord
-from notall.records.sweep import ScoresRecord, SweepRecord
 from small_disk import room_for
 
 pytestmark = pytest.mark.any_transformers  # it writes and reads lines of JSON
@@ -354,7 +362,7 @@ def python(code, *arguments):
 WRITER = """
 import sys
 from pathlib import Path
-from notall.records import lines
+from api import records_lines as lines
 path = Path(sys.argv[1])
 start = len(lines.read(path))
 for number in range(start, start + 100_000):
@@ -382,7 +390,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_that_was_written(tmp_path
 HOLDER = """
 import sys
 from pathlib import Path
-from notall.records import lines
+from api import records_lines as lines
 with lines.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

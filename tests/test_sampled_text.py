@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from api import AT_ONCE, GIVEN, Provenance, sample, sampled, sampling
 from families import family
 from notall import UsageError
-from notall.records.provenance import Provenance
-from notall.repairing import sampling
-from notall.repairing.sampling import AT_ONCE, GIVEN, sampled
-from notall.running.generating import sample
 
 PROMPTS = torch.arange(3 * 5).view(3, 5) * 7 % 90 + 3
 ABOUT = Provenance(what={"model": "tiny", "text": "a book"})

@@ -1,7 +1,7 @@
 """What a temperature does to the text of the skipped model."""
 
+from api import generate_text
 from notall import Plan
-from notall.running.generating import generate_text
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan([1], [2])

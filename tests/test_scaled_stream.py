@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from api import METHODS, Passage, Replay, UsageError, _Stream, gated, record, walk
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, locate, remove, skip
-from notall.choosing.criteria.gradients import gated
-from notall.errors import UsageError
-from notall.repairing.methods import METHODS
-from notall.repairing.students import _Stream
-from notall.running.passages import Passage, walk
-from notall.running.replay import Replay, record
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="Gemma 4 is of transformers 5")
 

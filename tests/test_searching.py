@@ -8,19 +8,30 @@ import pytest
 import torch
 
 import forked
-import notall.choosing.evaluator
+import notall
+from api import (
+    Evaluator,
+    Setting,
+    Space,
+    Spent,
+    by_count,
+    by_footprint,
+    by_limit,
+    choose,
+    choose_greedily,
+    evaluate,
+    evaluator,
+    kl,
+    mix,
+    names_in,
+    nll,
+    search,
+    searching,
+)
+from api import records_lines as lines
+from api import space_plan_of as plan_of
 from families import family
 from notall import UsageError, locate
-from notall.choosing import searching
-from notall.choosing.budget import by_count, by_footprint, by_limit
-from notall.choosing.criteria import Setting, choose
-from notall.choosing.criteria.losses import choose_greedily
-from notall.choosing.evaluator import Evaluator, Spent
-from notall.choosing.objective import kl, mix, nll
-from notall.choosing.searching import search
-from notall.choosing.space import Space, names_in, plan_of
-from notall.measuring.quality import evaluate
-from notall.records import lines
 
 pytestmark = pytest.mark.any_transformers  # it is about sets of sublayers
 
@@ -341,7 +352,7 @@ def test_a_guess_goes_by_what_is_likely_and_asked(model, objective, monkeypatch)
     skipped = frozenset(["attn.1", "mlp.2"])
     whole = Evaluator(model, objective(BATCHES))
     exact, on_all_words = whole.cost(skipped), whole.cost(skipped, 0.25)
-    monkeypatch.setattr(notall.choosing.evaluator, "WORDS", 30)
+    monkeypatch.setattr(evaluator, "WORDS", 30)
     some = Evaluator(model, objective(BATCHES))
     with torch.inference_mode():
         dense = model(BATCHES[0]).logits[:, :-1].flatten(0, 1)
@@ -406,8 +417,7 @@ def test_counts_and_fractions(model):
 
 @pytest.mark.parametrize("resource", ["params", "weight_bytes", "kv_bytes_per_token"])
 def test_a_budget_of_a_resource_is_what_the_footprint_says(model, resource):
-    from notall.records.plan import Plan
-    from notall.running.footprint import footprint
+    from api import Plan, footprint
 
     space = Space(locate(model))
     budget = by_footprint(model, space, resource, 0.3)
@@ -523,7 +533,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     assert again.spent.one_by_one == pytest.approx(whole.spent.one_by_one)
     assert 0 <= again.spent.executions - whole.spent.executions <= again.forward  # the trunk's states, run again
     # All of it again costs nothing, and is counted as what it took.
-    monkeypatch.setattr(notall.choosing.evaluator, "Replay", None)
+    monkeypatch.setattr(evaluator, "Replay", None)
     assert run_search(model, folder)[0] == expected
 
 
@@ -541,6 +551,6 @@ def test_evaluations_of_other_settings_are_not_taken(model, tmp_path, monkeypatc
         run_search(model, tmp_path, name="other")
     with pytest.raises(UsageError, match="results with calibration"):
         Evaluator(model, nll(BATCHES[:1]), folder=tmp_path, settings={"model": "tiny"})
-    monkeypatch.setattr(notall.choosing.evaluator, "WORDS", 30)  # guesses on other words cannot be held together
+    monkeypatch.setattr(evaluator, "WORDS", 30)  # guesses on other words cannot be held together
     with pytest.raises(UsageError, match="results with guesses"):
         run_search(model, tmp_path)

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from api import Footprint, Head, Replay, Space, by_footprint, footprint, proving, record, relative_error
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, UsageError, export, locate, remove, repair, skip
-from notall.choosing.budget import by_footprint
-from notall.choosing.space import Space
-from notall.running.footprint import Footprint, footprint
-from notall.running.head import Head
-from notall.running.replay import Replay, record
-from notall.structure import proving
-from notall.structure.proving import relative_error
 from test_architectures import EXACT, cached, prompt, uncached
 from test_weightless import empty, facts
 

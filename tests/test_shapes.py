@@ -8,11 +8,9 @@ import sys
 import pytest
 import torch
 
+from api import TimesRecord, read, text_config
 from families import family
 from notall import Plan, locate
-from notall.records.benchmarks import TimesRecord
-from notall.records.ledger import read
-from notall.structure.anatomy import text_config
 from programs import program
 
 paper_times = program("benchmarks/shapes/paper_times")

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from api import LayerCall, locating, run_branches
 from families import family, silenced
 from notall import Plan, UsageError, locate, remove, skip
-from notall.structure.observation import LayerCall, run_branches
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 PLAN = Plan(attention=[0, 2], mlp=[2, 3])
@@ -54,7 +54,7 @@ def test_an_exception_inside_restores_the_model_too(model):
 
 def test_a_failure_while_entering_restores_the_model_too(model, monkeypatch):
     before, dense = state(model), logits(model)
-    monkeypatch.setattr("notall.running.skipping.locating.remember", _fail_for_regrouped(model))
+    monkeypatch.setattr(locating, "remember", _fail_for_regrouped(model))
     with pytest.raises(RuntimeError, match="planted"), skip(model, PLAN):
         pass
     assert state(model) == before

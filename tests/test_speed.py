@@ -7,8 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import notall
-from notall.errors import UsageError
-from notall.measuring import speed
+from api import UsageError, speed
 
 
 @pytest.fixture

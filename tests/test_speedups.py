@@ -5,13 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from api import CHOICES, Prediction, Setting, Times, Workload, by_speedup, choose_as_fast, latency, speedups
+from api import speed_Spread as Spread
 from families import family
 from notall import locate
-from notall.choosing import latency, speedups
-from notall.choosing.criteria import Setting
-from notall.choosing.latency import Prediction, Times, Workload
-from notall.choosing.speedups import CHOICES, by_speedup, choose_as_fast
-from notall.measuring.speed import Spread
 from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint

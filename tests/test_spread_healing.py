@@ -14,15 +14,10 @@ if importlib.util.find_spec("ray") is None:
 
 import ray
 
-from notall import Plan, UsageError, cli, load, repair
-from notall.records import lines
-from notall.records.healing import HealRecord
-from notall.records.ledger import read
-from notall.repairing import distilling, healing, spreading
-from notall.repairing.distilling import Training
-from notall.repairing.healing import heal
-from notall.repairing.spreading import Spread
-from notall.running import cluster
+from api import HealRecord, Training, cli, cluster, distilling, heal, healing, read, spreading
+from api import records_lines as lines
+from api import spreading_Spread as Spread
+from notall import Plan, UsageError, load, repair
 from test_healing import HELD_OUT, PLAN, TRAINED, llama
 from tiny_tasks import saved, tiny_llama
 

@@ -21,16 +21,12 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 import forked
+from api import Replay, Request, Scorer, SpreadScorer, Workers, paper_grid, score, split_branches
+from api import cluster as cluster_module
+from api import paper_sweep as grid
+from api import ray_workers as spreading
 from families import family
 from notall import Plan, UsageError, load, locate
-from notall.evaluation import ray_workers as spreading
-from notall.evaluation.paper import sweep as grid
-from notall.evaluation.paper.grid import paper_grid
-from notall.evaluation.ray_workers import SpreadScorer, Workers, split_branches
-from notall.evaluation.scoring import Request, Scorer
-from notall.measuring.quality import score
-from notall.running import cluster as cluster_module
-from notall.running.replay import Replay
 from tiny_tasks import saved, tiny_llama
 
 pytestmark = pytest.mark.any_transformers  # it is about processes: what each computes is what one computes
@@ -86,7 +82,7 @@ def refused(*given):
     return right(*given)
 
 client.Worker._server_init = refused
-from notall import cli
+from api import cli
 cli.main()
 """
 

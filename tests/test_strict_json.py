@@ -2,7 +2,7 @@
 
 import pytest
 
-from notall.records.strict_json import DoubledKey, read_json
+from api import DoubledKey, read_json
 
 pytestmark = pytest.mark.any_transformers  # it reads JSON
 

@@ -17,23 +17,32 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from notall import Plan, UsageError, cli
-from notall.choosing import latency, speedups
-from notall.choosing.criteria import CRITERIA
-from notall.cli import columns as lists
-from notall.evaluation.paper import running, scoreboard
-from notall.records.bench import BenchRecord
-from notall.records.claims import ClaimRecord
-from notall.records.columns import given, number, plain, with_error
-from notall.records.comparison import ComparisonRecord
-from notall.records.measured import MeasuredRecord
-from notall.records.provenance import Provenance
-from notall.records.search import SearchRecord
-from notall.records.similarity import SimilarityRecord
-from notall.records.sweep import SweepRecord
-from notall.reporting.console import show
-from notall.reporting.printable import print_in_any_encoding, printable
-from notall.reporting.progress_bars import progress_bar
+from api import (
+    CRITERIA,
+    BenchRecord,
+    ClaimRecord,
+    ComparisonRecord,
+    MeasuredRecord,
+    Provenance,
+    SearchRecord,
+    SimilarityRecord,
+    SweepRecord,
+    cli,
+    given,
+    latency,
+    number,
+    print_in_any_encoding,
+    printable,
+    progress_bar,
+    show,
+    speedups,
+    with_error,
+)
+from api import cli_columns as lists
+from api import columns_plain as plain
+from api import paper_running as running
+from api import paper_scoreboard as scoreboard
+from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it lays out what a tiny Llama gave
@@ -390,15 +399,21 @@ def test_any_text_goes_to_any_stream(monkeypatch):
 
 def test_a_real_terminal_says_how_wide_it_is():
     program = (
-        "from notall.records.columns import number, plain\n"
-        "from notall.reporting.console import show\n"
+        "from api import columns_plain as plain, number, show\n"
         "rows = [{'name': 'n' * 40, 'first': 1.5, 'second': 2.5}] * 3\n"
         "show(rows, [plain('name'), number('first', 'first'), number('second', 'second')], title='t')\n"
     )
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", program], stdin=theirs, stdout=theirs, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        stdin=theirs,
+        stdout=theirs,
+        env=environment,
+        check=True,
+    )
     os.close(theirs)
     text = os.read(ours, 100_000).decode()
     os.close(ours)

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from notall.errors import UsageError
-from notall.models import texts
-from notall.models.texts import Text, read_text, token_batches
+from api import Text, UsageError, read_text, texts, token_batches
 
 pytestmark = pytest.mark.any_transformers  # it cuts texts into tokens, for no model
 

@@ -7,14 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from api import Head, Replay, Request, Scorer, TokenScorer, record, score, token_scores
 from families import family, silenced
 from notall import Plan, UnsupportedModel
-from notall.evaluation.scoring import Request, Scorer
-from notall.measuring import token_scores
-from notall.measuring.quality import score
-from notall.measuring.token_scores import TokenScorer
-from notall.running.head import Head
-from notall.running.replay import Replay, record
 
 IDS = torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3
 TARGETS = IDS[:, 1:].flatten()

@@ -14,12 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from api import Argument, Branch, FunctionOp, locating, observation, proving, relative_error, skipping, slicing
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, locate, skip
-from notall.running import skipping
-from notall.structure import locating, observation, proving, slicing
-from notall.structure.observation import Argument, Branch, FunctionOp
-from notall.structure.proving import relative_error
 from test_architectures import EXACT, PLANS, PROMPT, check_family, generate, mask_for, prompt, uncached
 
 Patch = pytest.MonkeyPatch

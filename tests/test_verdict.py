@@ -7,13 +7,10 @@ import sys
 
 import pytest
 
+from api import Verdict, cli, conclude, footprint, in_bytes, left_out_of, mending, next_command
+from api import speed_Spread as Spread
 from families import family
-from notall import Plan, cli
-from notall.cli.ending import conclude
-from notall.measuring.speed import Spread
-from notall.records.columns import in_bytes
-from notall.reporting.verdict import Verdict, left_out_of, mending, next_command
-from notall.running.footprint import footprint
+from notall import Plan
 from test_cli import QUICK, folder, run  # noqa: F401
 
 pytestmark = pytest.mark.any_transformers  # it says what was measured

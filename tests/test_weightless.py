@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from api import fingerprint
 from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_layout
 from notall import Anatomy, UnsupportedModel, locate
-from notall.structure.anatomy import fingerprint
 
 # In transformers 4.57 these go by values: of the router (DeepSeek), or at construction (Apertus).
 NEEDS_VALUES = {} if TRANSFORMERS_5 else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}

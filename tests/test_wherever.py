@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from api import locating, relative_error
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, locate, skip
-from notall.structure import locating
-from notall.structure.proving import relative_error
 
 PLAN = Plan([0, 2], [2, 3])
 BATCH = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(5))
@@ -123,7 +122,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 def test_compiled_whole_with_a_static_cache(name: str) -> None:
     from transformers import StaticCache
 
-    from notall.structure.anatomy import cache_argument
+    from api import cache_argument
 
     model = family(name).build("sdpa")
     with skip(model, PLAN), torch.no_grad():
