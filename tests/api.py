@@ -1,7 +1,7 @@
 """What the tests take from inside `notall`, and where it lives: the one file to change where that moves.
 
-A test says `from api import name`, which is looked up then: a name that needs an absent package harms only who asks for it.
-The public names come from `notall` itself.
+A test says `from api import name`, which is looked up then: a name that needs an absent package harms
+only who asks for it. The public names come from `notall` itself.
 """
 
 from __future__ import annotations
@@ -270,6 +270,7 @@ NAMES = {
 }
 
 _HOMES = {entry.split()[-1]: (module, entry.split()[0]) for module, entries in NAMES.items() for entry in entries}
+assert len(MODULES.keys() | _HOMES) == len(MODULES) + sum(map(len, NAMES.values())), "one name stands for two things"
 
 
 def __getattr__(name: str) -> Any:

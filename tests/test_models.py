@@ -536,17 +536,11 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     (stored / "snapshots").mkdir()
     folder.rename(stored / "snapshots" / commit)
     program = (
-        "from api import loading\nprint(loading.identify('org/tiny'), loading.load('org/tiny')[0].num_parameters())"
+        "from api import loading; print(loading.identify('org/tiny'), loading.load('org/tiny')[0].num_parameters())"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     parameters = family("llama").build().num_parameters()
     assert ran.stdout == f"{{'model': 'org/tiny', 'revision': '{commit}'}} {parameters}\n", ran.stderr
 

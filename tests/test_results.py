@@ -356,7 +356,8 @@ def test_a_record_that_is_no_json_writes_nothing(path):
 
 
 def python(code, *arguments):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
 
 
 WRITER = """
@@ -404,7 +405,8 @@ def enter(folder):
 
 def test_a_second_process_on_a_folder_is_told_so_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "out"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command, pipe = [sys.executable, "-c", HOLDER, folder], subprocess.PIPE
+    holder = subprocess.Popen(command, cwd=Path(__file__).parent, stdin=pipe, stdout=pipe)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(UsageError, match=r"another run is working in .*out; wait for it"):
         enter(folder)

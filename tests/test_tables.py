@@ -406,14 +406,8 @@ def test_a_real_terminal_says_how_wide_it_is():
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
-    subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
-        stdin=theirs,
-        stdout=theirs,
-        env=environment,
-        check=True,
-    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=Path(__file__).parent, stdin=theirs, stdout=theirs, env=environment, check=True)
     os.close(theirs)
     text = os.read(ours, 100_000).decode()
     os.close(ours)
