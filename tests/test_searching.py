@@ -20,7 +20,6 @@ from api import (
     choose,
     choose_greedily,
     evaluate,
-    evaluator,
     kl,
     mix,
     names_in,
@@ -28,6 +27,7 @@ from api import (
     search,
     searching,
 )
+from api import evaluator as evaluating
 from api import records_lines as lines
 from api import space_plan_of as plan_of
 from families import family
@@ -352,7 +352,7 @@ def test_a_guess_goes_by_what_is_likely_and_asked(model, objective, monkeypatch)
     skipped = frozenset(["attn.1", "mlp.2"])
     whole = Evaluator(model, objective(BATCHES))
     exact, on_all_words = whole.cost(skipped), whole.cost(skipped, 0.25)
-    monkeypatch.setattr(evaluator, "WORDS", 30)
+    monkeypatch.setattr(evaluating, "WORDS", 30)
     some = Evaluator(model, objective(BATCHES))
     with torch.inference_mode():
         dense = model(BATCHES[0]).logits[:, :-1].flatten(0, 1)
@@ -533,7 +533,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     assert again.spent.one_by_one == pytest.approx(whole.spent.one_by_one)
     assert 0 <= again.spent.executions - whole.spent.executions <= again.forward  # the trunk's states, run again
     # All of it again costs nothing, and is counted as what it took.
-    monkeypatch.setattr(evaluator, "Replay", None)
+    monkeypatch.setattr(evaluating, "Replay", None)
     assert run_search(model, folder)[0] == expected
 
 
@@ -551,6 +551,6 @@ def test_evaluations_of_other_settings_are_not_taken(model, tmp_path, monkeypatc
         run_search(model, tmp_path, name="other")
     with pytest.raises(UsageError, match="results with calibration"):
         Evaluator(model, nll(BATCHES[:1]), folder=tmp_path, settings={"model": "tiny"})
-    monkeypatch.setattr(evaluator, "WORDS", 30)  # guesses on other words cannot be held together
+    monkeypatch.setattr(evaluating, "WORDS", 30)  # guesses on other words cannot be held together
     with pytest.raises(UsageError, match="results with guesses"):
         run_search(model, tmp_path)
