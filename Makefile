@@ -72,7 +72,7 @@ test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 
 test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --dist worksteal -m slow  # over half of them are in one file
 	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) --dist worksteal -m 'slow and not any_transformers'
-	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_front.py -k 'llamacpp or default' -m ''
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_pareto.py -k 'llamacpp or default' -m ''
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
 	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
@@ -123,7 +123,7 @@ notebook: setup ## run docs/notebook.ipynb on the default model, keep what its c
 	$(VENV)/bin/python docs/notebook.py
 
 screenshots: demo ## take the pictures of reports that the documentation shows
-	cd results && ../$(VENV)/bin/notall search --kind attention --count 4 --sequences 4 --length 128 -o plan.json
+	cd results && ../$(VENV)/bin/notall search --skip attention:4 --sequences 4 --length 128 -o plan.json
 	cd results && ../$(VENV)/bin/python ../docs/screenshots.py sweep=demo search=plan.search \
 	  compare=../benchmarks/comparison paper=../benchmarks/paper
 

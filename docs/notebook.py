@@ -25,11 +25,13 @@ def cells() -> list[dict[str, Any]]:
 def run(source: str, namespace: dict[str, Any]) -> str:
     """What a cell prints, and behind it the value of its last line, as a notebook shows them."""
     tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1]
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     printed = io.StringIO()
     with redirect_stdout(printed):
         exec(compile(tree, "cell", "exec"), namespace)
-        if last:
+        if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
             if value is not None:
                 print(repr(value))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from notall.reporting.page import write_report
+from notall.report.page import write_report
 
 FIGURES = Path(__file__).parent / "figures"
 FIRST = (1100, 700, "light", 1.0)  # pixels across and down, colours, pixels a point

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: the suite is many small models
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -39,3 +40,29 @@ def own_tasks_only(monkeypatch):
     from api import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny checkpoint of six layers, whose tokens are bytes."""
+    from tiny_checkpoint import save_tiny_checkpoint
+
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `notall ARGUMENTS...`; answers (exit code, stdout, stderr)."""
+    from api import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -286,11 +286,11 @@ UNREAD = {
     "report": ("scores.jsonl", "choices.jsonl", "held_out.jsonl", "times.jsonl", "plan_times.jsonl", "answers.jsonl"),
     "compare": ("r/evaluations/", "r/results.jsonl", "r/times.jsonl"),
     "paper": ("r/answers.jsonl", "r/claims.jsonl"),
-    "front": ("r/front.jsonl",),  # is written anew from the scores and times
+    "pareto": ("r/pareto.jsonl",),  # is written anew from the scores and times
 }
 
 
-TIMES = {"paper": "r/times.jsonl", "front": "r/engine_times.jsonl"}  # measured anew, and what comes out goes by them
+TIMES = {"paper": "r/times.jsonl", "pareto": "r/engine_times.jsonl"}  # measured anew, and what comes out goes by them
 
 
 def _is_read(seen: Seen) -> bool:
@@ -349,7 +349,7 @@ def _is_a_line(value: Any, models: list[dict[str, Any]], command: str) -> bool:
     return any(alike(found, form) for form in forms)
 
 
-TIMED = re.compile("ms|speedup|seconds|evaluations|executions|one_by_one|forwards|off$|provenance")
+TIMED = re.compile("ms|speedup|seconds|evaluations|executions|forwards|off$|provenance")
 
 
 def _untimed(value: Any) -> Any:
@@ -409,7 +409,7 @@ TEXT = "The river runs under the old stone bridge, and a green bird sings in the
 SMALL = "--text ../text.txt --sequences 2 --length 24 --batch-size 2 --dtype float32 --device cpu --json"
 TASKS = "--text ../text.txt --sequences 2 --length 24 --tasks tiny_choice,tiny_words --task-path ../tasks --limit 3"
 TASKS += " --num-fewshot 0 --dtype float32 --device cpu --json"
-BY_ANSWERS = f"search ../model -o chosen.json --criterion deepest --count 1 --kind attention {SMALL}"
+BY_ANSWERS = f"search ../model -o chosen.json --criterion deepest --skip attention:1 {SMALL}"
 
 
 def write_plan(folder: Path) -> None:
@@ -429,31 +429,6 @@ def made_by(*commands: str) -> Callable[[Path], None]:
     return make
 
 
-def in_old_form(make: Callable[[Path], None]) -> Callable[[Path], None]:
-    """As lines were written before they named their kind: flat, and some under the name of another file."""
-
-    def remake(folder: Path) -> None:
-        make(folder)
-        for path in sorted(folder.rglob("*.jsonl")):
-            lines = [_old(json.loads(line)) for line in path.read_text().splitlines()]
-            path.unlink()
-            name = {"comparison": "results", "plan_times": "times"}.get(path.stem, path.stem)
-            path.with_name(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    return remake
-
-
-def _old(line: dict[str, Any]) -> dict[str, Any]:
-    kind, about = line.pop("record"), line.pop("provenance", None)
-    for group in ("quality", "check", *(("times",) if kind == "comparison" else ())):
-        line |= line.pop(group, None) or {}
-    if kind == "plan_times":
-        sizes = ("params", "weight_bytes", "kv_bytes_per_token")
-        line["left"] = str({name: line.pop(name) for name in sizes})
-    name = "settings" if kind in ("header", "choice", "held_out", "plan_times") else "provenance"
-    return line | ({name: about["what"] | about["where"]} if about else {})
-
-
 def asked_anew(folder: Path) -> None:
     """A comparison whose evaluations are all that is left."""
     made_by(COMPARE)(folder)
@@ -462,28 +437,27 @@ def asked_anew(folder: Path) -> None:
     (folder / "asked anew").touch()
 
 
-def old_sweep(folder: Path) -> None:
-    result_folders.write(folder / "r")
-    result_folders.write(folder / "r", leave_one_out=result_folders.alone())
+def swept(folder: Path) -> None:
+    result_folders.write_sweep(folder / "r")
+    result_folders.write(folder / "r", *result_folders.alone())
 
 
-def old_comparison(folder: Path) -> None:
+def compared(folder: Path) -> None:
     result_folders.write_comparison(folder / "r")
 
 
-def old_search(folder: Path) -> None:
-    chosen = [result_folders.chosen(count) for count in (1, 2)]
-    result_folders.write(folder / "r", chosen=chosen, evaluations=result_folders.evaluations())
+def searched(folder: Path) -> None:
+    result_folders.write_search(folder / "r")
 
 
-def old_bench(folder: Path) -> None:
-    result_folders.write(folder / "r", bench=result_folders.all_benched())
+def benched(folder: Path) -> None:
+    result_folders.write(folder / "r", *result_folders.all_benched())
 
 
 def lines_of_others(folder: Path) -> None:
     """A file that no command of ours wrote: it is shown as it is."""
     rows = [{"name": "a", "value": 1.5, "many": [1, 2], "in": {"x": 1}}, {"name": "b", "value": None, "variant": "mlp"}]
-    result_folders.write(folder / "r", bench=result_folders.all_benched()[:2], others=rows)
+    result_folders.write(folder / "r", result_folders.benched(), others=rows)
 
 
 def kept_times(folder: Path) -> None:
@@ -522,7 +496,8 @@ def checkpoint(folder: Path) -> None:
 def half_repaired(folder: Path) -> None:
     """As if it had been killed before its end."""
     made_by(REPAIR)(folder)
-    (folder / "r" / "plan.json").unlink()
+    for name in ("plan.json", "finished.json"):
+        (folder / "r" / name).unlink()
 
 
 def shards(folder: Path) -> None:
@@ -556,33 +531,35 @@ def gguf(folder: Path) -> None:
     Plan([1], [1]).save(folder / "plan.json")
 
 
-SWEEP = f"sweep ../model --out r {SMALL} --prompt 4 --new 2 --rounds 1"
+TOKENS = "--prompt-tokens 4 --generation-tokens 2"
+TIMED = f"{TOKENS} --rounds 1"
+PLAIN = "--dtype float32 --device cpu"
+SWEEP = f"sweep ../model --out r {SMALL} {TIMED}"
 COMPARE = (
-    f"compare ../model --out r {SMALL} --budget attention:1 --budget portable:2 --criterion search "
-    "--criterion deepest --criterion leave-one-out --rounds 1 --prompt 4 --new 2"
+    f"compare ../model --out r {SMALL} --skip attention:1 --skip portable:2 --criterion search "
+    f"--criterion deepest --criterion leave-one-out {TIMED}"
 )
-SEARCH = f"search ../model -o r.json --kind attention --count 2 --patience 1 --held-out ../text.txt {SMALL}"
-BY_SPEED = f"search ../model -o r.json --kind attention --speedup 1.05 --prompt 4 --new 2 --patience 0 {SMALL}"
-BENCH = "bench ../model --skip block --fraction 0.5 --out r --prompt 4 --new 2 --rounds 1 --dtype float32 --device cpu"
+SEARCH = f"search ../model -o r.json --skip attention:2 --patience 1 --held-out ../text.txt {SMALL}"
+BY_SPEED = f"search ../model -o r.json --skip attention --speedup 1.05 {TOKENS} --patience 0 {SMALL}"
+BENCH = f"bench ../model --skip block:0.5 --out r {TIMED} {PLAIN}"
 DRAFT = (
-    "draft ../model --skip attention --fraction 0.25 --out r --text ../text.txt --sequences 1 --prompt 4 --new 4 "
-    "--most 2 --rounds 1 --dtype float32 --device cpu"
+    "draft ../model --skip attention:0.25 --out r --text ../text.txt --sequences 1 "
+    f"--prompt-tokens 4 --generation-tokens 4 --most 2 --rounds 1 {PLAIN}"
 )
 EVAL = f"eval ../model --plan ../plan.json --out r {TASKS}"
 REPAIR = f"repair ../model --plan ../plan.json --out r {SMALL}".replace("--sequences 2", "--sequences 4")
 HEAL = "heal ../model --plan ../plan.json --out r --text ../text.txt --tokens 32 --length 8 --batch-size 2 --device cpu"
-FRONT = (
-    "front ../model --engine transformers --plan ../plan.json --no-repair --types int8 --out r --text ../text.txt "
-    "--fit 4 --sequences 2 --length 16 --rounds 1 --prompt 4 --new 2 --threads 1 --json --dtype float32"
+PARETO = (
+    "pareto ../model --engine transformers --plan ../plan.json --repair none --types int8 --out r --text ../text.txt "
+    f"--sequences 4 --held-out-sequences 2 --length 16 {TIMED} --threads 1 --json --dtype float32"
 )
-PAPER = f"paper ../model --out r {TASKS} --prompt 4 --new 2 --rounds 1 --generate-all"
+PAPER = f"paper ../model --out r {TASKS} {TIMED} --generate-all"
 REPORT, REPORT_SEARCH = (f"report {folder} -o page.html" for folder in ("r", "r.search"))
 GENERATE = "generate m river --max-new-tokens 2 --device cpu"
 EXPORT = "export m --plan plan.json --out e --to"
 
 LINES = ("r/*.jsonl", "r/evaluations/*.jsonl")
 SEARCHED = ("r.search/*.jsonl",)
-PLAIN = "--dtype float32 --device cpu"
 
 KINDS: dict[str, Kind] = {
     "plan": Kind(
@@ -595,24 +572,21 @@ KINDS: dict[str, Kind] = {
         plan_as_it_says,
         share=3,
     ),
-    "old sweep": Kind(old_sweep, LINES, (REPORT,), lines_alike),
-    "old comparison": Kind(old_comparison, LINES, (REPORT,), lines_alike),
-    "old search": Kind(old_search, LINES, (REPORT,), lines_alike),
-    "old bench": Kind(old_bench, LINES, (REPORT,), lines_alike),
+    "a sweep's lines": Kind(swept, LINES, (REPORT,), lines_alike),
+    "a comparison's lines": Kind(compared, LINES, (REPORT,), lines_alike),
+    "a search's lines": Kind(searched, LINES, (REPORT,), lines_alike),
+    "a bench's lines": Kind(benched, LINES, (REPORT,), lines_alike),
     "lines of others": Kind(lines_of_others, ("r/others.jsonl",), (REPORT,), page_is_read),
     "sweep": Kind(made_by(SWEEP), LINES, (REPORT, SWEEP, SWEEP), lines_alike, share=2),
-    "sweep of old lines": Kind(in_old_form(made_by(SWEEP)), LINES, (REPORT, SWEEP, SWEEP), lines_alike),
     "compare": Kind(made_by(COMPARE), LINES, (REPORT, COMPARE, COMPARE), lines_alike, share=2),
     "compare asked anew": Kind(asked_anew, ("r/evaluations/*.jsonl",), (COMPARE,), lines_alike),
-    "compare of old lines": Kind(in_old_form(made_by(COMPARE)), LINES, (REPORT, COMPARE, COMPARE), lines_alike),
     "search": Kind(made_by(SEARCH), SEARCHED, (REPORT_SEARCH, SEARCH, SEARCH), lines_alike, share=2),
-    "search of old lines": Kind(in_old_form(made_by(SEARCH)), SEARCHED, (REPORT_SEARCH, SEARCH), lines_alike),
     "times kept": Kind(kept_times, ("cache/times/*.json",), (BY_SPEED,), times_as_kept),
     "bench": Kind(made_by(BENCH, BENCH), LINES, (REPORT, BENCH), lines_alike),
     "draft": Kind(made_by(DRAFT, DRAFT), LINES, (REPORT, DRAFT), lines_alike),
     "repair": Kind(
         made_by(REPAIR),
-        ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json"),
+        ("r/*.jsonl", "r/*.safetensors", "r/*.safetensors", "r/plan.json", "r/finished.json"),
         (REPORT, REPAIR, f"eval ../model --plan r {SMALL}", "export ../model --plan r --out e --to hf --no-verify"),
         if_page_is_read,
     ),
@@ -624,7 +598,7 @@ KINDS: dict[str, Kind] = {
         if_page_is_read,
     ),
     "eval": Kind(made_by(EVAL), LINES, (EVAL,), lines_alike, share=0.5),
-    "front": Kind(made_by(FRONT), LINES, (REPORT, FRONT), lines_alike, share=0.2),
+    "pareto": Kind(made_by(PARETO), LINES, (REPORT, PARETO), lines_alike, share=0.2),
     "paper": Kind(made_by(PAPER), LINES, (REPORT, REPORT, PAPER), lines_alike),
     "texts": Kind(
         texts, ("text.txt",), ("eval ../model --skip mlp --text text.txt --sequences 1 --length 8 --device cpu",)
@@ -747,7 +721,7 @@ def once() -> Iterator[None]:
 @contextlib.contextmanager
 def models_once() -> Iterator[None]:
     """Load each model once: it is the same in every case. Charts are built, but not drawn."""
-    from api import loading, plots
+    from api import charts_style, loading
 
     load = loading.load
 
@@ -759,7 +733,7 @@ def models_once() -> Iterator[None]:
 
     with (
         mock.patch.object(loading, "load", load_once),
-        mock.patch.object(plots, "save", lambda chart, path: chart.to_dict()),
+        mock.patch.object(charts_style, "save", lambda chart, path: chart.to_dict()),
     ):
         yield
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import ONE_IN, AfterRepair, Calibration, Repair, after_repair
+from api import ONE_IN, AfterRepair, Calibration, Repair
 from api import after_repair_RIDGES as RIDGES
+from api import evaluator as evaluators
 from api import space_plan_of as plan_of
 from families import family
 from notall import UsageError, skip
@@ -47,7 +48,7 @@ def test_a_cost_is_what_the_repair_and_whole_forwards_give(share, count):
 def test_what_was_evaluated_is_answered_from_the_folder(tmp_path, monkeypatch):
     model, batches = family("llama").build(), texts((4, 12))
     known = AfterRepair(model, batches, folder=tmp_path).costs(SETS)
-    monkeypatch.setattr(after_repair, "Repair", None)
+    monkeypatch.setattr(evaluators, "Repair", None)
     assert AfterRepair(model, batches, folder=tmp_path).costs(SETS) == known
 
 
@@ -62,7 +63,7 @@ def test_a_repair_goes_on_from_where_it_parts_from_another():
     for skipped in sets:
         alone = AfterRepair(model, batches)
         assert together.cost(skipped) == alone.cost(skipped)
-        together.stand_on(skipped)
+        together.set_prefix(skipped)
     each = [AfterRepair(model, batches) for _ in sets]
     assert [one.cost(skipped) for one, skipped in zip(each, sets)] == together.costs(sets)
     apart = sum(one.spent.executions for one in each)
@@ -77,7 +78,7 @@ def test_the_base_is_kept_however_much_is_asked_for():
     evaluator = AfterRepair(model, batches)
     base = frozenset({"attn.1"})
     evaluator.cost(base)
-    evaluator.stand_on(base)
+    evaluator.set_prefix(base)
     for place in range(3, 9):
         evaluator.cost(frozenset({f"attn.{place}"}))
     before = evaluator.spent.executions

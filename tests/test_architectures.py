@@ -124,8 +124,8 @@ def check_family(
     family: Family, model: PreTrainedModel, plain: dict[str, Plan], padded: dict[str, Plan] | None = None
 ) -> bool:
     """True, or an `AssertionError` that says what differs; `padded` are plans of padded prompts, if not the same."""
-    anatomy = locate(model)
-    assert len(anatomy.blocks) == 4
+    structure = locate(model)
+    assert len(structure.blocks) == 4
     config = copy.deepcopy(model.config.to_dict())
     modules = [id(module) for module in model.modules()]
     texts = {"plain": prompt(False), "padded": prompt(True)}

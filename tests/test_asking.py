@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from api import Evaluator, answers, build_objective, kl, mix, nll, read_prompts, run_tasks, task
+from api import Evaluator, answers, build_objective, kl, mix, nll, read_prompts, task
 from families import family as family_of
 from families import silenced
 from notall import Plan, UsageError, locate
-from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
+from tiny_tasks import byte_tokenizer, run_tasks, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.usefixtures("own_tasks_only")
 BATCHES = [torch.arange(2 * 9).view(2, 9) * 7 % 90 + 3]
@@ -54,6 +54,17 @@ def test_answers_are_the_dense_models_own_and_only_they_count(model, tokenizer):
     assert cost(model, objective, frozenset()) == pytest.approx(0, abs=1e-6)
 
 
+def test_answers_are_greedy_whatever_the_checkpoint_would_rather_do(model, tokenizer, monkeypatch):
+    def rows():
+        (term,) = answers(model, tokenizer, ["the river stone of", "a bird"], new_tokens=12).terms
+        return [batch.inputs["input_ids"].tolist() for batch in term.batches]
+
+    expected = rows()
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.3)
+    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    assert rows() == expected
+
+
 def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
     """The harness's own log-likelihoods, of the task with its training documents as the ones to test on."""
     trained = tasks / "trained"
@@ -65,7 +76,7 @@ def test_a_tasks_margin_is_what_the_harness_answers(model, tokenizer, tasks):
     (result, _) = run_tasks(model, tokenizer, [PLAN], ["trained_choice"], num_fewshot=0, task_path=trained)
     golds = [json.loads(line)["label"] for line in (tasks / "train.jsonl").read_text().splitlines()]
     margins = []
-    for document in result.documents:
+    for document in result.samples:
         likely = [answer[0] for answer in document.answers]
         gold = golds[document.doc_id]
         margins.append(likely[gold] - max(likely[:gold] + likely[gold + 1 :]))

@@ -9,10 +9,11 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 import forked
-from api import BenchmarkRecord, Limits, Scorer, paper_grid, read, run_benchmarks, run_tasks, tasks
+from api import BenchmarkRecord, Benchmarks, Limits, Provenance, Scorer, TaskChoice, TaskShelf, paper_grid, read, tasks
+from api import driver_Subject as Subject
 from api import records_lines as lines
 from notall import UsageError, locate
-from tiny_tasks import byte_tokenizer, tiny_llama, write_tasks
+from tiny_tasks import byte_tokenizer, run_tasks, tiny_llama, write_tasks
 
 pytestmark = pytest.mark.usefixtures("own_tasks_only")
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
@@ -28,14 +29,18 @@ def model():
     return tiny_llama()
 
 
+def run_benchmarks(model, rows, names, out, about, *, task_path, limits, generating_rows=None, **how):
+    choice = TaskChoice(TaskShelf(task_path), tuple(names), limits=limits, **how)
+    subject = Subject(model, byte_tokenizer(), [], out, Provenance.of(about))
+    return Benchmarks(subject, rows, choice, generating_rows).run()
+
+
 @pytest.fixture
 def run(model, folder):
     rows = paper_grid(locate(model))
     thirds = [row for row in rows if row.fraction in (0.0, 0.33)]
     limits = Limits(6, {"tiny_words": 2})
-    return partial(
-        run_benchmarks, model, byte_tokenizer(), rows, generating_rows=thirds, limits=limits, task_path=folder
-    )
+    return partial(run_benchmarks, model, rows, generating_rows=thirds, limits=limits, task_path=folder)
 
 
 @pytest.fixture
@@ -53,18 +58,17 @@ def test_records_are_the_results_of_the_same_run(run, model, folder, tmp_path):
     records = run(["tiny_choice"], tmp_path, ABOUT)
     assert read(tmp_path / BenchmarkRecord.file, BenchmarkRecord) == records
     rows = paper_grid(locate(model))
-    expected = run_tasks(
-        model, byte_tokenizer(), [row.plan for row in rows], ["tiny_choice"], limit=6, task_path=folder
-    )
+    plans = [row.plan for row in rows]
+    expected = run_tasks(model, byte_tokenizer(), plans, ["tiny_choice"], limit=6, task_path=folder)
     by_key = {(r.variant, r.fraction, r.keep_last, r.metric): r for r in records}
     assert len(by_key) == len(records) == len(expected) == 19 * 2
     for result in expected:
         row = rows[result.number]
-        record = by_key[row.variant, row.fraction, row.keep_last, result.metric]
+        record = by_key[(*row.configuration, result.score.metric)]
         assert record.plan.indices == row.plan.indices
-        assert record.value == pytest.approx(result.value)
-        assert record.delta == pytest.approx(result.delta)
-        assert list(record.values) == [document.value for document in result.documents]
+        assert record.value == pytest.approx(result.score.value)
+        assert record.delta == pytest.approx(result.score.delta)
+        assert list(record.values) == [sample.value for sample in result.samples]
         assert record.documents == 6
 
 
@@ -147,12 +151,13 @@ import sys
 from functools import partial
 from pathlib import Path
 from lm_eval.tasks import TaskManager
-from api import Limits, paper_grid, run_benchmarks, tasks
+from api import Limits, paper_grid, tasks
 from notall import locate
-from tiny_tasks import byte_tokenizer, tiny_llama
+from test_benchmarking import run_benchmarks
+from tiny_tasks import tiny_llama
 tasks.TaskManager = partial(TaskManager, include_defaults=False)
 model = tiny_llama()
-run_benchmarks(model, byte_tokenizer(), paper_grid(locate(model)), ["tiny_choice", "tiny_letters"], Path(sys.argv[1]),
+run_benchmarks(model, paper_grid(locate(model)), ["tiny_choice", "tiny_letters"], Path(sys.argv[1]),
                {"model": "tiny", "revision": "none", "dtype": "float32"}, limits=Limits(40), task_path=sys.argv[2],
                batch_size=1)
 """

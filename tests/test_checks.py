@@ -1,6 +1,5 @@
 """Everything is checked before anything is computed: what cannot be done is refused without a forward pass."""
 
-import json
 import os
 from collections import namedtuple
 from importlib.util import find_spec
@@ -8,26 +7,14 @@ from importlib.util import find_spec
 import pytest
 from transformers import LlamaForCausalLM
 
-from api import cli_choosing as choosing
-from api import cli_exporting as exporting
-from api import cli_inputs as inputs
-from api import cli_inspecting as inspecting
-from api import cli_measuring as measuring
-from api import cli_paper as paper
-from api import cli_repairing as repairing
-from api import refuse_unwritable, writing
+from api import ModelOptions, exporters_folder, search_module
+from api import records_lines as lines
+from command_line import FAST, QUICK
 from notall import Plan, UsageError
-from test_cli import FAST, QUICK, run  # noqa: F401
-from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import write_tasks
 
 pytestmark = [pytest.mark.usefixtures("short_prose"), pytest.mark.any_transformers]  # before transformers is asked
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is absent")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6)
 
 
 @pytest.fixture
@@ -40,8 +27,7 @@ def plan(tmp_path):
 @pytest.fixture
 def no_model(monkeypatch):
     """Nothing may be loaded."""
-    for module in (choosing, exporting, inspecting, measuring, paper, repairing):
-        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(ModelOptions, "load", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.fixture
@@ -57,17 +43,17 @@ def no_forward(monkeypatch):
 
 
 TEXTS = {
-    "search": ["--count", "1", "--text", "NONE"],
-    "search, held out": ["--count", "1", "--held-out", "NONE"],
+    "search": ["--skip", "mlp:1", "--text", "NONE"],
+    "search, held out": ["--skip", "mlp:1", "--held-out", "NONE"],
     "compare": ["--held-out", "NONE"],
     "eval": ["--plan", "PLAN", "--text", "NONE"],
-    "eval, repair": ["--plan", "PLAN", "--repair", "--repair-text", "NONE"],
+    "eval, repair": ["--plan", "PLAN", "--repair", "refit", "--repair-text", "NONE"],
     "repair": ["--plan", "PLAN", "--held-out", "NONE"],
     "heal": ["--plan", "PLAN", "--text", "NONE"],
     "sweep": ["--text", "NONE"],
     "similarity": ["--text", "NONE"],
     "export": ["--plan", "PLAN", "--to", "hf", "--out", "OUT", "--measure", "NONE"],
-    "export, repair": ["--plan", "PLAN", "--to", "hf", "--out", "OUT", "--repair", "--repair-text", "NONE"],
+    "export, repair": ["--plan", "PLAN", "--to", "hf", "--out", "OUT", "--repair", "refit", "--repair-text", "NONE"],
 }
 
 
@@ -76,7 +62,7 @@ def spelled(words, **names):
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_an_unreadable_text_is_refused_before_a_model_is_loaded(run, folder, plan, tmp_path, no_model, case):  # noqa: F811
+def test_an_unreadable_text_is_refused_before_a_model_is_loaded(run, folder, plan, tmp_path, no_model, case):
     words = spelled(TEXTS[case], NONE=tmp_path / "none.txt", PLAN=plan, OUT=tmp_path / "out")
     code, _, err = run(case.partition(",")[0], folder, *words)
     assert code == 2
@@ -85,7 +71,7 @@ def test_an_unreadable_text_is_refused_before_a_model_is_loaded(run, folder, pla
 
 
 WRITING = {
-    "search": ["--count", "1", "-o", "FILE/plan.json"],
+    "search": ["--skip", "mlp:1", "-o", "FILE/plan.json"],
     "compare": ["-o", "FILE/out"],
     "eval": ["--plan", "PLAN", "-o", "FILE/out"],
     "bench": ["--plan", "PLAN", "-o", "FILE/out"],
@@ -98,7 +84,7 @@ WRITING = {
 
 
 @pytest.mark.parametrize("command", WRITING)
-def test_where_nothing_can_be_written_no_model_is_loaded(run, folder, plan, tmp_path, no_model, command):  # noqa: F811
+def test_where_nothing_can_be_written_no_model_is_loaded(run, folder, plan, tmp_path, no_model, command):
     if command == "paper" and not find_spec("lm_eval"):
         pytest.skip("lm_eval is absent")
     (tmp_path / "file").write_text("")
@@ -111,59 +97,62 @@ def test_where_nothing_can_be_written_no_model_is_loaded(run, folder, plan, tmp_
 
 
 def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
-    refuse_unwritable(tmp_path / "a" / "b")
+    lines.refuse_unwritable(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UsageError, match=r"cannot write .*Permission denied"):
-        refuse_unwritable(tmp_path / "a")
+        lines.refuse_unwritable(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "give one budget: --count"),
+        ([], "give one budget: --skip sublayer:N"),
         (["--speedup", "0.5"], "a speedup of 0.5 is none"),
         (["--speedup", "1.1", "--max-nll", "nan"], "not nan: give a limit"),
-        (["--count", "1", "--max-minutes", "-1"], "end after -1.0 minutes"),
-        (["--count", "1", "--objective", "joy"], "no objective 'joy'"),
-        (["--count", "1", "--objective", "answers", "--prompts", "none.txt"], "cannot read the text none.txt"),
+        (["--skip", "mlp:1", "--max-minutes", "-1"], "end after -1.0 minutes"),
+        (["--skip", "mlp:1", "--objective", "joy"], "no objective 'joy'"),
+        (["--skip", "mlp:1", "--objective", "answers", "--prompts", "none.txt"], "cannot read the text none.txt"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_search_refuses_what_it_is_asked_before_a_model_is_loaded(run, folder, tmp_path, no_model, options, says):  # noqa: F811
+def test_a_search_refuses_what_it_is_asked_before_a_model_is_loaded(run, folder, tmp_path, no_model, options, says):
     code, _, err = run("search", folder, *options, "-o", tmp_path / "plan.json")
     assert (code, says in err) == (2, True), err
 
 
-def test_a_speedup_is_timed_when_all_else_is_known_to_be_possible(run, folder, tmp_path, no_forward, monkeypatch):  # noqa: F811
+def test_a_speedup_is_timed_when_all_else_is_known_to_be_possible(run, folder, tmp_path, no_forward, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("x" * 500)
-    monkeypatch.setattr(inputs, "_saving_of", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(search_module, "_saving_of", lambda *_: pytest.fail("it was timed"))
     command = ["search", folder, "--speedup", "1.1", "-o", tmp_path / "plan.json", *QUICK]
     for options, says in (
-        (["--prompt", "9999"], "exceed the model's 64 positions"),
-        (["--prompt", "8", "--new", "2", "--objective", "answers", "--prompts", prompts], "exceed the model's 64"),
+        (["--prompt-tokens", "9999"], "exceed the model's 64 positions"),
+        (
+            ["--prompt-tokens", "8", "--generation-tokens", "2", "--objective", "answers", "--prompts", prompts],
+            "exceed the model's 64",
+        ),
     ):
         code, _, err = run(*command, *options)
         assert (code, says in err) == (2, True), err
 
 
 IMPOSSIBLE = {
-    "eval, another's plan": ["--plan", "DEEP", "--repair"],
+    "eval, another's plan": ["--plan", "DEEP", "--repair", "refit"],
     "repair, another's plan": ["--plan", "DEEP"],
     "heal, another's plan": ["--plan", "DEEP"],
-    "sweep, too long to time": ["--prompt", "9999"],
-    "paper, too long to time": ["--prompt", "9999", "--tasks", "tiny_choice"],
-    "compare, too long to time": ["--rounds", "1", "--prompt", "9999", "--budget", "attention:1"],
-    "compare, too many": ["--budget", "attention:1", "--budget", "mlp:9"],
+    "sweep, too long to time": ["--prompt-tokens", "9999"],
+    "paper, too long to time": ["--prompt-tokens", "9999", "--tasks", "tiny_choice"],
+    "compare, too long to time": ["--rounds", "1", "--prompt-tokens", "9999", "--skip", "attention:1"],
+    "compare, too many": ["--skip", "attention:1", "--skip", "mlp:9"],
     "export, another's plan": ["--plan", "DEEP", "--to", "hf", "--measure", "prose"],
-    "export, no such form": ["--plan", "PLAN", "--to", "gguf", "--repair"],
+    "export, no such form": ["--plan", "PLAN", "--to", "gguf", "--repair", "refit"],
 }
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_the_model_cannot_do_is_refused_before_a_forward_pass(
-    run,  # noqa: F811
+    run,
     folder,
     plan,
     tmp_path,
@@ -188,7 +177,7 @@ def test_what_the_model_cannot_do_is_refused_before_a_forward_pass(
 @needs_harness
 @pytest.mark.parametrize("command", ["eval", "paper", "compare", "search"])
 def test_an_unknown_task_is_refused_before_a_model_is_loaded(
-    run,  # noqa: F811
+    run,
     folder,
     plan,
     tmp_path,
@@ -196,7 +185,9 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
     own_tasks_only,
     command,
 ):
-    words = {"eval": ["--plan", plan], "search": ["--count", "1", "--objective", "task:tiny_chioce"]}.get(command, [])
+    words = {"eval": ["--plan", plan], "search": ["--skip", "mlp:1", "--objective", "task:tiny_chioce"]}.get(
+        command, []
+    )
     if command != "search":
         words += ["--tasks", "tiny_chioce"]
     code, _, err = run(command, folder, *words, "--task-path", write_tasks(tmp_path / "t"), "-o", tmp_path / "out")
@@ -207,7 +198,7 @@ def test_an_unknown_task_is_refused_before_a_model_is_loaded(
 @needs_harness
 @pytest.mark.usefixtures("no_model", "own_tasks_only")
 @pytest.mark.parametrize("command", ["eval", "paper"])
-def test_a_limit_of_a_task_that_is_not_run_is_refused(run, folder, plan, tmp_path, command):  # noqa: F811
+def test_a_limit_of_a_task_that_is_not_run_is_refused(run, folder, plan, tmp_path, command):
     words = ["--plan", plan] if command == "eval" else []
     words += ["--tasks", "tiny_choice", "--task-path", write_tasks(tmp_path / "t"), "--limit", "tiny_choise=2"]
     code, _, err = run(command, folder, *words, "-o", tmp_path / "out")
@@ -217,14 +208,14 @@ def test_a_limit_of_a_task_that_is_not_run_is_refused(run, folder, plan, tmp_pat
 
 @pytest.mark.parametrize("command", ["sweep", "eval", "search", "similarity", "paper"])
 def test_windows_longer_than_the_model_reads_are_refused_before_a_forward_pass(
-    run,  # noqa: F811
+    run,
     folder,
     plan,
     tmp_path,
     no_forward,
     command,
 ):
-    words = {"eval": ["--plan", plan], "search": ["--count", "1"], "paper": ["--tasks", ""]}.get(command, [])
+    words = {"eval": ["--plan", plan], "search": ["--skip", "mlp:1"], "paper": ["--tasks", ""]}.get(command, [])
     if command == "paper" and find_spec("lm_eval") is None:
         pytest.skip("needs lm_eval")
     code, _, err = run(command, folder, *words, "--length", "65", "--sequences", "2", "-o", tmp_path / "out")
@@ -234,7 +225,7 @@ def test_windows_longer_than_the_model_reads_are_refused_before_a_forward_pass(
 @needs_harness
 @pytest.mark.parametrize("command", ["eval", "paper", "compare"])
 def test_tasks_without_data_are_refused_before_a_forward_pass_and_the_folder_takes_other_settings(
-    run,  # noqa: F811
+    run,
     folder,
     plan,
     tmp_path,
@@ -245,7 +236,7 @@ def test_tasks_without_data_are_refused_before_a_forward_pass_and_the_folder_tak
     tasks, out = write_tasks(tmp_path / "tasks"), tmp_path / "out"
     for file in tasks.glob("*.jsonl"):
         file.unlink()
-    words = {"eval": ["--plan", plan], "compare": ["--budget", "attention:1"]}.get(command, [])
+    words = {"eval": ["--plan", plan], "compare": ["--skip", "attention:1"]}.get(command, [])
     short = [*QUICK[:4], *(FAST[:4] if command == "paper" else [])]
     code, _, err = run(command, folder, *words, "--tasks", "tiny_choice", "--task-path", tasks, "-o", out, *short)
     assert code == 2
@@ -256,7 +247,7 @@ def test_tasks_without_data_are_refused_before_a_forward_pass_and_the_folder_tak
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
 @pytest.mark.parametrize("more", [[], ["--measure", "prose"]], ids=["", "measure"])
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
-    run,  # noqa: F811
+    run,
     folder,
     plan,
     tmp_path,
@@ -266,58 +257,9 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     more,
 ):
     disk = namedtuple("disk", "total used free")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: disk(1 << 30, 1 << 30, 1 << 10))
+    monkeypatch.setattr(exporters_folder.shutil, "disk_usage", lambda _: disk(1 << 30, 1 << 30, 1 << 10))
     code, _, err = run("export", folder, "--plan", plan, "--to", target, "--out", tmp_path / "out", *more)
     assert code == 2
     assert "the export takes " in err
     assert "has 1.0 KiB left; free some, or choose another disk" in err
     assert not (tmp_path / "out").exists()
-
-
-def test_eval_keeps_what_it_measured_once_and_a_report_shows_it(run, folder, plan, tmp_path):  # noqa: F811
-    command = ["eval", folder, "--plan", plan, "--out", tmp_path / "e", *QUICK]
-    code, out, err = run(*command, "--json")
-    assert (code, err) == (0, "")
-    assert run(*command)[0] == 0
-    (line,) = (tmp_path / "e" / "measured.jsonl").read_text().splitlines()
-    kept, shown = json.loads(line), json.loads(out)["quality"][-1]
-    assert kept["plan"] == {"attention": [2], "mlp": [4]}
-    assert {name: kept[name] for name in shown if name in kept and name != "model"} == {
-        name: value for name, value in shown.items() if name != "model"
-    }
-    page = tmp_path / "report.html"
-    code, _, err = run("report", tmp_path / "e", "-o", page)
-    assert (code, err) == (0, "")
-    assert "1 attention, 1 MLP" in page.read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_eval_of_a_repair_keeps_both_states(run, folder, plan, tmp_path):  # noqa: F811
-    code, _, err = run("eval", folder, "--plan", plan, "--repair", "--out", tmp_path / "e", *QUICK)
-    assert code == 0, err
-    lines = [json.loads(line) for line in (tmp_path / "e" / "measured.jsonl").read_text().splitlines()]
-    assert [line["model"] for line in lines] == ["skipped", "repaired"]
-    assert lines[0]["provenance"]["what"]["weights"] == "none" != lines[1]["provenance"]["what"]["weights"]
-
-
-def test_a_missed_budget_is_kept_with_the_choice(run, folder, tmp_path):  # noqa: F811
-    command = ["search", folder, "--kind", "attention", "--count", "4", "--max-kl", "0", *QUICK]
-    code, out, _ = run(*command, "-o", tmp_path / "plan.json", "--json")
-    assert code == 3
-    line = json.loads((tmp_path / "plan.search" / "chosen.jsonl").read_text())
-    assert line["missed"].startswith("4 of 4 costs ")
-    assert json.loads(out)[0]["missed"] == line["missed"]
-    assert run("search", folder, "--count", "1", *QUICK, "-o", tmp_path / "met.json")[0] == 0
-    assert json.loads((tmp_path / "met.search" / "chosen.jsonl").read_text())["missed"] is None
-
-
-@pytest.mark.slow
-def test_a_repaired_choice_has_a_loss_on_windows_that_it_was_not_fitted_to(run, folder, tmp_path):  # noqa: F811
-    command = ["search", folder, "--kind", "attention", "--count", "1", "--repair", "-o", tmp_path / "p.json", *QUICK]
-    code, out, err = run(*command, "--sequences", "4", "--json")
-    assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
-    verdict = found["search"][0]["verdict"]
-    assert verdict["delta_nll"] == found["quality"][1]["delta_nll"]
-    assert verdict["text"] == "prose, other windows" == found["quality"][1]["text"]

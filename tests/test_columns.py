@@ -1,4 +1,4 @@
-"""Columns are described once: what the terminal, the page, Markdown and CSV show of a record is the same."""
+"""Columns are described once: what the terminal, the page, Markdown, LaTeX and CSV show of a fact is the same."""
 
 from __future__ import annotations
 
@@ -6,158 +6,166 @@ import csv
 import io
 import math
 import re
+from html import unescape
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 import result_folders
 from api import (
-    KINDS,
-    USABLE,
+    BENCH_COLUMNS,
+    SEARCH_COLUMNS,
+    SWEEP_COLUMNS,
+    Cell,
     Column,
-    Fields,
-    SweepRecord,
+    Fact,
+    Number,
+    Quartiles,
     as_csv,
-    as_markdown,
-    best_first,
-    columns_of,
-    comparison_table,
-    given,
-    legend,
+    as_latex,
+    bench_rows,
+    comparison_columns,
+    experiments,
+    in_magnitude,
     magnitude,
     number,
-    show,
-    stepped_table,
+    print_table,
+    probability,
+    render,
+    results,
+    results_of,
+    size,
+    table,
+    with_difference,
     with_error,
-    with_spread,
-    with_tasks,
+    with_quartiles,
+    within,
+    words,
 )
-from api import cli_columns as lists
-from api import columns_plain as plain
 
 pytestmark = pytest.mark.any_transformers  # it writes tables, and runs no model
 
-SHOWN = {name: kind for name, kind in KINDS.items() if kind.columns}
-STEPPED = {
-    "sweep": (result_folders.all_records(), "sweep"),
-    "compare": (result_folders.all_compared(), "comparison"),
-    "search": ([result_folders.chosen(3)], "search"),
-    "bench": (result_folders.all_benched(), "bench"),
+
+def described():
+    """Every tuple of columns of the modules that have some, and where it was found."""
+    for package in (results, experiments):
+        for module in iter_modules(package.__path__):
+            found = import_module(f"{package.__name__}.{module.name}")
+            for name, value in vars(found).items():
+                if isinstance(value, tuple) and value and all(isinstance(one, Column) for one in value):
+                    yield f"{module.name}.{name}", value
+
+
+TABLES = {
+    "sweep": (result_folders.all_records(), SWEEP_COLUMNS),
+    "compare": (result_folders.all_compared(), comparison_columns(result_folders.all_compared())),
+    "search": ([result_folders.chosen(3)], SEARCH_COLUMNS),
+    "bench": (bench_rows(result_folders.all_benched()), BENCH_COLUMNS),
 }
 
 
-def fields_of(kind):
-    """The names of what a row of a kind may hold: its groups are unpacked."""
-    for name, field in kind.model_fields.items():
-        words = re.findall(r"\w+", str(field.annotation))
-        groups = [group for group in Fields.__subclasses__() if name in kind.groups and group.__name__ in words]
-        yield from (field for group in groups for field in group.model_fields) if groups else [name]
+class Named(Fact):
+    name: str | None = None
+    loss: Number = math.nan
+    more: str = ""
 
 
-def described():
-    """Every column that there is, and where it was found."""
-    for name, kind in SHOWN.items():
-        yield from ((name, column) for column in kind.columns)
-    for name, columns in vars(lists).items():
-        if name.endswith("_COLUMNS"):
-            yield from ((name, column) for column in columns)
+def error(named):
+    return named.loss, named.loss / 2
 
 
-def on_a_terminal(rows, columns, monkeypatch):
+LOSS = with_error("loss", error, unit="nats")
+NAME = words("name", lambda one: one.name)
+
+
+def one_of(column, value):
+    return column(lambda _: value).text(None)
+
+
+def test_lists_of_columns_have_a_heading_once_each_without_commas():
+    lists = dict(described())
+    assert {"sweep.COLUMNS", "search.COLUMNS", "draft.COLUMNS", "repairs.MEASURED", "facts.QUALITY"} <= set(lists)
+    for columns in lists.values():
+        headings = [column.heading for column in columns]
+        assert len(set(headings)) == len(headings)
+        assert not [heading for heading in headings if "," in heading]  # commas part what was left out
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_the_terminal_markdown_and_latex_show_the_same_cells(command, monkeypatch):
+    rows, columns = TABLES[command]
+    found = table("title", columns, rows)
     monkeypatch.setattr("sys.stdout", out := io.StringIO())
-    show(rows, columns, title="title")
-    head = next(line for line in out.getvalue().splitlines() if line.startswith("┃"))
-    return [cell.strip() for cell in head.strip("┃").split("┃")]
+    print_table(found)
+    lines = [line for line in out.getvalue().splitlines() if line[:1] in "┃│"]
+    printed = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines]
+    assert printed == [[*found.headings], *([str(cell) for cell in row] for row in found.rows)]
+    head, _, *body = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in found.markdown().splitlines()]
+    assert [head, *body] == printed
+    latex = as_latex(found, caption="c", label="l")
+    assert latex.count(r"\\") == len(rows) + 1
+    assert latex.count("&") == (len(rows) + 1) * (len(found.headings) - 1)
 
 
-def in_markdown(text):
-    head = next(line for line in text.splitlines() if line.startswith("| "))
-    return [cell.strip() for cell in head.strip("|").split("|")]
+@pytest.mark.parametrize("command", ["sweep", "compare", "search", "bench"])
+def test_the_page_shows_what_the_terminal_shows(command, tmp_path):
+    """But for its own judgement, whether a model is usable."""
+    rows, columns = TABLES[command]
+    folder = result_folders.WRITERS[command](tmp_path) if command != "search" else result_folders.write(tmp_path, *rows)
+    page = unescape(render(results_of(folder)))
+    shown = re.search(r'<table id="table-results".*?</table>', page, re.S)[0]
+    headings = re.findall(r"<th .*?<bdi>(.*?)</bdi>", shown)
+    told = table("title", columns, rows)
+    assert [heading for heading in headings if heading != "usable"] == [*told.headings]
+    cells = re.findall(r"<bdi>(.*?)</bdi>", shown)[len(headings) :]
+    assert {str(cell) for row in told.rows for cell in row} <= set(cells)
 
 
-def test_kinds_that_are_shown_have_columns():
-    measured = {"sweep", "similarity", "comparison", "bench", "benchmark", "battery", "times", "claim"}
-    assert measured | {"search", "refit", "healing", "measured", "draft", "front"} == set(SHOWN)
-
-
-@pytest.mark.parametrize("name", SHOWN)
-def test_columns_are_of_fields_that_a_record_has(name):
-    columns = SHOWN[name].columns
-    assert {field for column in columns for field in column.fields} <= set(fields_of(SHOWN[name]))
-    assert len({column.heading for column in columns}) == len(columns)
-    assert not [column.heading for column in columns if "," in column.heading]  # commas part what was left out
-
-
-def test_a_field_has_one_heading_and_is_written_one_way_wherever_it_stands():
-    sample = result_folders.chosen(3) | result_folders.record("mlp", 0.25, True, 1.25)
-    sample |= {"value": 0.5, "value_se": 0.1, "delta": -0.2, "delta_se": 0.05, "p_value": 0.0, "worse": True}
-    told = {}
-    for where, column in described():
-        text = column.text(sample) if column.fields[0] in sample else ""
-        told.setdefault(column.fields, {}).setdefault((column.heading, text, column.right, column.unit), []).append(
-            where
-        )
-    assert {fields: ways for fields, ways in told.items() if len(ways) > 1} == {}
-    first = {column.fields[0] for _, column in described()}
-    assert len(first) == len({column.fields for _, column in described()})
-
-
-@pytest.mark.parametrize("command", STEPPED)
-def test_the_terminal_the_page_and_csv_show_the_same_columns(command, monkeypatch):
-    rows, name = STEPPED[command]
-    columns = columns_of(rows) if command == "compare" else SHOWN[name].columns
-    table = stepped_table(command, rows)
-    flat = [with_tasks(row) for row in rows]
-    headings = [heading for heading in table.headings if heading != "usable"]  # the page's own judgement
-    assert on_a_terminal(flat, columns, monkeypatch) == headings
-    assert [column.heading for column in given(columns, flat)] == headings
-    if command != "compare":  # whose columns of tasks are made anew
-        assert set(table.columns) - {USABLE} <= set(columns)
-    names = [name for name in next(csv.reader(io.StringIO(table.csv))) if name != "usable"]
-    fields = [field for column in table.columns for field in column.fields if field in flat[0] and field != "plan"]
-    assert names[1 : 1 + len(fields)] == fields
-    order = best_first(rows) if command == "compare" else range(len(rows))
-    for row, cells in zip([flat[place] for place in order], table.rows):
-        told = [(cell.text, column.text(row)) for cell, column in zip(cells, table.columns) if column is not USABLE]
-        assert all(shown == expected for shown, expected in told)
-
-
-def test_markdown_has_the_headings_of_the_page_and_the_terminal():
-    rows = result_folders.all_compared()
-    page = [
-        heading for heading in stepped_table("compare", rows).headings if heading not in ("among", "count", "usable")
+def test_a_csv_has_every_figure_of_the_facts_with_its_digits():
+    records = result_folders.all_records()
+    lines = list(csv.DictReader(io.StringIO(table("t", SWEEP_COLUMNS, records).csv)))
+    assert [float(line["delta_nll"]) for line in lines] == [record.quality.delta_nll for record in records]
+    assert [float(line["speedup_decode_low"]) for line in lines] == [
+        record.times.speedup_decode.low for record in records
     ]
-    assert in_markdown(comparison_table(rows)) == [*page, "skips"]
-    assert {"NLL added", "arc_easy acc", "decode speedup", "CPU s"} <= set(page)
-    assert "| 0.480 (-0.020 ± 0.020) |" in comparison_table(rows)
+    assert lines[2]["skipped"] == "attn.8"
+    cells = [("a", 0.1), ("b", 1 / 3)]  # of rows that are no facts what they sort by
+    told = table("t", [words("name", lambda row: row[0]), number("loss", lambda row: row[1])], cells)
+    assert told.csv == f"name,loss\na,0.1\nb,{1 / 3}\n"
 
 
 def test_the_page_of_the_paper_shows_the_headings_of_a_sweep():
     page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text(encoding="utf-8")
-    table = page[page.index("| skipped |") :].partition("\n\n")[0]
-    headings = in_markdown(table)
-    assert headings == [column.heading for column in SweepRecord.columns if column.heading in headings]
+    lines = page[page.index("| skipped |") :].partition("\n\n")[0]
+    headings = [cell.strip() for cell in lines.splitlines()[0].strip("|").split("|")]
+    columns = [column for column in SWEEP_COLUMNS if column.heading in headings]
+    assert headings == [column.heading for column in columns]
     assert {"skipped", "NLL added", "decode speedup", "perplexity"} <= set(headings)
-    columns = [column for column in SweepRecord.columns if column.heading in headings]
-    assert page.partition(table)[2].strip().startswith(legend(columns))
+    assert page.partition(lines)[2].strip().startswith(table("", columns, result_folders.all_records()).legend)
 
 
 def test_quartiles_are_written_from_the_low_to_the_high():
-    record = {"speedup_decode": 1.25, "speedup_decode_low": 1.0, "speedup_decode_high": 1.5}
-    assert with_spread("speedup_decode", "decode", ".2f").text(record) == "1.25 [1.00, 1.50]"
+    spread = Quartiles(median=1.25, low=1.0, high=1.5, n=3)
+    assert one_of(lambda get: with_quartiles("decode", get, ".2f"), spread) == "1.25 [1.00, 1.50]"
+    assert one_of(lambda get: with_quartiles("decode", get), None) == "-"
+
+
+def test_a_figure_stands_beside_its_difference_to_the_dense_model():
+    assert one_of(lambda get: with_difference("arc", get), (0.48, -0.02, 0.02)) == "0.480 (-0.020 ± 0.020)"
+    assert one_of(lambda get: with_difference("arc", get), (0.5, math.nan, math.nan)) == "0.500"
 
 
 def test_what_rounds_to_nothing_has_no_sign():
-    row = {"cost": -1e-9, "cost_se": 0.0, "low": -0.0, "endless": -math.inf, "small": -0.051}
-    assert number("cost", "objective", ".4f").value(row) == "0.0000"
-    assert with_error("cost", "NLL added", "+.2f").text(row) == "+0.00 ± +0.00"
-    assert number("low", "change", ".0%").value(row) == "0%"
-    assert number("endless", "change").value(row) == "-inf"
-    assert number("small", "change", ".1f").value(row) == "-0.1"
+    assert one_of(lambda get: number("", get, ".4f"), -1e-9) == "0.0000"
+    assert one_of(lambda get: number("", get, ".0%"), -0.0) == "0%"
+    assert one_of(lambda get: number("", get, ".1f"), -0.051) == "-0.1"
+    assert one_of(lambda get: number("", get), -math.inf) == "-"
+    assert one_of(lambda get: with_error("", get, "+.2f"), (-1e-9, 0.0)) == "+0.00 ± +0.00"
 
 
 def test_a_perplexity_can_be_read_however_large():
-    column = magnitude("perplexity", "perplexity")
     told = {
         15.44: "15.4",
         1351.83: "1,351.8",
@@ -166,45 +174,54 @@ def test_a_perplexity_can_be_read_however_large():
         2_888_298_470.4: "2.9e9",
         9.97e9: "1.0e10",
         1e300: "1.0e300",
-        math.inf: "inf",
-        math.nan: "-",
         None: "-",
     }
-    assert {value: column.text({"perplexity": value}) for value in told} == told
+    assert {value: one_of(lambda get: magnitude("perplexity", get), value) for value in told} == told
+    assert one_of(lambda get: magnitude("perplexity", get), math.nan) == "-"
+    assert in_magnitude(math.inf) == "inf"
+
+
+def test_bytes_come_in_the_unit_that_suits_them():
+    told = {0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1000 * 2**10: "1000.0 KiB", 2**20: "1.0 MiB", None: "-"}
+    assert {value: one_of(lambda get: size("b", get), value) for value in told} == told
+    assert one_of(lambda get: size("b", get), 5000 * 2**30) == "5000.0 GiB"
+
+
+def test_small_probabilities_are_not_called_none():
+    told = {0.0: "< 0.001", 0.002: "0.002", 0.0125: "0.013", 1.0: "1.000", None: "-"}
+    assert {value: one_of(lambda get: probability("p", get), value) for value in told} == told
+    assert one_of(lambda get: probability("p", get), math.nan) == "-"
 
 
 def test_what_was_not_measured_is_a_dash_and_a_column_of_nothing_is_left_out():
-    column = with_error("loss", "loss")
-    assert [column.text(row) for row in ({}, {"loss": None, "loss_se": None}, {"loss": 0.5, "loss_se": None})] == [
-        *("-", "-"),
-        "0.500 ± -",
-    ]
-    names = [plain("name"), column]
-    assert given(names, [{"name": "a", "loss": None}, {"name": "b"}]) == names[:1]
-    assert given(names, [{"name": "a", "loss": None}, {"loss": 0.0}]) == names
-    assert given(names, []) == names
+    assert LOSS.text(Named(loss=math.nan)) == "-"
+    assert one_of(lambda get: with_error("", get), (0.5, math.nan)) == "0.500 ± -"
+    assert table("t", [NAME, LOSS], [Named(name="a"), Named(name="b")]).headings == ("name",)
+    assert table("t", [NAME, LOSS], [Named(name="a"), Named(loss=0.0)]).headings == ("name", "loss")
+    assert table("t", [NAME, LOSS], [Named(name="a")], every=True).headings == ("name", "loss")
+    assert table("t", [NAME, LOSS], []).headings == ("name", "loss")
+
+
+def test_a_column_of_a_fact_is_one_of_what_holds_it():
+    (lifted,) = within((LOSS,), lambda holder: holder["held"])
+    assert lifted.text({"held": Named(loss=0.5)}) == "0.500 ± 0.250"
+    assert lifted.text({"held": None}) == "-"
+    assert (lifted.heading, lifted.unit, lifted.titled) == ("loss", "nats", "loss, nats")
 
 
 def test_rows_sort_by_numbers_where_there_are_some_and_else_by_what_is_read():
-    plan = Column(("plan",), "skipped", lambda plan: f"{len(plan)} layers", right=False)
-    row = {"plan": {"mlp": [1]}, "loss": 0.5, "name": "a"}
-    assert [column.sorted_by(row) for column in (plan, with_error("loss", "loss"), plain("name"), plain("other"))] == [
-        *("1 layers", 0.5, "a", None),
-    ]
+    named = Named(name="a", loss=0.5)
+    assert [column.cell(named).value for column in (LOSS, NAME, words("other", lambda _: ""))] == [0.5, "a", None]
+    assert str(Cell(0.5, "0.500", "± 0.250")) == "0.500 ± 0.250"
 
 
 def test_markdown_and_csv_hold_whatever_a_name_says():
-    rows = [{"name": "a|b", "loss": 0.25, "loss_se": 0.125, "more": 'x,"y"\n', "many": [1]}]
-    columns = [with_error("loss", "loss", unit="nats"), plain("name")]
-    assert as_markdown(rows, columns).splitlines() == [
+    found = table("t", [LOSS, NAME], [Named(name="a|b", loss=0.25, more='x,"y"\n')])
+    assert found.markdown().splitlines() == [
         *("| loss | name |", "| ---: | --- |"),
         r"| 0.250 ± 0.125 | a\|b |",
     ]
-    text = as_csv(rows, columns)
-    assert text.splitlines()[0] == "loss,loss_se,name,more"
-    assert next(csv.DictReader(io.StringIO(text))) == {
-        **{"loss": "0.25", "loss_se": "0.125"},
-        **{"name": "a|b", "more": 'x,"y"\n'},
-    }
-    assert legend(columns) == "±: one standard error."
-    assert legend(columns[1:]) == ""
+    assert next(csv.DictReader(io.StringIO(found.csv))) == {"loss": "0.25", "name": "a|b", "more": 'x,"y"\n'}
+    assert as_csv([Named(name="a", loss=1.0)], without=["more"]) == "name,loss\na,1.0\n"
+    assert found.legend == "±: one standard error."
+    assert table("t", [NAME], []).legend == ""

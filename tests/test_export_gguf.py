@@ -21,15 +21,17 @@ from api import (
     GGUF,
     Field,
     GGUFTensor,
+    LlamaCpp,
     UnknownArchitecture,
     cut,
     exporters_gguf,
     llamacpp,
+    load_config,
     loading,
     read_gguf,
     write_gguf,
 )
-from api import gguf_weights_with_weights as with_weights
+from api import gguf_with_weights as with_weights
 from families import family
 from notall import Plan, UsageError, export, load, repair, skip
 from tiny_gguf import WORDS
@@ -87,9 +89,9 @@ def test_llamacpp_answers_as_the_skipped_model(dense, plan, tmp_path):
 
 def answering(monkeypatch, logprobs):
     """Let `logprobs`, of tokens from 0, stand for what llama.cpp answers."""
-    monkeypatch.setattr(llamacpp, "is_installed", lambda: True)
-    monkeypatch.setattr(llamacpp, "release", lambda: "of this test")
-    monkeypatch.setattr(llamacpp, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
+    monkeypatch.setattr(LlamaCpp, "is_installed", lambda self: True)
+    monkeypatch.setattr(LlamaCpp, "version", "of this test")
+    monkeypatch.setattr(exporters_gguf, "next_token_logprobs", lambda path, tokens: dict(enumerate(logprobs)))
 
 
 @pytest.mark.parametrize(("logprobs", "most"), [([-50.0] * 10, 0.5), ([-1.0] + [float("nan")] * 9, 99)])
@@ -122,11 +124,11 @@ def verdict(out):
 
 
 def test_an_export_says_by_what_it_was_checked_or_why_it_was_not(llama, monkeypatch, tmp_path):
-    if llamacpp.is_installed():
+    if LlamaCpp(1).is_installed():
         found = verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "checked"))
-        assert found["by"] == f"llama.cpp (xllamacpp {llamacpp.release()})"
+        assert found["by"] == f"llama.cpp (xllamacpp {LlamaCpp(1).version})"
         assert found["difference"] < found["most"]
-    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    monkeypatch.setattr(LlamaCpp, "is_installed", lambda self: False)
     assert "not installed" in verdict(export(llama, PLANS["portable"], "gguf", tmp_path / "out"))["not_run"]
 
 
@@ -407,6 +409,31 @@ def test_a_list_that_counts_more_than_the_file_holds_is_refused_at_once(llama, k
     path.write_bytes(content)
     for function in (lambda: export(path, Plan([1], [1]), "gguf", tmp_path / "out", verify=False), lambda: load(path)):
         with pytest.raises(UsageError, match="no whole GGUF file") as refusal:
+            function()
+        assert_one_line(refusal)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("key", "what"), [("block_count", "layers"), ("expert_count", "experts")])
+@pytest.mark.parametrize("count", [10**6, 19_000])
+def test_more_layers_or_experts_than_there_is_room_for_are_refused_at_once(llama, key, what, count, tmp_path):
+    """transformers would build each of them."""
+    content, path = llama.read_bytes(), tmp_path / "counts.gguf"
+    name, value = f"llama.{key}".encode(), struct.pack("<II", 4, count)
+    if name in content:
+        end = content.index(name) + len(name)
+        content = content[:end] + value + content[end + len(value) :]
+    else:
+        fields = struct.pack("<Q", struct.unpack("<Q", content[16:24])[0] + 1)
+        content = content[:16] + fields + struct.pack("<Q", len(name)) + name + value + content[24:]
+    path.write_bytes(content)
+    for function in (
+        lambda: export(path, Plan([1], [1]), "gguf", tmp_path / "out", verify=False),
+        lambda: load_config(path),
+        lambda: load(path),
+        lambda: LlamaCpp(1).check(path),
+    ):
+        with pytest.raises(UsageError, match=f"header counts {count} {what}, and its tensors have room for") as refusal:
             function()
         assert_one_line(refusal)
 

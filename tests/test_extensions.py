@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import notall
-from api import by_count, cli, criteria, kl, load_repaired, methods
+from api import by_count, criteria, kl, load_repaired, methods
 from families import family
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.any_transformers  # it looks up names
 
 MINE = '''
 from notall import RepairedPlan
-from notall.choosing.criteria import Chosen, Criterion
+from notall.choosing.criteria import Choice, Criterion
 
 def by_depth(setting):
     """The seventh wonder.
@@ -29,13 +29,13 @@ def by_depth(setting):
 
 def choose_first(setting, budget):
     unit = setting.space.units[0]
-    return Chosen(frozenset(unit), (unit,))
+    return Choice(frozenset(unit), (unit,))
 
 def chooses_too_few(setting, budget):
-    return Chosen(frozenset({"mlp.1"}), (("mlp.1",),))
+    return Choice(frozenset({"mlp.1"}), (("mlp.1",),))
 
 def chooses_what_is_not_there(setting, budget):
-    return Chosen(frozenset({"mlp.99"}), (("mlp.99",),))
+    return Choice(frozenset({"mlp.99"}), (("mlp.99",),))
 
 def spells(setting):
     return dict.fromkeys(setting.space.units, "low")
@@ -139,6 +139,13 @@ def test_an_object_that_chooses_is_one_too(mine):
     assert criteria.criterion("mine:FIRST").kinds == ("mlp",)
 
 
+def test_what_an_unknown_criterion_takes_is_guessed(mine):
+    space = notall.Space(notall.locate(family("llama").build()), "mlp")
+    scores, chooses = criteria.criterion("mine:by_depth"), criteria.criterion("mine:choose_first")
+    assert scores.cost(space, 2) == 1
+    assert chooses.cost(space, 2) == criteria.CRITERIA["search"].cost(space, 2) > 1
+
+
 def test_a_package_adds_a_criterion_and_a_repair(package):
     assert chosen("wonder", count=3).plan.mlp == (1, 2, 3)
     every = criteria.every_criterion()
@@ -202,34 +209,28 @@ def test_a_module_of_the_folder_hides_no_library(mine):
         criteria.criterion("fractions:x")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        return leaving.value.code or 0, *capsys.readouterr()
-
-    return run
+def undated(records):
+    """Without when and where they were told."""
+    return [one | {"provenance": one["provenance"]["what"]} for one in records]
 
 
 def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=5)
     small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt"]
     Path("text.txt").write_text("a bird sings under the winter light of an old stone; " * 9)
-    code, _, err = run("search", model, "--criterion", "mine:by_depth", "--kind", "mlp", "--count", 3, *small)
+    code, _, err = run("search", model, "--criterion", "mine:by_depth", "--skip", "mlp:3", *small)
     assert (code, err) == (0, "")
     assert Plan.load("plan.json").mlp == (1, 2, 3)
-    named = ["--criterion", "mine:by_depth", "--repair", "mine:halved", "--budget", "mlp:2"]
+    named = ["--criterion", "mine:by_depth", "--repair", "mine:halved", "--skip", "mlp:2"]
     code, out, err = run("compare", model, *named, *small, "--out", "c", "--json")
     assert (code, err) == (0, "")
     assert '"mine:halved"' in out
-    assert run("compare", model, *named, *small, "--out", "c", "--json") == (0, out, "")  # from what it wrote
+    again = json.loads(run("compare", model, *named, *small, "--out", "c", "--json")[1])  # from what it wrote
+    assert undated(again["comparison"]) == undated(json.loads(out)["comparison"])
     (kept,) = Path("c/plans").iterdir()
     assert Plan.load(kept).fingerprint == Plan.load("plan.json").fingerprint is not None
     assert len(list(Path("c/repairs").glob("mine-halved-*.safetensors"))) == 1
-    code, _, err = run("search", model, "--criterion", "mine:by_deth", "--count", 1)
+    code, _, err = run("search", model, "--criterion", "mine:by_deth", "--skip", "mlp:1")
     assert (code, err.count("\n")) == (2, 1)
     assert "did you mean by_depth?" in err
 
@@ -244,7 +245,7 @@ def test_the_command_line_takes_them_too(mine, run, tmp_path, short_prose):
         ("chooses_what_is_not_there", "skips mlp.99, which may not be: choose of setting.space.names"),
         ("spells", r"gives no number to \('mlp.0',\)"),
         ("of_three", "mine:of_three is no criterion: let it take a Setting, and a Budget if it chooses itself"),
-        ("says_none", "give back a Chosen from the criterion mine:says_none, not NoneType"),
+        ("says_none", "give back a Choice from the criterion mine:says_none, not NoneType"),
     ],
 )
 def test_a_criterion_that_fails_is_one_line(mine, way, said):
@@ -298,7 +299,7 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     Plan([2]).save("plan.json")
     Path("text.txt").write_text("a bird sings under the winter light of an old stone; " * 9)
     small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--text", "text.txt", "--plan", "plan.json"]
-    command = ["repair", model, *small, "--method", "mine:halved", "--out", "made", "--json"]
+    command = ["repair", model, *small, "--repair", "mine:halved", "--out", "made", "--json"]
     code, shown, err = run(*command)
     assert (code, err) == (0, "")
     modes = {(Path("made") / name).stat().st_mode for name in ("plan.json", "weights.safetensors")}
@@ -326,10 +327,10 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        (["--method", "nbl"], "nbl keeps a matrix and a bias each at run time"),
-        (["--method", "refitt"], "did you mean refit?"),
-        (["--method", "mine:elsewhere"], "the repaired model.layers.0.mlp.down_proj.weight is (1, "),
-        (["--method", "replaceme", "--streams", "s"], "--streams goes with --method refit"),
+        (["--repair", "nbl"], "nbl keeps a matrix and a bias each at run time"),
+        (["--repair", "refitt"], "did you mean refit?"),
+        (["--repair", "mine:elsewhere"], "the repaired model.layers.0.mlp.down_proj.weight is (1, "),
+        (["--repair", "replaceme", "--offload", "s"], "--offload goes with --repair refit"),
     ],
 )
 def test_a_method_that_no_plan_can_keep_is_one_line(mine, run, tmp_path, short_prose, named, message):
@@ -346,9 +347,9 @@ def test_a_folder_of_one_method_is_not_taken_for_another(mine, run, tmp_path, sh
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=3)
     Plan([1]).save("plan.json")
     small = ["--sequences", "2", "--length", "16", "--dtype", "float32", "--plan", "plan.json", "--out", "made"]
-    assert run("repair", model, *small, "--method", "replaceme")[0] == 0
+    assert run("repair", model, *small, "--repair", "replaceme")[0] == 0
     for other in ("prune-and-comp", "refit"):
-        code, _, err = run("repair", model, *small, "--method", other)
+        code, _, err = run("repair", model, *small, "--repair", other)
         assert (code, err.count("\n")) == (2, 1)
         assert "made holds results with" in err
 

@@ -30,8 +30,8 @@ def test_counts_equal_what_is_left_after_removing(name, plan):
 def test_each_weight_of_a_layer_is_counted_with_one_sublayer(name):
     """Also a norm that both sublayers of a parallel block read."""
     model = family(name).build()
-    anatomy = locate(model)
-    for block, layer in zip(anatomy.blocks, model.get_submodule(anatomy.layers)):
+    structure = locate(model)
+    for block, layer in zip(structure.blocks, model.get_submodule(structure.layers)):
         assert sum(part.parameters for part in block.sublayers) == sum(p.numel() for p in layer.parameters())
         assert sum(part.weight_bytes for part in block.sublayers) == sum(p.nbytes for p in layer.parameters())
 

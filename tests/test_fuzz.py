@@ -8,8 +8,8 @@ import fuzzing
 
 KINDS = {
     "plan": 80,
-    "old search": 40,
-    "old bench": 40,
+    "a search's lines": 40,
+    "a bench's lines": 40,
     "lines of text": 30,
     "lines of prompts": 30,
     "safetensors": 20,

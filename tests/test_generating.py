@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from api import Streamer, chat_template, continue_prompts, generate_text, raised_by
+from api import Streamer, continue_prompts, generate_text, greedy, raised_by
 from families import family, silenced
 from notall import Plan, UsageError
 from tiny_tasks import byte_tokenizer, tiny_llama
@@ -71,9 +69,17 @@ def test_the_text_is_handed_on_as_it_comes(model, tokenizer):
 def test_settings_that_cannot_be_used_are_one_line(tokenizer, name, value):
     model = tiny_llama()
     setattr(model.generation_config, name, value)
+    with pytest.raises(UsageError, match=r"cannot generate: (Type|Runtime)Error: .*; check .* generation_config"):
+        generate_text(model, tokenizer, PLAN, "x", max_new_tokens=2, temperature=1.0)
+    generate_text(model, tokenizer, PLAN, "x", max_new_tokens=2)  # greedy text goes by none of them
+
+
+def test_an_end_that_is_no_token_is_one_line(tokenizer):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = "a"
     for say in (generate_text, continue_prompts):
         prompt, new = ("x", {"max_new_tokens": 2}) if say is generate_text else (["x"], {"new_tokens": 2})
-        with pytest.raises(UsageError, match=r"cannot generate: (Type|Runtime)Error: .*; check .* generation_config"):
+        with pytest.raises(UsageError, match=r"cannot generate: .*; check .* generation_config"):
             say(model, tokenizer, PLAN, prompt, **new)
 
 
@@ -101,9 +107,28 @@ def test_only_a_number_that_is_too_large_is_a_runtime_error_of_the_settings():
 
 def test_greedy_is_greedy_whatever_the_model_would_rather_do(tokenizer):
     model = tiny_llama()
-    expected = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)
-    model.generation_config.num_beams = 4
-    assert generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW) == expected
+    expected = [slow(model, tokenizer, prompt, PLAN) for prompt in PROMPTS]
+    own = model.generation_config
+    own.repetition_penalty, own.num_beams, own.num_return_sequences, own.no_repeat_ngram_size = 1.3, 3, 2, 1
+    assert continue_prompts(model, tokenizer, PLAN, PROMPTS, NEW) == expected
+    assert [generate_text(model, tokenizer, PLAN, prompt, max_new_tokens=NEW) for prompt in PROMPTS] == expected
+    assert model.generation_config is own
+
+
+def test_a_row_ends_with_the_token_that_ends_a_text(model, tokenizer, monkeypatch):
+    ids = torch.arange(10).view(2, 5) + 3
+    whole = greedy(model, ids, 12)
+    end = next(token for token in whole[0] if token not in whole[1])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [98, end])
+    assert greedy(model, ids, 12) == [whole[0][: whole[0].index(end) + 1], whole[1]]
+
+
+def test_the_random_numbers_of_others_go_on_as_they_would_have(model, tokenizer):
+    torch.manual_seed(99)
+    state = torch.random.get_rng_state()
+    for temperature in (0.0, 1.0):
+        generate_text(model, tokenizer, PLAN, "the", max_new_tokens=3, temperature=temperature)
+        assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_seed_decides_what_is_drawn(model, tokenizer):
@@ -137,9 +162,6 @@ def test_what_makes_no_text_is_refused_in_one_line(model, tokenizer, prompt, opt
     assert len(str(error.value)) < 300
 
 
-ENDLESS = "{% for i in range(90000) %}{% for j in range(90000) %}{% set x = j %}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -154,28 +176,20 @@ ENDLESS = "{% for i in range(90000) %}{% for j in range(90000) %}{% set x = j %}
         "{% include 'other' %}",
         "{{ raise_exception('x' * 9999) }}",
         {"tool_use": "{{ messages }}"},
-        ENDLESS,
     ],
 )
-def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(model, tokenizer, template, monkeypatch):
-    monkeypatch.setattr(chat_template, "MOST_SECONDS", 1.0)
+def test_a_broken_or_hostile_chat_template_is_refused_in_one_line(model, tokenizer, template):
     tokenizer.chat_template = template
-    started = time.perf_counter()
     with pytest.raises(UsageError, match="chat template fails") as error:
         generate_text(model, tokenizer, PLAN, "the", chat=True)
-    assert time.perf_counter() - started < 30
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 300
     assert "leave chat out" in str(error.value)
-    if template == ENDLESS:
-        assert "within 1 seconds" in str(error.value)
 
 
 def test_a_chat_template_is_what_the_model_reads(model, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    tracing = sys.gettrace()
     said = generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW, chat=True)
-    assert sys.gettrace() is tracing
     tokenizer.chat_template = None
     assert said == generate_text(model, tokenizer, PLAN, "<s>user: the river</s>", max_new_tokens=NEW)
     assert said != generate_text(model, tokenizer, PLAN, "the river", max_new_tokens=NEW)

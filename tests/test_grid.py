@@ -7,16 +7,35 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import forked
-from api import LeaveOneOutRecord, ScoresRecord, SimilarityRecord, SweepRecord, read, score, summarize
-from api import paper_sweep as grid
+from api import (
+    LeaveOneOutRecord,
+    Provenance,
+    ScoresRecord,
+    SimilarityRecord,
+    SweepRecord,
+    Workload,
+    least_lost,
+    paper_grid,
+    quality,
+    read,
+    removable,
+    score,
+    summarize,
+    sweep,
+)
+from api import driver_Subject as Subject
 from api import records_lines as lines
 from families import family, silenced
 from notall import Plan, UsageError, locate, skip
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
-TIMED = grid.Timed(prompt_tokens=4, new_tokens=2, rounds=1)
+TIMED = Workload(prompt_tokens=4, generation_tokens=2, rounds=1)
 ABOUT = {"model": "tiny", "revision": "none"}
 DEPTH = 10
+
+
+def run(model, out, batches=BATCHES, about=ABOUT, seed=0, workload=TIMED, **options):
+    return sweep(Subject(model, None, batches, out, Provenance(what=about), seed), workload, **options)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +46,7 @@ def model():
 @pytest.fixture(scope="module")
 def swept(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    return folder, grid.sweep(model, BATCHES, folder, ABOUT, timed=TIMED)
+    return folder, run(model, folder)
 
 
 def test_the_papers_nineteen_configurations(model, swept):
@@ -47,9 +66,10 @@ def test_the_papers_nineteen_configurations(model, swept):
 
 
 def test_examples_are_of_what_loses_least_of_each_variant(swept):
-    records = [swept[1][1].model_copy(update={"nll": None}), *swept[1]]  # a loss beyond all numbers comes last
-    best = {record.variant: record.nll for record in grid._least_lost(records)}
-    assert best == {name: min(r.nll for r in swept[1] if r.variant == name) for name in best}
+    overflown = swept[1][1].quality.model_copy(update={"nll": float("nan")})  # a loss beyond all numbers comes last
+    records = [swept[1][1].model_copy(update={"quality": overflown}), *swept[1]]
+    best = {record.variant: record.quality.nll for record in least_lost(records)}
+    assert best == {name: min(r.quality.nll for r in swept[1] if r.variant == name) for name in best}
     assert len(best) == 4
 
 
@@ -62,16 +82,16 @@ def test_every_line_equals_its_slow_twin(model, swept):
             for tokens in BATCHES:
                 for row in tokens:
                     losses.append(float(cross_entropy(model(row[None]).logits[0, :-1], row[1:])))
-        assert record.nll == pytest.approx(sum(losses) / len(losses), rel=1e-5), record.variant
-        assert record.sequences == 3
+        assert record.quality.nll == pytest.approx(sum(losses) / len(losses), rel=1e-5), record.variant
+        assert record.quality.sequences == 3
 
 
 @torch.no_grad()
 def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
     """The model that `skip` leaves, uncached, on the first two sequences alone."""
     found = lines.read(swept[0] / LeaveOneOutRecord.file)
-    assert [(line["kind"], line["layer"]) for line in found] == [
-        (kind, layer) for layer in range(DEPTH) for kind in ("attention", "mlp")
+    assert [line["sublayer"] for line in found] == [
+        f"{kind}.{layer}" for layer in range(DEPTH) for kind in ("attn", "mlp")
     ]
 
     def losses():
@@ -79,7 +99,8 @@ def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
 
     dense = losses()
     for line in found:
-        with skip(model, Plan(**{line["kind"]: [line["layer"]]})):
+        kind, layer = line["sublayer"].split(".")
+        with skip(model, Plan(**{{"attn": "attention"}.get(kind, kind): [int(layer)]})):
             delta = losses() - dense
         assert line["delta_nll"] == pytest.approx(float(delta.mean()), abs=1e-5), line
         assert line["delta_nll_se"] == pytest.approx(float(delta.std() / 2**0.5), abs=1e-5), line
@@ -88,7 +109,7 @@ def test_each_sublayer_alone_costs_what_its_slow_twin_says(model, swept):
 
 def test_sublayers_are_left_out_on_two_sequences_however_they_are_batched(model, swept, tmp_path):
     rows = torch.cat(BATCHES)
-    grid.sweep(model, [rows[:1], rows[1:]], tmp_path, ABOUT, timed=TIMED)
+    run(model, tmp_path, [rows[:1], rows[1:]])
     found, again = (lines.read(folder / LeaveOneOutRecord.file) for folder in (swept[0], tmp_path))
     assert [line["sequences"] for line in again] == [2] * 2 * DEPTH
     assert [line["delta_nll"] for line in again] == pytest.approx([line["delta_nll"] for line in found], abs=1e-5)
@@ -100,22 +121,22 @@ def test_what_sublayers_cost_is_not_measured_twice(model, swept, tmp_path, monke
         (tmp_path / path.name).write_bytes(path.read_bytes())
     whole = (tmp_path / LeaveOneOutRecord.file).read_text()
     scored = []
-    monkeypatch.setattr(grid, "score", lambda *arguments: scored.append(1) or score(*arguments))
-    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    monkeypatch.setattr(quality, "score", lambda *arguments: scored.append(1) or score(*arguments))
+    run(model, tmp_path)
     assert scored == []
     (tmp_path / LeaveOneOutRecord.file).write_text("".join(whole.splitlines(keepends=True)[:7]))
-    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    run(model, tmp_path)
     assert scored == [1]
     assert (tmp_path / LeaveOneOutRecord.file).read_text() == whole
     other = whole.replace('"seed": 0', '"seed": 1')
     (tmp_path / LeaveOneOutRecord.file).write_text(other)
     with pytest.raises(UsageError, match="results with seed"):
-        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+        run(model, tmp_path)
 
 
 def test_the_only_attention_of_a_model_is_not_left_out():
     model = family("llama").build(num_hidden_layers=1)
-    parts = grid._removable(locate(model))
+    parts = removable(locate(model))
     assert [(part.kind, part.index) for part in parts] == [("mlp", 0)]
 
 
@@ -124,7 +145,7 @@ def test_a_finished_sweep_does_nothing_again(model, swept):
     before = (folder / SweepRecord.file).read_bytes()
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
-    again = grid.sweep(model, BATCHES, folder, ABOUT, timed=TIMED)
+    again = run(model, folder)
     handle.remove()
     assert again == records
     assert not calls
@@ -137,18 +158,20 @@ def test_a_torn_last_line_is_done_again_and_no_other(model, swept, tmp_path):
     (tmp_path / SweepRecord.file).write_bytes(b"".join(whole[:7]) + whole[7][:50])
     (tmp_path / ScoresRecord.file).write_bytes((folder / ScoresRecord.file).read_bytes())
     with pytest.warns(UserWarning, match="torn"):
-        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+        run(model, tmp_path)
     again = (tmp_path / SweepRecord.file).read_bytes().splitlines(keepends=True)
     assert again[:7] == whole[:7]
     assert len(again) == 19
-    assert [json.loads(line)["nll"] for line in again] == [record.nll for record in records]
+    assert [json.loads(line)["quality"]["nll"] for line in again] == [record.quality.nll for record in records]
 
 
 def test_what_is_of_no_row_and_no_layer_is_measured_again(model, swept, tmp_path):
     folder, records = swept
     for file in folder.glob("*.jsonl"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    other = records[5].model_copy(update={"plan": Plan([0]), "nll": 9.0})
+    other = records[5].model_copy(
+        update={"plan": Plan([0]), "quality": records[5].quality.model_copy(update={"nll": 9.0})}
+    )
     similarities = lines.read(folder / SimilarityRecord.file)
     for name, held in (
         (
@@ -159,52 +182,59 @@ def test_what_is_of_no_row_and_no_layer_is_measured_again(model, swept, tmp_path
     ):
         (tmp_path / name).unlink()
         lines.append(tmp_path / name, *held)
-    again = grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
-    assert [(record.plan, record.nll) for record in again] == [(record.plan, record.nll) for record in records]
+    again = run(model, tmp_path)
+    assert [(one.plan, one.quality.nll) for one in again] == [(one.plan, one.quality.nll) for one in records]
     assert lines.read(tmp_path / SimilarityRecord.file)[-1]["cosine"] == pytest.approx(similarities[4]["cosine"])
 
 
-@pytest.mark.parametrize(
-    ("cut", "says"),
-    [
-        (lambda scores: scores[:-1], r"batch 0 of .* is of 18 plans, not 19; delete that file, to score anew"),
-        (
-            lambda scores: [{name: row[:1] for name, row in one.items()} for one in scores],
-            r"of 1 sequences, not 2; delete",
-        ),
-    ],
-)
-def test_scores_of_other_plans_or_sequences_are_not_taken(model, swept, tmp_path, cut, says):
+def test_scores_of_other_sequences_are_not_taken(model, swept, tmp_path):
     first, *others = lines.read(swept[0] / ScoresRecord.file)
-    lines.append(tmp_path / ScoresRecord.file, first | {"scores": cut(first["scores"])}, *others)
-    with pytest.raises(UsageError, match=says):
-        grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED)
+    cut = {
+        name: {field: row[:1] for field, row in one.items() if isinstance(row, list)}
+        for name, one in first["scores"].items()
+    }
+    lines.append(tmp_path / ScoresRecord.file, first | {"scores": cut}, *others)
+    with pytest.raises(UsageError, match=r"of 1 sequences, not 2; delete"):
+        run(model, tmp_path)
+
+
+def test_what_scores_are_missing_is_computed_and_no_other(model, swept, tmp_path, monkeypatch):
+    first, *others = lines.read(swept[0] / ScoresRecord.file)
+    lacking = list(first["scores"])[3:5]
+    kept = {name: one for name, one in first["scores"].items() if name not in lacking}
+    lines.append(tmp_path / ScoresRecord.file, first | {"scores": kept}, *others)
+    asked = []
+    monkeypatch.setattr(
+        quality, "score", lambda model, plans, tokens: asked.append(plans) or score(model, plans, tokens)
+    )
+    again = run(model, tmp_path)
+    assert [" ".join(plan.names) for plan in asked[0]] == lacking
+    assert [one.quality for one in again] == [one.quality for one in swept[1]]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"provenance": {"model": "other", "revision": "none"}}, "model"),
-        ({"timed": grid.Timed(5, 2, rounds=1)}, "timed"),
+        ({"about": {"model": "other", "revision": "none"}}, "model"),
+        ({"workload": Workload(5, 2, rounds=1)}, "workload"),
         ({"seed": 1}, "seed"),
         ({"batches": BATCHES[:1]}, "batches"),
     ],
 )
 def test_results_of_other_settings_are_not_mixed_in(model, swept, change, says):
-    arguments = {"batches": BATCHES, "provenance": ABOUT, "timed": TIMED, "seed": 0} | change
     with pytest.raises(UsageError, match=f"results with {says}") as error:
-        grid.sweep(model, arguments.pop("batches"), swept[0], arguments.pop("provenance"), **arguments)
+        run(model, swept[0], **change)
     assert "--out" in str(error.value)
 
 
 def test_a_second_sweep_on_the_folder_is_told_so(model, swept):
     with lines.lock(swept[0]), pytest.raises(UsageError, match="another run"):
-        grid.sweep(model, BATCHES, swept[0], ABOUT, timed=TIMED)
+        run(model, swept[0])
 
 
 def test_progress_reaches_its_total(model, tmp_path):
     seen = []
-    grid.sweep(model, BATCHES, tmp_path, ABOUT, timed=TIMED, progress=lambda *state: seen.append(state))
+    run(model, tmp_path, progress=lambda *state: seen.append(state))
     done = [state[0] for state in seen]
     assert done == sorted(done)
     assert done[-1] == pytest.approx(seen[-1][1])
@@ -214,10 +244,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import test_grid
-from api import paper_sweep as grid
 from families import family
 model = family("llama").build(num_hidden_layers=test_grid.DEPTH)
-grid.sweep(model, test_grid.BATCHES, Path(sys.argv[1]), test_grid.ABOUT, timed=grid.Timed(4, 10, rounds=1))
+test_grid.run(model, Path(sys.argv[1]), workload=test_grid.Workload(4, 10, rounds=1))
 """
 
 
@@ -241,7 +270,7 @@ def test_the_default_models_lines_equal_zeroed_output_projections(default_model)
     """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
     model, tokenizer = default_model
     tokens = tokenizer("Attention is all you need, but you do not need all of it.", return_tensors="pt")["input_ids"]
-    rows = grid.paper_grid(locate(model))
+    rows = paper_grid(locate(model))
     found = score(model, [row.plan for row in rows[1:]], tokens)
     dense = model(tokens).logits[:, :-1].log_softmax(-1)
     for row, scores in zip(rows, found):
@@ -255,7 +284,7 @@ def test_the_default_models_lines_equal_zeroed_output_projections(default_model)
 
 
 # Of the sentence above, float32, on the default model.
-GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "mlp 10%": 4.1516, "block 10% keep last": 11.6462}
+GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "MLP 10%": 4.1516, "block 10%, last layer kept": 11.6462}
 
 
 def _zeroed(model, plan: Plan, tokens):

@@ -22,9 +22,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import forked
-from api import OPENLLM, AnswersRecord, Scorer, TaskShelf, _complaint, harness, no_bars, run_tasks
+from api import OPENLLM, AnswersRecord, Scorer, TaskShelf, _complaint, harness, no_bars
 from notall import Plan, UsageError, skip
-from tiny_tasks import byte_tokenizer, copy_task, tiny_llama, write_tasks
+from tiny_tasks import byte_tokenizer, copy_task, run_tasks, tiny_llama, write_tasks
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PLANS = [Plan(attention=[3]), Plan(attention=[2, 3], mlp=[3]), Plan(mlp=[1])]
@@ -80,8 +80,8 @@ def close(ours, theirs):
 
 def all_close(ours, theirs):
     """Of two results."""
-    assert len(ours.documents) == len(theirs.documents)
-    pairs = zip(ours.documents, theirs.documents)
+    assert len(ours.samples) == len(theirs.samples)
+    pairs = zip(ours.samples, theirs.samples)
     return all(close(a, b) for first, second in pairs for a, b in zip(first.answers, second.answers))
 
 
@@ -92,13 +92,13 @@ def check_equal(results, model, tokenizer, job):
         if result.plan not in twins:
             twins[result.plan] = answers_of(model, tokenizer, result.plan, job)
         outcome, expected = twins[result.plan]
-        assert len(result.documents) == len(expected)
-        for document in result.documents:
+        assert len(result.samples) == len(expected)
+        for document in result.samples:
             theirs = expected[document.task, document.doc_id]
             assert len(document.answers) == len(theirs)
-            assert all(map(close, document.answers, theirs)), (result.task, document, theirs)
+            assert all(map(close, document.answers, theirs)), (result.score.task, document, theirs)
             compared += len(theirs)
-        assert result.value == pytest.approx(outcome["results"][result.task][result.metric], rel=1e-4)
+        assert result.score.value == pytest.approx(outcome["results"][result.score.task][result.score.metric], rel=1e-4)
     return compared
 
 
@@ -119,7 +119,7 @@ def check_equal(results, model, tokenizer, job):
 @pytest.mark.parametrize("shots", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_each_plan_equals_the_harness_on_the_skipped_model(run, model, tokenizer, folder, name, limit, answers, shots):
     results = run(PLANS, [name], num_fewshot=shots, limit=limit)
-    assert [result.plan for result in results if result.metric == results[0].metric] == PLANS
+    assert [result.plan for result in results if result.score.metric == results[0].score.metric] == PLANS
     compared = check_equal(results, model, tokenizer, TaskShelf(folder).build(name, shots, limit))
     assert compared == answers * len(results)
 
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_begins_every_text_equals_too(run, model, folder):
 def test_the_batch_size_changes_nothing(run):
     one, auto = (run(PLANS, ["tiny_choice"], limit=9, batch_size=size) for size in (1, "auto"))
     for ours, theirs in zip(one, auto):
-        assert ours.value == theirs.value
+        assert ours.score.value == theirs.score.value
         assert all_close(ours, theirs)
 
 
@@ -183,7 +183,7 @@ def scored(monkeypatch):
 
 def test_one_pass_over_the_requests_answers_every_plan(run, scored):
     results = run(PLANS, ["tiny_choice"])
-    answers = sum(len(document.answers) for document in results[0].documents)
+    answers = sum(len(document.answers) for document in results[0].samples)
     assert 0.9 * 4 * answers < len(scored) <= 4 * answers  # dense and three plans; some documents have twins
     assert len(set(scored)) == len(scored) / 4
 
@@ -226,24 +226,24 @@ def test_differences_are_paired_with_the_dense_model(run):
     from scipy.stats import binomtest
 
     rows = run([Plan(), Plan(attention=[0, 2, 3], mlp=[0, 1, 3])], ["tiny_group"])
-    dense, ours = (row for row in rows if row.metric == "acc_norm,none")
-    differences = [a.value - b.value for a, b in zip(ours.documents, dense.documents)]
+    dense, ours = (row for row in rows if row.score.metric == "acc_norm,none")
+    differences = [a.value - b.value for a, b in zip(ours.samples, dense.samples)]
     n = len(differences)
     mean = sum(differences) / n
-    assert (dense.delta, dense.delta_stderr, dense.p_value) == (0, 0, 1)
-    assert (ours.task, n) == ("tiny_group", 110)
-    assert ours.delta == pytest.approx(ours.value - dense.value)
-    assert ours.delta == pytest.approx(mean)
-    assert ours.delta_stderr == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n))
+    assert (dense.score.delta, dense.score.delta_se, dense.score.p_value) == (0, 0, 1)
+    assert (ours.score.task, n) == ("tiny_group", 110)
+    assert ours.score.delta == pytest.approx(ours.score.value - dense.score.value)
+    assert ours.score.delta == pytest.approx(mean)
+    assert ours.score.delta_se == pytest.approx(math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n))
     gained, changed = differences.count(1), sum(d != 0 for d in differences)
     assert changed >= 5
-    assert ours.p_value == pytest.approx(binomtest(gained, changed).pvalue)
+    assert ours.score.p_value == pytest.approx(binomtest(gained, changed).pvalue)
 
 
 def test_a_metric_that_is_no_mean_has_an_error_too(run):
     rows = run([Plan(), PLANS[1]], ["tiny_text"])
-    dense, ours = (row for row in rows if row.metric == "word_perplexity,none")
-    pairs = [(a.value, b.value) for a, b in zip(ours.documents, dense.documents)]
+    dense, ours = (row for row in rows if row.score.metric == "word_perplexity,none")
+    pairs = [(a.value, b.value) for a, b in zip(ours.samples, dense.samples)]
 
     def perplexity(values):
         return math.exp(-sum(value for value, _ in values) / sum(words for _, words in values))
@@ -254,10 +254,10 @@ def test_a_metric_that_is_no_mean_has_an_error_too(run):
     n = len(pairs)
     left = [difference(pairs[:i] + pairs[i + 1 :]) for i in range(n)]
     expected = math.sqrt(sum((value - sum(left) / n) ** 2 for value in left) * (n - 1) / n)
-    assert ours.delta == pytest.approx(difference(pairs))
-    assert ours.delta_stderr == pytest.approx(expected)
-    assert ours.p_value == pytest.approx(math.erfc(abs(ours.delta / expected) / math.sqrt(2)))
-    assert ours.higher_is_better is False
+    assert ours.score.delta == pytest.approx(difference(pairs))
+    assert ours.score.delta_se == pytest.approx(expected)
+    assert ours.score.p_value == pytest.approx(math.erfc(abs(ours.score.delta / expected) / math.sqrt(2)))
+    assert ours.score.higher_is_better is False
 
 
 # --- the leaderboard --------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_task_that_shows_no_examples_of_its_own_accord_shows_none(tmp_path):
 def test_only_the_metric_of_the_leaderboard_is_reported(model, tokenizer, tmp_path):
     copy_task(write_tasks(tmp_path), "tiny_choice", "local_winogrande")
     (result,) = run_tasks(model, tokenizer, PLANS[:1], ["local_winogrande"], num_fewshot=0, limit=3, task_path=tmp_path)
-    assert result.metric == "acc,none"
+    assert result.score.metric == "acc,none"
 
 
 # --- kept answers -----------------------------------------------------------------------------------------------------
@@ -322,7 +322,8 @@ KILLED = """
 import os, signal
 from functools import partial
 from pathlib import Path
-from api import records_lines as lines, run_tasks, tasks
+from api import records_lines as lines, tasks
+from tiny_tasks import run_tasks
 from notall import Plan
 from tiny_tasks import byte_tokenizer, tiny_llama
 
@@ -367,7 +368,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(run, folder, tmp_path, name
     done = [(plan, key) for line in lines_now for plan in line["plans"] for key in line["answers"]]
     assert len(done) == len(set(done))
     for ours, theirs in zip(found, run(PLANS, [name], limit=12)):
-        assert ours.value == pytest.approx(theirs.value)
+        assert ours.score.value == pytest.approx(theirs.score.value)
         assert all_close(ours, theirs)
 
 
@@ -474,10 +475,10 @@ def test_the_papers_six_are_listed_by_their_name(tmp_path):
     folder = write_tasks(tmp_path)
     for name in (b.task for b in OPENLLM[:2]):
         copy_task(folder, "tiny_choice", name)
-    found = [(row["task"], row["num_fewshot"]) for row in TaskShelf(folder).listed("openllm")]
+    found = [(one.task, one.num_fewshot) for one in TaskShelf(folder).listed("openllm")]
     assert found == [("openllm", None), *((b.task, b.num_fewshot) for b in OPENLLM[:2])]
     copy_task(folder, "tiny_choice", "a_tiny_choice")
-    assert [row["task"] for row in TaskShelf(folder).listed("tiny_c")] == ["tiny_choice", "a_tiny_choice"]
+    assert [one.task for one in TaskShelf(folder).listed("tiny_c")] == ["tiny_choice", "a_tiny_choice"]
 
 
 @pytest.mark.parametrize("damage", [None, '{"question": "wh', "", '{"nothing": 1}\n'])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import forked
-from api import HealRecord, Replay, Student, distilling, heal, load_repaired, read
+from api import HealRecord, RepairedPlan, Replay, Student, heal, load_repaired, read, silent, training
 from families import family
-from notall import Plan, UnsupportedModel, UsageError, repair, skip
+from notall import Plan, TrainConfig, UnsupportedModel, UsageError, repair, skip
+from small_disk import room_for
 
 PLAN = Plan(attention=[2], mlp=[1])
 OUTPUTS = ("layernorm.weight", "o_proj.weight", "down_proj.weight")
@@ -31,8 +32,9 @@ def llama():
     return family("llama").build()
 
 
-def run_heal(folder=None, model=None, plan=PLAN, **options):
-    return heal(model or llama(), plan, TRAINED, HELD_OUT, folder=folder, **{"rate": 3e-3} | options)
+def run_heal(folder=None, model=None, plan=PLAN, progress=silent, **options):
+    config = TrainConfig(**{"rate": 3e-3} | options)
+    return heal(model or llama(), plan, TRAINED, HELD_OUT, config, out=folder, progress=progress)
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     assert len({same for *_, same in looks}) > 1
     assert same(load_repaired(tmp_path), healed)
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
-        *("healing.jsonl", "healed.safetensors", "plan.json"),
+        *("healing.jsonl", "healed.safetensors", "plan.json", "finished.json"),
     }
     replayed = dict(Replay(model, [healed]).logits(input_ids=HELD_OUT[0]))[0]
     torch.testing.assert_close(replayed, logits_of(model, healed, HELD_OUT[0]), rtol=1e-5, atol=1e-5)
@@ -103,7 +105,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
 def test_one_step_is_one_step_of_adamw_on_the_plain_loss():
     model = llama()
     begun = repair(model, PLAN, TRAINED)  # whose weights it begins with
-    found = heal(model, begun, TRAINED[:1], HELD_OUT, rate=1e-3)
+    found = heal(model, begun, TRAINED[:1], HELD_OUT, TrainConfig(rate=1e-3))
     twin = copy.deepcopy(model)
     for path, weight in begun.weights.items():
         twin.get_parameter(path).data.copy_(weight)
@@ -129,12 +131,38 @@ def test_the_dense_model_answers_on_each_text_once():
     model.register_forward_pre_hook(  # the copy has it too
         lambda asked, _, given: seen.append((asked is model, given["input_ids"].tolist())), with_kwargs=True
     )
-    heal(model, PLAN, TRAINED, HELD_OUT, rate=1e-3)
+    heal(model, PLAN, TRAINED, HELD_OUT, TrainConfig(rate=1e-3))
     of_dense = [ids for is_dense, ids in seen if is_dense]
     rows = [row for ids in of_dense if len(ids) > 1 for row in ids]  # one alone is to find projections with
     assert all(rows.count(row) == 1 for batch in TRAINED for row in batch.tolist())
     assert all(of_dense.count(batch.tolist()) == 1 for batch in HELD_OUT)
     assert sum(ids == HELD_OUT[0].tolist() for is_dense, ids in seen if not is_dense) > 5
+
+
+@pytest.mark.parametrize("train", ["outputs", "all", "lora"])
+def test_what_is_not_trained_shares_its_memory_with_the_dense_model(train, students):
+    model = llama()
+    begun = repair(model, PLAN, TRAINED)
+    before = {path: one.detach().clone() for path, one in model.named_parameters()}
+    heal(model, begun, TRAINED, HELD_OUT, TrainConfig(train, rate=3e-3))
+    dense = {one.data_ptr() for one in (*model.parameters(), *model.buffers(), *begun.weights.values())}
+    trained = {id(one) for one in students[0].trained.values()}
+    for path, one in students[0].model.named_parameters():
+        assert (one.data_ptr() in dense) == (id(one) not in trained), path
+        assert one.requires_grad == (id(one) in trained), path
+    assert all(one.data_ptr() in dense for one in students[0].model.buffers())
+    for path, one in model.named_parameters():
+        assert torch.equal(one, before[path]), path
+        assert one.requires_grad
+
+
+def test_a_model_of_16_bits_is_healed(tmp_path):
+    """Its numbers are not those that it is trained in."""
+    model = llama().half()
+    healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, TrainConfig("all", rate=1e-3), out=tmp_path)
+    looks = [one.held_out_kl for one in read(tmp_path / HealRecord.file, HealRecord)]
+    assert min(looks) < 0.95 * looks[0]
+    assert {weight.dtype for weight in healed.weights.values()} == {torch.float16}
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -150,7 +178,7 @@ def students(monkeypatch):
             super().__init__(*given, **more)
             found.append(self)
 
-    monkeypatch.setattr(distilling, "Student", Kept)
+    monkeypatch.setattr(training, "Student", Kept)
     return found
 
 
@@ -160,7 +188,7 @@ def students(monkeypatch):
 def test_merged_it_answers_as_with_the_matrices_beside(name, students):
     model = family(name).build()
     begun = repair(model, PLAN, TRAINED, ridges=[10.0])  # which leaves much to do
-    healed = heal(model, begun, TRAINED, TRAINED[:2], train="lora", rank=3, rate=1e-3)
+    healed = heal(model, begun, TRAINED, TRAINED[:2], TrainConfig("lora", rank=3))
     with torch.no_grad():
         adapted = students[0].model(HELD_OUT[0]).logits
     merged, before = logits_of(model, healed, HELD_OUT[0]), logits_of(model, begun, HELD_OUT[0])
@@ -196,7 +224,7 @@ def test_weights_that_layers_share_stay_as_they_are(train):
 def test_a_step_of_the_warm_up_is_one_step_of_adamw_on_each_sublayer_alone():
     """By hand: each sublayer is given the student's own stream, and is to end where the dense one is behind the gap."""
     model = llama()
-    found = heal(model, PLAN, TRAINED[:1], HELD_OUT, rate=1e-3, warm_up=1.0)
+    found = heal(model, PLAN, TRAINED[:1], HELD_OUT, TrainConfig(rate=1e-3, warm_up=1.0))
     ids, twin = TRAINED[0], copy.deepcopy(model)
     names = [(layer, kind) for layer in range(4) for kind in ("attention", "mlp")]
     kept = [one for one in names if one not in ((2, "attention"), (1, "mlp"))]
@@ -248,11 +276,11 @@ def read_by(model, readers):
 @pytest.mark.slow
 def test_the_warm_up_comes_nearer_and_what_follows_aims_at_the_next_token(tmp_path):
     model = llama()
-    warm = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3, warm_up=1.0)
-    both = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3, warm_up=0.5)
+    warm = heal(model, PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=3e-3, warm_up=1.0))
+    both = heal(model, PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=3e-3, warm_up=0.5))
     assert distance(model, warm) < 0.95 * distance(model, PLAN)
     assert not same(both, warm)
-    assert not same(both, heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=3e-3))
+    assert not same(both, heal(model, PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=3e-3)))
 
 
 @pytest.mark.slow
@@ -260,7 +288,7 @@ def test_looks_in_the_warm_up_do_not_try_the_patience(tmp_path):
     """At a rate where nothing gets better."""
     for warm_up, looks in ((0.0, 2 + 5), (0.5, 1 + 8 + 5)):
         folder = tmp_path / str(warm_up)
-        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, rate=0.9, warm_up=warm_up, folder=folder)
+        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=0.9, warm_up=warm_up), out=folder)
         assert len(read(folder / HealRecord.file, HealRecord)) == looks
 
 
@@ -271,7 +299,7 @@ def test_a_run_that_goes_on_in_its_warm_up_has_as_much_patience(tmp_path):
             raise RuntimeError("planted")
 
     def run(name, **more):
-        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, rate=0.9, warm_up=0.5, folder=tmp_path / name, **more)
+        heal(llama(), PLAN, TRAINED * 2, HELD_OUT, TrainConfig(rate=0.9, warm_up=0.5), out=tmp_path / name, **more)
         return [look.held_out_kl for look in read(tmp_path / name / HealRecord.file, HealRecord)]
 
     with pytest.raises(RuntimeError, match="planted"):
@@ -292,7 +320,8 @@ def test_a_warm_up_is_a_share(warm_up):
 def test_in_half_precision_what_is_trained_is_in_float32_meanwhile(train, students, tmp_path):
     """Small steps would be rounded away."""
     model = llama().to(torch.bfloat16)
-    healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, rate=1e-3, train=train, warm_up=0.25, folder=tmp_path)
+    config = TrainConfig(train, rate=1e-3, warm_up=0.25)
+    healed = heal(model, PLAN, TRAINED * 2, HELD_OUT, config, out=tmp_path)
     assert {one.dtype for one in students[0].trained.values()} == {torch.float32}
     assert {weight.dtype for weight in healed.weights.values()} == {torch.bfloat16}
     assert distance(model, healed) < 0.95 * distance(model, PLAN)
@@ -311,8 +340,21 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with():
         assert torch.equal(weight, begun.weights.get(path, model.get_parameter(path)))
 
 
+def test_a_loss_of_nothing_is_the_best_there_is(monkeypatch):
+    told = iter([[2.0, 1.0, 1.0, 1.0], *([[0.0, 1.0, 1.0, 1.0]] * 8)])
+    monkeypatch.setattr(training._HeldOut, "sums", lambda *_: torch.tensor(next(told)))
+    model = llama()
+    healed = run_heal(model=model, patience=1)
+    assert not any(torch.equal(weight, model.get_parameter(path)) for path, weight in healed.weights.items())
+
+
+def test_windows_of_several_lengths_are_refused():
+    with pytest.raises(UsageError, match="give windows of one"):
+        heal(llama(), PLAN, [TRAINED[0], TRAINED[1][:, :5]], HELD_OUT)
+
+
 def test_a_capped_head_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(distilling, "Distillation", lambda *_: pytest.fail("a training was begun"))
+    monkeypatch.setattr(training, "_Loop", lambda *_: pytest.fail("a training was begun"))
     with pytest.raises(UnsupportedModel, match="is no matrix, and cannot be aimed at") as refusal:
         run_heal(tmp_path / "out", family("gemma2").build())
     assert "\n" not in str(refusal.value)
@@ -359,12 +401,8 @@ def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):
     whole = run_heal(tmp_path / "whole", **options)
     with pytest.raises(RuntimeError, match="planted"):
         run_heal(tmp_path / "stopped", **options, progress=fail)
-    torn = tmp_path / "stopped" / "checkpoints" / "checkpoint-7"
-    torn.mkdir()
-    (torn / "optimizer.pt").write_bytes(b"torn")
-    half = tmp_path / "stopped" / "checkpoints" / "checkpoint-8"
-    half.mkdir()
-    (half / "trainer_state.json").write_text('{"epoch": 0.')
+    torn = tmp_path / "stopped" / "checkpoints" / "last.safetensors.part"
+    torn.write_bytes(b"torn")
     kept = tmp_path / "stopped" / HealRecord.file
     kept.write_text(re.sub(r'"seconds": ?[\d.e-]+', '"seconds": 1000.0', kept.read_text()))
     assert same(run_heal(tmp_path / "stopped", **options), whole)
@@ -375,9 +413,70 @@ def test_stopped_by_an_error_it_comes_to_the_same(options, tmp_path):
 
 def test_what_is_finished_is_not_trained_again_and_other_settings_are_refused(tmp_path, monkeypatch):
     whole = run_heal(tmp_path)
-    monkeypatch.setattr(distilling, "Distillation", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(training, "_Loop", lambda *_: pytest.fail("it was trained again"))
     assert same(run_heal(tmp_path), whole)
     others = {"rate": 1e-3}, {"train": "all"}, {"warm_up": 0.5}
     for changes, said in ((one, f"results with {name}") for one in others for name in one):
         with pytest.raises(UsageError, match=said):
             run_heal(tmp_path, **changes)
+
+
+def test_a_plan_file_in_the_folder_is_no_finished_healing(tmp_path):
+    """As where the plan to heal is given from there."""
+    PLAN.save(tmp_path / "plan.json")
+    assert same(run_heal(tmp_path), run_heal())
+    assert load_repaired(tmp_path).weights
+
+
+def test_another_plan_in_the_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_Loop", lambda *_: pytest.fail("it was trained"))
+    Plan(mlp=[3]).save(tmp_path / "plan.json")
+    with pytest.raises(UsageError, match=r"holds another plan, in plan.json: choose another folder") as refusal:
+        run_heal(tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert Plan.load(tmp_path / "plan.json") == Plan(mlp=[3])
+
+
+def test_a_finished_folder_that_others_wrote_is_refused(tmp_path):
+    RepairedPlan.of(PLAN).save(tmp_path / "saved")
+    with pytest.raises(UsageError, match="holds a repaired plan that others wrote: choose another folder"):
+        run_heal(tmp_path / "saved")
+
+
+def stopped(folder):
+    def fail(done, *_):
+        if done == 3:
+            raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        run_heal(folder, progress=fail)
+    return folder / "checkpoints" / "last.safetensors"
+
+
+def test_a_damaged_checkpoint_is_one_line_and_without_it_the_healing_begins_anew(tmp_path):
+    whole, last = run_heal(tmp_path / "whole"), stopped(tmp_path / "stopped")
+    content = bytearray(last.read_bytes())
+    content[-9] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UsageError, match=r"last.safetensors is damaged .*: delete it, and run again") as refusal:
+        run_heal(tmp_path / "stopped")
+    assert "\n" not in str(refusal.value)
+    last.unlink()
+    assert same(run_heal(tmp_path / "stopped"), whole)
+
+
+def test_a_checkpoint_without_a_record_of_what_it_is_of_is_not_gone_on_from(tmp_path):
+    stopped(tmp_path)
+    (tmp_path / HealRecord.file).unlink()
+    assert same(run_heal(tmp_path, rate=1e-3), run_heal(rate=1e-3))
+
+
+@pytest.mark.parametrize("size", [200, 9_000, 200_000])
+def test_a_full_disk_is_one_line(tmp_path, size):
+    """In the middle of a record, of the first checkpoint, and of a later one."""
+    with room_for(size), pytest.raises(UsageError, match=r"cannot write .*: File too large.*; make room") as refusal:
+        run_heal(tmp_path, train="all")
+    assert ("last" in str(refusal.value)) == (size > 100_000)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.rglob("*.part"))
+    assert same(run_heal(tmp_path, train="all"), run_heal(train="all"))

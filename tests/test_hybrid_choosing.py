@@ -17,7 +17,6 @@ from api import (
     Replay,
     Setting,
     Space,
-    Verdict,
     _alike,
     _half,
     by_count,
@@ -27,6 +26,7 @@ from api import (
     footprint,
     may_lose_retrieval,
     nll,
+    verdict_module,
 )
 from api import quadratic_measure as measure
 from families import TRANSFORMERS_5, family, silenced
@@ -49,9 +49,9 @@ def hybrid(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 @torch.no_grad()
 def test_replay_is_what_hooks_leave(hybrid) -> None:
     found, model = hybrid
-    anatomy, tokens = locate(model), prompt(False)[0]
-    counting = sorted(anatomy.counting)
-    mlps = [part.index for part in anatomy.sublayers if part.kind == "mlp"]
+    structure, tokens = locate(model), prompt(False)[0]
+    counting = sorted(structure.counting)
+    mlps = [part.index for part in structure.sublayers if part.kind == "mlp"]
     plans = [Plan(), Plan(counting[1:]), Plan([counting[0]], mlps[:1]), Plan([], mlps)]
     answers = dict(Replay(model, plans).logits(input_ids=tokens))
     for number, plan in enumerate(plans):
@@ -62,22 +62,22 @@ def test_replay_is_what_hooks_leave(hybrid) -> None:
 
 def test_sizes_are_those_of_what_is_kept(hybrid) -> None:
     _, model = hybrid
-    anatomy = locate(model)
-    plan = Plan(sorted(anatomy.counting)[1:])
-    kept = [part for part in anatomy.sublayers if part.index not in getattr(plan, part.kind)]
+    structure = locate(model)
+    plan = Plan(sorted(structure.counting)[1:])
+    kept = [part for part in structure.sublayers if part.index not in getattr(plan, part.kind)]
     assert footprint(model, plan).kv_bytes_per_token == sum(part.kv_bytes_per_token for part in kept)
     states = sum(part.state_bytes for part in kept)
-    assert footprint(model, plan).state_bytes == (states if any(p.state_bytes for p in anatomy.sublayers) else None)
+    assert footprint(model, plan).state_bytes == (states if any(p.state_bytes for p in structure.sublayers) else None)
 
 
 def test_a_space_of_each_kind_of_mixer_holds_these_alone(hybrid) -> None:
     _, model = hybrid
-    anatomy = locate(model)
-    for kind in anatomy.mixers:
-        names = Space(anatomy, kind).names
-        assert names == tuple(part.name for part in anatomy.sublayers if part.mixer == kind)
-    with pytest.raises(UsageError, match=f"{anatomy.mixers[0]}"):
-        Space(anatomy, "linear")
+    structure = locate(model)
+    for kind in structure.mixers:
+        names = Space(structure, kind).names
+        assert names == tuple(part.name for part in structure.sublayers if part.mixer == kind)
+    with pytest.raises(UsageError, match=f"{structure.mixers[0]}"):
+        Space(structure, "linear")
 
 
 @pytest.mark.parametrize("criterion", ["search", "greedy", "cosine", "quadratic"])
@@ -89,7 +89,7 @@ def test_one_attention_that_counts_tokens_is_always_left(hybrid, criterion) -> N
     setting = Setting(model, space, batches, Evaluator(model, nll(batches)))
     chosen = choose(criterion, setting, by_count(space, most))
     assert len(chosen.skipped) == most
-    space.plan(chosen.skipped).check(space.anatomy)
+    space.plan(chosen.skipped).check(space.structure)
     with pytest.raises(UsageError, match=f"at most {most}"):
         by_count(space, most + 1)
 
@@ -99,25 +99,25 @@ def test_the_least_sum_leaves_an_attention_where_every_pair_is_allowed() -> None
     space = Space(locate(model))
     setting = Setting(model, space, [prompt(False)[0]], Evaluator(model, nll([prompt(False)[0]])))
     program = measure(setting, space.units)
-    chosen = program.solve(program.limited + 1e-3, len(space.anatomy.counting) - 1, 99)
+    chosen = program.solve(program.limited + 1e-3, len(space.structure.counting) - 1, 99)
     assert chosen is not None
-    assert program.solve(program.limited + 1e-3, len(space.anatomy.counting), 99) is None
+    assert program.solve(program.limited + 1e-3, len(space.structure.counting), 99) is None
 
 
 def test_layers_of_one_sublayer_go_one_by_one_and_every_set_is_portable() -> None:
     space = Space(locate(family("nemotron_h").build()), portable=True)
     assert space.moves(frozenset()) == [(name,) for name in space.names]
-    assert Space(space.anatomy, "block").units == tuple((name,) for name in space.names)
-    assert Space(space.anatomy, "attention", portable=True).names
+    assert Space(space.structure, "block").units == tuple((name,) for name in space.names)
+    assert Space(space.structure, "attention", portable=True).names
 
 
 def test_the_deepest_are_of_the_layers_that_have_them() -> None:
-    anatomy = locate(family("nemotron_h").build())  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
-    assert deepest(anatomy, "attention", 0.5).attention == (3, 5)
-    assert deepest(anatomy, "attention", 0.5).note == "deepest 2 of 4 attention"
-    assert deepest(anatomy, "attention", 0.5, keep_last=True).attention == (1, 3)
-    assert deepest(anatomy, "mlp", 0.5).mlp == (4,)
-    assert deepest(anatomy, "block", 0.5).indices == {"attention": [3, 5], "mlp": [4]}
+    structure = locate(family("nemotron_h").build())  # a mixer in layers 0, 1, 3 and 5, an MLP in 2 and 4
+    assert deepest(structure, "attention", 0.5).attention == (3, 5)
+    assert deepest(structure, "attention", 0.5).note == "deepest 2 of 4 attention"
+    assert deepest(structure, "attention", 0.5, keep_last=True).attention == (1, 3)
+    assert deepest(structure, "mlp", 0.5).mlp == (4,)
+    assert deepest(structure, "block", 0.5).indices == {"attention": [3, 5], "mlp": [4]}
 
 
 def test_mixers_of_two_kinds_are_timed_apart() -> None:
@@ -181,12 +181,12 @@ def run(capsys, *words: object) -> str:
 
 
 def test_inspect_and_plan_tell_kinds_and_states(folder, tmp_path, capsys) -> None:
-    rows = json.loads(run(capsys, "inspect", folder / "model", "--json"))
+    rows = json.loads(run(capsys, "inspect", folder / "model", "--json"))["sublayers"]
     assert [row["mixer"] for row in rows if row["kind"] == "attention"] == ["linear_attention", "full_attention"] * 2
     assert [bool(row["state_bytes"]) for row in rows[:4]] == [True, False, False, False]
     assert "bytes of states" in run(capsys, "inspect", folder / "model")
     asked = ["--skip", "attention", "-o", tmp_path / "plan.json", "--json"]
-    sizes = json.loads(run(capsys, "plan", folder / "model", *asked))
+    sizes = [one["footprint"] for one in json.loads(run(capsys, "plan", folder / "model", *asked))["plan"]]
     assert sizes[0]["state_bytes"] == sizes[1]["state_bytes"] > 0
 
 
@@ -194,7 +194,20 @@ def test_inspect_and_plan_tell_kinds_and_states(folder, tmp_path, capsys) -> Non
 @pytest.mark.usefixtures("short_prose")
 def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> None:
     text, out = ["--text", folder / "text.txt", *SMALL], tmp_path / "out"
-    run(capsys, "sweep", folder / "model", *text, "--prompt", "4", "--new", "2", "--rounds", "1", "--out", out)
+    run(
+        capsys,
+        "sweep",
+        folder / "model",
+        *text,
+        "--prompt-tokens",
+        "4",
+        "--generation-tokens",
+        "2",
+        "--rounds",
+        "1",
+        "--out",
+        out,
+    )
     assert len((out / "results.jsonl").read_text().splitlines()) == 19
     run(capsys, "report", out, "-o", out / "page.html")
     page = (out / "page.html").read_text()
@@ -204,15 +217,15 @@ def test_a_sweep_a_search_an_export_and_a_report(folder, tmp_path, capsys) -> No
     assert mixers == {"linear_attention", "full_attention", None}
     plan = tmp_path / "plan.json"
     search = ["search", folder / "model", *text, "-o", plan, "--json"]
-    found = json.loads(run(capsys, *search, "--kind", "full_attention", "--count", "1"))
+    found = json.loads(run(capsys, *search, "--skip", "full_attention:1"))
     assert [row["check"] for row in found["passkeys"]] == ["passkey at 256", "passkey at 512", "passkey at 1024"]
     assert set(Plan.load(plan).attention) < {1, 3}
-    found = json.loads(run(capsys, *search, "--portable", "--count", "2"))
+    found = json.loads(run(capsys, *search, "--skip", "portable:2"))
     assert isinstance(found, list) == (not {1, 3}.intersection(Plan.load(plan).attention))
     export = ["export", folder / "model", "--plan", plan, "--to", "hf", "--out", tmp_path / "cut", "--json"]
     said = json.loads(run(capsys, *export))
     assert "answers as the skipped model" in said["check"]
-    assert len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))) == 6
+    assert len(json.loads(run(capsys, "inspect", tmp_path / "cut", "--json"))["sublayers"]) == 6
 
 
 # --- periods ----------------------------------------------------------------------------------------------------------
@@ -227,11 +240,11 @@ def test_a_period_is_as_many_layers_as_it_takes_until_the_kinds_come_again() -> 
 
 
 def test_periods_are_runs_from_any_layer_that_leave_the_kinds_in_their_order() -> None:
-    anatomy = locate(family("qwen3_next").build(**LONG))
-    space = Space(anatomy, "period")
+    structure = locate(family("qwen3_next").build(**LONG))
+    space = Space(structure, "period")
     assert [(unit[0], unit[-1]) for unit in space.units] == [(f"attn.{i}", f"mlp.{i + 3}") for i in range(5)]
     for unit in space.units:
-        left = [part.mixer for part in anatomy.sublayers if part.mixer and part.name not in unit]
+        left = [part.mixer for part in structure.sublayers if part.mixer and part.name not in unit]
         assert left == ["linear_attention"] * 3 + ["full_attention"]
         assert space.moves(frozenset(unit)) == []  # one attention with keys and values stays
         assert space.returns(frozenset(unit)) == [unit]
@@ -293,11 +306,11 @@ def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> Non
 def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(
     usable: bool, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(Verdict, "usable", usable)
+    monkeypatch.setattr(verdict_module, "is_usable", lambda _: usable)
     model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
     (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
     plan, text = tmp_path / "plan.json", ["--text", tmp_path / "text.txt", *SMALL]
-    said = run(capsys, "search", model, *text, "--kind", "attention", "--count", "1", "-o", plan)
+    said = run(capsys, "search", model, *text, "--skip", "attention:1", "-o", plan)
     assert f"notall bench {model} --plan {plan}" in said
     assert f"notall bench {model} --plan {plan}" in run(capsys, "eval", model, *text, "--plan", plan)
 
@@ -306,7 +319,9 @@ def test_a_sweep_of_seats_compares_their_layers(tmp_path: Path, capsys) -> None:
     model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
     (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
     out, text = tmp_path / "out", ["--text", tmp_path / "text.txt", *SMALL]
-    run(capsys, "sweep", model, *text, "--prompt", "4", "--new", "2", "--rounds", "1", "--out", out)
+    run(
+        capsys, "sweep", model, *text, "--prompt-tokens", "4", "--generation-tokens", "2", "--rounds", "1", "--out", out
+    )
     rows = [json.loads(line) for line in (out / "similarity.jsonl").read_text().splitlines()]
     assert [(row["layer"], row["kind"]) for row in rows][:4] == [
         (0, "block"),

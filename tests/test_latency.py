@@ -7,17 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from api import Budget, Space, Workload, by_speedup, check_times, latency, measure_times, search
+from api import (
+    Budget,
+    SearchRecord,
+    Space,
+    SublayerTimes,
+    Workload,
+    by_speedup,
+    check_times,
+    latency,
+    measure_times,
+    search,
+)
 from api import speed_Timing as Timing
+from command_line import QUICK
 from families import family
 from notall import Plan, UsageError, locate
-from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
-from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it is about times
 
-WORK = Workload(prompt=8, new=10, batch=2)
+WORK = Workload(prompt_tokens=8, generation_tokens=10, concurrency=2, rounds=1)
 EACH = {"attn": (2.0, 0.3), "mlp": (3.0, 0.1)}  # prefill and decode milliseconds
 
 
@@ -32,7 +42,7 @@ def clock(monkeypatch):
     """`compare` with a clock of its own: what each sublayer that runs takes, and 10 ms and 1 ms for the rest."""
     calls = []
 
-    def compare(model, variants, *, prompt_tokens, new_tokens, batch_size, rounds, seed, progress):
+    def compare(model, variants, workload, *, seed, progress):
         calls.append(sorted(variants))
         found = {}
         for name, variant in variants.items():
@@ -42,11 +52,11 @@ def clock(monkeypatch):
                 handles.append(layer.self_attn.register_forward_hook(lambda *_, ran=ran: ran.append("attn")))
                 handles.append(layer.mlp.register_forward_hook(lambda *_, ran=ran: ran.append("mlp")))
             with variant(), torch.no_grad():
-                model(torch.ones(batch_size, prompt_tokens, dtype=torch.int64))
+                model(torch.ones(workload.concurrency, workload.prompt_tokens, dtype=torch.int64))
             for handle in handles:
                 handle.remove()
             prefill, decode = (start + sum(EACH[r][which] for r in ran) for which, start in enumerate((10.0, 1.0)))
-            drift = [1.0, 1.5, 1.1][:rounds]  # the machine is slower in the second round
+            drift = [1.0, 1.5, 1.1][: workload.rounds]  # the machine is slower in the second round
             found[name] = Timing(tuple(d * prefill for d in drift), tuple(d * decode for d in drift), None)
         return found
 
@@ -60,13 +70,13 @@ def model():
 
 
 def test_sublayers_that_sum_to_more_than_the_model_leave_a_time():
-    times = latency.Times(WORK, 10.0, {"attn.0": 6.0, "attn.1": 6.0})
+    times = SublayerTimes(WORK, 10.0, {"attn.0": 6.0, "attn.1": 6.0})
     assert times.predicted_ms(Plan([0])) == 4.0
     assert times.predicted_ms(Plan([0, 1])) == 0.01
 
 
 def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
-    times = measure_times(model, WORK, rounds=1)
+    times = measure_times(model, WORK)
     assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 10 * 0.3)
     assert times.sublayer_ms["mlp.0"] == pytest.approx(3.0 + 10 * 0.1)
     assert times.dense_ms == pytest.approx(10 + 10 * 1 + 6 * (5 + 4))
@@ -78,36 +88,36 @@ def test_each_sublayer_has_its_time_and_they_add_up(model, clock):
 
 
 def test_they_are_measured_once(model, clock, cache):
-    first = measure_times(model, WORK, rounds=1)
-    again = measure_times(family("llama").build(num_hidden_layers=6), WORK, rounds=1)
+    first = measure_times(model, WORK)
+    again = measure_times(family("llama").build(num_hidden_layers=6), WORK)
     assert first == again
     assert clock == [["0", "1", "dense"], ["dense"]]
     clock.clear()
-    for other in (Workload(8, 10, 1), Workload(8, 11, 2), Workload(9, 10, 2)):
-        measure_times(model, other, rounds=1)
-    measure_times(family("llama").build(num_hidden_layers=5), WORK, rounds=1)
+    for other in (Workload(8, 10, 1, 1), Workload(8, 11, 2, 1), Workload(9, 10, 2, 1)):
+        measure_times(model, other)
+    measure_times(family("llama").build(num_hidden_layers=5), WORK)
     assert clock == [["0", "1", "dense"]] * 4
 
 
 def test_times_that_no_longer_hold_are_measured_anew_with_a_word(model, clock, monkeypatch):
     """The dense model takes 74 ms, and 12 of its sublayers 3 or 4 each."""
-    first = measure_times(model, WORK, rounds=1)
+    first = measure_times(model, WORK)
     monkeypatch.setitem(EACH, "mlp", (4.0, 0.1))  # 80 ms: less than a tenth more
-    assert measure_times(model, WORK, rounds=1) == first
+    assert measure_times(model, WORK) == first
     monkeypatch.setitem(EACH, "mlp", (3.0, 0.3))
     with pytest.warns(UserWarning, match=r"took 74 ms then and takes 86 ms now; they are measured anew"):
-        again = measure_times(model, WORK, rounds=1)
+        again = measure_times(model, WORK)
     assert again.sublayer_ms["mlp.3"] == pytest.approx(6.0)
     clock.clear()
-    assert measure_times(model, WORK, rounds=1) == again
+    assert measure_times(model, WORK) == again
     assert clock == [["dense"]]
     monkeypatch.setitem(EACH, "mlp", (3.0, 0.1))  # faster again is another time too
     with pytest.warns(UserWarning, match="measured anew"):
-        assert measure_times(model, WORK, rounds=1) == first
+        assert measure_times(model, WORK) == first
 
 
 def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
-    first = measure_times(model, WORK, rounds=1)
+    first = measure_times(model, WORK)
     (kept,) = (cache / "times").iterdir()
     whole = kept.read_text()
     held = json.loads(whole)
@@ -124,16 +134,16 @@ def test_damaged_times_are_measured_anew_with_a_word(model, clock, cache):
         json.dumps(held | {"sublayer_ms": {"attn.0": 1.0}}),
         json.dumps(held | {"dense_ms": str(held["dense_ms"])}),
         json.dumps(held | {"sublayer_ms": held["sublayer_ms"] | {"attn.0": 2 * held["dense_ms"]}}),
-        json.dumps(held | {"about": held["about"] | {"prompt": 9}}),
+        json.dumps(held | {"about": held["about"] | {"prompt_tokens": 9}}),
         whole[:-1] + ', "dense_ms": 1.0}',
         '{"about": ' + "[" * 5000 + "]" * 5000 + "}",
     ):
         kept.write_text(damage, encoding="latin-1")
         with pytest.warns(UserWarning, match=r"damaged.*measured anew"):
-            assert measure_times(model, WORK, rounds=1) == first
+            assert measure_times(model, WORK) == first
         assert kept.read_text() == whole
     assert len(clock) == 16
-    measure_times(model, WORK, rounds=1)
+    measure_times(model, WORK)
     assert clock[16:] == [["dense"]]
 
 
@@ -145,27 +155,27 @@ def test_a_full_disk_leaves_no_torn_times(model, clock, cache, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", tear)
-        first = measure_times(model, WORK, rounds=1)
+        first = measure_times(model, WORK)
     assert list((cache / "times").iterdir()) == []
-    assert measure_times(model, WORK, rounds=1) == first
+    assert measure_times(model, WORK) == first
     assert len(list((cache / "times").iterdir())) == 1
 
 
 def test_another_dtype_is_measured_anew(model, clock):
-    measure_times(model, WORK, rounds=1)
-    measure_times(model.to(torch.bfloat16), WORK, rounds=1)
+    measure_times(model, WORK)
+    measure_times(model.to(torch.bfloat16), WORK)
     assert len(clock) == 2
 
 
 def test_of_many_new_tokens_some_are_decoded_and_all_are_counted(model, clock, monkeypatch):
     decoded, timed = [], latency.compare
 
-    def noting(*args, new_tokens, **options):
-        decoded.append(new_tokens)
-        return timed(*args, new_tokens=new_tokens, **options)
+    def noting(model, variants, workload, **options):
+        decoded.append(workload.generation_tokens)
+        return timed(model, variants, workload, **options)
 
     monkeypatch.setattr(latency, "compare", noting)
-    times = measure_times(model, Workload(prompt=8, new=100, batch=2), rounds=1)
+    times = measure_times(model, Workload(8, 100, 2, 1))
     assert decoded == [latency.DECODED]
     assert times.sublayer_ms["attn.3"] == pytest.approx(2.0 + 100 * 0.3)
     assert times.dense_ms == pytest.approx(10 + 100 * 1 + 6 * (5 + 40))
@@ -180,12 +190,12 @@ def test_sublayers_that_differ_are_timed_apart():
 
 def test_a_group_of_one_is_timed_and_the_last_attention_is_not(model, clock):
     one = family("llama").build(num_hidden_layers=1)
-    times = measure_times(one, WORK, rounds=1)
+    times = measure_times(one, WORK)
     assert times.sublayer_ms == {"attn.0": 0.0, "mlp.0": pytest.approx(4.0)}
 
 
 def test_a_speedup_is_met_in_predicted_time(model, clock):
-    times = measure_times(model, WORK, rounds=1)
+    times = measure_times(model, WORK)
     space = Space(locate(model))
     budget = by_speedup(space, times, 1.3)
     found = search(space, budget, Table(space, 1))
@@ -193,7 +203,7 @@ def test_a_speedup_is_met_in_predicted_time(model, clock):
     least = min(times.sublayer_ms.values())
     assert times.dense_ms / (times.predicted_ms(space.plan(found.skipped)) + least) < 1.3 * 1.1
     with pytest.raises(UsageError, match=r"out of reach.*2\.00"):
-        by_speedup(Space(locate(model)), latency.Times(WORK, 100.0, dict.fromkeys(space.names, 50 / 12)), 2.5)
+        by_speedup(Space(locate(model)), SublayerTimes(WORK, 100.0, dict.fromkeys(space.names, 50 / 12)), 2.5)
     with pytest.raises(UsageError, match=r"is none: give 1\.3"):
         by_speedup(space, times, 0.9)
 
@@ -209,14 +219,14 @@ def test_the_dear_sublayer_is_taken_for_the_time_it_saves():
     assert [unit[0].partition(".")[0] for unit in found.order] == ["mlp"] * 3
 
 
-def test_search_by_speedup_says_what_was_predicted_and_measured(run, clock, cache, tmp_path):  # noqa: F811
-    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6)
+def test_search_by_speedup_says_what_was_predicted_and_measured(run, clock, cache, folder, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
-    command = ["search", folder, "--speedup", "1.05", "--prompt", "8", "--new", "4", "-o", tmp_path / "plan.json"]
-    code, out, err = run(*command, "--text", tmp_path / "text.txt", *QUICK, "--json")
+    asked = ["--speedup", "1.05", "--prompt-tokens", "8", "--generation-tokens", "4", "-o", tmp_path / "plan.json"]
+    code, out, err = run("search", folder, *asked, "--text", tmp_path / "text.txt", *QUICK, "--json")
     assert (code, err) == (0, "")
-    (row,) = json.loads(out)
-    assert row["chosen"] == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
-    assert row["predicted_speedup"] >= 1.05
-    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    (record,) = (SearchRecord.model_validate_json(json.dumps(one)) for one in json.loads(out)["search"])
+    assert record.chosen == "search by kl: 1.05x at prompt 8, 4 new, batch 1"
+    assert record.check.predicted_speedup >= 1.05
+    assert record.check.measured_speedup.low <= record.check.measured_speedup.median
+    assert json.loads(out)["verdict"]["speedup"] == record.check.measured_speedup.median
     assert len(list((cache / "times").iterdir())) == 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
-from api import MeasuredRecord, Provenance, QualityFields, RepairedPlan, evaluate, lock, measured, read
-from api import measured_measure as measure
+from api import MeasuredRecord, Provenance, RepairedPlan, evaluate, read, repair_texts
+from api import records_lines as lines
+from api import repair_texts_measure as measure
 from families import family
 from notall import Plan, UsageError
 
@@ -36,18 +35,17 @@ def texts(*seeds):
 def test_it_says_what_evaluate_finds_and_keeps_it(model, plans, tmp_path):
     found = measure(model, plans, texts(0, 1), tmp_path, ABOUT)
     expected = [one for batches in texts(0, 1).values() for one in evaluate(model, list(plans.values()), batches)]
-    fields = QualityFields.model_fields
-    assert [one.model_dump(include=set(fields)) for one in found] == [asdict(one) for one in expected]
+    assert [one.quality for one in found] == expected
     assert [(one.text, one.model) for one in found] == [(text, of) for text in texts(0, 1) for of in plans]
     assert all(one.plan == PLAN for one in found)
-    assert found[0].kl != found[1].kl
+    assert found[0].quality.kl != found[1].quality.kl
     assert read(tmp_path / "measured.jsonl", MeasuredRecord) == found
 
 
 def test_what_is_kept_is_not_measured_again(model, plans, tmp_path, monkeypatch):
     found = measure(model, plans, texts(0, 1), tmp_path, ABOUT)
     kept = (tmp_path / "measured.jsonl").read_bytes()
-    monkeypatch.setattr(measured, "evaluate", lambda *_: pytest.fail("it was measured again"))
+    monkeypatch.setattr(repair_texts, "evaluate", lambda *_: pytest.fail("it was measured again"))
     tomorrow = ABOUT.model_copy(update={"where": {"date": "tomorrow"}})
     assert measure(model, plans, texts(1, 0), tmp_path, tomorrow) == [*found[2:], *found[:2]]
     assert (tmp_path / "measured.jsonl").read_bytes() == kept
@@ -58,7 +56,7 @@ def test_what_was_killed_in_the_middle_is_measured_on(model, plans, tmp_path, mo
     kept = (tmp_path / "measured.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "measured.jsonl").write_bytes(b"".join(kept[:3]) + kept[3][:40])
     asked = []
-    monkeypatch.setattr(measured, "evaluate", lambda *given: asked.append(given[1]) or evaluate(*given))
+    monkeypatch.setattr(repair_texts, "evaluate", lambda *given: asked.append(given[1]) or evaluate(*given))
     with pytest.warns(UserWarning, match="torn"):
         assert measure(model, plans, texts(0, 1), tmp_path, ABOUT) == found
     assert asked == [[plans["repaired"]]]
@@ -69,7 +67,7 @@ def test_what_was_killed_in_the_middle_is_measured_on(model, plans, tmp_path, mo
 def test_other_weights_windows_plans_or_settings_are_measured_anew(model, plans, tmp_path, monkeypatch, other):
     measure(model, plans, texts(0), tmp_path, ABOUT)
     count = []
-    monkeypatch.setattr(measured, "evaluate", lambda *given: count.append(len(given[1])) or evaluate(*given))
+    monkeypatch.setattr(repair_texts, "evaluate", lambda *given: count.append(len(given[1])) or evaluate(*given))
     weights = {OUTPUT: 3 * model.get_parameter(OUTPUT).data}
     changed = {
         "weights": (plans | {"repaired": RepairedPlan.of(PLAN, weights=weights)}, texts(0), ABOUT),
@@ -84,6 +82,6 @@ def test_other_weights_windows_plans_or_settings_are_measured_anew(model, plans,
 
 
 def test_a_folder_in_use_is_refused_before_anything_is_measured(model, plans, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "evaluate", lambda *_: pytest.fail("it was measured"))
-    with lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
+    monkeypatch.setattr(repair_texts, "evaluate", lambda *_: pytest.fail("it was measured"))
+    with lines.lock(tmp_path), pytest.raises(UsageError, match="another run is working"):
         measure(model, plans, texts(0), tmp_path, ABOUT)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import notall
-from api import Chosen, Criterion, by_count, by_footprint, by_limit, check_faster, criteria, kl
+from api import Choice, Criterion, by_count, by_footprint, by_limit, check_faster, criteria, kl
 from families import family
 from notall import Plan, RepairedPlan, Space, UsageError
 
@@ -32,8 +32,11 @@ def chosen_by(model, space, way, **more):
 MISTAKES = {
     "a name for a model": (lambda m, s: notall.locate("gemma"), "give a model, as notall.load returns it, not str"),
     "a model for its name": (lambda m, s: notall.load(m), "give a hub id, a folder or a file, not Llama"),
-    "a model for its anatomy": (lambda m, s: Space(m, "mlp"), r"anatomy of a model: notall.locate\(model\), not Llama"),
-    "that of a rule": (lambda m, s: notall.deepest(m, "mlp", 0.5), "anatomy of a model"),
+    "a model for its structure": (
+        lambda m, s: Space(m, "mlp"),
+        r"structure of a model: notall.locate\(model\), not Llama",
+    ),
+    "that of a rule": (lambda m, s: notall.deepest(m, "mlp", 0.5), "structure of a model"),
     "one plan": (lambda m, s: notall.evaluate(m, Plan([1]), [IDS]), r"a list of plans, such as \[plan\], not Plan"),
     "a dict for a plan": (lambda m, s: notall.evaluate(m, [{"mlp": [1]}], [IDS]), "plans, such as .* not dict"),
     "a dict to skip": (lambda m, s: notall.skip(m, {"mlp": [1]}).__enter__(), "give a plan, such as .* not dict"),
@@ -83,7 +86,7 @@ MISTAKES = {
     "text for nats": (lambda m, s: by_limit(s, "0.3"), "give a number of nats, not str"),
     "text for a speedup": (lambda m, s: check_faster("1.1"), "give how many times as fast, a number, not str"),
     "a budget of another space": (
-        lambda m, s: notall.choose_plan(m, "cosine", Space(s.anatomy, "attention"), by_count(s, 2), [IDS]),
+        lambda m, s: notall.choose_plan(m, "cosine", Space(s.structure, "attention"), by_count(s, 2), [IDS]),
         r"the budget \(2 mlp\) is of another space: make it of the space to choose from",
     ),
     "a choice for its plan": (
@@ -135,7 +138,7 @@ def deepest(setting):
 def last(setting, budget):
     """Only the last ones."""
     units = setting.space.units[-2:]
-    return Chosen(frozenset(name for unit in units for name in unit), tuple(units))
+    return Choice(frozenset(name for unit in units for name in unit), tuple(units))
 
 
 @pytest.mark.parametrize("way", [deepest, last, Criterion("mine", "the deepest", score=deepest), "deepest"])
@@ -147,6 +150,7 @@ def test_what_fails_in_notall_itself_is_seen_whole(model, space, monkeypatch):
     def broken(setting):
         raise ZeroDivisionError
 
+    broken.__module__ = "notall.choosing.criteria.broken"
     monkeypatch.setitem(criteria.CRITERIA, "deepest", Criterion("deepest", "", score=broken))
     with pytest.raises(ZeroDivisionError):
         chosen_by(model, space, "deepest")
@@ -160,9 +164,9 @@ def test_without_an_objective_it_is_the_kl_on_the_text(model, space):
 
 
 def test_a_folder_may_be_named_as_text(model, space, tmp_path):
-    chosen_by(model, space, "search", folder=str(tmp_path / "found"))
+    chosen_by(model, space, "search", out=str(tmp_path / "found"))
     assert (tmp_path / "found" / "evaluations.jsonl").is_file()
-    repaired = notall.repair(model, Plan([1]), [IDS], folder=str(tmp_path / "repaired"))
+    repaired = notall.repair(model, Plan([1]), [IDS], out=str(tmp_path / "repaired"))
     assert RepairedPlan.load(str(tmp_path / "repaired")) == repaired
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import engines
-from api import _is_divided_by_weights, export, is_portable
-from api import exporters_mlx as mlx
+from api import _is_divided_by_weights, export, is_portable, logits_in_mlx
 from families import TRANSFORMERS_5, Family, family, silenced
 from hybrid_families import HYBRIDS, marks
 from notall import Plan, UsageError, locate, remove, skip
@@ -127,7 +126,7 @@ def test_mlx_answers_as_the_skipped_model(name: str, which: str, tmp_path) -> No
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     with skip(dense, plan):
         expected = dense(tokens).logits
-    found = mlx.logits_of(tmp_path / "cut", tokens)
+    found = logits_in_mlx(tmp_path / "cut", tokens)
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
     engines.works("MLX-LM", "mlx-lm", "hf", name, "whole layers")
 

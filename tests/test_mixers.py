@@ -214,11 +214,11 @@ def test_an_attention_that_counts_tokens_stays(name: str) -> None:
 
 @ON_5
 def test_what_a_layer_lacks_cannot_be_skipped() -> None:
-    anatomy = locate(family("nemotron_h").build())
+    structure = locate(family("nemotron_h").build())
     with pytest.raises(UsageError, match="the attention of layer 2, which has none"):
-        Plan([2]).check(anatomy)
+        Plan([2]).check(structure)
     with pytest.raises(UsageError, match="the mlp of layer 0, which has none"):
-        Plan([], [0]).check(anatomy)
+        Plan([], [0]).check(structure)
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from api import UsageError, check_weights, gguf_copies, read_text
-from api import cache as caching
+from api import UsageError, check_weights, digests, gguf_copies, read_text
 from api import loading as models
 from families import family
 from tiny_checkpoint import save_tiny_checkpoint
@@ -548,18 +547,18 @@ def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
 def test_a_hash_is_computed_again_only_for_another_file(tmp_path, cache, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(b"one")
-    assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    assert digests.digest_of_file(file) == hashlib.sha256(b"one").hexdigest()
     with monkeypatch.context() as patch:
         read = Path.open
         patch.setattr(Path, "open", lambda path, *how, **more: path != file and read(path, *how, **more))
-        assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+        assert digests.digest_of_file(file) == hashlib.sha256(b"one").hexdigest()
     (note,) = (cache / "sha256").iterdir()
     for torn in (b"", b"2d", b"\xff" * 64):
         note.write_bytes(torn)
-        assert caching.sha256(file) == note.read_text() == hashlib.sha256(b"one").hexdigest()
+        assert digests.digest_of_file(file) == note.read_text() == hashlib.sha256(b"one").hexdigest()
     file.write_bytes(b"two")
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-    assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
+    assert digests.digest_of_file(file) == hashlib.sha256(b"two").hexdigest()
 
 
 @pytest.mark.parametrize("way", ["in place", "renamed over"])
@@ -567,14 +566,14 @@ def test_a_file_of_the_same_size_and_date_is_another_one(tmp_path, way):
     file, other = tmp_path / "weights.gguf", tmp_path / "other.gguf"
     file.write_bytes(b"one")
     date = file.stat()
-    assert caching.sha256(file) == hashlib.sha256(b"one").hexdigest()
+    assert digests.digest_of_file(file) == hashlib.sha256(b"one").hexdigest()
     target = file if way == "in place" else other
     time.sleep(0.05)  # clocks of file systems tick every few milliseconds
     target.write_bytes(b"two")
     os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))  # as cp -p and rsync do
     target.replace(file)
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (date.st_size, date.st_mtime_ns)
-    assert caching.sha256(file) == hashlib.sha256(b"two").hexdigest()
+    assert digests.digest_of_file(file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused_before_anything_runs(tmp_path):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import notall
 from api import FAMILIES, decoder_layers, deepest, evaluate, footprint
 from api import manifest_plan_of as plan_of
+from command_line import FAST, QUICK
 from families import family
 from notall import Plan, UsageError, export, locate, skip
-from test_cli import FAST, QUICK, run  # noqa: F401
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
@@ -78,8 +78,8 @@ def test_an_export_answers_as_the_dense_model_that_skips_the_plan(dense, exporte
     with skip(model, Plan()):
         torch.testing.assert_close(logits(model), skipped_logits(dense, plan), atol=1e-5, rtol=1e-4)
     assert tokenizer("a")["input_ids"]
-    anatomy = locate(model)
-    kept = [part.name for part in anatomy.sublayers]
+    structure = locate(model)
+    kept = [part.name for part in structure.sublayers]
     assert len(kept) == 12 - len(plan)
     assert sum(name.startswith("mlp") for name in kept) == 6 - len(plan.mlp)
 
@@ -152,18 +152,18 @@ def test_nested_skips_leave_the_model_as_it_was(exported):
 
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
-def test_every_command_takes_an_export(run, exported, tmp_path, target):  # noqa: F811
+def test_every_command_takes_an_export(run, exported, tmp_path, target):
     folder = exported(target)
     code, out, err = run("inspect", folder, "--json")
-    assert (code, err, len(json.loads(out))) == (0, "", 9)
+    assert (code, err, len(json.loads(out)["sublayers"])) == (0, "", 9)
     assert run("generate", folder, "hello", "--max-new-tokens", "2", "--dtype", "float32")[0] == 0
-    code, out, err = run("eval", folder, "--skip", "mlp", "--fraction", "0.2", *QUICK, "--json")
+    code, out, err = run("eval", folder, "--skip", "mlp:0.2", *QUICK, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["quality"][0]["delta_nll"] == 0
-    code, out, err = run("bench", folder, "--skip", "attention", "--fraction", "0.3", *FAST, "--json")
-    assert (code, err, len(json.loads(out))) == (0, "", 2)
+    assert json.loads(out)["quality"][0]["quality"]["delta_nll"] == 0
+    code, out, err = run("bench", folder, "--skip", "attention:0.3", *FAST, "--json")
+    assert (code, err, len(json.loads(out)["bench"])) == (0, "", 1)
     plan = tmp_path / "plan.json"
-    code, out, err = run("search", folder, "--kind", "sublayer", "--count", "2", "-o", plan, *QUICK, "--json")
+    code, out, err = run("search", folder, "--skip", "sublayer:2", "-o", plan, *QUICK, "--json")
     assert (code, err) == (0, "")
     assert run("generate", folder, "hello", "--plan", plan, "--max-new-tokens", "2", "--dtype", "float32")[0] == 0
     code, _, err = run("export", folder, "--plan", plan, "--to", "hf", "--out", tmp_path / "again")
@@ -180,8 +180,8 @@ def test_what_a_load_would_fill_with_random_weights_is_not_saved(exported, tmp_p
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_plan_of_the_dense_model_is_not_for_the_export(exported, dense, run, tmp_path):  # noqa: F811
-    run("plan", dense, "--skip", "mlp", "--fraction", "0.2", "-o", tmp_path / "plan.json")
+def test_a_plan_of_the_dense_model_is_not_for_the_export(exported, dense, run, tmp_path):
+    run("plan", dense, "--skip", "mlp:0.2", "-o", tmp_path / "plan.json")
     code, _, err = run("eval", exported("hf"), "--plan", tmp_path / "plan.json", *QUICK)
     assert code == 2
     assert "this plan was made for llama-6x32" in err
@@ -189,19 +189,24 @@ def test_a_plan_of_the_dense_model_is_not_for_the_export(exported, dense, run, t
 
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
-def test_the_plan_of_an_export_is_one_for_the_dense_model(run, dense, exported, target):  # noqa: F811
+def test_the_plan_of_an_export_is_one_for_the_dense_model(run, dense, exported, target):
     code, out, err = run("eval", dense, "--plan", exported(target), *QUICK, "--json")
     assert (code, err) == (0, "")
     told = json.loads(out)["verdict"]["said"]
     assert told.startswith("Without 2 of 6 attentions and 1 of 6 MLPs:")
 
 
-def test_a_gguf_that_only_llama_cpp_runs_says_so_and_what_to_do(run, tmp_path):  # noqa: F811
+def test_a_gguf_that_only_llama_cpp_runs_says_so_and_what_to_do(run, tmp_path):
     sizes = {"vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     path = write_gguf(family("llama").build(num_hidden_layers=4, **sizes), tmp_path / "tiny.gguf")
     out = export(path, Plan([1], [2]), "gguf", tmp_path / "out", verify=False)
     file = next(out.glob("*.gguf"))
-    for command in (["inspect", file], ["generate", file, "hello"], ["bench", file], ["search", file, "--count", "1"]):
+    for command in (
+        ["inspect", file],
+        ["generate", file, "hello"],
+        ["bench", file],
+        ["search", file, "--skip", "mlp:1"],
+    ):
         code, _, err = run(*command)
         assert code == 2
         assert "is notall's export of tiny.gguf without attention 1; mlp 2, in a form that only llama.cpp runs" in err
@@ -228,7 +233,7 @@ def broken(folder, tmp_path, **changes):
         {"sublayers": 7, "block_configs": []},
     ],
 )
-def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):  # noqa: F811
+def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):
     folder = broken(exported("hf"), tmp_path, **changes)
     for command in (["inspect", folder], ["generate", folder, "hello"]):
         code, _, err = run(*command)
@@ -237,14 +242,28 @@ def test_a_damaged_export_is_one_line(run, exported, tmp_path, changes):  # noqa
         assert err.count("\n") == 1
 
 
-def test_a_wrong_type_in_the_config_of_an_export_is_one_line(run, exported, tmp_path):  # noqa: F811
+def test_a_wrong_type_in_the_config_of_an_export_is_one_line(run, exported, tmp_path):
     code, _, err = run("inspect", broken(exported("hf"), tmp_path, vocab_size="many"))
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
-def test_layers_of_several_sizes_are_refused(run, exported, tmp_path):  # noqa: F811
+def test_code_of_its_tokenizer_is_never_run(exported, tmp_path, monkeypatch):
+    """Nor is it asked whether to: who answers would say yes."""
+    folder, ran = tmp_path / "out", tmp_path / "ran"
+    shutil.copytree(exported("hf"), folder)
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    code = "from transformers import PreTrainedTokenizer as OwnTokenizer"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n{code}\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UsageError, match="cannot load"):
+        notall.load(folder)
+    assert not ran.exists()
+
+
+def test_layers_of_several_sizes_are_refused(run, exported, tmp_path):
     blocks = json.loads((exported("nemotron-nas") / "config.json").read_text())["block_configs"]
     blocks[0]["ffn"]["ffn_mult"] *= 4
     code, _, err = run("inspect", broken(exported("nemotron-nas"), tmp_path, block_configs=blocks))
@@ -262,7 +281,7 @@ def test_weights_that_an_export_says_it_has_are_missed(exported, tmp_path):
         notall.load(tmp_path / "broken")
 
 
-def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, exported, tmp_path):  # noqa: F811
+def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, exported, tmp_path):
     shutil.copytree(exported("hf"), tmp_path / "broken")
     manifest = tmp_path / "broken" / "notall.json"
     for text, says in (
@@ -274,14 +293,14 @@ def test_a_manifest_that_is_damaged_or_of_a_repair_is_no_plan(run, dense, export
         assert (code, says in err) == (2, True)
 
 
-def test_an_export_is_measured_beside_its_dense_model(run, exported):  # noqa: F811
+def test_an_export_is_measured_beside_its_dense_model(run, exported):
     code, _, err = run("eval", exported("nemotron-nas"), "--sequences", "1", "--length", "8")
     assert (code, err.count("\n")) == (2, 1)
     assert "is what is left of another model: name that one, such as " in err
     assert err.endswith(f"{exported('nemotron-nas').name}\n")
 
 
-def test_what_an_export_was_made_of_is_named_with_the_repair_beside_it(run, exported, tmp_path):  # noqa: F811
+def test_what_an_export_was_made_of_is_named_with_the_repair_beside_it(run, exported, tmp_path):
     folder = shutil.copytree(exported("nemotron-nas"), tmp_path / "out")
     manifest = folder / "notall.json"
     told = json.loads(manifest.read_text())

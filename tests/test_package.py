@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 import result_folders
+from command_line import TIMED
 from notall import Plan
 from tiny_checkpoint import save_tiny_checkpoint
 
 pytestmark = pytest.mark.any_transformers  # it packs and installs files
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "pandas", "scipy", "datasets", "ray", "mkdocs", "playwright")
-QUICK = ("--sequences", "1", "--length", "16", "--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32")
+OPTIONAL = ("altair", "vl_convert", "jinja2", "lm_eval", "scipy", "datasets", "ray", "mkdocs", "playwright")
+QUICK = ("--sequences", "1", "--length", "16", *TIMED, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     names = set(zipfile.ZipFile(wheel).namelist())
     source = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src" / "notall").rglob("*") if file.is_file()}
     source = {name for name in source if "__pycache__" not in name}
-    assert {"notall/py.typed", "notall/reporting/page.html", "notall/reporting/page.js"} <= source
+    assert {"notall/py.typed", "notall/report/page.html", "notall/report/page.js"} <= source
     assert {name for name in names if ".dist-info/" not in name} == source
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -68,7 +69,7 @@ def test_the_wheel_works_in_a_clean_environment(dist, tmp_path):
     assert str(inside) in run(python, "-c", "import notall; print(notall.__file__)")
     notall = tmp_path / "env" / "bin" / "notall"
     assert "notall sweep" in run(notall)
-    result_folders.write(tmp_path / "results")
+    result_folders.write_sweep(tmp_path / "results")
     run(notall, "report", "results", "-o", "report.html")
     assert (tmp_path / "report.html").stat().st_size > 500_000
 
@@ -107,10 +108,10 @@ def test_without_extras_a_search_and_a_comparison_need_no_figures(tmp_path):
     model = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=4)
     (tmp_path / "text.txt").write_text("a bird sings under the winter light of an old stone; " * 4)
     asked = ["--sequences", "1", "--length", "16", "--dtype", "float32", "--text", tmp_path / "text.txt"]
-    searched = blocked(["search", model, "--kind", "attention", "--count", "1", "-o", tmp_path / "plan.json", *asked])
+    searched = blocked(["search", model, "--skip", "attention:1", "-o", tmp_path / "plan.json", *asked])
     assert searched.returncode == 0, searched.stderr
     assert len(Plan.load(tmp_path / "plan.json").attention) == 1
-    criteria = ["--criterion", "cosine", "--criterion", "search", "--budget", "attention:1"]
+    criteria = ["--criterion", "cosine", "--criterion", "search", "--skip", "attention:1"]
     compared = blocked(["compare", model, *criteria, "-o", tmp_path / "c", *asked])
     assert compared.returncode == 0, compared.stderr
     assert (tmp_path / "c" / "comparison.jsonl").read_text().count("\n") == 2
@@ -122,7 +123,7 @@ IMPORTS = """
 import sys
 from api import quality, skipping
 assert "lm_eval" not in sys.modules
-from api import cli, harness, paper_running
+from api import cli, harness, paper_module
 assert "ray" not in sys.modules
 """
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import sys
-from functools import partial
 from itertools import product
 
 import pytest
@@ -20,33 +19,40 @@ from api import (
     LEAST_DOCUMENTS,
     LEAST_ROUNDS,
     LEAST_WINDOWS,
-    BatteryRecord,
     BenchmarkRecord,
     Check,
     ClaimRecord,
-    Limits,
+    DiagnosticsRecord,
+    Footprint,
     PaperTable,
     Provenance,
+    Quartiles,
     Scoreboard,
     SimilarityRecord,
+    TaskScore,
     TimesRecord,
+    TimingGrid,
     as_latex,
-    battery_table,
     benchmark_table,
+    caption_of,
     claims_of,
     cli,
+    diagnose,
+    diagnostics,
+    diagnostics_table,
     escaped,
-    one_plan,
     paper_grid,
     place_of,
     read,
     silent,
+    speed,
+    table,
     time_grid,
     time_table,
-    usual_metric,
+    words,
 )
-from api import paper_running as running
-from api import paper_times as timing
+from api import driver_Subject as Subject
+from api import facts_Times as Times
 from api import records_lines as lines
 from notall import Plan, UsageError, locate
 from tiny_tasks import saved, tiny_llama, write_tasks
@@ -54,13 +60,21 @@ from tiny_tasks import saved, tiny_llama, write_tasks
 ABOUT = {"model": "tiny"}
 
 
+def configured(key):
+    return {"variant": key[0], "fraction": key[1], "keep_last": key[2], "plan": Plan()}
+
+
 def benchmark(task, key, values, dense):
     mean, base = sum(values) / len(values), sum(dense) / len(dense)
-    fields = {
-        "task": task, "metric": "acc,none", "variant": key[0], "fraction": key[1], "keep_last": key[2],
-        "value": mean, "value_se": 0.05, "delta": mean - base, "delta_se": 0.01, "p_value": 0.01, "values": values,
-    }  # fmt: skip
-    return BenchmarkRecord.model_construct(documents=len(values), **fields)
+    score = {"task": task, "metric": "acc,none", "num_fewshot": 0, "documents": len(values), "higher_is_better": True}
+    found = {"value": mean, "value_se": 0.05, "delta": mean - base, "delta_se": 0.01, "p_value": 0.01}
+    return BenchmarkRecord(**configured(key), **score, **found, values=tuple(values))
+
+
+def cell(table, label, heading):
+    """Of the row that skips so much of this."""
+    place = table.headings.index(heading)
+    return next(str(row[place]) for row in table.rows if (row[0].text, row[1].text) == label)
 
 
 KEYS = [("dense", 0.0, False)] + [
@@ -82,13 +96,24 @@ def board(shares):
     return Scoreboard(records)
 
 
-def timed(key, prefill, decode, prompt=128, batch=1, rounds=5):
-    row = {"prompt_tokens": prompt, "batch_size": batch, "variant": key[0], "fraction": key[1], "keep_last": key[2]}
-    for name, value in (("prefill", prefill), ("decode", decode)):
-        row |= {f"speedup_{name}": value, f"speedup_{name}_low": value - 0.02, f"speedup_{name}_high": value + 0.02}
-    about = Provenance(what={"rounds": rounds})
-    return TimesRecord.model_construct(
-        prefill_ms=100 / prefill, decode_ms_per_token=10 / decode, provenance=about, **row
+def timed(key, prefill, decode, prompt=128, at_once=1, rounds=5):
+    def around(value, by=0.02):
+        return Quartiles(median=value, low=value - by, high=value + by, n=5)
+
+    times = Times(
+        prefill_ms=around(100 / prefill),
+        decode_ms_per_token=around(10 / decode),
+        speedup_prefill=around(prefill),
+        speedup_decode=around(decode),
+    )
+    return TimesRecord(
+        **configured(key),
+        prompt_tokens=prompt,
+        concurrency=at_once,
+        asked_concurrency=at_once,
+        times=times,
+        footprint=Footprint(params=1, weight_bytes=1, kv_bytes_per_token=1),
+        provenance=Provenance(what={"rounds": rounds}),
     )
 
 
@@ -108,10 +133,10 @@ def test_averages_and_differences_by_hand():
     assert difference == pytest.approx(-0.2)
     assert error == pytest.approx(math.sqrt(2 * 0.2 * 0.8 / 199) / 2)
     assert p_value == pytest.approx(math.erfc(math.sqrt(80) / math.sqrt(2)))  # 80 documents, all worse
-    rows = {(row["variant"], row["fraction"], row["keep_last"]): row for row in scores.averages()}
+    rows = {(one.variant, one.fraction, one.keep_last): one for one in scores.averages()}
     assert rows.keys() == set(KEYS)
-    assert rows["mlp", 0.33, False]["delta"] == pytest.approx(-0.2)
-    assert rows["dense", 0.0, False]["p_value"] == 1
+    assert rows["mlp", 0.33, False].delta == pytest.approx(-0.2)
+    assert rows["dense", 0.0, False].p_value == 1
 
 
 def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_give():
@@ -122,7 +147,7 @@ def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_giv
     board = Scoreboard(records)
     difference, _, p_value = board.difference(KEYS[1], KEYS[0])
     assert (difference, p_value) == (pytest.approx(-3 / 40), 2 / 8)
-    assert "*" not in benchmark_table(board, keep_last=KEYS[1][2])["average"].iloc[-1]
+    assert "*" not in str(benchmark_table(board, keep_last=KEYS[1][2]).rows[-1][-1])
     fewer = [
         benchmark("tiny", KEYS[0], [0.0] * 10, [0.0] * 10),
         benchmark("tiny", KEYS[1], [1.0] + [0.0] * 9, [0.0] * 10),
@@ -135,18 +160,19 @@ def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_giv
 
 def test_the_table_says_value_difference_error_and_significance():
     table = benchmark_table(board({("mlp", 0.33, False): 0.3}), keep_last=False)
-    assert list(table.columns) == ["ARC-C", "MMLU", "average"]
-    assert table.loc[("dense", "0%"), "ARC-C"] == "50.0 ± 5.0"
-    assert table.loc[("MLP", "33%"), "MMLU"] == "30.0 (-20.0* ± 1.0)"
-    assert table.loc[("MLP", "33%"), "average"].startswith("30.0 (-20.0* ± 2.0)")
-    assert len(table) == 1 + 6
+    assert table.headings[2:] == ("ARC-C", "MMLU", "average")
+    assert cell(table, ("dense", "0%"), "ARC-C") == "50.0 ± 5.0"
+    assert cell(table, ("MLP", "33%"), "MMLU") == "30.0 (-20.0* ± 1.0)"
+    assert cell(table, ("MLP", "33%"), "average").startswith("30.0 (-20.0* ± 2.0)")
+    assert len(table.rows) == 1 + 6
 
 
-@pytest.mark.parametrize(("p_value", "mark"), [(0.0, "*"), (0.049, "*"), (0.05, ""), (1.0, ""), (None, "")])
+@pytest.mark.parametrize(("p_value", "mark"), [(0.0, "*"), (0.049, "*"), (0.05, ""), (1.0, ""), (math.nan, "")])
 def test_a_star_is_a_small_probability_also_one_that_underflows(p_value, mark):
     records = [cell for row in board({("mlp", 0.33, False): 0.3}).cells.values() for cell in row.values()]
     scores = Scoreboard([record.model_copy(update={"p_value": p_value}) for record in records])
-    assert benchmark_table(scores, keep_last=False).loc[("MLP", "33%"), "MMLU"] == f"30.0 (-20.0{mark} ± 1.0)"
+    found = cell(benchmark_table(scores, keep_last=False), ("MLP", "33%"), "MMLU")
+    assert found == f"30.0 (-20.0{mark} ± 1.0)"
 
 
 def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
@@ -158,22 +184,22 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     more = Scoreboard([*records, lacking, *words, *rounded])
     assert more.shared == ["ARC-C", "MMLU", "TruthfulQA"]
     table = benchmark_table(more, keep_last=True)
-    assert table.loc[("block", "33%"), "GSM8K"] == "–"
-    assert table.loc[("block", "33%"), "wikitext"] == "800"
+    assert cell(table, ("block", "33%"), "GSM8K") == "–"
+    assert cell(table, ("block", "33%"), "wikitext") == "800"
 
 
 def test_the_time_table_reads_as_the_paper_s():
     records = [timed(KEYS[0], 1, 1), timed(("block", 0.33, True), 1.5, 1.25), timed(("mlp", 0.33, False), 2, 2)]
-    table = time_table(records, True, "decode_ms_per_token")
-    assert table.loc[("block", "33%"), "prompt 128, batch 1"] == "8.0 (1.25× [1.23, 1.27])"
-    assert len(table) == 2
+    table = time_table(records, True, "decode")
+    assert cell(table, ("block", "33%"), "prompt 128, batch 1") == "8.0 (1.25× [1.23, 1.27])"
+    assert len(table.rows) == 2
 
 
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
     told = {"model": "smollm2_135", "rounds": "", "new": "", "made": "On 1.9e5 documents."}
-    caption = running.caption_of("benchmarks", keep_last, **told)
+    caption = caption_of("benchmarks", keep_last, **told)
     text = PaperTable("benchmarks-x", caption, benchmark_table(scores, keep_last)).latex()
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
@@ -187,9 +213,14 @@ def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     assert "$^{*}$ p $<$ 0.05" in text
 
 
+def of_words(rows, headings):
+    columns = [words(heading, lambda row, place=place: row[place]) for place, heading in enumerate(headings)]
+    return table("", columns, rows)
+
+
 def test_rows_that_begin_alike_stand_together_and_what_is_wide_spans_the_page():
     def made(rows, columns):
-        return as_latex(["a"] * columns, rows, caption="c", label="l", right=[False] * columns)
+        return as_latex(of_words(rows, ["a"] * columns), caption="c", label="l")
 
     grouped = made([["x", "1"], ["x", "2"], ["y", "3"]], 2)
     assert "x & 2 \\\\\n\\addlinespace\ny & 3" in grouped
@@ -204,7 +235,7 @@ def test_rows_that_begin_alike_stand_together_and_what_is_wide_spans_the_page():
 
 
 def test_sentences_are_broken_into_lines_of_their_column():
-    text = as_latex(["a", "b"], [["x" * 41, "y" * 40]], caption="c", label="l", right=[False, False])
+    text = as_latex(of_words([["x" * 41, "y" * 40]], ["a", "b"]), caption="c", label="l")
     assert "\\begin{tabular}{p{0.4\\linewidth}l}" in text
 
 
@@ -225,8 +256,8 @@ def test_latex_escapes_what_it_would_read_as_its_own():
     ],
 )
 def test_metrics_have_their_usual_names(metric, usual):
-    assert usual_metric(metric) == usual
-    assert BenchmarkRecord.columns[1].text({"metric": metric}) == usual
+    score = TaskScore(task="t", metric=metric, num_fewshot=0, documents=1, value=0.5, delta=0.0, delta_se=0.1)
+    assert score.usual_metric == usual
 
 
 def test_a_task_of_two_metrics_has_a_column_each():
@@ -234,21 +265,21 @@ def test_a_task_of_two_metrics_has_a_column_each():
     assert Scoreboard(both).columns == ["tiny, accuracy", "tiny, F1"]
 
 
-def test_the_battery_s_table_marks_what_got_worse():
-    def check(name, value, delta, key, worse):
-        fields = dict(zip(("variant", "fraction", "keep_last"), key))
-        return BatteryRecord.model_construct(**fields, check=name, value=value, delta=delta, delta_se=0.02, worse=worse)
+def test_the_diagnostics_table_marks_what_got_worse():
+    def check(name, value, delta, key, p_value):
+        found = {"value": value, "delta": delta, "delta_se": 0.02, "p_value": p_value, "higher_is_better": False}
+        return DiagnosticsRecord(**configured(key), part="p", check=name, **found)
 
     records = [
-        check("NLL at 0 to 63", 3.5, 0.5, ("mlp", 0.33, False), True),
-        check("repetition", 0.25, -0.05, ("mlp", 0.33, False), False),
-        check("NLL at 0 to 63", 9.0, 6.0, ("mlp", 0.33, True), True),
-        check("repetition", None, None, ("block", 0.33, False), False),
+        check("NLL at 0 to 63", 3.5, 0.5, ("mlp", 0.33, False), 0.01),
+        check("repetition", 0.25, -0.05, ("mlp", 0.33, False), 0.01),  # for the better
+        check("NLL at 0 to 63", 9.0, 6.0, ("mlp", 0.33, True), 0.01),
+        check("repetition", math.nan, math.nan, ("block", 0.33, False), 0.5),
     ]
-    table = battery_table(records, keep_last=False)
-    assert table.loc[("dense", "0%")].to_list() == ["3", "0.3"]
-    assert table.loc[("MLP", "33%")].to_list() == ["3.5 (+0.5* ± 0.02)", "0.25 (-0.05 ± 0.02)"]
-    assert len(table) == 2
+    table = diagnostics_table(records, keep_last=False)
+    assert [str(one) for one in table.rows[0][2:]] == ["3", "0.3"]
+    assert [str(one) for one in table.rows[1][2:]] == ["3.5 (+0.5* ± 0.02)", "0.25 (-0.05 ± 0.02)"]
+    assert len(table.rows) == 2
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -263,7 +294,7 @@ def test_claims_that_hold_and_do_not():
     assert found["skipping 10% of the attentions costs less than as many MLPs"] == "holds"
     assert found[little] == "holds"
     assert found["keeping the last layer lowers quality when 33% of the MLPs are skipped"] == "holds"
-    assert found["keeping the last layer lowers quality when 33% of the blocks are skipped"] == "within error"
+    assert found["keeping the last layer lowers quality when 33% of the blocks are skipped"] == "inconclusive"
     assert found["keeping the last layer does not lower quality when 33% of the attentions are skipped"] == "holds"
     bad = {("attention", 0.33, False): 0.2, ("attention", 0.33, True): 0.1, ("mlp", 0.33, True): 0.6}
     found = verdicts(claims_of([], board(bad), []))
@@ -287,7 +318,7 @@ def test_claims_about_similarity():
     assert list(verdicts(claims_of(rows([*rising, 0.4]), None, [])).values()) == ["holds", "holds"]
     assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), None, [])).values()) == ["does not hold"] * 2
     flat = [0.5 + 0.01 * (i % 2) for i in range(20)]
-    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["within error"] * 2
+    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["inconclusive"] * 2
     windows -= 1
     found = claims_of(rows([*rising, 0.4]), None, [])
     assert {claim.verdict for claim in found} == {"too few"}
@@ -312,7 +343,7 @@ def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_bat
 
     others = [*grid(1.0, 2.0, 1.0, 128), *grid(1.0, 2.0, 1.0, 512, 8)]
     found = claims_of([], None, [*others, *grid(1.3, 1.1, 1.12, 512)])
-    assert [claim.verdict for claim in found] == ["holds", "holds", "within error"] * 2
+    assert [claim.verdict for claim in found] == ["holds", "holds", "inconclusive"] * 2
     found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
     assert {claim.verdict for claim in found} == {"does not hold"}
 
@@ -350,16 +381,20 @@ def model():
     return tiny_llama()
 
 
+def grid_of(model, out, rows=None, *, prompt_tokens=(4,), generation_tokens=2, concurrency=(1,)):
+    subject = Subject(model, None, [], out, Provenance(what=ABOUT))
+    timing = TimingGrid(prompt_tokens, generation_tokens, concurrency, rounds=1)
+    return time_grid(subject, rows or paper_grid(locate(model)), timing)
+
+
 def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
-    rows = paper_grid(locate(model))
-    run = partial(time_grid, model, rows, tmp_path, ABOUT, new_tokens=2, rounds=1)
-    first = run(prompts=(4,))
+    first = grid_of(model, tmp_path)
     assert len(first) == 19
-    assert first[0].speedup_decode == 1
-    assert {record.prompt_tokens for record in run(prompts=(4, 8))} == {4, 8}
+    assert first[0].times.speedup_decode.median == 1
+    assert {record.prompt_tokens for record in grid_of(model, tmp_path, prompt_tokens=(4, 8))} == {4, 8}
     held = (tmp_path / TimesRecord.file).read_bytes()
-    monkeypatch.setattr(timing, "compare", None)
-    assert run(prompts=(4,)) == first
+    monkeypatch.setattr(speed, "compare", None)
+    assert grid_of(model, tmp_path) == first
     assert (tmp_path / TimesRecord.file).read_bytes() == held
 
 
@@ -368,21 +403,20 @@ def test_times_of_the_grid_are_kept_and_taken_up(model, tmp_path, monkeypatch):
     [
         {"plan": {"attention": [0], "mlp": []}},
         {"fraction": 0.5},
-        {"variant": "plan"},
-        {"batch_size": 3},
+        {"variant": "block", "fraction": 0.2},
+        {"concurrency": 3},
         {"prompt_tokens": 5},
     ],
 )
 def test_times_of_another_row_or_batch_are_measured_again(model, tmp_path, change):
-    run = partial(time_grid, model, paper_grid(locate(model)), tmp_path, ABOUT, prompts=(4,), new_tokens=2, rounds=1)
-    first = run()
+    first = grid_of(model, tmp_path)
     path = tmp_path / TimesRecord.file
     held = lines.read(path)
     path.unlink()
     lines.append(path, *held[:5], held[5] | change, *held[6:])
-    again = run()
+    again = grid_of(model, tmp_path)
     assert [(record.key, record.plan) for record in again] == [(record.key, record.plan) for record in first]
-    assert {record.batch_size for record in again} == {1}
+    assert {record.concurrency for record in again} == {1}
 
 
 @pytest.mark.parametrize("machine", [None, "here", {}, {"versions": []}, {"versions": {"torch": "2"}}])
@@ -391,34 +425,35 @@ def test_a_machine_that_is_not_told_is_none(machine):
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tmp_path, monkeypatch):
-    compare, tried = timing.compare, []
+    compare, tried = speed.compare, []
 
-    def short_of_memory(*args, batch_size, **options):
-        tried.append(batch_size)
-        if batch_size > 2:
+    def short_of_memory(model, variants, workload, **options):
+        tried.append(workload.concurrency)
+        if workload.concurrency > 2:
             raise RuntimeError("CUDA out of memory.")
-        return compare(*args, batch_size=batch_size, **options)
+        return compare(model, variants, workload, **options)
 
-    monkeypatch.setattr(timing, "compare", short_of_memory)
+    monkeypatch.setattr(speed, "compare", short_of_memory)
     rows = paper_grid(locate(model))[:2]
-    (dense, _) = time_grid(model, rows, tmp_path, ABOUT, prompts=(4,), batch_sizes=(8,), new_tokens=1, rounds=1)
+    (dense, _) = grid_of(model, tmp_path, rows, concurrency=(8,))
     assert tried == [8, 4, 2]
-    assert (dense.batch_size, dense.asked_batch_size) == (2, 8)
-    monkeypatch.setattr(timing, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
+    assert (dense.concurrency, dense.asked_concurrency) == (2, 8)
+    monkeypatch.setattr(speed, "compare", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA out of memory.")))
     with pytest.raises(UsageError, match="one sequence"):
-        time_grid(model, rows, tmp_path / "b", ABOUT, prompts=(4,), new_tokens=1, rounds=1)
+        grid_of(model, tmp_path / "b", rows)
 
 
-# --- the battery ------------------------------------------------------------------------------------------------------
+# --- the diagnostics --------------------------------------------------------------------------------------------------
 
 
-def test_each_check_of_the_battery_is_of_its_own_row(model, tmp_path, monkeypatch):
+def test_each_check_is_of_its_own_row(model, tmp_path, monkeypatch):
     def attentions(model, tokenizer, plans, windows, *, parts, seed):
-        return [Check("attentions", number, sum(p.attention), 0, 0, 0, 1, None) for number, p in enumerate(plans)]
+        about = {"value_se": 0.0, "delta": 0.0, "delta_se": 0.0, "p_value": 1.0}
+        return [[Check(check="attentions", value=float(sum(plan.attention)), **about)] for plan in plans]
 
-    monkeypatch.setattr(running, "run_battery", attentions)
+    monkeypatch.setattr(diagnostics, "run_diagnostics", attentions)
     rows, windows = paper_grid(locate(model))[1:], [torch.zeros(1, 8)]
-    records = running._battery(model, None, rows, windows, tmp_path, Provenance.of(ABOUT), 0, silent)
+    records = diagnose(Subject(model, object(), [], tmp_path, Provenance(what=ABOUT)), rows, windows, silent)
     assert len(records) == 3 * len(rows)
     assert len({record.value for record in records}) > 2
     for record in records:
@@ -444,51 +479,9 @@ def run(monkeypatch, capsys, own_tasks_only):
             cli.main()
         said = capsys.readouterr()
         assert leaving.value.code in (0, None), said.err
-        return json.loads(said.out)
+        return json.loads(said.out)["claims"]
 
     return run
-
-
-@pytest.mark.parametrize(("limits", "documents"), [([], 20), (["200"], 20), (["5"], 5), (["200", "gsm8k=30"], 30)])
-def test_the_battery_asks_little_of_what_takes_long(limits, documents, monkeypatch):
-    asked = []
-    monkeypatch.setattr(one_plan, "evaluate", lambda *_: [])
-    monkeypatch.setattr(one_plan, "run_battery", lambda *_, **__: [])
-    monkeypatch.setattr(one_plan, "_jobs", lambda names, words, *_: asked.append((names, Limits.parse(words))))
-    monkeypatch.setattr(one_plan, "_tasks", lambda *_, **__: [])
-    one_plan.evaluate_plan(None, None, Plan([1]), [], limits=limits, battery=object())
-    ((names, found),) = asked
-    assert (names, found.of("gsm8k")) == (["gsm8k"], documents)
-
-
-@pytest.mark.slow
-def test_eval_adds_tasks_and_what_accuracy_hides(folders, tmp_path, run):
-    model, task_path = folders
-    Plan(attention=[1], mlp=[2]).save(tmp_path / "plan.json")
-    words = ["eval", model, "--plan", tmp_path / "plan.json", "--dtype", "float32", "--sequences", 2, "--length", 16]
-    task = ["--tasks", "tiny_choice", "--limit", 7, "--task-path", task_path, "--out", tmp_path / "out"]
-    with pytest.warns(UserWarning, match="goes without gsm8k"):  # its data is not there
-        found = run(*words, *task, "--limit", "gsm8k=2", "--battery")
-    assert [row["model"] for row in found["quality"]] == ["dense", "skipped"]
-    (accuracy, norm) = found["tasks"]
-    assert (accuracy["metric"], norm["metric"], accuracy["documents"]) == ("acc,none", "acc_norm,none", 7)
-    assert accuracy["value"] - accuracy["dense"] == pytest.approx(accuracy["delta"])
-    assert {row["check"] for row in found["battery"]} >= {"passkey at 1024", "calibration error", "repetition"}
-    assert (tmp_path / "out" / "answers.jsonl").exists()
-    small = ["--sequences", 8, "--length", 16, "--dtype", "float32"]
-    run("repair", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "repaired", *small)
-    words[3] = tmp_path / "repaired"
-    with pytest.warns(UserWarning, match="goes without gsm8k"):
-        both = run(*words, *task[:-2], "--battery")
-    for kind, name in (("tasks", "metric"), ("battery", "check")):
-        rows = {of: [row for row in both[kind] if row["model"] == of] for of in ("skipped", "repaired")}
-        alone = [dict(row, model="skipped") for row in found[kind]]
-        assert [row[name] for row in rows["repaired"]] == [row[name] for row in alone]
-        plain = [{key: value for key, value in row.items() if key != "plan"} for row in rows["skipped"]]
-        assert plain == [{key: value for key, value in row.items() if key != "plan"} for row in alone]
-        same = [row["value"] for row in rows["repaired"]] == [row["value"] for row in rows["skipped"]]
-        assert same == (kind == "tasks")  # seven answers of a random model
-        assert {row["model"] for row in both[kind]} == set(rows)
 
 
 @pytest.mark.slow
@@ -505,8 +498,19 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
         task_path,
         "--json",
     ]
-    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16", "--battery"]
-    times = ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1", "--dtype", "float32"]
+    sizes = ["--limit", "6", "--limit", "tiny_words=2", "--sequences", "2", "--length", "16", "--diagnostics"]
+    times = [
+        "--prompt-tokens",
+        "4",
+        "--prompt-tokens",
+        "8",
+        "--generation-tokens",
+        "2",
+        "--rounds",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     claims = run(*words, *sizes, *times)
     assert {claim["verdict"] for claim in claims} == {"too few"}  # six documents, one round, two windows
     assert len(claims) >= 10
@@ -520,7 +524,7 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
         assert claim["claim"] in story
     assert {path.name for path in tmp_path.glob("*.tex")} == {
         f"{name}-{ending}.tex"
-        for name in ("benchmarks", "battery", "prefill", "decode")
+        for name in ("benchmarks", "diagnostics", "prefill", "decode")
         for ending in ("last-kept", "last-skipped")
     } | {"claims.tex", "similarity.tex"}
     assert {"claims.csv", "similarity.csv", "averages.csv"} <= {path.name for path in tmp_path.glob("*.csv")}
@@ -529,10 +533,10 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     assert "tiny_letters, 0-shot, accuracy of 6 documents" in (
         tmp_path / "benchmarks-last-kept.tex"
     ).read_text().replace("\\_", "_")
-    for name in ("benchmarks", "battery"):
+    for name in ("benchmarks", "diagnostics"):
         with open(tmp_path / f"{name}.csv") as file:
             assert len(list(csv.DictReader(file))) == len(lines.read(tmp_path / f"{name}.jsonl"))
-    checks = lines.read(tmp_path / "battery.jsonl")
+    checks = lines.read(tmp_path / "diagnostics.jsonl")
     assert len({(r["variant"], r["fraction"], r["keep_last"]) for r in checks}) == 18
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
@@ -552,19 +556,23 @@ cli.main()
 
 @pytest.mark.slow
 @pytest.mark.any_transformers
-@pytest.mark.parametrize("stage", ["battery.jsonl", "times.jsonl"])
+@pytest.mark.parametrize("stage", ["diagnostics.jsonl", "times.jsonl"])
 def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
     model, task_path = folders
     words = ["paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path, "--limit", "6"]
-    words += ["--batch-size", "1", "--sequences", "2", "--length", "16", "--battery", "--dtype", "float32"]
-    words += ["--prompt", "4", "--prompt", "8", "--new", "2", "--rounds", "1"]
+    words += ["--task-batch-size", "1", "--sequences", "2", "--length", "16", "--diagnostics", "--dtype", "float32"]
+    words += ["--prompt-tokens", "4", "--prompt-tokens", "8", "--generation-tokens", "2", "--rounds", "1"]
     forked.kill_at(tmp_path / stage, 5, COMMAND, *words)
     assert not (tmp_path / "paper.md").exists()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     assert forked.run(COMMAND, *words).returncode == 0
     for path, held in before.items():
         assert path.read_bytes().startswith(held[: held.rfind(b"\n") + 1])
-    for name, keys in {"battery": ("part", "check"), "benchmarks": ("metric",), "times": ("prompt_tokens",)}.items():
+    for name, keys in {
+        "diagnostics": ("part", "check"),
+        "benchmarks": ("metric",),
+        "times": ("prompt_tokens",),
+    }.items():
         path = tmp_path / f"{name}.jsonl"
         found = [tuple(r[key] for key in ("variant", "fraction", "keep_last", *keys)) for r in lines.read(path)]
         again = len(found) - len(set(found))
@@ -580,7 +588,20 @@ def test_killed_in_a_later_stage_the_command_goes_on(folders, tmp_path, stage):
 def test_a_disk_that_fills_up_is_one_line_and_what_is_finished_stays(folders, tmp_path, monkeypatch, capsys):
     model, task_path = folders
     words = ["notall", "paper", model, "--out", tmp_path, "--tasks", "tiny_letters", "--task-path", task_path]
-    words += ["--limit", "3", "--sequences", "2", "--length", "16", "--dtype", "float32", "--prompt", "4", "--new", "2"]
+    words += [
+        "--limit",
+        "3",
+        "--sequences",
+        "2",
+        "--length",
+        "16",
+        "--dtype",
+        "float32",
+        "--prompt-tokens",
+        "4",
+        "--generation-tokens",
+        "2",
+    ]
     monkeypatch.setattr(sys, "argv", [*map(str, words)])
     (tmp_path / "times.jsonl").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as leaving:

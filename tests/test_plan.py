@@ -10,11 +10,11 @@ import pytest
 
 from api import Group, is_portable, regroup
 from families import family
-from notall import Plan, UsageError, deepest, locate
+from notall import Plan, RepairedPlan, UsageError, deepest, locate
 
 
 @pytest.fixture(scope="module")
-def anatomy():
+def structure():
     return locate(family("llama").build())
 
 
@@ -22,7 +22,14 @@ def test_round_trip_is_readable(tmp_path):
     plan = Plan(attention=[7, 5], mlp=[12], fingerprint="llama-30x576-1f0c2a9b", note="by hand")
     plan.save(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["attention"] == [5, 7]
-    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Plan.load(tmp_path / "plan.json").model_dump() == plan.model_dump()
+
+
+def test_plans_are_equal_that_run_alike():
+    plan = Plan([1], [2], note="by hand", fingerprint="llama-30x576-1f0c2a9b")
+    assert plan == Plan([1], [2])
+    assert len({plan, Plan([1], [2], note="of a search"), Plan([1])}) == 2
+    assert plan != RepairedPlan([1], [2])
 
 
 def test_a_plan_is_frozen():
@@ -121,10 +128,10 @@ def test_indices_may_be_any_whole_numbers_in_any_order():
         Plan("12")
 
 
-def test_messages_cut_what_they_quote(anatomy, tmp_path):
+def test_messages_cut_what_they_quote(structure, tmp_path):
     far = tmp_path.joinpath(*["folder" * 9] * 9)
     for work in (
-        lambda: Plan([1], fingerprint="llama" * 999).check(anatomy),
+        lambda: Plan([1], fingerprint="llama" * 999).check(structure),
         lambda: Plan.load(far),
         lambda: Plan([1]).save(far),
     ):
@@ -151,47 +158,57 @@ def test_a_missing_plan_and_an_unwritable_place(tmp_path):
         (Plan(attention=[1], fingerprint="llama-30x576-00000000"), "made for llama-30x576"),
     ],
 )
-def test_plans_that_do_not_fit_the_model(anatomy, plan, says):
+def test_plans_that_do_not_fit_the_model(structure, plan, says):
     with pytest.raises(UsageError, match=says):
-        plan.check(anatomy)
+        plan.check(structure)
 
 
-def test_the_papers_rule(anatomy):
-    assert deepest(anatomy, "attention", 0.5).attention == (2, 3)
-    assert deepest(anatomy, "attention", 0.5, keep_last=True).attention == (1, 2)
-    assert deepest(anatomy, "mlp", 0.25).mlp == (3,)
-    block = deepest(anatomy, "block", 0.5, keep_last=True)
+def test_the_papers_rule(structure):
+    assert deepest(structure, "attention", 0.5).attention == (2, 3)
+    assert deepest(structure, "attention", 0.5, keep_last=True).attention == (1, 2)
+    assert deepest(structure, "mlp", 0.25).mlp == (3,)
+    block = deepest(structure, "block", 0.5, keep_last=True)
     assert block.attention == block.mlp == block.blocks == (1, 2)
-    assert not deepest(anatomy, "mlp", 0.0)
-    assert deepest(anatomy, "mlp", 1.0).mlp == (0, 1, 2, 3)
-    assert deepest(anatomy, "mlp", 1.0, keep_last=True).mlp == (0, 1, 2)
+    assert not deepest(structure, "mlp", 0.0)
+    assert deepest(structure, "mlp", 1.0).mlp == (0, 1, 2, 3)
+    assert deepest(structure, "mlp", 1.0, keep_last=True).mlp == (0, 1, 2)
+
+
+def test_the_papers_rule_takes_a_count_too(structure):
+    assert deepest(structure, "attention", count=2).attention == (2, 3)
+    assert deepest(structure, "mlp", count=3, keep_last=True).mlp == (0, 1, 2)
+    for more in ({"count": 4, "keep_last": True}, {"count": -1}, {"count": 1, "fraction": 0.5}):
+        with pytest.raises(UsageError, match="give a fraction, or a count from 0 to"):
+            deepest(structure, "mlp", **more)
+    with pytest.raises(UsageError, match="a number from 0 to 1, not NoneType"):
+        deepest(structure, "mlp")
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.01, float("nan")])
-def test_fractions_outside_0_to_1(anatomy, fraction):
+def test_fractions_outside_0_to_1(structure, fraction):
     with pytest.raises(UsageError, match="outside"):
-        deepest(anatomy, "attention", fraction)
+        deepest(structure, "attention", fraction)
 
 
-def test_an_unknown_variant(anatomy):
+def test_an_unknown_variant(structure):
     with pytest.raises(UsageError, match="attention, mlp, block"):
-        deepest(anatomy, "heads", 0.5)
+        deepest(structure, "heads", 0.5)
 
 
-def test_skipping_all_attention_is_refused(anatomy):
+def test_skipping_all_attention_is_refused(structure):
     with pytest.raises(UsageError, match="keep at least one"):
-        deepest(anatomy, "attention", 1.0)
+        deepest(structure, "attention", 1.0)
 
 
-def test_regrouping_gives_each_layer_one_attention(anatomy):
+def test_regrouping_gives_each_layer_one_attention(structure):
     plan = Plan(attention=[0, 2], mlp=[1])
-    assert regroup(anatomy.kinds, plan) == [
+    assert regroup(structure.kinds, plan) == [
         Group(1, whole=False, before=[0], after=[2]),
         Group(3, whole=True),
     ]
 
 
-def test_portable_is_an_even_length_of_every_skipped_run(anatomy):
+def test_portable_is_an_even_length_of_every_skipped_run(structure):
     # Sublayers in order, A0 M0 A1 M1 ...: each maximal run of skipped ones has even length, or it ends the list.
     for bits in range(1 << 8):
         skipped = [bool(bits >> position & 1) for position in range(8)]
@@ -199,7 +216,7 @@ def test_portable_is_an_even_length_of_every_skipped_run(anatomy):
         if len(plan.attention) == 4:
             continue
         kept = "".join("AM"[position % 2] for position in range(8) if not skipped[position])
-        assert is_portable(anatomy, plan) == (kept == "AM" * (len(kept) // 2) and len(kept) % 2 == 0), plan
+        assert is_portable(structure, plan) == (kept == "AM" * (len(kept) // 2) and len(kept) % 2 == 0), plan
 
 
 def test_a_complaint_is_one_line_whatever_it_quotes():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import notall
-from api import DROPPED, build_empty, by_count, in_ranges, load_config, nll
+from api import DROPPED, Without, build_empty, by_count, drop_chatter, in_ranges, load_config, nll
 from families import TRANSFORMERS_5, family
 from notall import Plan
 from tiny_checkpoint import save_tiny_checkpoint
@@ -29,7 +29,7 @@ def test_help_explains_each_public_function():
     for name in notall.__all__:
         if not name.startswith("_") and name[0].islower():
             assert f"\n    {name}(" in told, name
-    for name in ("import_module", "drop_chatter", "_HOMES"):
+    for name in ("import_module", "_HOMES"):
         assert f"\n    {name}" not in told
 
 
@@ -62,27 +62,27 @@ def lines_at_80_columns(printed):
 
 
 @pytest.mark.parametrize("shape", ["llama-2-7b", pytest.param("llama-2-70b", marks=pytest.mark.slow)])
-def test_an_anatomy_fits_a_screen(shape):
-    anatomy = notall.locate(build_empty(load_config(shape)))
-    layers = len(anatomy.blocks)
-    printed = str(anatomy)
+def test_a_structure_fits_a_screen(shape):
+    structure = notall.locate(build_empty(load_config(shape)))
+    layers = len(structure.blocks)
+    printed = str(structure)
     assert lines_at_80_columns(printed) <= 6
     assert f"layers 0-{layers - 1}" in printed
-    assert f"{anatomy.blocks[0].mlp.parameters:,} parameters" in printed
-    assert f"attention (full_attention): {anatomy.blocks[0].attention.parameters:,} parameters" in printed
+    assert f"{structure.blocks[0].mlp.parameters:,} parameters" in printed
+    assert f"attention (full_attention): {structure.blocks[0].attention.parameters:,} parameters" in printed
     every_other = Plan(range(0, layers, 2), range(1, layers, 2))
-    for one in (every_other, anatomy.blocks[0], anatomy.blocks[0].mlp, notall.Space(anatomy)):
+    for one in (every_other, structure.blocks[0], structure.blocks[0].mlp, notall.Space(structure)):
         assert lines_at_80_columns(repr(one)) <= 12, one
         assert lines_at_80_columns(str(one)) <= 12, one
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", *(["nemotron_h", "qwen3_next"] if TRANSFORMERS_5 else [])])
-def test_an_anatomy_tells_layers_of_different_forms_apart(name):
-    anatomy = notall.locate(family(name).build())
-    printed = str(anatomy)
-    assert ("in parallel" in printed) == anatomy.blocks[0].parallel
-    for mixer in anatomy.mixers:
-        layers = [part.index for part in anatomy.sublayers if part.mixer == mixer]
+def test_a_structure_tells_layers_of_different_forms_apart(name):
+    structure = notall.locate(family(name).build())
+    printed = str(structure)
+    assert ("in parallel" in printed) == structure.blocks[0].parallel
+    for mixer in structure.mixers:
+        layers = [part.index for part in structure.sublayers if part.mixer == mixer]
         assert f"layers {in_ranges(layers)}" in printed
         assert f"({mixer})" in printed
 
@@ -107,22 +107,29 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is what talks")
-@pytest.mark.parametrize("how", ["in Python", "at the terminal"])
-def test_no_library_talks_on_the_terminal(how, tiny):
+def test_no_library_talks_on_the_terminal(tiny):
     """In a fresh process: what libraries say as they are imported, they say once."""
-    command = {
-        "in Python": ["-c", f"import notall; notall.load({str(tiny)!r})"],
-        "at the terminal": ["-m", "notall", "eval", "TINY", "--skip", "attention", "--sequences", "1", "--length", "8"],
-    }[how]
+    words = ["-m", "notall", "eval", str(tiny), "--skip", "attention", "--sequences", "1", "--length", "8"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [str(tiny) if word == "TINY" else word for word in command]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_only_what_is_known_to_be_chatter_is_dropped(caplog, monkeypatch):
+    drop_chatter()
+    drop_chatter()
     for name, words in DROPPED.items():
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         logging.getLogger(name).warning("%s, and more", words[0])
         logging.getLogger(name).warning("a kernel of %s is wrong", name)
     assert [record.getMessage() for record in caplog.records] == [f"a kernel of {name} is wrong" for name in DROPPED]
+    assert all(logging.getLogger(name).filters == [Without(words)] for name, words in DROPPED.items())
+
+
+def test_the_package_leaves_the_logs_of_others_to_who_imports_it():
+    """Only the command line drops lines of them."""
+    told = (
+        "import logging, notall; print([n for n, l in logging.root.manager.loggerDict.items() if vars(l)['filters']])"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

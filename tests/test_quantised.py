@@ -1,7 +1,6 @@
 """Quantised checkpoints: located, skipped as the slow twin does, and exported without a bit changed."""
 
 import json
-import random
 import re
 import shutil
 from types import SimpleNamespace
@@ -17,25 +16,24 @@ from transformers.quantizers import AutoHfQuantizer
 
 import engines
 from api import (
+    ModelOptions,
     NotVerified,
-    StoredTensor,
+    Source,
     Verified,
     cut_quantisation,
     dtype_name,
-    empty_model,
     export,
+    exporters_tensors,
     footprint,
     layers_of,
     loading,
     moved_modules,
     opened,
-    provenance_of,
     read_manifest,
     read_tensors,
     renamed_notes,
     verdict_of,
     verification,
-    weights,
 )
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, UsageError, heal, locate, repair, skip
@@ -172,7 +170,7 @@ def moved_by_hand(name):
 def test_bytes_are_counted_as_they_are_stored(kind, checkpoint, tmp_path):
     dense, out = checkpoint(kind), tmp_path / "out"
     export(dense, PORTABLE, "hf", out, verify=False)
-    model = empty_model(str(dense), None, None, False)
+    model = ModelOptions(str(dense)).empty()
     plain = family(kind.base).build(**(SIZES if kind.base == "llama" else {"hidden_size": 64, "intermediate_size": 32}))
     for folder, plan in ((dense, Plan()), (out, PORTABLE)):
         found, stored = footprint(model, plan), tensors_of(folder).values()
@@ -212,9 +210,9 @@ def fp8(tmp_path):
 def test_records_say_how_weights_are_stored(fp8):
     model, _ = loading.load(fp8, dtype="float32", device="cpu")
     assert dtype_name(model) == "fp8, unpacked to float32"
-    assert provenance_of(model, str(fp8), None).what["dtype"] == "fp8, unpacked to float32"
-    assert dtype_name(empty_model(str(fp8), None, None, False)) == "fp8, float32"
-    assert dtype_name(empty_model(str(fp8), "bfloat16", None, False)) == "bfloat16"
+    assert ModelOptions(str(fp8)).provenance(model).what["dtype"] == "fp8, unpacked to float32"
+    assert dtype_name(ModelOptions(str(fp8)).empty()) == "fp8, float32"
+    assert dtype_name(ModelOptions(str(fp8), dtype="bfloat16").empty()) == "bfloat16"
 
 
 @pytest.mark.skipif(not KINDS[0].is_read, reason="transformers 5 unpacks fp8 on a CPU")
@@ -272,7 +270,12 @@ def test_nemotron_nas_is_refused(checkpoint, tmp_path):
 
 def test_an_export_whose_bits_are_others_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "why_not_here", lambda told: "no kernels here")
-    monkeypatch.setattr(StoredTensor, "chunks", lambda self, most=0: iter([random.randbytes(self.size)]))
+    save = exporters_tensors.save_file
+
+    def bent(tensors, *more):
+        save({name: tensor.flip(0) for name, tensor in tensors.items()}, *more)
+
+    monkeypatch.setattr(exporters_tensors, "save_file", bent)
     with pytest.raises(UsageError, match="does not hold what was written"):
         export(checkpoint(KINDS[0]), PORTABLE, "hf", tmp_path / "out")
 
@@ -281,18 +284,18 @@ def test_sizes_of_a_hub_model_are_read_from_its_headers(checkpoint, monkeypatch)
     """Of its weights nothing is fetched: the hub is asked for the headers of the files."""
     folder = checkpoint(KINDS[0])
     _, tensors = read_tensors(folder)
-    header = {name: SimpleNamespace(data_offsets=(t.start, t.start + t.size)) for name, t in tensors.items()}
+    header = {name: SimpleNamespace(data_offsets=(8, 8 + t.size)) for name, t in tensors.items()}
     answer = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=header)})
-    monkeypatch.setattr(weights, "get_safetensors_metadata", lambda name, revision: answer)
-    monkeypatch.setattr(weights, "snapshot_download", raising(LocalEntryNotFoundError("never fetched")))
-    assert weights.stored_sizes("org/model") == weights.stored_sizes(folder)
+    monkeypatch.setattr(exporters_tensors, "get_safetensors_metadata", lambda name, revision: answer)
+    monkeypatch.setattr(exporters_tensors, "snapshot_download", raising(LocalEntryNotFoundError("never fetched")))
+    assert exporters_tensors.stored_sizes("org/model") == exporters_tensors.stored_sizes(folder)
 
 
 def test_sizes_of_a_hub_model_that_was_fetched_need_no_network(checkpoint, monkeypatch):
     folder = checkpoint(KINDS[0])
-    monkeypatch.setattr(weights, "get_safetensors_metadata", raising(AssertionError("the network was asked")))
-    monkeypatch.setattr(weights, "snapshot_download", lambda name, revision, local_files_only: folder)
-    assert weights.stored_sizes("org/model") == weights.stored_sizes(folder)
+    monkeypatch.setattr(exporters_tensors, "get_safetensors_metadata", raising(AssertionError("the network was asked")))
+    monkeypatch.setattr(exporters_tensors, "snapshot_download", lambda name, revision, local_files_only: folder)
+    assert exporters_tensors.stored_sizes("org/model") == exporters_tensors.stored_sizes(folder)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -402,8 +405,8 @@ def test_what_cannot_be_renumbered_is_refused():
 
 def test_modules_that_transformers_renames_are_known_by_both_names(tmp_path):
     family("mixtral").build().save_pretrained(tmp_path)
-    with opened(tmp_path) as dense:
-        moved = moved_modules(dense, layers_of(dense.anatomy, PORTABLE))
+    with opened(Source(tmp_path)) as dense:
+        moved = moved_modules(dense, layers_of(dense.structure, PORTABLE))
     in_files = "block_sparse_moe.gate"
     assert f"model.layers.2.{in_files}" in moved
     for name in (in_files, "mlp.gate" if TRANSFORMERS_5 else in_files, "self_attn.q_proj"):

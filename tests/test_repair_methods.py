@@ -8,17 +8,18 @@ import torch
 
 from api import (
     METHODS,
-    Aim,
+    CalibratedObjective,
     ComparisonRecord,
-    HeldOutRecord,
     LinearMap,
-    Question,
+    Provenance,
     RepairedPlan,
     Repairs,
     Replay,
+    Run,
+    ScoresRecord,
     Space,
     compare_criteria,
-    comparison,
+    comparison_points,
     comparison_table,
     evaluate,
     gaps_of,
@@ -26,16 +27,16 @@ from api import (
     keeping,
     kept_repair,
     methods,
-    name_of,
     nbl,
     nll,
-    plots,
     prune_and_comp,
+    quality,
     read,
     replaceme,
 )
-from api import methods_lines as lines
+from api import driver_Subject as Subject
 from api import repaired_with_weights as with_weights
+from api import streams as streams_module
 from families import family
 from notall import Plan, UsageError, export, locate, remove, skip
 
@@ -152,13 +153,13 @@ def test_a_linear_gap_is_closed_without_a_trace(model, monkeypatch):
     a = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)).double() / 10
     seen = streams(model)
     m, before = seen["attn.2"] - seen["mlp.1"], seen["mlp.1"]
-    real = lines.DenseStream.before
+    real = streams_module.DenseStream.before
 
     def linear(self, *places):
         found = real(self, *places)
         return [found[0], [(before + m + m @ a.T).view(12, 40, 32)[i : i + 4] for i in (0, 4, 8)]]
 
-    monkeypatch.setattr(lines.DenseStream, "before", linear)
+    monkeypatch.setattr(streams_module.DenseStream, "before", linear)
     path = "model.layers.1.mlp.down_proj.weight"
     new = replaceme(model, BLOCK, BATCHES).weights[path]
     torch.testing.assert_close(new, (torch.eye(32) + a) @ model.get_parameter(path), rtol=1e-6, atol=1e-8)
@@ -345,30 +346,36 @@ def test_a_repair_is_made_once(model, tmp_path, monkeypatch):
 
 # --- compared ---------------------------------------------------------------------------------------------------------
 
-ABOUT = {"model": "tiny"}
-AIMS = {"nll": Aim(nll(HELD_OUT), HELD_OUT)}
+ABOUT = Provenance(what={"model": "tiny"})
+OBJECTIVES = {"nll": CalibratedObjective(nll(HELD_OUT), HELD_OUT)}
+
+
+def compared(model, asked, out, **how):
+    return compare_criteria(Subject(model, None, HELD_OUT, out, ABOUT), asked, OBJECTIVES, **how)
 
 
 @pytest.fixture(scope="module")
 def asked(model):
-    return [Question(name, "nll", Space(locate(model), "attention"), 2) for name in ("deepest", "shallowest")]
+    return [Run(name, "nll", Space(locate(model), "attention"), 2) for name in ("deepest", "shallowest")]
 
 
 def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeypatch):
     repairs = Repairs(("refit", "none", "nbl"), BATCHES)
-    before = compare_criteria(model, asked, AIMS, HELD_OUT, tmp_path, ABOUT)
-    held = (tmp_path / HeldOutRecord.file).read_bytes()
-    records = compare_criteria(model, asked, AIMS, HELD_OUT, tmp_path, ABOUT, repairs=repairs)
+    before = compared(model, asked, tmp_path)
+    held = (tmp_path / ScoresRecord.file).read_bytes()
+    records = compared(model, asked, tmp_path, repairs=repairs)
     assert [record.repair for record in records] == ["none", "refit", "nbl"] * 2
-    assert (tmp_path / HeldOutRecord.file).read_bytes().startswith(held)
-    assert [record.nll for record in records[::3]] == [record.nll for record in before]
+    assert (tmp_path / ScoresRecord.file).read_bytes().startswith(held)
+    assert [record.quality for record in records[::3]] == [record.quality for record in before]
     for record in records:
         (expected,) = evaluate(model, [METHODS[record.repair].repair(model, record.plan, BATCHES)], HELD_OUT)
-        assert (record.delta_nll, record.kl) == pytest.approx((expected.delta_nll, expected.kl), abs=1e-9)
+        assert (record.quality.delta_nll, record.quality.kl) == pytest.approx(
+            (expected.delta_nll, expected.kl), abs=1e-9
+        )
         assert record.added_bytes == (2 * (32 * 32 + 32) * 8 if record.repair == "nbl" else 0)
-    monkeypatch.setattr(comparison, "score", None)
+    monkeypatch.setattr(quality, "score", None)
     monkeypatch.setattr(keeping, "method", None)
-    again = compare_criteria(model, asked, AIMS, HELD_OUT, tmp_path, ABOUT, repairs=repairs)
+    again = compared(model, asked, tmp_path, repairs=repairs)
     assert again == records
     assert {record.key for record in read(tmp_path / ComparisonRecord.file, ComparisonRecord)} == {
         record.key for record in records
@@ -376,20 +383,18 @@ def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeyp
 
 
 def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, asked, tmp_path):
-    plain = compare_criteria(model, asked, AIMS, HELD_OUT, tmp_path / "plain", ABOUT)
+    plain = compared(model, asked, tmp_path / "plain")
     rows = [json.loads(line) for line in (tmp_path / "plain" / ComparisonRecord.file).read_text().splitlines()]
     assert not any("repair" in row or "added_bytes" in row for row in rows)
-    assert "repair" not in comparison_table([record.row() for record in plain])
-    assert name_of(plain[0].row()) == "deepest: 2 attention"
-    repaired = compare_criteria(
-        model, asked, AIMS, HELD_OUT, tmp_path / "more", ABOUT, repairs=Repairs(("ghosted",), BATCHES)
-    )
-    table = comparison_table([record.row() for record in repaired])
+    assert "repair" not in comparison_table(plain)
+    assert plain[0].name == "deepest: 2 attention"
+    repaired = compared(model, asked, tmp_path / "more", repairs=Repairs(("ghosted",), BATCHES))
+    table = comparison_table(repaired)
     assert "| criterion | repair | NLL added |" in table  # and by no objective
     assert "| added |" in table
     assert "| deepest | ghosted |" in table
-    assert name_of(repaired[1].row()) == "deepest, ghosted: 2 attention"
-    names = {(row["criterion"], row["repair"]) for row in plots.front_rows([record.row() for record in repaired])}
+    assert repaired[1].name == "deepest, ghosted: 2 attention"
+    names = {(point.colour, point.shape) for point in comparison_points(repaired)}
     assert names == {(name, repair) for name in ("deepest", "shallowest") for repair in ("none", "ghosted")}
 
 

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import TypeAdapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from api import Answers, Replay, Skipped, Trunk, evaluate, live_steps, load_repaired, opened, record, step_name
+from api import (
+    SEAL,
+    Answers,
+    PrefixCache,
+    Replay,
+    Seal,
+    Source,
+    evaluate,
+    live_steps,
+    load_repaired,
+    opened,
+    record,
+    step_name,
+    tensor_files_read_tensors,
+    write_tensors,
+)
 from families import TRANSFORMERS_5, family
 from notall import Plan, RepairedPlan, UsageError, export, heal, locate, remove, repair, skip
+from small_disk import room_for
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 TEXTS = [torch.randint(3, 99, (8, 12), generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -130,6 +147,30 @@ def test_replay_answers_for_each_repair_as_skipping_does(name):
     assert all(torch.equal(again[place], found[number]) for place, number in enumerate((3, 1, 2)))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma4_text"])  # layers run apart, and in their seats
+def test_weights_come_to_the_model_once_however_many_batches_are_run(name):
+    """Weights from a file lie on the CPU in a dtype of their own, wherever the model is: seen by the dtype here."""
+    model = family(name).build()
+    path = next(path for path, one in model.named_parameters() if "layers.1.mlp.down_proj" in path)
+    plan = RepairedPlan([2], weights={path: torch.rand(model.get_parameter(path).shape).double()})
+    with Copies() as copies, torch.no_grad():
+        replay = Replay(model, [Plan(), plan])
+        for _ in range(3):
+            dict(replay.logits(input_ids=IDS))
+    assert copies.of_doubles == 1
+    assert torch.equal(dict(replay.logits(input_ids=IDS))[1], logits(model, plan))
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied to another dtype or device."""
+
+    of_doubles = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.of_doubles += function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        return function(*args, **(kwargs or {}))
+
+
 def test_repairs_share_what_they_have_in_common(model):
     plan = Plan([3], [3])
     whole, half = repaired_of(model, plan), repaired_of(model, plan, ahead=0.0)
@@ -152,14 +193,14 @@ def path_name(path):
 def test_a_trunk_is_never_anothers(model):
     """States that are kept of the unrepaired plan are not taken for the repaired one's, nor the other way round."""
     found, recording = repaired_of(model), record(model, input_ids=IDS)
-    trunk = Trunk(tuple(step_name(parts) for _, parts in live_steps(locate(model), REGROUPED)))
+    prefix = PrefixCache(tuple(step_name(parts) for _, parts in live_steps(locate(model), REGROUPED)))
     with torch.no_grad():
         for plans in ([REGROUPED], [found], [REGROUPED, found], [found, REGROUPED]):
-            ends = {n: hidden for ns, hidden in Replay(model, plans).hidden_states(recording, trunk) for n in ns}
+            ends = {n: hidden for ns, hidden in Replay(model, plans).hidden_states(recording, prefix) for n in ns}
             for number, plan in enumerate(plans):
                 alone = next(Replay(model, [plan]).hidden_states(recording))[1]
                 assert torch.equal(ends[number], alone)
-    assert trunk.states
+    assert prefix.states
 
 
 def test_it_is_nearer_to_the_dense_model_on_what_it_was_fitted_to(model):
@@ -197,8 +238,6 @@ def test_it_says_that_it_is_repaired_and_what_it_skips():
     assert type(plan.unrepaired) is Plan
     assert len(plan) == 2
     assert "weights" not in repr(plan)
-    skipped = TypeAdapter(Skipped)
-    assert skipped.dump_python(skipped.validate_python(plan)) == {"attention": [1], "mlp": [2]}
 
 
 def test_plans_together_have_the_weights_of_both():
@@ -290,7 +329,7 @@ def test_repaired_in_another_dtype_files_keep_theirs(model, tmp_path):
 
 def test_weights_for_quantised_tensors_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with opened(tmp_path) as dense:
+    with opened(Source(tmp_path)) as dense:
         packed = {name: replace(tensor, dtype="F8_E4M3") for name, tensor in dense.tensors.items()}
         with pytest.raises(UsageError, match="quantised there"):
             replace(dense, tensors=packed).with_weights(repaired_of(model).weights)
@@ -324,8 +363,8 @@ ABOUT |= {"sequences": 16, "length": 12}
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
 def test_the_manifest_and_the_card_say_what_is_skipped_and_what_made_the_weights(model, tmp_path, target):
     kept, batches = tmp_path / "kept", TEXTS
-    found = repair(model, PORTABLE, batches, folder=kept, settings=ABOUT)
-    healed = heal(model, found, batches, batches, folder=tmp_path / "healed", settings=ABOUT | {"sequences": 4})
+    found = repair(model, PORTABLE, batches, out=kept, provenance=ABOUT)
+    healed = heal(model, found, batches, batches, out=tmp_path / "healed", provenance=ABOUT | {"sequences": 4})
     for number, plan in enumerate((found, load_repaired(kept), healed, load_repaired(tmp_path / "healed"))):
         out = export(model, plan, target, tmp_path / f"out{number}", verify=False)
         said, card = json.loads((out / "notall.json").read_text()), (out / "README.md").read_text()
@@ -351,3 +390,132 @@ def test_benchmarks_do_not_take_the_answers_of_the_plan_for_those_of_its_repair(
     again = Answers(None, "a model", [REGROUPED, repaired, repaired_of(model, ridges=[5.0]), repaired])
     assert again.distinct == [0, 1, 2]
     assert Answers(None, "a model", [repaired.unrepaired]).names == Answers(None, "a model", [REGROUPED]).names
+
+
+# --- a folder that is not what was written ----------------------------------------------------------------------------
+
+
+def with_other_bytes(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def without_a_line(content):
+    header, _, *rest = content.splitlines(keepends=True)
+    return header + b"".join(rest)
+
+
+def with_one_bit_flipped(content):
+    return content[:-6] + bytes([content[-6] ^ 1]) + content[-5:]
+
+
+def with_no_number(folder, name, **seal):
+    """As if that had been written: with its digest, and in the seal too if that is asked for."""
+    tensors, notes = tensor_files_read_tensors(folder / name)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    digest = write_tensors(folder / name, tensors, notes)
+    if seal:
+        known = Seal.model_validate_json((folder / SEAL).read_bytes())
+        files = {**known.files, name: digest}
+        (folder / SEAL).write_text(Seal(plan=known.plan, files=files).model_dump_json())
+
+
+WEIGHTS = "attn.1.safetensors"
+DAMAGES = {
+    "another plan": (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+    "no records": (lambda f: (f / "refits.jsonl").unlink(), "lacks refits.jsonl"),
+    "a line less": (lambda f: with_other_bytes(f, "refits.jsonl", without_a_line), "refits.jsonl of .* is damaged"),
+    "another header": (
+        lambda f: with_other_bytes(f, "refits.jsonl", lambda content: content.replace(b"[0, 3]", b"[0, 2]", 1)),
+        "refits.jsonl of .* is damaged",
+    ),
+    "planted weights": (
+        lambda f: save_file({O_PROJ: torch.zeros(32, 32)}, f / "weights.safetensors"),
+        "holds weights.safetensors, which is no part of its repair: move that file away",
+    ),
+    "planted healed weights": (
+        lambda f: write_tensors(f / "healed.safetensors", {O_PROJ: torch.zeros(32, 32)}),
+        "holds healed.safetensors, which is no part of its repair: move that file away",
+    ),
+    "a bit flipped": (lambda f: with_other_bytes(f, WEIGHTS, with_one_bit_flipped), f"{WEIGHTS} is damaged"),
+    "other weights": (
+        lambda f: write_tensors(f / WEIGHTS, {O_PROJ: torch.zeros(32, 32)}),
+        f"{WEIGHTS} is not the file that was written",
+    ),
+    "no number": (lambda f: with_no_number(f, WEIGHTS), f"{WEIGHTS} is not the file that was written"),
+    "no number, sealed": (lambda f: with_no_number(f, WEIGHTS, sealed=True), "numbers that are not finite"),
+    "another seal": (lambda f: (f / SEAL).write_text("{}"), f"{SEAL} of .* is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A repair's, and a healing's."""
+    model, place = family("llama").build(), tmp_path_factory.mktemp("whole")
+    found = repair(model, REGROUPED, TEXTS, out=place / "repaired")
+    heal(model, found, TEXTS, TEXTS, out=place / "healed")
+    return place
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_repairs_folder_that_is_damaged_is_not_believed(folders, tmp_path, damage):
+    folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
+    load_repaired(folder)
+    do, said = DAMAGES[damage]
+    do(folder)
+    with pytest.raises(UsageError, match=said) as refusal:
+        RepairedPlan.load(folder)
+    assert str(refusal.value).endswith(("delete the folder, and repair the plan again", "move that file away"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("do", "said"),
+    [
+        (lambda f: Plan([1], [1]).save(f / "plan.json"), "plan.json of .* is another plan"),
+        (lambda f: (f / "healing.jsonl").unlink(), "lacks healing.jsonl"),
+        (lambda f: with_other_bytes(f, "healing.jsonl", without_a_line), "healing.jsonl of .* is damaged"),
+        (lambda f: with_other_bytes(f, "healed.safetensors", with_one_bit_flipped), "healed.safetensors is damaged"),
+    ],
+    ids=["another plan", "no records", "a line less", "a bit flipped"],
+)
+def test_neither_is_a_healings(folders, tmp_path, do, said):
+    folder = shutil.copytree(folders / "healed", tmp_path / "copy")
+    do(folder)
+    with pytest.raises(UsageError, match=said):
+        load_repaired(folder)
+
+
+def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
+    """A file that is damaged or another's is one line; a line that is gone is found again."""
+    model, whole = family("llama").build(), load_repaired(folders / "repaired")
+    folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
+    (folder / SEAL).unlink()
+    with_other_bytes(folder, "refits.jsonl", lambda content: b"".join(content.splitlines(keepends=True)[:-1]))
+    with pytest.raises(UsageError, match="was not finished: run the same `notall repair` again"):
+        load_repaired(folder)
+    sound = (folder / WEIGHTS).read_bytes()
+    for damage in ("a bit flipped", "other weights"):
+        do, said = DAMAGES[damage]
+        do(folder)
+        with pytest.raises(UsageError, match=said):
+            repair(model, REGROUPED, TEXTS, out=folder)
+        (folder / WEIGHTS).write_bytes(sound)
+    assert repair(model, REGROUPED, TEXTS, out=folder) == whole == load_repaired(folder)
+
+
+def test_a_repair_leaves_the_plan_of_another_alone(tmp_path):
+    PORTABLE.save(tmp_path / "plan.json")
+    with pytest.raises(UsageError, match=r"holds another plan, in plan\.json: choose another folder"):
+        repair(family("llama").build(), REGROUPED, TEXTS, out=tmp_path)
+    assert Plan.load(tmp_path / "plan.json") == PORTABLE
+
+
+@pytest.mark.parametrize("size", [300, 3_000])
+def test_a_full_disk_is_one_line(model, tmp_path, size):
+    """In the middle of a record, and of weights."""
+    with room_for(size), pytest.raises(UsageError, match=r"cannot write .*: File too large.*; make room") as refusal:
+        repair(model, REGROUPED, TEXTS, out=tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.rglob("*.part"))
+    assert repair(model, REGROUPED, TEXTS, out=tmp_path) == repair(model, REGROUPED, TEXTS)

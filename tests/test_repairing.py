@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forked
-from api import HELD, Kept, LayerCall, Replay, Spool, find_projection, held_out, load_repaired, record, refitting
+from api import HELD, DiskOffload, Kept, LayerCall, Replay, find_projection, held_out, load_repaired, record, refitting
 from api import refitting_RIDGES as RIDGES
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
@@ -344,13 +344,13 @@ def test_weights_that_layers_share_are_left_alone():
 def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch, name, dtype):
     model, moved = family(name).build().to(dtype), []
 
-    def keep(spool, tensor, keep=Spool.keep):
-        kept = keep(spool, tensor)
+    def keep(offload, tensor, keep=DiskOffload.keep):
+        kept = keep(offload, tensor)
         moved.append(kept.data_ptr() != tensor.data_ptr())
         return kept
 
-    monkeypatch.setattr(Spool, "keep", keep)
-    found = repair(model, PLANS["attentions"], TEXTS, streams=tmp_path / "streams")
+    monkeypatch.setattr(DiskOffload, "keep", keep)
+    found = repair(model, PLANS["attentions"], TEXTS, offload=tmp_path / "streams")
     assert len(moved) > 20
     assert all(moved)
     assert not list((tmp_path / "streams").iterdir())
@@ -364,15 +364,15 @@ def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch,
     ids=["turned", "half", "none"],
 )
 def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
-    kept = Spool(tmp_path).keep(tensor)
+    kept = DiskOffload(tmp_path).keep(tensor)
     assert torch.equal(kept, tensor)
     assert kept.dtype == tensor.dtype
     kept += 1  # it may be written to
 
 
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
-    with room_for(1000), pytest.raises(OSError, match="File too large"):
-        Spool(tmp_path).keep(torch.zeros(1 << 10))
+    with room_for(1000), pytest.raises(UsageError, match="File too large; make room"):
+        DiskOffload(tmp_path).keep(torch.zeros(1 << 10))
 
 
 # --- a folder that goes on --------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ test_repairing.run_repair(Path(sys.argv[1]), progress=lambda *_: time.sleep(0.1)
 
 
 def run_repair(folder, plan=PLANS["blocks"], dtype=torch.float32, **options):
-    return repair(family("llama").build().to(dtype), plan, TEXTS, folder=folder, settings={"seed": 0}, **options)
+    return repair(family("llama").build().to(dtype), plan, TEXTS, out=folder, provenance={"seed": 0}, **options)
 
 
 def same(found, expected):
@@ -463,11 +463,11 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, changes, said):
 def test_a_folder_of_other_text_or_another_command_is_refused(tmp_path):
     run_repair(tmp_path / "a")
     with pytest.raises(UsageError, match="results with calibration"):
-        repair(family("llama").build(), PLANS["blocks"], TEXTS[:2], folder=tmp_path / "a", settings={"seed": 0})
+        repair(family("llama").build(), PLANS["blocks"], TEXTS[:2], out=tmp_path / "a", provenance={"seed": 0})
     with pytest.raises(UsageError, match="results with seed"):
-        repair(family("llama").build(), PLANS["blocks"], TEXTS, folder=tmp_path / "a", settings={"seed": 1})
+        repair(family("llama").build(), PLANS["blocks"], TEXTS, out=tmp_path / "a", provenance={"seed": 1})
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "bench.jsonl").write_text('{"model": "dense"}\n')
+    (tmp_path / "b" / "bench.jsonl").write_text('{"record": "bench"}\n')
     with pytest.raises(UsageError, match="holds results of notall bench"):
         run_repair(tmp_path / "b")
 

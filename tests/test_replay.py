@@ -12,9 +12,9 @@ MASK = torch.ones_like(IDS)
 MASK[0, :3] = 0
 
 
-def plans_for(anatomy):
+def plans_for(structure):
     grid = [
-        deepest(anatomy, kind, fraction, keep_last=keep)
+        deepest(structure, kind, fraction, keep_last=keep)
         for kind in ("attention", "mlp", "block")
         for fraction in (0.25, 0.5)
         for keep in (False, True)

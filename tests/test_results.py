@@ -1,6 +1,7 @@
 """Records: what is written stays, and each is of a kind: torn lines, full disks, killed writers, two processes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,18 @@ import pytest
 
 from api import (
     KINDS,
+    Answers,
     AnswersRecord,
     EvaluationRecord,
+    HeaderRecord,
     Ledger,
     Provenance,
     ScoresRecord,
+    SearchCost,
     SweepRecord,
     UsageError,
     header_of,
+    kind_at,
     read,
     refuse_foreign,
     this_run,
@@ -103,86 +108,111 @@ def test_a_malformed_last_line_that_was_written_to_its_end_is_no_torn_one(path):
         lines.read(path)
 
 
+def quartiles(median):
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "n": 5}
+
+
 RECORD = {
-    **{"variant": "mlp", "fraction": 0.1, "keep_last": True, "plan": {"attention": [], "mlp": [27, 28]}},
-    **{"nll": 2.9, "nll_se": 0.1, "delta_nll": 0.4, "delta_nll_se": None, "perplexity": 18.2},
-    **{"kl": 0.5, "kl_se": 0.1, "top1_agreement": 0.7, "top1_agreement_se": 0.02, "sequences": 8},
-    **{f"prefill_ms{end}": 300.0 for end in ("", "_low", "_high")},
-    **{f"decode_ms_per_token{end}": 60.0 for end in ("", "_low", "_high")},
-    **{f"speedup_{what}{end}": 1.1 for what in ("prefill", "decode") for end in ("", "_low", "_high")},
-    **{"peak_bytes": None, "params": 120_000_000, "weight_bytes": 480_000_000, "kv_bytes_per_token": 46_080},
-    "provenance": {"model": "smollm2", "seed": 0},
+    **{"record": "sweep", "provenance": {"what": {"model": "smollm2", "seed": 0}, "where": {}}},
+    **{"plan": {"attention": [], "mlp": [27, 28]}, "variant": "mlp", "fraction": 0.1, "keep_last": True},
+    "quality": {
+        **{"nll": 2.9, "nll_se": 0.1, "delta_nll": 0.4, "delta_nll_se": None, "perplexity": 18.2},
+        **{"kl": 0.5, "kl_se": 0.1, "top1_agreement": 0.7, "top1_agreement_se": 0.02, "sequences": 8},
+    },
+    "times": {
+        **{"prefill_ms": quartiles(300.0), "decode_ms_per_token": quartiles(60.0)},
+        **{"speedup_prefill": quartiles(1.1), "speedup_decode": quartiles(1.2), "peak_bytes": None},
+    },
+    "footprint": {"params": 120_000_000, "weight_bytes": 480_000_000, "kv_bytes_per_token": 46_080},
 }
+
+
+def changed(path, value, record=RECORD):
+    """The record with another value at `path`, such as quality.nll."""
+    name, _, rest = path.partition(".")
+    return record | {name: changed(rest, value, record[name]) if rest else value}
 
 
 def test_records_are_checked_by_line_and_come_back_as_they_were(tmp_path):
     path = tmp_path / "results.jsonl"
     lines.append(path, RECORD, RECORD | {"variant": "dense"})
     mlp, dense = read(path, SweepRecord)
-    assert (mlp.variant, dense.variant, mlp.nll, mlp.delta_nll_se) == ("mlp", "dense", 2.9, None)
+    assert (mlp.variant, dense.variant, mlp.quality.nll) == ("mlp", "dense", 2.9)
+    assert math.isnan(mlp.quality.delta_nll_se)
     assert mlp.plan == Plan(mlp=[27, 28])
     assert mlp.provenance.what == {"model": "smollm2", "seed": 0}
     again = tmp_path / "again.jsonl"
     lines.append(again, mlp.line())
-    assert lines.read(again)[0] == RECORD | {
-        "record": "sweep",
-        "provenance": {"what": {"model": "smollm2", "seed": 0}, "where": {}},
-    }
-    assert read(again, SweepRecord) == [mlp]
-    assert mlp.row() == RECORD
+    assert lines.read(again) == [RECORD]
+    assert read(again, SweepRecord)[0].line() == mlp.line()
+
+
+def test_a_record_as_a_line_of_a_table_has_every_figure_by_its_name(tmp_path):
+    lines.append(tmp_path / "results.jsonl", RECORD)
+    (record,) = read(tmp_path / "results.jsonl", SweepRecord)
+    figures = record.figures()
+    assert (figures["skipped"], figures["nll"], figures["delta_nll_se"]) == ("mlp.27 mlp.28", 2.9, None)
+    assert (figures["speedup_decode"], figures["speedup_decode_low"], figures["params"]) == (1.2, 1.08, 120_000_000)
+    assert "record" not in figures
 
 
 def test_of_a_record_that_was_measured_again_the_last_one_counts(tmp_path):
     path = tmp_path / "results.jsonl"
-    lines.append(path, RECORD, RECORD | {"variant": "dense"}, RECORD | {"nll": 2.8})
-    assert [(one.variant, one.nll) for one in read(path, SweepRecord)] == [("mlp", 2.8), ("dense", 2.9)]
+    lines.append(path, RECORD, RECORD | {"variant": "dense"}, changed("quality.nll", 2.8))
+    assert [(one.variant, one.quality.nll) for one in read(path, SweepRecord)] == [("mlp", 2.8), ("dense", 2.9)]
     answers = tmp_path / "answers.jsonl"  # which have no key
     lines.append(answers, *[{"plans": ["a"], "answers": {"x": [answer]}} for answer in (1.5, 1.5)])
     assert len(read(answers, AnswersRecord)) == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("field", "value"),
     [
-        ({"variant": "atention"}, "variant"),
-        ({"fraction": 1.2}, "fraction"),
-        ({"plan": {"attention": ["x"], "mlp": []}}, "plan"),
-        ({"plan": {"attention": [40_000_000], "mlp": []}}, "plan"),
-        ({"plan": [3]}, "plan"),
-        ({"plan": {"mlp": [27, 28]}}, "plan"),
-        ({"nll": "2.5"}, "nll"),
-        ({"nll_se": -0.1}, "nll_se"),
-        ({"top1_agreement": 1.5}, "top1_agreement"),
-        ({"prefill_ms": -300.0}, "prefill_ms"),
-        ({"prefill_ms": 1e300}, "prefill_ms"),
-        ({"speedup_decode": 0.0}, "speedup_decode"),
-        ({"speedup_decode_low": None}, "speedup_decode_low"),
-        ({"sequences": -8}, "sequences"),
-        ({"params": 2**63}, "params"),
-        ({"params": 10**400}, "params"),
-        ({"kv_bytes_per_token": 46_080.0}, "kv_bytes_per_token"),
-        ({"sequences": 2.5}, "sequences"),
-        ({"provenance": 3}, "provenance"),
-        ({"speedup": 2.0}, "speedup"),
+        ("record", "bench"),
+        ("variant", "atention"),
+        ("fraction", 1.2),
+        ("plan", {"attention": ["x"], "mlp": []}),
+        ("plan", {"attention": [40_000_000], "mlp": []}),
+        ("plan", [3]),
+        ("plan", {"mlp": [27, 28]}),
+        ("quality", None),
+        ("quality.nll", "2.5"),
+        ("quality.nll_se", -0.1),
+        ("quality.top1_agreement", 1.5),
+        ("quality.sequences", -8),
+        ("quality.sequences", 2.5),
+        ("times.prefill_ms.median", -300.0),
+        ("times.prefill_ms.median", 1e300),
+        ("times.speedup_decode.median", 0.0),
+        ("times.speedup_decode.low", None),
+        ("footprint.params", 2**63),
+        ("footprint.params", 10**400),
+        ("footprint.kv_bytes_per_token", 46_080.0),
+        ("provenance", 3),
+        ("speedup", 2.0),
+        ("quality.speedup", 2.0),
     ],
 )
-def test_a_record_with_a_wrong_field_is_named_with_its_line(tmp_path, change, named):
+def test_a_record_with_a_wrong_field_is_named_with_its_line(tmp_path, field, value):
     path = tmp_path / "results.jsonl"
     lines.append(path, RECORD)
-    lines.append(path, RECORD | change)
-    with pytest.raises(UsageError, match=rf"line 2 of .*results.jsonl: {named}: "):
+    lines.append(path, changed(field, value))
+    with pytest.raises(UsageError, match=rf"line 2 of .*results.jsonl: {field}: "):
         read(path, SweepRecord)
 
 
 def test_a_record_without_a_field_is_named_with_its_line(tmp_path):
     path = tmp_path / "results.jsonl"
-    lines.append(path, {name: value for name, value in RECORD.items() if name != "nll"})
-    with pytest.raises(UsageError, match=r"line 1 of .*: nll: Field required"):
+    quality = {name: value for name, value in RECORD["quality"].items() if name != "nll"}
+    lines.append(path, RECORD | {"quality": quality})
+    with pytest.raises(UsageError, match=r"line 1 of .*: quality.nll: Field required"):
         read(path, SweepRecord)
 
 
-def test_every_field_of_a_sweep_is_described():
-    assert [name for name, field in SweepRecord.model_fields.items() if not field.description] == ["record"]
+def test_every_figure_of_a_sweep_is_described():
+    for kind in ("quality", "times", "footprint"):
+        fact = SweepRecord.model_fields[kind].annotation
+        assert not [name for name, field in fact.model_fields.items() if not field.description], kind
 
 
 def test_a_line_nested_deeper_than_any_record_is_named(path):
@@ -193,7 +223,9 @@ def test_a_line_nested_deeper_than_any_record_is_named(path):
         lines.read(path)
 
 
-@pytest.mark.parametrize("doubled", ['"nll": 2.9', '"provenance": {"model": "a", "model": "b"}', '"kl": 1e999'])
+@pytest.mark.parametrize(
+    "doubled", ['"fraction": 0.1', '"provenance": {"what": {"model": "a", "model": "b"}}', '"extra": 1e999']
+)
 def test_a_line_that_says_two_things_or_no_number_is_named(tmp_path, doubled):
     path = tmp_path / "results.jsonl"
     whole = json.dumps({name: value for name, value in RECORD.items() if name != "provenance"})
@@ -205,10 +237,10 @@ def test_a_line_that_says_two_things_or_no_number_is_named(tmp_path, doubled):
 def test_scores_and_answers_that_are_not_one_for_each_are_named(tmp_path):
     scores = {"nll": [2.5, 2.6], "kl": [0.1, 0.2], "top1_agreement": [0.5, 0.5]}
     path = tmp_path / "scores.jsonl"
-    lines.append(path, {"batch": 0, "scores": [scores]})
-    assert read(path, ScoresRecord)[0].scores[0].kl == (0.1, 0.2)
-    lines.append(path, {"batch": 1, "scores": [scores, scores | {"kl": [0.1]}]})
-    with pytest.raises(UsageError, match=r"line 2 of .*scores.1: .* of different numbers of sequences; repair"):
+    lines.append(path, {"batch": 0, "scores": {"": scores, "attn.1": scores}})
+    assert read(path, ScoresRecord)[0].scores["attn.1"].kl == (0.1, 0.2)
+    lines.append(path, {"batch": 1, "scores": {"": scores, "attn.1": scores | {"kl": [0.1]}}})
+    with pytest.raises(UsageError, match=r"line 2 of .*scores.attn.1: .* of different numbers of sequences; repair"):
         read(path, ScoresRecord)
     path = tmp_path / "answers.jsonl"
     lines.append(path, {"plans": ["a", "b"], "answers": {"x": [1.5, 2.5]}})
@@ -231,14 +263,26 @@ def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
 
 
 def test_each_kind_has_a_file_and_a_name_of_its_own():
-    assert len({kind.file for kind in KINDS.values()}) == len(KINDS) == 24
-    for kind in KINDS.values():
+    from api import cli  # noqa: F401  (whose commands have them all)
+
+    kinds = [kind for kind in KINDS.values() if kind is not HeaderRecord]
+    assert len({kind.file for kind in kinds}) == len(kinds) >= 23
+    for name, kind in KINDS.items():
+        assert kind.kind_name() == name
+    for kind in kinds:
         assert kind.commands
         assert set(kind.key_fields) <= kind.model_fields.keys() | set(dir(kind))
 
 
+def test_a_kind_is_known_whose_verb_nothing_has_asked_for_yet(tmp_path):
+    lines.append(tmp_path / "drafts.jsonl", {"record": "draft"})
+    told = "import sys; from pathlib import Path; from api import kind_at; print(kind_at(Path(sys.argv[1])).__name__)"
+    assert python(told, tmp_path / "drafts.jsonl").communicate()[0] == "DraftRecord\n"
+
+
 def sweep_record(variant="mlp", **what):
-    return SweepRecord(**RECORD | {"variant": variant, "plan": Plan(), "provenance": Provenance(what=what)})
+    line = json.dumps(RECORD | {"variant": variant, "provenance": {"what": what, "where": {}}})
+    return SweepRecord.model_validate_json(line)
 
 
 def test_a_ledger_says_what_is_missing_and_keeps_what_is_added(tmp_path):
@@ -268,46 +312,59 @@ def test_a_file_with_a_header_is_held_against_it(tmp_path):
         skipped=("attn.1",),
         batches="all",
         cost=float("inf"),
-        evaluations=1,
-        executions=2.0,
-        one_by_one=3.0,
-        seconds=0.1,
+        spent=SearchCost(evaluations=1, executions=2.0, seconds=0.1),
     )
     Ledger(tmp_path, EvaluationRecord, about).add(found)
     path = tmp_path / EvaluationRecord.file
-    assert header_of(path).provenance == about
+    assert (header_of(path).provenance, header_of(path).of) == (about, "evaluation")
+    assert kind_at(path) is EvaluationRecord
     assert [line["record"] for line in lines.read(path)] == ["header", "evaluation"]
-    assert Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost is None
+    assert math.isnan(Ledger(tmp_path, EvaluationRecord, about)[("attn.1",), "all"].cost)
     with pytest.raises(UsageError, match="results with objective"):
         Ledger(tmp_path, EvaluationRecord, Provenance(what={"objective": "nll"}))
     Ledger(tmp_path, EvaluationRecord, about).add(found)
     assert len(lines.read(path)) == 3  # one header
 
 
+def test_a_ledger_holds_every_record_of_a_kind_without_a_key(tmp_path, monkeypatch):
+    records = [AnswersRecord(plans=("dense",), answers={"asked": (number,)}) for number in (1.0, 2.0, 2.0)]
+    ledger = Ledger(tmp_path, AnswersRecord)
+    ledger.add(*records[:2])
+    ledger.add(records[2])
+    again = Ledger(tmp_path, AnswersRecord)
+    assert [*ledger] == [*again] == records
+    assert len(ledger) == len(again) == 3
+    read = []
+    numbered = lines.numbered
+    monkeypatch.setattr(lines, "numbered", lambda *given, **how: read.append(given) or numbered(*given, **how))
+    Answers(tmp_path, "model", [Plan()])
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize(
-    ("held", "command", "says"),
+    ("line", "command", "says"),
     [
-        ({"results.jsonl": RECORD}, "compare", r"holds results of notall sweep \(results.jsonl\)"),
-        ({"results.jsonl": {"criterion": "cosine"}}, "sweep", "holds results of notall compare"),
-        ({"times.jsonl": {"left": "", "times": {}}}, "paper", "holds results of notall compare"),
-        ({"times.jsonl": {"prompt_tokens": 4}}, "compare", "holds results of notall paper"),
-        ({"bench.jsonl": {"model": "dense"}}, "sweep", "holds results of notall bench"),
-        ({"chosen.jsonl": {"chosen": "x"}}, "paper", "holds results of notall search"),
-        ({"held_out.jsonl": {"record": "held_out"}}, "bench", "holds results of notall compare"),
-        ({"any.jsonl": {"record": "benchmark"}}, "eval", "holds results of notall paper"),
+        (RECORD, "compare", r"holds results of notall sweep \(any.jsonl\)"),
+        ({"record": "comparison"}, "sweep", "holds results of notall compare"),
+        ({"record": "plan_times"}, "paper", "holds results of notall compare"),
+        ({"record": "times"}, "compare", "holds results of notall paper"),
+        ({"record": "bench"}, "sweep", "holds results of notall bench"),
+        ({"record": "search"}, "paper", "holds results of notall search"),
+        ({"record": "pareto"}, "bench", "holds results of notall pareto"),
+        ({"record": "benchmark"}, "eval", "holds results of notall paper"),
+        ({"record": "header", "of": "refit"}, "heal", "holds results of notall repair"),
     ],
 )
-def test_a_folder_of_another_command_is_refused(tmp_path, held, command, says):
-    for name, line in held.items():
-        lines.append(tmp_path / name, line)
+def test_a_folder_of_another_command_is_refused(tmp_path, line, command, says):
+    lines.append(tmp_path / "any.jsonl", line)
     with pytest.raises(UsageError, match=says), working_in(tmp_path, command):
         raise AssertionError("it went on")
     assert not (tmp_path / ".lock").exists()
 
 
 def test_a_command_is_told_as_it_can_be_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["notall", "front", "--plan", "/home/me/4 attentions.json"])
-    assert this_run()["command"] == "notall front --plan '4 attentions.json'"
+    monkeypatch.setattr(sys, "argv", ["notall", "pareto", "--plan", "/home/me/4 attentions.json"])
+    assert this_run()["command"] == "notall pareto --plan '4 attentions.json'"
 
 
 def test_a_folder_of_no_command_is_anyones(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import AT_ONCE, GIVEN, Provenance, sample, sampled, sampling
+from api import AT_ONCE, GIVEN, Provenance, repair_texts, sample, sampled
 from families import family
 from notall import UsageError
 
@@ -49,7 +49,7 @@ def test_windows_begin_as_the_texts_do_and_are_drawn_once(tmp_path, monkeypatch)
     assert torch.equal(rows[:AT_ONCE], sample(model, given[:AT_ONCE], 12, seed=5))
     assert torch.equal(rows[AT_ONCE:], sample(model, given[AT_ONCE:], 12, seed=6))
     with monkeypatch.context() as patched:
-        patched.setattr(sampling, "sample", lambda *_, **__: pytest.fail("it was drawn again"))
+        patched.setattr(repair_texts, "sample", lambda *_, **__: pytest.fail("it was drawn again"))
         assert all(map(torch.equal, sampled(model, batches, tmp_path, ABOUT, seed=5), found))
     others = (batches, ABOUT, 6), (windows(AT_ONCE + 2), ABOUT, 5), (batches, Provenance(what={"model": "other"}), 5)
     for number, (text, about, seed) in enumerate(others, 2):
@@ -61,7 +61,7 @@ def test_what_is_damaged_is_one_line(tmp_path):
     model = family("llama").build()
     sampled(model, windows(), tmp_path, ABOUT)
     next(tmp_path.iterdir()).write_bytes(b"torn")
-    with pytest.raises(UsageError, match="is damaged: delete it"):
+    with pytest.raises(UsageError, match=r"is damaged \(.*\): delete it, and run again"):
         sampled(model, windows(), tmp_path, ABOUT)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from api import METHODS, Passage, Replay, UsageError, _Stream, gated, record, walk
+from api import METHODS, Layerwise, Passage, Replay, UsageError, gated, record, walk
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, locate, remove, skip
 
@@ -41,10 +41,10 @@ def silent(model, plan: Plan) -> Tensor:
 
 
 def test_it_is_read_line_by_line(model) -> None:
-    anatomy = locate(model)
-    assert not anatomy.seated
+    structure = locate(model)
+    assert not structure.in_place
     numbers = [float(layer.layer_scalar) for layer in stack_of(model)]
-    assert [block.scale for block in anatomy.blocks] == numbers
+    assert [block.scale for block in structure.blocks] == numbers
     assert min(abs(number - 1) for number in numbers) > 0.01  # so that each matters
 
 
@@ -98,19 +98,19 @@ def test_passages_lead_from_layer_to_layer(model) -> None:
 
 
 def test_gates_that_are_open_change_nothing(model) -> None:
-    anatomy = locate(model)
-    gates = {part.name: torch.ones(len(TOKENS)) for part in anatomy.sublayers}
-    with gated(model, anatomy, gates, TOKENS.shape):
+    structure = locate(model)
+    gates = {part.name: torch.ones(len(TOKENS)) for part in structure.sublayers}
+    with gated(model, structure, gates, TOKENS.shape):
         found = model(TOKENS, use_cache=False).logits
     assert close(found, silent(model, Plan()))
 
 
 @torch.no_grad()
 def test_the_stream_of_a_healing_is_off_only_where_something_is_skipped(model) -> None:
-    anatomy, off = locate(model), []
+    structure, off = locate(model), []
     for plan in (Plan(), Plan([1])):
-        stream = _Stream(model, anatomy, plan, stack_of(model))
-        off.append(float(stream.missed(stream.lesson(TOKENS))))
+        stream = Layerwise(model, structure, plan, stack_of(model))
+        off.append(float(stream.loss(stream.targets(TOKENS))))
     assert off[0] < 1e-10 < 1e-4 < off[1]
 
 

@@ -11,9 +11,9 @@ import forked
 import notall
 from api import (
     Evaluator,
+    SearchCost,
     Setting,
     Space,
-    Spent,
     by_count,
     by_footprint,
     by_limit,
@@ -52,9 +52,9 @@ class Table:
         self.single = {name: draw.uniform(0, 1) for name in space.order}
         names = sorted(space.order)
         self.pairs = {pair: pairs * draw.uniform(-1 if forgiving else 0, 1) for pair in combinations(names, 2)}
-        self.asked, self.asked_of_a_part, self.spent = [], [], Spent()
+        self.asked, self.asked_of_a_part, self.spent = [], [], SearchCost(evaluations=0, executions=0, seconds=0)
 
-    def stand_on(self, base):
+    def set_prefix(self, base):
         pass
 
     def cost(self, skipped, share=1.0):
@@ -212,7 +212,6 @@ def test_a_run_of_blocks_that_no_swap_leads_to_is_found(model, kind, portable):
     found = search(space, by_count(space, 8 if portable else 4), Rows(space, 0))
     assert found.skipped == Rows.GOOD
     assert found.cost == Rows(space, 0).cost(Rows.GOOD)
-    assert found.path[-1] == (found.skipped, found.cost)
     assert frozenset(name for unit in found.order for name in unit) == found.skipped
 
 
@@ -271,13 +270,20 @@ def test_late_among_the_blocks_it_keeps_the_set_that_it_knows(model, monkeypatch
     assert not late.complete
 
 
-def test_beside_is_the_nearest_that_is_left_on_both_sides(model):
-    anatomy = locate(model)
+def unshared(evaluator):
+    """Sublayers that what was evaluated would run without shared states."""
+    return sum(evaluator.forward - len(skipped) for skipped, _ in evaluator._known)
+
+
+def test_neighbours_are_the_nearest_that_is_left_on_both_sides(model):
+    structure = locate(model)
     skipped = frozenset({"attn.3", "mlp.3", "attn.4"})
-    assert Space(anatomy).beside(("attn.3",), skipped) == [("mlp.2",), ("mlp.4",)]
-    assert Space(anatomy, "attention").beside(("attn.3",), frozenset({"attn.3"})) == [("attn.2",), ("attn.4",)]
-    assert Space(anatomy, "block").beside(("attn.0", "mlp.0"), frozenset({"attn.0", "mlp.0"})) == [("attn.1", "mlp.1")]
-    pairs = Space(anatomy, portable=True).beside(("attn.3", "mlp.3"), frozenset({"attn.3", "mlp.3"}))
+    assert Space(structure).neighbours(("attn.3",), skipped) == [("mlp.2",), ("mlp.4",)]
+    assert Space(structure, "attention").neighbours(("attn.3",), frozenset({"attn.3"})) == [("attn.2",), ("attn.4",)]
+    assert Space(structure, "block").neighbours(("attn.0", "mlp.0"), frozenset({"attn.0", "mlp.0"})) == [
+        ("attn.1", "mlp.1")
+    ]
+    pairs = Space(structure, portable=True).neighbours(("attn.3", "mlp.3"), frozenset({"attn.3", "mlp.3"}))
     assert pairs == [("attn.2", "mlp.2"), ("mlp.2", "attn.4"), ("attn.4", "mlp.4")]
 
 
@@ -292,7 +298,7 @@ def test_on_a_model_it_is_as_good_as_plain_greedy_for_less(model, kind, objectiv
         asked = Setting(model, space, BATCHES, Evaluator(model, objective(BATCHES)), patience=8)
         found[name] = choose(name, asked, budget)
         spent = asked.evaluator.spent
-        costs[name] = spent.executions if name == "search" else spent.one_by_one
+        costs[name] = spent.executions if name == "search" else unshared(asked.evaluator)
         quality = evaluate(model, [space.plan(found[name].skipped)], BATCHES)[0]
         costs[name, "objective"] = quality.nll if objective is nll else quality.kl
         assert asked.evaluator.cost(found[name].skipped) == pytest.approx(costs[name, "objective"], rel=1e-5)
@@ -302,7 +308,7 @@ def test_on_a_model_it_is_as_good_as_plain_greedy_for_less(model, kind, objectiv
     )  # swaps weigh more where there are few
 
 
-def test_costs_do_not_depend_on_the_trunk_or_on_company(model):
+def test_costs_do_not_depend_on_the_prefix_or_on_company(model):
     space = Space(locate(model))
     draw = random.Random(1)
     sets = [frozenset(draw.sample(space.names, draw.randint(0, 7))) for _ in range(12)]
@@ -312,10 +318,10 @@ def test_costs_do_not_depend_on_the_trunk_or_on_company(model):
     for states_bytes in (bound, 2**30):
         walking = Evaluator(model, mix([nll(BATCHES), kl(BATCHES, 0.5)]), states_bytes=states_bytes)
         for base, skipped, cost in zip(sets[3:] + sets[:3], sets, alone):
-            walking.stand_on(base)
+            walking.set_prefix(base)
             assert walking.cost(skipped) == pytest.approx(cost, rel=1e-6)
-            walking.stand_on(skipped)
-        held = sum(state.numel() * 4 for trunk in walking._trunks.values() for state in trunk.states.values())
+            walking.set_prefix(skipped)
+        held = sum(state.numel() * 4 for cache in walking._prefix_caches.values() for state in cache.states.values())
         assert held <= 1.1 * states_bytes + 2 * 9 * 32 * 4 * len(BATCHES)
 
 
@@ -400,19 +406,19 @@ def test_progress_grows_to_one(model):
 
 
 def test_counts_and_fractions(model):
-    anatomy = locate(model)
-    block, pairs = Space(anatomy, "block"), Space(anatomy, portable=True)
+    structure = locate(model)
+    block, pairs = Space(structure, "block"), Space(structure, portable=True)
     budget = by_count(block, 3)
     assert not budget.met(frozenset(["attn.0", "mlp.0", "attn.1", "mlp.1", "attn.2"]))
     assert budget.met(frozenset(["attn.0", "mlp.0", "attn.1", "mlp.1", "attn.2", "mlp.2"]))
-    assert by_count(Space(anatomy), 0.25).target == 4
+    assert by_count(Space(structure), 0.25).target == 4
     with pytest.raises(UsageError, match="even"):
         by_count(pairs, 3)
     with pytest.raises(UsageError, match="whole number"):
         by_count(block, 2.5)
     with pytest.raises(UsageError, match="at most 7"):
-        by_count(Space(anatomy, "attention"), 8)
-    assert by_count(Space(anatomy, "attention", keep_last=1), 7).target == 7
+        by_count(Space(structure, "attention"), 8)
+    assert by_count(Space(structure, "attention", keep_last=1), 7).target == 7
 
 
 @pytest.mark.parametrize("resource", ["params", "weight_bytes", "kv_bytes_per_token"])
@@ -453,13 +459,13 @@ def test_a_limit_takes_as_many_as_it_can(model):
 
 
 def test_spaces_that_hold_nothing_are_refused(model):
-    anatomy = locate(model)
+    structure = locate(model)
     with pytest.raises(UsageError, match="portable"):
-        Space(anatomy, "attention", portable=True)
+        Space(structure, "attention", portable=True)
     with pytest.raises(UsageError, match="preserved"):
-        Space(anatomy, keep_first=5, keep_last=5)
+        Space(structure, keep_first=5, keep_last=5)
     with pytest.raises(UsageError, match="one of"):
-        Space(anatomy, "heads")
+        Space(structure, "heads")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
@@ -530,8 +536,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(model, tmp_path, monke
     found_lines, all_lines = (lines.read(where / "evaluations.jsonl") for where in (folder, tmp_path / "whole"))
     assert [line.get("skipped") for line in found_lines] == [line.get("skipped") for line in all_lines]
     assert again.spent.evaluations == whole.spent.evaluations
-    assert again.spent.one_by_one == pytest.approx(whole.spent.one_by_one)
-    assert 0 <= again.spent.executions - whole.spent.executions <= again.forward  # the trunk's states, run again
+    assert 0 <= again.spent.executions - whole.spent.executions <= again.forward  # the prefix's states, run again
     # All of it again costs nothing, and is counted as what it took.
     monkeypatch.setattr(evaluating, "Replay", None)
     assert run_search(model, folder)[0] == expected

@@ -25,7 +25,7 @@ KINDS = [
 
 
 def lends(name: str, **changes: Any) -> dict[str, tuple[str, ...]]:
-    return {part.name: part.lends for part in locate(family(name).build(**changes)).sublayers if part.lends}
+    return {part.name: part.read_by for part in locate(family(name).build(**changes)).sublayers if part.read_by}
 
 
 # --- who reads what ---------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_mlps_lend_too() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_same_anatomy_without_weights(name: str) -> None:
+def test_same_structure_without_weights(name: str) -> None:
     assert facts(locate(empty(family(name)))) == facts(locate(family(name).build()))
 
 
@@ -156,7 +156,7 @@ def test_an_mlp_that_looks_at_other_tokens_is_caught(monkeypatch: pytest.MonkeyP
     stack_of(model)[2].mlp.register_forward_hook(lambda mlp, args, answer: answer + 0.01 * answer.cumsum(1))
     with pytest.raises(UnsupportedModel, match=r"layer 2 .* looks at other tokens without a cache"):
         locate(model)
-    monkeypatch.setattr(proving, "_prove_others_local", lambda *_: None)
+    monkeypatch.setattr(proving, "_prove_local", lambda *_: None)
     locate(model)  # without that look it would pass
 
 

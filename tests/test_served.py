@@ -9,7 +9,7 @@ import torch
 
 import engines
 from families import family
-from notall import Plan, UsageError, export, heal, load, repair, skip
+from notall import Plan, TrainConfig, UsageError, export, heal, load, repair, skip
 from programs import program
 from tiny_gguf import WORDS
 from tiny_gguf import write_gguf as write_tiny
@@ -32,22 +32,22 @@ def healed(request, tmp_path):
     """A model, and a plan whose weights a repair and a training made."""
     dense = write_tiny(family("llama").build(**SIZES), tmp_path / "dense.gguf")
     model, _ = load(dense, dtype="float32", device="cpu")
-    plan = heal(model, repair(model, PLANS[request.param], TEXTS), TEXTS, TEXTS[:1], rate=1e-3)
+    plan = heal(model, repair(model, PLANS[request.param], TEXTS), TEXTS, TEXTS[:1], TrainConfig(rate=1e-3))
     assert len(plan.weights) > 8
     return dense, model, plan
 
 
 def row_of(engine, folder, model, plan):
     there = served.asked_of(engine, sys.executable, folder, WINDOWS)
-    return served.compared(engine, there, served.ours(model, plan, WINDOWS))
+    return served.compared(engine, "repaired", there, served.ours(model, plan, WINDOWS))
 
 
 def check(engine, folder, model, plan):
     found = row_of(engine, folder, model, plan)
-    assert abs(found["off"]) < 1e-3
-    assert found["worst"] < 5e-3  # llama.cpp keeps keys and values in float16
-    assert found["tokens"] == 3 * 11
-    assert row_of(engine, folder, model, plan.unrepaired)["worst"] > 0.1
+    assert abs(found.off) < 1e-3
+    assert found.worst < 5e-3  # llama.cpp keeps keys and values in float16
+    assert found.tokens == 3 * 11
+    assert row_of(engine, folder, model, plan.unrepaired).worst > 0.1
 
 
 @pytest.mark.slow
@@ -74,15 +74,15 @@ def test_ours_is_the_loss_of_the_skipped_model():
 
 
 def test_what_an_engine_does_not_tell_is_left_out_on_both_sides():
-    row = served.compared("llama.cpp", [[1.0, None], [3.5, 2.0]], [[1.5, 9.0], [3.0, 2.0]])
-    assert row == {"nll": 6.5 / 3, "ours": 6.5 / 3, "off": 0.0, "worst": 0.5, "tokens": 3}
+    row = served.compared("llama.cpp", "dense", [[1.0, None], [3.5, 2.0]], [[1.5, 9.0], [3.0, 2.0]])
+    assert row == served.Compared("llama.cpp", "dense", nll=6.5 / 3, ours=6.5 / 3, worst=0.5, tokens=3)
     with pytest.raises(RuntimeError, match="tells of no token"):
-        served.compared("llama.cpp", [[None]], [[1.0]])
+        served.compared("llama.cpp", "dense", [[None]], [[1.0]])
 
 
 def test_an_engine_fails_by_what_it_is_off_beyond_the_dense_model():
     def rows(**off):
-        return [{"engine": "an engine", "model": name, "off": value} for name, value in off.items()]
+        return [served.Compared("an engine", name, 2 + value, 2.0, 0.1, 9) for name, value in off.items()]
 
     assert served.too_far(rows(dense=0.02, repaired=-0.029), 0.01) == []
     assert served.too_far(rows(dense=0.0, repaired=-0.011), 0.01) == ["an engine"]

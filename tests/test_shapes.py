@@ -48,8 +48,8 @@ def test_layers_that_share_one_layers_weights_run_as_many_times():
 
 def test_what_is_promised_is_work_over_work():
     model = family("llama").build(num_hidden_layers=4, tie_word_embeddings=False)
-    anatomy = locate(model)
-    (attention, mlp), head = anatomy.blocks[0].sublayers, model.lm_head.weight
+    structure = locate(model)
+    (attention, mlp), head = structure.blocks[0].sublayers, model.lm_head.weight
     width, prompt, new = model.config.hidden_size, 64, 4
     flops = 2 * prompt * attention.parameters + 2 * prompt**2 * width
     dense = 2 * head.numel() + 4 * (flops + 2 * prompt * mlp.parameters)

@@ -64,7 +64,7 @@ def test_a_failure_while_entering_restores_the_model_too(model, monkeypatch):
 def _fail_for_regrouped(model):
     dense = model.model.layers
 
-    def remember(inner, layers, anatomy):
+    def remember(inner, layers, structure):
         if layers is not dense:
             raise RuntimeError("planted")
 
@@ -103,10 +103,10 @@ def test_the_config_counts_live_layers_and_slices_their_kinds(model):
 
 
 def test_locate_inside_a_skip_still_tells_of_the_dense_model(model):
-    anatomy = locate(model)
+    structure = locate(model)
     with skip(model, PLAN):
-        assert locate(model) is anatomy
-    assert locate(model) is anatomy
+        assert locate(model) is structure
+    assert locate(model) is structure
 
 
 def test_remove_equals_skip_and_frees_the_weights(model):
@@ -198,8 +198,8 @@ def test_hidden_states_first_asked_for_inside_a_skip_are_there_outside(model):
 def test_dropout_that_a_layer_applies_itself_follows_its_mode():
     """OPT's layers drop out what their sublayers answer with a function, which is seen in evaluation mode."""
     model = family("opt").build(dropout=0.5)
-    anatomy = locate(model)
-    layer, mlp = model.get_submodule(anatomy.layers)[1], anatomy.blocks[1].mlp
+    structure = locate(model)
+    layer, mlp = model.get_submodule(structure.layers)[1], structure.blocks[1].mlp
     hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
 
     def ran_twice():

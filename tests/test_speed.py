@@ -1,13 +1,14 @@
 """What is timed, in which order, and with which cache; never how long it took."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import notall
-from api import UsageError, speed
+from api import Quartiles, UsageError, Workload, speed
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, 
         return 1.0 * len(events), 2.0 * len(events)
 
     monkeypatch.setattr(speed, "time_once", time_once)
-    timings = speed.compare(model, {name: variant(name) for name in "abc"}, prompt_tokens=4, rounds=3, warmup=1)
+    timings = speed.compare(model, {name: variant(name) for name in "abc"}, Workload(4, rounds=3), warmup=1)
     order = [event[1] for event in events if event[0] == "+"]
     assert order == list("abccbaabccba")
     assert events == [event for name in order for event in (f"+{name}", "timed", f"-{name}")]
@@ -135,7 +136,7 @@ def test_variants_alternate_and_are_entered_outside_of_the_timing(model, calls, 
 
 def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
     dense = {"dense": nullcontext}
-    timing = speed.compare(model, dense, prompt_tokens=6, new_tokens=3, batch_size=2, rounds=2, warmup=1, seed=5)
+    timing = speed.compare(model, dense, Workload(6, 3, concurrency=2, rounds=2), warmup=1, seed=5)
     runs = [calls[start : start + 4] for start in range(0, len(calls), 4)]
     assert len(runs) == 3
     assert [ids.shape for ids, *_ in runs[0]] == [(2, 6), (2, 1), (2, 1), (2, 1)]
@@ -144,7 +145,7 @@ def test_warm_up_is_the_measured_call_on_the_same_seeded_prompt(model, calls):
     assert timing["dense"].peak_bytes is None
     assert min(timing["dense"].prefill_samples_ms + timing["dense"].decode_samples_ms) > 0
 
-    speed.compare(model, dense, prompt_tokens=6, new_tokens=3, batch_size=2, rounds=1, warmup=0, seed=6)
+    speed.compare(model, dense, Workload(6, 3, concurrency=2, rounds=1), warmup=0, seed=6)
     assert not torch.equal(calls[-4][0], runs[0][0][0])
 
 
@@ -159,41 +160,44 @@ def test_a_variant_that_fails_is_left_and_the_error_passes_on(model):
             left.append(True)
 
     with pytest.raises(ZeroDivisionError):
-        speed.compare(model, {"broken": broken}, prompt_tokens=4, new_tokens=1)
+        speed.compare(model, {"broken": broken}, Workload(4, 1))
     assert left == [True]
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"prompt_tokens": 30, "new_tokens": 11}, "lower them to 40 together"),
+        ({"prompt_tokens": 30, "generation_tokens": 11}, "lower them to 40 together"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0; give 1 or more"),
-        ({"new_tokens": 0}, "new_tokens is 0; give 1 or more"),
-        ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
+        ({"generation_tokens": 0}, "generation_tokens is 0; give 1 or more"),
+        ({"concurrency": 0}, "concurrency is 0; give 1 or more"),
         ({"rounds": 0}, "rounds is 0; give 1 or more"),
-        ({"warmup": -1}, "warmup is -1; give 0 or more"),
     ],
 )
 def test_bad_counts_are_refused_before_any_work(model, calls, counts, message):
     with pytest.raises(UsageError, match=message):
-        speed.compare(model, {"dense": nullcontext}, **{"prompt_tokens": 4, "new_tokens": 2, "rounds": 1} | counts)
+        speed.compare(model, {"dense": nullcontext}, replace(Workload(4, 2, rounds=1), **counts))
+    with pytest.raises(UsageError, match="warmup is -1; give 0 or more"):
+        speed.compare(model, {"dense": nullcontext}, Workload(4, 2, rounds=1), warmup=-1)
     assert calls == []
 
 
 def test_every_position_may_be_used(model, calls):
-    speed.compare(model, {"dense": nullcontext}, prompt_tokens=30, new_tokens=10, rounds=1, warmup=0)
+    speed.compare(model, {"dense": nullcontext}, Workload(30, 10, rounds=1), warmup=0)
     assert len(calls) == 11
 
 
 def test_spread_is_the_median_and_the_quartiles():
-    assert speed.Spread.of([5, 1, 2, 4, 3]) == speed.Spread(median=3, low=2, high=4, n=5)
-    assert speed.Spread.of([7]) == speed.Spread(7, 7, 7, 1)
+    assert Quartiles.of([5, 1, 2, 4, 3]) == Quartiles(median=3, low=2, high=4, n=5)
+    assert Quartiles.of([7]) == Quartiles(median=7, low=7, high=7, n=1)
+    assert Quartiles.of([1, 2, 4]) == Quartiles(median=2, low=1.5, high=3, n=3)
+    assert Quartiles.of([7, 7]).error == 0
 
 
 def test_speedup_pairs_the_rounds():
     # The machine slows down as it goes: each round says 2x.
-    assert speed.speedup([2, 12, 40, 4, 30], [1, 6, 20, 2, 15]) == speed.Spread(2, 2, 2, 5)
-    assert speed.speedup([1, 9, 10], [1, 3, 20]) == speed.Spread(median=1, low=0.75, high=2, n=3)
+    assert speed.speedup([2, 12, 40, 4, 30], [1, 6, 20, 2, 15]) == Quartiles(median=2, low=2, high=2, n=5)
+    assert speed.speedup([1, 9, 10], [1, 3, 20]) == Quartiles(median=1, low=0.75, high=2, n=3)
     with pytest.raises(ValueError, match="shorter"):
         speed.speedup([1, 2], [1])
 
@@ -216,5 +220,5 @@ def test_peak_memory_is_that_of_the_measured_run_on_cuda(model):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     ballast = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     del ballast
-    timing = speed.compare(model, {"dense": nullcontext}, prompt_tokens=8, new_tokens=4, rounds=2)
+    timing = speed.compare(model, {"dense": nullcontext}, Workload(8, 4, rounds=2))
     assert weights < timing["dense"].peak_bytes < 2**28

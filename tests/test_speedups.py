@@ -5,11 +5,23 @@ from dataclasses import replace
 
 import pytest
 
-from api import CHOICES, Prediction, Setting, Times, Workload, by_speedup, choose_as_fast, latency, speedups
-from api import speed_Spread as Spread
+from api import (
+    CHOICES,
+    Quartiles,
+    SearchRecord,
+    Setting,
+    Space,
+    SpeedCheck,
+    SublayerTimes,
+    Workload,
+    by_speedup,
+    choice,
+    choose_as_fast,
+    latency,
+)
+from command_line import QUICK
 from families import family
 from notall import locate
-from test_cli import QUICK, run  # noqa: F401
 from test_searching import Table
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -28,10 +40,12 @@ def machine(monkeypatch):
             predicted, real = times.predicted_ms(plan), DENSE - share * EACH * len(plan)
             timed.append(len(plan))
             ratio = DENSE / real
-            measured = Spread(ratio, ratio - spread, ratio + spread, rounds)
-            return Prediction(predicted, real, DENSE / predicted, measured)
+            measured = Quartiles(median=ratio, low=ratio - spread, high=ratio + spread, n=rounds)
+            return SpeedCheck(
+                predicted_ms=predicted, measured_ms=real, predicted_speedup=DENSE / predicted, measured_speedup=measured
+            )
 
-        monkeypatch.setattr(speedups, "check_times", check_times)
+        monkeypatch.setattr(choice, "check_times", check_times)
         return timed
 
     return saves
@@ -40,18 +54,18 @@ def machine(monkeypatch):
 @pytest.fixture
 def setting():
     model = family("llama").build(num_hidden_layers=6)
-    space = speedups.Space(locate(model))
+    space = Space(locate(model))
     return Setting(model, space, [], Table(space, 3))
 
 
 def asked(setting, faster):
-    return by_speedup(setting.space, Times(Workload(), DENSE, dict.fromkeys(setting.space.names, EACH)), faster)
+    return by_speedup(setting.space, SublayerTimes(Workload(), DENSE, dict.fromkeys(setting.space.names, EACH)), faster)
 
 
 def test_what_is_as_fast_as_predicted_is_chosen_once(setting, machine):
     timed = machine(1.0)
     found = choose_as_fast("greedy", setting, asked(setting, 1.3))
-    assert timed == [len(found.chosen.skipped)] == [5]  # 25 of 100 ms: 1.33 times
+    assert timed == [len(found.choice.skipped)] == [5]  # 25 of 100 ms: 1.33 times
     assert found.met
 
 
@@ -60,7 +74,7 @@ def test_what_is_much_faster_than_asked_for_is_chosen_anew_and_what_costs_least_
     found = choose_as_fast("greedy", setting, asked(setting, 1.3))
     assert timed[0] == 5
     assert found.met
-    assert len(found.chosen.skipped) == min(timed) < 5
+    assert len(found.choice.skipped) == min(timed) < 5
 
 
 def test_what_is_a_little_faster_than_asked_for_is_kept(setting, machine):
@@ -112,15 +126,15 @@ def test_it_ends_after_some_choices_with_the_fastest(setting, monkeypatch, machi
     timed = machine(0.9)
     shares = iter((0.7, 0.6, 0.5, 0.4))
 
-    def slower(self, check, corrected=speedups.SpeedBudget.corrected):
+    def slower(self, check, corrected=latency.SpeedBudget.corrected):
         machine(next(shares))
         return corrected(self, check)
 
-    monkeypatch.setattr(speedups.SpeedBudget, "corrected", slower)
+    monkeypatch.setattr(latency.SpeedBudget, "corrected", slower)
     found = choose_as_fast("greedy", setting, asked(setting, 1.3))
     assert timed == [5, 6, 7, 8]
     assert len(timed) == CHOICES
-    assert (len(found.chosen.skipped), found.met) == (5, False)
+    assert (len(found.choice.skipped), found.met) == (5, False)
 
 
 def test_when_it_is_late_what_was_chosen_is_not_chosen_anew(setting, machine):
@@ -131,18 +145,20 @@ def test_when_it_is_late_what_was_chosen_is_not_chosen_anew(setting, machine):
 
 
 @pytest.mark.parametrize(("share", "code"), [(1.0, 0), (0.6, 0), (0.3, 3)])
-def test_search_leaves_with_3_where_the_speedup_was_missed(run, tmp_path, monkeypatch, machine, share, code):  # noqa: F811
+def test_search_leaves_with_3_where_the_speedup_was_missed(run, tmp_path, monkeypatch, machine, share, code):
     folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=1024)
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
-    monkeypatch.setattr(latency, "measure_times", lambda _, w, **__: Times(w, DENSE, dict.fromkeys(names, EACH)))
+    monkeypatch.setattr(
+        latency, "measure_times", lambda _, w, **__: SublayerTimes(w, DENSE, dict.fromkeys(names, EACH))
+    )
     machine(share)
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
     command = ["search", folder, "--speedup", "1.3", "-o", tmp_path / "plan.json", "--text", tmp_path / "text.txt"]
     left, out, err = run(*command, *QUICK, "--json")
-    (row,) = json.loads(out)
+    (record,) = (SearchRecord.model_validate_json(json.dumps(one)) for one in json.loads(out)["search"])
     assert left == code
     if code:
         assert "missed 1.3x at prompt 512, 128 new, batch 1: 1.08 ± 0.00 times as fast" in err
         assert err.count("\n") == 1
     else:
-        assert (err, row["speedup"] >= 1.3) == ("", True)
+        assert (err, record.check.measured_speedup.median >= 1.3) == ("", True)

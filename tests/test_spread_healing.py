@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -13,11 +16,12 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 import ray
+from accelerate import PartialState
 
-from api import HealRecord, Training, cli, cluster, distilling, heal, healing, read, spreading
+from api import HealRecord, Training, cli, cluster, heal, healing, load_repaired, read
+from api import healing_Spread as Spread
 from api import records_lines as lines
-from api import spreading_Spread as Spread
-from notall import Plan, UsageError, load, repair
+from notall import Plan, TrainConfig, UsageError, load, repair
 from test_healing import HELD_OUT, PLAN, TRAINED, llama
 from tiny_tasks import saved, tiny_llama
 
@@ -38,7 +42,14 @@ def two(options):
     ray.shutdown()
 
 
-class FailsOnce(Training):
+class Shared(Training):
+    def run(self, *given):
+        found = super().run(*given)
+        assert PartialState().num_processes == 2
+        return found
+
+
+class FailsOnce(Shared):
     """Raises after the third step, in the worker that is first there."""
 
     def run(self, model, folder, kept, progress):
@@ -57,30 +68,21 @@ class AlwaysFails(Training):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", [Training, FailsOnce])
+@pytest.mark.parametrize("kind", [Shared, FailsOnce])
 def test_two_workers_come_to_what_one_process_does(kind, two, tmp_path, monkeypatch):
     """From a repaired plan, with a warm-up, and an odd number of held-out batches."""
     monkeypatch.setattr(healing, "Training", kind)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     model = load(**two.load_options)[0]
     plan, held_out, told = repair(model, PLAN, TRAINED), [*HELD_OUT, HELD_OUT[0] + 1], []
-    how = {"rate": 3e-3, "warm_up": 0.25}
+    config = TrainConfig(rate=3e-3, warm_up=0.25)
 
     def progress(*now):
         told.append(now)
 
-    there = heal(
-        model,
-        plan,
-        TRAINED,
-        held_out,
-        **how,
-        folder=tmp_path / "two",
-        workers=two,
-        progress=progress,
-    )
+    there = heal(model, plan, TRAINED, held_out, config, out=tmp_path / "two", workers=two, progress=progress)
     monkeypatch.setattr(healing, "Training", Training)
-    here = heal(model, plan, TRAINED, held_out, **how, folder=tmp_path / "one")
+    here = heal(model, plan, TRAINED, held_out, config, out=tmp_path / "one")
     assert there.weights.keys() == here.weights.keys()
     for path, weight in here.weights.items():
         torch.testing.assert_close(there.weights[path], weight, rtol=1e-4, atol=1e-6)
@@ -90,9 +92,42 @@ def test_two_workers_come_to_what_one_process_does(kind, two, tmp_path, monkeypa
     assert len(lines.read(tmp_path / "two" / HealRecord.file)) == 1 + len(both)  # the first worker alone writes
     for name in ("held_out_kl", "held_out_nll", "held_out_agreement"):
         assert [getattr(look, name) for look in both] == pytest.approx([getattr(look, name) for look in one], rel=1e-5)
-    assert told[-1][2] == "healing on 2 workers"
-    assert 0 <= told[-1][0] <= told[-1][1] == distilling.LOOKS
+    assert told == [(0, 1, "healing on 2 workers"), (1, 1, "healed on 2 workers")]
     assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+ODD = [*TRAINED[:4], TRAINED[4][:3]]  # the last batch is of three sequences
+SCRIPT = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from notall import TrainConfig, heal
+from test_healing import HELD_OUT, PLAN, llama
+from test_spread_healing import ODD
+heal(llama(), PLAN, ODD, HELD_OUT[:1], TrainConfig(rate=3e-3), out=Path(sys.argv[1]))
+assert PartialState().num_processes == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_processes_of_accelerate_share_each_batch(tmp_path):
+    """Also one that does not part evenly, and held-out text that is one batch."""
+    script, folder = tmp_path / "script.py", tmp_path / "two"
+    script.write_text(SCRIPT)
+    words = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"  # of CPUs, where the model is
+    launch = [sys.executable, "-m", *words.split(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*launch, str(script), str(folder)], check=True, env=os.environ | path)
+    here = heal(llama(), PLAN, ODD, HELD_OUT[:1], TrainConfig(rate=3e-3), out=tmp_path / "one")
+    there = load_repaired(folder)
+    assert there.weights.keys() == here.weights.keys()
+    for name, weight in here.weights.items():
+        torch.testing.assert_close(there.weights[name], weight, rtol=1e-4, atol=1e-6)
+    one, both = (lines.read(tmp_path / name / HealRecord.file)[1:] for name in ("one", "two"))
+    assert [look["tokens"] for look in both] == [look["tokens"] for look in one]
+    assert [look["held_out_kl"] for look in both] == pytest.approx([look["held_out_kl"] for look in one], rel=1e-5)
+    assert not (folder / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -101,7 +136,7 @@ def test_what_fails_again_is_one_line(two, tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "Training", AlwaysFails)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.raises(UsageError, match=r"a worker failed: .*planted for good; the same command goes on") as refusal:
-        heal(load(**two.load_options)[0], PLAN, TRAINED, HELD_OUT, folder=tmp_path, workers=two)
+        heal(load(**two.load_options)[0], PLAN, TRAINED, HELD_OUT, out=tmp_path, workers=two)
     assert "\n" not in str(refusal.value)
 
 
@@ -115,22 +150,22 @@ def test_what_fails_again_is_one_line(two, tmp_path, monkeypatch):
     ],
 )
 def test_what_workers_cannot_share_is_refused(spread, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(spreading, "join", lambda address: False)
-    monkeypatch.setattr(spreading, "room", lambda: (8, True))
+    monkeypatch.setattr(cluster, "joined", nullcontext)
+    monkeypatch.setattr(cluster, "room", lambda: (8, True))
     with pytest.raises(UsageError, match=said):
-        heal(llama(), PLAN, TRAINED, HELD_OUT, folder=tmp_path / "out", workers=spread)
+        heal(llama(), PLAN, TRAINED, HELD_OUT, out=tmp_path / "out", workers=spread)
 
 
 @pytest.mark.parametrize(
     ("device", "has_gpus", "on_gpus"), [("auto", True, True), ("cpu", True, False), ("auto", False, False)]
 )
 def test_it_runs_on_gpus_where_there_are_some_unless_told_otherwise(device, has_gpus, on_gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(spreading, "join", lambda address: False)
-    monkeypatch.setattr(spreading, "room", lambda: (2, has_gpus))
-    monkeypatch.setattr(spreading.ray, "put", lambda asked: asked)
-    monkeypatch.setattr(spreading, "read_weights", lambda folder, name: {})
+    monkeypatch.setattr(cluster, "joined", nullcontext)
+    monkeypatch.setattr(cluster, "room", lambda: (2, has_gpus))
+    monkeypatch.setattr(cluster.ray, "put", lambda asked: asked)
+    monkeypatch.setattr(healing, "read_tensors", lambda path: ({}, {}))
     trainer = mock.Mock()
-    monkeypatch.setattr(spreading, "TorchTrainer", trainer)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
     Spread({"device": device}).train(mock.Mock(batches=TRAINED), tmp_path, mock.Mock(), mock.Mock())
     scaling, told = trainer.call_args.kwargs["scaling_config"], trainer.call_args.kwargs["train_loop_config"]
     assert (scaling.num_workers, scaling.use_gpu, told["on_gpus"]) == (2, on_gpus, on_gpus)

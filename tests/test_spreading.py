@@ -21,9 +21,10 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 import forked
-from api import Replay, Request, Scorer, SpreadScorer, Workers, paper_grid, score, split_branches
+from api import Provenance, Replay, Request, Scorer, SpreadScorer, Workers, paper_grid, score, split_branches, sweep
 from api import cluster as cluster_module
-from api import paper_sweep as grid
+from api import driver_Subject as Subject
+from api import options_Workload as Workload
 from api import ray_workers as spreading
 from families import family
 from notall import Plan, UsageError, load, locate
@@ -93,7 +94,7 @@ def sweep_on(options, folder, address, workers=1, program=forked.NOTALL, **envir
     No test looks for a running cluster, as another test process may just run one.
     """
     words = f"sweep {options['spec']} --dtype float32 --device cpu --ray {address} --ray-workers {workers} --json"
-    words += f" --sequences 2 --length 16 --prompt 4 --new 1 --rounds 1 --out {folder}"
+    words += f" --sequences 2 --length 16 --prompt-tokens 4 --generation-tokens 1 --rounds 1 --out {folder}"
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)} | environment):
         return forked.run(program, *words.split())
 
@@ -125,14 +126,17 @@ def test_two_workers_answer_as_one_process(workers, model, plans):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_on_workers_is_the_sweep_of_one_process(workers, model, tmp_path):
-    timed = grid.Timed(prompt_tokens=4, new_tokens=1, rounds=1)
     here, there = (
-        grid.sweep(model, [TOKENS], tmp_path / name, {"model": "tiny"}, timed=timed, workers=some)
+        sweep(
+            Subject(model, None, [TOKENS], tmp_path / name, Provenance(what={"model": "tiny"}), workers=some),
+            Workload(prompt_tokens=4, generation_tokens=1, rounds=1),
+        )
         for name, some in (("here", None), ("there", workers))
     )
+    assert len(here) == len(there) == 19
     for ours, theirs in zip(there, here):
         assert ours.plan == theirs.plan
-        assert (ours.nll, ours.kl) == (theirs.nll, theirs.kl)
+        assert ours.quality == theirs.quality
 
 
 @pytest.mark.slow
@@ -144,15 +148,15 @@ def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, mod
     for scores in SpreadScorer(workers, Scorer(model)).score(plans, many):
         found.append((scores.requests, scores.log_likelihoods, scores.greedy))
         if len(found) == 2:
-            kill(workers.processes[0])
+            kill(workers.pool.processes[0])
     assert len(found) == 6
-    assert len(workers.actors) == 1
+    assert len(workers.pool.actors) == 1
     expected = answers(Scorer(model), plans, many)
     for requests, likely, greedy in found:
         for number, ours, said in zip(requests, likely.T.tolist(), greedy.T.tolist()):
             assert ours == pytest.approx(expected[number][0], abs=1e-4)
             assert said == expected[number][1]
-    kill(workers.processes[1])
+    kill(workers.pool.processes[1])
     with pytest.raises(UsageError, match="lost"):
         workers.score(plans[1:], TOKENS)
 
@@ -213,14 +217,14 @@ def test_a_cluster_elsewhere_is_joined_at_its_port_and_by_rays_client(options, c
     for name, address, workers, program in places:
         done = sweep_on(options, tmp_path / name, address, workers, program, **token)
         assert done.returncode == 0, done.stderr
-        assert len(json.loads(done.stdout)) == 19
+        assert len(json.loads(done.stdout)["results"]) == 19
 
 
 def test_branches_are_cut_in_equal_work_and_lie_together():
     model = family("llama").build(num_hidden_layers=12)
-    anatomy = locate(model)
-    plans = [row.plan for row in paper_grid(anatomy)]
-    groups = split_branches(anatomy, plans, 2)
+    structure = locate(model)
+    plans = [row.plan for row in paper_grid(structure)]
+    groups = split_branches(structure, plans, 2)
     assert sorted(number for group in groups for number in group) == list(range(len(plans)))
 
     def work(some):
@@ -231,5 +235,5 @@ def test_branches_are_cut_in_equal_work_and_lie_together():
     order = [number for group in groups for number in group]
     every_cut = [max(work([order[:cut], order[cut:]])) for cut in range(1, len(order))]
     assert max(work(groups)) <= min(every_cut) + 2  # heads count as well
-    assert len(split_branches(anatomy, plans[:1], 4)) == 1
-    assert sum(map(len, split_branches(anatomy, [Plan()] * 3, 2))) == 3
+    assert len(split_branches(structure, plans[:1], 4)) == 1
+    assert sum(map(len, split_branches(structure, [Plan()] * 3, 2))) == 3

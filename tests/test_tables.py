@@ -11,37 +11,44 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from fcntl import ioctl
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
+import result_folders
 from api import (
-    CRITERIA,
-    BenchRecord,
-    ClaimRecord,
-    ComparisonRecord,
-    MeasuredRecord,
-    Provenance,
-    SearchRecord,
-    SimilarityRecord,
-    SweepRecord,
+    BENCH_COLUMNS,
+    CLAIM_COLUMNS,
+    MEASURED,
+    PLAN_CHECKS,
+    PLAN_SCORES,
+    QUALITIES,
+    SEARCH_COLUMNS,
+    SIMILARITY,
+    SWEEP_COLUMNS,
+    Fact,
+    Footprint,
+    ModelQuality,
+    PlanCheck,
+    PlanScore,
+    Similarity,
+    Table,
+    bench_rows,
     cli,
-    given,
+    comparison_columns,
     latency,
     number,
     print_in_any_encoding,
+    print_table,
     printable,
     progress_bar,
-    show,
-    speedups,
+    table,
     with_error,
+    words,
+    write_similarity,
 )
-from api import cli_columns as lists
-from api import columns_plain as plain
-from api import paper_running as running
-from api import paper_scoreboard as scoreboard
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -49,162 +56,114 @@ pytestmark = pytest.mark.any_transformers  # it lays out what a tiny Llama gave
 
 WIDTHS = (60, 80, 120, 200)
 QUICK = ["--sequences", "2", "--length", "16", "--batch-size", "2", "--dtype", "float32"]
-TIMED = ["--prompt", "4", "--new", "2", "--rounds", "1", "--dtype", "float32"]
+TIMED = ["--prompt-tokens", "4", "--generation-tokens", "2", "--rounds", "1", "--dtype", "float32"]
 
 
-def error(name, value, of):
-    return {name: value, f"{name}_se": of}
+# --- facts with as many digits as there may be ------------------------------------------------------------------------
+
+LARGE = Footprint(
+    params=68_976_648_192, weight_bytes=137_953_296_384, kv_bytes_per_token=327_680, state_bytes=18_874_368
+)
+LOST = result_folders.quality(15.8701, perplexity=156_789_012.3, kl=15.2118, top1_agreement=0.6212, sequences=1024)
+SLOW = result_folders.times(0.0123).model_copy(update={"peak_bytes": 150_000_000_000})
+COMPARED = {"value": 0.4213, "value_se": 0.0141, "delta": -0.1234, "delta_se": 0.0101, "p_value": 0.0001}
+COMPARED |= {"higher_is_better": True}
+STATES = ("skipped", "repaired", "skipped")
+TASKS = ("arc_challenge", "mmlu_high_school_european_history", "truthfulqa_mc2")
+METRICS = ("acc_norm,none", "exact_match,strict-match", "acc,none")
 
 
-def spread(name, value):
-    return {name: value, f"{name}_low": 0.91 * value, f"{name}_high": 1.13 * value}
+def large(*records):
+    """Records with figures of a large model."""
+    parts = {"quality": LOST, "times": SLOW, "footprint": LARGE}
+    return [
+        one.model_copy(update={name: part for name, part in parts.items() if hasattr(one, name)}) for one in records
+    ]
 
 
-MEASURED = {
-    **error("nll", 18.8712, 0.1234),
-    **error("delta_nll", 15.8701, 0.1042),
-    **error("kl", 15.2118, 0.0931),
-    **error("top1_agreement", 0.6212, 0.0112),
-    **error("value", 0.4213, 0.0141),
-    **error("delta", -0.1234, 0.0101),
-    **error("cosine", 0.98765, 0.00123),
-    **spread("prefill_ms", 123_456.7),
-    **spread("decode_ms_per_token", 1234.5),
-    **spread("speedup_prefill", 1.234),
-    **spread("speedup_decode", 11.444),
-    **spread("speedup", 1.3142),
-    "perplexity": 156_789_012.3,
-    "params": 68_976_648_192,
-    "weight_bytes": 137_953_296_384,
-    "kv_bytes_per_token": 327_680,
-    "state_bytes": 18_874_368,
-    "read_by": "attn.7 attn.9",
-    "peak_bytes": 150_000_000_000,
-    "sequences": 1024,
-    "evaluations": 123_456,
-    "forwards": 34_567.8,
-    "forwards_in_full": 345_678.9,
-    "calibration_delta": 0.1234,
-    "calibration_tokens": 8192,
-    "prompt_tokens": 2048,
-    "new_tokens": 128,
-    "batch_size": 16,
-    "seconds": 43_210,
-    "predicted_ms": 12_345,
-    "measured_ms": 12_543,
-    "predicted_speedup": 1.3001,
-    "off": -0.0123,
-    "cost": 15.8701,
-    "dense_cost": 3.0011,
-    "in_time": True,
-    "missed": "1.16 ± 0.02 times as fast is what was reached",
-    "num_fewshot": 25,
-    "documents": 14_042,
-    "dense": 0.5447,
-    "p_value": 0.0001,
-    "worse": True,
-    "parameters": 135_266_304,
-    "share": 0.0123,
-}
+def benched():
+    (record,) = large(result_folders.benched("block"))
+    models = {name: getattr(record, name).model_copy(update={"times": SLOW}) for name in ("dense", "skipped")}
+    return bench_rows([record.model_copy(update=models)])
 
 
-def rows(**names):
-    """A row for each value in turn of the lists `names`, with everything that may be measured."""
-    return [MEASURED | dict(zip(names, values)) for values in zip(*names.values())]
+def compared():
+    asked = (("leave-one-out", "kl"), ("first-order", "0.5*kl+task:arc_easy"), ("search", "answers"))
+    spaces = (("attention", 4), ("sublayer", 5), ("portable", 6))
+    rows = [
+        result_folders.compared(way, space, count, 0.1, objective=aim)
+        for (way, aim), (space, count) in zip(asked, spaces)
+    ]
+    return large(*rows)
 
 
-TWO = {"model": ["dense", "skipped"]}
-CHOSEN = {"chosen": ["leave-one-out by 0.5*kl+task:arc_easy: 13 sublayer"]}
-PLANS = {"plan": [{}, {"attention": [*range(40)], "mlp": [*range(12)]}]}
-UNMEASURED = ("chosen", "cost", "dense_cost", "in_time", "evaluations", "forwards", "seconds")
-TASKS = ["arc_challenge", "mmlu_high_school_european_history", "truthfulqa_mc2"]
-STATES = ["skipped", "repaired", "skipped"]
-CLAIMS = {
-    "claim": [
-        "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
-        "skipping the deepest 33% of the attentions loses no more than 1.8 points of the average (13B)",
-        "keeping the last layer lowers quality when 33% are skipped: block",
-    ],
-    "here": [
-        "rank correlation of cosine and depth +0.91",
-        "-12.3 ± 1.2 points of the average",
-        "1.23× [1.20, 1.31] against 1.10× [1.05, 1.11]",
-    ],
-    "verdict": ["holds", "does not hold", "within error"],
-}
-# What each command shows: its rows, its columns, and the headings that carry its answer.
-TABLES = {
+CHOSEN = result_folders.chosen(3, chosen="leave-one-out by 0.5*kl+task:arc_easy: 13 sublayer", missed="1.16 ± 0.02 is")
+CLAIMS = [
+    one.model_copy(update={"claim": "skipping the deepest 33% of the attentions loses no more than 1.8 points of it"})
+    for one in result_folders.claims()[:3]
+]
+# What commands show, and the headings that carry its answer.
+TABLES: dict[str, tuple[Table, tuple[str, ...]]] = {
     "sweep": (
-        rows(
-            variant=["dense", "attention", "mlp", "block"], fraction=[0, 0.1, 0.25, 0.33], keep_last=[False, True] * 2
-        ),
-        SweepRecord.columns,
+        table("title", SWEEP_COLUMNS, large(*result_folders.all_records()[:5])),
         ("skipped", "fraction", "last layer", "NLL added", "decode speedup"),
     ),
-    "names of tasks": (
-        rows(task=["arc_challenge", "openllm"], kind=["task", "group"], num_fewshot=[25, None]),
-        lists.TASKS_COLUMNS,
-        ("task", "kind", "shots"),
-    ),
-    "inspect": (
-        rows(sublayer=[f"attn+mlp.{layer}" for layer in (7, 78, 126)], mixer=["linear_attention", None, None]),
-        lists.INSPECT_COLUMNS,
-        ("sublayer", "parameters", "share"),
-    ),
     "similarity": (
-        rows(layer=[0, 78, 126], kind=["attention", "mlp", "block"], mixer=["linear_attention", None, None]),
-        SimilarityRecord.columns,
+        table(
+            "title",
+            SIMILARITY,
+            [
+                Similarity(layer=layer, kind=kind, cosine=0.98765, cosine_se=0.00123, mixer=mixer)
+                for layer, kind, mixer in (
+                    (0, "attention", "linear_attention"),
+                    (78, "mlp", None),
+                    (126, "block", None),
+                )
+            ],
+        ),
         ("layer", "kind", "cosine"),
     ),
-    "plan": (rows(**TWO), lists.FOOTPRINT_COLUMNS, ("model", "weights", "KV/token", "parameters")),
-    "eval": (rows(**TWO), lists.QUALITY_COLUMNS, ("model", "NLL added", "KL")),
-    "bench": (rows(**PLANS), BenchRecord.columns, ("skipped", "decode speedup", "weights", "KV/token", "peak memory")),
+    "eval": (
+        table("title", QUALITIES, [ModelQuality(model=name, quality=LOST) for name in ("dense", "skipped")]),
+        ("model", "NLL added", "KL"),
+    ),
+    "bench": (table("title", BENCH_COLUMNS, benched()), ("skipped", "decode speedup", "weights", "KV/token")),
     "repair": (
-        rows(text=["wiki.test.raw, other windows"] * 2, model=["skipped", "repaired"], plan=PLANS["plan"][1:] * 2),
-        MeasuredRecord.columns,
+        table("title", MEASURED, large(*result_folders.all_measured()[:2])),
         ("text", "model", "NLL added"),
     ),
     "tasks": (
-        rows(task=TASKS, model=STATES, metric=["acc_norm,none", "exact_match,strict-match", "acc,none"]),
-        lists.TASK_COLUMNS,
+        table(
+            "title",
+            PLAN_SCORES,
+            [
+                PlanScore(**COMPARED, task=task, metric=metric, num_fewshot=25, documents=14_042, model=model)
+                for task, metric, model in zip(TASKS, METRICS, STATES)
+            ],
+        ),
         ("task", "model", "difference"),
     ),
-    "battery": (
-        rows(check=["passkey at 1024", "calibration error", "repetition"], model=STATES),
-        lists.CHECK_COLUMNS,
+    "diagnostics": (
+        table(
+            "title",
+            PLAN_CHECKS,
+            [
+                PlanCheck(**COMPARED, check=check, model=model)
+                for check, model in zip(("passkey at 1024", "calibration error", "repetition"), STATES)
+            ],
+        ),
         ("check", "model", "difference", "worse"),
     ),
-    "paper": (rows(**CLAIMS), ClaimRecord.columns, ("claim", "verdict")),
-    "export": (
-        rows(file=["config.json", "model-00001-of-00002.safetensors", "m.gguf"], bytes=[7, 5_368_709_120, 1]),
-        lists.FILE_COLUMNS,
-        ("file", "size"),
-    ),
+    "paper": (table("title", CLAIM_COLUMNS, CLAIMS), ("claim", "verdict")),
     "compare": (
-        rows(
-            space=["attention", "sublayer", "portable"],
-            count=[4, 12, 128],
-            criterion=["leave-one-out", "first-order", "search"],
-            aim=["kl", "0.5*kl+task:arc_easy", "answers"],
-        ),
-        [
-            column
-            for column in ComparisonRecord.columns
-            if column.heading not in ("repair", "added", "behind the best")
-        ],  # without --repair, and of one choice each
+        table("title", comparison_columns(compared()), compared()),
         ("criterion", "by", "among", "count", "NLL added"),
     ),
     "search": (
-        [{name: value for name, value in row.items() if name in UNMEASURED} for row in rows(**CHOSEN)],
-        [column for column in SearchRecord.columns if column.fields[0] in UNMEASURED],
+        table("title", SEARCH_COLUMNS, [CHOSEN.model_copy(update={"quality": None, "check": None})]),
         ("chosen", "objective on its text", "dense model's objective", "search finished"),
     ),
-    "search --speedup": (rows(**CHOSEN), SearchRecord.columns, ("chosen", "NLL added", "measured speedup")),
-    "criteria": (
-        [{"criterion": one.name, "of": ", ".join(one.kinds), "goes by": one.description} for one in CRITERIA.values()],
-        lists.CRITERIA_COLUMNS,
-        ("criterion", "of", "goes by"),
-    ),
+    "search --speedup": (table("title", SEARCH_COLUMNS, large(CHOSEN)), ("chosen", "NLL added", "measured speedup")),
 }
 
 
@@ -226,12 +185,12 @@ def printed(stream, work, monkeypatch, width=None):
     return re.sub(r"\x1b\[[01]m", "", stream.getvalue())  # bold
 
 
-def on_screen(table, width, monkeypatch, title="title"):
-    return printed(Screen(), lambda: show(*table, title=title), monkeypatch, width)
+def on_screen(table, width, monkeypatch):
+    return printed(Screen(), lambda: print_table(table), monkeypatch, width)
 
 
-def piped(table, monkeypatch, title="title"):
-    return printed(io.StringIO(), lambda: show(*table, title=title), monkeypatch)
+def piped(table, monkeypatch):
+    return printed(io.StringIO(), lambda: print_table(table), monkeypatch)
 
 
 def cells_of(line):
@@ -243,8 +202,8 @@ def joined(lines):
     return [" ".join(filter(None, column)) for column in zip(*map(cells_of, lines))]
 
 
-def read_back(text, columns, count):
-    """What a reader sees of `count` rows: the cells of each by heading; and the headings of what was left out."""
+def read_back(text, told, count):
+    """What a reader sees of `count` rows below the headings `told`, and the headings of what was left out."""
     lines = text.splitlines()
     left_out = re.search(r"also measured: (.*); see --json", " ".join(" ".join(lines).split()))
     names = left_out[1].split(", ") if left_out else []
@@ -257,8 +216,7 @@ def read_back(text, columns, count):
     ruled = any(line.startswith("├") for line in body)
     groups = [group.splitlines() for group in re.split(r"├.*\n", "\n".join(body))] if ruled else [[b] for b in body]
     table = [joined(group) for group in groups]
-    told = [column.heading for column in columns]
-    if headings == told[: len(headings)]:
+    if headings == [*told][: len(headings)]:
         table = [joined(body)] if count == 1 else table
         return [dict(zip(headings, row)) for row in table], names
     turned = [[headings[0], *(row[0] for row in table)]]
@@ -266,63 +224,71 @@ def read_back(text, columns, count):
     return [dict(zip(turned[0], row)) for row in turned[1:]], names
 
 
-def seen(text, table, columns):
+def seen(text, table):
     """What `read_back` says, after each cell was found to say what the row says, whole."""
-    records, left_out = read_back(text, columns, len(table))
-    assert len(records) == len(table)
-    for record, row in zip(records, table):
-        assert [*record, *left_out] == [column.heading for column in columns]
-        for column in columns:
-            if column.heading in record:
-                assert record[column.heading] == column.text(row)
+    records, left_out = read_back(text, table.headings, len(table.rows))
+    assert len(records) == len(table.rows)
+    for record, row in zip(records, table.rows):
+        assert (*record, *left_out) == table.headings
+        for heading, cell in zip(table.headings, row):
+            if heading in record:
+                assert record[heading] == str(cell)
     return records, left_out
 
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_a_terminal_shows_is_whole_and_the_answer_is_there(name, width, monkeypatch):
-    table, columns, answer = TABLES[name]
-    text = on_screen((table, columns), width, monkeypatch)
-    records, _ = seen(text, table, columns)
+    table, answer = TABLES[name]
+    text = on_screen(table, width, monkeypatch)
+    records, _ = seen(text, table)
     assert set(answer) <= set(records[0])
     assert all(len(line) <= width for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_however_narrow_nothing_is_cut(name, monkeypatch):
-    table, columns, _ = TABLES[name]
+    table = replace(TABLES[name][0], title="t")
     for width in (1, 10, 25, 40, 50, 70, 100, 150):
-        text = on_screen((table, columns), width, monkeypatch, title="t")
-        seen(text, table, columns)
+        text = on_screen(table, width, monkeypatch)
+        seen(text, table)
         if "┃" in text:
             assert all(len(line) <= width for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_pipe_gets_everything_a_row_a_line(name, monkeypatch):
-    table, columns, _ = TABLES[name]
-    long_one = {columns[0].heading: "x" * 3000} if name == "criteria" else {}
-    table = [*table, table[0] | long_one]
-    for name, value in {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
-        monkeypatch.setenv(name, value)
-    text = piped((table, columns), monkeypatch)
-    assert seen(text, table, columns)[1] == []
-    assert text.count("\n") == len(table) + 5
+    table, _ = TABLES[name]
+    table = replace(table, rows=(*table.rows, table.rows[0]))
+    if name == "paper":  # of however long a cell
+        first, *rest = table.rows[0]
+        table = replace(table, rows=(*table.rows, (replace(first, text="x" * 3000), *rest)))
+    for setting, value in {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(setting, value)
+    text = piped(table, monkeypatch)
+    assert seen(text, table)[1] == []
+    assert text.count("\n") == len(table.rows) + 5
     widest = max(map(len, text.splitlines()))
-    assert text == on_screen((table, columns), widest, monkeypatch)
-    assert text != on_screen((table, columns), widest - 1, monkeypatch)
+    assert text == on_screen(table, widest, monkeypatch)
+    assert text != on_screen(table, widest - 1, monkeypatch)
 
 
-def test_every_list_of_columns_is_tried():
-    tried = [columns for _, columns, _ in TABLES.values()]
-    assert all(value in tried for name, value in vars(lists).items() if name.endswith("_COLUMNS"))
+class Named(Fact):
+    """A row of a table of our own."""
+
+    model: str = "a"
+    nll: float = 18.871
+    kl: float = 15.2118
+
+
+MODEL = words("model", lambda one: one.model)
 
 
 def test_headings_give_way_first_then_errors_then_the_last_columns(monkeypatch):
-    table = rows(model=["a", "b", "c"])
-    columns = [plain("model"), with_error("nll", "loss on the text"), number("kl", "completely")]
-    full = [len(line) for line in piped((table, columns), monkeypatch).splitlines()][1]
-    shown = {width: on_screen((table, columns), width, monkeypatch) for width in range(full, 18, -1)}
+    loss = with_error("loss on the text", lambda one: (one.nll, 0.123))
+    found = table("title", [MODEL, loss, number("completely", lambda one: one.kl)], [Named(model=m) for m in "abc"])
+    full = [len(line) for line in piped(found, monkeypatch).splitlines()][1]
+    shown = {width: on_screen(found, width, monkeypatch) for width in range(full, 18, -1)}
 
     def broken(width):
         """Headings and cells that take several lines, and columns left out."""
@@ -339,18 +305,18 @@ def test_headings_give_way_first_then_errors_then_the_last_columns(monkeypatch):
         (True, False, True),
         (True, True, True),
     ]
-    assert on_screen((table, columns), 18, monkeypatch).count("loss on the text: 18.871 ± 0.123") == 3
+    assert on_screen(found, 18, monkeypatch).count("loss on the text: 18.871 ± 0.123") == 3
 
 
 def test_names_are_data_not_markup_nor_commands(monkeypatch):
     name, spelt = "[red]a[/b]\x1b[2J\u202e\r\nb :smile: \x9b", r"[red]a[/b]\x1b[2J\u202e  b :smile: \x9b"
-    columns = [plain("model", f"{name} heading"), number("kl", "KL")]
-    table = rows(model=[name, "b", "c"])
+    columns = [replace(MODEL, heading=f"{name} heading"), number("KL", lambda one: one.kl)]
+    found = table(f"title {name}", columns, [Named(model=one) for one in (name, "b", "c")])
     for width in (200, 40):
-        text = on_screen((table, columns), width, monkeypatch, title=f"title {name}")
+        text = on_screen(found, width, monkeypatch)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
         assert text.count("[red]") == text.count("[/b]") == text.count(r"\x1b[2J") == text.count(":smile:") == 3
-    assert piped((table, columns), monkeypatch).count(spelt) == 2
+    assert piped(found, monkeypatch).count(spelt) == 3
 
 
 def test_complaints_and_progress_show_names_as_they_are(monkeypatch, capsys):
@@ -374,14 +340,14 @@ def test_complaints_and_progress_show_names_as_they_are(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("encoding", "sign", "delta"), [("cp1252", "±", "delta "), ("ascii", "+-", "delta ")])
 def test_what_an_encoding_lacks_is_put_in_words(encoding, sign, delta, monkeypatch):
-    table, columns, _ = TABLES["eval"]
-    columns = [*columns, number("kl", "ΔNLL – × 中")]
+    more = number("ΔNLL – × 中", lambda one: one.quality.kl)
+    found = table("title", [*QUALITIES, more], [ModelQuality(model="dense", quality=LOST)])
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", file)
-    show(table, columns, title="title")
+    print_table(found)
     file.flush()
     text = file.buffer.getvalue().decode(encoding)
-    assert f"15.870 {sign} 0.104" in text
+    assert f"15.870 {sign} 1.587" in text
     assert f"{delta}NLL" in text
     assert r"\u4e2d" in text
     assert len({len(line) for line in text.splitlines()[1:]}) == 1  # as wide as before
@@ -399,9 +365,10 @@ def test_any_text_goes_to_any_stream(monkeypatch):
 
 def test_a_real_terminal_says_how_wide_it_is():
     program = (
-        "from api import columns_plain as plain, number, show\n"
-        "rows = [{'name': 'n' * 40, 'first': 1.5, 'second': 2.5}] * 3\n"
-        "show(rows, [plain('name'), number('first', 'first'), number('second', 'second')], title='t')\n"
+        "from api import number, print_table, table, words\n"
+        "name, one = words('name', lambda _: 'n' * 40), number('first', lambda _: 1.5)\n"
+        "columns = [name, one, number('second', lambda _: 2.5)]\n"
+        "print_table(table('t', columns, [1, 2, 3]))\n"
     )
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
@@ -426,11 +393,11 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(words, stream, monkeypatch, width=None):
-    """What `notall WORDS...` prints."""
+def run(given, stream, monkeypatch, width=None):
+    """What `notall` prints for the words `given`."""
 
     def work():
-        monkeypatch.setattr(sys, "argv", ["notall", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, given)])
         with pytest.raises(SystemExit) as leaving:
             cli.main()
         assert not leaving.value.code
@@ -439,54 +406,66 @@ def run(words, stream, monkeypatch, width=None):
 
 
 def command(name, folder, tmp_path):
-    """A command whose rows are the same each time, its columns, and the name of its rows in JSON."""
+    """A command whose rows are the same each time, and the name of its rows in JSON."""
     plan, text = ["--plan", folder / "plan.json"], [*QUICK, "--text", folder / "text.txt"]
     return {
-        "inspect": (["inspect", folder], lists.INSPECT_COLUMNS, None),
-        "plan": (["plan", folder, "-o", tmp_path / "plan.json"], lists.FOOTPRINT_COLUMNS, None),
-        "similarity": (["similarity", folder, *text], SimilarityRecord.columns, None),
-        "eval": (["eval", folder, *plan, *text], lists.QUALITY_COLUMNS, "quality"),
-        "criteria": (["criteria"], lists.CRITERIA_COLUMNS, None),
+        "inspect": (["inspect", folder], "sublayers"),
+        "plan": (["plan", folder, "-o", tmp_path / "plan.json"], "plan"),
+        "similarity": (["similarity", folder, *text], "similarity"),
+        "eval": (["eval", folder, *plan, *text], "quality"),
+        "criteria": (["criteria"], "criteria"),
     }[name]
+
+
+def numbers_of(value):
+    """Every number in JSON."""
+    if isinstance(value, dict | list):
+        return [number for one in (value.values() if isinstance(value, dict) else value) for number in numbers_of(one)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
 @pytest.mark.parametrize("name", ["inspect", "plan", "similarity", "eval", "criteria"])
 def test_a_command_s_table_says_what_its_json_says(name, folder, tmp_path, monkeypatch):
-    words, columns, part = command(name, folder, tmp_path)
-    found = json.loads(run([*words, "--json"], io.StringIO(), monkeypatch))
-    table = found[part] if part else found
-    columns = given(columns, table)  # a model that has no states has no column for them
-    assert seen(run(words, io.StringIO(), monkeypatch), table, columns)[1] == []
-    seen(run(words, Screen(), monkeypatch, 60), table, columns)
+    given, part = command(name, folder, tmp_path)
+    found = json.loads(run([*given, "--json"], io.StringIO(), monkeypatch))[part]
+    text = run(given, io.StringIO(), monkeypatch)
+    rows = [cells_of(line) for line in text.splitlines() if line.startswith("│")]
+    assert len(rows) == len(found)
+    for row, fact in zip(rows, found):
+        written = {f"{one:.3f}" for one in numbers_of(fact)} | {f"{one:,}" for one in numbers_of(fact)}
+        assert {*written, *map(str, fact.values())} & {word for cell in row for word in (cell, *cell.split())}
+    heads = [cells_of(line) for line in text.splitlines() if line.startswith("┃")]
+    narrow = run(given, Screen(), monkeypatch, 60)
+    assert all(word in narrow for word in (heads[0][0], *(row[0].split()[0] for row in rows)))
 
 
 def test_commands_that_time_show_their_answer(folder, tmp_path, monkeypatch):
     names = [f"{kind}.{layer}" for kind in ("attn", "mlp") for layer in range(6)]
     monkeypatch.setattr(
-        latency, "measure_times", lambda _, what, **__: latency.Times(what, 100, dict.fromkeys(names, 5))
+        latency, "measure_times", lambda _, what, **__: latency.SublayerTimes(what, 100, dict.fromkeys(names, 5))
     )
-    monkeypatch.setattr(speedups.SpeedBudget, "reached", lambda *_: True)  # what so small a model saves is hard to time
+    monkeypatch.setattr(latency.SpeedBudget, "reached", lambda *_: True)  # what so small a model saves is hard to time
     text = folder / "text.txt"
     search = ["search", folder, "--speedup", "1.05", *TIMED[:4], *QUICK, "--text", text, "--held-out", text]
     search += ["-o", tmp_path / "p.json"]
     bench = ["bench", folder, "--plan", folder / "plan.json", *TIMED]
-    for words, columns, count, answer in (
-        (search, SearchRecord.columns, 1, {"chosen", "NLL added", "measured speedup"}),
-        (bench, BenchRecord.columns, 2, {"skipped", "decode speedup", "weights"}),
+    for given, columns, count, answer in (
+        (search, SEARCH_COLUMNS, 1, {"chosen", "NLL added", "measured speedup"}),
+        (bench, BENCH_COLUMNS, 2, {"skipped", "decode speedup", "weights"}),
     ):
-        records, _ = read_back(run(words, Screen(), monkeypatch, 80), columns, count)
+        records, _ = read_back(run(given, Screen(), monkeypatch, 80), [one.heading for one in columns], count)
         assert answer <= set(records[0])
         assert all(re.search(r"\d", record[heading]) for record in records for heading in answer - {"skipped"})
 
 
 def test_a_terminal_of_ascii_gets_the_table_and_what_the_model_says(folder, monkeypatch):
-    for words, says in (
+    for given, says in (
         (["eval", folder, "--plan", folder / "plan.json", *QUICK, "--text", folder / "text.txt"], b"+-"),
         (["generate", folder, "abc", "--max-new-tokens", "20"], b"\\"),
     ):
         file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         monkeypatch.setattr(sys, "stdout", file)
-        monkeypatch.setattr(sys, "argv", ["notall", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, given)])
         with pytest.raises(SystemExit) as leaving:
             cli.main()
         assert not leaving.value.code
@@ -501,11 +480,5 @@ def test_files_are_utf8_wherever_they_are_written(tmp_path, monkeypatch):
         return write(path, text, encoding=encoding, **more)
 
     monkeypatch.setattr(Path, "write_text", of_an_old_machine)
-    machine = {"device_name": "cpu", "cores": 1, "threads": 1, "versions": {}}
-    about = {"model": "modèle", "dtype": "float32", "revision": "", "machine": machine}
-    depth = SimilarityRecord(layer=0, kind="block", cosine=0.5, cosine_se=0.1, provenance=Provenance.of(about))
-    running.write_paper(tmp_path, [depth], [], [])
-    frame = pd.DataFrame({"tâche": ["1.0"]}, index=pd.Index(["dense"], name="skipped"))
-    scoreboard.write_tables([scoreboard.PaperTable("times", "Times.", frame)], tmp_path)
-    assert "modèle" in (tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert "tâche" in (tmp_path / "times.tex").read_text(encoding="utf-8")
+    write_similarity(result_folders.similarity(), tmp_path / "similarity", "modèle")
+    assert "modèle" in (tmp_path / "similarity.tex").read_text(encoding="utf-8")

@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from api import Argument, Branch, FunctionOp, locating, observation, proving, relative_error, skipping, slicing
+from api import (
+    Argument,
+    Branch,
+    FunctionOp,
+    locating,
+    observation,
+    proving,
+    regrouped_layers,
+    relative_error,
+    skipping,
+    slicing,
+)
 from families import TRANSFORMERS_5, family, silenced, stack_of
 from notall import Plan, UnsupportedModel, locate, skip
 from test_architectures import EXACT, PLANS, PROMPT, check_family, generate, mask_for, prompt, uncached
@@ -90,13 +101,13 @@ def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma3"])
 def test_norm_left_running(name: str, monkeypatch: Patch) -> None:
     """As if the norm of what is skipped were still applied to the stream."""
-    right = skipping.Holder.forward
+    right = regrouped_layers.Holder.forward
 
     def wrong(self: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
         norm = next(module for path, module in self.named_modules() if path.endswith("layernorm"))
         return right(self, norm(hidden), *rest)
 
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(skipping.Holder, "forward", wrong))
+    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(regrouped_layers.Holder, "forward", wrong))
 
 
 @pytest.mark.parametrize("name", ["granite", "granitemoe"])
@@ -264,7 +275,7 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
     right = Branch.run
 
     def wrong(self: Branch, holder: nn.Module, *rest: Any) -> Tensor:
-        without = replace(self, ops=self.ops[1:]) if isinstance(holder, skipping.Holder) else self
+        without = replace(self, ops=self.ops[1:]) if isinstance(holder, regrouped_layers.Holder) else self
         return right(without, holder, *rest)
 
     assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(Branch, "run", wrong))

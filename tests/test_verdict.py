@@ -6,12 +6,26 @@ import shlex
 import sys
 
 import pytest
+import typer
 
-from api import Verdict, cli, conclude, footprint, in_bytes, left_out_of, mending, next_command
-from api import speed_Spread as Spread
+from api import (
+    Candidate,
+    Outcome,
+    Quality,
+    Quartiles,
+    Verdict,
+    cli,
+    conclude,
+    fastest,
+    footprint,
+    in_bytes,
+    mending,
+    mildest,
+    next_command,
+)
+from command_line import FAST, QUICK
 from families import family
 from notall import Plan
-from test_cli import QUICK, folder, run  # noqa: F401
 
 pytestmark = pytest.mark.any_transformers  # it says what was measured
 
@@ -19,18 +33,20 @@ PLAN = Plan([1, 3], [2])
 
 
 @pytest.fixture(scope="module")
-def left_out():
-    return left_out_of(family("llama").build(num_hidden_layers=6), PLAN)
+def model():
+    return family("llama").build(num_hidden_layers=6)
 
 
-def quality(nats=0.36, agreement=0.66):
-    return {"delta_nll": nats, "delta_nll_se": 0.01, "top1_agreement": agreement}
+def quality(nats=0.36, agreement=0.66, error=0.01):
+    figures = dict.fromkeys(Quality.model_fields, 0.0) | {"sequences": 8, "delta_nll_se": error}
+    return Quality(**figures | {"delta_nll": nats, "top1_agreement": agreement})
 
 
-def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(left_out):
-    model = family("llama").build(num_hidden_layers=6)
+def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(model):
     dense, left = footprint(model, Plan()), footprint(model, PLAN)
-    (line,) = Verdict(*left_out, quality(), "book.txt", Spread(1.3, 1.28, 1.32, 4)).lines()
+    timed = Quartiles(median=1.3, low=1.28, high=1.32, n=4)
+    verdict = Verdict.on(model, PLAN, quality(), "book.txt")
+    (line,) = Verdict(verdict.left_out, dense, left, quality(), "book.txt", timed).lines()
     smaller = 1 - left.weight_bytes / dense.weight_bytes
     assert line == (
         "Without 2 of 6 attentions and 1 of 6 MLPs: +0.360 ± 0.010 nats a token (perplexity × 1.43) on book.txt; "
@@ -38,10 +54,9 @@ def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(left_out):
         f"weights {smaller:.0%} smaller ({in_bytes(left.weight_bytes)}); "
         f"KV cache 33% smaller ({in_bytes(left.kv_bytes_per_token)} a token)."
     )
-    for error in (None, math.nan):  # of one window alone
-        (line,) = Verdict(*left_out, quality() | {"delta_nll_se": error}, "book.txt").lines()
-        assert "MLPs: +0.360 nats a token (perplexity" in line
-    (line,) = Verdict(*left_out_of(model, Plan(mlp=[0]))).lines()
+    (line,) = Verdict.on(model, PLAN, quality(error=None), "book.txt").lines()  # of one window alone
+    assert "MLPs: +0.360 nats a token (perplexity" in line
+    (line,) = Verdict.on(model, Plan(mlp=[0])).lines()
     assert line.startswith("Without 1 of 6 MLPs: what that costs was not measured on other text: give --held-out; ")
     assert line.endswith("; the same KV cache.")
 
@@ -53,38 +68,119 @@ def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(left_out):
         (math.log(2) + 1e-6, 0.5, "perplexity has more than doubled"),
         (-0.1, 0.499, "over half of its first choices have changed"),
         (None, 0.9, "perplexity has more than doubled"),
+        (0.1, None, "over half of its first choices have changed"),
         (math.nan, 0.1, "perplexity has more than doubled and over half of its first choices have changed"),
     ],
 )
-def test_a_model_that_is_of_no_use_is_said_to_be_so(left_out, nats, agreement, says):
-    verdict = Verdict(*left_out, quality(nats, agreement), "book.txt")
+def test_a_model_that_is_of_no_use_is_said_to_be_so(model, nats, agreement, says):
+    verdict = Verdict.on(model, PLAN, quality(nats, agreement), "book.txt")
     warnings = [line for line in verdict.lines() if line.startswith("Warning")]
     assert warnings == ([f"Warning: the model is no longer usable: {says}."] if says else [])
-    assert verdict.usable == (says is None)
-    json.dumps(verdict.row(), allow_nan=False)
+    assert verdict.usable == verdict.fact().usable == (says is None)
 
 
-def test_the_next_command_makes_up_for_what_is_of_no_use(left_out):
-    fine, bad = (Verdict(*left_out, quality(nats), "x") for nats in (0.1, 3.0))
+def test_a_verdict_for_programs_has_what_was_said_in_numbers(model):
+    dense, left = footprint(model, Plan()), footprint(model, PLAN)
+    fact = Verdict.on(model, PLAN, quality(), "book.txt").fact()
+    assert (fact.text, fact.delta_nll, fact.top1_agreement) == ("book.txt", 0.36, 0.66)
+    assert fact.perplexity_factor == math.exp(0.36)
+    assert (fact.weight_bytes.dense, fact.weight_bytes.skipped) == (dense.weight_bytes, left.weight_bytes)
+    assert (fact.kv_bytes_per_token.dense, fact.kv_bytes_per_token.skipped) == (
+        *(dense.kv_bytes_per_token, left.kv_bytes_per_token),
+    )
+    unknown = Verdict.on(model, PLAN).fact()
+    plain = json.loads(json.dumps(unknown.model_dump(mode="json"), allow_nan=False))
+    assert {name for name, value in plain.items() if value is None} == {
+        *("usable", "missed", "text", "delta_nll", "perplexity_factor", "top1_agreement", "speedup"),
+    }
+    overflown = Verdict.on(model, PLAN, quality(None), "book.txt").fact().model_dump(mode="json")
+    assert (overflown["delta_nll"], overflown["perplexity_factor"], overflown["usable"]) == (None, None, False)
+
+
+def test_the_next_command_makes_up_for_what_is_of_no_use(model):
+    fine, bad = (Verdict.on(model, PLAN, quality(nats), "x") for nats in (0.1, 3.0))
     assert fine.then("mend", "go on").next == "go on"
     assert bad.then("mend", "go on").next == "mend"
-    assert Verdict(*left_out).then("mend", "go on").next == "go on"
+    assert Verdict.on(model, PLAN).then("mend", "go on").next == "go on"
     assert mending("m", "my p.json", False) == "notall repair m --plan 'my p.json' --out repaired"
     assert mending("m", "r", True) == "notall heal m --plan r --out healed"
     assert (
-        next_command("eval", "m", **{"keep-last": True, "fraction": 0.5}) == "notall eval m --keep-last --fraction 0.5"
+        next_command("eval", "m", keep_last=True, skip="mlp:0.5", plan=None)
+        == "notall eval m --keep-last --skip mlp:0.5"
     )
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_what_missed_a_budget_leaves_with_3_and_a_word(left_out, capsys, as_json):
-    with pytest.raises(cli.typer.Exit) as leaving:
-        conclude(Verdict(*left_out, quality(), "x", missed="1.3x: 1.16 is what was reached"), as_json=as_json)
+def test_what_missed_a_budget_leaves_with_3_and_a_word(model, capsys, as_json):
+    met = Verdict.on(model, PLAN, quality(), "x")
+    missed = Verdict(met.left_out, met.dense, met.left, met.quality, "x", missed="1.3x: 1.16 is what was reached")
+    with pytest.raises(typer.Exit) as leaving:
+        conclude(missed, as_json=as_json)
     assert leaving.value.exit_code == 3
     out, err = capsys.readouterr()
     assert "issed 1.3x: 1.16 is what was reached" in (err if as_json else out)
-    conclude(Verdict(*left_out, quality(), "x"), as_json=as_json)
+    conclude(met, as_json=as_json)
     assert bool(capsys.readouterr().out) != as_json
+
+
+def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told(model):
+    (line,) = Verdict.on(model, Plan(), quality(0.0, 1.0), "book.txt").lines()
+    assert line == "Nothing is left out: this is the dense model."
+    found = Verdict.on(model, PLAN)
+    *_, line = Verdict(found.left_out, found.dense, found.left, late=True).lines()
+    assert line == "The time was up before the search was done: with more --max-minutes it may find better."
+
+
+# --- which of several -------------------------------------------------------------------------------------------------
+
+
+def candidate(number, nats, median=None, spread=0.0, size=100):
+    speedup = Quartiles(median=median, low=median - spread, high=median + spread, n=5) if median else None
+    return Candidate(number, Plan([number]), quality(nats), speedup, size)
+
+
+def test_of_those_that_may_be_as_fast_as_the_fastest_the_one_that_loses_least_is_taken():
+    slow, near, fast = candidate(0, 0.1, 1.1), candidate(1, 0.2, 1.28), candidate(2, 0.3, 1.3, spread=0.05)
+    unusable = candidate(3, 2.0, 2.0)
+    assert fastest([slow, near, fast, unusable]) is near
+    assert fastest([slow, fast, unusable]) is fast
+    assert fastest([unusable]) is None
+    assert mildest([unusable, fast, slow]) is slow
+    assert mildest([candidate(4, None)]) is None
+
+
+def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
+    large, small, worse = candidate(0, 0.1, size=90), candidate(1, 0.2, size=80), candidate(2, 0.3, size=80)
+    assert fastest([large, small, worse]) is small
+    assert fastest([Candidate(5, Plan(), quality(0.0))]) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "Without 2 attentions and 1 MLP, tiny is smaller; what that costs was not measured."),
+        ({"quality": quality(3.0), "layers": 6}, " of its 6 layers, tiny is no longer usable: +3.00 ± 0.01 nats"),
+        ({"quality": quality(), "state": "healed"}, "MLP, the healed tiny is still usable, at +0.36 ± 0.01 nats a tok"),
+        ({"quality": quality(error=0.001)}, "is still usable, at +0.360 ± 0.001 nats a token"),
+        (
+            {"quality": quality(), "speedup": Quartiles(median=1.2, low=1.1, high=1.3, n=5), "verb": "runs"},
+            "tiny runs 1.20× as fast (quartiles 1.10 to 1.30), at +0.36",
+        ),
+        (
+            {"quality": quality(3.0), "speedup": Quartiles(median=1.0, low=0.9, high=1.1, n=5)},
+            "tiny decodes about as fast (1.00×, quartiles 0.90 to 1.10), but is no longer usable",
+        ),
+    ],
+)
+def test_an_outcome_is_a_sentence(given, says):
+    assert says in Outcome(PLAN, **given).sentence("tiny")
+
+
+# --- how commands end -------------------------------------------------------------------------------------------------
+
+
+def verdict_in(shown):
+    return json.loads(shown)["verdict"]
 
 
 def type_next(command, monkeypatch, *more):
@@ -94,74 +190,66 @@ def type_next(command, monkeypatch, *more):
     return leaving.value.code or 0
 
 
-def test_search_and_eval_end_with_a_verdict_on_text_that_was_not_chosen_by(run, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_search_and_eval_end_with_a_verdict_on_text_that_was_not_chosen_by(run, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
-    search = ["search", folder, "--count", "1", "--text", "text.txt", *QUICK]
-    code, out, err = run(*search)
+    search = ["search", folder, "--skip", "sublayer:1", *QUICK, "--text"]
+    code, out, err = run(*search, "text.txt")
     assert (code, err) == (0, "")
     assert "nats a token" in out
     assert "on other windows of text.txt; " in out
-    verdict = json.loads(run(*search, "--json")[1])[0]["verdict"]
-    assert verdict["said"] in " ".join(out.split())
+    assert verdict_in(run(*search, "text.txt", "--json")[1])["said"] in " ".join(out.split())
     (tmp_path / "short.txt").write_text("0123456789" * 4)  # two windows and a half
-    verdict = json.loads(run(*search[:-6], *QUICK[:-2], "--text", "short.txt", "-o", "s.json", "--json")[1])[0][
-        "verdict"
-    ]
+    verdict = verdict_in(run(*search, "short.txt", "-o", "s.json", "--json")[1])
     assert (verdict["text"], verdict["delta_nll"], verdict["usable"]) == (None, None, None)
     code, out, err = run("eval", folder, "--plan", "plan.json", "--text", "text.txt", *QUICK, "--json")
-    found = json.loads(out)
     told = "note: the plan was chosen by text.txt, where it looks better than it is; measure on another --text\n"
     assert (code, err) == (0, told)
-    assert found["verdict"]["delta_nll"] == found["quality"][1]["delta_nll"]
-    assert found["verdict"]["text"] == "text.txt"
-    fast = ["--prompt", "4", "--new", "2", "--rounds", "1"] if " bench " in found["verdict"]["next"] else []
-    if fast:
-        assert type_next(found["verdict"]["next"], monkeypatch, *fast) == 0
+    assert verdict_in(out)["delta_nll"] == json.loads(out)["quality"][1]["quality"]["delta_nll"]
+    assert verdict_in(out)["text"] == "text.txt"
+    if " bench " in verdict_in(out)["next"]:
+        assert type_next(verdict_in(out)["next"], monkeypatch, *FAST) == 0
 
 
-def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told():
-    model = family("llama").build(num_hidden_layers=6)
-    (line,) = Verdict(*left_out_of(model, Plan()), quality(0.0, 1.0), "book.txt").lines()
-    assert line == "Nothing is left out: this is the dense model."
-    *_, line = Verdict(*left_out_of(model, PLAN), late=True).lines()
-    assert line == "The time was up before the search was done: with more --max-minutes it may find better."
-
-
-def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, folder, tmp_path, short_prose):  # noqa: F811
+@pytest.mark.usefixtures("short_prose")
+def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, folder, tmp_path):
     none = ["search", folder, "--max-nll", "0", "--max-minutes", "0", "-o", tmp_path / "none.json", *QUICK, "--json"]
-    verdict = json.loads(run(*none)[1])[0]["verdict"]
+    verdict = verdict_in(run(*none)[1])
     assert verdict["said"].startswith("Nothing is left out: this is the dense model. The time was up ")
     asked = shlex.split(verdict["next"])
     assert asked[1:3] == ["search", str(folder)]
     assert asked[asked.index("--max-nll") + 1] == "0.1"
-    written = ["export", folder, "--plan", tmp_path / "none.json", "--to", "hf", "--out", tmp_path / "e", "--repair"]
-    assert "note: the plan skips nothing, so " in run(*written, "--no-verify")[2]
+    written = ["export", folder, "--plan", tmp_path / "none.json", "--to", "hf", "--out", tmp_path / "e"]
+    assert "note: the plan skips nothing, so " in run(*written, "--repair", "refit", "--no-verify")[2]
 
 
-def test_the_command_after_a_search_repairs_with_the_text_that_it_went_by(run, folder, tmp_path, short_prose):  # noqa: F811
+@pytest.mark.usefixtures("short_prose")
+def test_the_command_after_a_search_repairs_with_the_text_that_it_went_by(run, folder, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
     for text, words in ((tmp_path / "text.txt", ["--repair-text", str(tmp_path / "text.txt")]), ("prose", [])):
         out = tmp_path / f"{len(words)}.json"
-        mild = ["search", folder, "--kind", "mlp", "--count", "1", "--text", text, "-o", out, *QUICK, "--json"]
-        command = shlex.split(json.loads(run(*mild)[1])[0]["verdict"]["next"])
+        mild = ["search", folder, "--skip", "mlp:1", "--text", text, "-o", out, *QUICK, "--json"]
+        command = shlex.split(verdict_in(run(*mild)[1])["next"])
         if "export" in command:
+            assert command[command.index("--repair") + 1] == "refit"
             assert ("--repair-text" in command) == bool(words)
-            assert command[command.index("--repair") + 1 :][: len(words)] == words
+            assert command[command.index("--repair") + 2 :][: len(words)] == words
 
 
-def test_an_export_that_repairs_says_what_the_plan_costs_before_and_after(run, folder, tmp_path, short_prose):  # noqa: F811
+@pytest.mark.usefixtures("short_prose")
+def test_an_export_that_repairs_says_what_the_plan_costs_before_and_after(run, folder, tmp_path):
     Plan([1], [1]).save(tmp_path / "plan.json")
-    command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--repair"]
+    command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--repair", "refit"]
     code, out, _ = run(*command, "--repair-sequences", "4", "--out", tmp_path / "e", "--json")
     assert code == 0
     rows = json.loads(out)["quality"]
     assert [row["model"] for row in rows] == ["skipped", "repaired"]
     assert {row["text"] for row in rows} == {"prose, other windows"}
-    assert len({row["delta_nll"] for row in rows}) == 2
+    assert len({row["quality"]["delta_nll"] for row in rows}) == 2
 
 
-def test_export_says_what_it_measured(run, folder, tmp_path, short_prose):  # noqa: F811
+@pytest.mark.usefixtures("short_prose")
+def test_export_says_what_it_measured(run, folder, tmp_path):
     Plan([1], [1]).save(tmp_path / "plan.json")
     command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--measure", "prose"]
     code, out, _ = run(*command, "--out", tmp_path / "a")
@@ -170,4 +258,4 @@ def test_export_says_what_it_measured(run, folder, tmp_path, short_prose):  # no
     assert "nats per token" in (tmp_path / "a" / "README.md").read_text()
     found = json.loads(run(*command, "--out", tmp_path / "b", "--json")[1])
     assert found["verdict"]["text"] == "prose"
-    assert "config.json" in {row["file"] for row in found["files"]}
+    assert "config.json" in {one["file"] for one in found["files"]}

@@ -13,14 +13,14 @@ from transformers import AutoConfig
 
 from api import fingerprint
 from families import FAMILIES, LLAMA, TRANSFORMERS_5, Family, each_layout
-from notall import Anatomy, UnsupportedModel, locate
+from notall import ModelStructure, UnsupportedModel, locate
 
 # In transformers 4.57 these go by values: of the router (DeepSeek), or at construction (Apertus).
 NEEDS_VALUES = {} if TRANSFORMERS_5 else {"deepseek_v2": UnsupportedModel, "apertus": NotImplementedError}
 
 
 @each_layout(FAMILIES)
-def test_same_anatomy_without_weights(family: Family) -> None:
+def test_same_structure_without_weights(family: Family) -> None:
     if not family.exists:
         pytest.skip(f"this transformers has no {family.model_type}")
     if family.name in NEEDS_VALUES:
@@ -28,10 +28,10 @@ def test_same_anatomy_without_weights(family: Family) -> None:
             locate(empty(family))
         return
     try:
-        anatomy = locate(family.build())
+        structure = locate(family.build())
     except UnsupportedModel:
         pytest.skip("refused with weights")
-    assert facts(locate(empty(family))) == facts(anatomy)
+    assert facts(locate(empty(family))) == facts(structure)
 
 
 def empty(family: Family) -> Any:
@@ -40,8 +40,8 @@ def empty(family: Family) -> Any:
         return family.auto.from_config(config, attn_implementation="eager").eval()
 
 
-def facts(anatomy: Anatomy) -> Any:
-    return anatomy.model_type, anatomy.layers, anatomy.fingerprint, anatomy.blocks
+def facts(structure: ModelStructure) -> Any:
+    return structure.model_type, structure.layers, structure.fingerprint, structure.blocks
 
 
 @pytest.mark.parametrize(

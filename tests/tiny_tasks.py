@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -121,3 +122,12 @@ def _write(folder: Path, name: str, body: str, data: str) -> None:
     files = f"    train: {folder / 'train.jsonl'}\n    test: {folder / data}\n"
     source = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n{files}training_split: train\ntest_split: test\n"
     (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{body}")
+
+
+def run_tasks(model: Any, tokenizer: Any, plans: Any, tasks: Any, **how: Any) -> Any:
+    """Load and build `tasks`, and evaluate each of `plans` on each of them."""
+    from api import Limits, TaskShelf, harness
+
+    shelf = TaskShelf.of(how.pop("task_path", None))
+    jobs = shelf.jobs(tasks, how.pop("num_fewshot", None), Limits(how.pop("limit", None)))
+    return harness.run_tasks(model, tokenizer, plans, jobs, **how)

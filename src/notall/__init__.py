@@ -9,47 +9,46 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .models.chatter import drop_chatter
-
 if TYPE_CHECKING:
     from .choosing.choice import choose_plan
+    from .choosing.criteria.data_free import deepest
     from .choosing.space import Space
     from .errors import UnsupportedModel, UsageError
-    from .evaluation.paper.grid import deepest
     from .exporters import export
     from .exporters.remote_code import register
     from .measuring.quality import evaluate
     from .measuring.similarity import measure_similarity
-    from .records.plan import Plan
+    from .models.loading import load
+    from .plan import Plan
     from .repairing.healing import heal
     from .repairing.refitting import repair
-    from .running.drafting import draft_model
+    from .repairing.students import TrainConfig
     from .running.generating import generate_text
-    from .running.opening import load
     from .running.repaired import RepairedPlan
-    from .running.skipping import remove, skip
-    from .structure.anatomy import Anatomy, Block, Sublayer
+    from .running.skipping import draft_model, remove, skip
     from .structure.locating import locate
+    from .structure.model_structure import Block, ModelStructure, Sublayer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Anatomy": "structure.anatomy",
-    "Block": "structure.anatomy",
-    "Plan": "records.plan",
+    "Block": "structure.model_structure",
+    "ModelStructure": "structure.model_structure",
+    "Plan": "plan",
     "RepairedPlan": "running.repaired",
     "Space": "choosing.space",
-    "Sublayer": "structure.anatomy",
+    "Sublayer": "structure.model_structure",
+    "TrainConfig": "repairing.students",
     "UnsupportedModel": "errors",
     "UsageError": "errors",
     "choose_plan": "choosing.choice",
-    "deepest": "evaluation.paper.grid",
-    "draft_model": "running.drafting",
+    "deepest": "choosing.criteria.data_free",
+    "draft_model": "running.skipping",
     "evaluate": "measuring.quality",
     "export": "exporters",
     "generate_text": "running.generating",
     "heal": "repairing.healing",
-    "load": "running.opening",
+    "load": "models.loading",
     "locate": "structure.locating",
     "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",
@@ -60,12 +59,13 @@ _HOMES = {
 
 # as a literal, which type checkers read
 __all__ = [
-    "Anatomy",
     "Block",
+    "ModelStructure",
     "Plan",
     "RepairedPlan",
     "Space",
     "Sublayer",
+    "TrainConfig",
     "UnsupportedModel",
     "UsageError",
     "__version__",
@@ -84,9 +84,6 @@ __all__ = [
     "repair",
     "skip",
 ]
-
-drop_chatter()
-
 
 if not TYPE_CHECKING:  # which would take any name for one of these
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect, nearest, shortened
-from ..records.plan import Plan
+from ..plan import Plan
 from ..running.footprint import footprint
 from .space import Skipped, Space, Unit, names_in
 
@@ -23,21 +23,21 @@ class Budget:
     """`saves` says what skipping a sublayer saves, by name; the plan is to save `target` in all.
 
     With a `limit` the objective may rise by at most that; where `target` is infinite, it is to save as much as it can.
-    `description` is for people. What `lends` saves only when those that read it, by name, are skipped as well.
+    `description` is for people. What `read_by` saves only when those that read it, by name, are skipped as well.
     """
 
     saves: Mapping[str, float] = field(repr=False)
     target: float
     description: str
     limit: float = math.inf
-    lends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def saved(self, skipped: Iterable[str]) -> float:
         gone = frozenset(skipped)
         return math.fsum(self.saves[name] for name in gone if self._is_freed(name, gone))
 
     def _is_freed(self, name: str, gone: Skipped) -> bool:
-        return name in gone and all(self._is_freed(reader, gone) for reader in self.lends.get(name, ()))
+        return name in gone and all(self._is_freed(reader, gone) for reader in self.read_by.get(name, ()))
 
     def met(self, skipped: Skipped) -> bool:
         return self.saved(skipped) >= self.target * (1 - 1e-9)
@@ -47,7 +47,7 @@ class Budget:
 
         `rise` is what the objective rises by; where it falls, saving more makes it better still.
         """
-        more = self.saved(skipped.union(unit)) - self.saved(skipped) if self.lends else self.saved(unit)
+        more = self.saved(skipped.union(unit)) - self.saved(skipped) if self.read_by else self.saved(unit)
         worth = min(more, max(self.target - self.saved(skipped), 0.0)) or 1e-12
         return rise / worth if rise > 0 else rise * worth
 
@@ -77,17 +77,17 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     if resource not in (known := get_args(Resource)):
         near = nearest(resource, known)
         raise UsageError(f"cannot save {shortened(repr(resource))}{near}: give one of {', '.join(known)}")
-    sizes = {part.name: part for part in space.anatomy.sublayers}
+    sizes = {part.name: part for part in space.structure.sublayers}
     size = "parameters" if resource == "params" else resource
     saves = {name: float(getattr(sizes[name], size)) for name in space.names}
-    lends = {part.name: part.lends for part in space.anatomy.sublayers if part.lends}
+    read_by = {part.name: part.read_by for part in space.structure.sublayers if part.read_by}
     dense = getattr(footprint(model, Plan()), resource)
     expect(amount, Real, "how much to save, a number")
     if not 0 <= amount < math.inf:
         raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
     wanted = f"{target:,.0f}"
-    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less", lends=lends))
+    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less", read_by=read_by))
 
 
 def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:
@@ -108,7 +108,7 @@ def within_limit(budget: Budget, limit: Budget) -> Budget:
     return replace(budget, limit=limit.limit, description=f"{budget.description}, {limit.description}")
 
 
-def runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]:
+def contiguous_runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]:
     """By the number of its first unit, the shortest run of units from there on that meets the budget."""
     found = {}
     for first in range(len(space.units)):
@@ -123,7 +123,7 @@ def runs(space: Space, budget: Budget) -> dict[int, tuple[Unit, ...]]:
 def _possible(space: Space, budget: Budget) -> Budget:
     """`budget`, unless all that may be skipped, but one attention, saves less than it asks for."""
     most = budget.saved(space.names)
-    counting = {f"attn.{index}" for index in space.anatomy.counting}
+    counting = {f"attn.{index}" for index in space.structure.counting}
     if counting.issubset(space.names):
         stay = [unit for unit in space.units if counting.intersection(unit)]
         most = max(budget.saved(set(space.names).difference(unit)) for unit in stay)  # one attention stays

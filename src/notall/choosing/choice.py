@@ -1,12 +1,17 @@
-"""Choose a plan as `notall search` does: with a record of what was evaluated, so that it goes on when asked again."""
+"""Choose a plan as `notall search` does: with a record of what was evaluated, so that it goes on when asked again.
+
+The speedup asked for is the speedup measured: a choice is timed, and corrects the times that it goes by. Where a budget
+has a limit on the objective too, both hold, or what can be had of each is reported.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +19,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect
-from ..measuring.quality import Quality, evaluate
+from ..measuring.quality import evaluate
+from ..models.texts import all_checked, checked
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..records.ledger import Ledger, working_in
-from ..records.plan import Plan
-from ..records.provenance import Provenance
-from ..records.record import QualityFields
-from ..records.search import SearchRecord, SpeedCheck, Weighed
-from ..running.footprint import Footprint, footprint
-from ..structure.token_ids import all_checked, checked
-from .after_repair import AfterRepair
+from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
+from ..results.ledger import working_in
+from ..results.provenance import Provenance
+from ..running.footprint import footprint
 from .budget import Budget
-from .criteria import Setting, Way
+from .criteria import Choice, CriterionLike, Setting, choose
 from .criteria import criterion as criterion_of
-from .evaluator import STATES_BYTES, Evaluator, Spent
-from .joint import choose_within
-from .latency import Prediction
+from .evaluator import STATES_BYTES, AfterRepair, Evaluator
+from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
 from .searching import PATIENCE
-from .space import Space, Unit
+from .space import Space, Unit, plan_of
+
+FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
+CHOICES = 4  # the first, and those by times that were corrected
+ROUNDS, MORE_ROUNDS = 5, 20  # to time a plan, and where that leaves a larger error
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,11 @@ class ChosenPlan:
     order: tuple[Unit, ...]
     dense_cost: float
     cost: float
-    spent: Spent
+    spent: SearchCost
     forwards: float
     in_time: bool
     held_out: tuple[Quality, Quality] | None = None  # dense, skipped
-    times: Prediction | None = None
+    times: SpeedCheck | None = None
     missed: str | None = None
     weighed: tuple[Footprint, Footprint] | None = None  # likewise
     judged_by: str = "objective"
@@ -64,32 +70,6 @@ class ChosenPlan:
             f"{self.forwards:,.1f} forward passes over the text" + (f"; {self.missed}" if self.missed else "")
         )
 
-    def record(self, about: Provenance) -> SearchRecord:
-        """The record that is stored: the choice, what it took, and its measurements."""
-        return SearchRecord(
-            plan=self.plan,
-            chosen=self.plan.note or "",
-            order=tuple(tuple(unit) for unit in self.order),
-            dense_cost=self.dense_cost,
-            cost=self.cost,
-            **vars(self.spent),
-            forwards=self.forwards,
-            in_time=self.in_time,
-            missed=self.missed,
-            quality=QualityFields(**asdict(self.held_out[1])) if self.held_out else None,
-            check=_speed_check(self.times) if self.times else None,
-            weighed=_weighed(*self.weighed) if self.weighed else None,
-            provenance=about,
-        )
-
-
-def keep_choice(folder: Path, record: SearchRecord) -> None:
-    """Write a choice into `folder`, unless the same one is there. Raises `UsageError` as `Ledger` does."""
-    with working_in(folder, "search"):
-        kept = Ledger(folder, SearchRecord)
-        if record.key not in kept:
-            kept.add(record)
-
 
 def check_minutes(most: float | None) -> None:
     """Raise `UsageError` for a time that is none."""
@@ -97,38 +77,16 @@ def check_minutes(most: float | None) -> None:
         raise UsageError(f"the search cannot end after {most} minutes: give 0 or more")
 
 
-def _weighed(dense: Footprint, left: Footprint) -> Weighed:
-    return Weighed(
-        weight_bytes=left.weight_bytes,
-        dense_weight_bytes=dense.weight_bytes,
-        kv_bytes_per_token=left.kv_bytes_per_token,
-        dense_kv_bytes_per_token=dense.kv_bytes_per_token,
-    )
-
-
-def _speed_check(times: Prediction) -> SpeedCheck:
-    speedup = times.measured_speedup
-    return SpeedCheck(
-        predicted_ms=times.predicted_ms,
-        measured_ms=times.measured_ms,
-        predicted_speedup=times.predicted_speedup,
-        speedup=speedup.median,
-        speedup_low=speedup.low,
-        speedup_high=speedup.high,
-        off=times.off,
-    )
-
-
 def choose_plan(
     model: PreTrainedModel,
-    criterion: Way,
+    criterion: CriterionLike,
     space: Space,
     budget: Budget,
     batches: Sequence[Tensor],
     objective: Objective | None = None,
     *,
-    folder: str | os.PathLike[str] | None = None,
-    settings: Provenance | Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    provenance: Provenance | Mapping[str, Any] | None = None,
     max_minutes: float | None = None,
     patience: int = PATIENCE,
     seed: int = 0,
@@ -140,13 +98,14 @@ def choose_plan(
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
 
     `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. The `objective` brings its own
-    text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a `folder` each
-    evaluation is kept in it, and repeating the call resumes an interrupted run; `settings` identify the run, and a
-    folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with `patience`
-    after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen anew where it
-    is too slow; where a budget has a limit too, the plan that saves most within it is the answer if both cannot be met,
-    and `missed` says so. The plan is then measured on `held_out`, where given. With `after_repair` sets are judged by
-    the KL that a cheap repair leaves on half of the sequences, to which it was not fitted, whatever the objective.
+    text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a folder `out`
+    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run,
+    and a folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with
+    `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
+    anew where it is too slow; where a budget has a limit too, the plan that saves most within it is the answer if both
+    cannot be met, and `missed` says so. The plan is then measured on `held_out`, where given. With `after_repair` sets
+    are judged by the KL that a cheap repair leaves on half of the sequences, to which it was not fitted, whatever the
+    objective.
 
     Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
     space, and for a budget that cannot be met.
@@ -157,25 +116,43 @@ def choose_plan(
     way, batches, held_out = criterion_of(criterion), all_checked(batches, model), [*checked(held_out, model)]
     objective = kl(batches) if objective is None else objective
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
-    folder = None if folder is None else Path(folder)
+    folder = None if out is None else Path(out)
+    how: dict[str, Any] = {"states_bytes": states_bytes, "folder": folder, "settings": provenance}
     with working_in(folder, "search") if folder else nullcontext():
-        if after_repair:
-            evaluator: Evaluator = AfterRepair(
-                model, batches, states_bytes=states_bytes, folder=folder, settings=settings
-            )
-        else:
-            evaluator = Evaluator(model, objective, states_bytes=states_bytes, folder=folder, settings=settings)
-        deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else float("inf")
+        evaluator = AfterRepair(model, batches, **how) if after_repair else Evaluator(model, objective, **how)
+        deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
-        outcome = choose_within(way, setting, budget)
-        chosen = outcome.chosen
-        spent = Spent(**vars(evaluator.spent))
-        dense, cost = evaluator.cost(frozenset()), evaluator.cost(chosen.skipped)  # for the record, not for the choice
-    plan = space.plan(chosen.skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}")
+        return _chosen_plan(setting, way.name, choose_within(way, setting, budget), budget, held_out)
+
+
+def choose_by_config(
+    model: PreTrainedModel, criterion: CriterionLike, space: Space, budget: Budget, seed: int = 0
+) -> Plan:
+    """The plan of a criterion that reads only a config, such as "deepest": `model` may be without weights.
+
+    Raises `UsageError` for a criterion that reads more, for a budget without a target, and as `choose_plan` does.
+    """
+    way = criterion_of(criterion)
+    if way.reads != "config":
+        raise UsageError(f"the criterion {way.name} reads the {way.reads}, not a config alone: take deepest")
+    if budget.target == math.inf:
+        raise UsageError("a limit on the loss needs a text to measure it on: say how many to skip")
+    setting = Setting(model, space, (), Evaluator(model, Objective(())), seed)
+    return space.plan(choose(way, setting, budget).skipped, f"{way.name}: {budget.description}")
+
+
+def _chosen_plan(
+    setting: Setting, name: str, outcome: Outcome, budget: Budget, held_out: Sequence[Tensor]
+) -> ChosenPlan:
+    """The plan of an outcome, and what it costs, took and weighs."""
+    model, evaluator, skipped = setting.model, setting.evaluator, outcome.choice.skipped
+    spent = evaluator.spent
+    dense_cost, cost = evaluator.cost(frozenset()), evaluator.cost(skipped)  # for the record, not for the choice
+    plan = setting.space.plan(skipped, f"{name} by {evaluator.judged_by}: {budget.description}")
     return ChosenPlan(
         plan,
-        chosen.order,
-        dense,
+        outcome.choice.order,
+        dense_cost,
         cost,
         spent,
         spent.executions / evaluator.forward,
@@ -186,3 +163,100 @@ def choose_plan(
         (footprint(model, Plan()), footprint(model, plan)),
         evaluator.judged_by,
     )
+
+
+# --- within a budget --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was chosen, how fast it is where a speedup was asked for, and whether that is what the budget asks for.
+
+    `missed` says in words what a budget that was missed got.
+    """
+
+    choice: Choice
+    check: SpeedCheck | None = None
+    met: bool = True
+    missed: str | None = None
+
+
+def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
+    """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within it.
+
+    Raises as `criteria.choose` does.
+    """
+    if math.inf in (budget.limit, budget.target):
+        return _choose(criterion, setting, budget)
+    whole = _choose(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
+    if (cost := _rise(setting, whole)) <= budget.limit:
+        return whole
+    costs = f"{_as_much(budget, whole)} costs {cost:.3f} nats on the text it was chosen by"
+    within = Outcome(choose(criterion, setting, replace(budget, target=math.inf)))
+    if isinstance(budget, SpeedBudget):
+        within = replace(within, check=timed(setting, within.choice, budget))
+    if _reached(budget, within):
+        return within
+    at = f"{_rise(setting, within):.3f} nats it is {_as_much(budget, within)}"
+    late = "; the time was up" if setting.late else ""
+    return replace(within, met=False, missed=f"{costs}; at {at}{late}")
+
+
+def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
+
+    What was evaluated for one choice is known for the next. Where a choice is much faster than it was asked to be, it
+    gave up more than it had to: then, too, the times are corrected. Of what is as fast as asked for, the one that costs
+    least comes back; where none of `CHOICES` is, before the setting gets late, the fastest.
+    """
+    tried: list[Outcome] = []
+    following: SpeedBudget | None = budget
+    while following is not None and len(tried) < CHOICES and not (tried and setting.late):
+        choice = choose(criterion, setting, following)
+        if any(one.met and one.choice.skipped == choice.skipped for one in tried):
+            break
+        check = timed(setting, choice, following)
+        tried.append(Outcome(choice, check, following.reached(check)))
+        if tried[-1].met and not following.exceeded(check):
+            break
+        following = following.corrected(check)
+    met = [one for one in tried if one.met]
+    if met:
+        return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
+    return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
+
+
+def timed(setting: Setting, choice: Choice, budget: SpeedBudget) -> SpeedCheck:
+    """How fast a choice is, timed longer where a few rounds leave too large an error."""
+    for rounds in (ROUNDS, MORE_ROUNDS):
+        plan = plan_of(choice.skipped)
+        check = check_times(setting.model, plan, budget.times, rounds=rounds, seed=setting.seed)
+        if check.measured_speedup.error <= MOST_ERROR * budget.faster:
+            break
+    return check
+
+
+def _choose(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
+    if not isinstance(budget, SpeedBudget):
+        return Outcome(choose(criterion, setting, budget))
+    found = choose_as_fast(criterion, setting, budget)
+    return found if found.met else replace(found, missed=f"{_as_much(budget, found)} is what was reached")
+
+
+def _rise(setting: Setting, outcome: Outcome) -> float:
+    """What the objective rises by."""
+    return setting.evaluator.cost(outcome.choice.skipped) - setting.evaluator.cost(frozenset())
+
+
+def _reached(budget: Budget, outcome: Outcome) -> bool:
+    if isinstance(budget, SpeedBudget) and outcome.check:
+        return budget.reached(outcome.check)
+    return budget.met(outcome.choice.skipped)
+
+
+def _as_much(budget: Budget, outcome: Outcome) -> str:
+    """In words what an outcome saves, in the unit of the budget."""
+    if outcome.check:
+        measured = outcome.check.measured_speedup
+        return f"{measured.median:.2f} ± {measured.error:.2f} times as fast"
+    return f"{budget.saved(outcome.choice.skipped):,.0f} of {budget.target:,.0f}"

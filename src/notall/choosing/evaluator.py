@@ -1,8 +1,11 @@
-"""The one engine that evaluates sets of skipped sublayers: for every criterion, and for the search.
+"""What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
 
 Sets that keep the same first sublayers share them (see `replay`), and sets that are asked for one after the other go
-on from the states of a base set, the trunk. Work is counted in sublayer executions over the whole calibration set.
+on from the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set.
 What was evaluated is written down, so that a run that was killed asks for it again and has it at once.
+
+What is worth skipping is another set after a repair: the attention of an early layer, say, may cost several nats as it
+is, and next to nothing once its neighbours make up for it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +21,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import UsageError
 from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
-from ..records.ledger import Ledger
-from ..records.plan import Plan
-from ..records.provenance import Provenance
-from ..records.search import EvaluationRecord
-from ..running.replay import Recording, Replay, Trunk, live_steps, record, step_name
-from ..structure.anatomy import base_model
+from ..plan import Plan
+from ..repairing.refitting import Calibration, Repair
+from ..results.evaluations import EvaluationRecord
+from ..results.facts import SearchCost
+from ..results.ledger import Ledger
+from ..results.provenance import Provenance
+from ..results.record import Key, is_number
+from ..running.replay import PrefixCache, Recording, Replay, live_steps, record, step_name
 from ..structure.locating import locate
-from .objective import Batch, Objective
+from ..structure.model_structure import base_model
+from .objective import Batch, Objective, kl
 from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
 WORDS = 8192  # of a larger vocabulary, for guesses
-
-
-@dataclass
-class Spent:
-    """What evaluations took: how many, sublayers run over the whole calibration set, what they would be without
-    sharing, and CPU seconds of all threads."""
-
-    evaluations: int = 0
-    executions: float = 0.0
-    one_by_one: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, other: Spent) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+RIDGES = (0.01, 0.3, 3.0)  # enough to tell sets apart
+LATEST = 3  # repairs whose streams are kept
+ONE_IN = 2  # sequences, of which one is judged and the other fitted to
 
 
 class Evaluator:
     """The objective of any set of skipped sublayers; `spent` is what those asked for took, also in an earlier run.
 
-    Going on after a kill, it runs the states of its trunk again and counts them: up to one forward pass more.
-    `states_bytes` bounds the states kept of the trunk: where all of them don't fit, every second, third... is kept.
+    Going on after a kill, it runs the states of its prefix again and counts them: up to one forward pass more.
+    `states_bytes` bounds the states kept of the prefix: where all of them don't fit, every second, third... is kept.
     `folder` keeps what was evaluated, in the file `name` if that is given; `settings` tell whose it is. Raises
     `UsageError` when it is another's.
     """
@@ -69,19 +64,23 @@ class Evaluator:
         settings: Provenance | Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
-        self.anatomy = locate(self.model)
+        self.structure = locate(self.model)
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
-        self.spent, self._counted = Spent(), set[tuple[Any, ...]]()
-        self._known: dict[tuple[Any, ...], tuple[float, Spent]] = {}
-        self._kept = self._open(folder, name, settings or {}) if folder else None
+        self.spent = SearchCost(evaluations=0, executions=0, seconds=0)
+        self._counted = set[Key]()
+        self._known: dict[Key, tuple[float, SearchCost]] = {}
+        self._ledger = self._open(folder, name, settings or {}) if folder else None
         self._recordings: list[Recording] | None = None
-        self._trunks: dict[int, Trunk] = {}
-        self._trunk = self._steps(frozenset())
-        self._scorer = TokenScorer(self.model)
+        self._prefix = self._steps(frozenset())
+        self._prefix_caches: dict[int, PrefixCache] = {}
         self._guessers: dict[frozenset[int], TokenScorer] = {}
-        self._dense_kept: dict[tuple[int, TokenScorer], Dense] = {}
+        self._dense_heads: dict[tuple[int, TokenScorer], Dense] = {}
         self._states_bytes = states_bytes
+
+    @cached_property
+    def _scorer(self) -> TokenScorer:
+        return TokenScorer(self.model)
 
     @property
     def judged_by(self) -> str:
@@ -90,11 +89,11 @@ class Evaluator:
     @property
     def forward(self) -> int:
         """Sublayer executions of one dense forward pass over the calibration set."""
-        return len(self.anatomy.sublayers)
+        return len(self.structure.sublayers)
 
-    def stand_on(self, base: Skipped) -> None:
+    def set_prefix(self, base: Skipped) -> None:
         """Keep the states of this set: what is asked for next begins like it."""
-        self._trunk = self._steps(base)
+        self._prefix = self._steps(base)
 
     def cost(self, skipped: Skipped, share: float = 1.0) -> float:
         """The objective of one set; or a guess at it, comparable with other guesses, on a `share` of the text.
@@ -111,27 +110,26 @@ class Evaluator:
             self._evaluate(new, numbers)
         return [self._recall(self._key(skipped, numbers)) for skipped in sets]
 
-    def _recall(self, key: tuple[Any, ...]) -> float:
+    def _recall(self, key: Key) -> float:
         cost, spent = self._known[key]
         if key not in self._counted:
             self._counted.add(key)
-            self.spent.add(spent)
+            self.spent += spent
         return cost
 
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         start = time.process_time()
         replay = Replay(self.model, [plan_of(skipped) for skipped in sets])
         losses: list[dict[int, list[float]]] = [{} for _ in sets]
-        ran = one_by_one = 0.0
+        ran = 0.0
         scorer = self._scorer if numbers == self.all else self._guesser(numbers)
         for number in sorted(numbers):
             before = replay.ran
             for place, items in self._run(replay, number, scorer):
                 losses[place][number] = items
-            share = self.objective.batches[number].tokens / self.tokens
-            ran += (replay.ran - before) * share
-            one_by_one += replay.one_by_one * share
-        each = Spent(1, ran / len(sets), one_by_one / len(sets), (time.process_time() - start) / len(sets))
+            ran += (replay.ran - before) * (self.objective.batches[number].tokens / self.tokens)
+        seconds = time.process_time() - start
+        each = SearchCost(evaluations=1, executions=ran / len(sets), seconds=seconds / len(sets))
         self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
 
     @torch.inference_mode()
@@ -140,8 +138,8 @@ class Evaluator:
         batch, recording = self.objective.batches[number], self._recording(number)
         dense = self._dense(number, scorer) if batch.targets is None else None
         found = []
-        for places, hidden in replay.hidden_states(recording, self._trunk_of(number)):
-            scores = scorer.score(_asked(batch, hidden), batch.targets, dense)
+        for places, hidden in replay.hidden_states(recording, self._prefix_cache(number)):
+            scores = scorer.score(_judged(batch, hidden), batch.targets, dense)
             values = scores.kl if batch.targets is None else scores.nll
             items = batch.items(values).tolist()
             found += [(place, items) for place in places]
@@ -163,35 +161,35 @@ class Evaluator:
         return self._guessers[numbers]
 
     def _dense(self, number: int, scorer: TokenScorer) -> Dense:
-        if (number, scorer) not in self._dense_kept:
-            _, self._dense_kept[number, scorer] = scorer.dense(self._dense_states(number))
-        return self._dense_kept[number, scorer]
+        if (number, scorer) not in self._dense_heads:
+            _, self._dense_heads[number, scorer] = scorer.dense(self._dense_states(number))
+        return self._dense_heads[number, scorer]
 
     def _dense_states(self, number: int) -> Tensor:
         replay = Replay(self.model, [Plan()])
-        (_, hidden) = next(replay.hidden_states(self._recording(number), self._trunk_of(number)))
-        return _asked(self.objective.batches[number], hidden)
+        (_, hidden) = next(replay.hidden_states(self._recording(number), self._prefix_cache(number)))
+        return _judged(self.objective.batches[number], hidden)
 
-    def _trunk_of(self, number: int) -> Trunk:
-        trunk = self._trunks.get(number)
-        if trunk is None:
+    def _prefix_cache(self, number: int) -> PrefixCache:
+        cache = self._prefix_caches.get(number)
+        if cache is None:
             embedded = self._recording(number).embedded
             all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
-            trunk = Trunk(self._trunk, math.ceil(all_states / self._states_bytes))
-        if trunk.names != self._trunk:
-            trunk = trunk.moved(self._trunk)
-        self._trunks[number] = trunk
-        return trunk
+            cache = PrefixCache(self._prefix, math.ceil(all_states / self._states_bytes))
+        if cache.names != self._prefix:
+            cache = cache.moved(self._prefix)
+        self._prefix_caches[number] = cache
+        return cache
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
-        return tuple(step_name(parts) for _, parts in live_steps(self.anatomy, plan_of(skipped)))
+        return tuple(step_name(parts) for _, parts in live_steps(self.structure, plan_of(skipped)))
 
     # --- what is written down
 
-    def _key(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[Any, ...]:
+    def _key(self, skipped: Skipped, numbers: frozenset[int]) -> Key:
         return skipped, "all" if numbers == self.all else len(numbers)
 
-    def _note(self, numbers: frozenset[int], costs: Mapping[Skipped, float], spent: Spent) -> None:
+    def _note(self, numbers: frozenset[int], costs: Mapping[Skipped, float], spent: SearchCost) -> None:
         records = []
         for skipped, cost in costs.items():
             key = self._key(skipped, numbers)
@@ -199,9 +197,9 @@ class Evaluator:
                 cost = math.inf  # a model that overflows without these is as bad as can be
             self._known[key] = cost, spent
             names = tuple(sorted(skipped))
-            records.append(EvaluationRecord(skipped=names, batches=key[1], cost=cost, **vars(spent)))
-        if self._kept is not None:
-            self._kept.add(*records)
+            records.append(EvaluationRecord(skipped=names, batches=key[1], cost=cost, spent=spent))
+        if self._ledger is not None:
+            self._ledger.add(*records)
 
     def _open(
         self, folder: Path, name: str | None, settings: Provenance | Mapping[str, Any]
@@ -211,18 +209,98 @@ class Evaluator:
             settings,
             objective=self.objective.name,
             calibration=self.objective.digest(),
-            fingerprint=self.anatomy.fingerprint,
+            fingerprint=self.structure.fingerprint,
             dtype=dtype_name(self.model),
             guesses=f"on {WORDS:,} words",
         )
-        kept = Ledger(folder, EvaluationRecord, about, name=name)
-        for line in kept:
-            spent = Spent(line.evaluations, line.executions, line.one_by_one, line.seconds)
-            cost = math.inf if line.cost is None else line.cost
-            self._known[frozenset(line.skipped), line.batches] = cost, spent
-        return kept
+        ledger = Ledger(folder, EvaluationRecord, about, name=name)
+        for line in ledger:
+            cost = line.cost if is_number(line.cost) else math.inf
+            self._known[frozenset(line.skipped), line.batches] = cost, line.spent
+        return ledger
 
 
-def _asked(batch: Batch, hidden: Tensor) -> Tensor:
+class AfterRepair(Evaluator):
+    """The KL that is left of any set of skipped sublayers after a cheap repair; `batches` are as for `repair`.
+
+    The repair is fitted to half of the sequences, at the neighbours of gaps alone, and judged on the others: its stream
+    ends in what the last layer answers there, so that judging costs the head alone. It goes on from where it parts
+    from that of the base set, or from one of the last few. `states_bytes` bounds the streams that are kept for that;
+    the dense model's is kept whole. Raises `UsageError` for fewer than four sequences, and as `Evaluator` does.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        *,
+        states_bytes: int = STATES_BYTES,
+        folder: Path | None = None,
+        settings: Provenance | Any = None,
+    ) -> None:
+        if sum(len(batch) for batch in batches) < 4:
+            raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")
+        about = Provenance.of(settings or {}, after="a cheap repair")
+        rows = [row for batch in batches for row in batch.split(1)]
+        super().__init__(model, kl(rows), states_bytes=states_bytes, folder=folder, settings=about)
+        self._base: Skipped = frozenset()
+        self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
+        self._texts: dict[frozenset[int], Calibration] = {}
+        self._heads: dict[frozenset[int], list[Dense]] = {}
+
+    @property
+    def judged_by(self) -> str:
+        return "kl after a repair"
+
+    def set_prefix(self, base: Skipped) -> None:
+        """Keep the stream of this set's repair: what is asked for next begins like it."""
+        self._base = base
+
+    def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
+        part = numbers if len(numbers) > 1 else frozenset([0, 1])  # one to fit to, one to judge
+        for skipped in sets:
+            start = time.process_time()
+            losses, ran = self._losses(skipped, part)
+            share = len(part) / len(self.all)
+            spent = SearchCost(evaluations=1, executions=ran * share, seconds=time.process_time() - start)
+            self._note(numbers, {skipped: self.objective.total(losses)}, spent)
+
+    @torch.no_grad()
+    def _losses(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[dict[int, list[float]], int]:
+        """Of each sequence that is judged its KL, and how many sublayers ran."""
+        text = self._text(numbers)
+        judged = [place for place, held in enumerate(text.held) if held]
+        if not skipped:
+            return {place: [0.0] for place in judged}, 0
+        repair = self._repair(text, skipped, numbers)
+        found = {}
+        for place, dense in zip(judged, self._heads[numbers]):
+            rows = repair.states[place][:, :-1].flatten(0, 1)
+            found[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
+        return found, repair.ran
+
+    def _repair(self, text: Calibration, skipped: Skipped, numbers: frozenset[int]) -> Repair:
+        others = self._repairs.setdefault(numbers, {})
+        repair = Repair(text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True)
+        repair.run(others=[*others.values()])
+        others[skipped] = repair
+        each = len(repair.steps) * sum(hidden.nbytes for hidden in repair.states)
+        most = min(self._states_bytes // each, LATEST)
+        for old in [one for one in others if one != self._base][: max(len(others) - most, 0)]:
+            del others[old]
+        return repair
+
+    def _text(self, numbers: frozenset[int]) -> Calibration:
+        if numbers not in self._texts:
+            tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
+            text = self._texts[numbers] = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
+            (last,) = text.dense.before(len(text.dense.lines))
+            self._heads[numbers] = [
+                self._scorer.dense(states[:, :-1].flatten(0, 1))[1] for states, held in zip(last, text.held) if held
+            ]
+        return self._texts[numbers]
+
+
+def _judged(batch: Batch, hidden: Tensor) -> Tensor:
     """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
     return hidden[batch.rows.to(hidden.device), batch.columns.to(hidden.device)]

@@ -1,45 +1,47 @@
-"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
+"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan.
+
+A budget for a speedup goes by these times; what is chosen for it is timed (see `choice`), which corrects them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
-from ..measuring.speed import Spread, Timing, compare, machine, speedup
-from ..models.cache import cache_folder, keep
+from ..errors import UsageError, expect
+from ..files import cache_folder, keep
+from ..inputs import read_json
+from ..measuring.speed import compare, machine, speedup
+from ..options import Workload
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..records.plan import Plan
-from ..records.strict_json import read_json
+from ..results.facts import SpeedCheck
 from ..running.skipping import skip
-from ..structure.anatomy import Anatomy, Sublayer, text_config
 from ..structure.locating import locate
+from ..structure.model_structure import ModelStructure, Sublayer, text_config
+from .budget import Budget
+from .space import Space
 
 DECODED = 32  # new tokens that are really decoded where more are asked about
+MOST_ERROR = 0.02  # of the speedup that is asked for: a noisy machine excuses no more
 MOST_CHANGED = 0.1  # how far the dense model's time may be from the kept one before all are measured anew
-MOST_OFF = 0.05  # how far a prediction may be from what is measured
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A prompt of so many tokens, so many new ones, so many sequences at once."""
-
-    prompt: int = 512
-    new: int = 128
-    batch: int = 1
-
-
-@dataclass(frozen=True)
-class Times:
+class SublayerTimes:
     """Milliseconds of a workload: of the dense model, and of each sublayer by name (prefill and all new tokens)."""
 
     workload: Workload
@@ -51,54 +53,39 @@ class Times:
         return max(self.dense_ms - sum(self.sublayer_ms[name] for name in plan.names), self.dense_ms / 1000)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A plan's speedup as it was predicted and as it was measured, in turn with the dense model; `off` relates them."""
-
-    predicted_ms: float
-    measured_ms: float
-    predicted_speedup: float
-    measured_speedup: Spread
-
-    @property
-    def off(self) -> float:
-        return self.predicted_speedup / self.measured_speedup.median - 1
-
-
 def measure_times(
     model: PreTrainedModel,
     workload: Workload,
     *,
-    rounds: int = 5,
     seed: int = 0,
     progress: Progress = silent,
-) -> Times:
-    """What each sublayer takes, by leaving out half of those that are alike, in turn with the dense model.
+) -> SublayerTimes:
+    """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Kept times are used where the
     dense model still takes what it took, to a tenth, in one round; otherwise all are measured anew, with a warning.
     Of more than 32 new tokens 32 are decoded, behind the prompt, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
-    anatomy = locate(model)
+    structure = locate(model)
     about: dict[str, Any] = {
-        "fingerprint": anatomy.fingerprint,
+        "fingerprint": structure.fingerprint,
         "dtype": str(model.dtype),
         "machine": machine(model.device),
     }
-    about |= {"attention": text_config(model)._attn_implementation, "rounds": rounds, **asdict(workload)}
+    about |= {"attention": text_config(model)._attn_implementation, **asdict(workload)}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "times" / f"{key}.json"
-    held = _read(path, about, {part.name for part in anatomy.sublayers})
-    if held and _holds(held, model, workload, seed):
-        return Times(workload, held.dense_ms, held.sublayer_ms)
-    times = _measure(model, workload, _alike(model), rounds, seed, progress)
-    keep(path, _Kept(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
+    stored = _read(path, about, {part.name for part in structure.sublayers})
+    if stored and _holds(stored, model, workload, seed):
+        return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
+    times = _measure(model, workload, seed, progress)
+    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
     return times
 
 
-class _Kept(BaseModel):
-    """Times as they are kept, in milliseconds of the whole workload, and what they are of."""
+class _Stored(BaseModel):
+    """SublayerTimes as they are kept, in milliseconds of the whole workload, and what they are of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -112,107 +99,150 @@ class _Kept(BaseModel):
         return plausible and self.about == about and self.sublayer_ms.keys() == names
 
 
-def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Kept | None:
+def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Stored | None:
     """The times in a file of the cache; None without one, and with a warning where it is damaged."""
     if not path.exists():
         return None
-    try:
-        kept = _Kept.model_validate(read_json(path.read_bytes()))
-    except (OSError, ValueError):
-        kept = None
-    if kept is None or not kept.are(about, names):
-        warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
-        return None
-    return kept
+    with suppress(OSError, ValueError):
+        stored = _Stored.model_validate(read_json(path.read_bytes()))
+        if stored.are(about, names):
+            return stored
+    warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
+    return None
 
 
-def _holds(held: _Kept, model: PreTrainedModel, workload: Workload, seed: int) -> bool:
+def _holds(stored: _Stored, model: PreTrainedModel, workload: Workload, seed: int) -> bool:
     """Whether the dense model takes now what it took; with a warning where it does not."""
-    dense = _compare(model, {"dense": partial(skip, model, Plan())}, workload, 1, seed)["dense"]
-    (now,) = _totals(dense, workload)
-    if abs(now / held.dense_ms - 1) <= MOST_CHANGED:
+    (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]
+    if abs(now / stored.dense_ms - 1) <= MOST_CHANGED:
         return True
     warnings.warn(
-        f"the kept times no longer hold: the dense model took {held.dense_ms:.0f} ms then and takes {now:.0f} ms now; "
-        "they are measured anew",
+        f"the kept times no longer hold: the dense model took {stored.dense_ms:.0f} ms then and takes {now:.0f} ms "
+        "now; they are measured anew",
         stacklevel=3,
     )
     return False
 
 
-def check_times(model: PreTrainedModel, plan: Plan, times: Times, *, rounds: int = 5, seed: int = 0) -> Prediction:
-    """Time `plan` in turn with the dense model, and hold it against what the sublayers' times add up to."""
-    variants = {name: partial(skip, model, one) for name, one in (("dense", Plan()), ("skipped", plan))}
-    found = _compare(model, variants, times.workload, rounds, seed)
-    dense, skipped = (_totals(found[name], times.workload) for name in ("dense", "skipped"))
+def check_times(
+    model: PreTrainedModel, plan: Plan, times: SublayerTimes, *, rounds: int = 5, seed: int = 0
+) -> SpeedCheck:
+    """Time `plan` interleaved with the dense model, and hold it against what the sublayers' times add up to."""
+    took = _compare(model, {"dense": Plan(), "skipped": plan}, replace(times.workload, rounds=rounds), seed)
     predicted = times.predicted_ms(plan)
-    return Prediction(predicted, statistics.median(skipped), times.dense_ms / predicted, speedup(dense, skipped))
-
-
-def _measure(
-    model: PreTrainedModel,
-    workload: Workload,
-    groups: list[list[Sublayer]],
-    rounds: int,
-    seed: int,
-    progress: Progress,
-) -> Times:
-    plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
-    variants: dict[str, Callable[[], Any]] = {"dense": partial(skip, model, Plan())}
-    variants |= {name: partial(skip, model, plan) for name, plan in plans.items() if plan}
-    found = _compare(
-        model, variants, workload, rounds, seed, lambda done, total, _: progress(done, total, "timing the sublayers")
+    return SpeedCheck(
+        predicted_ms=predicted,
+        measured_ms=statistics.median(took["skipped"]),
+        predicted_speedup=times.dense_ms / predicted,
+        measured_speedup=speedup(took["dense"], took["skipped"]),
     )
-    dense = _totals(found["dense"], workload)
+
+
+def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Progress) -> SublayerTimes:
+    groups = _alike(model)
+    plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
+    plans = {"dense": Plan()} | {name: plan for name, plan in plans.items() if plan}
+
+    def tell(done: float, total: float, doing: str) -> None:
+        progress(done, total, "timing the sublayers")
+
+    took = _compare(model, plans, workload, seed, tell)
     each: dict[str, float] = {}
     for number, group in enumerate(groups):
-        plan = plans[str(number)]
         saved = 0.0
-        if plan:
-            without = _totals(found[str(number)], workload)
-            saved = statistics.median(a - b for a, b in zip(dense, without)) / len(plan)
+        if plan := plans.get(str(number)):
+            differences = [dense - without for dense, without in zip(took["dense"], took[str(number)])]
+            saved = statistics.median(differences) / len(plan)
         each |= {part.name: saved for part in group}
-    return Times(workload, statistics.median(dense), each)
+    return SublayerTimes(workload, statistics.median(took["dense"]), each)
 
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     """The sublayers in groups of the same kind, size and window, which take the same time."""
     groups: dict[tuple[Any, ...], list[Sublayer]] = {}
     for part in locate(model).sublayers:
-        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.lends)
+        sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
         groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
     return list(groups.values())
 
 
-def _half(group: list[Sublayer], anatomy: Anatomy) -> Plan:
+def _half(group: list[Sublayer], structure: ModelStructure) -> Plan:
     """The plan that skips every second one of a group; the only attention that counts tokens stays."""
     chosen = [part.index for part in group[::2]]
     if group[0].kind == "mlp":
         return Plan(mlp=chosen)
-    return Plan(chosen[1:] if anatomy.counting.issubset(chosen) else chosen)
+    return Plan(chosen[1:] if structure.counting.issubset(chosen) else chosen)
 
 
 def _compare(
-    model: PreTrainedModel,
-    variants: Mapping[str, Callable[[], Any]],
-    workload: Workload,
-    rounds: int,
-    seed: int,
-    progress: Progress = silent,
-) -> dict[str, Timing]:
-    return compare(
-        model,
-        variants,
-        prompt_tokens=workload.prompt,
-        new_tokens=min(workload.new, DECODED),
-        batch_size=workload.batch,
-        rounds=rounds,
-        seed=seed,
-        progress=progress,
-    )
+    model: PreTrainedModel, plans: Mapping[str, Plan], workload: Workload, seed: int, progress: Progress = silent
+) -> dict[str, list[float]]:
+    """Milliseconds of the whole workload, a round each, without what each of `plans` skips."""
+    tokens = workload.generation_tokens
+    variants = {name: partial(skip, model, plan) for name, plan in plans.items()}
+    decoded = replace(workload, generation_tokens=min(tokens, DECODED))
+    timings = compare(model, variants, decoded, seed=seed, progress=progress)
+    samples = {name: zip(one.prefill_samples_ms, one.decode_samples_ms) for name, one in timings.items()}
+    return {name: [prefill + tokens * decode for prefill, decode in pairs] for name, pairs in samples.items()}
 
 
-def _totals(timing: Timing, workload: Workload) -> list[float]:
-    """Milliseconds of the whole workload, a round each."""
-    pairs = zip(timing.prefill_samples_ms, timing.decode_samples_ms)
-    return [prefill + workload.new * decode for prefill, decode in pairs]
+# --- a budget ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedBudget(Budget):
+    """Milliseconds to save of a workload, by `times`, so that it runs `faster` times as fast."""
+
+    faster: float
+    space: Space
+    times: SublayerTimes
+
+    def reached(self, check: SpeedCheck) -> bool:
+        """Whether what was measured is what was asked for, within its standard error and `MOST_ERROR`."""
+        measured = check.measured_speedup
+        return measured.median + min(measured.error, MOST_ERROR * self.faster) >= self.faster
+
+    def exceeded(self, check: SpeedCheck) -> bool:
+        """Whether what was measured is faster than what was asked for, beyond its standard error and `MOST_ERROR`."""
+        measured = check.measured_speedup
+        return measured.median - max(measured.error, MOST_ERROR * self.faster) > self.faster
+
+    def corrected(self, check: SpeedCheck) -> SpeedBudget | None:
+        """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
+        predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))
+        if not (predicted > 0 and measured > 0):
+            return None
+        scaled = {name: ms * measured / predicted for name, ms in self.times.sublayer_ms.items()}
+        times = replace(self.times, sublayer_ms=scaled)
+        return by_speedup(self.space, times, self.faster) if self.faster <= _fastest(self.space, times) else None
+
+
+def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
+    """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
+    check_faster(faster)
+    if faster > (most := _fastest(space, times)):
+        raise UsageError(
+            f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
+            "choose among more sublayers, or a lower speedup"
+        )
+    w = times.workload
+    described = f"{faster:g}x at prompt {w.prompt_tokens}, {w.generation_tokens} new, batch {w.concurrency}"
+    target = times.dense_ms * (1 - 1 / faster)
+    return SpeedBudget(_saved_by(space, times), target, described, faster=faster, space=space, times=times)
+
+
+def check_faster(faster: float) -> None:
+    """Raise `UsageError` for what is no speedup."""
+    expect(faster, Real, "how many times as fast, a number")
+    if not 1 <= faster < math.inf:
+        raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
+
+
+def _saved_by(space: Space, times: SublayerTimes) -> dict[str, float]:
+    return {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
+
+
+def _fastest(space: Space, times: SublayerTimes) -> float:
+    """How many times as fast the workload is without all that may be skipped."""
+    left = times.dense_ms - sum(_saved_by(space, times).values())
+    return times.dense_ms / left if left > 0 else math.inf

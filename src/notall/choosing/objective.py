@@ -2,7 +2,7 @@
 
 An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
 judged and a function from what is found there to one loss an item (a sequence, or a question). So a new objective is a
-new list of batches.
+new list of batches. Some are the user's own: their prompts with the dense model's answers, a task's training questions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..structure.token_ids import all_checked
+from ..errors import UsageError, nearest, shortened
+from ..models.texts import all_checked, fields, read_file
+from ..plan import Plan
+from ..running.generating import check_positions, greedy, prompt_tokens
+from ..running.skipping import skip
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import TaskShelf
+
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -110,3 +123,196 @@ def _text(ids: Tensor, targets: Tensor | None) -> Batch:
     """Judged by the mean over each sequence, (batch, tokens) token ids, at all places but its last."""
     rows, columns = torch.ones_like(ids[:, 1:]).nonzero(as_tuple=True)
     return Batch({"input_ids": ids}, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets)
+
+
+# --- the user's own ---------------------------------------------------------------------------------------------------
+
+
+def build_objective(
+    wanted: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Tensor],
+    *,
+    prompts: Path | None = None,
+    task_path: Path | TaskShelf | None = None,
+    task_limit: int = 100,
+) -> Objective:
+    """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix: `kl + 0.5*task:NAME`.
+
+    `nll` and `kl` are of `batches`, (batch, tokens) token ids each; `answers` is the KL on the dense model's own
+    answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.
+    """
+
+    def term(weight: float, name: str) -> Objective:
+        if name.startswith("task:"):
+            return task(model, tokenizer, name[5:], task_path, task_limit, weight)
+        if name == "answers" and prompts:
+            return answers(model, tokenizer, read_prompts(prompts), weight)
+        return (nll if name == "nll" else kl)(batches, weight)
+
+    return mix([term(*each) for each in terms_of(wanted, prompts)])
+
+
+def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
+    """The weights and names that `wanted` is a sum of. Raises `UsageError` for others, and where prompts lack."""
+    found = []
+    for word in wanted.split("+"):
+        weight, _, name = (part.strip() for part in word.rpartition("*"))
+        found.append((_weight(weight), name))
+        if name not in ("nll", "kl", "answers") and not name.startswith("task:"):
+            near = nearest(name, ("nll", "kl", "answers"))
+            said = f"there is no objective {shortened(name)!r}{near}"
+            raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
+        if name == "answers" and prompts is None:
+            raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
+    return found
+
+
+def _weight(word: str) -> float:
+    try:
+        weight = float(word or 1)
+    except ValueError:
+        weight = 0.0
+    if weight == 0 or not math.isfinite(weight):
+        raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
+    return weight
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line, or the `prompt` fields of a .jsonl file. Raises `UsageError` where one is none, or all are."""
+    content = read_file(path, "a file of prompts")
+    prompts = fields(path, content, "prompt") if path.suffix == ".jsonl" else [*filter(str.strip, content.split("\n"))]
+    if not prompts:
+        raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
+    if not all(map(str.strip, prompts)):
+        raise UsageError(
+            f"{shortened(path)} holds an empty prompt: write one that says something, or leave its line out"
+        )
+    return prompts
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    weight: float = 1.0,
+    new_tokens: int = 48,
+) -> Objective:
+    """KL(dense || skipped), the mean over the tokens of the dense model's own greedy answers, by prompt.
+
+    Raises `UsageError` for a prompt without tokens, and for more tokens than the model has positions.
+    """
+    rows, starts = [], []
+    for prompt in prompts:
+        ids = prompt_tokens(tokenizer, prompt)
+        check_positions(model, len(ids), new_tokens)
+        with skip(model, Plan()):
+            (said,) = greedy(model, torch.tensor([ids]), new_tokens)
+        rows.append(ids + said)
+        starts.append(len(ids))
+    made = []
+    for numbers in _together([len(row) for row in rows]):
+        spans = [range(starts[n] - 1, len(rows[n]) - 1) for n in numbers]  # the places that predict the answer's tokens
+        inputs = _padded([rows[n] for n in numbers], model.device)
+        made.append(Batch(inputs, *_places(spans), _means(list(map(len, spans)))))
+    return Objective((Term("answers", tuple(made), weight),))
+
+
+def task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    task_path: Path | TaskShelf | None = None,
+    limit: int = 100,
+    weight: float = 1.0,
+) -> Objective:
+    """Minus the margin of the gold answer, in nats, on the first `limit` questions of a task's training split.
+
+    The margin is the gold answer's log-likelihood less that of the best other one, without examples. The questions and
+    their encoding are lm-evaluation-harness's. Raises `UsageError` for a task without training questions or choices.
+    """
+    from ..evaluation.harness import PlansLM
+    from ..evaluation.tasks import TaskShelf
+
+    if limit < 1:
+        raise UsageError(f"{limit} training questions of {name} make no objective: give 1 or more")
+    shelf = TaskShelf.of(task_path)
+    (name,) = shelf.names([name])
+    (harness_task,) = shelf.build(name, 0, 1).tasks.values()
+    questions = _questions(harness_task, name, limit)
+    encode = PlansLM(model, tokenizer, [])._encode_pair
+    encoded = [[encode(*pair) for pair in pairs] for pairs, _ in questions]
+    sizes = [len(pairs) * max(len(a) + len(b) for a, b in pairs) for pairs in encoded]
+    made = []
+    for numbers in _together(sizes):
+        rows = [(n, *pair) for n in numbers for pair in encoded[n]]
+        inputs = _padded([context + answer for _, context, answer in rows], model.device)
+        owners = [numbers.index(n) for n, *_ in rows]
+        spans = [range(len(context) - 1, len(context) + len(answer) - 1) for _, context, answer in rows]
+        margins = _margins(owners, list(map(len, spans)), [questions[n][1] for n in numbers])
+        targets = torch.tensor([token for *_, answer in rows for token in answer])
+        made.append(Batch(inputs, *_places(spans), margins, targets))
+    return Objective((Term(f"task:{name}", tuple(made), weight),))
+
+
+def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tuple[str, str]], int]]:
+    """For each question its (context, answer) pairs, and which of them is gold."""
+    if harness_task.OUTPUT_TYPE != "multiple_choice" or not harness_task.has_training_docs():
+        raise UsageError(f"{name} has no training questions with answers to choose from: take another task")
+    found = []
+    for doc in list(harness_task.training_docs())[:limit]:
+        doc = harness_task._process_doc(doc)
+        context = harness_task.fewshot_context(doc, num_fewshot=0)
+        requests = harness_task.construct_requests(doc, context, metadata=(name, 0, 1))
+        choices = len(harness_task.doc_to_choice(doc))
+        gold = harness_task.doc_to_text(doc) if harness_task.multiple_input else harness_task.doc_to_target(doc)
+        if isinstance(gold, int) and 0 <= gold < choices > 1:
+            found.append(([request.args for request in requests[:choices]], gold))
+    if not found:
+        raise UsageError(f"no training question of {name} has one right answer: take another task")
+    return found
+
+
+def _margins(owners: Sequence[int], lengths: list[int], golds: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """From NLLs, (tokens,), of answers of so many tokens, each to the question `owners` says: minus each's margin."""
+
+    def items(values: Tensor) -> Tensor:
+        likely: list[list[Tensor]] = [[] for _ in golds]
+        for owner, answer in zip(owners, values.split(lengths)):
+            likely[owner].append(-answer.sum())
+        margins = [
+            values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max() for values, gold in zip(likely, golds)
+        ]
+        return -torch.stack(margins)
+
+    return items
+
+
+def _means(lengths: list[int]) -> Callable[[Tensor], Tensor]:
+    return lambda values: torch.stack([answer.mean() for answer in values.split(lengths)])
+
+
+def _places(spans: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """The rows and columns, (places,) each, of a span of columns a row."""
+    rows = [row for row, span in enumerate(spans) for _ in span]
+    return torch.tensor(rows), torch.tensor([column for span in spans for column in span])
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Padded on the right, where a causal model does not see it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _together(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of items in their order, cut so that each part has about `TOKENS_AT_ONCE` tokens."""
+    bounds, held = [0], 0
+    for number, size in enumerate(sizes):
+        if held and held + size > TOKENS_AT_ONCE:
+            bounds.append(number)
+            held = 0
+        held += size
+    return [list(range(start, end)) for start, end in pairwise([*bounds, len(sizes)])]

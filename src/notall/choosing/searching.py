@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..progress import Progress, Stages, silent
-from .budget import Budget, runs
+from .budget import Budget, contiguous_runs
 from .evaluator import Evaluator
 from .space import Skipped, Space, Unit, names_in
 
@@ -30,11 +30,10 @@ Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What the search found, what the objective is with it and was without, and whether it had the time it wanted.
 
-    `order` is as in `criteria.Chosen`; `path` holds each set on the way, with its cost, before the refinement and after
-    it.
+    `order` is as in `criteria.Choice`.
     """
 
     skipped: Skipped
@@ -42,7 +41,6 @@ class Found:
     cost: float
     dense_cost: float
     complete: bool
-    path: tuple[tuple[Skipped, float], ...]
 
 
 def search(
@@ -55,7 +53,7 @@ def search(
     patience: int = PATIENCE,
     late: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
-) -> Found:
+) -> SearchResult:
     """The set of `space` that meets `budget` and raises the objective least, as far as this search sees.
 
     `cheap` scores order the first round; the refinement ends after swaps worth `patience` evaluations of the text that
@@ -82,8 +80,7 @@ def search(
         looking.settle(patience)
     progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     cost = evaluator.cost(looking.skipped)
-    path = (*looking.path, (looking.skipped, cost))
-    return Found(looking.skipped, tuple(looking.order), cost, looking.dense, not late(), path)
+    return SearchResult(looking.skipped, tuple(looking.order), cost, looking.dense, not late())
 
 
 def _spaces(space: Space) -> list[Space]:
@@ -112,7 +109,6 @@ class _Search:
         self.cheap, self.screened = cheap, screened
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
-        self.path: list[tuple[Skipped, float]] = []
         self.dense = self.cost = evaluator.cost(self.skipped)
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
@@ -122,7 +118,7 @@ class _Search:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
         if not units or self.late():
             return
-        self.evaluator.stand_on(self.skipped)
+        self.evaluator.set_prefix(self.skipped)
         for unit in sorted(units, key=self._cheap):
             if self.late():
                 return
@@ -136,8 +132,8 @@ class _Search:
 
     def start_from_a_run(self, patience: int) -> None:
         """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
-        self.evaluator.stand_on(frozenset())
-        asked = runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
+        self.evaluator.set_prefix(frozenset())
+        asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
         guesses = {run: self._on_a_part(names_in(run)) for run in asked if not self.late()}
         if not guesses or self.late():
             return
@@ -156,7 +152,7 @@ class _Search:
 
     def go_on_from(self, other: _Search) -> None:
         self.skipped, self.cost = other.skipped, other.cost
-        self.order, self.path = [*other.order], [*other.path]
+        self.order = [*other.order]
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -168,9 +164,8 @@ class _Search:
             self.cost += self.rises.get(unit, 0.0)
             self.skipped = self.skipped.union(unit)
             self.order.append(unit)
-            self.path.append((self.skipped, self.cost))
             if not self.budget.met(self.skipped):
-                self.guess(self.space.beside(unit, self.skipped))
+                self.guess(self.space.neighbours(unit, self.skipped))
         return self.skipped != before
 
     def refine(self, patience: int) -> bool:
@@ -181,7 +176,7 @@ class _Search:
         before, spent, tried = self.cost, 0.0, {self.skipped}
         guesses: dict[Swap, float] = {}
         self.falls = {}
-        self.evaluator.stand_on(self.skipped)
+        self.evaluator.set_prefix(self.skipped)
         while spent < patience and not self.late():
             known = len(guesses)
             self._look(guesses, tried)
@@ -212,7 +207,7 @@ class _Search:
 
     def _next(self) -> Unit | None:
         """The unit that is worth most, known on top of what is skipped now; a guess when it is late."""
-        self.evaluator.stand_on(self.skipped)
+        self.evaluator.set_prefix(self.skipped)
         moves, fresh = self.moves(self.skipped), set()
         while moves:
             best = min(moves, key=self._rate)
@@ -250,7 +245,7 @@ class _Search:
         self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
         kept = (tuple(name for name in before if name not in back) for before in self.order)
         self.order = [*filter(None, kept), unit]
-        self.evaluator.stand_on(self.skipped)
+        self.evaluator.set_prefix(self.skipped)
 
     def _on_a_part(self, skipped: Skipped) -> float:
         """How much more than what is skipped now it costs, on a part of the text."""

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from ..errors import UsageError, expect, nearest, shortened
-from ..records.plan import Plan
+from ..plan import Plan
 from ..running.regrouping import is_portable
-from ..structure.anatomy import Anatomy
+from ..structure.model_structure import ModelStructure
 
 UnitKind = Literal["attention", "mlp", "block", "period", "sublayer"]
 Unit = tuple[str, ...]  # names of sublayers that are skipped together, such as ("attn.3",), in the model's order
@@ -31,27 +31,27 @@ class Space:
     length, so they are skipped in pairs that follow each other (see `regrouping.is_portable`).
     """
 
-    anatomy: Anatomy = field(repr=False)
+    structure: ModelStructure = field(repr=False)
     kind: str = "sublayer"
     portable: bool = False
     keep_first: int = 0
     keep_last: int = 0
 
     def __post_init__(self) -> None:
-        expect(self.anatomy, Anatomy, "the anatomy of a model: notall.locate(model)")
-        known = (*UNIT_KINDS, *self.anatomy.mixers)
+        expect(self.structure, ModelStructure, "the structure of a model: notall.locate(model)")
+        known = (*UNIT_KINDS, *self.structure.mixers)
         if self.kind not in known:
             near = nearest(self.kind, known)
             raise UsageError(f"cannot choose among {shortened(repr(self.kind))}{near}: give one of {', '.join(known)}")
-        if self.kind == "period" and self.anatomy.period < 2:
-            alike = "are all alike" if self.anatomy.period else "do not come again in a period"
-            raise UsageError(f"the layers of {self.anatomy.model_type} {alike}: choose among blocks")
-        if self.portable and self.kind not in ("sublayer", *WHOLE) and self.anatomy.by_halves:
+        if self.kind == "period" and self.structure.period < 2:
+            alike = "are all alike" if self.structure.period else "do not come again in a period"
+            raise UsageError(f"the layers of {self.structure.model_type} {alike}: choose among blocks")
+        if self.portable and self.kind not in ("sublayer", *WHOLE) and self.structure.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
-        if self.portable and self.anatomy.seated:
+        if self.portable and self.structure.in_place:
             raise UsageError(
-                f"no set is portable: layers of {self.anatomy.model_type} depend on each other, and keep their places; "
-                "choose without --portable"
+                f"no set is portable: layers of {self.structure.model_type} depend on each other, and keep their "
+                "places; choose among attention, mlp or block instead of portable"
             )
         if not self.names:
             raise UsageError("every layer is preserved: keep fewer of the first and last layers")
@@ -67,21 +67,21 @@ class Space:
     @property
     def by_pairs(self) -> bool:
         """Whether sublayers go two by two, so that an ordinary checkpoint is left."""
-        return self.portable and self.kind == "sublayer" and self.anatomy.by_halves
+        return self.portable and self.kind == "sublayer" and self.structure.by_halves
 
     @cached_property
     def order(self) -> dict[str, int]:
         """Every sublayer of the model, by name, with its place."""
-        return {part.name: place for place, part in enumerate(self.anatomy.sublayers)}
+        return {part.name: place for place, part in enumerate(self.structure.sublayers)}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The sublayers that may be skipped, in the model's order."""
-        inner = range(self.keep_first, len(self.anatomy.blocks) - self.keep_last)
+        inner = range(self.keep_first, len(self.structure.blocks) - self.keep_last)
         all_kinds = self.kind in ("sublayer", *WHOLE)
         return tuple(
             part.name
-            for part in self.anatomy.sublayers
+            for part in self.structure.sublayers
             if part.index in inner and (all_kinds or self.kind in (part.kind, part.mixer))
         )
 
@@ -90,14 +90,14 @@ class Space:
         """What scores are given to: a sublayer each, the two of a block, or those of the layers of a period."""
         if self.kind not in WHOLE:
             return tuple((name,) for name in self.names)
-        whole = [tuple(part.name for part in block.sublayers) for block in self.anatomy.blocks]
+        whole = [tuple(part.name for part in block.sublayers) for block in self.structure.blocks]
         runs = (whole[first : first + self.length] for first in range(len(whole) - self.length + 1))
         return tuple(unit for run in runs if set(unit := sum(run, ())) <= set(self.names))
 
     @property
     def length(self) -> int:
         """Of a unit of whole layers, how many it has. Units of several overlap."""
-        return self.anatomy.period if self.kind == "period" else 1
+        return self.structure.period if self.kind == "period" else 1
 
     @property
     def most(self) -> int:
@@ -113,7 +113,7 @@ class Space:
         free = [unit for unit in self.units if not skipped.intersection(unit)]
         return [unit for unit in free if self.allows(skipped.union(unit))]
 
-    def beside(self, unit: Unit, skipped: Skipped) -> list[Unit]:
+    def neighbours(self, unit: Unit, skipped: Skipped) -> list[Unit]:
         """The moves that skip the nearest sublayer that is left before `unit`, or after it."""
         places = [self.order[name] for name in unit]
         left = [name for name in self.names if name not in skipped]
@@ -133,22 +133,22 @@ class Space:
 
     def allows(self, skipped: Skipped) -> bool:
         """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model or whole periods."""
-        if skipped.issuperset(f"attn.{index}" for index in self.anatomy.counting):
+        if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
-        if self.kind == "period" and not self.anatomy.keeps_period(self._kept(skipped)):
+        if self.kind == "period" and not self.structure.keeps_period(self._kept(skipped)):
             return False
-        return not self.portable or is_portable(self.anatomy, self.plan(skipped))
+        return not self.portable or is_portable(self.structure, self.plan(skipped))
 
     def _kept(self, skipped: Skipped) -> list[int]:
         """The layers that lose nothing."""
-        return [block.index for block in self.anatomy.blocks if skipped.isdisjoint(p.name for p in block.sublayers)]
+        return [block.index for block in self.structure.blocks if skipped.isdisjoint(p.name for p in block.sublayers)]
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=self.order.__getitem__)
 
     def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
         """The plan that skips the sublayers of these names."""
-        return plan_of(skipped, self.anatomy.fingerprint, note)
+        return plan_of(skipped, self.structure.fingerprint, note)
 
 
 def names_in(units: Iterable[Unit]) -> Skipped:

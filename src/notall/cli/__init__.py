@@ -16,10 +16,25 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import UsageError, nearest, shortened
-from ..reporting.extras import EXTRAS
-from ..reporting.printable import print_in_any_encoding, printable
-from . import choosing, drafting, exporting, front, inspecting, measuring, paper, repairing, reporting  # noqa: F401  (they add their commands)
+from ..extras import EXTRAS
+from ..results.printable import print_in_any_encoding, printable
+from . import (  # noqa: F401  (they add their commands)
+    bench,
+    compare,
+    draft,
+    evaluate,
+    export,
+    inspect,
+    paper,
+    pareto,
+    repair,
+    report,
+    search,
+    sweep,
+    tasks,
+)
 from .app import Interrupted, app
+from .chatter import drop_chatter
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.
 MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
@@ -28,6 +43,7 @@ MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2; interrupted, 130."""
     print_in_any_encoding()
+    drop_chatter()
     try:
         with _termination_raises(), _warnings_in_a_line():
             sys.exit(app(prog_name="notall", standalone_mode=False))

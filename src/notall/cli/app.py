@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
-from ..reporting.progress_bars import working
+from ..results.progress_bars import working
+from .spread import spread
 
 # How `notall --help` groups the commands, in this order.
 PANELS = LOOK, CHOOSE, REPAIR, MEASURE, SHOW, TAKE = (
@@ -80,6 +82,18 @@ app = typer.Typer(
     "130 interrupted. "
     "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )
+
+
+def command(
+    panel: str, *, example: str, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function whose parameters are options, or dataclasses of them, as a command."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(name=name, cls=OnRay, rich_help_panel=panel, epilog=f"Example:  {example}")(spread(function))
+        return function
+
+    return add
 
 
 def _version(wanted: bool) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UsageError, shortened
-from ..records.answers import AnswersRecord
-from ..records.ledger import Ledger, read
-from ..records.plan import Plan
+from ..plan import Plan
+from ..results.evaluations import AnswersRecord
+from ..results.ledger import Ledger
 
 A = TypeVar("A")
 Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
@@ -29,10 +29,10 @@ class Answers:
         self.origin = origin
         self.names = [_digest(*plan.identity) for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
-        self._held: dict[str, dict[str, Answer]] = {}
-        self._kept = Ledger(folder, AnswersRecord) if folder else None
-        for record in read(self._kept.path, AnswersRecord) if self._kept is not None else ():
-            self._hold(record.plans, record.answers)
+        self._known: dict[str, dict[str, Answer]] = {}
+        self._ledger = Ledger(folder, AnswersRecord) if folder else None
+        for record in self._ledger or ():
+            self._note(record.plans, record.answers)
 
     def key(self, *request: Any) -> str:
         """A request's name, the same in every run."""
@@ -40,16 +40,16 @@ class Answers:
 
     def get(self, key: str, number: int, form: type[A]) -> A:
         """Raises `UsageError` where the file has something of another form."""
-        answer = self._held[key][self.names[number]]
+        answer = self._known[key][self.names[number]]
         if not isinstance(answer, form):
-            where = self._kept.path if self._kept is not None else "what was answered"
+            where = self._ledger.path if self._ledger is not None else "what was answered"
             raise UsageError(
                 f"{where} has {shortened(repr(answer))} where an answer should be; delete the file, and ask again"
             )
         return answer
 
     def has(self, key: str, number: int) -> bool:
-        return self.names[number] in self._held.get(key, ())
+        return self.names[number] in self._known.get(key, ())
 
     def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
         """The distinct keys whose answers are not all there, by the plans that lack them: of equal ones, the first."""
@@ -62,15 +62,15 @@ class Answers:
 
     def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Answer]]) -> None:
         """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
-        names = [self.names[number] for number in numbers]
-        if self._kept is not None:
-            said = {key: tuple(map(_plain, values)) for key, values in answers.items()}
-            self._kept.add(AnswersRecord(plans=tuple(names), answers=said))
-        self._hold(names, answers)
+        names = tuple(self.names[number] for number in numbers)
+        if self._ledger is not None:
+            plain = {key: tuple(map(_plain, values)) for key, values in answers.items()}
+            self._ledger.add(AnswersRecord(plans=names, answers=plain))
+        self._note(names, answers)
 
-    def _hold(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:
+    def _note(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:
         for key, values in answers.items():
-            self._held.setdefault(key, {}).update(zip(names, map(_restored, values)))
+            self._known.setdefault(key, {}).update(zip(names, map(_restored, values)))
 
 
 def _plain(value: Any) -> Any:
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Answer:
-    """As the harness expects it: JSON has no tuples, and null for what is no number."""
+    """As the harness expects it: null for what is no number."""
     if isinstance(value, list | tuple):
         return (math.nan if value[0] is None else value[0], value[1])
     return math.nan if value is None else value

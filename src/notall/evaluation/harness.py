@@ -12,27 +12,28 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, raised_by
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..records.ledger import working_in
-from ..records.plan import Plan
+from ..results.facts import TaskScore
+from ..results.ledger import working_in
 from ..running.skipping import skip
 from .answers import Answers
-from .scoring import Request, Scorer
+from .scoring import Request, Scorer, unless_out_of_memory
 
 try:
     from lm_eval.api.instance import Instance
@@ -41,7 +42,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from .tasks import Job, Limits, TaskShelf, no_bars
+    from .tasks import Job, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
@@ -54,7 +55,7 @@ BOOTSTRAP_ROUNDS = 1000  # for the errors of metrics that are no means
 
 
 @dataclass(frozen=True)
-class Document:
+class Sample:
     """What one plan made of one document: its value of the metric, and the answers to its requests.
 
     An answer is (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a text.
@@ -70,56 +71,16 @@ class Document:
 class TaskResult:
     """One plan on one task by one metric, beside the dense model on the same documents.
 
-    `value` and `stderr` are the harness's own (nan where it has none); `delta` is value less dense value, with its
-    standard error over paired documents, and `p_value` is of no difference: McNemar's exact test where the metric is
-    right or wrong, else by the normal distribution. `metric` is the harness's metric,filter.
+    The p value is McNemar's exact test where the metric is right or wrong, else by the normal distribution.
     """
 
-    task: str
-    metric: str
     number: int  # of the plan, in the order given
     plan: Plan
-    num_fewshot: int
-    value: float
-    stderr: float
-    delta: float
-    delta_stderr: float
-    p_value: float
-    higher_is_better: bool | None
-    documents: tuple[Document, ...]
+    score: TaskScore
+    samples: tuple[Sample, ...]  # one a document
 
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plans: Sequence[Plan],
-    tasks: Sequence[str],
-    *,
-    num_fewshot: int | None = None,
-    limit: int | Limits | None = None,
-    task_path: str | Path | TaskShelf | None = None,
-    batch_size: int | Literal["auto"] = "auto",
-    folder: Path | None = None,
-    truncate: bool = False,
-    progress: Progress = silent,
-) -> list[TaskResult]:
-    """Evaluate each of `plans` on each of `tasks` (names of the harness, or `openllm`): task by task, plan by plan.
-
-    The tasks of the leaderboard come with its number of examples and its metric, others with what they say, unless
-    `num_fewshot` is given. `limit` is in documents a task, or by task. Answers are kept in `folder`, so that a run that
-    was killed goes on. Requests longer than the model's context raise `UsageError` before anything is computed, or
-    lose tokens on the left, as in the harness, with `truncate`.
-
-    Raises `UsageError` for an unknown task, data that can't be read, a plan that does not fit, a full disk, a
-    folder that another process works in.
-    """
-    limits = limit if isinstance(limit, Limits) else Limits(limit)
-    jobs = TaskShelf.of(task_path).jobs(tasks, num_fewshot, limits)
-    how: dict[str, Any] = {"batch_size": batch_size, "folder": folder, "truncate": truncate, "progress": progress}
-    return run_jobs(model, tokenizer, plans, jobs, **how)
-
-
-def run_jobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plans: Sequence[Plan],
@@ -130,17 +91,14 @@ def run_jobs(
     truncate: bool = False,
     progress: Progress = silent,
 ) -> list[TaskResult]:
-    """`run_tasks` of tasks whose requests are built. All of them are checked before any is computed."""
+    """Evaluate each of `plans` on each of `jobs`, which `TaskShelf.jobs` builds: task by task, plan by plan.
+
+    Answers are kept in `folder`, so that a run that was killed goes on. Requests longer than the model's context raise
+    `UsageError` before anything is computed, or lose tokens on the left, as in the harness, with `truncate`. Raises
+    `UsageError` for a plan that does not fit, a full disk, a folder that another process works in.
+    """
     with working_in(folder, "eval") if folder else nullcontext():
-        lm = PlansLM(
-            model,
-            tokenizer,
-            plans,
-            folder,
-            batch_size=batch_size,
-            truncate=truncate,
-            progress=progress,
-        )
+        lm = PlansLM(model, tokenizer, plans, folder, batch_size=batch_size, truncate=truncate, progress=progress)
         for job in jobs:
             lm.check(job)
         return [result for job in jobs for result in evaluate_job(lm, job)]
@@ -151,7 +109,7 @@ def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     outcomes = []
     with quiet(), no_bars():
         for number in range(len(lm.plans)):
-            lm.answer_as(number, job.name)
+            lm.number, lm.task = number, job.name
             with raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
                 outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS))
     return [
@@ -188,30 +146,21 @@ class PlansLM(HFLM):
             self.scorer = workers.scorer(self.scorer)
         self.answers = Answers(folder, origin(model, tokenizer), self.plans)
         self.truncate, self.progress = truncate, progress
-        self.number, self.task = 0, ""
+        self.number, self.task = 0, ""  # the plan to answer as, and of which task, for people
         self.running: tuple[int, ...] = ()  # the plans that what is being computed is for
         self.before = self.of = 0  # requests answered before what is being computed, of how many
 
-    def answer_as(self, number: int, task: str) -> None:
-        """From now on answer as the plan `number`; `task` is for whoever watches the progress."""
-        self.number, self.task = number, task
-
     def check(self, job: Job) -> None:
         """Raise `UsageError` where the model's context is too short for a request of `job`."""
-        self.answer_as(0, job.name)
-        asked: dict[str, list[Instance]] = {"loglikelihood": [], "generate_until": []}
-        for task in job.tasks.values():
-            for request in task.instances:
-                asked.setdefault(request.request_type, []).append(request)
-        lengths = [len(self.tok_encode("".join(request.args))) for request in asked["loglikelihood"]]
-        self._check_fit(lengths, self.max_length + 1)
-        self._room_to_generate(asked["generate_until"])
+        self.task = job.name
+        requests = [request for task in job.tasks.values() for request in task.instances]
+        self._check_texts(request for request in requests if request.request_type == "loglikelihood")
+        self._room_to_generate([request for request in requests if request.request_type == "generate_until"])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         keys = [self.answers.key("loglikelihood", *request.args) for request in requests]
         lacking = {name for names in self.answers.lacking(keys).values() for name in names}
-        texts = ["".join(request.args) for key, request in zip(keys, requests) if key in lacking]
-        self._check_fit([len(self.tok_encode(text)) for text in texts], self.max_length + 1)
+        self._check_texts(request for key, request in zip(keys, requests) if key in lacking)
         for chunk in self._missing(keys, requests, CHUNK):
             super().loglikelihood(chunk, disable_tqdm=True)
         return [self.answers.get(key, self.number, tuple) for key in keys]
@@ -232,7 +181,7 @@ class PlansLM(HFLM):
             while waiting:
                 self._report(self.number * len(keys) + len(keys) - len(waiting), len(keys) * len(self.plans))
                 chunk = waiting[: self.scorer.fitting(width, len(waiting))]
-                texts = self._generate([request for _, request in chunk])
+                texts = unless_out_of_memory(partial(self._generate, [request for _, request in chunk]))
                 if texts is None:
                     self.scorer.shrink(len(chunk), width)
                     continue
@@ -241,14 +190,9 @@ class PlansLM(HFLM):
         self._report((self.number + 1) * len(keys), len(keys) * len(self.plans))
         return [self.answers.get(key, self.number, str) for key in keys]
 
-    def _generate(self, requests: list[Instance]) -> list[str] | None:
-        """What the live model says, or None when it takes more memory than there is."""
-        try:
-            return super().generate_until(requests, disable_tqdm=True)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-        return None
+    def _generate(self, requests: list[Instance]) -> list[str]:
+        """What the live model says."""
+        return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
@@ -321,6 +265,10 @@ class PlansLM(HFLM):
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)
 
+    def _check_texts(self, requests: Iterable[Instance]) -> None:
+        """That a context and its continuation fit; the last token is only predicted."""
+        self._check_fit([len(self.tok_encode("".join(request.args))) for request in requests], self.max_length + 1)
+
     def _check_fit(self, lengths: Sequence[int], most: int) -> None:
         too_long = sum(length > most for length in lengths)
         if too_long and not self.truncate:
@@ -355,49 +303,51 @@ def _results(
     job: Job, row: str, leaves: list[str], number: int, plan: Plan, outcome: dict[str, Any], dense: dict[str, Any]
 ) -> Iterator[TaskResult]:
     """A result for each metric to report of a row, which is a task or a group of tasks."""
-    figures, dense_figures = outcome["results"][row], dense["results"][row]
+    figures = outcome["results"][row]
     for metric, value in figures.items():
         name, _, kind = metric.partition(",")
         if not kind or name.endswith("_stderr") or job.metric not in (None, metric):
             continue
-        documents, base = _documents(outcome, leaves, metric), _documents(dense, leaves, metric)
-        delta = value - dense_figures[metric]
-        error = _paired_error(job, documents, base, name, delta)
-        yield TaskResult(
+        samples, base = _samples(outcome, leaves, metric), _samples(dense, leaves, metric)
+        delta = value - dense["results"][row][metric]
+        delta_se = _paired_error(job, samples, base, name, delta)
+        value_se = figures.get(f"{name}_stderr,{kind}")
+        values = [sample.value for sample in samples]
+        score = TaskScore(
             task=row,
             metric=metric,
-            number=number,
-            plan=plan,
             num_fewshot=outcome["n-shot"][leaves[0]],  # a group of groups has none of its own
+            documents=len(samples),
             value=float(value),
-            stderr=_number(figures.get(f"{name}_stderr,{kind}")),
+            value_se=float(value_se) if isinstance(value_se, int | float) else math.nan,
             delta=float(delta),
-            delta_stderr=error,
-            p_value=_p_value(documents, base, delta, error),
+            delta_se=delta_se,
+            p_value=_p_value(samples, base, delta, delta_se),
             higher_is_better=outcome["higher_is_better"].get(row, {}).get(name),
-            documents=documents,
+            values=tuple(map(float, values)) if all(isinstance(one, int | float) for one in values) else None,
         )
+        yield TaskResult(number, plan, score, samples)
 
 
-def _documents(outcome: dict[str, Any], leaves: list[str], metric: str) -> tuple[Document, ...]:
+def _samples(outcome: dict[str, Any], leaves: list[str], metric: str) -> tuple[Sample, ...]:
     name, _, kind = metric.partition(",")
     return tuple(
-        Document(leaf, sample["doc_id"], sample[name], tuple(answer for answer, *_ in sample["resps"]))
+        Sample(leaf, sample["doc_id"], sample[name], tuple(answer for answer, *_ in sample["resps"]))
         for leaf in leaves
         for sample in outcome["samples"][leaf]
         if sample["filter"] == kind and name in sample
     )
 
 
-def _paired_error(job: Job, documents: Sequence[Document], base: Sequence[Document], name: str, delta: float) -> float:
+def _paired_error(job: Job, samples: Sequence[Sample], base: Sequence[Sample], name: str, delta: float) -> float:
     """The standard error of `delta`: of paired differences where it is their mean, else by leaving documents out."""
-    if all(isinstance(document.value, int | float) for document in (*documents, *base)):
-        average, error = mean_and_error([ours.value - theirs.value for ours, theirs in zip(documents, base)])
+    if all(isinstance(sample.value, int | float) for sample in (*samples, *base)):
+        average, error = mean_and_error([ours.value - theirs.value for ours, theirs in zip(samples, base)])
         if math.isclose(average, delta, abs_tol=1e-9):
             return error
     errors = []
-    for task in dict.fromkeys(document.task for document in documents):
-        pairs = [(d.value, b.value) for d, b in zip(documents, base) if d.task == task]
+    for task in dict.fromkeys(sample.task for sample in samples):
+        pairs = [(ours.value, theirs.value) for ours, theirs in zip(samples, base) if ours.task == task]
         aggregate = job.tasks[task].aggregation().get(name, mean)
 
         def difference(kept: Sequence[Any], aggregate: Callable[[list[Any]], float] = aggregate) -> float:
@@ -408,12 +358,6 @@ def _paired_error(job: Job, documents: Sequence[Document], base: Sequence[Docume
     return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)  # a group's plain mean over its tasks
 
 
-def _p_value(documents: Sequence[Document], base: Sequence[Document], delta: float, error: float) -> float:
-    values = [document.value for document in documents], [document.value for document in base]
-    if all(value in (0, 1) for value in (*values[0], *values[1])):
-        return mcnemar(*values)
-    return normal_p_value(delta, error)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _p_value(samples: Sequence[Sample], base: Sequence[Sample], delta: float, error: float) -> float:
+    ours, theirs = ([sample.value for sample in some] for some in (samples, base))
+    return mcnemar(ours, theirs) if all(value in (0, 1) for value in (*ours, *theirs)) else normal_p_value(delta, error)

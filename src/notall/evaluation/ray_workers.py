@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
 from ..measuring.quality import Scores, score
-from ..records.plan import Plan
-from ..running.cluster import join, ray, room
+from ..plan import Plan
+from ..running.cluster import Pool, joined
 from ..running.replay import live_steps
-from ..structure.anatomy import Anatomy
+from ..structure.model_structure import ModelStructure
 from .packing import common
 from .scoring import Request, RequestScores, Scorer
 
 SLICE = 256  # requests that are answered before anything is kept
 
-Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
-
 
 class Workers:
     """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
 
-    `address` is as in `cluster.join`. There are `count` workers, or as many as the GPUs allow at `gpus` each, or
+    `address` is as in `cluster.joined`. There are `count` workers, or as many as the GPUs allow at `gpus` each, or
     without GPUs as many as half of the CPUs. Raises `UsageError` when no cluster is there, when it has no room, and
     when a worker can't load the model.
     """
@@ -39,33 +37,30 @@ class Workers:
     def __init__(
         self,
         load_options: Mapping[str, Any],
-        anatomy: Anatomy,
+        structure: ModelStructure,
         address: str = "local",
         *,
         count: int | None = None,
         gpus: int = 1,
     ) -> None:
-        self.anatomy = anatomy
-        self.started = join(address)
-        most, has_gpus = room(gpus)
-        remote = ray.remote(num_cpus=1, num_gpus=gpus if has_gpus else 0)(_Worker)
-        self.actors: list[Any] = [remote.remote(dict(load_options)) for _ in range(count or most)]
-        self.processes = self._processes()
+        self.structure = structure
+        with ExitStack() as stack:
+            stack.enter_context(joined(address))
+            self.pool = Pool(_Worker, load_options, count, gpus)
+            stack.callback(self.pool.close)
+            self.held = stack.pop_all()
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-        if self.started:
-            ray.shutdown()
+        self.held.close()
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
         """As `quality.score`: scores of the dense model, then of each plan, on one batch of token ids."""
         groups = self.split(plans)
         tasks = [("score", ([plans[number] for number in group], tokens.cpu())) for group in groups]
-        answers = self.run(tasks)
+        answers = self.pool.run(tasks)
         found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
@@ -78,7 +73,7 @@ class Workers:
         tasks = [("score_requests", (some, list(requests), batch_size)) for some in chosen]
         order = [number for group in groups for number in group]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-        likely, greedy = zip(*self.run(tasks))
+        likely, greedy = zip(*self.pool.run(tasks))
         return RequestScores(list(range(len(requests))), torch.cat(likely)[back], torch.cat(greedy)[back])
 
     def scorer(self, here: Scorer) -> SpreadScorer:
@@ -87,43 +82,7 @@ class Workers:
 
     def split(self, plans: Sequence[Plan]) -> list[list[int]]:
         """The numbers of `plans` in groups of about equal work, one a worker, of plans that share their beginnings."""
-        return split_branches(self.anatomy, plans, len(self.actors))
-
-    def run(self, tasks: Sequence[Task]) -> list[Any]:
-        """The answers to `tasks`, in order; what a lost worker was doing goes to another one, once."""
-        waiting = list(enumerate(tasks))[::-1]
-        tried = [0] * len(tasks)
-        running: dict[Any, tuple[int, Any]] = {}
-        answers: dict[int, Any] = {}
-        idle = list(self.actors)
-        while waiting or running:
-            while waiting and idle:
-                number, (method, arguments) = waiting.pop()
-                actor = idle.pop()
-                tried[number] += 1
-                running[getattr(actor, method).remote(*arguments)] = (number, actor)
-            if not running:
-                raise UsageError("every worker is lost; look at the cluster's logs and start again: nothing is lost")
-            (ready, *_), _ = ray.wait(list(running))
-            number, actor = running.pop(ready)
-            try:
-                answers[number] = ray.get(ready)
-                idle.append(actor)
-            except ray.exceptions.RayActorError:
-                self.actors.remove(actor)
-                if tried[number] > 1:
-                    raise UsageError("two workers were lost on the same branches; look at the cluster's logs") from None
-                waiting.append((number, tasks[number]))
-        return [answers[number] for number in range(len(tasks))]
-
-    def _processes(self) -> list[int]:
-        """Of the workers, once each has its model."""
-        try:
-            return ray.get([actor.ready.remote() for actor in self.actors], timeout=1800)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            said = " ".join(str(cause).split())[-300:]
-            raise UsageError(f"a worker could not load the model: {said}") from None
+        return split_branches(self.structure, plans, len(self.pool.actors))
 
 
 @dataclass
@@ -148,13 +107,13 @@ class SpreadScorer:
         self.here.shrink(rows, width)
 
 
-def split_branches(anatomy: Anatomy, plans: Sequence[Plan], parts: int) -> list[list[int]]:
+def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int) -> list[list[int]]:
     """The numbers of `plans` in at most `parts` groups of plans that share as much as they can.
 
     Plans are put in the order in which a walk through their tree meets them, and cut so that the largest group has as
     little work, sublayers and heads, as cutting that order allows: the first plan of a group pays for its whole path.
     """
-    paths = [tuple(part.name for _, live in live_steps(anatomy, plan) for part in live) for plan in plans]
+    paths = [tuple(part.name for _, live in live_steps(structure, plan) for part in live) for plan in plans]
     order = sorted(range(len(plans)), key=paths.__getitem__)
     most = max(map(len, paths)) + 1
     while len(groups := _filled(order, paths, most)) > parts:
@@ -180,8 +139,8 @@ def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -
 class _Worker:
     """What runs on a machine of the cluster."""
 
-    def __init__(self, load_options: dict[str, Any]) -> None:
-        from ..running.opening import load
+    def __init__(self, **load_options: Any) -> None:
+        from ..models.loading import load
 
         self.model, _ = load(**load_options)
         self.scorers: dict[Any, Scorer] = {}

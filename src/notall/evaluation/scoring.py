@@ -10,9 +10,10 @@ import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -21,9 +22,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError
 from ..measuring.token_scores import TokenScorer
-from ..records.plan import Plan
+from ..plan import Plan
 from ..running.replay import Replay, record
-from ..structure.anatomy import base_model, positions_of, text_config
+from ..structure.model_structure import base_model, positions_of, text_config
 from .packing import Pack, inputs_of, packed, plain
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
@@ -31,6 +32,7 @@ MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take any mask
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a mask of one's own knows nothing of these
 EXACT = (torch.float32, torch.float64)
 
+T = TypeVar("T")
 Sequences = dict[tuple[int, ...], list[int]]  # a sequence: the requests about it
 
 
@@ -65,7 +67,7 @@ class Scorer:
         self.most_packs = math.inf if batch_size == "auto" else batch_size
         self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192) if batch_size == "auto" else math.inf
         config = text_config(self.model)
-        takes_positions = "position_ids" in _parameters(self.model)
+        takes_positions = "position_ids" in inspect.signature(type(self.model).forward).parameters
         self.packs = takes_positions and config._attn_implementation in MASKED_ATTENTION
         # Some models have buffers as long as their context, so a pack must not be longer.
         self.context = positions_of(self.model)
@@ -87,7 +89,7 @@ class Scorer:
         waiting = deque(sorted(self._arrange(about, requests), key=len, reverse=True))
         while waiting:
             batch = [waiting.popleft() for _ in range(self.fitting(len(waiting[0]), len(waiting)))]
-            scores = self._attempt(replay, batch, about, requests)
+            scores = unless_out_of_memory(partial(self._run, replay, batch, about, requests))
             if scores is None:
                 waiting.extendleft(reversed(self._smaller(batch)))
             else:
@@ -116,17 +118,6 @@ class Scorer:
             return list(plain(batch[0].paths))
         self.shrink(len(batch), len(batch[0]))
         return batch
-
-    def _attempt(
-        self, replay: Replay, batch: list[Pack], about: Sequences, requests: Sequence[Request]
-    ) -> RequestScores | None:
-        """The scores of a batch, or None when it does not fit into memory."""
-        try:
-            return self._run(replay, batch, about, requests)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-        return None
 
     def _arrange(self, about: Sequences, requests: Sequence[Request]) -> list[Pack]:
         """All sequences in packs: of several where that is seen to change nothing, of one where it is not."""
@@ -171,8 +162,8 @@ class Scorer:
         missed = torch.empty_like(likely)
         with torch.inference_mode():
             for plans, hidden in replay.hidden_states(record(self.model, **inputs)):
-                asked = hidden[rows.to(hidden.device), columns.to(hidden.device)]
-                scores = self.token_scorer.score(asked, targets, likeliest=True)
+                judged = hidden[rows.to(hidden.device), columns.to(hidden.device)]
+                scores = self.token_scorer.score(judged, targets, likeliest=True)
                 likely[plans], missed[plans] = (
                     torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owners, values)
                     for values in (-scores.nll.cpu().double(), (scores.likeliest.cpu() != targets).double())
@@ -180,13 +171,19 @@ class Scorer:
         return RequestScores(numbers, likely, missed == 0)
 
 
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """What `work` answers, or None when it takes more memory than there is."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    return None
+
+
 def tolerance(dtype: torch.dtype, tokens: int) -> float:
     """By how many nats an answer of so many tokens may differ between two batches: what rounding makes of it."""
     return max(1e-4, 1e-5 * tokens) if dtype in EXACT else max(0.3, 0.1 * tokens)
-
-
-def _parameters(model: PreTrainedModel) -> Collection[str]:
-    return inspect.signature(type(model).forward).parameters
 
 
 def _longest_path(pack: Pack) -> int:

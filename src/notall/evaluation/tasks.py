@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from ..errors import UsageError, nearest, shortened
 from ..models.load_errors import quiet
-from ..records.columns import Row
+from ..results.facts import NamedTasks
 
 UNREACHED = re.compile("Couldn't reach|OfflineMode|ConnectionError|Connection error|Max retries|offline mode", re.I)
 
@@ -57,8 +57,8 @@ class Limits:
 
     def __init__(self, most: int | None = None, by_task: Mapping[str, int] | None = None) -> None:
         self.most, self.by_task = most, dict(by_task or {})
-        for count in (*self.by_task.values(), *([] if most is None else [most])):
-            if count < 1:
+        for count in (*self.by_task.values(), most):
+            if count is not None and count < 1:
                 raise UsageError(f"limit {count} leaves no document; give a number from 1, or none for all")
 
     @classmethod
@@ -78,13 +78,10 @@ class Limits:
     def check(self, tasks: Sequence[str]) -> None:
         """Raise `UsageError` for a limit of what is none of `tasks`."""
         known = {*tasks, *map(stock_name, tasks)}
-        for name in self.by_task:
+        for name, count in self.by_task.items():
             if name not in known:
-                near = nearest(name, sorted(known))
-                told = shortened(", ".join(tasks))
-                raise UsageError(
-                    f"--limit {shortened(name)}={self.by_task[name]} is of no task that is run{near}: {told}"
-                )
+                near = f"{nearest(name, sorted(known))}: {shortened(', '.join(tasks))}"
+                raise UsageError(f"--limit {shortened(name)}={count} is of no task that is run{near}")
 
     def of(self, task: str) -> int | None:
         """The limit of `task`; a group's holds for each of its tasks."""
@@ -122,10 +119,11 @@ class TaskShelf:
     """The tasks that the harness knows, with those of the folder `task_path`, whose names come first."""
 
     def __init__(self, task_path: str | Path | None = None) -> None:
+        give = "give a folder with the harness's YAML files"
         if task_path and not Path(task_path).is_dir():
-            raise UsageError(f"no task folder {task_path}: give a folder with the harness's YAML files")
+            raise UsageError(f"no task folder {task_path}: {give}")
         if task_path and not any(Path(task_path).rglob("*.yaml")):
-            raise UsageError(f"{shortened(task_path)} holds no task: give a folder with the harness's YAML files")
+            raise UsageError(f"{shortened(task_path)} holds no task: {give}")
         with quiet():
             self.manager = TaskManager(include_path=str(task_path) if task_path else None)
 
@@ -142,9 +140,11 @@ class TaskShelf:
         """
         found: list[str] = []
         for name in wanted:
-            found += map(self._local, [b.task for b in OPENLLM] if name == "openllm" else [name])
+            found += [b.task for b in OPENLLM] if name == "openllm" else [name]
+        known = self.manager.task_index
+        found = [f"local_{name}" if f"local_{name}" in known else name for name in found]
         for name in found:
-            if name not in self.manager.task_index:
+            if name not in known:
                 near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
                 hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
                 raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
@@ -152,26 +152,22 @@ class TaskShelf:
             raise UsageError("no task is named; give openllm, or names of the harness's tasks")
         return list(dict.fromkeys(found))
 
-    def listed(self, word: str = "") -> list[Row]:
+    def listed(self, word: str = "") -> list[NamedTasks]:
         """Each name that holds `word`, or all of openllm: whether it is a task or several, and the leaderboard's shots.
 
         Raises `UsageError` where there is none.
         """
-        shown = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
-        every = {"openllm": "group"} | {name: self._kind(name) for name in self.manager.all_tasks}
-        found = [name for name in every if word.lower() in name.lower()]
+        shots = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
+        kinds = {name: str(self.manager.task_index[name].kind.name).lower() for name in self.manager.all_tasks}
+        kinds = {"openllm": "group"} | {name: kind.removeprefix("py_") for name, kind in kinds.items()}
+        found = [name for name in kinds if word.lower() in name.lower()]
         if word == "openllm":
-            found = ["openllm", *filter(every.__contains__, shown)]
+            found = ["openllm", *filter(kinds.__contains__, shots)]
+        if not found:
+            near = nearest(word, [*kinds])
+            raise UsageError(f"no task's name holds {shortened(word)!r}{near}: give a shorter word, or none")
         found.sort(key=lambda name: not name.lower().startswith(word.lower()))  # these are more likely meant
-        rows = [{"task": name, "kind": every[name], "num_fewshot": shown.get(stock_name(name))} for name in found]
-        if not rows:
-            raise UsageError(
-                f"no task's name holds {shortened(word)!r}{nearest(word, [*every])}: give a shorter word, or none"
-            )
-        return rows
-
-    def _kind(self, name: str) -> str:
-        return str(self.manager.task_index[name].kind.name).lower().removeprefix("py_")
+        return [NamedTasks(task=name, kind=kinds[name], num_fewshot=shots.get(stock_name(name))) for name in found]
 
     def build(self, name: str, num_fewshot: int | None = None, limit: int | None = None) -> Job:
         """Load a task's data and build its requests, with the leaderboard's number of examples unless one is given.
@@ -181,8 +177,10 @@ class TaskShelf:
         benchmark = next((b for b in OPENLLM if b.task == stock_name(name)), None)
         if num_fewshot is None and benchmark:
             num_fewshot = benchmark.num_fewshot
-        _seed()
-        with quiet(), no_bars(), uncounted():
+        random.seed(DEFAULT_RANDOM_SEED)  # as the harness does: some tasks draw their documents or choices
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        with quiet(), no_bars():
             try:
                 loaded = self.manager.load([name])
                 for task in loaded["tasks"].values():
@@ -195,16 +193,6 @@ class TaskShelf:
         """Every task that is wanted, its data loaded and its requests built. Raises as `names` and `build` do."""
         check_fewshot(num_fewshot)
         return [self.build(name, num_fewshot, limits.of(name)) for name in self.names(wanted)]
-
-    def _local(self, name: str) -> str:
-        return f"local_{name}" if f"local_{name}" in self.manager.task_index else name
-
-
-def _seed() -> None:
-    """As the harness does before it loads tasks: some draw their documents or choices."""
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
 def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
@@ -224,26 +212,20 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
 
 
 @contextmanager
-def uncounted() -> Iterator[None]:
-    """Without telling the hub what is read: datasets has it count each time that even a local file is."""
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of the harness and of datasets, and without telling the hub what is read.
+
+    Such bars would be in the way of our own, and datasets has the hub count each time that even a local file is read.
+    """
+    hidden, bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda things, **_: things
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars of the harness and of datasets, which would be in the way of our own."""
-    hidden, bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = lambda things, **_: things
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = bar, counted
         if not hidden:
             datasets.enable_progress_bars()
 

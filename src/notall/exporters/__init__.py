@@ -2,31 +2,86 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..models.names import hub_id, named_gguf
-from ..models.paths import expanded
+from ..inputs import Settings
+from ..plan import Plan
+from ..plugins import class_named
 from ..progress import Progress, silent
-from ..records.plan import Plan
-from .writing import appearing, check_absent, check_room
+from .folder import appearing, check_absent, check_room
+from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .dense import DenseModel
-
-Target = Literal["hf", "nemotron-nas", "gguf"]
+# By name; imported when they are used.
+TARGETS = {
+    "hf": "notall.exporters.hf:HFExport",
+    "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
+    "gguf": "notall.exporters.gguf:GGUFExport",
+}
+GROUP = "notall.targets"  # of entry points
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
+
+
+@dataclass(frozen=True)
+class Source:
+    """The dense model of an export, as `export` takes it; `dtype` is that of the written weights, None for theirs."""
+
+    model: PreTrainedModel | str | Path
+    tokenizer: PreTrainedTokenizerBase | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str | None = None
+
+
+class Export(ABC):
+    """A model without what `plan` skips in the form of one target, before it is written."""
+
+    plan: Plan
+    origin: Origin
+    form: str  # the model type that is written
+    use: str  # how to run it, for people
+    dense_bytes: int  # of weights
+    written_bytes: int
+
+    @classmethod
+    @abstractmethod
+    def prepared(cls, source: Source, plan: Plan) -> AbstractContextManager[Export]:
+        """Work it out, with no weights in memory. Raises `UsageError` where the target cannot express the plan."""
+
+    @abstractmethod
+    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        """Write the files into an empty folder, of several about `shard_bytes` each."""
+
+    @abstractmethod
+    def verify(self, folder: Path) -> Verdict:
+        """Run what was written; raise `UsageError` where it answers differently from the skipped model."""
+
+    @property
+    def manifest(self) -> Settings:
+        return manifest_of(self.origin, self.plan, self.form)
+
+
+def target_named(name: str) -> type[Export]:
+    """The target of this name: of `TARGETS`, of an installed package, or `module:Class`.
+
+    Raises `UsageError` where there is none.
+    """
+    return class_named(name, TARGETS, GROUP, "export target", Export)  # type: ignore[type-abstract]
 
 
 def export(
     model: PreTrainedModel | str | Path,
     plan: Plan,
-    target: Target,
+    target: str,
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -41,45 +96,31 @@ def export(
 ) -> Path:
     """Write `model` without the sublayers of `plan` as files for the engines of `target`; returns the folder `out`.
 
-    `model` is what `notall.load` takes, or a live model with its `tokenizer`. Weights are copied file to file, so that
-    memory is needed for `verify` alone, which runs the dense and the written model, one at a time, and compares them.
+    `model` is what `notall.load` takes, or a live model with its `tokenizer`. `target` is "hf", "nemotron-nas" or
+    "gguf". Weights are copied from file to file, one shard at a time; `verify` needs memory for the dense and for the
+    written model, which it runs, one at a time, and compares.
     `dtype` (float32, bfloat16, float16) is that of the written weights; without one they keep theirs, and those of a
     GGUF file, which have no such dtype, become bfloat16.
     `measured` goes into the model card as a table. `out` appears whole or not at all.
     Raises `UsageError` for a plan of another model, one that keeps matrices at run time, a folder that exists,
-    damaged or unreadable files, a target that cannot hold the plan, a full disk, and a written model that answers
+    damaged or unreadable files, a target that cannot express the plan, a full disk, and a written model that answers
     differently.
     """
-    if type(plan) is not Plan:  # what looks at a repaired plan imports torch
+    if type(plan) is not Plan:  # the module of repaired plans imports torch
         from ..running.repaired import refuse_maps
 
         refuse_maps(plan)
+    kind, source = target_named(target), Source(model, tokenizer, revision, trust_remote_code, dtype)
     out = Path(out)
-    with appearing(out) as folder:
-        if target == "gguf":
-            _refuse_dtype(dtype)
-            from .gguf import export_gguf
-
-            export_gguf(_gguf(model), plan, folder, measured=measured, check=verify, progress=progress)
-        elif target in ("hf", "nemotron-nas"):
-            from ..models.loading import named_dtype
-            from ..running.repaired import RepairedPlan
-            from .dense import opened
-            from .hf import export_hf
-            from .nemotron_nas import export_nemotron_nas
-
-            dtype = _asked_dtype(model, dtype)
-            if dtype:
-                named_dtype(dtype)  # refused before a model is fetched
-            write = export_hf if target == "hf" else export_nemotron_nas
-            with opened(model, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code) as dense:
-                plan.check(dense.anatomy)
-                if isinstance(plan, RepairedPlan):
-                    dense = dense.with_weights(plan.weights)
-                dense = _in_dtype(dense, dtype)
-                write(dense, plan, folder, shard_bytes=shard_bytes, measured=measured, check=verify, progress=progress)
-        else:
-            raise UsageError(f"cannot export to {target!r}: choose hf, nemotron-nas or gguf")
+    with appearing(out) as folder, kind.prepared(source, plan) as prepared:
+        check_room(folder, prepared.written_bytes)
+        prepared.write(folder, shard_bytes, progress)
+        verdict: Verdict = TURNED_OFF
+        if verify:
+            progress(0, 1, "comparing with the skipped model")
+            verdict = prepared.verify(folder)
+        weights = {"dense": prepared.dense_bytes, "written": prepared.written_bytes}
+        describe(folder, prepared.manifest, prepared.origin.card, prepared.use, verdict, weights, measured)
     if push_to_hub:
         _push(out, push_to_hub)
     return out
@@ -88,7 +129,7 @@ def export(
 def check_export(
     model: str | Path,
     plan: Plan,
-    target: Target,
+    target: str,
     out: Path,
     *,
     revision: str | None = None,
@@ -97,47 +138,9 @@ def check_export(
 ) -> None:
     """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
     check_absent(out)
-    if target == "gguf":
-        from .gguf import cut
-        from .gguf_file import read_gguf
-        from .gguf_file import total_bytes as gguf_bytes
-
-        _refuse_dtype(dtype)
-        check_room(out, gguf_bytes(cut(read_gguf(_gguf(model)), plan)[1]))
-        return
-    from . import hf, nemotron_nas
-    from .dense import opened
-    from .tensors import total_bytes
-
-    prepared: Any = hf.prepared if target == "hf" else nemotron_nas.prepared
-    with opened(model, revision=revision, trust_remote_code=trust_remote_code) as dense:
-        plan.check(dense.anatomy)
-        check_room(out, total_bytes(prepared(_in_dtype(dense, _asked_dtype(model, dtype)), plan)[1]))
-
-
-def _refuse_dtype(dtype: str | None) -> None:
-    if dtype:
-        raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
-
-
-def _asked_dtype(model: Any, dtype: str | None) -> str | None:
-    return UNPACKED if dtype is None and isinstance(model, str | Path) and named_gguf(model) else dtype
-
-
-def _in_dtype(dense: DenseModel, dtype: str | None) -> DenseModel:
-    from ..models.loading import named_dtype
-
-    return dense.in_dtype(named_dtype(dtype)) if dtype else dense
-
-
-def _gguf(model: Any) -> Path:
-    """The GGUF file to rewrite."""
-    if isinstance(model, str | Path):
-        if path := named_gguf(model):
-            return path
-        if not expanded(model).exists():
-            hub_id(model)
-    raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
+    source = Source(model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
+    with target_named(target).prepared(source, plan) as prepared:
+        check_room(out, prepared.written_bytes)
 
 
 def _push(folder: Path, repository: str) -> None:
@@ -148,11 +151,8 @@ def _push(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
+        said = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(
-            f"{folder} is written, but {repository} did not take it ({_first_line(error)}); "
+            f"{folder} is written, but {repository} did not take it ({said}); "
             f"try again with `hf upload {repository} {folder}`"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,16 +1,20 @@
-"""The dense model as files: its config, and where each sublayer's tensors lie. No weight is loaded."""
+"""The dense model as files: its config, and where each sublayer's tensors lie; and exports of it as such files.
+
+No weight is loaded before it is written.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,18 +22,25 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
-from ..models.folders import ADAPTER, named_weights, own_file, refuse_adapter
+from ..files import ADAPTER, named_weights, own_file, refuse_adapter
+from ..inputs import Settings
 from ..models.load_errors import explained, quiet
-from ..models.loading import build_empty, identify, load_config, model_source, reader_of
+from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
+from ..models.names import named_gguf
 from ..models.quantisation import quantisation_of
-from ..records.strict_json import Settings
-from ..running.opening import refuse_export
+from ..plan import Plan
+from ..progress import Progress
+from ..running.repaired import RepairedPlan
 from ..running.skipping import is_skipping
-from ..structure.anatomy import Anatomy, Sublayer, base_model
 from ..structure.locating import locate
+from ..structure.model_structure import ModelStructure, Sublayer, base_model
+from . import UNPACKED, Export, Source
+from .folder import companions, copy_companions
 from .manifest import Origin
-from .tensors import FLOATS, CastTensor, LiveTensor, StoredTensor, read_notes, total_bytes
-from .weights import Tensors, check_tensors, read_tensors
+from .tensors import FLOATS, Weights, check_tensors, read_notes, read_tensors, total_bytes, weight_files, write_shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
@@ -46,22 +57,11 @@ class DenseModel:
     settings: Settings
     config: PretrainedConfig
     empty: PreTrainedModel  # on the meta device
-    anatomy: Anatomy
-    tensors: Tensors
+    structure: ModelStructure
+    tensors: Weights
     origin: Origin
     trusted: bool  # whether the model's own code may be run
     dtype: torch.dtype | None = None  # another than the files'
-
-    @property
-    def text(self) -> PretrainedConfig:
-        """The config of the text part: `config` itself where there is no other."""
-        return self.config.get_text_config(decoder=True)
-
-    def text_settings(self, settings: Settings) -> Settings:
-        """The part of `settings` that describes the text part: all of them where they tell no parts."""
-        parts = (name for name in self.config.sub_configs if getattr(self.config, name, None) is self.text)
-        own = settings.get(next(parts, ""))
-        return own if isinstance(own, dict) else settings
 
     @property
     def reader(self) -> Any:
@@ -69,35 +69,28 @@ class DenseModel:
         return reader_of(self.config)
 
     @property
-    def own_bytes(self) -> int:
-        """What the tensors weigh in the files."""
-        return total_bytes({name: getattr(tensor, "source", tensor) for name, tensor in self.tensors.items()})
-
-    @property
     def quantisation(self) -> Settings | None:
         """The settings of quantised weights, as config.json words them; None where they are plain."""
-        told = quantisation_of(self.config)
-        return told and self.settings.get("quantization_config", told)
+        found = quantisation_of(self.config)
+        return found and self.settings.get("quantization_config", found)
 
     @cached_property
     def notes(self) -> dict[str, str]:
-        """What the headers of the files say beside their tensors."""
-        files = sorted({tensor.file for tensor in self.tensors.values() if isinstance(tensor, StoredTensor)})
-        return {name: note for file in files for name, note in read_notes(file).items()}
+        """What the headers of the files hold beyond their tensors."""
+        return read_notes(weight_files(self.folder / self.origin.weights))
 
     @cached_property
     def prefix(self) -> str:
         """What the names of layer tensors begin with, in the files: such as `model.layers.`."""
-        last = self.anatomy.layers.rpartition(".")[2]
+        last = self.structure.layers.rpartition(".")[2]
         found: dict[str, set[int]] = {}
         for name in self.tensors:
             if match := re.match(rf"((?:.*?\.)?{re.escape(last)}\.)(\d+)\.", name):
                 found.setdefault(match[1], set()).add(int(match[2]))
-        depth = len(self.anatomy.blocks)
+        depth = len(self.structure.blocks)
         whole = [prefix for prefix, numbers in found.items() if numbers >= set(range(depth))]
-        if len(whole) > 1:  # beside a stack of layers that see, say
-            alike = max(map(self._alike, whole))
-            whole = [prefix for prefix in whole if self._alike(prefix) == alike]
+        alike = max(map(self._alike, whole), default=0)  # another may be a stack of layers that see, say
+        whole = [prefix for prefix in whole if self._alike(prefix) == alike]
         if len(whole) != 1:
             raise UsageError(
                 f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}, "
@@ -107,34 +100,56 @@ class DenseModel:
 
     def _alike(self, prefix: str) -> int:
         """How many tensors of the first layer after `prefix` are of the model's first layer, by name and shape."""
-        layer = self.empty.get_submodule(f"{self.anatomy.layers}.0")
+        layer = self.empty.get_submodule(f"{self.structure.layers}.0")
         stored = {name: tensor.shape for name, tensor in self.tensors.items() if name.startswith(f"{prefix}0.")}
         return sum(stored.get(f"{prefix}0.{name}") == weight.shape for name, weight in layer.named_parameters())
 
     @cached_property
-    def outside_layers(self) -> Tensors:
+    def outside_layers(self) -> Weights:
         """Embeddings, final norm, head: what every plan keeps."""
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(self.prefix)}
 
     @cached_property
-    def _layers(self) -> list[Tensors]:
+    def layers(self) -> list[Weights]:
         """The tensors of each layer, by their names below it."""
-        layers: list[Tensors] = [{} for _ in self.anatomy.blocks]
+        layers: list[Weights] = [{} for _ in self.structure.blocks]
         for name, tensor in self.tensors.items():
             number, _, rest = name.removeprefix(self.prefix).partition(".")
             if name.startswith(self.prefix) and int(number) < len(layers):
                 layers[int(number)][rest] = tensor
         return layers
 
-    def block(self, index: int) -> Tensors:
-        """The tensors of both sublayers of a layer, by their names below it."""
-        return self._layers[index]
-
-    def parts(self, sublayer: Sublayer) -> Tensors:
+    def parts(self, sublayer: Sublayer) -> Weights:
         """The tensors of one sublayer, by their names below its layer. Raises `UsageError` where names do not tell."""
-        owner, scaled_by = self._owners(sublayer.index), self.anatomy.blocks[sublayer.index].scaled_by
-        held = self._layers[sublayer.index]
-        return {name: tensor for name, tensor in held.items() if name != scaled_by and owner(name) == sublayer.kind}
+        index, scaled_by = sublayer.index, self.structure.blocks[sublayer.index].scaled_by
+        owners = {name: self._owner(index, name) for name in self.layers[index] if name != scaled_by}
+        return {name: self.layers[index][name] for name, kind in owners.items() if kind == sublayer.kind}
+
+    def _owner(self, index: int, name: str) -> str:
+        """The kind of the sublayer that a tensor of layer `index` is of.
+
+        A name may be nobody's, where transformers renames on loading (Mixtral's block_sparse_moe). It is then that
+        sublayer's of whose own modules one is in no file.
+        """
+        layer, parts = (
+            self.empty.get_submodule(f"{self.structure.layers}.{index}"),
+            self.structure.blocks[index].sublayers,
+        )
+        for part in parts:
+            if any(name.startswith(f"{module}.") for module in part.modules):
+                return part.kind
+
+        def is_absent(module: str) -> bool:
+            weighs = any(True for _ in layer.get_submodule(module).parameters())
+            return weighs and not any(name.startswith(f"{module}.") for name in self.layers[index])
+
+        absent = [part.kind for part in parts if any(map(is_absent, part.modules))]
+        if len(absent) != 1:
+            raise UsageError(
+                f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
+                "transformers renames it on loading; skip whole blocks"
+            )
+        return absent[0]
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
         """With these values of parameters, by their paths in the model, in the dtypes of the files.
@@ -143,14 +158,14 @@ class DenseModel:
         """
         tensors = dict(self.tensors)
         for path, weight in weights.items():
-            name = self.prefix + path.removeprefix(f"{self.anatomy.layers}.")
+            name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
             if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
                 raise UsageError(
                     f"the files of {self.origin.model} do not hold {path} as the model does (it is renamed, fused or "
                     "quantised there), so that its repaired weights cannot be written; export the plan unrepaired"
                 )
-            tensors[name] = LiveTensor(stored.dtype, stored.shape, weight.detach().cpu().to(FLOATS[stored.dtype]))
+            tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
     def in_dtype(self, dtype: torch.dtype) -> DenseModel:
@@ -159,67 +174,80 @@ class DenseModel:
             raise UsageError(f"{self.origin.model} is quantised, so that no dtype can be chosen; leave --dtype out")
         name = next(name for name, ours in FLOATS.items() if ours == dtype)
         tensors = {
-            path: CastTensor(name, tensor)
-            if tensor.dtype in FLOATS and tensor.dtype != name and not isinstance(tensor, CastTensor)
-            else tensor
+            path: tensor.cast(name) if tensor.dtype in FLOATS and tensor.dtype != name else tensor
             for path, tensor in self.tensors.items()
         }
         says = "torch_dtype" if "torch_dtype" in self.settings else "dtype"
         settings = {**self.settings, says: str(dtype).removeprefix("torch.")}
         return replace(self, tensors=tensors, settings=settings, dtype=dtype)
 
-    def _owners(self, index: int) -> Any:
-        """A function from the name of a tensor of layer `index` to the kind of the sublayer that it is of.
 
-        A name may be nobody's, where transformers renames on loading (Mixtral's block_sparse_moe). It is then that
-        sublayer's of whose own modules one is in no file.
-        """
-        block, held = self.anatomy.blocks[index], self._layers[index]
-        layer = self.empty.get_submodule(f"{self.anatomy.layers}.{index}")
+class CheckpointExport(Export):
+    """An export as a folder of safetensors, with config.json and what goes along with the weights.
 
-        def is_absent(module: str) -> bool:
-            weighs = any(True for _ in layer.get_submodule(module).parameters())
-            return weighs and not any(name.startswith(module + ".") for name in held)
+    `settings` are config.json, and `tensors` the weights by their new names; `files` are texts by the names of the
+    files that they are written to, and `notes` go into the headers of the weights.
+    """
 
-        parts = block.sublayers
-        absent = [part.kind for part in parts if any(is_absent(module) for module in part.modules)]
+    def __init__(
+        self,
+        dense: DenseModel,
+        plan: Plan,
+        settings: Settings,
+        tensors: Weights,
+        use: str,
+        files: Mapping[str, str],
+        notes: Mapping[str, str],
+    ) -> None:
+        self.dense, self.plan, self.origin = dense, plan, dense.origin
+        self.settings, self.tensors, self.use, self.files, self.notes = settings, tensors, use, files, notes
+        self.form = settings["model_type"]
+        self.dense_bytes, self.written_bytes = total_bytes(dense.tensors), total_bytes(tensors)
+        self.companions = companions(dense.folder, code=dense.trusted)
 
-        def owner(name: str) -> str:
-            for part in parts:
-                if any(name.startswith(module + ".") for module in part.modules):
-                    return part.kind
-            if len(absent) != 1:
-                raise UsageError(
-                    f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
-                    "transformers renames it on loading; skip whole blocks"
-                )
-            return absent[0]
+    @classmethod
+    @abstractmethod
+    def of(cls, dense: DenseModel, plan: Plan) -> Self:
+        """Raises `UsageError` where the target cannot express the plan."""
 
-        return owner
+    @classmethod
+    @contextmanager
+    def prepared(cls, source: Source, plan: Plan) -> Iterator[Self]:
+        is_gguf = isinstance(source.model, str | Path) and named_gguf(source.model)
+        dtype = source.dtype or (UNPACKED if is_gguf else None)
+        if dtype:
+            named_dtype(dtype)  # refused before a model is fetched
+        with opened(source) as dense:
+            plan.check(dense.structure)
+            if isinstance(plan, RepairedPlan):
+                dense = dense.with_weights(plan.weights)
+            yield cls.of(dense.in_dtype(named_dtype(dtype)) if dtype else dense, plan)
+
+    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        config = json.dumps(self.settings, indent=2) + "\n"
+        for name, text in {**self.files, "config.json": config}.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
+        copy_companions(self.companions, folder)
 
 
 @contextmanager
-def opened(
-    model: PreTrainedModel | str | Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Iterator[DenseModel]:
-    """The dense model of a spec as files, fetched if it is a hub id; a live model is saved to a scratch folder first.
+def opened(source: Source) -> Iterator[DenseModel]:
+    """The dense model as files, fetched if it is a hub id; a live model is saved to a scratch folder first.
 
     Raises `UsageError` when the model is unknown, out of reach, damaged or not in safetensors files.
     """
+    model, revision = source.model, source.revision
     if not isinstance(model, str | Path):
         with tempfile.TemporaryDirectory(prefix="notall-") as scratch:
-            identity = _save(base_model(model), tokenizer, Path(scratch))
-            yield _read(Path(scratch), identity, trust_remote_code)
+            identity = _save(base_model(model), source.tokenizer, Path(scratch))
+            yield _read(Path(scratch), identity, source.trust_remote_code)
         return
-    source = model_source(model, revision)
-    if not isinstance(source, Path):
-        with explained(source):
-            source = Path(snapshot_download(source, revision=revision, ignore_patterns=[*OTHER_WEIGHTS]))
-    yield _read(source, identify(model, revision=revision), trust_remote_code)
+    folder = model_source(model, revision)
+    if not isinstance(folder, Path):
+        with explained(folder):
+            folder = Path(snapshot_download(folder, revision=revision, ignore_patterns=[*OTHER_WEIGHTS]))
+    yield _read(folder, identify(model, revision=revision), source.trust_remote_code)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> dict[str, str]:
@@ -241,8 +269,8 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     config = load_config(folder, trust_remote_code=trust_remote_code)
     weights, tensors = read_tensors(folder, named_weights(name, config))
     model = build_empty(config)
-    anatomy = locate(model)
-    if not anatomy.cuttable:
+    structure = locate(model)
+    if not structure.cuttable:
         raise UsageError(
             f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint; keep the "
             "dense checkpoint with the plan file, and skip in memory"
@@ -250,12 +278,12 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     check_tensors(name, model, tensors)
     origin = Origin(
         **identity,
-        layers=len(anatomy.blocks),
-        fingerprint=anatomy.fingerprint,
+        layers=len(structure.blocks),
+        fingerprint=structure.fingerprint,
         weights=weights,
         card=own_file(folder, "README.md"),
     )
-    return DenseModel(folder, settings, config, model, anatomy, tensors, origin, trust_remote_code)
+    return DenseModel(folder, settings, config, model, structure, tensors, origin, trust_remote_code)
 
 
 def _settings(folder: Path) -> Settings:

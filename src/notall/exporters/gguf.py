@@ -8,35 +8,36 @@ a layer, without a setting in the file, cannot be carried over, and is refused w
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, quant_shape_to_byte_shape
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFValueType, get_tensor_name_map
+from gguf.quants import quantize
 
+from ..digests import digest_of_file
+from ..engines.llamacpp import LlamaCpp, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
-from ..models.cache import sha256
-from ..progress import Progress, silent
-from ..records.fingerprint import Fingerprint
-from ..records.plan import Plan
-from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup, sparse_layers
-from . import llamacpp
-from .gguf_file import BLOCK, GGUF, Field, GGUFTensor, read_gguf, total_bytes, write_gguf
-from .gguf_weights import with_weights
-from .manifest import (
-    TURNED_OFF,
-    NotVerified,
-    Origin,
-    Verdict,
-    Verified,
-    WeightBytes,
-    describe,
-    manifest_of,
-)
-from .writing import check_room
+from ..files import expanded
+from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
+from ..models.names import hub_id, named_gguf
+from ..plan import Fingerprint, Plan
+from ..progress import Progress
+from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup
+from . import Export, Source
+from .deci import deci
+from .manifest import NotVerified, Origin, Verdict, Verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Their blocks hold one attention and one MLP each.
 ORDINARY = {
@@ -71,11 +72,6 @@ TELLING_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
 # The MLP of these reads what the attention read, though it has a norm of its own.
 PARALLEL = ("arctic", "gptneox")
 
-DECI = ("llama", "qwen2")  # architectures that `deci` computes
-DECI_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-NARROW = 32  # the width of an MLP of zeros: llama.cpp's `deci` would drop an attention that has no MLP behind it
-
-
 USE = (
     "llama.cpp, and what is built on it, run this file as they do the dense model's. Turn flash attention on "
     "(`-fa on`): without it, llama.cpp holds a cache for skipped attentions too."
@@ -83,41 +79,56 @@ USE = (
 TOLERANCE = 0.5  # nats; quantised products of llama.cpp on the dense default model are 0.2 from exact ones
 
 
-def export_gguf(
-    dense: Path,
-    plan: Plan,
-    folder: Path,
-    *,
-    measured: Mapping[str, Any] | None = None,
-    check: bool = True,
-    progress: Progress = silent,
-) -> None:
-    """Write the GGUF file, its manifest and its card into an empty folder; with `check`, read back and run it.
+class GGUFExport(Export):
+    """A GGUF file that llama.cpp runs, in the types of the dense model's."""
 
-    Raises `UsageError` for a damaged file, a plan of another model, and a plan that no GGUF file can express.
-    """
-    source = read_gguf(dense)
-    weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
-    repaired = with_weights(source, weights) if weights else source
-    fields, tensors = cut(repaired, plan)
-    check_room(folder, total_bytes(tensors))
-    form = str(fields["general.architecture"].value)
-    fingerprint = str(Fingerprint(source.architecture, source.depth, source.count("embedding_length")))
-    origin = Origin(dense.name, f"sha256:{sha256(dense)}", source.depth, fingerprint, weights=dense.name)
-    manifest = manifest_of(origin, plan, form)
-    fields["notall.manifest"] = Field.of(json.dumps(manifest))
-    written = folder / f"{dense.stem}-notall.gguf"
-    write_gguf(written, source, fields, tensors, progress)
-    verdict: Verdict = TURNED_OFF
-    if check:
-        progress(0, 1, "comparing with the skipped model")
-        _check_copy(read_gguf(written), fields, tensors)
-        verdict = _check_answers(dense, plan, written, len(source.tensors["token_embd.weight"].data))
-    weights = WeightBytes(total_bytes(source.tensors), total_bytes(tensors))
-    describe(folder, manifest, origin.card, USE, verdict=verdict, weights=weights, measured=measured)
+    def __init__(self, dense: Path, plan: Plan) -> None:
+        """Raises `UsageError` for a damaged file, a plan of another model, and one that no GGUF file can express."""
+        self.dense, self.plan, self.use = dense, plan, USE
+        self.source = read_gguf(dense)
+        weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
+        self.fields, self.tensors = cut(with_weights(self.source, weights) if weights else self.source, plan)
+        self.form = str(self.fields[ARCHITECTURE].value)
+        depth, width = self.source.depth, self.source.count("embedding_length")
+        fingerprint = str(Fingerprint(self.source.architecture, depth, width))
+        self.origin = Origin(dense.name, f"sha256:{digest_of_file(dense)}", depth, fingerprint, weights=dense.name)
+        self.dense_bytes, self.written_bytes = _total_bytes(self.source.tensors), _total_bytes(self.tensors)
+        self.fields["notall.manifest"] = Field.of(json.dumps(self.manifest))
+
+    @classmethod
+    @contextmanager
+    def prepared(cls, source: Source, plan: Plan) -> Iterator[GGUFExport]:
+        if source.dtype:
+            raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
+        yield cls(_file(source.model), plan)
+
+    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        write_gguf(self._written(folder), self.source, self.fields, self.tensors, progress)
+
+    def _written(self, folder: Path) -> Path:
+        return folder / f"{self.dense.stem}-notall.gguf"
+
+    def verify(self, folder: Path) -> Verdict:
+        written = self._written(folder)
+        _check_copy(read_gguf(written), self.fields, self.tensors)
+        return _check_answers(self.dense, self.plan, written, len(self.source.tensors["token_embd.weight"].data))
 
 
-def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, GGUFTensor]) -> None:
+def _file(model: Any) -> Path:
+    """The GGUF file to rewrite."""
+    if isinstance(model, str | Path):
+        if path := named_gguf(model):
+            return path
+        if not expanded(model).exists():
+            hub_id(model)
+    raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
+
+
+def _total_bytes(tensors: Tensors) -> int:
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def _check_copy(found: GGUF, fields: Fields, tensors: Tensors) -> None:
     same = found.fields.keys() == fields.keys() and found.tensors.keys() == tensors.keys()
     if not same or any(not np.array_equal(found.tensors[name].data, tensors[name].data) for name in tensors):
         raise UsageError(f"{found.path.name} does not hold what was written to it; check the disk, and export again")
@@ -125,8 +136,9 @@ def _check_copy(found: GGUF, fields: Mapping[str, Field], tensors: Mapping[str, 
 
 def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> Verdict:
     """Compare llama.cpp's most likely next tokens with those of the dense model that skips the plan in transformers."""
-    if not llamacpp.is_installed():
-        return NotVerified("llama.cpp is not installed (pip install 'notall[export]')")
+    llama = LlamaCpp(1)
+    if not llama.is_installed():
+        return NotVerified(f"llama.cpp is not installed ({llama.install})")
     import torch
 
     from ..models.loading import load
@@ -134,7 +146,7 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
 
     tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
     try:
-        found = llamacpp.next_token_logprobs(written, tokens.tolist())
+        found = next_token_logprobs(written, tokens.tolist())
         model, _ = load(dense, dtype="float32", device="cpu")
     except UnknownArchitecture as reason:
         return NotVerified(str(reason))
@@ -146,17 +158,17 @@ def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> V
             f"llama.cpp answers differently from the skipped model, by {error:.2f} nats (at most {TOLERANCE} was "
             "expected), so nothing was written; please report the model and the plan"
         )
-    return Verified(f"llama.cpp (xllamacpp {llamacpp.release()})", error, TOLERANCE, "nats of log-probability")
+    return Verified(f"llama.cpp (xllamacpp {llama.version})", error, TOLERANCE, "nats of log-probability")
 
 
-def cut(source: GGUF, plan: Plan) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
+def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
     """Fields and tensors of the file without what `plan` skips. Raises `UsageError` where no file can say so."""
     _check(source, plan)
     groups = regroup([_kinds(source, index) for index in range(source.depth)], plan)
     layers = merged(groups, lambda attention, mlp: _fits(source, attention, mlp))
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
-    return _deci(source, layers)
+    return deci(source, layers)
 
 
 def _check(source: GGUF, plan: Plan) -> None:
@@ -194,7 +206,7 @@ def _kinds(source: GGUF, index: int) -> Sequence[str]:
 # --- ordinary files ---------------------------------------------------------------------------------------------------
 
 
-def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
+def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     attentions = [layer.attention for layer in layers]
     mlps = [layer.mlp for layer in layers if layer.mlp is not None]
     _check_rules_by_index(source, attentions, mlps)
@@ -207,14 +219,11 @@ def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], 
     fields[f"{start}block_count"] = Field.of(len(layers))
     if lead := source.setting("leading_dense_block_count", 0):
         fields[f"{start}leading_dense_block_count"] = Field.of(sum(index < lead for index in mlps))
-    if pattern := _window_pattern(source, attentions):
-        fields[f"{start}attention.sliding_window_pattern"] = pattern
-    if recurrent := _recurrent_layers(source, attentions):
-        fields[f"{start}{LISTED}"] = recurrent
+    fields |= {start + name: Field(kinds, GGUFValueType.BOOL) for name, kinds in _orders(source, attentions)}
     tensors = source.outside_blocks
     scales = [_output_scale(source, index) for index in range(source.depth)]
     for number, (attention, mlp, by) in enumerate(zip(attentions, mlps, folded(layers, scales))):
-        parts = _attention(source.block(attention)) | _mlp(source.block(mlp))
+        parts = source.attention(attention) | source.mlp(mlp)
         if any(scale != 1 for scale in scales):
             parts |= _scaled(source, parts, by)
         tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
@@ -230,7 +239,7 @@ def _output_scale(source: GGUF, index: int) -> float:
     return scale
 
 
-def _scaled(source: GGUF, parts: Mapping[str, GGUFTensor], by: Folded) -> dict[str, GGUFTensor]:
+def _scaled(source: GGUF, parts: Tensors, by: Folded) -> Tensors:
     """The number of a layer, and the norms behind what comes late for the numbers of those that were cut."""
     late = {"post_attention_norm.weight": by.attention, "post_ffw_norm.weight": by.mlp}
     new = {name: _floats(source, name, parts[name]) / scale for name, scale in late.items() if scale != 1}
@@ -276,171 +285,73 @@ def _is_last(index: int, period: int) -> bool:
     return index % period == period - 1
 
 
-def _window_pattern(source: GGUF, attentions: Sequence[int]) -> Field | None:
-    """The list of layers with a window, where the file has none but the architecture has an order of them."""
-    period = WINDOWS.get(source.architecture)
-    if period is None or not source.setting("attention.sliding_window", 1):
-        return None
-    given = source.setting("attention.sliding_window_pattern", period)
-    if isinstance(given, list):
-        return None  # cut with the other lists
-    return Field([not _is_last(index, given) for index in attentions], GGUFValueType.BOOL)
-
-
-def _recurrent_layers(source: GGUF, attentions: Sequence[int]) -> Field | None:
-    """The list of recurrent layers, where the file has none and they come in another order than the architecture's."""
-    if source.architecture not in LISTING or source.setting(LISTED, []):
-        return None
-    period = source.count(INTERVAL, INTERVALS[source.architecture])
-    recurrent = [not _is_last(index, period) for index in attentions]
-    if recurrent == [not _is_last(number, period) for number in range(len(attentions))]:
-        return None
-    return Field(recurrent, GGUFValueType.BOOL)
-
-
-def _attention(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
-    return {name: tensor for name, tensor in block.items() if not _is_mlp(name, block)}
-
-
-def _mlp(block: Mapping[str, GGUFTensor]) -> dict[str, GGUFTensor]:
-    return {name: tensor for name, tensor in block.items() if _is_mlp(name, block)}
-
-
-def _is_mlp(name: str, block: Mapping[str, GGUFTensor]) -> bool:
-    if name.startswith("post_attention_norm."):  # the norm after the attention, or the only one before the MLP
-        return not any(other.startswith(("ffn_norm.", "post_ffw_norm.")) for other in block)
-    return name.startswith(("ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
+def _orders(source: GGUF, attentions: Sequence[int]) -> Iterator[tuple[str, list[bool]]]:
+    """Lists of the kinds of layers that the file lacks, where the architecture has them in an order."""
+    name, pattern = source.architecture, "attention.sliding_window_pattern"
+    period = source.setting(pattern, WINDOWS.get(name, 1))
+    has_windows = name in WINDOWS and source.setting("attention.sliding_window", 1)
+    if has_windows and not isinstance(period, list):  # which is cut with the other lists
+        yield pattern, [not _is_last(index, period) for index in attentions]
+    if name in LISTING and not source.setting(LISTED, []):
+        period = source.count(INTERVAL, INTERVALS[name])
+        recurrent = [not _is_last(index, period) for index in attentions]
+        if recurrent != [not _is_last(number, period) for number in range(len(attentions))]:
+            yield LISTED, recurrent
 
 
 def _fits(source: GGUF, attention: int, mlp: int) -> bool:
     """Whether the MLP of one block can stand in the place of another's: it runs after the attention, and is alike."""
-    block, other = source.block(attention), source.block(mlp)
+    block = source.block(attention)
     sequential = source.architecture not in PARALLEL or not source.setting("use_parallel_residual", True)
     has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
-    alike = _mlp(block).keys() == _mlp(other).keys()
+    alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
     return sequential and has_norm and alike
 
 
-# --- deci -------------------------------------------------------------------------------------------------------------
+# --- repaired weights -------------------------------------------------------------------------------------------------
 
 
-def _deci(source: GGUF, layers: Sequence[Layer]) -> tuple[dict[str, Field], dict[str, GGUFTensor]]:
-    _check_deci(source)
-    _check_sizes(source)
-    kept = list(sparse_layers(layers))
-    heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
-    width, head_size = source.count("feed_forward_length"), _head_size(source)
-    fields = _renamed(source)
-    counts: dict[str, list[int]] = {
-        "attention.head_count": [],
-        "attention.head_count_kv": [],
-        "feed_forward_length": [],
-    }
-    tensors = source.outside_blocks
-    for number, row in enumerate(kept):
-        parts: dict[str, GGUFTensor] = {}
-        if row.attention is not None:
-            parts |= _rotated(source, _attention(source.block(row.attention)), heads, kv_heads)
-        elif number == 0:  # llama.cpp reads the size of heads only if layer 0 has some
-            parts |= _silent_attention(source, head_size)
-        parts |= _mlp(source.block(row.mlp)) if row.mlp is not None else _silent_mlp(source)
-        tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
-        placeholder = int(number == 0)
-        counts["attention.head_count"].append(heads if row.attention is not None else placeholder)
-        counts["attention.head_count_kv"].append(kv_heads if row.attention is not None else placeholder)
-        counts["feed_forward_length"].append(width if row.mlp is not None else NARROW)
-    for name, values in counts.items():
-        fields[f"deci.{name}"] = Field.of(values)
-    sizes = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_size)
-    for name, value in (sizes | {"block_count": len(kept)}).items():
-        fields[f"deci.{name}"] = Field.of(value)
-    return fields, tensors
+TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
+NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
+FALLBACK = GGMLQuantizationType.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
 
 
-def _check_sizes(source: GGUF) -> None:
-    """Raise `UsageError` unless the header gives the sizes that the tensors have: what is added is made by it."""
-    sizes = {
-        "attn_norm.weight": source.count("embedding_length"),
-        "attn_q.weight": source.count("attention.head_count") * _head_size(source),
-        "attn_k.weight": source.count("attention.head_count_kv") * _head_size(source),
-        "ffn_up.weight": source.count("feed_forward_length"),
-    }
-    for index in range(source.depth):
-        block = source.block(index)
-        if any(name not in block or len(block[name].data) != size for name, size in sizes.items()):
-            raise UsageError(
-                f"the header of {source.path.name} and its tensors disagree in block {index}; download it again"
-            )
+def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
+    """With these values of parameters, by their paths in the transformers model, in the types of the file's tensors.
+
+    What has fewer than 8 bits goes into 8, with a warning: rounded coarsely, a repair gives back less. Raises
+    `UsageError` where the file has no such tensor.
+    """
+    architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    names = get_tensor_name_map(architectures[source.architecture], source.depth)
+    tensors, widened = dict(source.tensors), set[str]()
+    for path, weight in weights.items():
+        module, _, kind = path.rpartition(".")
+        name = f"{names.get_name(module)}.{kind}"
+        if name not in tensors:
+            raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
+        values = _as_converted(source.architecture, weight.float().cpu().numpy())
+        if values.shape != tensors[name].shape:
+            raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
+        tensors[name] = _packed(values, tensors[name].quantization)
+        if tensors[name].quantization != source.tensors[name].quantization:
+            widened.add(source.tensors[name].quantization.name)
+    if widened:
+        logger.warning(
+            "repaired weights that were %s are written in 8 bits, in which they lose less. To have that type all the "
+            "same, repair and export an F16 file, and quantise that with llama.cpp's own tools",
+            ", ".join(sorted(widened)),
+        )
+    return replace(source, tensors=tensors)
 
 
-def _check_deci(source: GGUF) -> None:
-    name = source.architecture
-    held = {tensor.split(".")[0] for index in range(source.depth) for tensor in source.block(index)}
-    foreign = sorted(held - set(DECI_TENSORS))
-    if name not in DECI:
-        problem = f"llama.cpp has no layers with one sublayer for {name}"
-    elif foreign:
-        problem = f"llama.cpp's layers with one sublayer have no {foreign[0]}, which this {name} has"
-    elif any(isinstance(source.setting(key), list) for key in ("attention.head_count", "feed_forward_length")):
-        problem = "the layers of this file differ in size"
-    elif source.setting("rope.dimension_count", _head_size(source)) != _head_size(source):
-        problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
-    else:
-        return
-    raise UsageError(
-        f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
-    )
+def _as_converted(architecture: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if values.ndim == 1 and architecture in NORMS_LESS_ONE:
+        return values + 1
+    return np.ascontiguousarray(values.T) if architecture in TURNED else values
 
 
-def _head_size(source: GGUF) -> int:
-    """As llama.cpp has it: the width divided by the heads, unless the file says otherwise."""
-    usual = source.count("embedding_length") // source.count("attention.head_count")
-    return source.count("attention.key_length", usual)
-
-
-def _renamed(source: GGUF) -> dict[str, Field]:
-    start = f"{source.architecture}."
-    fields = {
-        f"deci.{name.removeprefix(start)}" if name.startswith(start) else name: field
-        for name, field in source.fields.items()
-    }
-    return fields | {"general.architecture": Field.of("deci")}
-
-
-def _rotated(source: GGUF, parts: dict[str, GGUFTensor], heads: int, kv_heads: int) -> dict[str, GGUFTensor]:
-    """`deci` rotates neighbours, and qwen2 the halves of a head: bring the rows of queries and keys into that order."""
-    if source.architecture == "llama":
-        return parts
-    counts = {"attn_q": heads, "attn_k": kv_heads}
-    return {
-        name: GGUFTensor(_interleaved(tensor.data, counts[name.split(".")[0]]), tensor.quantization)
-        if name.split(".")[0] in counts
-        else tensor
-        for name, tensor in parts.items()
-    }
-
-
-def _interleaved(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """(heads x size, ...): of each head, row i of the first half is followed by row i of the second."""
-    halves = data.reshape(heads, 2, -1, *data.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
-
-
-def _silent_attention(source: GGUF, head_size: int) -> dict[str, GGUFTensor]:
-    width = source.count("embedding_length")
-    parts = {f"attn_{name}.weight": _zeros(head_size, width) for name in "qkv"}
-    return parts | {"attn_output.weight": _zeros(width, head_size), "attn_norm.weight": _zeros(width)}
-
-
-def _silent_mlp(source: GGUF) -> dict[str, GGUFTensor]:
-    width = source.count("embedding_length")
-    parts = {f"ffn_{name}.weight": _zeros(NARROW, width) for name in ("gate", "up")}
-    return parts | {"ffn_down.weight": _zeros(width, NARROW), "ffn_norm.weight": _zeros(width)}
-
-
-def _zeros(*shape: int) -> GGUFTensor:
-    """In 8 bits where rows allow it: a block of zero bytes is a block of zeros."""
-    if len(shape) > 1 and shape[-1] % 32 == 0:
-        kind = GGMLQuantizationType.Q8_0
-        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
-    return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
+def _packed(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> GGUFTensor:
+    block, size = GGML_QUANT_SIZES[kind]
+    kind = FALLBACK if size < block else kind
+    return GGUFTensor(quantize(values, kind), kind)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
-from ..progress import Progress, silent
-from ..records.plan import Plan
-from ..records.strict_json import Settings
+from ..inputs import Settings
+from ..plan import Plan
 from ..running.regrouping import Layer
-from ..structure.anatomy import Anatomy
-from .companions import companions, copy_companions
-from .dense import DenseModel
+from .dense import CheckpointExport, DenseModel
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
-from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
+from .manifest import Verdict
 from .moving import moved_modules, moved_tensors
 from .quantisation import cut_quantisation, renamed_notes
-from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, write_modeling
-from .tensors import Source, total_bytes, write_shards
+from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
 from .verification import verify
-from .writing import check_room
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -38,72 +31,47 @@ REGROUPED_USE = (
 )
 
 
-def export_hf(
-    dense: DenseModel,
-    plan: Plan,
-    folder: Path,
-    *,
-    shard_bytes: int,
-    measured: Mapping[str, Any] | None = None,
-    check: bool = True,
-    progress: Progress = silent,
-) -> None:
-    """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run and compare it.
+class HFExport(CheckpointExport):
+    """A folder that transformers loads."""
 
-    Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form.
-    """
-    beside = companions(dense.folder, code=dense.trusted)
-    settings, tensors, notes, is_ordinary = prepared(dense, plan)
-    check_room(folder, total_bytes(tensors))
-    base = dense.config.model_type
-    if not is_ordinary:
-        write_modeling(folder, base)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    write_shards(folder, tensors, shard_bytes, progress, notes)
-    copy_companions(beside, folder)
-    verdict: Verdict = TURNED_OFF
-    if check:
-        loader = dense.reader
-        if not is_ordinary:
+    @classmethod
+    def of(cls, dense: DenseModel, plan: Plan) -> HFExport:
+        """Raises `UsageError` for a plan that is not portable where the architecture has no regrouped form."""
+        layers, base = layers_of(dense.structure, plan), dense.config.model_type
+        settings = cut_settings(dense, layers)
+        files: dict[str, str] = {}
+        notes: dict[str, str] = {}
+        if dense.quantisation is not None:
+            moved = moved_modules(dense, layers)
+            settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
+            notes = renamed_notes(dense.notes, moved)
+        check_twins(dense, build_cut(dense, settings), layers)
+        use = ORDINARY_USE.format(base=base)
+        if not all(layer.is_ordinary for layer in layers):
+            _check_regrouped(dense, plan)
+            settings |= _regrouped_settings(base, layers)
+            use, files = REGROUPED_USE, {modeling_file(base): source_of(base)}
+        elif not dense.trusted:
+            settings.pop("auto_map", None)  # the code that it names does not go along
+        return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
+
+    def verify(self, folder: Path) -> Verdict:
+        loader, base = self.dense.reader, self.dense.config.model_type
+        if self.form == model_type_of(base):
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
-        progress(0, 1, "comparing with the skipped model")
-        verdict = verify(dense, plan, folder, loader, tensors)
-    manifest = manifest_of(dense.origin, plan, settings["model_type"]) | _broken_period(dense.anatomy, plan)
-    use = ORDINARY_USE.format(base=base) if is_ordinary else REGROUPED_USE
-    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
-    describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
+        return verify(self.dense, self.plan, folder, loader, self.tensors)
 
-
-def _broken_period(anatomy: Anatomy, plan: Plan) -> Settings:
-    """After how many layers the kinds of mixers come again, where they no longer do: some engines count them so."""
-    kept = [block.index for block in anatomy.blocks if block.index not in plan.attention]
-    return {"breaks_period": anatomy.period} if anatomy.period > 1 and not anatomy.keeps_period(kept) else {}
-
-
-def prepared(dense: DenseModel, plan: Plan) -> tuple[Settings, dict[str, Source], dict[str, str], bool]:
-    """config.json, the tensors by their new names, what their files say, and whether the checkpoint is an ordinary one.
-
-    Raises as `export_hf`.
-    """
-    layers = layers_of(dense.anatomy, plan)
-    is_ordinary = all(layer.is_ordinary for layer in layers)
-    settings = cut_settings(dense, layers)
-    notes: dict[str, str] = {}
-    if dense.quantisation is not None:
-        moved = moved_modules(dense, layers)
-        settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
-        notes = renamed_notes(dense.notes, moved)
-    check_twins(dense, build_cut(dense, settings), layers)
-    if not is_ordinary:
-        _check_regrouped(dense, plan)
-        settings |= _regrouped_settings(dense.config.model_type, layers)
-    elif not dense.trusted:
-        settings.pop("auto_map", None)  # the code that it names does not go along
-    return settings, dict(moved_tensors(dense, layers)), notes, is_ordinary
+    @property
+    def manifest(self) -> Settings:
+        """Also after how many layers the kinds of mixers come again, where they no longer do: engines count them so."""
+        structure = self.dense.structure
+        kept = [block.index for block in structure.blocks if block.index not in self.plan.attention]
+        breaks = structure.period > 1 and not structure.keeps_period(kept)
+        return super().manifest | ({"breaks_period": structure.period} if breaks else {})
 
 
 def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
-    base, blocks = dense.config.model_type, dense.anatomy.blocks
+    base, blocks = dense.config.model_type, dense.structure.blocks
     if blocks[0].parallel:
         raise UsageError(
             f"in {base} the attention and the MLP of a block run side by side, so that a checkpoint can lack whole "

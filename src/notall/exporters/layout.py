@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
+from ..inputs import Settings
 from ..models.loading import build_empty
-from ..records.plan import Plan
-from ..records.strict_json import Settings
+from ..plan import Plan
 from ..running.regrouping import Layer, fits, groups_of, merged
-from ..structure.anatomy import Anatomy, Sublayer
+from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 
@@ -31,27 +31,31 @@ MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 LEFT_TO_OTHERS = "store_full_length_kv"
 
 
-def layers_of(anatomy: Anatomy, plan: Plan) -> list[Layer]:
+def layers_of(structure: ModelStructure, plan: Plan) -> list[Layer]:
     """The layers of the exported model."""
-    return merged(groups_of(anatomy, plan), partial(fits, anatomy))
+    return merged(groups_of(structure, plan), partial(fits, structure))
 
 
-def sublayers_of(anatomy: Anatomy, layer: Layer) -> list[Sublayer]:
-    """What an exported layer holds beside the MLPs before and after it."""
-    own = anatomy.blocks[layer.attention].sublayers
+def sublayers_of(structure: ModelStructure, layer: Layer) -> list[Sublayer]:
+    """What an exported layer has but for the MLPs before and after it."""
+    own = structure.blocks[layer.attention].sublayers
     if layer.mlp == layer.attention:
         return list(own)
     attention = [part for part in own if part.kind == "attention"]
-    return attention if layer.mlp is None else [*attention, anatomy.blocks[layer.mlp].mlp]
+    return attention if layer.mlp is None else [*attention, structure.blocks[layer.mlp].mlp]
 
 
 def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     """config.json of a model of `layers`: the dense one, with its per-layer settings cut by the source of each."""
-    whole, config = copy.deepcopy(dense.settings), dense.text
+    whole, config = copy.deepcopy(dense.settings), dense.config.get_text_config(decoder=True)
     whole.pop("transformers_weights", None)  # the weights of an export have the usual names
-    settings = dense.text_settings(whole)
+    parts = (name for name in dense.config.sub_configs if getattr(dense.config, name, None) is config)
+    text = whole.get(next(parts, ""))
+    settings = text if isinstance(text, dict) else whole  # of the text part, where there are others
     attentions = [layer.attention for layer in layers]
-    mlps = [_kind_of_mlp(layer) for layer in layers]
+    own = [[] if layer.mlp is None else [layer.mlp] for layer in layers]
+    # The dense layers whose MLPs say of which kind those of each layer are.
+    mlps = [(*mlp, *layer.before, *layer.after, layer.attention)[0] for mlp, layer in zip(own, layers)]
     for name in LISTS:
         values = settings.get(name) or vars(config).get(name)  # as the file words them; a derived list is in neither
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
@@ -79,25 +83,17 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     return whole
 
 
-def _kind_of_mlp(layer: Layer) -> int:
-    """The dense layer whose MLP says of which kind those of `layer` are."""
-    own = () if layer.mlp is None else (layer.mlp,)
-    return next(iter((*own, *layer.before, *layer.after)), layer.attention)
-
-
 def rope_names(settings: Settings) -> Settings:
     """The names that transformers 4 and other engines read RoPE's settings by, where only version 5's are written."""
     rope = settings.get("rope_parameters")
     if not rope or "rope_theta" in settings:
         return {}
+    named: Settings = {}
     if "sliding_attention" in rope:
-        # Gemma 3 alone has a name of its own for the second base.
-        if not settings.get("model_type", "").startswith("gemma3"):
+        if not settings.get("model_type", "").startswith("gemma3"):  # which alone has a name for the second base
             return {}
-        local, rope = rope["sliding_attention"], rope["full_attention"]
-        named = {"rope_local_base_freq": local["rope_theta"]}
-    else:
-        named = {}
+        named["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if "rope_theta" not in rope:
         return {}
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
@@ -111,22 +107,17 @@ def rope_names(settings: Settings) -> Settings:
 def build_cut(dense: DenseModel, settings: Settings) -> PreTrainedModel:
     """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
     try:
-        config = type(dense.config).from_dict(_read_back(settings))
+        with tempfile.TemporaryDirectory(prefix="notall-") as folder:  # where an infinite number stands in words
+            Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+            config = type(dense.config).from_dict(PretrainedConfig.get_config_dict(folder)[0])
         config.name_or_path = dense.config.name_or_path  # where code of the model's own is found
         return build_empty(config)
     except (ValueError, UsageError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise UsageError(
-            f"{dense.anatomy.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
+            f"{dense.structure.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
             "runs in memory only"
         ) from None
-
-
-def _read_back(settings: Settings) -> Settings:
-    """`settings` as transformers reads them from a file, where an infinite number stands in words."""
-    with tempfile.TemporaryDirectory(prefix="notall-") as folder:
-        Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        return PretrainedConfig.get_config_dict(folder)[0]
 
 
 def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[Layer]) -> None:
@@ -134,39 +125,36 @@ def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[L
 
     Both are on the meta device: this compares classes, shapes and settings, not weights.
     """
-    ours = exported.get_submodule(dense.anatomy.layers)
+    ours = exported.get_submodule(dense.structure.layers)
     for number, layer in enumerate(layers):
-        for part in sublayers_of(dense.anatomy, layer):
+        for part in sublayers_of(dense.structure, layer):
             if _build(ours[number], part) != build_of(dense, part):
                 raise UsageError(
-                    f"{dense.anatomy.model_type} would build {part.name} in another way as a part of layer {number}: "
+                    f"{dense.structure.model_type} would build {part.name} in another way as a part of layer {number}: "
                     "its config has a rule by layer or depth that notall cannot cut, so this plan runs in memory only"
                 )
 
 
 def build_of(dense: DenseModel, part: Sublayer) -> Settings:
     """How a sublayer of the dense model is built: the class, settings and shapes of each of its modules."""
-    return _build(dense.empty.get_submodule(f"{dense.anatomy.layers}.{part.index}"), part)
+    return _build(dense.empty.get_submodule(f"{dense.structure.layers}.{part.index}"), part)
 
 
 def _build(layer: nn.Module, part: Sublayer) -> Settings:
+    plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, LEFT_TO_OTHERS)
+
+    def settings(module: nn.Module) -> Settings:
+        return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in others}
+
     facts: Settings = {}
-    held = dict(layer.named_modules())
+    modules = dict(layer.named_modules())
     for path in part.modules:
-        if path not in held:
+        if path not in modules:
             facts[path] = None
             continue
-        for name, module in held[path].named_modules(prefix=path):
-            facts[name] = (type(module).__name__, _settings(module), _shapes(module.named_parameters(recurse=False)))
+        for name, module in modules[path].named_modules(prefix=path):
+            shapes = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
+            facts[name] = (type(module).__name__, settings(module), shapes)
     if part.kind == "attention":
-        facts[""] = _settings(layer)
+        facts[""] = settings(layer)
     return facts
-
-
-def _settings(module: nn.Module) -> Settings:
-    plain, other = (bool, int, float, str, type(None)), (*LAYER_INDICES, LEFT_TO_OTHERS)
-    return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in other}
-
-
-def _shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in parameters}

@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load
-
 from .. import __version__
 from ..errors import UsageError, shortened
+from ..inputs import Settings, read_json
 from ..models.names import DEFAULT_MODEL, default_gguf
-from ..records.fingerprint import Fingerprint
-from ..records.plan import Plan
-from ..records.repair import LITTLE
-from ..records.strict_json import Settings, read_json
+from ..plan import Fingerprint, Plan
+from ..results.repairs import LITTLE
 
 MANIFEST = "notall.json"
 
@@ -49,12 +46,8 @@ class Verified:
     unit: str
 
     def __str__(self) -> str:
-        how = (
-            f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
-            if self.difference
-            else "to the last bit"
-        )
-        return f"{self.by} answers as the skipped model does, {how}"
+        near = f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
+        return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
 
 
 @dataclass(frozen=True)
@@ -71,24 +64,17 @@ Verdict = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
-@dataclass(frozen=True)
-class WeightBytes:
-    dense: int
-    written: int
-
-
 def describe(
     folder: Path,
     manifest: Mapping[str, Any],
     dense_card: Path | None,
     use: str,
-    *,
     verdict: Verdict,
-    weights: WeightBytes,
+    weight_bytes: Mapping[str, int],
     measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the manifest, with what is known now that the weights are written, and the card. `use` says how to run."""
-    whole = {**manifest, "weight_bytes": asdict(weights), "verified": asdict(verdict)}
+    whole = {**manifest, "weight_bytes": weight_bytes, "verified": asdict(verdict)}
     (folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(manifest, dense_card, use, verdict, measured), encoding="utf-8")
 
@@ -115,7 +101,7 @@ def _repair_of(plan: Plan) -> Settings | None:
         return None
     steps = [{**step.model_dump(mode="json"), "told": str(step)} for step in plan.history]
     refits = [refit.model_dump(mode="json", exclude={"record", "provenance"}) for refit in plan.refits]  # type: ignore[attr-defined]
-    return {"weights": plan.digest, "history": steps, "refits": refits}  # type: ignore[attr-defined]
+    return {"weights": plan.digest, "history": steps, "refits": refits}
 
 
 def read_manifest(folder: Path) -> Settings:
@@ -135,7 +121,7 @@ def plan_of(folder: Path) -> Plan:
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
     if repaired:
-        which = f", {shortened(beside)}" if (beside := weights_beside(folder)) else ""
+        which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
         raise UsageError(
             f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself{which}"
         )
@@ -145,8 +131,8 @@ def plan_of(folder: Path) -> Plan:
 
 def weights_beside(folder: Path) -> Path | None:
     """The folder of the repair that an export was made of, where it lies beside it."""
-    beside = folder.with_name(f"{folder.name}.repaired")
-    return beside if beside.is_dir() else None
+    repairs = folder.with_name(f"{folder.name}.repaired")
+    return repairs if repairs.is_dir() else None
 
 
 def dense_of(folder: Path) -> str:
@@ -167,29 +153,33 @@ def _card(
     manifest: Mapping[str, Any], dense_card: Path | None, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
 ) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
-    kept = _terms(dense_card) if dense_card else {}
+    from huggingface_hub import ModelCardData
+
     dense, plan = manifest["dense"], manifest["plan"]
-    data = ModelCardData(tags=["notall", "pruned"], **kept | _base(dense["model"]))
-    skipped = [("attention", _numbers(plan["attention"])), ("MLP", _numbers(plan["mlp"]))]
+    # A hub id is linked to; a folder's name would link to someone else's model.
+    base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
+    data = ModelCardData(tags=["notall", "pruned"], **(_terms(dense_card) if dense_card else {}) | base)
+    skipped = [(name, ", ".join(map(str, plan[name.lower()])) or "none") for name in ("attention", "MLP")]
     sections = [
         f"# {dense['model']} without some of its sublayers",
         f"Written by notall {manifest['notall']} from `{dense['model']}` ({dense['revision']}), which has "
         f"{dense['layers']} layers. What is left out is in no file, takes no time and holds no cache.",
         _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
-        *(_told_of_repair(manifest["repair"]) if "repair" in manifest else []),
+        *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
         use,
         f"Check: {verdict}.",
     ]
     if measured:
-        sections += ["## Measured", _table(("what", "value"), [(k, _shown(v)) for k, v in measured.items()])]
+        rows = [(name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in measured.items()]
+        sections += ["## Measured", _table(("what", "value"), rows)]
     return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
+def _on_repair(repair: Mapping[str, Any]) -> Iterator[str]:
     """That weights are not the dense model's, by what they were made, and what is left of the error."""
-    told = "; then ".join(step["told"] for step in repair["history"])
-    made = f" They were {told}." if told else ""
+    steps = "; then ".join(step["told"] for step in repair["history"])
+    made = f" They were {steps}." if steps else ""
     yield "## Repaired"
     yield f"What is kept makes up for what is left out: some of its weights are not the dense model's.{made}"
     refit = [one for one in repair["refits"] if one["ridge"] is not None]
@@ -202,31 +192,16 @@ def _told_of_repair(repair: Mapping[str, Any]) -> Iterator[str]:
 
 def _terms(dense_card: Path) -> Settings:
     """What the dense model's card says of its licence and language: words, or lists of words."""
+    from huggingface_hub import metadata_load
+
     try:
         known = metadata_load(dense_card) or {}
     except Exception:  # whatever YAML makes of it
         logger.warning("%s of the dense model is damaged: look its licence up, and add it", dense_card.name)
         return {}
-    kept = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
-    return {name: value for name, value in kept.items() if _is_words(value)}
-
-
-def _is_words(value: Any) -> bool:
-    words = value if isinstance(value, list) else [value]
-    return bool(words) and all(isinstance(word, str) for word in words)
-
-
-def _base(model: str) -> dict[str, str]:
-    """A hub id is linked to; a folder's name would link to someone else's model."""
-    return {"base_model": model} if "/" in model else {}
-
-
-def _numbers(indices: Sequence[int]) -> str:
-    return ", ".join(map(str, indices)) or "none"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    found = {name: known.get(name) for name in ("license", "license_name", "license_link", "language")}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in found.items()}
+    return {name: found[name] for name, words in lists.items() if words and all(isinstance(w, str) for w in words)}
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

@@ -7,27 +7,25 @@ padded with zeros, which change nothing.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UsageError
+from ..inputs import Settings
 from ..models.quantisation import quantisation_name
-from ..progress import Progress, silent
-from ..records.plan import Plan
-from ..records.strict_json import Settings
+from ..plan import Plan
+from ..progress import Progress
 from ..running.regrouping import SparseLayer, sparse_layers
-from .companions import companions, copy_companions
-from .dense import DenseModel
+from .dense import CheckpointExport, DenseModel
 from .layout import layers_of, rope_names
-from .manifest import TURNED_OFF, Verdict, WeightBytes, describe, manifest_of
-from .tensors import BITS, CHUNK, MadeTensor, Source, Tensor, total_bytes, write_shards
+from .manifest import Verdict
+from .tensors import Weight
 from .verification import verify_in_mlx
-from .writing import check_room
 
 logger = logging.getLogger(__name__)
 
@@ -48,45 +46,25 @@ WITHOUT_FIRST_ATTENTION = (
 )
 
 
-def export_nemotron_nas(
-    dense: DenseModel,
-    plan: Plan,
-    folder: Path,
-    *,
-    shard_bytes: int,
-    measured: Mapping[str, Any] | None = None,
-    check: bool = True,
-    progress: Progress = silent,
-) -> None:
-    """Write the checkpoint, its manifest and its card into an empty folder; with `check`, run it in MLX-LM if here.
+class NemotronExport(CheckpointExport):
+    """A folder that engines with DeciLM load."""
 
-    Warns where vLLM cannot take the plan. Raises `UsageError` for an architecture that is not Llama's.
-    """
-    beside = companions(dense.folder, code=dense.trusted)
-    kept, tensors = prepared(dense, plan)
-    check_room(folder, total_bytes(tensors))
-    (folder / "config.json").write_text(json.dumps(_settings(dense, kept), indent=2) + "\n", encoding="utf-8")
-    (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
-    write_shards(folder, tensors, shard_bytes, progress)
-    copy_companions(beside, folder)
-    use = USE
-    if kept[0].attention is None:
-        logger.warning(WITHOUT_FIRST_ATTENTION)
-        use += f" {WITHOUT_FIRST_ATTENTION}."
-    verdict: Verdict = TURNED_OFF
-    if check:
-        progress(0, 1, "comparing with the skipped model")
-        verdict = verify_in_mlx(dense, plan, folder)
-    manifest = manifest_of(dense.origin, plan, "nemotron-nas")
-    weights = WeightBytes(total_bytes(dense.tensors), total_bytes(tensors))
-    describe(folder, manifest, dense.origin.card, use, verdict=verdict, weights=weights, measured=measured)
+    @classmethod
+    def of(cls, dense: DenseModel, plan: Plan) -> NemotronExport:
+        """Raises `UsageError` for an architecture that is not Llama's."""
+        _check(dense)
+        layers = list(sparse_layers(layers_of(dense.structure, plan)))
+        use = USE if layers[0].attention is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
+        files = {"configuration_decilm.py": CONFIGURATION}
+        return cls(dense, plan, _settings(dense, layers), dict(_named(dense, layers)), use, files, {})
 
+    def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
+        super().write(folder, shard_bytes, progress)
+        if WITHOUT_FIRST_ATTENTION in self.use:
+            logger.warning(WITHOUT_FIRST_ATTENTION)
 
-def prepared(dense: DenseModel, plan: Plan) -> tuple[list[SparseLayer], dict[str, Tensor]]:
-    """The layers, and the tensors by their new names. Raises as `export_nemotron_nas`."""
-    _check(dense)
-    kept = list(sparse_layers(layers_of(dense.anatomy, plan)))
-    return kept, dict(_named(dense, kept))
+    def verify(self, folder: Path) -> Verdict:
+        return verify_in_mlx(self.dense, self.plan, folder)
 
 
 def _check(dense: DenseModel) -> None:
@@ -110,7 +88,7 @@ def _check(dense: DenseModel) -> None:
     raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
 
 
-def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> Settings:
+def _settings(dense: DenseModel, rows: Sequence[SparseLayer]) -> Settings:
     config = dense.config
     settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
     if config.model_type == "qwen2":
@@ -125,8 +103,8 @@ def _settings(dense: DenseModel, kept: Sequence[SparseLayer]) -> Settings:
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "hidden_act": "silu",
-        "num_hidden_layers": len(kept),
-        "block_configs": [_block(config, row) for row in kept],
+        "num_hidden_layers": len(rows),
+        "block_configs": [_block(config, row) for row in rows],
     }
 
 
@@ -165,82 +143,32 @@ def _padded(width: int) -> int:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _named(dense: DenseModel, kept: Sequence[SparseLayer]) -> Iterator[tuple[str, Tensor]]:
+def _named(dense: DenseModel, rows: Sequence[SparseLayer]) -> Iterator[tuple[str, Weight]]:
     yield from dense.outside_layers.items()
-    for number, row in enumerate(kept):
+    for number, row in enumerate(rows):
         start = f"{dense.prefix}{number}."
         if row.attention is not None:
-            parts = dense.parts(dense.anatomy.blocks[row.attention].attention)
+            parts = dense.parts(dense.structure.blocks[row.attention].attention)
             yield from ((start + name, tensor) for name, tensor in parts.items())
             if dense.config.model_type == "qwen2":
                 yield f"{start}self_attn.o_proj.bias", _zero_bias(parts["self_attn.o_proj.weight"])
         if row.mlp is not None:
-            for name, tensor in dense.parts(dense.anatomy.blocks[row.mlp].mlp).items():
+            for name, tensor in dense.parts(dense.structure.blocks[row.mlp].mlp).items():
                 yield start + name, _pad(name, tensor, _padded(dense.config.intermediate_size))
 
 
-def _zero_bias(weight: Source) -> MadeTensor:
-    (rows_, _), size = weight.shape, BITS[weight.dtype] // 8
-    return MadeTensor(weight.dtype, (rows_,), bytes(rows_ * size))
+def _zero_bias(weight: Weight) -> Weight:
+    rows, columns = weight.shape
+    return Weight(weight.dtype, (rows,), weight.size // columns, lambda: torch.zeros_like(weight.read()[:, 0]))
 
 
-def _pad(name: str, tensor: Source, width: int) -> Tensor:
+def _pad(name: str, tensor: Weight, width: int) -> Weight:
     module, _, kind = name.rpartition(".")
     if module.endswith(("gate_proj", "up_proj")) and tensor.shape[0] < width:
-        return PaddedRows(tensor, width)
+        return tensor.padded(0, width)
     if module.endswith("down_proj") and kind == "weight" and tensor.shape[1] < width:
-        return PaddedColumns(tensor, width)
+        return tensor.padded(1, width)
     return tensor
-
-
-@dataclass(frozen=True)
-class PaddedRows:
-    """A stored tensor, (rows, ...), with rows of zeros behind it."""
-
-    source: Source
-    rows: int
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.source.shape[1:])
-
-    @property
-    def size(self) -> int:
-        return self.source.size // self.source.shape[0] * self.rows
-
-    def chunks(self) -> Iterator[bytes]:
-        yield from self.source.chunks()
-        yield bytes(self.size - self.source.size)
-
-
-@dataclass(frozen=True)
-class PaddedColumns:
-    """A stored matrix, (rows, columns), with columns of zeros behind it."""
-
-    source: Source
-    columns: int
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.source.shape[0], self.columns)
-
-    @property
-    def size(self) -> int:
-        return self.source.size // self.source.shape[1] * self.columns
-
-    def chunks(self) -> Iterator[bytes]:
-        row = self.source.size // self.source.shape[0]
-        padding = bytes(self.size // self.source.shape[0] - row)
-        for piece in self.source.chunks(max(1, CHUNK // row) * row):
-            yield b"".join(piece[start : start + row] + padding for start in range(0, len(piece), row))
 
 
 CONFIGURATION = '''\

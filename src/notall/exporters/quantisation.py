@@ -11,17 +11,20 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from ..errors import UsageError, shortened
+from ..inputs import Settings
 from ..models.quantisation import quantisation_name
-from ..records.strict_json import Settings
 
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
+Means = Callable[[str], bool]
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
-Means = Callable[[str], bool]
+# --- how each kind of settings names modules --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,30 +36,9 @@ class Words:
     """
 
     means: Callable[[str], Means]
-    exactly: Callable[[str, str], str]
+    exactly: Callable[[str, str], str] = lambda pattern, name: name
     tree: bool = False
     weights: bool = False
-
-
-# --- how each kind of settings names modules --------------------------------------------------------------------------
-
-
-def _begins_or_ends(pattern: str) -> Means:
-    """As transformers' `should_convert_module`: from the start to a full stop, or at the end."""
-    begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-    return lambda name: begins(name) or name.endswith(pattern)
-
-
-def _is_or_matches(pattern: str) -> Means:
-    return _matches(pattern[3:]) if pattern.startswith("re:") else pattern.__eq__
-
-
-def _is_or_matches_whole(pattern: str) -> Means:
-    return _matches(f"(?:{pattern[3:]})$") if pattern.startswith("re:") else pattern.__eq__
-
-
-def _matches_signed(pattern: str) -> Means:
-    return _matches(_unsigned(pattern))
 
 
 def _matches(pattern: str) -> Means:
@@ -67,23 +49,30 @@ def _matches(pattern: str) -> Means:
     return lambda name: compiled.match(name) is not None
 
 
-def _unsigned(pattern: str) -> str:
+def _begins_or_ends(pattern: str) -> Means:
+    """As transformers' `should_convert_module`: from the start to a full stop, or at the end."""
+    begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
+    return lambda name: begins(name) or name.endswith(pattern)
+
+
+def _is_or_matches(pattern: str, end: str = "") -> Means:
+    if not pattern.startswith("re:"):
+        return pattern.__eq__
+    return _matches(f"(?:{pattern[3:]}){end}" if end else pattern[3:])
+
+
+def _sign(pattern: str) -> str:
     """GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`."""
-    return pattern[2:] if pattern[:2] in ("-:", "+:") else pattern
+    return pattern[:2] if pattern[:2] in ("-:", "+:") else ""
 
 
-def _itself(pattern: str, name: str) -> str:
-    return name
-
-
-def _escaped(pattern: str, name: str) -> str:
-    return f"{pattern.removesuffix(_unsigned(pattern))}{re.escape(name)}$"
-
-
-BEGINNINGS = Words(_begins_or_ends, _itself, tree=True)
-NAMES = Words(_is_or_matches, _itself)
-WHOLE_NAMES = Words(_is_or_matches_whole, _itself, weights=True)
-SIGNED = Words(_matches_signed, _escaped)
+BEGINNINGS = Words(_begins_or_ends, tree=True)
+NAMES = Words(_is_or_matches)
+WHOLE_NAMES = Words(partial(_is_or_matches, end="$"), weights=True)
+SIGNED = Words(
+    lambda pattern: _matches(pattern.removeprefix(_sign(pattern))),
+    lambda pattern, name: f"{_sign(pattern)}{re.escape(name)}$",
+)
 
 Rules = Mapping[tuple[str, ...], Words]  # where settings name modules, `*` being any key, and how
 
@@ -118,21 +107,25 @@ RULES: Mapping[str, Rules] = {
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def cut_quantisation(told: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
+def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
     """The settings of an export whose modules have `moved`; `layers` is what the names of layers begin with.
 
     Raises `UsageError` where they tell layers apart in a place that is not known.
     """
-    rules = RULES.get(quantisation_name(told).split()[0], {})
-    for path, value in _leaves(told):
-        if not any(_is_below(path, rule) for rule in rules) and _tells_a_layer(value, layers):
+    rules = RULES.get(quantisation_name(settings).split()[0], {})
+    last = layers.rstrip(".").rpartition(".")[2]
+    numbered = re.compile(rf"\b{re.escape(last)}\W*\d")  # a number behind the list of layers, perhaps in a pattern
+    for path, value in _leaves(settings):
+        is_known = any(len(path) >= len(rule) and all(map(_is_step, rule, path)) for rule in rules)
+        if not is_known and numbered.search(value):
             raise UsageError(
-                f"the quantisation settings of this model ({quantisation_name(told)}) tell layers apart in "
+                f"the quantisation settings of this model ({quantisation_name(settings)}) tell layers apart in "
                 f"{'.'.join(path)}, which notall cannot cut, so this plan runs in memory only"
             )
-    cut: Any = told
+    cut: Any = settings
+    weights = {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
     for rule, words in rules.items():
-        cut = _cut_at(cut, rule, _Cut(words, moved | _weights(moved) if words.weights else moved, layers))
+        cut = _cut_at(cut, rule, _Cut(words, moved | weights if words.weights else moved, layers))
     return dict(cut)
 
 
@@ -141,26 +134,20 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
 
     Raises `UsageError` where the list of them is damaged.
     """
-    parameters = {name: _renamed(name, moved) for name in notes if name != TENSOR_NAMES}
-    renamed = {new: notes[name] for name, new in parameters.items() if new}
+
+    def renamed(parameter: str) -> str | None:
+        module, _, name = parameter.rpartition(".")
+        new = moved.get(module)
+        return new and f"{new}.{name}"
+
+    found = {new: note for name, note in notes.items() if name != TENSOR_NAMES and (new := renamed(name))}
     if TENSOR_NAMES in notes:
         try:
             names = [str(name) for name in json.loads(notes[TENSOR_NAMES])]
         except (ValueError, TypeError):
             raise UsageError("what torchao noted of this model's tensors is damaged; fetch the model again") from None
-        listed = [new for name in names if (new := _renamed(name, moved))]
-        renamed[TENSOR_NAMES] = json.dumps(listed)
-    return renamed
-
-
-def _renamed(parameter: str, moved: Moved) -> str | None:
-    module, _, name = parameter.rpartition(".")
-    new = moved.get(module)
-    return new and f"{new}.{name}"
-
-
-def _weights(moved: Moved) -> dict[str, str | None]:
-    return {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
+        found[TENSOR_NAMES] = json.dumps([new for name in names if (new := renamed(name))])
+    return found
 
 
 def _cut_at(value: Any, path: tuple[str, ...], cut: _Cut) -> Any:
@@ -246,9 +233,8 @@ def _not_renumbered(pattern: str) -> UsageError:
 
 
 def _above(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+    """The modules that a module is in: of a.b.c, a and a.b."""
+    return accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -268,11 +254,5 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield path, value
 
 
-def _is_below(path: tuple[str, ...], rule: tuple[str, ...]) -> bool:
-    return len(path) >= len(rule) and all(wanted in ("*", step) for wanted, step in zip(rule, path))
-
-
-def _tells_a_layer(text: str, layers: str) -> bool:
-    """Whether a number follows the name of the list of layers, perhaps inside a pattern."""
-    last = layers.rstrip(".").rpartition(".")[2]
-    return re.search(rf"\b{re.escape(last)}\W*\d", text) is not None
+def _is_step(wanted: str, step: str) -> bool:
+    return wanted in ("*", step)

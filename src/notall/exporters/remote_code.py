@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
-from ..models.cache import cache_folder
-
-PREFIX = "notall_"
+from ..files import cache_folder
+from ..models.own_exports import REGROUPED
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ FAMILIES = {
 
 
 def model_type_of(base: str) -> str:
-    return f"{PREFIX}{base}"
+    return f"{REGROUPED}{base}"
 
 
 def modeling_file(base: str) -> str:
@@ -82,13 +81,14 @@ def load_modeling(folder: Path, base: str) -> ModuleType:
     return module
 
 
-def register() -> None:
+def register(*bases: str) -> None:
     """Make this process's transformers know regrouped checkpoints, with no `trust_remote_code`.
 
-    Their classes are written to the cache folder first, so that `save_pretrained` can copy them beside the weights.
+    Of the model types `bases`, such as llama, or of all that have such a form. Their classes are written to the cache
+    folder first, so that `save_pretrained` can copy them beside the weights.
     """
     folder = cache_folder() / "modeling" / __version__
-    for base in FAMILIES:
+    for base in bases or FAMILIES:
         if model_type_of(base) in CONFIG_MAPPING:
             continue
         write_modeling(folder, base)

@@ -1,251 +1,267 @@
-"""Safetensors files, read and written as bytes: a tensor is a range of a file, and copying it takes no memory.
+"""The weights of a checkpoint: the files that transformers reads them from, and each tensor, read when it is written.
 
-The format (https://github.com/huggingface/safetensors) is eight bytes of header length, a JSON header of names, dtypes,
-shapes and ranges, and the data. Whatever the dtype, the bytes are carried over as they are.
+safetensors reads and writes the files, one shard at a time; whatever the dtype, the bytes are carried over as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import get_safetensors_metadata, snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
-from ..models.folders import INDEX
+from ..files import INDEX, SINGLE, expanded, own_file
+from ..inputs import read_json
+from ..models.load_errors import check_weights, explained, quiet
+from ..models.names import hub_id
 from ..progress import Progress, silent
-from ..records.strict_json import read_json
-
-CHUNK = 1 << 22  # bytes held in memory at a time
-LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
-BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
-    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
-}  # fmt: skip
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Tensor(Protocol):
-    """A tensor to write: its kind, its shape, its size in bytes, and its bytes, a chunk at a time."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def size(self) -> int: ...
-    def chunks(self) -> Iterator[bytes]: ...
-
-
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that lies in a safetensors file, `size` bytes from `start` on."""
+class Weight:
+    """A tensor to write: its dtype and its shape as safetensors words them, its bytes, and how to read or make it."""
 
     dtype: str
     shape: tuple[int, ...]
-    file: Path
-    start: int
     size: int
+    read: Callable[[], Tensor]
 
-    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        with open(self.file, "rb") as source:
-            source.seek(self.start)
-            left = self.size
-            while left:
-                chunk = source.read(min(most, left))
-                if not chunk:
-                    raise UsageError(f"{self.file.name} ends before its tensors do; download the file again")
-                left -= len(chunk)
-                yield chunk
+    def cast(self, dtype: str) -> Weight:
+        """In another one of `FLOATS`."""
+        size = math.prod(self.shape) * FLOATS[dtype].itemsize
+        return Weight(dtype, self.shape, size, lambda: self.read().to(FLOATS[dtype]))
 
+    def holding(self, values: Tensor) -> Weight:
+        """With other values, rounded to its dtype."""
+        return replace(self, read=lambda: values.detach().cpu().to(FLOATS[self.dtype]))
 
-@dataclass(frozen=True)
-class MadeTensor:
-    """A tensor that no file holds, such as a bias of zeros."""
+    def divided(self, by: float) -> Weight:
+        return replace(self, read=lambda: (self.read().double() / by).to(FLOATS[self.dtype]))
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def chunks(self) -> Iterator[bytes]:
-        yield self.data
+    def padded(self, dim: int, width: int) -> Weight:
+        """With zeros behind its values, so that dimension `dim` has `width` of them."""
+        before = self.shape[dim]
+        shape = (*self.shape[:dim], width, *self.shape[dim + 1 :])
+        padding = [0, 0] * (len(shape) - 1 - dim) + [0, width - before]
+        size = self.size // before * width
+        return Weight(self.dtype, shape, size, lambda: torch.nn.functional.pad(self.read(), padding))
 
 
-@dataclass(frozen=True)
-class LiveTensor:
-    """A tensor in memory, on the CPU, in place of a stored one."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    values: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        return self.values.numel() * self.values.element_size()
-
-    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        flat = self.values.contiguous().flatten().view(torch.uint8)
-        yield from (part.numpy().tobytes() for part in flat.split(most))
+Weights = dict[str, Weight]
 
 
-@dataclass(frozen=True)
-class CastTensor:
-    """A tensor of floats in another dtype than its `source`."""
-
-    dtype: str
-    source: StoredTensor | LiveTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * BITS[self.dtype] // 8
-
-    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        before, after = FLOATS[self.source.dtype], FLOATS[self.dtype]
-        for chunk in self.source.chunks(max(1, most // after.itemsize) * before.itemsize):
-            values = torch.frombuffer(bytearray(chunk), dtype=before).to(after)
-            yield values.view(torch.uint8).numpy().tobytes()
+def total_bytes(weights: Mapping[str, Weight]) -> int:
+    return sum(weight.size for weight in weights.values())
 
 
-Source = StoredTensor | LiveTensor | CastTensor  # of the model that is exported
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> dict[str, Source]:
+def read_header(path: Path) -> Weights:
     """The tensors of one safetensors file, by name. Raises `UsageError` when the file is truncated or damaged."""
-    size = path.stat().st_size
-    header, _, data = _header(path)
-    tensors = {name: _entry(path, name, entry, data, size) for name, entry in header.items()}
-    position = data
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
-        if tensor.start != position:
-            raise _damaged(path, "its tensors overlap, or leave gaps")
-        position += tensor.size
-    if position != size:
-        raise _damaged(path, "it goes on behind its tensors")
     try:
-        with safe_open(path, framework="pt"):
-            pass  # what transformers reads it with may be stricter
-    except SafetensorError:
-        raise _damaged(path, "the safetensors library cannot open it") from None
-    return dict(tensors)
+        with safe_open(path, framework="pt"), open(path, "rb") as file:  # which has checked all sizes and ranges
+            header = read_json(file.read(int.from_bytes(file.read(8), "little")))
+    except (SafetensorError, OSError, ValueError) as error:
+        said = shortened(str(error).rpartition("header: ")[2], 120)
+        raise UsageError(f"{path.name} is no whole safetensors file ({said}); download the file again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Weight(entry["dtype"], tuple(entry["shape"]), last - first, partial(_read, path, name))
+        for name, entry in header.items()
+        for first, last in [entry["data_offsets"]]
+    }
 
 
-def read_notes(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors. Raises as `read_header` does."""
-    return _header(path)[1]
-
-
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """The entries of the tensors, what is said beside them, and where the data begins."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, LARGEST_HEADER):
-            raise _damaged(path, "its header is cut off")
-        try:
-            header = read_json(file.read(length))
-        except ValueError:
-            raise _damaged(path, "its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is no table")
-    told = header.pop("__metadata__", {})
-    if not isinstance(told, dict) or not all(isinstance(word, str) for word in told.values()):
-        raise _damaged(path, "its metadata is no table of texts")
-    return header, told, 8 + length
-
-
-def _entry(path: Path, name: str, entry: Any, data: int, end: int) -> StoredTensor:
+def _read(path: Path, name: str) -> Tensor:
     try:
-        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, first, last))
-        fits = whole and (last - first) * 8 == math.prod(shape) * BITS[dtype]
-    except (TypeError, KeyError, ValueError):
-        raise _damaged(path, f"its entry for {shortened(name)} is malformed") from None
-    if not fits:
-        raise _damaged(path, f"the size of {shortened(name)} is not that of its shape")
-    if data + last > end:
-        raise _damaged(path, f"it ends before {shortened(name)} does")
-    return StoredTensor(dtype, shape, path, data + first, last - first)
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise UsageError(f"cannot read {shortened(name)} of {path.name}: {shortened(str(error))}") from None
 
 
-def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(f"{path.name} is no whole safetensors file: {reason}; download the file again")
+def read_notes(files: Iterable[Path]) -> dict[str, str]:
+    """What the headers of safetensors files hold beyond their tensors."""
+    notes: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            notes |= file.metadata() or {}
+    return notes
 
 
-def write_file(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    wrote: Callable[[int], None] = lambda size: None,
-    notes: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Write one safetensors file, a chunk at a time; `wrote` is told the bytes of each, `notes` go into its header."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **notes}}
-    position = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.size],
-        }
-        position += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            for chunk in tensor.chunks():
-                file.write(chunk)
-                wrote(len(chunk))
+def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Weights]:
+    """The file that transformers begins with, and every tensor that it reads.
+
+    That file is the one that the config has `named`, else the one file where there is one, else the index of shards.
+    The index tells the shards alone; what they hold is in their own headers.
+    """
+    names = (named,) if named else (SINGLE, INDEX)
+    file = next((path for name in names if (path := own_file(folder, name))), None)
+    if file is None:
+        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+    if file.suffix == ".safetensors":
+        return file.name, read_header(file)
+    tensors: Weights = {}
+    for shard in weight_files(file):
+        found = read_header(shard)
+        if twice := found.keys() & tensors.keys():
+            raise UsageError(f"{folder.name}: two shards hold {shortened(min(twice))}; download it again")
+        tensors |= found
+    if lost := _index(file).keys() - tensors.keys():
+        raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
+    return file.name, tensors
+
+
+def weight_files(file: Path) -> list[Path]:
+    """The safetensors files that transformers reads, where it begins with `file`: that one, or shards of an index."""
+    if file.suffix == ".safetensors":
+        return [file]
+    found = []
+    for name in sorted(set(_index(file).values())):
+        shard = own_file(file.parent, name)
+        if shard is None:
+            raise UsageError(f"{file.parent.name} lacks {shortened(name)}; download it again")
+        found.append(shard)
+    return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Which shard each tensor is said to be in; as for transformers, an index without a table of metadata is none."""
+    try:
+        index = read_json(path.read_bytes())
+        where = index["weight_map"]
+        whole = bool(where) and isinstance(index["metadata"], dict)
+        whole = whole and all(isinstance(file, str) for file in where.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again")
+    return where
+
+
+def stored_sizes(spec: str | Path, revision: str | None = None, named: str | None = None) -> dict[str, int]:
+    """The bytes of each tensor of a model: of a folder, or of a hub id, of whose files only the headers are read."""
+    if folder := _local(spec, revision, named):
+        return {name: tensor.size for name, tensor in read_tensors(folder, named)[1].items()}
+    with explained(spec):
+        headers = get_safetensors_metadata(hub_id(spec), revision=revision).files_metadata.values()
+    ranges = ((name, tensor.data_offsets) for header in headers for name, tensor in header.tensors.items())
+    return {name: last - first for name, (first, last) in ranges}
+
+
+def _local(spec: str | Path, revision: str | None, named: str | None) -> Path | None:
+    """The folder of a model that is here; of a hub id, where its weights were fetched before."""
+    path = expanded(spec)
+    if path.is_dir():
+        return path
+    try:
+        folder = Path(snapshot_download(hub_id(spec), revision=revision, local_files_only=True))
+        read_tensors(folder, named)
+    except (LocalEntryNotFoundError, UsageError):
+        return None
+    return folder
+
+
+def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
+    """Raise `UsageError` unless names and shapes are those of `model`, which is on the meta device.
+
+    transformers itself loads them, as tensors without values: it knows what it renames and fuses as it loads. Of a
+    quantised model, whose tensors have other names, each module must have some.
+    """
+    config: Any = copy.deepcopy(model.config)
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    if is_quantised:
+        del config.quantization_config
+    try:
+        with quiet():
+            _, report = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict={key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()},
+                device_map="meta",
+                ignore_mismatched_sizes=is_quantised,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError) as error:  # where tensors that it would fuse are not all there, or not alike
+        raise UsageError(
+            f"the tensors of {name} are not those of {config.model_type} ({shortened(str(error), 80)}): "
+            "fetch or save it again"
+        ) from None
+    if is_quantised:
+        modules = {key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)}
+        missing = {key for key in report["missing_keys"] if key.rpartition(".")[0] not in modules}
+        report = {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}
+    check_weights(name, report)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_shards(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Weights,
     shard_bytes: int,
     progress: Progress = silent,
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint as transformers does: `model.safetensors`, or shards of about `shard_bytes` and an index.
 
-    `notes` go into the header of each file.
+    One shard is in memory at a time. `notes` go into the header of each file.
     """
-    total, done = total_bytes(tensors), 0
-
-    def wrote(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total, "copying weights")
-
     split = split_state_dict_into_shards_factory(
-        dict(tensors),
+        tensors,
         get_storage_size=lambda tensor: tensor.size,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
+    total, done = total_bytes(tensors), 0
     for file, names in split.filename_to_tensors.items():
-        write_file(folder / file, {name: tensors[name] for name in names}, wrote, notes)
+        shard = {name: tensors[name] for name in names}
+        _write_file(folder / file, shard, {"format": "pt", **notes})
+        done += total_bytes(shard)
+        progress(done, total, "copying weights")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.size for tensor in tensors.values())
+def _write_file(path: Path, shard: Weights, notes: dict[str, str]) -> None:
+    try:
+        save_file({name: weight.read().contiguous() for name, weight in shard.items()}, path, notes)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise
+
+
+def check_copies(folder: Path, tensors: Weights) -> None:
+    """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit."""
+    _, written = read_tensors(folder)
+    if written.keys() != tensors.keys() or not all(_are_same(written[name], tensors[name]) for name in tensors):
+        raise UsageError(f"{folder.name} does not hold what was written; check the disk, and export again")
+
+
+def _are_same(one: Weight, other: Weight) -> bool:
+    is_alike = (one.dtype, one.shape, one.size) == (other.dtype, other.shape, other.size)
+    return is_alike and torch.equal(
+        *(weight.read().contiguous().flatten().view(torch.uint8) for weight in (one, other))
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,18 @@ from transformers import PreTrainedModel
 from ..errors import UsageError
 from ..models.load_errors import explained, quiet
 from ..models.quantisation import why_not_here
-from ..records.plan import Plan
+from ..plan import Plan
 from ..running.skipping import skip
-from ..structure.anatomy import cache_argument, text_config
+from ..structure.model_structure import cache_argument, text_config
 from ..structure.proving import relative_error, tolerance
-from . import mlx
 from .dense import DenseModel
 from .manifest import NotVerified, Verdict, Verified
-from .tensors import Tensor as Written
-from .weights import read_tensors
+from .tensors import Weights, check_copies
 
 TOKENS, PADDING = 12, 5  # two sequences of 12 tokens, 5 of the first being padding on the left
 
 
-def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any, tensors: Mapping[str, Written]) -> Verdict:
+def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any, tensors: Weights) -> Verdict:
     """Raise `UsageError` unless the model in `exported`, read by the class `loader`, answers as the skipped one.
 
     Compared are the logits of a left-padded batch and those of one more token through the cache. One of the two models
@@ -55,30 +54,29 @@ def _dense(dense: DenseModel) -> PreTrainedModel:
         return _load(dense.reader, dense.folder, dense.trusted, dense.dtype)
 
 
-def check_copies(folder: Path, tensors: Mapping[str, Written]) -> None:
-    """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit."""
-    _, written = read_tensors(folder)
-    same = written.keys() == tensors.keys() and all(_are_same(written[name], tensors[name]) for name in tensors)
-    if not same:
-        raise UsageError(f"{folder.name} does not hold what was written; check the disk, and export again")
-
-
-def _are_same(one: Written, other: Written) -> bool:
-    is_alike = (one.dtype, one.shape, one.size) == (other.dtype, other.shape, other.size)
-    return is_alike and all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
-
-
 def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:
     """As `verify`, in MLX-LM, on a batch without padding; says so where MLX-LM is not installed."""
-    if not mlx.is_installed():
+    if find_spec("mlx_lm") is None:
         return NotVerified("MLX-LM is not installed (pip install mlx-lm)")
-    with explained(dense.origin.model), quiet():
-        model = _load(dense.reader, dense.folder, dense.trusted, dense.dtype)
+    model = _dense(dense)
     tokens = _tokens(model)
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits
     most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
-    return compare(f"MLX-LM {mlx.release()}", mlx.logits_of(exported, tokens), expected, most)
+    return compare(f"MLX-LM {version('mlx-lm')}", logits_in_mlx(exported, tokens), expected, most)
+
+
+def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
+    """The logits of token ids, (batch, tokens), without padding: (batch, tokens, vocabulary).
+
+    MLX-LM is installed by `pip install mlx-lm`, with `mlx[cpu]` on Linux.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    answer = model(mx.array(tokens.tolist())).astype(mx.float32)
+    return torch.tensor(answer.tolist())
 
 
 def compare(by: str, found: Tensor, expected: Tensor, most: float) -> Verified:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..records.drafting import Decoding
+from ..results.facts import Decoding
 from .speed import cache_name, last_logits
 from .statistics import jackknife_error
 

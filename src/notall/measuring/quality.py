@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect
-from ..records.plan import Plan
+from ..models.texts import IDS, checked
+from ..plan import Plan
+from ..results.facts import Quality
 from ..running.replay import Replay, record
-from ..structure.token_ids import IDS, checked
 from .statistics import mean_and_error
 from .token_scores import TokenScorer, TokenScores
 
@@ -30,26 +31,6 @@ class Scores:
         self.nll += other.nll
         self.kl += other.kl
         self.top1_agreement += other.top1_agreement
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Means over sequences with standard errors (`_se`); `delta_nll` is paired with the dense model, by sequence.
-
-    NLL and KL are in nats per token; `perplexity` is exp(nll); `top1_agreement` is the share of tokens at which the
-    most likely next token is the dense model's.
-    """
-
-    nll: float
-    nll_se: float
-    delta_nll: float
-    delta_nll_se: float
-    perplexity: float
-    kl: float
-    kl_se: float
-    top1_agreement: float
-    top1_agreement_se: float
-    sequences: int
 
 
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
@@ -98,8 +79,18 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
     delta, delta_se = mean_and_error([value - base for value, base in zip(scores.nll, dense.nll)])
     kl, kl_se = mean_and_error(scores.kl)
     agreement, agreement_se = mean_and_error(scores.top1_agreement)
-    perplexity = math.exp(min(nll, 700.0))
-    return Quality(nll, nll_se, delta, delta_se, perplexity, kl, kl_se, agreement, agreement_se, len(scores.nll))
+    return Quality(
+        nll=nll,
+        nll_se=nll_se,
+        delta_nll=delta,
+        delta_nll_se=delta_se,
+        perplexity=math.exp(min(nll, 700.0)),
+        kl=kl,
+        kl_se=kl_se,
+        top1_agreement=agreement,
+        top1_agreement_se=agreement_se,
+        sequences=len(scores.nll),
+    )
 
 
 def _joined(parts: Iterable[Scores]) -> Scores:

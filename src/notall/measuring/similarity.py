@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from ..models.texts import checked
+from ..results.facts import Similarity
 from ..running.passages import Passage, walk
 from ..structure.locating import locate
-from ..structure.token_ids import checked
 from .statistics import mean_and_error
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Cosine of the residual stream before and after one block or sublayer: mean over tokens, error over sequences.
-
-    `mixer` is the kind of an attention, where the model has several.
-    """
-
-    layer: int
-    kind: Literal["block", "attention", "mlp"]
-    cosine: float
-    cosine_se: float
-    mixer: str | None = None
 
 
 def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
@@ -50,10 +35,20 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
     with torch.no_grad():
         for tokens in checked(batches, model):
             walk(model, look, input_ids=tokens)
-    anatomy = locate(model)
-    mixers = {(p.index, p.kind): p.mixer for p in anatomy.sublayers} if len(anatomy.mixers) > 1 else {}
+    structure = locate(model)
+    mixers: dict[tuple[int, str], str | None] = (
+        {(p.index, p.kind): p.mixer for p in structure.sublayers} if len(structure.mixers) > 1 else {}
+    )
     rows = []
     for (layer, kind), values in found.items():
         mean, error = mean_and_error(torch.cat(values).tolist())
-        rows.append(Similarity(layer, kind, mean, error, mixers.get((layer, kind))))  # type: ignore[arg-type]
+        rows.append(
+            Similarity(
+                layer=layer,
+                kind=kind,  # type: ignore[arg-type]
+                cosine=mean,
+                cosine_se=error,
+                mixer=mixers.get((layer, kind)),
+            )
+        )
     return rows

@@ -1,4 +1,4 @@
-"""How long a model takes: prefill apart from decode, variants interleaved. Knows nothing of plans."""
+"""How long a model takes: prefill apart from decode, variants interleaved, each beside the dense model."""
 
 from __future__ import annotations
 
@@ -21,33 +21,15 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..errors import UsageError
+from ..options import WORKLOAD, Workload
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..running.generating import check_positions
+from ..results.facts import Times
+from ..results.record import Quartiles
+from ..running.skipping import skip
 
 Entering = Callable[[], AbstractContextManager[Any]]
 Sample = TypeVar("Sample")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of `n` samples and their quartiles, in the unit of the samples."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
-        """Summarise at least one sample; quartiles interpolate linearly."""
-        quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-        low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quartiles).tolist()
-        return cls(median, low, high, len(samples))
-
-    @property
-    def error(self) -> float:
-        """The standard error of the median, from the quartiles, as if the samples were normal."""
-        return 0.93 * (self.high - self.low) / self.n**0.5
 
 
 @dataclass(frozen=True)
@@ -63,12 +45,22 @@ class Timing:
     peak_bytes: int | None
 
     @property
-    def prefill_ms(self) -> Spread:
-        return Spread.of(self.prefill_samples_ms)
+    def prefill_ms(self) -> Quartiles:
+        return Quartiles.of(self.prefill_samples_ms)
 
     @property
-    def decode_ms_per_token(self) -> Spread:
-        return Spread.of(self.decode_samples_ms)
+    def decode_ms_per_token(self) -> Quartiles:
+        return Quartiles.of(self.decode_samples_ms)
+
+    def beside(self, dense: Timing) -> Times:
+        """With the speedups over the dense model, of one `compare`."""
+        return Times(
+            prefill_ms=self.prefill_ms,
+            decode_ms_per_token=self.decode_ms_per_token,
+            speedup_prefill=speedup(dense.prefill_samples_ms, self.prefill_samples_ms),
+            speedup_decode=speedup(dense.decode_samples_ms, self.decode_samples_ms),
+            peak_bytes=self.peak_bytes,
+        )
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
@@ -117,7 +109,7 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
         return 1e3 * (_now(devices) - start) / steps
 
 
-def in_turn(
+def interleaved(
     measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
     """What each of `measures` answers, once a round, in an order that is reversed every other round: drift cancels.
@@ -135,51 +127,50 @@ def in_turn(
 def compare(
     model: PreTrainedModel,
     variants: Mapping[str, Entering],
+    workload: Workload = WORKLOAD,
     *,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    batch_size: int = 1,
-    rounds: int = 5,
     warmup: int = 1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, `in_turn`.
+    """Time each variant once a round, `interleaved`.
 
     A variant is a function that returns a context manager, entered and left outside of the timed region. The prompt
-    is the same for all: random ids of shape (batch_size, prompt_tokens). Raises `UsageError` for counts that are too
-    low, and for more tokens than the model has positions.
+    is the same for all: random ids of shape (concurrency, prompt_tokens). Raises `UsageError` as `Workload.check` does.
     """
-    check_timing(model, prompt_tokens, new_tokens, batch_size, rounds)
+    workload.check(model)
     if warmup < 0:
         raise UsageError(f"warmup is {warmup}; give 0 or more")
-    prompt = _random_prompt(model, batch_size, prompt_tokens, seed)
+    prompt = _random_prompt(model, workload.concurrency, workload.prompt_tokens, seed)
 
     def measured(name: str) -> tuple[float, float, int | None]:
         with variants[name]():
-            return _measure(model, prompt, new_tokens)
+            return _measure(model, prompt, workload.generation_tokens)
 
-    samples = in_turn({name: partial(measured, name) for name in variants}, rounds, warmup, progress)
+    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, warmup, progress)
     return {name: _summarise(rows) for name, rows in samples.items()}
 
 
-def check_timing(
-    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int = 1, rounds: int = 1
-) -> None:
-    """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""
-    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "rounds": rounds}
-    for name, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{name} is {count}; give 1 or more")
-    check_positions(model, prompt_tokens, new_tokens)
+def time_plans(
+    model: PreTrainedModel,
+    plans: Mapping[str, Plan],
+    workload: Workload = WORKLOAD,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Times]:
+    """The times of the dense model and of each of `plans` by name, `dense` first. Raises as `skip` and `compare` do."""
+    variants = {name: partial(skip, model, plan) for name, plan in {"dense": Plan(), **plans}.items()}
+    timings = compare(model, variants, workload, seed=seed, progress=progress)
+    return {name: timing.beside(timings["dense"]) for name, timing in timings.items()}
 
 
-def speedup(baseline: Sequence[float], other: Sequence[float]) -> Spread:
+def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
     """How many times faster `other` is than `baseline` (above 1: faster), paired: one ratio for each round.
 
     Both are samples of one `compare`, for example `dense.decode_samples_ms` and `skipped.decode_samples_ms`.
     """
-    return Spread.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
+    return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:

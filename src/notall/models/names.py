@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UsageError, nearest, shortened
-from ..records.strict_json import Settings
-from .paths import expanded
+from ..files import expanded
+from ..inputs import Settings
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation

@@ -14,10 +14,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
-from ..records.strict_json import Settings
+from ..files import INDEX, SINGLE, own_file
+from ..inputs import Settings, read_json
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
@@ -33,13 +36,13 @@ REDONE = "export it anew from the dense model"
 
 @dataclass(frozen=True)
 class OwnExport:
-    """Layers as `config` counts them; `lacking` says by kind which of them have no such sublayer.
+    """Layers as `config` counts them; `missing` says by kind which of them have no such sublayer.
 
     `places` maps a layer of the files, and where in it an MLP rides along (such as after, 0), to a layer of `config`.
     """
 
     config: PretrainedConfig
-    lacking: dict[str, list[int]]
+    missing: dict[str, list[int]]
     places: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
 
     def renamed(self, name: str) -> str:
@@ -52,17 +55,28 @@ class OwnExport:
             raise UsageError(f"config.json says nothing of {shortened(name)}: it is damaged; {REDONE}")
         return f"{match['start']}{self.places[key]}.{match['end']}"
 
+    def weights(self, folder: Path) -> dict[str, Tensor]:
+        """Every tensor of the files, by the names that the model of `config` gives them."""
+        weights: dict[str, Tensor] = {}
+        for shard in _shards(folder):
+            with safe_open(shard, framework="pt") as file:
+                weights |= {self.renamed(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return weights
+
+
+def _shards(folder: Path) -> list[Path]:
+    if single := own_file(folder, SINGLE):
+        return [single]
+    if (index := own_file(folder, INDEX)) is None:
+        raise UsageError(f"{folder.name} has no {SINGLE} and no {INDEX}; download it again")
+    names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
+    return [found for name in names if (found := own_file(folder, name))]
+
 
 def is_own_form(settings: Mapping[str, Any]) -> bool:
     """Whether config.json is of a form that no class of transformers reads, and that exports have."""
     form = str(settings.get("model_type"))
     return form == NEMOTRON_NAS or form.startswith(REGROUPED)
-
-
-def read_settings(source: Path | str, **options: Any) -> Settings:
-    """config.json of a folder or of a hub id, as a table."""
-    with quiet():
-        return PretrainedConfig.get_config_dict(source, **options)[0]
 
 
 def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
@@ -78,19 +92,19 @@ def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
 def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
     rows = settings["sublayers"]
     places: dict[tuple[int, str, int], int] = {}
-    lacking: dict[str, list[int]] = {"attention": [], "mlp": []}
+    missing: dict[str, list[int]] = {"attention": [], "mlp": []}
     for number, row in enumerate(rows):
         for place, count in (("before", len(row["before"])), ("", 1), ("after", len(row["after"]))):
             for slot in range(count):
                 layer = len(places)
                 places[number, place, slot] = layer
                 if place:
-                    lacking["attention"].append(layer)
+                    missing["attention"].append(layer)
                 elif row["mlp"] is None:
-                    lacking["mlp"].append(layer)
+                    missing["mlp"].append(layer)
     sources = [number for number, _, _ in places]
     config = _config(settings["model_type"].removeprefix(REGROUPED), _spread(settings, len(rows), sources))
-    return OwnExport(config, lacking, places)
+    return OwnExport(config, missing, places)
 
 
 def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) -> Settings:
@@ -109,11 +123,11 @@ def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) ->
 def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
     """As Llama, which it is but for what its layers lack; only where the layers are of one size."""
     blocks, hidden = settings["block_configs"], settings["hidden_size"]
-    lacking = {
+    missing = {
         kind: [number for number, block in enumerate(blocks) if block[name]["no_op"]]
         for kind, name in (("attention", "attention"), ("mlp", "ffn"))
     }
-    if set(lacking["attention"]) & set(lacking["mlp"]):
+    if set(missing["attention"]) & set(missing["mlp"]):
         raise ValueError("a layer has neither an attention nor an MLP")
     parts = [block[name] for block in blocks for name in ("attention", "ffn")]
     if any(part.get(name) for part in parts for name in ("replace_with_linear", "sparsify", "window_length")):
@@ -128,7 +142,7 @@ def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
         "num_key_value_heads": settings["num_attention_heads"] // groups.pop(),
         "intermediate_size": width,
     }
-    return OwnExport(_config("llama", {**settings, **sizes}), lacking)
+    return OwnExport(_config("llama", {**settings, **sizes}), missing)
 
 
 def _config(model_type: str, settings: Mapping[str, Any]) -> PretrainedConfig:

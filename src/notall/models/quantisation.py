@@ -10,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UsageError, shortened
-from ..records.strict_json import Settings
+from ..inputs import Settings
 from .load_errors import quiet
 
 # What transformers runs each kind with.

@@ -1,19 +1,21 @@
-"""Text, and the token batches drawn from it."""
+"""Text, and the batches of token ids drawn from it, checked before anything runs."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError, shortened
-from ..records.strict_json import read_json
+from ..digests import digest_of
+from ..errors import UsageError, expect, shortened
+from ..files import expanded
+from ..inputs import read_json
 from .names import DEFAULT_TEXT
-from .paths import expanded
 
 MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
 
@@ -44,7 +46,7 @@ def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
             content = "\n\n".join(fields(path, content, "text"))
     if not content.strip():
         raise UsageError(f"the text {name} is empty: give one with words in it")
-    return Text(path.name, hashlib.sha256(content.encode()).hexdigest(), content)
+    return Text(path.name, digest_of([content]), content)
 
 
 def token_batches(
@@ -76,7 +78,7 @@ def token_batches(
             f"{sequences * width}: {fits}"
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
-    rows = torch.tensor(ids[: windows * width]).view(windows, width)[order]  # (sequences, width)
+    rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
     rows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(sequences, -1), rows], dim=1)
     return list(rows.split(batch_size))
 
@@ -86,20 +88,16 @@ def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> i
     return len(_ids(tokenizer, text)) // max(1, length - len(_start_tokens(tokenizer)))
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
-    return list(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
+_TOKENISED: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The token ids of a prompt, with BOS where the tokenizer puts it. Raises UsageError where there are none."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, or bytes of another encoding on the command line
-        raise UsageError(f"the prompt {shortened(repr(prompt))} is not UTF-8: give one that is") from None
-    ids = list(tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-    if not ids:
-        raise UsageError(f"the prompt {shortened(repr(prompt))} has no tokens: give a word to begin with")
-    return ids
+def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
+    """(tokens,), int32; a text is tokenised once."""
+    known = _TOKENISED.setdefault(tokenizer, {})
+    if text.sha256 not in known:
+        ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+        known[text.sha256] = torch.tensor(ids, dtype=torch.int32)
+    return known[text.sha256]
 
 
 def _what_fits(sequences: int, length: int) -> str:
@@ -150,3 +148,37 @@ def _field(path: Path, number: int, line: str, name: str) -> str:
     if not isinstance(field, str):
         raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
     return field
+
+
+# --- token ids ------------------------------------------------------------------------------------------------------
+
+IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
+
+
+def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterator[Tensor]:
+    """`batches` one by one, each checked.
+
+    Raises `UsageError` for what are no token ids, (batch, tokens) of two tokens at least, and for ids that `model`
+    has no row for.
+    """
+    expect(batches, Iterable, f"a list of {IDS}")
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None  # type: ignore[operator]
+    for batch in batches:
+        expect(batch, Tensor, IDS)
+        if batch.ndim != 2 or batch.is_floating_point() or not len(batch):
+            raise UsageError(f"give {IDS}, not a tensor of {tuple(batch.shape)}, {str(batch.dtype).rpartition('.')[2]}")
+        if batch.shape[1] < 2:
+            raise UsageError("a window of one token predicts nothing: give windows of two tokens or more")
+        least, most = map(int, batch.aminmax())
+        for token in (least, most):
+            if vocabulary is not None and not 0 <= token < vocabulary:
+                raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
+        yield batch
+
+
+def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> list[Tensor]:
+    """`batches`, each checked. Raises `UsageError` as `checked` does, and where there are none."""
+    found = list(checked(batches, model))
+    if not found:
+        raise UsageError(f"there is no text: give a list of {IDS}")
+    return found

@@ -1,7 +1,7 @@
 """Heal a skipped model by a short distillation: its next-token distributions are drawn to the dense model's.
 
 What is trained are weights of kept sublayers alone (see `students`), so that the result is a plan with weights, as a
-repair is; `distilling` has the loop.
+repair is; `training` has the loop.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,25 +21,23 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel, UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
+from ..models.texts import checked
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..records.healing import HealRecord
-from ..records.ledger import Ledger, working_in
-from ..records.plan import Plan
-from ..records.provenance import Provenance
+from ..results.ledger import Ledger, working_in
+from ..results.provenance import Provenance
+from ..results.repairs import HealRecord, RepairStep
 from ..running.head import Head
 from ..running.repaired import RepairedPlan
-from ..running.repaired_folders import BEFORE, HEALED, PLAN, keep_whole, load_repaired, step_of
-from ..structure.anatomy import base_model
+from ..running.repaired_folders import BEFORE, HEALED, keep_whole, load_repaired, refuse_other_work, step_of
+from ..running.tensor_files import read_tensors, write_tensors
 from ..structure.locating import locate
-from ..structure.token_ids import checked
-from .distilling import CHECKPOINTS, Course, Training
+from ..structure.model_structure import base_model
 from .refitting import digest_of
-from .students import RANK, Trained
+from .students import TrainConfig
+from .training import CHECKPOINTS, Training, processes_of
 
-if TYPE_CHECKING:
-    from .spreading import Spread
-
-RATE = 3e-4
+TRAINED, RAYS_OWN = "trained.safetensors", "ray"  # in the folder of the checkpoints
 
 
 def heal(
@@ -46,72 +45,57 @@ def heal(
     plan: Plan,
     batches: Sequence[Tensor],
     held_out: Sequence[Tensor],
+    config: TrainConfig | None = None,
     *,
-    train: Trained = "outputs",
-    rank: int = RANK,
-    rate: float = RATE,
-    warm_up: float = 0.0,
-    seed: int = 0,
-    folder: str | os.PathLike[str] | None = None,
-    settings: Provenance | Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    provenance: Provenance | Mapping[str, Any] | None = None,
     workers: Spread | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, repaired or not, with weights of what it keeps trained to be near the dense model.
 
-    `batches` are token ids, (batch, tokens) each, one step of AdamW a batch, whose rate falls from `rate` to none.
-    `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer, and
-    `lora` has two thin matrices of `rank` beside each of those, which are added to them in the end. For the share
-    `warm_up` of the batches each kept sublayer aims at the dense model's stream behind it, and only then all of them
-    at the next token. It ends early where the KL on `held_out`, batches as well, no longer falls, and keeps the best
-    weights, possibly the initial ones. With a `folder` the result is written down, and repeating the call resumes an
-    interrupted run. `workers`, a `notall.repairing.spreading.Spread`, share each batch among them, and need the folder.
+    `batches` are token ids, (batch, tokens) each, of as many steps of AdamW as `config` says how. It ends early where
+    the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
+    With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
+    processes may share each batch: `workers`, or those of `accelerate launch`, each of which calls this. They need the
+    folder.
 
-    Needs room for a second model. Raises `UsageError` for a plan that does not fit or skips nothing, a quantised model,
-    a folder that holds other work or is in use, `lora` without peft, and as `Spread.train` does, and `UnsupportedModel`
-    as `locate` does and where the head is no matrix.
+    Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
+    or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
+    and as `Spread.train` does, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
-    inner, folder = base_model(model), Path(folder) if folder else None
-    batches, held_out = ([*checked(text, model)] for text in (batches, held_out))
-    _check(inner, plan, warm_up)
-    if not plan or not batches or not held_out:
-        raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
-    if workers and not folder:
+    config, inner, folder = config or TrainConfig(), base_model(model), Path(out) if out else None
+    training = Training(plan, [*checked(batches, model)], [*checked(held_out, model)], config)
+    _check(inner, training)
+    processes = processes_of(inner)
+    if folder is None and (workers or processes.num_processes > 1):
         raise UsageError("workers share a folder: give one")
-    anatomy = locate(inner)
-    before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
-    how = {"training": digest_of(batches), "stops_by": digest_of(held_out), "train": train, "rate": rate}
-    how |= {"train_seed": seed} | ({"rank": rank} if train == "lora" else {})
-    history = plan.history if isinstance(plan, RepairedPlan) else ()
-    about = Provenance.of(
-        settings or {},
-        plan=plan.indices,
-        repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
-        fingerprint=anatomy.fingerprint,
-        dtype=dtype_name(inner),
-        **how | ({"warm_up": warm_up} if warm_up else {}),
-        **{BEFORE: [step.model_dump(mode="json") for step in history]},
-    )
-    history += (step_of("heal", about),)
-    with working_in(folder, "heal") if folder else nullcontext(), TemporaryDirectory() as scratch:
-        kept = Ledger(folder, HealRecord, about) if folder else None
-        if folder and (folder / PLAN).is_file():
+    about = _about(inner, training, provenance or {})
+    is_first = processes.is_main_process  # which keeps the folder for all
+    alone = working_in(folder, "heal") if folder and is_first else nullcontext()
+    with alone, TemporaryDirectory() as scratch:
+        ledger = Ledger(folder, HealRecord, about) if folder else None
+        is_finished = folder is not None and refuse_other_work(folder, HealRecord, plan)
+        processes.wait_for_everyone()  # all have looked before the first of them writes
+        if folder and is_finished:
             return load_repaired(folder)
-        training = Training(plan, batches, held_out, train, rank, Course(rate, warm_up, seed))
         if workers and folder:
             trained = workers.train(training, folder, about, progress)
         else:
-            trained = training.run(inner, Path(folder or scratch), kept, progress)
-        healed = RepairedPlan.of(plan, weights=before | trained, history=history)
-        if folder:
+            trained = training.run(inner, folder or Path(scratch), ledger, progress)
+        before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
+        healed = RepairedPlan.of(plan, weights=before | trained, history=(*_history(plan), step_of("heal", about)))
+        if folder and is_first:
             keep_whole(folder, healed, HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        processes.wait_for_everyone()
     return healed
 
 
-def _check(model: PreTrainedModel, plan: Plan, warm_up: float) -> None:
-    """Raise where `model` cannot be healed without what `plan` skips, or not with such a warm-up."""
+def _check(model: PreTrainedModel, training: Training) -> None:
+    """Raise where `model` cannot be healed without what the plan skips, or not in this way."""
+    plan, warm_up = training.plan, training.config.warm_up
     if not 0 <= warm_up <= 1:
         raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
     if told := quantisation_of(model.config):
@@ -119,10 +103,92 @@ def _check(model: PreTrainedModel, plan: Plan, warm_up: float) -> None:
             f"healing trains plain weights, and these are quantised ({quantisation_name(told)}): heal the plan on the "
             "model that was quantised, export that, and quantise the export"
         )
-    anatomy = locate(model)
-    plan.check(anatomy)
-    anatomy.refuse_stubs("healing")
+    structure = locate(model)
+    plan.check(structure)
+    structure.refuse_stubs("healing")
     if Head(model).projection is None:
         raise UnsupportedModel(
             f"the head of {type(model).__name__} is no matrix, and cannot be aimed at; use notall.repair instead"
         )
+    if not plan or not training.batches or not training.held_out:
+        raise UsageError("healing takes a plan that skips something, text to train on, and other text to stop by")
+    if len({batch.shape[1] for batch in training.batches}) > 1:
+        raise UsageError("the windows to train on are of several lengths: give windows of one")
+
+
+def _about(model: PreTrainedModel, training: Training, settings: Provenance | Mapping[str, Any]) -> Provenance:
+    """What decides the weights."""
+    plan, config = training.plan, training.config
+    how = asdict(config)
+    how["train_seed"] = how.pop("seed")  # that of the text has this name
+    if config.train != "lora":
+        del how["rank"]
+    return Provenance.of(
+        settings,
+        plan=plan.indices,
+        repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
+        fingerprint=locate(model).fingerprint,
+        dtype=dtype_name(model),
+        training=digest_of(training.batches),
+        stops_by=digest_of(training.held_out),
+        **how,
+        **{BEFORE: [step.model_dump(mode="json") for step in _history(plan)]},
+    )
+
+
+def _history(plan: Plan) -> tuple[RepairStep, ...]:
+    return plan.history if isinstance(plan, RepairedPlan) else ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Workers that share a training, each with the model that `load_options` (the arguments of `notall.load`) name.
+
+    They are those of a Ray cluster, which needs the extra `ray`. `address` is as in `cluster.joined`, but from a
+    machine of the cluster. There are `count` workers, or one for each GPU, or without GPUs as many as half of the CPUs.
+    """
+
+    load_options: Mapping[str, Any]
+    address: str = "local"
+    count: int | None = None
+
+    def check(self, rows: int, count: int | None = None) -> None:
+        """Raise `UsageError` where `count` workers, else as many as are asked for, can't train on batches of `rows`."""
+        if self.address.startswith("ray://"):
+            raise UsageError("a training is started from a machine of the cluster: give --ray auto or HOST:PORT there")
+        count = count or self.count or 1
+        if count < 1 or rows % count:
+            raise UsageError(
+                f"{count} workers cannot share a batch of {rows} evenly: give another --batch-size or --ray-workers"
+            )
+
+    def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
+        """As `Training.run`, the evaluations noted in `folder`, which all workers must see under this path.
+
+        When a worker is lost, all of them go on from the last checkpoint, once. Raises `UsageError` where a batch does
+        not part evenly among the workers, and where they fail.
+        """
+        from ..running import cluster
+
+        self.check(len(training.batches[0]))
+        with cluster.joined(self.address):
+            most, has_gpus = cluster.room()
+            count, on_gpus = self.count or most, has_gpus and self.load_options.get("device") != "cpu"
+            self.check(len(training.batches[0]), count)
+            progress(0, 1, f"healing on {count} workers")
+            given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
+            cluster.train(_work, given, folder / CHECKPOINTS / RAYS_OWN, count=count, on_gpus=on_gpus)
+            progress(1, 1, f"healed on {count} workers")
+        return read_tensors(folder / CHECKPOINTS / TRAINED)[0]
+
+
+def _work(
+    device: str | None, is_first: bool, *, training: Training, folder: Path, about: Provenance, load: Mapping[str, Any]
+) -> None:
+    """What each worker does; the first of them writes it down."""
+    from ..models.loading import load as load_model
+
+    model, _ = load_model(**{**load, **({"device": device} if device else {})})
+    trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
+    if is_first:
+        write_tensors(folder / CHECKPOINTS / TRAINED, trained)

@@ -1,7 +1,7 @@
 """The output projection of a sublayer: the last matrix before the residual stream, and what stands behind it.
 
-It is found as everything of a model is here, by trying: what a matrix answers is replaced by random numbers, and what
-the sublayer then adds to the stream tells what becomes of them.
+A projection is found as everything of a model is here, by trying: what a matrix answers is replaced by random numbers,
+and what the sublayer then adds to the stream tells what becomes of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..structure.anatomy import Sublayer
+from ..running.head import Head
+from ..structure.model_structure import Sublayer, text_config
 from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
-from .readers import is_norm
-from .spool import Spool
+from .streams import DiskOffload
 
+READERS = 4  # sublayers that follow: what is further away reads other streams
 # Norms compute in float32, whatever is around them.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 
@@ -66,13 +68,19 @@ def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: Laye
     return None
 
 
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that have several paths."""
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    return {one for one, count in uses.items() if count > 1}
+
+
 @contextmanager
 def features_of(
-    layer: nn.Module, projections: Sequence[OutputProjection], spool: Spool | None = None
+    layer: nn.Module, projections: Sequence[OutputProjection], offload: DiskOffload | None = None
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
     seen: list[list[Tensor]] = [[] for _ in projections]
-    keep = (spool or Spool()).keep
+    keep = (offload or DiskOffload()).keep
 
     def taken() -> list[Tensor]:
         return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)]
@@ -186,3 +194,53 @@ def _multiplies(module: nn.Module, matrix: Tensor) -> bool:
     given = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
     expected, found = nn.functional.linear(given, matrix, module.bias), module(given)  # type: ignore[arg-type]
     return bool((found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max())
+
+
+# --- how much each channel of the stream counts for what reads it next ------------------------------------------------
+
+
+def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]) -> list[Tensor]:
+    """For the stream behind each step, (hidden,): the mean of its readers' squared gains, about 1.
+
+    Its readers are the next few steps and the head. Where norms have no gains, or there are none, all channels are 1.
+    """
+    width = text_config(model).hidden_size
+    ones = torch.ones(1, 1, width, device=layers[0].parameters().__next__().device, dtype=model.dtype)
+    gains = [_gain(layers[parts[0].index], parts[0], ones) for parts in steps]
+    head = Head(model)
+    plain = head.projection is not None and head.projection.weight.shape[1] == width
+    last = _scaled(gain_of(lambda rows: head.states(rows[0])[None], ones)) if plain else torch.ones(width)
+    found = []
+    for place in range(len(steps)):
+        readers = torch.stack([*gains[place + 1 : place + 1 + READERS], last.to(ones.device)])
+        metric = readers.square().mean(0)
+        found.append(metric / metric.mean())
+    return found
+
+
+def _gain(layer: nn.Module, part: Sublayer, ones: Tensor) -> Tensor:
+    """Of the norm that a sublayer begins with, scaled to a mean square of 1; 1 where it begins with something else."""
+    first = part.branches[0].ops[0]
+    norm = child(layer, first.module) if isinstance(first, ModuleOp) else None
+    if norm is None or not is_norm(norm):
+        return torch.ones_like(ones[0, 0], dtype=torch.float32)
+    return _scaled(gain_of(norm, ones))
+
+
+def _scaled(gain: Tensor) -> Tensor:
+    return gain / gain.square().mean().sqrt().clamp_min(1e-6)
+
+
+def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
+    """By how much a norm multiplies each channel once it was scaled, with its sign; `ones` is (1, 1, hidden).
+
+    (hidden,) in float32.
+    """
+    signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)  # of mean 0, which some take away
+    gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
+    return gain * signs.float()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether all its weights are one a channel."""
+    return all(parameter.ndim == 1 for parameter in module.parameters())

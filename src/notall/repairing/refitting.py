@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,27 +26,30 @@ from transformers import PreTrainedModel
 from ..errors import UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
+from ..models.texts import all_checked
+from ..plan import Plan
 from ..progress import Progress, silent
-from ..records.ledger import working_in
-from ..records.plan import Plan
-from ..records.provenance import Provenance
-from ..records.repair import RefitRecord
+from ..results.ledger import Ledger, working_in
+from ..results.provenance import Provenance
+from ..results.repairs import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
-from ..running.repaired_folders import step_of
+from ..running.repaired_folders import file_of, finish, read_weights, refuse_other_work, step_of
 from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
-from ..structure.anatomy import Sublayer, base_model
+from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
+from ..structure.model_structure import ModelStructure, Sublayer, base_model
 from ..structure.observation import LayerCall
-from ..structure.token_ids import all_checked
-from .behind_norms import refit_behind_norm
-from .direct import refit_directly
-from .kept import Kept
-from .projections import OutputProjection, features_of, find_projection
-from .readers import READERS, reading_gains
-from .spool import Spool
-from .step import Seen
-from .streams import DenseStream, LiveStep, run_all, steps_of
+from .projections import (
+    READERS,
+    OutputProjection,
+    features_of,
+    find_projection,
+    reading_gains,
+    shared_parameters,
+)
+from .solving import Seen, refit_step
+from .streams import DenseStream, DiskOffload, LiveStep, run_all, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
@@ -63,9 +65,9 @@ def repair(
     *,
     ridges: Sequence[float] = RIDGES,
     ahead: float = AHEAD,
-    streams: Path | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    settings: Provenance | Mapping[str, Any] | None = None,
+    offload: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
+    provenance: Provenance | Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
@@ -73,58 +75,96 @@ def repair(
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
     sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
-    features of all of the text are in memory, or in files of the folder `streams`, which go with them. `refits` of the
-    result says what became of each sublayer. With a `folder` it is written down, and repeating the call resumes an
-    interrupted run; `settings` identify the run, and a folder of another one is refused.
+    features of all of the text are in memory, or in files of the folder `offload`, which go with them. `refits` of the
+    result says what became of each sublayer. With a folder `out` it is written down, and repeating the call resumes an
+    interrupted run; `provenance` identifies the run, and a folder of another one is refused.
 
     Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
-    of which all that is kept is quantised, and a folder that holds other work or is in use, and `UnsupportedModel` as
-    `locate` does.
+    of which all that is kept is quantised, a folder that holds other work or is in use, and a full disk, and
+    `UnsupportedModel` as `locate` does.
     """
-    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
-    batches = all_checked(batches, model)
-    sequences = sum(len(batch) for batch in batches)
-    if sequences < 2:
-        raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
-    inner = base_model(model)
-    anatomy = locate(inner)
-    plan.check(anatomy)
-    anatomy.refuse_stubs("a repair")
-    if is_skipping(inner):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
-    if not plan:
-        raise UsageError("the plan skips nothing, so there is nothing to make up for")
-    if isinstance(plan, RepairedPlan):
-        raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
+    batches, inner = all_checked(batches, model), base_model(model)
+    structure = _check(inner, plan, sum(len(batch) for batch in batches))
     about = Provenance.of(
-        settings or {},
+        provenance or {},
         plan=plan.indices,
-        fingerprint=anatomy.fingerprint,
+        fingerprint=structure.fingerprint,
         dtype=dtype_name(inner),
         calibration=digest_of(batches),
         ridges=list(ridges),
         ahead=ahead,
     )
-    history, folder = (step_of("repair", about),), Path(folder) if folder else None
+    folder = Path(out) if out else None
     with working_in(folder, "repair") if folder else nullcontext():
-        kept = Kept(folder, about) if folder else None
-        if kept and kept.has(step.names for step in come_to(steps_of(anatomy, plan), ahead)):
-            found = kept.finish(plan)
+        kept = Kept(folder, plan, about) if folder else None
+        if kept and kept.has(step.names for step in come_to(steps_of(structure, plan), ahead)):
+            found = kept.finish()
         else:
-            text = Calibration(inner, batches, streams=streams)
+            text = Calibration(inner, batches, offload=offload)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
-        if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
-            raise UsageError(
-                f"what this plan keeps is quantised ({quantisation_name(told)}), and a refit weight is none of its "
-                "numbers: repair the plan on the model that was quantised, export that, and quantise the export"
-            )
-        return found.model_copy(update={"history": history})
+    if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
+        raise UsageError(
+            f"what this plan keeps is quantised ({quantisation_name(told)}), and a refit weight is none of its "
+            "numbers: repair the plan on the model that was quantised, export that, and quantise the export"
+        )
+    return found.model_copy(update={"history": (step_of("repair", about),)})
+
+
+def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> ModelStructure:
+    """Raise where `plan` cannot be repaired on so many sequences."""
+    expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
+    if sequences < 2:
+        raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
+    structure = locate(model)
+    plan.check(structure)
+    structure.refuse_stubs("a repair")
+    if is_skipping(model):
+        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
+    if not plan:
+        raise UsageError("the plan skips nothing, so there is nothing to make up for")
+    if isinstance(plan, RepairedPlan):
+        raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
+    return structure
+
+
+class Kept:
+    """A repair under way in a folder: what was refit so far, and the weights, a file a step.
+
+    Raises `UsageError` where other work or another plan lies there.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
+        self.folder, self.plan = folder, plan
+        self.refits = Ledger(folder, RefitRecord, about)
+        refuse_other_work(folder, RefitRecord, plan)
+
+    def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
+        """By their paths in the dense model; none where the step was left alone."""
+        return {} if refit.ridge is None else read_weights(self.folder, file_of(refit), refit.sha256)
+
+    def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
+        """Weights first: a line says that they are there."""
+        if weights:
+            digest = write_tensors(self.folder / file_of(refit), weights)
+            refit = refit.model_copy(update={"sha256": digest})
+        self.refits.add(refit)
+
+    def has(self, steps: Iterable[tuple[str, ...]]) -> bool:
+        """Whether all of these steps are done with, by the names of their sublayers."""
+        return all((names,) in self.refits for names in steps)
+
+    def finish(self) -> RepairedPlan:
+        """The plan with all that was refit."""
+        refits = tuple(self.refits)
+        weights = {path: weight for refit in refits for path, weight in self.weights(refit).items()}
+        finish(self.folder, self.plan, {file_of(one): one.sha256 for one in refits if one.ridge is not None})
+        return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
 
 class Calibration:
     """A model's dense stream on a text, and which of its sequences are held out: one in so many.
 
-    With `keep_all` it serves repairs of many plans. With `streams` streams and features lie in files of that folder.
+    With `keep_all` it serves repairs of many plans. With `offload` streams and features lie in files of that folder.
     """
 
     def __init__(
@@ -134,28 +174,28 @@ class Calibration:
         *,
         one_in: int = HELD,
         keep_all: bool = False,
-        streams: Path | None = None,
+        offload: Path | None = None,
     ) -> None:
-        self.model, self.anatomy = model, locate(model)
-        self.layers: nn.ModuleList = model.get_submodule(self.anatomy.layers)
-        self.spool = Spool(streams)
+        self.model, self.structure = model, locate(model)
+        self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
+        self.offload = DiskOffload(offload)
         self.recordings = [self._recorded(batch) for batch in batches]
         self.held = held_out(batches, one_in)
-        self.dense = DenseStream(self.anatomy, self.layers, self.recordings, keep_all=keep_all, spool=self.spool)
+        self.dense = DenseStream(self.structure, self.layers, self.recordings, keep_all=keep_all, offload=self.offload)
         self.probe = record(model, input_ids=batches[0][:1, :PROBED])
-        self.uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        self.shared = shared_parameters(model)
         self._found: dict[str, OutputProjection | None] = {}
 
     def _recorded(self, batch: Tensor) -> Recording:
         recording = record(self.model, input_ids=batch)
-        return replace(recording, embedded=self.spool.keep(recording.embedded))
+        return replace(recording, embedded=self.offload.keep(recording.embedded))
 
     def projection(self, part: Sublayer) -> OutputProjection | None:
         """The output projection of a sublayer, where no other layer has the same weights."""
         if part.name not in self._found:
             layer, call = self.layers[part.index], LayerCall(self.probe.arguments[part.index])
             found = find_projection(layer, part, self.probe.embedded, call)
-            is_shared = found is not None and self.uses[id(layer.get_submodule(found.path).weight)] > 1
+            is_shared = found is not None and id(layer.get_submodule(found.path).weight) in self.shared
             self._found[part.name] = None if is_shared else found
         return self._found[part.name]
 
@@ -189,7 +229,7 @@ class Repair:
     ) -> None:
         self.text, self.plan, self.kept, self.keep_all = text, plan, kept, keep_all
         self.ridges, self.ahead, self.near = sorted(ridges), ahead, near
-        self.steps = steps_of(text.anatomy, plan)
+        self.steps = steps_of(text.structure, plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
         followed = zip(self.steps, [*self.steps[1:], None])
@@ -218,7 +258,7 @@ class Repair:
         refits = tuple(refit for refit, _ in self.made)
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
-            return self.kept.finish(self.plan)
+            return self.kept.finish()
         weights = {path: weight for _, made in self.made for path, weight in made.items()}
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
@@ -249,12 +289,12 @@ class Repair:
         if not (following and following.gap and self.ahead):
             return self.text.dense.before(step.behind)[0]
         here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
-        keep, whole, own = self.text.spool.keep, following.scale, following.own_scale
+        keep, whole, own = self.text.offload.keep, following.scale, following.own_scale
         return [keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
-        path = f"{self.text.anatomy.layers}.{step.block.index}."
+        path = f"{self.text.structure.layers}.{step.block.index}."
         if self.kept is None:
             refit, weights = self._solve(step, target)
             self.made.append((refit, weights))
@@ -275,12 +315,12 @@ class Repair:
         if projections is None:
             why = "no matrix of its own is the last before the stream"
         else:
-            with features_of(layer, projections, self.text.spool) as features:
+            with features_of(layer, projections, self.text.offload) as features:
                 behind = self._run(step)
-            metric, keep = self.metrics[step.names], self.text.spool.keep
+            metric, keep = self.metrics[step.names], self.text.offload.keep
             before = self.states if step.scale == 1 else [keep(step.scale * hidden) for hidden in self.states]
             seen = Seen(layer, projections, before, behind, target, features(), self.text.held, metric)
-            refit = (refit_behind_norm if projections[0].norm else refit_directly)(seen, self.ridges)
+            refit = refit_step(seen, self.ridges)
         record = RefitRecord(
             sublayers=step.names,
             ridge=refit.ridge if refit else None,
@@ -288,14 +328,13 @@ class Repair:
             seconds=time.process_time() - start,
             why=why,
         )
-        path = f"{self.text.anatomy.layers}.{step.block.index}."
+        path = f"{self.text.structure.layers}.{step.block.index}."
         return record, {path + name: weight for name, weight in refit.weights.items()} if refit else {}
 
     def _run(self, step: LiveStep) -> list[Tensor]:
-        index = step.block.index
         self.ran += len(step.parts)
-        behind = run_all(self.text.layers[index], index, step.branches, self.states, self.text.recordings, step.scale)
-        return [self.text.spool.keep(hidden) for hidden in behind]
+        behind = run_all(self.text.layers, step, self.states, self.text.recordings)
+        return [self.text.offload.keep(hidden) for hidden in behind]
 
     def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...] | None:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""

@@ -1,10 +1,9 @@
-"""The model that a healing trains: a copy of the dense one without what a plan skips, and which weights are trained."""
+"""The model that a healing trains: the dense one without what a plan skips, and copies of the weights to train."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,69 +14,94 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel, UsageError, shortened
-from ..records.plan import Plan
-from ..running.repaired import RepairedPlan
+from ..plan import Plan
+from ..running.repaired import RepairedPlan, set_weight
 from ..running.replay import Recording, live_steps, record
 from ..running.skipping import remove
-from ..structure.anatomy import Anatomy
-from ..structure.locating import decoder_layers
+from ..structure.locating import decoder_layers, locate
+from ..structure.model_structure import ModelStructure
 from ..structure.observation import LayerCall, forward_replaced, run_branches, scaled
-from .projections import find_projection
-from .readers import is_norm, reading_gains
+from .projections import find_projection, is_norm, reading_gains, shared_parameters
 from .streams import DenseStream, steps_of
 
 Trained = Literal["outputs", "all", "lora"]
-RANK = 16  # of LoRA matrices
 ADAPTER = "healing"
 PROBED = 16  # tokens to find a projection with
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a healing trains: AdamW, whose learning rate rises to `rate` in up to ten steps and falls to none.
+
+    `train` says which weights: `outputs` are norms and output projections, `all` those of every kept sublayer, and
+    `lora` has two thin matrices of `rank` beside each of those, which are added to them in the end. For the share
+    `warm_up` of the steps each kept sublayer aims at the dense model's stream behind it, and only then all of them at
+    the next token. The held-out text is looked at `evaluations` times, evenly; `patience` of them in a row without a
+    gain end it: while the rate is high there may be none, and as it falls there are.
+    """
+
+    train: Trained = "outputs"
+    rank: int = 16
+    rate: float = 3e-4
+    warm_up: float = 0.0
+    seed: int = 0
+    evaluations: int = 10
+    patience: int = 5
 
 
 class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the model itself stays as it is.
 
-    `trained` are the parameters to train, by name: those of kept sublayers themselves, in float32, or LoRA matrices
-    beside theirs. Weights that several layers share stay as they are. A `stream` is there where one is asked for.
+    `trained` are the parameters to train, by name: copies of kept sublayers' own, in float32, or LoRA matrices beside
+    theirs. All others share their memory with the model's, those too that several layers share. `layerwise` is there
+    where it is asked for. `tokens` are some, (batch, tokens), to find output projections with.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        plan: Plan,
-        train: Trained,
-        tokens: Tensor,
-        *,
-        rank: int = RANK,
-        streamed: bool = False,
+        self, model: PreTrainedModel, plan: Plan, config: TrainConfig, tokens: Tensor, *, layerwise: bool = False
     ) -> None:
         super().__init__()
-        wanted = set(_adaptable(model, anatomy, plan) if train == "lora" else _own(model, anatomy, plan, train, tokens))
-        copied = copy.deepcopy(model).requires_grad_(False)
+        structure, train = locate(model), config.train
+        wanted = set(
+            _adaptable(model, structure, plan) if train == "lora" else _own(model, structure, plan, train, tokens)
+        )
+        self.model = sharing(model)
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
-            copied.get_parameter(path).data.copy_(weight)
-        self.adapters = _adapted(copied, wanted, rank) if train == "lora" else {}
+            set_weight(self.model, path, weight)
+        self.adapters = _adapted(self.model, wanted, config.rank) if train == "lora" else {}
         self.trained = {
             path: one
-            for path, one in copied.named_parameters()
+            for path, one in self.model.named_parameters()
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
         self.dtypes = {path: one.dtype for path, one in self.trained.items()}
-        self.stream = _Stream(model, anatomy, plan, copied.get_submodule(anatomy.layers)) if streamed else None
-        remove(copied, Plan(plan.attention, plan.mlp))
+        self.layerwise = (
+            Layerwise(model, structure, plan, self.model.get_submodule(structure.layers)) if layerwise else None
+        )
+        remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.trained.values():
-            parameter.data = parameter.data.float()  # steps are too small for the dtypes of few bits
+            exact = torch.promote_types(parameter.dtype, torch.float32)  # steps are too small for dtypes of few bits
+            parameter.data = parameter.data.to(exact, copy=True)
             parameter.requires_grad_(True)
-        self.model = copied
 
-    def forward(self, input_ids: Tensor, lesson: Lesson | None = None) -> Tensor:
-        """What the head's matrix is given, (tokens, width); with a lesson how far off its stream is, (1,)."""
-        return states_of(self.model, input_ids) if self.stream is None or lesson is None else self.stream.missed(lesson)
+    def forward(self, input_ids: Tensor, targets: LayerTargets | None = None) -> Tensor:
+        """What the head's matrix is given, (tokens, width); with targets the loss of the layers, (1,)."""
+        if self.layerwise is None or targets is None:
+            return states_of(self.model, input_ids)
+        return self.layerwise.loss(targets)
 
     def weights(self) -> dict[str, Tensor]:
         """What was trained, by its path in the dense model, in the dtype that it has there; with LoRA merged."""
         if self.adapters:
             return {f"{path}.weight": _merged(adapter) for path, adapter in self.adapters.items()}
         return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
+
+
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters are its own, frozen, and share the memory of the model's."""
+    own: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+    return copy.deepcopy(model, own)
 
 
 def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -113,11 +137,13 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
 # --- which weights ----------------------------------------------------------------------------------------------------
 
 
-def _own(model: PreTrainedModel, anatomy: Anatomy, plan: Plan, train: Trained, tokens: Tensor) -> Iterator[str]:
+def _own(
+    model: PreTrainedModel, structure: ModelStructure, plan: Plan, train: Trained, tokens: Tensor
+) -> Iterator[str]:
     """The paths of the parameters to train: of all that is kept, or of its norms and output projections."""
-    probe, shared = record(model, input_ids=tokens[:1, :PROBED]), _shared(model)
-    for block, parts in live_steps(anatomy, plan):
-        path = f"{anatomy.layers}.{block.index}"
+    probe, shared = record(model, input_ids=tokens[:1, :PROBED]), shared_parameters(model)
+    for block, parts in live_steps(structure, plan):
+        path = f"{structure.layers}.{block.index}"
         layer = model.get_submodule(path)
         for part in parts:
             chosen = [f"{name}." for name in part.modules]
@@ -130,30 +156,16 @@ def _own(model: PreTrainedModel, anatomy: Anatomy, plan: Plan, train: Trained, t
                     yield f"{path}.{name}"
 
 
-def _adaptable(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+def _adaptable(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Iterator[str]:
     """The paths of the matrices of all that is kept."""
-    shared = _shared(model)
-    for block, parts in live_steps(anatomy, plan):
-        layer = f"{anatomy.layers}.{block.index}"
+    shared = shared_parameters(model)
+    for block, parts in live_steps(structure, plan):
+        layer = f"{structure.layers}.{block.index}"
         for name in (f"{layer}.{name}" for part in parts for name in part.modules):
             for path, module in model.get_submodule(name).named_modules(prefix=name):
-                if (
-                    isinstance(module, nn.Linear | Conv1D)
-                    and id(module.weight) not in shared
-                    and _is_trained_in(module)
-                ):
+                is_plain = isinstance(module, nn.Linear | Conv1D) and type(module.weight) is nn.Parameter
+                if is_plain and module.weight.is_floating_point() and id(module.weight) not in shared:  # not quantised
                     yield path
-
-
-def _is_trained_in(module: nn.Module) -> bool:
-    """Whether its matrix lies in memory as it is: not quantised."""
-    return type(module.weight) is nn.Parameter and module.weight.is_floating_point()
-
-
-def _shared(model: PreTrainedModel) -> set[int]:
-    """The ids of the parameters that have several paths."""
-    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    return {one for one, count in uses.items() if count > 1}
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -186,46 +198,47 @@ def _merged(adapter: Any) -> Tensor:
     return (own.float() + adapter.get_delta_weight(ADAPTER).float()).to(own.dtype)
 
 
-# --- the stream -------------------------------------------------------------------------------------------------------
+# --- layer by layer ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One batch as the dense model runs it: `aims` are its stream behind each kept step and the gap that follows."""
+class LayerTargets:
+    """One batch as the dense model runs it: `streams` are its own behind each kept step and the gap that follows."""
 
     recording: Recording
-    aims: list[Tensor]  # (batch, tokens, hidden) each
+    streams: list[Tensor]  # (batch, tokens, hidden) each
 
 
-class _Stream:
+class Layerwise:
     """The student's stream, sublayer by sublayer, and how far it is from where it should be."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, plan: Plan, layers: nn.Module) -> None:
-        self.model, self.anatomy, self.layers = model, anatomy, layers
-        self.steps = steps_of(anatomy, plan)
-        self.dense: nn.ModuleList = model.get_submodule(anatomy.layers)
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, plan: Plan, layers: nn.Module) -> None:
+        self.model, self.structure, self.layers = model, structure, layers
+        self.steps = steps_of(structure, plan)
+        self.dense: nn.ModuleList = model.get_submodule(structure.layers)
         self.metrics = reading_gains(model, self.dense, [step.parts for step in self.steps])
 
     @torch.no_grad()
-    def lesson(self, ids: Tensor) -> Lesson:
+    def targets(self, ids: Tensor) -> LayerTargets:
         recording = record(self.model, input_ids=ids)
-        dense = DenseStream(self.anatomy, self.dense, [recording])
-        return Lesson(recording, [states for (states,) in dense.before(*(step.behind for step in self.steps))])
+        dense = DenseStream(self.structure, self.dense, [recording])
+        streams = [states for (states,) in dense.before(*(step.behind for step in self.steps))]
+        return LayerTargets(recording, streams)
 
-    def missed(self, lesson: Lesson) -> Tensor:
-        """The squared distance over the square of the aim, mean over tokens and steps, (1,); each step on its own.
+    def loss(self, targets: LayerTargets) -> Tensor:
+        """The squared distance over the square of the target, mean over tokens and steps, (1,); each step on its own.
 
         No gradient goes from a step to those before it: each is given their stream, and aims at the dense one.
         """
-        hidden, missed = lesson.recording.embedded, list[Tensor]()
-        for step, aim, metric in zip(self.steps, lesson.aims, self.metrics):
+        hidden, losses = targets.recording.embedded, list[Tensor]()
+        for step, target, metric in zip(self.steps, targets.streams, self.metrics):
             index = step.block.index
-            call = LayerCall(lesson.recording.arguments[index])
+            call = LayerCall(targets.recording.arguments[index])
             behind = scaled(
                 run_branches(step.branches, self.layers.get_submodule(str(index)), hidden, call), step.scale
             )
-            off, size = ((one.float().square() @ metric).flatten() for one in (behind - aim, aim))
-            missed.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())
+            off, size = ((one.float().square() @ metric).flatten() for one in (behind - target, target))
+            losses.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())
             hidden = behind.detach()
-        return torch.stack(missed).mean(0, keepdim=True)
+        return torch.stack(losses).mean(0, keepdim=True)

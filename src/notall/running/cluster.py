@@ -1,37 +1,51 @@
-"""A Ray cluster that is joined, or started here, and the room that it has. Needs the extra `ray`."""
+"""A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`.
+
+Evaluation uses a pool of workers, each of which takes any task; a healing trains on all of its workers together.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 
 try:
-    import ray as ray  # for others, which learn here where it is missing
+    import ray
 except ModuleNotFoundError:
     raise UsageError("spreading over machines needs ray; pip install 'notall[ray]'") from None
 
 ATTEMPTS = 3  # Ray's server forks beside threads of its own, and at times that child dies at once
+SECONDS = 1800  # for a worker to load its model
+
+Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
 
 
-def join(address: str) -> bool:
-    """Connect this process to a cluster, unless it is connected; whether that was necessary.
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Be connected to a cluster, which ends with the `with` if it was not before.
 
     `address` is local (start a cluster here), auto (the running one), any (the running one, else start one here),
     HOST:PORT (from a machine of the cluster) or ray://HOST:PORT (from outside, by Ray's client). Raises `UsageError`
     where no cluster is there.
     """
     if ray.is_initialized():
-        return False
+        yield
+        return
     try:
         _connect(None if address == "any" else address, ATTEMPTS)
     except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
-        said = " ".join(last_line(str(error)).split())[:200]
         raise UsageError(
-            f"no Ray cluster at {address}: {said}; give local, auto, HOST:PORT or ray://HOST:PORT, and set "
-            "RAY_AUTH_MODE=token where the cluster wants a token"
+            f"no Ray cluster at {address}: {_last_line(error)[:200]}; give local, auto, HOST:PORT or ray://HOST:PORT, "
+            "and set RAY_AUTH_MODE=token where the cluster wants a token"
         ) from None
-    return True
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _connect(address: str | None, attempts: int) -> None:
@@ -51,6 +65,88 @@ def room(gpus: int = 1) -> tuple[int, bool]:
     return (int(held["GPU"] // gpus) if has_gpus else max(1, int(held.get("CPU", 2) // 2))), has_gpus
 
 
-def last_line(said: str) -> str:
-    """The reason that a traceback ends with, which Ray hands on as a message; of any other message all."""
-    return said.strip().splitlines()[-1] if "Traceback" in said else said
+def _last_line(error: BaseException) -> str:
+    """What an error says in one line; of a traceback, which Ray hands on as a message, the reason that it ends with."""
+    said = str(error).strip()
+    return " ".join((said.splitlines()[-1] if "Traceback" in said else said).split())
+
+
+class Pool:
+    """Workers of one kind, each a `kind(**options)` of `gpus` GPUs in a process of the cluster that was joined.
+
+    `kind.ready` answers the process that it is in. There are `count`, or as many as there is room for. Raises
+    `UsageError` where one cannot be made.
+    """
+
+    def __init__(self, kind: type, options: Mapping[str, Any], count: int | None, gpus: int) -> None:
+        most, has_gpus = room(gpus)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus if has_gpus else 0)(kind)
+        self.actors: list[Any] = [remote.remote(**options) for _ in range(count or most)]
+        try:
+            self.processes: list[int] = ray.get([actor.ready.remote() for actor in self.actors], timeout=SECONDS)
+        except ray.exceptions.RayError as error:
+            said = _last_line(getattr(error, "cause", None) or error)[-300:]
+            raise UsageError(f"a worker could not load the model: {said}") from None
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def run(self, tasks: Sequence[Task]) -> list[Any]:
+        """The answers to `tasks`, in order; what a lost worker was doing goes to another one, once."""
+        waiting = list(enumerate(tasks))[::-1]
+        tried = [0] * len(tasks)
+        running: dict[Any, tuple[int, Any]] = {}
+        answers: dict[int, Any] = {}
+        idle = list(self.actors)
+        while waiting or running:
+            while waiting and idle:
+                number, (method, arguments) = waiting.pop()
+                actor = idle.pop()
+                tried[number] += 1
+                running[getattr(actor, method).remote(*arguments)] = (number, actor)
+            if not running:
+                raise UsageError("every worker is lost; look at the cluster's logs and start again: nothing is lost")
+            (ready, *_), _ = ray.wait(list(running))
+            number, actor = running.pop(ready)
+            try:
+                answers[number] = ray.get(ready)
+                idle.append(actor)
+            except ray.exceptions.RayActorError:
+                self.actors.remove(actor)
+                if tried[number] > 1:
+                    raise UsageError("two workers were lost on the same branches; look at the cluster's logs") from None
+                waiting.append((number, tasks[number]))
+        return [answers[number] for number in range(len(tasks))]
+
+
+def train(work: Callable[..., None], given: Mapping[str, Any], folder: Path, *, count: int, on_gpus: bool) -> None:
+    """Have `count` processes each run `work(device, is_first, **given)` at once, as one torch process group.
+
+    When one is lost or fails, all of them are started again, once. Ray's own files lie in `folder`. Raises `UsageError`
+    without Ray Train, and where they fail.
+    """
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+    except ImportError:
+        raise UsageError("training on a cluster needs Ray Train; pip install -U 'notall[ray]'") from None
+    trainer = TorchTrainer(
+        _train_here,
+        train_loop_config={"work": ray.put(work), "given": ray.put(dict(given)), "on_gpus": on_gpus},
+        scaling_config=ScalingConfig(num_workers=count, use_gpu=on_gpus),
+        run_config=RunConfig(storage_path=str(folder.absolute()), failure_config=FailureConfig(max_failures=1)),
+    )
+    try:
+        trainer.fit()
+    except (ray.exceptions.RayError, TrainingFailedError) as error:
+        said = _last_line(error)[-300:]
+        raise UsageError(f"a worker failed: {said}; the same command goes on from its last checkpoint") from None
+
+
+def _train_here(config: Mapping[str, Any]) -> None:
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    device = str(get_device()) if config["on_gpus"] else None
+    ray.get(config["work"])(device, get_context().get_world_rank() == 0, **ray.get(config["given"]))

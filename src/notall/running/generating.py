@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..errors import UsageError, expect, raised_by, shortened
-from ..models.chat_template import in_chat_template
-from ..models.texts import prompt_tokens
-from ..records.plan import Plan
-from ..structure.anatomy import positions_of
-from ..structure.locating import lacks
+from ..plan import Plan
+from ..structure.locating import has_missing
+from ..structure.model_structure import base_model, positions_of
 from .skipping import skip
 
 
@@ -56,27 +54,67 @@ def generate_text(
         prompt = in_chat_template(tokenizer, prompt)
     ids = torch.tensor([prompt_tokens(tokenizer, prompt, add_special_tokens=not chat)], device=model.device)
     check_positions(model, ids.shape[1], max_new_tokens)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    skipping = skip(model, plan) if plan or lacks(model) else nullcontext()  # without a plan any model runs
-    with skipping, torch.inference_mode():
-        tokens = _generate(
-            model,
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            num_beams=1,  # whatever the model's own generation_config.json says
-            streamer=streamer,
-            **sampling,
-        )
-    new = tokens[0, ids.shape[1] :]
+    skipping = skip(model, plan) if plan or has_missing(model) else nullcontext()  # without a plan any model runs
+    with skipping, _settings_explained():
+        if temperature == 0:
+            (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
+        else:
+            new = _drawn(model, ids, max_new_tokens, temperature, seed, streamer)
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """Raises `UsageError` for what transformers cannot do with the model's own generation_config.json."""
-    with raised_by("transformers", "cannot generate", "check the model's generation_config.json"):
-        return model.generate(ids, **options)
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    prompts: Sequence[str],
+    new_tokens: int,
+) -> list[str]:
+    """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
+    encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    with skip(model, plan), _settings_explained():
+        said = greedy(model, ids, new_tokens, mask=mask)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+
+def greedy(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, *, mask: Tensor | None = None, **options: Any
+) -> list[list[int]]:
+    """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), one by one.
+
+    Fewer where a row ends, with the token that ends it. That token is the one thing taken from the checkpoint's own
+    settings, which may penalise repetition or search with beams. `mask` is 0 where rows are padded, on the left;
+    `options` are more of `generate`, such as a streamer or an assistant.
+    """
+    ends = ends_of(model)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=next(iter(ends), 0),
+    )
+    with _generating_by(model, settings):
+        tokens = _generate(model, ids, mask, **options)
+    return [_until(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
+
+
+def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
+    """`prompts`, (rows, tokens), and as many tokens behind each as asked for, drawn from the model's distributions.
+
+    Where a text ends another one begins. Raises `UsageError` as `check_positions` does.
+    """
+    check_positions(model, prompts.shape[1], new_tokens)
+    whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
+    with _seeded(model, seed), _generating_by(model, whole), _settings_explained():
+        return _generate(model, prompts)
 
 
 def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
@@ -90,49 +128,84 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
         )
 
 
-def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
-    """`prompts`, (rows, tokens), and as many tokens behind each as asked for, drawn from the model's distributions.
+def ends_of(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, as the checkpoint's own settings say."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
-    Where a text ends another one begins. Raises `UsageError` as `check_positions` does.
-    """
-    check_positions(model, prompts.shape[1], new_tokens)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+
+def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to and with the first of the tokens that end a text."""
+    return row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))]
+
+
+def _drawn(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, temperature: float, seed: int, streamer: Any
+) -> list[int]:
+    """Drawn as the checkpoint's own settings say, but for the temperature and beams."""
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": new_tokens}
+    with _seeded(model, seed):
+        return list(_generate(model, ids, streamer=streamer, **how)[0, ids.shape[1] :].tolist())
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """(rows, tokens and new ones), padded where rows end."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    said: Tensor = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    return said
+
+
+@contextmanager
+def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Have `model` generate by `settings` alone, for the time of the `with`, and not by those of its checkpoint."""
+    own = [(one, one.generation_config) for one in {model, base_model(model)}]
+    try:
+        for one, _ in own:
+            one.generation_config = settings
+        yield
+    finally:
+        for one, before in own:
+            one.generation_config = before
+
+
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Random numbers from `seed` on, for the time of the `with`; then those that would have come."""
+    devices = range(torch.cuda.device_count()) if model.device.type == "cuda" else ()
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return _generate(
-            model,
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=new_tokens,
-            num_beams=1,
-            do_sample=True,
-            temperature=1.0,  # and nothing cut off, whatever the model's own generation_config.json says
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            typical_p=1.0,
-            repetition_penalty=1.0,
-            eos_token_id=-1,  # none that is ever drawn
-            pad_token_id=0,
-        ).clone()
+        yield
 
 
-def continue_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    prompts: Sequence[str],
-    new_tokens: int,
-) -> list[str]:
-    """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
-    encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    width = max(map(len, encoded))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    padding = next(token for token in ends if token is not None)
-    with skip(model, plan), torch.inference_mode():
-        tokens = _generate(
-            model, ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
-        )
-    return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in tokens]
+@contextmanager
+def _settings_explained() -> Iterator[None]:
+    """Raises `UsageError` for what transformers cannot do with the model's own generation_config.json."""
+    with raised_by("transformers", "cannot generate", "check the model's generation_config.json"):
+        yield
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The token ids of a prompt, with BOS where the tokenizer puts it. Raises UsageError where there are none."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, or bytes of another encoding on the command line
+        raise UsageError(f"the prompt {shortened(repr(prompt))} is not UTF-8: give one that is") from None
+    ids = list(tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    if not ids:
+        raise UsageError(f"the prompt {shortened(repr(prompt))} has no tokens: give a word to begin with")
+    return ids
+
+
+def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as what a user says, up to where the model answers. Raises `UsageError` where no template says it."""
+    if not tokenizer.chat_template:
+        raise UsageError("this model has no chat template: leave chat out")
+    message = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program that comes with the model, and may raise anything
+        said = shortened(str(error) or type(error).__name__)
+        raise UsageError(f"the model's chat template fails ({said}): leave chat out, or mend the template") from error

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..structure.anatomy import base_model, text_config
 from ..structure.locating import locate
+from ..structure.model_structure import base_model, text_config
 from ..structure.observation import forward_replaced
-from .replay import handing
+from .replay import handing, states_before_output
 
 LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
 
@@ -43,7 +43,7 @@ class Head:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = base_model(model)
-        self.anatomy = locate(self.model)
+        self.structure = locate(self.model)
         self.output: nn.Module | None = self.model.get_output_embeddings()
         known = _PROBED.get(self.model)
         if known is None or known[0] is not self.output:
@@ -56,31 +56,19 @@ class Head:
 
     def states(self, hidden: Tensor) -> Tensor:
         """What the output projection is given, (rows, width), from rows of the last layer's output, (rows, hidden)."""
-        assert self.output is not None
-
-        def reach(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise _Reached(args[0])
-
-        handle = self.output.register_forward_pre_hook(reach)
-        try:
-            self._behind(hidden[:, None])
-        except _Reached as reached:
-            return reached.states.flatten(0, -2)
-        finally:
-            handle.remove()
-        raise UnsupportedModel(f"{type(self.model).__name__} makes logits without its output embeddings")
+        return states_before_output(self.model, lambda: self._behind(hidden[:, None])).flatten(0, -2)
 
     def _behind(self, hidden: Tensor) -> Tensor:
         """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
         device = _present(self.model.get_input_embeddings().weight.device)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
-        with handing(self.model, self.anatomy, hidden):
+        with handing(self.model, self.structure, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 
     @torch.no_grad()
     def _probe(self) -> Projection | None:
         """The head's matrix, where random rows say that it is one."""
-        device = next(self.model.get_submodule(self.anatomy.layers).parameters()).device
+        device = next(self.model.get_submodule(self.structure.layers).parameters()).device
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(2, 4, text_config(self.model).hidden_size, generator=generator)
         hidden = hidden.to(_present(device), self.model.dtype)
@@ -114,13 +102,6 @@ class Head:
         scale = float((given * made).sum() / made.double().square().sum())
         rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
         return scale if ((given - scale * made).abs() <= rounding * abs(scale) * made.abs()).all() else None
-
-
-class _Reached(Exception):
-    """The output projection was called: no need to run it."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
 
 
 _PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = WeakKeyDictionary()

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..structure.anatomy import Block, base_model
+from ..structure.in_place import Stub, stubbed_layer
 from ..structure.locating import locate
+from ..structure.model_structure import Block, base_model
 from ..structure.observation import Arguments, LayerCall, first, forward_replaced, parameter_names, run_branches, scaled
-from ..structure.seats import Stub, emptied
-from .replay import answering
+from .replay import Enough, answering
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,21 @@ def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
     Only one block's states are alive at a time, and no head is run.
     """
     inner = base_model(model)
-    anatomy = locate(inner)
+    structure = locate(inner)
     shape = inputs["input_ids"].shape
 
     def seen(passage: Passage) -> None:
         look(passage)
-        if passage.block is anatomy.blocks[-1]:
-            raise _Passed
+        if passage.block is structure.blocks[-1]:
+            raise Enough
 
     with ExitStack() as replaced:
-        for block, layer in zip(anatomy.blocks, inner.get_submodule(anatomy.layers).children()):
+        for block, layer in zip(structure.blocks, inner.get_submodule(structure.layers).children()):
             stubs = [part.stub for part in block.sublayers if part.stub]
             watched = _stubbed(block, layer, stubs, shape, seen) if stubs else _read(block, layer, seen)
             replaced.enter_context(forward_replaced(layer, watched))
-        with suppress(_Passed):
+        with suppress(Enough):
             inner(**inputs, use_cache=False)
-
-
-class _Passed(Exception):
-    """The last layer was looked at: no need to run the head."""
 
 
 def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
@@ -86,7 +82,7 @@ def _stubbed(
 
     What else the layer does is on both sides of each sublayer. The dense layer comes last: others read what it makes.
     """
-    fewer = [emptied(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
+    fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
     names = parameter_names(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

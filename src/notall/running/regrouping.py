@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..records.plan import Plan
+from ..plan import Plan
 
 if TYPE_CHECKING:
-    from ..structure.anatomy import Anatomy  # it needs torch, and this does not
+    from ..structure.model_structure import ModelStructure  # it needs torch, and this does not
 
 
 @dataclass
@@ -61,37 +61,36 @@ def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
     return groups
 
 
-def groups_of(anatomy: Anatomy, plan: Plan) -> list[Group]:
+def groups_of(structure: ModelStructure, plan: Plan) -> list[Group]:
     """`regroup` of a model: an MLP whose attention its checkpoint lacks rides along too."""
-    lacking = {*anatomy.lacking.attention, *anatomy.lacking.mlp}
-    kinds = [BOTH if block.index in lacking else block.kinds for block in anatomy.blocks]
-    return regroup(kinds, plan | anatomy.lacking)
+    lacking = {*structure.missing.attention, *structure.missing.mlp}
+    kinds = [BOTH if block.index in lacking else block.kinds for block in structure.blocks]
+    return regroup(kinds, plan | structure.missing)
 
 
-def is_portable(anatomy: Anatomy, plan: Plan) -> bool:
+def is_portable(structure: ModelStructure, plan: Plan) -> bool:
     """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
 
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
-    it make an ordinary layer, whichever blocks they come from. Layers with more in their seats are part of no other
-    model.
+    it make an ordinary layer, whichever blocks they come from. Layers that hold more are part of no other model.
     """
-    if plan and not anatomy.cuttable:
+    if plan and not structure.cuttable:
         return False
-    return all(is_ordinary(anatomy, group) for group in groups_of(anatomy, plan))
+    return all(is_ordinary(structure, group) for group in groups_of(structure, plan))
 
 
-def is_ordinary(anatomy: Anatomy, group: Group) -> bool:
+def is_ordinary(structure: ModelStructure, group: Group) -> bool:
     """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
     if group.untouched:
         return True
     if group.whole or group.before or len(group.after) != 1:
         return False
-    return fits(anatomy, group.layer, group.after[0])
+    return fits(structure, group.layer, group.after[0])
 
 
-def fits(anatomy: Anatomy, attention: int, mlp: int) -> bool:
+def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:
     """Whether the MLP of block `mlp` can stand in the place of the one of block `attention`."""
-    block, other = anatomy.blocks[attention], anatomy.blocks[mlp]
+    block, other = structure.blocks[attention], structure.blocks[mlp]
     if "mlp" not in block.kinds:  # so that its own form is not known
         return False
     attention_first = block.sublayers[0].kind == "attention"

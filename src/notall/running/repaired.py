@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from ..digests import digest_of
 from ..errors import UsageError, shortened
-from ..records.plan import Plan
-from ..records.repair import RefitRecord, RepairStep
-from ..structure.anatomy import Anatomy, Sublayer
+from ..plan import Plan
+from ..results.repairs import RefitRecord, RepairStep
+from ..structure.model_structure import ModelStructure, Sublayer
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,17 @@ class RepairedPlan(Plan):
     @cached_property
     def digest(self) -> str:
         """A hash of the weights and the maps, which tells repairs of one plan apart."""
-        digest = hashlib.sha256()
         named = [*self.weights.items(), *((name, part) for name, one in self.maps.items() for part in one.tensors)]
-        for name, tensor in sorted(named, key=lambda pair: pair[0]):
-            digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of(part for pair in sorted(named, key=itemgetter(0)) for part in pair)[:16]
 
     @property
     def added_bytes(self) -> int:
         """Of the matrices that stay at run time."""
         return sum(tensor.nbytes for one in self.maps.values() for tensor in one.tensors)
+
+    @property
+    def state(self) -> Literal["repaired"]:
+        return "repaired"
 
     @property
     def unrepaired(self) -> Plan:
@@ -109,12 +110,6 @@ class RepairedPlan(Plan):
         """What it skips, and its weights."""
         return self.attention, self.mlp, self.digest
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RepairedPlan) and self.identity == other.identity
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
     def __or__(self, other: Plan) -> RepairedPlan:
         both = super().__or__(other)
         theirs = other if isinstance(other, RepairedPlan) else RepairedPlan()
@@ -123,12 +118,12 @@ class RepairedPlan(Plan):
 
     __ror__ = __or__
 
-    def check(self, anatomy: Anatomy) -> None:
+    def check(self, structure: ModelStructure) -> None:
         """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
-        super().check(anatomy)
+        super().check(structure)
         known = tuple(
-            f"{anatomy.layers}.{part.index}.{module}."
-            for block in anatomy.blocks
+            f"{structure.layers}.{part.index}.{module}."
+            for block in structure.blocks
             for part in block.sublayers
             for module in part.modules
         )
@@ -138,9 +133,19 @@ class RepairedPlan(Plan):
                     f"no sublayer of the model has {shortened(path)}, which the plan has weights for; repair this model"
                 )
 
-    def weights_of(self, anatomy: Anatomy, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
+    def placed(self, model: nn.Module) -> RepairedPlan:
+        """The same, with weights of the dtypes and on the devices of `model`'s own: they cross once, not at each use.
+
+        Raises `UsageError` where `model` has no such parameters.
+        """
+        weights = {path: _like(model, path, weight) for path, weight in self.weights.items()}
+        found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
+        found.__dict__["digest"] = self.digest  # it stays the same plan
+        return found
+
+    def weights_of(self, structure: ModelStructure, parts: Sequence[Sublayer]) -> dict[str, Tensor]:
         """Those of sublayers of one layer, by their paths below it."""
-        layer = f"{anatomy.layers}.{parts[0].index}."
+        layer = f"{structure.layers}.{parts[0].index}."
         modules = tuple(f"{layer}{module}." for part in parts for module in part.modules)
         return {path.removeprefix(layer): weight for path, weight in self.weights.items() if path.startswith(modules)}
 
@@ -172,9 +177,15 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
 def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
     """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
     holder, name = holder_of(module, path, weight)
-    old = holder._parameters[name]
-    assert old is not None
-    holder._parameters[name] = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
+    needs_grad = holder._parameters[name].requires_grad  # type: ignore[union-attr]
+    holder._parameters[name] = nn.Parameter(_like(module, path, weight), requires_grad=needs_grad)
+
+
+def _like(module: nn.Module, path: str, weight: Tensor) -> Tensor:
+    """`weight` in the dtype and on the device of the parameter at `path`; itself where it is so already."""
+    holder, name = holder_of(module, path, weight)
+    own = holder._parameters[name]
+    return weight.to(own.device, own.dtype)  # type: ignore[union-attr]
 
 
 def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:

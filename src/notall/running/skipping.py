@@ -1,42 +1,41 @@
-"""Leave sublayers out of a live model: for a while (`skip`) or for good (`remove`).
+"""Leave sublayers out of a live model: for a while (`skip`), for good (`remove`), or since its checkpoint has none.
 
-Layers that keep their seats (see `structure/seats.py`) get stubs. Else the live sublayers are cut again into layers
+Layers that stay in place (see `structure/in_place.py`) get stubs. Else the live sublayers are cut again into layers
 that own exactly one attention each, or another mixer; an MLP that lost its attention rides along behind the layer
 before it (or ahead of the first). So `layer_idx` counts the layers that are left, and whatever counts layers, caches
 and masks first of all, is right by construction.
-This is the only file that changes a live model.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, expect
-from ..records.plan import Plan
+from ..plan import Fingerprint, Plan
 from ..structure import locating
-from ..structure.anatomy import Anatomy, Block, Sublayer, base_model, text_config
+from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
-from ..structure.observation import LayerCall, child, parameter_names, run_branches
-from ..structure.seats import emptied
-from ..structure.slicing import as_it_is, free_places, is_told, renumber, slice_config
-from ..structure.twins import move_inputs_like, set_child, twin_of
-from .regrouping import Group, groups_of, is_ordinary
+from ..structure.model_structure import Block, ModelStructure, base_model, text_config
+from ..structure.slicing import as_it_is, free_cache_slots, is_told, renumber, slice_config
+from .regrouped_layers import RegroupedLayer, merged_layer, regrouped_layer
+from .regrouping import Group, groups_of
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
 
 @dataclass
 class _Active:
     plan: Plan
-    anatomy: Anatomy
+    structure: ModelStructure
     undo: ExitStack
 
 
@@ -60,19 +59,19 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     refuse_maps(plan)
     inner = base_model(model)
     active = _ACTIVE.setdefault(inner, [])
-    anatomy = active[-1].anatomy if active else locate(inner)
-    plan.check(anatomy)
+    structure = active[-1].structure if active else locate(inner)
+    plan.check(structure)
     whole_plan = active[-1].plan | plan if active else plan
-    whole_plan.check(anatomy)
+    whole_plan.check(structure)
     if active:
         active[-1].undo.close()
-    active.append(_Active(whole_plan, anatomy, _apply(inner, anatomy, whole_plan)))
+    active.append(_Active(whole_plan, structure, _apply(inner, structure, whole_plan)))
     try:
         yield model
     finally:
         active.pop().undo.close()
         if active:
-            active[-1].undo = _apply(inner, anatomy, active[-1].plan)
+            active[-1].undo = _apply(inner, structure, active[-1].plan)
 
 
 def is_skipping(model: PreTrainedModel) -> bool:
@@ -95,28 +94,54 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
         raise UsageError("the model is inside a `with notall.skip(...)`; leave it before removing anything for good")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
-    anatomy = locate(inner)
-    plan.check(anatomy)
+    structure = locate(inner)
+    plan.check(structure)
     if not plan:
         return
-    dense = _layers(inner, anatomy)
     weights = plan.weights if isinstance(plan, RepairedPlan) else {}
     for path, weight in weights.items():
         holder_of(inner, path, weight)  # refuse before anything is changed
     for path, weight in weights.items():
         set_weight(inner, path, weight.clone())
-    if anatomy.seated:
-        layers = _with_stubs(anatomy, dense, plan)
-        _seat(inner, anatomy, layers, plan)
-    else:
-        groups = groups_of(anatomy, plan)
-        layers = nn.ModuleList(
-            _merged(anatomy, dense, group) or regrouped_layer(anatomy, dense, group) for group in groups
-        )
-        _install(inner, anatomy, layers, groups)
+    layers = _cut(inner, structure, plan, ExitStack(), merge=True)
     locating.forget(inner)
-    if anatomy.seated or _are_regrouped(layers) or not _is_built_again(inner):
-        inner.save_pretrained = _refuse_to_save
+    if structure.in_place or _are_regrouped(layers) or not _is_built_again(inner):
+        inner.save_pretrained = partial(_refuse_to_save, NOT_A_CHECKPOINT)
+
+
+def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A model without the sublayers of `plan` that shares its weights with `model`, which stays as it is.
+
+    It is for speculative decoding: `model.generate(..., assistant_model=draft_model(model, plan))` says what `model`
+    says. Only the weights that a repair brings along are its own. Raises as `remove` does.
+    """
+    inner = base_model(model)
+    if is_skipping(inner):
+        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before making a draft model of it")
+    shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
+    draft = copy.deepcopy(inner, shared)
+    remove(draft, plan)
+    return draft
+
+
+# --- what may be saved ------------------------------------------------------------------------------------------------
+
+NOT_A_CHECKPOINT = (
+    "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
+    "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
+)
+SKIPPED = (
+    "inside a `with notall.skip(...)` the layers have names that a load would not know, and would fill with random "
+    "weights; leave it, then save the dense model, or write the smaller one with notall.export"
+)
+MISSING = (
+    "a load would fill what this model lacks with random weights; copy the folder that it was loaded from, or "
+    "export the dense model with the plan that you want"
+)
+
+
+def _refuse_to_save(reason: str, *args: object, **kwargs: object) -> NoReturn:
+    raise UsageError(reason)
 
 
 def _are_regrouped(layers: Iterable[nn.Module]) -> bool:
@@ -150,29 +175,24 @@ def _is_alike(plain: nn.Module, module: nn.Module, quantized: bool) -> bool:
     return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
 
 
-def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
-    raise UsageError(
-        "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
-        "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
-    )
-
-
-def _refuse_to_save_skipped(*args: object, **kwargs: object) -> NoReturn:
-    raise UsageError(
-        "inside a `with notall.skip(...)` the layers have names that a load would not know, and would fill with random "
-        "weights; leave it, then save the dense model, or write the smaller one with notall.export"
-    )
-
-
 # --- changing the model ---------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module, anatomy: Anatomy) -> nn.ModuleList:
-    return model.get_submodule(anatomy.layers)  # type: ignore[return-value]
+def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
+    return model.get_submodule(structure.layers)  # type: ignore[return-value]
 
 
-def _parent(model: nn.Module, anatomy: Anatomy) -> nn.Module:
-    return model.get_submodule(anatomy.layers.rpartition(".")[0])
+def _place(model: nn.Module, structure: ModelStructure) -> tuple[nn.Module, str]:
+    """The module that holds the list of layers, and its name there."""
+    above, _, name = structure.layers.rpartition(".")
+    return model.get_submodule(above), name
+
+
+def _put(model: nn.Module, structure: ModelStructure, layers: nn.ModuleList) -> None:
+    """Make `layers` the model's own."""
+    parent, name = _place(model, structure)
+    layers.training = parent.training
+    parent._modules[name] = layers
 
 
 def _configs(model: PreTrainedModel, parent: nn.Module) -> list[PretrainedConfig]:
@@ -181,77 +201,76 @@ def _configs(model: PreTrainedModel, parent: nn.Module) -> list[PretrainedConfig
     return list({id(config): config for config in configs if config is not None}.values())
 
 
-def _apply(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> ExitStack:
+def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> ExitStack:
     """Put the regrouped layers in; what comes back puts the dense ones back when it is closed."""
     undo = ExitStack()
-    if not plan and not anatomy.lacking:
+    if not plan and not structure.missing:
         return undo
-    parent, dense = _parent(model, anatomy), _layers(model, anatomy)
+    (parent, name), dense = _place(model, structure), _layers(model, structure)
     _install_output_hooks(parent)
     for config in _configs(model, parent):
         undo.callback(as_it_is(config))
-    undo.callback(parent._modules.__setitem__, anatomy.layers.rpartition(".")[2], dense)
-    undo.callback(locating.remember, model, dense, anatomy)
+    undo.callback(parent._modules.__setitem__, name, dense)
+    undo.callback(locating.remember, model, dense, structure)
     static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
     undo.callback(_restore_static_cache, model, static_cache)
-    groups = groups_of(anatomy, plan)
     try:
         if isinstance(plan, RepairedPlan):
             undo.enter_context(with_weights(model, plan.weights))
-        if anatomy.seated:
-            layers = _with_stubs(anatomy, dense, plan)
-            _seat(model, anatomy, layers, plan)
-        else:
-            layers = nn.ModuleList(regrouped_layer(anatomy, dense, group) for group in groups)
-            for change in _install(model, anatomy, layers, groups):
-                undo.callback(setattr, *change)
-        if anatomy.seated or _are_regrouped(layers):
+        layers = _cut(model, structure, plan, undo)
+        if structure.in_place or _are_regrouped(layers):
             undo.enter_context(_unsaveable(model))
-        locating.remember(model, layers, anatomy)
+        locating.remember(model, layers, structure)
     except BaseException:
         undo.close()
         raise
     return undo
 
 
-def _install(
-    model: PreTrainedModel, anatomy: Anatomy, layers: nn.ModuleList, groups: list[Group]
-) -> list[tuple[nn.Module, str, int]]:
-    """Make `layers` the model's own and its config count them; returns each changed layer index as it was."""
-    parent = _parent(model, anatomy)
-    layers.training = parent.training
-    for config in _configs(model, parent):
+def _cut(
+    model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
+) -> nn.ModuleList:
+    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
+
+    `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.
+    """
+    dense, configs = _layers(model, structure), _configs(model, _place(model, structure)[0])
+    if structure.in_place:
+        layers, running = _with_stubs(structure, dense, plan), structure.running(plan)
+        freed = [index for index in plan.attention if f"attn.{index}" not in running]
+        for config in configs if freed else ():
+            free_cache_slots(config, freed)
+        _put(model, structure, layers)
+        return layers
+    groups = groups_of(structure, plan)
+    layers = nn.ModuleList(
+        (merged_layer(structure, dense, group) if merge else None) or regrouped_layer(structure, dense, group)
+        for group in groups
+    )
+    for config in configs:
         slice_config(config, [group.layer for group in groups])
-    parent._modules[anatomy.layers.rpartition(".")[2]] = layers
-    return [change for index, layer in enumerate(layers) for change in renumber(layer, index)]
+    _put(model, structure, layers)
+    for index, layer in enumerate(layers):
+        renumber(layer, index, undo)
+    return layers
 
 
-def _with_stubs(anatomy: Anatomy, dense: nn.ModuleList, plan: Plan) -> nn.ModuleList:
+def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> nn.ModuleList:
     """The dense layers, with stubs for what is skipped, or silenced where others read it."""
-    running = anatomy.running(plan)
+    running = structure.running(plan)
     layers = []
-    for block, layer in zip(anatomy.blocks, dense):
+    for block, layer in zip(structure.blocks, dense):
         skipped = [part for part in block.sublayers if block.index in getattr(plan, part.kind)]
         stubs = [part.stub for part in skipped if part.stub and part.name not in running]
         muted = {part.stub: torch.zeros_like for part in skipped if part.stub and part.name in running}
-        layers.append(emptied(layer, block.index, stubs, muted) if skipped else layer)
+        layers.append(stubbed_layer(layer, block.index, stubs, muted) if skipped else layer)
     return nn.ModuleList(layers)
-
-
-def _seat(model: PreTrainedModel, anatomy: Anatomy, layers: nn.ModuleList, plan: Plan) -> None:
-    """Make `layers` the model's own, and have its caches keep no place for mixers that do not run."""
-    parent, running = _parent(model, anatomy), anatomy.running(plan)
-    layers.training = parent.training
-    freed = [index for index in plan.attention if f"attn.{index}" not in running]
-    for config in _configs(model, parent) if freed else ():
-        free_places(config, freed)
-    parent._modules[anatomy.layers.rpartition(".")[2]] = layers
 
 
 @contextmanager
 def _unsaveable(model: PreTrainedModel) -> Iterator[None]:
     before = model.__dict__.get("save_pretrained")
-    model.save_pretrained = _refuse_to_save_skipped
+    model.save_pretrained = partial(_refuse_to_save, SKIPPED)
     try:
         yield
     finally:
@@ -276,164 +295,55 @@ def _install_output_hooks(decoder: nn.Module) -> None:
         maybe_install_capturing_hooks(decoder)
 
 
-# --- the regrouped layers -------------------------------------------------------------------------------------------
+# --- models whose checkpoint lacks sublayers --------------------------------------------------------------------------
 
 
-class Holder(nn.Module):
-    """The modules of one MLP that lost its attention."""
+def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
+    """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint does not have.
 
-    def forward(self, hidden: Tensor, mlp: Sublayer, call: LayerCall) -> Tensor:
-        return run_branches(mlp.branches, self, hidden, call)
-
-
-class Scales(nn.Module):
-    """The numbers that dense layers multiply their stream by, on the way to each part of a regrouped one and behind."""
-
-    def __init__(self, ways: Sequence[Sequence[Tensor]]) -> None:
-        super().__init__()
-        self.ways: list[list[str]] = []
-        for way, numbers in enumerate(ways):
-            self.ways.append([f"{way}_{place}" for place in range(len(numbers))])
-            for name, number in zip(self.ways[-1], numbers):
-                self.register_buffer(name, number, persistent=False)
-
-    def forward(self, hidden: Tensor, way: int) -> Tensor:
-        for name in self.ways[way]:
-            hidden = (hidden * getattr(self, name)).to(hidden.dtype)  # a number may be of a finer one
-        return hidden
-
-
-class RegroupedLayer(nn.Module):
-    """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
-
-    is_cut = True
-    before: nn.ModuleList
-    after: nn.ModuleList
-    scales: Scales | None
-    blocks: dict[str, Any]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layout: _Layout = self._layout  # type: ignore[assignment]
-        arguments = dict(zip(layout.names, args)) | kwargs
-        hidden: Tensor = arguments.pop(layout.names[0])
-        extras = {name: value for name, value in kwargs.items() if name not in layout.declared}
-        call, way = LayerCall(arguments, extras), 0
-
-        def scaled(hidden: Tensor) -> Tensor:
-            nonlocal way
-            way += 1
-            return self.scales(hidden, way - 1) if self.scales else hidden
-
-        for mlp, holder in zip(layout.before, self.before):
-            hidden = holder(scaled(hidden), mlp, call)
-        hidden = scaled(hidden)
-        if layout.whole:
-            answer = layout.stock_forward(self, hidden, **arguments)
-            hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
-        else:
-            hidden = run_branches(layout.own.branches, self, hidden, call)
-            rest = layout.rest(call)
-        for mlp, holder in zip(layout.after, self.after):
-            hidden = holder(scaled(hidden), mlp, call)
-        hidden = scaled(hidden)
-        return hidden if layout.block.answer is None else (hidden, *rest)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a regrouped layer runs, apart from its modules."""
-
-    block: Block
-    own: Sublayer  # that is run where the layer is not whole
-    whole: bool
-    before: tuple[Sublayer, ...]
-    after: tuple[Sublayer, ...]
-    names: tuple[str, ...]  # of the arguments of the dense layer's forward
-    declared: frozenset[str]
-    stock_forward: Callable[..., Any]
-
-    def rest(self, call: LayerCall) -> tuple[Any, ...]:
-        """What the dense layer answers beside the hidden states, as far as the attention gave it."""
-        given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
-        if call.arguments.get("output_attentions"):
-            return given[1:]
-        return tuple(None if index is None else given[index] for index in self.block.answer or ())
-
-
-@functools.cache
-def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
-    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it.
-
-    Its forward has the signature of the layer's own, by which arguments are told apart.
+    Unlike after `remove`, every layer keeps its number, and `locate`, `skip` and whatever goes by them take the model
+    as it is. Raises `UsageError` where a layer would be left with nothing.
     """
-    if issubclass(layer_class, RegroupedLayer):
-        return layer_class
-    forward = functools.wraps(layer_class.forward)(RegroupedLayer.forward)  # type: ignore[attr-defined]
-    name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)
-    return type(name, bases, {"__module__": __name__, "forward": forward})
-
-
-def regrouped_layer(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module:
-    """The module that runs `group`: the dense layer itself where nothing in it changes."""
-    source, ways = dense[group.layer], _ways(anatomy, group)
-    if group.untouched and not any(ways):
-        return source
-    block = anatomy.blocks[group.layer]
-    own = block.attention if "attention" in block.kinds else block.mlp
-    parts = block.sublayers if group.whole else (own,)
-    children = {name: child(source, name) for part in parts for name in part.modules}
-    layer = twin_of(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
-    layer.before = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.before)
-    layer.after = nn.ModuleList(_holder(dense[index], anatomy.blocks[index].mlp) for index in group.after)
-    for extras in (layer.before, layer.after):
-        extras.training = source.training
-    numbers = [[_scale(anatomy, dense, index) for index in way] for way in ways]
-    layer.scales = Scales(numbers) if any(ways) else None  # type: ignore[assignment]
-    names = tuple(parameter_names(source))
-    layer._layout = _Layout(  # type: ignore[assignment]
-        block,
-        own,
-        group.whole,
-        tuple(anatomy.blocks[index].mlp for index in group.before),
-        tuple(anatomy.blocks[index].mlp for index in group.after),
-        names,
-        frozenset(names),
-        type(source).forward,
+    whole, dense = locate(model), _layers(model, locate(model))
+    missing.check(whole)
+    if missing.blocks:
+        raise UsageError(f"layer {missing.blocks[0]} would have neither an attention nor an MLP")
+    blocks = tuple(_left(block, missing) for block in whole.blocks)
+    shape = Fingerprint.parse(whole.fingerprint)
+    assert shape
+    named = replace(shape, model_type=f"notall_{shape.model_type}")
+    structure = replace(whole, blocks=blocks, fingerprint=str(named), missing=missing)
+    layers = nn.ModuleList(
+        layer
+        if block == before
+        else regrouped_layer(structure, dense, Group(block.index, whole=False, start=block.index, end=block.index + 1))
+        for layer, block, before in zip(dense, blocks, whole.blocks)
     )
-    return layer
+    _put(model, structure, layers)
+    locating.remember(model, layers, structure)
+    model.save_pretrained = partial(_refuse_to_save, MISSING)
+    if not _counts_right(model, structure):
+        model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+    return structure
 
 
-def _ways(anatomy: Anatomy, group: Group) -> list[list[int]]:
-    """The blocks that multiply the stream and whose ends lie before each part of a regrouped layer, and behind all."""
-    parts = [*group.before, group.layer, *group.after]
-    here, ways = group.start, []
-    for block in [*parts, group.end]:
-        ways.append([index for index in range(here, block) if anatomy.blocks[index].scaled_by])
-        here = block + (group.whole and block == group.layer)
-    return ways
+def _left(block: Block, missing: Plan) -> Block:
+    left = tuple(part for part in block.sublayers if block.index not in getattr(missing, part.kind))
+    if block.parallel and len(left) < len(block.sublayers):
+        raise UsageError("layers whose sublayers run side by side lack none of them alone")
+    return replace(block, sublayers=left)
 
 
-def _scale(anatomy: Anatomy, dense: nn.ModuleList, index: int) -> Tensor:
-    return getattr(dense[index], anatomy.blocks[index].scaled_by)  # type: ignore[arg-type]
+def _counts_right(model: PreTrainedModel, structure: ModelStructure) -> bool:
+    """Whether transformers counts the tokens of a cache right: it asks the first layer of each kind."""
+    kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(structure.blocks)
+    return all("attention" in structure.kinds[kinds.index(kind)] for kind in set(kinds))
 
 
-def _merged(anatomy: Anatomy, dense: nn.ModuleList, group: Group) -> nn.Module | None:
-    """Attention i with the MLP of block j as one ordinary layer; None where only a regrouped layer will do."""
-    if group.untouched or anatomy.scaled or not is_ordinary(anatomy, group):
-        return None
-    source, donor = dense[group.layer], dense[group.after[0]]
-    if type(source) is not type(donor):
-        return None
-    block = anatomy.blocks[group.layer]
-    swapped = {name: child(donor, name) for name in block.mlp.modules}
-    return twin_of(source, dict(source.named_children()) | swapped, type(source))
-
-
-def _holder(source: nn.Module, mlp: Sublayer) -> Holder:
-    holder = Holder()
-    holder.training = source.training
-    for name in mlp.modules:
-        set_child(holder, name, child(source, name))
-    if "_hf_hook" in source.__dict__:
-        move_inputs_like(source, holder)
-    return holder
+def _refuse_cache(model: PreTrainedModel, args: Any, arguments: Mapping[str, Any]) -> None:
+    held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
+    if held and not is_skipping(model):
+        raise UsageError(
+            "transformers counts the tokens of a cache by the first layer, and this model's has no attention: run it "
+            "inside `with notall.skip(model, notall.Plan()):`"
+        )

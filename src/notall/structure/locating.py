@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
-from .anatomy import Anatomy, Block, Sublayer, base_model, cache_argument, fingerprint, text_config
-from .lending import Lending, Place, tensors_in
+from .in_place import DummyLayer, Stub, halves, whole
+from .model_structure import Block, ModelStructure, Sublayer, base_model, cache_argument, fingerprint, text_config
 from .observation import (
     PROBE_BATCH,
     PROBE_TOKENS,
@@ -37,16 +37,15 @@ from .observation import (
     scale_of,
     watching,
 )
-from .proving import prove, prove_causal, prove_layer, prove_seat
-from .seats import DummyLayer, Stub, halves, whole
-from .slicing import LAYER_INDICES, places_freed
-from .weightless import is_weightless, running_weightless
-from .weights import weights_of
+from .proving import prove, prove_causal, prove_in_place, prove_layer
+from .sharing import Place, Sharing, tensors_in
+from .slicing import LAYER_INDICES, cache_slots_freed
+from .weights import is_weightless, running_weightless, weights_of
 
-_LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, Anatomy]] = WeakKeyDictionary()
+_LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
 
 
-def locate(model: PreTrainedModel) -> Anatomy:
+def locate(model: PreTrainedModel) -> ModelStructure:
     """Find and prove the sublayers of a causal language model, once per model.
 
     Takes about three forward passes of 8 tokens, or six where layers depend on each other. On the meta device only the
@@ -75,20 +74,22 @@ def locate(model: PreTrainedModel) -> Anatomy:
     except Exception as error:
         raise _refusal(model, error) from error
     config = text_config(model)
-    anatomy = Anatomy(config.model_type, path, found.blocks, str(fingerprint(config)), found.seated, found.apart)
-    remember(model, layers, anatomy)
-    return anatomy
+    structure = ModelStructure(
+        config.model_type, path, found.blocks, str(fingerprint(config)), found.in_place, found.apart
+    )
+    remember(model, layers, structure)
+    return structure
 
 
-def remember(model: nn.Module, layers: nn.ModuleList, anatomy: Anatomy) -> None:
-    """Note that `anatomy` is what `locate` answers while `layers` are the model's."""
-    _LOCATED[model] = (layers, anatomy)
+def remember(model: nn.Module, layers: nn.ModuleList, structure: ModelStructure) -> None:
+    """Note that `structure` is what `locate` answers while `layers` are the model's."""
+    _LOCATED[model] = (layers, structure)
 
 
-def lacks(model: nn.Module) -> bool:
-    """Whether `model` is known to lack sublayers, so that only `skip` counts its layers right."""
+def has_missing(model: nn.Module) -> bool:
+    """Whether sublayers of `model` are known to be missing, so that only `skip` counts its layers right."""
     known = _LOCATED.get(base_model(model))
-    return bool(known and known[1].lacking)
+    return bool(known and known[1].missing)
 
 
 def forget(model: nn.Module) -> None:
@@ -151,12 +152,12 @@ def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
 @dataclass(frozen=True)
 class _Found:
     blocks: tuple[Block, ...]
-    seated: bool = False
+    in_place: bool = False
     plain: bool = True  # the stream is (batch, tokens, hidden)
 
     @property
     def apart(self) -> bool:
-        return self.plain and not self.seated
+        return self.plain and not self.in_place
 
     @property
     def by_lines(self) -> bool:
@@ -173,12 +174,12 @@ def _proved(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
     for trace, block in zip(watch.traces, found.blocks):
         if found.by_lines:
             prove(config, trace, block)
-        elif found.seated:
-            prove_seat(config, trace, block, watch.lending)
+        elif found.in_place:
+            prove_in_place(config, trace, block, watch.sharing)
         else:
             prove_layer(config, trace)
     reads = [trace for trace in watch.traces if trace.cache_writes] or watch.traces
-    prove_causal(config, reads[0], watch.lending if found.seated else None)
+    prove_causal(config, reads[0], watch.sharing if found.in_place else None)
     return found
 
 
@@ -216,7 +217,7 @@ def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., 
 
 
 def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device) -> _Found:
-    """Lines of a residual stream where layers can be read as such; else layers in their seats, or as wholes."""
+    """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
     config = text_config(model)
     try:
         return _Found(_lines(config, watch))
@@ -226,19 +227,19 @@ def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
         raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
-    apart = not watch.lending.loans and not any(_is_told_index(trace) for trace in watch.traces)
+    apart = not watch.sharing.pairs and not any(_is_told_index(trace) for trace in watch.traces)
     for stubs in (_halves(watch), _wholes(watch)):
-        seated = not apart or not all(stub.is_layer for named in stubs for stub in named.values())
+        in_place = not apart or not all(stub.is_layer for named in stubs for stub in named.values())
         try:
-            _prove_apart(model, watch, call, device, freed=writers[:-1] if seated else [])
+            _prove_apart(model, watch, call, device, freed=writers[:-1] if in_place else [])
         except UnsupportedModel:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             continue
-        parts = (_seat(config, trace, stubs, watch.lending) for trace in watch.traces)
+        parts = (_block_in_place(config, trace, stubs, watch.sharing) for trace in watch.traces)
         stream = watch.traces[0].hidden.shape
-        return _Found(tuple(parts), seated, plain=stream == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size))
+        return _Found(tuple(parts), in_place, plain=stream == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size))
     raise UnsupportedModel(
         f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
         f"({reason}). notall leaves this model alone: choose another one"
@@ -248,8 +249,8 @@ def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device
 def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
     for before, after in zip(watch.traces, watch.traces[1:]):
         _refuse_more_than_hidden_states(before, after)
-    for (lender, _), (borrower, _) in watch.lending.loans:
-        raise UnsupportedModel(f"layer {borrower} reads what layer {lender} makes beside its hidden states")
+    for (source, _), (reader, _) in watch.sharing.pairs:
+        raise UnsupportedModel(f"layer {reader} reads what layer {source} makes beside its hidden states")
     for trace in watch.traces:
         if _is_told_index(trace):
             raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
@@ -289,16 +290,16 @@ def _wholes(watch: Watch) -> list[Named]:
     return [{f"attn.{trace.index}": whole(trace)} for trace in watch.traces]
 
 
-def _seat(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], lending: Lending) -> Block:
+def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], sharing: Sharing) -> Block:
     parts = []
     for name, stub in stubs[trace.index].items():
         kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
-        lends = {_at(stubs, borrower) for lender, borrower in lending.loans if _at(stubs, lender) == name}
-        parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(lends))))
+        read_by = {_at(stubs, reader) for source, reader in sharing.pairs if _at(stubs, source) == name}
+        parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(read_by))))
     scaled_by, modules = scale_of(trace), [module for part in parts for module in part.modules]
     own = all(name.startswith(tuple(f"{module}." for module in modules)) for name, _ in trace.layer.named_parameters())
-    bare = own and "" not in modules and not any(part.lends for part in parts)
+    bare = own and "" not in modules and not any(part.read_by for part in parts)
     value = _value(trace.layer, scaled_by)
     return Block(trace.index, tuple(parts), False, _answer(trace), scaled_by, value, bare)
 
@@ -320,12 +321,12 @@ def _prove_apart(
     """
     given: list[Arguments] = []
     with ExitStack() as idle:
-        idle.enter_context(places_freed(text_config(model), freed))
+        idle.enter_context(cache_slots_freed(text_config(model), freed))
         for trace in watch.traces:
             idle.enter_context(forward_replaced(trace.layer, _idle(trace, given)))
         _run_probe(model, call, device)
     for trace, other in zip(watch.traces, given):
-        made = [held for held in tensors_in(trace.given) if not watch.lending.lender_of(held)]
+        made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
         left = list(tensors_in(other))
         if len(made) != len(left) or not all(map(_alike, made, left)):
             raise UnsupportedModel(
@@ -442,7 +443,7 @@ def _sublayer(
     exclude: Iterable[str],
     mixer: str | None = None,
     stub: Stub | None = None,
-    lends: tuple[str, ...] = (),
+    read_by: tuple[str, ...] = (),
 ) -> Sublayer:
     names = {name for branch in branches for name in branch.modules} | {*(stub.modules if stub else ())}
     weights = {
@@ -458,5 +459,5 @@ def _sublayer(
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
         stub=stub,
-        lends=lends,
+        read_by=read_by,
     )

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModel
-from .lending import Lending
+from .sharing import Sharing
 
 Arguments = dict[str, Any]  # of a call, by their names
 PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
@@ -262,13 +262,13 @@ class Watch(TorchFunctionMode):
         self.traces: list[LayerTrace] = []
         self.now: LayerTrace | None = None
         self.inside: list[str] = []  # the children of the layer that are running, outermost first
-        self.lending = Lending()
+        self.sharing = Sharing()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.now is None:
             return func(*args, **kwargs)
-        self.lending.read((self.now.index, self.inside[0] if self.inside else None), (args, kwargs))
+        self.sharing.read((self.now.index, self.inside[0] if self.inside else None), (args, kwargs))
         if self.inside:
             return func(*args, **kwargs)
         positional, keywords = self._traced(args), {k: self._traced([v])[0] for k, v in kwargs.items()}
@@ -302,7 +302,7 @@ class Watch(TorchFunctionMode):
     def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         arguments = dict(zip(parameter_names(layer), args)) | kwargs
         hidden = arguments.pop(hidden_name(layer))
-        self.lending.know((hidden, arguments))
+        self.sharing.know((hidden, arguments))
         self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), _numbers_of(layer))
         self._note(hidden, Node())
         self.traces.append(self.now)
@@ -314,7 +314,7 @@ class Watch(TorchFunctionMode):
         for made in answer[1:] if isinstance(answer, tuple) else ():
             maker = self.now.nodes.get(id(made))
             module = maker.made_by if maker and isinstance(maker.made_by, str) else None
-            self.lending.lend((self.now.index, module), made)
+            self.sharing.share((self.now.index, module), made)
         self.now.result = self.now.nodes.get(id(hidden))
         self.now = None
 
@@ -325,7 +325,7 @@ class Watch(TorchFunctionMode):
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
-        self.lending.lend((self.now.index, name), list(_mappings(self.now.arguments)))
+        self.sharing.share((self.now.index, name), list(_mappings(self.now.arguments)))
         names = parameter_names(child(self.now.layer, name))
         self.now.calls.setdefault(name, []).append(ChildCall(dict(zip(names, args)) | kwargs, answer))
         given = tuple(self._traced(args)), {k: self._traced([v])[0] for k, v in kwargs.items()}

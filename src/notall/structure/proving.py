@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
 from ..errors import UnsupportedModel
-from .anatomy import Block
-from .lending import Lending
+from .in_place import stubbed_layer
+from .model_structure import Block
 from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerCall, LayerTrace, as_given, first, run_branches, scaled
-from .seats import emptied
-from .slicing import numbered, places_freed, sliced
+from .sharing import Sharing
+from .slicing import cache_slots_freed, numbered, sliced
+
+NOT_ITS_PARTS = (
+    " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); it may count "
+    "on its index or on what other layers leave behind"
+)
+NOT_LOCAL = (
+    " looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that writes to the "
+    "cache"
+)
 
 
 def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
@@ -35,16 +44,9 @@ def prove(config: PretrainedConfig, trace: LayerTrace, block: Block) -> None:
                     local.append((branch, hidden))
             hidden = run_branches(branches, trace.layer, hidden, call)
     hidden = scaled(hidden, block.scale)
-    expected = trace.answer[0] if isinstance(trace.answer, tuple) else trace.answer
-    error = relative_error(hidden, expected)
-    if not error <= tolerance(expected.dtype):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}) differs from its recomposition by {error:.1e} of its "
-            f"largest value (expected at most {tolerance(expected.dtype):.0e}); it may count on its index or on what "
-            "other layers leave behind. notall leaves this model alone: choose another one"
-        )
+    _expect(trace, hidden, first(trace.answer), NOT_ITS_PARTS)
     for branch, stream in local:
-        _prove_local(config, trace, branch, stream)
+        _prove_branch_local(config, trace, branch, stream)
 
 
 def _prove_adds(config: PretrainedConfig, trace: LayerTrace, branch: Branch, residual: Tensor) -> None:
@@ -53,49 +55,41 @@ def _prove_adds(config: PretrainedConfig, trace: LayerTrace, branch: Branch, res
     value = Branch(tuple(ops)).run(trace.layer, residual, _alone(config, trace))
     with_it = last.run(trace.layer, value, residual, _alone(config, trace)).view(residual.shape)
     without = last.run(trace.layer, value, torch.zeros_like(residual), _alone(config, trace)).view(residual.shape)
-    if not relative_error(without + residual, with_it) <= tolerance(residual.dtype):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}): {branch.modules[-1]} changes the residual stream "
-            "that it is given; expected it to add to it. notall leaves this model alone: choose another one"
-        )
+    said = f": {branch.modules[-1]} changes the residual stream that it is given; expected it to add to it"
+    _expect(trace, without + residual, with_it, said, residual.dtype)
 
 
-def _prove_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hidden: Tensor) -> None:
-    """What is called an MLP must make the same of the last token whatever came before it."""
-    others = torch.cat([hidden[:, :-1].flip(-1), hidden[:, -1:]], dim=1)
-    found, expected = (
-        branch.run(trace.layer, stream, _alone(config, trace)).view(hidden.shape)[:, -1] for stream in (others, hidden)
-    )
-    if not relative_error(found, expected) <= tolerance(_computed_in(config, hidden.dtype)):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}): {', '.join(branch.modules)} looks at other tokens "
-            "without a cache; expected that of the attention alone. notall leaves this model alone: choose another one"
-        )
+def _prove_branch_local(config: PretrainedConfig, trace: LayerTrace, branch: Branch, hidden: Tensor) -> None:
+    said = f": {', '.join(branch.modules)} looks at other tokens without a cache; expected that of the attention alone"
+
+    def run(given: Tensor) -> Tensor:
+        return branch.run(trace.layer, given, _alone(config, trace)).view(given.shape)
+
+    _prove_local(trace, hidden, run, said, _computed_in(config, hidden.dtype))
 
 
-def prove_seat(config: PretrainedConfig, trace: LayerTrace, block: Block, lending: Lending) -> None:
-    """Run the layer in its seat: as it is, with each sublayer silenced and left out, and without its mixer.
+def prove_in_place(config: PretrainedConfig, trace: LayerTrace, block: Block, sharing: Sharing) -> None:
+    """Run the layer in its place: as it is, with each sublayer silenced and left out, and without its mixer.
 
     So it depends on others only by what it was seen to read, stubs do what silence does, and the MLP is local.
     """
-    where = f"layer {trace.index} ({type(trace.layer).__name__})"
     elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
     if elsewhere:
-        raise UnsupportedModel(f"{where} writes to the cache at {elsewhere[0]}; expected its own place")
-    seat = _Seat(config, trace, lending)
-    _compare(trace, seat.run(trace.layer, trace.hidden), first(trace.answer), "what it answers alone, in its seat")
+        raise UnsupportedModel(f"{_name(trace)} writes to the cache at {elsewhere[0]}; expected its own place")
+    alone = _InPlace(config, trace, sharing)
+    _compare(trace, alone.run(trace.layer, trace.hidden), first(trace.answer), "what it answers alone, in its place")
     mixer = block.attention
     for part in block.sublayers:
         assert part.stub is not None
-        silent = seat.run(emptied(trace.layer, trace.index, scaled={part.stub: torch.zeros_like}), trace.hidden)
-        stubbed = seat.run(emptied(trace.layer, trace.index, [part.stub]), trace.hidden, freed=part is mixer)
+        silent = alone.run(stubbed_layer(trace.layer, trace.index, scaled={part.stub: torch.zeros_like}), trace.hidden)
+        stubbed = alone.run(stubbed_layer(trace.layer, trace.index, [part.stub]), trace.hidden, freed=part is mixer)
         _compare(trace, stubbed, silent, f"what it answers when {part.name} runs and adds nothing")
     assert mixer.stub is not None
     if not mixer.stub.is_layer:
-        without = emptied(trace.layer, trace.index, [mixer.stub])
-        _prove_others_local(trace, lambda hidden: seat.run(without, hidden, freed=True))
-    elif not trace.cache_writes and not lending.borrows(trace.index):
-        _prove_others_local(trace, lambda hidden: seat.run(trace.layer, hidden))
+        without = stubbed_layer(trace.layer, trace.index, [mixer.stub])
+        _prove_local(trace, trace.hidden, lambda hidden: alone.run(without, hidden, freed=True))
+    elif not trace.cache_writes and not sharing.reads_others(trace.index):
+        _prove_local(trace, trace.hidden, lambda hidden: alone.run(trace.layer, hidden))
 
 
 def prove_layer(config: PretrainedConfig, trace: LayerTrace) -> None:
@@ -103,61 +97,70 @@ def prove_layer(config: PretrainedConfig, trace: LayerTrace) -> None:
     with numbered(trace.layer, 0):
         _compare(trace, _run_alone(config, trace, trace.hidden), first(trace.answer), "what it answers alone")
         if not trace.cache_writes:
-            _prove_others_local(trace, lambda hidden: _run_alone(config, trace, hidden))
+            _prove_local(trace, trace.hidden, lambda hidden: _run_alone(config, trace, hidden))
 
 
-def prove_causal(config: PretrainedConfig, trace: LayerTrace, lending: Lending | None = None) -> None:
+def prove_causal(config: PretrainedConfig, trace: LayerTrace, sharing: Sharing | None = None) -> None:
     """What a layer makes of a token must not hang on those that follow, as in an encoder: tried on the last one.
 
-    `lending` is that of layers that keep their seats.
+    `sharing` is that of layers that stay in place.
     """
-    axis = _tokens_axis(trace.hidden)
-    earlier, last = trace.hidden.split([trace.hidden.shape[axis] - 1, 1], dim=axis)
-    changed = torch.cat([earlier, last.flip(-1)], dim=axis)
-    if lending:
-        found = _Seat(config, trace, lending).run(trace.layer, changed)
+    axis, changed = _tokens_axis(trace.hidden), _flipped(trace.hidden, last=True)
+    if sharing:
+        found = _InPlace(config, trace, sharing).run(trace.layer, changed)
     else:
         with numbered(trace.layer, 0):
             found = _run_alone(config, trace, changed)
     # the first one is padding in the probe, where attention may look anywhere
-    found, expected = (answer.narrow(axis, 1, earlier.shape[axis] - 1) for answer in (found, first(trace.answer)))
+    found, expected = (answer.narrow(axis, 1, PROBE_TOKENS - 2) for answer in (found, first(trace.answer)))
     if not relative_error(found, expected) <= tolerance(_computed_in(config, expected.dtype)):
         raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}) looks at the tokens that follow, as encoders do; "
-            "notall skips sublayers of causal language models: choose another one"
+            f"{_name(trace)} looks at the tokens that follow, as encoders do; notall skips sublayers of causal "
+            "language models: choose another one"
         )
 
 
-def _prove_others_local(trace: LayerTrace, run: Callable[[Tensor], Tensor]) -> None:
+def _prove_local(
+    trace: LayerTrace,
+    hidden: Tensor,
+    run: Callable[[Tensor], Tensor],
+    said: str = NOT_LOCAL,
+    computed_in: torch.dtype | None = None,
+) -> None:
     """What is no mixer must make the same of the last token whatever came before it."""
-    found, expected = (last_token(run(given)) for given in (_earlier_flipped(trace.hidden), trace.hidden))
-    if not relative_error(found, expected) <= tolerance(expected.dtype):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}) looks at other tokens without a cache, or keeps a "
-            "state elsewhere; expected that of a mixer that writes to the cache. notall leaves this model alone: "
-            "choose another one"
-        )
+    found, expected = (last_token(run(given)) for given in (_flipped(hidden, last=False), hidden))
+    _expect(trace, found, expected, said, computed_in)
 
 
 def _compare(trace: LayerTrace, found: Tensor, expected: Tensor, what: str) -> None:
-    if not (error := relative_error(found, expected)) <= tolerance(expected.dtype):
-        raise UnsupportedModel(
-            f"layer {trace.index} ({type(trace.layer).__name__}) differs by {error:.1e} of its largest value from "
-            f"{what} (expected at most {tolerance(expected.dtype):.0e}). notall leaves this model alone: "
-            "choose another one"
-        )
+    said = f" differs by {{error:.1e}} of its largest value from {what} (expected at most {{most:.0e}})"
+    _expect(trace, found, expected, said)
+
+
+def _expect(
+    trace: LayerTrace, found: Tensor, expected: Tensor, said: str, computed_in: torch.dtype | None = None
+) -> None:
+    """Raise `UnsupportedModel`, which says this of the layer, where more than rounding is between both."""
+    error, most = relative_error(found, expected), tolerance(computed_in or expected.dtype)
+    if not error <= most:
+        told = said.format(error=error, most=most)
+        raise UnsupportedModel(f"{_name(trace)}{told}. notall leaves this model alone: choose another one")
+
+
+def _name(trace: LayerTrace) -> str:
+    return f"layer {trace.index} ({type(trace.layer).__name__})"
 
 
 @dataclass(frozen=True)
-class _Seat:
+class _InPlace:
     """Runs a layer, or a twin of it, as it was called, in a cache where no other layer has left anything."""
 
     config: PretrainedConfig
     trace: LayerTrace
-    lending: Lending
+    sharing: Sharing
 
     def run(self, layer: nn.Module, hidden: Tensor, freed: bool = False) -> Tensor:
-        with places_freed(self.config, [self.trace.index] if freed else []):
+        with cache_slots_freed(self.config, [self.trace.index] if freed else []):
             cache = DynamicCache(config=self.config)
         given = {
             name: cache if isinstance(value, DynamicCache) else self._unread_zeroed(value)
@@ -168,7 +171,7 @@ class _Seat:
     def _unread_zeroed(self, value: Any) -> Any:
         """What others lend and this layer was not seen to read makes no difference."""
         if isinstance(value, Tensor):
-            unread = self.lending.lender_of(value) and not self.lending.is_read(value, self.trace.index)
+            unread = self.sharing.source_of(value) and not self.sharing.is_read(value, self.trace.index)
             return torch.zeros_like(value) if unread else value
         if isinstance(value, MutableMapping):
             for name, held in value.items():
@@ -181,10 +184,10 @@ def last_token(hidden: Tensor) -> Tensor:
     return hidden.select(_tokens_axis(hidden), -1)
 
 
-def _earlier_flipped(hidden: Tensor) -> Tensor:
-    axis = _tokens_axis(hidden)
-    earlier, last = hidden.split([hidden.shape[axis] - 1, 1], dim=axis)
-    return torch.cat([earlier.flip(-1), last], dim=axis)
+def _flipped(hidden: Tensor, last: bool) -> Tensor:
+    """With other states of the last token, or of all earlier ones."""
+    earlier, end = hidden.split([PROBE_TOKENS - 1, 1], dim=_tokens_axis(hidden))
+    return torch.cat([earlier, end.flip(-1)] if last else [earlier.flip(-1), end], dim=_tokens_axis(hidden))
 
 
 def _tokens_axis(hidden: Tensor) -> int:

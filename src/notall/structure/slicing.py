@@ -1,9 +1,10 @@
-"""Configs and modules of a model cut to some of its layers, for a while or for good."""
+"""A model cut to some of its layers, for a while or for good: its config, their numbers, and clones of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,6 @@ LAYER_INDICES = ("layer_idx", "layer_id")
 # Per-layer lists that a config holds and that caches, masks or layers read while the model runs.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
 
-
 # Lists of the indices of layers that have an attention, from which others are derived.
 LAYERS_BY_INDEX = ("attn_layer_indices",)
 
@@ -23,12 +23,10 @@ LAYERS_BY_INDEX = ("attn_layer_indices",)
 @contextmanager
 def sliced(config: PretrainedConfig, layers: Sequence[int]) -> Iterator[PretrainedConfig]:
     """`config` as if the model had only `layers`, in that order; as it was when the `with` is left."""
-    put_back = as_it_is(config)
-    try:
+    with ExitStack() as undo:
+        undo.callback(as_it_is(config))
         slice_config(config, layers)
         yield config
-    finally:
-        put_back()
 
 
 def as_it_is(config: PretrainedConfig) -> Callable[[], None]:
@@ -58,8 +56,8 @@ def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
         config.__class__ = _told(type(config), underived)
 
 
-def free_places(config: PretrainedConfig, layers: Iterable[int]) -> None:
-    """Have caches made from `config` hold nothing for `layers`, as for those that share keys and values."""
+def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
+    """Have caches made from `config` hold nothing for `layers`, as for those that read others' keys and values."""
     modes = list(getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers)
     for index in layers:
         modes[index] = "reuse"
@@ -67,14 +65,12 @@ def free_places(config: PretrainedConfig, layers: Iterable[int]) -> None:
 
 
 @contextmanager
-def places_freed(config: PretrainedConfig, layers: Iterable[int]) -> Iterator[PretrainedConfig]:
-    """`config` after `free_places`, for the time of the `with`."""
-    put_back = as_it_is(config)
-    try:
-        free_places(config, layers)
+def cache_slots_freed(config: PretrainedConfig, layers: Iterable[int]) -> Iterator[PretrainedConfig]:
+    """`config` after `free_cache_slots`, for the time of the `with`."""
+    with ExitStack() as undo:
+        undo.callback(as_it_is(config))
+        free_cache_slots(config, layers)
         yield config
-    finally:
-        put_back()
 
 
 def is_told(config: PretrainedConfig) -> bool:
@@ -99,20 +95,48 @@ def _told(config_class: type, lists: dict[str, Any]) -> type:
 @contextmanager
 def numbered(module: nn.Module, index: int) -> Iterator[None]:
     """`module` and all below it as layer `index` of its model, for the time of the `with`."""
-    before = renumber(module, index)
-    try:
+    with ExitStack() as undo:
+        renumber(module, index, undo)
         yield
-    finally:
-        for inner, name, old in before:
-            setattr(inner, name, old)
 
 
-def renumber(module: nn.Module, index: int) -> list[tuple[nn.Module, str, int]]:
-    """Make `module` and all below it layer `index`; returns what it was: module, attribute and value."""
-    before: list[tuple[nn.Module, str, int]] = []
+def renumber(module: nn.Module, index: int, undo: ExitStack) -> None:
+    """Make `module` and all below it layer `index`, until `undo` is closed."""
     for inner in module.modules():
         for name in LAYER_INDICES:
-            if isinstance(inner.__dict__.get(name), int):
-                before.append((inner, name, inner.__dict__[name]))
+            if isinstance(before := inner.__dict__.get(name), int):
+                undo.callback(setattr, inner, name, before)
                 setattr(inner, name, index)
-    return before
+
+
+def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module], layer_class: type[nn.Module]) -> nn.Module:
+    """Like `source`, sharing its attributes, parameters and hooks, but of `layer_class` and with `children`."""
+    clone = object.__new__(layer_class)
+    clone.__dict__.update(source.__dict__)
+    for bound_to_source in ("forward", "_old_forward", "_hf_hook"):  # left by output capturing or by accelerate
+        clone.__dict__.pop(bound_to_source, None)
+    clone.__dict__["_modules"] = {}
+    for name, module in children.items():
+        set_child(clone, name, module)
+    if "_hf_hook" in source.__dict__:
+        move_inputs_like(source, clone)
+    return clone
+
+
+def move_inputs_like(source: nn.Module, clone: nn.Module) -> None:
+    """Give `clone` the accelerate hook of `source`, which moves what comes in to the layer's device."""
+    from accelerate.hooks import add_hook_to_module
+
+    hook: Any = copy.copy(source._hf_hook)
+    hook.init_hook = lambda module: module  # the weights are placed already
+    add_hook_to_module(clone, hook)
+
+
+def set_child(holder: nn.Module, path: str, module: nn.Module) -> None:
+    """Hang `module` at a dotted `path` below `holder`, with plain modules for what lies between."""
+    *between, name = path.split(".")
+    for step in between:
+        if step not in holder._modules:
+            holder._modules[step] = nn.Module()
+        holder = holder._modules[step]  # type: ignore[assignment]
+    holder._modules[name] = module

@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity
 
 from ...errors import UsageError
 from ...running.passages import Passage, walk
-from ..budget import Budget, runs
+from ..budget import Budget, contiguous_runs
 from ..space import Unit, names_in
-from .setting import Chosen, Setting, UnitScores
+from .setting import Choice, Setting, UnitScores
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
 
@@ -33,7 +33,7 @@ def score_relative_magnitude(setting: Setting) -> UnitScores:
     return _measured(setting, lambda before, after: (after - before).norm(dim=-1) / after.norm(dim=-1))
 
 
-def choose_angular(setting: Setting, budget: Budget) -> Chosen:
+def choose_angular(setting: Setting, budget: Budget) -> Choice:
     """The contiguous run of blocks with the least angle between what goes in and what comes out.
 
     arccos(cos(x[l], x[l + n])) / pi, at the last token of each sequence, the mean over sequences; x[l + n] of a run
@@ -42,13 +42,13 @@ def choose_angular(setting: Setting, budget: Budget) -> Chosen:
     """
     space = setting.space
     if space.kind != "block" or budget.target == math.inf:
-        raise UsageError("the angular distance chooses a run of blocks: say how many with --count")
+        raise UsageError("the angular distance chooses a run of blocks: say how many, as --skip block:4 does")
     states = _last_tokens(setting)
-    found = runs(space, budget)
+    found = contiguous_runs(space, budget)
     angles = {first: _angle(states[first + space.keep_first], states[first + space.keep_first + len(run)])
               for first, run in found.items()}  # fmt: skip
     order = found[min(angles, key=angles.__getitem__)]
-    return Chosen(names_in(order), order)
+    return Choice(names_in(order), order)
 
 
 def _angle(before: Tensor, after: Tensor) -> float:
@@ -57,10 +57,16 @@ def _angle(before: Tensor, after: Tensor) -> float:
 
 
 @torch.no_grad()
+def _walk(setting: Setting, look: Callable[[Passage], None]) -> None:
+    start = time.process_time()
+    for tokens in setting.batches:
+        walk(setting.model, look, input_ids=tokens)
+    setting.passed(1, start)
+
+
 def _last_tokens(setting: Setting) -> list[Tensor]:
     """The stream at each sequence's last token, before each block and behind the last: (sequences, hidden) each."""
-    start = time.process_time()
-    blocks = len(setting.space.anatomy.blocks)
+    blocks = len(setting.space.structure.blocks)
     states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
 
     def look(passage: Passage) -> None:
@@ -69,17 +75,13 @@ def _last_tokens(setting: Setting) -> list[Tensor]:
         if index == blocks - 1:
             states[blocks].append(passage.after[:, -1].double().cpu())
 
-    for tokens in setting.batches:
-        walk(setting.model, look, input_ids=tokens)
-    setting.passed(1, start)
+    _walk(setting, look)
     return [torch.cat(rows) for rows in states]
 
 
-@torch.no_grad()
 def _measured(setting: Setting, measure: Measure) -> UnitScores:
     """The mean over tokens of what is measured of each unit; of a period the sum over its layers."""
-    start = time.process_time()
-    blocks = [tuple(part.name for part in block.sublayers) for block in setting.space.anatomy.blocks]
+    blocks = [tuple(part.name for part in block.sublayers) for block in setting.space.structure.blocks]
     sums = {
         unit: [unit] if len(unit) == 1 or unit in blocks else [block for block in blocks if set(block) <= {*unit}]
         for unit in setting.space.units
@@ -94,8 +96,6 @@ def _measured(setting: Setting, measure: Measure) -> UnitScores:
             if unit in alone:
                 alone[unit] += float(measure(before.float(), after.float()).sum())
 
-    for tokens in setting.batches:
-        walk(setting.model, look, input_ids=tokens)
-    setting.passed(1, start)
+    _walk(setting, look)
     count = sum(tokens.numel() for tokens in setting.batches)
     return {unit: math.fsum(alone[part] for part in parts) / count for unit, parts in sums.items()}

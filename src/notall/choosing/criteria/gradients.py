@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ...running.replay import answering
-from ...structure.anatomy import Anatomy, Block, base_model
+from ...structure.in_place import Scale, stubbed_layer
+from ...structure.model_structure import Block, ModelStructure, base_model
 from ...structure.observation import Arguments, LayerCall, forward_replaced, run_branches, scaled
-from ...structure.seats import Scale, emptied
 from .setting import Setting, UnitScores
 
 
@@ -45,7 +45,7 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
         rows = len(ids)
         gates = {name: torch.ones(rows, device=ids.device, requires_grad=True) for name in space.order}
         with torch.enable_grad():
-            with gated(model, space.anatomy, gates, ids.shape):
+            with gated(model, space.structure, gates, ids.shape):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device)) * rows
         by_gate = dict(zip(gates, torch.autograd.grad(loss, list(gates.values()))))
@@ -57,16 +57,16 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
 
 @contextmanager
 def gated(
-    model: PreTrainedModel, anatomy: Anatomy, gates: Mapping[str, Tensor], shape: Sequence[int]
+    model: PreTrainedModel, structure: ModelStructure, gates: Mapping[str, Tensor], shape: Sequence[int]
 ) -> Iterator[None]:
     """Have each sublayer of the dense model add what it does times its gate, (batch,), for the time of the `with`.
 
     `shape` is (batch, tokens).
     """
     with ExitStack() as replaced:
-        for block, layer in zip(anatomy.blocks, model.get_submodule(anatomy.layers).children()):
+        for block, layer in zip(structure.blocks, model.get_submodule(structure.layers).children()):
             scales = {part.stub: times(gates[part.name], shape) for part in block.sublayers if part.stub}
-            forward = emptied(layer, block.index, scaled=scales) if scales else _added(block, layer, gates, shape)
+            forward = stubbed_layer(layer, block.index, scaled=scales) if scales else _added(block, layer, gates, shape)
             replaced.enter_context(forward_replaced(layer, forward))
         yield
 

@@ -1,16 +1,23 @@
-"""By what the objective really rises by: of each unit alone, or of the best next one, step by step."""
+"""By what the objective really rises by: of each unit alone, of the best next one, or of sets that evolve."""
 
 from __future__ import annotations
 
+import random
+
 from ..budget import Budget
+from ..searching import search
 from ..space import Skipped, Unit
-from .setting import Chosen, Setting, UnitScores
+from .features import score_cosine
+from .setting import Choice, Setting, UnitScores
+
+OFFSPRING, GENERATIONS = 16, 20  # of the evolution
+STAGES = ((0.25, 4), (1.0, 1))  # on what share of the text, and how many survive
 
 
 def score_leave_one_out(setting: Setting) -> UnitScores:
     """The objective without this unit alone, less that of the dense model."""
     evaluator = setting.evaluator
-    evaluator.stand_on(frozenset())
+    evaluator.set_prefix(frozenset())
     dense = evaluator.cost(frozenset())
     scores = {}
     for place, unit in enumerate(setting.space.units):
@@ -19,7 +26,7 @@ def score_leave_one_out(setting: Setting) -> UnitScores:
     return scores
 
 
-def choose_greedily(setting: Setting, budget: Budget) -> Chosen:
+def choose_greedily(setting: Setting, budget: Budget) -> Choice:
     """Skip what raises the objective least, given what is skipped already; evaluate all that is left at each step.
 
     By NLL this is SLEB (arXiv 2402.09025, algorithm 1) for blocks and BlockPruner (arXiv 2406.10594, algorithm 1) for
@@ -30,7 +37,7 @@ def choose_greedily(setting: Setting, budget: Budget) -> Chosen:
     order: list[Unit] = []
     dense = cost = evaluator.cost(skipped)
     while not budget.met(skipped):
-        evaluator.stand_on(skipped)
+        evaluator.set_prefix(skipped)
         found = {unit: evaluator.cost(skipped.union(unit)) for unit in space.moves(skipped)}
         rates = {unit: budget.rate(unit, value - cost, skipped) for unit, value in found.items()}
         best = min(rates, key=rates.__getitem__, default=None)
@@ -39,4 +46,69 @@ def choose_greedily(setting: Setting, budget: Budget) -> Chosen:
         skipped, cost = skipped.union(best), found[best]
         order.append(best)
         setting.progress(min(budget.saved(skipped), budget.target), budget.target, f"greedy, {len(skipped)} skipped")
-    return Chosen(skipped, tuple(order))
+    return Choice(skipped, tuple(order))
+
+
+def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
+    """A (1 + 16) evolution of sets of the same size, by swaps; offspring are selected in stages on more and more text.
+
+    A child swaps one or a few units, the smaller of two draws from 1 to 3. The parent competes in the last stage, so it
+    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3 (level switches, multi-step
+    selection).
+    """
+    draw = random.Random(setting.seed)
+    parent = _random_set(setting, budget, draw)
+    setting.evaluator.set_prefix(frozenset())
+    for generation in range(GENERATIONS):
+        if setting.late:
+            break
+        children = [_mutated(setting, budget, parent, draw) for _ in range(OFFSPRING)]
+        pool = list(dict.fromkeys(children))
+        for share, survivors in STAGES:
+            pool += [parent] if share == 1 and parent not in pool else []
+            costs = dict(zip(pool, setting.evaluator.costs(pool, share)))
+            pool = sorted(pool, key=costs.__getitem__)[:survivors]
+        parent = pool[0]
+        setting.progress(generation + 1, GENERATIONS, f"generation {generation + 1} of {GENERATIONS}")
+    return Choice(parent, tuple((name,) for name in setting.space.sorted(parent)))
+
+
+def _random_set(setting: Setting, budget: Budget, draw: random.Random) -> Skipped:
+    skipped: Skipped = frozenset()
+    dense = setting.evaluator.cost(skipped)
+    while not budget.met(skipped) and (moves := setting.space.moves(skipped)):
+        grown = skipped.union(draw.choice(moves))
+        if budget.limit < float("inf") and setting.evaluator.cost(grown) - dense > budget.limit:
+            break
+        skipped = grown
+    return skipped
+
+
+def _mutated(setting: Setting, budget: Budget, parent: Skipped, draw: random.Random) -> Skipped:
+    """The parent with a few units swapped; itself, where no swap that was drawn saves as much."""
+    child = parent
+    for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
+        back = setting.space.returns(child)
+        if not back:
+            break
+        less = child.difference(draw.choice(back))
+        moves = setting.space.moves(less)
+        if moves and budget.saved(swapped := less.union(draw.choice(moves))) >= min(
+            budget.saved(parent), budget.target * (1 - 1e-9)
+        ):
+            child = swapped
+    return child
+
+
+def choose_by_search(setting: Setting, budget: Budget) -> Choice:
+    """The lazy search with its refinement (see `searching`), in the order of the cosine where nothing is known yet."""
+    found = search(
+        setting.space,
+        budget,
+        setting.evaluator,
+        cheap=score_cosine(setting),
+        patience=setting.patience,
+        late=lambda: setting.late,
+        progress=setting.progress,
+    )
+    return Choice(found.skipped, found.order)

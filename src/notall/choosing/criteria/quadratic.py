@@ -1,24 +1,33 @@
-"""By what is lost without each unit and without each two of them: the set for which the sum of both is least."""
+"""By what is lost without each unit and without each two of them: the set for which the sum of both is least.
+
+A binary quadratic program, made linear for HiGHS.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import UsageError
 from ..budget import Budget
 from ..searching import SCREENED
 from ..space import Unit, names_in
-from .quadratic_program import Floats, QuadraticProgram
-from .setting import Chosen, Setting
+from .setting import Choice, Setting
 
+Floats = NDArray[np.float64]
+
+SECONDS = 60.0  # then the best that was found is taken
+TIME_IS_UP = 1  # HiGHS's word, by scipy
 WORST = 1e3  # nats: what a model that overflows loses; a sum has no use for more
 
 
-def choose_quadratic(setting: Setting, budget: Budget) -> Chosen:
+def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     """The set that meets the budget with the least sum of a[i] over its units and b[i, j] over each two of them.
 
     a[i] is what the objective rises by without i; b[i, j] is what it rises by without both, less a[i] and a[j], or 0
@@ -32,7 +41,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Chosen:
     if not find_spec("scipy"):
         raise UsageError("the quadratic criterion needs scipy; pip install 'notall[solver]'")
     if budget.met(frozenset()):
-        return Chosen(frozenset(), ())
+        return Choice(frozenset(), ())
     # a portable set is a union of pairs that follow each other, so these are its units
     units = [unit for unit in setting.space.moves(frozenset()) if budget.saved(unit)]
     sizes = np.array([budget.saved(unit) for unit in units])
@@ -42,7 +51,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Chosen:
         if chosen is None:
             raise UsageError(f"no set of the quadratic criterion saves {budget.description}: ask for less")
         return _named(units, chosen)
-    evaluator, best = setting.evaluator, Chosen(frozenset(), ())
+    evaluator, best = setting.evaluator, Choice(frozenset(), ())
     most = evaluator.cost(frozenset()) + budget.limit
     for count in range(1, len(units) + 1):
         chosen = _solve(program, sizes, count * sizes.max())
@@ -55,7 +64,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Chosen:
 def measure(setting: Setting, units: Sequence[Unit]) -> QuadraticProgram:
     """What the objective rises by without each unit, and without two beside that; those asked for late count as 0."""
     space, evaluator = setting.space, setting.evaluator
-    evaluator.stand_on(frozenset())
+    evaluator.set_prefix(frozenset())
     dense = evaluator.cost(frozenset(), SCREENED)
 
     def rises(sets: list[Unit]) -> Floats:
@@ -73,7 +82,7 @@ def measure(setting: Setting, units: Sequence[Unit]) -> QuadraticProgram:
         else:  # two that each ruin the model ruin it once: were they less than 0, many pairs would add up to a gain
             together[i, fit] = np.maximum(rises([unit + units[j] for j in fit]) - alone[i] - alone[fit], 0)
         setting.progress(i + 1, len(units), f"leaving out {'+'.join(unit)} and another")
-    counting = {f"attn.{index}" for index in space.anatomy.counting}
+    counting = {f"attn.{index}" for index in space.structure.counting}
     attentions = np.array([len(counting.intersection(unit)) for unit in units], dtype=float)
     return QuadraticProgram(alone, together + together.T, attentions, len(counting) - 1)
 
@@ -90,6 +99,69 @@ def _solve(program: QuadraticProgram, sizes: Floats, target: float) -> tuple[int
     return program.solve(sizes / largest, target / largest + slack, target / largest + 1)
 
 
-def _named(units: Sequence[Unit], chosen: Sequence[int]) -> Chosen:
+def _named(units: Sequence[Unit], chosen: Sequence[int]) -> Choice:
     order = tuple(units[i] for i in chosen)
-    return Chosen(names_in(order), order)
+    return Choice(names_in(order), order)
+
+
+@dataclass(frozen=True)
+class QuadraticProgram:
+    """`alone` is what each costs, (n,), `together` what two cost beside that, (n, n), symmetric, with a diagonal of 0.
+
+    Two whose cost together is infinite exclude each other. Of `limited` (n,), a number each, the chosen have at most
+    `limit` in all.
+    """
+
+    alone: Floats
+    together: Floats
+    limited: Floats
+    limit: float
+
+    def cost(self, chosen: tuple[int, ...]) -> float:
+        """What these cost."""
+        return float(self.alone[[*chosen]].sum() + self.together[np.ix_(chosen, chosen)].sum() / 2)
+
+    def solve(self, sizes: Floats, least: float, most: float, seconds: float = SECONDS) -> tuple[int, ...] | None:
+        """The cheapest whose sizes add up to `least` to `most`, by their numbers; None where there are no such.
+
+        Each size is above 0. Raises `UsageError` when it finds none in `seconds`.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        n = len(sizes)
+        costs = self.together[np.triu_indices(n, 1)]
+        excluded = np.isinf(costs)
+        found = milp(
+            np.r_[self.alone, np.where(excluded, 0, costs)],
+            integrality=np.r_[np.ones(n), np.zeros(len(costs))],
+            bounds=Bounds(0, np.r_[np.ones(n), ~excluded]),
+            constraints=[LinearConstraint(*row) for row in self._rows(sizes, least, most)],
+            options={"time_limit": seconds, "mip_rel_gap": 0},
+        )
+        if found.x is None and found.status == TIME_IS_UP:
+            raise UsageError(f"no set was found in {seconds:g} s: choose among fewer, or by another criterion")
+        return None if found.x is None else tuple(np.flatnonzero(found.x[:n] > 0.5).tolist())
+
+    def _rows(self, sizes: Floats, least: float, most: float) -> list[tuple[Any, float, float]]:
+        """Coefficients of each x[i] and of each product x[i] x[j], i < j, and between what their sum must lie.
+
+        The last two are the bounds on the sizes times each x[i]. They keep a product at 0 where one of the two is 0,
+        and make the bounds that the solver finds with fractions so good that it mostly needs no branching.
+        """
+        from scipy import sparse
+
+        first, second = np.triu_indices(len(sizes), 1)
+        pairs = np.arange(len(first))
+        one, other = (
+            sparse.csr_array((np.ones_like(pairs), (pairs, i)), (len(pairs), len(sizes))) for i in (first, second)
+        )
+        product = sparse.eye_array(len(pairs))
+        partners = one.T * sizes[second] + other.T * sizes[first]  # the size of the other of the two
+        none = np.zeros(len(pairs))
+        return [
+            (sparse.hstack([one + other, -product]), -np.inf, 1),
+            (np.r_[sizes, none], least, most),
+            (np.r_[self.limited, none], -np.inf, self.limit),
+            (sparse.hstack([sparse.diags_array(sizes - least), partners]), 0, np.inf),
+            (sparse.hstack([sparse.diags_array(sizes - most), partners]), -np.inf, 0),
+        ]

@@ -1,19 +1,28 @@
-"""What a criterion is given, and what it answers."""
+"""What a criterion is, what it is given, and what it answers."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...errors import UsageError, expect, shortened
+from ...plugins import explained
 from ...progress import Progress, silent
+from ...results.facts import SearchCost
+from ...structure.locating import locate
+from ...structure.model_structure import base_model
 from ..budget import Budget
-from ..evaluator import Evaluator, Spent
+from ..evaluator import Evaluator
 from ..searching import PATIENCE
-from ..space import Skipped, Space, Unit
+from ..space import UNIT_KINDS, Skipped, Space, Unit, UnitKind
 
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
 
@@ -48,37 +57,114 @@ class Setting:
         """Count passes over the calibration text that began at `since`, on the clock of `time.process_time`."""
         share = sum(tokens.numel() for tokens in self.batches) / self.evaluator.tokens
         executions = passes * share * self.evaluator.forward
-        self.evaluator.spent.add(Spent(1, executions, executions, time.process_time() - since))
+        seconds = time.process_time() - since
+        self.evaluator.spent += SearchCost(evaluations=1, executions=executions, seconds=seconds)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Choice:
     """A set, and in which order it came to be: what was skipped first comes first, what was swapped in last."""
 
     skipped: Skipped
     order: tuple[Unit, ...]
 
 
-def take(setting: Setting, scores: UnitScores, budget: Budget) -> Chosen:
+@dataclass(frozen=True)
+class Criterion:
+    """A way to choose: give `score`, of which the lowest is skipped first, or `choose`.
+
+    `reads` is what it goes by: the "config" alone, the "weights", a "text", or the "objective". `kinds` are the
+    kinds of units that it can choose among: attention, mlp, block, period, sublayer. `passes` says how many forward
+    passes over the text it takes, about, from the number of units and how many of them are skipped; progress goes by
+    it. `needs` names modules that an extra brings, and `layers` is a test that each layer of a model must pass.
+    """
+
+    name: str
+    description: str
+    score: Callable[[Setting], UnitScores] | None = None
+    choose: Callable[[Setting, Budget], Choice] | None = None
+    reads: Literal["config", "weights", "text", "objective"] = "text"
+    kinds: tuple[UnitKind, ...] = UNIT_KINDS
+    passes: Callable[[int, float], float] | None = None
+    needs: tuple[str, ...] = ()
+    layers: Callable[[nn.Module], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.score is None) == (self.choose is None):
+            raise UsageError(f"the criterion {shortened(self.name)} needs one of score and choose")
+
+    def cost(self, space: Space, count: float) -> float:
+        """Forward passes to choose `count` of `space`, about; not stated, one, or as many as the search takes."""
+        if self.passes:
+            return self.passes(len(space.units), count)
+        return 1.0 if self.score else 2 * count + 20
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether a model's layers are such that this can choose among them."""
+        layers = base_model(model).get_submodule(locate(model).layers).children()
+        return self.layers is None or all(map(self.layers, layers))
+
+    def scores(self, setting: Setting) -> UnitScores:
+        """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has no number."""
+        assert self.score
+        with self._explained():
+            scores = self.score(setting)
+        expect(scores, Mapping, f"back a score for each unit, a dict, from the criterion {shortened(self.name)}")
+        for unit in setting.space.units:
+            score: Any = scores.get(unit)
+            if not isinstance(score, Real) or math.isnan(score):
+                raise UsageError(f"the criterion {shortened(self.name)} gives no number to {unit}: score every unit")
+        return scores
+
+    def chosen(self, setting: Setting, budget: Budget) -> Choice:
+        """By `choose`. Raises `UsageError` where it fails, and where it returns no `Choice` that meets the budget."""
+        assert self.choose
+        with self._explained():
+            found = self.choose(setting, budget)
+        expect(found, Choice, f"back a Choice from the criterion {shortened(self.name)}")
+        if not self._is_ours:
+            self._check(found, setting, budget)
+        return found
+
+    def _check(self, found: Choice, setting: Setting, budget: Budget) -> None:
+        """Raise `UsageError` for a set that cannot be skipped, and for one that saves too little in all the time."""
+        named = f"the criterion {shortened(self.name)}"
+        unknown = sorted(set(found.skipped) - set(setting.space.names))
+        if unknown:
+            raise UsageError(f"{named} skips {shortened(unknown[0])}, which may not be: choose of setting.space.names")
+        if not setting.space.allows(frozenset(found.skipped)):
+            told = ", ".join(setting.space.sorted(found.skipped))
+            raise UsageError(f"{named} skips {shortened(told)}, which {setting.space} does not allow: ask space.moves")
+        if math.isfinite(budget.target) and not budget.met(found.skipped) and not setting.late:
+            saved = f"{budget.saved(found.skipped):,.4g} of {budget.target:,.4g}"
+            raise UsageError(f"{named} saves {saved}, and the budget is {budget.description}: go on until budget.met")
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """What code of others raises is one line; what notall's own does is to be seen whole."""
+        return nullcontext() if self._is_ours else explained(f"the criterion {self.name}")
+
+    @property
+    def _is_ours(self) -> bool:
+        return getattr(self.score or self.choose, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+
+
+def take(setting: Setting, scores: UnitScores, budget: Budget) -> Choice:
     """The units with the lowest scores, until the budget is met; a portable set takes the pairs of the lowest sums.
 
     Where the budget is a limit on the objective, sets are evaluated as they grow, and the last within it is taken.
     """
     skipped: Skipped = frozenset()
     order: list[Unit] = []
-    dense = setting.evaluator.cost(skipped) if budget.target == float("inf") else 0.0
+    dense = setting.evaluator.cost(skipped) if budget.target == math.inf else 0.0
 
     def sum_of(unit: Unit) -> float:
         return scores[unit] if unit in scores else sum(scores[name,] for name in unit)
 
-    while not budget.met(skipped):
-        moves = setting.space.moves(skipped)
-        if not moves:
-            break
+    while not budget.met(skipped) and (moves := setting.space.moves(skipped)):
         unit = min(moves, key=sum_of)
         grown = skipped.union(unit)
-        if budget.target == float("inf") and setting.evaluator.cost(grown) - dense > budget.limit:
+        if budget.target == math.inf and setting.evaluator.cost(grown) - dense > budget.limit:
             break
         skipped = grown
         order.append(unit)
-    return Chosen(skipped, tuple(order))
+    return Choice(skipped, tuple(order))

@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, expect, shortened
-from ...models.extensions import explained, named, positional
+from ...plan import Plan
+from ...plugins import explained, named, positional
 from ...progress import Progress, silent
-from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
 from ..refitting import repair
-from .ghosted import ghosted
-from .nbl import nbl
+from .linear_maps import ghosted, nbl
 from .prune_and_comp import prune_and_comp
 from .replaceme import replaceme
 

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...errors import UsageError, shortened
 from ...models.loading import dtype_name
+from ...plan import Plan
 from ...progress import Progress, silent
-from ...records.ledger import Ledger, working_in
-from ...records.plan import Plan
-from ...records.provenance import Provenance
-from ...records.repair import RefitRecord
+from ...results.ledger import Ledger, working_in
+from ...results.provenance import Provenance
+from ...results.repairs import RefitRecord
 from ...running.repaired import LinearMap, RepairedPlan, holder_of, refuse_maps
-from ...running.repaired_folders import PLAN, WHOLE, keep_whole, load_repaired
-from ...structure.anatomy import base_model
+from ...running.repaired_folders import WHOLE, keep_whole, load_repaired, refuse_other_work
+from ...running.tensor_files import Kept, Tensors, kept_tensors
 from ...structure.locating import locate
+from ...structure.model_structure import base_model
 from ..refitting import digest_of
 from . import method
 
@@ -44,25 +40,15 @@ def kept_repair(
     Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
     Raises as the method does.
     """
-    asked = hashlib.sha256(json.dumps([plan.indices, dtype_name(base_model(model))]).encode())
-    for batch in batches:
-        asked.update(json.dumps(batch.tolist()).encode())
-    path = folder / f"{name.replace(':', '-').replace('/', '-')}-{asked.hexdigest()[:16]}.safetensors"
-    if not path.is_file():
+
+    def make() -> Kept:
         start = time.process_time()
         repaired = method(name).repair(model, plan, batches, progress)
-        seconds = time.process_time() - start
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(_tensors(repaired), part, {"seconds": str(seconds)})
-        part.rename(path)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-            seconds = float(file.metadata()["seconds"])
-    except SafetensorError as error:
-        raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}); delete it, and run again") from None
-    return _repaired(plan, tensors), seconds
+        return _tensors(repaired), {"seconds": str(time.process_time() - start)}
+
+    key = [plan.indices, dtype_name(base_model(model)), digest_of(batches)]
+    tensors, notes = kept_tensors(folder, name.replace(":", "-").replace("/", "-"), key, make)
+    return _repaired(plan, tensors), float(notes["seconds"])
 
 
 def repair_into(
@@ -79,22 +65,22 @@ def repair_into(
     Raises `UsageError` for a method that keeps matrices at run time, weights that are none of the model's, and a folder
     that holds other work or is in use, and as the method does.
     """
-    anatomy = locate(base_model(model))
-    plan.check(anatomy)
+    structure = locate(base_model(model))
+    plan.check(structure)
     about = Provenance.of(
         settings,
         plan=plan.indices,
-        fingerprint=anatomy.fingerprint,
+        fingerprint=structure.fingerprint,
         dtype=dtype_name(base_model(model)),
         calibration=digest_of(batches),
         method=name,
     )
     with working_in(folder, "repair"):
         ledger = Ledger(folder, RefitRecord, about)
-        if not (folder / PLAN).is_file():
+        if not refuse_other_work(folder, RefitRecord, plan):
             repaired = method(name).repair(model, plan, batches, progress)
             refuse_maps(repaired)
-            repaired.check(anatomy)
+            repaired.check(structure)
             for path, weight in repaired.weights.items():
                 holder_of(model, path, weight)
             ledger.add()  # its first line alone: where the weights come from
@@ -102,13 +88,10 @@ def repair_into(
         return load_repaired(folder)
 
 
-def _tensors(repaired: RepairedPlan) -> dict[str, Tensor]:
-    named = {WEIGHT + path: weight for path, weight in repaired.weights.items()}
-    for name, one in repaired.maps.items():
-        named[MATRIX + name] = one.matrix
-        if one.bias is not None:
-            named[BIAS + name] = one.bias
-    return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+def _tensors(repaired: RepairedPlan) -> Tensors:
+    maps = {MATRIX + name: one.matrix for name, one in repaired.maps.items()}
+    biases = {BIAS + name: one.bias for name, one in repaired.maps.items() if one.bias is not None}
+    return maps | biases | {WEIGHT + path: weight for path, weight in repaired.weights.items()}
 
 
 def _repaired(plan: Plan, tensors: dict[str, Tensor]) -> RepairedPlan:

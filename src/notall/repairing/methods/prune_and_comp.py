@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import UsageError
+from ...plan import Plan
 from ...progress import Progress, silent, tracked
-from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
-from ...structure.anatomy import Sublayer
+from ...structure.model_structure import Sublayer
 from ...structure.observation import LayerCall
 from ..projections import find_projection
-from .lines import DenseRun, gaps_of
+from ..streams import DenseRun, gaps_of
 
 
 @torch.no_grad()
@@ -34,13 +34,13 @@ def prune_and_comp(
     text = DenseRun(model, plan, batches)
     states, here, scale = text.stream.before(0)[0], 0, 1.0
     weights: dict[str, Tensor] = {}
-    gaps = gaps_of(text.anatomy, plan)
+    gaps = gaps_of(text.structure, plan)
     for number, gap in enumerate(tracked(gaps, "measuring magnitudes over the gaps", progress)):
         states = text.run(states, here, gap.start)
         ratio = _magnitude(states, text.run(states, gap.start, gap.end))
         states, here, scale = [ratio * state for state in states], gap.end, scale * ratio
-        until = gaps[number + 1].start if number + 1 < len(gaps) else len(text.lines)
-        for line in text.lines[gap.end : until]:
+        until = gaps[number + 1].start if number + 1 < len(gaps) else len(text.stream.lines)
+        for line in text.stream.lines[gap.end : until]:
             for part in line.parts:
                 weights |= _divided(text, part, scale)
     return RepairedPlan.of(plan, weights=weights)
@@ -66,4 +66,4 @@ def _divided(text: DenseRun, part: Sublayer, scale: float) -> dict[str, Tensor]:
         )
     matrix, bias = projection.matrix(layer), projection.bias(layer)
     new = projection.parameters(layer, matrix / scale, None if bias is None else bias / scale)
-    return {f"{text.anatomy.layers}.{part.index}.{name}": weight for name, weight in new.items()}
+    return {f"{text.structure.layers}.{part.index}.{name}": weight for name, weight in new.items()}

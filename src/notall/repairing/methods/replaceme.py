@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...plan import Plan
 from ...progress import Progress, silent, tracked
-from ...records.plan import Plan
 from ...running.repaired import RepairedPlan
 from ...structure.observation import LayerCall
 from ..projections import features_of, find_projection
-from ..streams import LiveStep, run_all, steps_of
-from .lines import DenseRun, least_squares
+from ..streams import DenseRun, LiveStep, run_all, steps_of
+from .linear_maps import least_squares
 
 RIDGE = 0.0  # `alpha` of its repository's `lstsq` configuration
 
@@ -30,7 +30,7 @@ def replaceme(
     it stays, and so does one behind a sublayer that a norm or no single matrix ends.
     """
     dense = DenseRun(model, plan, batches)
-    steps = [step for step in steps_of(dense.anatomy, plan) if step.gap]
+    steps = [step for step in steps_of(dense.structure, plan) if step.gap]
     weights: dict[str, Tensor] = {}
     for step in tracked(steps, "folding maps into what is before the gaps", progress):
         weights |= _folded(dense, step)
@@ -46,7 +46,7 @@ def _folded(dense: DenseRun, step: LiveStep) -> dict[str, Tensor]:
     if projection is None or projection.norm:
         return {}
     with features_of(layer, [projection]) as features:
-        behind = list(run_all(layer, index, step.branches, before, dense.recordings))
+        behind = list(run_all(dense.layers, step, before, dense.recordings))
     matrix, bias = projection.matrix(layer), projection.bias(layer)
     added = [inner.double() @ matrix.double().T for inner in features()]
     if bias is not None:
@@ -56,5 +56,5 @@ def _folded(dense: DenseRun, step: LiveStep) -> dict[str, Tensor]:
     new_bias = None if bias is None else (through @ bias.double()).to(bias.dtype)
     new = (through @ matrix.double()).to(matrix.dtype)
     return {
-        f"{dense.anatomy.layers}.{index}.{name}": w for name, w in projection.parameters(layer, new, new_bias).items()
+        f"{dense.structure.layers}.{index}.{name}": w for name, w in projection.parameters(layer, new, new_bias).items()
     }

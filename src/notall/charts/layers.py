@@ -1,0 +1,207 @@
+"""Figures of a model's layers, of what a plan saves, and of how a training goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import altair as alt
+
+from ..plan import KIND_NAMES
+from ..results.facts import KL, Similarity
+from ..results.record import Fact, Number, is_number
+from ..results.repairs import HealRecord, RefitRecord
+from .style import GREY, INK, KIND_COLOURS, PAPER, snug
+
+STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
+UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
+LEAST_SHADE = 1e-9  # where all costs are 0
+LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
+WIDER = 1.25  # than the longest bar is the axis: one noisy quartile does not shrink all bars
+SHORT = {"attention": "attn", "mlp": "mlp"}
+BAR, WORDS = 9, -9  # pixels below and above the middle of a measure's band
+
+
+# --- the layer map ----------------------------------------------------------------------------------------------------
+
+
+class Sublayer(Fact):
+    """A cell of the layer map: what is known of leaving a sublayer out."""
+
+    name: str  # such as attn.3
+    layer: int
+    row: str
+    cosine: Number
+    cost: Number
+    mixer: str | None
+
+
+def sublayers(layers: int, costs: Mapping[tuple[str, int], float], similarity: Sequence[Similarity]) -> list[Sublayer]:
+    """The cells of a model of so many layers; where no `costs` of leaving out each are known, 1 − cosine stands in."""
+    known = {f"{row.kind}.{row.layer}": row for row in similarity}
+    hybrid = any(row.mixer for row in similarity)
+    return [
+        Sublayer(
+            name=f"{short}.{layer}",
+            layer=layer,
+            row=KIND_NAMES[kind],
+            cosine=row.cosine if row else math.nan,
+            cost=costs.get((kind, layer), math.nan) if costs else 1 - row.cosine if row else math.nan,
+            mixer=row.mixer if row else None,
+        )
+        for kind, short in SHORT.items()
+        for layer in range(layers)
+        if (row := known.get(f"{kind}.{layer}")) or not hybrid  # layers of hybrids may lack one of the two
+    ]
+
+
+def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
+    """Columns = layers, two rows; shade = cost; the sublayers that the param `skipped` names are hatched."""
+    rows = [cell.model_dump(mode="json") for cell in cells]
+    drawn = (
+        alt.Chart(alt.Data(values=rows))
+        .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
+        .encode(
+            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)),
+            y=alt.Y(
+                "row:N", title=None, sort=[KIND_NAMES[kind] for kind in SHORT], axis=alt.Axis(ticks=False, domain=False)
+            ),
+            tooltip=[
+                alt.Tooltip("name:N", title="sublayer"),
+                alt.Tooltip("state:N", title="in this plan"),
+                alt.Tooltip("cost:Q", title=title, format=".3f"),
+                alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
+                *([alt.Tooltip("mixer:N", title="kind of mixer")] if any(cell.mixer for cell in cells) else []),
+            ],
+        )
+    )
+    costs = [cell.cost for cell in cells if is_number(cell.cost)]
+    framed = drawn.mark_rect(stroke=PAPER, strokeWidth=1.5)
+    unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
+    known = framed.encode(color=_logarithmic(costs, title)).transform_filter("isValid(datum.cost)")
+    hatched = drawn.mark_rect(fill=_stripes(), stroke=STRIPE, strokeWidth=2)
+    hatched = hatched.transform_filter("datum.state == 'skipped'")
+    layers = [unknown, *([known] if costs else []), hatched]
+    return alt.LayerChart(layer=layers).add_params(alt.param(name="skipped", value=[]))
+
+
+def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
+    """A shade that tells small costs apart beside a large one; linear near 0, where errors are."""
+    most = max([LEAST_SHADE, *costs])
+    linear = most / 300
+    ticks = [0, *sorted(float(f"{most / 10**power:.0e}") for power in range(3))]
+    legend = alt.Legend(orient="bottom", gradientLength=220, title=title, values=ticks, format="~g")
+    scale = alt.Scale(type="symlog", constant=linear, domain=[min([0, *costs]), most], nice=False)
+    return alt.Color("cost:Q", scale=scale, legend=legend)
+
+
+def _stripes() -> alt.LinearGradient:
+    """Diagonal stripes over a cell of any size, as a gradient with hard edges."""
+    edges = [(half / (2 * STRIPES), (half + 1) / (2 * STRIPES), half % 2) for half in range(2 * STRIPES)]
+    stops = [
+        alt.GradientStop(color=STRIPE if on else "transparent", offset=edge)
+        for start, end, on in edges
+        for edge in (start, end)
+    ]
+    return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
+
+
+# --- what a plan saves ------------------------------------------------------------------------------------------------
+
+
+class Saving(Fact):
+    """What a plan takes of the dense model's time or bytes, as a share with its quartiles."""
+
+    plan: int  # the number of the page's step
+    name: str
+    measure: str
+    text: str
+    share: float
+    low: float
+    high: float
+
+
+def savings(bars: Sequence[Saving]) -> alt.LayerChart:
+    """Bars of the plan that the param `plan` counts, from 0, beside the dense model's."""
+    most = max([1.15, *(WIDER * bar.share for bar in bars)])
+    rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
+    base = (
+        alt.Chart(alt.Data(values=rows))
+        .transform_filter("datum.plan == plan")
+        .encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
+    )
+    axis = alt.Axis(format=".0%", tickCount=6)
+    share = alt.X(
+        "share:Q", title="share of the dense model's", scale=alt.Scale(domain=[0, most], nice=False), axis=axis
+    )
+    drawn = base.mark_bar(height={"band": 0.42}, color=KIND_COLOURS["attention"], yOffset=BAR).encode(
+        x=share, tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")]
+    )
+    spread = base.mark_rule(strokeWidth=2, color=INK, yOffset=BAR).encode(x="low:Q", x2="to:Q")
+    goes_on = base.mark_point(shape="triangle-right", filled=True, size=60, color=INK, yOffset=BAR, opacity=1)
+    beyond = goes_on.encode(x="to:Q").transform_filter("datum.high > datum.to")
+    words = [
+        base.mark_text(align="left", x=2, yOffset=WORDS, fontSize=12, stroke=PAPER, strokeWidth=4),
+        base.mark_text(align="left", x=2, yOffset=WORDS, fontSize=12, color=INK),
+    ]
+    whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="share:Q")
+    layers = [drawn, whole, spread, beyond, *(one.encode(text="text:N") for one in words)]
+    return alt.LayerChart(layer=layers).add_params(alt.param(name="plan", value=0))
+
+
+# --- by depth, and over a training ------------------------------------------------------------------------------------
+
+
+def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
+    """How far each layer's features are from the previous layer's, 1 − cosine, by depth (after the paper's Fig. 1)."""
+    data = [
+        (row.kind, row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)})
+        for row in rows
+        if is_number(row.cosine)
+    ]
+    scale, axis = alt.Scale(type="log", nice=False, padding=16), alt.Axis(format="~g", tickCount=6)
+    changed = alt.Y("changed:Q", title="1 − cosine similarity, before and after", scale=scale, axis=axis)
+    return _lines(data, changed, alt.Tooltip("cosine:Q", format=".4f"))
+
+
+def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
+    """How much of the error each refit left, by depth; a parallel block's are one."""
+    data = [(*_place(refit.sublayers), {"left": refit.left}) for refit in refits if is_number(refit.left)]
+    left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
+    return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
+
+
+def _place(names: Sequence[str]) -> tuple[str, int]:
+    short, _, layer = names[0].partition(".")
+    kinds = {short: kind for kind, short in SHORT.items()}
+    return kinds[short] if len(names) == 1 else "block", int(layer)
+
+
+def training(looks: Sequence[HealRecord]) -> alt.LayerChart:
+    """The KL on text that is not trained on, over the training."""
+    rows = [{"tokens": look.tokens, "kl": look.held_out_kl} for look in looks if is_number(look.held_out_kl)]
+    drawn = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("tokens:Q", title="tokens trained on", axis=alt.Axis(format=",d"), scale=snug(12)),
+        y=alt.Y("kl:Q", title=f"held-out {KL.titled}", scale=snug(16)),
+        tooltip=[alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("kl:Q", title=KL.heading, format=".4f")],
+    )
+    colour = KIND_COLOURS["attention"]
+    return drawn.mark_line(strokeWidth=2, color=colour) + drawn.mark_point(filled=True, size=50, color=colour)
+
+
+def _lines(data: Sequence[tuple[str, int, Mapping[str, float]]], y: alt.Y, tooltip: alt.Tooltip) -> alt.LayerChart:
+    """A line and a colour for each kind, over the layers."""
+    rows = [{"kind": KIND_NAMES[kind], "layer": layer, **figures} for kind, layer, figures in data]
+    names = [name for name in KIND_COLOURS if any(row["kind"] == name for row in rows)]
+    colours = alt.Scale(domain=names, range=[KIND_COLOURS[name] for name in names])
+    ticks = sorted({layer for _, layer, _ in data})
+    layers = alt.Axis(values=ticks, format="d", labelOverlap=True, labelSeparation=4, grid=False)
+    chosen = alt.selection_point(fields=["kind"], bind="legend")
+    lines = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("layer:Q", title="layer", axis=layers, scale=snug(12)),
+        y=y,
+        color=alt.Color("kind:N", scale=colours),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
+        tooltip=["kind:N", "layer:Q", tooltip],
+    )
+    return lines.mark_line(strokeWidth=2) + lines.mark_point(filled=True, size=38).add_params(chosen)

@@ -1,0 +1,133 @@
+"""How figures look, and how they become files: colours of both themes, titles, PNG, SVG and HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from altair.utils.mimebundle import spec_to_mimebundle
+
+from ..errors import UsageError, shortened
+from ..results.printable import printable
+
+Colour = str | alt.ExprRef
+Colours = Mapping[str, Colour]  # by name, in the order of the legend
+
+# From Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = {"attention": "#0072B2", "MLP": "#D55E00", "block": "#009E73"}
+PALER = {"attention": "#56B4E9", "MLP": "#F08A4B", "block": "#2FC79A"}  # the same, to be read on black
+SPECTRUM = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f", "#9467bd",
+            "#bcbd22", "#17becf", "#d62728", "#aec7e8", "#98df8a", "#ff9896", "#c5b0d5",
+            "#393b79", "#8c6d31", "#843c39", "#7b4173")  # fmt: skip
+KIND_COLOURS: Colours = {name: alt.expr(f"colour_{name}") for name in COLOURS}
+INK, GREY, PALE, PAPER = (alt.expr(name) for name in ("ink", "grey", "pale", "paper"))
+
+LETTERS = 300  # of a text in a figure
+HEIGHT = 440  # pixels of a figure of quality against speed
+VEGALITE = alt.VEGALITE_VERSION.rpartition(".")[0]
+MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
+
+
+def theme(
+    ink: str, grey: str, pale: str, faint: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
+    plain = {"titleFontWeight": "normal", "titleFontSize": 12}
+    axis = {"labelFontSize": 11, "labelColor": grey, "titleColor": ink, "gridColor": pale, "domainColor": grey}
+    named = {"ink": ink, "grey": grey, "pale": faint, "paper": paper} | {
+        f"colour_{name}": hue for name, hue in colours.items()
+    }
+    return {
+        "background": paper,
+        "font": "system-ui, Helvetica, Arial, sans-serif",
+        "params": [{"name": name, "value": value} for name, value in named.items()],
+        "range": {"heatmap": list(ramp)},
+        "title": {"color": ink, "fontSize": 16, "subtitleColor": grey, "subtitleFontSize": 12, "subtitlePadding": 6},
+        "axis": {**axis, "tickColor": grey, "titlePadding": 10, **plain},
+        "legend": {"labelFontSize": 12, "labelColor": grey, "titleColor": grey, **plain},
+        "view": {"stroke": None},
+    }
+
+
+LIGHT = theme("#222222", "#666666", "#e6e6e6", "#b9bec5", "#ffffff", ("#eef1f5", "#08306b"), COLOURS)
+DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#5b626c", "#15181c", ("#272c33", "#9ecbff"), PALER)
+
+
+def framed(chart: alt.LayerChart, title: str, told: str | Sequence[str]) -> alt.LayerChart:
+    """A figure that stands by itself, to be saved: with a title, a line or more that says how to read it, a theme."""
+    return chart.properties(width=640, height=HEIGHT, title=titled(title, told), padding=16).configure(**LIGHT)
+
+
+def titled(title: str, told: str | Sequence[str]) -> alt.TitleParams:
+    lines = told if isinstance(told, str) else [*told]
+    return alt.TitleParams(title, subtitle=lines, anchor="start", frame="group", offset=14)
+
+
+def snug(padding: int) -> alt.Scale:
+    """From the least to the greatest value, with some pixels around."""
+    return alt.Scale(zero=False, nice=False, padding=padding)
+
+
+def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> dict[str, Any]:
+    """A figure of a page: without theme, and as wide as the page gives."""
+    return spec_of(chart.properties(width="container", height=height))
+
+
+def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
+    spec: dict[str, Any] = _drawable(chart.to_dict())
+    return spec
+
+
+def _drawable(value: Any) -> Any:
+    """Texts in one short line of printable letters; a backslash would take away what Vega quotes them by."""
+    if isinstance(value, str):
+        return shortened(printable(value).replace("\\", "∖"), LETTERS)
+    if isinstance(value, dict):
+        return {key: _drawable(item) for key, item in value.items()}
+    return [_drawable(item) for item in value] if isinstance(value, list) else value
+
+
+def save(chart: alt.TopLevelMixin, stem: Path) -> None:
+    """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
+
+    Raises `UsageError` when they can't be written.
+    """
+    import vl_convert
+
+    spec = spec_of(chart)
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
+        Path(f"{stem}.svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE), encoding="utf-8")
+        Path(f"{stem}.html").write_text(_page(spec), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write figures to {stem.parent}: {error.strerror}; "
+            "make room or give access, or choose another folder"
+        ) from None
+
+
+def _page(spec: dict[str, Any]) -> str:
+    bundle: Any = spec_to_mimebundle(
+        spec,
+        "html",
+        mode="vega-lite",
+        vega_version=alt.VEGA_VERSION,
+        vegalite_version=alt.VEGALITE_VERSION,
+        vegaembed_version=alt.VEGAEMBED_VERSION,
+        embed_options={"actions": MENU},
+        json_kwds={"cls": _InScript},
+        template="inline",
+    )
+    return str(bundle["text/html"])
+
+
+class _InScript(json.JSONEncoder):
+    """JSON within a `<script>`, which no text in it ends."""
+
+    def encode(self, value: Any) -> str:
+        return super().encode(value).replace("<", "\\u003c")

@@ -1,0 +1,126 @@
+"""Without a text: by place alone, as the paper has it (skip the deepest), or by the weights.
+
+What goes by place needs no weights either: a config is enough.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from numbers import Real
+from typing import get_args
+
+from torch import Tensor, nn
+
+from ...errors import UsageError, expect
+from ...plan import Plan, Skippable
+from ...results.facts import Configured
+from ...structure.model_structure import ModelStructure, base_model
+from .setting import Setting, UnitScores
+
+SKIPPABLE: tuple[Skippable, ...] = get_args(Skippable)
+FRACTIONS = (0.10, 0.25, 0.33)  # of the layers; the paper's
+
+
+def deepest(
+    structure: ModelStructure,
+    skip: Skippable,
+    fraction: float | None = None,
+    *,
+    count: int | None = None,
+    keep_last: bool = False,
+) -> Plan:
+    """The paper's rule: skip the last k = round(fraction x layers) of them; with `keep_last`, the k before the last.
+
+    Give `fraction`, or k itself as `count`. Where layers lack one of the two, as in hybrids, k is that part of those
+    that have what is skipped. Source: arXiv 2407.15516, sections 2 and 3. Raises `UsageError` for an unknown kind, a
+    fraction outside 0..1, a count of more than there are, and where no attention would be left.
+    """
+    expect(structure, ModelStructure, "the structure of a model: notall.locate(model)")
+    if skip not in SKIPPABLE:
+        raise UsageError(f"cannot skip {skip!r}: choose one of {', '.join(SKIPPABLE)}")
+    layers = [block for block in structure.blocks if skip == "block" or skip in block.kinds]
+    last = len(layers) - keep_last
+    if count is None:
+        expect(fraction, Real, "the fraction to skip, a number from 0 to 1")
+        if not 0 <= (share := fraction or 0.0) <= 1:
+            raise UsageError(f"fraction {fraction} is outside 0..1: 0.33 skips a third of the layers")
+        count = min(round(share * len(layers)), last)
+    elif fraction is not None or not 0 <= count <= last:
+        raise UsageError(f"cannot skip {count} of {last} {skip}: give a fraction, or a count from 0 to {last}")
+    chosen = layers[last - count : last]
+    plan = Plan(
+        attention=[block.index for block in chosen if skip != "mlp" and "attention" in block.kinds],
+        mlp=[block.index for block in chosen if skip != "attention" and "mlp" in block.kinds],
+        fingerprint=structure.fingerprint,
+        note=f"deepest {count} of {len(layers)} {skip}{', last kept' if keep_last else ''}",
+    )
+    plan.check(structure)
+    return plan
+
+
+def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
+    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+    rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
+    for variant in SKIPPABLE:
+        for fraction in fractions:
+            for keep_last in (False, True):
+                plan = deepest(structure, variant, fraction, keep_last=keep_last)
+                rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
+    return rows
+
+
+def score_deepest(setting: Setting) -> UnitScores:
+    """The deepest first (arXiv 2407.15516); for one kind the same sets as `deepest`."""
+    return {unit: -float(place) for place, unit in enumerate(setting.space.units)}
+
+
+def score_shallowest(setting: Setting) -> UnitScores:
+    """The shallowest first."""
+    return {unit: float(place) for place, unit in enumerate(setting.space.units)}
+
+
+def score_random(setting: Setting) -> UnitScores:
+    """In an order drawn with the setting's seed: what any criterion must beat."""
+    draw = random.Random(setting.seed)
+    return {unit: draw.random() for unit in setting.space.units}
+
+
+def score_gate_norm(setting: Setting) -> UnitScores:
+    """|W_Q W_K^T|, the Frobenius norm: the attentions whose queries and keys are least coupled go first.
+
+    Keys that a group of query heads share are repeated for each. Source: Gate-Norm, arXiv 2512.20636. Raises
+    `UsageError` for other kinds than attention, and for attentions without separate query and key projections.
+    """
+    space = setting.space
+    if space.unit_kind != "attention":
+        raise UsageError("Gate-Norm ranks attentions only: choose among attentions")
+    model = base_model(setting.model)
+    layers = list(model.get_submodule(space.structure.layers).children())
+    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
+
+
+def has_projections(layer: nn.Module) -> bool:
+    """Whether a layer has the queries' and the keys' projections apart."""
+    names = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return {"q_proj", "k_proj"} <= names
+
+
+def _coupling(layer: nn.Module) -> float:
+    queries, keys = (_projection(layer, name) for name in ("q_proj", "k_proj"))
+    heads = len(queries) // len(keys)
+    if heads > 1:
+        width: int = next(m.head_dim for m in layer.modules() if isinstance(getattr(m, "head_dim", None), int))  # type: ignore[assignment]
+        keys = keys.view(-1, width, keys.shape[-1]).repeat_interleave(heads, dim=0).flatten(0, 1)
+    return float((queries.T @ keys).norm())  # (hidden, hidden)
+
+
+def _projection(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a projection, (heads * width, hidden)."""
+    for path, module in layer.named_modules():
+        if path.rpartition(".")[2] == name and isinstance(module, nn.Linear):
+            return module.weight.detach().float()
+    raise UsageError(
+        f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
+        "take another criterion"
+    )

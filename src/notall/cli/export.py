@@ -1,0 +1,185 @@
+"""notall export: turn a plan into files for engines."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..experiments.measured import warn_if_worse
+from ..experiments.options import ModelOptions, TextOptions, read_plan
+from ..experiments.repair import RepairOptions
+from ..experiments.verdict import Verdict
+from ..inputs import read_json
+from ..options import Json, Option
+from ..plan import Plan
+from ..progress import Progress
+from ..results.facts import DELTA_NLL, KL, PERPLEXITY, TOP1
+from ..results.ledger import check_folder
+from ..results.progress_bars import progress_bar
+from ..results.record import Count, Fact
+from ..results.repairs import MEASURED, MeasuredRecord, State
+from ..results.table import Column, in_bytes, size, table, words
+from ..results.terminal import show
+from .app import TAKE, command
+from .ending import conclude
+
+BROKEN = (
+    "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
+    "for some models, runs this wrong: choose with --skip period"
+)
+
+
+class FileFact(Fact):
+    """A file of an export."""
+
+    file: str
+    bytes: Count
+
+
+COLUMNS: tuple[Column[FileFact], ...] = (
+    words("file", lambda one: one.file),
+    size("size", lambda one: one.bytes),
+)
+
+
+@command(TAKE, example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
+def export(
+    plan: Annotated[Path, Option("plan file, or the folder of a repair")],
+    to: Annotated[
+        str, Option("hf, nemotron-nas or gguf, or your own module:Class; see the page on engines", (), "FORM")
+    ],
+    out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
+    repair: RepairOptions,
+    model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
+    measure: Annotated[
+        str | None, Option("measure the plan on this text, as --text of eval, for the model card")
+    ] = None,
+    verify: Annotated[
+        bool, Option("run what was written, and compare it with the skipped model", ("--verify/--no-verify",))
+    ] = True,
+    push_to_hub: Annotated[str | None, Option("upload the export to this repository of the hub")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model without what the plan skips, as files that engines load.
+
+    OUT appears whole or not at all.
+    """
+    from ..exporters import check_export
+    from ..exporters import export as export_model
+
+    kept = out.with_name(f"{out.name}.repaired")
+    check_folder(kept if repair else None, "repair")
+    wanted = read_plan(plan)
+    repair.check()
+    if measure:
+        TextOptions(text=measure).check()
+    how: dict[str, Any] = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": model.own_dtype,
+    }
+    if repair or measure:
+        check_export(model.model, wanted, to, out, **how)
+    with progress_bar() as progress:
+        wanted, measured = _repaired(model, wanted, repair, kept, progress)
+        card, verdict = _measured(model, wanted, measure) if measure else (None, None)
+        export_model(
+            model.model,
+            wanted,
+            to,
+            out,
+            measured=card,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            progress=progress,
+            **how,
+        )
+    files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
+    ending = _conclusion(out, to)
+    tables: dict[str, Any] = {"files": (table(f"{out}: skips {wanted}", COLUMNS, files), files)}
+    if measured:
+        title = f"skip {wanted}: before the repair and after it"
+        tables = {"quality": (table(title, MEASURED, measured), measured)} | tables
+    also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.fact()} if verdict else {})
+    show(tables, as_json=as_json, also=also)
+    if not wanted:
+        print(f"note: the plan skips nothing, so {out} is the dense model", file=sys.stderr)
+    warn_if_worse(measured)
+    if verdict:
+        conclude(verdict, as_json=as_json)
+    for name, line in ending.items():
+        print(f"{name + ':':9}{line}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _repaired(
+    model: ModelOptions, plan: Plan, repair: RepairOptions, kept: Path, progress: Progress
+) -> tuple[Plan, list[MeasuredRecord]]:
+    """The plan after a repair, which is in the folder `kept`, and what it costs before and after; none without one."""
+    from ..repairing.texts import measure
+
+    if not repair or not plan or plan.state == "repaired":
+        return plan, []
+    net, tokenizer = model.as_stored().load()
+    settings = model.provenance(net)
+    repaired, windows = repair.apply(net, tokenizer, plan, kept, settings, progress)
+    others = {name: rows[:8] for name, rows in windows.items()}
+    plans: dict[State, Plan] = {"skipped": plan, "repaired": repaired}
+    return repaired, measure(net, plans, others, kept, settings, progress)
+
+
+def _conclusion(out: Path, to: str) -> dict[str, str]:
+    """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
+    from ..exporters.manifest import read_manifest, verdict_of
+
+    manifest = read_manifest(out)
+    dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
+    in_dtype = f" in {named}" if (named := _dtype_of(out)) else ""
+    return {
+        "Check": str(verdict_of(manifest)),
+        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}{in_dtype}",
+        **({"Period": BROKEN.format(period)} if (period := manifest.get("breaks_period")) else {}),
+        **_commands(out, to, manifest["model_type"].startswith("notall_")),
+    }
+
+
+def _dtype_of(out: Path) -> str | None:
+    """What a checkpoint's config says of its numbers; a GGUF has types for each tensor."""
+    config = out / "config.json"
+    told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return next((str(told[name]) for name in ("dtype", "torch_dtype") if told.get(name)), None)
+
+
+def _commands(out: Path, to: str, own_code: bool) -> dict[str, str]:
+    """What to type next; `own_code`: the checkpoint brings a modeling file along."""
+    folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
+    if to == "gguf":
+        return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
+    if to == "nemotron-nas":
+        return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    served = {"Serve": f"vllm serve {folder}"}
+    if own_code:  # with notall beside vLLM, and with vLLM alone
+        served["Alone"] = f"vllm serve {folder} --trust-remote-code"
+    return {"Next": f"notall generate {folder} {prompt}", **served}
+
+
+def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, str], Verdict]:
+    """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
+    from ..experiments.options import windows_of
+    from ..measuring.quality import evaluate
+    from ..structure.model_structure import positions_of
+
+    net, tokenizer = model.as_stored().load()
+    length = int(min(256, positions_of(net)))
+    batches, described = windows_of(net, tokenizer, text, 8, length, batch_size=4)
+    before = [plan.unrepaired] if plan.state == "repaired" else []
+    dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
+    card = {
+        "text": f"{described['text']}, 8 windows of {length} tokens",
+        f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(dense),
+        **{column.titled: column.text(skipped) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
+        **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
+    }
+    return card, Verdict.on(net, plan, skipped, described["text"])

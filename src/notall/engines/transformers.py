@@ -1,0 +1,86 @@
+"""transformers, plain or with torchao's weight-only types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UsageError
+from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PICKLED = {"safe_serialization": False} if version("transformers").startswith("4.") else {}  # its torchao needs that
+
+
+class Transformers(Engine):
+    """Checkpoints of `notall export --to hf` on torch's kernels, on the CPU. The head stays as it is."""
+
+    name: ClassVar[str] = "transformers"
+    package: ClassVar[str] = "transformers"
+    install: ClassVar[str] = "pip install transformers"
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return (self.dtype, "int8", "int4")
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        return (self.dtype, "int8")  # torchao's int4 runs on few CPUs
+
+    def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        try:
+            from transformers import TorchAoConfig
+
+            model = self._load(plain, quantization_config=TorchAoConfig(_torchao(kind)))
+        except ImportError as error:
+            raise UsageError(f"{kind} needs more here: {error}") from None
+        model.save_pretrained(out, **PICKLED)
+
+    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        import torch
+
+        model = self._load(checkpoint)
+        found: list[list[float | None]] = []
+        with torch.inference_mode():
+            for tokens in windows:
+                ids = torch.tensor([list(tokens)])
+                logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+                found.append((-logprobs.gather(-1, ids[0, 1:, None])[:, 0]).tolist())
+        return found
+
+    def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        import torch
+
+        from ..measuring.speed import time_once
+
+        before = resident_bytes()
+        model = self._load(checkpoint)
+        ids = torch.tensor([list(prompt)])
+        for _ in range(2):  # the first one to warm up
+            prefill_ms, decode_ms = time_once(model, ids, new)
+        return Timing(prefill_ms, decode_ms, resident_bytes() - before)
+
+    def _load(self, checkpoint: Path, **more: Any) -> PreTrainedModel:
+        """By classes of transformers and of notall: no modeling file of the folder is run."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        import notall
+
+        if base := regrouped_base(checkpoint):
+            notall.register(base)
+        torch.set_num_threads(self.threads)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, self.dtype), local_files_only=True, trust_remote_code=False, **more
+        )
+        return model.eval()
+
+
+def _torchao(kind: str) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32)

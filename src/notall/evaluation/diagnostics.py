@@ -1,0 +1,286 @@
+"""What accuracy hides: long texts, finding a fact far back, calibration, and what the model says when left to write."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..measuring.token_scores import TokenScorer
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..results.facts import Check
+from ..running.generating import ends_of, greedy
+from ..running.replay import Replay, record
+from ..running.skipping import skip
+from ..structure.model_structure import ModelStructure
+from .scoring import Request, Scorer
+
+BINS = 15  # of confidence, as in Guo et al.
+DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
+CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
+PARTS = ("long texts", "passkey", "writing")
+WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
+NGRAM = 4
+
+
+ByPlan = Sequence[Check]  # one check, of each plan
+
+
+def run_diagnostics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    windows: Sequence[Tensor],
+    *,
+    parts: Sequence[str] = PARTS,
+    contexts: Sequence[int] = CONTEXTS,
+    new_tokens: int = 64,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[list[Check]]:
+    """Of each of `plans` its checks, beside the dense model: all, or some `parts` of them.
+
+    `windows` are token ids, (1, tokens) each, the longer the better: they give NLL by position and calibration, their
+    beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
+    `UsageError` when a plan does not fit, and when windows or contexts are too short.
+    """
+    checks: dict[str, Callable[[], list[ByPlan]]] = {
+        "long texts": lambda: check_texts(model, plans, windows),
+        "passkey": lambda: check_passkey(model, tokenizer, plans, windows, contexts, seed=seed),
+        "writing": lambda: check_writing(model, plans, windows, new_tokens),
+    }
+    found: list[ByPlan] = []
+    for done, part in enumerate(parts):
+        progress(done, len(parts), f"{part}, {len(plans)} plans")
+        found += checks[part]()
+    return [list(of_plan) for of_plan in zip(*found)]
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Of one window under one plan, token by token: NLL in nats, probability of the first choice, whether it came."""
+
+    nll: Tensor
+    confidence: Tensor
+    correct: Tensor
+
+
+def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[ByPlan]:
+    """NLL by position, in octaves of tokens, and the expected calibration error of the next token.
+
+    Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
+    leaving out one window at a time.
+    """
+    reads = [list(_reads(model, [Plan(), *plans], window)) for window in windows]  # window by window, plan by plan
+    if not reads:
+        raise UsageError("the diagnostics needs text; give at least one window")
+    by_plan = list(zip(*reads))
+    shortest = min(len(read.nll) for read in by_plan[0])
+    found: list[ByPlan] = []
+    for low, high in _octaves(shortest):
+        columns = [[float(read.nll[low:high].mean()) for read in some] for some in by_plan]
+        found.append(_checks(f"NLL at {low} to {high - 1}", columns, higher_is_better=False))
+    dense, *others = by_plan
+    return [*found, [_calibration(some, dense) for some in others]]
+
+
+def _calibration(some: Sequence[_Read], dense: Sequence[_Read]) -> Check:
+    pairs = list(zip(some, dense))
+    value, base = calibration_error(some), calibration_error(dense)
+    error = jackknife_error(lambda kept: calibration_error(kept), some)
+    delta_error = jackknife_error(
+        lambda kept: calibration_error([a for a, _ in kept]) - calibration_error([b for _, b in kept]), pairs
+    )
+    return Check(
+        check="calibration error",
+        value=value,
+        value_se=error,
+        delta=value - base,
+        delta_se=delta_error,
+        p_value=normal_p_value(value - base, delta_error),
+        higher_is_better=False,
+    )
+
+
+def calibration_error(reads: Sequence[_Read]) -> float:
+    """Mean distance of confidence and accuracy over bins of confidence, weighted by tokens: 0 is calibrated."""
+    confidence = torch.cat([read.confidence for read in reads]).double()
+    correct = torch.cat([read.correct for read in reads]).double()
+    bins = (confidence * BINS).long().clamp_(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
+    return float(gaps.abs().sum() / len(confidence))
+
+
+def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Iterable[_Read]:
+    replay, scorer = Replay(model, plans), TokenScorer(model)
+    targets = window[0, 1:].cpu()
+    found: dict[int, _Read] = {}
+    with torch.inference_mode():
+        for numbers, hidden in replay.hidden_states(record(replay.model, input_ids=window)):
+            scores = scorer.score(hidden[0, :-1], targets, likeliest=True)
+            read = _Read(scores.nll.cpu(), scores.confidence.cpu(), scores.likeliest.cpu() == targets)
+            found |= dict.fromkeys(numbers, read)
+    return [found[number] for number in range(len(plans))]
+
+
+def _octaves(tokens: int) -> Iterable[tuple[int, int]]:
+    """0 to 63, 64 to 127, 128 to 255 and so on, up to `tokens`."""
+    low, high = 0, 64
+    while low < tokens:
+        yield low, min(high, tokens)
+        low, high = high, 2 * high
+
+
+# --- a fact far back --------------------------------------------------------------------------------------------------
+
+
+def check_passkey(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    windows: Sequence[Tensor],
+    contexts: Sequence[int],
+    *,
+    seed: int = 0,
+) -> list[ByPlan]:
+    """Whether greedy decoding repeats a number told far back in a text of about so many tokens.
+
+    Five keys a context length, at five depths. Source: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
+    """
+    draw = random.Random(seed)
+    hay = [token for window in windows for token in window[0].tolist()]
+    found: list[ByPlan] = []
+    for context in contexts:
+        requests = [_passkey(tokenizer, hay, context, depth, draw) for depth in DEPTHS]
+        greedy: dict[int, Tensor] = {}
+        for scores in Scorer(model).score([Plan(), *plans], requests):
+            greedy |= dict(zip(scores.requests, scores.greedy.T))
+        columns = torch.stack([greedy[number] for number in range(len(requests))]).T.double().tolist()
+        found.append(_checks(f"passkey at {context}", columns, higher_is_better=True, right_or_wrong=True))
+    return found
+
+
+def _passkey(
+    tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
+) -> Request:
+    key = " " + "".join(str(draw.randrange(10)) for _ in range(DIGITS))
+    needle = _ids(tokenizer, f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n")
+    question = _ids(tokenizer, "\n\nWhat is the pass key? The pass key is")
+    answer = _ids(tokenizer, key)
+    room = context - len(needle) - len(question) - len(answer)
+    if room < 1:
+        raise UsageError(f"a passkey does not fit into {context} tokens; give longer contexts")
+    start = draw.randrange(len(hay))
+    text = [hay[(start + place) % len(hay)] for place in range(room)]
+    cut = int(depth * room)
+    sequence = [*text[:cut], *needle, *text[cut:], *question, *answer]
+    return Request(tuple(sequence[:-1]), tuple(answer))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_writing(
+    model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor], new_tokens: int
+) -> list[ByPlan]:
+    """Greedy continuations of the windows' beginnings: where they leave the dense model's, repetition, length.
+
+    Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
+    a continuation that never leaves the dense model's counts as leaving it behind its last token.
+    """
+    prompts = torch.cat([window[:, :64] for window in windows])
+    texts = []
+    for plan in (Plan(), *plans):
+        with skip(model, plan):
+            texts.append(_continue(model, prompts, new_tokens))
+    leaving = [[float(_agreement(text, dense)) for text, dense in zip(some, texts[0])] for some in texts]
+    return [
+        _checks("tokens as dense", leaving, higher_is_better=True),
+        _checks("repetition", [[repetition(text) for text in some] for some in texts], higher_is_better=False),
+        _checks("length written", [[float(len(text)) for text in some] for some in texts], higher_is_better=None),
+    ]
+
+
+def repetition(text: Sequence[int]) -> float:
+    grams = [tuple(text[start : start + NGRAM]) for start in range(len(text) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[list[int]]:
+    """What the live model says behind `prompts`, (rows, tokens), without the token that ends a text."""
+    ends = ends_of(model)
+    return [row[:-1] if row[-1] in ends else row for row in greedy(model, prompts, new_tokens)]
+
+
+def _agreement(text: Sequence[int], dense: Sequence[int]) -> int:
+    return next((place for place, (a, b) in enumerate(zip(text, dense)) if a != b), min(len(text), len(dense)))
+
+
+def _checks(
+    check: str,
+    columns: Sequence[Sequence[float]],
+    *,
+    higher_is_better: bool | None,
+    right_or_wrong: bool = False,
+) -> list[Check]:
+    """From one column of values a plan, the dense one first."""
+    dense, *rest = columns
+    found = []
+    for values in rest:
+        value, error = mean_and_error(values)
+        delta, delta_error = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
+        p_value = mcnemar(values, dense) if right_or_wrong else normal_p_value(delta, delta_error)
+        found.append(
+            Check(
+                check=check,
+                value=value,
+                value_se=error,
+                delta=delta,
+                delta_se=delta_error,
+                p_value=p_value,
+                higher_is_better=higher_is_better,
+            )
+        )
+    return found
+
+
+# --- what a hybrid that lost attentions still finds, which perplexity does not see ------------------------------------
+
+
+def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
+    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone.
+
+    Such attentions are few, and states of fixed size do not hold a fact word for word.
+    """
+    has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
+    return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
+
+
+def look_far_back(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Sequence[Plan],
+    windows: Sequence[Tensor],
+    *,
+    seed: int = 0,
+) -> list[list[Check]]:
+    """Of each plan the share of numbers that are found again, a check a context length, beside the dense model's.
+
+    `windows` are the haystack, token ids, (batch, tokens) each. Five numbers a length.
+    """
+    found = check_passkey(model, tokenizer, plans, windows, CONTEXTS, seed=seed)
+    return [list(of_plan) for of_plan in zip(*found)]

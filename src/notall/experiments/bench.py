@@ -1,0 +1,215 @@
+"""Time prefill and decode of the dense and the skipped model, interleaved in one run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..errors import UsageError
+from ..options import Option, Workload
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..results.facts import FOOTPRINT, PEAK, SPEEDUPS, TIMES, Footprint, Times
+from ..results.ledger import Ledger, working_in
+from ..results.provenance import Provenance
+from ..results.record import Count, Fact, Record, Skips
+from ..results.table import Column, number, table, within, words
+from .folder import Folder
+from .options import ModelOptions
+from .shown import Card, Message, Section, Shown, Step
+from .verdict import Outcome, next_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+class Timed(Fact):
+    """A model that was timed: how long it takes, and what it weighs."""
+
+    times: Times
+    footprint: Footprint
+
+
+class BenchRecord(Record, Skips):
+    """A plan and the dense model, timed in one run. Every measurement is one of its own."""
+
+    file = "bench.jsonl"
+    commands = ("bench",)
+    key_fields = ()
+
+    record: Literal["bench"] = "bench"
+    prompt_tokens: Count
+    generation_tokens: Count
+    concurrency: Count = Field(description="sequences at once")
+    rounds: Count = Field(description="how often both were timed, in turn")
+    dense: Timed
+    skipped: Timed | None = Field(None, description="without what the plan skips; None where it skips nothing")
+
+    @property
+    def told(self) -> str:
+        """What was timed, in words."""
+        return f"{self.prompt_tokens} + {self.generation_tokens} tokens, {self.concurrency} at once"
+
+
+class BenchRow(Fact):
+    """One of the two, as a table shows it."""
+
+    plan_words: str
+    model: Timed
+    bench: BenchRecord
+
+
+def rows_of(records: Sequence[BenchRecord]) -> list[BenchRow]:
+    """The dense model of each, and the skipped one."""
+    rows = []
+    for record in records:
+        rows.append(BenchRow(plan_words="dense", model=record.dense, bench=record))
+        if record.skipped:
+            rows.append(BenchRow(plan_words=record.plan.in_words(), model=record.skipped, bench=record))
+    return rows
+
+
+COLUMNS: tuple[Column[BenchRow], ...] = (
+    words("skipped", lambda row: row.plan_words),
+    *within(TIMES, lambda row: row.model.times),
+    *within(FOOTPRINT, lambda row: row.model.footprint),
+    *within((PEAK,), lambda row: row.model.times),
+    number("prompt tokens", lambda row: row.bench.prompt_tokens, "d"),
+    number("generated tokens", lambda row: row.bench.generation_tokens, "d"),
+    number("at once", lambda row: row.bench.concurrency, "d"),
+)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """A model of random weights in place of a real one."""
+
+    PANEL: ClassVar = "Model"
+
+    shape: Annotated[str | None, Option("instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")] = (
+        None
+    )
+    dummy_weights: Annotated[
+        bool, Option("use random weights, so that nothing is downloaded", ("--dummy-weights",))
+    ] = False
+
+    def load(self, model: ModelOptions, seed: int) -> PreTrainedModel:
+        """The model that is named, or one of random weights."""
+        if not (self.shape or self.dummy_weights):
+            return model.load()[0]
+        if not self.dummy_weights:
+            raise UsageError("--shape has no weights of its own: add --dummy-weights")
+        from ..models.loading import build_random, load_config, resolve_device, resolve_dtype
+
+        place = resolve_device(model.device)
+        config = load_config(
+            self.shape or model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        return build_random(config, dtype=resolve_dtype(model.dtype, place), device=place, seed=seed)
+
+
+def bench(
+    model: PreTrainedModel,
+    plan: Plan,
+    workload: Workload,
+    provenance: Provenance,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> BenchRecord:
+    """`plan` and the dense model, timed; kept in the folder `out` with earlier records, if given.
+
+    Raises `UsageError` before anything is timed when the folder is in use, holds another command's results or cannot
+    be written.
+    """
+    from ..measuring.speed import time_plans
+    from ..running.footprint import footprint
+
+    with working_in(out, "bench") if out else nullcontext():
+        kept = Ledger(out, BenchRecord) if out else None
+        plans = {"skipped": plan} if plan else {}
+        times = time_plans(model, plans, workload, seed=seed, progress=progress)
+        dense = Timed(times=times["dense"], footprint=footprint(model, Plan()))
+        skipped = Timed(times=times["skipped"], footprint=footprint(model, plan)) if plan else None
+        source = Provenance.of(provenance, seed=seed)
+        record = BenchRecord(plan=plan, **vars(workload), dense=dense, skipped=skipped, provenance=source)
+        if kept is not None:
+            kept.add(record)
+    return record
+
+
+# --- in words and on a page -------------------------------------------------------------------------------------------
+
+
+def conclusion(record: BenchRecord) -> str:
+    """What prompt and generated tokens take together; "" where nothing is skipped."""
+    if not record.skipped:
+        return ""
+    dense, skipped = (
+        one.times.prefill_ms.median + record.generation_tokens * one.times.decode_ms_per_token.median
+        for one in (record.dense, record.skipped)
+    )
+    return (
+        f"Without {record.plan.in_words()} the prompt and {record.generation_tokens} new tokens take "
+        f"{skipped:,.0f} ms, where the dense model takes {dense:,.0f}: {dense / skipped:.2f} times as fast, by medians."
+    )
+
+
+def shown(folder: Folder) -> Shown:
+    """What a page says of times: of the plan that was timed last."""
+    records = folder.of(BenchRecord)
+    rows = rows_of(records)
+    steps = tuple(_step(row) for row in rows)
+    timed = [number for number, row in enumerate(rows) if row.model is row.bench.skipped]
+    last = rows[timed[-1]].bench if timed else None
+    return Shown(
+        message=_message(folder, last) if last else None,
+        cards=tuple(_cards(last)) if last else (),
+        steps=steps,
+        first=timed[-1] if timed else max(len(rows) - 1, 0),
+        sections=(Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), NOTE),),
+    )
+
+
+NOTE = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
+
+
+def _step(row: BenchRow) -> Step:
+    plan = Plan() if row.model is row.bench.dense else row.bench.plan
+    name, left = f"{row.plan_words}, {row.bench.told}", row.model.footprint
+    return Step(name, plan, times=row.model.times, footprint=left, dense=row.bench.dense.footprint)
+
+
+def _message(folder: Folder, record: BenchRecord) -> Message:
+    assert record.skipped
+    outcome = Outcome(
+        record.plan,
+        speedup=record.skipped.times.speedup_decode,
+        footprint=record.skipped.footprint,
+        dense=record.dense.footprint,
+        layers=folder.layers,
+    )
+    real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
+    command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
+    return Message(outcome.sentence(folder.model), None, "see what that costs", command)
+
+
+def _cards(record: BenchRecord) -> Iterator[Card]:
+    assert record.skipped
+    told = f"without {record.plan.in_words()}; {record.told}"
+    for column in SPEEDUPS:
+        cell = column.cell(record.skipped.times)
+        yield Card(column.heading.capitalize(), f"{cell.text}×", cell.beside, told)

@@ -1,0 +1,382 @@
+"""What a plan brings as a draft model for speculative decoding: predicted from its parts, and measured as a whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from ..errors import UsageError, raised_by, shortened
+from ..options import Option
+from ..plan import Plan
+from ..progress import Progress, Stages, silent, tracked
+from ..results.facts import Decoding
+from ..results.ledger import Ledger, working_in
+from ..results.provenance import Provenance
+from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
+from ..results.table import Cell, Column, number, table, with_error, with_quartiles, words
+from .folder import Folder
+from .shown import Section, Shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ..measuring.acceptance import Accepted
+
+MOST_DRAFTED = 64
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+class DraftRecord(Record, Skips):
+    """Rounds of so many drafted tokens and a check of them. Every measurement is one of its own."""
+
+    file = "drafts.jsonl"
+    commands = ("draft",)
+    key_fields = ()
+
+    record: Literal["draft"] = "draft"
+    model: Literal["skipped", "repaired"] = Field(description="which model drafts")
+    decoding: Decoding = Field(description="the likeliest token each time, or sampled at temperature 1")
+    drafted: Count = Field(description="tokens that are drafted a round")
+    acceptance: Share = Field(description="how likely the last of them is accepted once those before it were, 0 to 1")
+    acceptance_se: Unsigned = Field(description="over texts")
+    tokens_per_round: Positive = Field(description="tokens that a round gives, with the dense model's own one")
+    tokens_per_round_se: Unsigned = Field(description="over texts")
+    dense_ms: Positive = Field(description="milliseconds of a decode step of the dense model, median of the rounds")
+    draft_ms: Positive = Field(description="likewise of the draft model")
+    check_ms: Positive = Field(description="likewise of the dense model's check: one step of drafted + 1 tokens")
+    predicted: Quartiles = Field(description="speedup of decoding by these times, one ratio a round; > 1: faster")
+    measured: Quartiles | None = Field(
+        None, description="likewise of transformers' generate with the draft, prefill and all; greedy, at the best"
+    )
+    same_texts: Count | None = Field(None, description="how many texts have the very tokens that they have without")
+    texts: Count = Field(description="how many prompts were continued")
+    rounds: Count = Field(description="how often all was timed, in turn")
+
+    @model_validator(mode="after")
+    def _measured_whole(self) -> DraftRecord:
+        if (self.measured is None) != (self.same_texts is None):
+            raise ValueError("what was measured lacks a part")
+        return self
+
+
+def _same_texts(record: DraftRecord) -> Cell:
+    same = record.same_texts
+    return Cell(None) if same is None else Cell(same, str(same), f"of {record.texts}")
+
+
+COLUMNS: tuple[Column[DraftRecord], ...] = (
+    words("decoding", lambda one: one.decoding),
+    number("drafted", lambda one: one.drafted, "d", unit="tokens a round"),
+    with_quartiles("predicted speedup", lambda one: one.predicted, ".2f"),
+    with_quartiles("measured speedup", lambda one: one.measured, ".2f"),
+    with_error("tokens a round", lambda one: (one.tokens_per_round, one.tokens_per_round_se), ".2f"),
+    with_error("the last accepted", lambda one: (one.acceptance, one.acceptance_se), ".2f"),
+    number("draft ms", lambda one: one.draft_ms, ".1f"),
+    number("check ms", lambda one: one.check_ms, ".1f"),
+    number("dense ms", lambda one: one.dense_ms, ".1f"),
+    Column("same texts", _same_texts),
+    words("model", lambda one: one.model),
+    words("skipped", lambda one: one.plan.in_words()),
+)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """Prompts are continued, with 1 to `most` tokens drafted a round; all is timed in rounds, in turn."""
+
+    PANEL: ClassVar = "Timing"
+
+    prompt_tokens: Annotated[int, Option("tokens of each prompt")] = 128
+    generation_tokens: Annotated[int, Option("tokens that continue it, at most")] = 64
+    most: Annotated[int, Option("most tokens that are drafted a round: 1 to this many are tried")] = 8
+    rounds: Annotated[int, Option("timed rounds; each times all models in turn")] = 3
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for counts that make no draft."""
+        from ..running.generating import check_positions
+
+        if not 1 <= self.most <= MOST_DRAFTED:
+            raise UsageError(f"--most must be 1 to {MOST_DRAFTED}, got {shortened(self.most)}")
+        if self.rounds < 1:
+            raise UsageError(f"rounds is {shortened(self.rounds)}; give 1 or more")
+        if self.prompt_tokens < 1:
+            raise UsageError(f"a prompt of {shortened(self.prompt_tokens)} tokens is none: give 1 or more")
+        check_positions(model, self.prompt_tokens, self.generation_tokens)
+        if self.generation_tokens <= self.most:
+            raise UsageError(
+                f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads: "
+                f"give at least {self.most + 1}, or draft fewer"
+            )
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What was found; `refused` says why transformers does not draft for this model, "" where it does."""
+
+    records: list[DraftRecord]
+    refused: str
+
+
+def measure_draft(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Tensor,
+    how: DraftOptions,
+    provenance: Provenance,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Drafted:
+    """What the model without `plan` brings as a draft model, a record for each way to decode and number drafted.
+
+    `windows` are token ids, (texts, prompt + generated): `model` continues their prompts itself, and steps are timed on
+    the first of them as it is. Kept in the folder `out` with earlier records, if given.
+
+    Raises `UsageError` as `DraftOptions.check` and `skip` do, and before anything is run when the folder is in use,
+    holds another command's results or cannot be written.
+    """
+    how.check(model)
+    asked = {"prompt_tokens": how.prompt_tokens, "generation_tokens": how.generation_tokens}
+    source = Provenance.of(provenance, seed=seed, **asked)
+    with working_in(out, "draft") if out else nullcontext():
+        kept = Ledger(out, DraftRecord) if out else None
+        records, refused = _Measuring(model, plan, windows, how, seed, Stages(progress, 10)).records(source)
+        if kept is not None:
+            kept.add(*records)
+    return Drafted(records, refused)
+
+
+@dataclass
+class _Measuring:
+    model: PreTrainedModel
+    plan: Plan
+    windows: Tensor
+    how: DraftOptions
+    seed: int
+    stages: Stages
+
+    def records(self, source: Provenance) -> tuple[list[DraftRecord], str]:
+        from ..measuring.acceptance import tokens_per_round
+        from ..measuring.speed import interleaved
+        from ..running.skipping import draft_model
+
+        draft, how = draft_model(self.model, self.plan), self.how
+        prompts, drafts = self.windows[:, : how.prompt_tokens], range(1, how.most + 1)
+        judged = {decoding: self._judged(draft, prompts, decoding) for decoding in get_args(Decoding)}
+        times = interleaved(_steps(self.model, draft, self.windows[:1], how), how.rounds, progress=self.stages.stage(4))
+        greedy = judged["greedy"]
+        gained = {one: _predicted(times, one, tokens_per_round(greedy, one)[0]).median for one in drafts}
+        best = max(drafts, key=gained.__getitem__)
+        generating = _Generating(self.model, draft, prompts, how.generation_tokens, best)
+        measured, same = generating.measured(how.rounds, self.stages.stage(4))
+        found = [
+            self._record(decoding, one, texts, times, source) for decoding, texts in judged.items() for one in drafts
+        ]
+        if measured:
+            found[best - 1] = found[best - 1].model_copy(update={"measured": measured, "same_texts": same})
+        return found, generating.refused
+
+    def _judged(self, draft: PreTrainedModel, prompts: Tensor, decoding: Decoding) -> list[Accepted]:
+        from ..measuring.acceptance import judge, write_texts
+
+        progress = self.stages.stage(1)
+        progress(0, 1, f"writing {decoding} texts")
+        texts = write_texts(self.model, prompts, self.how.generation_tokens, decoding, seed=self.seed)
+        pairs = tracked(list(zip(prompts, texts)), f"judging {decoding} texts", progress)
+        return [judge(self.model, draft, prompt, text, decoding) for prompt, text in pairs]
+
+    def _record(
+        self,
+        decoding: Decoding,
+        drafted: int,
+        texts: Sequence[Accepted],
+        times: Mapping[str, Sequence[float]],
+        source: Provenance,
+    ) -> DraftRecord:
+        from ..measuring.acceptance import acceptance, tokens_per_round
+
+        accepted, accepted_se = acceptance(texts, drafted)
+        tokens, tokens_se = tokens_per_round(texts, drafted)
+        dense, draft, check = (Quartiles.of(times[name]).median for name in (DENSE, DRAFT, _check_of(drafted)))
+        return DraftRecord(
+            plan=self.plan,
+            model=self.plan.state,
+            decoding=decoding,
+            drafted=drafted,
+            acceptance=accepted,
+            acceptance_se=accepted_se,
+            tokens_per_round=tokens,
+            tokens_per_round_se=tokens_se,
+            dense_ms=dense,
+            draft_ms=draft,
+            check_ms=check,
+            predicted=_predicted(times, drafted, tokens),
+            texts=len(texts),
+            rounds=self.how.rounds,
+            provenance=source,
+        )
+
+
+DENSE, DRAFT = "a decode step", "a draft step"
+ALONE, WITH = "generating", "generating with a draft"
+
+
+def _check_of(drafted: int) -> str:
+    return f"the check of {drafted}"
+
+
+def _steps(
+    model: PreTrainedModel, draft: PreTrainedModel, window: Tensor, how: DraftOptions
+) -> dict[str, Callable[[], float]]:
+    """What is timed: each answers milliseconds."""
+    from ..measuring.speed import step_ms
+
+    step = partial(step_ms, tokens=window, prompt=how.prompt_tokens)
+    checks = {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
+    return {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1), **checks}
+
+
+def _predicted(times: Mapping[str, Sequence[float]], drafted: int, tokens: float) -> Quartiles:
+    """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
+    from ..measuring.speed import speedup
+
+    dense, draft, check = times[DENSE], times[DRAFT], times[_check_of(drafted)]
+    taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
+    return speedup([tokens * step for step in dense], taken)
+
+
+@dataclass
+class _Generating:
+    """transformers' own generate, greedy, with `drafted` tokens of the draft model a round, and without it."""
+
+    model: PreTrainedModel
+    draft: PreTrainedModel
+    prompts: Tensor
+    new_tokens: int
+    drafted: int
+    said: dict[str, list[list[int]]] = field(default_factory=dict)
+    refused: str = ""
+
+    def __post_init__(self) -> None:
+        settings = self.draft.generation_config
+        settings.num_assistant_tokens = self.drafted
+        settings.num_assistant_tokens_schedule = "constant"
+        settings.assistant_confidence_threshold = 0.0  # or it ends drafts early
+        try:
+            self._continue(self.prompts[:1], assistant_model=self.draft)
+        except UsageError as error:
+            self.refused = str(error)
+
+    def measured(self, rounds: int, progress: Progress) -> tuple[Quartiles | None, int | None]:
+        """How many times faster it is with the draft, and how many texts are the same; nothing where it is refused."""
+        from ..measuring.speed import interleaved, speedup
+
+        if self.refused:
+            return None, None
+        ways = {ALONE: partial(self.timed, ALONE), WITH: partial(self.timed, WITH, assistant_model=self.draft)}
+        times = interleaved(ways, rounds, progress=progress)
+        same = sum(map(list.__eq__, self.said[WITH], self.said[ALONE]))
+        return speedup(times[ALONE], times[WITH]), same
+
+    def timed(self, way: str, **assistant: Any) -> float:
+        """Milliseconds of continuing all prompts, one after the other."""
+        start = time.perf_counter()
+        self.said[way] = [self._continue(prompt, **assistant).tolist() for prompt in self.prompts.split(1)]
+        return 1e3 * (time.perf_counter() - start)
+
+    def _continue(self, prompt: Tensor, **assistant: Any) -> Tensor:
+        plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model would rather do
+        from ..models.load_errors import quiet
+
+        mask = prompt.new_ones(prompt.shape)
+        with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
+            said = self.model.generate(
+                prompt, attention_mask=mask, max_new_tokens=self.new_tokens, **plain, **assistant
+            )
+        return said[0, prompt.shape[1] :]
+
+
+# --- in words and on a page -------------------------------------------------------------------------------------------
+
+
+class BestDraft(Fact):
+    """The number of tokens that is best drafted, by the speedup that is predicted."""
+
+    drafted: Count
+    predicted: Number
+    measured: Number
+    tokens_per_round: Number
+
+
+class DraftVerdict(Fact):
+    """For programs."""
+
+    said: str
+    best: dict[str, BestDraft]
+    refused: str | None
+
+
+def verdict(found: Drafted) -> DraftVerdict:
+    """If it makes decoding faster, at how many tokens a round it is best, and what transformers made of it."""
+    best = _best(found.records)
+    said = f"Drafting with it would be {', and '.join(map(_phrase, best.values()))}."
+    if found.refused:
+        said += f" Nothing was measured: {found.refused}."
+    facts = {
+        decoding: BestDraft(
+            drafted=one.drafted,
+            predicted=one.predicted.median,
+            measured=one.measured.median if one.measured else math.nan,
+            tokens_per_round=one.tokens_per_round,
+        )
+        for decoding, one in best.items()
+    }
+    return DraftVerdict(said=said, best=facts, refused=found.refused or None)
+
+
+def _best(records: Sequence[DraftRecord]) -> dict[str, DraftRecord]:
+    best: dict[str, DraftRecord] = {}
+    for record in records:
+        known = best.get(record.decoding)
+        if known is None or record.predicted.median > known.predicted.median:
+            best[record.decoding] = record
+    return best
+
+
+def _phrase(best: DraftRecord) -> str:
+    predicted, measured = best.predicted, best.measured
+    pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
+    tokens = f"{best.drafted} token{'s' if best.drafted > 1 else ''} a round"
+    if measured and measured.median < 1 < predicted.low:
+        foretold = f"where {predicted.median:.2f}x was predicted at best, with {tokens}"
+        return f"slower {best.decoding} in transformers (measured {measured.median:.2f}x, {foretold})"
+    found = f"; transformers measured {measured.median:.2f}x" if measured else ""
+    return f"{pace} {best.decoding} (at best {predicted.median:.2f}x, with {tokens}{found})"
+
+
+def shown(folder: Folder) -> Shown:
+    """What a page says of a folder with drafts."""
+    records = folder.of(DraftRecord)
+    return Shown(sections=(Section("drafts", "As a draft model", table=table("drafts", COLUMNS, records), note=NOTE),))
+
+
+NOTE = (
+    "The plan's model drafts tokens, and the dense model checks them in one step: the text is the dense model's. Below "
+    "1, drafting is slower. Predicted: what a round gives over what its steps take. Measured: transformers' own "
+    "generate, greedy, at the number of tokens that is best."
+)

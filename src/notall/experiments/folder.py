@@ -1,0 +1,99 @@
+"""What a results folder holds, whichever command wrote it: records by their kind."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UsageError
+from ..plan import Fingerprint
+from ..results import lines
+from ..results.ledger import header_of, kind_at, read
+from ..results.provenance import Provenance
+from ..results.record import Record
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`files` are those of our kinds; `foreign` those that no command of ours wrote, their lines as they are."""
+
+    path: Path
+    files: dict[str, tuple[Record, ...]]  # by the kind of their records
+    foreign: dict[str, tuple[dict[str, Any], ...]]  # by the name of the file, without suffix
+
+    def of(self, kind: type[R]) -> tuple[R, ...]:
+        """The records of a kind, each with its provenance; none where there is no such file."""
+        return tuple(record for record in self.files.get(kind.kind_name(), ()) if isinstance(record, kind))
+
+    def __contains__(self, kind: type[Record]) -> bool:
+        return bool(self.files.get(kind.kind_name()))
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Of the first record that has one."""
+        return next(self._provenances(), Provenance(what={}))
+
+    @property
+    def model(self) -> str:
+        return str(self.provenance.what.get("model", "the model"))
+
+    @cached_property
+    def layers(self) -> int:
+        """How many the model has; 0 where its shape is nowhere told."""
+        shapes = (Fingerprint.parse(about.what.get("fingerprint")) for about in self._provenances())
+        shape = next(filter(None, shapes), None)
+        return shape.layers if shape else 0
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command that it is of; [] where that is not known."""
+        try:
+            return shlex.split(str(self.provenance.where.get("command", "")))
+        except ValueError:
+            return []
+
+    @property
+    def plan_options(self) -> list[str]:
+        """How that command named its plan."""
+        words = self.command
+        found = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
+        kept = ["--keep-last"] if "--keep-last" in words else []
+        return [word for pair in found for word in pair] + kept or ["--plan", "plan.json"]
+
+    def _provenances(self) -> Iterator[Provenance]:
+        for records in self.files.values():
+            yield from (record.provenance for record in records if record.provenance)
+
+
+def read_folder(path: Path) -> Folder:
+    """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: give the folder that it lies in")
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
+    kinds = {file: kind_at(file) for file in sorted(path.glob("*.jsonl"))}
+    folder = Folder(
+        path,
+        {kind.kind_name(): _records(file, kind) for file, kind in kinds.items() if kind},
+        {file.stem: rows for file, kind in kinds.items() if not kind and (rows := tuple(lines.read(file)))},
+    )
+    if not any(folder.files.values()) and not folder.foreign:
+        inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
+        advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
+        raise UsageError(f"{path} holds no results; {advice}")
+    return folder
+
+
+def _records(file: Path, kind: type[Record]) -> tuple[Record, ...]:
+    """Each with the provenance of the file's header, where that has one."""
+    header = header_of(file) if kind.headed else None
+    records = read(file, kind)
+    return tuple(
+        record.model_copy(update={"provenance": header.provenance}) if header else record for record in records
+    )

@@ -1,0 +1,487 @@
+"""What commands are given, and what they make of it: models, windows of text, plans, provenance.
+
+Each dataclass is a group of options of the command line, and an argument in Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from ..errors import UsageError, nearest, shortened
+from ..extras import need
+from ..options import Option
+from ..plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..choosing.space import Space
+    from ..evaluation.ray_workers import Workers
+    from ..evaluation.tasks import Job, Limits, TaskShelf
+    from ..results.provenance import Provenance
+
+MANIFEST = "notall.json"  # of an export
+SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded: the arguments of `notall.load`."""
+
+    PANEL: ClassVar = "Model"
+
+    model: Annotated[str, Option("smollm2, a hub id, a folder, or a .gguf file", metavar="MODEL", argument=True)] = (
+        "smollm2"
+    )
+    dtype: Annotated[
+        str, Option("dtype to compute in: float32, bfloat16, float16, or auto, which suits the device")
+    ] = "auto"
+    device: Annotated[str, Option("device to run on: auto, cpu, cuda, cuda:1, mps ...")] = "auto"
+    device_map: Annotated[str | None, Option("spread the model over devices with accelerate: auto, balanced ...")] = (
+        None
+    )
+    attn_implementation: Annotated[
+        str | None, Option("attention implementation: sdpa, eager, flash_attention_2 ...")
+    ] = None
+    revision: Annotated[str | None, Option("branch, tag or commit of a hub model")] = None
+    trust_remote_code: Annotated[bool, Option("run the model's own code from the hub", ("--trust-remote-code",))] = (
+        False
+    )
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer. Raises as `notall.load` does."""
+        from ..models.loading import load
+        from ..results.progress_bars import working
+
+        with working(f"loading {self.model}"):
+            return load(**self.arguments)
+
+    def empty(self) -> PreTrainedModel:
+        """The model of a config, without weights, in the dtype that is named, or else in the checkpoint's own.
+
+        Quantised as it is there; a GGUF file's dtype is what it is exported in.
+        """
+        from ..exporters import UNPACKED
+        from ..exporters.tensors import stored_sizes
+        from ..files import named_weights
+        from ..models.loading import load_empty, named_dtype
+        from ..models.names import named_gguf
+        from ..models.quantisation import quantisation_of
+        from ..results.progress_bars import working
+        from ..structure.weights import count_as_stored
+
+        named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
+        dtype = named_dtype(named) if named else None
+        with working(f"reading the config of {self.model}"):
+            model = load_empty(self.model, dtype, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            if quantisation_of(model.config):
+                weights = named_weights(self.model, model.config)
+                count_as_stored(model, stored_sizes(self.model, self.revision, weights))
+            return model
+
+    def as_stored(self) -> ModelOptions:
+        """The same, computed in the dtype that suits the device, whatever it is written in."""
+        return replace(self, dtype="auto")
+
+    def named(self, spec: str) -> ModelOptions:
+        """The same for another model."""
+        return replace(self, model=spec)
+
+    @property
+    def own_dtype(self) -> str | None:
+        """The dtype that is named; None: the checkpoint's own, where a model is read and not run."""
+        return None if self.dtype == "auto" else self.dtype
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `notall.load`."""
+        told = asdict(self)
+        return {"spec": told.pop("model"), **told}
+
+    def provenance(self, model: PreTrainedModel, **more: Any) -> Provenance:
+        """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
+        from ..measuring.speed import machine
+        from ..models.loading import dtype_name, identify
+        from ..results.provenance import Provenance, this_run
+
+        about = machine(model.device)
+        where = {name: about[name] for name in ("device", "threads", "versions")} | {"machine": about} | this_run()
+        what = {**identify(self.model, revision=self.revision), "dtype": dtype_name(model), **more}
+        return Provenance(what=what, where=where)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """A text whose windows are prompts."""
+
+    PANEL: ClassVar = "Text"
+
+    text: Annotated[str, Option("a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")] = (
+        "prose"
+    )
+    sequences: Annotated[int, Option("number of windows")] = 8
+
+    def check(self) -> None:
+        """Raise `UsageError` where the text cannot be read."""
+        from ..models.texts import read_text
+
+        read_text(self.text)
+
+
+@dataclass(frozen=True)
+class TextOptions(PromptOptions):
+    """Windows of a text: how many, of how many tokens, and how many run at a time."""
+
+    length: Annotated[int, Option("tokens in each window")] = 256
+    batch_size: Annotated[int, Option("windows to run at a time")] = 4
+
+    def windows(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Token batches on the model's device, and what they are, for the record."""
+        return windows_of(
+            model, tokenizer, self.text, self.sequences, self.length, batch_size=self.batch_size, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class HeldOutOptions(TextOptions):
+    """Windows of a text, and as many, or so many, to measure on: of another text, or other windows of the same."""
+
+    held_out: Annotated[str | None, Option("text to measure on (default: other windows of --text)")] = None
+    held_out_sequences: Annotated[
+        int | None, Option("number of windows to measure on (default: that of --sequences)")
+    ] = None
+
+    def check(self) -> None:
+        """Raise `UsageError` where a text cannot be read."""
+        from ..models.texts import read_text
+
+        for source in filter(None, (self.text, self.held_out)):
+            read_text(source)
+
+    def both(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+        """Batches to calibrate on, batches to measure on, and what they are, for the record.
+
+        With `fewer`, a short text may have fewer other windows than asked for, or none.
+        """
+        from torch import cat
+
+        from ..models.texts import read_text, windows_in
+
+        size, count = {"batch_size": self.batch_size, "seed": seed}, self.held_out_sequences or self.sequences
+        if self.held_out:
+            batches, described = self.windows(model, tokenizer, seed=seed)
+            others, about = windows_of(model, tokenizer, self.held_out, count, self.length, **size)
+            return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
+        if fewer:
+            count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
+        both, described = windows_of(model, tokenizer, self.text, self.sequences + count, self.length, **size)
+        rows = cat(both)
+        batches, others = (
+            list(part.split(self.batch_size)) if len(part) else []
+            for part in (rows[: self.sequences], rows[self.sequences :])
+        )
+        held_out = {"held_out": "other windows"} if others else {}
+        return batches, others, described | held_out | {"sequences": self.sequences}
+
+
+def windows_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    sequences: int,
+    length: int,
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Token batches of a text on the model's device, and what they are, for the record."""
+    from ..models.texts import read_text, token_batches
+    from ..structure.model_structure import positions_of
+
+    text = read_text(source)
+    if length > (most := positions_of(model)):
+        raise UsageError(f"windows of {length} tokens exceed the model's {most} positions: lower --length")
+    batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
+    described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
+    return [batch.to(model.device) for batch in batches], described
+
+
+def diagnostic_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int
+) -> list[Tensor]:
+    """The windows of text that the diagnostics read."""
+    from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
+    from ..structure.model_structure import positions_of
+
+    return windows_of(model, tokenizer, source, WINDOWS, int(min(WINDOW_TOKENS, positions_of(model))), seed=seed)[0]
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a file, an export, or the folder of a repair, with its weights."""
+    if (path / MANIFEST).is_file():
+        from ..exporters.manifest import plan_of
+
+        return plan_of(path)
+    if path.is_dir():
+        from ..running.repaired_folders import load_repaired
+
+        return load_repaired(path)
+    return Plan.load(path)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is left out: the plan of a file, or the deepest of a kind."""
+
+    plan: Annotated[Path | None, Option("plan file, or the folder of a repair")] = None
+    skip: Annotated[
+        str | None,
+        Option(
+            "instead of --plan: the deepest attention, mlp or block, such as attention:0.33 or attention:8",
+            (),
+            "KIND[:HOW MANY]",
+        ),
+    ] = None
+    keep_last: Annotated[bool, Option("with --skip: preserve the last layer", ("--keep-last",))] = False
+
+    def check(self, *, needed: bool = False, model: str = "") -> PlanChoice:
+        """What that is, read and checked as far as it can be without a model.
+
+        Raises `UsageError` where two things are said, or too little for what is `needed` of `model`.
+        """
+        if self.plan and self.skip:
+            raise UsageError("--plan and --skip both say what to leave out: give one of them")
+        if self.keep_last and not self.skip:
+            raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
+        if needed and not (self.plan or self.skip):
+            raise UsageError(_what_is_needed(model))
+        amount = SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
+        return PlanChoice(read_plan(self.plan) if self.plan else Plan(), self.plan, amount, self.keep_last)
+
+
+def _what_is_needed(model: str) -> str:
+    if model and (Path(model) / MANIFEST).is_file():
+        from ..exporters.manifest import dense_of, weights_beside
+
+        beside = shortened(weights_beside(Path(model)) or model)
+        return (
+            f"{shortened(model)} is what is left of another model: name that one, such as {dense_of(Path(model))}, "
+            f"and give --plan {beside}"
+        )
+    return "say what to leave out: --plan plan.json (notall search writes one), or --skip attention:0.25"
+
+
+@dataclass(frozen=True)
+class SkipAmount:
+    """A kind of sublayers and how many of them, such as `attention:8`: below 1 a share, several with commas between."""
+
+    kind: str
+    amounts: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str, *otherwise: float) -> SkipAmount:
+        """Raises `UsageError` for what is no number; where none is given, it is `otherwise`."""
+        kind, colon, told = text.partition(":")
+        numbers = told.split(",") if colon else []
+        if not kind or not all(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}", word) for word in numbers):
+            raise UsageError(f"--skip {shortened(text)} is no kind and number: write attention:8, or attention:0.33")
+        return cls(kind, tuple(map(float, numbers)) or otherwise)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{','.join(f'{amount:g}' for amount in self.amounts)}"
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A plan that was read, or else the deepest of a kind, known once the model is."""
+
+    read: Plan
+    path: Path | None
+    skip: SkipAmount | None
+    keep_last: bool
+
+    def of(self, model: PreTrainedModel) -> Plan:
+        """Raises `UsageError` where that is less than one layer, and as `deepest` does."""
+        return deepest_plan(model, self.skip, self.keep_last) if self.skip else self.read
+
+    @property
+    def words(self) -> dict[str, object]:
+        """The options that say it, for the next command."""
+        if self.skip is None:
+            return {"plan": self.path}
+        return {"skip": self.skip, "keep_last": True if self.keep_last else None}
+
+
+def deepest_plan(model: PreTrainedModel, skip: SkipAmount, keep_last: bool) -> Plan:
+    """The paper's rule. Raises `UsageError` where that is less than one layer, and as `deepest` does."""
+    from ..choosing.criteria.data_free import deepest
+    from ..structure.locating import locate
+
+    structure, (amount, *more) = locate(model), skip.amounts
+    if more:
+        raise UsageError(f"--skip {skip} asks for several plans: give one number")
+    if amount >= 1 and amount % 1:
+        raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
+    wanted: dict[str, Any] = {"fraction": amount} if amount < 1 else {"count": int(amount)}
+    found = deepest(structure, skip.kind, **wanted, keep_last=keep_last)  # type: ignore[arg-type]
+    if amount and not found:
+        raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
+    return found
+
+
+def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_last: bool = False) -> Space:
+    """What is chosen among: `portable` is any sublayers whose absence leaves an ordinary checkpoint."""
+    from ..choosing.space import UNIT_KINDS, Space
+    from ..structure.locating import locate
+
+    structure, portable = locate(model), kind == "portable"
+    names = [*UNIT_KINDS, *structure.mixers, "portable"]
+    if kind not in names:
+        near = nearest(kind, names)
+        raise UsageError(f"--skip {shortened(kind)!r}{near} is nothing to choose among: give one of {', '.join(names)}")
+    return Space(structure, "sublayer" if portable else kind, portable, int(keep_first), int(keep_last))
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which tasks of lm-evaluation-harness, on how many documents, with how many examples."""
+
+    PANEL: ClassVar = "Benchmarks"
+
+    tasks: Annotated[
+        tuple[str, ...],
+        Option("openllm, or tasks of lm-evaluation-harness, with commas between them; see `notall tasks`"),
+    ] = ()
+    limit: Annotated[
+        tuple[str, ...],
+        Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group"),
+    ] = ()
+    num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)")] = None
+    task_path: Annotated[
+        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
+    ] = None
+    truncate: Annotated[bool, Option("cut the beginning of what is longer than the context", ("--truncate",))] = False
+    task_batch_size: Annotated[str, Option("requests to run at a time: a number, or auto")] = "auto"
+
+    def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
+        """The tasks that there are, known without a model; limits may be of what is run `also`.
+
+        `objectives` are tasks that a search goes by, whose data is read. Raises `UsageError` for names and numbers that
+        are none, and where the harness is not installed and something is wanted of it.
+        """
+        size, wanted = _batch_size_of(self.task_batch_size), words_of(self.tasks)
+        if not (wanted or objectives or also):
+            return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
+        need("lm_eval")
+        from ..results.progress_bars import working
+
+        with working("reading the harness's tasks"):
+            from ..evaluation.tasks import Limits, TaskShelf, check_fewshot
+
+            limits = Limits.parse(words_of(self.limit))
+            check_fewshot(self.num_fewshot)
+            shelf = TaskShelf(self.task_path)
+        names = shelf.names(wanted) if wanted else []
+        others = shelf.names(objectives) if objectives else []
+        limits.check([*names, *others, *also])
+        for name in others:
+            shelf.build(name, 0, 1)
+        return TaskChoice(shelf, tuple(names), self.num_fewshot, size, self.truncate, limits)
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Tasks of the harness, by its names; without any there may be no `shelf` to take them from, and no limits."""
+
+    shelf: TaskShelf | None
+    names: tuple[str, ...]
+    num_fewshot: int | None = None
+    batch_size: int | Literal["auto"] = "auto"
+    truncate: bool = False
+    limits: Limits | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def limit_of(self, task: str) -> int | None:
+        """Documents of a task, or of each task of a group; None for all."""
+        return self.limits.of(task) if self.limits else None
+
+    def build(self, name: str) -> Job:
+        """Its data, loaded, and its requests, built. Raises `UsageError` as `TaskShelf.build` does."""
+        assert self.shelf
+        return self.shelf.build(name, self.num_fewshot, self.limit_of(name))
+
+    def jobs(self) -> list[Job]:
+        """Those of all tasks."""
+        return [self.build(name) for name in self.names]
+
+
+def _batch_size_of(word: str) -> int | Literal["auto"]:
+    """Raises `UsageError` for anything but a number and auto."""
+    if word == "auto":
+        return "auto"
+    if not re.fullmatch("[0-9]{1,9}", word):
+        raise UsageError(f"--task-batch-size {shortened(word)} is neither a number nor auto; give one of them")
+    return int(word)
+
+
+Diagnostics = Annotated[
+    bool,
+    Option(
+        "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K",
+        ("--diagnostics",),
+        panel="Benchmarks",
+    ),
+]
+
+
+# --- clusters and words -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Whether and where to run on a Ray cluster."""
+
+    PANEL: ClassVar = "Cluster"
+
+    ray: Annotated[
+        str | None,
+        Option(
+            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or "
+            "ray://HOST:PORT",
+            metavar="[ADDRESS]",
+        ),
+    ] = None
+    ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
+    ray_gpus: Annotated[int, Option("GPUs for each worker")] = 1
+
+    def workers(self, model: PreTrainedModel, loading: ModelOptions) -> AbstractContextManager[Workers | None]:
+        """The workers, each with its own copy of the model; None without a cluster."""
+        if self.ray is None:
+            return nullcontext()
+        from ..evaluation.ray_workers import Workers
+        from ..structure.locating import locate
+
+        return Workers(loading.arguments, locate(model), self.ray, count=self.ray_workers, gpus=self.ray_gpus)
+
+
+def words_of(values: Sequence[str]) -> list[str]:
+    """The words of an option that may be repeated, or hold several with commas between them."""
+    return [word for value in values for word in value.split(",") if word]

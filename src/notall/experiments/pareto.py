@@ -1,0 +1,817 @@
+"""Models, skipped and quantised, side by side in one engine: what each loses, weighs and takes.
+
+One model is in memory at a time. Times are taken in rounds, each model once a round, so that what changes on the
+machine meanwhile hits all of them; a round that was interrupted is taken again.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ..errors import UsageError, shortened
+from ..extras import FIGURES, installed
+from ..options import Option, Workload
+from ..plan import Plan, several
+from ..progress import Progress, Stages, silent
+from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
+from ..results.ledger import Ledger, working_in
+from ..results.provenance import Provenance
+from ..results.record import (
+    Count,
+    Fact,
+    Key,
+    Loss,
+    Number,
+    Positive,
+    Quartiles,
+    Record,
+    SublayerNames,
+    Unsigned,
+    is_number,
+)
+from ..results.table import Column, in_bytes, size, table, with_error, within, words
+from .folder import Folder
+from .options import SkipAmount, read_plan, space_of, words_of
+from .search import SearchRecord, keep_choice, record_of
+from .shown import Figure, Message, Section, Shown
+from .verdict import next_command
+
+if TYPE_CHECKING:
+    import altair as alt
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..choosing.budget import Budget
+    from ..choosing.space import Space
+    from ..engines import Engine
+
+CHECKPOINTS = "checkpoints"
+CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
+PATIENCE = 12  # evaluations that bring nothing, before a search ends
+NOT_MEASURED = math.nan, math.nan
+TORN = "\ufffd"  # of a character that a window cuts through
+DENSE = "dense"
+LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
+LEAST_WINDOWS = 8  # of text
+FIRST, FASTER = "1.1,1.2", "1.3,1.5"  # speedups that are found by default, and those to add to them
+NAMED = ("model", "repaired", "type")
+Name = Annotated[str, Field(min_length=1, max_length=80)]
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+class Represented(Fact):
+    """A model as an engine runs it."""
+
+    model: Name = Field(description="dense, the name of a plan, or another model")
+    repaired: bool = Field(description="whether what it keeps was refit before it was quantised")
+    type: Name = Field(description="how its weights are represented, as the engine calls it")
+
+    @property
+    def named(self) -> str:
+        """Such as `less 4 attention, repaired, Q8_0`."""
+        return ", ".join([self.model, *(["repaired"] if self.repaired else []), self.type])
+
+
+class EngineScoresRecord(Record, Represented):
+    """What one model loses on each window of the held-out text, and what its file weighs."""
+
+    file = "engine_scores.jsonl"
+    commands = ("pareto",)
+    key_fields = NAMED
+
+    record: Literal["engine_scores"] = "engine_scores"
+    file_bytes: Count = Field(description="of weights on disk")
+    nll: tuple[Number, ...] = Field(description="nats per token, a mean a window")
+    tokens: tuple[Count, ...] = Field(description="that were to be predicted, of each window")
+    text_bytes: tuple[Count, ...] = Field(description="what those tokens are in UTF-8")
+    tokens_as_dense: bool = Field(description="whether its tokens are the dense model's, so that nats are comparable")
+
+
+class EngineTimesRecord(Record, Represented):
+    """What one model took in one round; in a round each model is timed once."""
+
+    file = "engine_times.jsonl"
+    commands = ("pareto",)
+    key_fields = (*NAMED, "round")
+
+    record: Literal["engine_times"] = "engine_times"
+    round: Count = Field(description="its number, from 0")
+    prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token")
+    decode_ms_per_token: Positive = Field(description="milliseconds")
+    memory_bytes: Count = Field(description="by which the engine's process grew")
+
+
+class ParetoRecord(Record, Represented):
+    """One model beside the dense one; differences are paired by window, speedups by round."""
+
+    file = "pareto.jsonl"
+    commands = ("pareto",)
+    key_fields = NAMED
+
+    record: Literal["pareto"] = "pareto"
+    skipped: SublayerNames = Field("", description="names of sublayers that it leaves out")
+    nll: Loss = Field(math.nan, description="as the engine computes it on held-out text, nats per token")
+    nll_se: Unsigned = Field(math.nan, description="over windows")
+    delta_nll: Number = Field(math.nan, description="nll less the dense model's; none where its tokens are others")
+    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, over windows")
+    bits_per_byte: Loss = Field(math.nan, description="of the predicted text: comparable between tokenizers")
+    bits_per_byte_se: Unsigned = Field(math.nan, description="over windows")
+    delta_bits: Number = Field(math.nan, description="bits_per_byte less the dense model's")
+    delta_bits_se: Unsigned = Field(math.nan, description="of the paired differences, over windows")
+    windows: Count | None = Field(None, description="of held-out text")
+    tokens: Count | None = Field(None, description="predicted, of all windows")
+    file_bytes: Count | None = Field(None, description="of weights on disk")
+    memory_bytes: Count | None = Field(None, description="by which the engine's process grew, median of the rounds")
+    times: Times | None = Field(
+        None, description="speedups are over the plain dense model in this engine; models of one shape share theirs"
+    )
+    rounds: Count | None = Field(None, description="in which it was timed")
+    best: bool = Field(False, description="whether what loses less is slower, beyond the spread of the rounds")
+    failed: str | None = Field(None, description="what the engine said, where it could not run it")
+
+    def loss(self, *, by_bits: bool) -> tuple[float, float]:
+        """What it loses to the dense model, with its error: bits per byte, or nats per token; nan where unknown."""
+        return (self.delta_bits, self.delta_bits_se) if by_bits else (self.delta_nll, self.delta_nll_se)
+
+
+DELTA_BITS: Column[ParetoRecord] = with_error(
+    "bits added", lambda one: (one.delta_bits, one.delta_bits_se), unit="bits per byte"
+)
+DELTA_NLL: Column[ParetoRecord] = with_error(
+    "NLL added", lambda one: (one.delta_nll, one.delta_nll_se), unit="nats per token"
+)
+COLUMNS: tuple[Column[ParetoRecord], ...] = (
+    words("model", lambda one: one.model),
+    words("type", lambda one: one.type),
+    words("repaired", lambda one: "yes" if one.repaired else ""),
+    DELTA_NLL,
+    *within(SPEEDUPS, lambda one: one.times),
+    words("on the Pareto front", lambda one: "yes" if one.best else ""),
+    size("file", lambda one: one.file_bytes),
+    size("memory", lambda one: one.memory_bytes),
+    with_error("bits per byte", lambda one: (one.bits_per_byte, one.bits_per_byte_se)),
+    DELTA_BITS,
+    with_error("NLL", lambda one: (one.nll, one.nll_se), unit="nats per token"),
+    *within((DECODE_MS, PREFILL_MS), lambda one: one.times),
+    words("without", lambda one: several(len(one.skipped.split()), "sublayer") if one.skipped else ""),
+    words("not measured", lambda one: one.failed),
+)
+
+
+def goes_by_bits(records: Iterable[ParetoRecord]) -> bool:
+    """Whether some model has other tokens, so that all are compared by bits per byte."""
+    return any(is_number(one.bits_per_byte) and not is_number(one.delta_nll) for one in records)
+
+
+def pareto_front(records: Sequence[ParetoRecord]) -> list[ParetoRecord]:
+    """The records that lose less than any that is as fast, from the slowest to the fastest.
+
+    Faster is what is so by quartiles: its lower one is above the upper one of the other. What may be as fast, by the
+    spread of the rounds, is not worth a greater loss.
+    """
+    by_bits = goes_by_bits(records)
+    measured = [
+        (value, -one.times.speedup_decode.median, one.times.speedup_decode, one)
+        for one in records
+        if one.times and is_number(value := one.loss(by_bits=by_bits)[0])
+    ]
+    found: list[tuple[Quartiles, ParetoRecord]] = []
+    for _, _, speedup, one in sorted(measured, key=lambda each: each[:2]):
+        if not found or speedup.low > found[-1][0].high:
+            found.append((speedup, one))
+    return [one for _, one in found]
+
+
+# --- the evaluation text ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The text as a model's own token ids, window by window, and the bytes in UTF-8 of all tokens but the first."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    text_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> Windows:
+        tokens = tuple(tuple(row) for row in rows)
+        return cls(tokens, tuple(len(_text_of(tokenizer, row[1:]).encode()) for row in tokens))
+
+
+def as_windows(tokenizer: PreTrainedTokenizerBase, batches: Iterable[Tensor]) -> Windows:
+    """Of batches of token ids, (batch, tokens)."""
+    return Windows.of(tokenizer, (row for batch in batches for row in batch.tolist()))
+
+
+def by_another(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, windows: Windows) -> Windows:
+    """The same text in the tokens of another model. Raises `UsageError` where a window comes to fewer than two."""
+    rows = [list(theirs(_text_of(ours, row), verbose=False)["input_ids"]) for row in windows.tokens]
+    if any(len(row) < 2 for row in rows):
+        raise UsageError("a window of the held-out text is a single token of another model: give a greater --length")
+    return Windows.of(theirs, rows)
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return text.strip(TORN)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Finds plans of a model by the search, and repairs them, on `batches` of token ids; kept in the folder `out`."""
+
+    model: PreTrainedModel
+    space: Space
+    batches: Sequence[Tensor]
+    out: Path
+    provenance: Provenance
+    seed: int = 0
+
+    def found(
+        self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
+    ) -> dict[str, Plan]:
+        """By name what is skipped to skip so many, or to run the workload so many times as fast.
+
+        What was found is read by the next call. Raises `UsageError` as `choose_plan` does.
+        """
+        from ..choosing.budget import by_count
+        from ..choosing.latency import by_speedup, measure_times
+
+        def by_speed(faster: float) -> Budget:
+            return by_speedup(self.space, measure_times(self.model, workload), faster)
+
+        budgets: dict[str, Callable[[], Budget]] = {}
+        for count in counts:
+            budgets[f"less {count:g} {self.space}"] = partial(by_count, self.space, count)
+        for faster in speedups:
+            budgets[f"{faster:g}x in torch"] = partial(by_speed, faster)
+        stages = Stages(progress, len(budgets))
+        return {name: self._searched(budget, file_name(name), stages.stage(1)) for name, budget in budgets.items()}
+
+    def _searched(self, budget: Callable[[], Budget], name: str, progress: Progress) -> Plan:
+        from ..choosing.choice import choose_plan
+        from ..choosing.objective import kl
+        from ..choosing.space import names_of
+
+        out, space = self.out / name, self.space
+        source = Provenance.of(self.provenance, space=str(space), chosen_of=list(space.names))
+        for record in Ledger(out, SearchRecord, source):
+            return space.plan(names_of(record.plan))
+        own = [row for batch in self.batches for row in batch.split(1)][:CHOSEN_BY]
+        how: dict[str, Any] = {"provenance": source, "patience": PATIENCE, "seed": self.seed, "progress": progress}
+        chosen = choose_plan(self.model, "search", space, budget(), own, kl(own), out=out, **how)
+        keep_choice(out, record_of(chosen, source))
+        return chosen.plan
+
+    def repaired(self, plans: Mapping[str, Plan], method: str, progress: Progress = silent) -> list[tuple[str, Plan]]:
+        """Each plan as it is, and then repaired; one that brings weights is repaired already."""
+        from .repair import repaired_by
+
+        stages = Stages(progress, len(plans))
+        both: list[tuple[str, Plan]] = []
+        for name, plan in plans.items():
+            stage, own = stages.stage(1), list(self.batches)
+            repairs = self.out / f"{file_name(name)}-repaired"
+            if plan.state == "repaired":
+                both += [(name, plan.unrepaired), (name, plan)]
+            else:
+                repaired = repaired_by(method, self.model, plan, own, repairs, self.provenance, stage)
+                both += [(name, plan), (name, repaired)]
+        return both
+
+
+def file_name(name: str) -> str:
+    return name.replace("/", "-").replace(" ", "-")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: `spec` without what `plan` skips, with the plan's weights if it brings any."""
+
+    name: str
+    spec: str
+    plan: Plan
+    windows: Windows
+    about: str = ""  # what else fixes it, as another model's revision
+    revision: str | None = None  # that was asked for
+    trust_remote_code: bool = False
+
+    @property
+    def repaired(self) -> bool:
+        return self.plan.state == "repaired"
+
+    @property
+    def stem(self) -> str:
+        """What its files are called."""
+        return file_name(self.name) + ("-repaired" if self.repaired else "")
+
+    @property
+    def fixed_by(self) -> dict[str, Any]:
+        """What distinguishes it from another model of the same name."""
+        return {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
+
+
+@dataclass(frozen=True)
+class Variant:
+    subject: Subject
+    type: str
+
+    @property
+    def key(self) -> Key:
+        return (self.subject.name, self.subject.repaired, self.type)
+
+    def in_round(self, number: int) -> Key:
+        return (*self.key, number)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return dict(zip(("model", "repaired", "type"), self.key))
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return (self.subject.spec, self.subject.plan.indices, self.type)
+
+    @property
+    def words(self) -> str:
+        return f"{self.subject.stem} {self.type}"
+
+
+def check_workload(workload: Workload) -> None:
+    """Raise `UsageError` for a workload that engines are not timed on."""
+    if workload.rounds < 1:
+        raise UsageError("times take a round at least: give --rounds 1 or more")
+    if workload.concurrency != 1:
+        raise UsageError("engines are timed on one sequence: leave --concurrency at 1")
+
+
+def measure_pareto(
+    engine: Engine,
+    subjects: Sequence[Subject],
+    types: Sequence[str],
+    workload: Workload,
+    out: Path,
+    provenance: Provenance,
+    *,
+    progress: Progress = silent,
+) -> list[ParetoRecord]:
+    """Measure each subject in each type; the first subject is the dense model, and the first type plain.
+
+    Records are written to `out` as they come, and the same call goes on where one that was killed stopped. What an
+    engine cannot run is in the records with what it said, and is tried again by the next call. Raises `EngineFailed`
+    where that is the plain dense model, and `UsageError` where `out` is in use or holds other work.
+    """
+    check_workload(workload)
+    names = [(subject.name, subject.repaired) for subject in subjects]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise UsageError(f"two of the models are called {twice[0][0]}: rename the file or folder of one")
+    variants = [Variant(subject, kind) for subject in subjects for kind in types]
+    with working_in(out, "pareto"):
+        return _Run(engine, variants, workload, out, provenance, progress).records()
+
+
+class _Run:
+    def __init__(
+        self,
+        engine: Engine,
+        variants: Sequence[Variant],
+        workload: Workload,
+        out: Path,
+        provenance: Provenance,
+        progress: Progress,
+    ) -> None:
+        self.engine, self.variants, self.workload, self.out, self.provenance = (
+            engine,
+            variants,
+            workload,
+            out,
+            provenance,
+        )
+        steps = len(variants) * (2 + workload.rounds)
+        self.progress = lambda step, what: progress(step, steps, what)
+        self.dense = variants[0]
+        self.failed: dict[Key, str] = {}
+        self.scores = Ledger(out, EngineScoresRecord, self._source)
+        self.times = Ledger(out, EngineTimesRecord, self._source)
+
+    def records(self) -> list[ParetoRecord]:
+        known = Ledger(self.out, ParetoRecord)
+        for number, variant in enumerate(self.variants):
+            self._trying(variant, partial(self._score, variant, 2 * number))
+        for number in range(self.workload.rounds):
+            self._round(number)
+        new = [one for one in self._compared() if not (one.key in known and _same(known[one.key], one))]
+        if new:
+            known.add(*new)
+        return [known[variant.key] for variant in self.variants]
+
+    def _about(self, subject: Subject) -> Provenance:
+        return Provenance.of(self.provenance, subject=subject.fixed_by)
+
+    def _source(self, record: EngineScoresRecord | EngineTimesRecord) -> Provenance:
+        """Where a record of one of the models must come from."""
+        by_name = {variant.key[:2]: variant.subject for variant in self.variants}
+        subject = by_name.get((record.model, record.repaired))
+        return self._about(subject) if subject else self.provenance
+
+    def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
+        if variant.key in self.failed:
+            return
+        from ..engines.worker import EngineFailed
+
+        try:
+            work()
+        except EngineFailed as error:
+            if variant is self.dense:
+                raise
+            self.failed[variant.key] = str(error)
+
+    # --- files and scores -------------------------------------------------------------------------------------------
+
+    def _score(self, variant: Variant, step: int) -> None:
+        from ..engines import weight_bytes
+        from ..engines.worker import call
+
+        if variant.key in self.scores:
+            return
+        self.progress(step, f"writing {variant.words}")
+        checkpoint = self._written(variant)
+        self.progress(step + 1, f"scoring {variant.words}")
+        windows = variant.subject.windows
+        scored = call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
+        self.scores.add(
+            EngineScoresRecord(
+                **variant.named,
+                file_bytes=weight_bytes(checkpoint),
+                nll=tuple(_mean_reported(window) for window in scored),
+                tokens=tuple(len(tokens) - 1 for tokens in windows.tokens),
+                text_bytes=windows.text_bytes,
+                tokens_as_dense=windows.tokens == self.dense.subject.windows.tokens,
+                provenance=self._about(variant.subject),
+            )
+        )
+
+    def _written(self, variant: Variant) -> Path:
+        """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
+        checkpoint = self.out / CHECKPOINTS / f"{variant.subject.stem}-{variant.type}{self.engine.suffix}"
+        if checkpoint.exists() and variant.key in self.scores:
+            return checkpoint
+        _remove(checkpoint)
+        if variant.type == self.engine.plain:
+            of = variant.subject
+            loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
+            write_plain(self.engine, of.spec, of.plan, checkpoint, **loading)
+            return checkpoint
+        from ..engines.worker import call
+
+        plain = self._written(Variant(variant.subject, self.engine.plain))
+        with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
+            partial_one = Path(scratch) / checkpoint.name
+            call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
+            partial_one.rename(checkpoint)
+        return checkpoint
+
+    # --- times ------------------------------------------------------------------------------------------------------
+
+    def _round(self, number: int) -> None:
+        running = [variant for variant in self.variants if variant.key not in self.failed]
+        if all(variant.in_round(number) in self.times for variant in running):
+            return
+        start = len(self.variants) * (2 + number)
+        for place, variant in enumerate(running[:: -1 if number % 2 else 1]):
+            self.progress(start + place, f"timing {variant.words}, round {number + 1}")
+            self._trying(variant, partial(self._time, variant, number))
+
+    def _time(self, variant: Variant, number: int) -> None:
+        from ..engines.worker import call
+
+        windows = variant.subject.windows.tokens
+        prompt = list(islice(cycle([token for row in windows for token in row]), self.workload.prompt_tokens))
+        checkpoint = self._written(variant)
+        taken = call(self.engine, "time", checkpoint=checkpoint, prompt=prompt, new=self.workload.generation_tokens)
+        taken["memory_bytes"] = max(taken["memory_bytes"], 0)
+        about = self._about(variant.subject)
+        self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
+
+    # --- side by side -----------------------------------------------------------------------------------------------
+
+    def _compared(self) -> list[ParetoRecord]:
+        found = [self._with_dense(variant) for variant in self.variants]
+        best = [record.key for record in pareto_front(found)]
+        return [record.model_copy(update={"best": record.key in best}) for record in found]
+
+    def _with_dense(self, variant: Variant) -> ParetoRecord:
+        skipped = " ".join(variant.subject.plan.names)
+        about = {**variant.named, "skipped": skipped, "provenance": self._about(variant.subject)}
+        if variant.key in self.failed:
+            return ParetoRecord(**about, failed=self.failed[variant.key])
+        scores, dense = self.scores[variant.key], self.scores[self.dense.key]
+        rounds = [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
+        (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(_bits(scores))
+        delta, delta_se = _mean(_less(scores.nll, dense.nll)) if scores.tokens_as_dense else NOT_MEASURED
+        delta_bits, delta_bits_se = _mean(_less(_bits(scores), _bits(dense)))
+        return ParetoRecord(
+            **about,
+            nll=nll,
+            nll_se=nll_se,
+            delta_nll=delta,
+            delta_nll_se=delta_se,
+            bits_per_byte=bits,
+            bits_per_byte_se=bits_se,
+            delta_bits=delta_bits,
+            delta_bits_se=delta_bits_se,
+            windows=len(scores.nll),
+            tokens=sum(scores.tokens),
+            file_bytes=scores.file_bytes,
+            memory_bytes=round(_median([one.memory_bytes for one in rounds])),
+            times=self._times(variant),
+            rounds=len(rounds),
+        )
+
+    def _times(self, variant: Variant) -> Times:
+        """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
+        alike = [one for one in self.variants if one.shape == variant.shape and one.key not in self.failed]
+        pairs = [
+            (self.times[one.in_round(number)], self.times[self.dense.in_round(number)])
+            for number in range(self.workload.rounds)
+            for one in alike
+        ]
+        return _times(*zip(*pairs))
+
+
+def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
+    """Write the model without what the plan skips, with its weights, plain, as the engine reads it.
+
+    `checkpoint` appears whole or not at all. `loading` is `export`'s `revision` and `trust_remote_code`.
+    """
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
+        source = engine.source(spec, Path(scratch))
+        if plan or source == spec:
+            from ..exporters import export
+
+            dtype = engine.dtype if engine.plain == engine.dtype else None
+            folder = export(source, plan, engine.target, Path(scratch) / "export", dtype=dtype, verify=False, **loading)
+            source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
+        Path(source).rename(checkpoint)
+
+
+def _same(one: ParetoRecord, other: ParetoRecord) -> bool:
+    """Whether they say the same, wherever and whenever that was put together."""
+    return one.line() | {"provenance": None} == other.line() | {"provenance": None}
+
+
+def _remove(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _mean_reported(window: Sequence[float | None]) -> float:
+    reported = [value for value in window if value is not None]
+    return math.fsum(reported) / len(reported) if reported else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def _bits(scores: EngineScoresRecord) -> Sequence[float]:
+    """Per byte of each window; a token of which the engine reports nothing counts as its mean."""
+    return [
+        nll * count / size / math.log(2) if size else math.nan
+        for nll, count, size in zip(scores.nll, scores.tokens, scores.text_bytes)
+    ]
+
+
+def _less(values: Sequence[float], dense: Sequence[float]) -> Sequence[float]:
+    return [one - other for one, other in zip(values, dense)]
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """With its standard error; neither where a value is no number."""
+    from ..measuring.statistics import mean_and_error
+
+    return mean_and_error(values) if all(map(is_number, values)) else NOT_MEASURED
+
+
+def _times(rounds: Sequence[EngineTimesRecord], dense: Sequence[EngineTimesRecord]) -> Times:
+    from ..measuring.speed import Timing
+
+    ours, theirs = (
+        Timing(tuple(one.prefill_ms for one in some), tuple(one.decode_ms_per_token for one in some), None)
+        for some in (rounds, dense)
+    )
+    return ours.beside(theirs)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The engine, how it represents weights, and what is measured beside the model."""
+
+    PANEL: ClassVar = "Engine"
+
+    engine: Annotated[str, Option("llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")] = (
+        "llama.cpp"
+    )
+    types: Annotated[
+        tuple[str, ...],
+        Option(
+            "ways to represent weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers, int8 in "
+            "vllm; with commas between them (default: all that usually run, and always plain weights)",
+            metavar="TYPE",
+        ),
+    ] = ()
+    threads: Annotated[int | None, Option("threads of the engine (default: one for each core)", least=1)] = None
+    also: Annotated[tuple[str, ...], Option("another model to measure beside this one; repeat it for more")] = ()
+
+    @property
+    def kind(self) -> Engine:
+        """The engine, of whatever dtype. Raises `UsageError` where there is none of this name."""
+        from ..engines import engine_named
+        from ..measuring.speed import cores
+
+        return engine_named(self.engine)(self.threads or cores())
+
+    def of(self, model: PreTrainedModel) -> Engine:
+        """The engine, with plain weights in the dtype of a model."""
+        from ..models.loading import dtype_name
+
+        return replace(self.kind, dtype=dtype_name(model))
+
+    def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: Any) -> Provenance:
+        """`about`, with what decides figures in the engine, as `more` does, and its version."""
+        tokens = {"prompt_tokens": workload.prompt_tokens, "generation_tokens": workload.generation_tokens}
+        versions = {**about.where["versions"], engine.package: engine.version}
+        what = about.what | {"engine": self.engine, "threads": engine.threads} | tokens | more
+        return Provenance(what=what, where=about.where | {"versions": versions})
+
+
+@dataclass(frozen=True)
+class ParetoPlans:
+    """Which plans are measured: files, and those that the search finds."""
+
+    plan: Annotated[
+        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
+    ] = ()
+    skip: Annotated[
+        str,
+        Option(
+            "find plans that skip these, such as attention:4,8, or what --speedups choose among",
+            (),
+            "KIND[:HOW MANY,...]",
+        ),
+    ] = "sublayer"
+    speedups: Annotated[
+        tuple[str, ...],
+        Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"),
+    ] = ()
+    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
+    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
+    repair: Annotated[
+        str, Option("also measure plans after a repair by this method; none: as they are only", (), "METHOD")
+    ] = "refit"
+
+    def given(self) -> dict[str, Plan]:
+        """The plans of the files, by the names of these. Raises `UsageError` where two have the same."""
+        given = {path.stem: read_plan(path) for path in self.plan}
+        if len(given) < len(self.plan):
+            raise UsageError("two of the plans have the same name: rename one")
+        return given
+
+    @property
+    def wanted(self) -> tuple[list[float], list[float]]:
+        """How many to skip, and how many times as fast to be. Raises `UsageError` for what is no number."""
+        amount, asked = SkipAmount.parse(self.skip), words_of(self.speedups)
+        if not (self.plan or amount.amounts or asked):
+            asked = FIRST.split(",")
+        try:
+            return list(amount.amounts), [float(word) for word in asked]
+        except ValueError:
+            raise UsageError(
+                f"--speedups {shortened(' '.join(asked))} are no numbers: give some such as 1.1,1.2"
+            ) from None
+
+    def space(self, model: PreTrainedModel) -> Space:
+        return space_of(model, SkipAmount.parse(self.skip).kind, self.keep_first, self.keep_last)
+
+
+# --- in words, as files and on a page ---------------------------------------------------------------------------------
+
+
+def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None:
+    """The table and the sentence, `out/table.md`, and with the extra `report` `out/pareto.png`, .svg and .html.
+
+    Raises `UsageError` as figures do.
+    """
+    rows = table(title, COLUMNS, records)
+    (out / "table.md").write_text(f"{sentence(records)}\n\n{rows.markdown()}\n{rows.legend}\n", encoding="utf-8")
+    if installed(*FIGURES):
+        from ..charts import style
+
+        told = "Lower right is better. Bars: standard error; quartiles of the speedup."
+        style.save(style.framed(_drawn(records), title, told), out / "pareto")
+
+
+def _drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
+    """A colour a model, a shape for what is repaired."""
+    from ..charts.losses import Point, in_turn, tradeoff
+
+    by_bits, points, best = goes_by_bits(records), list[Point](), list[Point]()
+    for number, one in enumerate(records):
+        lost, error = one.loss(by_bits=by_bits)
+        point = Point(one.named, lost, error, one.times.speedup_decode if one.times else None, colour=one.model)
+        points.append(replace(point, shape="repaired" if one.repaired else "as it is", label=one.type, plan=number))
+        best += points[-1:] if one.best else []
+    colours, losses = in_turn(dict.fromkeys(point.colour for point in points)), DELTA_BITS if by_bits else DELTA_NLL
+    return tradeoff(points, colours, colour="model", shape="weights", lost=losses.titled, best=best, dense=False)
+
+
+def sentence(records: Sequence[ParetoRecord]) -> str:
+    """What to take for a given speed: the front from the slowest to the fastest, and whether skipping is on it."""
+    best = pareto_front(records)
+    if not best:
+        return "No model was both scored and timed."
+    by_bits = goes_by_bits(records)
+    choices = "; ".join(f"{_faster(one):.2f} times, {_choice(one, by_bits=by_bits)}" for one in best)
+    said = f"What to take to decode so many times as fast as {records[0].named}: {choices}. {_skipping(best)}"
+    return f"{said}{_caution(records[0])}"
+
+
+def _faster(record: ParetoRecord) -> float:
+    return record.times.speedup_decode.median if record.times else math.nan
+
+
+def _choice(record: ParetoRecord, *, by_bits: bool) -> str:
+    value, unit = record.loss(by_bits=by_bits)[0], "bits per byte" if by_bits else "nats"
+    return f"{record.named} ({value:+.3f} {unit}, {in_bytes(record.file_bytes or 0)})"
+
+
+def _skipping(best: Sequence[ParetoRecord]) -> str:
+    skipped = [one for one in best if one.skipped]
+    if not skipped:
+        return "Leaving sublayers out is nowhere on this front: quantising alone is better."
+    return f"Leaving sublayers out pays from {_faster(skipped[0]):.2f} times on."
+
+
+def _caution(record: ParetoRecord) -> str:
+    """A word where it is too little to judge by."""
+    counted = ((record.rounds, "round", "", LEAST_ROUNDS), (record.windows, "window", " of text", LEAST_WINDOWS))
+    few = [f"{several(count, what)}{of}" for count, what, of, least in counted if count is not None and count < least]
+    if not few:
+        return ""
+    return (
+        f" That is of {' and '.join(few)}, too few to judge by: give --rounds {LEAST_ROUNDS} and --held-out-sequences "
+        f"{LEAST_WINDOWS} or more."
+    )
+
+
+def shown(folder: Folder) -> Shown:
+    """What a page says of models in an engine, whose checkpoints are in the folder."""
+    from ..charts.style import on_page
+
+    records = folder.of(ParetoRecord)
+    measured = any(one.times for one in records)
+    drawn = (Figure(on_page(_drawn(records)), "Loss against decode speedup in the engine"),) if measured else ()
+    section = Section("pareto", "Skipping beside quantising", drawn, table("pareto", COLUMNS, records))
+    end, command = "measure what is faster beside these", folder.command
+    if command[:2] == ["notall", "pareto"]:
+        said = shlex.join(_with_faster(command))
+    else:
+        engine = folder.provenance.what.get("engine", "llama.cpp")
+        said = next_command("pareto", folder.model, engine=engine, speedups=FASTER, out=folder.path)
+    return Shown(message=Message(sentence(records), None, end, said), sections=(section,))
+
+
+def _with_faster(words: list[str]) -> list[str]:
+    """A command as it was given, that finds plans of more speedups."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if "--speedups" not in words:
+        own = "" if {"--skip", "--plan"} & {*words} else f"{FIRST},"  # without either it finds these
+        return [*words, "--speedups", own + FASTER]
+    at = words.index("--speedups") + 1
+    known = words[at].split(",")
+    return [*words[:at], ",".join([*known, *(one for one in FASTER.split(",") if one not in known)]), *words[at + 1 :]]

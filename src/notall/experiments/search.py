@@ -1,0 +1,583 @@
+"""Choose a plan to meet a budget, keep what was evaluated, measure what was chosen, and say what it comes to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..errors import UsageError, shortened
+from ..extras import need
+from ..options import Option, Workload
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
+from ..results.ledger import Ledger, check_folder, working_in
+from ..results.lines import check_file
+from ..results.provenance import Provenance
+from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
+from ..results.repairs import MeasuredRecord, State
+from ..results.table import Column, number, table, within, words
+from .costs import read_costs
+from .folder import Folder
+from .measured import last_measured
+from .options import HeldOutOptions, ModelOptions, SkipAmount, TaskOptions, space_of
+from .repair import RepairOptions
+from .shown import Card, Message, Section, Shown, Step
+from .verdict import LITTLE, Outcome, Verdict, mending, next_command, plan_message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..choosing.budget import Budget, Resource
+    from ..choosing.choice import ChosenPlan
+    from ..choosing.objective import Objective
+    from ..choosing.space import Space
+    from ..evaluation.tasks import TaskShelf
+
+RESOURCES: Mapping[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
+
+
+# --- what is written down ---------------------------------------------------------------------------------------------
+
+
+class SearchRecord(Record, Skips):
+    """A plan that was chosen, and what was measured of it, if anything."""
+
+    file = "chosen.jsonl"
+    commands = ("search",)
+    key_fields = ("chosen", "plan", "in_time")  # times are never the same twice
+
+    record: Literal["search"] = "search"
+    chosen: str = Field(description="how, by what, and how much")
+    order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
+    dense_cost: Number = Field(description="the objective of the dense model")
+    cost: Number = Field(description="the objective of the plan")
+    spent: SearchCost
+    forwards: Amount = Field(description="executions in dense forward passes over the calibration text")
+    in_time: bool = Field(description="found before the time was up")
+    missed: str | None = Field(None, description="what was reached of a budget that was not; None where it was")
+    quality: Quality | None = Field(None, description="on held-out text")
+    check: SpeedCheck | None = Field(None, description="where a speedup was asked for")
+    footprint: Footprint | None = Field(None, description="what the plan leaves")
+    dense: Footprint | None = Field(None, description="of the dense model")
+
+    @property
+    def key(self) -> Key:
+        """Chosen again from the same text, it is the same choice."""
+        return (*super().key, self.spent.evaluations, self.provenance and self.provenance.key)
+
+
+COST: tuple[Column[SearchCost], ...] = (
+    number("evaluations", lambda spent: spent.evaluations, ",d"),
+    number("CPU s", lambda spent: spent.seconds, ",.1f"),
+)
+COLUMNS: tuple[Column[SearchRecord], ...] = (
+    words("chosen", lambda one: one.chosen),
+    *within(QUALITY, lambda one: one.quality),
+    *within(SPEED_CHECK, lambda one: one.check),
+    number("objective on its text", lambda one: one.cost, ".4f"),
+    number("dense model's objective", lambda one: one.dense_cost, ".4f"),
+    words("search finished", lambda one: "yes" if one.in_time else "no"),
+    number("forward passes", lambda one: one.forwards, ",.1f"),
+    *within(COST, lambda one: one.spent),
+    words("missed", lambda one: one.missed),
+)
+
+
+def record_of(found: ChosenPlan, provenance: Provenance) -> SearchRecord:
+    """The choice, what it took, and its measurements."""
+    dense, left = found.weighed or (None, None)
+    return SearchRecord(
+        plan=found.plan,
+        chosen=found.plan.note or "",
+        order=tuple(tuple(unit) for unit in found.order),
+        dense_cost=found.dense_cost,
+        cost=found.cost,
+        spent=found.spent,
+        forwards=found.forwards,
+        in_time=found.in_time,
+        missed=found.missed,
+        quality=found.held_out[1] if found.held_out else None,
+        check=found.times,
+        footprint=left,
+        dense=dense,
+        provenance=provenance,
+    )
+
+
+def keep_choice(out: Path, record: SearchRecord) -> None:
+    """Write a choice into `out`, unless the same one is there. Raises `UsageError` as `Ledger` does."""
+    with working_in(out, "search"):
+        choices = Ledger(out, SearchRecord)
+        if record.key not in choices:
+            choices.add(record)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpaceOptions:
+    """What is chosen among."""
+
+    skip: Annotated[
+        str,
+        Option(
+            "what to choose among, and how many of it, or below 1 what share: attention, mlp, block, sublayer "
+            "(attentions and MLPs), or a kind of mixer, as inspect names it; portable: sublayers whose absence leaves "
+            "an ordinary checkpoint; period: blocks until the kinds of mixers come again",
+            metavar="KIND[:HOW MANY]",
+        ),
+    ] = "sublayer"
+    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
+    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
+
+    @property
+    def amount(self) -> SkipAmount:
+        return SkipAmount.parse(self.skip)
+
+    def of(self, model: PreTrainedModel) -> Space:
+        return space_of(model, self.amount.kind, self.keep_first, self.keep_last)
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How much is to be saved, or at most how many nats to lose."""
+
+    PANEL: ClassVar = "Budget: HOW MANY of --skip, one of these, or one with a limit of nats"
+
+    params: Annotated[float | None, Option("save this many parameters, or this share of them if below 1")] = None
+    weights: Annotated[float | None, Option("save this many bytes of weights, or this share")] = None
+    kv: Annotated[float | None, Option("save this many bytes of KV cache per token, or this share")] = None
+    speedup: Annotated[float | None, Option("run prompt and generated tokens this many times as fast here")] = None
+    max_nll: Annotated[
+        float | None, Option("skip as much as possible while NLL rises by at most this many nats, alone or as a limit")
+    ] = None
+    max_kl: Annotated[float | None, Option("the same for KL")] = None
+
+    def check(self, amount: SkipAmount) -> BudgetChoice:
+        """Raises `UsageError` unless these and the number of --skip are one budget, with a limit or without."""
+        from ..choosing.budget import check_nats
+        from ..choosing.latency import check_faster
+
+        if len(amount.amounts) > 1:
+            raise UsageError(f"--skip {amount} asks for several budgets: give one number")
+        given: dict[str, float] = {name: value for name, value in vars(self).items() if value is not None}
+        given |= {"count": amount.amounts[0]} if amount.amounts else {}
+        limits = [name for name in given if name.startswith("max_")]
+        savings = [name for name in given if name not in limits]
+        if not given or len(limits) > 1 or len(savings) > 1:
+            wrong = savings if len(savings) > 1 else limits or ["count", *vars(self)]
+            names = [f"--skip {amount.kind}:N" if name == "count" else f"--{name.replace('_', '-')}" for name in wrong]
+            raise UsageError(f"give one budget: {' or '.join(names)}")
+        for name in limits:
+            check_nats(given[name])
+        if "speedup" in given:
+            check_faster(given["speedup"])
+        saving, limit = (next(((name, given[name]) for name in names), None) for names in (savings, limits))
+        return BudgetChoice(saving, limit)
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """What to save, or at most how many nats to lose, by the names of options."""
+
+    saving: tuple[str, float] | None
+    limit: tuple[str, float] | None
+
+    @property
+    def objective(self) -> str:
+        """The one that goes with it.
+
+        It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
+        """
+        return self.limit[0].removeprefix("max_") if self.limit else "kl"
+
+    def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
+        """Raise `UsageError` for what cannot be saved, as far as that is known without timing the model."""
+        if self.saving and self.saving[0] == "speedup":
+            workload.check(model)
+        else:
+            self.of(model, space, workload)
+
+    def of(self, model: PreTrainedModel, space: Space, workload: Workload, progress: Progress = silent) -> Budget:
+        """The budget; where it is a speedup, the model is timed."""
+        from ..choosing.budget import by_limit, within_limit
+
+        limit = by_limit(space, self.limit[1], self.objective.upper()) if self.limit else None
+        saving = _saving_of(model, space, *self.saving, workload, progress) if self.saving else None
+        if saving and limit:
+            return within_limit(saving, limit)
+        found = saving or limit
+        assert found
+        return found
+
+
+def _saving_of(
+    model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload, progress: Progress
+) -> Budget:
+    from ..choosing.budget import by_count, by_footprint
+    from ..choosing.latency import by_speedup, measure_times
+
+    if name == "count":
+        return by_count(space, amount)
+    if name == "speedup":
+        return by_speedup(space, measure_times(model, workload, progress=progress), amount)
+    return by_footprint(model, space, RESOURCES[name], amount)
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """By which importance criterion sets are chosen, and what they are judged by."""
+
+    PANEL: ClassVar = "What a set is judged by"
+
+    criterion: Annotated[
+        str, Option("importance criterion: a name of `notall criteria`, or your own module:function")
+    ] = "search"
+    objective: Annotated[
+        str | None,
+        Option("nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"),
+    ] = None
+    prompts: Annotated[
+        Path | None, Option("for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column")
+    ] = None
+    task_path: Annotated[
+        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
+    ] = None
+    limit: Annotated[int, Option("training questions to use for task:NAME")] = 100
+
+    def check(self) -> None:
+        """Raise `UsageError` for what is no criterion, or needs an extra that is not installed."""
+        from ..choosing.criteria import criterion as criterion_of
+
+        if "task:" in (self.objective or ""):
+            need("lm_eval")
+        need(*criterion_of(self.criterion).needs)
+
+    def built(
+        self,
+        otherwise: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batches: list[Tensor],
+        shelf: TaskShelf | Path | None,
+    ) -> Objective:
+        """The objective, or `otherwise` that one, on these batches of token ids."""
+        from ..choosing.objective import build_objective
+
+        return build_objective(
+            self.objective or otherwise,
+            model,
+            tokenizer,
+            batches,
+            prompts=self.prompts,
+            task_path=shelf,
+            task_limit=self.limit,
+        )
+
+    def shelf(self, otherwise: str) -> TaskShelf | Path | None:
+        """The tasks that the objective, or `otherwise` that one, goes by; their data is read.
+
+        Raises `UsageError` for what is no objective, and for prompts that cannot be read.
+        """
+
+        tasks = tasks_of([self.objective or otherwise], self.prompts)
+        options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
+        return options.check(objectives=tasks).shelf or self.task_path
+
+
+def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
+    """The tasks that objectives are made of. Raises `UsageError` for what is none, and for prompts that are none."""
+    from ..choosing.objective import read_prompts, terms_of
+
+    parts = [name for one in objectives for _, name in terms_of(one, prompts)]
+    if "answers" in parts and prompts:
+        read_prompts(prompts)
+    return [name.removeprefix("task:") for name in parts if name.startswith("task:")]
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """When a search ends."""
+
+    max_minutes: Annotated[
+        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
+    ] = None
+    patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
+
+    def check(self) -> None:
+        """Raise `UsageError` for a time that is none."""
+        from ..choosing.choice import check_minutes
+
+        check_minutes(self.max_minutes)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search found: its record, the plan as it was made last and where, and what it costs before and after."""
+
+    found: ChosenPlan
+    record: SearchRecord
+    plan: Plan
+    path: Path
+    measured: tuple[MeasuredRecord, ...]
+    passkeys: tuple[PlanCheck, ...]
+    budget: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Search:
+    """All that a search is asked for; `out` is the plan's file, with a folder of evaluations next to it."""
+
+    model: ModelOptions
+    space: SpaceOptions
+    text: HeldOutOptions
+    budget: BudgetOptions
+    workload: Workload
+    by: ObjectiveOptions
+    until: StopOptions
+    repair: RepairOptions
+    out: Path
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Of what was evaluated."""
+        return self.out.with_name(f"{self.out.stem}.search")
+
+    @property
+    def repaired(self) -> Path:
+        """Of the weights of a repair."""
+        return self.out.with_name(f"{self.out.stem}.repaired")
+
+    def check(self) -> BudgetChoice:
+        """The budget. Raises `UsageError` for whatever is wrong that can be known without a model."""
+        check_folder(self.folder, "search")
+        check_folder(self.repaired if self.repair else None, "repair")
+        check_file(self.out)
+        if self.repair and (self.by.objective or self.budget.max_nll is not None):
+            raise UsageError(
+                "--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll"
+            )
+        self.by.check()
+        self.until.check()
+        wanted = self.budget.check(self.space.amount)
+        self.text.check()
+        self.repair.check()
+        return wanted
+
+    def run(self, progress: Progress) -> Searched:
+        """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does."""
+        wanted = self.check()
+        shelf = self.by.shelf(wanted.objective)
+        net, tokenizer = self.model.load()
+        among = self.space.of(net)
+        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
+        other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
+        wanted.check(net, among, self.workload)
+        goal = self.by.built(wanted.objective, net, tokenizer, batches, shelf)
+        budget = wanted.of(net, among, self.workload, progress)
+        settings = self.model.provenance(net, **about)
+        found = self._chosen(net, among, budget, batches, others, goal, settings, progress)
+        note_replaced(self.out, found.plan)
+        found.plan.save(self.out)
+        source = self.model.provenance(net, **about, **other, fingerprint=found.plan.fingerprint)
+        record = record_of(found, source)
+        keep_choice(self.folder, record)
+        name = other.get("held_out") if self.text.held_out else f"other windows of {about['text']}"
+        if not self.repair:
+            made = Made(found.plan, self.out, record.quality, str(name), budget.description, self.text.text)
+            return self._searched(net, tokenizer, found, record, made, (), batches)
+        plan, windows = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
+        held = {str(name): others} if self.text.held_out else windows
+        measured = _measured(net, found.plan, plan, held, self.folder, settings, progress)
+        made = Made(plan, self.repaired, measured[-1].quality, next(iter(held)), budget.description, self.text.text)
+        return self._searched(net, tokenizer, found, record, made, measured, batches)
+
+    def _searched(
+        self,
+        net: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        found: ChosenPlan,
+        record: SearchRecord,
+        made: Made,
+        measured: tuple[MeasuredRecord, ...],
+        batches: list[Tensor],
+    ) -> Searched:
+        from ..evaluation.diagnostics import look_far_back, may_lose_retrieval
+        from ..structure.locating import locate
+
+        passkeys: list[PlanCheck] = []
+        if may_lose_retrieval(locate(net), found.plan):
+            plans = {found.plan.state: found.plan, made.plan.state: made.plan}
+            checks = look_far_back(net, tokenizer, [*plans.values()], batches, seed=self.seed)
+            passkeys = [PlanCheck(model=name, **dict(one)) for name, some in zip(plans, checks) for one in some]
+        verdict = verdict_of(net, self.model.model, found, made)
+        return Searched(found, record, made.plan, made.path, measured, tuple(passkeys), made.budget, verdict)
+
+    def _chosen(
+        self,
+        net: PreTrainedModel,
+        among: Space,
+        budget: Budget,
+        batches: list[Tensor],
+        others: list[Tensor],
+        goal: Objective,
+        settings: Provenance,
+        progress: Progress,
+    ) -> ChosenPlan:
+        from ..choosing.choice import choose_plan
+
+        return choose_plan(
+            net,
+            self.by.criterion,
+            among,
+            budget,
+            batches,
+            goal,
+            out=self.folder,
+            provenance=settings,
+            max_minutes=self.until.max_minutes,
+            patience=self.until.patience,
+            seed=self.seed,
+            held_out=others,
+            after_repair=bool(self.repair),
+            progress=progress,
+        )
+
+
+def _measured(
+    net: PreTrainedModel,
+    chosen: Plan,
+    repaired: Plan,
+    texts: Mapping[str, Sequence[Tensor]],
+    folder: Path,
+    settings: Provenance,
+    progress: Progress,
+) -> tuple[MeasuredRecord, ...]:
+    """What the plans cost on held-out texts, before the repair and after it."""
+    from ..repairing.texts import measure
+
+    plans: dict[State, Plan] = {"skipped": chosen, "repaired": repaired}
+    return tuple(measure(net, plans, texts, folder, settings, progress))
+
+
+def note_replaced(out: Path, plan: Plan) -> None:
+    """Say so where `out` skipped something else before."""
+    with suppress(UsageError):
+        before = Plan.load(out)
+        if before.identity != plan.identity:
+            print(f"note: {out} skipped {before} before, and is replaced", file=sys.stderr)
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """The last plan that was made of what was found, where it is, what it costs on which text, and what was asked."""
+
+    plan: Plan
+    path: Path
+    quality: Quality | None
+    text: str
+    budget: str
+    repair_text: str
+
+
+def verdict_of(model: PreTrainedModel, spec: str, found: ChosenPlan, made: Made) -> Verdict:
+    """What was found comes to this. `made.repair_text` is what to repair with, should that come next."""
+    from ..models.names import DEFAULT_TEXT
+    from ..structure.locating import locate
+
+    verdict = replace(
+        Verdict.on(model, made.plan, made.quality, made.text),
+        speedup=found.times.measured_speedup if found.times else None,
+        missed=found.missed and f"{made.budget}: {found.missed}",
+        late=not found.in_time,
+    )
+    if not found.plan:
+        return verdict.then("", next_command("search", spec, max_nll=LITTLE, out=made.path))
+    if locate(model).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
+        timed = next_command("bench", spec, plan=made.path)
+        return verdict.then(timed, timed)
+    repaired = made.plan.state == "repaired"
+    text = None if repaired or made.repair_text == DEFAULT_TEXT else made.repair_text
+    pruned = made.path.with_name(f"{made.path.stem}-pruned")
+    mend = None if repaired else "refit"
+    exported = next_command("export", spec, plan=made.path, repair=mend, repair_text=text, to="hf", out=pruned)
+    return verdict.then(mending(spec, made.path, repaired), exported)
+
+
+def shown(folder: Folder) -> Shown:
+    """What a page says of a search: of what was chosen last, repaired if it was."""
+    records = folder.of(SearchRecord)
+    results = table("results", COLUMNS, records)
+    return Shown(
+        message=_message(folder, records[-1], last_measured(folder)),
+        cards=tuple(_cards(records[-1])),
+        steps=tuple(map(_step, records)),
+        first=len(records) - 1,
+        sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
+        costs=read_costs(folder.path),
+    )
+
+
+NOTE = (
+    "The objective is what the search went by, on its own text; NLL and KL, where they are given, were measured on "
+    "held-out text."
+)
+
+
+def _step(record: SearchRecord) -> Step:
+    name, left = shortened(record.chosen, 120), record.footprint
+    return Step(name, record.plan, record.quality, footprint=left, dense=record.dense, order=record.order)
+
+
+def _message(folder: Folder, record: SearchRecord, repaired: MeasuredRecord | None) -> Message:
+    quality, state = (repaired.quality, repaired.model) if repaired else (record.quality, "skipped")
+    outcome = Outcome(
+        record.plan,
+        quality,
+        record.check.measured_speedup if record.check else None,
+        record.footprint,
+        record.dense,
+        state=state,
+        layers=folder.layers,
+        verb="runs",
+    )
+    missed = f" It missed what was asked: {shortened(record.missed, 120)}." if record.missed else ""
+    made = folder.path.with_suffix(".repaired" if repaired else ".json")
+    return plan_message(outcome.sentence(folder.model) + missed, folder.model, made, quality, state)
+
+
+def _cards(record: SearchRecord) -> Iterator[Card]:
+    """How much was chosen, what it costs, what it saves, what it took."""
+    yield Card("Skips", str(len(record.plan)), "sublayers", f"{record.plan.in_words()}; {record.chosen}")
+    if record.quality:
+        lost, error = record.quality.delta_nll, record.quality.delta_nll_se
+        unit = f"± {error:.2f} nats a token" if is_number(error) else "nats a token"
+        yield Card("Loses", f"{lost:+.2f}", unit, f"{DELTA_NLL.heading} on the held-out text")
+    if is_number(record.cost) and is_number(record.dense_cost):
+        text = f"{record.dense_cost:.4f} dense, {record.cost:.4f} with the plan, on the text that was chosen by"
+        yield Card("Objective", f"{record.cost - record.dense_cost:+.3f}", "", text)
+    if record.check:
+        measured = record.check.measured_speedup
+        spread = f"[{measured.low:.2f}, {measured.high:.2f}] of the rounds"
+        text = f"{spread}; {record.check.predicted_speedup:.2f}× was predicted"
+        yield Card("As fast", f"{measured.median:.2f}×", "measured", text)
+    text = f"{record.spent.evaluations:,} evaluations, {record.spent.seconds:,.1f} CPU s"
+    text += "" if record.in_time else "; the time was up before the search was done"
+    yield Card("Took", f"{record.forwards:,.1f}", "forward passes", text)

@@ -1,0 +1,158 @@
+"""vLLM's native models, with layers as a regrouped checkpoint has them: one attention each, MLPs before and after.
+
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. After it, `vllm serve DIR`
+runs a regrouped checkpoint on vLLM's native classes, and needs no `--trust-remote-code`.
+
+Each model is vLLM's own; while it is built, the function that makes its list of layers is replaced by one that makes
+each layer and then gives it what `config.sublayers` says. In vLLM a layer hands on (hidden, residual), and the next
+norm adds them: what is left out passes the pair on, at no cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..engines.vllm import NATIVE
+from .remote_code import FAMILIES, classes_of, model_type_of
+
+# The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
+LAYERS_IN = {"mistral": "llama", "qwen3": "qwen2", "phi3": "llama"}
+# The modules of an MLP, where vLLM calls them otherwise than transformers.
+MLP_IN = {"phi3": ("post_attention_layernorm", "mlp"), "mixtral": ("post_attention_layernorm", "block_sparse_moe")}
+CAUSAL = "AutoModelForCausalLM"
+
+
+def register() -> None:
+    """Make vLLM and its transformers know the regrouped forms of `NATIVE`. Nothing of the models is imported yet."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm import ModelRegistry
+
+    for base in NATIVE:
+        name, model_type = classes_of(base), model_type_of(base)
+        config = type(name["AutoConfig"], (CONFIG_MAPPING[base],), {"model_type": model_type})
+        AutoConfig.register(model_type, config, exist_ok=True)
+        ModelRegistry.register_model(name[CAUSAL], f"{__name__}:{name[CAUSAL]}")
+
+
+def __getattr__(name: str) -> Any:
+    """The class that was registered by this name, made when vLLM first asks for it."""
+    for base in NATIVE:
+        if classes_of(base)[CAUSAL] == name:
+            return _model(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Passed(nn.Module):
+    """Stands for the norm before an MLP that was left out."""
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, residual
+
+
+class MLP(nn.Module):
+    """An MLP without an attention, with the norms of its own, taken from a layer of vLLM's.
+
+    Both tensors are (tokens, hidden); the sum of the two is the residual stream.
+    """
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in names:
+            setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        norm, *rest = (getattr(self, name) for name in self.names)
+        if residual is None:  # ahead of the first attention
+            hidden, residual = norm(hidden), hidden
+        else:
+            hidden, residual = norm(hidden, residual)
+        for module in rest:
+            hidden = module(hidden)
+        return hidden, residual
+
+
+@functools.cache
+def _regrouped_class(layer_class: Any) -> Any:
+    class Regrouped(layer_class):
+        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
+            for mlp in self.before:
+                hidden, residual = mlp(hidden, residual)
+            hidden, residual = super().forward(positions, hidden, residual, **kwargs)
+            for mlp in self.after:
+                hidden, residual = mlp(hidden, residual)
+            return hidden, residual
+
+    return Regrouped
+
+
+def _vllm_module(name: str) -> Any:
+    return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+@contextmanager
+def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
+    """Have vLLM build the layers of `base` as the config of the checkpoint says."""
+    module = _vllm_module(LAYERS_IN.get(base, base.removesuffix("_text")))
+    make_layers, names = module.make_layers, MLP_IN.get(base, FAMILIES[base].mlp)
+    known = vllm_config.compilation_config
+
+    def forget(prefix: str) -> None:
+        """What vLLM would hold a cache for, or wait for as experts to run."""
+        for name in [name for name in known.static_forward_context if name.startswith(f"{prefix}.")]:
+            del known.static_forward_context[name]
+        known.static_all_moe_layers[:] = [n for n in known.static_all_moe_layers if not n.startswith(f"{prefix}.")]
+
+    def mlp_of(make: Callable[..., nn.Module], prefix: str) -> MLP:
+        layer = make(prefix=prefix)
+        forget(f"{prefix}.self_attn")
+        return MLP(layer, names)
+
+    def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
+        def layer(prefix: str) -> nn.Module:
+            layers, _, place = prefix.rpartition(".")
+            parts = vllm_config.model_config.hf_config.sublayers[int(place)]
+
+            def mlps(where: str) -> nn.ModuleList:
+                names = (f"{layers}.{where}_{number}.{place}" for number, _ in enumerate(parts[where]))
+                return nn.ModuleList(mlp_of(make, name) for name in names)  # vLLM takes the last for a number
+
+            before, made, after = mlps("before"), make(prefix=prefix), mlps("after")  # as they run: vLLM counts experts
+            made.__class__ = _regrouped_class(type(made))  # type: ignore[arg-type]
+            made.before, made.after = before, after
+            if parts["mlp"] is None:
+                norm, *rest = names
+                for name in rest:
+                    forget(f"{prefix}.{name}")
+                setattr(made, norm, Passed())
+                for name in rest:
+                    setattr(made, name, nn.Identity())
+            return made
+
+        return make_layers(count, layer, prefix=prefix)
+
+    module.make_layers = regrouped
+    try:
+        yield
+    finally:
+        module.make_layers = make_layers
+
+
+@functools.cache
+def _model(base: str) -> type:
+    stock: Any = getattr(_vllm_module(base.removesuffix("_text")), f"{FAMILIES[base].name}ForCausalLM")
+
+    class Model(stock):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            with _regrouping(base, vllm_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    Model.__name__ = Model.__qualname__ = classes_of(base)[CAUSAL]
+    return Model

@@ -1,0 +1,114 @@
+"""Files: paths as users write them, what may be read of a model's folder, and what is kept between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, shortened
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def expanded(path: str | PathLike[str]) -> Path:
+    """A path with the home directory in place of its ~. Raises UsageError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"there is no home directory for {shortened(Path(path))}: write the path without ~") from None
+
+
+def open_to_others(path: Path) -> None:
+    """Let others read a folder or a file that was made for its owner alone, as far as the umask allows."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+# --- the folder of a model --------------------------------------------------------------------------------------------
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+
+def own_file(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder; None where there is none, or something that is no file.
+
+    Raises `UsageError` for a name that leads elsewhere, and for a link out of the folder: only a hub's cache keeps
+    what its folders show in another place, its blobs.
+    """
+    if Path(name).name != name:
+        raise UsageError(f"{folder.name} names {shortened(name)}, which is not in it; download it again")
+    try:
+        if not (folder / name).is_file():
+            return None
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"{folder.name} names {shortened(name)}: {error.strerror}; download it again") from None
+    place, home = (folder / name).resolve(), folder.resolve()
+    if not place.is_relative_to(home) and place.parent != _blobs(home):
+        raise UsageError(f"{shortened(name)} of {folder.name} is a link out of that folder; put the file itself there")
+    return folder / name
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Where the files of a hub cache's snapshot are: models--org--name/blobs beside models--org--name/snapshots."""
+    repository = folder.parent.parent
+    return repository / "blobs" if folder.parent.name == "snapshots" and "--" in repository.name else None
+
+
+def named_weights(spec: str | Path, config: Any) -> str | None:
+    """The file that a config names for the weights, in place of the usual ones. Raises `UsageError` for a pickle."""
+    name = getattr(config, "transformers_weights", None)
+    if name is None:
+        return None
+    is_plain = isinstance(name, str) and Path(name).name == name
+    if not is_plain or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UsageError(
+            f"the config of {shortened(str(spec))} names {shortened(str(name))} for the weights: only safetensors "
+            "files in its own folder are read; take transformers_weights out of config.json"
+        )
+    return name
+
+
+def refuse_adapter(spec: str | Path, found: Any) -> None:
+    """transformers would merge a LoRA that lies beside a model in silence, where peft is installed, and else not."""
+    if found:
+        raise UsageError(
+            f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): merge it with peft's merge_and_unload "
+            "and save the result, or take that file away"
+        )
+
+
+# --- what is kept between runs ----------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """`$NOTALL_CACHE` or `~/.cache/notall`, made if absent. Raises UsageError where it can't be."""
+    try:
+        folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+    except RuntimeError:
+        raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
+def keep(path: Path, content: str) -> None:
+    """Write a file of the cache, whole or not at all; where it can't be, only the next run is slower."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write the cache folder {folder} ({error.strerror}): set NOTALL_CACHE to another")

@@ -1,0 +1,166 @@
+"""A GGUF file as fields and tensors: read without loading it, written a tensor at a time. No torch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter, quant_shape_from_byte_shape
+
+from ..errors import UsageError, shortened
+from ..progress import Progress, silent
+from .gguf_header import check_gguf
+
+BLOCK, ARCHITECTURE = "blk.", "general.architecture"
+# What the reader raises over a damaged file.
+DAMAGED = (*(ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError, RecursionError),)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value of the header; `kind` is of its elements where it is a list."""
+
+    value: Any
+    kind: GGUFValueType
+
+    @classmethod
+    def of(cls, value: Any) -> Field:
+        """A count, a text, or a list of counts."""
+        kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
+        return cls(value, kind)
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """`data` are its bytes, a row a row, or plain numbers; rows of quantised tensors are independent of each other."""
+
+    data: np.ndarray[Any, Any]
+    quantization: GGMLQuantizationType
+
+    @property
+    def size(self) -> int:
+        return self.data.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its values, packed or not, as numpy has it: the length of a row last."""
+        packed = self.data.dtype == np.uint8
+        return tuple(quant_shape_from_byte_shape(self.data.shape, self.quantization)) if packed else self.data.shape
+
+
+Fields = dict[str, Field]
+Tensors = dict[str, GGUFTensor]
+
+
+@dataclass(frozen=True)
+class GGUF:
+    path: Path
+    fields: Fields
+    tensors: Tensors
+    endianness: GGUFEndian
+
+    @property
+    def architecture(self) -> str:
+        return str(self.fields[ARCHITECTURE].value)
+
+    @property
+    def depth(self) -> int:
+        return self.count("block_count")
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting of the architecture, such as `embedding_length`. Raises `UsageError` without it or a default."""
+        field = self.fields.get(f"{self.architecture}.{name}")
+        if field is None and default is None:
+            raise UsageError(f"{self.path.name} lacks {self.architecture}.{name}; convert the model again")
+        return default if field is None else field.value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A setting that counts something. Raises `UsageError` where it does not."""
+        value = self.setting(name, default)
+        if not isinstance(value, int) or not 0 < value < 2**31:
+            raise UsageError(f"{self.path.name} has {value!r} for {self.architecture}.{name}; download it again")
+        return value
+
+    def block(self, index: int) -> Tensors:
+        """The tensors of one block, by their names in it."""
+        start = f"{BLOCK}{index}."
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
+
+    def attention(self, index: int) -> Tensors:
+        """Those of a block that are its mixer's, with the norms of that."""
+        block = self.block(index)
+        return {name: tensor for name, tensor in block.items() if not _is_mlp(name, block)}
+
+    def mlp(self, index: int) -> Tensors:
+        """Those of a block that are its MLP's, with the norms of that."""
+        block = self.block(index)
+        return {name: tensor for name, tensor in block.items() if _is_mlp(name, block)}
+
+    @property
+    def outside_blocks(self) -> Tensors:
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(BLOCK)}
+
+
+def _is_mlp(name: str, block: Tensors) -> bool:
+    if name.startswith("post_attention_norm."):  # the norm after the attention, or the only one before the MLP
+        return not any(other.startswith(("ffn_norm.", "post_ffw_norm.")) for other in block)
+    return name.startswith(("ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
+
+
+def read_gguf(path: Path) -> GGUF:
+    """Map a GGUF file into memory. Raises `UsageError` when it is truncated or damaged, or one part of several."""
+    check_gguf(path)
+    try:
+        reader = GGUFReader(path)
+        fields = {
+            name: Field(field.contents(), field.types[-1])
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        tensors = {tensor.name: GGUFTensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    except DAMAGED as error:
+        said = shortened(str(error) or type(error).__name__)
+        raise UsageError(f"{path.name} is no whole GGUF file: {said}; download it again") from None
+    if ARCHITECTURE not in fields:
+        raise UsageError(f"{path.name} names no architecture; it is no model")
+    if fields.get("split.count", Field.of(1)).value != 1:
+        raise UsageError(f"{path.name} is a part of several: merge them first with `llama-gguf-split --merge`")
+    return GGUF(path, fields, tensors, reader.endianess)
+
+
+def write_gguf(
+    path: Path,
+    source: GGUF,
+    fields: Mapping[str, Field],
+    tensors: Mapping[str, GGUFTensor],
+    progress: Progress = silent,
+) -> None:
+    """Write a GGUF file, in the byte order of `source`."""
+    writer = GGUFWriter(path, str(fields[ARCHITECTURE].value), endianess=source.endianness)
+    for name, field in fields.items():
+        if name == ARCHITECTURE:  # the writer has written it
+            continue
+        if isinstance(field.value, list):
+            writer.add_key_value(name, field.value, GGUFValueType.ARRAY, sub_type=field.kind)
+        else:
+            writer.add_key_value(name, field.value, field.kind)
+    for name, tensor in tensors.items():
+        data = tensor.data
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, tensor.quantization)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for number, tensor in enumerate(tensors.values()):
+            progress(number, len(tensors), "copying weights")
+            writer.write_tensor_data(tensor.data)
+    except OSError as error:
+        if error.errno is None:  # numpy's word for a full disk
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise
+    finally:
+        writer.close()

@@ -1,0 +1,75 @@
+"""Options: fields of dataclasses that the command line and Python share, each with its one explanation.
+
+    @dataclass(frozen=True)
+    class Workload:
+        PANEL: ClassVar = "Timing"
+        rounds: Annotated[int, Option("timed rounds")] = 5
+
+Python makes a `Workload(rounds=3)`; `notall.cli.spread` makes `--rounds 3` of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is called and explained at the command line; by default by its own name.
+
+    `flags` are other names, the first that begins with two dashes the main one; `argument` takes it by place.
+    """
+
+    help: str
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    panel: str | None = None
+    argument: bool = False
+    least: int | None = None
+    most: int | None = None
+    shown: str | None = None  # what the help shows as the default, where the value does not say it
+
+
+Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
+Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
+OutFolder = Annotated[Path, Option("folder for the results", ("--out", "-o"))]
+KeepIn = Annotated[Path | None, Option("keep the results in this folder, for `notall report`", ("--out", "-o"), "DIR")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How any run is seeded, and how it prints."""
+
+    seed: Seed = 0
+    as_json: Json = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed, in rounds of all models in turn: a prompt and greedy steps behind it, for sequences at once."""
+
+    PANEL: ClassVar = "Timing"
+
+    prompt_tokens: Annotated[int, Option("tokens of the prompt")] = 128
+    generation_tokens: Annotated[int, Option("tokens generated behind it")] = 16
+    concurrency: Annotated[int, Option("sequences at once")] = 1
+    rounds: Annotated[int, Option("timed rounds; each times all models in turn")] = 5
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""
+        for name, count in vars(self).items():
+            if count < 1:
+                raise UsageError(f"{name} is {count}; give 1 or more")
+        from .running.generating import check_positions
+
+        check_positions(model, self.prompt_tokens, self.generation_tokens)
+
+
+WORKLOAD = Workload()

@@ -1,0 +1,276 @@
+"""What to leave out: a frozen record that people can read, write and carry from one tool to another."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UsageError, nearest, shortened
+from .inputs import DoubledKey, read_json
+
+if TYPE_CHECKING:
+    from .structure.model_structure import ModelStructure
+
+Kind = Literal["attention", "mlp"]
+Skippable = Literal["attention", "mlp", "block"]
+Variant = Literal["dense", "attention", "mlp", "block"]
+KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
+
+MOST_LAYERS = 100_000  # a hundred times as deep as any model
+MOST_BYTES = 1 << 20  # of a plan file; a device such as /dev/zero never ends
+
+
+class Plan(BaseModel):
+    """The sublayers to skip, by their layer index in the dense model, from 0.
+
+    A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
+    (see `ModelStructure.fingerprint`); `note` is free text. Plans that run alike are equal, whatever these two say.
+    Raises `UsageError` on what is no whole number, and on an index that is negative, named twice or deeper than any
+    model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: tuple[int, ...] = Field((), description="layers whose attention is skipped")
+    mlp: tuple[int, ...] = Field((), description="layers whose MLP is skipped")
+    fingerprint: str | None = Field(None, description="shape of the model that this plan was made for")
+    note: str | None = Field(None, description="where this plan comes from")
+
+    def __init__(self, /, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
+        try:
+            super().__init__(attention=attention, mlp=mlp, **fields)
+        except ValidationError as error:
+            raise UsageError(f"this is no plan: {_first(error, type(self))}") from None
+
+    @field_validator("attention", "mlp", mode="before")
+    @classmethod
+    def _each_once(cls, given: Any) -> tuple[int, ...]:
+        if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
+            raise ValueError(f"give a list of layer indices such as [3, 4], not {shortened(repr(given))}")
+        indices = sorted(map(_index, given))
+        if indices and indices[0] < 0:
+            raise ValueError(f"layer indices start at 0, but {shortened(indices[0])} is named")
+        if indices and indices[-1] >= MOST_LAYERS:
+            raise ValueError(f"no model has a layer {shortened(indices[-1])}")
+        twice = [index for index, count in Counter(indices).items() if count > 1]
+        if twice:
+            raise ValueError(f"layer {twice[0]} is named twice")
+        return tuple(indices)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The layers that are skipped whole."""
+        return tuple(index for index in self.attention if index in self.mlp)
+
+    @property
+    def indices(self) -> dict[str, list[int]]:
+        """What is skipped, as records hold it: `attention` and `mlp`."""
+        return {"attention": list(self.attention), "mlp": list(self.mlp)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sublayers that are skipped, such as attn.3 and mlp.3: attentions first."""
+        return (*(f"attn.{index}" for index in self.attention), *(f"mlp.{index}" for index in self.mlp))
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from plans that run otherwise: not where it comes from, nor the model that it was made for."""
+        return self.attention, self.mlp
+
+    @property
+    def state(self) -> Literal["skipped", "repaired"]:
+        """Whether it brings weights that make up for what it skips."""
+        return "skipped"
+
+    @property
+    def unrepaired(self) -> Plan:
+        """What it skips, without such weights."""
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Of such weights; "none" without any."""
+        return "none"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __len__(self) -> int:
+        """How many sublayers are skipped."""
+        return len(self.attention) + len(self.mlp)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __or__(self, other: Plan) -> Plan:
+        """The plan that skips what either skips."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return Plan(
+            {*self.attention, *other.attention},
+            {*self.mlp, *other.mlp},
+            fingerprint=self.fingerprint or other.fingerprint,
+        )
+
+    def __str__(self) -> str:
+        """For people: `block 20-29; attention 5, 7`, or `nothing`."""
+        whole = set(self.blocks)
+        parts = {"block": whole, "attention": set(self.attention) - whole, "mlp": set(self.mlp) - whole}
+        return "; ".join(f"{kind} {in_ranges(layers)}" for kind, layers in parts.items() if layers) or "nothing"
+
+    def in_words(self, among: Mapping[str, int] | None = None) -> str:
+        """What is skipped, counted: `3 blocks`, `1 attention and 4 MLPs`, or `nothing`.
+
+        With `among`, how many the model has of each kind, `1 of 30 attentions and 4 of 30 MLPs`.
+        """
+        if self.attention and self.attention == self.mlp and not among:
+            return several(len(self.mlp), "block")
+        skipped = {"attention": len(self.attention), "mlp": len(self.mlp)}
+        parts = [
+            f"{count} of {several(among[kind], KIND_NAMES[kind])}" if among else several(count, KIND_NAMES[kind])
+            for kind, count in skipped.items()
+            if count
+        ]
+        return " and ".join(parts) or "nothing"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""
+        fields = {"attention": list(self.attention), "mlp": list(self.mlp)}
+        extra = {name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in (fields | extra).items()]
+        try:
+            Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        except OSError as error:
+            where = shortened(Path(path))
+            raise UsageError(f"cannot write the plan to {where}: {error.strerror}; choose another path") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` or a person wrote. Raises `UsageError` when it is missing, truncated or malformed."""
+        path = Path(path)
+        where = shortened(path)
+        try:
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+        except IsADirectoryError:
+            raise UsageError(f"{where} is a folder: notall.RepairedPlan.load reads a plan with weights") from None
+        except OSError as error:
+            raise UsageError(f"cannot read the plan {where}: {error.strerror}; `notall plan` writes one") from None
+        if len(content) > MOST_BYTES:
+            raise UsageError(f"{where} is no plan: it has more than {MOST_BYTES:,} bytes; `notall plan` writes one")
+        try:
+            fields = read_json(content.decode("utf-8-sig"))
+        except DoubledKey as error:
+            raise UsageError(f"{where} is no plan: it says {shortened(error)} twice; merge the two") from None
+        except ValueError as error:
+            raise UsageError(f"{where} is no plan: not valid JSON ({shortened(error)}); write it again") from None
+        if not isinstance(fields, dict) or not {"attention", "mlp"} & fields.keys():
+            raise UsageError(f'{where} is no plan: expected {{"attention": [...], "mlp": [...]}}')
+        try:
+            return cls(**fields)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def check(self, structure: ModelStructure) -> None:
+        """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
+        if self.fingerprint and self.fingerprint != structure.fingerprint:
+            raise UsageError(
+                f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}; "
+                "make a plan for this model, or delete its fingerprint line if you are sure"
+            )
+        self.check_depth(len(structure.blocks))
+        for kind in ("attention", "mlp"):
+            lacking = [i for i in getattr(self, kind) if kind not in structure.kinds[i]]
+            if lacking:
+                raise UsageError(
+                    f"the plan skips the {kind} of layer {lacking[0]}, which has none; see `notall inspect`"
+                )
+        if structure.counting.issubset(self.attention):
+            raise UsageError(
+                "the plan skips every attention that holds keys and values "
+                f"({', '.join(f'attn.{i}' for i in sorted(structure.counting))}); keep at least one: it "
+                "counts the tokens"
+            )
+
+    def check_depth(self, layers: int) -> None:
+        """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""
+        for index in (*self.attention, *self.mlp):
+            if index >= layers:
+                raise UsageError(
+                    f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}; make a plan for it"
+                )
+        if len(self.attention) == layers:
+            raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
+
+
+def _index(given: Any) -> int:
+    """A whole number of any kind, NumPy's too; True, 1.0 and "1" are none."""
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(f"{shortened(repr(given))} is no layer index: give whole numbers") from None
+
+
+def _first(error: ValidationError, kind: type[Plan]) -> str:
+    problem = error.errors()[0]
+    if problem["type"] == "extra_forbidden":
+        has = ["attention", "mlp", *(name for name in kind.model_fields if name not in Plan.model_fields)]
+        told = f"it has {', '.join(has)}, and no {shortened(problem['loc'][0])}"
+        return told + ("; a block is named in both" if kind is Plan else nearest(problem["loc"][0], has))
+    where = ".".join(shortened(part) for part in problem["loc"])
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+# --- counts, layer indices and shapes as people write them ------------------------------------------------------------
+
+
+def several(count: int, name: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{count:,} {name}" + ("s" if count != 1 else "")
+
+
+def in_ranges(indices: Iterable[int]) -> str:
+    """Whole numbers in ascending order, with runs of three and more as `0-3`: `0-3, 7`."""
+    runs = groupby(enumerate(sorted(indices)), key=lambda placed: placed[1] - placed[0])
+    return ", ".join(_run([index for _, index in run]) for _, run in runs)
+
+
+def _run(indices: list[int]) -> str:
+    return f"{indices[0]}-{indices[-1]}" if len(indices) > 2 else ", ".join(map(str, indices))
+
+
+WRITTEN = re.compile(r"(.+)-(\d{1,4})x(\d{1,9})(?:-([0-9a-f]+))?")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Written as `llama-30x576-1f0c2a9b`. Equal shapes have equal ones, whatever the weights."""
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    digest: str = ""  # of the other sizes, where they are known
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.layers}x{self.hidden_size}-{self.digest}".removesuffix("-")
+
+    @classmethod
+    def parse(cls, text: object) -> Fingerprint | None:
+        """The fingerprint that is written there, if one is."""
+        found = WRITTEN.fullmatch(str(text))
+        return cls(found[1], int(found[2]), int(found[3]), found[4] or "") if found else None

@@ -1,0 +1,133 @@
+"""What others add to notall: by an entry point of their package, or named in place as `module:function`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from .errors import UsageError, nearest, shortened
+
+MANY = 9  # arguments: more than a function of others is called with
+T = TypeVar("T")
+PACKAGE = os.path.dirname(__file__)
+
+
+def installed_names(group: str) -> list[str]:
+    """The names that installed packages add to a group of entry points; nothing is imported."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def named(name: str, built_in: Mapping[str, Any], group: str, what: str) -> Any:
+    """One of `built_in`, or what `find` finds. Raises `UsageError` for another, and as `find` does."""
+    found = built_in.get(name) or find(name, group)
+    if found is None:
+        names = [*built_in, *installed_names(group)]
+        raise UsageError(
+            f"there is no {what} {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
+            "or give module:function"
+        )
+    return found
+
+
+def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, base: type[T]) -> type[T]:
+    """A subclass of `base`, which one of `built_in` names as `module:Class`, or what `find` finds.
+
+    Raises `UsageError` for anything else, and as `find` does.
+    """
+    where = built_in.get(name)
+    found = EntryPoint(name, where, group).load() if where else named(name, built_in, group, what)
+    if not inspect.isclass(found) or not issubclass(found, base):
+        raise UsageError(f"{shortened(name)} is no {what}: give a subclass of {base.__module__}.{base.__name__}")
+    return found
+
+
+def find(name: str, group: str) -> Any | None:
+    """What an entry point of `group` or `module:function` names; None where `name` is neither.
+
+    Naming a module runs it; one in the working folder is found too. Raises `UsageError` where there is none, and
+    where it fails.
+    """
+    for point in entry_points(group=group):
+        if point.name == name:
+            of = f" of {point.dist.name}" if point.dist else ""
+            return _loaded(point.value, f"{shortened(name)} ({shortened(point.value)}{of})")
+    return _loaded(name, shortened(name)) if ":" in name else None
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Make one line of what code of others raises: what it was, and where in their code."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
+
+
+def positional(function: Callable[..., Any]) -> range:
+    """How many arguments a function can be called with, by their places."""
+    given = inspect.signature(function).parameters.values()
+    placed = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in given):
+        return range(0)
+    least = sum(one.default is one.empty for one in placed)
+    most = MANY if any(one.kind is one.VAR_POSITIONAL for one in given) else len(placed)
+    return range(least, most + 1)
+
+
+def _loaded(value: str, told: str) -> Any:
+    """What stands behind `module:function`."""
+    found = EntryPoint.pattern.fullmatch(value)
+    if not found or not found["attr"]:
+        raise UsageError(f"{told} names nothing: write module:function, such as mine:score_size")
+    holder: Any = _imported(found["module"], told)
+    for name in found["attr"].split("."):
+        if not hasattr(holder, name):
+            raise UsageError(f"there is no {told}: {_what_has(found['module'], holder, name)}")
+        holder = getattr(holder, name)
+    return holder
+
+
+def _what_has(module: str, holder: Any, name: str) -> str:
+    """That a module lacks a name, and which functions of its own it has."""
+    near = nearest(name, dir(holder))
+    own = [key for key, value in vars(holder).items() if getattr(value, "__module__", None) == module]
+    lists = f"; it has {shortened(', '.join(own))}" if own and not near else ""
+    return f"{module} has no {shortened(name)}{near}{lists}"
+
+
+def _imported(module: str, told: str) -> Any:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # behind all else: a folder called datasets hides no library
+    try:
+        return import_module(module)
+    except Exception as error:  # their code may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = "put its file into this folder, or install its package"
+            raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error
+        raise UsageError(f"{told} fails as it is imported: {_where(error)}") from error
+
+
+def _where(error: Exception) -> str:
+    """What was raised, and in which line."""
+    said = shortened(f"{type(error).__name__}: {error}", 120)
+    if isinstance(error, SyntaxError):  # which says it
+        return said
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    theirs = [frame for frame in frames if not _is_a_library(frame.filename)]
+    last = (theirs or frames)[-1]
+    return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"
+
+
+def _is_a_library(filename: str) -> bool:
+    """Whether a file is notall's own, or of an installed package: its author cannot mend it."""
+    return filename.startswith(PACKAGE) or "site-packages" in filename

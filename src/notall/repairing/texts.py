@@ -1,0 +1,162 @@
+"""The texts of a repair: windows that it is fitted to, of a text or of the model's own, and those it is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from ..measuring.quality import evaluate
+from ..models.names import DEFAULT_TEXT
+from ..models.texts import read_text, token_batches, windows_in
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..results import lines
+from ..results.ledger import Ledger
+from ..results.provenance import Provenance
+from ..results.repairs import MeasuredRecord, State
+from ..running.generating import sample
+from ..running.tensor_files import Kept, kept_tensors
+from ..structure.locating import locate
+from ..structure.model_structure import positions_of
+from .refitting import digest_of
+
+SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
+MEASURED = 16  # windows of each text that what came out is measured on
+GIVEN = 8  # tokens of each window that the model goes on from
+AT_ONCE = 32  # windows that it writes
+
+
+@dataclass(frozen=True)
+class RepairTexts:
+    """Windows to fit to, (1, tokens) each and a list a text, and batches to measure on, by name; `described`: what."""
+
+    own: list[list[Tensor]]
+    other: dict[str, list[Tensor]]
+    described: dict[str, Any]
+
+    @classmethod
+    def draw(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str] = (DEFAULT_TEXT,),
+        held_out: Sequence[str] = (),
+        *,
+        sequences: int | None = None,
+        most: int | None = None,
+        length: int | None = None,
+        seed: int = 0,
+    ) -> RepairTexts:
+        """As many of each text, `sequences` together, else what there is, up to `most`, and others to measure on.
+
+        Those are of the `held_out` texts, or, without any, of the same. Windows have `length` tokens, else as many as
+        the model reads, up to 512. Raises `UsageError` for a text that is missing or too short, and for too long ones.
+        """
+        positions = positions_of(model)
+        length = int(min(LENGTH, positions)) if length is None else length
+        if length > positions:
+            raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
+        each = -(-(sequences or most or SEQUENCES) // len(texts))
+        if sequences is None:
+            fewest = min(windows_in(tokenizer, read_text(source), length) for source in texts)
+            each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
+        own, other, told = list[Any](), dict[str, Any](), list[dict[str, str]]()
+        for source, count in [(source, each) for source in texts] + [(source, 0) for source in held_out]:
+            text, beside = read_text(source), 0 if count and held_out else MEASURED
+            asked: dict[str, int] = {"sequences": count + beside, "length": length, "batch_size": 1 if count else 2}
+            rows = [row.to(model.device) for row in token_batches(tokenizer, text, **asked, seed=seed)]
+            if count:
+                own.append(rows[:count])
+                told.append({"text": text.name, "text_sha256": text.sha256})
+            if beside:
+                other[f"{text.name}, other windows" if count else text.name] = rows[count:]
+        return cls(own, other, {"texts": told, "sequences": each * len(texts), "length": length, "seed": seed})
+
+    def together(self, size: int) -> list[Tensor]:
+        """Windows of all texts in turn, `size` at a time, so that each part of them holds some of each text."""
+        return list(torch.cat([row for windows in zip(*self.own) for row in windows]).split(size))
+
+    def stop(self, size: int) -> list[Tensor]:
+        """A few windows of each text to measure on, to stop a training by."""
+        return list(torch.cat([row for rows in self.other.values() for row in rows[: MEASURED // 2]]).split(size))
+
+
+def sampled(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    folder: Path,
+    settings: Provenance,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Tensor]:
+    """As many windows as `batches` have, (batch, tokens) each, that begin as those do and go on as the model would.
+
+    So it trains on what it knows, also where no text like its own is at hand. They are kept in `folder`, in a file of
+    their own for each text and settings, and are not drawn again. Raises `UsageError` where that is damaged, and for
+    windows longer than the model has positions.
+    """
+    windows = torch.cat(list(batches))
+    given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
+
+    def write() -> Kept:
+        parts: list[Tensor] = []
+        for number, prompts in enumerate(windows[:, :given].split(AT_ONCE)):
+            progress(number * AT_ONCE, len(windows), "sampling text to train on")
+            parts.append(sample(model, prompts, length - given, seed=seed + number))
+        progress(len(windows), len(windows), "sampled text to train on")
+        return {"ids": torch.cat(parts)}, {}
+
+    kept, _ = kept_tensors(folder, "sampled", [settings.what, digest_of(batches), seed], write)
+    return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))
+
+
+def measure(
+    model: PreTrainedModel,
+    plans: Mapping[State, Plan],
+    texts: Mapping[str, Sequence[Tensor]],
+    folder: Path,
+    settings: Provenance,
+    progress: Progress = silent,
+) -> list[MeasuredRecord]:
+    """A record a text and plan. Each is kept in `folder`, and not measured again for the same weights and windows.
+
+    `texts` are token ids, (batch, tokens) each, by the name of the text. Raises `UsageError` when the folder is in use
+    or holds a malformed line.
+    """
+    found: list[MeasuredRecord] = []
+    with lines.lock(folder):
+        kept = Ledger(folder, MeasuredRecord)
+        for text, batches in texts.items():
+            about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
+            keys = {name: (text, name, about[name].key) for name in plans}
+            lacking = [name for name in plans if keys[name] not in kept]
+            if lacking:
+                progress(0, 1, f"measuring on {text}")
+                qualities = evaluate(model, [plans[name] for name in lacking], batches)
+                kept.add(
+                    *(
+                        MeasuredRecord(text=text, model=name, plan=plans[name], quality=quality, provenance=about[name])
+                        for name, quality in zip(lacking, qualities)
+                    )
+                )
+            found += [kept[key] for key in keys.values()]
+    return found
+
+
+def about_measured(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
+    """What decides the figures."""
+    return Provenance.of(
+        settings,
+        plan=plan.indices,
+        fingerprint=locate(model).fingerprint,
+        weights=plan.digest,
+        windows=digest_of(batches),
+    )

@@ -1,0 +1,1 @@
+"""A results folder as one page that opens anywhere."""

@@ -1,0 +1,409 @@
+"""One self-contained page from a results folder: nothing in it is fetched from anywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..charts import layers
+from ..charts.layers import Saving, Sublayer
+from ..charts.style import DARK, LIGHT, VEGALITE, on_page
+from ..errors import UsageError, shortened
+from ..experiments import bench, compare, draft, evaluate, paper, pareto, repair, search, sweep
+from ..experiments.bench import BenchRecord
+from ..experiments.compare import ComparisonRecord
+from ..experiments.draft import DraftRecord
+from ..experiments.driver import BenchmarkRecord, DiagnosticsRecord
+from ..experiments.folder import Folder, read_folder
+from ..experiments.paper import ClaimRecord, TimesRecord
+from ..experiments.pareto import ParetoRecord
+from ..experiments.search import SearchRecord
+from ..experiments.shown import Card, Costs, Message, Sample, Section, Shown, Step
+from ..experiments.similarity import SimilarityRecord
+from ..experiments.sweep import SweepRecord
+from ..results.evaluations import AnswersRecord
+from ..results.facts import Similarity
+from ..results.lines import finite
+from ..results.record import Quartiles, Record
+from ..results.repairs import HealRecord, MeasuredRecord, RefitRecord
+from ..results.table import Cell, Column, Table, as_csv, in_bytes, number, table, words
+
+MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
+SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
+MARK = b'<p class="kicker">notall report</p>'
+MAP = 104  # pixels of the layer map's height
+BAR = 48  # of a bar's with its words
+
+
+class Verb(Protocol):
+    """A module of `experiments`, as far as a page is about it; asked of folders that hold a record of its own."""
+
+    def shown(self, folder: Folder) -> Shown: ...
+
+
+# In the order of a page: of each group the first of whose kinds a record is there.
+VERBS: tuple[tuple[tuple[Verb, tuple[type[Record], ...]], ...], ...] = (
+    (
+        (sweep, (SweepRecord,)),
+        (paper, (ClaimRecord, BenchmarkRecord, DiagnosticsRecord, TimesRecord)),
+        (sweep, (SimilarityRecord,)),
+    ),
+    ((compare, (ComparisonRecord,)),),
+    ((search, (SearchRecord,)),),
+    ((bench, (BenchRecord,)),),
+    ((repair, (RefitRecord, HealRecord)), (evaluate, (MeasuredRecord,))),
+    ((pareto, (ParetoRecord,)),),
+    ((draft, (DraftRecord,)),),
+)
+
+
+def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write the page of a results folder to `out`, and answer where it is.
+
+    Raises `UsageError` when the folder holds no results, a line of them is malformed, or `out` can't be written or is
+    no page. A page that is there already is replaced by a whole one, or stays.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
+    try:
+        if path.exists() and not _is_page(path):
+            raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")
+        page = render(read_folder(Path(folder)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path.resolve(), page)
+    except OSError as error:
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
+    return path
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(100_000)
+    return not head or MARK in head
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside the file, and take its place when all is written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def render(folder: Folder) -> str:
+    """The page as HTML, under 3 MB for any model that fits a machine. Raises `UsageError` where nothing is to show."""
+    return laid_out(folder, shown_by(folder))
+
+
+def shown_by(folder: Folder) -> list[Shown]:
+    """What the verbs that a folder holds records of have to say of it."""
+    asked = (next((verb for verb, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
+    return [verb.shown(folder) for verb in asked if verb]
+
+
+def laid_out(folder: Folder, shown: Sequence[Shown]) -> str:
+    """The page of what verbs have to say of a folder."""
+    from jinja2 import Environment, PackageLoader
+
+    page = Page(folder, tuple(shown))
+    if page.is_empty:
+        raise UsageError(f"{folder.path} holds no results; {_advice(folder)}")
+    templates = Environment(
+        loader=PackageLoader("notall.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["short"] = _short
+    template = templates.get_template("page.html")
+    return template.render(page=page, css=_asset("page.css"), js=_asset("page.js"), runtime=_runtime())
+
+
+def _advice(folder: Folder) -> str:
+    if AnswersRecord in folder:  # of eval, whose results are not kept, or of a paper that has only begun
+        return "answers alone make no page: let notall eval or notall paper end"
+    return f"make some with notall sweep --out {folder.path}, or let a run end"
+
+
+def _short(text: str, length: int = SHORT) -> str:
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def _asset(name: str) -> str:
+    return files("notall.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _runtime() -> str:
+    """Vega, Vega-Lite and Vega-Embed in the version that Altair writes for."""
+    import vl_convert
+
+    names = "window.vegaEmbed = vegaEmbed;"
+    bundle = vl_convert.javascript_bundle(names, vl_version=VEGALITE)
+    return str(bundle).replace("</script", r"<\/script")
+
+
+# --- what the template reads ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of the page: where it is drawn, and which CSV it is copied as."""
+
+    id: str
+    spec: Mapping[str, Any]
+    label: str
+    title: str
+    note: str
+    copied: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page; `name` tells it from the others, and `steps` are the page's."""
+
+    name: str
+    section: Section
+    figures: tuple[Drawn, ...]
+    steps: tuple[int | None, ...]
+    follows: bool  # whether its figures mark the step
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that is said of a folder, in the order of the verbs; the first that has steps is the one to step through."""
+
+    folder: Folder
+    shown: tuple[Shown, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.parts or self.steps or self.similarity or any(one.message or one.cards for one in self.shown))
+
+    @property
+    def model(self) -> str:
+        return str(self.about.get("model", "a model"))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return self.folder.provenance.flat
+
+    @property
+    def message(self) -> Message | None:
+        return next((one.message for one in self.shown if one.message), None)
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        return next((one.cards for one in self.shown if one.cards), ())
+
+    @cached_property
+    def stepped(self) -> Shown:
+        return next((one for one in self.shown if one.steps), Shown())
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.stepped.steps
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for one in self.shown for sample in one.samples]
+
+    @property
+    def similarity(self) -> Sequence[Similarity]:
+        return next((one.similarity for one in self.shown if one.similarity), ())
+
+    @property
+    def costs(self) -> Costs | None:
+        """What tells of most sublayers."""
+        return max((one.costs for one in self.shown if one.costs), key=lambda costs: len(costs.found), default=None)
+
+    @property
+    def shade(self) -> str:
+        """What the cells of the map are shaded by."""
+        return "measured" if self.costs else "similarity" if self.similarity else "nothing"
+
+    @cached_property
+    def layers(self) -> int:
+        """How many the model has at least, as far as the folder tells."""
+        skipped = (layer for step in self.steps for indices in step.plan.indices.values() for layer in indices)
+        alone = (layer for _, layer in (self.costs.found if self.costs else ()))
+        return max(self.folder.layers, 1 + max([*skipped, *alone, *(row.layer for row in self.similarity)], default=-1))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Sections that hold something, those of foreign files last."""
+        own = [(one, section) for one in self.shown for section in one.sections if section.figures or _rows(section)]
+        foreign = [
+            (Shown(), Section(name, name.replace("_", " "), table=as_it_is(rows)))
+            for name, rows in self.folder.foreign.items()
+        ]
+        found: dict[str, Part] = {}
+        for one, section in (*own, *foreign):
+            taken = sum(part.section.name == section.name for part in found.values())
+            name = f"{section.name}-{taken + 1}" if taken else section.name
+            found[name] = self._part(name, one, section)
+        return tuple(found.values())
+
+    @cached_property
+    def cells(self) -> list[Sublayer]:
+        costs = self.costs.found if self.costs else {}
+        return layers.sublayers(self.layers, costs, self.similarity)
+
+    @cached_property
+    def map(self) -> Drawn | None:
+        if not (self.steps and self.layers):
+            return None
+        title = _short(self.costs.title) if self.costs else "changed: 1 − cosine"
+        spec = on_page(layers.layer_map(self.cells, title), MAP)
+        return Drawn("map", spec, "map of the model", "", "", "map")
+
+    @cached_property
+    def bars(self) -> list[Saving]:
+        return [bar for number, step in enumerate(self.steps) for bar in _savings(number, step)]
+
+    @cached_property
+    def savings(self) -> Drawn | None:
+        if not self.bars:
+            return None
+        spec = on_page(layers.savings(self.bars), BAR * len({bar.measure for bar in self.bars}))
+        return Drawn("savings", spec, "time and bytes of the plan beside the dense model", "", "", "savings")
+
+    @property
+    def weighed(self) -> bool:
+        """Whether bars tell of bytes too."""
+        return any(step.footprint and step.dense for step in self.steps)
+
+    @property
+    def provenance(self) -> list[tuple[str, str]]:
+        """What to type first, and when it was typed; the machine without what stands beside it."""
+        about = self.about
+        if not about:
+            return []
+        if isinstance(machine := about.get("machine"), dict):
+            about["machine"] = {key: value for key, value in machine.items() if about.get(key) != value}
+        first = {name: about.get(name) or "not written down" for name in ("command", "date")}
+        return list(flatten(first | about | first))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's program reads."""
+        own = [figure for figure in (self.map, self.savings) if figure]
+        drawn = [*own, *(figure for part in self.parts for figure in part.figures)]
+        followers = [*own, *(figure for part in self.parts if part.follows for figure in part.figures)]
+        return {
+            "next": self.message.command if self.message else "",
+            "specs": finite({figure.id: figure.spec for figure in drawn}),  # sums of what is very large
+            "themes": {"light": LIGHT, "dark": DARK},
+            "plans": [
+                {"name": _short(step.name), "skipped": step.plan.names, "told": step.told} for step in self.steps
+            ],
+            "csv": self._csv,
+            "followers": [figure.id for figure in followers if "plan" in _params(figure.spec)],
+        }
+
+    @property
+    def _csv(self) -> dict[str, str]:
+        csv = {"map": as_csv(self.cells), "savings": as_csv(self.bars)}
+        for part in self.parts:
+            csv |= {figure.copied: one.csv for figure, one in zip(part.figures, part.section.figures) if one.csv}
+            csv |= {part.name: part.section.table.csv} if part.section.table else {}
+        return csv
+
+    def _part(self, name: str, one: Shown, section: Section) -> Part:
+        figures = []
+        for place, figure in enumerate(section.figures):
+            id = f"{name}{place}" if len(section.figures) > 1 else name
+            copied = f"{id}-figure" if figure.csv else name
+            figures.append(Drawn(id, figure.spec, figure.label, figure.title, figure.note, copied))
+        steps = section.steps or (None,) * len(_rows(section))
+        return Part(name, section, tuple(figures), tuple(self._step(one, step) for step in steps), one is self.stepped)
+
+    def _step(self, one: Shown, step: int | None) -> int | None:
+        """The page's number of a step of one verb: of the same plan, where it is another that is stepped through."""
+        if step is None or one is self.stepped:
+            return step
+        plans = [found.plan.unrepaired for found in self.steps]
+        plan = one.steps[step].plan.unrepaired
+        return plans.index(plan) if plan in plans else None
+
+
+def _params(spec: Mapping[str, Any]) -> list[str]:
+    return [param["name"] for param in spec.get("params", ())]
+
+
+def _rows(section: Section) -> Sequence[tuple[Cell, ...]]:
+    return section.table.rows if section.table else ()
+
+
+def _savings(number: int, step: Step) -> Iterator[Saving]:
+    """Shares of the dense model's; of times as they were paired, round by round."""
+
+    def bar(measure: str, text: str, share: float, low: float, high: float) -> Saving:
+        name = _short(step.name)
+        return Saving(plan=number, name=name, measure=measure, text=text, share=share, low=low, high=high)
+
+    def timed(measure: str, ms: Quartiles, speedup: Quartiles) -> Saving:
+        text = f"{measure}: {ms.median:,.1f} ms, {speedup.median:.2f}× as fast"
+        return bar(measure, text, 1 / speedup.median, 1 / speedup.high, 1 / speedup.low)
+
+    if times := step.times:
+        yield timed("first token", times.prefill_ms, times.speedup_prefill)
+        yield timed("each further token", times.decode_ms_per_token, times.speedup_decode)
+    if (left := step.footprint) and (dense := step.dense):
+        for measure, ours, whole in (
+            ("weights", left.weight_bytes, dense.weight_bytes),
+            ("KV cache a token", left.kv_bytes_per_token, dense.kv_bytes_per_token),
+            ("states", left.state_bytes, dense.state_bytes),
+        ):
+            if whole and ours is not None:
+                share = ours / whole
+                yield bar(measure, f"{measure}: {in_bytes(ours)} of {in_bytes(whole)}", share, share, share)
+
+
+def flatten(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """Nested records as `a.b`, value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, str(value)
+
+
+# --- files of others --------------------------------------------------------------------------------------------------
+
+Line = Mapping[str, Any]
+
+
+def as_it_is(rows: Sequence[Line]) -> Table:
+    """Lines that no command of ours wrote, without lists and provenance; their CSV has plain values only."""
+    told = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+    names = dict.fromkeys(key for row in told for key, value in row.items() if value is not None)
+    names.pop("provenance", None)
+    columns = [_column(name, told) for name in names]
+    return replace(table("", columns, told), csv=_csv_of(told))
+
+
+def _column(name: str, rows: Sequence[Line]) -> Column[Line]:
+    if all(_is_number(row.get(name)) for row in rows):
+        return number(name, lambda row: row.get(name), ".4g")
+    return words(name, lambda row: row.get(name))
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST)
+
+
+def _csv_of(rows: Sequence[Line]) -> str:
+    plain = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in plain for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    return out.getvalue()

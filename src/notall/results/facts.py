@@ -1,0 +1,310 @@
+"""What is measured of a plan: one type a fact, with its units and its columns. Nothing here runs a model."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from ..plan import KIND_NAMES
+from .record import (
+    Amount,
+    Count,
+    Fact,
+    LayerIndex,
+    Loss,
+    Number,
+    Positive,
+    Quartiles,
+    Share,
+    Skips,
+    Unsigned,
+    is_number,
+)
+from .table import (
+    Cell,
+    Column,
+    inherited,
+    magnitude,
+    number,
+    probability,
+    size,
+    with_difference,
+    with_error,
+    with_quartiles,
+    words,
+)
+
+Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
+
+
+class Quality(Fact):
+    """What a plan costs. `_se`: standard error over sequences; differences are paired with the dense model's."""
+
+    nll: Loss = Field(description="negative log-likelihood, nats per token")
+    nll_se: Unsigned = Field(description="nats per token")
+    delta_nll: Number = Field(description="nll less the dense model's on the same sequences, nats per token")
+    delta_nll_se: Unsigned = Field(description="of the paired differences, nats per token")
+    perplexity: Unsigned = Field(description="exp(nll)")
+    kl: Number = Field(description="KL(dense || skipped) of the next token, nats per token")
+    kl_se: Unsigned = Field(description="nats per token")
+    top1_agreement: Share = Field(description="share of tokens with the dense model's first choice, 0 to 1")
+    top1_agreement_se: Unsigned = Field(description="0 to 1")
+    sequences: Count = Field(description="how many sequences the quality was measured on")
+
+    @property
+    def nats_lost(self) -> float:
+        """`delta_nll`; infinite where the model overflows, which is no number."""
+        return self.delta_nll if is_number(self.delta_nll) else math.inf
+
+
+NATS = "nats per token"
+DELTA_NLL: Column[Quality] = with_error("NLL added", lambda q: (q.delta_nll, q.delta_nll_se), unit=NATS)
+KL: Column[Quality] = with_error("KL", lambda q: (q.kl, q.kl_se), unit=NATS)
+TOP1: Column[Quality] = with_error("top-1 agreement", lambda q: (q.top1_agreement, q.top1_agreement_se))
+PERPLEXITY: Column[Quality] = magnitude("perplexity", lambda q: q.perplexity)
+NLL: Column[Quality] = with_error("NLL", lambda q: (q.nll, q.nll_se), unit=NATS)
+QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, NLL)
+
+
+class Times(Fact):
+    """What a model takes beside the dense model of the same rounds: milliseconds, and ratios paired by round."""
+
+    prefill_ms: Quartiles = Field(description="milliseconds from the prompt to the first new token")
+    decode_ms_per_token: Quartiles = Field(description="milliseconds of a decode step, for the whole batch")
+    speedup_prefill: Quartiles = Field(description="dense prefill_ms / this one's, a ratio a round; > 1: faster")
+    speedup_decode: Quartiles = Field(description="dense decode_ms_per_token / this one's, likewise")
+    peak_bytes: Count | None = Field(None, description="most CUDA memory allocated while timing; None without CUDA")
+
+
+SPEEDUPS: tuple[Column[Times], Column[Times]] = (
+    with_quartiles("decode speedup", lambda times: times.speedup_decode, ".2f"),
+    with_quartiles("prefill speedup", lambda times: times.speedup_prefill, ".2f"),
+)
+DECODE_MS: Column[Times] = with_quartiles("decode ms/token", lambda times: times.decode_ms_per_token)
+PREFILL_MS: Column[Times] = with_quartiles("prefill ms", lambda times: times.prefill_ms)
+PEAK: Column[Times] = size("peak memory", lambda times: times.peak_bytes)
+TIMES = (*SPEEDUPS, DECODE_MS, PREFILL_MS)
+
+
+class Footprint(Fact):
+    """What a plan leaves of a model. What is skipped and others read weighs what it did."""
+
+    params: Count = Field(description="parameters that are left")
+    weight_bytes: Count = Field(description="bytes of the weights that are left, as loaded, scales too")
+    kv_bytes_per_token: Count = Field(description="bytes of KV cache a token of one sequence takes")
+    state_bytes: Count | None = Field(None, description="bytes of states of fixed size of one sequence, of hybrids")
+
+
+WEIGHTS: Column[Footprint] = size("weights", lambda left: left.weight_bytes)
+KV: Column[Footprint] = size("KV/token", lambda left: left.kv_bytes_per_token)
+STATE: Column[Footprint] = size("states", lambda left: left.state_bytes)
+PARAMETERS: Column[Footprint] = number("parameters", lambda left: left.params, ",")
+FOOTPRINT = (WEIGHTS, KV, PARAMETERS, STATE)
+
+
+class Similarity(Fact):
+    """Cosine of the residual stream before and after one block or sublayer: mean over tokens, error over sequences."""
+
+    layer: LayerIndex
+    kind: Literal["block", "attention", "mlp"]
+    cosine: Number = Field(description="-1 to 1")
+    cosine_se: Unsigned = Field(description="standard error over sequences")
+    mixer: str | None = Field(None, description="the kind of an attention, where the model has several", max_length=80)
+
+
+COSINE: Column[Similarity] = with_error("cosine", lambda row: (row.cosine, row.cosine_se), ".4f")
+SIMILARITY: tuple[Column[Similarity], ...] = (
+    number("layer", lambda row: row.layer, "d"),
+    words("kind", lambda row: row.kind),
+    COSINE,
+    words("mixer", lambda row: row.mixer),
+)
+
+
+class SearchCost(Fact):
+    """What choosing took."""
+
+    evaluations: Count = Field(0, description="sets of sublayers that were evaluated")
+    executions: Amount = Field(0.0, description="sublayers run, in passes over the whole calibration text")
+    seconds: Amount = Field(0.0, description="CPU seconds of all threads")
+
+    def __add__(self, other: SearchCost) -> SearchCost:
+        return SearchCost(
+            evaluations=self.evaluations + other.evaluations,
+            executions=self.executions + other.executions,
+            seconds=self.seconds + other.seconds,
+        )
+
+
+class Configured(Skips):
+    """A row of the paper's grid."""
+
+    variant: Literal["dense", "attention", "mlp", "block"] = Field(description="what is skipped")
+    fraction: float = Field(ge=0, le=1, description="share of the layers that was asked for, 0 to 1")
+    keep_last: bool = Field(description="whether the last layer is preserved")
+
+    @property
+    def configuration(self) -> tuple[str, float, bool]:
+        return self.variant, self.fraction, self.keep_last
+
+    def describes(self, other: Configured) -> bool:
+        """Whether the other is of this row, and of the plan that the row stands for in this model."""
+        return self.configuration == other.configuration and self.plan.indices == other.plan.indices
+
+    @property
+    def name(self) -> str:
+        """Such as `attention 10%, last layer kept`."""
+        if self.variant == "dense":
+            return "dense"
+        return f"{KIND_NAMES[self.variant]} {self.fraction:.0%}{', last layer kept' if self.keep_last else ''}"
+
+
+CONFIGURED: tuple[Column[Configured], ...] = (
+    words("skipped", lambda row: KIND_NAMES[row.variant]),
+    Column("fraction", lambda row: Cell(row.fraction, f"{row.fraction:.0%}"), right=False),
+    words("last layer", lambda row: "kept" if row.keep_last else ""),
+)
+
+
+class SpeedCheck(Fact):
+    """A plan's speedup of a workload as it was predicted, and as it was measured, interleaved with the dense model."""
+
+    predicted_ms: Positive
+    measured_ms: Positive
+    predicted_speedup: Positive = Field(description="ratio to the dense model")
+    measured_speedup: Quartiles = Field(description="the rounds' own ratios")
+
+    @property
+    def off(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted_speedup / self.measured_speedup.median - 1
+
+
+SPEED_CHECK: tuple[Column[SpeedCheck], ...] = (
+    with_quartiles("measured speedup", lambda check: check.measured_speedup, ".3f"),
+    number("predicted speedup", lambda check: check.predicted_speedup, ".3f"),
+    number("off by", lambda check: check.off, "+.1%"),
+    number("measured ms", lambda check: check.measured_ms, ".0f"),
+    number("predicted ms", lambda check: check.predicted_ms, ".0f"),
+)
+
+
+# --- beside the dense model -------------------------------------------------------------------------------------------
+
+SIGNIFICANT = 0.05
+
+
+class Compared(Fact):
+    """One figure of a plan beside the dense model's, over the same documents, windows or prompts."""
+
+    value: Number
+    value_se: Unsigned = Field(math.nan, description="standard error of value")
+    delta: Number = Field(description="value less the dense model's")
+    delta_se: Unsigned = Field(description="standard error of delta, paired")
+    p_value: Share = Field(math.nan, description="of no difference")
+    higher_is_better: bool | None = Field(None, description="None where neither way is good")
+
+    @property
+    def worse(self) -> bool:
+        """Whether it got worse beyond its error: p < 0.05, not corrected for the number of comparisons."""
+        lost = self.delta < 0 if self.higher_is_better else self.delta > 0
+        return self.higher_is_better is not None and lost and self.p_value < SIGNIFICANT
+
+
+VALUE: Column[Compared] = with_error("value", lambda one: (one.value, one.value_se))
+DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, one.delta_se))
+WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
+P: Column[Compared] = probability("p", lambda one: one.p_value)
+DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
+BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
+
+
+class TaskScore(Compared):
+    """A plan on a task of lm-evaluation-harness by one metric; value and its error are the harness's own."""
+
+    task: str = Field(description="as the harness names it")
+    metric: str = Field(description="metric,filter of the harness")
+    num_fewshot: Count = Field(description="examples shown before a question")
+    documents: Count = Field(description="how many were evaluated")
+    values: tuple[Number, ...] | None = Field(None, description="the metric of each document, where it is a number")
+
+    @property
+    def usual_metric(self) -> str:
+        """The harness's `metric,filter` by its usual name: acc_norm,none is normalized accuracy."""
+        name, _, kind = self.metric.partition(",")
+        said = METRICS.get(name, name.replace("_", " "))
+        return said if kind in ("", "none") else f"{said} ({kind.replace('-', ' ')})"
+
+
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "normalized accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "perplexity": "perplexity",
+    "word_perplexity": "perplexity a word",
+    "byte_perplexity": "perplexity a byte",
+    "bits_per_byte": "bits a byte",
+}
+TASK: tuple[Column[TaskScore], Column[TaskScore]] = (
+    words("task", lambda one: one.task),
+    words("metric", lambda one: one.usual_metric),
+)
+DOCUMENTS: tuple[Column[TaskScore], Column[TaskScore]] = (
+    number("shots", lambda one: one.num_fewshot, "d"),
+    number("documents", lambda one: one.documents, "d"),
+)
+
+
+class NamedTasks(Fact):
+    """A name that `--tasks` takes."""
+
+    task: str
+    kind: str = Field(description="task, group or tag")
+    num_fewshot: Count | None = Field(description="examples, where the leaderboard says how many")
+
+
+NAMED_TASKS: tuple[Column[NamedTasks], ...] = (
+    words("task", lambda one: one.task),
+    words("kind", lambda one: one.kind),
+    number("shots", lambda one: one.num_fewshot, "d"),
+)
+
+
+class Check(Compared):
+    """One figure of the diagnostics; errors are over sequences, prompts or questions."""
+
+    check: str
+
+
+CHECK: Column[Check] = words("check", lambda one: one.check)
+
+
+class PlanCheck(Check):
+    """A check of one of several plans."""
+
+    model: str = Field(description="which: skipped or repaired")
+
+
+PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
+    *inherited(PlanCheck, (CHECK,)),
+    words("model", lambda one: one.model),
+    *inherited(PlanCheck, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
+)
+
+
+class PlanScore(TaskScore):
+    """A score of one of several plans."""
+
+    model: str = Field(description="which: skipped or repaired")
+
+
+PLAN_SCORES: tuple[Column[PlanScore], ...] = (
+    *inherited(PlanScore, TASK),
+    words("model", lambda one: one.model),
+    *inherited(PlanScore, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
+    *inherited(PlanScore, DOCUMENTS),
+)

@@ -1,0 +1,183 @@
+"""One run's records of one kind in a folder: read and checked once, then only added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from ..errors import UsageError
+from ..results import lines
+from ..results.provenance import Provenance
+from ..results.record import Command, HeaderRecord, Key, Record
+from .record import KINDS
+
+R = TypeVar("R", bound=Record)
+SHOWN = 80  # letters of a value in a message
+
+
+class Ledger(Generic[R]):
+    """The records of a kind in `folder`, by their keys, and where new ones go.
+
+    Those that are there must come from the same run, as `about` says, also of each one apart; `name` is another file
+    than the kind's own. Raises `UsageError` when a line is malformed or comes from other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: type[R],
+        about: Provenance | Callable[[R], Provenance] | None = None,
+        *,
+        name: str | None = None,
+    ) -> None:
+        self.path, self._kind = folder / (name or kind.file), kind
+        header = header_of(self.path) if kind.headed else None
+        records = read(self.path, kind)
+        everything: list[Any] = [*([header] if header else []), *records]
+        for record in everything:
+            wanted = about(record) if callable(about) else about
+            if wanted and record.provenance:
+                check_same(record.provenance, wanted, folder)
+            elif wanted and not kind.headed:
+                raise UsageError(
+                    f"{self.path} has a record that does not say where it comes from; delete its line, or choose "
+                    "another folder"
+                )
+        self._held: dict[Key, R] = {}
+        self._hold(records)
+        self._header = None
+        if kind.headed and not header:
+            assert isinstance(about, Provenance)
+            self._header = HeaderRecord(of=kind.kind_name(), provenance=about)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def __getitem__(self, key: Key) -> R:
+        return self._held[key]
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Those of `keys` that nothing is known of, in their order, each once."""
+        return [key for key in dict.fromkeys(keys) if key not in self._held]
+
+    def add(self, *records: R) -> None:
+        """Write records, all at once; they are on disk when this returns. Raises `UsageError` where that fails."""
+        header = [self._header.line()] if self._header else []
+        lines.append(self.path, *header, *(record.line() for record in records))
+        self._header = None
+        self._hold(records)
+
+    def _hold(self, records: Iterable[R]) -> None:
+        """By key; a record of a kind without a key, of which each is one of its own, by its number."""
+        for record in records:
+            self._held[record.key if self._kind.key_fields else (len(self._held),)] = record
+
+
+def read(path: Path, kind: type[R]) -> list[R]:
+    """The records of a file in their order; [] without a file.
+
+    Of a key the last one counts: a group of records that was torn while it was written is measured again as a whole.
+    Raises `UsageError` that names the line, and the field, where one is malformed or of another kind.
+    """
+    found = [*lines.numbered(path)][1 if kind.headed else 0 :]  # the header has no key
+    records = [_checked(path, number, text, kind) for number, text in found]
+    return list({record.key: record for record in records}.values()) if kind.key_fields else records
+
+
+def header_of(path: Path) -> HeaderRecord | None:
+    """Where all lines of a file come from, as its first one says; None without a file."""
+    first = lines.first(path)
+    return _checked(path, *first, HeaderRecord) if first else None
+
+
+def kind_at(path: Path) -> type[Record] | None:
+    """What a file holds, as its first line says; None where that is of no kind of ours, and where there is none.
+
+    Raises `UsageError` as `lines.read` does, and where a file of our name is of no kind of ours.
+    """
+    first = lines.first(path)
+    if first is None:
+        return None
+    line = lines.parsed(path, *first)
+    said = line.get("of") if line.get("record") == "header" else line.get("record")
+    kind = KINDS.get(str(said)) or _verbs_kinds().get(str(said))
+    if kind is None and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
+        raise UsageError(
+            f"line {first[0]} of {path}: record: {_shown(said)} is no kind of ours; repair or delete that line"
+        )
+    return kind
+
+
+@cache
+def _verbs_kinds() -> Mapping[str, type[Record]]:
+    """All kinds, also those of verbs that nothing has asked for yet: each makes its own known as it is imported."""
+    verbs = import_module("notall.experiments")
+    for one in iter_modules(verbs.__path__):
+        import_module(f"{verbs.__name__}.{one.name}")
+    return KINDS
+
+
+def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
+    """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
+    for name, value in lines.finite(wanted.what).items():
+        if held.what.get(name) != value:
+            raise UsageError(
+                f"{out} holds results with {name} {_shown(held.what.get(name))}, not {_shown(value)}; choose another "
+                "folder (--out), or give the same settings to go on with it"
+            )
+
+
+def refuse_foreign(folder: Path, command: Command) -> None:
+    """Raise `UsageError` when `folder` holds what another command than `command` wrote."""
+    for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
+        kind = kind_at(path)
+        if kind and command not in kind.commands:
+            raise UsageError(
+                f"{folder} holds results of notall {kind.commands[0]} ({path.name}); choose another folder for "
+                f"notall {command}"
+            )
+
+
+def check_folder(folder: Path | None, command: Command) -> None:
+    """Raise `UsageError` where `command` could not write to `folder`: another's results are there, or it may not."""
+    if folder is None:
+        return
+    lines.refuse_unwritable(folder)
+    refuse_foreign(folder, command)
+
+
+@contextmanager
+def working_in(folder: Path, command: Command) -> Iterator[None]:
+    """Keep `folder` for this process. Raises `UsageError` as `refuse_foreign` and `lines.lock` do."""
+    refuse_foreign(folder, command)
+    with lines.lock(folder):
+        yield
+
+
+def _checked(path: Path, number: int, text: bytes, kind: type[R]) -> R:
+    lines.parsed(path, number, text)  # strictly: pydantic takes the last of two keys
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        where = f"line {number} of {path}"
+        raise UsageError(f"{where}: {_shown(field)}: {_shown(first['msg'])}; repair or delete that line") from None
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"

@@ -1,0 +1,178 @@
+"""Files of JSON lines that are only ever added to: what is written stays, whatever happens next."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import UsageError, shortened
+from ..inputs import read_json
+
+Line = dict[str, Any]
+
+
+def append(path: Path, *lines: Line) -> None:
+    """Add `lines` to the file, on disk when this returns; a torn last line is cut off first.
+
+    Numbers that are not finite become null. Raises `UsageError` when the file can't be written, and leaves it
+    as it was. Only one process may append to a file at a time: see `lock`.
+    """
+    text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            _write(file, text)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file in their order; [] without a file.
+
+    A torn last line, the most that an interrupted `append` leaves, is dropped with a warning. Raises
+    `UsageError` that names the line where another one is malformed.
+    """
+    return [parsed(path, number, text) for number, text in numbered(path)]
+
+
+def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The texts of `read`, each with its number in the file, from 1; whether they are JSON is not looked at."""
+    try:
+        with open(path, "rb") as file:
+            lines = _contents(file).split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
+    if _parse(lines[-1]) is None and lines.pop():
+        warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
+    yield from ((number, text) for number, text in enumerate(lines, 1) if text.strip())
+
+
+def first(path: Path) -> tuple[int, bytes] | None:
+    """The first of `numbered`, without reading the others; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size  # of a device, which never ends, 0
+            for number, text in enumerate(iter(lambda: file.readline(size - file.tell()), b""), 1):
+                if text.strip():
+                    return (number, text.rstrip(b"\n")) if text.endswith(b"\n") or _parse(text) is not None else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
+    return None
+
+
+def parsed(path: Path, number: int, text: bytes) -> Line:
+    """The record in a line. Raises `UsageError` that names it where there is none."""
+    line = _parse(text)
+    if line is None:
+        raise UsageError(f"line {number} of {path} is no JSON record; repair or delete that line")
+    return line
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `UsageError` where `folder`, or what it would be made in, can't be written. Makes nothing."""
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def check_file(out: Path) -> None:
+    """Raise `UsageError` where a file of this name cannot be written."""
+    if out.is_dir():
+        raise UsageError(f"{shortened(out)} is a folder: choose another -o")
+    if out.exists() and not os.access(out, os.W_OK):
+        raise UsageError(f"cannot write to {shortened(out)}: permission denied; choose another -o")
+    refuse_unwritable(out.parent)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made where it is missing, for this process; a killed process leaves no lock behind.
+
+    Raises `UsageError` when another one has it, and when it can't be written.
+    """
+    held = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise UsageError(f"another run is working in {folder}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def finite(value: Any) -> Any:
+    """`value` as it is written: JSON has no nan and no infinity, and no tuples."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _contents(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read(os.fstat(file.fileno()).st_size)  # bounded: a device such as /dev/full never ends
+
+
+def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """Where the line that no newline ends starts, and what is in it: nothing, unless writing was interrupted."""
+    start = os.fstat(file.fileno()).st_size
+    tail = b""
+    while start and b"\n" not in tail:
+        step = min(start, 65536)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    newline = tail.rfind(b"\n") + 1
+    return start + newline, tail[newline:]
+
+
+def _write(file: IO[bytes], lines: bytes) -> None:
+    end, last = _last_line(file)
+    if _parse(last) is not None:  # whole, only its newline is missing
+        lines, end = b"\n" + lines, end + len(last)
+    elif last:
+        file.truncate(end)
+    try:
+        while lines:
+            lines = lines[file.write(lines) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def _parse(text: bytes) -> Line | None:
+    """The record in a line; None if there is none. Part of a record is never one: a torn line shows."""
+    try:
+        line = read_json(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _cannot_write(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write {path}: {error.strerror}; make room or give access, or choose another folder")

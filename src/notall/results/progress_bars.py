@@ -1,0 +1,98 @@
+"""How far long work is, at the terminal: what is being done, for how long, and how long it still takes, about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from threading import Event, Thread
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from ..errors import shortened
+from ..progress import Progress
+from ..results.printable import printable
+
+SILENT = 60.0  # seconds without a word, in a log
+OTHERS = 56  # letters of a line that are not the description
+
+
+class Clock(ProgressColumn):
+    """The time that has passed and, once Rich can tell from the steps so far, the time that is left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        passed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
+        left = task.time_remaining
+        return Text(f"{passed}, about {timedelta(seconds=int(left))} left" if left else passed)
+
+
+@contextmanager
+def progress_bar(doing: str = "starting") -> Iterator[Progress]:
+    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=10),
+        TaskProgressColumn(),
+        Clock(table_column=Column(no_wrap=True)),
+    )
+    with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(_fitting(doing, console), total=None)
+        if console.is_terminal:
+            yield lambda done, total, doing: bar.update(
+                task, completed=done, total=total, description=_fitting(doing, console)
+            )
+            return
+        with _log(console, doing) as tell:
+            yield tell
+
+
+@contextmanager
+def _log(console: Console, doing: str) -> Iterator[Progress]:
+    """A line a minute, also while a single step takes longer."""
+    begun = told = time.monotonic()
+    share, ended = 0.0, Event()
+
+    def tell(done: float, total: float, now_doing: str) -> None:
+        nonlocal share, doing
+        share, doing = done / (total or 1), now_doing
+        say()
+
+    def say() -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= SILENT:
+            told = now
+            passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
+            console.print(f"{share:.0%} after {passed}: {said}", markup=False)
+
+    def beat() -> None:
+        while not ended.wait(SILENT / 4):
+            say()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _fitting(doing: str, console: Console) -> str:
+    """What is being done, in the room that the other columns leave of a line."""
+    return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
+
+
+@contextmanager
+def working(doing: str) -> Iterator[None]:
+    """A bar without steps, for what tells of none: loading a model, or importing what does."""
+    with progress_bar(doing):
+        yield

@@ -1,0 +1,74 @@
+"""Where a record comes from: what was asked for, which decides whether a run goes on, and where it ran."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import shortened
+
+PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
+
+
+class Provenance(BaseModel):
+    """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: dict[str, Any] = Field(description="model, text, dtype, seed, settings: what to repeat it with")
+    where: dict[str, Any] = Field({}, description="machine, threads, versions, command, date")
+
+    @classmethod
+    def of(cls, about: Provenance | Mapping[str, Any], **more: Any) -> Provenance:
+        """`about` with what `more` says; of a flat mapping, the names in `PLACES` are where it ran."""
+        if isinstance(about, Provenance):
+            return about.model_copy(update={"what": {**about.what, **more}}) if more else about
+        what = {name: value for name, value in about.items() if name not in PLACES}
+        return cls(what=what | more, where={name: about[name] for name in PLACES if name in about})
+
+    @property
+    def key(self) -> str:
+        """`what` as one text, to compare."""
+        return json.dumps(self.what, sort_keys=True)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Both in one, for a page."""
+        return {**self.what, **self.where}
+
+    @property
+    def in_words(self) -> str:
+        """The model in its dtype, and where it ran: what a table says above itself."""
+        model, dtype = self.what.get("model", "the model"), self.what.get("dtype", "a dtype that is not told")
+        return f"{model}, {dtype}, on {place_of(self.where.get('machine'), versions=False)}"
+
+
+def this_run() -> dict[str, str]:
+    """The command as it was typed, without the folders of a machine, and the date, in UTC to the minute."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return {
+        "command": shlex.join(["notall", *words]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def windows_in_words(described: Mapping[str, Any]) -> str:
+    """What was measured on, in words."""
+    return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
+
+
+def place_of(machine: Any, *, versions: bool = True) -> str:
+    """Where it was measured, in words, as far as that was written down."""
+    try:
+        place = f"{machine['device_name']}, {machine['cores']} cores, threads: {machine['threads']}"
+        told = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        return f"{place}; {told}" if versions else place
+    except (TypeError, KeyError, AttributeError):
+        return "a machine that is not told"

@@ -1,0 +1,126 @@
+"""What repairs, healings and their measurements write down: weights that were refit, training, before and after."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .facts import QUALITY, Quality
+from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
+from .table import Column, number, within, words
+
+LITTLE = 0.02  # of the error: refits that mend less fill screens
+State = Literal["skipped", "repaired", "healed"]
+
+
+class FittedText(BaseModel):
+    """A text that weights were fitted to, or trained on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: Annotated[str, Field(max_length=300)]
+    text_sha256: Annotated[str, Field(max_length=64)]
+
+
+class RepairStep(BaseModel):
+    """What made the weights of a repaired plan, one command after another; beside this all of its settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    by: Literal["repair", "heal"]
+    texts: tuple[FittedText, ...] = ()
+    sequences: int | None = Field(None, ge=1, description="windows of all texts together")
+    length: int | None = Field(None, ge=1, description="tokens a window")
+    method: str = Field("refit", max_length=100, description="how weights were repaired")
+    sampled: bool = Field(False, description="whether the dense model wrote the windows, from the texts' first words")
+
+    def __str__(self) -> str:
+        repaired = "refit in closed form" if self.method == "refit" else f"repaired by {self.method}"
+        verb = repaired if self.by == "repair" else "trained to say what the dense model says"
+        on = " and of ".join(one.text for one in self.texts)
+        by = "that it wrote itself from the first words " if self.sampled else ""
+        return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
+
+
+class RefitRecord(Record):
+    """One step of a plan, refit or left alone. Errors are of tokens that the ridge was chosen on, not fitted to."""
+
+    file = "refits.jsonl"
+    commands = ("repair",)
+    key_fields = ("sublayers",)
+    headed = True
+
+    record: Literal["refit"] = "refit"
+    sublayers: tuple[SublayerName, ...] = Field(min_length=1, description="a sublayer, or both of a parallel block")
+    ridge: Amount | None = Field(description="relative to each feature's own square; None where it was left alone")
+    left: Number = Field(description="squared distance to the dense stream behind it, over the one without a refit")
+    seconds: Amount = Field(description="CPU seconds of all threads")
+    why: str = Field("", max_length=200, description="why it was left alone")
+    sha256: str = Field("", max_length=64, description="of its weights; none where it was left alone")
+
+
+REFITS: tuple[Column[RefitRecord], ...] = (
+    words("sublayer", lambda refit: " ".join(refit.sublayers)),
+    number("error left", lambda refit: refit.left, ".1%"),
+    number("ridge", lambda refit: refit.ridge, "g"),
+    number("CPU s", lambda refit: refit.seconds, ",.1f"),
+    words("left alone because", lambda refit: refit.why),
+)
+
+
+class HealRecord(Record):
+    """How far from the dense model the healing is, on text that it does not train on."""
+
+    file = "healing.jsonl"
+    commands = ("heal",)
+    key_fields = ("tokens",)
+    headed = True
+
+    record: Literal["healing"] = "healing"
+    tokens: Count = Field(description="tokens trained on so far")
+    held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
+    held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
+    held_out_agreement: Share = Field(
+        math.nan, description="share of first choices there that are the dense model's, 0 to 1"
+    )
+    seconds: Amount = Field(
+        description="CPU seconds of all threads so far, also before an interruption; of several workers the first one's"
+    )
+
+
+HEALING: tuple[Column[HealRecord], ...] = (
+    number("tokens", lambda look: look.tokens, ","),
+    number("held-out KL", lambda look: look.held_out_kl, ".4f"),
+    number("held-out NLL", lambda look: look.held_out_nll, ".4f"),
+    number("held-out top-1 agreement", lambda look: look.held_out_agreement, ".4f"),
+    number("CPU s", lambda look: look.seconds, ",.1f"),
+)
+
+
+class MeasuredRecord(Record, Skips):
+    """One plan, with its weights if it has any, on one text that they were not fitted to."""
+
+    file = "measured.jsonl"
+    commands = ("repair", "heal", "search", "eval")
+    key_fields = ("text", "model")
+
+    record: Literal["measured"] = "measured"
+    text: str = Field(description="its name")
+    quality: Quality
+    model: State = Field(description="what was made up for what the plan skips: nothing, by a repair, by a healing")
+
+    @property
+    def key(self) -> Key:
+        """Of the same weights on the same windows it is the same measurement."""
+        return (*super().key, self.provenance and self.provenance.key)
+
+
+MEASURED: tuple[Column[MeasuredRecord], ...] = (
+    words("text", lambda one: one.text),
+    words("model", lambda one: one.model),
+    *within(QUALITY, lambda one: one.quality),
+    number("sequences", lambda one: one.quality.sequences, "d"),
+    words("skipped", lambda one: one.plan.in_words()),
+)

@@ -1,0 +1,84 @@
+"""Tensors in files: written whole or not at all, and read back only as they were written. Nothing is pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UsageError, shortened
+from ..files import open_to_others
+
+DIGEST = "sha256"  # of the tensors, in the metadata of their file
+AGAIN = "delete it, and run again"
+
+Tensors = dict[str, Tensor]
+Notes = dict[str, str]
+Kept = tuple[Tensors, Notes]
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
+    """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest, part = digest_of_tensors(held), path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, part, {**(notes or {}), DIGEST: digest})
+        open_to_others(part)  # safetensors makes files that only their owner can read
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or shortened(str(error).rpartition("I/O error: ")[2])
+        raise UsageError(
+            f"cannot write {shortened(path)}: {reason}; make room or give access, or choose another folder"
+        ) from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return digest
+
+
+def read_tensors(path: Path, digest: str | None = None, *, fix: str = AGAIN) -> tuple[Tensors, Notes]:
+    """The tensors of a file, and its notes.
+
+    Raises `UsageError`, which ends in `fix`, where they are not those that were written, or have another digest than
+    `digest` if that is given.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            notes: Notes = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}): {fix}") from None
+    found = digest_of_tensors(tensors)
+    if found != notes.pop(DIGEST, None):
+        raise UsageError(f"{shortened(path)} is damaged (its tensors are not those that were written): {fix}")
+    if digest not in (None, found):
+        raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
+    return tensors, notes
+
+
+def kept_tensors(
+    folder: Path, name: str, key: object, make: Callable[[], tuple[Tensors, Notes]]
+) -> tuple[Tensors, Notes]:
+    """What `make` returns, from `folder` where it is kept under this name and key, which JSON can write."""
+    hashed = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = folder / f"{name}-{hashed}.safetensors"
+    if not path.is_file():
+        write_tensors(path, *make())
+    return read_tensors(path)

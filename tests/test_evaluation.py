@@ -1,0 +1,69 @@
+"""`notall eval` with tasks and diagnostics: what it asks, and how its rows are told apart."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from api import Evaluation, Limits, TaskChoice, cli
+from notall import Plan
+from tiny_tasks import saved, tiny_llama, write_tasks
+
+
+class Shelf:
+    """Of tasks that are never run; what is built is kept."""
+
+    def __init__(self):
+        self.asked = []
+
+    def build(self, name, num_fewshot, limit):
+        self.asked.append((name, limit))
+
+
+@pytest.mark.parametrize(("limits", "documents"), [([], 20), (["200"], 20), (["5"], 5), (["200", "gsm8k=30"], 30)])
+def test_the_diagnostics_ask_little_of_what_takes_long(limits, documents, monkeypatch):
+    shelf = Shelf()
+    monkeypatch.setattr(Evaluation, "_scores", lambda *_: [])
+    choice = TaskChoice(shelf, (), limits=Limits.parse(limits))
+    assert Evaluation(None, None, Plan([1]), choice)._gsm8k([]) == []
+    assert shelf.asked == [("gsm8k", documents)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_tasks_only")
+def test_eval_adds_tasks_and_what_accuracy_hides(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        said = capsys.readouterr()
+        assert leaving.value.code in (0, None), said.err
+        return json.loads(said.out)
+
+    model, task_path = saved(tiny_llama(), tmp_path / "tiny"), write_tasks(tmp_path / "tasks")
+    Plan(attention=[1], mlp=[2]).save(tmp_path / "plan.json")
+    words = ["eval", model, "--plan", tmp_path / "plan.json", "--dtype", "float32", "--sequences", 2, "--length", 16]
+    task = ["--tasks", "tiny_choice", "--limit", 7, "--task-path", task_path, "--out", tmp_path / "out"]
+    with pytest.warns(UserWarning, match="go without gsm8k"):  # its data is not there
+        found = run(*words, *task, "--limit", "gsm8k=2", "--diagnostics")
+    assert [row["model"] for row in found["quality"]] == ["dense", "skipped"]
+    (accuracy, norm) = found["tasks"]
+    assert (accuracy["metric"], norm["metric"], accuracy["documents"]) == ("acc,none", "acc_norm,none", 7)
+    assert {row["check"] for row in found["diagnostics"]} >= {"passkey at 1024", "calibration error", "repetition"}
+    assert (tmp_path / "out" / "answers.jsonl").exists()
+    small = ["--sequences", 8, "--length", 16, "--dtype", "float32"]
+    run("repair", model, "--plan", tmp_path / "plan.json", "--out", tmp_path / "repaired", *small)
+    words[3] = tmp_path / "repaired"
+    with pytest.warns(UserWarning, match="go without gsm8k"):
+        both = run(*words, *task[:-2], "--diagnostics")
+    for kind, name in (("tasks", "metric"), ("diagnostics", "check")):
+        rows = {of: [row for row in both[kind] if row["model"] == of] for of in ("skipped", "repaired")}
+        assert [row[name] for row in rows["repaired"]] == [row[name] for row in found[kind]]
+        assert rows["skipped"] == found[kind]
+        same = [row["value"] for row in rows["repaired"]] == [row["value"] for row in rows["skipped"]]
+        assert same == (kind == "tasks")  # seven answers of a random model
+        assert {row["model"] for row in both[kind]} == set(rows)

@@ -1,0 +1,91 @@
+"""notall inspect, similarity, generate and tasks: what one looks at first."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+
+from api import side_by_side
+from command_line import MLPS, QUICK
+from families import family
+from tiny_tasks import TASKS, write_tasks
+
+pytestmark = pytest.mark.usefixtures("short_prose")
+
+
+def test_inspect_needs_only_a_config(run, folder, tmp_path):
+    alone = tmp_path / "config.json"
+    alone.write_text((folder / "config.json").read_text())
+    code, out, _ = run("inspect", alone, "--json")
+    parts = json.loads(out)["sublayers"]
+    assert code == 0
+    assert [part["sublayer"] for part in parts[:4]] == ["attn.0", "mlp.0", "attn.1", "mlp.1"]
+    model = family("llama").build(num_hidden_layers=6)
+    assert parts[1]["parameters"] == sum(
+        p.numel()
+        for p in (
+            *model.model.layers[0].mlp.parameters(),
+            model.model.layers[0].post_attention_layernorm.weight,
+        )
+    )
+
+
+def test_similarity_prints_and_draws(run, folder, tmp_path):
+    code, out, _ = run("similarity", folder, *QUICK, "--out", tmp_path / "fig1", "--json")
+    assert code == 0
+    assert len(json.loads(out)["similarity"]) == 18
+    assert (tmp_path / "fig1.png").exists()
+
+
+def test_tasks_are_listed_by_a_word_of_their_name(run, tmp_path, own_tasks_only):
+    path = ["--task-path", write_tasks(tmp_path / "tasks")]
+    code, out, err = run("tasks", "CHOICE", *path, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tasks"] == [{"task": "tiny_choice", "kind": "task", "num_fewshot": None}]
+    rows = {row["task"]: row for row in json.loads(run("tasks", *path, "--json")[1])["tasks"]}
+    assert rows["openllm"]["kind"] == rows["tiny_group"]["kind"] == "group"
+    assert set(TASKS) < set(rows)
+    code, out, _ = run("tasks", "tiny_w", *path)
+    assert (code, "1 name for --tasks" in out, "tiny_words" in out) == (0, True, True)
+    code, _, err = run("tasks", "tiny_chioce", *path)
+    assert (code, err) == (
+        2,
+        "error: no task's name holds 'tiny_chioce' (did you mean tiny_choice?): give a shorter word, or none\n",
+    )
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_shows_both_answers_side_by_side(run, folder):
+    """In a pipe one below the other; at a terminal in columns, as they come."""
+    command = ["generate", folder, "abc", "--max-new-tokens", "12"]
+    dense, skipped = (run(*command, *more)[1].strip("\n") for more in ([], MLPS))
+    assert dense != skipped
+    code, out, err = run(*command, *MLPS, "--beside")
+    assert (code, err) == (0, "")
+    shown = re.fullmatch("dense:\n(.*)\n\nskipped:\n(.*)\n\n", out, re.S)
+    assert shown.groups() == tuple(side_by_side._lines(text, side_by_side.Console()) for text in (dense, skipped))
+    code, _, err = run(*command, "--beside")
+    assert (code, "say what to leave out" in err) == (2, True)
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_at_a_terminal_columns_grow_as_they_are_written_to(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with side_by_side.side_by_side(["dense", "skipped"]) as write:
+        write("dense", "the \x1b[31mriver")
+        assert "river" in screen.getvalue()
+        write("skipped", "a stone\n[bold]x")
+    last = screen.getvalue().rpartition("dense")[2]
+    assert re.search("\\\\x1b\\[31mriver +│ a stone", last)
+    assert re.search(r"│ +│ \[bold\]x", last)

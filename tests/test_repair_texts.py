@@ -1,0 +1,76 @@
+"""What a repair is fitted to and what it is measured on are drawn together, from texts that are tokenised once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from api import RepairTexts
+from families import family
+from notall import UsageError
+from tiny_tokenizer import byte_tokenizer
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def model():
+    return family("llama").build(vocab_size=2048)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two texts, of which no window is like another."""
+    paths = [tmp_path / name for name in ("one.txt", "two.txt")]
+    for place, path in enumerate(paths):
+        path.write_text(" ".join(f"{name} {number}" for number in range(3000) for name in "ab"[place]))
+    return [str(path) for path in paths]
+
+
+def rows_in(batches):
+    return {tuple(row) for batch in batches for row in batch.tolist()}
+
+
+@pytest.mark.parametrize("sequences", [None, 10, 200])
+def test_what_it_is_measured_on_is_never_what_it_is_fitted_to(model, sources, sequences):
+    texts = RepairTexts.draw(model, byte_tokenizer(), sources, sequences=sequences, length=LENGTH)
+    own, other = (rows_in(row for rows in each for row in rows) for each in (texts.own, texts.other.values()))
+    assert len(own) == (sequences or 128) == texts.described["sequences"]
+    assert len(other) == 2 * 16
+    assert not own & other
+    assert set(texts.other) == {"one.txt, other windows", "two.txt, other windows"}
+    together = texts.together(8)
+    assert [len(batch) for batch in together[:-1]] == [8] * (len(together) - 1)
+    assert torch.equal(torch.cat(together)[:2], torch.cat([texts.own[0][0], texts.own[1][0]]))  # in turn
+
+
+def test_each_text_is_tokenised_once(model, sources):
+    tokenizer, asked = byte_tokenizer(), []
+    count(tokenizer, asked)
+    for seed in (0, 1):
+        RepairTexts.draw(model, tokenizer, sources, length=LENGTH, seed=seed)
+    RepairTexts.draw(model, tokenizer, sources[:1], sources[1:], length=LENGTH)
+    assert sorted(len(text) > 1000 for text in asked if len(text) > 10) == [True, True]
+
+
+def count(tokenizer, asked):
+    """Note what a tokenizer is asked for."""
+
+    class Counting(type(tokenizer)):
+        def __call__(self, text, **options):
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    tokenizer.__class__ = Counting
+
+
+def test_held_out_texts_take_the_place_of_other_windows(model, sources):
+    texts = RepairTexts.draw(model, byte_tokenizer(), sources[:1], sources[1:], sequences=4, length=LENGTH)
+    assert list(texts.other) == ["two.txt"]
+    assert len(rows_in(texts.other["two.txt"])) == 16
+    assert texts.described["texts"][0]["text"] == "one.txt"
+
+
+def test_windows_longer_than_the_model_are_refused(model, sources):
+    with pytest.raises(UsageError, match="windows of 65 tokens exceed the model's 64 positions: lower --length"):
+        RepairTexts.draw(model, byte_tokenizer(), sources, length=65)
