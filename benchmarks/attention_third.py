@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import notall
-from notall.measuring.plan_times import Timed, time_plan
+from notall.experiments.bench import COLUMNS, BenchRow, bench, rows_of
 from notall.measuring.speed import machine
-from notall.records.bench import BenchRecord
-from notall.records.columns import plain
-from notall.reporting.console import show
+from notall.options import Workload
+from notall.results.provenance import Provenance
+from notall.results.table import Column, table, words
+from notall.results.terminal import print_table
+
+MODEL: Column[BenchRow] = words("model", lambda row: "skipped" if row.model is row.bench.skipped else "dense")
 
 
 def main() -> None:
@@ -15,10 +18,9 @@ def main() -> None:
     about = machine(model.device)
     plan = notall.deepest(notall.locate(model), "attention", 0.33, keep_last=True)
     for prompt in (128, 1024):
-        times = time_plan(model, plan, Timed(prompt, 24, rounds=7))
-        rows = [{"model": name, **figures} for name, figures in times.items()]
+        record = bench(model, plan, Workload(prompt, 24, rounds=7), Provenance(what={"model": "smollm2"}))
         title = f"33 % of attentions, prompt {prompt}, {about['cpu']}, {about['threads']} threads, {model.dtype}"
-        show(rows, [plain("model"), *BenchRecord.columns[1:]], title=title)
+        print_table(table(title, (MODEL, *COLUMNS[1:]), rows_of([record])))
 
 
 if __name__ == "__main__":

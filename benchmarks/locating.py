@@ -59,7 +59,8 @@ def main() -> None:
         forget(model)
         notall.locate(model)
 
-    forward(), locate()
+    forward()
+    locate()
     ratios, times = [], []
     for _ in range(arguments.repeats):
         start = time.perf_counter()

@@ -12,24 +12,47 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import notall
-from notall.measuring.speed import Spread, compare, machine, speedup
+from notall.measuring.speed import compare, machine, speedup
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import plain, with_spread
-from notall.reporting.console import show
+from notall.options import Workload
+from notall.results.record import Quartiles
+from notall.results.table import Column, table, with_quartiles, words
+from notall.results.terminal import print_table
+from notall.structure.locating import forget
 
 
-def attention_only(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+@dataclass(frozen=True)
+class Decoding:
+    """Milliseconds a token without a third of a kind, skipped and natively built, and the rounds' own ratios."""
+
+    kind: str
+    skipped: Quartiles
+    native: Quartiles
+    ratio: Quartiles
+
+
+DECODING: tuple[Column[Decoding], ...] = (
+    words("skip", lambda one: f"{one.kind} 33 %"),
+    with_quartiles("skipped ms/token", lambda one: one.skipped),
+    with_quartiles("native ms/token", lambda one: one.native),
+    with_quartiles("skipped / native", lambda one: one.ratio, ".3f"),
+)
+
+
+def attention_only(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     return hidden_states + attended
 
 
-def block_then_mlp(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def block_then_mlp(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """A whole block, then the MLPs of the blocks behind it that have no attention."""
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     hidden_states = hidden_states + attended
@@ -38,14 +61,14 @@ def block_then_mlp(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) 
     return hidden_states
 
 
-def native(model: nn.Module, plan: notall.Plan) -> nn.Module:
+def native(model: Any, plan: notall.Plan) -> Any:
     """`model` (a Llama, shared weights) built without the sublayers of `plan`, by hand."""
     built = copy.copy(model)
     built._modules = dict(model._modules)
     built.model = copy.copy(model.model)
     built.model._modules = dict(model.model._modules)
     built.config = built.model.config = copy.deepcopy(model.config)
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     for index, source in enumerate(model.model.layers):
         if index in plan.attention:
             if index not in plan.mlp:
@@ -68,7 +91,7 @@ def native(model: nn.Module, plan: notall.Plan) -> nn.Module:
 class Either(nn.Module):
     """Two models behind one name, so that they can be timed in turn."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.now = [model]
         self.config, self.device = model.config, model.device
@@ -78,17 +101,18 @@ class Either(nn.Module):
         return self.now[0](*args, **kwargs)
 
     @contextmanager
-    def being(self, model: nn.Module) -> Iterator[None]:
+    def being(self, model: Any) -> Iterator[None]:
         before, self.now = self.now, [model]
         yield
         self.now = before
 
 
-def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
+def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
     rows = []
-    anatomy = notall.locate(model)
-    for kind in ("attention", "mlp", "block"):
-        plan = notall.deepest(anatomy, kind, 0.33, keep_last=True)
+    kinds: tuple[Literal["attention", "mlp", "block"], ...] = ("attention", "mlp", "block")
+    structure = notall.locate(model)
+    for kind in kinds:
+        plan = notall.deepest(structure, kind, 0.33, keep_last=True)
         either, twin = Either(model), native(model, plan)
         check_equal(model, twin, plan)
 
@@ -97,16 +121,15 @@ def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[dict[str, 
             with notall.skip(model, plan), either.being(model):
                 yield
 
+        stand_in: Any = either
         timings = compare(
-            either,  # type: ignore[arg-type]
-            {"skipped": skipped, "native": lambda either=either, twin=twin: either.being(twin)},
-            prompt_tokens=32,
-            new_tokens=new_tokens,
-            rounds=rounds,
+            stand_in,
+            {"skipped": skipped, "native": partial(either.being, twin)},
+            Workload(32, new_tokens, rounds=rounds),
         )
         ratio = speedup(timings["skipped"].decode_samples_ms, timings["native"].decode_samples_ms)
-        rows.append({"skip": f"{kind} 33 %"} | spread("skipped", timings["skipped"].decode_ms_per_token)
-                    | spread("native", timings["native"].decode_ms_per_token) | spread("ratio", ratio))  # fmt: skip
+        skipped_ms, native_ms = (timings[name].decode_ms_per_token for name in ("skipped", "native"))
+        rows.append(Decoding(kind, skipped_ms, native_ms, ratio))
     return rows
 
 
@@ -116,10 +139,6 @@ def check_equal(model: Any, twin: Any, plan: notall.Plan) -> None:
     with notall.skip(model, plan):
         expected = model(tokens).logits
     assert torch.equal(twin(tokens).logits, expected), "the native twin is another model"
-
-
-def spread(name: str, value: Spread) -> dict[str, float]:
-    return {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -135,6 +154,11 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> list[float]:
 def enter_and_leave(model: Any, plan: notall.Plan) -> None:
     with notall.skip(model, plan):
         pass
+
+
+def locate_anew(model: Any) -> None:
+    forget(model)
+    notall.locate(model)
 
 
 def similarity_ratio(model: Any, tokenizer: Any, rounds: int) -> list[float]:
@@ -170,16 +194,12 @@ def main() -> None:
     model, tokenizer = notall.load()
     about = machine(model.device)
     print(f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {model.dtype}, {about['versions']}")
-    show(
-        decode_overhead(model, arguments.rounds, arguments.new),
-        [plain("skip"), with_spread("skipped", "skipped ms/token"), with_spread("native", "native ms/token"),
-         with_spread("ratio", "skipped / native", ".3f")],
-        title="Decoding, skipped against natively built (target: at most 1.02)",
-    )  # fmt: skip
+    rows = decode_overhead(model, arguments.rounds, arguments.new)
+    print_table(table("Decoding, skipped against natively built (target: at most 1.02)", DECODING, rows))
     plan = notall.deepest(notall.locate(model), "attention", 0.33)
     samples = milliseconds(lambda: enter_and_leave(model, plan), 50)
     print(f"Entering and leaving skip on 30 blocks: {statistics.median(samples):.2f} ms (target: under 20)")
-    located = milliseconds(lambda: (notall.structure.locating.forget(model), notall.locate(model)), 5)
+    located = milliseconds(lambda: locate_anew(model), 5)
     forward = milliseconds(lambda: model(torch.ones(2, 4, dtype=torch.int64)), 5)
     print(f"locate: {statistics.median(located):.0f} ms, a forward of 8 tokens: {statistics.median(forward):.0f} ms")
     ratios = similarity_ratio(model, tokenizer, arguments.rounds)

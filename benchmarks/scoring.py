@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +29,34 @@ from notall.choosing.objective import kl
 from notall.choosing.searching import search
 from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
-from notall.measuring.speed import Spread, machine
+from notall.measuring.speed import machine
 from notall.measuring.token_scores import Dense, TokenScorer, TokenScores
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import plain, with_spread
-from notall.records.plan import Plan
-from notall.reporting.console import show
+from notall.plan import Plan
+from notall.results.record import Quartiles
+from notall.results.table import Column, table, with_quartiles, words
+from notall.results.terminal import print_table
 from notall.running.replay import Replay, record
 
 IN_CACHE = 16  # rows of logits whose log-probabilities the slow twin makes at once: as fast as it gets
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring costs, in CPU seconds over others."""
+
+    what: str
+    value: Quartiles
+
+    def line(self) -> dict[str, str | float]:
+        value = self.value
+        return {"what": self.what, "value": value.median, "value_low": value.low, "value_high": value.high}
+
+
+COSTS: tuple[Column[Cost], ...] = (
+    words("what", lambda one: one.what),
+    with_quartiles("CPU seconds, median [quartiles]", lambda one: one.value, ".2f"),
+)
 
 
 class SlowScorer(TokenScorer):
@@ -130,7 +150,7 @@ def searched(model: Any, batches: Sequence[Tensor], scorer: TokenScorer, count: 
     """Search for `count` attentions by KL: CPU seconds, forward passes of sublayers, and rows of heads."""
     evaluator = Evaluator(model, kl(batches))
     evaluator._scorer = counting = Counting(scorer)  # type: ignore[assignment]
-    space = Space(evaluator.anatomy, "attention")
+    space = Space(evaluator.structure, "attention")
     seconds: list[float] = []
     with timed(seconds):
         found = search(space, by_count(space, count), evaluator)
@@ -163,12 +183,11 @@ def evaluated(model: Any, plans: Sequence[Plan], batches: Sequence[Tensor]) -> f
     return seconds[0]
 
 
-def spread(samples: Sequence[float]) -> dict[str, float]:
-    value = Spread.of(samples)
-    return {"value": value.median, "value_low": value.low, "value_high": value.high}
+def cost(what: str, samples: Sequence[float]) -> Cost:
+    return Cost(what, Quartiles.of(samples))
 
 
-def of_search(rates: Rates, rounds: int, count: int, slow: bool) -> list[dict[str, Any]]:
+def of_search(rates: Rates, rounds: int, count: int, slow: bool) -> list[Cost]:
     model, batches = rates.model, rates.batches
     fast, twin = TokenScorer(model), SlowScorer(model)
     taken, ratios, slow_taken, slow_ratios, heads = [], [], [], [], []
@@ -188,14 +207,16 @@ def of_search(rates: Rates, rounds: int, count: int, slow: bool) -> list[dict[st
             slow_taken.append(other["seconds"] / forward)
             slow_ratios.append(other["seconds"] / bound)
     what = f"search for {count} attentions: {run['evaluations']} evaluations, {run['passes']:.1f} passes of sublayers"
-    rows = [{"what": f"{what}, in forwards", **spread(taken)}, {"what": "... over its bound", **spread(ratios)}]
+    rows = [cost(f"{what}, in forwards", taken), cost("... over its bound", ratios)]
     if slow:
-        rows += [{"what": "... by the slow twin, in forwards", **spread(slow_taken)},
-                 {"what": "... by the slow twin, over its bound", **spread(slow_ratios)}]  # fmt: skip
-    return [*rows, {"what": "a head, in forwards", **spread(heads)}]
+        rows += [
+            cost("... by the slow twin, in forwards", slow_taken),
+            cost("... by the slow twin, over its bound", slow_ratios),
+        ]
+    return [*rows, cost("a head, in forwards", heads)]
 
 
-def of_evaluate(rates: Rates, rounds: int, plans: Sequence[Plan], slow: bool) -> list[dict[str, Any]]:
+def of_evaluate(rates: Rates, rounds: int, plans: Sequence[Plan], slow: bool) -> list[Cost]:
     model, batches = rates.model, rates.batches
     fast, twin = TokenScorer(model), SlowScorer(model)
     passes = Replay(model, [Plan(), *plans]).executions / len(notall.locate(model).sublayers)
@@ -213,8 +234,7 @@ def of_evaluate(rates: Rates, rounds: int, plans: Sequence[Plan], slow: bool) ->
             seconds = sides[name]()
             forward, head = (sum(pair) / 2 for pair in zip(before, rates.measure()))
             samples[name].append(seconds / (passes * (forward - head) + (len(plans) + 1) * head))
-    return [{"what": f"{name} of {len(plans)} plans over their bound", **spread(some)}
-            for name, some in samples.items()]  # fmt: skip
+    return [cost(f"{name} of {len(plans)} plans over their bound", some) for name, some in samples.items()]
 
 
 def main() -> None:
@@ -239,23 +259,23 @@ def main() -> None:
     plans = [Plan([blocks * step // 11]) for step in range(1, 11)]
     rates = Rates(model, batches)
     rates.measure()
-    rows: list[dict[str, Any]] = []
+    rows: list[Cost] = []
     if arguments.part in ("all", "memory"):  # first, while nothing is held that may be used again
         wide = list(token_batches(tokenizer, read_text(), sequences=8, length=512, batch_size=8))
         weights = sum(weight.nbytes for weight in model.parameters())
         peak = 1 + peak_above(lambda: evaluate(model, plans[:1], wide)) / weights
-        rows.append({"what": "peak memory of evaluate at 8 x 512 tokens, in weights", **spread([peak])})
+        rows.append(cost("peak memory of evaluate at 8 x 512 tokens, in weights", [peak]))
     if arguments.part in ("all", "search"):
         rows += of_search(rates, arguments.rounds, arguments.count, arguments.slow)
     if arguments.part in ("all", "evaluate"):
         rows += of_evaluate(rates, arguments.rounds, plans, arguments.slow)
     about = machine(model.device) | {"dtype": arguments.dtype, "model": arguments.model, **size}
     if arguments.json:
-        print(json.dumps({"about": about, "rows": rows}, indent=1))
+        print(json.dumps({"about": about, "rows": [row.line() for row in rows]}, indent=1))
         return
     print(f"{about['cpu']}, {about['threads']} threads, {arguments.dtype}, {about['versions']}")
     title = f"{arguments.model}, {rates.tokens:,} tokens in batches of {arguments.batch_size} x {arguments.length}"
-    show(rows, [plain("what"), with_spread("value", "CPU seconds, median [quartiles]", ".2f")], title=title)
+    print_table(table(title, COSTS, rows))
 
 
 if __name__ == "__main__":

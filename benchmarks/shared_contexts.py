@@ -11,40 +11,68 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import notall
 from notall import Plan
 from notall.evaluation.harness import PlansLM, TaskResult, evaluate_job
+from notall.evaluation.scoring import Scorer
 from notall.evaluation.tasks import TaskShelf
-from notall.records.columns import number, plain
-from notall.reporting.console import show
+from notall.results.table import Column, number, table, words
+from notall.results.terminal import print_table
 
 TASKS = {"local_arc_challenge": 25, "local_hellaswag": 10}  # examples shown
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Tokens of a task's first questions, one by one and together; and how far answers are apart, of those compared."""
+
+    task: str
+    examples: int
+    questions: int
+    one_by_one: int
+    run: int
+    compared: int
+    difference: float
+
+
+COLUMNS: tuple[Column[Shared], ...] = (
+    words("task", lambda row: row.task),
+    number("examples", lambda row: row.examples, "d"),
+    number("questions", lambda row: row.questions, "d"),
+    number("tokens one by one", lambda row: row.one_by_one, ",d"),
+    number("tokens run", lambda row: row.run, ",d"),
+    number("share", lambda row: row.run / row.one_by_one),
+    number("answers compared", lambda row: row.compared, "d"),
+    number("largest difference, nats", lambda row: row.difference, ".1e"),
+)
 
 
 def answered(lm: PlansLM, shelf: TaskShelf, name: str, limit: int) -> list[float]:
     """The log-likelihoods of all answers to the first `limit` questions."""
     found: list[TaskResult] = evaluate_job(lm, shelf.build(name, TASKS[name], limit))
-    return [value for document in found[0].documents for value, _ in document.answers]
+    return [value for sample in found[0].samples for value, _ in sample.answers]
 
 
-def measured(model: Any, tokenizer: Any, shelf: TaskShelf, name: str, limit: int, checked: int) -> dict[str, Any]:
+def measured(model: Any, tokenizer: Any, shelf: TaskShelf, name: str, limit: int, checked: int) -> Shared:
     shared, alone = (PlansLM(model, tokenizer, [Plan()]) for _ in range(2))
+    assert isinstance(shared.scorer, Scorer)
+    assert isinstance(alone.scorer, Scorer)
     values = answered(shared, shelf, name, limit)
     alone.scorer.packs = False
     expected = answered(alone, shelf, name, checked)
-    return {
-        "task": name.removeprefix("local_"),
-        "shots": TASKS[name],
-        "documents": limit,
-        "plain": shared.scorer.plain_tokens,
-        "run": shared.scorer.tokens,
-        "share": shared.scorer.tokens / shared.scorer.plain_tokens,
-        "compared": len(expected),
-        "difference": max(abs(ours - theirs) for ours, theirs in zip(values, expected)),
-    }
+    return Shared(
+        name.removeprefix("local_"),
+        TASKS[name],
+        limit,
+        shared.scorer.plain_tokens,
+        shared.scorer.tokens,
+        len(expected),
+        max(abs(ours - theirs) for ours, theirs in zip(values, expected)),
+    )
 
 
 def main() -> None:
@@ -61,17 +89,8 @@ def main() -> None:
         subprocess.run([sys.executable, arguments.data / "make_tasks.py", folder], check=True)
         shelf = TaskShelf(folder)
         rows = [measured(model, tokenizer, shelf, name, arguments.limit, arguments.checked) for name in TASKS]
-    columns = [
-        plain("task"),
-        number("shots", "examples", "d"),
-        number("documents", "questions", "d"),
-        number("plain", "tokens one by one", ",d"),
-        number("run", "tokens run", ",d"),
-        number("share", "share", ".3f"),
-        number("compared", "answers compared", "d"),
-        number("difference", "largest difference, nats", ".1e"),
-    ]
-    show(rows, columns, title=f"Answers that share their question, {arguments.dtype} (target: at most 0.40)")
+    title = f"Answers that share their question, {arguments.dtype} (target: at most 0.40)"
+    print_table(table(title, COLUMNS, rows))
 
 
 if __name__ == "__main__":

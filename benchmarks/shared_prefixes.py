@@ -9,6 +9,8 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,48 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import notall
-from notall.evaluation.paper.grid import paper_grid
-from notall.measuring.speed import Spread, machine
+from notall.charts.style import save
+from notall.choosing.criteria.data_free import paper_grid
+from notall.measuring.speed import machine
 from notall.measuring.token_scores import TokenScorer
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain, with_spread
-from notall.records.plan import Plan
-from notall.reporting.console import show
-from notall.reporting.plots import save
+from notall.plan import Plan
+from notall.results.record import Quartiles
+from notall.results.table import Column, number, table, with_quartiles, words
+from notall.results.terminal import print_table
 from notall.running.replay import Replay, record
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "shared-prefixes"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A figure of the grid."""
+
+    what: str
+    value: Quartiles
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Seconds of so many plans, taken in one way, and the sublayers that are run."""
+
+    plans: int
+    series: str
+    executions: int
+    seconds: Quartiles
+
+
+TOLD: tuple[Column[Told], ...] = (
+    words("what", lambda one: one.what),
+    with_quartiles("median [quartiles]", lambda one: one.value, ".3f"),
+)
+GROWTH: tuple[Column[Growth], ...] = (
+    number("plans", lambda one: one.plans, "d"),
+    words("series", lambda one: one.series),
+    number("sublayer executions", lambda one: one.executions, ","),
+    with_quartiles("seconds", lambda one: one.seconds, ".2f"),
+)
 
 
 def nll(logits: Tensor, tokens: Tensor) -> float:
@@ -71,9 +104,8 @@ def in_turn(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]
     """Seconds of each run, a sample a round, the order turned each round, after a round that is thrown away."""
     samples: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
-        order = list(range(len(runs)))[:: 1 if turn % 2 else -1]
-        for number_ in order:
-            samples[number_].append(seconds(runs[number_]))
+        for place in list(range(len(runs)))[:: 1 if turn % 2 else -1]:
+            samples[place].append(seconds(runs[place]))
     return [sample[1:] for sample in samples]
 
 
@@ -88,27 +120,23 @@ def grid(model: Any, tokens: Tensor, rounds: int) -> None:
     with torch.inference_mode():
         (_, hidden) = next(Replay(model, [Plan()]).hidden_states(record(model, input_ids=tokens)))
     last = hidden[:, :-1].flatten(0, 1)
-    sides = [lambda run=run: run(model, plans, tokens) for run in (together, one_by_one)]
-    sides.append(lambda: heads_alone(model, plans, tokens, last))
+    sides = [partial(run, model, plans, tokens) for run in (together, one_by_one)]
+    sides.append(partial(heads_alone, model, plans, tokens, last))
     shared, single, heads = in_turn(sides, rounds)
-    ratio = Spread.of([a / b for a, b in zip(shared, single)])
+    executed = replay.executions / replay.one_by_one
+    ratio = Quartiles.of([a / b for a, b in zip(shared, single)])
     # The layers' share of one-by-one time shrinks by the tree's own ratio; the heads' stays.
-    bound = Spread.of([(h + (b - h) * replay.executions / replay.one_by_one) / b for h, b in zip(heads, single)])
+    bound = Quartiles.of([(h + (b - h) * replay.executions / replay.one_by_one) / b for h, b in zip(heads, single)])
     rows = [
-        {"what": "sublayer executions, in one pass / one by one", **spread(replay.executions / replay.one_by_one)},
-        {"what": "seconds, in one pass / one by one", **spread(ratio)},
-        {"what": "seconds, what sharing layers alone allows", **spread(bound)},
-        {"what": "seconds, heads and NLL / one by one", **spread(Spread.of([h / b for h, b in zip(heads, single)]))},
-        {"what": "seconds, in one pass", **spread(Spread.of(shared))},
-        {"what": "seconds, one by one", **spread(Spread.of(single))},
+        Told("sublayer executions, in one pass / one by one", Quartiles.of([executed])),
+        Told("seconds, in one pass / one by one", ratio),
+        Told("seconds, what sharing layers alone allows", bound),
+        Told("seconds, heads and NLL / one by one", Quartiles.of([h / b for h, b in zip(heads, single)])),
+        Told("seconds, in one pass", Quartiles.of(shared)),
+        Told("seconds, one by one", Quartiles.of(single)),
     ]
     title = f"{len(plans)} plans: {replay.executions} of {replay.one_by_one} executions, {tokens.numel()} tokens"
-    show(rows, [plain("what"), with_spread("value", "median [quartiles]", ".3f")], title=title)
-
-
-def spread(value: Spread | float) -> dict[str, float]:
-    value = value if isinstance(value, Spread) else Spread(value, value, value, 1)
-    return {"value": value.median, "value_low": value.low, "value_high": value.high}
+    print_table(table(title, TOLD, rows))
 
 
 def tails(blocks: int, count: int, shared: int, seed: int = 0) -> list[Plan]:
@@ -121,10 +149,10 @@ def tails(blocks: int, count: int, shared: int, seed: int = 0) -> list[Plan]:
     return list(found.values())
 
 
-def curve(model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]) -> list[dict[str, Any]]:
+def curve(model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]) -> list[Growth]:
     blocks = len(notall.locate(model).blocks)
     distinct = tails(blocks, max(counts), shared=2 * blocks // 3)
-    series = {
+    series: dict[str, Callable[[int], list[Plan]]] = {
         "each tail another": lambda n: distinct[:n],
         "10 tails, repeated": lambda n: [distinct[i % 10] for i in range(n)],
     }
@@ -132,21 +160,22 @@ def curve(model: Any, tokens: Tensor, rounds: int, counts: Sequence[int]) -> lis
     for count in counts:
         for name, choose in series.items():
             plans = choose(count)
-            (samples,) = in_turn([lambda plans=plans: together(model, plans, tokens)], rounds)
-            replay = Replay(model, plans)
-            rows.append({"plans": count, "series": name, "executions": replay.executions, **spread(Spread.of(samples))})
+            (samples,) = in_turn([partial(together, model, plans, tokens)], rounds)
+            rows.append(Growth(count, name, Replay(model, plans).executions, Quartiles.of(samples)))
         plans = distinct[:count]
         if count <= 10:  # one by one is plain: ten are enough to see its slope
-            (samples,) = in_turn([lambda plans=plans: one_by_one(model, plans, tokens)], rounds)
-            executions = Replay(model, plans).one_by_one
-            rows.append(
-                {"plans": count, "series": "one by one", "executions": executions, **spread(Spread.of(samples))}
-            )
+            (samples,) = in_turn([partial(one_by_one, model, plans, tokens)], rounds)
+            rows.append(Growth(count, "one by one", Replay(model, plans).one_by_one, Quartiles.of(samples)))
     return rows
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str) -> alt.LayerChart:
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+def draw(rows: Sequence[Growth], title: str) -> alt.LayerChart:
+    values = [
+        {"plans": row.plans, "series": row.series, "value": row.seconds.median}
+        | {"value_low": row.seconds.low, "value_high": row.seconds.high}
+        for row in rows
+    ]
+    base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("plans:Q", title="plans that share their first two thirds"),
         color=alt.Color("series:N", title=None, scale=alt.Scale(range=["#D55E00", "#0072B2", "#009E73"])),
     )
@@ -170,9 +199,7 @@ def main() -> None:
     (tokens,) = token_batches(tokenizer, read_text(), **size)
     grid(model, tokens, arguments.rounds)
     rows = curve(model, tokens[:1, :64], max(1, arguments.rounds // 2), (1, 5, 10, 25, 50, 100))
-    columns = [number("plans", "plans", "d"), plain("series"), number("executions", "sublayer executions", ","),
-               with_spread("value", "seconds", ".2f")]  # fmt: skip
-    show(rows, columns, title="Plans that share their first two thirds, on 64 tokens")
+    print_table(table("Plans that share their first two thirds, on 64 tokens", GROWTH, rows))
     save(draw(rows, f"Time grows with distinct tails ({where})"), arguments.figure)
 
 

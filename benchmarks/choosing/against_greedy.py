@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +28,36 @@ from notall.measuring.quality import gather, score
 from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain, with_error
-from notall.reporting.console import show
-from notall.reporting.progress_bars import progress_bar
+from notall.results.facts import Quality
+from notall.results.progress_bars import progress_bar
+from notall.results.table import Column, number, table, with_error, words
+from notall.results.terminal import print_table
 
 SEARCHES = {"search": PATIENCE, "search --patience 0": 0}
+
+
+@dataclass(frozen=True)
+class Way:
+    """What choosing in one way took, CPU seconds at least and at most, and what its plan loses, also less greedy's."""
+
+    name: str
+    seconds: float
+    most: float
+    part: str
+    forwards: float
+    quality: Quality
+    paired: tuple[float, float]
+
+
+COLUMNS: tuple[Column[Way], ...] = (
+    words("what", lambda way: way.name),
+    number("CPU seconds", lambda way: way.seconds, ".1f"),
+    number("most", lambda way: way.most, ".1f"),
+    words("of plain greedy's", lambda way: way.part),
+    number("forward passes", lambda way: way.forwards, ".1f"),
+    with_error("NLL added, held-out", lambda way: (way.quality.delta_nll, way.quality.delta_nll_se)),
+    with_error("less plain greedy's", lambda way: way.paired),
+)
 
 
 @torch.inference_mode()
@@ -89,30 +115,20 @@ def main() -> None:
     losses = [
         torch.tensor([value for scores in per_batch for value in scores[place + 1].nll]) for place in range(len(plans))
     ]
-    rows = []
+    took: list[tuple[str, float, float, str, float]] = []
     for name, (_, seconds, passes), (_, again, _) in zip(SEARCHES, first, second):
         least, most = sorted((plain_seconds / seconds, plain_seconds / again))
-        rows.append({"what": name, "seconds": min(seconds, again), "most": max(seconds, again), "forwards": passes})
-        rows[-1] |= {"part": f"1/{least:.1f} to 1/{most:.1f}"}
-    rows.append({"what": "plain greedy", "seconds": plain_seconds, "most": plain_seconds, "forwards": forwards})
-    for row, quality, own in zip(rows, gather(per_batch), losses):
-        paired, error = mean_and_error((own - losses[-1]).tolist())
-        row |= {
-            "delta_nll": quality.delta_nll,
-            "delta_nll_se": quality.delta_nll_se,
-            "paired": paired,
-            "paired_se": error,
-        }
+        part = f"1/{least:.1f} to 1/{most:.1f}"
+        took.append((name, min(seconds, again), max(seconds, again), part, passes))
+    took.append(("plain greedy", plain_seconds, plain_seconds, "", forwards))
+    rows = [
+        Way(*one, quality, mean_and_error((own - losses[-1]).tolist()))
+        for one, quality, own in zip(took, gather(per_batch), losses)
+    ]
     about = machine(model.device)
     print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
-    columns = [plain("what"), number("seconds", "CPU seconds", ".1f"), number("most", "most", ".1f"),
-               plain("part", "of plain greedy's"), number("forwards", "forward passes", ".1f"),
-               with_error("delta_nll", "NLL added, held-out"), with_error("paired", "less plain greedy's")]  # fmt: skip
-    show(
-        rows,
-        columns,
-        title=f"{asked.count} of {len(space.names)} sublayers, on {asked.sequences} x {asked.length} tokens",
-    )
+    title = f"{asked.count} of {len(space.names)} sublayers, on {asked.sequences} x {asked.length} tokens"
+    print_table(table(title, COLUMNS, rows))
 
 
 if __name__ == "__main__":

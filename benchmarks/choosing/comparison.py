@@ -19,15 +19,14 @@ from typing import Any, get_args
 from inputs import load_asked, options_of
 
 import notall
-from notall.choosing.answer_objectives import task
-from notall.choosing.comparison import Aim, Question, compare_criteria
 from notall.choosing.criteria import suits
-from notall.choosing.objective import kl, mix, nll
+from notall.choosing.objective import kl, mix, nll, task
 from notall.choosing.space import Space, UnitKind
-from notall.cli.inputs import provenance_of
+from notall.experiments.compare import CalibratedObjective, Run, compare_criteria, write_comparison
+from notall.experiments.driver import Subject
+from notall.experiments.options import ModelOptions
 from notall.models.texts import read_text, token_batches
-from notall.reporting.comparison_files import write_comparison
-from notall.reporting.progress_bars import progress_bar
+from notall.results.progress_bars import progress_bar
 
 BLOCKS = 30
 TASK = "local_arc_challenge"
@@ -38,8 +37,8 @@ ONE_SHOT = ("deepest", "random", "cosine", "angular", "magnitude", "first-order"
 class Sizes:
     """What is compared, on how much: `sequences` and `held_out` are of `length` tokens each.
 
-    Budgets are of a model of 30 blocks: of another the nearest shares. `special` are rows of a criterion, an aim, a
-    space and a count; `other` are sequences and tokens each of the aims "nll, less text" and so on.
+    Budgets are of a model of 30 blocks: of another the nearest shares. `special` are rows of a criterion, an objective,
+    a space and a count; `other` are sequences and tokens each of the objectives "nll, less text" and so on.
     """
 
     length: int
@@ -57,7 +56,10 @@ FULL = Sizes(
     budgets={"attention": (4, 8, 12), "sublayer": (16,), "block": (2, 4, 6), "portable": (4, 8, 12)},
     special=(
         # other objectives, other text, more and less of it
-        *(("search", aim, "attention", 8) for aim in ("nll, C4", "task", "kl + 0.1*task", "nll, less text")),
+        *(
+            ("search", objective, "attention", 8)
+            for objective in ("nll, C4", "task", "kl + 0.1*task", "nll, less text")
+        ),
         # plain greedy and evolution evaluate so often that they get the least text, and so does the search beside them
         *((name, "nll, least text", "attention", 8) for name in ("search", "greedy", "evolution")),
         *((name, "nll, least text", "block", 4) for name in ("search", "greedy")),
@@ -76,29 +78,31 @@ QUICK = Sizes(
 )
 
 
-def rows(anatomy: notall.Anatomy, sizes: Sizes) -> list[Question]:
+def rows(structure: notall.ModelStructure, sizes: Sizes) -> list[Run]:
     """One-shot criteria, losses one by one and the search by KL at every budget, and what is special."""
-    spaces = {"portable": Space(anatomy, portable=True)}
-    spaces |= {kind: Space(anatomy, kind) for kind in get_args(UnitKind)}
+    spaces = {"portable": Space(structure, portable=True)}
+    spaces |= {kind: Space(structure, kind) for kind in get_args(UnitKind)}
     by = [(criterion, "nll") for criterion in (*ONE_SHOT, "leave-one-out", "quadratic")]
     by += [("search", "kl")]
 
     def share(name: str, count: int) -> int:
         step = 2 if name == "portable" else 1
-        return max(1, round(count * len(anatomy.blocks) / BLOCKS / step)) * step
+        return max(1, round(count * len(structure.blocks) / BLOCKS / step)) * step
 
     found = [
-        Question(criterion, aim, spaces[name], share(name, count))
+        Run(criterion, objective, spaces[name], share(name, count))
         for name, counts in sizes.budgets.items()
-        for criterion, aim in by
+        for criterion, objective in by
         for count in counts
         if suits(criterion, spaces[name])
     ]
-    special = [Question(by, aim, spaces[name], share(name, count)) for by, aim, name, count in sizes.special]
+    special = [Run(by, objective, spaces[name], share(name, count)) for by, objective, name, count in sizes.special]
     return found + special
 
 
-def aims(wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path) -> dict[str, Aim]:
+def objectives(
+    wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes, task_path: Path
+) -> dict[str, CalibratedObjective]:
     """What the rows go by: NLL and KL on WikiText-2 train, NLL on C4, a task's training questions."""
     wiki, c4 = (read_text(data / name) for name in ("wikitext2/wiki.train.first1MB.txt", "c4/sample300.jsonl"))
 
@@ -112,19 +116,19 @@ def aims(wanted: set[str], model: Any, tokenizer: Any, data: Path, sizes: Sizes,
     found = {}
     for name in wanted:
         if name == "nll":
-            found[name] = Aim(nll(many), many)
+            found[name] = CalibratedObjective(nll(many), many)
         elif name == "kl":
-            found[name] = Aim(kl(many), many)
+            found[name] = CalibratedObjective(kl(many), many)
         elif name == "task":
-            found[name] = Aim(questions(1.0), many)
+            found[name] = CalibratedObjective(questions(1.0), many)
         elif name == "kl + 0.1*task":
-            found[name] = Aim(mix([kl(many), questions(0.1)]), many)
+            found[name] = CalibratedObjective(mix([kl(many), questions(0.1)]), many)
         elif name == "nll, C4":
             others = batches(c4)
-            found[name] = Aim(nll(others), others)
+            found[name] = CalibratedObjective(nll(others), others)
         else:
             some = batches(wiki, *sizes.other[name.removeprefix("nll, ").removesuffix(" text")])
-            found[name] = Aim(nll(some), some)
+            found[name] = CalibratedObjective(nll(some), some)
     return found
 
 
@@ -148,18 +152,19 @@ def main() -> None:
     asked = rows(notall.locate(model), sizes)
     text = read_text(arguments.data / "wikitext2/wiki.test.raw")
     held_out = token_batches(tokenizer, text, sequences=sizes.held_out, length=sizes.length, batch_size=2)
-    about = provenance_of(model, arguments.model, None, calibration="WikiText-2 train", held_out=text.name)
+    about = ModelOptions(arguments.model).provenance(model, calibration="WikiText-2 train", held_out=text.name)
     with progress_bar() as progress:
         records = compare_criteria(
-            model,
+            Subject(model, tokenizer, held_out, out, about),
             asked,
-            aims({row.aim for row in asked}, model, tokenizer, arguments.data, sizes, task_path),
-            held_out,
-            out,
-            about,
+            objectives({row.objective for row in asked}, model, tokenizer, arguments.data, sizes, task_path),
             progress=progress,
         )
-    write_comparison(records, out, f"NLL added on WikiText-2 test by what is skipped, {arguments.name}")
+    made = (
+        f"Chosen by {sizes.sequences} windows of {sizes.length} tokens of WikiText-2 train, where no other text is "
+        f"told, and measured on {sizes.held_out} of its test, in {about.what['dtype']}."
+    )
+    write_comparison(records, out, f"NLL added on WikiText-2 test by what is skipped, {arguments.name}", made)
     print((out / "table.md").read_text())
 
 

@@ -9,6 +9,8 @@ comes from other articles than what is chosen by. Evaluations are kept in --out:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,52 @@ from torch import Tensor
 import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
-from notall.choosing.objective import kl, mix, nll
+from notall.choosing.objective import Objective, kl, mix, nll
 from notall.choosing.space import Space, UnitKind
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain, with_error
-from notall.reporting.console import show
+from notall.results.facts import Quality
+from notall.results.table import Column, number, table, with_error, words
+from notall.results.terminal import print_table
 
 LENGTH = 256
 BUDGETS: tuple[tuple[UnitKind, float], ...] = (("attention", 0.27), ("block", 0.14))
-OBJECTIVES = {"kl": kl, "nll": nll, "kl + nll": lambda batches: mix([kl(batches), nll(batches)])}
+OBJECTIVES: dict[str, Callable[[Sequence[Tensor]], Objective]] = {
+    "kl": kl,
+    "nll": nll,
+    "kl + nll": lambda batches: mix([kl(batches), nll(batches)]),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, by which objective on how much of which text it was chosen, and what it loses on each text."""
+
+    skip: str
+    text: str
+    tokens: int
+    by: str
+    forwards: float
+    plan: notall.Plan
+    lost: dict[str, Quality] = field(default_factory=dict)
+
+
+def columns_of(texts: Iterable[str]) -> list[Column[Chosen]]:
+    def lost(text: str) -> tuple[Column[Chosen], ...]:
+        return (
+            with_error(f"{text}, NLL added", lambda one: (one.lost[text].delta_nll, one.lost[text].delta_nll_se)),
+            with_error(f"{text}, KL", lambda one: (one.lost[text].kl, one.lost[text].kl_se)),
+        )
+
+    return [
+        words("skip", lambda one: one.skip),
+        words("chosen by", lambda one: one.text),
+        number("tokens", lambda one: one.tokens, ","),
+        words("by", lambda one: one.by),
+        *(column for text in texts for column in lost(text)),
+        number("forward passes", lambda one: one.forwards, ".1f"),
+    ]
 
 
 def texts(tokenizer: Any, data: Path, most: int, held_out: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
@@ -54,34 +91,26 @@ def main() -> None:
     asked = options.parse_args()
     model, tokenizer = load_asked(asked)
     by_name = texts(tokenizer, asked.data, max(asked.sizes), asked.held_out)
-    rows: list[dict[str, Any]] = []
-    plans = []
+    rows: list[Chosen] = []
     for kind, share in BUDGETS:
         space = Space(notall.locate(model), kind)
         budget = by_count(space, share)
         for text, (batches, _) in by_name.items():
             for size in asked.sizes:
                 for name in asked.by:
-                    folder = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
+                    out = asked.out / f"{kind}-{text}-{size}-{name}".replace(" ", "")
                     some = batches[:size]
-                    found = choose_plan(model, "search", space, budget, some, OBJECTIVES[name](some), folder=folder)
-                    plans.append(found.plan)
-                    rows.append({"skip": budget.description, "text": text, "tokens": size * LENGTH, "by": name})
-                    rows[-1] |= {"forwards": found.forwards, "plan": str(found.plan)}
-                    print(*rows[-1].values(), flush=True)
+                    found = choose_plan(model, "search", space, budget, some, OBJECTIVES[name](some), out=out)
+                    tokens = size * LENGTH
+                    rows.append(Chosen(budget.description, text, tokens, name, found.forwards, found.plan))
+                    print(budget.description, text, tokens, name, found.forwards, found.plan, flush=True)
     for text, (_, measured) in by_name.items():
-        for row, quality in zip(rows, evaluate(model, plans, measured)):
-            row |= {f"{text} nll": quality.delta_nll, f"{text} nll_se": quality.delta_nll_se}
-            row |= {f"{text} kl": quality.kl, f"{text} kl_se": quality.kl_se}
+        for row, quality in zip(rows, evaluate(model, [row.plan for row in rows], measured)):
+            row.lost[text] = quality
     about = machine(model.device)
     print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
-    measures = [with_error(f"{text} {what}", f"{text}, {told}", ".3f")
-                for text in by_name for what, told in (("nll", "NLL added"), ("kl", "KL"))]  # fmt: skip
-    columns = [plain("skip"), plain("text", "chosen by"), number("tokens", "tokens", ","), plain("by"), *measures,
-               number("forwards", "forward passes", ".1f")]  # fmt: skip
-    show(
-        rows, columns, title=f"What is lost on {asked.held_out * LENGTH:,} held-out tokens of each text, {asked.model}"
-    )
+    title = f"What is lost on {asked.held_out * LENGTH:,} held-out tokens of each text, {asked.model}"
+    print_table(table(title, columns_of(by_name), rows))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ DATA holds `wikitext2/wiki.train.first1MB.txt`, to choose by, and `wikitext2/wik
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -21,8 +22,9 @@ from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
 from notall.choosing.space import Space, UnitKind
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain, with_error
-from notall.reporting.console import show
+from notall.results.facts import Quality
+from notall.results.table import Column, number, table, with_error, words
+from notall.results.terminal import print_table
 
 PATIENCES = (0, 4, 8, 12, 24)
 BUDGETS = (
@@ -36,7 +38,27 @@ BUDGETS = (
 )
 
 
-def searched(model: Any, space: Space, count: int, train: list[Tensor], test: list[Tensor]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Searched:
+    """What a search found with so much patience: what that loses on its own text and on another, and what it took."""
+
+    budget: str
+    patience: int
+    own: float
+    held_out: Quality
+    forwards: float
+
+
+COLUMNS: tuple[Column[Searched], ...] = (
+    words("skip", lambda one: one.budget),
+    number("patience", lambda one: one.patience, "d"),
+    number("NLL added, own text", lambda one: one.own),
+    with_error("held-out ± s.e.", lambda one: (one.held_out.delta_nll, one.held_out.delta_nll_se)),
+    number("forward passes", lambda one: one.forwards, ".1f"),
+)
+
+
+def searched(model: Any, space: Space, count: int, train: list[Tensor], test: list[Tensor]) -> list[Searched]:
     """A row a patience; each goes on from what the one before it evaluated."""
     rows = []
     with TemporaryDirectory() as folder:
@@ -48,19 +70,13 @@ def searched(model: Any, space: Space, count: int, train: list[Tensor], test: li
                 by_count(space, count),
                 train,
                 nll(train),
-                folder=Path(folder),
+                out=Path(folder),
                 patience=patience,
                 held_out=test,
             )
             assert found.held_out
-            rows.append({
-                "budget": f"{count} {space}",
-                "patience": patience,
-                "own": found.cost - found.dense_cost,
-                "delta_nll": found.held_out[1].delta_nll,
-                "delta_nll_se": found.held_out[1].delta_nll_se,
-                "forwards": found.forwards,
-            })  # fmt: skip
+            own = found.cost - found.dense_cost
+            rows.append(Searched(f"{count} {space}", patience, own, found.held_out[1], found.forwards))
             print(rows[-1], found.plan, file=sys.stderr, flush=True)
     return rows
 
@@ -71,7 +87,7 @@ def main() -> None:
     options.add_argument("--held-out", type=int, default=32, help="of 512 tokens each, to measure on")
     arguments = options.parse_args()
     model, tokenizer = load_asked(arguments)
-    anatomy = notall.locate(model)
+    structure = notall.locate(model)
 
     def batches(name: str, sequences: int, size: int) -> list[Tensor]:
         text = read_text(arguments.data / "wikitext2" / name)
@@ -79,19 +95,13 @@ def main() -> None:
 
     train = batches("wiki.train.first1MB.txt", arguments.sequences, 1)
     test = batches("wiki.test.raw", arguments.held_out, 2)
-    spaces = {"portable": Space(anatomy, portable=True)} | {kind: Space(anatomy, kind) for kind in get_args(UnitKind)}
+    spaces = {"portable": Space(structure, portable=True)} | {
+        kind: Space(structure, kind) for kind in get_args(UnitKind)
+    }
     rows = [row for name, count in BUDGETS for row in searched(model, spaces[name], count, train, test)]
-    columns = [
-        plain("budget", "skip"),
-        number("patience", "patience", "d"),
-        number("own", "NLL added, own text"),
-        with_error("delta_nll", "held-out ± s.e."),
-        number("forwards", "forward passes", ".1f"),
-    ]
     sizes = [f"{sum(tokens.numel() for tokens in some):,}" for some in (train, test)]
-    show(
-        rows, columns, title=f"By the NLL of {sizes[0]} tokens of WikiText-2 train, measured on {sizes[1]} of its test"
-    )
+    title = f"By the NLL of {sizes[0]} tokens of WikiText-2 train, measured on {sizes[1]} of its test"
+    print_table(table(title, COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,8 +14,31 @@ from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
 from notall.choosing.objective import nll
 from notall.choosing.space import Space
-from notall.records.columns import number
-from notall.reporting.console import show
+from notall.results.facts import SearchCost
+from notall.results.table import Column, number, table
+from notall.results.terminal import print_table
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a search in a model of so many blocks took, and the sublayers that plain greedy would run."""
+
+    blocks: int
+    skipped: int
+    spent: SearchCost
+    forwards: float
+    plain: int
+
+
+COLUMNS: tuple[Column[Work], ...] = (
+    number("blocks", lambda one: one.blocks, "d"),
+    number("skipped", lambda one: one.skipped, "d"),
+    number("evaluations", lambda one: one.spent.evaluations, ",d"),
+    number("sublayers run", lambda one: one.spent.executions, ",.0f"),
+    number("forward passes", lambda one: one.forwards, ",.1f"),
+    number("plain greedy runs", lambda one: one.plain, ",d"),
+    number("times fewer", lambda one: one.plain / one.spent.executions, ".1f"),
+)
 
 
 def tiny(blocks: int) -> LlamaForCausalLM:
@@ -62,29 +86,13 @@ def main() -> None:
         budget = by_count(space, arguments.fraction)
         chosen = choose_plan(model, "search", space, budget, batches, nll(batches))
         plain = plainly(2 * blocks, len(chosen.plan))
-        found.append({
-            "blocks": blocks,
-            "skipped": len(chosen.plan),
-            "executions": chosen.spent.executions,
-            "plain": plain,
-            "ratio": plain / chosen.spent.executions,
-            "forwards": chosen.forwards,
-            "evaluations": chosen.spent.evaluations,
-        })  # fmt: skip
-    columns = [
-        number("blocks", "blocks", "d"),
-        number("skipped", "skipped", "d"),
-        number("evaluations", "evaluations", ",d"),
-        number("executions", "sublayers run", ",.0f"),
-        number("forwards", "forward passes", ",.1f"),
-        number("plain", "plain greedy runs", ",d"),
-        number("ratio", "times fewer", ".1f"),
-    ]
-    show(found, columns, title=f"To skip {arguments.fraction:.0%} of the sublayers of tiny random models")
-    for name in ("executions", "plain"):
-        told = {"executions": "the search", "plain": "plain greedy"}[name]
-        print(f"sublayers run by {told} grow with depth to the power of "
-              f"{exponent(arguments.blocks, [row[name] for row in found]):.2f}")  # fmt: skip
+        found.append(Work(blocks, len(chosen.plan), chosen.spent, chosen.forwards, plain))
+    title = f"To skip {arguments.fraction:.0%} of the sublayers of tiny random models"
+    print_table(table(title, COLUMNS, found))
+    ran = {"the search": [one.spent.executions for one in found], "plain greedy": [float(one.plain) for one in found]}
+    for name, work in ran.items():
+        power = exponent(arguments.blocks, work)
+        print(f"sublayers run by {name} grow with depth to the power of {power:.2f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import notall
-from notall.measuring.speed import Spread, speedup
+from notall.measuring.speed import speedup
 from notall.models.loading import load
 from notall.models.names import named_gguf
 from notall.models.texts import read_text, token_batches
@@ -177,7 +177,7 @@ def measure(dense: Path, draft: Path, prompts: list[list[int]], given: argparse.
     alone = running[0]
     rows = []
     for drafted, one in running.items():
-        faster: Spread = speedup(alone.decode_ms, one.decode_ms)
+        faster = speedup(alone.decode_ms, one.decode_ms)
         pairs = zip(one.rounds[-1], alone.rounds[-1])
         rows.append(
             {

@@ -80,7 +80,7 @@ def bear(address: str, requests: int, at_once: int, new: int) -> Held:
             if number % 20 == 10:
                 hung_up.append(clients.submit(hang_up, address, number, new))
         most_used = 0.0
-        while not all(one.done() for one in [*good, *refused, *hung_up]):
+        while not all(one.done() for some in (good, refused, hung_up) for one in some):
             most_used = max(most_used, metric(address, USED))
             time.sleep(0.02)
         seconds = time.perf_counter() - start

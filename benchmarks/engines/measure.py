@@ -62,7 +62,8 @@ class Running:
         line = process.stdout.readline()
         if not line:
             sys.exit(f"this worker ended: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
-        return json.loads(line)  # type: ignore[no-any-return]
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def ask(self, prompt: int, new: int) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -74,8 +75,7 @@ def write(model: str, target: str, folder: Path) -> dict[str, Path]:
     """The exports of every plan for one target, and the stock checkpoint."""
     depth = load_config(model).num_hidden_layers
     folders = {
-        name: notall.export(model, plan, target, folder / name, verify=False)  # type: ignore[arg-type]
-        for name, plan in plans(depth).items()
+        name: notall.export(model, plan, target, folder / name, verify=False) for name, plan in plans(depth).items()
     }
     if target == "hf":
         folders["stock"] = write_stock(folders["block"], folder / "stock")

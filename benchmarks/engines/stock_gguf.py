@@ -14,27 +14,51 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from notall import Plan
-from notall.exporters.engines.asking import ask
-from notall.exporters.engines.gguf_types import FILE_TYPES, PLAIN
-from notall.exporters.engines.llamacpp import LlamaCpp
-from notall.measuring.speed import Spread, cores, machine, speedup
-from notall.records.columns import number, plain, size
-from notall.reporting.console import show
+from notall.engines.gguf_types import FILE_TYPES, PLAIN
+from notall.engines.llamacpp import LlamaCpp
+from notall.engines.worker import call
+from notall.experiments.pareto import write_plain
+from notall.measuring.speed import cores, machine, speedup
+from notall.results.record import Quartiles
+from notall.results.table import Column, number, size, table, words
+from notall.results.terminal import print_table
 
 PROMPT = [3 + (7 * place) % 250 for place in range(128)]
-COLUMNS = (
-    *(plain("type"), number("blocks", "blocks left out", "d"), plain("model")),
-    number("tensor_bytes", "bytes of tensors", ","),
-    size("file_bytes", "file"),
-    *(plain("decode", "decode ms/token"), plain("prefill", "prefill ms")),
-    plain("decode_ratio", "decode, export / stock"),
-    plain("prefill_ratio", "prefill, export / stock"),
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model in a file: its bytes and times; of an export also the stock file's bytes, and the times' ratios."""
+
+    type: str
+    blocks: int
+    model: str
+    tensor_bytes: int
+    file_bytes: int
+    decode_ms: Quartiles
+    prefill_ms: Quartiles
+    decode_ratio: Quartiles | None = None
+    prefill_ratio: Quartiles | None = None
+    stock_bytes: int | None = None
+
+
+COLUMNS: tuple[Column[Held], ...] = (
+    words("type", lambda one: one.type),
+    number("blocks left out", lambda one: one.blocks, "d"),
+    words("model", lambda one: one.model),
+    number("bytes of tensors", lambda one: one.tensor_bytes, ","),
+    size("file", lambda one: one.file_bytes),
+    words("decode ms/token", lambda one: in_words(one.decode_ms, ".2f")),
+    words("prefill ms", lambda one: in_words(one.prefill_ms, ".2f")),
+    words("decode, export / stock", lambda one: in_words(one.decode_ratio, ".3f")),
+    words("prefill, export / stock", lambda one: in_words(one.prefill_ratio, ".3f")),
 )
 
 
@@ -72,14 +96,14 @@ def tensor_bytes(file: Path) -> int:
 def written(engine: LlamaCpp, model: str, counts: Sequence[int], folder: Path) -> dict[tuple[str, int, str], Path]:
     """By type, blocks left out and model."""
     dense = folder / "dense.gguf"
-    engine.write(model, Plan(), dense)
+    write_plain(engine, model, Plan(), dense)
     depth = depth_of(dense)
     plain_files = {(0, "dense"): dense}
     for count in counts:
         middle = range((depth - count) // 2, (depth - count) // 2 + count)
         for name in ("export", "stock"):
             plain_files[count, name] = folder / f"{name}-{count}.gguf"
-        engine.write(model, Plan(attention=middle, mlp=middle), plain_files[count, "export"])
+        write_plain(engine, model, Plan(attention=middle, mlp=middle), plain_files[count, "export"])
         write_stock(dense, depth - count, plain_files[count, "stock"])
     found = {}
     for kind in FILE_TYPES:
@@ -105,31 +129,33 @@ def main() -> None:
         taken: dict[tuple[str, int, str], list[dict[str, float]]] = {key: [] for key in files}
         for number_of in range(given.rounds):
             for key in list(files)[:: -1 if number_of % 2 else 1]:
-                taken[key].append(ask(engine, "time", checkpoint=str(files[key]), prompt=PROMPT, new=given.new))
-        rows = [row(key, files, taken) for key in files]
+                taken[key].append(call(engine, "time", checkpoint=files[key], prompt=PROMPT, new=given.new))
+        rows = [held(key, files, taken) for key in files]
     about = machine("cpu")
-    show(rows, COLUMNS, title=f"llama.cpp, {about['cpu']}, {given.threads} threads, {given.rounds} rounds")
-    unlike = {row["type"] for row in rows if row["model"] == "export" and row["tensor_bytes"] != row["stock_bytes"]}
+    title = f"llama.cpp, {about['cpu']}, {given.threads} threads, {given.rounds} rounds"
+    print_table(table(title, COLUMNS, rows))
+    unlike = {row.type for row in rows if row.model == "export" and row.tensor_bytes != row.stock_bytes}
     sys.exit(f"other bytes than a stock file's: {', '.join(sorted(unlike))}" if unlike else 0)
 
 
-def row(key: tuple[str, int, str], files: dict[Any, Path], taken: dict[Any, Any]) -> dict[str, Any]:
+def held(key: tuple[str, int, str], files: dict[Any, Path], taken: dict[Any, Any]) -> Held:
     kind, count, name = key
-    found = {"type": kind, "blocks": count, "model": name, "file_bytes": files[key].stat().st_size}
-    found["tensor_bytes"] = tensor_bytes(files[key])
-    for what, field in (("decode", "decode_ms_per_token"), ("prefill", "prefill_ms")):
-        own = [one[field] for one in taken[key]]
-        found[what] = in_words(Spread.of(own), ".2f")
-        if name == "export":
-            stock = [one[field] for one in taken[kind, count, "stock"]]
-            found[f"{what}_ratio"] = in_words(speedup(own, stock), ".3f")
+
+    def samples(model: str, field: str) -> list[float]:
+        return [one[field] for one in taken[kind, count, model]]
+
+    more: dict[str, Any] = {}
     if name == "export":
-        found["stock_bytes"] = tensor_bytes(files[kind, count, "stock"])
-    return found
+        for ratio, field in (("decode_ratio", "decode_ms_per_token"), ("prefill_ratio", "prefill_ms")):
+            more[ratio] = speedup(samples(name, field), samples("stock", field))
+        more["stock_bytes"] = tensor_bytes(files[kind, count, "stock"])
+    decode, prefill = (Quartiles.of(samples(name, field)) for field in ("decode_ms_per_token", "prefill_ms"))
+    size_of = files[key].stat().st_size
+    return Held(kind, count, name, tensor_bytes(files[key]), size_of, decode, prefill, **more)
 
 
-def in_words(spread: Spread, form: str) -> str:
-    return f"{spread.median:{form}} [{spread.low:{form}}, {spread.high:{form}}]"
+def in_words(found: Quartiles | None, form: str) -> str:
+    return f"{found.median:{form}} [{found.low:{form}}, {found.high:{form}}]" if found else ""
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def logged(path: Path) -> Iterator[None]:
                 os.close(old)
 
 
-ENGINES = {"transformers": transformers, "vllm": vllm, "llama.cpp": llamacpp}
+ENGINES: dict[str, Any] = {"transformers": transformers, "vllm": vllm, "llama.cpp": llamacpp}
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import LENGTH, SETS, load_asked, named, options_of, texts
+from methods import LENGTH, SETS, Settings, load_asked, named, options_of, texts
+from pydantic import Field
 from torch import Tensor
 
 import notall
@@ -25,24 +26,42 @@ from notall.choosing.choice import ChosenPlan, choose_plan
 from notall.choosing.space import plan_of
 from notall.measuring.quality import Scores, score, summarize
 from notall.measuring.statistics import mean_and_error
-from notall.records import lines
-from notall.records.columns import number, plain, with_error
-from notall.records.provenance import Provenance
 from notall.repairing.methods.keeping import kept_repair
-from notall.reporting.console import show
-from notall.reporting.progress_bars import progress_bar
+from notall.results import lines
+from notall.results.progress_bars import progress_bar
+from notall.results.provenance import Provenance
+from notall.results.record import Number, Unsigned
+from notall.results.table import Column, number, table, with_error, words
+from notall.results.terminal import print_table
 
 SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4), "s16": ("sublayer", 16)}
-COLUMNS = (
-    *(plain("set", "skip"), plain("chosen"), plain("text")),
-    with_error("skipped_nll", "NLL added"),
-    with_error("delta_nll", "repaired"),
-    with_error("kl", "KL, repaired"),
-    with_error("top1_agreement", "top-1 agreement, repaired"),
-    with_error("less", "less than chosen as it is"),
-    number("forwards", "forward passes to choose", ",.1f"),
-    number("seconds", "CPU s to choose", ",.0f"),
-    plain("plan"),
+
+
+class Chosen(Settings):
+    """What a set loses that was chosen in one way, as it is (`skipped_nll`) and, all else, after a repair."""
+
+    chosen: str
+    skipped_nll: Number
+    skipped_nll_se: Unsigned
+    less: Number = Field(description="NLL less that of the set that was chosen as it is, repaired, by window")
+    less_se: Unsigned
+    plan: str
+    forwards: float | None = Field(None, description="forward passes to choose")
+    seconds: float | None = Field(None, description="CPU seconds to choose")
+
+
+COLUMNS: tuple[Column[Chosen], ...] = (
+    words("skip", lambda row: row.set),
+    words("chosen", lambda row: row.chosen),
+    words("text", lambda row: row.text),
+    with_error("NLL added", lambda row: (row.skipped_nll, row.skipped_nll_se)),
+    with_error("repaired", lambda row: (row.delta_nll, row.delta_nll_se)),
+    with_error("KL, repaired", lambda row: (row.kl, row.kl_se)),
+    with_error("top-1 agreement, repaired", lambda row: (row.top1_agreement, row.top1_agreement_se)),
+    with_error("less than chosen as it is", lambda row: (row.less, row.less_se)),
+    number("forward passes to choose", lambda row: row.forwards, ",.1f"),
+    number("CPU s to choose", lambda row: row.seconds, ",.0f"),
+    words("plan", lambda row: row.plan),
 )
 
 
@@ -58,25 +77,25 @@ def main() -> None:
     batches, held_out = texts(tokenizer, asked.data, asked.tokens, asked.windows)
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"chosen-{called}-{asked.sequences}.jsonl"
-    rows = lines.read(path)
+    rows = [Chosen(**line) for line in lines.read(path)]
     for of in asked.sets:
-        if any(row["set"] == of for row in rows):
+        if any(row.set == of for row in rows):
             continue
         first = torch.cat(list(batches))[: asked.sequences].split(1)
         found = chosen(model, of, first, asked)
         plans = {"as it is": plan_of(SETS[of].split()), "after a repair": found.plan}
         kept = asked.out / f"repairs-{called}"
         repaired = {way: kept_repair(kept, "refit", model, plan, batches)[0] for way, plan in plans.items()}
-        spent = {"forwards": found.forwards, "seconds": found.spent.seconds}
+        spent: dict[str, Any] = {"forwards": found.forwards, "seconds": found.spent.seconds}
         added = [
-            {"set": of, "text": text, **row, **(spent if row["chosen"] == "after a repair" else {}), **settings}
+            Chosen(set=of, text=text, **row, **(spent if row["chosen"] == "after a repair" else {}), **settings)
             for text, windows in held_out.items()
             for row in measured(model, plans, repaired, windows)
         ]
-        lines.append(path, *added)
+        lines.append(path, *(row.line() for row in added))
         rows += added
     title = f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
-    show([row for row in rows if row["set"] in asked.sets], COLUMNS, title=title)
+    print_table(table(title, COLUMNS, [row for row in rows if row.set in asked.sets]))
 
 
 def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> ChosenPlan:
@@ -88,8 +107,8 @@ def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> Chosen
     with progress_bar() as bar:
         return choose_plan(
             *(model, "search", space, by_count(space, count), batches),
-            folder=asked.out / f"chosen-{of}-{asked.sequences}.search",
-            settings=about,
+            out=asked.out / f"chosen-{of}-{asked.sequences}.search",
+            provenance=about,
             after_repair=True,
             progress=bar,
         )
@@ -98,7 +117,7 @@ def chosen(model: Any, of: str, batches: Sequence[Tensor], asked: Any) -> Chosen
 def measured(
     model: Any, plans: Mapping[str, Plan], repaired: Mapping[str, Plan], windows: Sequence[Tensor]
 ) -> list[dict[str, Any]]:
-    """A row for each way to choose; `less` is what is lost, repaired, less that of the first way, by window."""
+    """The figures of each way to choose; `less` is beside the first."""
     every = [*plans.values(), *repaired.values()]
     scores = [Scores() for _ in range(1 + len(every))]
     for tokens in windows:
@@ -115,7 +134,7 @@ def measured(
                 "chosen": way,
                 "skipped_nll": skipped.delta_nll,
                 "skipped_nll_se": skipped.delta_nll_se,
-                **vars(quality),
+                **quality.model_dump(),
                 "less": less,
                 "less_se": less_se,
                 "plan": " ".join(plans[way].names),

@@ -14,40 +14,70 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from methods import LENGTH, SETS, load_asked, options_of, texts
+from methods import LENGTH, LOSSES, SETS, Settings, load_asked, options_of, texts
 
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
-from notall.records import lines
-from notall.records.columns import number, plain, with_error
-from notall.records.healing import HealRecord
-from notall.records.ledger import read
-from notall.records.provenance import Provenance
 from notall.repairing.healing import heal
 from notall.repairing.methods.keeping import kept_repair
-from notall.repairing.sampling import sampled
-from notall.repairing.students import Trained
-from notall.reporting.console import show
-from notall.reporting.progress_bars import progress_bar
+from notall.repairing.students import TrainConfig, Trained
+from notall.repairing.texts import sampled
+from notall.results import lines
+from notall.results.ledger import read
+from notall.results.progress_bars import progress_bar
+from notall.results.provenance import Provenance
+from notall.results.repairs import HEALING, HealRecord
+from notall.results.table import Column, inherited, number, table, within, words
+from notall.results.terminal import print_table
 
 STOP = 8  # windows to stop by, half of each text
 BATCH = 4
 BEGINS = ("skipped", "repaired")
 WHAT = ("model", "dtype", "tokens", "windows", "rate", "train", "warm_up", "sample")  # results of others lie elsewhere
-COLUMNS = (
-    *(plain("set", "skip"), plain("begun", "begun with"), plain("text"), plain("state", "model")),
-    with_error("delta_nll", "NLL added"),
-    with_error("kl", "KL"),
-    with_error("top1_agreement", "top-1 agreement"),
-    number("cpu_minutes", "CPU min. of healing", ".1f"),
+
+
+class Healed(Settings):
+    """What a set loses, skipped, as the healing begins with it, or healed; and how it was trained."""
+
+    begun: str
+    state: str
+    cpu_minutes: float
+    rate: float
+    train: str
+    warm_up: float
+    sample: bool
+    passes: int | None = None
+    train_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How far a healing is."""
+
+    set: str
+    begun: str
+    found: HealRecord
+
+
+COLUMNS: tuple[Column[Healed], ...] = (
+    words("skip", lambda row: row.set),
+    words("begun with", lambda row: row.begun),
+    words("text", lambda row: row.text),
+    words("model", lambda row: row.state),
+    *inherited(Healed, LOSSES),
+    number("CPU min. of healing", lambda row: row.cpu_minutes, ".1f"),
 )
-CURVE = (plain("set", "skip"), plain("begun", "begun with"), *HealRecord.columns)
+CURVE: tuple[Column[Look], ...] = (
+    words("skip", lambda look: look.set),
+    words("begun with", lambda look: look.begun),
+    *within(HEALING, lambda look: look.found),
+)
 
 
 def main() -> None:
@@ -74,12 +104,12 @@ def main() -> None:
     settings = {name: getattr(asked, name) for name in WHAT} | {name: value for name, value in more.items() if value}
     named = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     path = asked.out / f"results-{named}.jsonl"  # other settings are another file
-    found, curve = lines.read(path), list[dict[str, Any]]()
+    found, curve = [Healed(**line) for line in lines.read(path)], list[Look]()
     for of in asked.sets:
         plan = plan_of(SETS[of].split())
         for begun in asked.begin:
             folder = asked.out / f"{of}-{begun}-{named}"
-            if not any((row["set"], row["begun"]) == (of, begun) for row in found):
+            if not any((row.set, row.begun) == (of, begun) for row in found):
                 by = "refit" if begun == "repaired" else "none"
                 start, _ = kept_repair(asked.out / f"repairs-{named}", by, model, plan, fit)
                 with progress_bar() as bar:
@@ -88,22 +118,23 @@ def main() -> None:
                         batches = sampled(
                             model, batches, asked.out, Provenance(what={"model": asked.model}), progress=bar
                         )
-                    way = {"train": asked.train, "warm_up": asked.warm_up, "rate": asked.rate}
-                    healed = heal(model, start, batches, stop, **way, folder=folder, progress=bar)
+                    config = TrainConfig(asked.train, rate=asked.rate, warm_up=asked.warm_up)
+                    healed = heal(model, start, batches, stop, config, out=folder, progress=bar)
                 minutes = read(folder / HealRecord.file, HealRecord)[-1].seconds / 60
-                added: list[dict[str, Any]] = []
+                added: list[Healed] = []
                 for text, windows in held_out.items():
                     models = {"skipped": plan, begun: start, "healed": healed}
                     for name, quality in zip(models, evaluate(model, list(models.values()), windows)):
                         about = {"set": of, "begun": begun, "text": text, "state": name, "cpu_minutes": minutes}
-                        added.append(about | asdict(quality) | settings)
-                lines.append(path, *added)
+                        added.append(Healed.model_validate(about | quality.model_dump() | settings))
+                lines.append(path, *(row.line() for row in added))
                 found += added
-            curve += [{"set": of, "begun": begun, **look.row()} for look in read(folder / HealRecord.file, HealRecord)]
-    about = machine(model.device)
-    print(f"{about['cpu']}, {about['threads']} threads, {asked.dtype}, {about['versions']}")
-    show(curve, CURVE, title=f"KL on {STOP} windows of both texts that it does not train on")
-    show(found, COLUMNS, title=f"Healed with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each")
+            curve += [Look(of, begun, look) for look in read(folder / HealRecord.file, HealRecord)]
+    place = machine(model.device)
+    print(f"{place['cpu']}, {place['threads']} threads, {asked.dtype}, {place['versions']}")
+    print_table(table(f"KL on {STOP} windows of both texts that it does not train on", CURVE, curve))
+    title = f"Healed with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
+    print_table(table(title, COLUMNS, found))
 
 
 if __name__ == "__main__":

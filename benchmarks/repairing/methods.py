@@ -15,7 +15,8 @@ import argparse
 import hashlib
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from inputs import load_asked, options_of
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
 from notall.models.texts import Text, read_text, token_batches, windows_in
-from notall.records import lines
-from notall.records.columns import number, plain, size, with_error
 from notall.repairing.methods import METHODS
 from notall.repairing.methods.keeping import kept_repair
-from notall.reporting.console import show
+from notall.results import lines
+from notall.results.facts import DELTA_NLL, KL, TOP1, Quality
+from notall.results.table import Column, inherited, number, size, table, with_error, words
+from notall.results.terminal import print_table
 
 LENGTH = 512
 SETS = {
@@ -63,26 +65,65 @@ SETS = {
     "mlp.15",
     "gemma-p8": "attn.7 mlp.7 attn.8 mlp.8 attn.9 mlp.9 mlp.16 attn.17",
 }
-COLUMNS = (
-    *(plain("set", "skip"), plain("repair"), plain("text")),
-    with_error("delta_nll", "NLL added"),
-    with_error("kl", "KL"),
-    with_error("top1_agreement", "top-1 agreement"),
-    number("seconds", "CPU s to repair", ",.1f"),
-    size("added_bytes", "added"),
+
+
+class Settings(Quality):
+    """What a set loses on a text, and with what that was measured, as a line of a file has it."""
+
+    set: str
+    text: str
+    model: str
+    dtype: str
+    tokens: int
+    windows: int
+
+    def line(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Repaired(Settings):
+    """What a set loses after a repair, and what that took and adds."""
+
+    repair: str
+    seconds: float
+    added_bytes: int
+
+
+LOSSES: tuple[Column[Quality], ...] = (DELTA_NLL, KL, TOP1)
+COLUMNS: tuple[Column[Repaired], ...] = (
+    words("skip", lambda row: row.set),
+    words("repair", lambda row: row.repair),
+    words("text", lambda row: row.text),
+    *inherited(Repaired, LOSSES),
+    number("CPU s to repair", lambda row: row.seconds, ",.1f"),
+    size("added", lambda row: row.added_bytes),
 )
 
 
-def beside(rows: list[dict[str, Any]], figure: str) -> list[dict[str, Any]]:
-    """A row a set and text: `figure` with each method, and the share of it that ours gives back."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+@dataclass(frozen=True)
+class Beside:
+    """One figure of a set and text by each method, with its error."""
+
+    set: str
+    text: str
+    by: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def back(self) -> float | None:
+        """The share that ours gives back."""
+        return 1 - self.by["refit"][0] / self.by["none"][0] if {"none", "refit"} <= self.by.keys() else None
+
+
+def beside(rows: Sequence[Repaired], figure: Callable[[Repaired], tuple[float, float]]) -> list[Beside]:
+    """A row a set and text."""
+    found: dict[tuple[str, str], Beside] = {}
     for row in rows:
-        into = found.setdefault((row["set"], row["text"]), {"set": row["set"], "text": row["text"]})
-        into |= {row["repair"]: row[figure], f"{row['repair']}_se": row[f"{figure}_se"]}
-    for row in found.values():
-        if "none" in row and "refit" in row:
-            row["back"] = 1 - row["refit"] / row["none"]
+        found.setdefault((row.set, row.text), Beside(row.set, row.text)).by[row.repair] = figure(row)
     return [*found.values()]
+
+
+def with_method(name: str) -> Column[Beside]:
+    return with_error(name, lambda row: row.by.get(name))
 
 
 def named(asked: argparse.Namespace, *what: str) -> tuple[dict[str, Any], str]:
@@ -136,32 +177,39 @@ def main() -> None:
     settings, called = named(asked, "model", "dtype", "tokens", "windows")
     path = asked.out / f"results-{called}.jsonl"  # other settings are another file
     kept = asked.out / f"repairs-{called}"
-    rows = lines.read(path)
+    rows = [Repaired(**line) for line in lines.read(path)]
     for of in asked.sets:
         plan = plan_of(SETS[of].split())
-        known = {row["repair"] for row in rows if row["set"] == of}
+        known = {row.repair for row in rows if row.set == of}
         lacking = [name for name in asked.methods if name not in known]
         made = {}
         for name in lacking:
             print(f"{of}: {name}", file=sys.stderr, flush=True)
             made[name] = kept_repair(kept, name, model, plan, batches)
-        found: list[dict[str, Any]] = []
+        found: list[Repaired] = []
         for text, windows in held_out.items() if lacking else ():
             for name, quality in zip(lacking, evaluate(model, [made[name][0] for name in lacking], windows)):
                 repaired, seconds = made[name]
                 costs = {"seconds": seconds, "added_bytes": repaired.added_bytes}
-                found.append({"set": of, "repair": name, "text": text, **asdict(quality), **costs, **settings})
+                about = {"set": of, "repair": name, "text": text, **costs, **settings}
+                found.append(Repaired.model_validate(quality.model_dump() | about))
         if found:
-            lines.append(path, *found)  # a set's lines come together, so that none is half there
+            # A set's lines come together, so that none is half there.
+            lines.append(path, *(row.line() for row in found))
         rows += found
     order = [*SETS], [*METHODS]
-    shown = [row for row in rows if row["set"] in asked.sets and row["repair"] in asked.methods]
-    shown.sort(key=lambda row: (order[0].index(row["set"]), row["text"], order[1].index(row["repair"])))
+    shown = [row for row in rows if row.set in asked.sets and row.repair in asked.methods]
+    shown.sort(key=lambda row: (order[0].index(row.set), row.text, order[1].index(row.repair)))
     title = f"Repaired with {asked.tokens:,} tokens, measured on {asked.windows} x {LENGTH} of each"
-    show(shown, COLUMNS, title=title)
-    sets = (plain("set", "skip"), plain("text"), number("back", "refit gives back", ".0%"))
-    for figure, name in (("delta_nll", "NLL added"), ("kl", "KL")):
-        show(beside(shown, figure), [*sets, *(with_error(method, method) for method in METHODS)], title=name)
+    print_table(table(title, COLUMNS, shown))
+    columns: list[Column[Beside]] = [
+        words("skip", lambda row: row.set),
+        words("text", lambda row: row.text),
+        number("refit gives back", lambda row: row.back, ".0%"),
+        *map(with_method, METHODS),
+    ]
+    print_table(table("NLL added", columns, beside(shown, lambda row: (row.delta_nll, row.delta_nll_se))))
+    print_table(table("KL", columns, beside(shown, lambda row: (row.kl, row.kl_se))))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,41 @@ import torch
 
 import notall
 from notall.choosing.space import plan_of
-from notall.exporters import Target
-from notall.exporters.engines import engine_named
-from notall.exporters.engines.asking import ask
+from notall.engines import engine_named
+from notall.engines.worker import call
 from notall.measuring.speed import cores
 from notall.models.texts import read_text, token_batches
-from notall.records.columns import number, plain
-from notall.reporting.console import show
+from notall.results.table import Column, number, table, words
+from notall.results.terminal import print_table
 from notall.running.repaired_folders import load_repaired
 
-TARGETS: dict[str, Target] = {"transformers": "hf", "vllm": "hf", "llama.cpp": "gguf"}
-COLUMNS = (
-    *(plain("engine"), plain("model")),
-    number("nll", "NLL there", ".4f"),
-    number("ours", "notall's", ".4f"),
-    number("off", "off by", "+.4f"),
-    number("worst", "of a token, at most", ".3f"),
-    number("tokens", "tokens", ","),
+ENGINES = ("transformers", "vllm", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The NLL of a model in an engine and here: means over the tokens that are told, and the worst of one."""
+
+    engine: str
+    model: str
+    nll: float
+    ours: float
+    worst: float
+    tokens: int
+
+    @property
+    def off(self) -> float:
+        return self.nll - self.ours
+
+
+COLUMNS: tuple[Column[Compared], ...] = (
+    words("engine", lambda row: row.engine),
+    words("model", lambda row: row.model),
+    number("NLL there", lambda row: row.nll, ".4f"),
+    number("notall's", lambda row: row.ours, ".4f"),
+    number("off by", lambda row: row.off, "+.4f"),
+    number("of a token, at most", lambda row: row.worst),
+    number("tokens", lambda row: row.tokens, ","),
 )
 
 
@@ -60,8 +80,8 @@ def asked_of(engine: str, python: str, folder: Path, windows: list[list[int]]) -
     """The NLL of each token but the first, by window. Raises `UsageError` with what the engine said last."""
     checkpoint = next(folder.glob("*.gguf")) if engine == "llama.cpp" else folder
     runs = engine_named(engine)(cores(), "float32")
-    answer: list[list[float | None]] = ask(runs, "score", python=python, checkpoint=str(checkpoint), windows=windows)
-    return answer
+    scores: list[list[float | None]] = call(runs, "score", python=python, checkpoint=checkpoint, windows=windows)
+    return scores
 
 
 @torch.no_grad()
@@ -75,8 +95,8 @@ def ours(model: Any, plan: notall.Plan, windows: list[list[int]]) -> list[list[f
     return found
 
 
-def compared(engine: str, there: list[list[float | None]], here: list[list[float]]) -> dict[str, Any]:
-    """A row of the table: means over the tokens that the engine told."""
+def compared(engine: str, model: str, there: list[list[float | None]], here: list[list[float]]) -> Compared:
+    """A row of the table."""
     pairs = [
         (one, other) for told, own in zip(there, here, strict=True) for one, other in zip(told, own, strict=True)
         if one is not None
@@ -85,7 +105,7 @@ def compared(engine: str, there: list[list[float | None]], here: list[list[float
         raise RuntimeError(f"{engine} tells of no token what it thinks of it")
     nll, own = (sum(values) / len(pairs) for values in zip(*pairs))
     worst = max(abs(one - other) for one, other in pairs)
-    return {"nll": nll, "ours": own, "off": nll - own, "worst": worst, "tokens": len(pairs)}
+    return Compared(engine, model, nll, own, worst, len(pairs))
 
 
 def main() -> None:
@@ -96,7 +116,7 @@ def main() -> None:
     options.add_argument("--text", default="prose")
     options.add_argument("--windows", type=int, default=4)
     options.add_argument("--length", type=int, default=128)
-    options.add_argument("--engines", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     options.add_argument("--vllm-python", default=".venv-vllm/bin/python")
     options.add_argument("--most", type=float, default=0.01, help="nats a token that an NLL may be off by")
     asked = options.parse_args()
@@ -112,9 +132,10 @@ def main() -> None:
     windows = [batch[0].tolist() for batch in batches[: asked.windows]]
     plans = {"dense": notall.Plan(), "repaired": plan}
     here = {name: ours(model, one, windows) for name, one in plans.items()}
-    rows: list[dict[str, Any]] = []
+    rows: list[Compared] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for engine, target in ((name, TARGETS[name]) for name in asked.engines):
+        for engine in asked.engines:
+            target = engine_named(engine).target
             if why := absent(engine, asked.vllm_python):
                 print(f"skipped: {engine}; {why}", file=sys.stderr)
                 continue
@@ -125,15 +146,16 @@ def main() -> None:
                     dtype = "float32" if target == "hf" else None  # a GGUF file keeps its types
                     notall.export(asked.model, one, target, folder, dtype=dtype, verify=False)
                 there = asked_of(engine, python, folder, windows)
-                rows.append({"engine": engine, "model": name, **compared(engine, there, here[name])})
-    show(rows, COLUMNS, title=f"skip {plan}: {asked.windows} x {asked.length} tokens of {text.name}, nats a token")
+                rows.append(compared(engine, name, there, here[name]))
+    title = f"skip {plan}: {asked.windows} x {asked.length} tokens of {text.name}, nats a token"
+    print_table(table(title, COLUMNS, rows))
     if wrong := too_far(rows, asked.most):
         sys.exit(f"off by more than {asked.most}: {', '.join(wrong)}")
 
 
-def too_far(rows: list[dict[str, Any]], most: float) -> list[str]:
+def too_far(rows: Sequence[Compared], most: float) -> list[str]:
     """The engines in which a repaired model's NLL is further off than the dense one's by more than `most`."""
-    off = {(row["engine"], row["model"]): abs(row["off"]) for row in rows}
+    off = {(row.engine, row.model): abs(row.off) for row in rows}
     return [engine for engine, name in off if name == "repaired" and off[engine, name] > most + off[engine, "dense"]]
 
 

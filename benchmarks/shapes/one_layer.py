@@ -9,19 +9,44 @@ would be read faster; a layer of 7B is hundreds of megabytes.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from paper_times import with_one_layer
 
 import notall
-from notall.evaluation.paper.grid import deepest
-from notall.measuring.speed import Spread, in_turn, machine, speedup, time_once
+from notall.choosing.criteria.data_free import deepest
+from notall.measuring.speed import interleaved, machine, speedup, time_once
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
-from notall.records.columns import plain, with_spread
-from notall.reporting.console import show
-from notall.reporting.progress_bars import progress_bar
+from notall.results.progress_bars import progress_bar
+from notall.results.record import Quartiles
+from notall.results.table import Column, table, with_quartiles, words
+from notall.results.terminal import print_table
 
 SHARE = 1 / 3  # of the sublayers of a kind that are skipped
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a model takes, in milliseconds, and how many times as fast it is as one with weights of its own."""
+
+    skipped: str
+    weights: str
+    prefill_ms: Quartiles
+    prefill_ratio: Quartiles
+    decode_ms: Quartiles
+    decode_ratio: Quartiles
+
+
+COLUMNS: tuple[Column[Beside], ...] = (
+    words("skipped", lambda one: one.skipped),
+    words("weights", lambda one: one.weights),
+    with_quartiles("prefill ms", lambda one: one.prefill_ms, ".0f"),
+    with_quartiles("times as fast", lambda one: one.prefill_ratio, ".3f"),
+    with_quartiles("decode ms/token", lambda one: one.decode_ms, ".0f"),
+    with_quartiles("times as fast", lambda one: one.decode_ratio, ".3f"),
+)
 
 
 def main() -> None:
@@ -34,12 +59,17 @@ def main() -> None:
     options.add_argument("--device", default="auto")
     asked = options.parse_args()
     device = resolve_device(asked.device)
-    how = {"dtype": resolve_dtype(asked.dtype, device), "device": device}
-    models = {name: build(load_config(asked.shape), **how) for name, build in
-              (("its own", build_random), ("one layer's", with_one_layer))}  # fmt: skip
+    dtype = resolve_dtype(asked.dtype, device)
+    models = {
+        "its own": build_random(load_config(asked.shape), dtype=dtype, device=device),
+        "one layer's": with_one_layer(load_config(asked.shape), dtype=dtype, device=device),
+    }
     prompt = torch.arange(3, 3 + asked.prompt, device=device)[None]
-    plans = {"nothing": notall.Plan()} | {
-        kind: deepest(notall.locate(models["its own"]), kind, SHARE, keep_last=False) for kind in ("attention", "block")
+    structure = notall.locate(models["its own"])
+    plans = {
+        "nothing": notall.Plan(),
+        "attention": deepest(structure, "attention", SHARE),
+        "block": deepest(structure, "block", SHARE),
     }
 
     def timed(weights: str, skipped: str) -> tuple[float, float]:
@@ -48,25 +78,29 @@ def main() -> None:
 
     cases = [(skipped, weights) for skipped in plans for weights in models]
     with progress_bar() as progress:
-        found = in_turn(
-            {f"{skipped}, {weights}": lambda s=skipped, w=weights: timed(w, s) for skipped, weights in cases},
+        found = interleaved(
+            {f"{skipped}, {weights}": partial(timed, weights, skipped) for skipped, weights in cases},
             asked.rounds,
             progress=progress,
         )
     rows = []
     for skipped, weights in cases:
-        row: dict[str, object] = {"skipped": skipped, "weights": weights}
-        own = zip(*found[f"{skipped}, its own"])
-        for name, ours, theirs in zip(("prefill", "decode"), zip(*found[f"{skipped}, {weights}"]), own):
-            for what, spread in ((f"{name}_ms", Spread.of(ours)), (f"{name}_ratio", speedup(theirs, ours))):
-                row |= {what: spread.median, f"{what}_low": spread.low, f"{what}_high": spread.high}
-        rows.append(row)
+        ours, own = (zip(*found[f"{skipped}, {name}"]) for name in (weights, "its own"))
+        (prefill, decode), (own_prefill, own_decode) = ours, own
+        rows.append(
+            Beside(
+                skipped,
+                weights,
+                Quartiles.of(prefill),
+                speedup(own_prefill, prefill),
+                Quartiles.of(decode),
+                speedup(own_decode, decode),
+            )
+        )
     about = machine(device)
-    print(f"{about['device_name']}, {about['threads']} threads, {how['dtype']}, {about['versions']}")
-    columns = [plain("skipped"), plain("weights")]
-    for name, told in (("prefill", "prefill ms"), ("decode", "decode ms/token")):
-        columns += [with_spread(f"{name}_ms", told, ".0f"), with_spread(f"{name}_ratio", "times as fast", ".3f")]
-    show(rows, columns, title=f"{asked.shape}, prompt {asked.prompt}: weights of their own, and one layer's")
+    print(f"{about['device_name']}, {about['threads']} threads, {dtype}, {about['versions']}")
+    title = f"{asked.shape}, prompt {asked.prompt}: weights of their own, and one layer's"
+    print_table(table(title, COLUMNS, rows))
 
 
 if __name__ == "__main__":

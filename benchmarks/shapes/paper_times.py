@@ -14,25 +14,34 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 import notall
-from notall.evaluation.paper.grid import FRACTIONS, paper_grid
-from notall.evaluation.paper.scoreboard import PaperTable, time_table, write_csv, write_tables
-from notall.evaluation.paper.times import time_grid
-from notall.measuring.speed import machine
+from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
+from notall.experiments.driver import Subject
+from notall.experiments.paper import ENDINGS, PaperTable, TimesRecord, TimingGrid, in_turn, time_grid, time_table
+from notall.measuring.speed import Timing, compare, machine
 from notall.models.loading import build_empty, build_random, load_config, resolve_device, resolve_dtype
-from notall.records.benchmarks import TimesRecord
-from notall.records.columns import number, with_spread
-from notall.records.plan import Plan
-from notall.records.record import CONFIGURED
-from notall.reporting.console import show
-from notall.reporting.progress_bars import progress_bar
+from notall.options import Workload
+from notall.plan import Plan
+from notall.progress import Progress
+from notall.results.facts import CONFIGURED, SPEEDUPS, Configured
+from notall.results.progress_bars import progress_bar
+from notall.results.provenance import Provenance
+from notall.results.table import Column, as_csv, inherited, number, table, with_quartiles, within
+from notall.results.terminal import print_table
+from notall.structure.model_structure import base_model
+
+QUANTITIES: dict[Literal["prefill", "decode"], str] = {
+    "prefill": "Milliseconds of the prefill",
+    "decode": "Milliseconds a token of decoding",
+}
 
 
 def with_one_layer(config: PretrainedConfig, **how: Any) -> PreTrainedModel:
@@ -59,13 +68,13 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
     Bytes: the weights that a token needs, once for the batch, and the KV cache as it is halfway. `model` may be empty,
     but its layers share nothing.
     """
-    anatomy = notall.locate(model)
+    structure = notall.locate(model)
     head = model.get_output_embeddings().weight
     width = model.config.hidden_size
 
     def work(skipped: Plan) -> tuple[float, float]:
         flops, read = 2.0 * head.numel(), float(head.numel() * head.element_size())
-        for part in anatomy.sublayers:
+        for part in structure.sublayers:
             if part.index not in getattr(skipped, part.kind):
                 flops += 2 * prompt * part.parameters + (2 * prompt**2 * width if part.kind == "attention" else 0)
                 read += part.weight_bytes + batch * part.kv_bytes_per_token * (prompt + new / 2)
@@ -75,17 +84,50 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
     return dense_flops / flops, dense_read / read
 
 
+def one_by_one_compiled(
+    subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload
+) -> dict[str, Timing]:
+    """Not in turn: what is compiled, in the round that is thrown away, is gone when a plan is left."""
+    found: dict[str, Timing] = {}
+    for row in rows:
+        with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
+            found |= compare(subject.model, {row.name: nullcontext}, workload, seed=subject.seed, progress=progress)
+    return found
+
+
+@contextmanager
+def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Layers of one form share what is compiled, whatever their number, as long as torch keeps that many variants."""
+    inner = base_model(model)
+    layers = list(inner.get_submodule(notall.locate(inner).layers).children())
+    with torch._dynamo.config.patch(recompile_limit=1024, allow_unspec_int_on_nn_module=True):
+        for layer in layers:
+            layer.compile(dynamic=True)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+
+
 def beside_bounds(model: PreTrainedModel, records: Sequence[TimesRecord], new: int) -> None:
-    rows = []
-    for record in records:
-        prefill, decode = promised(model, record.plan, record.prompt_tokens, new, record.batch_size)
-        rows.append(record.row() | {"promised_prefill": prefill, "promised_decode": decode})
-    columns = [*CONFIGURED, number("prompt_tokens", "prompt", "d"), number("batch_size", "batch", "d"),
-               with_spread("speedup_prefill", "prefill speedup", ".2f"), number("promised_prefill", "by FLOPs", ".2f"),
-               with_spread("speedup_decode", "decode speedup", ".2f"), number("promised_decode", "by bytes", ".2f"),
-               with_spread("decode_ms_per_token", "decode ms/token", ".0f"),
-               with_spread("prefill_ms", "prefill ms", ".0f")]  # fmt: skip
-    show(rows, columns, title="Measured, median [quartiles], beside what is promised")
+    bounds = {
+        record.key: promised(model, record.plan, record.prompt_tokens, new, record.concurrency) for record in records
+    }
+    speedups: tuple[Column[TimesRecord], ...] = within(SPEEDUPS, lambda one: one.times)
+    decode, prefill = speedups
+    columns: list[Column[TimesRecord]] = [
+        *inherited(TimesRecord, CONFIGURED),
+        number("prompt", lambda one: one.prompt_tokens, "d"),
+        number("batch", lambda one: one.concurrency, "d"),
+        prefill,
+        number("by FLOPs", lambda one: bounds[one.key][0], ".2f"),
+        decode,
+        number("by bytes", lambda one: bounds[one.key][1], ".2f"),
+        with_quartiles("decode ms/token", lambda one: one.times.decode_ms_per_token, ".0f"),
+        with_quartiles("prefill ms", lambda one: one.times.prefill_ms, ".0f"),
+    ]
+    print_table(table("Measured, median [quartiles], beside what is promised", columns, records))
 
 
 def main() -> None:
@@ -110,54 +152,46 @@ def main() -> None:
     build = with_one_layer if arguments.one_layer else build_random
     model = build(config, dtype=resolve_dtype(arguments.dtype, device), device=device)
     about = machine(device)
-    provenance = {
-        "model": Path(arguments.shape).name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": about["device_name"],
-        "compiled": arguments.compile,
-        "one_layer": arguments.one_layer,
-        "versions": about["versions"],
-        "machine": about,
-    }
+    provenance = Provenance.of(
+        {
+            "model": Path(arguments.shape).name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": about["device_name"],
+            "compiled": arguments.compile,
+            "one_layer": arguments.one_layer,
+            "versions": about["versions"],
+            "machine": about,
+        }
+    )
+    subject = Subject(model, None, [], arguments.out, provenance)
     rows = paper_grid(notall.locate(model), arguments.fractions)
     records, start = [], time.monotonic()
+    measure = one_by_one_compiled if arguments.compile else in_turn
     with progress_bar() as progress:
         for prompt in arguments.prompt:
             if time.monotonic() - start > 60 * arguments.minutes:
                 print(f"stopped before prompt {prompt}: the time is up; the same command goes on")
                 break
-            records += time_grid(
-                model,
-                rows,
-                arguments.out,
-                provenance,
-                prompts=[prompt],
-                batch_sizes=arguments.batch,
-                new_tokens=arguments.new,
-                rounds=arguments.rounds,
-                compiled=arguments.compile,
-                progress=progress,
-            )
-    shape = provenance["model"]
+            timing = TimingGrid((prompt,), arguments.new, tuple(arguments.batch), arguments.rounds)
+            records += time_grid(subject, rows, timing, measure=measure, progress=progress)
+    shape = provenance.what["model"]
     tables = [
         PaperTable(
-            f"{name}-{'last-kept' if keep else 'last-skipped'}",
+            f"{quantity}-{ENDINGS[keep]}",
             f"{told}, {shape} with dummy weights; the last layer {'is kept' if keep else 'may be skipped'}.",
             time_table(records, keep, quantity),
         )
         for keep in (False, True)
-        for quantity, name, told in (
-            ("prefill_ms", "prefill", "Milliseconds of the prefill"),
-            ("decode_ms_per_token", "decode", "Milliseconds a token of decoding"),
-        )
+        for quantity, told in QUANTITIES.items()
     ]
-    write_tables(tables, arguments.out)
-    write_csv(records, arguments.out / "times.csv")
+    for one in tables:
+        (arguments.out / f"{one.name}.tex").write_text(one.latex(), encoding="utf-8")
+    (arguments.out / "times.csv").write_text(as_csv(records), encoding="utf-8")
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    print(f"{provenance['model']}, {provenance['dtype']}, {about['device_name']}{peak}, {about['versions']}, "
+    print(f"{shape}, {provenance.what['dtype']}, {about['device_name']}{peak}, {about['versions']}, "
           f"{(time.monotonic() - start) / 60:.0f} minutes")  # fmt: skip
-    for table in tables:
-        print(f"\n{table.name}\n\n{table.markdown()}")
+    for one in tables:
+        print(f"\n{one.name}\n\n{one.table.markdown()}")
     beside_bounds(build_empty(config), records, arguments.new)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/shapes/repair.py                                       # 8 of 32 attentions of a 7B, 4,096 tokens
     python benchmarks/shapes/repair.py --shape config.json --attention 1 3   # any config, anywhere
-    python benchmarks/shapes/repair.py --streams DIR                         # the text's streams in files
+    python benchmarks/shapes/repair.py --offload DIR                         # the text's streams in files
 
 New weights go to files as they are made, as with `notall repair`. At the peak there are the model, the streams of the
 text and the sums of one sublayer: four matrices of its features by its features in float32, or of fewer tokens than it
@@ -22,7 +22,7 @@ import torch
 import notall
 from notall.measuring.speed import machine
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
-from notall.reporting.progress_bars import progress_bar
+from notall.results.progress_bars import progress_bar
 
 EVENLY = [4, 8, 11, 15, 18, 22, 25, 29]  # of 32 layers
 
@@ -43,7 +43,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--device", default="auto")
-    options.add_argument("--streams", type=Path, help="a folder for the streams, where memory is short")
+    options.add_argument("--offload", type=Path, help="a folder for the streams, where memory is short")
     asked = options.parse_args()
     device = resolve_device(asked.device)
     config = load_config(asked.shape)
@@ -52,9 +52,9 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (asked.sequences, asked.length), generator=draw).to(device)
     loaded, start, cpu = peak_bytes(device), time.monotonic(), time.process_time()
-    plan, places = notall.Plan(asked.attention, asked.mlp), {"streams": asked.streams}
+    plan = notall.Plan(asked.attention, asked.mlp)
     with progress_bar() as progress, tempfile.TemporaryDirectory() as out:
-        repaired = notall.repair(model, plan, list(ids.split(1)), folder=Path(out), **places, progress=progress)
+        repaired = notall.repair(model, plan, list(ids.split(1)), out=out, offload=asked.offload, progress=progress)
     seconds, peak, about = time.monotonic() - start, peak_bytes(device), machine(device)
     print(f"{asked.shape}, {asked.dtype}, {about['device_name']}, {about['threads']} threads, {about['versions']}")
     print(
