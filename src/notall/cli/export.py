@@ -86,17 +86,8 @@ def export(
     with progress_bar() as progress:
         wanted, measured = _repaired(model, wanted, repair, kept, progress)
         card, verdict = _measured(model, wanted, measure) if measure else (None, None)
-        export_model(
-            model.model,
-            wanted,
-            to,
-            out,
-            measured=card,
-            verify=verify,
-            push_to_hub=push_to_hub,
-            progress=progress,
-            **how,
-        )
+        how |= {"measured": card, "verify": verify, "push_to_hub": push_to_hub, "progress": progress}
+        export_model(model.model, wanted, to, out, **how)
     files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
     ending = _conclusion(out, to)
     tables: dict[str, Any] = {"files": (table(f"{out}: skips {wanted}", COLUMNS, files), files)}

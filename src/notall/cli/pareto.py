@@ -60,16 +60,9 @@ def pareto(
     check_folder(out, "pareto")
     check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    if plans.repair != NONE:
-        check_method(plans.repair)
-    if text.sequences < FEWEST:
-        fewest = f"give {FEWEST} or more"
-        raise UsageError(
-            f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with: {fewest}"
-        )
-    kind = engine.kind
+    _check(plans, text)
     for spec in (model.model, *engine.also):
-        kind.check(spec)
+        engine.kind.check(spec)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
@@ -105,6 +98,14 @@ def pareto(
         say(said)
         say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")
         say(f"Next: notall report {out} -o {out / 'report.html'}")
+
+
+def _check(plans: ParetoPlans, text: HeldOutOptions) -> None:
+    if plans.repair != NONE:
+        check_method(plans.repair)
+    if text.sequences < FEWEST:
+        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
+        raise UsageError(f"{few}: give {FEWEST} or more")
 
 
 def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:
