@@ -97,7 +97,7 @@ Skipped = Annotated[Plan, BeforeValidator(_plausible), AfterValidator(_bare), Pl
 class Fact(BaseModel):
     """What was measured, as it is stored, shown and drawn: frozen, and checked where it is read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, defer_build=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def figures(self) -> dict[str, Scalar]:
         """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
