@@ -33,10 +33,10 @@ def test_inspect_needs_only_a_config(run, folder, tmp_path):
 
 
 def test_similarity_prints_and_draws(run, folder, tmp_path):
-    code, out, _ = run("similarity", folder, *QUICK, "--out", tmp_path / "fig1", "--json")
+    code, out, _ = run("similarity", folder, *QUICK, "--out", tmp_path / "absent" / "fig1", "--json")
     assert code == 0
     assert len(json.loads(out)["similarity"]) == 18
-    assert (tmp_path / "fig1.png").exists()
+    assert (tmp_path / "absent" / "fig1.png").exists()
 
 
 def test_tasks_are_listed_by_a_word_of_their_name(run, tmp_path, own_tasks_only):

@@ -44,6 +44,7 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
         ".csv": as_csv(rows, without=("record",)),
         ".tex": as_latex(lines, caption=caption, label="similarity"),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in texts.items():
         path.with_name(path.name + suffix).write_text(content, encoding="utf-8")
     drawn: list[str] = []
