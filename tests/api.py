@@ -203,7 +203,7 @@ NAMES = {
         "sweep",
         "write_sweep",
     ],
-    "experiments.verdict": ["Candidate", "Outcome", "Verdict", "fastest", "mending", "mildest", "next_command"],
+    "experiments.verdict": ["Outcome", "Verdict", "fastest", "mending", "mildest", "next_command"],
     "exporters": ["Export", "Source", "TARGETS", "export", "target_named"],
     "exporters.dense": ["opened"],
     "exporters.gguf": ["cut", "with_weights as gguf_with_weights"],

@@ -4,12 +4,12 @@ import json
 import math
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from api import (
-    Candidate,
     Outcome,
     Quality,
     Quartiles,
@@ -136,7 +136,10 @@ def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told(model):
 
 def candidate(number, nats, median=None, spread=0.0, size=100):
     speedup = Quartiles(median=median, low=median - spread, high=median + spread, n=5) if median else None
-    return Candidate(number, Plan([number]), quality(nats), speedup, size)
+    times = speedup and SimpleNamespace(speedup_decode=speedup)
+    return SimpleNamespace(
+        plan=Plan([number]), quality=quality(nats), times=times, footprint=SimpleNamespace(weight_bytes=size)
+    )
 
 
 def test_of_those_that_may_be_as_fast_as_the_fastest_the_one_that_loses_least_is_taken():
@@ -152,7 +155,8 @@ def test_of_those_that_may_be_as_fast_as_the_fastest_the_one_that_loses_least_is
 def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
     large, small, worse = candidate(0, 0.1, size=90), candidate(1, 0.2, size=80), candidate(2, 0.3, size=80)
     assert fastest([large, small, worse]) is small
-    assert fastest([Candidate(5, Plan(), quality(0.0))]) is None
+    small.plan = large.plan = worse.plan = Plan()
+    assert fastest([large, small, worse]) is None
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shar
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .shown import Card, Figure, Section, Shown, Step, nats_in_words
-from .verdict import Candidate, is_usable, joined, next_command
-from .which import fastest_card, judged, mark_usable, on_the_text, which_is_best
+from .verdict import is_usable, joined, next_command
+from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -706,32 +706,13 @@ def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     if not records:
         return Shown()
-    candidates = [
-        Candidate(
-            number,
-            one.plan,
-            one.quality,
-            one.times.speedup_decode if one.times else None,
-            one.footprint.weight_bytes,
-        )
-        for number, one in enumerate(records)
-    ]
-    best = which_is_best(candidates)
-    message = judged(
-        folder,
-        candidates,
-        lambda one: records[one.number].name,
-        footprints=(lambda one: records[one.number].footprint, None),
-        then=lambda one: _found_again(folder, records[one.number]),
-        way=lambda one: records[one.number].way,
-    )
     return Shown(
-        message=message,
-        cards=tuple(_cards(records, candidates)),
+        message=judged(folder, records, then=lambda one: _found_again(folder, one), way=lambda one: one.way),
+        cards=tuple(_cards(records)),
         steps=tuple(
             Step(one.name, one.plan, one.quality, one.times, one.footprint, order=one.order) for one in records
         ),
-        first=best.number if best else len(records) - 1,
+        first=first_shown(records),
         sections=tuple(_sections(records)),
         costs=read_costs(folder.path),
     )
@@ -821,15 +802,14 @@ def _after(repair: str) -> Column[Repaired]:
     return replace(columns[0], heading=name)
 
 
-def _cards(records: Sequence[ComparisonRecord], candidates: Sequence[Candidate]) -> Iterator[Card]:
+def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
     """What is fastest of the usable, and what loses least at the largest usable count of each space."""
-    known = [one for one in candidates if one.plan and is_number(one.quality.delta_nll)]
+    known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     if not known:
         return
-    yield fastest_card(known, lambda one: records[one.number].name)
-    measured = [records[one.number] for one in known]
-    for space in list(dict.fromkeys(record.space for record in measured))[: MOST_CARDS - 1]:
-        asked = [record for record in measured if record.space == space]
+    yield fastest_card(known)
+    for space in list(dict.fromkeys(record.space for record in known))[: MOST_CARDS - 1]:
+        asked = [record for record in known if record.space == space]
         usable = [record for record in asked if is_usable(record.quality)]
         count = max(record.count for record in usable or asked)
         ranked = sorted((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)

@@ -47,8 +47,8 @@ from .driver import (
 from .folder import Folder
 from .shown import Card, Figure, Sample, Section, Shown, Step
 from .similarity import SimilarityRecord, similarity_section
-from .verdict import Candidate, next_command
-from .which import fastest_card, judged, mark_usable, on_the_text, which_is_best
+from .verdict import next_command
+from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -243,27 +243,13 @@ def shown(folder: Folder) -> Shown:
     if not records:
         return Shown(sections=(similarity_section(similarity),) if similarity else (), similarity=similarity)
     dense = next((record for record in records if record.variant == "dense"), None)
-    candidates = [
-        Candidate(number, one.plan, one.quality, one.times.speedup_decode, one.footprint.weight_bytes)
-        for number, one in enumerate(records)
-    ]
-    best = which_is_best(candidates)
-    message = judged(
-        folder,
-        candidates,
-        lambda one: records[one.number].name,
-        footprints=(lambda one: records[one.number].footprint, dense.footprint if dense else None),
-        then=lambda one: _found_better(folder, records[one.number]),
-    )
-    steps = tuple(
-        Step(one.name, one.plan, one.quality, one.times, one.footprint, dense.footprint if dense else None)
-        for one in records
-    )
+    whole = dense.footprint if dense else None
+    steps = tuple(Step(one.name, one.plan, one.quality, one.times, one.footprint, whole) for one in records)
     return Shown(
-        message=message,
-        cards=tuple(_cards(records, dense, candidates)),
+        message=judged(folder, records, then=lambda one: _found_better(folder, one), dense=whole),
+        cards=tuple(_cards(records, dense)),
         steps=steps,
-        first=best.number if best else len(records) - 1,
+        first=first_shown(records),
         sections=(_results(records), *([similarity_section(similarity)] if similarity else [])),
         similarity=similarity,
         costs=read_costs(folder.path),
@@ -291,26 +277,24 @@ def _results(records: Sequence[SweepRecord]) -> Section:
     return Section("results", "Results", tuple(figures), lines, tuple(range(len(records))))
 
 
-def _cards(records: Sequence[SweepRecord], dense: SweepRecord | None, candidates: Sequence[Candidate]) -> list[Card]:
+def _cards(records: Sequence[SweepRecord], dense: SweepRecord | None) -> list[Card]:
     """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
     from ..charts.losses import front
 
-    known = [one for one in candidates if one.plan and is_number(one.quality.delta_nll)]
+    known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     if not dense or not known:
         return []
-    least = records[min(known, key=lambda one: one.quality.delta_nll).number]
-    points = {one.number: (one.speedup.median, one.quality.delta_nll) for one in known if one.speedup}
-    best = front([(1.0, 0.0), *points.values()])
-    on_front = [
-        records[number].name.replace(", last layer kept", " kept") for number in points if points[number] in best
-    ]
+    least = min(known, key=lambda one: one.quality.delta_nll)
+    points = [(one.times.speedup_decode.median, one.quality.delta_nll) for one in known]
+    best = front([(1.0, 0.0), *points])
+    on_front = [one.name.replace(", last layer kept", " kept") for one, point in zip(known, points) if point in best]
     step, millions = dense.times.decode_ms_per_token.median, dense.footprint.params / 1e6
     told = f"{step:.0f} ms a token, {millions:,.0f} million parameters"
     loses = f"{least.name}; decodes {least.times.speedup_decode.median:.2f}×"
     named = ", ".join(on_front[:5]) + (" …" if len(on_front) > 5 else "")
     return [
         Card("Dense model", PERPLEXITY.cell(dense.quality).text, PERPLEXITY.heading, told),
-        fastest_card(known, lambda one: records[one.number].name),
+        fastest_card(known),
         Card("Loses least", f"{least.quality.delta_nll:+.2f}", "nats a token", loses),
         Card(
             "On the front",

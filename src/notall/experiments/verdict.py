@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..errors import shortened
 from ..plan import Plan
-from ..results.facts import Footprint, Quality
+from ..results.facts import Footprint, Quality, Times
 from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
 from ..results.table import in_bytes
 from .shown import Message
@@ -127,37 +127,47 @@ class Outcome:
 # --- which of several -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A plan of a folder with its quality, its decode speedup and its bytes, as far as they are known."""
+class MeasuredPlan(Protocol):
+    """A record of one of a folder's plans; `times` is None where it was not timed."""
 
-    number: int  # of its record
-    plan: Plan
-    quality: Quality
-    speedup: Quartiles | None = None
-    weight_bytes: int = 0
+    @property
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def quality(self) -> Quality: ...
+    @property
+    def times(self) -> Times | None: ...
+    @property
+    def footprint(self) -> Footprint: ...
 
 
-def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
+M = TypeVar("M", bound=MeasuredPlan)
+
+
+def decode_speedup(one: MeasuredPlan) -> Quartiles | None:
+    return one.times.speedup_decode if one.times else None
+
+
+def fastest(records: Iterable[M]) -> M | None:
     """Of the usable ones the fastest: of those that may be as fast, by its quartiles, what loses least.
 
     Where nothing was timed, the smallest, then the best.
     """
-    usable = [one for one in candidates if one.plan and is_usable(one.quality)]
-    first = max(
-        usable,
-        key=lambda one: (one.speedup.median if one.speedup else 0, -one.weight_bytes, -one.quality.nats_lost),
-        default=None,
-    )
-    if first is None or first.speedup is None:
+    usable = [one for one in records if one.plan and is_usable(one.quality)]
+
+    def pace(one: M) -> float:
+        return speedup.median if (speedup := decode_speedup(one)) else 0
+
+    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
+    if first is None or not (speedup := decode_speedup(first)):
         return first
-    as_fast = [one for one in usable if one.speedup and one.speedup.median >= first.speedup.low]
-    return min(as_fast, key=lambda one: one.quality.nats_lost)
+    return min((one for one in usable if pace(one) >= speedup.low), key=lambda one: one.quality.nats_lost)
 
 
-def mildest(candidates: Iterable[Candidate]) -> Candidate | None:
+def mildest(records: Iterable[M]) -> M | None:
     """What loses least, usable or not."""
-    known = (one for one in candidates if one.plan and is_number(one.quality.delta_nll))
+    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
     return min(known, key=lambda one: one.quality.nats_lost, default=None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..errors import shortened
@@ -15,9 +15,11 @@ from .folder import Folder
 from .shown import Card, Message, nats_in_words
 from .verdict import (
     NAME_LETTERS,
-    Candidate,
+    M,
+    MeasuredPlan,
     Outcome,
     asking_for_less,
+    decode_speedup,
     fastest,
     faults_of,
     is_usable,
@@ -30,33 +32,30 @@ R = TypeVar("R")
 FASTEST, LARGEST = "Fastest usable", "Largest usable"
 
 
-def which_is_best(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The plan that a page is about: the fastest usable one, else the mildest."""
-    candidates = [*candidates]
-    return fastest(candidates) or mildest(candidates)
+def first_shown(records: Sequence[MeasuredPlan]) -> int:
+    """Where the plan is that a page is about: the fastest usable one, else the mildest, else the last."""
+    best = fastest(records) or mildest(records)
+    return records.index(best) if best else len(records) - 1
 
 
 def judged(
     folder: Folder,
-    candidates: Sequence[Candidate],
-    name: Callable[[Candidate], str],
+    records: Sequence[M],
     *,
-    footprints: tuple[Callable[[Candidate], Footprint], Footprint | None],
-    then: Callable[[Candidate], tuple[str, str]],
-    way: Callable[[Candidate], str] | None = None,
+    then: Callable[[M], tuple[str, str]],
+    way: Callable[[M], str] = lambda one: one.name,
+    dense: Footprint | None = None,
 ) -> Message | None:
     """The fastest usable plan and what comes `then`, or that there is none; `way` is its name in the sentence."""
-    of_plan, dense = footprints
-    if best := fastest(candidates):
-        outcome = Outcome(
-            best.plan, best.quality, best.speedup, of_plan(best), dense, named=(way or name)(best), layers=folder.layers
-        )
+    if best := fastest(records):
+        speedup, named = decode_speedup(best), way(best)
+        outcome = Outcome(best.plan, best.quality, speedup, best.footprint, dense, named=named, layers=folder.layers)
         return Message(outcome.sentence(folder.model), True, *then(best))
-    if least := mildest(candidates):
-        plans = sum(bool(one.plan) for one in candidates)
+    if least := mildest(records):
+        plans = sum(bool(one.plan) for one in records)
         which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
         faults, loss = " and ".join(faults_of(least.quality)), loss_in_words(least.quality)
-        mild = f"with the mildest, {shortened(name(least), NAME_LETTERS)}, {faults}: {loss}"
+        mild = f"with the mildest, {shortened(least.name, NAME_LETTERS)}, {faults}: {loss}"
         return Message(
             f"{which} {shortened(folder.model, NAME_LETTERS)} usable: {mild}.", False, *asking_for_less(folder.model)
         )
@@ -71,16 +70,16 @@ def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
     return {name: what[name] for name in ("text", *sizes) if name in what}
 
 
-def fastest_card(candidates: Sequence[Candidate], name: Callable[[Candidate], str]) -> Card:
+def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
     """Of those that leave the model usable."""
-    best = fastest(candidates)
+    best = fastest(records)
     if best is None:
         told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
-        return Card(FASTEST, "none", f"of {len(candidates)} plans", told)
-    text = f"{name(best)}; {nats_in_words(best.quality)}"
-    if best.speedup is None:
+        return Card(FASTEST, "none", f"of {len(records)} plans", told)
+    text = f"{best.name}; {nats_in_words(best.quality)}"
+    if not (speedup := decode_speedup(best)):
         return Card(LARGEST, str(len(best.plan)), "sublayers left out", text)
-    return Card(FASTEST, f"{best.speedup.median:.2f}×", SPEEDUPS[0].heading, text)
+    return Card(FASTEST, f"{speedup.median:.2f}×", SPEEDUPS[0].heading, text)
 
 
 def mark_usable(columns: Sequence[Column[R]], quality: Callable[[R], Quality | None]) -> tuple[Column[R], ...]:
