@@ -1,5 +1,6 @@
 """Settings that must stand before torch and huggingface_hub are imported, and the default model."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -66,3 +67,15 @@ def run(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def answered(run):
+    """Run `notall ARGUMENTS... --json`, which is to succeed; answers what it prints."""
+
+    def answered(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return answered

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 import math
 import sys
 from itertools import product
@@ -470,22 +469,12 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, own_tasks_only):
-    """Run `notall ARGUMENTS... --json`; what it prints."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["notall", *map(str, arguments), "--json"])
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-        said = capsys.readouterr()
-        assert leaving.value.code in (0, None), said.err
-        return json.loads(said.out)["claims"]
-
-    return run
+def told_claims(answered, own_tasks_only):
+    return lambda *arguments: answered(*arguments)["claims"]
 
 
 @pytest.mark.slow
-def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
+def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, told_claims):
     model, task_path = folders
     words = [
         "paper",
@@ -511,7 +500,7 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
         "--dtype",
         "float32",
     ]
-    claims = run(*words, *sizes, *times)
+    claims = told_claims(*words, *sizes, *times)
     assert {claim["verdict"] for claim in claims} == {"too few"}  # six documents, one round, two windows
     assert len(claims) >= 10
     assert [one.claim for one in read(tmp_path / "claims.jsonl", ClaimRecord)] == [claim["claim"] for claim in claims]
@@ -541,7 +530,7 @@ def test_the_whole_evaluation_of_a_tiny_model(folders, tmp_path, run):
     assert {r["part"] for r in checks} == {"long texts", "passkey", "writing"}
     assert (tmp_path / "similarity.png").stat().st_size > 1000
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".jsonl", ".csv")}
-    assert run(*words, *sizes, *times) == claims
+    assert told_claims(*words, *sizes, *times) == claims
     assert before == {path: path.read_bytes() for path in before}
 
 

@@ -1048,7 +1048,7 @@ def _one_by_one(
 
 
 C = TypeVar("C", BenchmarkRecord, DiagnosticsRecord)
-Row = tuple[Configured, Mapping[str, Compared]]  # a configuration, and its figures by what they are of
+Beside = tuple[Configured, Mapping[str, Compared]]  # a configuration, and its figures by what they are of
 
 
 def _by_plan(
@@ -1064,9 +1064,9 @@ def _by_plan(
         alone = {"delta": math.nan} if record.variant == "dense" else {}
         rows.setdefault(record.configuration, (record, {}))[1][asked] = record.model_copy(update=alone)
 
-    def column(asked: str) -> Column[Row]:
+    def column(asked: str) -> Column[Beside]:
         return Column(asked, lambda row: BESIDE.cell(row[1][asked]) if asked in row[1] else EMPTY, note=BESIDE.note)
 
-    configured: tuple[Column[Row], ...] = within(CONFIGURED, lambda row: row[0])
+    configured: tuple[Column[Beside], ...] = within(CONFIGURED, lambda row: row[0])
     found = table(name, [*configured, *map(column, dict.fromkeys(names))], [*rows.values()])
     return Section(name, title, table=found, steps=tuple(place[key] for key in rows))
