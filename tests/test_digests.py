@@ -24,7 +24,7 @@ def test_parts_are_one_behind_the_other():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int32, torch.bool], ids=str)
 def test_tensors_are_their_bytes_in_the_order_of_their_elements(dtype):
     given = IDS.to(dtype)
-    for one in (given, given.T, given[:, 1:], given[0, 0], torch.nn.Parameter(IDS.float()) * 1):
+    for one in (given, given.T, given[:, 1:], given[:, 0], given[0, 0], torch.nn.Parameter(IDS.float()) * 1):
         assert digests.digest_of([one]) == sha256(one.detach().numpy().tobytes()).hexdigest()
     half = IDS.to(torch.bfloat16)
     assert digests.digest_of([half]) == sha256(half.view(torch.int16).numpy().tobytes()).hexdigest()
