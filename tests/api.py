@@ -79,7 +79,7 @@ MODULES = {
 NAMES = {
     "charts.losses": ["Point"],
     "choosing.budget": ["Budget", "by_count", "by_footprint", "by_limit", "within_limit"],
-    "choosing.choice": ["CHOICES", "choose_as_fast", "choose_by_config", "choose_within"],
+    "choosing.choice": ["CHOICES", "choose_as_fast", "choose_within"],
     "choosing.criteria": ["CRITERIA", "Choice", "Criterion", "choose"],
     "choosing.criteria.data_free": ["deepest", "paper_grid", "score_gate_norm", "score_random"],
     "choosing.criteria.features": ["score_cosine", "score_relative_magnitude"],

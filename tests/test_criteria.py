@@ -18,7 +18,6 @@ from api import (
     by_count,
     by_limit,
     choose,
-    choose_by_config,
     is_portable,
     kl,
     names_of,
@@ -303,23 +302,14 @@ def test_deepest_is_the_papers_rule(model, kind, keep):
 
 @pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
 @pytest.mark.parametrize("amount", [{"count": 2}, {"fraction": 2 / LAYERS}])
-def test_what_reads_only_a_config_needs_no_weights(model, kind, amount):
+def test_the_papers_rule_needs_no_weights(model, kind, amount):
     empty = build_empty(model.config)
     assert next(empty.parameters()).is_meta
-    space = Space(locate(empty), kind, keep_last=1)
-    plan = choose_by_config(empty, "deepest", space, by_count(space, 2))
-    assert plan.indices == deepest(locate(model), kind, keep_last=True, **amount).indices
+    plan = deepest(locate(empty), kind, keep_last=True, **amount)
+    space = Space(locate(model), kind, keep_last=1)
+    chosen = choose("deepest", setting(model, kind, keep_last=1), by_count(space, 2)).skipped
+    assert plan.indices == space.plan(chosen).indices
     assert plan.fingerprint == locate(model).fingerprint
-    assert choose_by_config(empty, "random", space, by_count(space, 2), seed=3).note == f"random: 2 {kind}"
-
-
-def test_what_reads_more_than_a_config_is_refused(model):
-    space = Space(locate(model), "attention")
-    for name, reads in (("cosine", "text"), ("gate-norm", "weights"), ("search", "objective")):
-        with pytest.raises(UsageError, match=f"the criterion {name} reads the {reads}"):
-            choose_by_config(model, name, space, by_count(space, 2))
-    with pytest.raises(UsageError, match="say how many to skip"):
-        choose_by_config(model, "deepest", space, by_limit(space, 0.1))
 
 
 def test_shallowest_and_random(model):

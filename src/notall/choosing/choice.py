@@ -125,22 +125,6 @@ def choose_plan(
         return _chosen_plan(setting, way.name, choose_within(way, setting, budget), budget, held_out)
 
 
-def choose_by_config(
-    model: PreTrainedModel, criterion: CriterionLike, space: Space, budget: Budget, seed: int = 0
-) -> Plan:
-    """The plan of a criterion that reads only a config, such as "deepest": `model` may be without weights.
-
-    Raises `UsageError` for a criterion that reads more, for a budget without a target, and as `choose_plan` does.
-    """
-    way = criterion_of(criterion)
-    if way.reads != "config":
-        raise UsageError(f"the criterion {way.name} reads the {way.reads}, not a config alone: take deepest")
-    if budget.target == math.inf:
-        raise UsageError("a limit on the loss needs a text to measure it on: say how many to skip")
-    setting = Setting(model, space, (), Evaluator(model, Objective(())), seed)
-    return space.plan(choose(way, setting, budget).skipped, f"{way.name}: {budget.description}")
-
-
 def _chosen_plan(
     setting: Setting, name: str, outcome: Outcome, budget: Budget, held_out: Sequence[Tensor]
 ) -> ChosenPlan:
