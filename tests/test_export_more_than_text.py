@@ -19,11 +19,11 @@ from test_architectures import prompt
 from tiny_checkpoint import save_tiny_checkpoint
 
 PLANS = {"whole blocks": Plan([1], [1]), "portable": Plan([2], [1])}
-SEATED = {"gemma4 (text part)"}
+IN_PLACE = {"gemma4 (text part)"}
 SEEING = [
     one
     for one in [*FAMILIES, *(HYBRIDS if TRANSFORMERS_5 else [])]
-    if one.exists and one.auto is AutoModelForImageTextToText and one.name not in SEATED
+    if one.exists and one.auto is AutoModelForImageTextToText and one.name not in IN_PLACE
 ]
 EACH_TIME = {"qwen2_vl (text part)", "qwen3_vl (text part)", "gemma3 (text part)", "qwen3_5 (text part)"}
 IMAGE, TOKENS = 5, 4  # what stands for a piece of an image, and how many of them an image has

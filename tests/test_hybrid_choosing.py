@@ -299,11 +299,11 @@ def test_an_export_says_that_it_breaks_the_period(tmp_path: Path, capsys) -> Non
         assert json.loads((out / "notall.json").read_text()).get("breaks_period") == (4 if name == "broken" else None)
 
 
-# --- layers that keep their seats -------------------------------------------------------------------------------------
+# --- layers that stay in place -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(
+def test_what_to_do_next_with_a_plan_of_layers_in_place_is_neither_an_export_nor_a_repair(
     usable: bool, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(verdict_module, "is_usable", lambda _: usable)
@@ -315,7 +315,7 @@ def test_what_to_do_next_with_a_plan_of_seats_is_neither_an_export_nor_a_repair(
     assert f"notall bench {model} --plan {plan}" in run(capsys, "eval", model, *text, "--plan", plan)
 
 
-def test_a_sweep_of_seats_compares_their_layers(tmp_path: Path, capsys) -> None:
+def test_a_sweep_of_layers_in_place_compares_their_layers(tmp_path: Path, capsys) -> None:
     model = save_tiny_checkpoint(tmp_path / "m", of="gemma4_text", vocab_size_per_layer_input=259)
     (tmp_path / "text.txt").write_text("The river runs under the old bridge, and a green bird sings. " * 60)
     out, text = tmp_path / "out", ["--text", tmp_path / "text.txt", *SMALL]

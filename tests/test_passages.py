@@ -28,10 +28,10 @@ from api import (
 )
 from families import TRANSFORMERS_5, Family, family, modules_of, silenced, stack_of
 from notall import locate, skip
-from test_seats import KINDS
+from test_in_place import KINDS
 
 IDS = torch.arange(24).view(2, 12) * 7 % 90 + 3
-seated = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer")
+since_5 = pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4.57 keeps a place for every layer")
 
 
 def walked(model: PreTrainedModel, ids: Tensor) -> list[Passage]:
@@ -59,7 +59,7 @@ def test_every_state_of_the_dense_model_is_passed(name: str) -> None:
     assert not torch.allclose(passages[-1].after, final)
 
 
-# --- layers that keep their seats, or stay or go as wholes ------------------------------------------------------------
+# --- layers that stay in place, or stay or go as wholes ------------------------------------------------------------
 
 
 def one_stream(state: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ def passed(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@seated
+@since_5
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
-def test_layers_in_their_seats_are_passed_as_the_dense_model_passes_them(name: str) -> None:
+def test_layers_in_place_are_passed_as_the_dense_model_passes_them(name: str) -> None:
     model = family(name).build()
     expected = model(input_ids=IDS, use_cache=False).logits
     locate(model)
@@ -102,7 +102,7 @@ def test_layers_in_their_seats_are_passed_as_the_dense_model_passes_them(name: s
     assert torch.equal(model(input_ids=IDS, use_cache=False).logits, expected)
 
 
-@seated
+@since_5
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text", "glm_moe_dsa", "deepseek_v4", "doge", "zamba2"])
 def test_around_a_sublayer_is_what_its_layer_answers_without_it_and_with_it(name: str) -> None:
@@ -151,9 +151,9 @@ def setting(model: PreTrainedModel) -> Setting:
     return Setting(model, Space(locate(model)), [IDS], Evaluator(model, nll([IDS])))
 
 
-@seated
+@since_5
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text", "deepseek_v4", "doge", "bert"])
-def test_gradients_in_seats_are_those_of_a_gate_on_what_is_named_by_hand(name: str) -> None:
+def test_gradients_in_place_are_those_of_a_gate_on_what_is_named_by_hand(name: str) -> None:
     """No finite differences: DeepSeek V4 routes its tokens, and jumps."""
     one = family(name)
     model = one.build()
@@ -175,9 +175,9 @@ def test_a_gate_is_that_of_its_sequence_wherever_streams_stand(shape: tuple[int,
     assert torch.equal(by_sequence[1], torch.full_like(by_sequence[1], 3.0))
 
 
-@seated
+@since_5
 @pytest.mark.parametrize("name", [name for name, one in CRITERIA.items() if "attention" in one.kinds])
-def test_every_criterion_chooses_among_seats(name: str) -> None:
+def test_every_criterion_chooses_among_layers_in_place(name: str) -> None:
     model = family("gemma4_text").build()
     if not CRITERIA[name].fits(model):
         pytest.skip("asks for other layers")
@@ -188,8 +188,8 @@ def test_every_criterion_chooses_among_seats(name: str) -> None:
         model(input_ids=IDS)
 
 
-@seated
-def test_similarity_in_seats_is_the_papers() -> None:
+@since_5
+def test_similarity_in_place_is_the_papers() -> None:
     model = family("gemma4_text").build()
     found = {(one.layer, one.kind): one.cosine for one in measure_similarity(model, [IDS])}
     for index, (before, after) in enumerate(passed(model)):

@@ -1,4 +1,4 @@
-"""Layers that depend on each other keep their seats: who lends what, what is freed, and what is caught."""
+"""Layers that depend on each other stay in place: who lends what, what is freed, and what is caught."""
 
 from __future__ import annotations
 
