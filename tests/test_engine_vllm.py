@@ -10,7 +10,7 @@ import torch
 import engines
 from api import VLLM, call, weight_bytes
 from families import family
-from notall import Plan, export, heal, repair, skip
+from notall import Plan, TrainConfig, export, heal, repair, skip
 from programs import program
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -140,7 +140,7 @@ def test_a_portable_export_is_an_ordinary_model(written):
 def test_repaired_and_healed_weights_are_served(plan, tmp_path):
     model = family("llama").build(**SIZES)
     texts = list((torch.arange(8 * 12).view(8, 12) * 7 % 90 + 3).split(4))
-    healed = heal(model, repair(model, plan, texts), texts, texts, rate=1e-2)
+    healed = heal(model, repair(model, plan, texts), texts, texts, TrainConfig(rate=1e-2))
     assert {path.split(".")[-2] for path in healed.weights} >= {"o_proj", "down_proj", "input_layernorm"}
     out = export(model, healed, "hf", tmp_path / "out", tokenizer=byte_tokenizer(), verify=False)
     llm = start(out)
