@@ -36,8 +36,7 @@ colours off.
 def render() -> str:
     """The page, in Markdown."""
     group: Any = typer.main.get_command(commands_of)
-    with group.make_context("notall", [], resilient_parsing=True) as context:
-        commands = [(name, group.get_command(context, name)) for name in group.list_commands(context)]
+    commands = [(name, listed.loaded()) for name, listed in group.commands.items()]
     panels = dict.fromkeys(command.rich_help_panel for _, command in commands)
     parts = [HEAD]
     for panel in panels:

@@ -92,7 +92,7 @@ def run_line(line, words, monkeypatch):
 def check_line(line):
     """Its options exist, though it needs more than is here to run."""
     _, command, *arguments = shlex.split(line, comments=True)
-    typer.main.get_command(cli.app).commands[command].make_context(command, arguments)
+    typer.main.get_command(cli.app).commands[command].loaded().make_context(command, arguments)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from api import (
     UsageError,
     header_of,
     kind_at,
+    know_every_kind,
     read,
     refuse_foreign,
     this_run,
@@ -263,8 +264,7 @@ def test_a_message_does_not_grow_with_what_it_quotes(tmp_path):
 
 
 def test_each_kind_has_a_file_and_a_name_of_its_own():
-    from api import cli  # noqa: F401  (whose commands have them all)
-
+    know_every_kind()
     kinds = [kind for kind in KINDS.values() if kind is not HeaderRecord]
     assert len({kind.file for kind in kinds}) == len(kinds) >= 23
     for name, kind in KINDS.items():
@@ -276,8 +276,9 @@ def test_each_kind_has_a_file_and_a_name_of_its_own():
 
 def test_a_kind_is_known_whose_verb_nothing_has_asked_for_yet(tmp_path):
     lines.append(tmp_path / "drafts.jsonl", {"record": "draft"})
-    told = "import sys; from pathlib import Path; from api import kind_at; print(kind_at(Path(sys.argv[1])).__name__)"
-    assert python(told, tmp_path / "drafts.jsonl").communicate()[0] == "DraftRecord\n"
+    told = "import sys; from pathlib import Path; from api import check_folder, kind_at; folder = Path(sys.argv[1]); "
+    told += "check_folder(folder, 'draft'); print(kind_at(folder / 'drafts.jsonl').__name__)"
+    assert python(told, tmp_path).communicate()[0] == "DraftRecord\n"
 
 
 def sweep_record(variant="mlp", **what):
@@ -356,6 +357,7 @@ def test_a_ledger_holds_every_record_of_a_kind_without_a_key(tmp_path, monkeypat
     ],
 )
 def test_a_folder_of_another_command_is_refused(tmp_path, line, command, says):
+    know_every_kind()
     lines.append(tmp_path / "any.jsonl", line)
     with pytest.raises(UsageError, match=says), working_in(tmp_path, command):
         raise AssertionError("it went on")

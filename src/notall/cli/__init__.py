@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import typer
@@ -18,26 +20,18 @@ import typer
 from ..errors import UsageError, nearest, shortened
 from ..extras import EXTRAS
 from ..results.printable import print_in_any_encoding, printable
-from . import (  # noqa: F401  (they add their commands)
-    bench,
-    compare,
-    draft,
-    evaluate,
-    export,
-    inspect,
-    paper,
-    pareto,
-    repair,
-    report,
-    search,
-    sweep,
-    tasks,
-)
 from .app import Interrupted, app
-from .chatter import drop_chatter
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.
 MISTYPED: type[Exception] = typer.BadParameter.__bases__[0]
+
+# What libraries log over their own installation as they are imported, no news to who runs a command: loggers, and
+# words of the lines of each that are dropped. transformers imports torchao wherever it is installed.
+DROPPED = {
+    "torchao": ("Failed to load", "Skipping import of cpp extensions"),  # kernels for another Python or another torch
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU",),  # kernels that it would fetch; transformers imports it
+    "torch.utils._pytree": ("register_constant() on Enum subclasses",),  # torchao calls it
+}
 
 
 def main() -> None:
@@ -64,6 +58,23 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt):
         print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+@dataclass(frozen=True)
+class Without:
+    """Lets pass log lines that hold none of some words. The same one twice is one filter."""
+
+    words: tuple[str, ...]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return not any(word in said for word in self.words)
+
+
+def drop_chatter() -> None:
+    """Drop those lines, and no others, from now on."""
+    for name, words in DROPPED.items():
+        logging.getLogger(name).addFilter(Without(words))
 
 
 def _told(error: Any) -> str:

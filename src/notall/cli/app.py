@@ -1,27 +1,46 @@
-"""The command that all commands are added to."""
+"""Which commands there are, and how a function becomes one: its file is imported when it is called."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
-from ..results.progress_bars import working
 from .spread import spread
 
-# How `notall --help` groups the commands, in this order.
-PANELS = LOOK, CHOOSE, REPAIR, MEASURE, SHOW, TAKE = (
-    "Look at a model",
-    "Choose what to skip",
-    "Make up for what is skipped",
-    "Measure what it costs and saves",
-    "Show what was measured",
-    "Take the result elsewhere",
-)
+if TYPE_CHECKING:
+    from ..experiments.verdict import Verdict
+
+# How `notall --help` groups the commands.
+LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Make up for what is skipped"
+MEASURE, SHOW, TAKE = "Measure what it costs and saves", "Show what was measured", "Take the result elsewhere"
+
+# In the order in which one comes to need them: the group, the file, and what the list of commands says.
+COMMANDS = {
+    "inspect": (LOOK, "look", "Show every sublayer: its parameters, weights, KV cache and state."),
+    "similarity": (LOOK, "look", "Show how similar each layer's features are to the previous layer's."),
+    "generate": (LOOK, "look", "Continue a prompt with the skipped model."),
+    "compare": (CHOOSE, "compare", "Compare ways to choose on held-out text."),
+    "search": (CHOOSE, "search", "Choose what to skip, by the search or another importance criterion."),
+    "plan": (CHOOSE, "search", "Write the paper's plan, which skips the deepest."),
+    "criteria": (CHOOSE, "search", "List the importance criteria."),
+    "repair": (REPAIR, "repair", "Refit what a plan keeps, so that it makes up for what the plan skips."),
+    "heal": (REPAIR, "repair", "Train what a plan keeps for some minutes: recovery fine-tuning."),
+    "bench": (MEASURE, "measure", "Time prefill and decode of the dense and the skipped model."),
+    "draft": (MEASURE, "measure", "Measure the speedup of a plan as a draft model in speculative decoding."),
+    "eval": (MEASURE, "evaluate", "Measure what a plan costs on a text, and on benchmarks if you name some."),
+    "paper": (MEASURE, "grid", "Run the paper's evaluation, and check each of its claims."),
+    "pareto": (MEASURE, "pareto", "Compare skipping with quantising in the engine that serves the model."),
+    "sweep": (MEASURE, "grid", "Run the paper's grid on a text."),
+    "tasks": (MEASURE, "measure", "List the tasks of lm-evaluation-harness that --tasks takes."),
+    "report": (SHOW, "measure", "Turn a results folder into one page that opens anywhere."),
+    "export": (TAKE, "export", "Write the model without what the plan skips, as files that engines load."),
+}
 
 MISSED = 3  # the exit code of a command that did its work and did not reach what was asked for
 WITHOUT_MODEL = {"criteria", "report", "tasks", "--help", "-h"}  # words of commands that need no model
@@ -37,17 +56,35 @@ costs and saves.
 """
 
 
-def _place(command: Any) -> int:
-    panel = getattr(command, "rich_help_panel", None)
-    return PANELS.index(panel) if panel in PANELS else len(PANELS)
-
-
 class Interrupted(BaseException):
     """Ctrl-C, under a name that Typer lets pass: of a KeyboardInterrupt it makes an exit without a word."""
 
 
+class Listed(TyperCommand):
+    """A command as the list of them has it."""
+
+    def loaded(self) -> Any:
+        """The command itself, with its options."""
+        import_module(f".{COMMANDS[str(self.name)][1]}", __package__)
+        return typer.main.get_command(_LOADED[str(self.name)])
+
+
 class Tour(TyperGroup):
-    """Lists the commands in the order in which one comes to need them."""
+    """Lists the commands in their order, and imports one when it is called."""
+
+    def __init__(self, **given: Any) -> None:
+        listed = {
+            name: Listed(name, help=told, rich_help_panel=panel, rich_markup_mode="rich")
+            for name, (panel, _, told) in COMMANDS.items()
+        }
+        super().__init__(**given | {"commands": listed})
+
+    def list_commands(self, context: Any) -> list[str]:
+        return [*self.commands]
+
+    def resolve_command(self, context: Any, words: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(context, words)
+        return name, command.loaded() if isinstance(command, Listed) else command, rest
 
     def invoke(self, context: Any) -> Any:
         try:
@@ -55,21 +92,14 @@ class Tour(TyperGroup):
         except KeyboardInterrupt:
             raise Interrupted from None
 
-    def list_commands(self, context: Any) -> list[str]:
-        return sorted(self.commands, key=lambda name: _place(self.commands[name]))
-
 
 class OnRay(TyperCommand):
-    """A command whose `--ray` may stand without an address, which typer's options cannot."""
+    """A command whose `--ray` may stand without an address, which Typer's options cannot: that is `--ray any`."""
 
     def parse_args(self, context: Any, words: list[str]) -> list[str]:
-        return super().parse_args(context, _with_address(words))
-
-
-def _with_address(words: list[str]) -> list[str]:
-    """`--ray` alone as `--ray any`."""
-    alone = (word == "--ray" and after.startswith("-") for word, after in zip(words, [*words[1:], "-"]))
-    return [added for word, bare in zip(words, alone) for added in ([word, "any"] if bare else [word])]
+        alone = (word == "--ray" and after.startswith("-") for word, after in zip(words, [*words[1:], "-"]))
+        spelt = [one for word, bare in zip(words, alone) for one in ([word, "any"] if bare else [word])]
+        return super().parse_args(context, spelt)
 
 
 app = typer.Typer(
@@ -82,15 +112,18 @@ app = typer.Typer(
     "130 interrupted. "
     "NO_COLOR=1 turns colours off; --json prints any table as JSON.",
 )
+_LOADED: dict[str, typer.Typer] = {}  # by the names of COMMANDS, once their files are imported
 
 
-def command(
-    panel: str, *, example: str, name: str | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function whose parameters are options, or dataclasses of them, as a command."""
+def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose parameters are options, or dataclasses of them."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(name=name, cls=OnRay, rich_help_panel=panel, epilog=f"Example:  {example}")(spread(function))
+        called = name or function.__name__
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        panel, epilog = COMMANDS[called][0], f"Example:  {example}"
+        alone.command(name=called, cls=OnRay, rich_help_panel=panel, epilog=epilog)(spread(function))
+        _LOADED[called] = alone
         return function
 
     return add
@@ -116,10 +149,20 @@ def notall(
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS, nl=False)
     elif sys.stderr.isatty() and not WITHOUT_MODEL.intersection(sys.argv):
-        _import_models()
+        from ..results.progress_bars import working
+
+        with working("starting torch and transformers"):  # which takes seconds
+            import transformers  # noqa: F401
 
 
-def _import_models() -> None:
-    """Import what each command that has a model needs, and show that: it takes seconds."""
-    with working("starting torch and transformers"):
-        import transformers  # noqa: F401
+def conclude(verdict: Verdict, *, as_json: bool) -> None:
+    """Say what a plan comes to, which JSON holds already. Leave with `MISSED` where a budget was missed."""
+    from ..results.terminal import say
+
+    if not as_json:
+        for line in verdict.lines():
+            say(line, whole=line.startswith("Next:"))
+    elif verdict.missed:
+        print(f"missed {verdict.missed}", file=sys.stderr)
+    if verdict.missed:
+        raise typer.Exit(MISSED)

@@ -17,20 +17,18 @@ from ..experiments.compare import (
     write_comparison,
 )
 from ..experiments.driver import Subject
+from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, ModelOptions, TaskOptions
 from ..models.names import model_in_words
 from ..options import Json, OutFolder, Seed, Workload
-from ..results.ledger import check_folder
 from ..results.progress_bars import progress_bar
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.table import table
 from ..results.terminal import say, show
-from .app import CHOOSE, command
+from .app import command
 
 
-@command(
-    CHOOSE, example="notall compare smollm2 --held-out book.txt --skip attention:4,8 --skip portable:8 --out comparison"
-)
+@command(example="notall compare smollm2 --held-out book.txt --skip attention:4,8 --skip portable:8 --out comparison")
 def compare(
     model: ModelOptions,
     how: CompareOptions,
@@ -65,8 +63,7 @@ def compare(
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
     write_comparison(records, out, title, _made(about, described, timed))
-    lines = table(f"{len(records)} choices in {out}", columns_of(records), records)
-    show({"comparison": (lines, records)}, as_json=as_json)
+    show({"comparison": table(f"{len(records)} choices in {out}", columns_of(records), records)}, as_json=as_json)
     if as_json:
         return
     if timed_once(records):

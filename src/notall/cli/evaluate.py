@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, keep, mend_of, records_of
+from ..experiments.folder import check_folder
 from ..experiments.measured import warn_if_worse, warn_of_own_text
 from ..experiments.options import Diagnostics, ModelOptions, PlanOptions, TaskOptions, TextOptions, diagnostic_windows
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict, next_command
 from ..options import KeepIn, RunOptions
 from ..results.facts import PLAN_CHECKS, PLAN_SCORES
-from ..results.ledger import check_folder
 from ..results.progress_bars import progress_bar
 from ..results.table import table
 from ..results.terminal import show
-from .app import MEASURE, command
-from .ending import conclude
+from .app import command, conclude
 
 
-@command(MEASURE, name="eval", example="notall eval smollm2 --plan plan.json --tasks arc_easy --limit 50")
+@command(name="eval", example="notall eval smollm2 --plan plan.json --tasks arc_easy --limit 50")
 def evaluate(
     model: ModelOptions,
     plan: PlanOptions,
@@ -60,12 +57,12 @@ def evaluate(
     records = records_of(found, described["text"], abouts)
     if out:
         keep(out, records)
-    tables: dict[str, Any] = {"quality": (table(f"skip {wanted}", QUALITIES, found.quality), found.quality)}
+    tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
         title = "benchmarks, differences paired by document; worse: p < 0.05"
-        tables["tasks"] = (table(title, PLAN_SCORES, found.scores), found.scores)
+        tables["tasks"] = table(title, PLAN_SCORES, found.scores)
     if found.checks:
-        tables["diagnostics"] = (table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks), found.checks)
+        tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **choice.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, choice, wanted), timed)

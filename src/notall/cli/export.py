@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..experiments.folder import check_folder
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, TextOptions, read_plan
 from ..experiments.repair import RepairOptions
@@ -17,14 +18,12 @@ from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.facts import DELTA_NLL, KL, PERPLEXITY, TOP1
-from ..results.ledger import check_folder
 from ..results.progress_bars import progress_bar
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord, State
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import show
-from .app import TAKE, command
-from .ending import conclude
+from .app import command, conclude
 
 BROKEN = (
     "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
@@ -45,7 +44,7 @@ COLUMNS: tuple[Column[FileFact], ...] = (
 )
 
 
-@command(TAKE, example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
+@command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
     plan: Annotated[Path, Option("plan file, or the folder of a repair")],
     to: Annotated[
@@ -90,10 +89,9 @@ def export(
         export_model(model.model, wanted, to, out, **how)
     files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
     ending = _conclusion(out, to)
-    tables: dict[str, Any] = {"files": (table(f"{out}: skips {wanted}", COLUMNS, files), files)}
+    tables = {"files": table(f"{out}: skips {wanted}", COLUMNS, files)}
     if measured:
-        title = f"skip {wanted}: before the repair and after it"
-        tables = {"quality": (table(title, MEASURED, measured), measured)} | tables
+        tables = {"quality": table(f"skip {wanted}: before the repair and after it", MEASURED, measured)} | tables
     also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.fact()} if verdict else {})
     show(tables, as_json=as_json, also=also)
     if not wanted:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError, shortened
+from ..experiments.folder import check_folder
 from ..experiments.measured import warn_of_own_text
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
 from ..experiments.pareto import (
@@ -23,11 +24,10 @@ from ..experiments.repair import NONE, check_method
 from ..options import Option, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
-from ..results.ledger import check_folder
 from ..results.progress_bars import progress_bar
 from ..results.table import table
 from ..results.terminal import say, show
-from .app import MEASURE, command
+from .app import command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FEWEST = 4  # windows
 
 
-@command(MEASURE, example="notall pareto smollm2 --engine llama.cpp --skip attention:4,8 --out pareto")
+@command(example="notall pareto smollm2 --engine llama.cpp --skip attention:4,8 --out pareto")
 def pareto(
     engine: EngineOptions,
     plans: ParetoPlans,
@@ -92,8 +92,7 @@ def pareto(
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
     write_pareto(records, out, title)
     said = sentence(records)
-    found: dict[str, Any] = {"pareto": (table(f"{title}: {out}", COLUMNS, records), records)}
-    show(found, as_json=run.as_json, also={"verdict": said})
+    show({"pareto": table(f"{title}: {out}", COLUMNS, records)}, as_json=run.as_json, also={"verdict": said})
     if not run.as_json:
         say(said)
         say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..errors import UsageError
+from ..experiments.folder import check_folder
 from ..experiments.heal import TOKENS, HealOptions, HealRayOptions, HealTexts
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, read_plan
 from ..experiments.repair import REFIT, FitOptions, check_method, refits_table, repaired_by, verdict_of
 from ..options import Option, RunOptions
 from ..plan import Plan
-from ..results.ledger import check_folder, read
+from ..results.ledger import read
 from ..results.lines import refuse_unwritable
 from ..results.progress_bars import progress_bar
 from ..results.repairs import HEALING, MEASURED, HealRecord, State
 from ..results.table import table
 from ..results.terminal import show
-from .app import REPAIR, command
-from .ending import conclude
+from .app import command, conclude
 
 WeightsFolder = Annotated[Path, Option("folder for the plan and its weights", ("--out", "-o"))]
 PlanFile = Annotated[Path | None, Option("plan file, or the folder of a repair")]
 
 
-@command(REPAIR, example="notall repair smollm2 --plan plan.json --text book.txt --text pages.jsonl --out repaired")
+@command(example="notall repair smollm2 --plan plan.json --text book.txt --text pages.jsonl --out repaired")
 def repair(
     model: ModelOptions,
     text: FitOptions,
@@ -67,13 +67,13 @@ def repair(
         measured = measure(net, plans, texts.other, out, settings, progress)
     verdict = verdict_of(net, model.model, measured[-1], out)
     quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
-    tables: dict[str, Any] = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
-    show(tables | {"quality": (quality, measured)}, as_json=run.as_json, also={"verdict": verdict.fact()})
+    tables = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
+    show(tables | {"quality": quality}, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(measured)
     conclude(verdict, as_json=run.as_json)
 
 
-@command(REPAIR, example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
+@command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
 def heal(
     model: ModelOptions,
     text: HealTexts,
@@ -126,9 +126,9 @@ def heal(
         measured = measure(net, plans, texts.other, out, settings, progress)
     looks = read(out / HealRecord.file, HealRecord)
     verdict = verdict_of(net, model.model, measured[-1], out)
-    tables: dict[str, Any] = {
-        "healing": (table(f"{out}: what it loses on text that was not trained on", HEALING, looks), looks),
-        "quality": (table(f"skip {wanted}: before the healing and after it", MEASURED, measured), measured),
+    tables = {
+        "healing": table(f"{out}: what it loses on text that was not trained on", HEALING, looks),
+        "quality": table(f"skip {wanted}: before the healing and after it", MEASURED, measured),
     }
     show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
     conclude(verdict, as_json=run.as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import HeldOutOptions, ModelOptions, SkipAmount, deepest_plan
@@ -24,13 +24,12 @@ from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
 from ..results.terminal import show
-from .app import CHOOSE, command
-from .ending import conclude
+from .app import command, conclude
 
 PlanFile = Annotated[Path, Option("where to write the plan", ("--out", "-o"))]
 
 
-@command(CHOOSE, example="notall search smollm2 --skip attention:8 -o plan.json")
+@command(example="notall search smollm2 --skip attention:8 -o plan.json")
 def search(
     model: ModelOptions,
     space: SpaceOptions,
@@ -53,12 +52,12 @@ def search(
     with progress_bar() as progress:
         done = asked.run(progress)
     title = f"{out}: {done.budget}, skip {done.found.plan}"
-    tables: dict[str, Any] = {"search": (table(title, COLUMNS, [done.record]), [done.record])}
+    tables = {"search": table(title, COLUMNS, [done.record])}
     if done.measured:
-        tables["quality"] = (table("before the repair, and after it", MEASURED, done.measured), done.measured)
+        tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
     if done.passkeys:
         note = "numbers found again far back, which perplexity does not see; worse: p < 0.05, and five a row are few"
-        tables["passkeys"] = (table(note, PLAN_CHECKS, done.passkeys), done.passkeys)
+        tables["passkeys"] = table(note, PLAN_CHECKS, done.passkeys)
     show(tables, as_json=run.as_json, also={"verdict": done.verdict.fact()})
     warn_if_worse(done.measured)
     conclude(done.verdict, as_json=run.as_json)
@@ -77,7 +76,7 @@ WEIGHED: tuple[Column[Weighed], ...] = (
 )
 
 
-@command(CHOOSE, example="notall plan smollm2 --skip attention:0.33 --keep-last -o plan.json")
+@command(example="notall plan smollm2 --skip attention:0.33 --keep-last -o plan.json")
 def plan(
     model: ModelOptions,
     skip: Annotated[
@@ -97,7 +96,7 @@ def plan(
     weighed = [
         Weighed(model=name, footprint=footprint(net, one)) for name, one in (("dense", Plan()), ("skipped", chosen))
     ]
-    show({"plan": (table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed), weighed)}, as_json=as_json)
+    show({"plan": table(f"{out}: skip {chosen}, in {dtype_name(net)}", WEIGHED, weighed)}, as_json=as_json)
 
 
 class CriterionFact(Fact):
@@ -108,7 +107,7 @@ class CriterionFact(Fact):
     goes_by: str
 
 
-@command(CHOOSE, example="notall criteria --json")
+@command(example="notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the importance criteria: what each goes by, and where it comes from."""
     from ..choosing.criteria import every_criterion
@@ -122,4 +121,4 @@ def criteria(as_json: Json = False) -> None:
         words("of", lambda one: one.of),
         words("goes by", lambda one: one.goes_by),
     )
-    show({"criteria": (table("criteria", columns, found), found)}, as_json=as_json)
+    show({"criteria": table("criteria", columns, found)}, as_json=as_json)

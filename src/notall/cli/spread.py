@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..errors import shortened
 from ..options import Option
 
-
-@dataclass(frozen=True)
-class _Field:
-    """A field of an option dataclass, or a parameter of a command, as Typer takes it."""
-
-    owner: str  # the command's parameter that it belongs to
-    name: str
-    parameter: inspect.Parameter
-    values: type[Enum] | None  # where a choice of words is made an enumeration, as Typer wants it
+REQUIRED = inspect.Parameter.empty
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
@@ -31,101 +22,66 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     A parameter's default is an instance, whose values are the options' defaults here; one that is `...` is required.
     """
     hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters
-    found = [field for name, one in parameters.items() for field in _fields_of(name, one, hints[name])]
-    classes = {name: hints[name] for name in parameters if is_dataclass(hints[name])}
-    by_name = {field.parameter.name: field for field in found}
-    assert len(by_name) == len(found), f"two options of {function.__name__} have one name"
+    classes: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    given = inspect.signature(function).parameters
+    options: dict[str, inspect.Parameter] = {}
+    owners: dict[str, str] = {}  # of an option, the parameter that it is, or is a field of
+    for name, parameter in given.items():
+        hint = hints[name]
+        for option in _fields(hint, parameter) if name in classes else [_option(name, hint, parameter)]:
+            assert option.name not in options, f"two options of {function.__name__} are called {option.name}"
+            options[option.name], owners[option.name] = option, name
 
     @wraps(function)
-    def command(**given: Any) -> None:
-        plain = {name: _plain(by_name[name], value) for name, value in given.items()}
-        mine: dict[str, dict[str, Any]] = {name: {} for name in classes}
-        own: dict[str, Any] = {}
-        for name, value in plain.items():
-            field = by_name[name]
-            (mine[field.owner] if field.owner in classes else own)[field.name] = value
-        function(**own, **{name: kind(**mine[name]) for name, kind in classes.items()})
+    def command(**values: Any) -> None:
+        mine: dict[str, dict[str, Any]] = {name: {} for name in given}
+        for name, value in values.items():
+            mine[owners[name]][name] = tuple(value) if isinstance(value, list) else value
+        function(**{name: classes[name](**mine[name]) if name in classes else mine[name][name] for name in given})
 
-    command.__signature__ = inspect.Signature([field.parameter for field in found])  # type: ignore[attr-defined]
-    command.__annotations__ = {field.parameter.name: field.parameter.annotation for field in found}
+    command.__signature__ = inspect.Signature([*options.values()])  # type: ignore[attr-defined]
+    command.__annotations__ = {name: option.annotation for name, option in options.items()}
     return command
 
 
-def _fields_of(name: str, parameter: inspect.Parameter, hint: Any) -> Iterator[_Field]:
-    if not is_dataclass(hint):
-        yield _made(name, name, hint, parameter.default, None)
-        return
-    instance = parameter.default
-    panel = getattr(hint, "PANEL", None)
-    hints = get_type_hints(hint, include_extras=True)
-    for field in fields(hint):
-        default = getattr(instance, field.name) if instance is not inspect.Parameter.empty else _default_of(field)
-        yield _made(name, field.name, hints[field.name], default, panel)
+def _fields(kind: Any, parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if parameter.default is not REQUIRED:
+            default = getattr(parameter.default, field.name)
+        one = inspect.Parameter(field.name, parameter.kind, default=REQUIRED if default is MISSING else default)
+        yield _option(field.name, hints[field.name], one, getattr(kind, "PANEL", None))
 
 
-def _default_of(field: Any) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return inspect.Parameter.empty if field.default is MISSING else field.default
-
-
-def _made(owner: str, name: str, hint: Any, default: Any, panel: str | None) -> _Field:
+def _option(name: str, hint: Any, parameter: inspect.Parameter, panel: str | None = None) -> inspect.Parameter:
+    """As Typer takes it, which knows lists and no tuples."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     option = next((one for one in more if isinstance(one, Option)), None)
-    assert option, f"{owner}.{name} has no Option to explain it"
-    required = default in (inspect.Parameter.empty, ...)
-    values, kind = _as_enumeration(name, kind)
-    if values and default is not None and not required:
-        default = values(default)
-    if isinstance(default, tuple):
-        default = list(default)
-    flags = option.flags or (f"--{name.replace('_', '-')}",)
+    assert option, f"{name} has no Option to explain it"
+    default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     told: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
     if option.argument:
         info = typer.Argument(**told)
     else:
-        shown: Any = True if option.shown is None else option.shown
-        told |= {"min": option.least, "rich_help_panel": option.panel or panel, "callback": _at_most(option.most)}
-        info = typer.Option(*flags, **told, show_default=shown)
-    parameter = inspect.Parameter(
+        flags = option.flags or (f"--{name.replace('_', '-')}",)
+        told |= {"min": option.least, "callback": _at_most(option.most), "rich_help_panel": option.panel or panel}
+        info = typer.Option(*flags, **told, show_default=True if option.shown is None else option.shown)
+    kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
+    return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else default,
+        default=REQUIRED if default is ... else default,
         annotation=Annotated[kind, info],
     )
-    return _Field(owner, name, parameter, values)
 
 
 def _at_most(most: int | None) -> Callable[[int], int] | None:
     """What refuses larger numbers: a `max` of Typer's would fill the help with digits."""
-    if most is None:
-        return None
 
     def check(value: int) -> int:
-        if value > most:
+        if most is not None and value > most:
             raise typer.BadParameter(f"{shortened(value)} is more than {most}")
         return value
 
-    return check
-
-
-def _as_enumeration(name: str, kind: Any) -> tuple[type[Enum] | None, Any]:
-    """A `Literal` as an enumeration of its words, and a tuple as a list: what Typer knows."""
-    if get_origin(kind) is tuple:
-        return None, list[get_args(kind)[0]]  # type: ignore[misc]
-    if get_origin(kind) is Literal:
-        words = {word.replace("-", "_"): word for word in get_args(kind)}
-        made: Any = Enum(name, words, type=str)  # type: ignore[misc]
-        return made, made
-    inner = next((one for one in get_args(kind) if get_origin(one) is Literal), None)
-    if inner is None:
-        return None, kind
-    values, words = _as_enumeration(name, inner)  # Literal[...] | None
-    return values, words | None
-
-
-def _plain(field: _Field, value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    return tuple(value) if isinstance(value, list) else value
+    return None if most is None else check

@@ -6,15 +6,17 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, TypeVar
 
 from ..errors import UsageError
 from ..plan import Fingerprint
 from ..results import lines
-from ..results.ledger import header_of, kind_at, read
+from ..results.ledger import header_of, kind_at, read, refuse_foreign
 from ..results.provenance import Provenance
-from ..results.record import Record
+from ..results.record import Command, Record
 
 R = TypeVar("R", bound=Record)
 
@@ -47,8 +49,7 @@ class Folder:
     def layers(self) -> int:
         """How many the model has; 0 where its shape is nowhere told."""
         shapes = (Fingerprint.parse(about.what.get("fingerprint")) for about in self._provenances())
-        shape = next(filter(None, shapes), None)
-        return shape.layers if shape else 0
+        return next((shape.layers for shape in shapes if shape), 0)
 
     @property
     def command(self) -> list[str]:
@@ -62,13 +63,29 @@ class Folder:
     def plan_options(self) -> list[str]:
         """How that command named its plan."""
         words = self.command
-        found = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
+        pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
         kept = ["--keep-last"] if "--keep-last" in words else []
-        return [word for pair in found for word in pair] + kept or ["--plan", "plan.json"]
+        return [word for pair in pairs for word in pair] + kept or ["--plan", "plan.json"]
 
     def _provenances(self) -> Iterator[Provenance]:
         for records in self.files.values():
             yield from (record.provenance for record in records if record.provenance)
+
+
+def know_every_kind() -> None:
+    """Import what no command has asked for yet: a kind of records is known once its module is imported."""
+    for one in iter_modules([str(Path(__file__).parent)]):
+        import_module(f".{one.name}", __package__)
+
+
+def check_folder(folder: Path | None, command: Command) -> None:
+    """Raise `UsageError` where `command` could not write to `folder`: another's results are there, or it may not."""
+    if folder is None:
+        return
+    lines.refuse_unwritable(folder)
+    if any(folder.glob("*.jsonl")):
+        know_every_kind()
+        refuse_foreign(folder, command)
 
 
 def read_folder(path: Path) -> Folder:
@@ -77,6 +94,7 @@ def read_folder(path: Path) -> Folder:
         raise UsageError(f"{path} is a file: give the folder that it lies in")
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
+    know_every_kind()
     kinds = {file: kind_at(file) for file in sorted(path.glob("*.jsonl"))}
     folder = Folder(
         path,
@@ -93,7 +111,5 @@ def read_folder(path: Path) -> Folder:
 def _records(file: Path, kind: type[Record]) -> tuple[Record, ...]:
     """Each with the provenance of the file's header, where that has one."""
     header = header_of(file) if kind.headed else None
-    records = read(file, kind)
-    return tuple(
-        record.model_copy(update={"provenance": header.provenance}) if header else record for record in records
-    )
+    update = {"provenance": header.provenance} if header else {}
+    return tuple(record.model_copy(update=update) for record in read(file, kind))

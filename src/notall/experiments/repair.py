@@ -11,7 +11,7 @@ from ..options import Option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.provenance import Provenance
-from ..results.repairs import LITTLE, REFITS, MeasuredRecord, RefitRecord
+from ..results.repairs import LITTLE, REFITS, MeasuredRecord
 from ..results.table import Table, table
 from .folder import Folder
 from .measured import last_measured, shown_measured
@@ -148,8 +148,8 @@ def verdict_of(model: PreTrainedModel, spec: str, measured: MeasuredRecord, out:
     return Verdict.on(model, measured.plan, measured.quality, measured.text).then(mend, exported)
 
 
-def refits_table(repaired: RepairedPlan, out: Path) -> tuple[Table, tuple[RefitRecord, ...]]:
-    """What became of each sublayer, for the terminal where much did; and all of it."""
+def refits_table(repaired: RepairedPlan, out: Path) -> Table:
+    """What became of each sublayer, shown where much did; its facts are all of it."""
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
     refit = sum(len(one.sublayers) for one in repaired.refits if one.ridge is not None)
     total = sum(len(one.sublayers) for one in repaired.refits)
@@ -157,7 +157,7 @@ def refits_table(repaired: RepairedPlan, out: Path) -> tuple[Table, tuple[RefitR
         f"{out}: {refit} of {total} kept sublayers refit; refitting others did not help on held-out text; shown are "
         f"those that mend over {LITTLE:.0%}"
     )
-    return table(title, REFITS, shown), repaired.refits
+    return replace(table(title, REFITS, shown), facts=repaired.refits)
 
 
 def shown(folder: Folder) -> Shown:

@@ -17,14 +17,14 @@ from ..options import Option, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
-from ..results.ledger import Ledger, check_folder, working_in
+from ..results.ledger import Ledger, working_in
 from ..results.lines import check_file
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
 from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .costs import read_costs
-from .folder import Folder
+from .folder import Folder, check_folder
 from .measured import last_measured
 from .options import HeldOutOptions, ModelOptions, SkipAmount, TaskOptions, space_of
 from .repair import RepairOptions

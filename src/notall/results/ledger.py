@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
 from ..errors import UsageError
-from ..results import lines
-from ..results.provenance import Provenance
-from ..results.record import Command, HeaderRecord, Key, Record
-from .record import KINDS
+from . import lines
+from .provenance import Provenance
+from .record import KINDS, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
 SHOWN = 80  # letters of a value in a message
@@ -38,10 +34,14 @@ class Ledger(Generic[R]):
         name: str | None = None,
     ) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
-        header = header_of(self.path) if kind.headed else None
-        records = read(self.path, kind)
-        everything: list[Any] = [*([header] if header else []), *records]
-        for record in everything:
+        self._held: dict[Key, R] = {}
+        self._header: HeaderRecord | None = None  # which is still to be written
+        if kind.headed:
+            assert isinstance(about, Provenance)
+            header = header_of(self.path)
+            self._header = None if header else HeaderRecord(of=kind.kind_name(), provenance=about)
+            check_same(header.provenance if header else about, about, folder)
+        for record in read(self.path, kind):
             wanted = about(record) if callable(about) else about
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
@@ -50,12 +50,7 @@ class Ledger(Generic[R]):
                     f"{self.path} has a record that does not say where it comes from; delete its line, or choose "
                     "another folder"
                 )
-        self._held: dict[Key, R] = {}
-        self._hold(records)
-        self._header = None
-        if kind.headed and not header:
-            assert isinstance(about, Provenance)
-            self._header = HeaderRecord(of=kind.kind_name(), provenance=about)
+            self._hold(record)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._held
@@ -78,12 +73,12 @@ class Ledger(Generic[R]):
         header = [self._header.line()] if self._header else []
         lines.append(self.path, *header, *(record.line() for record in records))
         self._header = None
-        self._hold(records)
-
-    def _hold(self, records: Iterable[R]) -> None:
-        """By key; a record of a kind without a key, of which each is one of its own, by its number."""
         for record in records:
-            self._held[record.key if self._kind.key_fields else (len(self._held),)] = record
+            self._hold(record)
+
+    def _hold(self, record: R) -> None:
+        """By key; a record of a kind without a key, of which each is one of its own, by its number."""
+        self._held[record.key if self._kind.key_fields else (len(self._held),)] = record
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
@@ -99,35 +94,25 @@ def read(path: Path, kind: type[R]) -> list[R]:
 
 def header_of(path: Path) -> HeaderRecord | None:
     """Where all lines of a file come from, as its first one says; None without a file."""
-    first = lines.first(path)
+    first = next(lines.numbered(path), None)
     return _checked(path, *first, HeaderRecord) if first else None
 
 
 def kind_at(path: Path) -> type[Record] | None:
-    """What a file holds, as its first line says; None where that is of no kind of ours, and where there is none.
+    """The kind of a file's records, as its first line says; None for one that no imported module has made known.
 
     Raises `UsageError` as `lines.read` does, and where a file of our name is of no kind of ours.
     """
-    first = lines.first(path)
+    first = next(lines.numbered(path), None)
     if first is None:
         return None
     line = lines.parsed(path, *first)
-    said = line.get("of") if line.get("record") == "header" else line.get("record")
-    kind = KINDS.get(str(said)) or _verbs_kinds().get(str(said))
-    if kind is None and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
+    said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
+    if said not in KINDS and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
         raise UsageError(
             f"line {first[0]} of {path}: record: {_shown(said)} is no kind of ours; repair or delete that line"
         )
-    return kind
-
-
-@cache
-def _verbs_kinds() -> Mapping[str, type[Record]]:
-    """All kinds, also those of verbs that nothing has asked for yet: each makes its own known as it is imported."""
-    verbs = import_module("notall.experiments")
-    for one in iter_modules(verbs.__path__):
-        import_module(f"{verbs.__name__}.{one.name}")
-    return KINDS
+    return KINDS.get(said)
 
 
 def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
@@ -141,7 +126,7 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
-    """Raise `UsageError` when `folder` holds what another command than `command` wrote."""
+    """Raise `UsageError` when `folder` holds what another command than `command` wrote, as far as `kind_at` tells."""
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         kind = kind_at(path)
         if kind and command not in kind.commands:
@@ -149,14 +134,6 @@ def refuse_foreign(folder: Path, command: Command) -> None:
                 f"{folder} holds results of notall {kind.commands[0]} ({path.name}); choose another folder for "
                 f"notall {command}"
             )
-
-
-def check_folder(folder: Path | None, command: Command) -> None:
-    """Raise `UsageError` where `command` could not write to `folder`: another's results are there, or it may not."""
-    if folder is None:
-        return
-    lines.refuse_unwritable(folder)
-    refuse_foreign(folder, command)
 
 
 @contextmanager

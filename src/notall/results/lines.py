@@ -36,41 +36,28 @@ def append(path: Path, *lines: Line) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file in their order; [] without a file.
-
-    A torn last line, the most that an interrupted `append` leaves, is dropped with a warning. Raises
-    `UsageError` that names the line where another one is malformed.
-    """
+    """The lines of a file in their order; [] without a file. Raises as `numbered` and `parsed` do."""
     return [parsed(path, number, text) for number, text in numbered(path)]
 
 
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The texts of `read`, each with its number in the file, from 1; whether they are JSON is not looked at."""
-    try:
-        with open(path, "rb") as file:
-            lines = _contents(file).split(b"\n")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
-    if _parse(lines[-1]) is None and lines.pop():
-        warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
-    yield from ((number, text) for number, text in enumerate(lines, 1) if text.strip())
+    """The texts of a file's lines, each with its number, from 1, as they are asked for; whether they are JSON is open.
 
-
-def first(path: Path) -> tuple[int, bytes] | None:
-    """The first of `numbered`, without reading the others; None where there is none."""
+    A torn last line, the most that an interrupted `append` leaves, is dropped with a warning. Raises `UsageError`
+    where the file can't be read.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size  # of a device, which never ends, 0
             for number, text in enumerate(iter(lambda: file.readline(size - file.tell()), b""), 1):
-                if text.strip():
-                    return (number, text.rstrip(b"\n")) if text.endswith(b"\n") or _parse(text) is not None else None
+                if not text.endswith(b"\n") and _parse(text) is None:
+                    warnings.warn(f"the last line of {path} was torn by an interruption and is dropped", stacklevel=2)
+                elif text.strip():
+                    yield number, text.rstrip(b"\n")
     except FileNotFoundError:
-        return None
+        return
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
-    return None
 
 
 def parsed(path: Path, number: int, text: bytes) -> Line:
@@ -129,11 +116,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _contents(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read(os.fstat(file.fileno()).st_size)  # bounded: a device such as /dev/full never ends
 
 
 def _last_line(file: IO[bytes]) -> tuple[int, bytes]:

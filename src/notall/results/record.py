@@ -27,54 +27,35 @@ def is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _nan_if_none(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
 def _none_if_no_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _not_below(least: float) -> AfterValidator:
+def _between(low: float, high: float = math.inf) -> AfterValidator:
     def check(value: float) -> float:
-        if value < least:
-            raise ValueError(f"should be {least:g} or more")
+        if value < low or value > high:
+            raise ValueError(f"should be from {low:g} to {high:g}")
         return value
 
     return AfterValidator(check)
-
-
-def _share(value: float) -> float:
-    if not (0 <= value <= 1 or math.isnan(value)):
-        raise ValueError("should be from 0 to 1")
-    return value
 
 
 # In JSON null where it is no finite number, which is read as nan.
 Number = Annotated[
     float,
     Field(allow_inf_nan=True),
-    BeforeValidator(_nan_if_none),
+    BeforeValidator(lambda value: math.nan if value is None else value),
     PlainSerializer(_none_if_no_number, return_type=float | None, when_used="json"),
 ]
-Unsigned = Annotated[Number, _not_below(0)]  # such as a standard error
-Loss = Annotated[Number, _not_below(-0.01)]  # rounding may bring it just below 0
-Share = Annotated[Number, AfterValidator(_share)]  # of tokens, or a probability
+Unsigned = Annotated[Number, _between(0)]  # such as a standard error
+Loss = Annotated[Number, _between(-0.01)]  # rounding may bring it just below 0
+Share = Annotated[Number, _between(0, 1)]  # of tokens, or a probability
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Amount = Annotated[float, Field(ge=0, lt=1e18)]  # of work
 Positive = Annotated[float, Field(gt=1e-9, lt=1e18)]  # a time, a ratio of times: it is divided by
 SublayerName = Annotated[str, Field(pattern=r"^(attn|mlp)\.\d{1,4}$")]
 SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
-
-
-def _within(plan: Plan) -> dict[str, list[int]]:
-    return plan.indices
-
-
-def _bare(plan: Plan) -> Plan:
-    """Of a plan what is skipped: in a record the fingerprint is the provenance's."""
-    return Plan(plan.attention, plan.mlp)
 
 
 def _plausible(value: Any) -> Any:
@@ -88,7 +69,13 @@ def _plausible(value: Any) -> Any:
     return value
 
 
-Skipped = Annotated[Plan, BeforeValidator(_plausible), AfterValidator(_bare), PlainSerializer(_within)]
+# In a record the fingerprint is the provenance's.
+Skipped = Annotated[
+    Plan,
+    BeforeValidator(_plausible),
+    AfterValidator(lambda plan: Plan(plan.attention, plan.mlp)),
+    PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]]),
+]
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -129,7 +116,9 @@ class Quartiles(Fact):
     @classmethod
     def of(cls, samples: Sequence[float]) -> Quartiles:
         """Summarise at least one sample; quartiles interpolate linearly."""
-        low, median, high = (_quantile(sorted(samples), share) for share in (0.25, 0.5, 0.75))
+        import numpy  # not for a page or a help
+
+        low, median, high = numpy.quantile(samples, (0.25, 0.5, 0.75)).tolist()
         return cls(median=median, low=low, high=high, n=len(samples))
 
     @property
@@ -140,13 +129,6 @@ class Quartiles(Fact):
     def times(self, factor: float) -> Quartiles:
         """In another unit."""
         return Quartiles(median=factor * self.median, low=factor * self.low, high=factor * self.high, n=self.n)
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    low, weight = ordered[int(place)], place % 1
-    high = ordered[min(int(place) + 1, len(ordered) - 1)]
-    return low + weight * (high - low) if weight < 0.5 else high - (high - low) * (1 - weight)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

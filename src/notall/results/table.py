@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -69,23 +69,33 @@ def words(heading: str, get: Callable[[F], object]) -> Column[F]:
     return Column(heading, cell, right=False)
 
 
-def number(heading: str, get: Callable[[F], float | None], form: str = ".3f", unit: str = "") -> Column[F]:
-    return _of_numbers(heading, get, lambda value: written(value, form), unit)
+def number(
+    heading: str, get: Callable[[F], float | None], form: str | Callable[[float], str] = ".3f", unit: str = ""
+) -> Column[F]:
+    """A number, written by a format or by a function."""
+
+    def cell(row: F) -> Cell:
+        value = get(row)
+        if value is None or not is_number(value):
+            return EMPTY
+        return Cell(value, written(value, form) if isinstance(form, str) else form(value))
+
+    return Column(heading, cell, unit=unit)
 
 
 def magnitude(heading: str, get: Callable[[F], float | None]) -> Column[F]:
     """A number that may have many digits."""
-    return _of_numbers(heading, get, in_magnitude)
+    return number(heading, get, in_magnitude)
 
 
 def probability(heading: str, get: Callable[[F], float | None]) -> Column[F]:
     """A p value; a small one is not rounded to none."""
-    return _of_numbers(heading, get, lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}")
+    return number(heading, get, lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}")
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
     """Bytes, in the unit that suits them."""
-    return _of_numbers(heading, get, in_bytes)
+    return number(heading, get, in_bytes)
 
 
 def with_error(
@@ -141,22 +151,7 @@ def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[
 
 def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:
     """The columns of a fact as those of a `kind` that extends it."""
-
-    def lifted(column: Column[G]) -> Column[F]:
-        cell: Callable[[F], Cell] = column.cell  # type: ignore[assignment]
-        return Column(column.heading, cell, column.right, column.unit, column.note)
-
-    return tuple(map(lifted, columns))
-
-
-def _of_numbers(
-    heading: str, get: Callable[[F], float | None], write: Callable[[float], str], unit: str = ""
-) -> Column[F]:
-    def cell(row: F) -> Cell:
-        value = get(row)
-        return Cell(value, write(value)) if value is not None and is_number(value) else EMPTY
-
-    return Column(heading, cell, unit=unit)
+    return within(columns, lambda row: row)  # type: ignore[arg-type, return-value]
 
 
 # --- figures in words -------------------------------------------------------------------------------------------------
@@ -193,12 +188,13 @@ def in_magnitude(value: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by row and column, whatever they are of; `csv` has every figure with all of its digits."""
+    """Cells by row and column; `facts` are the rows where all of them are facts, `csv` has every digit."""
 
     title: str
-    columns: tuple[Column[object], ...]  # their headings, units, notes and sides: cells are made already
+    columns: tuple[Column[object], ...]
     rows: tuple[tuple[Cell, ...], ...]
     csv: str = ""
+    facts: tuple[Fact, ...] = ()
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -213,44 +209,35 @@ class Table:
     def markdown(self) -> str:
         rules = ["---:" if column.right else "---" for column in self.columns]
         cells = ([str(cell).replace("|", r"\|") for cell in row] for row in self.rows)
-        lines = [list(self.headings), rules, *cells]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return "".join(f"| {' | '.join(line)} |\n" for line in (self.headings, rules, *cells))
 
 
-def table(title: str, columns: Iterable[Column[F]], rows: Iterable[F], *, every: bool = False) -> Table:
+def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every: bool = False) -> Table:
     """`rows` in those of `columns` that a row has something in, or in `every` one."""
-    rows, columns = list(rows), list(columns)
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    shown = [
-        place
-        for place in range(len(columns))
-        if every or not rows or any(line[place].value is not None for line in cells)
-    ]
-    bare = [_without_cells(columns[place]) for place in shown]
-    lines = tuple(tuple(line[place] for place in shown) for line in cells)
-    facts = [row for row in rows if isinstance(row, Fact)]
-    told = as_csv(facts) if len(facts) == len(rows) else _cells_as_csv(bare, lines)
-    return Table(title, tuple(bare), lines, told)
+    rows = list(rows)
+    filled = [(column, [column.cell(row) for row in rows]) for column in columns]
+    shown = [one for one in filled if every or not rows or any(cell.value is not None for cell in one[1])]
+    lines = tuple(tuple(found[row] for _, found in shown) for row in range(len(rows)))
+    heads: tuple[Column[object], ...] = tuple(  # whose cells are made already
+        Column(column.heading, lambda _: EMPTY, column.right, column.unit, column.note) for column, _ in shown
+    )
+    facts = tuple(row for row in rows if isinstance(row, Fact))
+    if len(facts) == len(rows):
+        return Table(title, heads, lines, as_csv(facts), facts)
+    sorted_by = [{column.heading: cell.value for column, cell in zip(heads, line)} for line in lines]
+    return Table(title, heads, lines, csv_of(sorted_by))
 
 
-def _without_cells(column: Column[F]) -> Column[object]:
-    return Column(column.heading, lambda _: EMPTY, column.right, column.unit, column.note)
-
-
-def _cells_as_csv(columns: Sequence[Column[object]], rows: Sequence[Sequence[Cell]]) -> str:
-    """What rows are sorted by, of rows that are no facts."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([[column.heading for column in columns], *([cell.value for cell in row] for row in rows)])
-    return out.getvalue()
-
-
-def as_csv(facts: Sequence[Fact], *, without: Iterable[str] = ()) -> str:
+def as_csv(facts: Iterable[Fact], *, without: Iterable[str] = ()) -> str:
     """Every figure of the facts, by its name and with every digit."""
-    lines = [{name: value for name, value in fact.figures().items() if name not in without} for fact in facts]
-    names = dict.fromkeys(name for line in lines for name, value in line.items() if value is not None)
+    known = [{name: value for name, value in fact.figures().items() if value is not None} for fact in facts]
+    return csv_of([{name: value for name, value in line.items() if name not in without} for line in known])
+
+
+def csv_of(lines: Sequence[Mapping[str, object]]) -> str:
+    """Lines of values by name, some of which may be absent."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*names], lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()

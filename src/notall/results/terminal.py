@@ -1,32 +1,36 @@
-"""Tables and words at the terminal."""
+"""Tables and words at the terminal: of whatever width, a number, a first column or a heading is never cut."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from .printable import printable
 from .record import Fact
-from .table import Cell, Column, Table
-from .table_layout import Strip, lay_out, listed, width_of
+from .table import Cell, Table
+
+FRAME = 3  # cells beside a column's text: a space on either side, and a line
+TURNED = 2  # rows: so few may become columns
+Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
 
 
-def show(
-    tables: Mapping[str, tuple[Table, Sequence[Fact]]], *, as_json: bool, also: Mapping[str, Any] | None = None
-) -> None:
-    """Print tables, or as JSON the facts that they are of: one object by the tables' names, and what is said `also`."""
-    if not as_json:
-        for table, _ in tables.values():
-            print_table(table)
+def show(tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, object] | None = None) -> None:
+    """Print tables, or as JSON their facts: one object by the tables' names, and what is said `also`."""
+    if as_json:
+        found = {name: one.facts for name, one in tables.items()} | dict(also or {})
+        json.dump(as_plain(found), sys.stdout, indent=2)
+        sys.stdout.write("\n")
         return
-    found = {name: as_plain(facts) for name, (_, facts) in tables.items()}
-    print_json(found | {name: as_plain(one) for name, one in (also or {}).items()})
+    for one in tables.values():
+        print_table(one)
 
 
 def as_plain(value: Any) -> Any:
@@ -38,9 +42,10 @@ def as_plain(value: Any) -> Any:
     return [as_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def print_json(value: Any) -> None:
-    json.dump(as_plain(value), sys.stdout, indent=2)
-    sys.stdout.write("\n")
+def say(line: str, *, whole: bool = False) -> None:
+    """Print a line of words below a table; `whole`: what is copied from the terminal, without line breaks."""
+    console = Console()
+    console.print(Text(printable(line, console.encoding)), soft_wrap=whole or not sys.stdout.isatty())
 
 
 def print_table(table: Table) -> None:
@@ -48,45 +53,120 @@ def print_table(table: Table) -> None:
 
     A file or a pipe gets all of them.
     """
-    console = Console()
-    strips = [_strip(column, place, table, console.encoding) for place, column in enumerate(table.columns)]
-    screen = sys.stdout.isatty()
+    console, screen = Console(), sys.stdout.isatty()
+    strips = _strips(table, console.encoding)
     if not screen:
-        console.size = ConsoleDimensions(width_of(strips), 1)
-    layout = lay_out(strips, console.width)
+        console.size = ConsoleDimensions(sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1)
+    laid_out = _laid_out(strips, console.width)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
-    if layout is None:
-        console.print(Text("\n".join(listed(strips))), soft_wrap=True)
+    if laid_out is None:
+        console.print(Text("\n".join(_listed(strips))), soft_wrap=True)
         return
-    console.print(_table(layout.strips))
-    if layout.left_out:
-        console.print(Text(f"also measured: {', '.join(layout.left_out)}; see --json or a wider terminal"))
+    # Each piece is on a line of its own; with rules between the rows where that takes several lines.
+    drawn = RichTable(show_lines=any(len(cell) > 1 for strip in laid_out for cell in strip.cells))
+    for strip in laid_out:
+        drawn.add_column(Text("\n".join(strip.heading)), justify="right" if strip.right else "left", no_wrap=True)
+    for cells in zip(*(strip.cells for strip in laid_out)):
+        drawn.add_row(*(Text("\n".join(cell)) for cell in cells))
+    console.print(drawn)
+    if len(table.rows) > TURNED and len(laid_out) < len(strips):
+        left_out = [" ".join(strip.heading) for strip in strips[len(laid_out) :]]
+        console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
 
 
-def _strip(column: Column[object], place: int, table: Table, encoding: str) -> Strip:
-    """A column as the terminal's encoding can write it."""
+# --- how columns find room --------------------------------------------------------------------------------------------
 
-    def pieces(cell: Cell) -> tuple[str, ...]:
+
+@dataclass(frozen=True)
+class Strip:
+    """A column as text. A number's pieces are the number and its error or spread; those of a text are its words."""
+
+    heading: Pieces
+    cells: tuple[Pieces, ...]
+    right: bool
+
+    @property
+    def least(self) -> int:
+        """How narrow it may become."""
+        return max(cell_len(piece) for pieces in (self.heading, *self.cells) for piece in pieces)
+
+    @property
+    def most(self) -> int:
+        """How wide it is with every cell in one line."""
+        return max(cell_len(" ".join(pieces)) for pieces in (self.heading, *self.cells))
+
+    def within(self, width: int) -> Strip:
+        """With as many pieces on a line as `width` takes."""
+        return Strip(_filled(self.heading, width), tuple(_filled(cell, width) for cell in self.cells), self.right)
+
+
+def _strips(table: Table, encoding: str) -> list[Strip]:
+    """The columns as the terminal's encoding can write them."""
+
+    def pieces(cell: Cell, right: bool) -> Pieces:
         value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
-        whole = (value,) if column.right else value.split(" ")
-        return (*whole, beside) if beside else tuple(whole)
+        return (*([value] if right else value.split(" ")), *([beside] if beside else []))
 
-    cells = tuple(pieces(row[place]) for row in table.rows)
-    return Strip(tuple(printable(column.heading, encoding).split(" ")), cells, column.right)
+    return [
+        Strip(
+            tuple(printable(column.heading, encoding).split(" ")),
+            tuple(pieces(row[place], column.right) for row in table.rows),
+            column.right,
+        )
+        for place, column in enumerate(table.columns)
+    ]
 
 
-def say(line: str, *, whole: bool = False) -> None:
-    """Print a line of words below a table; `whole`: what is copied from the terminal, without line breaks."""
-    console = Console()
-    console.print(Text(printable(line, console.encoding)), soft_wrap=whole or not sys.stdout.isatty())
+def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
+    """The table in `width` cells, its pieces in lines, or None where a list is all that fits.
+
+    First headings take several lines, then cells. Then `TURNED` rows or fewer become columns; of
+    more rows the last columns are left out, but never the first one nor the first with numbers after it.
+    """
+    turns = len(strips[0].cells) <= TURNED
+    answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
+    for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
+        whole = [replace(strip, cells=tuple((" ".join(cell),) for cell in strip.cells)) for strip in strips[:count]]
+        unbroken = [replace(strip, heading=(" ".join(strip.heading),)) for strip in whole]
+        for broken in (unbroken, whole, strips[:count]):
+            if fitting := _fitted(broken, width):
+                return fitting
+    return _fitted(_turned(strips), width) if turns else None
 
 
-def _table(strips: Sequence[Strip]) -> RichTable:
-    """Each piece on a line of its own; with rules between the rows where that takes several lines."""
-    table = RichTable(show_lines=any(len(cell) > 1 for strip in strips for cell in strip.cells))
-    for strip in strips:
-        justify: Literal["left", "right"] = "right" if strip.right else "left"
-        table.add_column(Text("\n".join(strip.heading)), justify=justify, no_wrap=True)
-    for cells in zip(*(strip.cells for strip in strips)):
-        table.add_row(*(Text("\n".join(cell)) for cell in cells))
-    return table
+def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
+    """The strips in `width` cells, the widest narrowed first; None where they don't fit."""
+    least, widths = [strip.least for strip in strips], [strip.most for strip in strips]
+    room = width - FRAME * len(strips) - 1
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
+        widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
+    return [strip.within(width) for strip, width in zip(strips, widths)]
+
+
+def _turned(strips: Sequence[Strip]) -> list[Strip]:
+    """A row for each column."""
+    first, *others = strips
+    names = Strip(first.heading, tuple(strip.heading for strip in others), right=False)
+    rows = [Strip(name, tuple(strip.cells[row] for strip in others), True) for row, name in enumerate(first.cells)]
+    return [names, *rows]
+
+
+def _listed(strips: Sequence[Strip]) -> Iterator[str]:
+    """The table as lines of a heading and what stands below it, row after row."""
+    for row in range(len(strips[0].cells)):
+        if row:
+            yield ""
+        yield from (" ".join((*strip.heading[:-1], f"{strip.heading[-1]}:", *strip.cells[row])) for strip in strips)
+
+
+def _filled(pieces: Pieces, width: int) -> Pieces:
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if cell_len(lines[-1]) + 1 + cell_len(piece) <= width:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(piece)
+    return tuple(lines)

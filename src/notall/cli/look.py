@@ -20,7 +20,7 @@ from ..results.provenance import windows_in_words
 from ..results.record import Count, Fact
 from ..results.table import Column, number, size, table, words
 from ..results.terminal import say, show
-from .app import LOOK, command
+from .app import command
 
 
 class SublayerFact(Fact):
@@ -50,7 +50,7 @@ COLUMNS: tuple[Column[SublayerFact], ...] = (
 )
 
 
-@command(LOOK, example="notall inspect llama-2-70b")
+@command(example="notall inspect llama-2-70b")
 def inspect(model: ModelOptions, as_json: Json = False) -> None:
     """Show every sublayer: its parameters, share of the weights, KV bytes per token and size of its state.
 
@@ -84,10 +84,10 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
         f"{structure.fingerprint}: {len(structure.blocks)} {shape}, {total.params:,} parameters, "
         f"{total.kv_bytes_per_token:,} KV bytes a token{states} in {dtype_name(net)}"
     )
-    show({"sublayers": (table(title, COLUMNS, found), found)}, as_json=as_json)
+    show({"sublayers": table(title, COLUMNS, found)}, as_json=as_json)
 
 
-@command(LOOK, example="notall similarity smollm2 --out similarity")
+@command(example="notall similarity smollm2 --out similarity")
 def similarity(
     model: ModelOptions,
     text: TextOptions,
@@ -110,12 +110,12 @@ def similarity(
         found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
     written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []
     title = "cosine of the residual stream before and after"
-    show({"similarity": (table(title, SIMILARITY, found), found)}, as_json=run.as_json)
+    show({"similarity": table(title, SIMILARITY, found)}, as_json=run.as_json)
     if written and not run.as_json:
         say(f"Written: {', '.join(map(str, written))}")
 
 
-@command(LOOK, example='notall generate smollm2 "The capital of France is" --plan plan.json')
+@command(example='notall generate smollm2 "The capital of France is" --plan plan.json')
 def generate(
     *,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""notall sweep and paper: the paper's grid on a text, and its whole evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..experiments.driver import Subject
+from ..experiments.folder import check_folder
+from ..experiments.options import ModelOptions, RayOptions, TaskOptions, TextOptions, diagnostic_windows
+from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
+from ..experiments.similarity import SimilarityRecord, write_similarity
+from ..experiments.sweep import COLUMNS, write_sweep
+from ..experiments.sweep import sweep as sweep_grid
+from ..extras import FIGURES, need
+from ..models.names import model_in_words
+from ..options import Json, OutFolder, Seed, Workload
+from ..results.ledger import read
+from ..results.progress_bars import progress_bar
+from ..results.provenance import windows_in_words
+from ..results.table import table
+from ..results.terminal import say, show
+from .app import command
+
+OPENLLM = TaskOptions(tasks=("openllm",))
+
+
+@command(example="notall sweep smollm2 --out results")
+def sweep(
+    model: ModelOptions,
+    text: TextOptions,
+    workload: Workload,
+    ray: RayOptions,
+    out: OutFolder = Path("results"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks, with the last layer and without.
+
+    If you interrupt it, the same command continues where it stopped.
+    """
+    check_folder(out, "sweep")
+    text.check()
+    net, tokenizer = model.load()
+    batches, described = text.windows(net, tokenizer, seed=seed)
+    about = model.provenance(net, **described)
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        records = sweep_grid(Subject(net, tokenizer, batches, out, about, seed, workers), workload, progress)
+    write_sweep(records, out, model_in_words(about.what["model"]))
+    _write_similarity(out, about.what)
+    title = f"{about.what['model']}: {len(records)} configurations in {out}"
+    show({"results": table(title, COLUMNS, records)}, as_json=as_json)
+    if not as_json:
+        say(f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv.")
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
+
+
+@command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
+def paper(
+    model: ModelOptions,
+    text: TextOptions,
+    how: PaperOptions,
+    timing: TimingGrid,
+    ray: RayOptions,
+    tasks: TaskOptions = OPENLLM,
+    out: OutFolder = Path("paper"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
+
+    This needs the extras `eval` and `report`, and hours on a CPU: --limit says how many documents of each task are
+    used, and mmlu is 57 tasks. If you interrupt it, the same command continues where it stopped.
+    """
+    need(*FIGURES, "lm_eval")
+    check_folder(out, "paper")
+    text.check()
+    choice = tasks.check()
+    net, tokenizer = model.load()
+    batches, described = text.windows(net, tokenizer, seed=seed)
+    about = model.provenance(net, **described)
+    windows = diagnostic_windows(net, tokenizer, text.text, seed) if how.diagnostics else ()
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        subject = Subject(net, tokenizer, batches, out, about, seed, workers)
+        claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)
+    _write_similarity(out, about.what)
+    title = f"The tables are in {out}/paper.md, and as .tex and .csv beside it"
+    show({"claims": table(title, CLAIMS, claims)}, as_json=as_json)
+    if not as_json:
+        say(f"Next: notall report {out} -o {out / 'report.html'}")
+
+
+def _write_similarity(out: Path, what: dict[str, object]) -> None:
+    found = read(out / SimilarityRecord.file, SimilarityRecord)
+    write_similarity(found, out / "similarity", model_in_words(str(what["model"])), windows_in_words(what))

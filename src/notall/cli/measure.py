@@ -1,0 +1,115 @@
+"""notall bench, draft, tasks and report: times, what --tasks takes, and the page of a folder of results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from ..experiments import bench as benches
+from ..experiments import draft as drafts
+from ..experiments.folder import check_folder
+from ..experiments.options import ModelOptions, PlanOptions, PromptOptions, windows_of
+from ..extras import FIGURES, need
+from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
+from ..results.facts import NAMED_TASKS
+from ..results.progress_bars import progress_bar, working
+from ..results.table import table
+from ..results.terminal import say, show
+from .app import command
+
+
+@command(example="notall bench --shape llama-2-7b --dummy-weights --skip attention:0.33")
+def bench(
+    model: ModelOptions,
+    shape: benches.ShapeOptions,
+    plan: PlanOptions,
+    run: RunOptions,
+    workload: Workload = Workload(generation_tokens=32),
+    out: KeepIn = None,
+) -> None:
+    """Time prefill and decode of the dense and the skipped model, interleaved, with a real KV cache."""
+    from ..structure.locating import locate
+
+    check_folder(out, "bench")
+    choice = plan.check()
+    net = shape.load(model, run.seed)
+    wanted, spec = choice.of(net), shape.shape or model.model
+    about = model.named(spec).provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
+    with progress_bar() as progress:
+        record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
+    title = f"{about.in_words}; {record.told}; median of {workload.rounds} [quartiles]"
+    found = replace(table(title, benches.COLUMNS, benches.rows_of([record])), facts=(record,))
+    show({"bench": found}, as_json=run.as_json)
+    if record.skipped and not run.as_json:
+        say(benches.conclusion(record))
+
+
+@command(example="notall draft smollm2 --plan plan.json")
+def draft(
+    model: ModelOptions,
+    plan: PlanOptions,
+    text: PromptOptions,
+    how: drafts.DraftOptions,
+    out: KeepIn = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict and measure the speedup of a plan as a draft model in speculative decoding.
+
+    Windows of the text are prompts. The dense model continues them itself; its text tells how much of a draft it would
+    accept, and the steps of both are timed: that predicts a speedup. At the number of tokens where it is best,
+    transformers' own generate measures one, greedy.
+    """
+    from torch import cat
+
+    from ..structure.locating import locate
+
+    check_folder(out, "draft")
+    text.check()
+    choice = plan.check(needed=True, model=model.model)
+    net, tokenizer = model.load()
+    wanted = choice.of(net)
+    length = how.prompt_tokens + how.generation_tokens
+    windows, described = windows_of(net, tokenizer, text.text, text.sequences, length, seed=seed)
+    about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
+    with progress_bar() as progress:
+        found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=seed, progress=progress)
+    title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
+    told = drafts.verdict(found)
+    show({"drafts": table(title, drafts.COLUMNS, found.records)}, as_json=as_json, also={"verdict": told})
+    if not as_json:
+        say(told.said)
+
+
+@command(example="notall tasks arc")
+def tasks(
+    word: Annotated[str, Option("list only names that hold this word", metavar="[WORD]", argument=True)] = "",
+    task_path: Annotated[
+        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List what --tasks takes: tasks and groups of lm-evaluation-harness, and openllm, the paper's six."""
+    need("lm_eval")
+    with working("reading the harness's tasks"):
+        from ..evaluation.tasks import TaskShelf
+
+        found = TaskShelf(task_path).listed(word)
+    named = "1 name" if len(found) == 1 else f"{len(found):,} names"
+    shots = "; shots as the leaderboard shows them" if any(one.num_fewshot for one in found) else ""
+    show({"tasks": table(f"{named} for --tasks{shots}", NAMED_TASKS, found)}, as_json=as_json)
+
+
+@command(example="notall report results -o report.html")
+def report(
+    folder: Annotated[
+        Path, Option("folder of results, as most commands write one", metavar="DIR", argument=True)
+    ] = Path("results"),
+    out: Annotated[Path, Option("where to write the page", ("--out", "-o"))] = Path("report.html"),
+) -> None:
+    """Turn a results folder into one page that opens anywhere, without a network."""
+    need(*FIGURES, "jinja2")
+    from ..report.page import write_report
+
+    say(f"{write_report(folder, out)}: open it in a browser", whole=True)
