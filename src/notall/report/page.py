@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +23,14 @@ from ..experiments.folder import Folder, read_folder
 from ..experiments.paper import ClaimRecord, TimesRecord
 from ..experiments.pareto import ParetoRecord
 from ..experiments.search import SearchRecord
-from ..experiments.shown import Card, Costs, Message, Sample, Section, Shown, Step
+from ..experiments.shown import Figure, Section, Shown, Step
 from ..experiments.similarity import SimilarityRecord
 from ..experiments.sweep import SweepRecord
 from ..results.evaluations import AnswersRecord
-from ..results.facts import Similarity
 from ..results.lines import finite
 from ..results.record import Quartiles, Record
 from ..results.repairs import HealRecord, MeasuredRecord, RefitRecord
-from ..results.table import Cell, Column, Table, as_csv, in_bytes, number, table, words
+from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, table, words
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
 SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
@@ -76,9 +73,14 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     try:
         if path.exists() and not _is_page(path):
             raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")
-        page = render(read_folder(Path(folder)))
+        page, whole = render(read_folder(Path(folder))), path.resolve()
+        partial = whole.with_name(f".{whole.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path.resolve(), page)
+        try:
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(whole)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
     return path
@@ -88,16 +90,6 @@ def _is_page(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(100_000)
     return not head or MARK in head
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside the file, and take its place when all is written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def render(folder: Folder) -> str:
@@ -116,28 +108,22 @@ def laid_out(folder: Folder, shown: Sequence[Shown]) -> str:
     from jinja2 import Environment, PackageLoader
 
     page = Page(folder, tuple(shown))
-    if page.is_empty:
-        raise UsageError(f"{folder.path} holds no results; {_advice(folder)}")
+    told = page.told
+    if not (page.parts or told.steps or told.similarity or told.message or told.cards):
+        # answers are of eval, whose results are not kept, or of a paper that has only begun
+        alone = "answers alone make no page: let notall eval or notall paper end"
+        advice = f"make some with notall sweep --out {folder.path}, or let a run end"
+        raise UsageError(f"{folder.path} holds no results; {alone if AnswersRecord in folder else advice}")
     templates = Environment(
         loader=PackageLoader("notall.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters["short"] = _short
-    template = templates.get_template("page.html")
-    return template.render(page=page, css=_asset("page.css"), js=_asset("page.js"), runtime=_runtime())
-
-
-def _advice(folder: Folder) -> str:
-    if AnswersRecord in folder:  # of eval, whose results are not kept, or of a paper that has only begun
-        return "answers alone make no page: let notall eval or notall paper end"
-    return f"make some with notall sweep --out {folder.path}, or let a run end"
+    css, js = (files("notall.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return templates.get_template("page.html").render(page=page, told=told, css=css, js=js, runtime=_runtime())
 
 
 def _short(text: str, length: int = SHORT) -> str:
     return text if len(text) <= length else text[:length] + "…"
-
-
-def _asset(name: str) -> str:
-    return files("notall.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
@@ -145,8 +131,7 @@ def _runtime() -> str:
     """Vega, Vega-Lite and Vega-Embed in the version that Altair writes for."""
     import vl_convert
 
-    names = "window.vegaEmbed = vegaEmbed;"
-    bundle = vl_convert.javascript_bundle(names, vl_version=VEGALITE)
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGALITE)
     return str(bundle).replace("</script", r"<\/script")
 
 
@@ -158,10 +143,7 @@ class Drawn:
     """A figure of the page: where it is drawn, and which CSV it is copied as."""
 
     id: str
-    spec: Mapping[str, Any]
-    label: str
-    title: str
-    note: str
+    figure: Figure
     copied: str
 
 
@@ -178,114 +160,90 @@ class Part:
 
 @dataclass(frozen=True)
 class Page:
-    """All that is said of a folder, in the order of the verbs; the first that has steps is the one to step through."""
+    """All that verbs say of a folder, in their order; the first that has steps is the one to step through."""
 
     folder: Folder
     shown: tuple[Shown, ...]
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.parts or self.steps or self.similarity or any(one.message or one.cards for one in self.shown))
-
-    @property
-    def model(self) -> str:
-        return str(self.about.get("model", "a model"))
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return self.folder.provenance.flat
-
-    @property
-    def message(self) -> Message | None:
-        return next((one.message for one in self.shown if one.message), None)
-
-    @property
-    def cards(self) -> tuple[Card, ...]:
-        return next((one.cards for one in self.shown if one.cards), ())
 
     @cached_property
     def stepped(self) -> Shown:
         return next((one for one in self.shown if one.steps), Shown())
 
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return self.stepped.steps
+    @cached_property
+    def told(self) -> Shown:
+        """The first message, the first cards and the first steps, and all else; the costs of most sublayers."""
+        costs = [one.costs for one in self.shown if one.costs]
+        return replace(
+            self.stepped,
+            message=next((one.message for one in self.shown if one.message), None),
+            cards=next((one.cards for one in self.shown if one.cards), ()),
+            similarity=next((one.similarity for one in self.shown if one.similarity), ()),
+            costs=max(costs, key=lambda one: len(one.found), default=None),
+            samples=tuple(sample for one in self.shown for sample in one.samples),
+        )
 
-    @property
-    def samples(self) -> list[Sample]:
-        return [sample for one in self.shown for sample in one.samples]
-
-    @property
-    def similarity(self) -> Sequence[Similarity]:
-        return next((one.similarity for one in self.shown if one.similarity), ())
-
-    @property
-    def costs(self) -> Costs | None:
-        """What tells of most sublayers."""
-        return max((one.costs for one in self.shown if one.costs), key=lambda costs: len(costs.found), default=None)
-
-    @property
-    def shade(self) -> str:
-        """What the cells of the map are shaded by."""
-        return "measured" if self.costs else "similarity" if self.similarity else "nothing"
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return self.folder.provenance.flat
 
     @cached_property
     def layers(self) -> int:
         """How many the model has at least, as far as the folder tells."""
-        skipped = (layer for step in self.steps for indices in step.plan.indices.values() for layer in indices)
-        alone = (layer for _, layer in (self.costs.found if self.costs else ()))
-        return max(self.folder.layers, 1 + max([*skipped, *alone, *(row.layer for row in self.similarity)], default=-1))
+        skipped = (layer for step in self.told.steps for layer in (*step.plan.attention, *step.plan.mlp))
+        alone = (layer for _, layer in (self.told.costs.found if self.told.costs else ()))
+        found = [*skipped, *alone, *(row.layer for row in self.told.similarity)]
+        return max(self.folder.layers, 1 + max(found, default=-1))
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """Sections that hold something, those of foreign files last."""
-        own = [(one, section) for one in self.shown for section in one.sections if section.figures or _rows(section)]
+        own = [(one, section) for one in self.shown for section in one.sections]
         foreign = [
             (Shown(), Section(name, name.replace("_", " "), table=as_it_is(rows)))
             for name, rows in self.folder.foreign.items()
         ]
         found: dict[str, Part] = {}
         for one, section in (*own, *foreign):
-            taken = sum(part.section.name == section.name for part in found.values())
-            name = f"{section.name}-{taken + 1}" if taken else section.name
-            found[name] = self._part(name, one, section)
+            if section.figures or (section.table and section.table.rows):
+                taken = sum(part.section.name == section.name for part in found.values())
+                name = f"{section.name}-{taken + 1}" if taken else section.name
+                found[name] = self._part(name, one, section)
         return tuple(found.values())
 
     @cached_property
     def cells(self) -> list[Sublayer]:
-        costs = self.costs.found if self.costs else {}
-        return layers.sublayers(self.layers, costs, self.similarity)
+        return layers.sublayers(self.layers, self.told.costs.found if self.told.costs else {}, self.told.similarity)
 
     @cached_property
     def map(self) -> Drawn | None:
-        if not (self.steps and self.layers):
+        if not (self.told.steps and self.layers):
             return None
-        title = _short(self.costs.title) if self.costs else "changed: 1 − cosine"
-        spec = on_page(layers.layer_map(self.cells, title), MAP)
-        return Drawn("map", spec, "map of the model", "", "", "map")
+        title = _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
+        chart = layers.layer_map(self.cells, title)
+        return Drawn("map", Figure(on_page(chart, MAP), "map of the model"), "map")
 
     @cached_property
     def bars(self) -> list[Saving]:
-        return [bar for number, step in enumerate(self.steps) for bar in _savings(number, step)]
+        return [bar for number, step in enumerate(self.told.steps) for bar in _savings(number, step)]
 
     @cached_property
     def savings(self) -> Drawn | None:
         if not self.bars:
             return None
         spec = on_page(layers.savings(self.bars), BAR * len({bar.measure for bar in self.bars}))
-        return Drawn("savings", spec, "time and bytes of the plan beside the dense model", "", "", "savings")
+        return Drawn("savings", Figure(spec, "time and bytes of the plan beside the dense model"), "savings")
 
     @property
     def weighed(self) -> bool:
         """Whether bars tell of bytes too."""
-        return any(step.footprint and step.dense for step in self.steps)
+        return any(step.footprint and step.dense for step in self.told.steps)
 
     @property
     def provenance(self) -> list[tuple[str, str]]:
         """What to type first, and when it was typed; the machine without what stands beside it."""
-        about = self.about
-        if not about:
+        if not self.about:
             return []
+        about = dict(self.about)
         if isinstance(machine := about.get("machine"), dict):
             about["machine"] = {key: value for key, value in machine.items() if about.get(key) != value}
         first = {name: about.get(name) or "not written down" for name in ("command", "date")}
@@ -294,64 +252,55 @@ class Page:
     @property
     def data(self) -> dict[str, Any]:
         """What the page's program reads."""
-        own = [figure for figure in (self.map, self.savings) if figure]
-        drawn = [*own, *(figure for part in self.parts for figure in part.figures)]
-        followers = [*own, *(figure for part in self.parts if part.follows for figure in part.figures)]
-        return {
-            "next": self.message.command if self.message else "",
-            "specs": finite({figure.id: figure.spec for figure in drawn}),  # sums of what is very large
-            "themes": {"light": LIGHT, "dark": DARK},
-            "plans": [
-                {"name": _short(step.name), "skipped": step.plan.names, "told": step.told} for step in self.steps
-            ],
-            "csv": self._csv,
-            "followers": [figure.id for figure in followers if "plan" in _params(figure.spec)],
-        }
-
-    @property
-    def _csv(self) -> dict[str, str]:
+        own = [drawn for drawn in (self.map, self.savings) if drawn]
+        drawn = [*own, *(one for part in self.parts for one in part.figures)]
+        followers = [*own, *(one for part in self.parts if part.follows for one in part.figures)]
         csv = {"map": as_csv(self.cells), "savings": as_csv(self.bars)}
         for part in self.parts:
-            csv |= {figure.copied: one.csv for figure, one in zip(part.figures, part.section.figures) if one.csv}
+            csv |= {one.copied: one.figure.csv for one in part.figures if one.figure.csv}
             csv |= {part.name: part.section.table.csv} if part.section.table else {}
-        return csv
+        return {
+            "next": self.told.message.command if self.told.message else "",
+            "specs": finite({one.id: one.figure.spec for one in drawn}),  # sums of what is very large
+            "themes": {"light": LIGHT, "dark": DARK},
+            "plans": [
+                {"name": _short(step.name), "skipped": step.plan.names, "told": step.told} for step in self.told.steps
+            ],
+            "csv": csv,
+            "followers": [
+                one.id
+                for one in followers
+                if any(param["name"] == "plan" for param in one.figure.spec.get("params", ()))
+            ],
+        }
 
     def _part(self, name: str, one: Shown, section: Section) -> Part:
         figures = []
         for place, figure in enumerate(section.figures):
             id = f"{name}{place}" if len(section.figures) > 1 else name
-            copied = f"{id}-figure" if figure.csv else name
-            figures.append(Drawn(id, figure.spec, figure.label, figure.title, figure.note, copied))
-        steps = section.steps or (None,) * len(_rows(section))
+            figures.append(Drawn(id, figure, f"{id}-figure" if figure.csv else name))
+        steps = section.steps or (None,) * len(section.table.rows if section.table else ())
         return Part(name, section, tuple(figures), tuple(self._step(one, step) for step in steps), one is self.stepped)
 
     def _step(self, one: Shown, step: int | None) -> int | None:
         """The page's number of a step of one verb: of the same plan, where it is another that is stepped through."""
         if step is None or one is self.stepped:
             return step
-        plans = [found.plan.unrepaired for found in self.steps]
+        plans = [found.plan.unrepaired for found in self.told.steps]
         plan = one.steps[step].plan.unrepaired
         return plans.index(plan) if plan in plans else None
-
-
-def _params(spec: Mapping[str, Any]) -> list[str]:
-    return [param["name"] for param in spec.get("params", ())]
-
-
-def _rows(section: Section) -> Sequence[tuple[Cell, ...]]:
-    return section.table.rows if section.table else ()
 
 
 def _savings(number: int, step: Step) -> Iterator[Saving]:
     """Shares of the dense model's; of times as they were paired, round by round."""
 
     def bar(measure: str, text: str, share: float, low: float, high: float) -> Saving:
-        name = _short(step.name)
-        return Saving(plan=number, name=name, measure=measure, text=text, share=share, low=low, high=high)
+        told = f"{measure}: {text}"
+        return Saving(plan=number, name=_short(step.name), measure=measure, text=told, share=share, low=low, high=high)
 
-    def timed(measure: str, ms: Quartiles, speedup: Quartiles) -> Saving:
-        text = f"{measure}: {ms.median:,.1f} ms, {speedup.median:.2f}× as fast"
-        return bar(measure, text, 1 / speedup.median, 1 / speedup.high, 1 / speedup.low)
+    def timed(measure: str, ms: Quartiles, faster: Quartiles) -> Saving:
+        text = f"{ms.median:,.1f} ms, {faster.median:.2f}× as fast"
+        return bar(measure, text, 1 / faster.median, 1 / faster.high, 1 / faster.low)
 
     if times := step.times:
         yield timed("first token", times.prefill_ms, times.speedup_prefill)
@@ -364,7 +313,7 @@ def _savings(number: int, step: Step) -> Iterator[Saving]:
         ):
             if whole and ours is not None:
                 share = ours / whole
-                yield bar(measure, f"{measure}: {in_bytes(ours)} of {in_bytes(whole)}", share, share, share)
+                yield bar(measure, f"{in_bytes(ours)} of {in_bytes(whole)}", share, share, share)
 
 
 def flatten(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
@@ -376,34 +325,18 @@ def flatten(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, str(value)
 
 
-# --- files of others --------------------------------------------------------------------------------------------------
-
-Line = Mapping[str, Any]
-
-
-def as_it_is(rows: Sequence[Line]) -> Table:
+def as_it_is(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Lines that no command of ours wrote, without lists and provenance; their CSV has plain values only."""
     told = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
     names = dict.fromkeys(key for row in told for key, value in row.items() if value is not None)
     names.pop("provenance", None)
-    columns = [_column(name, told) for name in names]
-    return replace(table("", columns, told), csv=_csv_of(told))
+    plain = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in told]
+    return replace(table("", [_column(name, told) for name in names], told), csv=csv_of(plain))
 
 
-def _column(name: str, rows: Sequence[Line]) -> Column[Line]:
-    if all(_is_number(row.get(name)) for row in rows):
+def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> Column[Mapping[str, Any]]:
+    """Of figures, where a row has nothing else there."""
+    found = [value for row in rows if (value := row.get(name)) is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST for value in found):
         return number(name, lambda row: row.get(name), ".4g")
     return words(name, lambda row: row.get(name))
-
-
-def _is_number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST)
-
-
-def _csv_of(rows: Sequence[Line]) -> str:
-    plain = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in plain for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain)
-    return out.getvalue()
