@@ -62,6 +62,16 @@ class Point:
         error = self.lost_se if is_number(self.lost_se) else 0
         return self.lost - error, self.lost + error
 
+    def row(self, colours: Colours, span: Span = (0, math.inf)) -> dict[str, object]:
+        """What is drawn: `shown` is what its series goes by in the legend; quartiles end where the axis does."""
+        shown = self.colour if self.colour in colours else OTHERS
+        row = vars(self) | {"shown": shown, "lost_se": None, "speedup": None}
+        row |= zip(("lost_low", "lost_high"), self.bar)
+        if times := self.speedup:
+            row |= {"speedup": times.median, "speedup_low": times.low, "speedup_high": times.high}
+            row |= {"speedup_from": max(span[0], times.low), "speedup_to": min(span[1], times.high)}
+        return row
+
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
@@ -86,23 +96,33 @@ def tradeoff(
     """
     points = [point for point in points if point.speedup and is_number(point.lost)]
     line = sorted(point.place for point in best) or front([(1.0, 0.0)] * dense + [point.place for point in points])
-    names, span = _in_order(point.shape for point in points), _span_of_speedups(points)
-    rows = [_row(point, colours, span) for point in points]
-    for row, width, point in zip(rows, _needed_widths(points, span, line, dense=dense), points):
-        row |= {"needs": width, "side": "right" if names.index(point.shape) else "left"}
+    speedups = [point.speedup for point in points if point.speedup]
+    span = bounds(
+        [1.0, *(one.median for one in speedups)], [end for one in speedups for end in (one.low, one.high)], NEAR
+    )
+    names = list(dict.fromkeys(point.shape for point in points))
+    needed = _needed_widths(points, names, span, line, dense=dense)
+    rows = [
+        point.row(colours, span) | {"needs": width, "side": "right" if names.index(point.shape) else "left"}
+        for point, width in zip(points, needed)
+    ]
     scale = alt.Scale(domain=list(span), zero=False, nice=False, padding=PADDING)
     axis = alt.Axis(labelExpr="format(datum.value, '.2f') + '×'", tickCount=8, labelSeparation=6)
     x = alt.X("speedup:Q", title=f"{SPEEDUPS[0].heading} over the dense model", axis=axis, scale=scale)
     series, chosen = _series(points, rows, x, lost, colours, colour)
+    bare = alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0)
     marks = series.mark_point(filled=True, size=75).encode(
-        shape=alt.Shape("shape:N", title=shape, scale=_each(names, SHAPES), legend=_BARE),
+        shape=alt.Shape("shape:N", title=shape, scale=_each(names, SHAPES), legend=bare),
         tooltip=[*_told(colour, shape), alt.Tooltip("speedup:Q", format=".3f")],
     )
     dash = alt.StrokeDash("shape:N", title=shape, scale=_each(names, DASHES))
     joined = [series.mark_line(strokeWidth=1).encode(order="count:Q", strokeDash=dash)] if paths else []
     spread = series.mark_rule(strokeWidth=1.5).encode(x="speedup_from:Q", x2="speedup_to:Q")
-    beside = [*joined, _errors(series), spread, *_beyond(series), _line(line), marks.add_params(chosen)]
-    return _ringed([*beside, *_labels(series), *(_dense() if dense else [])], series, "speedup")
+    of_front = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in line])
+    best_line = alt.Chart(of_front).mark_line(strokeWidth=5, opacity=0.35, color=GREY, strokeJoin="round")
+    best_line = best_line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
+    layers = [*joined, _errors(series), spread, *_beyond(series), best_line, marks.add_params(chosen)]
+    return _ringed([*layers, *_labels(series), *(_dense() if dense else [])], series, "speedup")
 
 
 def losses_by_count(
@@ -113,9 +133,9 @@ def losses_by_count(
     Where there are several shapes, each has a dash and a mark, in its series' colour; the `plain` one a whole line.
     """
     points = [point for point in points if is_number(point.lost)]
-    names, rows = _in_order([plain, *(point.shape for point in points)]), [_row(point, colours) for point in points]
+    names = list(dict.fromkeys([plain, *(point.shape for point in points)]))
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=snug(16))
-    series, chosen = _series(points, rows, counts, HELD_OUT, colours, colour)
+    series, chosen = _series(points, [point.row(colours) for point in points], counts, HELD_OUT, colours, colour)
     lines = series.mark_line(strokeWidth=1.5).encode(detail="colour:N")
     marks = series.mark_point(filled=True, size=50).encode(tooltip=_told(colour, shape))
     if len(names) > 1:
@@ -150,15 +170,14 @@ def colours_of(points: Sequence[Point]) -> Colours:
     The first search is in the colour of ink. What has no colour here is drawn grey, as one of `OTHERS`.
     """
     names = _best_series([point for point in points if is_number(point.lost)])
-    names = names if len(names) <= BEST + 1 else names[:BEST]
-    names.sort(key=lambda name: not name.startswith("search"))
-    searched = bool(names) and names[0].startswith("search")
-    return dict(zip(names, cycle(SPECTRUM))) | ({names[0]: INK} if searched else {})
+    names = sorted(names if len(names) <= BEST + 1 else names[:BEST], key=lambda name: not name.startswith("search"))
+    searched = names[:1] if names and names[0].startswith("search") else []
+    return dict(zip(names, cycle(SPECTRUM))) | dict.fromkeys(searched, INK)
 
 
 def in_turn(names: Iterable[str]) -> Colours:
     """A colour for each name; the first is in the colour of ink."""
-    return dict(zip(_in_order(names), (INK, *SPECTRUM * 9)))
+    return dict(zip(dict.fromkeys(names), (INK, *SPECTRUM * 9)))
 
 
 def _best_series(points: Sequence[Point]) -> list[str]:
@@ -167,11 +186,11 @@ def _best_series(points: Sequence[Point]) -> list[str]:
     for point in points:
         best = asked.setdefault((point.panel, point.count), {})
         best[point.colour] = min(point.lost, best.get(point.colour, math.inf))
-    ranks = dict.fromkeys((point.colour for point in points), 0.0)
-    for best in asked.values():
-        order = sorted(best, key=best.__getitem__)
-        for name in ranks:
-            ranks[name] += order.index(name) / len(order) if name in best else 1
+    orders = [(sorted(best, key=best.__getitem__), len(best)) for best in asked.values()]
+    ranks = {
+        name: sum(order.index(name) / count if name in order else 1 for order, count in orders)
+        for name in dict.fromkeys(point.colour for point in points)
+    }
     return sorted(ranks, key=ranks.__getitem__)
 
 
@@ -190,12 +209,6 @@ def bounds(points: Sequence[float], ends: Iterable[float], least: float = 0.0) -
     return (low, high) if low < high else (low - 0.1, high + 0.1)
 
 
-def _span_of_speedups(points: Sequence[Point]) -> Span:
-    speedups = [point.speedup for point in points if point.speedup]
-    ends = [end for speedup in speedups for end in (speedup.low, speedup.high)]
-    return bounds([1.0, *(speedup.median for speedup in speedups)], ends, NEAR)
-
-
 def _span_of_losses(points: Sequence[Point]) -> Span:
     return bounds([0, *(point.lost for point in points)], [end for point in points for end in point.bar])
 
@@ -208,46 +221,48 @@ def symlog(value: float) -> float:
 def _losses(points: Sequence[Point], title: str) -> alt.Y:
     """An axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
     low, high = _span_of_losses(points)
-    scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=PAD_OF_LOSSES)
     if high < 1:
+        scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=PAD_OF_LOSSES)
         return alt.Y("lost:Q", title=title, scale=scale)
     scale = alt.Scale(type="symlog", constant=LINEAR, domain=[low, high], nice=False, padding=PAD_OF_LOSSES)
     ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
     return alt.Y("lost:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
 
 
-def _pixels_down(lost: float, span: Span) -> float:
-    """Where a loss is in a figure of `HEIGHT`, as the scale of `_losses` has it."""
-    of = symlog if span[1] >= 1 else float
-    inside = HEIGHT - 2 * PAD_OF_LOSSES
-    return HEIGHT - PAD_OF_LOSSES - (of(lost) - of(span[0])) / (of(span[1]) - of(span[0])) * inside
-
-
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def _needed_widths(points: Sequence[Point], span: Span, best: Sequence[Span], *, dense: bool) -> list[int | None]:
+def _needed_widths(
+    points: Sequence[Point], names: Sequence[str], span: Span, best: Sequence[Span], *, dense: bool
+) -> list[int | None]:
     """How wide a plot must be for each point's label to lie on nothing; None: wider than any, or it has none.
 
     Those on the front go first. What fits once fits in any wider plot too: boxes part, and stay as large as they are.
     """
-    losses, names = _span_of_losses(points), _in_order(point.shape for point in points)
+    low, high = _span_of_losses(points)
+    of = symlog if high >= 1 else float  # as the scale of `_losses` has it
+    inside = HEIGHT - 2 * PAD_OF_LOSSES
+
+    def moved(place: Span, box: Box) -> Box:
+        """In a plot that is `width` pixels wide."""
+        right = (width - 2 * PADDING) / (span[1] - span[0]) * place[0]
+        down = HEIGHT - PAD_OF_LOSSES - (of(place[1]) - of(low)) / (of(high) - of(low)) * inside
+        return box[0] + right, box[1] + right, box[2] + down, box[3] + down
+
     taken = [(point.place, AROUND) for point in points]
     taken += [((1.0, 0.0), box) for box in (AROUND, DENSE_LABEL) if dense]
     order = [number for number, point in enumerate(points) if point.label]
     order.sort(key=lambda number: points[number].place not in best)
     needed: list[int | None] = [None] * len(points)
     for width in WIDTHS:
-        across = (width - 2 * PADDING) / (span[1] - span[0])
-        boxes = [_moved(box, across * speedup, _pixels_down(lost, losses)) for (speedup, lost), box in taken]
+        boxes = [moved(*one) for one in taken]
         for number in order:
-            point, (speedup, lost) = points[number], points[number].place
-            box = _label_box(point.label, left=point.shape == names[0])
-            label = _moved(box, across * speedup, _pixels_down(lost, losses))
+            place, box = points[number].place, _label_box(points[number].label, left=points[number].shape == names[0])
+            label = moved(place, box)
             if needed[number] is None and not any(_meet(label, other) for other in boxes):
                 needed[number] = width
                 boxes.append(label)
-                taken.append(((speedup, lost), box))
+                taken.append((place, box))
     return needed
 
 
@@ -255,10 +270,6 @@ def _label_box(text: str, *, left: bool) -> Box:
     """As `_labels` places it."""
     wide = LETTER * len(text)
     return (-7 - wide, -7.0, -15.0, -2.0) if left else (7.0, 7 + wide, 2.0, 15.0)
-
-
-def _moved(box: Box, right: float, down: float) -> Box:
-    return box[0] + right, box[1] + right, box[2] + down, box[3] + down
 
 
 def _meet(one: Box, other: Box) -> bool:
@@ -280,17 +291,6 @@ def _text(series: alt.Chart, text: str, align: Literal["left", "center", "right"
 
 
 # --- parts of figures -------------------------------------------------------------------------------------------------
-
-
-def _row(point: Point, colours: Colours, span: Span = (0, math.inf)) -> dict[str, object]:
-    """What is drawn of a point: `shown` is what a series goes by in the legend; quartiles end where the axis does."""
-    told = {name: getattr(point, name) for name in ("name", "colour", "shape", "label", "panel", "plan", "count")}
-    row = told | {"shown": point.colour if point.colour in colours else OTHERS, "lost": point.lost}
-    row |= zip(("lost_low", "lost_high"), point.bar)
-    if times := point.speedup:
-        row |= {"speedup": times.median, "speedup_low": times.low, "speedup_high": times.high}
-        row |= {"speedup_from": max(span[0], times.low), "speedup_to": min(span[1], times.high)}
-    return row
 
 
 def _series(
@@ -325,13 +325,6 @@ def _beyond(series: alt.Chart) -> list[alt.Chart]:
     ]
 
 
-def _line(best: Sequence[Span]) -> alt.Chart:
-    """The front."""
-    data = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in best])
-    line = alt.Chart(data).mark_line(strokeWidth=5, opacity=0.35, color=GREY, strokeJoin="round")
-    return line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
-
-
 def _dense() -> list[alt.Chart]:
     row = {"speedup": 1, "lost": 0, "name": "dense"}
     dense = alt.Chart(alt.Data(values=[row])).encode(x="speedup:Q", y="lost:Q", color=alt.value(INK))
@@ -352,13 +345,6 @@ def _told(colour: str, shape: str) -> list[alt.Tooltip]:
     """What is said of a point under the pointer."""
     titles = {"name:N": "plan", "colour:N": colour, "shape:N": shape, "count:Q": "skipped"}
     return [*(alt.Tooltip(field, title=title) for field, title in titles.items()), alt.Tooltip("lost:Q", format=".3f")]
-
-
-_BARE = alt.Legend(symbolFillColor=GREY, symbolStrokeWidth=0)
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
 
 
 def _each(names: Sequence[str], values: Sequence[str | list[int]]) -> alt.Scale:
