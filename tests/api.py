@@ -65,7 +65,7 @@ MODULES = {
     "results": "results",
     "records_lines": "results.lines",
     "progress_bars": "results.progress_bars",
-    "side_by_side": "results.side_by_side",
+    "side_by_side": "cli.look",
     "cluster": "running.cluster",
     "regrouped_layers": "running.regrouped_layers",
     "skipping": "running.skipping",

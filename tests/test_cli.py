@@ -138,7 +138,7 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_
         raise UsageError(" ".join(one.criterion for one in runs))
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
-    monkeypatch.setattr("notall.cli.compare.compare_criteria", stop)
+    monkeypatch.setattr("notall.cli.choose.compare_criteria", stop)
     code, _, err = run("compare", folder, "--skip", "attention:1", "-o", tmp_path / "c", *QUICK)
     assert code == 2
     assert "cosine" in err

@@ -7,43 +7,45 @@ they change with the version. All else may change at any time.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .choosing.choice import choose_plan
-    from .choosing.criteria.data_free import deepest
-    from .choosing.space import Space
-    from .errors import UnsupportedModel, UsageError
-    from .exporters import export
-    from .exporters.remote_code import register
-    from .measuring.quality import evaluate
-    from .measuring.similarity import measure_similarity
-    from .models.loading import load
-    from .plan import Plan
-    from .repairing.healing import heal
-    from .repairing.refitting import repair
-    from .repairing.students import TrainConfig
-    from .running.generating import generate_text
-    from .running.repaired import RepairedPlan
-    from .running.skipping import draft_model, remove, skip
-    from .structure.locating import locate
-    from .structure.model_structure import Block, ModelStructure, Sublayer
+    from .choosing.choice import choose_plan as choose_plan
+    from .choosing.criteria.data_free import deepest as deepest
+    from .choosing.space import Space as Space
+    from .errors import UnsupportedModel as UnsupportedModel
+    from .errors import UsageError as UsageError
+    from .exporters import export as export
+    from .exporters.remote_code import register as register
+    from .measuring.quality import evaluate as evaluate
+    from .measuring.similarity import measure_similarity as measure_similarity
+    from .models.loading import load as load
+    from .plan import Plan as Plan
+    from .repairing.healing import heal as heal
+    from .repairing.refitting import repair as repair
+    from .repairing.students import TrainConfig as TrainConfig
+    from .running.generating import generate_text as generate_text
+    from .running.repaired import RepairedPlan as RepairedPlan
+    from .running.skipping import draft_model as draft_model
+    from .running.skipping import remove as remove
+    from .running.skipping import skip as skip
+    from .structure.locating import locate as locate
+    from .structure.model_structure import Block as Block
+    from .structure.model_structure import ModelStructure as ModelStructure
+    from .structure.model_structure import Sublayer as Sublayer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Block": "structure.model_structure",
-    "ModelStructure": "structure.model_structure",
+    "Block ModelStructure Sublayer": "structure.model_structure",
     "Plan": "plan",
     "RepairedPlan": "running.repaired",
     "Space": "choosing.space",
-    "Sublayer": "structure.model_structure",
     "TrainConfig": "repairing.students",
-    "UnsupportedModel": "errors",
-    "UsageError": "errors",
+    "UnsupportedModel UsageError": "errors",
     "choose_plan": "choosing.choice",
     "deepest": "choosing.criteria.data_free",
-    "draft_model": "running.skipping",
+    "draft_model remove skip": "running.skipping",
     "evaluate": "measuring.quality",
     "export": "exporters",
     "generate_text": "running.generating",
@@ -52,48 +54,18 @@ _HOMES = {
     "locate": "structure.locating",
     "measure_similarity": "measuring.similarity",
     "register": "exporters.remote_code",
-    "remove": "running.skipping",
     "repair": "repairing.refitting",
-    "skip": "running.skipping",
 }
 
-# as a literal, which type checkers read
-__all__ = [
-    "Block",
-    "ModelStructure",
-    "Plan",
-    "RepairedPlan",
-    "Space",
-    "Sublayer",
-    "TrainConfig",
-    "UnsupportedModel",
-    "UsageError",
-    "__version__",
-    "choose_plan",
-    "deepest",
-    "draft_model",
-    "evaluate",
-    "export",
-    "generate_text",
-    "heal",
-    "load",
-    "locate",
-    "measure_similarity",
-    "register",
-    "remove",
-    "repair",
-    "skip",
-]
-
 if not TYPE_CHECKING:  # which would take any name for one of these
+    _MODULES = {name: module for names, module in _HOMES.items() for name in names.split()}
+    __all__ = sorted([*_MODULES, "__version__"])
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Import a public name when it is first used, so that `import notall` stays quick."""
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module 'notall' has no attribute {name!r}")
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
-
-def __dir__() -> list[str]:
-    """The public names, also those that are not imported yet."""
-    return __all__
+    def __dir__() -> list[str]:
+        return __all__

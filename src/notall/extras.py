@@ -7,13 +7,7 @@ from importlib.util import find_spec
 from .errors import UsageError
 
 # Which extra brings a module that not every command needs.
-EXTRAS = {
-    "altair": "report",
-    "vl_convert": "report",
-    "jinja2": "report",
-    "lm_eval": "eval",
-    "scipy": "solver",
-}
+EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "scipy": "solver"}
 FIGURES = ("altair", "vl_convert")
 
 

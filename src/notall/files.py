@@ -48,15 +48,10 @@ def own_file(folder: Path, name: str) -> Path | None:
     except OSError as error:  # a name that is too long
         raise UsageError(f"{folder.name} names {shortened(name)}: {error.strerror}; download it again") from None
     place, home = (folder / name).resolve(), folder.resolve()
-    if not place.is_relative_to(home) and place.parent != _blobs(home):
+    cached = home.parent.name == "snapshots" and "--" in home.parent.parent.name  # models--org--name/snapshots/commit
+    if not place.is_relative_to(home) and not (cached and place.parent == home.parent.parent / "blobs"):
         raise UsageError(f"{shortened(name)} of {folder.name} is a link out of that folder; put the file itself there")
     return folder / name
-
-
-def _blobs(folder: Path) -> Path | None:
-    """Where the files of a hub cache's snapshot are: models--org--name/blobs beside models--org--name/snapshots."""
-    repository = folder.parent.parent
-    return repository / "blobs" if folder.parent.name == "snapshots" and "--" in repository.name else None
 
 
 def named_weights(spec: str | Path, config: Any) -> str | None:
@@ -99,15 +94,20 @@ def cache_folder() -> Path:
 
 
 def keep(path: Path, content: str) -> None:
-    """Write a file of the cache, whole or not at all; where it can't be, only the next run is slower."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write a file of the cache; where it can't be, only the next run is slower."""
     with contextlib.suppress(OSError):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: what is there already is replaced, or stays."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> UsageError:

@@ -246,12 +246,9 @@ def several(count: int, name: str) -> str:
 
 def in_ranges(indices: Iterable[int]) -> str:
     """Whole numbers in ascending order, with runs of three and more as `0-3`: `0-3, 7`."""
-    runs = groupby(enumerate(sorted(indices)), key=lambda placed: placed[1] - placed[0])
-    return ", ".join(_run([index for _, index in run]) for _, run in runs)
-
-
-def _run(indices: list[int]) -> str:
-    return f"{indices[0]}-{indices[-1]}" if len(indices) > 2 else ", ".join(map(str, indices))
+    grouped = groupby(enumerate(sorted(indices)), key=lambda placed: placed[1] - placed[0])
+    runs = [[index for _, index in run] for _, run in grouped]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 WRITTEN = re.compile(r"(.+)-(\d{1,4})x(\d{1,9})(?:-([0-9a-f]+))?")

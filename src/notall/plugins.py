@@ -16,7 +16,6 @@ from .errors import UsageError, nearest, shortened
 
 MANY = 9  # arguments: more than a function of others is called with
 T = TypeVar("T")
-PACKAGE = os.path.dirname(__file__)
 
 
 def installed_names(group: str) -> list[str]:
@@ -88,20 +87,16 @@ def _loaded(value: str, told: str) -> Any:
     found = EntryPoint.pattern.fullmatch(value)
     if not found or not found["attr"]:
         raise UsageError(f"{told} names nothing: write module:function, such as mine:score_size")
-    holder: Any = _imported(found["module"], told)
+    module = found["module"]
+    holder: Any = _imported(module, told)
     for name in found["attr"].split("."):
         if not hasattr(holder, name):
-            raise UsageError(f"there is no {told}: {_what_has(found['module'], holder, name)}")
+            near = nearest(name, dir(holder))
+            own = [key for key, value in vars(holder).items() if getattr(value, "__module__", None) == module]
+            lists = f"; it has {shortened(', '.join(own))}" if own and not near else ""
+            raise UsageError(f"there is no {told}: {module} has no {shortened(name)}{near}{lists}")
         holder = getattr(holder, name)
     return holder
-
-
-def _what_has(module: str, holder: Any, name: str) -> str:
-    """That a module lacks a name, and which functions of its own it has."""
-    near = nearest(name, dir(holder))
-    own = [key for key, value in vars(holder).items() if getattr(value, "__module__", None) == module]
-    lists = f"; it has {shortened(', '.join(own))}" if own and not near else ""
-    return f"{module} has no {shortened(name)}{near}{lists}"
 
 
 def _imported(module: str, told: str) -> Any:
@@ -118,16 +113,12 @@ def _imported(module: str, told: str) -> Any:
 
 
 def _where(error: Exception) -> str:
-    """What was raised, and in which line."""
+    """What was raised, and in which line of theirs: not in notall's own, nor in an installed package."""
     said = shortened(f"{type(error).__name__}: {error}", 120)
     if isinstance(error, SyntaxError):  # which says it
         return said
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    theirs = [frame for frame in frames if not _is_a_library(frame.filename)]
+    ours = os.path.dirname(__file__)
+    theirs = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]
     last = (theirs or frames)[-1]
     return f"{said} ({os.path.basename(last.filename)}, line {last.lineno})"
-
-
-def _is_a_library(filename: str) -> bool:
-    """Whether a file is notall's own, or of an installed package: its author cannot mend it."""
-    return filename.startswith(PACKAGE) or "site-packages" in filename

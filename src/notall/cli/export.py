@@ -38,10 +38,7 @@ class FileFact(Fact):
     bytes: Count
 
 
-COLUMNS: tuple[Column[FileFact], ...] = (
-    words("file", lambda one: one.file),
-    size("size", lambda one: one.bytes),
-)
+COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), size("size", lambda one: one.bytes))
 
 
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..extras import FIGURES, need
@@ -15,12 +22,15 @@ from ..plan import Plan
 from ..progress import tracked
 from ..results.facts import SIMILARITY
 from ..results.lines import refuse_unwritable
+from ..results.printable import printable
 from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.record import Count, Fact
 from ..results.table import Column, number, size, table, words
 from ..results.terminal import say, show
 from .app import command
+
+Write = Callable[[str, str], None]  # a column's name, and more of its text
 
 
 class SublayerFact(Fact):
@@ -132,7 +142,6 @@ def generate(
     """Continue a prompt with the skipped model. The text is printed as it comes."""
     from transformers import TextStreamer
 
-    from ..results.side_by_side import side_by_side
     from ..running.generating import Streamer, generate_text
 
     choice = plan.check(needed=beside, model=model.model)
@@ -155,3 +164,34 @@ def generate(
     with side_by_side([*plans]) as write:
         for name, one in plans.items():
             write_text(plan=one, streamer=Streamer(tokenizer, partial(write, name)))
+
+
+@contextmanager
+def side_by_side(names: Sequence[str]) -> Iterator[Write]:
+    """Columns with these names, which grow at a terminal as they are written to; elsewhere all comes at the end."""
+    console, written = Console(), dict.fromkeys(names, "")
+    live = Live(console=console, auto_refresh=False, vertical_overflow="visible") if sys.stdout.isatty() else None
+
+    def write(name: str, text: str) -> None:
+        written[name] += text
+        if live:
+            live.update(_columns(written, console), refresh=True)
+
+    with live or nullcontext():
+        yield write
+    if not live:
+        for name, text in written.items():
+            console.print(Text(f"{name}:\n{_lines(text, console)}\n"), soft_wrap=True)
+
+
+def _columns(written: dict[str, str], console: Console) -> Table:
+    table = Table(expand=True)
+    for name in written:
+        table.add_column(name, ratio=1)
+    table.add_row(*(Text(_lines(text, console)) for text in written.values()))
+    return table
+
+
+def _lines(text: str, console: Console) -> str:
+    """What a model says keeps its lines, and steers no terminal."""
+    return "\n".join(printable(line, console.encoding) for line in text.strip("\n").split("\n"))

@@ -26,6 +26,7 @@ from ..experiments.search import SearchRecord
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..experiments.similarity import SimilarityRecord
 from ..experiments.sweep import SweepRecord
+from ..files import write_whole
 from ..results.evaluations import AnswersRecord
 from ..results.lines import finite
 from ..results.record import Quartiles, Record
@@ -71,25 +72,19 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{shortened(path)} is no name of a page: choose one that ends in .html")
     try:
-        if path.exists() and not _is_page(path):
+        if path.exists() and (head := _beginning(path)) and MARK not in head:
             raise UsageError(f"{shortened(path)} is there, and is no page of notall: choose another -o")
-        page, whole = render(read_folder(Path(folder))), path.resolve()
-        partial = whole.with_name(f".{whole.name}.{os.getpid()}")
+        page = render(read_folder(Path(folder)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(whole)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path.resolve(), page)
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; choose another -o") from None
     return path
 
 
-def _is_page(path: Path) -> bool:
+def _beginning(path: Path) -> bytes:
     with path.open("rb") as file:
-        head = file.read(100_000)
-    return not head or MARK in head
+        return file.read(100_000)
 
 
 def render(folder: Folder) -> str:
