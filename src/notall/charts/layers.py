@@ -57,22 +57,21 @@ def sublayers(layers: int, costs: Mapping[tuple[str, int], float], similarity: S
 
 def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
     """Columns = layers, two rows; shade = cost; the sublayers that the param `skipped` names are hatched."""
-    rows = [cell.model_dump(mode="json") for cell in cells]
+    tips = [
+        alt.Tooltip("name:N", title="sublayer"),
+        alt.Tooltip("state:N", title="in this plan"),
+        alt.Tooltip("cost:Q", title=title, format=".3f"),
+        alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
+        *([alt.Tooltip("mixer:N", title="kind of mixer")] if any(cell.mixer for cell in cells) else []),
+    ]
+    rows, flat = [KIND_NAMES[kind] for kind in SHORT], alt.Axis(ticks=False, domain=False)
     drawn = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(alt.Data(values=[cell.model_dump(mode="json") for cell in cells]))
         .transform_calculate(state="indexof(skipped, datum.name) >= 0 ? 'skipped' : 'kept'")
         .encode(
             x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True, ticks=False)),
-            y=alt.Y(
-                "row:N", title=None, sort=[KIND_NAMES[kind] for kind in SHORT], axis=alt.Axis(ticks=False, domain=False)
-            ),
-            tooltip=[
-                alt.Tooltip("name:N", title="sublayer"),
-                alt.Tooltip("state:N", title="in this plan"),
-                alt.Tooltip("cost:Q", title=title, format=".3f"),
-                alt.Tooltip("cosine:Q", title="cosine, before and after", format=".4f"),
-                *([alt.Tooltip("mixer:N", title="kind of mixer")] if any(cell.mixer for cell in cells) else []),
-            ],
+            y=alt.Y("row:N", title=None, sort=rows, axis=flat),
+            tooltip=tips,
         )
     )
     costs = [cell.cost for cell in cells if is_number(cell.cost)]
@@ -88,20 +87,18 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
 def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
     """A shade that tells small costs apart beside a large one; linear near 0, where errors are."""
     most = max([LEAST_SHADE, *costs])
-    linear = most / 300
     ticks = [0, *sorted(float(f"{most / 10**power:.0e}") for power in range(3))]
     legend = alt.Legend(orient="bottom", gradientLength=220, title=title, values=ticks, format="~g")
-    scale = alt.Scale(type="symlog", constant=linear, domain=[min([0, *costs]), most], nice=False)
+    scale = alt.Scale(type="symlog", constant=most / 300, domain=[min([0, *costs]), most], nice=False)
     return alt.Color("cost:Q", scale=scale, legend=legend)
 
 
 def _stripes() -> alt.LinearGradient:
     """Diagonal stripes over a cell of any size, as a gradient with hard edges."""
-    edges = [(half / (2 * STRIPES), (half + 1) / (2 * STRIPES), half % 2) for half in range(2 * STRIPES)]
     stops = [
-        alt.GradientStop(color=STRIPE if on else "transparent", offset=edge)
-        for start, end, on in edges
-        for edge in (start, end)
+        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
+        for half in range(2 * STRIPES)
+        for edge in (half, half + 1)
     ]
     return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
 
@@ -125,27 +122,22 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     """Bars of the plan that the param `plan` counts, from 0, beside the dense model's."""
     most = max([1.15, *(WIDER * bar.share for bar in bars)])
     rows = [{**bar.figures(), "to": min(bar.high, most)} for bar in bars]
-    base = (
-        alt.Chart(alt.Data(values=rows))
-        .transform_filter("datum.plan == plan")
-        .encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
-    )
-    axis = alt.Axis(format=".0%", tickCount=6)
-    share = alt.X(
-        "share:Q", title="share of the dense model's", scale=alt.Scale(domain=[0, most], nice=False), axis=axis
-    )
+    base = alt.Chart(alt.Data(values=rows)).transform_filter("datum.plan == plan")
+    base = base.encode(y=alt.Y("measure:N", sort=None, title=None, axis=None))
+    scale, axis = alt.Scale(domain=[0, most], nice=False), alt.Axis(format=".0%", tickCount=6)
     drawn = base.mark_bar(height={"band": 0.42}, color=KIND_COLOURS["attention"], yOffset=BAR).encode(
-        x=share, tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")]
+        x=alt.X("share:Q", title="share of the dense model's", scale=scale, axis=axis),
+        tooltip=["name:N", "measure:N", "text:N", alt.Tooltip("share:Q", format=".1%")],
     )
     spread = base.mark_rule(strokeWidth=2, color=INK, yOffset=BAR).encode(x="low:Q", x2="to:Q")
     goes_on = base.mark_point(shape="triangle-right", filled=True, size=60, color=INK, yOffset=BAR, opacity=1)
     beyond = goes_on.encode(x="to:Q").transform_filter("datum.high > datum.to")
     words = [
-        base.mark_text(align="left", x=2, yOffset=WORDS, fontSize=12, stroke=PAPER, strokeWidth=4),
-        base.mark_text(align="left", x=2, yOffset=WORDS, fontSize=12, color=INK),
+        base.mark_text(align="left", x=2, yOffset=WORDS, fontSize=12, **look).encode(text="text:N")
+        for look in ({"stroke": PAPER, "strokeWidth": 4}, {"color": INK})  # on a halo
     ]
     whole = alt.Chart(alt.Data(values=[{"share": 1}])).mark_rule(strokeDash=[4, 3], color=GREY).encode(x="share:Q")
-    layers = [drawn, whole, spread, beyond, *(one.encode(text="text:N") for one in words)]
+    layers = [drawn, whole, spread, beyond, *words]
     return alt.LayerChart(layer=layers).add_params(alt.param(name="plan", value=0))
 
 
@@ -166,15 +158,14 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
 
 def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     """How much of the error each refit left, by depth; a parallel block's are one."""
-    data = [(*_place(refit.sublayers), {"left": refit.left}) for refit in refits if is_number(refit.left)]
+    kinds = {short: kind for kind, short in SHORT.items()}
+    places = [(refit, refit.sublayers[0].split(".")) for refit in refits if is_number(refit.left)]
+    data = [
+        (kinds[short] if len(refit.sublayers) == 1 else "block", int(layer), {"left": refit.left})
+        for refit, (short, layer) in places
+    ]
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
-
-
-def _place(names: Sequence[str]) -> tuple[str, int]:
-    short, _, layer = names[0].partition(".")
-    kinds = {short: kind for kind, short in SHORT.items()}
-    return kinds[short] if len(names) == 1 else "block", int(layer)
 
 
 def training(looks: Sequence[HealRecord]) -> alt.LayerChart:

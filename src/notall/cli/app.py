@@ -161,7 +161,7 @@ def conclude(verdict: Verdict, *, as_json: bool) -> None:
 
     if not as_json:
         for line in verdict.lines():
-            say(line, whole=line.startswith("Next:"))
+            say(line)
     elif verdict.missed:
         print(f"missed {verdict.missed}", file=sys.stderr)
     if verdict.missed:

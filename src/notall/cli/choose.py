@@ -31,7 +31,7 @@ from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
-from ..results.terminal import say, show
+from ..results.terminal import next_report, show
 from .app import command, conclude
 
 
@@ -70,13 +70,10 @@ def compare(
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
     write_comparison(records, out, title, _made(about, described, timed))
-    show({"comparison": table(f"{len(records)} choices in {out}", columns_of(records), records)}, as_json=as_json)
-    if as_json:
-        return
-    if timed_once(records):
-        say(TIMED_ONCE)
-    say(f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}.")
-    say(f"Next: notall report {out} -o {out / 'report.html'}")
+    tables = {"comparison": table(f"{len(records)} choices in {out}", columns_of(records), records)}
+    where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
+    once = [TIMED_ONCE] if timed_once(records) else []
+    show(tables, as_json=as_json, then=(*once, where, next_report(out)))
 
 
 def _made(about: Provenance, described: Mapping[str, Any], timed: Workload | None) -> str:

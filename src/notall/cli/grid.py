@@ -18,7 +18,7 @@ from ..results.ledger import read
 from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.table import table
-from ..results.terminal import say, show
+from ..results.terminal import next_report, show
 from .app import command
 
 OPENLLM = TaskOptions(tasks=("openllm",))
@@ -48,10 +48,8 @@ def sweep(
     write_sweep(records, out, model_in_words(about.what["model"]))
     _write_similarity(out, about.what)
     title = f"{about.what['model']}: {len(records)} configurations in {out}"
-    show({"results": table(title, COLUMNS, records)}, as_json=as_json)
-    if not as_json:
-        say(f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv.")
-        say(f"Next: notall report {out} -o {out / 'report.html'}")
+    where = f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv."
+    show({"results": table(title, COLUMNS, records)}, as_json=as_json, then=(where, next_report(out)))
 
 
 @command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
@@ -84,9 +82,7 @@ def paper(
         claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)
     _write_similarity(out, about.what)
     title = f"The tables are in {out}/paper.md, and as .tex and .csv beside it"
-    show({"claims": table(title, CLAIMS, claims)}, as_json=as_json)
-    if not as_json:
-        say(f"Next: notall report {out} -o {out / 'report.html'}")
+    show({"claims": table(title, CLAIMS, claims)}, as_json=as_json, then=[next_report(out)])
 
 
 def _write_similarity(out: Path, what: dict[str, object]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 from rich.live import Live
+from rich.table import Column as RichColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +28,7 @@ from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.record import Count, Fact
 from ..results.table import Column, number, size, table, words
-from ..results.terminal import say, show
+from ..results.terminal import show
 from .app import command
 
 Write = Callable[[str, str], None]  # a column's name, and more of its text
@@ -120,9 +121,8 @@ def similarity(
         found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
     written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []
     title = "cosine of the residual stream before and after"
-    show({"similarity": table(title, SIMILARITY, found)}, as_json=run.as_json)
-    if written and not run.as_json:
-        say(f"Written: {', '.join(map(str, written))}")
+    said = [f"Written: {', '.join(map(str, written))}"] if written else []
+    show({"similarity": table(title, SIMILARITY, found)}, as_json=run.as_json, then=said)
 
 
 @command(example='notall generate smollm2 "The capital of France is" --plan plan.json')
@@ -146,16 +146,8 @@ def generate(
 
     choice = plan.check(needed=beside, model=model.model)
     net, tokenizer = model.load()
-    write_text = partial(
-        generate_text,
-        net,
-        tokenizer,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        chat=chat,
-        seed=seed,
-    )
+    write_text = partial(generate_text, net, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
+    write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)
     wanted = choice.of(net)
     if not beside:
         write_text(plan=wanted, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
@@ -185,9 +177,7 @@ def side_by_side(names: Sequence[str]) -> Iterator[Write]:
 
 
 def _columns(written: dict[str, str], console: Console) -> Table:
-    table = Table(expand=True)
-    for name in written:
-        table.add_column(name, ratio=1)
+    table = Table(*(RichColumn(name, ratio=1) for name in written), expand=True)
     table.add_row(*(Text(_lines(text, console)) for text in written.values()))
     return table
 

@@ -26,9 +26,10 @@ from ..experiments.verdict import Verdict, next_command
 from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
+from ..results.printable import printable
 from ..results.progress_bars import progress_bar, working
 from ..results.table import table
-from ..results.terminal import say, show
+from ..results.terminal import show
 from .app import command, conclude
 
 
@@ -108,9 +109,7 @@ def bench(
         record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
     title = f"{about.in_words}; {record.told}; median of {workload.rounds} [quartiles]"
     found = replace(table(title, benches.COLUMNS, benches.rows_of([record])), facts=(record,))
-    show({"bench": found}, as_json=run.as_json)
-    if record.skipped and not run.as_json:
-        say(benches.conclusion(record))
+    show({"bench": found}, as_json=run.as_json, then=[benches.conclusion(record)] if record.skipped else [])
 
 
 @command(example="notall draft smollm2 --plan plan.json")
@@ -145,9 +144,8 @@ def draft(
         found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=seed, progress=progress)
     title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
-    show({"drafts": table(title, drafts.COLUMNS, found.records)}, as_json=as_json, also={"verdict": told})
-    if not as_json:
-        say(told.said)
+    tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
+    show(tables, as_json=as_json, also={"verdict": told}, then=[told.said])
 
 
 @command(example="notall tasks arc")
@@ -180,4 +178,4 @@ def report(
     need(*FIGURES, "jinja2")
     from ..report.page import write_report
 
-    say(f"{write_report(folder, out)}: open it in a browser", whole=True)
+    print(printable(f"{write_report(folder, out)}: open it in a browser"))

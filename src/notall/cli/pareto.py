@@ -26,7 +26,7 @@ from ..plan import Plan, several
 from ..progress import Stages
 from ..results.progress_bars import progress_bar
 from ..results.table import table
-from ..results.terminal import say, show
+from ..results.terminal import next_report, show
 from .app import command
 
 if TYPE_CHECKING:
@@ -92,11 +92,9 @@ def pareto(
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
     write_pareto(records, out, title)
     said = sentence(records)
-    show({"pareto": table(f"{title}: {out}", COLUMNS, records)}, as_json=run.as_json, also={"verdict": said})
-    if not run.as_json:
-        say(said)
-        say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")
-        say(f"Next: notall report {out} -o {out / 'report.html'}")
+    where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
+    tables = {"pareto": table(f"{title}: {out}", COLUMNS, records)}
+    show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 
 
 def _check(plans: ParetoPlans, text: HeldOutOptions) -> None:

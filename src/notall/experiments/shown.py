@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,20 +55,18 @@ class Step:
     @property
     def told(self) -> str:
         """In a sentence."""
-        return f"{'; '.join(self._parts())}."
-
-    def _parts(self) -> Iterator[str]:
         skipped = len(self.plan)
-        yield f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"
+        parts = [f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"]
         if skipped and self.quality:
-            yield nats_in_words(self.quality)
+            parts.append(nats_in_words(self.quality))
         if skipped and self.times:
             speedup = self.times.speedup_decode
-            yield f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]"
+            parts.append(f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
         elif self.times:
-            yield f"{self.times.decode_ms_per_token.median:.1f} ms a token"
+            parts.append(f"{self.times.decode_ms_per_token.median:.1f} ms a token")
         if self.order:
-            yield "skipped in this order: " + ", ".join(map("+".join, self.order))
+            parts.append("skipped in this order: " + ", ".join(map("+".join, self.order)))
+        return f"{'; '.join(parts)}."
 
 
 def nats_in_words(quality: Quality) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 
 from .table import Table
 
@@ -19,49 +20,36 @@ WIDE = 6  # columns: a table of more is made to fit across the page
 
 
 def as_latex(table: Table, *, caption: str, label: str) -> str:
-    """A table with a caption and a label, its columns of figures aligned to the right.
+    """A table with a caption and a label, its columns of figures aligned to the right and sentences broken into lines.
 
     Rows that begin alike stand together, with some room to the next. What is wide spans both columns of a page.
     """
-    headings, rows = table.headings, [[str(cell) for cell in row] for row in table.rows]
-    wide = len(headings) > WIDE
+    rows = [[str(cell) for cell in row] for row in table.rows]
+    wide = len(table.headings) > WIDE
     kind = "table*" if wide else "table"
-    sides = [_column(column.right, cells) for column, cells in zip(table.columns, zip(headings, *rows))]
-    return "\n".join(
-        [
-            rf"% \usepackage{{booktabs{',graphicx' if wide else ''}}}",
-            rf"\begin{{{kind}}}",
-            r"\centering",
-            rf"\caption{{{escaped(caption)}}}",
-            rf"\label{{tab:{label}}}",
-            *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
-            rf"\begin{{tabular}}{{{''.join(sides)}}}",
-            r"\toprule",
-            _line(headings),
-            r"\midrule",
-            *_grouped(rows),
-            r"\bottomrule",
-            rf"\end{{tabular}}{'}' if wide else ''}",
-            rf"\end{{{kind}}}",
-            "",
-        ]
-    )
-
-
-def _column(right: bool, cells: Sequence[str]) -> str:
-    """How a column is set: sentences are broken into lines."""
-    return "r" if right else r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"
-
-
-def _grouped(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Their lines, with room where the first cell changes, if some begin alike."""
-    apart = len({row[0] for row in rows}) < len(rows)
-    lines: list[str] = []
-    for place, row in enumerate(rows):
-        if apart and place and row[0] != rows[place - 1][0]:
-            lines.append(r"\addlinespace")
-        lines.append(_line(row))
-    return lines
+    sides = [
+        "r" if column.right else r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"
+        for column, cells in zip(table.columns, zip(table.headings, *rows))
+    ]
+    groups = [[_line(row) for row in group] for _, group in groupby(rows, key=lambda row: row[0])]
+    apart = [r"\addlinespace"] if len({row[0] for row in rows}) < len(rows) else []
+    lines = [
+        rf"% \usepackage{{booktabs{',graphicx' if wide else ''}}}",
+        rf"\begin{{{kind}}}",
+        r"\centering",
+        rf"\caption{{{escaped(caption)}}}",
+        rf"\label{{tab:{label}}}",
+        *([r"\resizebox{\textwidth}{!}{%"] if wide else []),
+        rf"\begin{{tabular}}{{{''.join(sides)}}}",
+        r"\toprule",
+        _line(table.headings),
+        r"\midrule",
+        *(line for place, group in enumerate(groups) for line in (*(apart if place else []), *group)),
+        r"\bottomrule",
+        rf"\end{{tabular}}{'}' if wide else ''}",
+        rf"\end{{{kind}}}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def escaped(text: str) -> str:

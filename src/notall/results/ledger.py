@@ -9,13 +9,12 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from . import lines
 from .provenance import Provenance
 from .record import KINDS, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
-SHOWN = 80  # letters of a value in a message
 
 
 class Ledger(Generic[R]):
@@ -110,7 +109,7 @@ def kind_at(path: Path) -> type[Record] | None:
     said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
     if said not in KINDS and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
         raise UsageError(
-            f"line {first[0]} of {path}: record: {_shown(said)} is no kind of ours; repair or delete that line"
+            f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours; repair or delete that line"
         )
     return KINDS.get(said)
 
@@ -119,9 +118,10 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
     """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
     for name, value in lines.finite(wanted.what).items():
         if held.what.get(name) != value:
+            before = shortened(held.what.get(name))
             raise UsageError(
-                f"{out} holds results with {name} {_shown(held.what.get(name))}, not {_shown(value)}; choose another "
-                "folder (--out), or give the same settings to go on with it"
+                f"{out} holds results with {name} {before}, not {shortened(value)}; choose another folder (--out), or "
+                "give the same settings to go on with it"
             )
 
 
@@ -151,10 +151,5 @@ def _checked(path: Path, number: int, text: bytes, kind: type[R]) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        where = f"line {number} of {path}"
-        raise UsageError(f"{where}: {_shown(field)}: {_shown(first['msg'])}; repair or delete that line") from None
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+        said = f"{shortened(field)}: {shortened(first['msg'])}"
+        raise UsageError(f"line {number} of {path}: {said}; repair or delete that line") from None

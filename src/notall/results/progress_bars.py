@@ -44,15 +44,18 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
         TaskProgressColumn(),
         Clock(table_column=Column(no_wrap=True)),
     )
-    with RichProgress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(_fitting(doing, console), total=None)
-        if console.is_terminal:
-            yield lambda done, total, doing: bar.update(
-                task, completed=done, total=total, description=_fitting(doing, console)
-            )
-            return
+    if not console.is_terminal:
         with _log(console, doing) as tell:
             yield tell
+        return
+
+    def fitting(doing: str) -> str:
+        """In the room that the other columns leave of a line."""
+        return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
+
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(fitting(doing), total=None)
+        yield lambda done, total, doing: bar.update(task, completed=done, total=total, description=fitting(doing))
 
 
 @contextmanager
@@ -84,11 +87,6 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
     finally:
         ended.set()
         thread.join()
-
-
-def _fitting(doing: str, console: Console) -> str:
-    """What is being done, in the room that the other columns leave of a line."""
-    return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
 
 @contextmanager

@@ -59,28 +59,29 @@ class Column(Generic[F]):
         return str(self.cell(row))
 
 
+def _column(
+    heading: str,
+    get: Callable[[F], G | None],
+    cell: Callable[[G], Cell],
+    right: bool = True,
+    unit: str = "",
+    note: str = "",
+) -> Column[F]:
+    """Of what `get` finds in a row; None is nothing."""
+    return Column(heading, lambda row: EMPTY if (found := get(row)) is None else cell(found), right, unit, note)
+
+
 def words(heading: str, get: Callable[[F], object]) -> Column[F]:
     """Text; None and "" are nothing."""
-
-    def cell(row: F) -> Cell:
-        found = get(row)
-        return EMPTY if found is None or found == "" else Cell(str(found), str(found))
-
-    return Column(heading, cell, right=False)
+    return _column(heading, get, lambda found: EMPTY if found == "" else Cell(str(found), str(found)), right=False)
 
 
 def number(
     heading: str, get: Callable[[F], float | None], form: str | Callable[[float], str] = ".3f", unit: str = ""
 ) -> Column[F]:
     """A number, written by a format or by a function."""
-
-    def cell(row: F) -> Cell:
-        value = get(row)
-        if value is None or not is_number(value):
-            return EMPTY
-        return Cell(value, written(value, form) if isinstance(form, str) else form(value))
-
-    return Column(heading, cell, unit=unit)
+    write = form if callable(form) else lambda value: written(value, form)
+    return _column(heading, get, lambda value: Cell(value, write(value)) if is_number(value) else EMPTY, unit=unit)
 
 
 def magnitude(heading: str, get: Callable[[F], float | None]) -> Column[F]:
@@ -103,24 +104,20 @@ def with_error(
 ) -> Column[F]:
     """A mean and its standard error."""
 
-    def cell(row: F) -> Cell:
-        mean, error = get(row) or (math.nan, math.nan)
+    def cell(found: tuple[float, float]) -> Cell:
+        mean, error = found
         return Cell(mean, written(mean, form), f"± {written(error, form)}") if is_number(mean) else EMPTY
 
-    return Column(heading, cell, unit=unit, note="±: one standard error")
+    return _column(heading, get, cell, unit=unit, note="±: one standard error")
 
 
 def with_quartiles(heading: str, get: Callable[[F], Quartiles | None], form: str = ".1f") -> Column[F]:
     """A median and its quartiles."""
 
-    def cell(row: F) -> Cell:
-        found = get(row)
-        if found is None:
-            return EMPTY
-        beside = f"[{written(found.low, form)}, {written(found.high, form)}]"
-        return Cell(found.median, written(found.median, form), beside)
+    def cell(of: Quartiles) -> Cell:
+        return Cell(of.median, written(of.median, form), f"[{written(of.low, form)}, {written(of.high, form)}]")
 
-    return Column(heading, cell, note="[ ]: quartiles of the rounds")
+    return _column(heading, get, cell, note="[ ]: quartiles of the rounds")
 
 
 def with_difference(
@@ -128,25 +125,17 @@ def with_difference(
 ) -> Column[F]:
     """A figure with its difference to the dense model and its error; nothing beside the dense model itself."""
 
-    def cell(row: F) -> Cell:
-        value, delta, error = get(row) or (math.nan,) * 3
+    def cell(found: tuple[float, float, float]) -> Cell:
+        value, delta, error = found
         beside = f"({written(delta, f'+{form}')} ± {written(error, form)})" if is_number(delta) else ""
         return Cell(value, written(value, form), beside) if is_number(value) else EMPTY
 
-    return Column(heading, cell, note="( ): difference to the dense model ± its standard error")
+    return _column(heading, get, cell, note="( ): difference to the dense model ± its standard error")
 
 
 def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[Column[F], ...]:
     """The columns of a fact as those of a record that holds it, where it was measured."""
-
-    def lifted(column: Column[G]) -> Column[F]:
-        def cell(row: F) -> Cell:
-            fact = get(row)
-            return EMPTY if fact is None else column.cell(fact)
-
-        return Column(column.heading, cell, column.right, column.unit, column.note)
-
-    return tuple(map(lifted, columns))
+    return tuple(_column(one.heading, get, one.cell, one.right, one.unit, one.note) for one in columns)
 
 
 def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -22,8 +23,10 @@ TURNED = 2  # rows: so few may become columns
 Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
 
 
-def show(tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, object] | None = None) -> None:
-    """Print tables, or as JSON their facts: one object by the tables' names, and what is said `also`."""
+def show(
+    tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, object] | None = None, then: Iterable[str] = ()
+) -> None:
+    """Print tables and `then` lines of words, or as JSON the tables' facts, by their names, and what is said `also`."""
     if as_json:
         found = {name: one.facts for name, one in tables.items()} | dict(also or {})
         json.dump(as_plain(found), sys.stdout, indent=2)
@@ -31,6 +34,8 @@ def show(tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, objec
         return
     for one in tables.values():
         print_table(one)
+    for line in then:
+        say(line)
 
 
 def as_plain(value: Any) -> Any:
@@ -42,10 +47,15 @@ def as_plain(value: Any) -> Any:
     return [as_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def say(line: str, *, whole: bool = False) -> None:
-    """Print a line of words below a table; `whole`: what is copied from the terminal, without line breaks."""
-    console = Console()
-    console.print(Text(printable(line, console.encoding)), soft_wrap=whole or not sys.stdout.isatty())
+def say(line: str) -> None:
+    """Print a line of words; the next command, which is copied from the terminal, without line breaks."""
+    console, whole = Console(), line.startswith("Next:") or not sys.stdout.isatty()
+    console.print(Text(printable(line, console.encoding)), soft_wrap=whole)
+
+
+def next_report(folder: Path) -> str:
+    """The command that makes a page of a folder of results."""
+    return f"Next: notall report {folder} -o {folder / 'report.html'}"
 
 
 def print_table(table: Table) -> None:
