@@ -148,9 +148,8 @@ class Plan(BaseModel):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. Raises `UsageError` when the file cannot be written."""
-        fields = {"attention": list(self.attention), "mlp": list(self.mlp)}
-        extra = {name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in (fields | extra).items()]
+        fields = {**self.indices, **{name: value for name in ("fingerprint", "note") if (value := getattr(self, name))}}
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         try:
             Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         except OSError as error:
@@ -199,10 +198,10 @@ class Plan(BaseModel):
                     f"the plan skips the {kind} of layer {lacking[0]}, which has none; see `notall inspect`"
                 )
         if structure.counting.issubset(self.attention):
+            held = ", ".join(f"attn.{layer}" for layer in sorted(structure.counting))
             raise UsageError(
-                "the plan skips every attention that holds keys and values "
-                f"({', '.join(f'attn.{i}' for i in sorted(structure.counting))}); keep at least one: it "
-                "counts the tokens"
+                f"the plan skips every attention that holds keys and values ({held}); keep at least one: it counts the "
+                "tokens"
             )
 
     def check_depth(self, layers: int) -> None:

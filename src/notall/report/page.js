@@ -77,12 +77,10 @@ function filter(input) {
 }
 
 function save(url, name) {
-  const link = Object.assign(document.createElement("a"), { href: url, download: name });
-  link.click();
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
 }
 
-async function saveFigure(button) {
-  const { figure, as } = button.dataset;
+async function saveFigure({ figure, as }) {
   save(await views[figure].toImageURL(as, 2), `${figure}.${as}`);
 }
 
@@ -95,28 +93,23 @@ async function copy(button, text, otherwise) {
   }
 }
 
-function copyTable(button) {
-  const text = csv[button.dataset.copy];
-  copy(button, text, () => {
-    save("data:text/csv;charset=utf-8," + encodeURIComponent(text), button.dataset.copy + ".csv");
-    say(button, "saved");
-  });
+function saveTable(button, text) {
+  save("data:text/csv;charset=utf-8," + encodeURIComponent(text), button.dataset.copy + ".csv");
+  say(button, "saved");
 }
 
-function copyNext(button) {
-  copy(button, next, () => getSelection().selectAllChildren(document.querySelector("#message code")));
-}
-
-for (const heading of document.querySelectorAll("table.sortable th")) heading.firstElementChild.addEventListener("click", () => sort(heading));
-for (const input of document.querySelectorAll("[data-filter]")) input.addEventListener("input", () => filter(input));
-for (const button of document.querySelectorAll("[data-as]")) button.addEventListener("click", () => saveFigure(button));
-for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copyTable(button));
-document.getElementById("copy-next")?.addEventListener("click", (event) => copyNext(event.target));
-for (const button of document.querySelectorAll("[data-show]"))
-  button.addEventListener("click", () => step(+button.dataset.show).then(() => document.getElementById("plans").scrollIntoView()));
-slider?.addEventListener("input", () => step(+slider.value));
-document.getElementById("previous")?.addEventListener("click", () => step(+slider.value - 1));
-document.getElementById("next")?.addEventListener("click", () => step(+slider.value + 1));
+const onEach = (selector, event, act) => {
+  for (const element of document.querySelectorAll(selector)) element.addEventListener(event, () => act(element));
+};
+onEach("table.sortable th button", "click", (button) => sort(button.parentElement));
+onEach("[data-filter]", "input", filter);
+onEach("[data-as]", "click", (button) => saveFigure(button.dataset));
+onEach("[data-copy]", "click", (button) => copy(button, csv[button.dataset.copy], () => saveTable(button, csv[button.dataset.copy])));
+onEach("#copy-next", "click", (button) => copy(button, next, () => getSelection().selectAllChildren(document.querySelector("#message code"))));
+onEach("[data-show]", "click", (button) => step(+button.dataset.show).then(() => document.getElementById("plans").scrollIntoView()));
+onEach("#plan", "input", () => step(+slider.value));
+onEach("#previous", "click", () => step(+slider.value - 1));
+onEach("#next", "click", () => step(+slider.value + 1));
 // Makes the letters of tables that are wider than a sheet smaller, and smaller still where breaking lines is not enough.
 function fitTables() {
   for (const table of document.querySelectorAll("table")) {
