@@ -75,6 +75,11 @@ def spread(median: float) -> Quartiles:
     return Quartiles(median=median, low=0.95 * median, high=1.1 * median, n=5)
 
 
+def scaled(spread: Quartiles, factor: float) -> Quartiles:
+    ends = {name: factor * getattr(spread, name) for name in ("median", "low", "high")}
+    return spread.model_copy(update=ends)
+
+
 def times(speedup: float) -> facts_Times:
     faster = spread(speedup)
     return facts_Times(
@@ -294,7 +299,7 @@ def timed() -> list[TimesRecord]:
             prompt_tokens=prompt,
             concurrency=1,
             asked_concurrency=1,
-            times=row.times.model_copy(update={"speedup_decode": row.times.speedup_decode.times(factor)}),
+            times=row.times.model_copy(update={"speedup_decode": scaled(row.times.speedup_decode, factor)}),
             footprint=row.footprint,
             provenance=ABOUT,
         )

@@ -11,7 +11,7 @@ from ..plan import KIND_NAMES
 from ..results.facts import KL, Similarity
 from ..results.record import Fact, Number, is_number
 from ..results.repairs import HealRecord, RefitRecord
-from .style import GREY, INK, KIND_COLOURS, PAPER, snug
+from .style import GREY, INK, KIND_COLOURS, PAPER, by_colour, snug
 
 STRIPES, STRIPE = 7, "#e8731a"  # hatching, of a colour that the shades of neither theme have
 UNKNOWN = "#8884"  # cells of which nothing is known, in either theme
@@ -183,16 +183,10 @@ def training(looks: Sequence[HealRecord]) -> alt.LayerChart:
 def _lines(data: Sequence[tuple[str, int, Mapping[str, float]]], y: alt.Y, tooltip: alt.Tooltip) -> alt.LayerChart:
     """A line and a colour for each kind, over the layers."""
     rows = [{"kind": KIND_NAMES[kind], "layer": layer, **figures} for kind, layer, figures in data]
-    names = [name for name in KIND_COLOURS if any(row["kind"] == name for row in rows)]
-    colours = alt.Scale(domain=names, range=[KIND_COLOURS[name] for name in names])
+    drawn = {name: colour for name, colour in KIND_COLOURS.items() if any(row["kind"] == name for row in rows)}
+    look, chosen = by_colour("kind", drawn)
     ticks = sorted({layer for _, layer, _ in data})
     layers = alt.Axis(values=ticks, format="d", labelOverlap=True, labelSeparation=4, grid=False)
-    chosen = alt.selection_point(fields=["kind"], bind="legend")
-    lines = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("layer:Q", title="layer", axis=layers, scale=snug(12)),
-        y=y,
-        color=alt.Color("kind:N", scale=colours),
-        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
-        tooltip=["kind:N", "layer:Q", tooltip],
-    )
+    x = alt.X("layer:Q", title="layer", axis=layers, scale=snug(12))
+    lines = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y, tooltip=["kind:N", "layer:Q", tooltip], **look)
     return lines.mark_line(strokeWidth=2) + lines.mark_point(filled=True, size=38).add_params(chosen)

@@ -12,7 +12,7 @@ import altair as alt
 
 from ..results.facts import DELTA_NLL, SPEEDUPS
 from ..results.record import Quartiles, is_number
-from .style import GREY, HEIGHT, INK, LIGHT, PALE, PAPER, SPECTRUM, Colours, snug, titled
+from .style import GREY, HEIGHT, INK, LIGHT, PALE, PAPER, SPECTRUM, Colours, by_colour, snug, titled
 
 OTHERS = "other ways"
 BEST = 4  # series that get a colour where there are more
@@ -297,17 +297,10 @@ def _series(
     points: Sequence[Point], rows: Sequence[Mapping[str, object]], x: alt.X, title: str, colours: Colours, legend: str
 ) -> tuple[alt.Chart, alt.Parameter]:
     """Losses of a series a colour, the others dim while one is chosen in the legend; and that choice."""
-    chosen = alt.selection_point(encodings=["color"], bind="legend")
-    names = [name for name in (*colours, OTHERS) if any(row["shown"] == name for row in rows)]
-    scale = alt.Scale(domain=names, range=[colours.get(name, PALE) for name in names])
+    drawn = {name: colours.get(name, PALE) for name in (*colours, OTHERS) if any(row["shown"] == name for row in rows)}
+    look, chosen = by_colour("shown", drawn, legend)
     below = sorted(rows, key=lambda row: row["shown"] != OTHERS)
-    series = alt.Chart(alt.Data(values=below)).encode(
-        x=x,
-        y=_losses(points, title),
-        color=alt.Color("shown:N", title=legend, sort=names, scale=scale),
-        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
-    )
-    return series, chosen
+    return alt.Chart(alt.Data(values=below)).encode(x=x, y=_losses(points, title), **look), chosen
 
 
 def _errors(series: alt.Chart) -> alt.Chart:

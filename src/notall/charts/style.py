@@ -66,6 +66,17 @@ def titled(title: str, told: str | Sequence[str]) -> alt.TitleParams:
     return alt.TitleParams(title, subtitle=lines, anchor="start", frame="group", offset=14)
 
 
+def by_colour(
+    field: str, colours: Mapping[str, Colour], title: str | None = None
+) -> tuple[dict[str, Any], alt.Parameter]:
+    """A colour for each name in `field`, the others dim while one is chosen in the legend; and that choice."""
+    names = [*colours]
+    chosen = alt.selection_point(encodings=["color"], bind="legend")
+    scale = alt.Scale(domain=names, range=[*colours.values()])
+    colour = alt.Color(f"{field}:N", title=title or field, sort=names, scale=scale)
+    return {"color": colour, "opacity": alt.condition(chosen, alt.value(1), alt.value(0.1))}, chosen
+
+
 def snug(padding: int) -> alt.Scale:
     """From the least to the greatest value, with some pixels around."""
     return alt.Scale(zero=False, nice=False, padding=padding)

@@ -39,7 +39,7 @@ def main() -> None:
     print_in_any_encoding()
     drop_chatter()
     try:
-        with _termination_raises(), _warnings_in_a_line():
+        with _own_manners():
             sys.exit(app(prog_name="notall", standalone_mode=False))
     except UsageError as error:
         _fail(str(error))
@@ -87,31 +87,21 @@ def _told(error: Any) -> str:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Inside, SIGTERM ends by an exception, so that half-written folders are taken away."""
+def _own_manners() -> Iterator[None]:
+    """Inside, SIGTERM ends by an exception, so that half-written folders are taken away, and a warning is one line."""
 
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # no other may say what signals do
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Inside, a warning is what it says, without the line of code that it comes from."""
-    before = warnings.formatwarning
+    is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
+    handler, told = signal.signal(signal.SIGTERM, end) if is_main else None, warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(printable(str(message)).split())}\n"
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning = told
+        if is_main:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _fail(message: str) -> None:

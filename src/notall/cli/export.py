@@ -120,35 +120,23 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
     """What one wants to know of an export: was it checked, how small is it, how is it run and served."""
     from ..exporters.manifest import read_manifest, verdict_of
 
-    manifest = read_manifest(out)
+    manifest, config = read_manifest(out), out / "config.json"
     dense, written = (manifest["weight_bytes"][name] for name in ("dense", "written"))
-    in_dtype = f" in {named}" if (named := _dtype_of(out)) else ""
-    return {
-        "Check": str(verdict_of(manifest)),
-        "Weights": f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}{in_dtype}",
-        **({"Period": BROKEN.format(period)} if (period := manifest.get("breaks_period")) else {}),
-        **_commands(out, to, manifest["model_type"].startswith("notall_")),
-    }
-
-
-def _dtype_of(out: Path) -> str | None:
-    """What a checkpoint's config says of its numbers; a GGUF has types for each tensor."""
-    config = out / "config.json"
-    told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return next((str(told[name]) for name in ("dtype", "torch_dtype") if told.get(name)), None)
-
-
-def _commands(out: Path, to: str, own_code: bool) -> dict[str, str]:
-    """What to type next; `own_code`: the checkpoint brings a modeling file along."""
+    told = read_json(config.read_text(encoding="utf-8")) if config.is_file() else {}  # a GGUF has types for each tensor
+    dtype = told.get("dtype") or told.get("torch_dtype")
+    weights = f"{in_bytes(written)}, {written / dense:.0%} of the dense model's {in_bytes(dense)}"
+    said = {"Check": str(verdict_of(manifest)), "Weights": weights + (f" in {dtype}" if dtype else "")}
+    if period := manifest.get("breaks_period"):
+        said["Period"] = BROKEN.format(period)
     folder, prompt = shlex.quote(str(out)), "'The capital of France is'"
     if to == "gguf":
-        return {"Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
+        return {**said, "Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to == "nemotron-nas":
-        return {"Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
-    served = {"Serve": f"vllm serve {folder}"}
-    if own_code:  # with notall beside vLLM, and with vLLM alone
-        served["Alone"] = f"vllm serve {folder} --trust-remote-code"
-    return {"Next": f"notall generate {folder} {prompt}", **served}
+        return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    said |= {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}"}
+    if manifest["model_type"].startswith("notall_"):  # with notall beside vLLM, and with vLLM alone
+        said["Alone"] = f"vllm serve {folder} --trust-remote-code"
+    return said
 
 
 def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, str], Verdict]:

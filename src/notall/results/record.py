@@ -126,10 +126,6 @@ class Quartiles(Fact):
         """The standard error of the median, from the quartiles, as if the samples were normal."""
         return 0.93 * (self.high - self.low) / self.n**0.5
 
-    def times(self, factor: float) -> Quartiles:
-        """In another unit."""
-        return Quartiles(median=factor * self.median, low=factor * self.low, high=factor * self.high, n=self.n)
-
 
 # --- records ----------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
@@ -15,7 +14,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .printable import printable
-from .record import Fact
 from .table import Cell, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
@@ -29,22 +27,12 @@ def show(
     """Print tables and `then` lines of words, or as JSON the tables' facts, by their names, and what is said `also`."""
     if as_json:
         found = {name: one.facts for name, one in tables.items()} | dict(also or {})
-        json.dump(as_plain(found), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print(json.dumps(found, indent=2, default=lambda fact: fact.model_dump(mode="json")))
         return
     for one in tables.values():
         print_table(one)
     for line in then:
         say(line)
-
-
-def as_plain(value: Any) -> Any:
-    """Facts as JSON has them: what is no number is null."""
-    if isinstance(value, Fact):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {str(name): as_plain(one) for name, one in value.items()}
-    return [as_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def say(line: str) -> None:
