@@ -279,7 +279,7 @@ NAMES = {
     "results.ledger": ["Ledger", "header_of", "kind_at", "read", "refuse_foreign", "working_in"],
     "results.lines": ["lock"],
     "results.printable": ["print_in_any_encoding", "printable"],
-    "results.progress_bars": ["Clock", "progress_bar", "working"],
+    "results.progress_bars": ["Clock", "progress_bar"],
     "results.provenance": ["Provenance", "place_of", "this_run"],
     "results.record": ["Fact", "HeaderRecord", "KINDS", "Number", "Quartiles", "Record"],
     "results.repairs": ["HEALING", "HealRecord", "MEASURED", "MeasuredRecord", "REFITS", "RefitRecord"],

@@ -222,6 +222,6 @@ def test_markdown_and_csv_hold_whatever_a_name_says():
         r"| 0.250 ± 0.125 | a\|b |",
     ]
     assert next(csv.DictReader(io.StringIO(found.csv))) == {"loss": "0.25", "name": "a|b", "more": 'x,"y"\n'}
-    assert as_csv([Named(name="a", loss=1.0)], without=["more"]) == "name,loss\na,1.0\n"
+    assert as_csv([Named(name="a", loss=1.0)]) == "name,loss,more\na,1.0,\n"
     assert found.legend == "±: one standard error."
     assert table("t", [NAME], []).legend == ""

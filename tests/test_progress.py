@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Task
 
-from api import Clock, Stages, progress_bar, progress_bars, tracked, working
+from api import Clock, Stages, progress_bar, progress_bars, tracked
 
 pytestmark = pytest.mark.any_transformers  # it counts and draws
 
@@ -104,7 +104,7 @@ def test_a_bar_says_what_is_done_and_leaves_nothing(terminal, capsys):
 
 
 def test_what_tells_of_no_steps_is_shown_too(terminal, capsys):
-    with working("loading tiny"):
+    with progress_bar("loading tiny"):
         pass
     assert "loading tiny" in capsys.readouterr().err
 

@@ -125,9 +125,7 @@ def tradeoff(
     return _ringed([*layers, *_labels(series), *(_dense() if dense else [])], series, "speedup")
 
 
-def losses_by_count(
-    points: Sequence[Point], colours: Colours, *, colour: str = "criterion", shape: str = "repair", plain: str = "none"
-) -> alt.LayerChart:
+def losses_by_count(points: Sequence[Point], colours: Colours, *, plain: str = "none") -> alt.LayerChart:
     """What points lose against how much they skip, a line a series; a ring follows the param `plan`.
 
     Where there are several shapes, each has a dash and a mark, in its series' colour; the `plain` one a whole line.
@@ -135,12 +133,12 @@ def losses_by_count(
     points = [point for point in points if is_number(point.lost)]
     names = list(dict.fromkeys([plain, *(point.shape for point in points)]))
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=snug(16))
-    series, chosen = _series(points, [point.row(colours) for point in points], counts, HELD_OUT, colours, colour)
+    series, chosen = _series(points, [point.row(colours) for point in points], counts, HELD_OUT, colours, "criterion")
     lines = series.mark_line(strokeWidth=1.5).encode(detail="colour:N")
-    marks = series.mark_point(filled=True, size=50).encode(tooltip=_told(colour, shape))
+    marks = series.mark_point(filled=True, size=50).encode(tooltip=_told("criterion", "repair"))
     if len(names) > 1:
-        lines = lines.encode(strokeDash=alt.StrokeDash("shape:N", title=shape, scale=_each(names, DASHES)))
-        marks = marks.encode(shape=alt.Shape("shape:N", title=shape, scale=_each(names, SHAPES)))
+        lines = lines.encode(strokeDash=alt.StrokeDash("shape:N", title="repair", scale=_each(names, DASHES)))
+        marks = marks.encode(shape=alt.Shape("shape:N", title="repair", scale=_each(names, SHAPES)))
     return _ringed([lines, _errors(series), marks.add_params(chosen)], series, "count")
 
 

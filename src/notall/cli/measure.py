@@ -27,7 +27,7 @@ from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
 from ..results.printable import printable
-from ..results.progress_bars import progress_bar, working
+from ..results.progress_bars import progress_bar
 from ..results.table import table
 from ..results.terminal import show
 from .app import command, conclude
@@ -158,7 +158,7 @@ def tasks(
 ) -> None:
     """List what --tasks takes: tasks and groups of lm-evaluation-harness, and openllm, the paper's six."""
     need("lm_eval")
-    with working("reading the harness's tasks"):
+    with progress_bar("reading the harness's tasks"):
         from ..evaluation.tasks import TaskShelf
 
         found = TaskShelf(task_path).listed(word)

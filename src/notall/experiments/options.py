@@ -57,9 +57,9 @@ class ModelOptions:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer. Raises as `notall.load` does."""
         from ..models.loading import load
-        from ..results.progress_bars import working
+        from ..results.progress_bars import progress_bar
 
-        with working(f"loading {self.model}"):
+        with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
 
     def empty(self) -> PreTrainedModel:
@@ -73,12 +73,12 @@ class ModelOptions:
         from ..models.loading import load_empty, named_dtype
         from ..models.names import named_gguf
         from ..models.quantisation import quantisation_of
-        from ..results.progress_bars import working
+        from ..results.progress_bars import progress_bar
         from ..structure.weights import count_as_stored
 
         named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
         dtype = named_dtype(named) if named else None
-        with working(f"reading the config of {self.model}"):
+        with progress_bar(f"reading the config of {self.model}"):
             model = load_empty(self.model, dtype, revision=self.revision, trust_remote_code=self.trust_remote_code)
             if quantisation_of(model.config):
                 weights = named_weights(self.model, model.config)
@@ -389,9 +389,9 @@ class TaskOptions:
         if not (wanted or objectives or also):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
-        from ..results.progress_bars import working
+        from ..results.progress_bars import progress_bar
 
-        with working("reading the harness's tasks"):
+        with progress_bar("reading the harness's tasks"):
             from ..evaluation.tasks import Limits, TaskShelf, check_fewshot
 
             limits = Limits.parse(words_of(self.limit))

@@ -41,7 +41,7 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
         layers.setdefault(row.layer, {})[row.kind] = row
     lines = table("similarity", [LAYER, *map(_of_kind, KINDS)], sorted(layers.items()), every=True)
     texts = {
-        ".csv": as_csv(rows, without=("record",)),
+        ".csv": as_csv(rows),
         ".tex": as_latex(lines, caption=caption, label="similarity"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

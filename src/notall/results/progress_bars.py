@@ -35,7 +35,10 @@ class Clock(ProgressColumn):
 
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then."""
+    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then.
+
+    What tells of no steps is shown by what it is `doing`: loading a model, or importing what does.
+    """
     console = Console(stderr=True)
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
@@ -87,10 +90,3 @@ def _log(console: Console, doing: str) -> Iterator[Progress]:
     finally:
         ended.set()
         thread.join()
-
-
-@contextmanager
-def working(doing: str) -> Iterator[None]:
-    """A bar without steps, for what tells of none: loading a model, or importing what does."""
-    with progress_bar(doing):
-        yield

@@ -217,10 +217,9 @@ def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every:
     return Table(title, heads, lines, csv_of(sorted_by))
 
 
-def as_csv(facts: Iterable[Fact], *, without: Iterable[str] = ()) -> str:
+def as_csv(facts: Iterable[Fact]) -> str:
     """Every figure of the facts, by its name and with every digit."""
-    known = [{name: value for name, value in fact.figures().items() if value is not None} for fact in facts]
-    return csv_of([{name: value for name, value in line.items() if name not in without} for line in known])
+    return csv_of([{name: value for name, value in fact.figures().items() if value is not None} for fact in facts])
 
 
 def csv_of(lines: Sequence[Mapping[str, object]]) -> str:
