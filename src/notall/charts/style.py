@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-from altair.utils.mimebundle import spec_to_mimebundle
 
 from ..errors import UsageError, shortened
 from ..results.printable import printable
@@ -28,6 +27,7 @@ INK, GREY, PALE, PAPER = (alt.expr(name) for name in ("ink", "grey", "pale", "pa
 LETTERS = 300  # of a text in a figure
 HEIGHT = 440  # pixels of a figure of quality against speed
 VEGALITE = alt.VEGALITE_VERSION.rpartition(".")[0]
+HIDDEN = "\ue000"  # which is printable in no text
 MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # what needs no network
 
 
@@ -123,22 +123,9 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
 
 
 def _page(spec: dict[str, Any]) -> str:
-    bundle: Any = spec_to_mimebundle(
-        spec,
-        "html",
-        mode="vega-lite",
-        vega_version=alt.VEGA_VERSION,
-        vegalite_version=alt.VEGALITE_VERSION,
-        vegaembed_version=alt.VEGAEMBED_VERSION,
-        embed_options={"actions": MENU},
-        json_kwds={"cls": _InScript},
-        template="inline",
-    )
-    return str(bundle["text/html"])
+    """One that no text in the spec ends: each < is written as JSON may write it."""
+    import vl_convert
 
-
-class _InScript(json.JSONEncoder):
-    """JSON within a `<script>`, which no text in it ends."""
-
-    def encode(self, value: Any) -> str:
-        return super().encode(value).replace("<", "\\u003c")
+    hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
+    page: str = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True)
+    return page.replace(HIDDEN, r"\u003c")
