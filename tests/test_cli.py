@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import notall
-from api import ModelOptions, RayOptions, cli, extras
+from api import ModelOptions, RayOptions, cli, compare_module, extras
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
@@ -138,7 +138,7 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_
         raise UsageError(" ".join(one.criterion for one in runs))
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
-    monkeypatch.setattr("notall.cli.choose.compare_criteria", stop)
+    monkeypatch.setattr(compare_module, "compare_criteria", stop)
     code, _, err = run("compare", folder, "--skip", "attention:1", "-o", tmp_path / "c", *QUICK)
     assert code == 2
     assert "cosine" in err

@@ -109,21 +109,15 @@ class Plan(BaseModel):
         return hash(self.identity)
 
     def __len__(self) -> int:
-        """How many sublayers are skipped."""
+        """How many sublayers are skipped; a plan that skips none is false."""
         return len(self.attention) + len(self.mlp)
-
-    def __bool__(self) -> bool:
-        return len(self) > 0
 
     def __or__(self, other: Plan) -> Plan:
         """The plan that skips what either skips."""
         if not isinstance(other, Plan):
             return NotImplemented
-        return Plan(
-            {*self.attention, *other.attention},
-            {*self.mlp, *other.mlp},
-            fingerprint=self.fingerprint or other.fingerprint,
-        )
+        fingerprint = self.fingerprint or other.fingerprint
+        return Plan({*self.attention, *other.attention}, {*self.mlp, *other.mlp}, fingerprint=fingerprint)
 
     def __str__(self) -> str:
         """For people: `block 20-29; attention 5, 7`, or `nothing`."""

@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import shortened
-from ..experiments.compare import (
-    TIMED_ONCE,
-    CompareOptions,
-    Repairs,
-    columns_of,
-    compare_criteria,
-    timed_once,
-    write_comparison,
-)
+from ..experiments import compare as comparing
 from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
 from ..experiments.measured import warn_if_worse
@@ -38,7 +30,7 @@ from .app import command, conclude
 @command(example="notall compare smollm2 --held-out book.txt --skip attention:4,8 --skip portable:8 --out comparison")
 def compare(
     model: ModelOptions,
-    how: CompareOptions,
+    how: comparing.CompareOptions,
     tasks: TaskOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
     workload: Workload = Workload(rounds=0),
@@ -59,20 +51,20 @@ def compare(
     about = model.provenance(net, **described)
     timed = workload if workload.rounds else None
     with progress_bar() as progress:
-        records = compare_criteria(
+        records = comparing.compare_criteria(
             Subject(net, tokenizer, held_out, out, about, seed),
             how.runs(net),
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,
-            repairs=Repairs(how.repair, batches) if how.repair else None,
+            repairs=comparing.Repairs(how.repair, batches) if how.repair else None,
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"
-    write_comparison(records, out, title, _made(about, described, timed))
-    tables = {"comparison": table(f"{len(records)} choices in {out}", columns_of(records), records)}
+    comparing.write_comparison(records, out, title, _made(about, described, timed))
+    tables = {"comparison": table(f"{len(records)} choices in {out}", comparing.columns_of(records), records)}
     where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
-    once = [TIMED_ONCE] if timed_once(records) else []
+    once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
     show(tables, as_json=as_json, then=(*once, where, next_report(out)))
 
 
@@ -169,6 +161,13 @@ class CriterionFact(Fact):
     goes_by: str
 
 
+CRITERIA: tuple[Column[CriterionFact], ...] = (
+    words("criterion", lambda one: one.criterion),
+    words("of", lambda one: one.of),
+    words("goes by", lambda one: one.goes_by),
+)
+
+
 @command(example="notall criteria --json")
 def criteria(as_json: Json = False) -> None:
     """List the importance criteria: what each goes by, and where it comes from."""
@@ -178,9 +177,4 @@ def criteria(as_json: Json = False) -> None:
         CriterionFact(criterion=one.name, of=", ".join(one.kinds), goes_by=one.description)
         for one in every_criterion().values()
     ]
-    columns: tuple[Column[CriterionFact], ...] = (
-        words("criterion", lambda one: one.criterion),
-        words("of", lambda one: one.of),
-        words("goes by", lambda one: one.goes_by),
-    )
-    show({"criteria": table("criteria", columns, found)}, as_json=as_json)
+    show({"criteria": table("criteria", CRITERIA, found)}, as_json=as_json)

@@ -14,18 +14,9 @@ from ..charts import layers
 from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
-from ..experiments import bench, compare, draft, evaluate, paper, pareto, repair, search, sweep
-from ..experiments.bench import BenchRecord
-from ..experiments.compare import ComparisonRecord
-from ..experiments.draft import DraftRecord
-from ..experiments.driver import BenchmarkRecord, DiagnosticsRecord
+from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, similarity, sweep
 from ..experiments.folder import Folder, read_folder
-from ..experiments.paper import ClaimRecord, TimesRecord
-from ..experiments.pareto import ParetoRecord
-from ..experiments.search import SearchRecord
 from ..experiments.shown import Figure, Section, Shown, Step
-from ..experiments.similarity import SimilarityRecord
-from ..experiments.sweep import SweepRecord
 from ..files import write_whole
 from ..results.evaluations import AnswersRecord
 from ..results.lines import finite
@@ -49,16 +40,16 @@ class Verb(Protocol):
 # In the order of a page: of each group the first of whose kinds a record is there.
 VERBS: tuple[tuple[tuple[Verb, tuple[type[Record], ...]], ...], ...] = (
     (
-        (sweep, (SweepRecord,)),
-        (paper, (ClaimRecord, BenchmarkRecord, DiagnosticsRecord, TimesRecord)),
-        (sweep, (SimilarityRecord,)),
+        (sweep, (sweep.SweepRecord,)),
+        (paper, (paper.ClaimRecord, driver.BenchmarkRecord, driver.DiagnosticsRecord, paper.TimesRecord)),
+        (sweep, (similarity.SimilarityRecord,)),
     ),
-    ((compare, (ComparisonRecord,)),),
-    ((search, (SearchRecord,)),),
-    ((bench, (BenchRecord,)),),
+    ((compare, (compare.ComparisonRecord,)),),
+    ((search, (search.SearchRecord,)),),
+    ((bench, (bench.BenchRecord,)),),
     ((repair, (RefitRecord, HealRecord)), (evaluate, (MeasuredRecord,))),
-    ((pareto, (ParetoRecord,)),),
-    ((draft, (DraftRecord,)),),
+    ((pareto, (pareto.ParetoRecord,)),),
+    ((draft, (draft.DraftRecord,)),),
 )
 
 
