@@ -7,19 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError, shortened
+from ..experiments import pareto as fronts
 from ..experiments.folder import check_folder
 from ..experiments.measured import warn_of_own_text
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
-from ..experiments.pareto import (
-    COLUMNS,
-    DENSE,
-    EngineOptions,
-    Finding,
-    ParetoPlans,
-    check_workload,
-    sentence,
-    write_pareto,
-)
 from ..experiments.repair import NONE, check_method
 from ..options import Option, RunOptions, Workload
 from ..plan import Plan, several
@@ -32,15 +23,13 @@ from .app import command
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..experiments.pareto import Subject, Windows
-
 FEWEST = 4  # windows
 
 
 @command(example="notall pareto smollm2 --engine llama.cpp --skip attention:4,8 --out pareto")
 def pareto(
-    engine: EngineOptions,
-    plans: ParetoPlans,
+    engine: fronts.EngineOptions,
+    plans: fronts.ParetoPlans,
     run: RunOptions,
     model: ModelOptions = ModelOptions(device="cpu"),
     text: HeldOutOptions = HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
@@ -55,10 +44,8 @@ def pareto(
     times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
     continues where it stopped.
     """
-    from ..experiments.pareto import Subject, as_windows, measure_pareto
-
     check_folder(out, "pareto")
-    check_workload(workload)
+    fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
     _check(plans, text)
     for spec in (model.model, *engine.also):
@@ -67,13 +54,13 @@ def pareto(
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
     own, others, described = text.both(net, tokenizer, seed=run.seed)
-    windows = as_windows(tokenizer, others)
+    windows = fronts.as_windows(tokenizer, others)
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"
     measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
     with progress_bar() as progress:
         stages = Stages(progress, 8)
-        finding = Finding(net, plans.space(net), own, out / "plans", about, run.seed)
+        finding = fronts.Finding(net, plans.space(net), own, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
             one.check(finding.space.structure)
@@ -82,22 +69,22 @@ def pareto(
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))
         loading: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        every = [(DENSE, Plan()), *variants]
-        subjects = [Subject(name, model.model, one, windows, **loading) for name, one in every]
+        every = [(fronts.DENSE, Plan()), *variants]
+        subjects = [fronts.Subject(name, model.model, one, windows, **loading) for name, one in every]
         subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
         del net, finding  # what is measured needs its memory
         measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
-        records = measure_pareto(runs, subjects, types, workload, out, measured, progress=stages.stage(6))
+        records = fronts.measure_pareto(runs, subjects, types, workload, out, measured, progress=stages.stage(6))
     on_what = measured_on["text"] if text.held_out else f"other windows of {measured_on['text']}"
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
-    write_pareto(records, out, title)
-    said = sentence(records)
+    fronts.write_pareto(records, out, title)
+    said = fronts.sentence(records)
     where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
-    tables = {"pareto": table(f"{title}: {out}", COLUMNS, records)}
+    tables = {"pareto": table(f"{title}: {out}", fronts.COLUMNS, records)}
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
 
 
-def _check(plans: ParetoPlans, text: HeldOutOptions) -> None:
+def _check(plans: fronts.ParetoPlans, text: HeldOutOptions) -> None:
     if plans.repair != NONE:
         check_method(plans.repair)
     if text.sequences < FEWEST:
@@ -105,14 +92,13 @@ def _check(plans: ParetoPlans, text: HeldOutOptions) -> None:
         raise UsageError(f"{few}: give {FEWEST} or more")
 
 
-def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:
+def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.Windows) -> fronts.Subject:
     """Another model, with the same text in its own tokens."""
-    from ..experiments.pareto import Subject, by_another
     from ..models.loading import identify
 
     _, theirs = model.load()
     known = identify(model.model)
     name = known["model"].removesuffix(".gguf")
-    own = by_another(theirs, ours, windows)
+    own = fronts.by_another(theirs, ours, windows)
     trusted = model.trust_remote_code
-    return Subject(name, model.model, Plan(), own, known["revision"], trust_remote_code=trusted)
+    return fronts.Subject(name, model.model, Plan(), own, known["revision"], trust_remote_code=trusted)
