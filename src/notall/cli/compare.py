@@ -60,7 +60,7 @@ def compare(
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,
-            repairs=Repairs(how.repair, batches) if how.repair else None,
+            repairs=Repairs(how.repair, batches),
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"

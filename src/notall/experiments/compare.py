@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -39,14 +40,14 @@ from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, size, table, with_error, within, words
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
 from .costs import read_costs
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shared_times, task_scores
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .shown import Card, Figure, Section, Shown, Step, nats_in_words
 from .verdict import is_usable, joined, next_command
-from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
+from .which import fastest_card, first_shown, judged, loss_card, mark_usable, on_the_text, with_points
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,8 +151,9 @@ def name_of(score: TaskScore) -> str:
 BY: Column[ComparisonRecord] = words("by", lambda one: one.objective if one.by_objective else "")
 BEHIND: Column[ComparisonRecord] = with_error("behind the best", lambda one: (one.behind, one.behind_se))
 FORWARDS: Column[ComparisonRecord] = number("forward passes", lambda one: one.forwards, ",.1f")
-REPAIR: Column[ComparisonRecord] = words("repair", lambda one: one.repair if one.repair != UNREPAIRED else "")
-ASKED: tuple[Column[ComparisonRecord], ...] = (
+CHOSEN: tuple[Column[ComparisonRecord], ...] = (
+    words("criterion", lambda one: one.criterion),
+    BY,
     words("among", lambda one: one.space),
     words("count", lambda one: one.count),  # a part of the question: no answer that a narrow terminal would end with
 )
@@ -160,12 +162,10 @@ ASKED: tuple[Column[ComparisonRecord], ...] = (
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
     return (
-        words("criterion", lambda one: one.criterion),
-        BY,
-        *ASKED,
-        REPAIR,
+        *CHOSEN,
+        words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *_task_columns(records),
+        *map(_task_column, _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -177,8 +177,8 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
     )
 
 
-def _task_columns(records: Sequence[ComparisonRecord]) -> list[Column[ComparisonRecord]]:
-    return [_task_column(name) for name in dict.fromkeys(name_of(score) for one in records for score in one.tasks)]
+def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
+    return list(dict.fromkeys(name_of(score) for one in records for score in one.tasks))
 
 
 def _task_column(name: str) -> Column[ComparisonRecord]:
@@ -342,7 +342,7 @@ def compare_criteria(
     *,
     tasks: TaskChoice | None = None,
     workload: Workload | None = None,
-    repairs: Repairs | None = None,
+    repairs: Repairs = Repairs(),
     progress: Progress = silent,
 ) -> list[ComparisonRecord]:
     """Choose, score, ask and time as `runs` say; one record a run. The subject's text is the held-out one.
@@ -363,7 +363,7 @@ def compare_criteria(
     about = Provenance.of(subject.provenance, seed=subject.seed)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
     chosen_in = sum(costs.values())
-    repaired_in = 0.3 * chosen_in * len(repairs.others) if repairs else 0.0
+    repaired_in = 0.3 * chosen_in * len(repairs.others)
     stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(subject.out, "compare"):
         kept = Ledger(subject.out, ComparisonRecord)
@@ -377,11 +377,10 @@ def compare_criteria(
             "scoring plans on held-out text",
             stages.stage(0.3 * chosen_in),
         )
-        added = _repaired(subject, plans, repairs, held, stages.stage(repaired_in)) if repairs else {}
-        telling = stages.stage(0.1 * chosen_in)
-        answers = task_scores(subject, plans, jobs, tasks, telling) if tasks and jobs else {}
-        telling = stages.stage(0.1 * chosen_in)
-        times = shared_times(subject, plans, workload, about, telling) if workload else {}
+        added = _repaired(subject, plans, repairs, held, stages.stage(repaired_in))
+        answering, timing = stages.stage(0.1 * chosen_in), stages.stage(0.1 * chosen_in)
+        answers = task_scores(subject, plans, jobs, tasks, answering) if tasks and jobs else {}
+        times = shared_times(subject, plans, workload, about, timing) if workload else {}
         measured = _Measured(subject, held, added, answers, times, about)
         records = [record for choice in choices for record in measured.records(choice, repairs)]
         asked = {record.key for record in records}
@@ -404,7 +403,7 @@ class _Measured:
     times: Mapping[Plan, Times]
     about: Provenance
 
-    def records(self, choice: ChoiceRecord, repairs: Repairs | None) -> Iterator[ComparisonRecord]:
+    def records(self, choice: ChoiceRecord, repairs: Repairs) -> Iterator[ComparisonRecord]:
         """As it is, and behind it a record of each repair; what adds matrices takes other times."""
         from ..running.footprint import footprint
 
@@ -418,11 +417,15 @@ class _Measured:
             provenance=Provenance.of(self.about, fingerprint=self.subject.structure.fingerprint),
         )
         yield record
-        for name in repairs.others if repairs else ():
+        for name in repairs.others:
+            changes: dict[str, object] = {
+                "repair": name,
+                "quality": self.held.quality(scored_as(plan, name)),
+                "tasks": (),
+            }
             added = self.added[name, plan]
-            changes: dict[str, Any] = {"repair": name, "added_bytes": added, "tasks": ()}
-            changes |= {"times": None} if added else {}
-            yield record.model_copy(update=changes | {"quality": self.held.quality(scored_as(plan, name))})
+            changes |= {"added_bytes": added, "times": None if added else record.times}
+            yield record.model_copy(update=changes)
 
 
 def _repaired(
@@ -464,7 +467,7 @@ def _behind(records: Sequence[ComparisonRecord], held: HeldScores) -> list[Compa
     return [record.model_copy(update={"behind": a, "behind_se": b}) for record, (a, b) in zip(records, figures)]
 
 
-def _without_place(record: ComparisonRecord) -> dict[str, Any]:
+def _without_place(record: ComparisonRecord) -> dict[str, object]:
     """All that a record says, but for where it was measured."""
     return record.model_dump(mode="json", exclude={"provenance": {"where"}})
 
@@ -496,8 +499,10 @@ class _Choosing:
 
         by, one = self.objectives[run.objective], criterion(run.criterion)
         evaluator = self._evaluator(run, by.objective)
-        telling = _naming(progress, run)
-        setting = Setting(self.subject.model, run.space, by.batches, evaluator, self.subject.seed, progress=telling)
+        setting = Setting(
+            *(self.subject.model, run.space, by.batches, evaluator, self.subject.seed),
+            progress=lambda done, total, doing: progress(done, total, f"{run.name}: {doing}"),
+        )
         chosen, spent = self._answer(run, setting)
         rise = math.nan
         if one.reads == "objective" and not one.score:  # known already, or one evaluation more
@@ -521,23 +526,19 @@ class _Choosing:
         from ..choosing.criteria import criterion
         from ..choosing.evaluator import Evaluator
 
-        model = self.subject.model
-        if criterion(run.criterion).reads != "objective":
-            return Evaluator(model, objective, settings=self.about)
-        folder = self.subject.out / Path(EvaluationRecord.file).stem
+        kept = criterion(run.criterion).reads == "objective"
+        folder = self.subject.out / Path(EvaluationRecord.file).stem if kept else None
         name = f"{_file_name(f'{run.criterion}-{run.objective}', f'{run.criterion} {run.objective}')}.jsonl"
-        return Evaluator(model, objective, folder=folder, name=name, settings=self.about)
+        return Evaluator(self.subject.model, objective, folder=folder, name=name, settings=self.about)
 
     def _answer(self, run: Run, setting: Setting) -> tuple[Choice, SearchCost]:
         from ..choosing.budget import by_count
         from ..choosing.criteria import choose, criterion, take
 
-        budget = by_count(run.space, run.count)
-        one = criterion(run.criterion)
+        budget, one = by_count(run.space, run.count), criterion(run.criterion)
         if not one.score:
-            chosen = choose(run.criterion, setting, budget)
-            return chosen, setting.evaluator.spent
-        key = run.criterion, run.objective, str(run.space)
+            return choose(run.criterion, setting, budget), setting.evaluator.spent
+        key = run.key[:3]
         if key not in self.scored:
             self.scored[key] = one.scores(setting), setting.evaluator.spent
         scores, spent = self.scored[key]
@@ -548,10 +549,6 @@ def _file_name(words: str, told_apart_by: str) -> str:
     """A digest tells names apart that differ in what no file name may hold, or are too long."""
     short = re.sub(r"[^\w.+*-]", "-", words)[:80]
     return f"{short}-{hashlib.sha256(told_apart_by.encode()).hexdigest()[:8]}"
-
-
-def _naming(progress: Progress, run: Run) -> Progress:
-    return lambda done, total, doing: progress(done, total, f"{run.name}: {doing}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -574,11 +571,22 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     `title` stands over the table, and `made` says how and on what it was measured. Raises `UsageError` where a file
     cannot be written.
     """
+    names = {"repair", *_tasks_of(records), *(one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS))}
+    names |= {one.heading for one in (DELTA_NLL, KL, TOP1)} | {SPEEDUPS[0].heading}
+    columns = [column for column in columns_of(records) if column.heading in names]
     note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""
-    markdown = f"# {title}\n\n{made}\n\n{comparison_table(records)}{note}"
-    (out / "table.md").write_text(markdown, encoding="utf-8")
-    (out / "table.tex").write_text("\n".join(_latex(records, f"{title}. {made}")), encoding="utf-8")
-    (out / "table.csv").write_text(as_csv(records), encoding="utf-8")
+    texts = {
+        "md": f"# {title}\n\n{made}\n\n{comparison_table(records)}{note}",
+        "tex": "\n".join(
+            as_latex(
+                part, caption=f"{title}. {made} {name} skipped. {TOLD} {part.legend}", label=name.replace(" ", "-")
+            )
+            for name, part in _parts(columns, records)
+        ),
+        "csv": as_csv(records),
+    }
+    for suffix, text in texts.items():
+        (out / f"table.{suffix}").write_text(text, encoding="utf-8")
     (out / PLANS).mkdir(exist_ok=True)
     for record in records:
         shape = record.what.get("fingerprint")
@@ -602,39 +610,21 @@ def comparison_table(records: Sequence[ComparisonRecord]) -> str:
 
     "On the text it chose by" is the objective's rise there.
     """
-    columns = [column for column in columns_of(records) if column not in ASKED]
-    lines = table("", [*columns, words("skips", lambda one: layers_in(one.plan))], _best_first(records))
-    parts = [f"{lines.legend}\n"]
-    parts += [f"### {name}\n\n{part.markdown()}" for name, part in _parts(lines, records)]
-    return "\n".join(parts)
+    columns = [column for column in columns_of(records) if column not in CHOSEN[2:]]
+    parts = [*_parts([*columns, words("skips", lambda one: layers_in(one.plan))], records)]
+    legend = next((part.legend for _, part in parts), "")
+    return "\n".join([f"{legend}\n", *(f"### {name}\n\n{part.markdown()}" for name, part in parts)])
 
 
-def _parts(whole: Table, records: Sequence[ComparisonRecord]) -> Iterator[tuple[str, Table]]:
-    """A table of all, which loses least first, by space and count."""
-    places: dict[tuple[str, int], list[int]] = {}
-    for place, record in enumerate(_best_first(records)):
-        places.setdefault((record.space, record.count), []).append(place)
-    for (space, count), rows in places.items():
-        yield _counted(count, space), replace(whole, rows=tuple(whole.rows[place] for place in rows))
-
-
-def _latex(records: Sequence[ComparisonRecord], caption: str) -> Iterator[str]:
-    """A table for each space and count, of what a paper says; the other columns are in the CSV."""
-    whole = table("", _pasted(records), _best_first(records))
-    for name, part in _parts(whole, records):
-        told = f"{caption} {name} skipped. {TOLD} {part.legend}"
-        yield as_latex(part, caption=told, label=name.replace(" ", "-"))
-
-
-def _pasted(records: Sequence[ComparisonRecord]) -> list[Column[ComparisonRecord]]:
-    names = {"criterion", "repair", BY.heading, BEHIND.heading, FORWARDS.heading}
-    names |= {column.heading for column in (DELTA_NLL, KL, TOP1, SPEEDUPS[0])}
-    names |= {column.heading for column in _task_columns(records)}
-    return [column for column in columns_of(records) if column.heading in names]
-
-
-def _best_first(records: Sequence[ComparisonRecord]) -> list[ComparisonRecord]:
-    return [records[place] for place in best_first(records)]
+def _parts(
+    columns: Sequence[Column[ComparisonRecord]], records: Sequence[ComparisonRecord]
+) -> Iterator[tuple[str, Table]]:
+    """A table for each space and count, all of the same columns."""
+    ranked = [records[place] for place in best_first(records)]
+    whole = table("", columns, ranked)
+    for (space, count), rows in groupby(zip(ranked, whole.rows), key=lambda row: (row[0].space, row[0].count)):
+        name = f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
+        yield name, replace(whole, rows=tuple(cells for _, cells in rows))
 
 
 def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
@@ -644,9 +634,8 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
         lost[_asked(record)] = min(record.quality.nats_lost, lost.get(_asked(record), math.inf))
     spaces = [*dict.fromkeys(record.space for record in records)]
 
-    def rank(place: int) -> tuple[Any, ...]:
-        record = records[place]
-        asked = _asked(record)
+    def rank(place: int) -> tuple[int, int, float, Key, float]:
+        record, asked = records[place], _asked(records[place])
         return spaces.index(record.space), record.count, lost[asked], asked, record.quality.nats_lost
 
     return sorted(range(len(records)), key=rank)
@@ -661,13 +650,9 @@ def layers_in(plan: Plan) -> str:
     return "; ".join(f"{KIND_NAMES[kind]} {in_ranges(layers)}" for kind, layers in plan.indices.items() if layers)
 
 
-def _counted(count: int, space: str) -> str:
-    return f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
-
-
 def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     """Where the plan of a choice is, in the folder of a comparison."""
-    named = "-".join(str(getattr(record, name)) for name in RUN)
+    named = "-".join(_asked(record))
     return folder / PLANS / f"{_file_name(named, named)}.json"
 
 
@@ -676,25 +661,18 @@ def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
 
     A criterion goes by its name, and by its objective too where there are several.
     """
-    from ..charts.losses import Point
-
     by: dict[str, set[str]] = {}
     for record in records:
         by.setdefault(record.criterion, set()).add(record.objective)
     return [
-        Point(
-            record.name,
-            record.quality.delta_nll,
-            record.quality.delta_nll_se,
-            record.times.speedup_decode if record.times else None,
-            record.count,
-            f"{record.criterion}, {record.objective}" if len(by[record.criterion]) > 1 else record.criterion,
-            record.repair,
+        replace(
+            point,
+            count=record.count,
+            colour=f"{record.criterion}, {record.objective}" if len(by[record.criterion]) > 1 else record.criterion,
+            shape=record.repair,
             panel=record.space,
-            plan=number,
         )
-        for number, record in enumerate(records)
-        if is_number(record.quality.delta_nll)
+        for record, point in with_points(records)
     ]
 
 
@@ -729,11 +707,11 @@ def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
         mend: dict[str, object] = {} if kept else {"repair": record.repair}
         mend |= on_the_text(folder.provenance, "sequences", "length")
         return "repair that plan", next_command("repair", folder.model, plan=plan, **mend, out="repaired")
-    options: dict[str, object] = {"skip": f"{record.space}:{record.count}"}
-    if record.criterion != "search":
-        options["criterion"] = record.criterion
-    if record.objective in GOALS:
-        options["objective"] = record.objective
+    options = {
+        "skip": f"{record.space}:{record.count}",
+        "criterion": record.criterion if record.criterion != "search" else None,
+        "objective": record.objective if record.objective in GOALS else None,
+    }
     repair = "" if unrepaired else ", then repair it"
     return f"make that plan{repair}", next_command("search", folder.model, **options, out="plan.json")
 
@@ -746,60 +724,32 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
     colours = colours_of(points)
     figures = [
         Figure(
-            on_page(losses_by_count(panel, colours), 340),
+            on_page(losses_by_count([point for point in points if point.panel == space], colours), 340),
             f"quality lost by how many {space} are skipped",
             title=space,
             csv=as_csv([one for one in records if one.space == space]),
         )
         for space in dict.fromkeys(point.panel for point in points)
-        if (panel := [point for point in points if point.panel == space])
     ]
-    if timed := [replace(point, shape=_among(point)) for point in points if point.speedup]:
+    timed = [
+        replace(point, shape=point.panel + (f", {point.shape}" if point.shape != UNREPAIRED else ""))
+        for point in points
+        if point.speedup
+    ]
+    if timed:
         chart = tradeoff(timed, colours, colour="criterion", shape="among")
         figures.append(Figure(on_page(chart), "quality lost against decode speedup", title="against decode speedup"))
     ranked = [records[place] for place in order]
     columns = mark_usable(columns_of(records), lambda one: one.quality)
     note = TIMED_ONCE if timed_once(records) else ""
     yield Section("results", "Results", tuple(figures), table("results", columns, ranked), tuple(order), note)
-    if repairs := _repairs_section(records, order):
-        yield repairs
-
-
-def _among(point: Point) -> str:
-    return point.panel + (f", {point.shape}" if point.shape != UNREPAIRED else "")
-
-
-Repaired = Mapping[str, ComparisonRecord]  # one choice, by what made up for it
-
-
-def _repairs_section(records: Sequence[ComparisonRecord], order: Sequence[int]) -> Section | None:
-    """What each choice costs, and beside it after each repair; None where nothing is repaired."""
-    repairs = [*dict.fromkeys(record.repair for record in records)]
-    if not set(repairs) - {UNREPAIRED}:
-        return None
-    rows: dict[Key, dict[str, ComparisonRecord]] = {}
-    steps: dict[Key, int] = {}
-    for place in order:
-        record = records[place]
-        rows.setdefault(_asked(record), {})[record.repair] = record
-        steps.setdefault(_asked(record), place)
-    named: tuple[Column[ComparisonRecord], ...] = (words("criterion", lambda one: one.criterion), BY, *ASKED)
-    columns = [*within(named, lambda row: next(iter(row.values()))), *map(_after, repairs)]
-    return Section(
-        "repairs",
-        "Before and after repairs",
-        table=table("repairs", columns, [*rows.values()]),
-        steps=tuple(steps.values()),
-    )
-
-
-def _after(repair: str) -> Column[Repaired]:
-    """What is lost after a repair."""
-    name = "unrepaired" if repair == UNREPAIRED else repair
-    columns: tuple[Column[Repaired], ...] = within(
-        (DELTA_NLL,), lambda row: row[repair].quality if repair in row else None
-    )
-    return replace(columns[0], heading=name)
+    if any(record.repair != UNREPAIRED for record in records):
+        choices, repairs = ([*dict.fromkeys(some)] for some in (map(_asked, ranked), (one.repair for one in records)))
+        ranked.sort(key=lambda one: (choices.index(_asked(one)), repairs.index(one.repair)))
+        names = {UNREPAIRED: "unrepaired"}
+        after = [(one, names.get(one.repair, one.repair), DELTA_NLL.cell(one.quality)) for one in ranked]
+        lines, rows = pivot("repairs", CHOSEN, after, _asked)
+        yield Section("repairs", "Before and after repairs", (), lines, tuple(map(records.index, rows)))
 
 
 def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
@@ -827,5 +777,4 @@ def _least(ranked: Sequence[ComparisonRecord], title: str) -> Card:
         text += f"; next, {nats_in_words(other.quality)}: {other.way}"
     if not is_usable(best.quality):
         text += "; no longer usable"
-    error = f"± {best.quality.delta_nll_se:.2f} " if is_number(best.quality.delta_nll_se) else ""
-    return Card(title, f"{best.quality.delta_nll:+.2f}", f"{error}nats a token", text)
+    return loss_card(title, best.quality, text)

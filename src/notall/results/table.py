@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -231,6 +231,25 @@ def table(title: str, columns: Iterable[Column[F]], rows: Iterable[F], *, every:
     facts = [row for row in rows if isinstance(row, Fact)]
     told = as_csv(facts) if len(facts) == len(rows) else _cells_as_csv(bare, lines)
     return Table(title, tuple(bare), lines, told)
+
+
+def pivot(
+    title: str, about: Iterable[Column[F]], figures: Iterable[tuple[F, str, Cell]], key: Callable[[F], Hashable]
+) -> tuple[Table, list[F]]:
+    """Cells, each of a row and under a heading: a table of a row for each `key`, and the first row with that key.
+
+    Columns that are `about` a row stand before those of the headings.
+    """
+    rows: dict[Hashable, tuple[F, dict[str, Cell]]] = {}
+    for row, heading, found in figures:
+        rows.setdefault(key(row), (row, {}))[1][heading] = found
+
+    def column(heading: str) -> Column[tuple[F, dict[str, Cell]]]:
+        return Column(heading, lambda line: line[1].get(heading, EMPTY))
+
+    headings = dict.fromkeys(heading for _, cells in rows.values() for heading in cells)
+    leading: tuple[Column[tuple[F, dict[str, Cell]]], ...] = within(about, lambda line: line[0])
+    return table(title, [*leading, *map(column, headings)], rows.values()), [row for row, _ in rows.values()]
 
 
 def _without_cells(column: Column[F]) -> Column[object]:
