@@ -141,12 +141,12 @@ NAMES = {
         "shown as shown_comparison",
         "write_comparison",
     ],
-    "experiments.costs": ["LeaveOneOutRecord", "read_costs"],
     "experiments.draft": ["DraftOptions", "DraftRecord", "Drafted", "measure_draft", "verdict as drafts_verdict"],
     "experiments.driver": [
         "BenchmarkRecord",
         "Benchmarks",
         "DiagnosticsRecord",
+        "LeaveOneOutRecord",
         "SaidRecord",
         "ScoresRecord",
         "SequenceScores",
@@ -178,6 +178,7 @@ NAMES = {
         "time_grid",
         "write_paper",
     ],
+    "experiments.pages": ["read_costs"],
     "experiments.pareto": [
         "EngineTimesRecord",
         "ParetoRecord",

@@ -197,7 +197,9 @@ def test_the_time_table_reads_as_the_paper_s():
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
-    caption = caption_of("benchmarks", keep_last, {"model": "smollm2_135"}, "On 1.9e5 documents.")
+    about = Provenance(what={"model": "smollm2_135", "lm_eval": "1.9e5"})
+    records = [one.model_copy(update={"provenance": about}) for row in scores.cells.values() for one in row.values()]
+    caption = caption_of("benchmarks", records, keep_last)
     text = as_latex(half(benchmark_figures(scores), keep_last), caption=caption, label="benchmarks-x")
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
@@ -206,7 +208,7 @@ def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     told = {False: "the last layer skipped too", True: "the last layer kept"}[keep_last]
     assert "\\caption{Benchmarks of smollm2\\_135 with the deepest of its attentions, MLPs or blocks skipped, " in text
     assert f"{told}. Per cent $\\pm$ standard error;" in text
-    assert "On $1.9\\times10^{5}$ documents.}" in text
+    assert "lm-evaluation-harness $1.9\\times10^{5}$: ARC-C, 0-shot, accuracy of 200 documents; " in text
     assert "\\begin{tabular}{llrrr}" in text
     assert "$^{*}$ p $<$ 0.05" in text
 

@@ -31,7 +31,7 @@ from notall.models.loading import build_empty, build_random, load_config, resolv
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
-from notall.results.facts import CONFIGURED, SPEEDUPS, Configured
+from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
 from notall.results.latex import as_latex
 from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
@@ -87,13 +87,13 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
 
 def one_by_one_compiled(
     subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload
-) -> dict[str, Timing]:
+) -> dict[str, Times]:
     """Not in turn: what is compiled, in the round that is thrown away, is gone when a plan is left."""
     found: dict[str, Timing] = {}
     for row in rows:
         with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
             found |= compare(subject.model, {row.name: nullcontext}, workload, seed=subject.seed, progress=progress)
-    return found
+    return {name: timing.beside(found["dense"]) for name, timing in found.items()}
 
 
 @contextmanager

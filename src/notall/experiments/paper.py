@@ -14,47 +14,27 @@ from pydantic import Field
 from ..errors import UsageError, shortened
 from ..models.names import model_in_words
 from ..options import Option, Workload
-from ..plan import KIND_NAMES, Plan, several
+from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import (
-    CHECK,
-    CONFIGURED,
-    DIFFERENCE,
-    DOCUMENTS,
-    FOOTPRINT,
-    PEAK,
-    SIGNIFICANT,
-    TASK,
-    TIMES,
-    VALUE,
-    WORSE,
-    Compared,
-    Configured,
-    Footprint,
-    P,
-    TaskScore,
-    Times,
-)
+from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, inherited, number, pivot, table, within, words, written
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
 from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, fields_of, similarity_by_depth
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
+from .pages import speedup_cards
 from .shown import Card, Message, Section, Shown, Step
 from .similarity import SimilarityRecord, similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
-from .which import speedup_cards
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from ..measuring.speed import Timing
 
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
@@ -119,26 +99,6 @@ CLAIMS: tuple[Column[ClaimRecord], ...] = (
     words("verdict", lambda one: one.verdict),
     words("here", lambda one: one.here),
 )
-BENCHMARKS: tuple[Column[BenchmarkRecord], ...] = (
-    *inherited(BenchmarkRecord, TASK),
-    *inherited(BenchmarkRecord, CONFIGURED),
-    *inherited(BenchmarkRecord, (DIFFERENCE, P, VALUE)),
-    *inherited(BenchmarkRecord, DOCUMENTS),
-)
-DIAGNOSTICS: tuple[Column[DiagnosticsRecord], ...] = (
-    *inherited(DiagnosticsRecord, (CHECK,)),
-    *inherited(DiagnosticsRecord, CONFIGURED),
-    *inherited(DiagnosticsRecord, (DIFFERENCE, WORSE, P, VALUE)),
-)
-TIMED: tuple[Column[TimesRecord], ...] = (
-    *inherited(TimesRecord, CONFIGURED),
-    number("prompt tokens", lambda one: one.prompt_tokens, "d"),
-    number("concurrency", lambda one: one.concurrency, "d"),
-    *within(TIMES, lambda one: one.times),
-    *within(FOOTPRINT, lambda one: one.footprint),
-    *within((PEAK,), lambda one: one.times),
-)
-
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
@@ -215,16 +175,15 @@ def run_paper(
     return write_paper(subject.out, similarity, benchmarks, times, checks)
 
 
-Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], "dict[str, Timing]"]
+Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]]
 
 
-def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Timing]:
-    """What each of `rows` takes, by its name."""
-    from ..measuring.speed import compare
-    from ..running.skipping import skip
+def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Times]:
+    """What each of `rows` takes, by its name; the dense one is among them."""
+    from ..measuring.speed import time_plans
 
-    variants = {row.name: partial(skip, subject.model, row.plan) for row in rows}
-    return compare(subject.model, variants, workload, seed=subject.seed, progress=progress)
+    plans = {row.name: row.plan for row in rows if row.variant != "dense"}
+    return time_plans(subject.model, plans, workload, seed=subject.seed, progress=progress)
 
 
 def time_grid(
@@ -261,7 +220,7 @@ def time_grid(
             telling(0, 1, f"timing {len(rows)} configurations at {size}")
             if known(workload):
                 continue
-            fitted, timings = _fitting(partial(measure, subject, rows, telling), workload)
+            fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
             sizes = {
                 "prompt_tokens": workload.prompt_tokens,
                 "concurrency": fitted,
@@ -269,14 +228,16 @@ def time_grid(
             }
             made = []
             for row in rows:
-                times, left = timings[row.name].beside(timings[rows[0].name]), footprint(subject.model, row.plan)
-                made.append(TimesRecord(**fields_of(row) | sizes, times=times, footprint=left, provenance=about))
+                left = footprint(subject.model, row.plan)
+                made.append(
+                    TimesRecord(**fields_of(row) | sizes, times=times[row.name], footprint=left, provenance=about)
+                )
             held.add(*made)
         progress(stages.steps, stages.steps, "timed all configurations")
         return [record for workload in timing.workloads for record in known(workload)]
 
 
-def _fitting(run: Callable[[Workload], dict[str, Timing]], workload: Workload) -> tuple[int, dict[str, Timing]]:
+def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) -> tuple[int, dict[str, Times]]:
     """The largest halving of the sequences at once that memory holds, and its times."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -457,9 +418,10 @@ def claims_of(
     return [*_similarity_claims(similarity), *quality, *(_time_claims(times) if times else ())]
 
 
-def _unless(few: str, claim: ClaimRecord) -> ClaimRecord:
-    """The claim, unless it was measured on as little as `few` says."""
-    return claim.model_copy(update={"here": claim.here + few, "verdict": "too few"}) if few else claim
+def _claim(claim: str, here: str, few: str, verdict: Verdict, unit: str, **figures: float) -> ClaimRecord:
+    """`few` says on how little it was measured, where that is too little for a verdict."""
+    said = {"claim": claim, "here": here + few, "verdict": "too few" if few else verdict, "unit": unit}
+    return ClaimRecord.model_validate(said | figures)
 
 
 def _judge(low: float, high: float) -> Verdict:
@@ -475,34 +437,21 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     blocks = sorted((row for row in similarity if row.kind == "block"), key=lambda row: row.layer)
     if len(blocks) < 4:
         return
-    windows = min(_asked(row, "sequences") for row in blocks)
+    windows = min(int(row.what.get("sequences", 0)) for row in blocks)
     few = f", on {windows} windows" if windows < LEAST_WINDOWS else ""
     *inner, last = blocks
     rho, error = rank_correlation([row.cosine for row in inner]), 1 / math.sqrt(len(inner) - 1)
-    correlation = ClaimRecord(
-        claim="Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
-        here=f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers",
-        verdict=_around(rho, error),
-        figure=rho,
-        error=error,
-        unit="rank correlation",
-    )
-    yield _unless(few, correlation)
+    claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
+    here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers"
+    yield _claim(claim, here, few, _around(rho, error), "rank correlation", figure=rho, error=error)
     before, change = inner[-1], last.cosine - inner[-1].cosine
     if is_number(change):
         error = math.hypot(before.cosine_se, last.cosine_se)
+        claim = "Fig. 1: the very last layer is less similar than the one before it"
         here = (
             f"cosine {last.cosine:.4f} after {before.cosine:.4f}: last less the one before {change:+.4f} ± {error:.4f}"
         )
-        least = ClaimRecord(
-            claim="Fig. 1: the very last layer is less similar than the one before it",
-            here=here,
-            verdict=_around(-change, error),
-            figure=change,
-            error=error,
-            unit="cosine",
-        )
-        yield _unless(few, least)
+        yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
 
 
 def rank_correlation(values: Sequence[float]) -> float:
@@ -517,70 +466,56 @@ def rank_correlation(values: Sequence[float]) -> float:
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
-    most, few = fractions[-1], ""
-    if board.fewest < LEAST_DOCUMENTS:
-        few = f", with as few as {board.fewest} documents a task"
-
-    def compare(claim: str, what: str, key: Configuration, other: Configuration, least: float = 0.0) -> ClaimRecord:
-        """`what` is `key` less `other`, in words; the claim says that this is positive, or more than `least`."""
-        difference, error, _ = board.difference(key, other)
+    most = fractions[-1]
+    few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
+    attention, mlp, block = (((name, most, False), (name, most, True)) for name in ("attention", "mlp", "block"))
+    skipped, kept = "last layer skipped less last layer kept", "last layer kept less last layer skipped"
+    # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
+    asked: list[tuple[str, str, Configuration, Configuration, float]] = [
+        (
+            f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
+            *("attentions skipped less dense", attention[0], DENSE, -0.018),
+        ),
+        *(
+            (
+                f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
+                "attentions skipped less MLPs skipped",
+                *(("attention", fraction, False), ("mlp", fraction, False), 0.0),
+            )
+            for fraction in fractions
+        ),
+        (f"keeping the last layer lowers quality when {most:.0%} of the MLPs are skipped", skipped, *mlp, 0.0),
+        (f"keeping the last layer lowers quality when {most:.0%} of the blocks are skipped", skipped, *block, 0.0),
+        (
+            f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped",
+            *(kept, *attention[::-1], 0.0),
+        ),
+    ]
+    for claim, what, ours, theirs, least in asked:
+        difference, error, _ = board.difference(ours, theirs)
         here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
-        verdict, points = _around(difference - least, error), (100 * difference, 100 * error)
-        judged = ClaimRecord(claim=claim, here=here, verdict=verdict, figure=points[0], error=points[1], unit="points")
-        return _unless(few, judged)
-
-    yield compare(
-        f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
-        *("attentions skipped less dense", ("attention", most, False), DENSE, -0.018),
-    )
-    for fraction in fractions:
-        yield compare(
-            f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
-            *("attentions skipped less MLPs skipped", ("attention", fraction, False), ("mlp", fraction, False)),
-        )
-    for variant in ("mlp", "block"):
-        yield compare(
-            f"keeping the last layer lowers quality when {most:.0%} of the {KIND_NAMES[variant]}s are skipped",
-            *("last layer skipped less last layer kept", (variant, most, False), (variant, most, True)),
-        )
-    yield compare(
-        f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped",
-        *("last layer kept less last layer skipped", ("attention", most, True), ("attention", most, False)),
-    )
+        verdict, figures = _around(difference - least, error), {"figure": 100 * difference, "error": 100 * error}
+        yield _claim(claim, here, few, verdict, "points", **figures)
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     cells = {record.configuration: record for record in judged_times(times)}
     most = max(fraction for _, fraction, _ in cells)
     rows = [cells[variant, most, False] for variant in ("attention", "mlp", "block")]
-    at = f"prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
-    rounds = min(_asked(record, "rounds") for record in cells.values())
+    rounds = min(int(record.what.get("rounds", 0)) for record in cells.values())
     few = f", in {rounds} rounds" if rounds < LEAST_ROUNDS else ""
-
-    def judged(claim: str, here: str, speedup: Quartiles, verdict: Verdict) -> ClaimRecord:
-        found = ClaimRecord(
-            claim=f"{claim}: {name}, {at}",
-            here=here,
-            verdict=verdict,
-            figure=speedup.median,
-            low=speedup.low,
-            high=speedup.high,
-            unit="times as fast",
-        )
-        return _unless(few, found)
-
     for name in ("prefill", "decode"):
+        at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
         attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
-        yield judged(
-            f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B)",
-            *(_gain(attention), attention, _judge(attention.low - 1.18, attention.high - 1.18)),
-        )
-        for saver, word in ((attention, "attentions"), (block, "blocks")):
-            yield judged(
-                f"skipping {most:.0%} of the {word} saves more time than as many MLPs",
-                f"{word} {_gain(saver)}, MLPs {_gain(mlp)}",
-                *(saver, _judge(saver.low - mlp.high, saver.high - mlp.low)),
-            )
+        claim = f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {at}"
+        asked = [(claim, _gain(attention), attention, _judge(attention.low - 1.18, attention.high - 1.18))]
+        for word, saver in (("attentions", attention), ("blocks", block)):
+            claim = f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {at}"
+            here = f"{word} {_gain(saver)}, MLPs {_gain(mlp)}"
+            asked.append((claim, here, saver, _judge(saver.low - mlp.high, saver.high - mlp.low)))
+        for claim, here, speedup, verdict in asked:
+            figures = {"figure": speedup.median, "low": speedup.low, "high": speedup.high}
+            yield _claim(claim, here, few, verdict, "times as fast", **figures)
 
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
@@ -591,11 +526,6 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     return [record for record in asked if record.concurrency == fewest]
 
 
-def _asked(record: Record, setting: str) -> int:
-    """A number that a run was given, such as rounds; 0 where that was not written down."""
-    return int(record.what.get(setting, 0))
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
@@ -604,24 +534,24 @@ RATIOS = (
     "in brackets how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that "
     "they may differ from those of the medians."
 )
-# Of each kind of table: what it shows, and what its cells say.
+# Of each kind of table: its title, and what its cells say.
 CAPTIONS = {
     "benchmarks": (
-        "Benchmarks of",
+        "Benchmarks",
         "Per cent ± standard error; in brackets the difference to the dense model, paired by document, ± its standard "
         "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for the "
         "average), not corrected for the number of comparisons. The average is over the tasks that every row has.",
     ),
     "diagnostics": (
-        "What accuracy hides of",
+        "What accuracy hides",
         "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
         "expected calibration error of the next token, and greedy continuations beside the dense model's. In brackets "
         "the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
-    "prefill": ("Prefill time (ms) of", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
+    "prefill": ("Prefill time (ms)", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
     "decode": (
-        "Decode time per new token (ms) of",
+        "Decode time per new token (ms)",
         f"{{generation_tokens}} new tokens. Median of {{rounds}} rounds, each of all rows in turn, with a real KV "
         f"cache; {RATIOS}",
     ),
@@ -638,69 +568,67 @@ def write_paper(
 ) -> list[ClaimRecord]:
     """Tables and claims from what was measured, into `out`; claims take the place of earlier ones."""
     about = next(one.provenance for one in (*similarity, *times, *benchmarks) if one.provenance)
-    board = Scoreboard(benchmarks)
+    model, board = model_in_words(str(about.what.get("model"))), Scoreboard(benchmarks)
+    tables = {
+        f"{kind}-{ending}": half(figures, keep_last, caption_of(kind, records, keep_last))
+        for kind, records, figures in tables_of(board, benchmarks, times, checks)
+        for keep_last, ending in ENDINGS.items()
+    }
+    evidence = [f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."]
+    if similarity and "sequences" in similarity[0].what:
+        evidence.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
+    evidence += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
+    evidence += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
-    tables = dict(_tables(board, benchmarks, times, checks))
-    if claims:
-        of = f"{_model_of(about)}. {_evidence(similarity, benchmarks, times)}"
-        caption = f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {of} "
-        tables["claims"] = table(caption + JUDGED, CLAIMS, claims)
+    tables |= {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
+    story = [
+        f"# The evaluation of arXiv 2407.15516 on {model}",
+        f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
+        f"## The paper's claims, and this model\n\n{table('claims', CLAIMS, claims).markdown()}\n{JUDGED}",
+        "## Similarity\n\n![Similarity by depth](similarity.png)",
+    ]
+    for title, kinds in PARTS.items():
+        shown = [one for name, one in tables.items() if name.startswith(kinds)]
+        story += [f"## {title}"] if shown else []
+        story += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
+    texts = {f"{name}.tex": as_latex(one, caption=one.title, label=name) for name, one in tables.items()}
+    kinds_of: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
+    kinds_of |= {"times": times, "diagnostics": checks}
+    texts |= {f"{name}.csv": as_csv(some) for name, some in kinds_of.items() if some}
     with working_in(out, "paper"):
-        for name, one in tables.items():
-            (out / f"{name}.tex").write_text(as_latex(one, caption=one.title, label=name), encoding="utf-8")
-        kinds: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
-        for name, some in (kinds | {"times": times, "diagnostics": checks}).items():
-            if some:
-                (out / f"{name}.csv").write_text(as_csv(some), encoding="utf-8")
+        for name, text in (texts | {"paper.md": "\n\n".join(story) + "\n"}).items():
+            (out / name).write_text(text, encoding="utf-8")
         (out / ClaimRecord.file).unlink(missing_ok=True)
         if claims:
             Ledger(out, ClaimRecord).add(*claims)
-        (out / "paper.md").write_text(_story(about, tables, claims), encoding="utf-8")
     return claims
 
 
-def _tables(
+def tables_of(
     board: Scoreboard,
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],
     checks: Sequence[DiagnosticsRecord],
-) -> Iterator[tuple[str, Table]]:
-    """By their names, each titled by the caption under which it stands in a paper."""
-    kinds: dict[str, tuple[Sequence[Record], list[Figure]]] = {
-        "benchmarks": (benchmarks, [*benchmark_figures(board)]),
-        "diagnostics": (checks, [*diagnostics_figures(checks)]),
-        "prefill": (times, [*time_figures(times, "prefill")]),
-        "decode": (times, [*time_figures(times, "decode")]),
-    }
-    for kind, (records, figures) in kinds.items():
-        for keep_last, ending in ENDINGS.items() if records else ():
-            caption = caption_of(kind, keep_last, records[0].what, _made(records))
-            yield f"{kind}-{ending}", half(figures, keep_last, caption)
+) -> Iterator[tuple[str, Sequence[Record], list[Figure]]]:
+    """Of each kind of table that there is something for the records, and what is shown of them."""
+    if benchmarks:
+        yield "benchmarks", benchmarks, [*benchmark_figures(board)]
+    if checks:
+        yield "diagnostics", checks, [*diagnostics_figures(checks)]
+    if times:
+        yield "prefill", times, [*time_figures(times, "prefill")]
+        yield "decode", times, [*time_figures(times, "decode")]
 
 
-def caption_of(kind: str, keep_last: bool, what: Mapping[str, object], made: str) -> str:
-    """What a table says under itself, in sentences: of `what` was asked for, and how and on what it was `made`."""
-    shows, note = CAPTIONS[kind]
-    asked = {name: what.get(name, "?") for name in ("rounds", "generation_tokens")}
-    model = model_in_words(str(what.get("model")))
-    skipped = f"{model} with the deepest of its attentions, MLPs or blocks skipped, {HALVES[keep_last]}"
-    return f"{shows} {skipped}. {note.format_map(asked)} {made}"
-
-
-def _model_of(about: Provenance) -> str:
-    return model_in_words(str(about.what.get("model")))
-
-
-def _evidence(
-    similarity: Sequence[SimilarityRecord], benchmarks: Sequence[BenchmarkRecord], times: Sequence[TimesRecord]
-) -> str:
-    """What the claims are judged by, in sentences."""
-    parts = []
-    if similarity and "sequences" in similarity[0].what:
-        parts.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
-    parts += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
-    parts += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
-    return " ".join(parts)
+def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
+    """What the cells of a table say, and how it was made; of half of the grid it begins with what is shown."""
+    title, note = CAPTIONS[kind]
+    asked = {name: records[0].what.get(name, "?") for name in ("rounds", "generation_tokens")}
+    told = f"{note.format_map(asked)} {_made(records)}"
+    if keep_last is None:
+        return told
+    model = model_in_words(str(records[0].what.get("model")))
+    return f"{title} of {model} with the deepest of its attentions, MLPs or blocks skipped, {HALVES[keep_last]}. {told}"
 
 
 def _made(records: Sequence[Record]) -> str:
@@ -708,28 +636,11 @@ def _made(records: Sequence[Record]) -> str:
     about = records[0].provenance or Provenance(what={})
     where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
     asked = {(one.task, one.metric): one for one in records if isinstance(one, BenchmarkRecord)}
-    if not asked:
-        return where
-    told = (
+    told = "; ".join(
         f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {one.documents} documents"
         for one in asked.values()
     )
-    return f"lm-evaluation-harness {about.what.get('lm_eval')}: {'; '.join(told)}. {where}"
-
-
-def _story(about: Provenance, tables: Mapping[str, Table], claims: Sequence[ClaimRecord]) -> str:
-    """paper.md: the claims, and the tables that they are judged by."""
-    parts = [
-        f"# The evaluation of arXiv 2407.15516 on {_model_of(about)}",
-        f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
-        f"## The paper's claims, and this model\n\n{table('claims', CLAIMS, claims).markdown()}\n{JUDGED}",
-        "## Similarity\n\n![Similarity by depth](similarity.png)",
-    ]
-    for title, kinds in PARTS.items():
-        shown = [one for name, one in tables.items() if name.startswith(kinds)]
-        parts += [f"## {title}"] if shown else []
-        parts += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
-    return "\n\n".join(parts) + "\n"
+    return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
 
 
 # --- on a page --------------------------------------------------------------------------------------------------------
@@ -750,136 +661,111 @@ def became_of(claims: Sequence[ClaimRecord]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What became of a configuration: its average on benchmarks, its times at the longest prompt, the nats it lost.
-
-    `documents` is how many the benchmark with the fewest has. `nats` are the mean of what is lost at each depth of a
-    long text.
-    """
-
-    of: Configured
-    average: Average | None
-    documents: int
-    timed: TimesRecord | None
-    nats: float | None
-
-    @property
-    def usable(self) -> bool | None:
-        """Whether perplexity has at most doubled, where the diagnostics tell."""
-        return None if self.nats is None else self.nats <= MOST_NATS
-
-    @property
-    def without(self) -> str:
-        """Such as `without the deepest 33% of its attentions`."""
-        kept = " (the last layer kept)" if self.of.keep_last else ""
-        return f"without the deepest {self.of.fraction:.0%} of its {KIND_NAMES[self.of.variant]}s{kept}"
-
-    def told(self) -> Iterator[tuple[str, list[Card]]]:
-        """What it comes to, in words, and on cards."""
-        if self.timed:
-            size = f"{self.without}; prompt {self.timed.prompt_tokens}, batch {self.timed.concurrency}"
-            speed = f"it decodes {self.timed.times.speedup_decode.median:.2f}× as fast"
-            yield speed, speedup_cards(self.timed.times, size)
-        if self.average:
-            tasks, few = self.average.tasks, ""
-            if self.documents < LEAST_DOCUMENTS:
-                few = f", from too few documents to say ({self.documents} a task)"
-            change = written(100 * self.average.delta, "+.1f")
-            error = f"± {written(100 * self.average.delta_se, '.1f')} points"
-            benchmarks = f"the average of {tasks} benchmarks" if tasks > 1 else "the one benchmark"
-            card = Card("Benchmarks", change, error, f"{self.without}; the average of {several(tasks, 'benchmark')}")
-            yield f"{benchmarks} changes by {change} {error}{few}", [card]
-        if self.nats is not None:
-            no_longer = "" if self.usable else ": it is no longer usable"
-            card = Card("Long texts", f"{self.nats:+.2f}", "nats a token", self.without)
-            yield f"long texts take {self.nats:+.2f} nats a token{no_longer}", [card]
-
-
-def standings(folder: Folder) -> list[Standing]:
-    """Of each configuration, in the order of what was measured first."""
-    board, nats = Scoreboard(folder.of(BenchmarkRecord)), dict[Configuration, list[float]]()
-    averages = {one.configuration: one for one in board.averages()}
-    timed = {one.configuration: one for one in judged_times(folder.of(TimesRecord))}
-    for one in folder.of(DiagnosticsRecord):
-        if one.check.startswith("NLL at"):
-            nats.setdefault(one.configuration, []).append(one.delta if is_number(one.delta) else math.inf)
-    rows: dict[Configuration, Configured] = {}
-    for row in (*folder.of(TimesRecord), *folder.of(BenchmarkRecord), *folder.of(DiagnosticsRecord)):
-        rows.setdefault(row.configuration, row)
-    lost = {key: sum(some) / len(some) for key, some in nats.items()}
-    return [Standing(row, averages.get(key), board.fewest, timed.get(key), lost.get(key)) for key, row in rows.items()]
-
-
-def _headline(found: Sequence[Standing]) -> Standing | None:
-    """The fastest that is usable, as far as that is known; else the paper's own, the most attentions."""
-    usable = {
-        (one.timed.times.speedup_decode.median, -one.nats): one
-        for one in reversed(found)
-        if one.timed and one.nats is not None and one.usable
-    }
-    if usable:
-        return usable[max(usable)]
-    known = [one for one in found if one.of.variant == "attention" and (one.average or one.timed)]
-    return max(known, key=lambda one: (one.of.fraction, not one.of.keep_last), default=None)
-
-
 def shown(folder: Folder) -> Shown:
     """What a page says of the paper's evaluation."""
-    found, claims = standings(folder), folder.of(ClaimRecord)
-    if not (claims or found):
+    board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
+    every: dict[Configuration, Configured] = {}
+    for row in (*times, *folder.of(BenchmarkRecord), *folder.of(DiagnosticsRecord)):
+        every.setdefault(row.configuration, row)
+    if not (claims or every):
         return Shown()
-    dense = next((one.timed.footprint for one in found if one.of.variant == "dense" and one.timed), None)
-    steps = [Step(one.of.name, one.of.plan, dense=dense) for one in found]
-    for place, one in enumerate(found):
-        if one.timed:
-            steps[place] = replace(steps[place], times=one.timed.times, footprint=one.timed.footprint)
-    first = _headline(found)
-    rest = [claim for claim in claims if claim.verdict != "holds"]
-    holding = Card("Claims that hold", f"{len(claims) - len(rest)} of {len(claims)}", "", became_of(rest))
+    averages = {one.configuration: one for one in board.averages()}
+    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(folder.of(DiagnosticsRecord))
+    first = _headline(timed, averages, lost)
+    usable = lost[first] <= MOST_NATS if first in lost else None
+    found = (
+        [*_told(every[first], timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
+    )
+    steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
+    for key, row in every.items():
+        taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
+        steps.append(Step(row.name, row.plan, None, taken, left, dense))
+    place = {key: number for number, key in enumerate(every)}
+    holding = sum(claim.verdict == "holds" for claim in claims)
+    rest = became_of([claim for claim in claims if claim.verdict != "holds"])
+    cards = [Card("Claims that hold", f"{holding} of {len(claims)}", "", rest)] if claims else []
     return Shown(
-        message=_message(folder, first, claims),
-        cards=(*[holding][: len(claims)], *(card for _, cards in (first.told() if first else ()) for card in cards)),
+        message=_message(folder, claims, first, [said for said, _ in found], usable),
+        cards=(*cards, *(card for _, some in found for card in some)),
         steps=tuple(steps),
-        first=found.index(first) if first else max(len(steps) - 1, 0),
-        sections=tuple(_sections(folder, {one.of.configuration: place for place, one in enumerate(found)})),
+        first=place[first] if first else max(len(steps) - 1, 0),
+        sections=tuple(_sections(folder, board, place)),
         similarity=folder.of(SimilarityRecord),
     )
 
 
-def _message(folder: Folder, first: Standing | None, claims: Sequence[ClaimRecord]) -> Message:
+def _lost(checks: Sequence[DiagnosticsRecord]) -> dict[Configuration, float]:
+    """The mean of the nats that are lost at each depth of a long text."""
+    found: dict[Configuration, list[float]] = {}
+    for one in checks:
+        if one.check.startswith("NLL at"):
+            found.setdefault(one.configuration, []).append(one.delta if is_number(one.delta) else math.inf)
+    return {key: sum(some) / len(some) for key, some in found.items()}
+
+
+def _headline(
+    timed: Mapping[Configuration, TimesRecord], averages: Iterable[Configuration], lost: Mapping[Configuration, float]
+) -> Configuration | None:
+    """The fastest that is usable, as far as that is known; else the paper's own, the most attentions."""
+    usable = [key for key, nats in lost.items() if nats <= MOST_NATS and key in timed]
+    if usable:
+        return max(usable, key=lambda key: (timed[key].times.speedup_decode.median, -lost[key]))
+    known = [key for key in (*averages, *timed) if key[0] == "attention"]
+    return max(known, key=lambda key: (key[1], not key[2]), default=None)
+
+
+def _told(
+    row: Configured, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
+) -> Iterator[tuple[str, list[Card]]]:
+    """What a configuration comes to, in words and on cards."""
+    if timed:
+        size = f"{_without(row.configuration)}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
+        speed = f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
+        yield speed, speedup_cards(timed.times, size)
+    if average:
+        change, error = written(100 * average.delta, "+.1f"), f"± {written(100 * average.delta_se, '.1f')} points"
+        tasks = f"the average of {average.tasks} benchmarks" if average.tasks > 1 else "the one benchmark"
+        few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
+        card = Card("Benchmarks", change, error, f"{_without(row.configuration)}; {tasks}")
+        yield f"{tasks} changes by {change} {error}{few}", [card]
+    if nats is not None:
+        no_longer = "" if nats <= MOST_NATS else ": it is no longer usable"
+        card = Card("Long texts", f"{nats:+.2f}", "nats a token", _without(row.configuration))
+        yield f"long texts take {nats:+.2f} nats a token{no_longer}", [card]
+
+
+def _without(key: Configuration) -> str:
+    """Such as `without the deepest 33% of its attentions`."""
+    variant, fraction, keep_last = key
+    kept = " (the last layer kept)" if keep_last else ""
+    return f"without the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s{kept}"
+
+
+def _message(
+    folder: Folder, claims: Sequence[ClaimRecord], key: Configuration | None, told: Sequence[str], usable: bool | None
+) -> Message:
     model = shortened(folder.model, NAME_LETTERS)
     parts = [f"of the paper's {len(claims)} claims {became_of(claims)} on {model}"] if claims else []
-    if first is None:
-        said = "; ".join(parts or [f"the evaluation of {model} has only begun"])
-        command = next_command("paper", folder.model, out=folder.path)
-        return Message(f"{said[:1].upper()}{said[1:]}.", None, "go on with it", command)
-    said = "; ".join([*parts, f"{first.without} {joined([said for said, _ in first.told()])}"])
-    options = {"skip": f"{first.of.variant}:{first.of.fraction:g}", "keep_last": True if first.of.keep_last else None}
-    command = next_command("eval", folder.model, **options)
-    return Message(f"{said[:1].upper()}{said[1:]}.", first.usable, "see what that costs on a text", command)
+    if key is None:
+        parts = parts or [f"the evaluation of {model} has only begun"]
+        end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
+    else:
+        parts, (variant, fraction, keep_last) = [*parts, f"{_without(key)} {joined(told)}"], key
+        options = {"skip": f"{variant}:{fraction:g}", "keep_last": True if keep_last else None}
+        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
+    said = "; ".join(parts)
+    return Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command)
 
 
-def _sections(folder: Folder, place: Mapping[Configuration, int]) -> Iterator[Section]:
-    """The claims, a row for each configuration, and every figure by itself."""
-    claims, benchmarks, checks = folder.of(ClaimRecord), folder.of(BenchmarkRecord), folder.of(DiagnosticsRecord)
-    if claims:
+def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, int]) -> Iterator[Section]:
+    """The claims, Fig. 1, and of each kind of figures a table of all configurations; its CSV has every digit."""
+    if claims := folder.of(ClaimRecord):
         yield Section("claims", "The paper's claims", (), table("claims", CLAIMS, claims), note=JUDGED, opens=True)
     if similarity := folder.of(SimilarityRecord):
         yield similarity_section(similarity)
-    for name, title, figures in (
-        ("benchmarks", "Benchmarks", [*benchmark_figures(Scoreboard(benchmarks))]),
-        ("diagnostics", "What accuracy hides", [*diagnostics_figures(checks)]),
-    ):
-        if figures:
-            lines, rows = pivot(name, CONFIGURED, figures, lambda row: row.configuration)
-            steps = tuple(place.get(row.configuration) for row in rows)
-            yield Section(f"{name}-by-plan", title, (), lines, steps, CAPTIONS[name][1])
-    for title, lines, records in (
-        ("Benchmarks, one by one", table("benchmarks", BENCHMARKS, benchmarks), benchmarks),
-        ("What accuracy hides, check by check", table("diagnostics", DIAGNOSTICS, checks), checks),
-        ("Times", table("times", TIMED, folder.of(TimesRecord)), folder.of(TimesRecord)),
-    ):
-        if records:
-            steps = tuple(place[one.configuration] for one in records)
-            yield Section(lines.title, title, (), lines, steps)
+    kinds = (folder.of(BenchmarkRecord), folder.of(TimesRecord), folder.of(DiagnosticsRecord))
+    for name, records, figures in tables_of(board, *kinds):
+        lines, rows = pivot(name, CONFIGURED, figures, lambda row: row.configuration)
+        steps = tuple(place.get(row.configuration) for row in rows)
+        lines = replace(lines, csv=as_csv(records))
+        yield Section(name, CAPTIONS[name][0], (), lines, steps, caption_of(name, records))

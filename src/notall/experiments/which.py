@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..errors import shortened
 from ..models.names import DEFAULT_TEXT
-from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality, Times
+from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality
 from ..results.provenance import Provenance
 from ..results.record import is_number
 from ..results.table import Column, words
@@ -26,9 +26,6 @@ from .verdict import (
     loss_in_words,
     mildest,
 )
-
-if TYPE_CHECKING:
-    from ..charts.losses import Point
 
 R = TypeVar("R")
 
@@ -83,28 +80,6 @@ def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
     if not (speedup := decode_speedup(best)):
         return Card(LARGEST, str(len(best.plan)), "sublayers left out", text)
     return Card(FASTEST, f"{speedup.median:.2f}×", SPEEDUPS[0].heading, text)
-
-
-def loss_card(title: str, quality: Quality, text: str) -> Card:
-    error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
-    return Card(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
-
-
-def with_points(records: Sequence[M]) -> list[tuple[M, Point]]:
-    """The records with a loss, each with its point in a figure; its `plan` counts the records from 0."""
-    from ..charts.losses import Point
-
-    return [
-        (one, Point(one.name, one.quality.delta_nll, one.quality.delta_nll_se, decode_speedup(one), plan=number))
-        for number, one in enumerate(records)
-        if is_number(one.quality.delta_nll)
-    ]
-
-
-def speedup_cards(times: Times, told: str) -> list[Card]:
-    """How many times as fast decoding and prefill are, with quartiles."""
-    cells = [(column.heading.capitalize(), column.cell(times)) for column in SPEEDUPS]
-    return [Card(heading, f"{cell.text}×", cell.beside, told) for heading, cell in cells]
 
 
 def mark_usable(columns: Sequence[Column[R]], quality: Callable[[R], Quality | None]) -> tuple[Column[R], ...]:
