@@ -60,7 +60,7 @@ def compare(
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,
-            repairs=Repairs(how.repair, batches),
+            repairs=Repairs(how.repair, batches) if how.repair else None,
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"

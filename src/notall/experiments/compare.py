@@ -356,8 +356,7 @@ def compare_criteria(
     jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
     source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
-    chosen_in = sum(costs.values())
-    repaired_in = 0.3 * chosen_in * len(repairs.others)
+    repaired_in = 0.3 * (chosen_in := sum(costs.values())) * len(repairs.others)
     stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(subject.out, "compare"):
         asked = [(run, stages.stage(cost)) for run, cost in costs.items()]

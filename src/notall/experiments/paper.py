@@ -592,9 +592,9 @@ def write_paper(
         story += [f"## {title}"] if shown else []
         story += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
     texts = {f"{name}.tex": as_latex(one, caption=one.title, label=name) for name, one in tables.items()}
-    kinds_of: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
-    kinds_of |= {"times": times, "diagnostics": checks}
-    texts |= {f"{name}.csv": as_csv(some) for name, some in kinds_of.items() if some}
+    kept: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
+    kept |= {"times": times, "diagnostics": checks}
+    texts |= {f"{name}.csv": as_csv(some) for name, some in kept.items() if some}
     with working_in(out, "paper"):
         for name, text in (texts | {"paper.md": "\n\n".join(story) + "\n"}).items():
             (out / name).write_text(text, encoding="utf-8")
