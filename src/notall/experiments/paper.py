@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
@@ -123,11 +122,6 @@ class TimingGrid:
             for at_once in dict.fromkeys(self.concurrency)
         ]
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise `UsageError` as `Workload.check` does."""
-        for workload in self.workloads:
-            workload.check(model)
-
 
 @dataclass(frozen=True)
 class PaperOptions:
@@ -160,7 +154,8 @@ def run_paper(
     """
     from ..choosing.criteria.data_free import paper_grid
 
-    timing.check(subject.model)
+    for workload in timing.workloads:
+        workload.check(subject.model)
     rows = paper_grid(subject.structure)
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
@@ -221,18 +216,19 @@ def time_grid(
             if known(workload):
                 continue
             fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
-            sizes = {
-                "prompt_tokens": workload.prompt_tokens,
-                "concurrency": fitted,
-                "asked_concurrency": workload.concurrency,
-            }
-            made = []
-            for row in rows:
-                left = footprint(subject.model, row.plan)
-                made.append(
-                    TimesRecord(**fields_of(row) | sizes, times=times[row.name], footprint=left, provenance=about)
+            found = (
+                TimesRecord(
+                    **fields_of(row),
+                    prompt_tokens=workload.prompt_tokens,
+                    concurrency=fitted,
+                    asked_concurrency=workload.concurrency,
+                    times=times[row.name],
+                    footprint=footprint(subject.model, row.plan),
+                    provenance=about,
                 )
-            held.add(*made)
+                for row in rows
+            )
+            held.add(*found)
         progress(stages.steps, stages.steps, "timed all configurations")
         return [record for workload in timing.workloads for record in known(workload)]
 
@@ -371,12 +367,8 @@ def time_figures(records: Iterable[TimesRecord], quantity: Literal["prefill", "d
     """Milliseconds by prompt length: median, and how many times dense's speed, of the rounds' own ratios."""
     for one in records:
         taken, speedup = _of_quantity(one.times, quantity)
-        gain = f"({_gain(speedup)})" if one.variant != "dense" else ""
-        yield (
-            one,
-            f"prompt {one.prompt_tokens}, batch {one.concurrency}",
-            Cell(taken.median, f"{taken.median:.1f}", gain),
-        )
+        cell = Cell(taken.median, f"{taken.median:.1f}", f"({_gain(speedup)})" if one.variant != "dense" else "")
+        yield one, f"prompt {one.prompt_tokens}, batch {one.concurrency}", cell
 
 
 def _beside_dense(one: Average | BenchmarkRecord | DiagnosticsRecord, form: str, marked: bool, scale: int = 1) -> Cell:
