@@ -282,12 +282,13 @@ def grid() -> list[dict[str, Any]]:
 
 def benchmarks(documents: int = 40) -> list[BenchmarkRecord]:
     """Two benchmarks of the paper's grid."""
-    score = {"metric": "acc,none", "num_fewshot": 0, "documents": documents, "value": 0.5, "value_se": 0.1}
-    score |= {"delta_se": 0.05, "p_value": 0.04, "higher_is_better": True, "values": (0.5,)}
+    score = {"metric": "acc,none", "num_fewshot": 0, "documents": documents, "value_se": 0.1}
+    score |= {"delta_se": 0.05, "p_value": 0.04, "higher_is_better": True, "provenance": ABOUT}
     return [
-        BenchmarkRecord(**row, **score, task=task, delta=-0.2 * (row["variant"] != "dense"), provenance=ABOUT)
+        BenchmarkRecord(**row, **score, task=task, value=0.7 + lost, delta=lost)
         for task in ("arc", "boolq")
         for row in grid()
+        for lost in [-0.2 * (row["variant"] != "dense")]
     ]
 
 

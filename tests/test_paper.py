@@ -23,7 +23,6 @@ from api import (
     ClaimRecord,
     DiagnosticsRecord,
     Footprint,
-    PaperTable,
     Provenance,
     Quartiles,
     Scoreboard,
@@ -32,22 +31,23 @@ from api import (
     TimesRecord,
     TimingGrid,
     as_latex,
-    benchmark_table,
+    benchmark_figures,
     caption_of,
     claims_of,
     cli,
     diagnose,
     diagnostics,
-    diagnostics_table,
+    diagnostics_figures,
     escaped,
+    half,
     paper_grid,
     place_of,
     read,
     silent,
     speed,
     table,
+    time_figures,
     time_grid,
-    time_table,
     words,
 )
 from api import driver_Subject as Subject
@@ -126,7 +126,6 @@ def verdicts(claims):
 def test_averages_and_differences_by_hand():
     scores = board({("mlp", 0.33, False): 0.3})
     assert scores.shared == ["ARC-C", "MMLU"]
-    assert scores.average(("mlp", 0.33, False)) == pytest.approx(0.3)
     difference, error, p_value = scores.difference(("mlp", 0.33, False), ("dense", 0.0, False))
     # 40 of 200 differ by -1: variance 0.2 x 0.8 x 200/199, over 200 documents; two independent tasks.
     assert difference == pytest.approx(-0.2)
@@ -135,6 +134,7 @@ def test_averages_and_differences_by_hand():
     rows = {(one.variant, one.fraction, one.keep_last): one for one in scores.averages()}
     assert rows.keys() == set(KEYS)
     assert rows["mlp", 0.33, False].delta == pytest.approx(-0.2)
+    assert rows["mlp", 0.33, False].value == pytest.approx(0.3)
     assert rows["dense", 0.0, False].p_value == 1
 
 
@@ -146,7 +146,7 @@ def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_giv
     board = Scoreboard(records)
     difference, _, p_value = board.difference(KEYS[1], KEYS[0])
     assert (difference, p_value) == (pytest.approx(-3 / 40), 2 / 8)
-    assert "*" not in str(benchmark_table(board, keep_last=KEYS[1][2]).rows[-1][-1])
+    assert "*" not in str(half(benchmark_figures(board), keep_last=KEYS[1][2]).rows[-1][-1])
     fewer = [
         benchmark("tiny", KEYS[0], [0.0] * 10, [0.0] * 10),
         benchmark("tiny", KEYS[1], [1.0] + [0.0] * 9, [0.0] * 10),
@@ -158,7 +158,7 @@ def test_an_average_of_few_documents_has_no_star_that_an_exact_test_does_not_giv
 
 
 def test_the_table_says_value_difference_error_and_significance():
-    table = benchmark_table(board({("mlp", 0.33, False): 0.3}), keep_last=False)
+    table = half(benchmark_figures(board({("mlp", 0.33, False): 0.3})), keep_last=False)
     assert table.headings[2:] == ("ARC-C", "MMLU", "average")
     assert cell(table, ("dense", "0%"), "ARC-C") == "50.0 ± 5.0"
     assert cell(table, ("MLP", "33%"), "MMLU") == "30.0 (-20.0* ± 1.0)"
@@ -170,7 +170,7 @@ def test_the_table_says_value_difference_error_and_significance():
 def test_a_star_is_a_small_probability_also_one_that_underflows(p_value, mark):
     records = [cell for row in board({("mlp", 0.33, False): 0.3}).cells.values() for cell in row.values()]
     scores = Scoreboard([record.model_copy(update={"p_value": p_value}) for record in records])
-    found = cell(benchmark_table(scores, keep_last=False), ("MLP", "33%"), "MMLU")
+    found = cell(half(benchmark_figures(scores), keep_last=False), ("MLP", "33%"), "MMLU")
     assert found == f"30.0 (-20.0{mark} ± 1.0)"
 
 
@@ -182,14 +182,14 @@ def test_an_average_leaves_out_what_some_rows_lack_and_what_is_no_share():
     rounded = [benchmark("truthfulqa_mc2", key, [0.2, 1.0000001], [0.2, 1.0]) for key in KEYS]
     more = Scoreboard([*records, lacking, *words, *rounded])
     assert more.shared == ["ARC-C", "MMLU", "TruthfulQA"]
-    table = benchmark_table(more, keep_last=True)
-    assert cell(table, ("block", "33%"), "GSM8K") == "–"
+    table = half(benchmark_figures(more), keep_last=True)
+    assert cell(table, ("block", "33%"), "GSM8K") == "-"
     assert cell(table, ("block", "33%"), "wikitext") == "800"
 
 
 def test_the_time_table_reads_as_the_paper_s():
     records = [timed(KEYS[0], 1, 1), timed(("block", 0.33, True), 1.5, 1.25), timed(("mlp", 0.33, False), 2, 2)]
-    table = time_table(records, True, "decode")
+    table = half(time_figures(records, "decode"), keep_last=True)
     assert cell(table, ("block", "33%"), "prompt 128, batch 1") == "8.0 (1.25× [1.23, 1.27])"
     assert len(table.rows) == 2
 
@@ -197,9 +197,10 @@ def test_the_time_table_reads_as_the_paper_s():
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     scores = board({("mlp", 0.33, keep_last): 0.3})
-    told = {"model": "smollm2_135", "rounds": "", "new": "", "made": "On 1.9e5 documents."}
-    caption = caption_of("benchmarks", keep_last, **told)
-    text = PaperTable("benchmarks-x", caption, benchmark_table(scores, keep_last)).latex()
+    about = Provenance(what={"model": "smollm2_135", "lm_eval": "1.9e5"})
+    records = [one.model_copy(update={"provenance": about}) for row in scores.cells.values() for one in row.values()]
+    caption = caption_of("benchmarks", records, keep_last)
+    text = as_latex(half(benchmark_figures(scores), keep_last), caption=caption, label="benchmarks-x")
     assert "dense & 0\\% & 50.0 $\\pm$ 5.0 &" in text
     assert "MLP & 33\\% & 30.0 ($-$20.0$^{*}$ $\\pm$ 1.0) &" in text
     assert text.count("\\toprule") == 1
@@ -207,7 +208,7 @@ def test_a_table_in_latex_can_be_pasted_with_a_caption_that_reads(keep_last):
     told = {False: "the last layer skipped too", True: "the last layer kept"}[keep_last]
     assert "\\caption{Benchmarks of smollm2\\_135 with the deepest of its attentions, MLPs or blocks skipped, " in text
     assert f"{told}. Per cent $\\pm$ standard error;" in text
-    assert "On $1.9\\times10^{5}$ documents.}" in text
+    assert "lm-evaluation-harness $1.9\\times10^{5}$: ARC-C, 0-shot, accuracy of 200 documents; " in text
     assert "\\begin{tabular}{llrrr}" in text
     assert "$^{*}$ p $<$ 0.05" in text
 
@@ -261,7 +262,7 @@ def test_metrics_have_their_usual_names(metric, usual):
 
 def test_a_task_of_two_metrics_has_a_column_each():
     both = [benchmark("tiny", KEYS[0], [1.0], [1.0]).model_copy(update={"metric": m}) for m in ("acc,none", "f1,none")]
-    assert Scoreboard(both).columns == ["tiny, accuracy", "tiny, F1"]
+    assert [*Scoreboard(both).cells[KEYS[0]]] == ["tiny, accuracy", "tiny, F1"]
 
 
 def test_the_diagnostics_table_marks_what_got_worse():
@@ -275,7 +276,7 @@ def test_the_diagnostics_table_marks_what_got_worse():
         check("NLL at 0 to 63", 9.0, 6.0, ("mlp", 0.33, True), 0.01),
         check("repetition", math.nan, math.nan, ("block", 0.33, False), 0.5),
     ]
-    table = diagnostics_table(records, keep_last=False)
+    table = half(diagnostics_figures(records), keep_last=False)
     assert [str(one) for one in table.rows[0][2:]] == ["3", "0.3"]
     assert [str(one) for one in table.rows[1][2:]] == ["3.5 (+0.5* ± 0.02)", "0.25 (-0.05 ± 0.02)"]
     assert len(table.rows) == 2
@@ -314,12 +315,12 @@ def test_claims_about_similarity():
 
     windows = LEAST_WINDOWS
     rising = [0.5 + 0.01 * i for i in range(20)]
-    assert list(verdicts(claims_of(rows([*rising, 0.4]), None, [])).values()) == ["holds", "holds"]
-    assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), None, [])).values()) == ["does not hold"] * 2
+    assert list(verdicts(claims_of(rows([*rising, 0.4]), Scoreboard([]), [])).values()) == ["holds", "holds"]
+    assert list(verdicts(claims_of(rows([*rising[::-1], 0.9]), Scoreboard([]), [])).values()) == ["does not hold"] * 2
     flat = [0.5 + 0.01 * (i % 2) for i in range(20)]
-    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), None, [])).values()) == ["inconclusive"] * 2
+    assert list(verdicts(claims_of(rows([*flat, flat[-1]]), Scoreboard([]), [])).values()) == ["inconclusive"] * 2
     windows -= 1
-    found = claims_of(rows([*rising, 0.4]), None, [])
+    found = claims_of(rows([*rising, 0.4]), Scoreboard([]), [])
     assert {claim.verdict for claim in found} == {"too few"}
     assert all(claim.here.endswith(f", on {windows} windows") for claim in found)
 
@@ -330,7 +331,7 @@ def test_a_claim_says_what_is_subtracted_from_what_and_has_its_figures_as_number
     assert kept.here == "last layer skipped less last layer kept: +10.0 ± 1.5 points of the average of 2 tasks"
     assert (kept.figure, kept.unit) == (pytest.approx(10), "points")
     skipping = [timed((variant, 0.33, False), 1.3, 1.3) for variant in ("attention", "mlp", "block")]
-    fast, *_ = claims_of([], None, [timed(KEYS[0], 1, 1), *skipping])
+    fast, *_ = claims_of([], Scoreboard([]), [timed(KEYS[0], 1, 1), *skipping])
     assert (fast.figure, fast.low, fast.high, fast.unit) == (1.3, 1.28, 1.32, "times as fast")
     assert "last layer skipped too" in fast.claim
 
@@ -341,9 +342,9 @@ def test_claims_about_time_are_judged_at_the_longest_prompt_and_the_smallest_bat
         return [timed(KEYS[0], 1, 1, *size), *(timed(key, value, value, *size) for key, value in cells.items())]
 
     others = [*grid(1.0, 2.0, 1.0, 128), *grid(1.0, 2.0, 1.0, 512, 8)]
-    found = claims_of([], None, [*others, *grid(1.3, 1.1, 1.12, 512)])
+    found = claims_of([], Scoreboard([]), [*others, *grid(1.3, 1.1, 1.12, 512)])
     assert [claim.verdict for claim in found] == ["holds", "holds", "inconclusive"] * 2
-    found = claims_of([], None, grid(1.0, 2.0, 1.0, 128))
+    found = claims_of([], Scoreboard([]), grid(1.0, 2.0, 1.0, 128))
     assert {claim.verdict for claim in found} == {"does not hold"}
 
 
@@ -365,11 +366,11 @@ def test_no_claim_is_judged_on_a_few_documents(documents):
 def test_no_claim_is_judged_in_a_few_rounds(rounds):
     cells = {("attention", 0.33, False): 1.3, ("mlp", 0.33, False): 1.1, ("block", 0.33, False): 1.4}
     grid = [timed(KEYS[0], 1, 1, rounds=rounds), *(timed(key, s, s, rounds=rounds) for key, s in cells.items())]
-    found = claims_of([], None, grid)
+    found = claims_of([], Scoreboard([]), grid)
     assert {claim.verdict for claim in found} == {"too few" if rounds < LEAST_ROUNDS else "holds"}
     assert all((f"in {rounds} rounds" in claim.here) == (rounds < LEAST_ROUNDS) for claim in found)
     unknown = [record.model_copy(update={"provenance": None}) for record in grid]
-    assert {claim.verdict for claim in claims_of([], None, unknown)} == {"too few"}
+    assert {claim.verdict for claim in claims_of([], Scoreboard([]), unknown)} == {"too few"}
 
 
 # --- times ------------------------------------------------------------------------------------------------------------

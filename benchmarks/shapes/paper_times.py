@@ -25,13 +25,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 import notall
 from notall.choosing.criteria.data_free import FRACTIONS, paper_grid
 from notall.experiments.driver import Subject
-from notall.experiments.paper import ENDINGS, PaperTable, TimesRecord, TimingGrid, in_turn, time_grid, time_table
+from notall.experiments.paper import ENDINGS, TimesRecord, TimingGrid, half, in_turn, time_figures, time_grid
 from notall.measuring.speed import Timing, compare, machine
 from notall.models.loading import build_empty, build_random, load_config, resolve_device, resolve_dtype
 from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
-from notall.results.facts import CONFIGURED, SPEEDUPS, Configured
+from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
+from notall.results.latex import as_latex
 from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
 from notall.results.table import Column, as_csv, inherited, number, table, with_quartiles, within
@@ -86,13 +87,13 @@ def promised(model: PreTrainedModel, plan: Plan, prompt: int, new: int, batch: i
 
 def one_by_one_compiled(
     subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload
-) -> dict[str, Timing]:
+) -> dict[str, Times]:
     """Not in turn: what is compiled, in the round that is thrown away, is gone when a plan is left."""
     found: dict[str, Timing] = {}
     for row in rows:
         with notall.skip(subject.model, row.plan), compiled_layers(subject.model):
             found |= compare(subject.model, {row.name: nullcontext}, workload, seed=subject.seed, progress=progress)
-    return found
+    return {name: timing.beside(found["dense"]) for name, timing in found.items()}
 
 
 @contextmanager
@@ -175,23 +176,23 @@ def main() -> None:
             timing = TimingGrid((prompt,), arguments.new, tuple(arguments.batch), arguments.rounds)
             records += time_grid(subject, rows, timing, measure=measure, progress=progress)
     shape = provenance.what["model"]
-    tables = [
-        PaperTable(
-            f"{quantity}-{ENDINGS[keep]}",
+    tables = {
+        f"{quantity}-{ENDINGS[keep]}": half(
+            time_figures(records, quantity),
+            keep,
             f"{told}, {shape} with dummy weights; the last layer {'is kept' if keep else 'may be skipped'}.",
-            time_table(records, keep, quantity),
         )
         for keep in (False, True)
         for quantity, told in QUANTITIES.items()
-    ]
-    for one in tables:
-        (arguments.out / f"{one.name}.tex").write_text(one.latex(), encoding="utf-8")
+    }
+    for name, one in tables.items():
+        (arguments.out / f"{name}.tex").write_text(as_latex(one, caption=one.title, label=name), encoding="utf-8")
     (arguments.out / "times.csv").write_text(as_csv(records), encoding="utf-8")
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
     print(f"{shape}, {provenance.what['dtype']}, {about['device_name']}{peak}, {about['versions']}, "
           f"{(time.monotonic() - start) / 60:.0f} minutes")  # fmt: skip
-    for one in tables:
-        print(f"\n{one.name}\n\n{one.table.markdown()}")
+    for name, one in tables.items():
+        print(f"\n{name}\n\n{one.markdown()}")
     beside_bounds(build_empty(config), records, arguments.new)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,15 @@ from ..errors import UsageError
 from ..options import Option, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import FOOTPRINT, PEAK, SPEEDUPS, TIMES, Footprint, Times
+from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Record, Skips
 from ..results.table import Column, number, table, within, words
 from .folder import Folder
 from .options import ModelOptions
-from .shown import Card, Message, Section, Shown, Step
+from .pages import speedup_cards
+from .shown import Message, Section, Shown, Step
 from .verdict import Outcome, next_command
 
 if TYPE_CHECKING:
@@ -70,12 +71,12 @@ class BenchRow(Fact):
 
 def rows_of(records: Sequence[BenchRecord]) -> list[BenchRow]:
     """The dense model of each, and the skipped one."""
-    rows = []
-    for record in records:
-        rows.append(BenchRow(plan_words="dense", model=record.dense, bench=record))
-        if record.skipped:
-            rows.append(BenchRow(plan_words=record.plan.in_words(), model=record.skipped, bench=record))
-    return rows
+    return [
+        BenchRow(plan_words=name, model=model, bench=record)
+        for record in records
+        for name, model in (("dense", record.dense), (record.plan.in_words(), record.skipped))
+        if model
+    ]
 
 
 COLUMNS: tuple[Column[BenchRow], ...] = (
@@ -168,48 +169,32 @@ def conclusion(record: BenchRecord) -> str:
     )
 
 
+NOTE = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
+
+
 def shown(folder: Folder) -> Shown:
     """What a page says of times: of the plan that was timed last."""
     records = folder.of(BenchRecord)
     rows = rows_of(records)
-    steps = tuple(_step(row) for row in rows)
-    timed = [number for number, row in enumerate(rows) if row.model is row.bench.skipped]
-    last = rows[timed[-1]].bench if timed else None
-    return Shown(
-        message=_message(folder, last) if last else None,
-        cards=tuple(_cards(last)) if last else (),
-        steps=steps,
-        first=timed[-1] if timed else max(len(rows) - 1, 0),
-        sections=(Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), NOTE),),
-    )
+    steps = []
+    for row in rows:
+        plan = row.bench.plan if row.model is row.bench.skipped else Plan()
+        name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
+        steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
+    lines = table("results", COLUMNS, rows)
+    results = Section("results", "Results", (), lines, tuple(range(len(rows))), NOTE)
+    timed = [place for place, step in enumerate(steps) if step.plan]
+    if not timed:
+        return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
+    step, record = steps[timed[-1]], rows[timed[-1]].bench
+    assert step.times
+    cards = speedup_cards(step.times, f"without {record.plan.in_words()}; {record.told}")
+    return Shown(_message(folder, step, record), tuple(cards), tuple(steps), timed[-1], (results,))
 
 
-NOTE = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
-
-
-def _step(row: BenchRow) -> Step:
-    plan = Plan() if row.model is row.bench.dense else row.bench.plan
-    name, left = f"{row.plan_words}, {row.bench.told}", row.model.footprint
-    return Step(name, plan, times=row.model.times, footprint=left, dense=row.bench.dense.footprint)
-
-
-def _message(folder: Folder, record: BenchRecord) -> Message:
-    assert record.skipped
-    outcome = Outcome(
-        record.plan,
-        speedup=record.skipped.times.speedup_decode,
-        footprint=record.skipped.footprint,
-        dense=record.dense.footprint,
-        layers=folder.layers,
-    )
+def _message(folder: Folder, step: Step, record: BenchRecord) -> Message:
+    speedup = step.times.speedup_decode if step.times else None
+    outcome = Outcome(step.plan, None, speedup, step.footprint, step.dense, layers=folder.layers)
     real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
     command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
     return Message(outcome.sentence(folder.model), None, "see what that costs", command)
-
-
-def _cards(record: BenchRecord) -> Iterator[Card]:
-    assert record.skipped
-    told = f"without {record.plan.in_words()}; {record.told}"
-    for column in SPEEDUPS:
-        cell = column.cell(record.skipped.times)
-        yield Card(column.heading.capitalize(), f"{cell.text}×", cell.beside, told)

@@ -11,8 +11,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,14 +41,14 @@ from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, size, table, with_error, within, words
-from .costs import read_costs
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shared_times, task_scores
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
-from .shown import Card, Figure, Section, Shown, Step, nats_in_words
+from .pages import results, shown_plans, with_points
+from .shown import Card, Figure, Section, Shown, nats_in_words
 from .verdict import is_usable, joined, next_command
-from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
+from .which import fastest_card, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +56,6 @@ if TYPE_CHECKING:
 
     from ..charts.losses import Point
     from ..choosing.criteria import Choice, Setting, UnitScores
-    from ..choosing.evaluator import Evaluator
     from ..choosing.objective import Objective
     from ..choosing.space import Space
     from ..running.repaired import RepairedPlan
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 TASK_LIMIT = 100  # documents of a task that is an objective, where nothing else is said
 GOALS = ("nll", "kl", "answers")  # objectives that any text allows
 MOST_CARDS = 5
+NO_TASKS = TaskChoice(None, ())
 
 
 # --- what is written down ---------------------------------------------------------------------------------------------
@@ -150,8 +152,9 @@ def name_of(score: TaskScore) -> str:
 BY: Column[ComparisonRecord] = words("by", lambda one: one.objective if one.by_objective else "")
 BEHIND: Column[ComparisonRecord] = with_error("behind the best", lambda one: (one.behind, one.behind_se))
 FORWARDS: Column[ComparisonRecord] = number("forward passes", lambda one: one.forwards, ",.1f")
-REPAIR: Column[ComparisonRecord] = words("repair", lambda one: one.repair if one.repair != UNREPAIRED else "")
-ASKED: tuple[Column[ComparisonRecord], ...] = (
+CHOSEN: tuple[Column[ComparisonRecord], ...] = (
+    words("criterion", lambda one: one.criterion),
+    BY,
     words("among", lambda one: one.space),
     words("count", lambda one: one.count),  # a part of the question: no answer that a narrow terminal would end with
 )
@@ -160,12 +163,10 @@ ASKED: tuple[Column[ComparisonRecord], ...] = (
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
     return (
-        words("criterion", lambda one: one.criterion),
-        BY,
-        *ASKED,
-        REPAIR,
+        *CHOSEN,
+        words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *_task_columns(records),
+        *map(_task_column, _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -177,8 +178,8 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
     )
 
 
-def _task_columns(records: Sequence[ComparisonRecord]) -> list[Column[ComparisonRecord]]:
-    return [_task_column(name) for name in dict.fromkeys(name_of(score) for one in records for score in one.tasks)]
+def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
+    return list(dict.fromkeys(name_of(score) for one in records for score in one.tasks))
 
 
 def _task_column(name: str) -> Column[ComparisonRecord]:
@@ -246,28 +247,19 @@ class CompareOptions:
         from ..choosing.criteria import every_criterion
 
         every = [name for name, one in every_criterion().items() if installed(*one.needs) and one.fits(model)]
-        spaces = [
-            (space_of(model, one.kind, self.keep_first, self.keep_last), [*map(int, one.amounts)])
-            for one in self.amounts
-        ]
+        ends = self.keep_first, self.keep_last
+        spaces = [(space_of(model, one.kind, *ends), [*map(int, one.amounts)]) for one in self.amounts]
         return runs_of(self.criterion or every, self.objective, spaces)
 
     def objectives(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: Sequence[Tensor],
-        tasks: TaskChoice,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Tensor], tasks: TaskChoice
     ) -> dict[str, CalibratedObjective]:
         """By their names; those of tasks have as many documents as --limit says, or a hundred."""
         from ..choosing.objective import build_objective
 
-        how: dict[str, Any] = {"prompts": self.prompts, "task_path": tasks.shelf}
-        how["task_limit"] = (tasks.limits.most if tasks.limits else None) or TASK_LIMIT
-        return {
-            name: CalibratedObjective(build_objective(name, model, tokenizer, batches, **how), batches)
-            for name in self.objective
-        }
+        most = (tasks.limits.most if tasks.limits else None) or TASK_LIMIT
+        build = partial(build_objective, prompts=self.prompts, task_path=tasks.shelf, task_limit=most)
+        return {name: CalibratedObjective(build(name, model, tokenizer, batches), batches) for name in self.objective}
 
 
 @dataclass(frozen=True)
@@ -340,7 +332,7 @@ def compare_criteria(
     runs: Sequence[Run],
     objectives: Mapping[str, CalibratedObjective],
     *,
-    tasks: TaskChoice | None = None,
+    tasks: TaskChoice = NO_TASKS,
     workload: Workload | None = None,
     repairs: Repairs | None = None,
     progress: Progress = silent,
@@ -354,75 +346,47 @@ def compare_criteria(
     """
     from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
+    from ..running.footprint import footprint
 
+    repairs = repairs or Repairs()
     if workload:
         workload.check(subject.model)
     for run in runs:
         by_count(run.space, run.count)
-    jobs = tasks.jobs() if tasks else []
-    about = Provenance.of(subject.provenance, seed=subject.seed)
+    jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
+    source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
-    chosen_in = sum(costs.values())
-    repaired_in = 0.3 * chosen_in * len(repairs.others) if repairs else 0.0
+    repaired_in = 0.3 * (chosen_in := sum(costs.values())) * len(repairs.others)
     stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(subject.out, "compare"):
-        kept = Ledger(subject.out, ComparisonRecord)
-        choices = _Choosing(subject, objectives, about).choices(
-            [(run, stages.stage(cost)) for run, cost in costs.items()]
-        )
+        asked = [(run, stages.stage(cost)) for run, cost in costs.items()]
+        choices = _Choosing(subject, objectives, about).choices(asked)
         plans = list(dict.fromkeys(choice.plan for choice in choices))
         held = HeldScores(subject, Provenance.of(about, held_out_tokens=subject.tokens))
-        held.measure(
-            {scored_as(plan): plan for plan in (Plan(), *plans)},
-            "scoring plans on held-out text",
-            stages.stage(0.3 * chosen_in),
-        )
-        added = _repaired(subject, plans, repairs, held, stages.stage(repaired_in)) if repairs else {}
-        telling = stages.stage(0.1 * chosen_in)
-        answers = task_scores(subject, plans, jobs, tasks, telling) if tasks and jobs else {}
-        telling = stages.stage(0.1 * chosen_in)
-        times = shared_times(subject, plans, workload, about, telling) if workload else {}
-        measured = _Measured(subject, held, added, answers, times, about)
-        records = [record for choice in choices for record in measured.records(choice, repairs)]
-        asked = {record.key for record in records}
-        every = _behind([*records, *(record for record in kept if record.key not in asked)], held)
-        for record in every:
-            if record.key not in kept or _without_place(kept[record.key]) != _without_place(record):
-                kept.add(record)
+        scored = {scored_as(plan): plan for plan in (Plan(), *plans)}
+        held.measure(scored, "scoring plans on held-out text", stages.stage(0.3 * chosen_in))
+        added = _repaired(subject, plans, repairs, held, stages.stage(repaired_in))
+        answering, timing = stages.stage(0.1 * chosen_in), stages.stage(0.1 * chosen_in)
+        answers = task_scores(subject, plans, jobs, tasks, answering) if jobs else {}
+        times = shared_times(subject, plans, workload, about, timing) if workload else {}
+
+        def made(choice: ChoiceRecord, repair: str) -> ComparisonRecord:
+            """What adds matrices takes other times."""
+            plan, chosen = choice.plan, {name: getattr(choice, name) for name in Answered.model_fields}
+            more = added.get((repair, plan), 0)
+            return ComparisonRecord(
+                **chosen | ({"repair": repair, "added_bytes": more} if repair != UNREPAIRED else {}),
+                quality=held.quality(scored_as(plan, repair)),
+                footprint=footprint(subject.model, plan),
+                tasks=answers.get(plan, ()) if repair == UNREPAIRED else (),
+                times=None if more else times.get(plan),
+                provenance=source,
+            )
+
+        records = [made(choice, repair) for choice in choices for repair in (UNREPAIRED, *repairs.others)]
+        found = _finished(records, Ledger(subject.out, ComparisonRecord), held)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
-        return every[: len(records)]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """All that is known of plans, of which records are made."""
-
-    subject: Subject
-    held: HeldScores
-    added: Mapping[tuple[str, Plan], int]  # bytes, by repair and plan
-    answers: Mapping[Plan, tuple[TaskScore, ...]]
-    times: Mapping[Plan, Times]
-    about: Provenance
-
-    def records(self, choice: ChoiceRecord, repairs: Repairs | None) -> Iterator[ComparisonRecord]:
-        """As it is, and behind it a record of each repair; what adds matrices takes other times."""
-        from ..running.footprint import footprint
-
-        plan, chosen = choice.plan, {name: getattr(choice, name) for name in Answered.model_fields}
-        record = ComparisonRecord(
-            **chosen,
-            quality=self.held.quality(scored_as(plan)),
-            footprint=footprint(self.subject.model, plan),
-            tasks=self.answers.get(plan, ()),
-            times=self.times.get(plan),
-            provenance=Provenance.of(self.about, fingerprint=self.subject.structure.fingerprint),
-        )
-        yield record
-        for name in repairs.others if repairs else ():
-            added = self.added[name, plan]
-            changes: dict[str, Any] = {"repair": name, "added_bytes": added, "tasks": ()}
-            changes |= {"times": None} if added else {}
-            yield record.model_copy(update=changes | {"quality": self.held.quality(scored_as(plan, name))})
+        return found
 
 
 def _repaired(
@@ -445,32 +409,43 @@ def _repaired(
     return found
 
 
-def _behind(records: Sequence[ComparisonRecord], held: HeldScores) -> list[ComparisonRecord]:
-    """The same, each beside the one of as many of the same space, and repaired alike, that loses least."""
+def _finished(
+    records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
+) -> list[ComparisonRecord]:
+    """The same, each beside the one of as many of the same space, and repaired alike, that loses least.
+
+    What is new of these, and of others that were kept and lose more or less than these, is written down.
+    """
     from ..measuring.statistics import mean_and_error
 
-    groups: dict[tuple[Any, ...], list[ComparisonRecord]] = {}
-    for record in records:
+    asked = {record.key for record in records}
+    every = [*records, *(record for record in kept if record.key not in asked)]
+    groups: dict[tuple[str, int, str], list[ComparisonRecord]] = {}
+    for record in every:
         if is_number(record.quality.delta_nll) and held.has(scored_as(record.plan, record.repair)):
             groups.setdefault((record.space, record.count, record.repair), []).append(record)
-    beside: dict[Key, tuple[float, float]] = {}
+    behind: dict[Key, tuple[float, float]] = {}
     for group in groups.values():
         best, *others = sorted(group, key=lambda one: one.quality.delta_nll)
         least = held.scores(scored_as(best.plan, best.repair)).nll
         for one in others:
             mine = held.scores(scored_as(one.plan, one.repair)).nll
-            beside[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
-    figures = (beside.get(record.key, (math.nan, math.nan)) for record in records)
-    return [record.model_copy(update={"behind": a, "behind_se": b}) for record, (a, b) in zip(records, figures)]
+            behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
+    for place, record in enumerate(every):
+        more, error = behind.get(record.key, (math.nan, math.nan))
+        every[place] = found = record.model_copy(update={"behind": more, "behind_se": error})
+        if found.key not in kept or _without_place(kept[found.key]) != _without_place(found):
+            kept.add(found)
+    return every[: len(records)]
 
 
-def _without_place(record: ComparisonRecord) -> dict[str, Any]:
+def _without_place(record: ComparisonRecord) -> dict[str, object]:
     """All that a record says, but for where it was measured."""
     return record.model_dump(mode="json", exclude={"provenance": {"where"}})
 
 
 class _Choosing:
-    """What each run is answered, taken from the folder where it is there; scores are shared between counts."""
+    """What each run is answered, taken from the folder where it is there."""
 
     def __init__(self, subject: Subject, objectives: Mapping[str, CalibratedObjective], about: Provenance) -> None:
         self.subject, self.objectives, self.about = subject, objectives, about
@@ -492,15 +467,21 @@ class _Choosing:
 
     def _choose(self, run: Run, progress: Progress) -> ChoiceRecord:
         from ..choosing.criteria import Setting, criterion
+        from ..choosing.evaluator import Evaluator
         from ..choosing.space import plan_of
 
-        by, one = self.objectives[run.objective], criterion(run.criterion)
-        evaluator = self._evaluator(run, by.objective)
-        telling = _naming(progress, run)
-        setting = Setting(self.subject.model, run.space, by.batches, evaluator, self.subject.seed, progress=telling)
+        by, model, one = self.objectives[run.objective], self.subject.model, criterion(run.criterion)
+        evaluates = one.reads == "objective"
+        folder = self.subject.out / Path(EvaluationRecord.file).stem if evaluates else None
+        name = f"{_file_name(f'{run.criterion} {run.objective}')}.jsonl"  # what goes by the same shares evaluations
+        evaluator = Evaluator(model, by.objective, folder=folder, name=name, settings=self.about)
+        setting = Setting(
+            *(model, run.space, by.batches, evaluator, self.subject.seed),
+            progress=lambda done, total, doing: progress(done, total, f"{run.name}: {doing}"),
+        )
         chosen, spent = self._answer(run, setting)
         rise = math.nan
-        if one.reads == "objective" and not one.score:  # known already, or one evaluation more
+        if evaluates and not one.score:  # known already, or one evaluation more
             rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
         return ChoiceRecord(
             plan=plan_of(chosen.skipped),
@@ -516,42 +497,25 @@ class _Choosing:
             provenance=self._about(run.objective),
         )
 
-    def _evaluator(self, run: Run, objective: Objective) -> Evaluator:
-        """Runs that go by the same share what they evaluate."""
-        from ..choosing.criteria import criterion
-        from ..choosing.evaluator import Evaluator
-
-        model = self.subject.model
-        if criterion(run.criterion).reads != "objective":
-            return Evaluator(model, objective, settings=self.about)
-        folder = self.subject.out / Path(EvaluationRecord.file).stem
-        name = f"{_file_name(f'{run.criterion}-{run.objective}', f'{run.criterion} {run.objective}')}.jsonl"
-        return Evaluator(model, objective, folder=folder, name=name, settings=self.about)
-
     def _answer(self, run: Run, setting: Setting) -> tuple[Choice, SearchCost]:
+        """Scores are shared between counts."""
         from ..choosing.budget import by_count
         from ..choosing.criteria import choose, criterion, take
 
-        budget = by_count(run.space, run.count)
-        one = criterion(run.criterion)
+        budget, one = by_count(run.space, run.count), criterion(run.criterion)
         if not one.score:
-            chosen = choose(run.criterion, setting, budget)
-            return chosen, setting.evaluator.spent
-        key = run.criterion, run.objective, str(run.space)
+            return choose(run.criterion, setting, budget), setting.evaluator.spent
+        key = run.key[:3]
         if key not in self.scored:
             self.scored[key] = one.scores(setting), setting.evaluator.spent
         scores, spent = self.scored[key]
         return take(setting, scores, budget), spent
 
 
-def _file_name(words: str, told_apart_by: str) -> str:
+def _file_name(words: str) -> str:
     """A digest tells names apart that differ in what no file name may hold, or are too long."""
     short = re.sub(r"[^\w.+*-]", "-", words)[:80]
-    return f"{short}-{hashlib.sha256(told_apart_by.encode()).hexdigest()[:8]}"
-
-
-def _naming(progress: Progress, run: Run) -> Progress:
-    return lambda done, total, doing: progress(done, total, f"{run.name}: {doing}")
+    return f"{short}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -574,11 +538,17 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
     `title` stands over the table, and `made` says how and on what it was measured. Raises `UsageError` where a file
     cannot be written.
     """
+    names = {"repair", *_tasks_of(records), *(one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS))}
+    names |= {one.heading for one in (DELTA_NLL, KL, TOP1)} | {SPEEDUPS[0].heading}
+    columns = [column for column in columns_of(records) if column.heading in names]
     note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""
+    latex = []
+    for name, part in _parts(columns, records):
+        caption = f"{title}. {made} {name} skipped. {TOLD} {part.legend}"
+        latex.append(as_latex(part, caption=caption, label=name.replace(" ", "-")))
     markdown = f"# {title}\n\n{made}\n\n{comparison_table(records)}{note}"
-    (out / "table.md").write_text(markdown, encoding="utf-8")
-    (out / "table.tex").write_text("\n".join(_latex(records, f"{title}. {made}")), encoding="utf-8")
-    (out / "table.csv").write_text(as_csv(records), encoding="utf-8")
+    for suffix, text in {"md": markdown, "tex": "\n".join(latex), "csv": as_csv(records)}.items():
+        (out / f"table.{suffix}").write_text(text, encoding="utf-8")
     (out / PLANS).mkdir(exist_ok=True)
     for record in records:
         shape = record.what.get("fingerprint")
@@ -602,39 +572,21 @@ def comparison_table(records: Sequence[ComparisonRecord]) -> str:
 
     "On the text it chose by" is the objective's rise there.
     """
-    columns = [column for column in columns_of(records) if column not in ASKED]
-    lines = table("", [*columns, words("skips", lambda one: layers_in(one.plan))], _best_first(records))
-    parts = [f"{lines.legend}\n"]
-    parts += [f"### {name}\n\n{part.markdown()}" for name, part in _parts(lines, records)]
-    return "\n".join(parts)
+    columns = [column for column in columns_of(records) if column not in CHOSEN[2:]]
+    parts = [*_parts([*columns, words("skips", lambda one: layers_in(one.plan))], records)]
+    legend = next((part.legend for _, part in parts), "")
+    return "\n".join([f"{legend}\n", *(f"### {name}\n\n{part.markdown()}" for name, part in parts)])
 
 
-def _parts(whole: Table, records: Sequence[ComparisonRecord]) -> Iterator[tuple[str, Table]]:
-    """A table of all, which loses least first, by space and count."""
-    places: dict[tuple[str, int], list[int]] = {}
-    for place, record in enumerate(_best_first(records)):
-        places.setdefault((record.space, record.count), []).append(place)
-    for (space, count), rows in places.items():
-        yield _counted(count, space), replace(whole, rows=tuple(whole.rows[place] for place in rows))
-
-
-def _latex(records: Sequence[ComparisonRecord], caption: str) -> Iterator[str]:
-    """A table for each space and count, of what a paper says; the other columns are in the CSV."""
-    whole = table("", _pasted(records), _best_first(records))
-    for name, part in _parts(whole, records):
-        told = f"{caption} {name} skipped. {TOLD} {part.legend}"
-        yield as_latex(part, caption=told, label=name.replace(" ", "-"))
-
-
-def _pasted(records: Sequence[ComparisonRecord]) -> list[Column[ComparisonRecord]]:
-    names = {"criterion", "repair", BY.heading, BEHIND.heading, FORWARDS.heading}
-    names |= {column.heading for column in (DELTA_NLL, KL, TOP1, SPEEDUPS[0])}
-    names |= {column.heading for column in _task_columns(records)}
-    return [column for column in columns_of(records) if column.heading in names]
-
-
-def _best_first(records: Sequence[ComparisonRecord]) -> list[ComparisonRecord]:
-    return [records[place] for place in best_first(records)]
+def _parts(
+    columns: Sequence[Column[ComparisonRecord]], records: Sequence[ComparisonRecord]
+) -> Iterator[tuple[str, Table]]:
+    """A table for each space and count, all of the same columns."""
+    ranked = [records[place] for place in best_first(records)]
+    whole = table("", columns, ranked)
+    for (space, count), rows in groupby(zip(ranked, whole.rows), key=lambda row: (row[0].space, row[0].count)):
+        name = f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
+        yield name, replace(whole, rows=tuple(cells for _, cells in rows))
 
 
 def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
@@ -644,9 +596,8 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
         lost[_asked(record)] = min(record.quality.nats_lost, lost.get(_asked(record), math.inf))
     spaces = [*dict.fromkeys(record.space for record in records)]
 
-    def rank(place: int) -> tuple[Any, ...]:
-        record = records[place]
-        asked = _asked(record)
+    def rank(place: int) -> tuple[int, int, float, Key, float]:
+        record, asked = records[place], _asked(records[place])
         return spaces.index(record.space), record.count, lost[asked], asked, record.quality.nats_lost
 
     return sorted(range(len(records)), key=rank)
@@ -661,14 +612,9 @@ def layers_in(plan: Plan) -> str:
     return "; ".join(f"{KIND_NAMES[kind]} {in_ranges(layers)}" for kind, layers in plan.indices.items() if layers)
 
 
-def _counted(count: int, space: str) -> str:
-    return f"{count} {SETS.get(space, f'{space}s' if count != 1 else space)}"
-
-
 def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     """Where the plan of a choice is, in the folder of a comparison."""
-    named = "-".join(str(getattr(record, name)) for name in RUN)
-    return folder / PLANS / f"{_file_name(named, named)}.json"
+    return folder / PLANS / f"{_file_name('-'.join(_asked(record)))}.json"
 
 
 def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
@@ -676,25 +622,18 @@ def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
 
     A criterion goes by its name, and by its objective too where there are several.
     """
-    from ..charts.losses import Point
-
     by: dict[str, set[str]] = {}
     for record in records:
         by.setdefault(record.criterion, set()).add(record.objective)
     return [
-        Point(
-            record.name,
-            record.quality.delta_nll,
-            record.quality.delta_nll_se,
-            record.times.speedup_decode if record.times else None,
-            record.count,
-            f"{record.criterion}, {record.objective}" if len(by[record.criterion]) > 1 else record.criterion,
-            record.repair,
+        replace(
+            point,
+            count=record.count,
+            colour=f"{record.criterion}, {record.objective}" if len(by[record.criterion]) > 1 else record.criterion,
+            shape=record.repair,
             panel=record.space,
-            plan=number,
         )
-        for number, record in enumerate(records)
-        if is_number(record.quality.delta_nll)
+        for record, point in with_points(records)
     ]
 
 
@@ -706,16 +645,8 @@ def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     if not records:
         return Shown()
-    return Shown(
-        message=judged(folder, records, then=lambda one: _found_again(folder, one), way=lambda one: one.way),
-        cards=tuple(_cards(records)),
-        steps=tuple(
-            Step(one.name, one.plan, one.quality, one.times, one.footprint, order=one.order) for one in records
-        ),
-        first=first_shown(records),
-        sections=tuple(_sections(records)),
-        costs=read_costs(folder.path),
-    )
+    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again, way=lambda one: one.way)
+    return replace(found, steps=tuple(replace(step, order=one.order) for step, one in zip(found.steps, records)))
 
 
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
@@ -729,11 +660,11 @@ def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
         mend: dict[str, object] = {} if kept else {"repair": record.repair}
         mend |= on_the_text(folder.provenance, "sequences", "length")
         return "repair that plan", next_command("repair", folder.model, plan=plan, **mend, out="repaired")
-    options: dict[str, object] = {"skip": f"{record.space}:{record.count}"}
-    if record.criterion != "search":
-        options["criterion"] = record.criterion
-    if record.objective in GOALS:
-        options["objective"] = record.objective
+    options = {
+        "skip": f"{record.space}:{record.count}",
+        "criterion": record.criterion if record.criterion != "search" else None,
+        "objective": record.objective if record.objective in GOALS else None,
+    }
     repair = "" if unrepaired else ", then repair it"
     return f"make that plan{repair}", next_command("search", folder.model, **options, out="plan.json")
 
@@ -746,86 +677,42 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
     colours = colours_of(points)
     figures = [
         Figure(
-            on_page(losses_by_count(panel, colours), 340),
+            on_page(losses_by_count([point for point in points if point.panel == space], colours), 340),
             f"quality lost by how many {space} are skipped",
             title=space,
             csv=as_csv([one for one in records if one.space == space]),
         )
         for space in dict.fromkeys(point.panel for point in points)
-        if (panel := [point for point in points if point.panel == space])
     ]
-    if timed := [replace(point, shape=_among(point)) for point in points if point.speedup]:
+    shapes = {UNREPAIRED: ""}
+    timed = [replace(one, shape=one.panel + shapes.get(one.shape, f", {one.shape}")) for one in points if one.speedup]
+    if timed:
         chart = tradeoff(timed, colours, colour="criterion", shape="among")
         figures.append(Figure(on_page(chart), "quality lost against decode speedup", title="against decode speedup"))
-    ranked = [records[place] for place in order]
-    columns = mark_usable(columns_of(records), lambda one: one.quality)
-    note = TIMED_ONCE if timed_once(records) else ""
-    yield Section("results", "Results", tuple(figures), table("results", columns, ranked), tuple(order), note)
-    if repairs := _repairs_section(records, order):
-        yield repairs
-
-
-def _among(point: Point) -> str:
-    return point.panel + (f", {point.shape}" if point.shape != UNREPAIRED else "")
-
-
-Repaired = Mapping[str, ComparisonRecord]  # one choice, by what made up for it
-
-
-def _repairs_section(records: Sequence[ComparisonRecord], order: Sequence[int]) -> Section | None:
-    """What each choice costs, and beside it after each repair; None where nothing is repaired."""
-    repairs = [*dict.fromkeys(record.repair for record in records)]
-    if not set(repairs) - {UNREPAIRED}:
-        return None
-    rows: dict[Key, dict[str, ComparisonRecord]] = {}
-    steps: dict[Key, int] = {}
-    for place in order:
-        record = records[place]
-        rows.setdefault(_asked(record), {})[record.repair] = record
-        steps.setdefault(_asked(record), place)
-    named: tuple[Column[ComparisonRecord], ...] = (words("criterion", lambda one: one.criterion), BY, *ASKED)
-    columns = [*within(named, lambda row: next(iter(row.values()))), *map(_after, repairs)]
-    return Section(
-        "repairs",
-        "Before and after repairs",
-        table=table("repairs", columns, [*rows.values()]),
-        steps=tuple(steps.values()),
-    )
-
-
-def _after(repair: str) -> Column[Repaired]:
-    """What is lost after a repair."""
-    name = "unrepaired" if repair == UNREPAIRED else repair
-    columns: tuple[Column[Repaired], ...] = within(
-        (DELTA_NLL,), lambda row: row[repair].quality if repair in row else None
-    )
-    return replace(columns[0], heading=name)
+    yield results(records, columns_of(records), order, figures, TIMED_ONCE if timed_once(records) else "")
+    if any(record.repair != UNREPAIRED for record in records):
+        ranked = [records[place] for place in order]
+        choices, repairs = ([*dict.fromkeys(some)] for some in (map(_asked, ranked), (one.repair for one in records)))
+        ranked.sort(key=lambda one: (choices.index(_asked(one)), repairs.index(one.repair)))
+        names = {UNREPAIRED: "unrepaired"}
+        after = [(one, names.get(one.repair, one.repair), DELTA_NLL.cell(one.quality)) for one in ranked]
+        lines, rows = pivot("repairs", CHOSEN, after, _asked)
+        yield Section("repairs", "Before and after repairs", (), lines, tuple(map(records.index, rows)))
 
 
 def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
     """What is fastest of the usable, and what loses least at the largest usable count of each space."""
     known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
-    if not known:
-        return
-    yield fastest_card(known)
+    if known:
+        yield fastest_card(known)
     for space in list(dict.fromkeys(record.space for record in known))[: MOST_CARDS - 1]:
         asked = [record for record in known if record.space == space]
-        usable = [record for record in asked if is_usable(record.quality)]
-        count = max(record.count for record in usable or asked)
-        ranked = sorted((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
-        yield _least(ranked, f"Loses least: {count} {space}")
-
-
-def _least(ranked: Sequence[ComparisonRecord], title: str) -> Card:
-    best, *rest = ranked
-    text = f"{best.way}, {best.forwards:,.1f} forward passes to find"
-    same = [one for one in rest if (one.plan, one.quality.delta_nll) == (best.plan, best.quality.delta_nll)]
-    other = next((one for one in rest if one not in same), None)
-    if same:
-        text += f"; the same set by {joined([one.way for one in same])}"
-    if other:
-        text += f"; next, {nats_in_words(other.quality)}: {other.way}"
-    if not is_usable(best.quality):
-        text += "; no longer usable"
-    error = f"± {best.quality.delta_nll_se:.2f} " if is_number(best.quality.delta_nll_se) else ""
-    return Card(title, f"{best.quality.delta_nll:+.2f}", f"{error}nats a token", text)
+        count = max(record.count for record in [one for one in asked if is_usable(one.quality)] or asked)
+        best, *rest = sorted((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
+        same = [one.way for one in rest if (one.plan, one.quality.delta_nll) == (best.plan, best.quality.delta_nll)]
+        text = f"{best.way}, {best.forwards:,.1f} forward passes to find"
+        text += f"; the same set by {joined(same)}" if same else ""
+        if other := next((one for one in rest if one.way not in same), None):
+            text += f"; next, {nats_in_words(other.quality)}: {other.way}"
+        text += "" if is_usable(best.quality) else "; no longer usable"
+        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, text)

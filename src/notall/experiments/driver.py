@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,8 +19,7 @@ from ..progress import Progress, Stages, silent
 from ..results.facts import Check, Configured, Footprint, Quality, TaskScore, Times
 from ..results.ledger import Ledger, refuse_foreign, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Loss, Number, Record, Share, SublayerNames, is_number
-from .costs import LeaveOneOutRecord
+from ..results.record import Count, Fact, Loss, Number, Record, Share, SublayerName, SublayerNames, Unsigned, is_number
 from .options import TaskChoice
 from .similarity import SimilarityRecord
 
@@ -75,6 +73,20 @@ class ScoresRecord(Record):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.scores)
+
+
+class LeaveOneOutRecord(Record):
+    """One sublayer left out, on a few sequences."""
+
+    file = "leave_one_out.jsonl"
+    commands = ("sweep",)
+    key_fields = ("sublayer",)
+
+    record: Literal["leave_one_out"] = "leave_one_out"
+    sublayer: SublayerName
+    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
+    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
+    sequences: Count | None = Field(None, description="on how many")
 
 
 class PlanTimesRecord(Record):
@@ -187,23 +199,21 @@ class HeldScores:
 
     def measure(self, plans: Mapping[Scored, Plan], doing: str, progress: Progress = silent) -> None:
         """Of each of `plans`, which may be repaired; the first one may be the dense one."""
-        batches = self.subject.batches
-        for number, tokens in enumerate(batches):
+        for number, tokens in enumerate(self.subject.batches):
             lacking = [key for key in plans if (number, *key) not in self._held]
-            if lacking:
-                progress(number, len(batches), doing)
-                asked = [key for key in lacking if key != DENSE]
-                found = dict(zip([DENSE, *asked], self.subject.score([plans[key] for key in asked], tokens)))
-                self._add(number, {key: found[key] for key in lacking})
+            if not lacking:
+                continue
+            progress(number, len(self.subject.batches), doing)
+            asked = [key for key in lacking if key != DENSE]
+            found = dict(zip([DENSE, *asked], self.subject.score([plans[key] for key in asked], tokens)))
+            records = []
+            for repair, keys in groupby(lacking, key=lambda key: key[0]):
+                told = {names: asdict(found[repair, names]) for _, names in keys}
+                scores = {key: SequenceScores(**{name: tuple(one[name]) for name in one}) for key, one in told.items()}
+                records.append(ScoresRecord(batch=number, repair=repair, scores=scores, provenance=self.about))
+                self._held |= {(number, repair, names): one for names, one in scores.items()}
+            self.kept.add(*records)
         progress(1, 1, doing)
-
-    def _add(self, batch: int, found: Mapping[Scored, Scores]) -> None:
-        records = []
-        for repair, keys in groupby(found, key=lambda key: key[0]):
-            scores = {key[1]: _as_fact(found[key]) for key in keys}
-            records.append(ScoresRecord(batch=batch, repair=repair, scores=scores, provenance=self.about))
-            self._held |= {(batch, repair, names): one for names, one in scores.items()}
-        self.kept.add(*records)
 
     def has(self, key: Scored) -> bool:
         """Of all batches."""
@@ -222,7 +232,9 @@ class HeldScores:
                     f"{self.kept.path} has scores of {len(held.nll)} sequences, not {len(tokens)}; delete that file, "
                     "to score anew"
                 )
-            total.extend(Scores(**{name: [_finite(value) for value in values] for name, values in held}))
+            total.extend(
+                Scores(**{name: [value if is_number(value) else math.inf for value in some] for name, some in held})
+            )
         return total
 
     def quality(self, key: Scored) -> Quality:
@@ -230,14 +242,6 @@ class HeldScores:
         from ..measuring.quality import summarize
 
         return summarize(self.scores(key), self.scores(DENSE))
-
-
-def _as_fact(scores: Scores) -> SequenceScores:
-    return SequenceScores(**{name: tuple(values) for name, values in asdict(scores).items()})
-
-
-def _finite(value: float) -> float:
-    return value if is_number(value) else math.inf
 
 
 # --- times ------------------------------------------------------------------------------------------------------------
@@ -293,32 +297,27 @@ def removable(structure: ModelStructure) -> list[Sublayer]:
     return [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
 
 
-def first_sequences(batches: Sequence[Tensor], sequences: int = FEW_SEQUENCES) -> list[Tensor]:
-    """The first sequences of `batches`, in as many batches as they are spread over."""
-    few: list[Tensor] = []
-    for tokens in batches:
-        few.append(tokens[: sequences - sum(map(len, few))])
-    return [tokens for tokens in few if len(tokens)]
-
-
 def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
-    """What leaving out each of the sublayers alone costs, on a few sequences."""
+    """What leaving out each of the sublayers alone costs, on the first sequences."""
     from ..measuring.quality import gather
 
     parts, held = removable(subject.structure), Ledger(subject.out, LeaveOneOutRecord, about)
     progress(0, 1, "leaving out each sublayer alone")
     if held.missing((part.name,) for part in parts):
+        few: list[Tensor] = []
+        for tokens in subject.batches:
+            few.append(tokens[: FEW_SEQUENCES - sum(map(len, few))])
         plans = [Plan(**{part.kind: [part.index]}) for part in parts]
-        qualities = gather(subject.score(plans, tokens) for tokens in first_sequences(subject.batches))
+        qualities = gather(subject.score(plans, tokens) for tokens in few if len(tokens))
         records = [
             LeaveOneOutRecord(
                 sublayer=part.name,
-                delta_nll=quality.delta_nll,
-                delta_nll_se=quality.delta_nll_se,
-                sequences=quality.sequences,
+                delta_nll=one.delta_nll,
+                delta_nll_se=one.delta_nll_se,
+                sequences=one.sequences,
                 provenance=about,
             )
-            for part, quality in zip(parts, qualities)
+            for part, one in zip(parts, qualities)
         ]
         held.add(*(record for record in records if record.key not in held))
     progress(1, 1, "left out each sublayer alone")
@@ -353,13 +352,16 @@ def task_scores(
     from ..evaluation.harness import run_tasks
 
     assert subject.tokenizer
-    every = [*dict.fromkeys([Plan(), *plans])]
-    how: dict[str, Any] = {"batch_size": choice.batch_size, "truncate": choice.truncate, "progress": progress}
-    found = run_tasks(subject.model, subject.tokenizer, every, jobs, folder=subject.out / "answers", **how)
-    by_plan: dict[Plan, list[TaskScore]] = {plan: [] for plan in every}
-    for result in found:
-        by_plan[every[result.number]].append(result.score)
-    return {plan: tuple(scores) for plan, scores in by_plan.items()}
+    found = run_tasks(
+        *(subject.model, subject.tokenizer, plans, jobs),
+        folder=subject.out / "answers",
+        batch_size=choice.batch_size,
+        truncate=choice.truncate,
+        progress=progress,
+    )
+    return {
+        plan: tuple(result.score for result in found if result.number == number) for number, plan in enumerate(plans)
+    }
 
 
 class Benchmarks:
@@ -387,9 +389,9 @@ class Benchmarks:
         refuse_foreign(subject.out, "paper")
         held = self._ledger()
         self.jobs = {name: choice.build(name) for name in choice.names if not self._is_done(held, name)}
-        self.models: dict[tuple[str, ...], PlansLM] = {}
+        self.models: dict[int, PlansLM] = {}  # by how many rows they are for
         for job in self.jobs.values():
-            self._model(self._rows_of(job), silent).check(job)
+            self._model(job).check(job)
 
     def run(self, progress: Progress = silent) -> list[BenchmarkRecord]:
         """One record a task, metric and row.
@@ -397,27 +399,26 @@ class Benchmarks:
         Writes the records of a task as soon as it is done, and each answer as it comes: the same call goes on where it
         stopped. Raises `UsageError` when another process works in the folder, and when it cannot be written.
         """
+        from ..evaluation.harness import evaluate_job
+
         with working_in(self.subject.out, "paper"):
             held = self._ledger()
             stages = Stages(progress, len(self.choice.names))
             for name in self.choice.names:
                 telling = stages.stage(1)
-                if name in self.jobs and not self._is_done(held, name):
-                    self._evaluate(self.jobs[name], held, telling)
+                if name not in self.jobs or self._is_done(held, name):
+                    continue
+                job, rows = self.jobs[name], self._rows_of(self.jobs[name])
+                found = evaluate_job(self._model(job, telling), job)
+                source = Provenance.of(self.abouts[name], records=len(found))
+                known = {record.key for record in self._of(held, name)}
+                records = (
+                    BenchmarkRecord.from_fact(one.score, **fields_of(rows[one.number]), provenance=source)
+                    for one in found
+                )
+                held.add(*(record for record in records if record.key not in known))
             progress(stages.steps, stages.steps, "benchmarks")
             return [record for name in self.choice.names for record in self._of(held, name)]
-
-    def _evaluate(self, job: Job, held: Ledger[BenchmarkRecord], progress: Progress) -> None:
-        from ..evaluation.harness import evaluate_job
-
-        rows = self._rows_of(job)
-        found = evaluate_job(self._model(rows, progress), job)
-        source = Provenance.of(self.abouts[job.name], records=len(found))
-        records = [
-            BenchmarkRecord.from_fact(one.score, **fields_of(rows[one.number]), provenance=source) for one in found
-        ]
-        known = {record.key for record in self._of(held, job.name)}
-        held.add(*(record for record in records if record.key not in known))
 
     def _ledger(self) -> Ledger[BenchmarkRecord]:
         return Ledger(
@@ -438,24 +439,21 @@ class Benchmarks:
         generates = any(task.OUTPUT_TYPE == "generate_until" for task in job.tasks.values())
         return self.generating_rows if self.generating_rows and generates else self.rows
 
-    def _model(self, rows: Sequence[Configured], progress: Progress) -> PlansLM:
-        """The harness's model for a choice of rows, made when it is first needed."""
+    def _model(self, job: Job, progress: Progress = silent) -> PlansLM:
+        """The harness's model for the rows of a job, made when it is first needed."""
         from ..evaluation.harness import PlansLM
 
-        key, subject = tuple(row.name for row in rows), self.subject
-        if key not in self.models:
-            assert subject.tokenizer
-            self.models[key] = PlansLM(
-                subject.model,
-                subject.tokenizer,
-                [row.plan for row in rows],
-                subject.out,
+        subject, rows = self.subject, self._rows_of(job)
+        assert subject.tokenizer
+        if len(rows) not in self.models:
+            self.models[len(rows)] = PlansLM(
+                *(subject.model, subject.tokenizer, [row.plan for row in rows], subject.out),
                 batch_size=self.choice.batch_size,
                 truncate=self.choice.truncate,
                 workers=subject.workers,
             )
-        self.models[key].progress = progress
-        return self.models[key]
+        self.models[len(rows)].progress = progress
+        return self.models[len(rows)]
 
 
 def diagnose(
@@ -466,8 +464,7 @@ def diagnose(
 
     assert subject.tokenizer
     size = {"windows": [len(windows), windows[0].numel()], "contexts": [*CONTEXTS]}
-    about = Provenance.of(subject.provenance, seed=subject.seed, **size)
-    run = partial(run_diagnostics, subject.model, subject.tokenizer, [row.plan for row in rows], windows)
+    about, plans = Provenance.of(subject.provenance, seed=subject.seed, **size), [row.plan for row in rows]
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, DiagnosticsRecord, about)
         for place, part in enumerate(PARTS):
@@ -475,7 +472,7 @@ def diagnose(
             counts = {sum(record.part == part and row.describes(record) for record in held) for row in rows}
             if len(counts) == 1 and counts != {0}:
                 continue
-            found = run(parts=[part], seed=subject.seed)
+            found = run_diagnostics(subject.model, subject.tokenizer, plans, windows, parts=[part], seed=subject.seed)
             held.add(
                 *(
                     DiagnosticsRecord.from_fact(check, **fields_of(row), part=part, provenance=about)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..plan import Plan
@@ -87,38 +87,43 @@ class Evaluation:
         from ..measuring.quality import evaluate
 
         self.progress(0, 1, "reading the tasks")
-        jobs = self.tasks.jobs() if self.tasks else []
+        jobs = self.tasks.jobs()
         self.progress(0, 1, "quality on the text")
         plans = [*self.states.values()]
         qualities = zip(("dense", *self.states), evaluate(self.model, [Plan(), *plans], batches))
         quality = [ModelQuality(model=name, quality=found) for name, found in qualities]
-        scores = self._scores(jobs) if jobs else []
+        scores = self._scores(jobs)
         if self.diagnostics is None:
             return Evaluated(quality, scores, [])
         found = run_diagnostics(self.model, self.tokenizer, plans, self.diagnostics, progress=self.progress)
         checks = [PlanCheck(model=name, **dict(one)) for some in zip(*found) for name, one in zip(self.states, some)]
-        return Evaluated(quality, scores + self._gsm8k(scores), checks)
+        if not any(score.task.endswith(GSM8K) for score in scores):
+            scores += self._gsm8k()
+        return Evaluated(quality, scores, checks)
 
     def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
+        if not jobs:
+            return []
         from ..evaluation.harness import run_tasks
 
-        how: dict[str, Any] = {"truncate": self.tasks.truncate, "batch_size": self.tasks.batch_size}
         found = run_tasks(
-            self.model, self.tokenizer, [*self.states.values()], jobs, folder=self.out, progress=self.progress, **how
+            *(self.model, self.tokenizer, [*self.states.values()], jobs),
+            folder=self.out,
+            batch_size=self.tasks.batch_size,
+            truncate=self.tasks.truncate,
+            progress=self.progress,
         )
         names = [*self.states]
         return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
 
-    def _gsm8k(self, scores: Sequence[PlanScore]) -> list[PlanScore]:
-        """GSM8K, unless it is among `scores`; nothing where its data can't be had."""
-        if any(score.task.endswith(GSM8K) for score in scores) or self.tasks.shelf is None:
+    def _gsm8k(self) -> list[PlanScore]:
+        """On a few documents, unless --limit names it; nothing where its data can't be had."""
+        limits, shelf = self.tasks.limits, self.tasks.shelf
+        if shelf is None:
             return []
+        most = min((limits.most if limits else None) or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS)
         try:
-            limits = self.tasks.limits
-            named = limits.by_task.get(GSM8K) if limits else None
-            most = min(limits.most or GSM8K_DOCUMENTS, GSM8K_DOCUMENTS) if limits else GSM8K_DOCUMENTS
-            job = self.tasks.shelf.build(GSM8K, None, named if named is not None else most)
-            return self._scores([job])
+            return self._scores([shelf.build(GSM8K, None, limits.by_task.get(GSM8K, most) if limits else most)])
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []

@@ -46,17 +46,13 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
         if one.model != "repaired" or one.text not in before:
             continue
         lost, was = one.quality, before[one.text]
-        if lost.nats_lost > was.nats_lost + _error(lost) + _error(was):
+        if lost.nats_lost > was.nats_lost + sum(se for se in (lost.delta_nll_se, was.delta_nll_se) if is_number(se)):
             on = f" on {one.text}" if one.text else ""
             print(
                 f"warning: the repair makes it worse{on}: {lost.nats_lost:.3f} nats where it was "
                 f"{was.nats_lost:.3f}; repair with more text, in another way, or not at all",
                 file=sys.stderr,
             )
-
-
-def _error(quality: Quality) -> float:
-    return quality.delta_nll_se if is_number(quality.delta_nll_se) else 0.0
 
 
 def warn_of_own_text(plan: Plan, described: dict[str, Any], path: Path | None = None) -> None:
@@ -129,11 +125,9 @@ def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
             texts.setdefault(one.text, {})[one.model] = one.quality
     for text, states in list(texts.items())[:MOST_CARDS]:
         *before, last = sorted(states, key=STATES.index)
-        after = states[last]
-        told = [f"{last}{_beside(after)}"]
+        told = [f"{last}{_beside(states[last])}"]
         told += [f"{in_nats(states[state])} nats a token {state}{_beside(states[state])}" for state in before]
-        error = f"± {after.delta_nll_se:.2f} " if is_number(after.delta_nll_se) else ""
-        yield Card(text, f"{after.delta_nll:+.2f}", f"{error}nats a token", "; ".join(told))
+        yield Card.of_loss(text, states[last], "; ".join(told))
 
 
 def _beside(quality: Quality) -> str:

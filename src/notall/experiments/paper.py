@@ -6,45 +6,26 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..models.names import model_in_words
 from ..options import Option, Workload
-from ..plan import KIND_NAMES, several
+from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import (
-    BESIDE,
-    CHECK,
-    CONFIGURED,
-    DIFFERENCE,
-    DOCUMENTS,
-    FOOTPRINT,
-    PEAK,
-    SIGNIFICANT,
-    SPEEDUPS,
-    TASK,
-    TIMES,
-    VALUE,
-    WORSE,
-    Compared,
-    Configured,
-    Footprint,
-    P,
-    TaskScore,
-    Times,
-)
+from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
-from ..results.record import Count, Number, Quartiles, Record, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, inherited, number, table, within, words
+from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
 from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, fields_of, similarity_by_depth
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
+from .pages import speedup_cards
 from .shown import Card, Message, Section, Shown, Step
 from .similarity import SimilarityRecord, similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
@@ -53,9 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from ..measuring.speed import Timing
 
 LEAST_DOCUMENTS = 30  # of each task: from fewer a standard error is a guess
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
@@ -69,6 +47,7 @@ JUDGED = (
 
 Configuration = tuple[str, float, bool]  # variant, fraction, whether the last layer is kept
 DENSE: Configuration = ("dense", 0.0, False)
+DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
@@ -108,12 +87,9 @@ class ClaimRecord(Record):
     unit: str | None = Field(None, description="of these")
 
 
-class Average(Compared):
+class Average(Compared, Configured):
     """Of a configuration over tasks, beside the dense model's."""
 
-    variant: str
-    fraction: float
-    keep_last: bool
     tasks: Count = Field(description="over how many")
 
 
@@ -122,26 +98,6 @@ CLAIMS: tuple[Column[ClaimRecord], ...] = (
     words("verdict", lambda one: one.verdict),
     words("here", lambda one: one.here),
 )
-BENCHMARKS: tuple[Column[BenchmarkRecord], ...] = (
-    *inherited(BenchmarkRecord, TASK),
-    *inherited(BenchmarkRecord, CONFIGURED),
-    *inherited(BenchmarkRecord, (DIFFERENCE, P, VALUE)),
-    *inherited(BenchmarkRecord, DOCUMENTS),
-)
-DIAGNOSTICS: tuple[Column[DiagnosticsRecord], ...] = (
-    *inherited(DiagnosticsRecord, (CHECK,)),
-    *inherited(DiagnosticsRecord, CONFIGURED),
-    *inherited(DiagnosticsRecord, (DIFFERENCE, WORSE, P, VALUE)),
-)
-TIMED: tuple[Column[TimesRecord], ...] = (
-    *inherited(TimesRecord, CONFIGURED),
-    number("prompt tokens", lambda one: one.prompt_tokens, "d"),
-    number("concurrency", lambda one: one.concurrency, "d"),
-    *within(TIMES, lambda one: one.times),
-    *within(FOOTPRINT, lambda one: one.footprint),
-    *within((PEAK,), lambda one: one.times),
-)
-
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
@@ -165,11 +121,6 @@ class TimingGrid:
             for prompt in dict.fromkeys(self.prompt_tokens)
             for at_once in dict.fromkeys(self.concurrency)
         ]
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise `UsageError` as `Workload.check` does."""
-        for workload in self.workloads:
-            workload.check(model)
 
 
 @dataclass(frozen=True)
@@ -203,7 +154,8 @@ def run_paper(
     """
     from ..choosing.criteria.data_free import paper_grid
 
-    timing.check(subject.model)
+    for workload in timing.workloads:
+        workload.check(subject.model)
     rows = paper_grid(subject.structure)
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
@@ -218,25 +170,42 @@ def run_paper(
     return write_paper(subject.out, similarity, benchmarks, times, checks)
 
 
+Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]]
+
+
+def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Times]:
+    """What each of `rows` takes, by its name; the dense one is among them."""
+    from ..measuring.speed import time_plans
+
+    plans = {row.name: row.plan for row in rows if row.variant != "dense"}
+    return time_plans(subject.model, plans, workload, seed=subject.seed, progress=progress)
+
+
 def time_grid(
     subject: Subject,
     rows: Sequence[Configured],
     timing: TimingGrid = TimingGrid(),
     *,
-    measure: Measure | None = None,
+    measure: Measure = in_turn,
     progress: Progress = silent,
 ) -> list[TimesRecord]:
-    """Time all `rows` (the dense one first) in turn, for each workload of the grid; one record each.
+    """Time all `rows` (the dense one first) for each workload of the grid; one record each.
 
     Writes to the folder when a workload is done, and takes what is there. Where so many sequences do not fit into
-    memory half of them are timed, and the record's `concurrency` says so beside `asked_concurrency`. `measure`
-    takes the times, by default `in_turn`.
-    Raises as `compare` does, and `UsageError` when not even one sequence fits, and when another process works there.
+    memory half of them are timed, and the record's `concurrency` says so beside `asked_concurrency`. Raises as
+    `measure` does, and `UsageError` when not even one sequence fits, and when another process works there.
     """
     from ..running.footprint import footprint
 
     asked = {"generation_tokens": timing.generation_tokens, "rounds": timing.rounds, "seed": subject.seed}
     about = Provenance.of(subject.provenance, **asked)
+
+    def known(workload: Workload) -> list[TimesRecord]:
+        """Of all rows, at one number of sequences; [] where one lacks."""
+        size = (workload.prompt_tokens, workload.concurrency)
+        found = [held[key] for row in rows if (key := (*size, *row.configuration)) in held and row.describes(held[key])]
+        return found if len(found) == len(rows) and len({one.concurrency for one in found}) == 1 else []
+
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, TimesRecord, about)
         stages = Stages(progress, len(timing.workloads))
@@ -244,50 +213,27 @@ def time_grid(
             telling = stages.stage(1)
             size = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
             telling(0, 1, f"timing {len(rows)} configurations at {size}")
-            if _is_timed(held, workload, rows):
+            if known(workload):
                 continue
-            fitted, timings = _fitting(partial(measure or in_turn, subject, rows, telling), workload)
-            held.add(
-                *(
-                    TimesRecord(
-                        **fields_of(row),
-                        prompt_tokens=workload.prompt_tokens,
-                        concurrency=fitted,
-                        asked_concurrency=workload.concurrency,
-                        times=timings[row.name].beside(timings[rows[0].name]),
-                        footprint=footprint(subject.model, row.plan),
-                        provenance=about,
-                    )
-                    for row in rows
+            fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
+            found = (
+                TimesRecord(
+                    **fields_of(row),
+                    prompt_tokens=workload.prompt_tokens,
+                    concurrency=fitted,
+                    asked_concurrency=workload.concurrency,
+                    times=times[row.name],
+                    footprint=footprint(subject.model, row.plan),
+                    provenance=about,
                 )
+                for row in rows
             )
+            held.add(*found)
         progress(stages.steps, stages.steps, "timed all configurations")
-        return [held[_key(workload, row)] for workload in timing.workloads for row in rows]
+        return [record for workload in timing.workloads for record in known(workload)]
 
 
-def _key(workload: Workload, row: Configured) -> tuple[int, int, str, float, bool]:
-    return workload.prompt_tokens, workload.concurrency, row.variant, row.fraction, row.keep_last
-
-
-def _is_timed(held: Ledger[TimesRecord], workload: Workload, rows: Sequence[Configured]) -> bool:
-    """Whether all rows are, at one number of sequences."""
-    known = [held[key] for row in rows if (key := _key(workload, row)) in held and row.describes(held[key])]
-    return len(known) == len(rows) and len({record.concurrency for record in known}) == 1
-
-
-def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Timing]:
-    """What each of `rows` takes, by its name."""
-    from ..measuring.speed import compare
-    from ..running.skipping import skip
-
-    variants = {row.name: partial(skip, subject.model, row.plan) for row in rows}
-    return compare(subject.model, variants, workload, seed=subject.seed, progress=progress)
-
-
-Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], "dict[str, Timing]"]
-
-
-def _fitting(run: Callable[[Workload], dict[str, Timing]], workload: Workload) -> tuple[int, dict[str, Timing]]:
+def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) -> tuple[int, dict[str, Times]]:
     """The largest halving of the sequences at once that memory holds, and its times."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
@@ -303,7 +249,7 @@ def _fitting(run: Callable[[Workload], dict[str, Timing]], workload: Workload) -
     raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- averages and tables ----------------------------------------------------------------------------------------------
 
 HEADINGS = {
     "arc_challenge": "ARC-C",
@@ -314,7 +260,6 @@ HEADINGS = {
     "gsm8k": "GSM8K",
 }
 ROUNDING = 1e-6  # probabilities of choices may add up to a little more than 1
-LACKING = "–"
 
 
 def heading_of(task: str) -> str:
@@ -326,8 +271,7 @@ def heading_of(task: str) -> str:
 class Scoreboard:
     """Benchmark records by configuration and column; a column is a task, or task and metric where it has several."""
 
-    def __init__(self, records: Iterable[BenchmarkRecord]) -> None:
-        records = list(records)
+    def __init__(self, records: Sequence[BenchmarkRecord]) -> None:
         self.cells: dict[Configuration, dict[str, BenchmarkRecord]] = {}
         metrics: dict[str, set[str]] = {}
         for record in records:
@@ -336,24 +280,27 @@ class Scoreboard:
             name = heading_of(record.task)
             column = name if len(metrics[record.task]) == 1 else f"{name}, {record.usual_metric}"
             self.cells.setdefault(record.configuration, {})[column] = record
-        self.columns = list(dict.fromkeys(column for row in self.cells.values() for column in row))
 
-    @property
+    @cached_property
     def shared(self) -> list[str]:
         """The columns that every configuration has, as shares of 0 to 1: what an average is taken over."""
+        rows = self.cells.values()
         return [
             column
-            for column in self.columns
-            if all(column in row and _is_share(row[column]) for row in self.cells.values())
+            for column in self.cells.get(DENSE, ())
+            if all(column in row and _is_share(row[column]) for row in rows)
         ]
 
-    def average(self, key: Configuration) -> float:
-        from ..measuring.statistics import mean_and_error
-
-        return mean_and_error([self.cells[key][column].value for column in self.shared])[0]
+    @property
+    def fewest(self) -> int:
+        """Documents that any of those has."""
+        return min((row[column].documents for row in self.cells.values() for column in self.shared), default=0)
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
-        """The average of `key` less that of `other`, its standard error and p value, paired by document."""
+        """The average of `key` less that of `other`, its standard error and p value, paired by document.
+
+        Without the values of documents there is no p value, and an error only beside the dense model.
+        """
         from ..measuring.statistics import mean_and_error, sign_flip_p_value
 
         means, errors, terms = [], [], list[float]()
@@ -361,27 +308,29 @@ class Scoreboard:
             ours, theirs = self.cells[key][column], self.cells[other][column]
             means.append(ours.value - theirs.value)
             differences = [a - b for a, b in zip(_shares(ours), _shares(theirs))]
-            errors.append(mean_and_error(differences)[1])
+            beside = ours.delta_se if other == DENSE else math.nan
+            errors.append(mean_and_error(differences)[1] if differences else beside)
             terms += [one / len(differences) for one in differences]
         count = len(self.shared)
         error = math.sqrt(math.fsum(error**2 for error in errors)) / count
-        return math.fsum(means) / count, error, sign_flip_p_value(terms)
+        return math.fsum(means) / count, error, sign_flip_p_value(terms) if terms else math.nan
 
     def averages(self) -> list[Average]:
-        """One for each configuration."""
+        """One for each configuration; none where nothing is shared."""
+        from ..measuring.statistics import mean_and_error
+
         found = []
-        for key in self.cells if self.shared else ():
+        for key, row in self.cells.items() if self.shared else ():
+            value, _ = mean_and_error([row[column].value for column in self.shared])
             delta, error, p_value = self.difference(key, DENSE)
-            about = {"variant": key[0], "fraction": key[1], "keep_last": key[2], "tasks": len(self.shared)}
-            found.append(
-                Average(**about, value=self.average(key), delta=delta, delta_se=error, p_value=p_value)  # type: ignore[arg-type]
-            )
+            about = fields_of(next(iter(row.values()))) | {"tasks": len(self.shared)}
+            found.append(Average(**about, value=value, delta=delta, delta_se=error, p_value=p_value))
         return found
 
 
 def _is_share(record: TaskScore) -> bool:
-    shares = _shares(record)
-    if not is_number(record.value) or not shares or len(shares) < record.documents:
+    shares = [record.value] if record.values is None else _shares(record)
+    if not is_number(record.value) or (record.values is not None and len(shares) < record.documents):
         return False
     return all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
 
@@ -391,54 +340,46 @@ def _shares(record: TaskScore) -> list[float]:
     return [value for value in record.values or () if is_number(value)]
 
 
-Label = tuple[str, str]  # what is skipped, and how much of it
+Figure = tuple[Configured, str, Cell]  # of a configuration, under a heading
 
 
-def _label(key: Configuration) -> Label:
-    return KIND_NAMES[key[0]], f"{key[1]:.0%}"
+def benchmark_figures(board: Scoreboard) -> Iterator[Figure]:
+    """Values in per cent, and their average; what is no share is as it is."""
+    for row in board.cells.values():
+        for column, one in row.items():
+            plain = Cell(one.value, f"{one.value:.3g}") if is_number(one.value) else EMPTY
+            shown = _beside_dense(one, ".1f", one.p_value < SIGNIFICANT, 100) if _is_share(one) else plain
+            yield one, column, shown
+    for average in board.averages():
+        yield average, "average", _beside_dense(average, ".1f", average.p_value < SIGNIFICANT, 100)
 
 
-def _table_of(rows: Mapping[Label, Mapping[str, str]]) -> Table:
-    """A column for each name of a cell; what a row lacks is a dash."""
-    names = dict.fromkeys(name for cells in rows.values() for name in cells)
-
-    def named(name: str) -> Column[tuple[Label, Mapping[str, str]]]:
-        return Column(name, lambda row: Cell(row[1].get(name), row[1].get(name, LACKING)))
-
-    labels: list[Column[tuple[Label, Mapping[str, str]]]] = [
-        words(column.heading, lambda row, place=place: row[0][place])  # type: ignore[misc]
-        for place, column in enumerate(CONFIGURED[:2])
-    ]
-    return table("", [*labels, *map(named, names)], rows.items(), every=True)
+def diagnostics_figures(records: Iterable[DiagnosticsRecord]) -> Iterator[Figure]:
+    """Each check, marked where it got worse beyond its error."""
+    for one in records:
+        if is_number(one.value) and is_number(one.delta):  # not of a model that overflows
+            dense = one.value - one.delta
+            yield DENSE_ROW, one.check, Cell(dense, f"{dense:.3g}")
+            yield one, one.check, _beside_dense(one, ".3g", one.worse)
 
 
-def benchmark_table(board: Scoreboard, keep_last: bool) -> Table:
-    """Values in per cent, with the paired difference to dense ± its standard error; * where p < 0.05."""
-    rows = {}
-    for key, cells in board.cells.items():
-        if key != DENSE and key[2] != keep_last:
-            continue
-        row = {column: _score(cells.get(column)) for column in board.columns}
-        if board.shared:
-            row["average"] = _with_difference(board.average(key), *board.difference(key, DENSE), key)
-        rows[_label(key)] = row
-    return _table_of(rows)
+def time_figures(records: Iterable[TimesRecord], quantity: Literal["prefill", "decode"]) -> Iterator[Figure]:
+    """Milliseconds by prompt length: median, and how many times dense's speed, of the rounds' own ratios."""
+    for one in records:
+        taken, speedup = _of_quantity(one.times, quantity)
+        cell = Cell(taken.median, f"{taken.median:.1f}", f"({_gain(speedup)})" if one.variant != "dense" else "")
+        yield one, f"prompt {one.prompt_tokens}, batch {one.concurrency}", cell
 
 
-def time_table(records: Iterable[TimesRecord], keep_last: bool, quantity: Literal["prefill", "decode"]) -> Table:
-    """Milliseconds by prompt length: median, and how many times dense's speed.
-
-    The speedup is the median of the rounds' own ratios, with its quartiles.
-    """
-    rows: dict[Label, dict[str, str]] = {}
-    for record in records:
-        if record.variant != "dense" and record.keep_last != keep_last:
-            continue
-        column = f"prompt {record.prompt_tokens}, batch {record.concurrency}"
-        taken, speedup = _of_quantity(record.times, quantity)
-        gain = f" ({_gain(speedup)})" if record.variant != "dense" else ""
-        rows.setdefault(_label(record.configuration), {})[column] = f"{taken.median:.1f}{gain}"
-    return _table_of(rows)
+def _beside_dense(one: Average | BenchmarkRecord | DiagnosticsRecord, form: str, marked: bool, scale: int = 1) -> Cell:
+    """A value, with its difference to dense ± its standard error; of dense itself with its own."""
+    if not is_number(one.value):
+        return EMPTY
+    text = written(scale * one.value, form)
+    if one.variant == "dense":
+        return Cell(one.value, text, f"± {written(scale * one.value_se, form)}" if is_number(one.value_se) else "")
+    delta = written(scale * one.delta, f"+{form}") + "*" * marked
+    return Cell(one.value, text, f"({delta} ± {written(scale * one.delta_se, form)})")
 
 
 def _of_quantity(times: Times, quantity: str) -> tuple[Quartiles, Quartiles]:
@@ -452,185 +393,121 @@ def _gain(speedup: Quartiles) -> str:
     return f"{speedup.median:.2f}× [{speedup.low:.2f}, {speedup.high:.2f}]"
 
 
-def diagnostics_table(records: Iterable[DiagnosticsRecord], keep_last: bool) -> Table:
-    """Each check's value, with the paired difference to dense ± its standard error; * where it got worse beyond it."""
-    dense: dict[str, str] = {}
-    rows: dict[Label, dict[str, str]] = {_label(DENSE): dense}
-    for record in records:
-        if not (is_number(record.value) and is_number(record.delta)):  # of a model that overflows
-            continue
-        dense[record.check] = f"{record.value - record.delta:.3g}"
-        if record.keep_last == keep_last:
-            error = f"{record.delta_se:.2g}" if is_number(record.delta_se) else LACKING
-            mark = "*" if record.worse else ""
-            cell = f"{record.value:.3g} ({record.delta:+.2g}{mark} ± {error})"
-            rows.setdefault(_label(record.configuration), {})[record.check] = cell
-    return _table_of(rows)
-
-
-def _score(record: BenchmarkRecord | None) -> str:
-    if record is None or not is_number(record.value):
-        return LACKING
-    if not _is_share(record):
-        return f"{record.value:.3g}"
-    if record.variant == "dense":
-        return f"{100 * record.value:.1f} ± {_percent(record.value_se)}"
-    mark = "*" if record.p_value < SIGNIFICANT else ""
-    delta = f"{100 * record.delta:+.1f}" if is_number(record.delta) else LACKING
-    return f"{100 * record.value:.1f} ({delta}{mark} ± {_percent(record.delta_se)})"
-
-
-def _with_difference(value: float, delta: float, error: float, p_value: float, key: Configuration) -> str:
-    if key == DENSE:
-        return f"{100 * value:.1f}"
-    mark = "*" if p_value < SIGNIFICANT else ""
-    return f"{100 * value:.1f} ({100 * delta:+.1f}{mark} ± {_percent(error)})"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if is_number(value) else LACKING
+def half(figures: Iterable[Figure], keep_last: bool, title: str = "") -> Table:
+    """A row for each configuration of half of the grid; dense is of both halves."""
+    of = [one for one in figures if one[0].variant == "dense" or one[0].keep_last == keep_last]
+    return pivot(title, CONFIGURED[:2], of, lambda row: row.configuration)[0]
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
 def claims_of(
-    similarity: Sequence[SimilarityRecord], board: Scoreboard | None, times: Sequence[TimesRecord]
+    similarity: Sequence[SimilarityRecord], board: Scoreboard, times: Sequence[TimesRecord]
 ) -> list[ClaimRecord]:
     """Every claim that the given figures bear on; of `times` those of the longest prompt and the fewest at once."""
-    found = list(_similarity_claims(similarity))
-    if board and board.shared:
-        found += _quality_claims(board)
-    if times:
-        found += _time_claims(times)
-    return found
+    quality = _quality_claims(board) if board.shared else ()
+    return [*_similarity_claims(similarity), *quality, *(_time_claims(times) if times else ())]
 
 
-def _judge(difference: float, error: float) -> Verdict:
-    """Whether a difference that the claim says is positive is so, beyond its error."""
-    if math.isnan(error) or abs(difference) <= ERRORS * error:
-        return "inconclusive"
-    return "holds" if difference > 0 else "does not hold"
+def _claim(claim: str, here: str, few: str, verdict: Verdict, unit: str, **figures: float) -> ClaimRecord:
+    """`few` says on how little it was measured, where that is too little for a verdict."""
+    said = {"claim": claim, "here": here + few, "verdict": "too few" if few else verdict, "unit": unit}
+    return ClaimRecord.model_validate(said | figures)
+
+
+def _judge(low: float, high: float) -> Verdict:
+    """Whether what the claim says is positive is so, in all of this range."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
+
+
+def _around(difference: float, error: float) -> Verdict:
+    return _judge(difference - ERRORS * error, difference + ERRORS * error)
 
 
 def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[ClaimRecord]:
     blocks = sorted((row for row in similarity if row.kind == "block"), key=lambda row: row.layer)
     if len(blocks) < 4:
         return
-    windows = min(_asked(row, "sequences") for row in blocks)
-
-    def judged(claim: str, here: str, figure: float, error: float, judged: float, unit: str) -> ClaimRecord:
-        few = windows < LEAST_WINDOWS
-        here += f", on {windows} windows" if few else ""
-        verdict: Verdict = "too few" if few else _judge(judged, error)
-        return ClaimRecord(claim=claim, here=here, verdict=verdict, figure=figure, error=error, unit=unit)
-
-    *inner, before, last = blocks
-    inner.append(before)
+    windows = min(int(row.what.get("sequences", 0)) for row in blocks)
+    few = f", on {windows} windows" if windows < LEAST_WINDOWS else ""
+    *inner, last = blocks
     rho, error = rank_correlation([row.cosine for row in inner]), 1 / math.sqrt(len(inner) - 1)
-    yield judged(
-        "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)",
-        f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers",
-        *(rho, error, rho, "rank correlation"),
-    )
-    if not (is_number(before.cosine) and is_number(last.cosine)):
-        return
-    change, error = last.cosine - before.cosine, math.hypot(before.cosine_se, last.cosine_se)
-    yield judged(
-        "Fig. 1: the very last layer is less similar than the one before it",
-        f"cosine {last.cosine:.4f} after {before.cosine:.4f}: last less the one before {change:+.4f} ± {error:.4f}",
-        *(change, error, -change, "cosine"),
-    )
+    claim = "Fig. 1: features grow more similar to the previous layer's with depth (but for the last layer)"
+    here = f"rank correlation of cosine and depth {rho:+.2f} ± {error:.2f}, over {len(inner)} layers"
+    yield _claim(claim, here, few, _around(rho, error), "rank correlation", figure=rho, error=error)
+    before, change = inner[-1], last.cosine - inner[-1].cosine
+    if is_number(change):
+        error = math.hypot(before.cosine_se, last.cosine_se)
+        claim = "Fig. 1: the very last layer is less similar than the one before it"
+        here = (
+            f"cosine {last.cosine:.4f} after {before.cosine:.4f}: last less the one before {change:+.4f} ± {error:.4f}"
+        )
+        yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
 
 
 def rank_correlation(values: Sequence[float]) -> float:
     """Spearman's, of values and their places, over those that are numbers; NaN where they are all alike."""
-    places = [place for place, value in enumerate(values) if is_number(value)]
-    ranks = _ranks([values[place] for place in places])
-    middle = (len(places) + 1) / 2
-    x, y = ([rank - middle for rank in some] for some in (range(1, len(places) + 1), ranks))
+    known = [value for value in values if is_number(value)]
+    ordered, middle = sorted(known), (len(known) + 1) / 2
+    x = [place - middle for place in range(1, len(known) + 1)]
+    y = [ordered.index(value) + (ordered.count(value) + 1) / 2 - middle for value in known]  # ties share their mean
     spread = math.sqrt(math.fsum(a * a for a in x) * math.fsum(b * b for b in y))
     return math.fsum(a * b for a, b in zip(x, y)) / spread if spread else math.nan
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    """From 1; those of equal values are their mean."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
-
-
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
-    most = max(fraction for _, fraction, _ in board.cells)
-    fewest = min(row[column].documents for row in board.cells.values() for column in board.shared)
-    share = f"{most:.0%}"
-
-    def compare(claim: str, what: str, key: Configuration, other: Configuration, at_least: float = 0.0) -> ClaimRecord:
-        """`what` is `key` less `other`, in words; the claim says that this is positive, or more than `at_least`."""
-        difference, error, _ = board.difference(key, other)
+    fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
+    most = fractions[-1]
+    few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
+    attention, mlp, block = (((name, most, False), (name, most, True)) for name in ("attention", "mlp", "block"))
+    skipped, kept = "last layer skipped less last layer kept", "last layer kept less last layer skipped"
+    # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
+    asked: list[tuple[str, str, Configuration, Configuration, float]] = [
+        (
+            f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
+            *("attentions skipped less dense", attention[0], DENSE, -0.018),
+        ),
+        *(
+            (
+                f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
+                "attentions skipped less MLPs skipped",
+                *(("attention", fraction, False), ("mlp", fraction, False), 0.0),
+            )
+            for fraction in fractions
+        ),
+        (f"keeping the last layer lowers quality when {most:.0%} of the MLPs are skipped", skipped, *mlp, 0.0),
+        (f"keeping the last layer lowers quality when {most:.0%} of the blocks are skipped", skipped, *block, 0.0),
+        (
+            f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped",
+            *(kept, *attention[::-1], 0.0),
+        ),
+    ]
+    for claim, what, ours, theirs, least in asked:
+        difference, error, _ = board.difference(ours, theirs)
         here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
-        verdict: Verdict = _judge(difference - at_least, error)
-        if fewest < LEAST_DOCUMENTS:
-            here, verdict = f"{here}, with as few as {fewest} documents a task", "too few"
-        return ClaimRecord(
-            claim=claim, here=here, verdict=verdict, figure=100 * difference, error=100 * error, unit="points"
-        )
-
-    yield compare(
-        f"skipping the deepest {share} of the attentions loses no more than 1.8 points of the average (13B)",
-        *("attentions skipped less dense", ("attention", most, False), DENSE),
-        at_least=-0.018,
-    )
-    for fraction in sorted({fraction for _, fraction, _ in board.cells} - {0.0}):
-        yield compare(
-            f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
-            *("attentions skipped less MLPs skipped", ("attention", fraction, False), ("mlp", fraction, False)),
-        )
-    for variant in ("mlp", "block"):
-        yield compare(
-            f"keeping the last layer lowers quality when {share} of the {KIND_NAMES[variant]}s are skipped",
-            *("last layer skipped less last layer kept", (variant, most, False), (variant, most, True)),
-        )
-    yield compare(
-        f"keeping the last layer does not lower quality when {share} of the attentions are skipped",
-        *("last layer kept less last layer skipped", ("attention", most, True), ("attention", most, False)),
-    )
+        verdict, figures = _around(difference - least, error), {"figure": 100 * difference, "error": 100 * error}
+        yield _claim(claim, here, few, verdict, "points", **figures)
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     cells = {record.configuration: record for record in judged_times(times)}
     most = max(fraction for _, fraction, _ in cells)
-    attention, mlp, block = (cells[variant, most, False] for variant in ("attention", "mlp", "block"))
-    at = f"prompt {attention.prompt_tokens}, batch {attention.concurrency}, last layer skipped too"
-    rounds = min(_asked(record, "rounds") for record in cells.values())
-
-    def judged(claim: str, here: str, speedup: Quartiles, verdict: Verdict) -> ClaimRecord:
-        if rounds < LEAST_ROUNDS:
-            here, verdict = f"{here}, in {rounds} rounds", "too few"
-        return ClaimRecord(
-            claim=claim,
-            here=here,
-            verdict=verdict,
-            figure=speedup.median,
-            low=speedup.low,
-            high=speedup.high,
-            unit="times as fast",
-        )
-
+    rows = [cells[variant, most, False] for variant in ("attention", "mlp", "block")]
+    rounds = min(int(record.what.get("rounds", 0)) for record in cells.values())
+    few = f", in {rounds} rounds" if rounds < LEAST_ROUNDS else ""
     for name in ("prefill", "decode"):
-        of_attention, of_mlp, of_block = (_of_quantity(one.times, name)[1] for one in (attention, mlp, block))
-        yield judged(
-            f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {name}, {at}",
-            _gain(of_attention),
-            of_attention,
-            _by_quartiles(of_attention.low - 1.18, of_attention.high - 1.18),
-        )
-        for saver, word in ((of_attention, "attentions"), (of_block, "blocks")):
-            yield judged(
-                f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {name}, {at}",
-                f"{word} {_gain(saver)}, MLPs {_gain(of_mlp)}",
-                saver,
-                _by_quartiles(saver.low - of_mlp.high, saver.high - of_mlp.low),
-            )
+        at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
+        attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
+        claim = f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {at}"
+        asked = [(claim, _gain(attention), attention, _judge(attention.low - 1.18, attention.high - 1.18))]
+        for word, saver in (("attentions", attention), ("blocks", block)):
+            claim = f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {at}"
+            here = f"{word} {_gain(saver)}, MLPs {_gain(mlp)}"
+            asked.append((claim, here, saver, _judge(saver.low - mlp.high, saver.high - mlp.low)))
+        for claim, here, speedup, verdict in asked:
+            figures = {"figure": speedup.median, "low": speedup.low, "high": speedup.high}
+            yield _claim(claim, here, few, verdict, "times as fast", **figures)
 
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
@@ -641,56 +518,37 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     return [record for record in asked if record.concurrency == fewest]
 
 
-def _asked(record: Record, setting: str) -> int:
-    """A number that a run was given, such as rounds; 0 where that was not written down."""
-    return int(record.what.get(setting, 0))
-
-
-def _by_quartiles(low: float, high: float) -> Verdict:
-    return "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
-LAST = {False: "the last layer skipped too", True: "the last layer kept"}
+HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
 RATIOS = (
     "in brackets how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that "
     "they may differ from those of the medians."
 )
-# Of each kind of table: what it shows, and what its cells say.
+# Of each kind of table: its title, and what its cells say.
 CAPTIONS = {
     "benchmarks": (
-        "Benchmarks of",
+        "Benchmarks",
         "Per cent ± standard error; in brackets the difference to the dense model, paired by document, ± its standard "
         "error. * p < 0.05 (McNemar's exact test for accuracies; flipped signs of documents' differences for the "
         "average), not corrected for the number of comparisons. The average is over the tasks that every row has.",
     ),
     "diagnostics": (
-        "What accuracy hides of",
+        "What accuracy hides",
         "NLL in nats at so many tokens into a text, the share of passkeys found in texts of so many tokens, the "
         "expected calibration error of the next token, and greedy continuations beside the dense model's. In brackets "
         "the difference to the dense model ± its standard error; * worse, p < 0.05, not corrected for the number of "
         "comparisons.",
     ),
-    "prefill": ("Prefill time (ms) of", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
+    "prefill": ("Prefill time (ms)", f"Median of {{rounds}} rounds, each of all rows in turn; {RATIOS}"),
     "decode": (
-        "Decode time per new token (ms) of",
-        f"{{new}} new tokens. Median of {{rounds}} rounds, each of all rows in turn, with a real KV cache; {RATIOS}",
+        "Decode time per new token (ms)",
+        f"{{generation_tokens}} new tokens. Median of {{rounds}} rounds, each of all rows in turn, with a real KV "
+        f"cache; {RATIOS}",
     ),
 }
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """A table with the caption under which it stands in a paper; `name` is its label, and its file without suffix."""
-
-    name: str
-    caption: str
-    table: Table
-
-    def latex(self) -> str:
-        return as_latex(self.table, caption=self.caption, label=self.name)
+PARTS = {"Benchmarks": ("benchmarks",), "What accuracy hides": ("diagnostics",), "Times": ("prefill", "decode")}
 
 
 def write_paper(
@@ -700,128 +558,81 @@ def write_paper(
     times: Sequence[TimesRecord],
     checks: Sequence[DiagnosticsRecord] = (),
 ) -> list[ClaimRecord]:
-    """Tables and claims from what was measured, into `out`."""
-    records: list[Record] = [*similarity, *times, *benchmarks]
-    about = next(record.provenance for record in records if record.provenance)
-    board = Scoreboard(benchmarks) if benchmarks else None
-    tables = [made for keep_last in LAST for made in _tables(keep_last, board, benchmarks, times, checks)]
+    """Tables and claims from what was measured, into `out`; claims take the place of earlier ones."""
+    about = next(one.provenance for one in (*similarity, *times, *benchmarks) if one.provenance)
+    model, board = model_in_words(str(about.what.get("model"))), Scoreboard(benchmarks)
+    tables = {
+        f"{kind}-{ending}": half(figures, keep_last, caption_of(kind, records, keep_last))
+        for kind, records, figures in tables_of(board, benchmarks, times, checks)
+        for keep_last, ending in ENDINGS.items()
+    }
+    evidence = [f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."]
+    if similarity and "sequences" in similarity[0].what:
+        evidence.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
+    evidence += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
+    evidence += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
-    if claims:
-        of = _evidence(_model_of(about), similarity, benchmarks, times)
-        caption = f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {of} "
-        tables.append(PaperTable("claims", caption + JUDGED, table("claims", CLAIMS, claims)))
-    out.mkdir(parents=True, exist_ok=True)
-    for one in tables:
-        (out / f"{one.name}.tex").write_text(one.latex(), encoding="utf-8")
-    averages = board.averages() if board else []
-    kinds = {"claims": claims, "benchmarks": benchmarks, "averages": averages, "times": times, "diagnostics": checks}
-    for name, some in kinds.items():
-        if some or name in ("benchmarks", "times"):
-            (out / f"{name}.csv").write_text(as_csv(some), encoding="utf-8")
-    _keep_claims(out, claims)
-    (out / "paper.md").write_text(_story(about, tables, claims, bool(benchmarks)), encoding="utf-8")
+    tables |= {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
+    story = [
+        f"# The evaluation of arXiv 2407.15516 on {model}",
+        f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
+        f"## The paper's claims, and this model\n\n{table('claims', CLAIMS, claims).markdown()}\n{JUDGED}",
+        "## Similarity\n\n![Similarity by depth](similarity.png)",
+    ]
+    for title, kinds in PARTS.items():
+        shown = [one for name, one in tables.items() if name.startswith(kinds)]
+        story += [f"## {title}"] if shown else []
+        story += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
+    texts = {f"{name}.tex": as_latex(one, caption=one.title, label=name) for name, one in tables.items()}
+    kept: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
+    kept |= {"times": times, "diagnostics": checks}
+    texts |= {f"{name}.csv": as_csv(some) for name, some in kept.items() if some}
+    with working_in(out, "paper"):
+        for name, text in (texts | {"paper.md": "\n\n".join(story) + "\n"}).items():
+            (out / name).write_text(text, encoding="utf-8")
+        (out / ClaimRecord.file).unlink(missing_ok=True)
+        if claims:
+            Ledger(out, ClaimRecord).add(*claims)
     return claims
 
 
-def _tables(
-    keep_last: bool,
-    board: Scoreboard | None,
+def tables_of(
+    board: Scoreboard,
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],
     checks: Sequence[DiagnosticsRecord],
-) -> Iterator[PaperTable]:
-    """Those of one half of the grid."""
-    timed = times[0].what if times else {}
-    numbers = {"rounds": str(timed.get("rounds", "?")), "new": str(timed.get("generation_tokens", "?"))}
-
-    def made(kind: str, of: Sequence[Record], found: Table) -> PaperTable:
-        told = {"model": _model_of(next(one.provenance for one in of if one.provenance)), "made": _made(of)}
-        return PaperTable(f"{kind}-{ENDINGS[keep_last]}", caption_of(kind, keep_last, **told, **numbers), found)
-
-    if board:
-        yield made("benchmarks", benchmarks, benchmark_table(board, keep_last))
+) -> Iterator[tuple[str, Sequence[Record], list[Figure]]]:
+    """Of each kind of table that there is something for the records, and what is shown of them."""
+    if benchmarks:
+        yield "benchmarks", benchmarks, [*benchmark_figures(board)]
     if checks:
-        yield made("diagnostics", checks, diagnostics_table(checks, keep_last))
+        yield "diagnostics", checks, [*diagnostics_figures(checks)]
     if times:
-        yield made("prefill", times, time_table(times, keep_last, "prefill"))
-        yield made("decode", times, time_table(times, keep_last, "decode"))
+        yield "prefill", times, [*time_figures(times, "prefill")]
+        yield "decode", times, [*time_figures(times, "decode")]
 
 
-def caption_of(kind: str, keep_last: bool, *, model: str, rounds: str, new: str, made: str) -> str:
-    """What a table says under itself, in sentences; `made` is how, and on what."""
-    shows, note = CAPTIONS[kind]
-    skipped = f"{model} with the deepest of its attentions, MLPs or blocks skipped, {LAST[keep_last]}"
-    return f"{shows} {skipped}. {note.format(rounds=rounds, new=new)} {made}"
-
-
-def _model_of(about: Provenance) -> str:
-    return model_in_words(str(about.what.get("model")))
-
-
-def _evidence(
-    model: str,
-    similarity: Sequence[SimilarityRecord],
-    benchmarks: Sequence[BenchmarkRecord],
-    times: Sequence[TimesRecord],
-) -> str:
-    """What the claims are judged by, in sentences."""
-    parts = [f"{model}."]
-    if similarity and "sequences" in similarity[0].what:
-        parts.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
-    parts += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
-    parts += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
-    return " ".join(parts)
+def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
+    """What the cells of a table say, and how it was made; of half of the grid it begins with what is shown."""
+    title, note = CAPTIONS[kind]
+    asked = {name: records[0].what.get(name, "?") for name in ("rounds", "generation_tokens")}
+    told = f"{note.format_map(asked)} {_made(records)}"
+    if keep_last is None:
+        return told
+    model = model_in_words(str(records[0].what.get("model")))
+    return f"{title} of {model} with the deepest of its attentions, MLPs or blocks skipped, {HALVES[keep_last]}. {told}"
 
 
 def _made(records: Sequence[Record]) -> str:
     """How and where figures were measured, in sentences."""
-    about = next((record.provenance for record in records if record.provenance), None)
-    if about is None:
-        return ""
+    about = records[0].provenance or Provenance(what={})
     where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
-    asked = [record for record in records if isinstance(record, BenchmarkRecord)]
-    return f"{_documents(asked)} {where}" if asked else where
-
-
-def _documents(benchmarks: Sequence[BenchmarkRecord]) -> str:
-    asked = {(record.task, record.metric): record for record in benchmarks}
-    told = (
+    asked = {(one.task, one.metric): one for one in records if isinstance(one, BenchmarkRecord)}
+    told = "; ".join(
         f"{heading_of(one.task)}, {one.num_fewshot}-shot, {one.usual_metric} of {one.documents} documents"
         for one in asked.values()
     )
-    return f"lm-evaluation-harness {benchmarks[0].what.get('lm_eval')}: {'; '.join(told)}."
-
-
-def _keep_claims(out: Path, claims: Sequence[ClaimRecord]) -> None:
-    """They follow from the other records, so that those of today take the place of earlier ones."""
-    with working_in(out, "paper"):
-        (out / ClaimRecord.file).unlink(missing_ok=True)
-        if claims:
-            Ledger(out, ClaimRecord).add(*claims)
-
-
-def _story(about: Provenance, tables: Sequence[PaperTable], claims: Sequence[ClaimRecord], benchmarked: bool) -> str:
-    """paper.md: the claims, and the tables that they are judged by."""
-    lines = [
-        f"# The evaluation of arXiv 2407.15516 on {_model_of(about)}",
-        "",
-        f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
-        *("", "## The paper's claims, and this model", ""),
-        table("claims", CLAIMS, claims).markdown(),
-        JUDGED,
-        *("", "## Similarity", "", "![Similarity by depth](similarity.png)"),
-    ]
-    parts = (
-        ("Benchmarks" * benchmarked, ["benchmarks"]),
-        ("What accuracy hides", ["diagnostics"]),
-        ("Times", ["prefill", "decode"]),
-    )
-    for title, kinds in parts:
-        shown = [one for kind in kinds for one in tables if one.name.startswith(kind)]
-        lines += ["", f"## {title}"] if title and shown else []
-        for one in shown:
-            lines += ["", one.caption, "", one.table.markdown().rstrip("\n")]
-    return "\n".join([*lines, ""])
+    return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
 
 
 # --- on a page --------------------------------------------------------------------------------------------------------
@@ -834,97 +645,6 @@ BECAME = {
 }
 
 
-@dataclass(frozen=True)
-class Standing:
-    """Of each configuration: the change of its average on the benchmarks with its error, its times, its nats lost.
-
-    `tasks` is over how many benchmarks the average is; a share of 0 to 1, as its error. `documents` is how many the one
-    of them with the fewest has. `nats` are the mean of what is lost at each depth of a long text.
-    """
-
-    tasks: int
-    documents: int
-    averages: Mapping[Configuration, tuple[float, float]]
-    times: Mapping[Configuration, TimesRecord]
-    nats: Mapping[Configuration, float]
-
-    @classmethod
-    def of(cls, folder: Folder) -> Standing:
-        shared = _shared(folder.of(BenchmarkRecord))
-        return cls(
-            tasks=len({(one.task, one.metric) for one in shared}),
-            documents=min((one.documents for one in shared), default=LEAST_DOCUMENTS),
-            averages=_averages(shared),
-            times={one.configuration: one for one in judged_times(folder.of(TimesRecord)) if one.variant != "dense"},
-            nats=_nats(folder.of(DiagnosticsRecord)),
-        )
-
-    @property
-    def headline(self) -> Configuration | None:
-        """The fastest that is usable, as far as that is known; else the paper's own, the most attentions."""
-        usable = [key for key in self.nats if self.usable(key) and key in self.times]
-        if usable:
-            return max(usable, key=lambda key: (self.times[key].times.speedup_decode.median, -self.nats[key]))
-        known = [key for key in (*self.averages, *self.times) if key[0] == "attention"]
-        return max(known, key=lambda key: (key[1], not key[2]), default=None)
-
-    def usable(self, key: Configuration) -> bool | None:
-        """Whether perplexity has at most doubled, where the diagnostics tell."""
-        return self.nats[key] <= MOST_NATS if key in self.nats else None
-
-    def told(self, key: Configuration) -> str:
-        """What a configuration comes to, in words."""
-        return joined([*self._parts(key)])
-
-    def _parts(self, key: Configuration) -> Iterator[str]:
-        if key in self.times:
-            yield f"it decodes {self.times[key].times.speedup_decode.median:.2f}× as fast"
-        if key in self.averages:
-            change, error = self.averages[key]
-            benchmarks = f"the average of {self.tasks} benchmarks" if self.tasks > 1 else "the one benchmark"
-            is_few = self.documents < LEAST_DOCUMENTS
-            few = f", from too few documents to say ({self.documents} a task)" if is_few else ""
-            yield f"{benchmarks} changes by {100 * change:+.1f} ± {100 * error:.1f} points{few}"
-        if key in self.nats:
-            usable = "" if self.usable(key) else ": it is no longer usable"
-            yield f"long texts take {self.nats[key]:+.2f} nats a token{usable}"
-
-
-def _shared(benchmarks: Sequence[BenchmarkRecord]) -> list[BenchmarkRecord]:
-    """Those of tasks that are shares and that every configuration has."""
-    everything = {one.configuration for one in benchmarks}
-    by_task: dict[tuple[str, str], list[BenchmarkRecord]] = {}
-    for one in benchmarks:
-        if is_number(one.value) and is_number(one.delta) and 0 <= one.value <= 1:
-            by_task.setdefault((one.task, one.metric), []).append(one)
-    return [one for some in by_task.values() if {one.configuration for one in some} == everything for one in some]
-
-
-def _averages(shared: Sequence[BenchmarkRecord]) -> dict[Configuration, tuple[float, float]]:
-    found: dict[Configuration, list[BenchmarkRecord]] = {}
-    for one in shared:
-        found.setdefault(one.configuration, []).append(one)
-
-    def error(one: BenchmarkRecord) -> float:
-        return one.delta_se if is_number(one.delta_se) else 0.0
-
-    return {
-        key: (
-            math.fsum(one.delta for one in some) / len(some),
-            math.sqrt(math.fsum(error(one) ** 2 for one in some)) / len(some),
-        )
-        for key, some in found.items()
-    }
-
-
-def _nats(checks: Sequence[DiagnosticsRecord]) -> dict[Configuration, float]:
-    found: dict[Configuration, list[float]] = {}
-    for one in checks:
-        if one.check.startswith("NLL at"):
-            found.setdefault(one.configuration, []).append(one.delta if is_number(one.delta) else math.inf)
-    return {key: sum(lost) / len(lost) for key, lost in found.items()}
-
-
 def became_of(claims: Sequence[ClaimRecord]) -> str:
     """Such as `5 hold, 2 do not hold and 8 are inconclusive`."""
     counts = Counter(str(claim.verdict) for claim in claims)
@@ -933,140 +653,111 @@ def became_of(claims: Sequence[ClaimRecord]) -> str:
     )
 
 
-def in_words(key: Configuration) -> str:
-    """A configuration, such as `the deepest 33% of its attentions`."""
-    variant, fraction, keep_last = key
-    return f"the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s" + (" (the last layer kept)" if keep_last else "")
-
-
 def shown(folder: Folder) -> Shown:
     """What a page says of the paper's evaluation."""
-    benchmarks, checks, times = folder.of(BenchmarkRecord), folder.of(DiagnosticsRecord), folder.of(TimesRecord)
-    claims, similarity = folder.of(ClaimRecord), folder.of(SimilarityRecord)
-    if not (claims or benchmarks or checks or times):
-        return Shown()
-    standing = Standing.of(folder)
+    board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
     every: dict[Configuration, Configured] = {}
-    for one in (*times, *benchmarks, *checks):
-        every.setdefault(one.configuration, one)
+    for row in (*times, *folder.of(BenchmarkRecord), *folder.of(DiagnosticsRecord)):
+        every.setdefault(row.configuration, row)
+    if not (claims or every):
+        return Shown()
+    averages = {one.configuration: one for one in board.averages()}
+    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(folder.of(DiagnosticsRecord))
+    first = _headline(timed, averages, lost)
+    usable = lost[first] <= MOST_NATS if first in lost else None
+    found = (
+        [*_told(every[first], timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
+    )
+    steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
+    for key, row in every.items():
+        taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
+        steps.append(Step(row.name, row.plan, None, taken, left, dense))
     place = {key: number for number, key in enumerate(every)}
-    timed = {one.configuration: one for one in judged_times(times)}
-    dense = timed[DENSE].footprint if DENSE in timed else None
-    steps = tuple(
-        Step(
-            row.name,
-            row.plan,
-            times=timed[key].times if key in timed else None,
-            footprint=timed[key].footprint if key in timed else None,
-            dense=dense,
-        )
-        for key, row in every.items()
-    )
-    key = standing.headline
+    holding = sum(claim.verdict == "holds" for claim in claims)
+    rest = became_of([claim for claim in claims if claim.verdict != "holds"])
+    cards = [Card("Claims that hold", f"{holding} of {len(claims)}", "", rest)] if claims else []
     return Shown(
-        message=_message(folder, standing, claims),
-        cards=tuple(_cards(standing, claims)),
-        steps=steps,
-        first=place[key] if key in place else max(len(steps) - 1, 0),
-        sections=tuple(_sections(claims, similarity, benchmarks, checks, times, place)),
-        similarity=similarity,
+        message=_message(folder, claims, first, [said for said, _ in found], usable),
+        cards=(*cards, *(card for _, some in found for card in some)),
+        steps=tuple(steps),
+        first=place[first] if first else max(len(steps) - 1, 0),
+        sections=tuple(_sections(folder, board, place)),
+        similarity=folder.of(SimilarityRecord),
     )
 
 
-def _message(folder: Folder, standing: Standing, claims: Sequence[ClaimRecord]) -> Message:
-    model, key = shortened(folder.model, NAME_LETTERS), standing.headline
+def _lost(checks: Sequence[DiagnosticsRecord]) -> dict[Configuration, float]:
+    """The mean of the nats that are lost at each depth of a long text."""
+    found: dict[Configuration, list[float]] = {}
+    for one in checks:
+        if one.check.startswith("NLL at"):
+            found.setdefault(one.configuration, []).append(one.delta if is_number(one.delta) else math.inf)
+    return {key: sum(some) / len(some) for key, some in found.items()}
+
+
+def _headline(
+    timed: Mapping[Configuration, TimesRecord], averages: Iterable[Configuration], lost: Mapping[Configuration, float]
+) -> Configuration | None:
+    """The fastest that is usable, as far as that is known; else the paper's own, the most attentions."""
+    usable = [key for key, nats in lost.items() if nats <= MOST_NATS and key in timed]
+    if usable:
+        return max(usable, key=lambda key: (timed[key].times.speedup_decode.median, -lost[key]))
+    known = [key for key in (*averages, *timed) if key[0] == "attention"]
+    return max(known, key=lambda key: (key[1], not key[2]), default=None)
+
+
+def _told(
+    row: Configured, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
+) -> Iterator[tuple[str, list[Card]]]:
+    """What a configuration comes to, in words and on cards."""
+    if timed:
+        size = f"{_without(row.configuration)}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
+        speed = f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
+        yield speed, speedup_cards(timed.times, size)
+    if average:
+        change, error = written(100 * average.delta, "+.1f"), f"± {written(100 * average.delta_se, '.1f')} points"
+        tasks = f"the average of {average.tasks} benchmarks" if average.tasks > 1 else "the one benchmark"
+        few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
+        card = Card("Benchmarks", change, error, f"{_without(row.configuration)}; {tasks}")
+        yield f"{tasks} changes by {change} {error}{few}", [card]
+    if nats is not None:
+        no_longer = "" if nats <= MOST_NATS else ": it is no longer usable"
+        card = Card("Long texts", f"{nats:+.2f}", "nats a token", _without(row.configuration))
+        yield f"long texts take {nats:+.2f} nats a token{no_longer}", [card]
+
+
+def _without(key: Configuration) -> str:
+    """Such as `without the deepest 33% of its attentions`."""
+    variant, fraction, keep_last = key
+    kept = " (the last layer kept)" if keep_last else ""
+    return f"without the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s{kept}"
+
+
+def _message(
+    folder: Folder, claims: Sequence[ClaimRecord], key: Configuration | None, told: Sequence[str], usable: bool | None
+) -> Message:
+    model = shortened(folder.model, NAME_LETTERS)
     parts = [f"of the paper's {len(claims)} claims {became_of(claims)} on {model}"] if claims else []
     if key is None:
-        said = "; ".join(parts or [f"the evaluation of {model} has only begun"])
-        command = next_command("paper", folder.model, out=folder.path)
-        return Message(f"{said[:1].upper()}{said[1:]}.", None, "go on with it", command)
-    variant, fraction, keep_last = key
-    said = "; ".join([*parts, f"without {in_words(key)} {standing.told(key)}"])
-    options = {"skip": f"{variant}:{fraction:g}", "keep_last": True if keep_last else None}
-    command = next_command("eval", folder.model, **options)
-    return Message(f"{said[:1].upper()}{said[1:]}.", standing.usable(key), "see what that costs on a text", command)
+        parts = parts or [f"the evaluation of {model} has only begun"]
+        end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
+    else:
+        parts, (variant, fraction, keep_last) = [*parts, f"{_without(key)} {joined(told)}"], key
+        options = {"skip": f"{variant}:{fraction:g}", "keep_last": True if keep_last else None}
+        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
+    said = "; ".join(parts)
+    return Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command)
 
 
-def _cards(standing: Standing, claims: Sequence[ClaimRecord]) -> Iterator[Card]:
-    """How many claims hold, and what became of the configuration that the first sentence is about."""
-    if claims:
-        rest = [claim for claim in claims if claim.verdict != "holds"]
-        yield Card("Claims that hold", f"{len(claims) - len(rest)} of {len(claims)}", "", became_of(rest))
-    key = standing.headline
-    if key is None:
-        return
-    without = f"without {in_words(key)}"
-    if key in standing.times:
-        timed = standing.times[key]
-        told = f"{without}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
-        for column in SPEEDUPS:
-            cell = column.cell(timed.times)
-            yield Card(column.heading.capitalize(), f"{cell.text}×", cell.beside, told)
-    if key in standing.averages:
-        change, error = standing.averages[key]
-        told = f"{without}; the average of {several(standing.tasks, 'benchmark')}"
-        yield Card("Benchmarks", f"{100 * change:+.1f}", f"± {100 * error:.1f} points", told)
-    if key in standing.nats:
-        yield Card("Long texts", f"{standing.nats[key]:+.2f}", "nats a token", without)
-
-
-def _sections(
-    claims: Sequence[ClaimRecord],
-    similarity: Sequence[SimilarityRecord],
-    benchmarks: Sequence[BenchmarkRecord],
-    checks: Sequence[DiagnosticsRecord],
-    times: Sequence[TimesRecord],
-    place: Mapping[Configuration, int],
-) -> Iterator[Section]:
-    if claims:
-        found = table("claims", CLAIMS, claims)
-        yield Section("claims", "The paper's claims", table=found, note=JUDGED, opens=True)
-    if similarity:
+def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, int]) -> Iterator[Section]:
+    """The claims, Fig. 1, and of each kind of figures a table of all configurations; its CSV has every digit."""
+    if claims := folder.of(ClaimRecord):
+        yield Section("claims", "The paper's claims", (), table("claims", CLAIMS, claims), note=JUDGED, opens=True)
+    if similarity := folder.of(SimilarityRecord):
         yield similarity_section(similarity)
-    if benchmarks:
-        names = [f"{one.task}, {one.usual_metric}" for one in benchmarks]
-        yield _by_plan("benchmarks-by-plan", "Benchmarks", benchmarks, names, place)
-    if checks:
-        names = [one.check for one in checks]
-        yield _by_plan("diagnostics-by-plan", "What accuracy hides", checks, names, place)
-    if benchmarks:
-        yield _one_by_one("benchmarks", "Benchmarks, one by one", BENCHMARKS, benchmarks, place)
-    if checks:
-        yield _one_by_one("diagnostics", "What accuracy hides, check by check", DIAGNOSTICS, checks, place)
-    if times:
-        yield _one_by_one("times", "Times", TIMED, times, place)
-
-
-R = TypeVar("R", BenchmarkRecord, DiagnosticsRecord, TimesRecord)
-
-
-def _one_by_one(
-    name: str, title: str, columns: Sequence[Column[R]], records: Sequence[R], place: Mapping[Configuration, int]
-) -> Section:
-    steps = tuple(place[one.configuration] for one in records)
-    return Section(name, title, table=table(name, columns, records), steps=steps)
-
-
-C = TypeVar("C", BenchmarkRecord, DiagnosticsRecord)
-Beside = tuple[Configured, Mapping[str, Compared]]  # a configuration, and its figures by what they are of
-
-
-def _by_plan(
-    name: str,
-    title: str,
-    records: Sequence[C],
-    names: Sequence[str],
-    place: Mapping[Configuration, int],
-) -> Section:
-    """A row for each configuration, and a column for each task, or check, which `names` says of each record."""
-    rows: dict[Configuration, tuple[Configured, dict[str, Compared]]] = {}
-    for record, asked in zip(records, names):
-        alone = {"delta": math.nan} if record.variant == "dense" else {}
-        rows.setdefault(record.configuration, (record, {}))[1][asked] = record.model_copy(update=alone)
-
-    def column(asked: str) -> Column[Beside]:
-        return Column(asked, lambda row: BESIDE.cell(row[1][asked]) if asked in row[1] else EMPTY, note=BESIDE.note)
-
-    configured: tuple[Column[Beside], ...] = within(CONFIGURED, lambda row: row[0])
-    found = table(name, [*configured, *map(column, dict.fromkeys(names))], [*rows.values()])
-    return Section(name, title, table=found, steps=tuple(place[key] for key in rows))
+    kinds = (folder.of(BenchmarkRecord), folder.of(TimesRecord), folder.of(DiagnosticsRecord))
+    for name, records, figures in tables_of(board, *kinds):
+        lines, rows = pivot(name, CONFIGURED, figures, lambda row: row.configuration)
+        steps = tuple(place.get(row.configuration) for row in rows)
+        lines = replace(lines, csv=as_csv(records))
+        yield Section(name, CAPTIONS[name][0], (), lines, steps, caption_of(name, records))

@@ -23,10 +23,10 @@ from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
 from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
-from .costs import read_costs
 from .folder import Folder, check_folder
 from .measured import last_measured
 from .options import HeldOutOptions, ModelOptions, SkipAmount, TaskOptions, space_of
+from .pages import read_costs
 from .repair import RepairOptions
 from .shown import Card, Message, Section, Shown, Step
 from .verdict import LITTLE, Outcome, Verdict, mending, next_command, plan_message

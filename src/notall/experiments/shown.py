@@ -36,6 +36,12 @@ class Card:
     unit: str
     text: str
 
+    @classmethod
+    def of_loss(cls, title: str, quality: Quality, text: str) -> Card:
+        """What a plan loses, with its standard error."""
+        error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
+        return cls(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from ..extras import FIGURES, installed
-from ..results.facts import COSINE, Similarity
+from ..plan import KIND_NAMES
+from ..results.facts import COSINE, SIMILARITY, Similarity
 from ..results.latex import as_latex
 from ..results.record import Record
-from ..results.table import EMPTY, Cell, Column, as_csv, table
+from ..results.table import as_csv, pivot
 from .shown import Figure, Section
 
-KINDS = {"block": "block", "attention": "attention", "mlp": "MLP"}
+HOW_TO_READ = "1 − cosine similarity. Low: little of the input is changed"
 
 
 class SimilarityRecord(Record, Similarity):
@@ -36,10 +37,8 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
         f"Cosine similarity of the residual stream of {model} before and after each block, attention and MLP{on}: mean "
         "over tokens ± standard error over windows."
     )
-    layers: dict[int, dict[str, Similarity]] = {}
-    for row in rows:
-        layers.setdefault(row.layer, {})[row.kind] = row
-    lines = table("similarity", [LAYER, *map(_of_kind, KINDS)], sorted(layers.items()), every=True)
+    figures = [(row, KIND_NAMES[row.kind], COSINE.cell(row)) for row in sorted(rows, key=lambda row: row.layer)]
+    lines, _ = pivot("similarity", SIMILARITY[:1], figures, lambda row: row.layer)
     texts = {
         ".csv": as_csv(rows),
         ".tex": as_latex(lines, caption=caption, label="similarity"),
@@ -55,15 +54,6 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
         save(framed(similarity(rows), f"Change by depth, {model}", HOW_TO_READ), path)
         drawn = [".png", ".svg", ".html"]
     return [path.with_name(path.name + suffix) for suffix in (*texts, *drawn)]
-
-
-HOW_TO_READ = "1 − cosine similarity. Low: little of the input is changed"
-OfLayer = tuple[int, Mapping[str, Similarity]]  # its number, and what is known of it by kind
-LAYER: Column[OfLayer] = Column("layer", lambda row: Cell(row[0], str(row[0])))
-
-
-def _of_kind(kind: str) -> Column[OfLayer]:
-    return Column(KINDS[kind], lambda row: COSINE.cell(row[1][kind]) if kind in row[1] else EMPTY)
 
 
 def similarity_section(rows: Sequence[Similarity]) -> Section:

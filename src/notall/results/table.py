@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -215,6 +215,25 @@ def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every:
         return Table(title, heads, lines, as_csv(facts), facts)
     sorted_by = [{column.heading: cell.value for column, cell in zip(heads, line)} for line in lines]
     return Table(title, heads, lines, csv_of(sorted_by))
+
+
+def pivot(
+    title: str, about: Iterable[Column[F]], figures: Iterable[tuple[F, str, Cell]], key: Callable[[F], Hashable]
+) -> tuple[Table, list[F]]:
+    """Cells, each of a row and under a heading: a table of a row for each `key`, and the first row with that key.
+
+    Columns that are `about` a row stand before those of the headings.
+    """
+    rows: dict[Hashable, tuple[F, dict[str, Cell]]] = {}
+    for row, heading, found in figures:
+        rows.setdefault(key(row), (row, {}))[1][heading] = found
+
+    def column(heading: str) -> Column[tuple[F, dict[str, Cell]]]:
+        return Column(heading, lambda line: line[1].get(heading, EMPTY))
+
+    headings = dict.fromkeys(heading for _, cells in rows.values() for heading in cells)
+    leading: tuple[Column[tuple[F, dict[str, Cell]]], ...] = within(about, lambda line: line[0])
+    return table(title, [*leading, *map(column, headings)], rows.values()), [row for row, _ in rows.values()]
 
 
 def as_csv(facts: Iterable[Fact]) -> str:
