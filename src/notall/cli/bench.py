@@ -26,9 +26,9 @@ def bench(
     from ..structure.locating import locate
 
     check_folder(out, "bench")
-    choice = plan.check()
+    plan.check()
     net = shape.load(model, run.seed)
-    wanted, spec = choice.of(net), shape.shape or model.model
+    wanted, spec = plan.of(net), shape.shape or model.model
     about = model.named(spec).provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         record = time_plan(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)

@@ -34,9 +34,9 @@ def draft(
 
     check_folder(out, "draft")
     text.check()
-    choice = plan.check(needed=True, model=model.model)
+    plan.check(needed=True, model=model.model)
     net, tokenizer = model.load()
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     windows, described = windows_of(
         net, tokenizer, text.text, text.sequences, how.prompt_tokens + how.generation_tokens, seed=seed
     )

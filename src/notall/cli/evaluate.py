@@ -40,12 +40,12 @@ def evaluate(
     kept = out.with_name(f"{out.name}.repaired") if out and repair else None
     check_folder(out, "eval")
     check_folder(kept, "repair")
-    choice = plan.check(needed=True, model=model.model)
+    plan.check(needed=True, model=model.model)
     text.check()
     repair.check()
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
     net, tokenizer = model.load()
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     wanted.check(locate(net))
     batches, described = text.windows(net, tokenizer, seed=run.seed)
     windows = diagnostic_windows(net, tokenizer, text.text, run.seed) if diagnostics else None
@@ -66,9 +66,9 @@ def evaluate(
         tables["tasks"] = (table(title, PLAN_SCORES, found.scores), found.scores)
     if found.checks:
         tables["diagnostics"] = (table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks), found.checks)
-    timed = next_command("bench", model.model, **choice.words)
+    timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
-    verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, choice, wanted), timed)
+    verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(records)
     conclude(verdict, as_json=run.as_json)

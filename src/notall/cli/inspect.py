@@ -135,7 +135,7 @@ def generate(
     from ..results.side_by_side import side_by_side
     from ..running.generating import Streamer, generate_text
 
-    choice = plan.check(needed=beside, model=model.model)
+    plan.check(needed=beside, model=model.model)
     net, tokenizer = model.load()
     write_text = partial(
         generate_text,
@@ -147,7 +147,7 @@ def generate(
         chat=chat,
         seed=seed,
     )
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     if not beside:
         write_text(plan=wanted, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         return

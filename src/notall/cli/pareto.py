@@ -19,7 +19,7 @@ from ..experiments.pareto import (
     sentence,
     write_pareto,
 )
-from ..experiments.repair import NONE, check_method
+from ..experiments.repair import NONE
 from ..options import Option, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
@@ -60,7 +60,10 @@ def pareto(
     check_folder(out, "pareto")
     check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    _check(plans, text)
+    plans.check()
+    if text.sequences < FEWEST:
+        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
+        raise UsageError(f"{few}: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
         engine.kind.check(spec)
     net, tokenizer = model.load()
@@ -73,7 +76,7 @@ def pareto(
     measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
     with progress_bar() as progress:
         stages = Stages(progress, 8)
-        finding = Finding(net, plans.space(net), own, out / "plans", about, run.seed)
+        finding = Finding(net, plans.of(net), own, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
             one.check(finding.space.structure)
@@ -98,14 +101,6 @@ def pareto(
         say(said)
         say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")
         say(f"Next: notall report {out} -o {out / 'report.html'}")
-
-
-def _check(plans: ParetoPlans, text: HeldOutOptions) -> None:
-    if plans.repair != NONE:
-        check_method(plans.repair)
-    if text.sequences < FEWEST:
-        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
-        raise UsageError(f"{few}: give {FEWEST} or more")
 
 
 def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:

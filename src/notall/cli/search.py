@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..experiments.measured import warn_if_worse
-from ..experiments.options import HeldOutOptions, ModelOptions, SkipAmount, deepest_plan
+from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.search import (
     COLUMNS,
@@ -52,7 +52,7 @@ def search(
     asked.check()
     with progress_bar() as progress:
         done = asked.run(progress)
-    title = f"{out}: {done.budget}, skip {done.found.plan}"
+    title = f"{out}: {done.budget}, skip {done.record.plan}"
     tables: dict[str, Any] = {"search": (table(title, COLUMNS, [done.record]), [done.record])}
     if done.measured:
         tables["quality"] = (table("before the repair, and after it", MEASURED, done.measured), done.measured)
@@ -83,7 +83,7 @@ def plan(
     skip: Annotated[
         str, Option("what to leave out, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
     ] = "attention:0.33",
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False,
+    keep_last: KeepLast = False,
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
@@ -92,7 +92,7 @@ def plan(
     from ..running.footprint import footprint
 
     net = model.empty()
-    chosen = deepest_plan(net, SkipAmount.parse(skip, 0.33), keep_last)
+    chosen = PlanOptions(skip=skip, keep_last=keep_last).of(net)
     chosen.save(out)
     weighed = [
         Weighed(model=name, footprint=footprint(net, one)) for name, one in (("dense", Plan()), ("skipped", chosen))

@@ -23,7 +23,7 @@ from ..results.table import Column, number, table, within, words
 from .folder import Folder
 from .options import ModelOptions
 from .shown import Card, Message, Section, Shown, Step
-from .verdict import Outcome, next_command
+from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,16 +195,17 @@ def _step(row: BenchRow) -> Step:
 
 def _message(folder: Folder, record: BenchRecord) -> Message:
     assert record.skipped
-    outcome = Outcome(
+    verdict = Verdict(
         record.plan,
         speedup=record.skipped.times.speedup_decode,
         footprint=record.skipped.footprint,
         dense=record.dense.footprint,
+        model=folder.model,
         layers=folder.layers,
     )
     real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
     command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
-    return Message(outcome.sentence(folder.model), None, "see what that costs", command)
+    return verdict.message("see what that costs", command)
 
 
 def _cards(record: BenchRecord) -> Iterator[Card]:

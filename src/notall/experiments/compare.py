@@ -44,7 +44,7 @@ from .costs import read_costs
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shared_times, task_scores
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
-from .shown import Card, Figure, Section, Shown, Step, nats_in_words
+from .shown import Card, Figure, Section, Shown, Step, in_nats
 from .verdict import is_usable, joined, next_command
 from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
 
@@ -824,8 +824,7 @@ def _least(ranked: Sequence[ComparisonRecord], title: str) -> Card:
     if same:
         text += f"; the same set by {joined([one.way for one in same])}"
     if other:
-        text += f"; next, {nats_in_words(other.quality)}: {other.way}"
+        text += f"; next, {in_nats(other.quality)}: {other.way}"
     if not is_usable(best.quality):
         text += "; no longer usable"
-    error = f"± {best.quality.delta_nll_se:.2f} " if is_number(best.quality.delta_nll_se) else ""
-    return Card(title, f"{best.quality.delta_nll:+.2f}", f"{error}nats a token", text)
+    return Card.of_loss(title, best.quality, text)

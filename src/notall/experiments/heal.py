@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, shortened
 from ..options import Option
-from .options import ModelOptions
+from .options import ClusterOptions, ModelOptions
 from .repair import FitOptions
 
 if TYPE_CHECKING:
@@ -26,19 +26,22 @@ class HealTexts(FitOptions):
         int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
     ] = None
     batch_size: Annotated[int, Option("windows of a step")] = 4
-    sample: Annotated[
-        bool, Option("train on what the dense model writes, from the first words of each window", ("--sample",))
-    ] = False
+    sample: Annotated[bool, Option("train on what the dense model writes, from the first words of each window")] = False
 
-    def windows(self, tokens: int | None) -> int | None:
+    tokens: Annotated[
+        int | None, Option("instead of --sequences: tokens to train on, of all texts together (default: up to 131,072)")
+    ] = None
+
+    @property
+    def windows(self) -> int | None:
         """How many to train on; None: as many as there are. Raises `UsageError` for less than one."""
-        if tokens is None:
+        if self.tokens is None:
             return self.sequences
         if self.sequences is not None:
             raise UsageError("--tokens and --sequences both say how much to train on: give one of them")
-        if tokens < self.length:
-            raise UsageError(f"--tokens {shortened(tokens)} is less than one window of {self.length}: give more")
-        return tokens // self.length
+        if self.tokens < self.length:
+            raise UsageError(f"--tokens {shortened(self.tokens)} is less than one window of {self.length}: give more")
+        return self.tokens // self.length
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,11 @@ class HealOptions:
 
 
 @dataclass(frozen=True)
-class HealRayOptions:
-    """Whether and where to train on a Ray cluster."""
-
-    PANEL: ClassVar = "Cluster"
-
-    ray: Annotated[
-        str | None,
-        Option("train on a Ray cluster: the running one, a new one, local, auto or HOST:PORT", (), "[ADDRESS]"),
-    ] = None
-    ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
+class HealRayOptions(ClusterOptions):
+    """With workers that share each batch."""
 
     def workers(self, model: ModelOptions, batch_size: int) -> Spread | None:
-        """Those that share each batch; None without a cluster. Raises `UsageError` where they cannot."""
+        """The workers; None without a cluster. Raises `UsageError` where they cannot."""
         if self.ray is None:
             return None
         from ..repairing.healing import Spread

@@ -25,8 +25,7 @@ from ..results.repairs import (
 )
 from ..results.table import table
 from .folder import Folder
-from .shown import Card, Figure, Section, Shown, Step
-from .verdict import in_nats
+from .shown import Card, Figure, Section, Shown, Step, in_nats
 
 MOST_CARDS = 5
 STATES: tuple[State, ...] = get_args(State)
@@ -131,9 +130,8 @@ def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
         *before, last = sorted(states, key=STATES.index)
         after = states[last]
         told = [f"{last}{_beside(after)}"]
-        told += [f"{in_nats(states[state])} nats a token {state}{_beside(states[state])}" for state in before]
-        error = f"± {after.delta_nll_se:.2f} " if is_number(after.delta_nll_se) else ""
-        yield Card(text, f"{after.delta_nll:+.2f}", f"{error}nats a token", "; ".join(told))
+        told += [f"{in_nats(states[state])} {state}{_beside(states[state])}" for state in before]
+        yield Card.of_loss(text, after, "; ".join(told))
 
 
 def _beside(quality: Quality) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from ..errors import UsageError, shortened
+from ..models.names import DEFAULT_TEXT
 from ..options import Option
 from ..plan import Plan
 from ..progress import Progress
@@ -15,17 +16,20 @@ from ..results.repairs import LITTLE, REFITS, MeasuredRecord, RefitRecord
 from ..results.table import Table, table
 from .folder import Folder
 from .measured import last_measured, shown_measured
+from .options import check_texts
 from .shown import Shown
-from .verdict import Outcome, Verdict, mending, next_command, plan_message
+from .verdict import Verdict, what_next
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..repairing.texts import RepairTexts
     from ..running.repaired import RepairedPlan
 
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
+METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class RepairOptions:
     PANEL: ClassVar = "Repair"
 
     repair: Annotated[
-        str | None, Option("repair what is kept first, as `notall repair`: refit takes minutes", metavar="METHOD")
+        str | None, Option(f"repair what is kept first, as `notall repair`: {METHODS}", metavar="METHOD")
     ] = None
     repair_text: Annotated[tuple[str, ...], Option("text to fit to; repeat it for more (default: prose)")] = ()
     repair_sequences: Annotated[
@@ -47,12 +51,9 @@ class RepairOptions:
 
     def check(self) -> None:
         """Raise `UsageError` for a method that no plan can keep, and for texts that cannot be read."""
-        from ..models.texts import read_text
-
         if self:
             check_method(str(self.repair))
-        for source in self.repair_text:
-            read_text(source)
+        check_texts(*self.repair_text)
 
     def apply(
         self,
@@ -69,7 +70,7 @@ class RepairOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        texts = RepairTexts.draw(model, tokenizer, self.repair_text or ("prose",), sequences=self.repair_sequences)
+        texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
@@ -94,15 +95,23 @@ class FitOptions:
     batch_size: Annotated[int, Option("windows to run at a time")] = 8
 
     def check(self) -> None:
-        """Raise `UsageError` for a text that cannot be read."""
-        from ..models.texts import read_text
-
-        for source in (*self.texts, *self.held_out):
-            read_text(source)
+        """Raise `UsageError` for a text that cannot be read, and for too few windows."""
+        check_texts(*self.text, *self.held_out)
+        _ = self.windows
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        return self.text or ("prose",)
+    def windows(self) -> int | None:
+        """How many to fit to; None: as many as there are, up to a usual number."""
+        return self.sequences
+
+    def draw(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
+    ) -> RepairTexts:
+        """Raises as `RepairTexts.draw` does."""
+        from ..repairing.texts import RepairTexts
+
+        texts, size = self.text or (DEFAULT_TEXT,), {"sequences": self.windows, "most": most, "length": self.length}
+        return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed)
 
 
 def check_method(name: str, offload: Path | None = None) -> None:
@@ -142,10 +151,9 @@ def repaired_by(
 
 
 def verdict_of(model: PreTrainedModel, spec: str, measured: MeasuredRecord, out: Path) -> Verdict:
-    """What a plan comes to with the weights in `out`, as it was measured last; it is healed where it is of no use."""
-    exported = next_command("export", spec, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
-    mend = mending(spec, out, repaired=True) if measured.model == "repaired" else exported
-    return Verdict.on(model, measured.plan, measured.quality, measured.text).then(mend, exported)
+    """What a plan comes to with the weights in `out`, as it was measured last, and what to do with it."""
+    verdict = Verdict.on(model, measured.plan, measured.quality, measured.text, measured.model)
+    return replace(verdict, next=what_next(verdict, spec, out)[1])
 
 
 def refits_table(repaired: RepairedPlan, out: Path) -> tuple[Table, tuple[RefitRecord, ...]]:
@@ -165,5 +173,5 @@ def shown(folder: Folder) -> Shown:
     found, last = shown_measured(folder), last_measured(folder)
     if last is None:
         return found
-    said = Outcome(last.plan, last.quality, state=last.model, layers=folder.layers).sentence(folder.model)
-    return replace(found, message=plan_message(said, folder.model, folder.path, last.quality, last.model))
+    verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+    return replace(found, message=verdict.message(*what_next(verdict, folder.model, folder.path)))

@@ -36,6 +36,12 @@ class Card:
     unit: str
     text: str
 
+    @classmethod
+    def of_loss(cls, title: str, quality: Quality, text: str) -> Card:
+        """What a plan loses, with its standard error."""
+        error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
+        return cls(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -61,7 +67,7 @@ class Step:
         skipped = len(self.plan)
         yield f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"
         if skipped and self.quality:
-            yield nats_in_words(self.quality)
+            yield in_nats(self.quality)
         if skipped and self.times:
             speedup = self.times.speedup_decode
             yield f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]"
@@ -71,12 +77,11 @@ class Step:
             yield "skipped in this order: " + ", ".join(map("+".join, self.order))
 
 
-def nats_in_words(quality: Quality) -> str:
-    """Such as `+0.20 nats a token (± 0.02)`."""
-    if not is_number(quality.delta_nll):
-        return "an unknown loss"
-    error = f" (± {quality.delta_nll_se:.2f})" if is_number(quality.delta_nll_se) else ""
-    return f"{quality.delta_nll:+.2f} nats a token{error}"
+def in_nats(quality: Quality) -> str:
+    """Such as `+0.20 ± 0.02 nats a token`, with three digits where the error needs them; one window has no error."""
+    error = quality.delta_nll_se
+    digits = 3 if is_number(error) and error < 0.005 else 2
+    return f"{quality.nats_lost:+.{digits}f}{f' ± {error:.{digits}f}' if is_number(error) else ''} nats a token"
 
 
 @dataclass(frozen=True)

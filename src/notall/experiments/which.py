@@ -2,34 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from ..errors import shortened
 from ..models.names import DEFAULT_TEXT
-from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality
+from ..plan import Plan
+from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality, Times
 from ..results.provenance import Provenance
-from ..results.record import is_number
+from ..results.record import Quartiles, is_number
 from ..results.table import Column, words
 from .folder import Folder
-from .shown import Card, Message, nats_in_words
-from .verdict import (
-    NAME_LETTERS,
-    M,
-    MeasuredPlan,
-    Outcome,
-    asking_for_less,
-    decode_speedup,
-    fastest,
-    faults_of,
-    is_usable,
-    loss_in_words,
-    mildest,
-)
-
-R = TypeVar("R")
+from .shown import Card, Message, in_nats
+from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable
 
 FASTEST, LARGEST = "Fastest usable", "Largest usable"
+R = TypeVar("R")
+
+
+class MeasuredPlan(Protocol):
+    """A record of one of a folder's plans; `times` is None where it was not timed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def quality(self) -> Quality: ...
+    @property
+    def times(self) -> Times | None: ...
+    @property
+    def footprint(self) -> Footprint: ...
+
+
+M = TypeVar("M", bound=MeasuredPlan)
+
+
+def _decode_speedup(one: MeasuredPlan) -> Quartiles | None:
+    return one.times.speedup_decode if one.times else None
+
+
+def fastest(records: Iterable[M]) -> M | None:
+    """Of the usable ones the fastest: of those that may be as fast, by its quartiles, what loses least.
+
+    Where nothing was timed, the smallest, then the best.
+    """
+    usable = [one for one in records if one.plan and is_usable(one.quality)]
+
+    def pace(one: M) -> float:
+        return speedup.median if (speedup := _decode_speedup(one)) else 0
+
+    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
+    if first is None or not (speedup := _decode_speedup(first)):
+        return first
+    return min((one for one in usable if pace(one) >= speedup.low), key=lambda one: one.quality.nats_lost)
+
+
+def mildest(records: Iterable[M]) -> M | None:
+    """What loses least, usable or not."""
+    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
+    return min(known, key=lambda one: one.quality.nats_lost, default=None)
 
 
 def first_shown(records: Sequence[MeasuredPlan]) -> int:
@@ -48,17 +80,23 @@ def judged(
 ) -> Message | None:
     """The fastest usable plan and what comes `then`, or that there is none; `way` is its name in the sentence."""
     if best := fastest(records):
-        speedup, named = decode_speedup(best), way(best)
-        outcome = Outcome(best.plan, best.quality, speedup, best.footprint, dense, named=named, layers=folder.layers)
-        return Message(outcome.sentence(folder.model), True, *then(best))
+        verdict = Verdict(
+            best.plan,
+            best.quality,
+            speedup=_decode_speedup(best),
+            footprint=best.footprint,
+            dense=dense,
+            model=folder.model,
+            named=way(best),
+            layers=folder.layers,
+        )
+        return verdict.message(*then(best))
     if least := mildest(records):
         plans = sum(bool(one.plan) for one in records)
         which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
-        faults, loss = " and ".join(faults_of(least.quality)), loss_in_words(least.quality)
-        mild = f"with the mildest, {shortened(least.name, NAME_LETTERS)}, {faults}: {loss}"
-        return Message(
-            f"{which} {shortened(folder.model, NAME_LETTERS)} usable: {mild}.", False, *asking_for_less(folder.model)
-        )
+        mild = f"{shortened(least.name, NAME_LETTERS)}, {' and '.join(faults_of(least.quality))}"
+        said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
+        return Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
     return None
 
 
@@ -76,8 +114,8 @@ def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
     if best is None:
         told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
         return Card(FASTEST, "none", f"of {len(records)} plans", told)
-    text = f"{best.name}; {nats_in_words(best.quality)}"
-    if not (speedup := decode_speedup(best)):
+    text = f"{best.name}; {in_nats(best.quality)}"
+    if not (speedup := _decode_speedup(best)):
         return Card(LARGEST, str(len(best.plan)), "sublayers left out", text)
     return Card(FASTEST, f"{speedup.median:.2f}×", SPEEDUPS[0].heading, text)
 
