@@ -84,6 +84,11 @@ class HealOptions:
 class HealRayOptions(ClusterOptions):
     """With workers that share each batch."""
 
+    ray: Annotated[
+        str | None,
+        Option("train on a Ray cluster: the running one, a new one, local, auto or HOST:PORT", metavar="[ADDRESS]"),
+    ] = None
+
     def workers(self, model: ModelOptions, batch_size: int) -> Spread | None:
         """The workers; None without a cluster. Raises `UsageError` where they cannot."""
         if self.ray is None:

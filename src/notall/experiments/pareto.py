@@ -47,7 +47,6 @@ from .options import read_plan, words_of
 from .repair import METHODS, NONE, REFIT, check_method, repaired_by
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .shown import Figure, Message, Section, Shown
-from .verdict import next_command
 
 if TYPE_CHECKING:
     import altair as alt
@@ -744,21 +743,22 @@ def shown(folder: Folder) -> Shown:
     measured = any(one.times for one in records)
     drawn = (Figure(on_page(_drawn(records)), "Loss against decode speedup in the engine"),) if measured else ()
     section = Section("pareto", "Skipping beside quantising", drawn, table("pareto", COLUMNS, records))
-    end, command = "measure what is faster beside these", folder.command
-    if command[:2] == ["notall", "pareto"]:
-        said = shlex.join(_with_faster(command))
-    else:
+    command = folder.command
+    if command[:2] != ["notall", "pareto"]:
         engine = folder.provenance.what.get("engine", "llama.cpp")
-        said = next_command("pareto", folder.model, engine=engine, speedups=FASTER, out=folder.path)
-    return Shown(message=Message(sentence(records), None, end, said), sections=(section,))
-
-
-def _with_faster(words: list[str]) -> list[str]:
-    """A command as it was given, that finds plans of more speedups."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if "--speedups" not in words:
-        own = "" if {"--skip", "--plan"} & {*words} else f"{FIRST},"  # without either it finds these
-        return [*words, "--speedups", own + FASTER]
-    at = words.index("--speedups") + 1
-    known = words[at].split(",")
-    return [*words[:at], ",".join([*known, *(one for one in FASTER.split(",") if one not in known)]), *words[at + 1 :]]
+        command = [
+            "notall",
+            "pareto",
+            folder.model,
+            "--engine",
+            engine,
+            "--out",
+            str(folder.path),
+            "--skip",
+            "sublayer",
+        ]
+    asked = {word.partition("=")[0] for word in command}
+    own = "" if {"--skip", "--plan", "--speedups"} & asked else f"{FIRST},"  # without any of them it finds these
+    more = shlex.join([*command, "--speedups", own + FASTER])
+    message = Message(sentence(records), None, "measure what is faster beside these", more)
+    return Shown(message=message, sections=(section,))
