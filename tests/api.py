@@ -182,7 +182,6 @@ NAMES = {
         "ParetoRecord",
         "Subject",
         "Windows",
-        "as_windows",
         "by_another",
         "measure_pareto",
         "pareto_front",

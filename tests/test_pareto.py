@@ -29,7 +29,6 @@ from api import (
     Subject,
     Transformers,
     Windows,
-    as_windows,
     by_another,
     call,
     engine_named,
@@ -309,7 +308,7 @@ def test_windows_count_the_bytes_that_are_predicted(dense, default_model):
     _, ours = default_model
     _, theirs = load(dense, dtype="float32", device="cpu")
     text = "the café is where he then was"
-    windows = as_windows(ours, [torch.tensor([ours(text)["input_ids"]])])
+    windows = Windows.of(ours, [ours(text)["input_ids"]])
     first = len(ours.decode(windows.tokens[0][:1]).encode())
     assert windows.text_bytes == (len(text.encode()) - first,)
     other = by_another(theirs, ours, windows)

@@ -15,7 +15,11 @@ from ..experiments.pareto import (
     EngineOptions,
     Finding,
     ParetoPlans,
+    Subject,
+    Windows,
+    by_another,
     check_workload,
+    measure_pareto,
     sentence,
     write_pareto,
 )
@@ -31,8 +35,6 @@ from .app import MEASURE, command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..experiments.pareto import Subject, Windows
 
 FEWEST = 4  # windows
 
@@ -55,7 +57,6 @@ def pareto(
     times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
     continues where it stopped.
     """
-    from ..experiments.pareto import Subject, as_windows, measure_pareto
 
     check_folder(out, "pareto")
     check_workload(workload)
@@ -65,12 +66,12 @@ def pareto(
         few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
         raise UsageError(f"{few}: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
-        engine.kind.check(spec)
+        engine.of().check(spec)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
     own, others, described = text.both(net, tokenizer, seed=run.seed)
-    windows = as_windows(tokenizer, others)
+    windows = Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"
     measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
@@ -105,7 +106,6 @@ def pareto(
 
 def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: Windows) -> Subject:
     """Another model, with the same text in its own tokens."""
-    from ..experiments.pareto import Subject, by_another
     from ..models.loading import identify
 
     _, theirs = model.load()

@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..engines import Engine
 
-CHECKPOINTS = "checkpoints"
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
 PATIENCE = 12  # evaluations that bring nothing, before a search ends
 NOT_MEASURED = math.nan, math.nan
@@ -224,11 +223,6 @@ class Windows:
         return cls(tokens, tuple(len(_text_of(tokenizer, row[1:]).encode()) for row in tokens))
 
 
-def as_windows(tokenizer: PreTrainedTokenizerBase, batches: Iterable[Tensor]) -> Windows:
-    """Of batches of token ids, (batch, tokens)."""
-    return Windows.of(tokenizer, (row for batch in batches for row in batch.tolist()))
-
-
 def by_another(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, windows: Windows) -> Windows:
     """The same text in the tokens of another model. Raises `UsageError` where a window comes to fewer than two."""
     rows = [list(theirs(_text_of(ours, row), verbose=False)["input_ids"]) for row in windows.tokens]
@@ -324,10 +318,10 @@ class Subject:
         """What its files are called."""
         return file_name(self.name) + ("-repaired" if self.repaired else "")
 
-    @property
-    def fixed_by(self) -> dict[str, Any]:
-        """What distinguishes it from another model of the same name."""
-        return {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
+    def source(self, about: Provenance) -> Provenance:
+        """`about`, with what distinguishes it from another model of the same name."""
+        fixed = {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
+        return Provenance.of(about, subject=fixed)
 
 
 @dataclass(frozen=True)
@@ -378,8 +372,8 @@ def measure_pareto(
     """
     check_workload(workload)
     names = [(subject.name, subject.repaired) for subject in subjects]
-    if twice := [one for one in names if names.count(one) > 1]:
-        raise UsageError(f"two of the models are called {twice[0][0]}: rename the file or folder of one")
+    if twice := next((name for name, repaired in names if names.count((name, repaired)) > 1), None):
+        raise UsageError(f"two of the models are called {twice}: rename the file or folder of one")
     variants = [Variant(subject, kind) for subject in subjects for kind in types]
     with working_in(out, "pareto"):
         return _Run(engine, variants, workload, out, provenance, progress).records()
@@ -419,14 +413,11 @@ class _Run:
     def _tell(self, step: int, what: str) -> None:
         self.progress(step, len(self.variants) * (2 + self.workload.rounds), what)
 
-    def _about(self, subject: Subject) -> Provenance:
-        return Provenance.of(self.provenance, subject=subject.fixed_by)
-
     def _source(self, record: EngineScoresRecord | EngineTimesRecord) -> Provenance:
         """Where a record of one of the models must come from."""
         by_name = {variant.key[:2]: variant.subject for variant in self.variants}
         subject = by_name.get((record.model, record.repaired))
-        return self._about(subject) if subject else self.provenance
+        return subject.source(self.provenance) if subject else self.provenance
 
     def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
         if variant.key in self.failed:
@@ -462,13 +453,13 @@ class _Run:
                 tokens=tuple(len(tokens) - 1 for tokens in windows.tokens),
                 text_bytes=windows.text_bytes,
                 tokens_as_dense=windows.tokens == self.dense.subject.windows.tokens,
-                provenance=self._about(variant.subject),
+                provenance=variant.subject.source(self.provenance),
             )
         )
 
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        checkpoint = self.out / CHECKPOINTS / f"{variant.subject.stem}-{variant.type}{self.engine.suffix}"
+        checkpoint = self.out / "checkpoints" / f"{variant.subject.stem}-{variant.type}{self.engine.suffix}"
         if checkpoint.exists() and variant.key in self.scores:
             return checkpoint
         if checkpoint.is_dir():
@@ -507,14 +498,14 @@ class _Run:
         checkpoint = self._written(variant)
         taken = call(self.engine, "time", checkpoint=checkpoint, prompt=prompt, new=self.workload.generation_tokens)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
-        about = self._about(variant.subject)
+        about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
 
     # --- side by side -----------------------------------------------------------------------------------------------
 
     def _compared(self, variant: Variant) -> ParetoRecord:
         skipped = " ".join(variant.subject.plan.names)
-        about = {**variant.named, "skipped": skipped, "provenance": self._about(variant.subject)}
+        about = {**variant.named, "skipped": skipped, "provenance": variant.subject.source(self.provenance)}
         if variant.key in self.failed:
             return ParetoRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
@@ -610,19 +601,14 @@ class EngineOptions:
     threads: Annotated[int | None, Option("threads of the engine (default: one for each core)", least=1)] = None
     also: Annotated[tuple[str, ...], Option("another model to measure beside this one; repeat it for more")] = ()
 
-    @property
-    def kind(self) -> Engine:
-        """The engine, of whatever dtype. Raises `UsageError` where there is none of this name."""
+    def of(self, model: PreTrainedModel | None = None) -> Engine:
+        """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
         from ..engines import engine_named
         from ..measuring.speed import cores
-
-        return engine_named(self.engine)(self.threads or cores())
-
-    def of(self, model: PreTrainedModel) -> Engine:
-        """The engine, with plain weights in the dtype of a model."""
         from ..models.loading import dtype_name
 
-        return replace(self.kind, dtype=dtype_name(model))
+        found = engine_named(self.engine)(self.threads or cores())
+        return replace(found, dtype=dtype_name(model)) if model else found
 
     def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: Any) -> Provenance:
         """`about`, with what decides figures in the engine, as `more` does, and its version."""
@@ -746,17 +732,7 @@ def shown(folder: Folder) -> Shown:
     command = folder.command
     if command[:2] != ["notall", "pareto"]:
         engine = folder.provenance.what.get("engine", "llama.cpp")
-        command = [
-            "notall",
-            "pareto",
-            folder.model,
-            "--engine",
-            engine,
-            "--out",
-            str(folder.path),
-            "--skip",
-            "sublayer",
-        ]
+        command = ["notall", "pareto", folder.model, "--engine", engine, "--out", str(folder.path)]
     asked = {word.partition("=")[0] for word in command}
     own = "" if {"--skip", "--plan", "--speedups"} & asked else f"{FIRST},"  # without any of them it finds these
     more = shlex.join([*command, "--speedups", own + FASTER])

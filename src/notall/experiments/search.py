@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from ..choosing.budget import Budget, Resource
     from ..choosing.choice import ChosenPlan
-    from ..choosing.objective import Objective
     from ..choosing.space import Space
     from ..evaluation.tasks import TaskShelf
 
@@ -171,18 +170,17 @@ class BudgetOptions:
             raise UsageError(f"--skip {amount} asks for several budgets: give one number")
         given: dict[str, float] = {name: value for name, value in vars(self).items() if value is not None}
         given |= {"count": amount.amounts[0]} if amount.amounts else {}
-        limits = [name for name in given if name.startswith("max_")]
-        savings = [name for name in given if name not in limits]
+        limits = [(name, value) for name, value in given.items() if name.startswith("max_")]
+        savings = [one for one in given.items() if one not in limits]
         if not given or len(limits) > 1 or len(savings) > 1:
-            wrong = savings if len(savings) > 1 else limits or ["count", *vars(self)]
+            wrong = [*dict(savings if len(savings) > 1 else limits)] or ["count", *vars(self)]
             names = [f"--skip {amount.kind}:N" if name == "count" else f"--{name.replace('_', '-')}" for name in wrong]
             raise UsageError(f"give one budget: {' or '.join(names)}")
-        for name in limits:
-            check_nats(given[name])
-        if "speedup" in given:
-            check_faster(given["speedup"])
-        saving, limit = (next(((name, given[name]) for name in names), None) for names in (savings, limits))
-        return BudgetChoice(saving, limit)
+        for _, value in limits:
+            check_nats(value)
+        if self.speedup is not None:
+            check_faster(self.speedup)
+        return BudgetChoice(next(iter(savings), None), next(iter(limits), None))
 
 
 @dataclass(frozen=True)
@@ -256,26 +254,11 @@ class ObjectiveOptions:
             need("lm_eval")
         need(*criterion_of(self.criterion).needs)
 
-    def built(
-        self,
-        otherwise: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: list[Tensor],
-        shelf: TaskShelf | Path | None,
-    ) -> Objective:
-        """The objective, or `otherwise` that one, on these batches of token ids."""
-        from ..choosing.objective import build_objective
-
-        how: dict[str, Any] = {"prompts": self.prompts, "task_path": shelf, "task_limit": self.limit}
-        return build_objective(self.objective or otherwise, model, tokenizer, batches, **how)
-
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
         """The tasks that the objective, or `otherwise` that one, goes by; their data is read.
 
         Raises `UsageError` for what is no objective, and for prompts that cannot be read.
         """
-
         tasks = tasks_of([self.objective or otherwise], self.prompts)
         options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
         return options.check(objectives=tasks).shelf or self.task_path
@@ -365,6 +348,7 @@ class Search:
     def run(self, progress: Progress) -> Searched:
         """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does."""
         from ..choosing.choice import choose_plan
+        from ..choosing.objective import build_objective
         from ..repairing.texts import measure
 
         wanted = self.check()
@@ -374,7 +358,15 @@ class Search:
         batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
-        goal = self.by.built(wanted.objective, net, tokenizer, batches, shelf)
+        goal = build_objective(
+            self.by.objective or wanted.objective,
+            net,
+            tokenizer,
+            batches,
+            prompts=self.by.prompts,
+            task_path=shelf,
+            task_limit=self.by.limit,
+        )
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
         found = choose_plan(
@@ -407,14 +399,7 @@ class Search:
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, repaired, measured[-1].quality, measured[-1].text)
         passkeys = self._passkeys(net, tokenizer, plans, batches)
-        verdict = replace(
-            verdict,
-            speedup=found.times.measured_speedup if found.times else None,
-            verb="runs",
-            missed=found.missed and f"{budget.description}: {found.missed}",
-            late=not found.in_time,
-        )
-        verdict = replace(verdict, next=self._next(net, verdict))
+        verdict = self._concluded(net, verdict, found, budget)
         return Searched(record, budget.description, measured, passkeys, verdict)
 
     def _passkeys(
@@ -434,17 +419,26 @@ class Search:
         checks = look_far_back(net, tokenizer, [*distinct.values()], batches, seed=self.seed)
         return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
 
-    def _next(self, net: PreTrainedModel, verdict: Verdict) -> str:
+    def _concluded(self, net: PreTrainedModel, verdict: Verdict, found: ChosenPlan, budget: Budget) -> Verdict:
+        """The verdict with what the search has to add, and with the command that comes next."""
         from ..models.names import DEFAULT_TEXT
         from ..structure.locating import locate
 
         spec, made = self.model.model, self.repaired if self.repair else self.out
         if not verdict.plan:
-            return next_command("search", spec, max_nll=LITTLE, out=self.out)
-        if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
-            return next_command("bench", spec, plan=made)
-        text = None if self.text.text == DEFAULT_TEXT else self.text.text
-        return what_next(verdict, spec, made, text)[1]
+            command = next_command("search", spec, max_nll=LITTLE, out=self.out)
+        elif locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
+            command = next_command("bench", spec, plan=made)
+        else:
+            _, command = what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)
+        return replace(
+            verdict,
+            speedup=found.times.measured_speedup if found.times else None,
+            verb="runs",
+            missed=found.missed and f"{budget.description}: {found.missed}",
+            late=not found.in_time,
+            next=command,
+        )
 
 
 def note_replaced(out: Path, plan: Plan) -> None:
