@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
-from ..experiments.heal import TOKENS, HealOptions, HealRayOptions, HealTexts
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, read_plan
-from ..experiments.repair import METHODS, REFIT, FitOptions, check_method, refits_table, repaired_by, verdict_of
+from ..experiments.repair import (
+    METHODS,
+    REFIT,
+    TOKENS,
+    FitOptions,
+    HealOptions,
+    HealRayOptions,
+    HealTexts,
+    check_method,
+    refits_table,
+    repaired_by,
+    verdict_of,
+)
 from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.ledger import check_folder, read

@@ -45,8 +45,16 @@ from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shar
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .shown import Card, Figure, Section, Shown, Step, in_nats
-from .verdict import is_usable, joined, next_command
-from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
+from .verdict import (
+    fastest_card,
+    first_shown,
+    is_usable,
+    joined,
+    judged,
+    mark_usable,
+    next_command,
+    on_the_text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from ..results.facts import Decoding
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
-from ..results.table import Cell, Column, number, table, with_error, with_quartiles, words
+from ..results.table import Column, number, table, with_error, with_quartiles, words
 from .folder import Folder
 from .shown import Section, Shown
 
@@ -70,11 +70,6 @@ class DraftRecord(Record, Skips):
         return self
 
 
-def _same_texts(record: DraftRecord) -> Cell:
-    same = record.same_texts
-    return Cell(None) if same is None else Cell(same, str(same), f"of {record.texts}")
-
-
 COLUMNS: tuple[Column[DraftRecord], ...] = (
     words("decoding", lambda one: one.decoding),
     number("drafted", lambda one: one.drafted, "d", unit="tokens a round"),
@@ -85,7 +80,7 @@ COLUMNS: tuple[Column[DraftRecord], ...] = (
     number("draft ms", lambda one: one.draft_ms, ".1f"),
     number("check ms", lambda one: one.check_ms, ".1f"),
     number("dense ms", lambda one: one.dense_ms, ".1f"),
-    Column("same texts", _same_texts),
+    words("same texts", lambda one: "" if one.same_texts is None else f"{one.same_texts} of {one.texts}"),
     words("model", lambda one: one.model),
     words("skipped", lambda one: one.plan.in_words()),
 )

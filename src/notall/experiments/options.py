@@ -453,7 +453,7 @@ class ClusterOptions:
     ray: Annotated[
         str | None,
         Option(
-            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or "
+            "run on a Ray cluster: the running one, a new one, or the one at local, auto, HOST:PORT or, but for heal, "
             "ray://HOST:PORT",
             metavar="[ADDRESS]",
         ),

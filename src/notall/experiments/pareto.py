@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
 PATIENCE = 12  # evaluations that bring nothing, before a search ends
 NOT_MEASURED = math.nan, math.nan
-TORN = "\ufffd"  # of a character that a window cuts through
 DENSE = "dense"
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
 LEAST_WINDOWS = 8  # of text
@@ -233,7 +232,7 @@ def by_another(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, w
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return text.strip(TORN)
+    return text.strip("\ufffd")  # of a character that a window cuts through
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

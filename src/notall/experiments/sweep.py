@@ -47,8 +47,7 @@ from .driver import (
 from .folder import Folder
 from .shown import Card, Figure, Sample, Section, Shown, Step
 from .similarity import SimilarityRecord, similarity_section
-from .verdict import next_command
-from .which import fastest_card, first_shown, judged, mark_usable, on_the_text
+from .verdict import fastest_card, first_shown, judged, mark_usable, next_command, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path
