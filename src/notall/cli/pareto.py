@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError, shortened
 from ..experiments.measured import warn_of_own_text
@@ -85,9 +85,10 @@ def pareto(
         variants = [*wanted.items()]
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))
-        loading: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        every = [(DENSE, Plan()), *variants]
-        subjects = [Subject(name, model.model, one, windows, **loading) for name, one in every]
+        subjects = [
+            Subject(name, model.model, one, windows, "", model.revision, model.trust_remote_code)
+            for name, one in [(DENSE, Plan()), *variants]
+        ]
         subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
         del net, finding  # what is measured needs its memory
         measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
@@ -96,8 +97,8 @@ def pareto(
     title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
     write_pareto(records, out, title)
     said = sentence(records)
-    found: dict[str, Any] = {"pareto": (table(f"{title}: {out}", COLUMNS, records), records)}
-    show(found, as_json=run.as_json, also={"verdict": said})
+    lines = table(f"{title}: {out}", COLUMNS, records)
+    show({"pareto": (lines, records)}, as_json=run.as_json, also={"verdict": said})
     if not run.as_json:
         say(said)
         say(f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}.")

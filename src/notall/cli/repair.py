@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
 from ..experiments.measured import warn_if_worse
@@ -28,7 +28,7 @@ from ..results.lines import refuse_unwritable
 from ..results.progress_bars import progress_bar
 from ..results.repairs import HEALING, MEASURED, HealRecord
 from ..results.table import table
-from ..results.terminal import show
+from ..results.terminal import Tables, show
 from .app import REPAIR, command
 from .ending import conclude
 
@@ -73,7 +73,7 @@ def repair(
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
     verdict = verdict_of(net, model.model, measured[-1], out)
-    tables: dict[str, Any] = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
+    tables: Tables = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
     show(tables | {"quality": (quality, measured)}, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(measured)
     conclude(verdict, as_json=run.as_json)
@@ -117,7 +117,7 @@ def heal(
     looks = read(out / HealRecord.file, HealRecord)
     quality = table(f"skip {wanted}: before the healing and after it", MEASURED, measured)
     verdict = verdict_of(net, model.model, measured[-1], out)
-    tables: dict[str, Any] = {
+    tables: Tables = {
         "healing": (table(f"{out}: what it loses on text that was not trained on", HEALING, looks), looks),
         "quality": (quality, measured),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions
@@ -23,7 +23,7 @@ from ..results.progress_bars import progress_bar
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
-from ..results.terminal import show
+from ..results.terminal import Tables, show
 from .app import CHOOSE, command
 from .ending import conclude
 
@@ -53,7 +53,7 @@ def search(
     with progress_bar() as progress:
         done = asked.run(progress)
     title = f"{out}: {done.budget}, skip {done.record.plan}"
-    tables: dict[str, Any] = {"search": (table(title, COLUMNS, [done.record]), [done.record])}
+    tables: Tables = {"search": (table(title, COLUMNS, [done.record]), [done.record])}
     if done.measured:
         tables["quality"] = (table("before the repair, and after it", MEASURED, done.measured), done.measured)
     if done.passkeys:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -266,22 +266,18 @@ class _Generating:
         same = sum(map(list.__eq__, self.said[WITH], self.said[ALONE]))
         return speedup(times[ALONE], times[WITH]), same
 
-    def timed(self, way: str, **assistant: Any) -> float:
+    def timed(self, way: str, **assistant: PreTrainedModel) -> float:
         """Milliseconds of continuing all prompts, one after the other."""
         start = time.perf_counter()
-        self.said[way] = [self._continue(prompt, **assistant).tolist() for prompt in self.prompts.split(1)]
+        self.said[way] = [self._continue(prompt, **assistant) for prompt in self.prompts.split(1)]
         return 1e3 * (time.perf_counter() - start)
 
-    def _continue(self, prompt: Tensor, **assistant: Any) -> Tensor:
-        plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model would rather do
+    def _continue(self, prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
         from ..models.load_errors import quiet
+        from ..running.generating import greedy
 
-        mask = prompt.new_ones(prompt.shape)
         with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
-            said = self.model.generate(
-                prompt, attention_mask=mask, max_new_tokens=self.new_tokens, **plain, **assistant
-            )
-        return said[0, prompt.shape[1] :]
+            return greedy(self.model, prompt, self.new_tokens, **assistant)[0]
 
 
 # --- in words and on a page -------------------------------------------------------------------------------------------

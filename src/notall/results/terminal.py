@@ -16,6 +16,8 @@ from .record import Fact
 from .table import Cell, Column, Table
 from .table_layout import Strip, lay_out, listed, width_of
 
+Tables = dict[str, tuple[Table, Sequence[Fact]]]  # by their names in JSON, with the facts that they are of
+
 
 def show(
     tables: Mapping[str, tuple[Table, Sequence[Fact]]], *, as_json: bool, also: Mapping[str, Any] | None = None
