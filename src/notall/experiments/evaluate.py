@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ from ..results.record import Fact
 from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, within, words
 from .folder import Folder
-from .measured import last_measured, shown_measured
+from .measured import shown_measured
 from .options import PlanOptions, TaskChoice
 from .shown import Shown
-from .verdict import Verdict, asking_for_less, mending, next_command
+from .verdict import asking_for_less, mending, next_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,11 +149,5 @@ def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
 
 def shown(folder: Folder) -> Shown:
     """What a page says of an evaluation."""
-    found, last = shown_measured(folder), last_measured(folder)
-    if last is None:
-        return found
-    verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
-    if not verdict.usable:
-        return replace(found, message=verdict.message(*asking_for_less(folder.model)))
-    command = next_command("bench", folder.model, *folder.plan_options)
-    return replace(found, message=verdict.message("see what that saves", command))
+    timed = "see what that saves", next_command("bench", folder.model, *folder.plan_options)
+    return shown_measured(folder, lambda verdict: timed if verdict.usable else asking_for_less(folder.model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +26,7 @@ from ..results.repairs import (
 from ..results.table import table
 from .folder import Folder
 from .shown import Card, Figure, Section, Shown, Step, in_nats
+from .verdict import Verdict
 
 MOST_CARDS = 5
 STATES: tuple[State, ...] = get_args(State)
@@ -81,11 +82,15 @@ def warn_of_own_text(plan: Plan, described: dict[str, Any], path: Path | None = 
 # --- on a page --------------------------------------------------------------------------------------------------------
 
 
-def shown_measured(folder: Folder) -> Shown:
-    """What a page says of a folder of `repair`, `heal` or `eval`, but for its first sentence."""
-    measured = folder.of(MeasuredRecord)
-    states = {one.model: one for one in measured}
+def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -> Shown:
+    """What a page says of a folder of `repair`, `heal` or `eval`: its last state, and what comes `then`."""
+    measured, last = folder.of(MeasuredRecord), last_measured(folder)
+    states, message = {one.model: one for one in measured}, None
+    if last:
+        verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+        message = verdict.message(*then(verdict))
     return Shown(
+        message=message,
         cards=tuple(_cards(measured)),
         steps=tuple(Step(one.plan.in_words(), one.plan) for one in list(states.values())[:1]),
         sections=tuple(_sections(folder)),

@@ -15,7 +15,7 @@ from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS, MeasuredRecord, RefitRecord
 from ..results.table import Table, table
 from .folder import Folder
-from .measured import last_measured, shown_measured
+from .measured import shown_measured
 from .options import ClusterOptions, ModelOptions, check_texts
 from .shown import Shown
 from .verdict import Verdict, what_next
@@ -250,8 +250,4 @@ def refits_table(repaired: RepairedPlan, out: Path) -> tuple[Table, tuple[RefitR
 
 def shown(folder: Folder) -> Shown:
     """What a page says of a folder that `repair` wrote."""
-    found, last = shown_measured(folder), last_measured(folder)
-    if last is None:
-        return found
-    verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
-    return replace(found, message=verdict.message(*what_next(verdict, folder.model, folder.path)))
+    return shown_measured(folder, lambda verdict: what_next(verdict, folder.model, folder.path))
