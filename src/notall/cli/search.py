@@ -49,7 +49,6 @@ def search(
     If you interrupt it, the same command continues where it stopped.
     """
     asked = Search(model, space, text, budget, workload, by, until, repair, out, run.seed)
-    asked.check()
     with progress_bar() as progress:
         done = asked.run(progress)
     title = f"{out}: {done.budget}, skip {done.record.plan}"

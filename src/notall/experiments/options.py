@@ -299,8 +299,8 @@ class PlanOptions:
             raise UsageError(f"--skip {skip} asks for several plans: give one number")
         if amount >= 1 and amount % 1:
             raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
-        count = int(amount) if amount >= 1 else None
-        found = deepest(structure, skip.kind, amount, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
+        share, count = (amount, None) if amount < 1 else (None, int(amount))
+        found = deepest(structure, skip.kind, share, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
         if amount and not found:
             raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
         return found

@@ -312,11 +312,6 @@ class Subject:
     def repaired(self) -> bool:
         return self.plan.state == "repaired"
 
-    @property
-    def stem(self) -> str:
-        """What its files are called."""
-        return file_name(self.name) + ("-repaired" if self.repaired else "")
-
     def source(self, about: Provenance) -> Provenance:
         """`about`, with what distinguishes it from another model of the same name."""
         fixed = {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
@@ -342,7 +337,8 @@ class Variant:
         return (*self.key, number)
 
     def __str__(self) -> str:
-        return f"{self.subject.stem} {self.type}"
+        """What its files are called."""
+        return f"{file_name(self.subject.name)}{'-repaired' if self.subject.repaired else ''}-{self.type}"
 
 
 def check_workload(workload: Workload) -> None:
@@ -458,7 +454,7 @@ class _Run:
 
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        checkpoint = self.out / "checkpoints" / f"{variant.subject.stem}-{variant.type}{self.engine.suffix}"
+        checkpoint = self.out / "checkpoints" / f"{variant}{self.engine.suffix}"
         if checkpoint.exists() and variant.key in self.scores:
             return checkpoint
         if checkpoint.is_dir():
