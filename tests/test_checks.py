@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 from transformers import LlamaForCausalLM
 
-from api import ModelOptions, exporters_folder, search_module
+from api import ModelOptions, exporters_folder, latency
 from api import records_lines as lines
 from command_line import FAST, QUICK
 from notall import Plan, UsageError
@@ -124,7 +124,7 @@ def test_a_search_refuses_what_it_is_asked_before_a_model_is_loaded(run, folder,
 def test_a_speedup_is_timed_when_all_else_is_known_to_be_possible(run, folder, tmp_path, no_forward, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("x" * 500)
-    monkeypatch.setattr(search_module, "_saving_of", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(latency, "measure_times", lambda *_, **__: pytest.fail("it was timed"))
     command = ["search", folder, "--speedup", "1.1", "-o", tmp_path / "plan.json", *QUICK]
     for options, says in (
         (["--prompt-tokens", "9999"], "exceed the model's 64 positions"),

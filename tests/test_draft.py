@@ -415,16 +415,17 @@ def test_the_sentence_says_if_it_is_slower_and_where_it_is_best():
     slow = [record("greedy", 1, 0.81, 0.6), record("greedy", 2, 0.7, 0.9), record("sampled", 1, 1.05)]
     told = drafts_verdict(Drafted(slow, ""))
     assert told.said == (
-        "Drafting with it would be slower greedy (at best 0.81x, with 1 token a round; transformers measured 0.60x), "
-        "and about as fast sampled (at best 1.05x, with 1 token a round)."
+        "Drafting with it would be slower greedy (at best 0.81x predicted, with 1 token a round; measured in "
+        "transformers: 0.60x), and about as fast sampled (at best 1.05x predicted, with 1 token a round)."
     )
     best = told.best["greedy"]
     assert (best.drafted, best.predicted, best.measured, best.tokens_per_round) == (1, 0.81, 0.6, 2.0)
     assert (math.isnan(told.best["sampled"].measured), told.refused) == (True, None)
     assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 1.1), record("greedy", 3, 1.5, 1.3)], "")).said == (
-        "Drafting with it would be faster greedy (at best 1.50x, with 3 tokens a round; transformers measured 1.30x)."
+        "Drafting with it would be faster greedy (at best 1.50x predicted, with 3 tokens a round; measured in "
+        "transformers: 1.30x)."
     )
     assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 0.72)], "")).said == (
-        "Drafting with it would be slower greedy in transformers (measured 0.72x, where 1.20x was predicted at best, "
-        "with 1 token a round)."
+        "Drafting with it would be slower greedy (at best 1.20x predicted, with 1 token a round; measured in "
+        "transformers: 0.72x)."
     )

@@ -29,7 +29,6 @@ from api import (
     Subject,
     Transformers,
     Windows,
-    as_windows,
     by_another,
     call,
     engine_named,
@@ -309,7 +308,7 @@ def test_windows_count_the_bytes_that_are_predicted(dense, default_model):
     _, ours = default_model
     _, theirs = load(dense, dtype="float32", device="cpu")
     text = "the café is where he then was"
-    windows = as_windows(ours, [torch.tensor([ours(text)["input_ids"]])])
+    windows = Windows.of(ours, [ours(text)["input_ids"]])
     first = len(ours.decode(windows.tokens[0][:1]).encode())
     assert windows.text_bytes == (len(text.encode()) - first,)
     other = by_another(theirs, ours, windows)
@@ -547,17 +546,17 @@ def test_the_table_the_figure_and_the_page_show_each_model(asked, tmp_path):
     assert len(section.table.rows) == 4
     assert shown.message.said == sentence(folder.of(ParetoRecord))
     assert shown.message.command.startswith("notall pareto ")
-    assert shown.message.command.endswith(f" --speedups 1.3,1.5 --out {tmp_path}")
+    assert shown.message.command.endswith(f" --out {tmp_path} --speedups 1.1,1.2,1.3,1.5")
 
 
 @pytest.mark.parametrize(
     ("given", "following"),
     [
         ("pareto m -o out", "pareto m -o out --speedups 1.1,1.2,1.3,1.5"),
-        ("pareto m --speedups 1.2,1.5 --text a.txt", "pareto m --speedups 1.2,1.5,1.3 --text a.txt"),
-        ("pareto m --speedups=1.4 --rounds 7", "pareto m --speedups 1.4,1.3,1.5 --rounds 7"),
+        ("pareto m --speedups 1.2,1.5 --text a.txt", "pareto m --speedups 1.2,1.5 --text a.txt --speedups 1.3,1.5"),
+        ("pareto m --speedups=1.4 --rounds 7", "pareto m --speedups=1.4 --rounds 7 --speedups 1.3,1.5"),
         ("pareto m --skip mlp:4 --text 'a b.txt'", "pareto m --skip mlp:4 --text 'a b.txt' --speedups 1.3,1.5"),
-        ("pareto m --plan=plan.json", "pareto m --plan plan.json --speedups 1.3,1.5"),
+        ("pareto m --plan=plan.json", "pareto m --plan=plan.json --speedups 1.3,1.5"),
     ],
 )
 def test_the_next_command_is_the_one_that_was_given_with_more_speedups(asked, tmp_path, given, following):

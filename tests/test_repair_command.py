@@ -133,7 +133,8 @@ def test_heal_keeps_what_it_measured(run, folder, tmp_path, monkeypatch):
         assert [row["model"] for row in rows] == [before, "healed"]
         verdict = json.loads(shown)["verdict"]
         assert verdict["delta_nll"] == rows[1]["quality"]["delta_nll"]
-        assert verdict["next"].startswith(f"notall export {folder} --plan {out / before} ")
+        write, look = f"notall export {folder} --plan {out / before} ", f"notall search {folder} --max-nll "
+        assert verdict["next"].startswith(write if verdict["usable"] else look)
         assert read(out / before / "measured.jsonl", MeasuredRecord) == as_records(rows, MeasuredRecord)
         with monkeypatch.context() as patched:
             patched.setattr(quality, "record", lambda *_, **__: pytest.fail("it was measured again"))

@@ -32,9 +32,9 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     records = [one.model_copy(update={"provenance": about}) for one in result_folders.all_records()]
     shown = first(result_folders.write(tmp_path, *records))
     assert shown.message.said == (
-        "Without 2 attentions of its 12 layers (attention 25%, last layer kept), tiny decodes 1.12× as fast "
-        "(quartiles 1.07 to 1.24) with weights smaller by 2% and a KV cache smaller by 20%, at +0.25 ± 0.03 nats a "
-        "token (perplexity × 1.28; 50% of its first choices stay)."
+        "Without 2 attentions of its 12 layers (attention 25%, last layer kept), tiny: +0.25 ± 0.03 nats a token "
+        "(perplexity × 1.28); 50% of the first choices are the same; decodes 1.12× as fast (quartiles 1.07 to 1.24); "
+        "weights 2% smaller (3.7 MiB); KV cache 20% smaller (800 B a token)."
     )
     assert shown.message.usable
     assert shown.message.command == "notall search tiny --skip attention:2 --text t --out plan.json"
@@ -80,7 +80,8 @@ def test_of_a_comparison_it_is_the_fastest_usable_choice_and_how_to_make_it(tmp_
     rows[3] = rows[3].model_copy(update=faster)
     found = first(result_folders.write_comparison(tmp_path, rows)).message
     assert found.said.startswith(
-        "Without 4 attentions of its 12 layers (search by kl), tiny decodes 1.40× as fast (quartiles 1.33 to 1.54), at"
+        "Without 4 attentions of its 12 layers (search by kl), tiny: +0.40 ± 0.04 nats a token (perplexity × 1.49); "
+        "50% of the first choices are the same; decodes 1.40× as fast (quartiles 1.33 to 1.54)"
     )
     assert found.command == "notall search tiny --skip attention:4 --objective kl --out plan.json"
 
@@ -120,9 +121,9 @@ def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
     rows = (result_folders.chosen(4), result_folders.chosen(2, **sizes))
     shown = first(result_folders.write(tmp_path / "better.search", *rows))
     assert shown.message.said == (
-        "Without 2 attentions of its 12 layers, tiny runs 1.25× as fast (quartiles 1.19 to 1.38) with weights smaller "
-        "by 2% and a KV cache smaller by 20%, at +0.20 ± 0.02 nats a token (perplexity × 1.22; 50% of its first "
-        "choices stay)."
+        "Without 2 attentions of its 12 layers, tiny: +0.20 ± 0.02 nats a token (perplexity × 1.22); 50% of the first "
+        "choices are the same; runs 1.25× as fast (quartiles 1.19 to 1.38); weights 2% smaller (3.7 MiB); KV cache "
+        "20% smaller (800 B a token)."
     )
     plan = tmp_path / "better.json"
     pruned = tmp_path / "better-pruned"
@@ -150,20 +151,20 @@ def test_a_search_that_wrecked_the_model_says_so_and_one_that_measured_nothing_a
     found = message(tmp_path / "p.search", result_folders.chosen(2, **changes))
     assert found.usable is usable
     assert found.command == f"notall {command.format(tmp_path / 'p.json')}"
-    assert {False: "but is no longer usable", None: "what that costs was not measured"}[usable] in found.said
+    assert {False: "the model is no longer usable", None: "what that costs was not measured"}[usable] in found.said
 
 
 def test_of_a_search_that_was_repaired_it_is_the_repaired_plan(tmp_path):
     found = message(tmp_path / "p.search", result_folders.chosen(3), *result_folders.all_measured())
     assert "the repaired tiny" in found.said
-    assert "at +0.10 ± 0.01 nats" in found.said
+    assert "tiny: +0.10 ± 0.01 nats" in found.said
     assert f"--plan {tmp_path / 'p.repaired'}" in found.command
 
 
 def test_a_search_that_missed_its_budget_says_so(tmp_path):
     missed = message(tmp_path / "a", result_folders.chosen(2, missed="1.16x is what was reached"))
     kept = message(tmp_path / "b", result_folders.chosen(2))
-    assert missed.said == f"{kept.said} It missed what was asked: 1.16x is what was reached."
+    assert missed.said == f"{kept.said} Missed what was asked: 1.16x is what was reached."
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_of_a_repair_it_is_its_last_state_and_what_comes_after_that(tmp_path, be
     rows = [result_folders.measured("prose", state, lost * share) for state, share in ((before, 1), (after, 0.25))]
     made = result_folders.looks() if after == "healed" else result_folders.refits()
     found = message(tmp_path / "r", *rows, *made)
-    assert found.said.startswith(f"Without 3 attentions of its 12 layers, the {after} tiny is ")
+    assert found.said.startswith(f"Without 3 attentions of its 12 layers, the {after} tiny: ")
     assert found.command == f"notall {command.format(tmp_path / 'r')}"
 
 
@@ -208,7 +209,8 @@ def test_of_an_evaluation_it_is_what_was_measured_and_what_it_saves(tmp_path, lo
         update={"where": {"command": "notall eval tiny --skip attention:0.33 -o e"}}
     )
     found = message(tmp_path, result_folders.measured("prose", "skipped", lost, provenance=about))
-    assert found.said.startswith(f"Without 3 attentions, tiny is {'still' if usable else 'no longer'} ")
+    assert found.said.startswith(f"Without 3 attentions, tiny: {lost:+.2f} ± ")
+    assert ("no longer usable" in found.said) != usable
     assert found.usable is usable
     assert found.command == f"notall {command}"
 
@@ -228,8 +230,8 @@ def test_of_a_bench_it_is_the_last_plan_and_what_its_loss_is(tmp_path, what, whe
     shown = first(result_folders.write(tmp_path, *rows))
     found = shown.message
     assert found.said == (
-        "Without 3 blocks, tiny decodes 1.40× as fast (quartiles 1.33 to 1.54) with weights smaller "
-        "by 2% and a KV cache smaller by 30%; what that costs was not measured."
+        "Without 3 blocks, tiny: what that costs was not measured; decodes 1.40× as fast (quartiles 1.33 to 1.54); "
+        "weights 2% smaller (7.5 MiB); KV cache 30% smaller (700 B a token)."
     )
     assert found.usable is None
     assert found.command == f"notall eval {command}"

@@ -83,7 +83,7 @@ def test_every_part_is_there_in_its_order(page):
     assert data["plans"][4] == {
         "name": "attention 25%, last layer kept",
         "skipped": ["attn.7", "attn.8"],
-        "told": "2 sublayers skipped; +0.25 nats a token (± 0.03); decodes 1.12 times as fast [1.07 to 1.24].",
+        "told": "2 sublayers skipped; +0.25 ± 0.03 nats a token; decodes 1.12 times as fast [1.07 to 1.24].",
     }
     assert 'value="4"' in page  # the step to begin with
     assert "One, two," in page
@@ -104,7 +104,7 @@ def test_a_step_is_told_in_a_sentence():
     step = Step("a", Plan((1, 2)), order=(("attn.2",), ("attn.1", "mlp.1")))
     assert step.told == "2 sublayers skipped; skipped in this order: attn.2, attn.1+mlp.1."
     lost = result_folders.quality(0.4).model_copy(update={"delta_nll": float("nan")})
-    assert Step("a", Plan((1,)), lost).told == "1 sublayer skipped; an unknown loss."
+    assert Step("a", Plan((1,)), lost).told == "1 sublayer skipped; +inf ± 0.04 nats a token."
 
 
 def test_the_map_is_shaded_by_what_is_known(page, comparison):

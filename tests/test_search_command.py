@@ -253,7 +253,7 @@ def test_a_share_and_a_number_of_layers_are_told_apart(run, folder, tmp_path):
 def test_a_number_of_layers_is_of_those_that_have_what_is_skipped():
     """Of a hybrid not every layer does: its two deepest attentions are two."""
     model = family("nemotron_h").build()
-    assert len(PlanOptions(skip="attention:2").check().of(model).attention) == 2
+    assert len(PlanOptions(skip="attention:2").of(model).attention) == 2
 
 
 def test_criteria_are_listed(run):

@@ -4,13 +4,14 @@ import json
 import math
 import shlex
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import typer
 
 from api import (
-    Outcome,
     Quality,
     Quartiles,
     Verdict,
@@ -22,6 +23,7 @@ from api import (
     mending,
     mildest,
     next_command,
+    what_next,
 )
 from command_line import FAST, QUICK
 from families import family
@@ -45,19 +47,18 @@ def quality(nats=0.36, agreement=0.66, error=0.01):
 def test_it_says_what_is_left_out_what_that_costs_and_what_it_brings(model):
     dense, left = footprint(model, Plan()), footprint(model, PLAN)
     timed = Quartiles(median=1.3, low=1.28, high=1.32, n=4)
-    verdict = Verdict.on(model, PLAN, quality(), "book.txt")
-    (line,) = Verdict(verdict.left_out, dense, left, quality(), "book.txt", timed).lines()
+    (line,) = replace(Verdict.on(model, PLAN, quality(), "book.txt"), speedup=timed).lines()
     smaller = 1 - left.weight_bytes / dense.weight_bytes
     assert line == (
-        "Without 2 of 6 attentions and 1 of 6 MLPs: +0.360 ± 0.010 nats a token (perplexity × 1.43) on book.txt; "
-        "66% of the first choices are the same; 1.30 ± 0.02 times as fast; "
+        "Without 2 of 6 attentions and 1 of 6 MLPs: +0.36 ± 0.01 nats a token (perplexity × 1.43) on book.txt; "
+        "66% of the first choices are the same; decodes 1.30× as fast (quartiles 1.28 to 1.32); "
         f"weights {smaller:.0%} smaller ({in_bytes(left.weight_bytes)}); "
         f"KV cache 33% smaller ({in_bytes(left.kv_bytes_per_token)} a token)."
     )
     (line,) = Verdict.on(model, PLAN, quality(error=None), "book.txt").lines()  # of one window alone
-    assert "MLPs: +0.360 nats a token (perplexity" in line
+    assert "MLPs: +0.36 nats a token (perplexity" in line
     (line,) = Verdict.on(model, Plan(mlp=[0])).lines()
-    assert line.startswith("Without 1 of 6 MLPs: what that costs was not measured on other text: give --held-out; ")
+    assert line.startswith("Without 1 of 6 MLPs: what that costs was not measured; ")
     assert line.endswith("; the same KV cache.")
 
 
@@ -113,7 +114,7 @@ def test_the_next_command_makes_up_for_what_is_of_no_use(model):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_what_missed_a_budget_leaves_with_3_and_a_word(model, capsys, as_json):
     met = Verdict.on(model, PLAN, quality(), "x")
-    missed = Verdict(met.left_out, met.dense, met.left, met.quality, "x", missed="1.3x: 1.16 is what was reached")
+    missed = replace(met, missed="1.3x: 1.16 is what was reached")
     with pytest.raises(typer.Exit) as leaving:
         conclude(missed, as_json=as_json)
     assert leaving.value.exit_code == 3
@@ -126,8 +127,7 @@ def test_what_missed_a_budget_leaves_with_3_and_a_word(model, capsys, as_json):
 def test_a_plan_that_skips_nothing_and_a_search_cut_short_are_told(model):
     (line,) = Verdict.on(model, Plan(), quality(0.0, 1.0), "book.txt").lines()
     assert line == "Nothing is left out: this is the dense model."
-    found = Verdict.on(model, PLAN)
-    *_, line = Verdict(found.left_out, found.dense, found.left, late=True).lines()
+    *_, line = replace(Verdict.on(model, PLAN), late=True).lines()
     assert line == "The time was up before the search was done: with more --max-minutes it may find better."
 
 
@@ -162,22 +162,41 @@ def test_where_nothing_was_timed_the_smallest_is_taken_and_then_the_best():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "Without 2 attentions and 1 MLP, tiny is smaller; what that costs was not measured."),
-        ({"quality": quality(3.0), "layers": 6}, " of its 6 layers, tiny is no longer usable: +3.00 ± 0.01 nats"),
-        ({"quality": quality(), "state": "healed"}, "MLP, the healed tiny is still usable, at +0.36 ± 0.01 nats a tok"),
-        ({"quality": quality(error=0.001)}, "is still usable, at +0.360 ± 0.001 nats a token"),
+        ({}, "Without 2 attentions and 1 MLP, tiny: what that costs was not measured."),
+        (
+            {"quality": quality(3.0), "layers": 6},
+            "MLP of its 6 layers, tiny: +3.00 ± 0.01 nats a token (perplexity × 20.1",
+        ),
+        ({"quality": quality(3.0)}, "Warning: the model is no longer usable: perplexity has more than doubled."),
+        ({"quality": quality(), "state": "healed"}, "MLP, the healed tiny: +0.36 ± 0.01 nats a token"),
+        ({"quality": quality(error=0.001)}, "tiny: +0.360 ± 0.001 nats a token"),
+        ({"quality": quality(agreement=math.nan)}, "(perplexity × 1.43). Warning: the model is no longer usable: over"),
         (
             {"quality": quality(), "speedup": Quartiles(median=1.2, low=1.1, high=1.3, n=5), "verb": "runs"},
-            "tiny runs 1.20× as fast (quartiles 1.10 to 1.30), at +0.36",
-        ),
-        (
-            {"quality": quality(3.0), "speedup": Quartiles(median=1.0, low=0.9, high=1.1, n=5)},
-            "tiny decodes about as fast (1.00×, quartiles 0.90 to 1.10), but is no longer usable",
+            "66% of the first choices are the same; runs 1.20× as fast (quartiles 1.10 to 1.30).",
         ),
     ],
 )
-def test_an_outcome_is_a_sentence(given, says):
-    assert says in Outcome(PLAN, **given).sentence("tiny")
+def test_on_a_page_a_verdict_names_the_model(given, says):
+    message = Verdict(PLAN, model="tiny", **given).message("go on", "notall x")
+    assert says in message.said
+    assert message.usable == Verdict(PLAN, **given).usable
+
+
+@pytest.mark.parametrize(
+    ("nats", "state", "command"),
+    [
+        (None, "skipped", "eval m --plan p.json"),
+        (0.1, "skipped", "export m --plan p.json --repair refit --repair-text a.txt --to hf --out p-pruned"),
+        (0.1, "healed", "export m --plan p.json --to hf --out p-pruned"),
+        (3.0, "skipped", "repair m --plan p.json --out repaired"),
+        (3.0, "repaired", "heal m --plan p.json --out healed"),
+        (3.0, "healed", "search m --max-nll 0.1 --out plan.json"),
+    ],
+)
+def test_what_comes_next_goes_by_what_the_plan_costs_and_what_was_done_about_it(nats, state, command):
+    verdict = Verdict(PLAN, None if nats is None else quality(nats), state=state)
+    assert what_next(verdict, "m", Path("p.json"), "a.txt")[1] == f"notall {command}"
 
 
 # --- how commands end -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..experiments import compare as comparing
 from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
 from ..experiments.measured import warn_if_worse
-from ..experiments.options import HeldOutOptions, ModelOptions, SkipAmount, TaskOptions, deepest_plan
+from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions, StopOptions
 from ..models.names import model_in_words
@@ -102,10 +102,9 @@ def search(
     If you interrupt it, the same command continues where it stopped.
     """
     asked = Search(model, space, text, budget, workload, by, until, repair, out, run.seed)
-    asked.check()
     with progress_bar() as progress:
         done = asked.run(progress)
-    title = f"{out}: {done.budget}, skip {done.found.plan}"
+    title = f"{out}: {done.budget}, skip {done.record.plan}"
     tables = {"search": table(title, COLUMNS, [done.record])}
     if done.measured:
         tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
@@ -136,7 +135,7 @@ def plan(
     skip: Annotated[
         str, Option("what to leave out, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
     ] = "attention:0.33",
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False,
+    keep_last: KeepLast = False,
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,
 ) -> None:
@@ -145,7 +144,7 @@ def plan(
     from ..running.footprint import footprint
 
     net = model.empty()
-    chosen = deepest_plan(net, SkipAmount.parse(skip, 0.33), keep_last)
+    chosen = PlanOptions(skip=skip, keep_last=keep_last).of(net)
     chosen.save(out)
     weighed = [
         Weighed(model=name, footprint=footprint(net, one)) for name, one in (("dense", Plan()), ("skipped", chosen))

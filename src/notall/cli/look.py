@@ -144,11 +144,11 @@ def generate(
 
     from ..running.generating import Streamer, generate_text
 
-    choice = plan.check(needed=beside, model=model.model)
+    plan.check(needed=beside, model=model.model)
     net, tokenizer = model.load()
     write_text = partial(generate_text, net, tokenizer, prompt=prompt, max_new_tokens=max_new_tokens)
     write_text = partial(write_text, temperature=temperature, chat=chat, seed=seed)
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     if not beside:
         write_text(plan=wanted, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         return

@@ -54,12 +54,12 @@ def evaluate(
     kept = out.with_name(f"{out.name}.repaired") if out and repair else None
     check_folder(out, "eval")
     check_folder(kept, "repair")
-    choice = plan.check(needed=True, model=model.model)
+    plan.check(needed=True, model=model.model)
     text.check()
     repair.check()
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
     net, tokenizer = model.load()
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     wanted.check(locate(net))
     batches, described = text.windows(net, tokenizer, seed=run.seed)
     windows = diagnostic_windows(net, tokenizer, text.text, run.seed) if diagnostics else None
@@ -80,9 +80,9 @@ def evaluate(
         tables["tasks"] = table(title, PLAN_SCORES, found.scores)
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
-    timed = next_command("bench", model.model, **choice.words)
+    timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
-    verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, choice, wanted), timed)
+    verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(records)
     conclude(verdict, as_json=run.as_json)
@@ -101,9 +101,9 @@ def bench(
     from ..structure.locating import locate
 
     check_folder(out, "bench")
-    choice = plan.check()
+    plan.check()
     net = shape.load(model, run.seed)
-    wanted, spec = choice.of(net), shape.shape or model.model
+    wanted, spec = plan.of(net), shape.shape or model.model
     about = model.named(spec).provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
@@ -134,9 +134,9 @@ def draft(
 
     check_folder(out, "draft")
     text.check()
-    choice = plan.check(needed=True, model=model.model)
+    plan.check(needed=True, model=model.model)
     net, tokenizer = model.load()
-    wanted = choice.of(net)
+    wanted = plan.of(net)
     length = how.prompt_tokens + how.generation_tokens
     windows, described = windows_of(net, tokenizer, text.text, text.sequences, length, seed=seed)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError, shortened
 from ..experiments import pareto as fronts
 from ..experiments.folder import check_folder
 from ..experiments.measured import warn_of_own_text
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
-from ..experiments.repair import NONE, check_method
+from ..experiments.repair import NONE
 from ..options import Option, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
@@ -47,20 +47,23 @@ def pareto(
     check_folder(out, "pareto")
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    _check(plans, text)
+    plans.check()
+    if text.sequences < FEWEST:
+        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
+        raise UsageError(f"{few}: give {FEWEST} or more")
     for spec in (model.model, *engine.also):
-        engine.kind.check(spec)
+        engine.of().check(spec)
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
     own, others, described = text.both(net, tokenizer, seed=run.seed)
-    windows = fronts.as_windows(tokenizer, others)
+    windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"
     measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
     with progress_bar() as progress:
         stages = Stages(progress, 8)
-        finding = fronts.Finding(net, plans.space(net), own, out / "plans", about, run.seed)
+        finding = fronts.Finding(net, plans.of(net), own, out / "plans", about, run.seed)
         wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
         for one in wanted.values():
             one.check(finding.space.structure)
@@ -68,9 +71,10 @@ def pareto(
         variants = [*wanted.items()]
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))
-        loading: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        every = [(fronts.DENSE, Plan()), *variants]
-        subjects = [fronts.Subject(name, model.model, one, windows, **loading) for name, one in every]
+        subjects = [
+            fronts.Subject(name, model.model, one, windows, "", model.revision, model.trust_remote_code)
+            for name, one in [(fronts.DENSE, Plan()), *variants]
+        ]
         subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
         del net, finding  # what is measured needs its memory
         measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
@@ -82,14 +86,6 @@ def pareto(
     where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
     tables = {"pareto": table(f"{title}: {out}", fronts.COLUMNS, records)}
     show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
-
-
-def _check(plans: fronts.ParetoPlans, text: HeldOutOptions) -> None:
-    if plans.repair != NONE:
-        check_method(plans.repair)
-    if text.sequences < FEWEST:
-        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
-        raise UsageError(f"{few}: give {FEWEST} or more")
 
 
 def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.Windows) -> fronts.Subject:

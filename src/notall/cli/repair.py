@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
 from ..experiments.folder import check_folder
-from ..experiments.heal import TOKENS, HealOptions, HealRayOptions, HealTexts
 from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, read_plan
-from ..experiments.repair import REFIT, FitOptions, check_method, refits_table, repaired_by, verdict_of
+from ..experiments.repair import (
+    METHODS,
+    REFIT,
+    TOKENS,
+    FitOptions,
+    HealOptions,
+    HealRayOptions,
+    HealTexts,
+    check_method,
+    refits_table,
+    repaired_by,
+    verdict_of,
+)
 from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
 from ..results.progress_bars import progress_bar
-from ..results.repairs import HEALING, MEASURED, HealRecord, State
+from ..results.repairs import HEALING, MEASURED, HealRecord
 from ..results.table import table
 from ..results.terminal import show
 from .app import command, conclude
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WeightsFolder = Annotated[Path, Option("folder for the plan and its weights", ("--out", "-o"))]
 PlanFile = Annotated[Path | None, Option("plan file, or the folder of a repair")]
@@ -31,12 +45,9 @@ def repair(
     text: FitOptions,
     run: RunOptions,
     plan: PlanFile = None,
-    repair: Annotated[
-        str,
-        Option("how: refit, replaceme, prune-and-comp, or a function of your own, as module:function", (), "METHOD"),
-    ] = REFIT,
+    repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
     offload: Annotated[
-        Path | None, Option("keep the text's streams in files in this folder, if memory is short", (), "DIR")
+        Path | None, Option("keep the text's streams in files in this folder, if memory is short", metavar="DIR")
     ] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
@@ -45,8 +56,7 @@ def repair(
     Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
-    from ..repairing.texts import RepairTexts, measure
-    from ..structure.locating import locate
+    from ..repairing.texts import measure
 
     check_folder(out, "repair")
     if offload:
@@ -54,19 +64,15 @@ def repair(
     check_method(repair, offload)
     wanted = _given(plan)
     text.check()
-    net, tokenizer = model.load()
-    wanted.check(locate(net))
-    texts = RepairTexts.draw(
-        net, tokenizer, text.texts, text.held_out, sequences=text.sequences, length=text.length, seed=run.seed
-    )
+    net, tokenizer = _loaded(model, wanted)
+    texts = text.draw(net, tokenizer, run.seed)
     settings = model.provenance(net, **texts.described)
     with progress_bar() as progress:
         fit = texts.together(text.batch_size)
         repaired = repaired_by(repair, net, wanted, fit, out, settings, progress, offload)
-        plans: dict[State, Plan] = {"skipped": wanted, "repaired": repaired}
-        measured = measure(net, plans, texts.other, out, settings, progress)
-    verdict = verdict_of(net, model.model, measured[-1], out)
+        measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
+    verdict = verdict_of(net, model.model, measured[-1], out)
     tables = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
     show(tables | {"quality": quality}, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(measured)
@@ -81,9 +87,6 @@ def heal(
     cluster: HealRayOptions,
     run: RunOptions,
     plan: PlanFile = None,
-    tokens: Annotated[
-        int | None, Option("instead of --sequences: tokens to train on, of all texts together (default: up to 131,072)")
-    ] = None,
     out: WeightsFolder = Path("healed"),
 ) -> None:
     """Train what a plan keeps for some minutes, so that it answers as the dense model does: recovery fine-tuning.
@@ -93,27 +96,15 @@ def heal(
     If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import heal as heal_plan
-    from ..repairing.texts import RepairTexts, measure, sampled
-    from ..structure.locating import locate
+    from ..repairing.texts import measure, sampled
 
     check_folder(out, "heal")
     wanted = _given(plan)
     text.check()
     config = how.config(run.seed)
-    sequences = text.windows(tokens)
     workers = cluster.workers(model, text.batch_size)
-    net, tokenizer = model.load()
-    wanted.check(locate(net))
-    texts = RepairTexts.draw(
-        net,
-        tokenizer,
-        text.texts,
-        text.held_out,
-        sequences=sequences,
-        most=TOKENS // text.length,
-        length=text.length,
-        seed=run.seed,
-    )
+    net, tokenizer = _loaded(model, wanted)
+    texts = text.draw(net, tokenizer, run.seed, most=TOKENS // text.length)
     settings = model.provenance(net, **texts.described, **({"sampled": True} if text.sample else {}))
     with progress_bar() as progress:
         fit, stop = texts.together(text.batch_size), texts.stop(text.batch_size)
@@ -122,16 +113,25 @@ def heal(
         healed = heal_plan(
             net, wanted, fit, stop, config, out=out, provenance=settings, workers=workers, progress=progress
         )
-        plans: dict[State, Plan] = {wanted.state: wanted, "healed": healed}
-        measured = measure(net, plans, texts.other, out, settings, progress)
+        measured = measure(net, {wanted.state: wanted, "healed": healed}, texts.other, out, settings, progress)
     looks = read(out / HealRecord.file, HealRecord)
+    quality = table(f"skip {wanted}: before the healing and after it", MEASURED, measured)
     verdict = verdict_of(net, model.model, measured[-1], out)
     tables = {
         "healing": table(f"{out}: what it loses on text that was not trained on", HEALING, looks),
-        "quality": table(f"skip {wanted}: before the healing and after it", MEASURED, measured),
+        "quality": quality,
     }
     show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
     conclude(verdict, as_json=run.as_json)
+
+
+def _loaded(model: ModelOptions, plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that the plan fits, and its tokenizer."""
+    from ..structure.locating import locate
+
+    net, tokenizer = model.load()
+    plan.check(locate(net))
+    return net, tokenizer
 
 
 def _given(path: Path | None) -> Plan:

@@ -24,7 +24,7 @@ from .folder import Folder
 from .options import ModelOptions
 from .pages import speedup_cards
 from .shown import Message, Section, Shown, Step
-from .verdict import Outcome, next_command
+from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,8 +193,14 @@ def shown(folder: Folder) -> Shown:
 
 
 def _message(folder: Folder, step: Step, record: BenchRecord) -> Message:
-    speedup = step.times.speedup_decode if step.times else None
-    outcome = Outcome(step.plan, None, speedup, step.footprint, step.dense, layers=folder.layers)
+    verdict = Verdict(
+        step.plan,
+        speedup=step.times.speedup_decode if step.times else None,
+        footprint=step.footprint,
+        dense=step.dense,
+        model=folder.model,
+        layers=folder.layers,
+    )
     real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
     command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
-    return Message(outcome.sentence(folder.model), None, "see what that costs", command)
+    return verdict.message("see what that costs", command)

@@ -46,9 +46,8 @@ from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shar
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .pages import results, shown_plans, with_points
-from .shown import Card, Figure, Section, Shown, nats_in_words
-from .verdict import is_usable, joined, next_command
-from .which import fastest_card, on_the_text
+from .shown import Card, Figure, Section, Shown, in_nats
+from .verdict import fastest_card, is_usable, joined, next_command, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -713,6 +712,6 @@ def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
         text = f"{best.way}, {best.forwards:,.1f} forward passes to find"
         text += f"; the same set by {joined(same)}" if same else ""
         if other := next((one for one in rest if one.way not in same), None):
-            text += f"; next, {nats_in_words(other.quality)}: {other.way}"
+            text += f"; next, {in_nats(other.quality)}: {other.way}"
         text += "" if is_usable(best.quality) else "; no longer usable"
         yield Card.of_loss(f"Loses least: {count} {space}", best.quality, text)

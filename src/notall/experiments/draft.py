@@ -9,19 +9,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
 from ..options import Option
-from ..plan import Plan
+from ..plan import Plan, several
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import Decoding
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
-from ..results.table import Cell, Column, number, table, with_error, with_quartiles, words
+from ..results.table import Column, number, table, with_error, with_quartiles, words
 from .folder import Folder
 from .shown import Section, Shown
 
@@ -70,11 +70,6 @@ class DraftRecord(Record, Skips):
         return self
 
 
-def _same_texts(record: DraftRecord) -> Cell:
-    same = record.same_texts
-    return Cell(None) if same is None else Cell(same, str(same), f"of {record.texts}")
-
-
 COLUMNS: tuple[Column[DraftRecord], ...] = (
     words("decoding", lambda one: one.decoding),
     number("drafted", lambda one: one.drafted, "d", unit="tokens a round"),
@@ -85,7 +80,7 @@ COLUMNS: tuple[Column[DraftRecord], ...] = (
     number("draft ms", lambda one: one.draft_ms, ".1f"),
     number("check ms", lambda one: one.check_ms, ".1f"),
     number("dense ms", lambda one: one.dense_ms, ".1f"),
-    Column("same texts", _same_texts),
+    words("same texts", lambda one: "" if one.same_texts is None else f"{one.same_texts} of {one.texts}"),
     words("model", lambda one: one.model),
     words("skipped", lambda one: one.plan.in_words()),
 )
@@ -150,86 +145,73 @@ def measure_draft(
     Raises `UsageError` as `DraftOptions.check` and `skip` do, and before anything is run when the folder is in use,
     holds another command's results or cannot be written.
     """
+    from ..measuring.acceptance import judge, write_texts
+    from ..measuring.speed import interleaved
+    from ..running.skipping import draft_model
+
     how.check(model)
     asked = {"prompt_tokens": how.prompt_tokens, "generation_tokens": how.generation_tokens}
     source = Provenance.of(provenance, seed=seed, **asked)
+    stages, draft, prompts = Stages(progress, 10), draft_model(model, plan), windows[:, : how.prompt_tokens]
     with working_in(out, "draft") if out else nullcontext():
         kept = Ledger(out, DraftRecord) if out else None
-        records, refused = _Measuring(model, plan, windows, how, seed, Stages(progress, 10)).records(source)
+        judged: dict[Decoding, list[Accepted]] = {}
+        for decoding in get_args(Decoding):
+            stage = stages.stage(1)
+            stage(0, 1, f"writing {decoding} texts")
+            texts = write_texts(model, prompts, how.generation_tokens, decoding, seed=seed)
+            pairs = tracked(list(zip(prompts, texts)), f"judging {decoding} texts", stage)
+            judged[decoding] = [judge(model, draft, prompt, text, decoding) for prompt, text in pairs]
+        times = interleaved(_steps(model, draft, windows[:1], how), how.rounds, progress=stages.stage(4))
+        records = [
+            _record(plan, how, decoding, drafted, texts, times, source)
+            for decoding, texts in judged.items()
+            for drafted in range(1, how.most + 1)
+        ]
+        best = max(range(how.most), key=lambda place: records[place].predicted.median)  # greedy ones come first
+        generating = _Generating(model, draft, prompts, how.generation_tokens, records[best].drafted)
+        measured, same = generating.measured(how.rounds, stages.stage(4))
+        if measured:
+            records[best] = records[best].model_copy(update={"measured": measured, "same_texts": same})
         if kept is not None:
             kept.add(*records)
-    return Drafted(records, refused)
+    return Drafted(records, generating.refused)
 
 
-@dataclass
-class _Measuring:
-    model: PreTrainedModel
-    plan: Plan
-    windows: Tensor
-    how: DraftOptions
-    seed: int
-    stages: Stages
+def _record(
+    plan: Plan,
+    how: DraftOptions,
+    decoding: Decoding,
+    drafted: int,
+    texts: Sequence[Accepted],
+    times: Mapping[str, Sequence[float]],
+    source: Provenance,
+) -> DraftRecord:
+    """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
+    from ..measuring.acceptance import acceptance, tokens_per_round
+    from ..measuring.speed import speedup
 
-    def records(self, source: Provenance) -> tuple[list[DraftRecord], str]:
-        from ..measuring.acceptance import tokens_per_round
-        from ..measuring.speed import interleaved
-        from ..running.skipping import draft_model
-
-        draft, how = draft_model(self.model, self.plan), self.how
-        prompts, drafts = self.windows[:, : how.prompt_tokens], range(1, how.most + 1)
-        judged = {decoding: self._judged(draft, prompts, decoding) for decoding in get_args(Decoding)}
-        times = interleaved(_steps(self.model, draft, self.windows[:1], how), how.rounds, progress=self.stages.stage(4))
-        greedy = judged["greedy"]
-        gained = {one: _predicted(times, one, tokens_per_round(greedy, one)[0]).median for one in drafts}
-        best = max(drafts, key=gained.__getitem__)
-        generating = _Generating(self.model, draft, prompts, how.generation_tokens, best)
-        measured, same = generating.measured(how.rounds, self.stages.stage(4))
-        found = [
-            self._record(decoding, one, texts, times, source) for decoding, texts in judged.items() for one in drafts
-        ]
-        if measured:
-            found[best - 1] = found[best - 1].model_copy(update={"measured": measured, "same_texts": same})
-        return found, generating.refused
-
-    def _judged(self, draft: PreTrainedModel, prompts: Tensor, decoding: Decoding) -> list[Accepted]:
-        from ..measuring.acceptance import judge, write_texts
-
-        progress = self.stages.stage(1)
-        progress(0, 1, f"writing {decoding} texts")
-        texts = write_texts(self.model, prompts, self.how.generation_tokens, decoding, seed=self.seed)
-        pairs = tracked(list(zip(prompts, texts)), f"judging {decoding} texts", progress)
-        return [judge(self.model, draft, prompt, text, decoding) for prompt, text in pairs]
-
-    def _record(
-        self,
-        decoding: Decoding,
-        drafted: int,
-        texts: Sequence[Accepted],
-        times: Mapping[str, Sequence[float]],
-        source: Provenance,
-    ) -> DraftRecord:
-        from ..measuring.acceptance import acceptance, tokens_per_round
-
-        accepted, accepted_se = acceptance(texts, drafted)
-        tokens, tokens_se = tokens_per_round(texts, drafted)
-        dense, draft, check = (Quartiles.of(times[name]).median for name in (DENSE, DRAFT, _check_of(drafted)))
-        return DraftRecord(
-            plan=self.plan,
-            model=self.plan.state,
-            decoding=decoding,
-            drafted=drafted,
-            acceptance=accepted,
-            acceptance_se=accepted_se,
-            tokens_per_round=tokens,
-            tokens_per_round_se=tokens_se,
-            dense_ms=dense,
-            draft_ms=draft,
-            check_ms=check,
-            predicted=_predicted(times, drafted, tokens),
-            texts=len(texts),
-            rounds=self.how.rounds,
-            provenance=source,
-        )
+    accepted, accepted_se = acceptance(texts, drafted)
+    tokens, tokens_se = tokens_per_round(texts, drafted)
+    dense, draft, check = times[DENSE], times[DRAFT], times[_check_of(drafted)]
+    taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
+    return DraftRecord(
+        plan=plan,
+        model=plan.state,
+        decoding=decoding,
+        drafted=drafted,
+        acceptance=accepted,
+        acceptance_se=accepted_se,
+        tokens_per_round=tokens,
+        tokens_per_round_se=tokens_se,
+        dense_ms=Quartiles.of(dense).median,
+        draft_ms=Quartiles.of(draft).median,
+        check_ms=Quartiles.of(check).median,
+        predicted=speedup([tokens * step for step in dense], taken),
+        texts=len(texts),
+        rounds=how.rounds,
+        provenance=source,
+    )
 
 
 DENSE, DRAFT = "a decode step", "a draft step"
@@ -249,15 +231,6 @@ def _steps(
     step = partial(step_ms, tokens=window, prompt=how.prompt_tokens)
     checks = {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
     return {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1), **checks}
-
-
-def _predicted(times: Mapping[str, Sequence[float]], drafted: int, tokens: float) -> Quartiles:
-    """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
-    from ..measuring.speed import speedup
-
-    dense, draft, check = times[DENSE], times[DRAFT], times[_check_of(drafted)]
-    taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
-    return speedup([tokens * step for step in dense], taken)
 
 
 @dataclass
@@ -293,22 +266,18 @@ class _Generating:
         same = sum(map(list.__eq__, self.said[WITH], self.said[ALONE]))
         return speedup(times[ALONE], times[WITH]), same
 
-    def timed(self, way: str, **assistant: Any) -> float:
+    def timed(self, way: str, **assistant: PreTrainedModel) -> float:
         """Milliseconds of continuing all prompts, one after the other."""
         start = time.perf_counter()
-        self.said[way] = [self._continue(prompt, **assistant).tolist() for prompt in self.prompts.split(1)]
+        self.said[way] = [self._continue(prompt, **assistant) for prompt in self.prompts.split(1)]
         return 1e3 * (time.perf_counter() - start)
 
-    def _continue(self, prompt: Tensor, **assistant: Any) -> Tensor:
-        plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model would rather do
+    def _continue(self, prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
         from ..models.load_errors import quiet
+        from ..running.generating import greedy
 
-        mask = prompt.new_ones(prompt.shape)
         with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
-            said = self.model.generate(
-                prompt, attention_mask=mask, max_new_tokens=self.new_tokens, **plain, **assistant
-            )
-        return said[0, prompt.shape[1] :]
+            return greedy(self.model, prompt, self.new_tokens, **assistant)[0]
 
 
 # --- in words and on a page -------------------------------------------------------------------------------------------
@@ -333,7 +302,11 @@ class DraftVerdict(Fact):
 
 def verdict(found: Drafted) -> DraftVerdict:
     """If it makes decoding faster, at how many tokens a round it is best, and what transformers made of it."""
-    best = _best(found.records)
+    best = {
+        decoding: max(some, key=lambda one: one.predicted.median)
+        for decoding in get_args(Decoding)
+        if (some := [one for one in found.records if one.decoding == decoding])
+    }
     said = f"Drafting with it would be {', and '.join(map(_phrase, best.values()))}."
     if found.refused:
         said += f" Nothing was measured: {found.refused}."
@@ -349,24 +322,15 @@ def verdict(found: Drafted) -> DraftVerdict:
     return DraftVerdict(said=said, best=facts, refused=found.refused or None)
 
 
-def _best(records: Sequence[DraftRecord]) -> dict[str, DraftRecord]:
-    best: dict[str, DraftRecord] = {}
-    for record in records:
-        known = best.get(record.decoding)
-        if known is None or record.predicted.median > known.predicted.median:
-            best[record.decoding] = record
-    return best
-
-
 def _phrase(best: DraftRecord) -> str:
     predicted, measured = best.predicted, best.measured
     pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
-    tokens = f"{best.drafted} token{'s' if best.drafted > 1 else ''} a round"
-    if measured and measured.median < 1 < predicted.low:
-        foretold = f"where {predicted.median:.2f}x was predicted at best, with {tokens}"
-        return f"slower {best.decoding} in transformers (measured {measured.median:.2f}x, {foretold})"
-    found = f"; transformers measured {measured.median:.2f}x" if measured else ""
-    return f"{pace} {best.decoding} (at best {predicted.median:.2f}x, with {tokens}{found})"
+    told = f"at best {predicted.median:.2f}x predicted, with {several(best.drafted, 'token')} a round"
+    if measured is None:
+        return f"{pace} {best.decoding} ({told})"
+    if measured.median < 1 < predicted.low:
+        pace = "slower"
+    return f"{pace} {best.decoding} ({told}; measured in transformers: {measured.median:.2f}x)"
 
 
 def shown(folder: Folder) -> Shown:

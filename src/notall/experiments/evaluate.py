@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ from ..results.record import Fact
 from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, within, words
 from .folder import Folder
-from .measured import last_measured, shown_measured
-from .options import PlanChoice, TaskChoice
-from .shown import Message, Shown
-from .verdict import Outcome, asking_for_less, is_usable, mending, next_command
+from .measured import shown_measured
+from .options import PlanOptions, TaskChoice
+from .shown import Shown
+from .verdict import asking_for_less, mending, next_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,20 +145,14 @@ def keep(out: Path, records: Sequence[MeasuredRecord]) -> None:
         kept.add(*(record for record in records if record.key not in kept))
 
 
-def mend_of(spec: str, choice: PlanChoice, plan: Plan) -> str:
+def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
     """The command that may find something better than what was asked for."""
-    if choice.skip:
-        return next_command("search", spec, skip=choice.skip, out="better.json")
-    return mending(spec, choice.path, plan.state == "repaired")
+    if asked.skip:
+        return next_command("search", spec, skip=asked.amount, out="better.json")
+    return mending(spec, asked.plan, plan.state == "repaired")
 
 
 def shown(folder: Folder) -> Shown:
     """What a page says of an evaluation."""
-    found, last = shown_measured(folder), last_measured(folder)
-    if last is None:
-        return found
-    said = Outcome(last.plan, last.quality, state=last.model, layers=folder.layers).sentence(folder.model)
-    if not is_usable(last.quality):
-        return replace(found, message=Message(said, False, *asking_for_less(folder.model)))
-    command = next_command("bench", folder.model, *folder.plan_options)
-    return replace(found, message=Message(said, True, "see what that saves", command))
+    timed = "see what that saves", next_command("bench", folder.model, *folder.plan_options)
+    return shown_measured(folder, lambda verdict: timed if verdict.usable else asking_for_less(folder.model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -25,8 +25,8 @@ from ..results.repairs import (
 )
 from ..results.table import table
 from .folder import Folder
-from .shown import Card, Figure, Section, Shown, Step
-from .verdict import in_nats
+from .shown import Card, Figure, Section, Shown, Step, in_nats
+from .verdict import Verdict
 
 MOST_CARDS = 5
 STATES: tuple[State, ...] = get_args(State)
@@ -78,11 +78,15 @@ def warn_of_own_text(plan: Plan, described: dict[str, Any], path: Path | None = 
 # --- on a page --------------------------------------------------------------------------------------------------------
 
 
-def shown_measured(folder: Folder) -> Shown:
-    """What a page says of a folder of `repair`, `heal` or `eval`, but for its first sentence."""
-    measured = folder.of(MeasuredRecord)
-    states = {one.model: one for one in measured}
+def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -> Shown:
+    """What a page says of a folder of `repair`, `heal` or `eval`: its last state, and what comes `then`."""
+    measured, last = folder.of(MeasuredRecord), last_measured(folder)
+    states, message = {one.model: one for one in measured}, None
+    if last:
+        verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+        message = verdict.message(*then(verdict))
     return Shown(
+        message=message,
         cards=tuple(_cards(measured)),
         steps=tuple(Step(one.plan.in_words(), one.plan) for one in list(states.values())[:1]),
         sections=tuple(_sections(folder)),
@@ -126,7 +130,7 @@ def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
     for text, states in list(texts.items())[:MOST_CARDS]:
         *before, last = sorted(states, key=STATES.index)
         told = [f"{last}{_beside(states[last])}"]
-        told += [f"{in_nats(states[state])} nats a token {state}{_beside(states[state])}" for state in before]
+        told += [f"{in_nats(states[state])} {state}{_beside(states[state])}" for state in before]
         yield Card.of_loss(text, states[last], "; ".join(told))
 
 

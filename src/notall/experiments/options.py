@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -50,9 +51,7 @@ class ModelOptions:
         str | None, Option("attention implementation: sdpa, eager, flash_attention_2 ...")
     ] = None
     revision: Annotated[str | None, Option("branch, tag or commit of a hub model")] = None
-    trust_remote_code: Annotated[bool, Option("run the model's own code from the hub", ("--trust-remote-code",))] = (
-        False
-    )
+    trust_remote_code: Annotated[bool, Option("run the model's own code from the hub")] = False
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer. Raises as `notall.load` does."""
@@ -129,9 +128,7 @@ class PromptOptions:
 
     def check(self) -> None:
         """Raise `UsageError` where the text cannot be read."""
-        from ..models.texts import read_text
-
-        read_text(self.text)
+        check_texts(self.text)
 
 
 @dataclass(frozen=True)
@@ -145,9 +142,8 @@ class TextOptions(PromptOptions):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
     ) -> tuple[list[Tensor], dict[str, Any]]:
         """Token batches on the model's device, and what they are, for the record."""
-        return windows_of(
-            model, tokenizer, self.text, self.sequences, self.length, batch_size=self.batch_size, seed=seed
-        )
+        size = {"batch_size": self.batch_size, "seed": seed}
+        return windows_of(model, tokenizer, self.text, self.sequences, self.length, **size)
 
 
 @dataclass(frozen=True)
@@ -161,10 +157,7 @@ class HeldOutOptions(TextOptions):
 
     def check(self) -> None:
         """Raise `UsageError` where a text cannot be read."""
-        from ..models.texts import read_text
-
-        for source in filter(None, (self.text, self.held_out)):
-            read_text(source)
+        check_texts(self.text, self.held_out)
 
     def both(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
@@ -185,13 +178,18 @@ class HeldOutOptions(TextOptions):
         if fewer:
             count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
         both, described = windows_of(model, tokenizer, self.text, self.sequences + count, self.length, **size)
-        rows = cat(both)
-        batches, others = (
-            list(part.split(self.batch_size)) if len(part) else []
-            for part in (rows[: self.sequences], rows[self.sequences :])
-        )
-        held_out = {"held_out": "other windows"} if others else {}
-        return batches, others, described | held_out | {"sequences": self.sequences}
+        own, rest = cat(both).split([self.sequences, count])
+        held_out = {"held_out": "other windows"} if count else {}
+        others = list(rest.split(self.batch_size)) if count else []
+        return list(own.split(self.batch_size)), others, described | held_out | {"sequences": self.sequences}
+
+
+def check_texts(*sources: str | None) -> None:
+    """Raise `UsageError` for a text that cannot be read."""
+    from ..models.texts import read_text
+
+    for source in filter(None, sources):
+        read_text(source)
 
 
 def windows_of(
@@ -242,6 +240,10 @@ def read_plan(path: Path) -> Plan:
     return Plan.load(path)
 
 
+KeepFirst = Annotated[bool, Option("preserve the first layer")]
+KeepLast = Annotated[bool, Option("preserve the last layer")]
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
@@ -251,25 +253,57 @@ class PlanOptions:
         str | None,
         Option(
             "instead of --plan: the deepest attention, mlp or block, such as attention:0.33 or attention:8",
-            (),
-            "KIND[:HOW MANY]",
+            metavar="KIND[:HOW MANY]",
         ),
     ] = None
-    keep_last: Annotated[bool, Option("with --skip: preserve the last layer", ("--keep-last",))] = False
+    keep_last: Annotated[bool, Option("with --skip: preserve the last layer")] = False
 
-    def check(self, *, needed: bool = False, model: str = "") -> PlanChoice:
-        """What that is, read and checked as far as it can be without a model.
+    @property
+    def amount(self) -> SkipAmount | None:
+        """Of what --skip names; None where it is not given. Raises `UsageError` for what is no number."""
+        return SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
 
-        Raises `UsageError` where two things are said, or too little for what is `needed` of `model`.
-        """
+    @cached_property
+    def _read(self) -> Plan:
+        return read_plan(self.plan) if self.plan else Plan()
+
+    @property
+    def words(self) -> dict[str, object]:
+        """The options that say it, for the next command."""
+        return {"skip": self.amount, "keep_last": self.keep_last or None} if self.skip else {"plan": self.plan}
+
+    def check(self, *, needed: bool = False, model: str = "") -> None:
+        """Raise `UsageError` where two things are said, or too little for what is `needed` of `model`, as it can be
+        known without a model."""
         if self.plan and self.skip:
             raise UsageError("--plan and --skip both say what to leave out: give one of them")
         if self.keep_last and not self.skip:
             raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
         if needed and not (self.plan or self.skip):
             raise UsageError(_what_is_needed(model))
-        amount = SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
-        return PlanChoice(read_plan(self.plan) if self.plan else Plan(), self.plan, amount, self.keep_last)
+        _ = self.amount, self._read
+
+    def of(self, model: PreTrainedModel) -> Plan:
+        """The plan that was read, or by the paper's rule the deepest of a kind.
+
+        Raises `UsageError` where that is less than one layer, and as `deepest` does.
+        """
+        from ..choosing.criteria.data_free import deepest
+        from ..structure.locating import locate
+
+        skip = self.amount
+        if skip is None:
+            return self._read
+        structure, (amount, *more) = locate(model), skip.amounts
+        if more:
+            raise UsageError(f"--skip {skip} asks for several plans: give one number")
+        if amount >= 1 and amount % 1:
+            raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
+        share, count = (amount, None) if amount < 1 else (None, int(amount))
+        found = deepest(structure, skip.kind, share, count=count, keep_last=self.keep_last)  # type: ignore[arg-type]
+        if amount and not found:
+            raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
+        return found
 
 
 def _what_is_needed(model: str) -> str:
@@ -302,44 +336,6 @@ class SkipAmount:
 
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(f'{amount:g}' for amount in self.amounts)}"
-
-
-@dataclass(frozen=True)
-class PlanChoice:
-    """A plan that was read, or else the deepest of a kind, known once the model is."""
-
-    read: Plan
-    path: Path | None
-    skip: SkipAmount | None
-    keep_last: bool
-
-    def of(self, model: PreTrainedModel) -> Plan:
-        """Raises `UsageError` where that is less than one layer, and as `deepest` does."""
-        return deepest_plan(model, self.skip, self.keep_last) if self.skip else self.read
-
-    @property
-    def words(self) -> dict[str, object]:
-        """The options that say it, for the next command."""
-        if self.skip is None:
-            return {"plan": self.path}
-        return {"skip": self.skip, "keep_last": True if self.keep_last else None}
-
-
-def deepest_plan(model: PreTrainedModel, skip: SkipAmount, keep_last: bool) -> Plan:
-    """The paper's rule. Raises `UsageError` where that is less than one layer, and as `deepest` does."""
-    from ..choosing.criteria.data_free import deepest
-    from ..structure.locating import locate
-
-    structure, (amount, *more) = locate(model), skip.amounts
-    if more:
-        raise UsageError(f"--skip {skip} asks for several plans: give one number")
-    if amount >= 1 and amount % 1:
-        raise UsageError(f"--skip {skip} is no number of layers: give a whole one, or a share below 1")
-    wanted: dict[str, Any] = {"fraction": amount} if amount < 1 else {"count": int(amount)}
-    found = deepest(structure, skip.kind, **wanted, keep_last=keep_last)  # type: ignore[arg-type]
-    if amount and not found:
-        raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
-    return found
 
 
 def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_last: bool = False) -> Space:
@@ -376,7 +372,7 @@ class TaskOptions:
     task_path: Annotated[
         Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
     ] = None
-    truncate: Annotated[bool, Option("cut the beginning of what is longer than the context", ("--truncate",))] = False
+    truncate: Annotated[bool, Option("cut the beginning of what is longer than the context")] = False
     task_batch_size: Annotated[str, Option("requests to run at a time: a number, or auto")] = "auto"
 
     def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
@@ -385,7 +381,10 @@ class TaskOptions:
         `objectives` are tasks that a search goes by, whose data is read. Raises `UsageError` for names and numbers that
         are none, and where the harness is not installed and something is wanted of it.
         """
-        size, wanted = _batch_size_of(self.task_batch_size), words_of(self.tasks)
+        word, wanted = self.task_batch_size, words_of(self.tasks)
+        if word != "auto" and not re.fullmatch("[0-9]{1,9}", word):
+            raise UsageError(f"--task-batch-size {shortened(word)} is neither a number nor auto; give one of them")
+        size: int | Literal["auto"] = "auto" if word == "auto" else int(word)
         if not (wanted or objectives or also):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
@@ -433,20 +432,10 @@ class TaskChoice:
         return [self.build(name) for name in self.names]
 
 
-def _batch_size_of(word: str) -> int | Literal["auto"]:
-    """Raises `UsageError` for anything but a number and auto."""
-    if word == "auto":
-        return "auto"
-    if not re.fullmatch("[0-9]{1,9}", word):
-        raise UsageError(f"--task-batch-size {shortened(word)} is neither a number nor auto; give one of them")
-    return int(word)
-
-
 Diagnostics = Annotated[
     bool,
     Option(
         "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K",
-        ("--diagnostics",),
         panel="Benchmarks",
     ),
 ]
@@ -456,7 +445,7 @@ Diagnostics = Annotated[
 
 
 @dataclass(frozen=True)
-class RayOptions:
+class ClusterOptions:
     """Whether and where to run on a Ray cluster."""
 
     PANEL: ClassVar = "Cluster"
@@ -464,16 +453,22 @@ class RayOptions:
     ray: Annotated[
         str | None,
         Option(
-            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or "
+            "run on a Ray cluster: the running one, a new one, or the one at local, auto, HOST:PORT or, but for heal, "
             "ray://HOST:PORT",
             metavar="[ADDRESS]",
         ),
     ] = None
     ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
+
+
+@dataclass(frozen=True)
+class RayOptions(ClusterOptions):
+    """With workers that each have a copy of the model."""
+
     ray_gpus: Annotated[int, Option("GPUs for each worker")] = 1
 
     def workers(self, model: PreTrainedModel, loading: ModelOptions) -> AbstractContextManager[Workers | None]:
-        """The workers, each with its own copy of the model; None without a cluster."""
+        """The workers; None without a cluster."""
         if self.ray is None:
             return nullcontext()
         from ..evaluation.ray_workers import Workers

@@ -15,8 +15,7 @@ from ..results.table import Column, table
 from .driver import LeaveOneOutRecord
 from .folder import Folder
 from .shown import Card, Costs, Figure, Place, Section, Shown, Step
-from .verdict import M
-from .which import first_shown, judged, mark_usable
+from .verdict import M, first_shown, judged, mark_usable
 
 if TYPE_CHECKING:
     from ..charts.losses import Point

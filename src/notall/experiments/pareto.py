@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -42,25 +43,22 @@ from ..results.record import (
 )
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Folder
-from .options import SkipAmount, read_plan, space_of, words_of
-from .search import SearchRecord, keep_choice, record_of
+from .options import read_plan, words_of
+from .repair import METHODS, NONE, REFIT, check_method, repaired_by
+from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .shown import Figure, Message, Section, Shown
-from .verdict import next_command
 
 if TYPE_CHECKING:
     import altair as alt
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..choosing.budget import Budget
     from ..choosing.space import Space
     from ..engines import Engine
 
-CHECKPOINTS = "checkpoints"
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
 PATIENCE = 12  # evaluations that bring nothing, before a search ends
 NOT_MEASURED = math.nan, math.nan
-TORN = "\ufffd"  # of a character that a window cuts through
 DENSE = "dense"
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
 LEAST_WINDOWS = 8  # of text
@@ -98,6 +96,14 @@ class EngineScoresRecord(Record, Represented):
     tokens: tuple[Count, ...] = Field(description="that were to be predicted, of each window")
     text_bytes: tuple[Count, ...] = Field(description="what those tokens are in UTF-8")
     tokens_as_dense: bool = Field(description="whether its tokens are the dense model's, so that nats are comparable")
+
+    @property
+    def bits_per_byte(self) -> list[float]:
+        """Of each window; a token of which the engine reports nothing counts as its mean."""
+        return [
+            nll * count / size / math.log(2) if size else math.nan
+            for nll, count, size in zip(self.nll, self.tokens, self.text_bytes)
+        ]
 
 
 class EngineTimesRecord(Record, Represented):
@@ -145,6 +151,11 @@ class ParetoRecord(Record, Represented):
     def loss(self, *, by_bits: bool) -> tuple[float, float]:
         """What it loses to the dense model, with its error: bits per byte, or nats per token; nan where unknown."""
         return (self.delta_bits, self.delta_bits_se) if by_bits else (self.delta_nll, self.delta_nll_se)
+
+    @property
+    def faster(self) -> float:
+        """How many times as fast as the dense model it decodes; nan where it was not timed."""
+        return self.times.speedup_decode.median if self.times else math.nan
 
 
 DELTA_BITS: Column[ParetoRecord] = with_error(
@@ -211,11 +222,6 @@ class Windows:
         return cls(tokens, tuple(len(_text_of(tokenizer, row[1:]).encode()) for row in tokens))
 
 
-def as_windows(tokenizer: PreTrainedTokenizerBase, batches: Iterable[Tensor]) -> Windows:
-    """Of batches of token ids, (batch, tokens)."""
-    return Windows.of(tokenizer, (row for batch in batches for row in batch.tolist()))
-
-
 def by_another(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, windows: Windows) -> Windows:
     """The same text in the tokens of another model. Raises `UsageError` where a window comes to fewer than two."""
     rows = [list(theirs(_text_of(ours, row), verbose=False)["input_ids"]) for row in windows.tokens]
@@ -226,7 +232,7 @@ def by_another(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, w
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return text.strip(TORN)
+    return text.strip("\ufffd")  # of a character that a window cuts through
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -238,7 +244,7 @@ class Finding:
 
     model: PreTrainedModel
     space: Space
-    batches: Sequence[Tensor]
+    batches: list[Tensor]
     out: Path
     provenance: Provenance
     seed: int = 0
@@ -250,49 +256,36 @@ class Finding:
 
         What was found is read by the next call. Raises `UsageError` as `choose_plan` does.
         """
-        from ..choosing.budget import by_count
-        from ..choosing.latency import by_speedup, measure_times
-
-        def by_speed(faster: float) -> Budget:
-            return by_speedup(self.space, measure_times(self.model, workload), faster)
-
-        budgets: dict[str, Callable[[], Budget]] = {}
-        for count in counts:
-            budgets[f"less {count:g} {self.space}"] = partial(by_count, self.space, count)
-        for faster in speedups:
-            budgets[f"{faster:g}x in torch"] = partial(by_speed, faster)
+        budgets = {f"less {count:g} {self.space}": BudgetChoice(("count", count)) for count in counts}
+        budgets |= {f"{faster:g}x in torch": BudgetChoice(("speedup", faster)) for faster in speedups}
         stages = Stages(progress, len(budgets))
-        return {name: self._searched(budget, file_name(name), stages.stage(1)) for name, budget in budgets.items()}
+        return {name: self._searched(name, one, workload, stages.stage(1)) for name, one in budgets.items()}
 
-    def _searched(self, budget: Callable[[], Budget], name: str, progress: Progress) -> Plan:
+    def _searched(self, name: str, budget: BudgetChoice, workload: Workload, progress: Progress) -> Plan:
         from ..choosing.choice import choose_plan
         from ..choosing.objective import kl
         from ..choosing.space import names_of
 
-        out, space = self.out / name, self.space
+        out, space = self.out / file_name(name), self.space
         source = Provenance.of(self.provenance, space=str(space), chosen_of=list(space.names))
         for record in Ledger(out, SearchRecord, source):
             return space.plan(names_of(record.plan))
         own = [row for batch in self.batches for row in batch.split(1)][:CHOSEN_BY]
         how: dict[str, Any] = {"provenance": source, "patience": PATIENCE, "seed": self.seed, "progress": progress}
-        chosen = choose_plan(self.model, "search", space, budget(), own, kl(own), out=out, **how)
-        keep_choice(out, record_of(chosen, source))
+        chosen = choose_plan(
+            self.model, "search", space, budget.of(self.model, space, workload), own, kl(own), out=out, **how
+        )
+        keep_choice(out, chosen, source)
         return chosen.plan
 
     def repaired(self, plans: Mapping[str, Plan], method: str, progress: Progress = silent) -> list[tuple[str, Plan]]:
         """Each plan as it is, and then repaired; one that brings weights is repaired already."""
-        from .repair import repaired_by
-
-        stages = Stages(progress, len(plans))
-        both: list[tuple[str, Plan]] = []
+        stages, both = Stages(progress, len(plans)), list[tuple[str, Plan]]()
         for name, plan in plans.items():
-            stage, own = stages.stage(1), list(self.batches)
-            repairs = self.out / f"{file_name(name)}-repaired"
-            if plan.state == "repaired":
-                both += [(name, plan.unrepaired), (name, plan)]
-            else:
-                repaired = repaired_by(method, self.model, plan, own, repairs, self.provenance, stage)
-                both += [(name, plan), (name, repaired)]
+            stage, repaired, out = stages.stage(1), plan, self.out / f"{file_name(name)}-repaired"
+            if plan.state != "repaired":
+                repaired = repaired_by(method, self.model, plan, self.batches, out, self.provenance, stage)
+            both += [(name, plan.unrepaired), (name, repaired)]
         return both
 
 
@@ -319,19 +312,16 @@ class Subject:
     def repaired(self) -> bool:
         return self.plan.state == "repaired"
 
-    @property
-    def stem(self) -> str:
-        """What its files are called."""
-        return file_name(self.name) + ("-repaired" if self.repaired else "")
-
-    @property
-    def fixed_by(self) -> dict[str, Any]:
-        """What distinguishes it from another model of the same name."""
-        return {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
+    def source(self, about: Provenance) -> Provenance:
+        """`about`, with what distinguishes it from another model of the same name."""
+        fixed = {"plan": self.plan.indices, "weights": self.plan.digest, "other": self.about}
+        return Provenance.of(about, subject=fixed)
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A subject with its weights represented as a type of the engine."""
+
     subject: Subject
     type: str
 
@@ -339,20 +329,16 @@ class Variant:
     def key(self) -> Key:
         return (self.subject.name, self.subject.repaired, self.type)
 
+    @property
+    def named(self) -> dict[str, Any]:
+        return dict(zip(NAMED, self.key))
+
     def in_round(self, number: int) -> Key:
         return (*self.key, number)
 
-    @property
-    def named(self) -> dict[str, Any]:
-        return dict(zip(("model", "repaired", "type"), self.key))
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        return (self.subject.spec, self.subject.plan.indices, self.type)
-
-    @property
-    def words(self) -> str:
-        return f"{self.subject.stem} {self.type}"
+    def __str__(self) -> str:
+        """What its files are called."""
+        return f"{file_name(self.subject.name)}{'-repaired' if self.subject.repaired else ''}-{self.type}"
 
 
 def check_workload(workload: Workload) -> None:
@@ -381,36 +367,27 @@ def measure_pareto(
     """
     check_workload(workload)
     names = [(subject.name, subject.repaired) for subject in subjects]
-    if twice := [one for one in names if names.count(one) > 1]:
-        raise UsageError(f"two of the models are called {twice[0][0]}: rename the file or folder of one")
+    if twice := next((name for name, repaired in names if names.count((name, repaired)) > 1), None):
+        raise UsageError(f"two of the models are called {twice}: rename the file or folder of one")
     variants = [Variant(subject, kind) for subject in subjects for kind in types]
     with working_in(out, "pareto"):
         return _Run(engine, variants, workload, out, provenance, progress).records()
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        engine: Engine,
-        variants: Sequence[Variant],
-        workload: Workload,
-        out: Path,
-        provenance: Provenance,
-        progress: Progress,
-    ) -> None:
-        self.engine, self.variants, self.workload, self.out, self.provenance = (
-            engine,
-            variants,
-            workload,
-            out,
-            provenance,
-        )
-        steps = len(variants) * (2 + workload.rounds)
-        self.progress = lambda step, what: progress(step, steps, what)
-        self.dense = variants[0]
+    engine: Engine
+    variants: Sequence[Variant]
+    workload: Workload
+    out: Path
+    provenance: Provenance
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.dense = self.variants[0]
         self.failed: dict[Key, str] = {}
-        self.scores = Ledger(out, EngineScoresRecord, self._source)
-        self.times = Ledger(out, EngineTimesRecord, self._source)
+        self.scores = Ledger(self.out, EngineScoresRecord, self._source)
+        self.times = Ledger(self.out, EngineTimesRecord, self._source)
 
     def records(self) -> list[ParetoRecord]:
         known = Ledger(self.out, ParetoRecord)
@@ -418,19 +395,24 @@ class _Run:
             self._trying(variant, partial(self._score, variant, 2 * number))
         for number in range(self.workload.rounds):
             self._round(number)
-        new = [one for one in self._compared() if not (one.key in known and _same(known[one.key], one))]
-        if new:
-            known.add(*new)
+        found = [self._compared(variant) for variant in self.variants]
+        best = [record.key for record in pareto_front(found)]
+        found = [record.model_copy(update={"best": record.key in best}) for record in found]
+
+        def told(record: ParetoRecord) -> dict[str, Any]:  # wherever and whenever that was put together
+            return record.line() | {"provenance": None}
+
+        known.add(*(one for one in found if one.key not in known or told(known[one.key]) != told(one)))
         return [known[variant.key] for variant in self.variants]
 
-    def _about(self, subject: Subject) -> Provenance:
-        return Provenance.of(self.provenance, subject=subject.fixed_by)
+    def _tell(self, step: int, what: str) -> None:
+        self.progress(step, len(self.variants) * (2 + self.workload.rounds), what)
 
     def _source(self, record: EngineScoresRecord | EngineTimesRecord) -> Provenance:
         """Where a record of one of the models must come from."""
         by_name = {variant.key[:2]: variant.subject for variant in self.variants}
         subject = by_name.get((record.model, record.repaired))
-        return self._about(subject) if subject else self.provenance
+        return subject.source(self.provenance) if subject else self.provenance
 
     def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
         if variant.key in self.failed:
@@ -452,29 +434,32 @@ class _Run:
 
         if variant.key in self.scores:
             return
-        self.progress(step, f"writing {variant.words}")
+        self._tell(step, f"writing {variant}")
         checkpoint = self._written(variant)
-        self.progress(step + 1, f"scoring {variant.words}")
+        self._tell(step + 1, f"scoring {variant}")
         windows = variant.subject.windows
         scored = call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
+        reported = [[value for value in window if value is not None] for window in scored]
         self.scores.add(
             EngineScoresRecord(
                 **variant.named,
                 file_bytes=weight_bytes(checkpoint),
-                nll=tuple(_mean_reported(window) for window in scored),
+                nll=tuple(fmean(window) if window else math.nan for window in reported),
                 tokens=tuple(len(tokens) - 1 for tokens in windows.tokens),
                 text_bytes=windows.text_bytes,
                 tokens_as_dense=windows.tokens == self.dense.subject.windows.tokens,
-                provenance=self._about(variant.subject),
+                provenance=variant.subject.source(self.provenance),
             )
         )
 
     def _written(self, variant: Variant) -> Path:
         """Its checkpoint; one that nothing is known of may be another run's, and is written again."""
-        checkpoint = self.out / CHECKPOINTS / f"{variant.subject.stem}-{variant.type}{self.engine.suffix}"
+        checkpoint = self.out / "checkpoints" / f"{variant}{self.engine.suffix}"
         if checkpoint.exists() and variant.key in self.scores:
             return checkpoint
-        _remove(checkpoint)
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        checkpoint.unlink(missing_ok=True)
         if variant.type == self.engine.plain:
             of = variant.subject
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
@@ -497,7 +482,7 @@ class _Run:
             return
         start = len(self.variants) * (2 + number)
         for place, variant in enumerate(running[:: -1 if number % 2 else 1]):
-            self.progress(start + place, f"timing {variant.words}, round {number + 1}")
+            self._tell(start + place, f"timing {variant}, round {number + 1}")
             self._trying(variant, partial(self._time, variant, number))
 
     def _time(self, variant: Variant, number: int) -> None:
@@ -508,26 +493,21 @@ class _Run:
         checkpoint = self._written(variant)
         taken = call(self.engine, "time", checkpoint=checkpoint, prompt=prompt, new=self.workload.generation_tokens)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
-        about = self._about(variant.subject)
+        about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
 
     # --- side by side -----------------------------------------------------------------------------------------------
 
-    def _compared(self) -> list[ParetoRecord]:
-        found = [self._with_dense(variant) for variant in self.variants]
-        best = [record.key for record in pareto_front(found)]
-        return [record.model_copy(update={"best": record.key in best}) for record in found]
-
-    def _with_dense(self, variant: Variant) -> ParetoRecord:
+    def _compared(self, variant: Variant) -> ParetoRecord:
         skipped = " ".join(variant.subject.plan.names)
-        about = {**variant.named, "skipped": skipped, "provenance": self._about(variant.subject)}
+        about = {**variant.named, "skipped": skipped, "provenance": variant.subject.source(self.provenance)}
         if variant.key in self.failed:
             return ParetoRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
         rounds = [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
-        (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(_bits(scores))
-        delta, delta_se = _mean(_less(scores.nll, dense.nll)) if scores.tokens_as_dense else NOT_MEASURED
-        delta_bits, delta_bits_se = _mean(_less(_bits(scores), _bits(dense)))
+        (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(scores.bits_per_byte)
+        delta, delta_se = _mean_less(scores.nll, dense.nll) if scores.tokens_as_dense else NOT_MEASURED
+        delta_bits, delta_bits_se = _mean_less(scores.bits_per_byte, dense.bits_per_byte)
         return ParetoRecord(
             **about,
             nll=nll,
@@ -541,20 +521,28 @@ class _Run:
             windows=len(scores.nll),
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
-            memory_bytes=round(_median([one.memory_bytes for one in rounds])),
+            memory_bytes=round(median(one.memory_bytes for one in rounds)),
             times=self._times(variant),
             rounds=len(rounds),
         )
 
     def _times(self, variant: Variant) -> Times:
         """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
-        alike = [one for one in self.variants if one.shape == variant.shape and one.key not in self.failed]
-        pairs = [
-            (self.times[one.in_round(number)], self.times[self.dense.in_round(number)])
-            for number in range(self.workload.rounds)
-            for one in alike
-        ]
-        return _times(*zip(*pairs))
+        from ..measuring.speed import Timing
+
+        def shape(one: Variant) -> tuple[Any, ...]:
+            return one.subject.spec, one.subject.plan.indices, one.type
+
+        alike = [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
+        taken, dense = (
+            [self.times[one.in_round(number)] for number in range(self.workload.rounds) for one in some]
+            for some in (alike, [self.dense] * len(alike))
+        )
+        ours, theirs = (
+            Timing(tuple(one.prefill_ms for one in some), tuple(one.decode_ms_per_token for one in some), None)
+            for some in (taken, dense)
+        )
+        return ours.beside(theirs)
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
@@ -574,40 +562,6 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
         Path(source).rename(checkpoint)
 
 
-def _same(one: ParetoRecord, other: ParetoRecord) -> bool:
-    """Whether they say the same, wherever and whenever that was put together."""
-    return one.line() | {"provenance": None} == other.line() | {"provenance": None}
-
-
-def _remove(checkpoint: Path) -> None:
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    else:
-        checkpoint.unlink(missing_ok=True)
-
-
-def _mean_reported(window: Sequence[float | None]) -> float:
-    reported = [value for value in window if value is not None]
-    return math.fsum(reported) / len(reported) if reported else math.nan
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
-def _bits(scores: EngineScoresRecord) -> Sequence[float]:
-    """Per byte of each window; a token of which the engine reports nothing counts as its mean."""
-    return [
-        nll * count / size / math.log(2) if size else math.nan
-        for nll, count, size in zip(scores.nll, scores.tokens, scores.text_bytes)
-    ]
-
-
-def _less(values: Sequence[float], dense: Sequence[float]) -> Sequence[float]:
-    return [one - other for one, other in zip(values, dense)]
-
-
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """With its standard error; neither where a value is no number."""
     from ..measuring.statistics import mean_and_error
@@ -615,14 +569,8 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return mean_and_error(values) if all(map(is_number, values)) else NOT_MEASURED
 
 
-def _times(rounds: Sequence[EngineTimesRecord], dense: Sequence[EngineTimesRecord]) -> Times:
-    from ..measuring.speed import Timing
-
-    ours, theirs = (
-        Timing(tuple(one.prefill_ms for one in some), tuple(one.decode_ms_per_token for one in some), None)
-        for some in (rounds, dense)
-    )
-    return ours.beside(theirs)
+def _mean_less(values: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
+    return _mean([one - other for one, other in zip(values, dense)])
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -648,19 +596,14 @@ class EngineOptions:
     threads: Annotated[int | None, Option("threads of the engine (default: one for each core)", least=1)] = None
     also: Annotated[tuple[str, ...], Option("another model to measure beside this one; repeat it for more")] = ()
 
-    @property
-    def kind(self) -> Engine:
-        """The engine, of whatever dtype. Raises `UsageError` where there is none of this name."""
+    def of(self, model: PreTrainedModel | None = None) -> Engine:
+        """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
         from ..engines import engine_named
         from ..measuring.speed import cores
-
-        return engine_named(self.engine)(self.threads or cores())
-
-    def of(self, model: PreTrainedModel) -> Engine:
-        """The engine, with plain weights in the dtype of a model."""
         from ..models.loading import dtype_name
 
-        return replace(self.kind, dtype=dtype_name(model))
+        found = engine_named(self.engine)(self.threads or cores())
+        return replace(found, dtype=dtype_name(model)) if model else found
 
     def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: Any) -> Provenance:
         """`about`, with what decides figures in the engine, as `more` does, and its version."""
@@ -671,29 +614,31 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class ParetoPlans:
+class ParetoPlans(SpaceOptions):
     """Which plans are measured: files, and those that the search finds."""
 
-    plan: Annotated[
-        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
-    ] = ()
     skip: Annotated[
         str,
         Option(
             "find plans that skip these, such as attention:4,8, or what --speedups choose among",
-            (),
-            "KIND[:HOW MANY,...]",
+            metavar="KIND[:HOW MANY,...]",
         ),
     ] = "sublayer"
+    plan: Annotated[
+        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
+    ] = ()
     speedups: Annotated[
         tuple[str, ...],
         Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"),
     ] = ()
-    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
     repair: Annotated[
-        str, Option("also measure plans after a repair by this method; none: as they are only", (), "METHOD")
-    ] = "refit"
+        str, Option(f"also measure plans after a repair: {METHODS}; none: as they are only", metavar="METHOD")
+    ] = REFIT
+
+    def check(self) -> None:
+        """Raise `UsageError` for a repair that there is none of, or that no plan can keep."""
+        if self.repair != NONE:
+            check_method(self.repair)
 
     def given(self) -> dict[str, Plan]:
         """The plans of the files, by the names of these. Raises `UsageError` where two have the same."""
@@ -703,20 +648,16 @@ class ParetoPlans:
         return given
 
     @property
-    def wanted(self) -> tuple[list[float], list[float]]:
+    def wanted(self) -> tuple[tuple[float, ...], list[float]]:
         """How many to skip, and how many times as fast to be. Raises `UsageError` for what is no number."""
-        amount, asked = SkipAmount.parse(self.skip), words_of(self.speedups)
-        if not (self.plan or amount.amounts or asked):
+        amounts, asked = self.amount.amounts, words_of(self.speedups)
+        if not (self.plan or amounts or asked):
             asked = FIRST.split(",")
         try:
-            return list(amount.amounts), [float(word) for word in asked]
+            return amounts, [float(word) for word in asked]
         except ValueError:
-            raise UsageError(
-                f"--speedups {shortened(' '.join(asked))} are no numbers: give some such as 1.1,1.2"
-            ) from None
-
-    def space(self, model: PreTrainedModel) -> Space:
-        return space_of(model, SkipAmount.parse(self.skip).kind, self.keep_first, self.keep_last)
+            told = shortened(" ".join(asked))
+            raise UsageError(f"--speedups {told} are no numbers: give some such as 1.1,1.2") from None
 
 
 # --- in words, as files and on a page ---------------------------------------------------------------------------------
@@ -752,41 +693,27 @@ def _drawn(records: Sequence[ParetoRecord]) -> alt.LayerChart:
 
 def sentence(records: Sequence[ParetoRecord]) -> str:
     """What to take for a given speed: the front from the slowest to the fastest, and whether skipping is on it."""
-    best = pareto_front(records)
+    best, by_bits = pareto_front(records), goes_by_bits(records)
     if not best:
         return "No model was both scored and timed."
-    by_bits = goes_by_bits(records)
-    choices = "; ".join(f"{_faster(one):.2f} times, {_choice(one, by_bits=by_bits)}" for one in best)
-    said = f"What to take to decode so many times as fast as {records[0].named}: {choices}. {_skipping(best)}"
-    return f"{said}{_caution(records[0])}"
-
-
-def _faster(record: ParetoRecord) -> float:
-    return record.times.speedup_decode.median if record.times else math.nan
-
-
-def _choice(record: ParetoRecord, *, by_bits: bool) -> str:
-    value, unit = record.loss(by_bits=by_bits)[0], "bits per byte" if by_bits else "nats"
-    return f"{record.named} ({value:+.3f} {unit}, {in_bytes(record.file_bytes or 0)})"
-
-
-def _skipping(best: Sequence[ParetoRecord]) -> str:
-    skipped = [one for one in best if one.skipped]
-    if not skipped:
-        return "Leaving sublayers out is nowhere on this front: quantising alone is better."
-    return f"Leaving sublayers out pays from {_faster(skipped[0]):.2f} times on."
-
-
-def _caution(record: ParetoRecord) -> str:
-    """A word where it is too little to judge by."""
-    counted = ((record.rounds, "round", "", LEAST_ROUNDS), (record.windows, "window", " of text", LEAST_WINDOWS))
-    few = [f"{several(count, what)}{of}" for count, what, of, least in counted if count is not None and count < least]
-    if not few:
-        return ""
-    return (
-        f" That is of {' and '.join(few)}, too few to judge by: give --rounds {LEAST_ROUNDS} and --held-out-sequences "
-        f"{LEAST_WINDOWS} or more."
-    )
+    unit = "bits per byte" if by_bits else "nats"
+    choices = [
+        f"{one.faster:.2f} times, {one.named} ({one.loss(by_bits=by_bits)[0]:+.3f} {unit}, "
+        f"{in_bytes(one.file_bytes or 0)})"
+        for one in best
+    ]
+    told = [f"What to take to decode so many times as fast as {records[0].named}: {'; '.join(choices)}."]
+    if skipped := [one for one in best if one.skipped]:
+        told.append(f"Leaving sublayers out pays from {skipped[0].faster:.2f} times on.")
+    else:
+        told.append("Leaving sublayers out is nowhere on this front: quantising alone is better.")
+    rounds, windows = records[0].rounds or LEAST_ROUNDS, records[0].windows or LEAST_WINDOWS
+    few = [several(rounds, "round")] if rounds < LEAST_ROUNDS else []
+    few += [f"{several(windows, 'window')} of text"] if windows < LEAST_WINDOWS else []
+    if few:
+        more = f"give --rounds {LEAST_ROUNDS} and --held-out-sequences {LEAST_WINDOWS} or more"
+        told.append(f"That is of {' and '.join(few)}, too few to judge by: {more}.")
+    return " ".join(told)
 
 
 def shown(folder: Folder) -> Shown:
@@ -797,21 +724,12 @@ def shown(folder: Folder) -> Shown:
     measured = any(one.times for one in records)
     drawn = (Figure(on_page(_drawn(records)), "Loss against decode speedup in the engine"),) if measured else ()
     section = Section("pareto", "Skipping beside quantising", drawn, table("pareto", COLUMNS, records))
-    end, command = "measure what is faster beside these", folder.command
-    if command[:2] == ["notall", "pareto"]:
-        said = shlex.join(_with_faster(command))
-    else:
+    command = folder.command
+    if command[:2] != ["notall", "pareto"]:
         engine = folder.provenance.what.get("engine", "llama.cpp")
-        said = next_command("pareto", folder.model, engine=engine, speedups=FASTER, out=folder.path)
-    return Shown(message=Message(sentence(records), None, end, said), sections=(section,))
-
-
-def _with_faster(words: list[str]) -> list[str]:
-    """A command as it was given, that finds plans of more speedups."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if "--speedups" not in words:
-        own = "" if {"--skip", "--plan"} & {*words} else f"{FIRST},"  # without either it finds these
-        return [*words, "--speedups", own + FASTER]
-    at = words.index("--speedups") + 1
-    known = words[at].split(",")
-    return [*words[:at], ",".join([*known, *(one for one in FASTER.split(",") if one not in known)]), *words[at + 1 :]]
+        command = ["notall", "pareto", folder.model, "--engine", engine, "--out", str(folder.path)]
+    asked = {word.partition("=")[0] for word in command}
+    own = "" if {"--skip", "--plan", "--speedups"} & asked else f"{FIRST},"  # without any of them it finds these
+    more = shlex.join([*command, "--speedups", own + FASTER])
+    message = Message(sentence(records), None, "measure what is faster beside these", more)
+    return Shown(message=message, sections=(section,))

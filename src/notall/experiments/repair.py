@@ -1,12 +1,13 @@
-"""Repair what a plan keeps, in closed form or by another method, and measure it before and after."""
+"""Repair what a plan keeps, in closed form or by another method, or heal it by a short distillation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, shortened
+from ..models.names import DEFAULT_TEXT
 from ..options import Option
 from ..plan import Plan
 from ..progress import Progress
@@ -14,18 +15,24 @@ from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS, MeasuredRecord
 from ..results.table import Table, table
 from .folder import Folder
-from .measured import last_measured, shown_measured
+from .measured import shown_measured
+from .options import ClusterOptions, ModelOptions, check_texts
 from .shown import Shown
-from .verdict import Outcome, Verdict, mending, next_command, plan_message
+from .verdict import Verdict, what_next
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..repairing.healing import Spread
+    from ..repairing.students import TrainConfig
+    from ..repairing.texts import RepairTexts
     from ..running.repaired import RepairedPlan
 
 REFIT = "refit"  # the method that is the default
 NONE = "none"  # no repair, where one is the default
+TOKENS = 131_072  # that a healing trains on
+METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as module:function"
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class RepairOptions:
     PANEL: ClassVar = "Repair"
 
     repair: Annotated[
-        str | None, Option("repair what is kept first, as `notall repair`: refit takes minutes", metavar="METHOD")
+        str | None, Option(f"repair what is kept first, as `notall repair`: {METHODS}", metavar="METHOD")
     ] = None
     repair_text: Annotated[tuple[str, ...], Option("text to fit to; repeat it for more (default: prose)")] = ()
     repair_sequences: Annotated[
@@ -47,12 +54,9 @@ class RepairOptions:
 
     def check(self) -> None:
         """Raise `UsageError` for a method that no plan can keep, and for texts that cannot be read."""
-        from ..models.texts import read_text
-
         if self:
             check_method(str(self.repair))
-        for source in self.repair_text:
-            read_text(source)
+        check_texts(*self.repair_text)
 
     def apply(
         self,
@@ -69,7 +73,7 @@ class RepairOptions:
         """
         from ..repairing.texts import RepairTexts
 
-        texts = RepairTexts.draw(model, tokenizer, self.repair_text or ("prose",), sequences=self.repair_sequences)
+        texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
@@ -94,15 +98,100 @@ class FitOptions:
     batch_size: Annotated[int, Option("windows to run at a time")] = 8
 
     def check(self) -> None:
-        """Raise `UsageError` for a text that cannot be read."""
-        from ..models.texts import read_text
-
-        for source in (*self.texts, *self.held_out):
-            read_text(source)
+        """Raise `UsageError` for a text that cannot be read, and for too few windows."""
+        check_texts(*self.text, *self.held_out)
+        _ = self.windows
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        return self.text or ("prose",)
+    def windows(self) -> int | None:
+        """How many to fit to; None: as many as there are, up to a usual number."""
+        return self.sequences
+
+    def draw(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
+    ) -> RepairTexts:
+        """Raises as `RepairTexts.draw` does."""
+        from ..repairing.texts import RepairTexts
+
+        texts, size = self.text or (DEFAULT_TEXT,), {"sequences": self.windows, "most": most, "length": self.length}
+        return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed)
+
+
+@dataclass(frozen=True)
+class HealTexts(FitOptions):
+    """The texts that are trained on, and those that what came out is measured on."""
+
+    text: Annotated[tuple[str, ...], Option("text to train on; repeat it for more (default: prose)")] = ()
+    sequences: Annotated[
+        int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
+    ] = None
+    batch_size: Annotated[int, Option("windows of a step")] = 4
+    sample: Annotated[bool, Option("train on what the dense model writes, from the first words of each window")] = False
+    tokens: Annotated[
+        int | None, Option("instead of --sequences: tokens to train on, of all texts together (default: up to 131,072)")
+    ] = None
+
+    @property
+    def windows(self) -> int | None:
+        """How many to train on; None: as many as there are. Raises `UsageError` for less than one."""
+        if self.tokens is None:
+            return self.sequences
+        if self.sequences is not None:
+            raise UsageError("--tokens and --sequences both say how much to train on: give one of them")
+        if self.tokens < self.length:
+            raise UsageError(f"--tokens {shortened(self.tokens)} is less than one window of {self.length}: give more")
+        return self.tokens // self.length
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How it is trained."""
+
+    PANEL: ClassVar = "Training"
+
+    train: Annotated[
+        Literal["outputs", "all", "lora"],
+        Option(
+            "what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
+            "beside each kept one, added to it in the end)",
+            metavar="WHAT",
+        ),
+    ] = "outputs"
+    rank: Annotated[int | None, Option("rank of the matrices of --train lora (default: 16)")] = None
+    rate: Annotated[float, Option("the learning rate to begin with")] = 3e-4
+    warm_up: Annotated[
+        float,
+        Option(
+            "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
+            metavar="SHARE",
+        ),
+    ] = 0.0
+
+    def config(self, seed: int) -> TrainConfig:
+        """Raises `UsageError` for a rate and a rank that are none."""
+        from ..repairing.students import TrainConfig
+
+        if not 0 < self.rate < 1:
+            raise UsageError(f"--rate {self.rate} is no learning rate: give one such as 3e-4")
+        if self.rank is not None and (self.train != "lora" or self.rank < 1):
+            raise UsageError(f"--rank {shortened(self.rank)} is of no use here: give 1 or more, with --train lora")
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return TrainConfig(train=self.train, rate=self.rate, warm_up=self.warm_up, seed=seed, **rank)
+
+
+@dataclass(frozen=True)
+class HealRayOptions(ClusterOptions):
+    """With workers that share each batch."""
+
+    def workers(self, model: ModelOptions, batch_size: int) -> Spread | None:
+        """The workers; None without a cluster. Raises `UsageError` where they cannot."""
+        if self.ray is None:
+            return None
+        from ..repairing.healing import Spread
+
+        spread = Spread(model.arguments, self.ray, self.ray_workers)
+        spread.check(batch_size)
+        return spread
 
 
 def check_method(name: str, offload: Path | None = None) -> None:
@@ -142,10 +231,9 @@ def repaired_by(
 
 
 def verdict_of(model: PreTrainedModel, spec: str, measured: MeasuredRecord, out: Path) -> Verdict:
-    """What a plan comes to with the weights in `out`, as it was measured last; it is healed where it is of no use."""
-    exported = next_command("export", spec, plan=out, to="hf", out=out.with_name(f"{out.name}-pruned"))
-    mend = mending(spec, out, repaired=True) if measured.model == "repaired" else exported
-    return Verdict.on(model, measured.plan, measured.quality, measured.text).then(mend, exported)
+    """What a plan comes to with the weights in `out`, as it was measured last, and what to do with it."""
+    verdict = Verdict.on(model, measured.plan, measured.quality, measured.text, measured.model)
+    return replace(verdict, next=what_next(verdict, spec, out)[1])
 
 
 def refits_table(repaired: RepairedPlan, out: Path) -> Table:
@@ -162,8 +250,4 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
 
 def shown(folder: Folder) -> Shown:
     """What a page says of a folder that `repair` wrote."""
-    found, last = shown_measured(folder), last_measured(folder)
-    if last is None:
-        return found
-    said = Outcome(last.plan, last.quality, state=last.model, layers=folder.layers).sentence(folder.model)
-    return replace(found, message=plan_message(said, folder.model, folder.path, last.quality, last.model))
+    return shown_measured(folder, lambda verdict: what_next(verdict, folder.model, folder.path))

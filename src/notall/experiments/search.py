@@ -25,11 +25,11 @@ from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .folder import Folder, check_folder
 from .measured import last_measured
-from .options import HeldOutOptions, ModelOptions, SkipAmount, TaskOptions, space_of
+from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, space_of
 from .pages import read_costs
 from .repair import RepairOptions
 from .shown import Card, Message, Section, Shown, Step
-from .verdict import LITTLE, Outcome, Verdict, mending, next_command, plan_message
+from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from ..choosing.budget import Budget, Resource
     from ..choosing.choice import ChosenPlan
-    from ..choosing.objective import Objective
     from ..choosing.space import Space
     from ..evaluation.tasks import TaskShelf
 
@@ -91,10 +90,13 @@ COLUMNS: tuple[Column[SearchRecord], ...] = (
 )
 
 
-def record_of(found: ChosenPlan, provenance: Provenance) -> SearchRecord:
-    """The choice, what it took, and its measurements."""
+def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchRecord:
+    """A choice, what it took, and its measurements, written into `out` unless they are there.
+
+    Raises `UsageError` as `Ledger` does.
+    """
     dense, left = found.weighed or (None, None)
-    return SearchRecord(
+    record = SearchRecord(
         plan=found.plan,
         chosen=found.plan.note or "",
         order=tuple(tuple(unit) for unit in found.order),
@@ -110,14 +112,11 @@ def record_of(found: ChosenPlan, provenance: Provenance) -> SearchRecord:
         dense=dense,
         provenance=provenance,
     )
-
-
-def keep_choice(out: Path, record: SearchRecord) -> None:
-    """Write a choice into `out`, unless the same one is there. Raises `UsageError` as `Ledger` does."""
     with working_in(out, "search"):
         choices = Ledger(out, SearchRecord)
         if record.key not in choices:
             choices.add(record)
+    return record
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -136,8 +135,8 @@ class SpaceOptions:
             metavar="KIND[:HOW MANY]",
         ),
     ] = "sublayer"
-    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
+    keep_first: KeepFirst = False
+    keep_last: KeepLast = False
 
     @property
     def amount(self) -> SkipAmount:
@@ -171,18 +170,17 @@ class BudgetOptions:
             raise UsageError(f"--skip {amount} asks for several budgets: give one number")
         given: dict[str, float] = {name: value for name, value in vars(self).items() if value is not None}
         given |= {"count": amount.amounts[0]} if amount.amounts else {}
-        limits = [name for name in given if name.startswith("max_")]
-        savings = [name for name in given if name not in limits]
+        limits = [(name, value) for name, value in given.items() if name.startswith("max_")]
+        savings = [one for one in given.items() if one not in limits]
         if not given or len(limits) > 1 or len(savings) > 1:
-            wrong = savings if len(savings) > 1 else limits or ["count", *vars(self)]
+            wrong = [*dict(savings if len(savings) > 1 else limits)] or ["count", *vars(self)]
             names = [f"--skip {amount.kind}:N" if name == "count" else f"--{name.replace('_', '-')}" for name in wrong]
             raise UsageError(f"give one budget: {' or '.join(names)}")
-        for name in limits:
-            check_nats(given[name])
-        if "speedup" in given:
-            check_faster(given["speedup"])
-        saving, limit = (next(((name, given[name]) for name in names), None) for names in (savings, limits))
-        return BudgetChoice(saving, limit)
+        for _, value in limits:
+            check_nats(value)
+        if self.speedup is not None:
+            check_faster(self.speedup)
+        return BudgetChoice(next(iter(savings), None), next(iter(limits), None))
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class BudgetChoice:
     """What to save, or at most how many nats to lose, by the names of options."""
 
     saving: tuple[str, float] | None
-    limit: tuple[str, float] | None
+    limit: tuple[str, float] | None = None
 
     @property
     def objective(self) -> str:
@@ -209,28 +207,22 @@ class BudgetChoice:
 
     def of(self, model: PreTrainedModel, space: Space, workload: Workload, progress: Progress = silent) -> Budget:
         """The budget; where it is a speedup, the model is timed."""
-        from ..choosing.budget import by_limit, within_limit
+        from ..choosing.budget import by_count, by_footprint, by_limit, within_limit
+        from ..choosing.latency import by_speedup, measure_times
 
         limit = by_limit(space, self.limit[1], self.objective.upper()) if self.limit else None
-        saving = _saving_of(model, space, *self.saving, workload, progress) if self.saving else None
-        if saving and limit:
-            return within_limit(saving, limit)
-        found = saving or limit
-        assert found
-        return found
-
-
-def _saving_of(
-    model: PreTrainedModel, space: Space, name: str, amount: float, workload: Workload, progress: Progress
-) -> Budget:
-    from ..choosing.budget import by_count, by_footprint
-    from ..choosing.latency import by_speedup, measure_times
-
-    if name == "count":
-        return by_count(space, amount)
-    if name == "speedup":
-        return by_speedup(space, measure_times(model, workload, progress=progress), amount)
-    return by_footprint(model, space, RESOURCES[name], amount)
+        if self.saving is None:
+            assert limit
+            return limit
+        name, amount = self.saving
+        saving: Budget
+        if name == "count":
+            saving = by_count(space, amount)
+        elif name == "speedup":
+            saving = by_speedup(space, measure_times(model, workload, progress=progress), amount)
+        else:
+            saving = by_footprint(model, space, RESOURCES[name], amount)
+        return within_limit(saving, limit) if limit else saving
 
 
 @dataclass(frozen=True)
@@ -262,33 +254,11 @@ class ObjectiveOptions:
             need("lm_eval")
         need(*criterion_of(self.criterion).needs)
 
-    def built(
-        self,
-        otherwise: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: list[Tensor],
-        shelf: TaskShelf | Path | None,
-    ) -> Objective:
-        """The objective, or `otherwise` that one, on these batches of token ids."""
-        from ..choosing.objective import build_objective
-
-        return build_objective(
-            self.objective or otherwise,
-            model,
-            tokenizer,
-            batches,
-            prompts=self.prompts,
-            task_path=shelf,
-            task_limit=self.limit,
-        )
-
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
         """The tasks that the objective, or `otherwise` that one, goes by; their data is read.
 
         Raises `UsageError` for what is no objective, and for prompts that cannot be read.
         """
-
         tasks = tasks_of([self.objective or otherwise], self.prompts)
         options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
         return options.check(objectives=tasks).shelf or self.task_path
@@ -325,15 +295,12 @@ class StopOptions:
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search found: its record, the plan as it was made last and where, and what it costs before and after."""
+    """What a search found, for which budget, and what that costs before a repair and after it."""
 
-    found: ChosenPlan
     record: SearchRecord
-    plan: Plan
-    path: Path
-    measured: tuple[MeasuredRecord, ...]
-    passkeys: tuple[PlanCheck, ...]
     budget: str
+    measured: Sequence[MeasuredRecord]
+    passkeys: Sequence[PlanCheck]
     verdict: Verdict
 
 
@@ -380,6 +347,10 @@ class Search:
 
     def run(self, progress: Progress) -> Searched:
         """Load the model, choose, repair where that is wanted, and measure. Raises as `choose_plan` does."""
+        from ..choosing.choice import choose_plan
+        from ..choosing.objective import build_objective
+        from ..repairing.texts import measure
+
         wanted = self.check()
         shelf = self.by.shelf(wanted.objective)
         net, tokenizer = self.model.load()
@@ -387,60 +358,18 @@ class Search:
         batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
-        goal = self.by.built(wanted.objective, net, tokenizer, batches, shelf)
+        goal = build_objective(
+            self.by.objective or wanted.objective,
+            net,
+            tokenizer,
+            batches,
+            prompts=self.by.prompts,
+            task_path=shelf,
+            task_limit=self.by.limit,
+        )
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
-        found = self._chosen(net, among, budget, batches, others, goal, settings, progress)
-        note_replaced(self.out, found.plan)
-        found.plan.save(self.out)
-        source = self.model.provenance(net, **about, **other, fingerprint=found.plan.fingerprint)
-        record = record_of(found, source)
-        keep_choice(self.folder, record)
-        name = other.get("held_out") if self.text.held_out else f"other windows of {about['text']}"
-        if not self.repair:
-            made = Made(found.plan, self.out, record.quality, str(name), budget.description, self.text.text)
-            return self._searched(net, tokenizer, found, record, made, (), batches)
-        plan, windows = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
-        held = {str(name): others} if self.text.held_out else windows
-        measured = _measured(net, found.plan, plan, held, self.folder, settings, progress)
-        made = Made(plan, self.repaired, measured[-1].quality, next(iter(held)), budget.description, self.text.text)
-        return self._searched(net, tokenizer, found, record, made, measured, batches)
-
-    def _searched(
-        self,
-        net: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        found: ChosenPlan,
-        record: SearchRecord,
-        made: Made,
-        measured: tuple[MeasuredRecord, ...],
-        batches: list[Tensor],
-    ) -> Searched:
-        from ..evaluation.diagnostics import look_far_back, may_lose_retrieval
-        from ..structure.locating import locate
-
-        passkeys: list[PlanCheck] = []
-        if may_lose_retrieval(locate(net), found.plan):
-            plans = {found.plan.state: found.plan, made.plan.state: made.plan}
-            checks = look_far_back(net, tokenizer, [*plans.values()], batches, seed=self.seed)
-            passkeys = [PlanCheck(model=name, **dict(one)) for name, some in zip(plans, checks) for one in some]
-        verdict = verdict_of(net, self.model.model, found, made)
-        return Searched(found, record, made.plan, made.path, measured, tuple(passkeys), made.budget, verdict)
-
-    def _chosen(
-        self,
-        net: PreTrainedModel,
-        among: Space,
-        budget: Budget,
-        batches: list[Tensor],
-        others: list[Tensor],
-        goal: Objective,
-        settings: Provenance,
-        progress: Progress,
-    ) -> ChosenPlan:
-        from ..choosing.choice import choose_plan
-
-        return choose_plan(
+        found = choose_plan(
             net,
             self.by.criterion,
             among,
@@ -456,22 +385,60 @@ class Search:
             after_repair=bool(self.repair),
             progress=progress,
         )
+        note_replaced(self.out, found.plan)
+        found.plan.save(self.out)
+        source = Provenance.of(settings, **other, fingerprint=found.plan.fingerprint)
+        record = keep_choice(self.folder, found, source)
+        text = str(other.get("held_out")) if self.text.held_out else f"other windows of {about['text']}"
+        verdict, measured = Verdict.on(net, found.plan, record.quality, text), list[MeasuredRecord]()
+        plans: dict[State, Plan] = {"skipped": found.plan}
+        if self.repair:
+            repaired, windows = self.repair.apply(net, tokenizer, found.plan, self.repaired, settings, progress)
+            plans["repaired"] = repaired
+            windows = {text: others} if self.text.held_out else windows
+            measured = measure(net, plans, windows, self.folder, settings, progress)
+            verdict = Verdict.on(net, repaired, measured[-1].quality, measured[-1].text)
+        passkeys = self._passkeys(net, tokenizer, plans, batches)
+        verdict = self._concluded(net, verdict, found, budget)
+        return Searched(record, budget.description, measured, passkeys, verdict)
 
+    def _passkeys(
+        self,
+        net: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plans: Mapping[State, Plan],
+        batches: Sequence[Tensor],
+    ) -> list[PlanCheck]:
+        """Whether the plans find a number again far back, where what they skip may be what does that."""
+        from ..evaluation.diagnostics import look_far_back, may_lose_retrieval
+        from ..structure.locating import locate
 
-def _measured(
-    net: PreTrainedModel,
-    chosen: Plan,
-    repaired: Plan,
-    texts: Mapping[str, Sequence[Tensor]],
-    folder: Path,
-    settings: Provenance,
-    progress: Progress,
-) -> tuple[MeasuredRecord, ...]:
-    """What the plans cost on held-out texts, before the repair and after it."""
-    from ..repairing.texts import measure
+        if not may_lose_retrieval(locate(net), plans["skipped"]):
+            return []
+        distinct = {plan.state: plan for plan in plans.values()}  # of a plan that skips nothing there is one
+        checks = look_far_back(net, tokenizer, [*distinct.values()], batches, seed=self.seed)
+        return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
 
-    plans: dict[State, Plan] = {"skipped": chosen, "repaired": repaired}
-    return tuple(measure(net, plans, texts, folder, settings, progress))
+    def _concluded(self, net: PreTrainedModel, verdict: Verdict, found: ChosenPlan, budget: Budget) -> Verdict:
+        """The verdict with what the search has to add, and with the command that comes next."""
+        from ..models.names import DEFAULT_TEXT
+        from ..structure.locating import locate
+
+        spec, made = self.model.model, self.repaired if self.repair else self.out
+        if not verdict.plan:
+            command = next_command("search", spec, max_nll=LITTLE, out=self.out)
+        elif locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
+            command = next_command("bench", spec, plan=made)
+        else:
+            _, command = what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)
+        return replace(
+            verdict,
+            speedup=found.times.measured_speedup if found.times else None,
+            verb="runs",
+            missed=found.missed and f"{budget.description}: {found.missed}",
+            late=not found.in_time,
+            next=command,
+        )
 
 
 def note_replaced(out: Path, plan: Plan) -> None:
@@ -482,43 +449,7 @@ def note_replaced(out: Path, plan: Plan) -> None:
             print(f"note: {out} skipped {before} before, and is replaced", file=sys.stderr)
 
 
-# --- what it comes to -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Made:
-    """The last plan that was made of what was found, where it is, what it costs on which text, and what was asked."""
-
-    plan: Plan
-    path: Path
-    quality: Quality | None
-    text: str
-    budget: str
-    repair_text: str
-
-
-def verdict_of(model: PreTrainedModel, spec: str, found: ChosenPlan, made: Made) -> Verdict:
-    """What was found comes to this. `made.repair_text` is what to repair with, should that come next."""
-    from ..models.names import DEFAULT_TEXT
-    from ..structure.locating import locate
-
-    verdict = replace(
-        Verdict.on(model, made.plan, made.quality, made.text),
-        speedup=found.times.measured_speedup if found.times else None,
-        missed=found.missed and f"{made.budget}: {found.missed}",
-        late=not found.in_time,
-    )
-    if not found.plan:
-        return verdict.then("", next_command("search", spec, max_nll=LITTLE, out=made.path))
-    if locate(model).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
-        timed = next_command("bench", spec, plan=made.path)
-        return verdict.then(timed, timed)
-    repaired = made.plan.state == "repaired"
-    text = None if repaired or made.repair_text == DEFAULT_TEXT else made.repair_text
-    pruned = made.path.with_name(f"{made.path.stem}-pruned")
-    mend = None if repaired else "refit"
-    exported = next_command("export", spec, plan=made.path, repair=mend, repair_text=text, to="hf", out=pruned)
-    return verdict.then(mending(spec, made.path, repaired), exported)
+# --- on a page --------------------------------------------------------------------------------------------------------
 
 
 def shown(folder: Folder) -> Shown:
@@ -528,7 +459,10 @@ def shown(folder: Folder) -> Shown:
     return Shown(
         message=_message(folder, records[-1], last_measured(folder)),
         cards=tuple(_cards(records[-1])),
-        steps=tuple(map(_step, records)),
+        steps=tuple(
+            Step(shortened(one.chosen, 120), one.plan, one.quality, None, one.footprint, one.dense, one.order)
+            for one in records
+        ),
         first=len(records) - 1,
         sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
         costs=read_costs(folder.path),
@@ -541,35 +475,28 @@ NOTE = (
 )
 
 
-def _step(record: SearchRecord) -> Step:
-    name, left = shortened(record.chosen, 120), record.footprint
-    return Step(name, record.plan, record.quality, footprint=left, dense=record.dense, order=record.order)
-
-
 def _message(folder: Folder, record: SearchRecord, repaired: MeasuredRecord | None) -> Message:
-    quality, state = (repaired.quality, repaired.model) if repaired else (record.quality, "skipped")
-    outcome = Outcome(
+    verdict = Verdict(
         record.plan,
-        quality,
-        record.check.measured_speedup if record.check else None,
-        record.footprint,
-        record.dense,
-        state=state,
-        layers=folder.layers,
+        repaired.quality if repaired else record.quality,
+        speedup=record.check.measured_speedup if record.check else None,
         verb="runs",
+        footprint=record.footprint,
+        dense=record.dense,
+        model=folder.model,
+        state=repaired.model if repaired else "skipped",
+        layers=folder.layers,
+        missed=record.missed and f"what was asked: {shortened(record.missed, 120)}",
     )
-    missed = f" It missed what was asked: {shortened(record.missed, 120)}." if record.missed else ""
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
-    return plan_message(outcome.sentence(folder.model) + missed, folder.model, made, quality, state)
+    return verdict.message(*what_next(verdict, folder.model, made))
 
 
 def _cards(record: SearchRecord) -> Iterator[Card]:
     """How much was chosen, what it costs, what it saves, what it took."""
     yield Card("Skips", str(len(record.plan)), "sublayers", f"{record.plan.in_words()}; {record.chosen}")
     if record.quality:
-        lost, error = record.quality.delta_nll, record.quality.delta_nll_se
-        unit = f"± {error:.2f} nats a token" if is_number(error) else "nats a token"
-        yield Card("Loses", f"{lost:+.2f}", unit, f"{DELTA_NLL.heading} on the held-out text")
+        yield Card.of_loss("Loses", record.quality, f"{DELTA_NLL.heading} on the held-out text")
     if is_number(record.cost) and is_number(record.dense_cost):
         text = f"{record.dense_cost:.4f} dense, {record.cost:.4f} with the plan, on the text that was chosen by"
         yield Card("Objective", f"{record.cost - record.dense_cost:+.3f}", "", text)

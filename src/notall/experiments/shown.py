@@ -64,7 +64,7 @@ class Step:
         skipped = len(self.plan)
         parts = [f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"]
         if skipped and self.quality:
-            parts.append(nats_in_words(self.quality))
+            parts.append(in_nats(self.quality))
         if skipped and self.times:
             speedup = self.times.speedup_decode
             parts.append(f"decodes {speedup.median:.2f} times as fast [{speedup.low:.2f} to {speedup.high:.2f}]")
@@ -75,12 +75,11 @@ class Step:
         return f"{'; '.join(parts)}."
 
 
-def nats_in_words(quality: Quality) -> str:
-    """Such as `+0.20 nats a token (± 0.02)`."""
-    if not is_number(quality.delta_nll):
-        return "an unknown loss"
-    error = f" (± {quality.delta_nll_se:.2f})" if is_number(quality.delta_nll_se) else ""
-    return f"{quality.delta_nll:+.2f} nats a token{error}"
+def in_nats(quality: Quality) -> str:
+    """Such as `+0.20 ± 0.02 nats a token`, with three digits where the error needs them; one window has no error."""
+    error = quality.delta_nll_se
+    digits = 3 if is_number(error) and error < 0.005 else 2
+    return f"{quality.nats_lost:+.{digits}f}{f' ± {error:.{digits}f}' if is_number(error) else ''} nats a token"
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ from .folder import Folder
 from .pages import results, shown_plans, with_points
 from .shown import Card, Figure, Sample, Shown
 from .similarity import SimilarityRecord, similarity_section
-from .verdict import mildest, next_command
-from .which import fastest_card, on_the_text
+from .verdict import fastest_card, mildest, next_command, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path

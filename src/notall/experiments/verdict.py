@@ -1,42 +1,42 @@
-"""What a plan comes to, in words: what is left out, what that costs and brings, if it is of use, what comes next."""
+"""What a plan comes to, in words: what is left out, what that costs and brings, if it is of use, what comes next.
+
+And, for verbs that measure many, which of a folder's plans is best.
+"""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..errors import shortened
+from ..models.names import DEFAULT_TEXT
 from ..plan import Plan
-from ..results.facts import Footprint, Quality, Times
+from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality, Times
+from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
-from ..results.table import in_bytes
-from .shown import Message
+from ..results.table import Column, in_bytes, words
+from .folder import Folder
+from .shown import Card, Message, in_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
-LEAST_SAVED = 0.005  # what rounds to 0% is no saving
 LITTLE = 0.1  # nats to ask for where nothing was usable
 NAME_LETTERS = 120  # of a name in a sentence; the tables' CSV and the provenance have all of them
-
-Named = TypeVar("Named")
-
-
-# --- a quality in words -----------------------------------------------------------------------------------------------
+R = TypeVar("R")
 
 
 def faults_of(quality: Quality) -> list[str]:
     """Why a model of this quality is of no use; nothing where it is usable."""
-    agreement = quality.top1_agreement
     faults = {
         "perplexity has more than doubled": quality.nats_lost > MOST_NATS,
-        "over half of its first choices have changed": not agreement >= LEAST_AGREEMENT,  # nan too
+        "over half of its first choices have changed": not quality.top1_agreement >= LEAST_AGREEMENT,  # nan too
     }
     return [fault for fault, found in faults.items() if found]
 
@@ -45,133 +45,10 @@ def is_usable(quality: Quality) -> bool:
     return not faults_of(quality)
 
 
-def in_nats(quality: Quality, digits: int | None = None) -> str:
-    """What was lost, with its standard error, which one window alone has not; by default to two or three digits."""
-    lost, error = quality.nats_lost, quality.delta_nll_se
-    digits = digits or (3 if is_number(error) and error < 0.005 else 2)
-    return f"{lost:+.{digits}f}" + (f" ± {error:.{digits}f}" if is_number(error) else "")
-
-
-def perplexity_factor(nats: float) -> float:
-    """What so many nats a token more multiply perplexity by."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-def loss_in_words(quality: Quality) -> str:
-    """Such as `+0.39 ± 0.02 nats a token (perplexity × 1.48; 70% of its first choices stay)`."""
-    agreement = quality.top1_agreement
-    stays = f"; {agreement:.0%} of its first choices stay" if is_number(agreement) else ""
-    return f"{in_nats(quality)} nats a token (perplexity × {perplexity_factor(quality.nats_lost):.3g}{stays})"
-
-
-def speed_in_words(speedup: Quartiles, verb: str = "decodes") -> str:
-    """Such as `decodes 1.20× as fast (quartiles 1.18 to 1.22)`; about as fast where 1 is among the quartiles."""
-    spread = f"quartiles {speedup.low:.2f} to {speedup.high:.2f}"
-    if speedup.low <= 1 <= speedup.high:
-        return f"{verb} about as fast ({speedup.median:.2f}×, {spread})"
-    return f"{verb} {speedup.median:.2f}× as fast ({spread})"
-
-
 def joined(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *most, last = parts or ("",)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is known of a plan on a model: what a page's first sentence is made of.
-
-    `state` is repaired or healed, where it is; `named` says how the plan came to be; `verb` what was timed.
-    """
-
-    plan: Plan
-    quality: Quality | None = None
-    speedup: Quartiles | None = None
-    footprint: Footprint | None = None
-    dense: Footprint | None = None
-    state: str = ""
-    named: str = ""
-    layers: int = 0
-    verb: str = "decodes"
-
-    def sentence(self, model: str) -> str:
-        among = (f" of its {self.layers} layers" if self.layers else "") + (
-            f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
-        )
-        state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
-        faster = speed_in_words(self.speedup, self.verb) if self.speedup else ""
-        does = " with ".join(filter(None, (faster, joined([*self._smaller()]))))
-        if does and not faster:
-            does = f"has {does}"
-        return f"Without {self.plan.in_words()}{among}, {state}{shortened(model, NAME_LETTERS)} {self._ending(does)}."
-
-    def _ending(self, does: str) -> str:
-        if self.quality is None:
-            return f"{does or 'is smaller'}; what that costs was not measured"
-        if is_usable(self.quality):
-            return f"{does or 'is still usable'}, at {loss_in_words(self.quality)}"
-        return f"{f'{does}, but ' if does else ''}is no longer usable: {loss_in_words(self.quality)}"
-
-    def _smaller(self) -> Iterator[str]:
-        if self.footprint is None or self.dense is None:
-            return
-        for what, left, dense in (
-            ("weights", self.footprint.weight_bytes, self.dense.weight_bytes),
-            ("a KV cache", self.footprint.kv_bytes_per_token, self.dense.kv_bytes_per_token),
-        ):
-            if dense and 1 - left / dense >= LEAST_SAVED:
-                yield f"{what} smaller by {1 - left / dense:.0%}"
-
-
-# --- which of several -------------------------------------------------------------------------------------------------
-
-
-class MeasuredPlan(Protocol):
-    """A record of one of a folder's plans; `times` is None where it was not timed."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def quality(self) -> Quality: ...
-    @property
-    def times(self) -> Times | None: ...
-    @property
-    def footprint(self) -> Footprint: ...
-
-
-M = TypeVar("M", bound=MeasuredPlan)
-
-
-def decode_speedup(one: MeasuredPlan) -> Quartiles | None:
-    return one.times.speedup_decode if one.times else None
-
-
-def fastest(records: Iterable[M]) -> M | None:
-    """Of the usable ones the fastest: of those that may be as fast, by its quartiles, what loses least.
-
-    Where nothing was timed, the smallest, then the best.
-    """
-    usable = [one for one in records if one.plan and is_usable(one.quality)]
-
-    def pace(one: M) -> float:
-        return speedup.median if (speedup := decode_speedup(one)) else 0
-
-    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
-    if first is None or not (speedup := decode_speedup(first)):
-        return first
-    return min((one for one in usable if pace(one) >= speedup.low), key=lambda one: one.quality.nats_lost)
-
-
-def mildest(records: Iterable[M]) -> M | None:
-    """What loses least, usable or not."""
-    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
-    return min(known, key=lambda one: one.quality.nats_lost, default=None)
-
-
-# --- how a command ends -----------------------------------------------------------------------------------------------
 
 
 class Bytes(Fact):
@@ -200,40 +77,66 @@ class VerdictFact(Fact):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A plan with what is known of it: its `quality` on a `text`, None where not measured.
+    """A plan with what is known of it, which the first sentence of a page and the last of a command say.
 
-    `left_out` counts what is skipped, in words, "nothing" where nothing is. `missed` says what was reached of a budget
-    that was not, `late` that the time was up before the search was done, and `next` is the command to type.
+    `quality` is on `text`, None where not measured; `speedup` is of what `verb` says, and `dense` and `footprint` are
+    what the model weighs before and after. `model` and `named` say what the plan is of and how it came to be, `state`
+    is repaired or healed where it is, and `among` says how many sublayers of a kind there are, or `layers`. `missed`
+    is what was reached of a budget that was not, `late` that the time was up before the search was done, and `next` is
+    the command to type.
     """
 
-    left_out: str
-    dense: Footprint
-    left: Footprint
+    plan: Plan
     quality: Quality | None = None
     text: str = ""
     speedup: Quartiles | None = None
+    verb: str = "decodes"
+    footprint: Footprint | None = None
+    dense: Footprint | None = None
+    model: str = ""
+    named: str = ""
+    state: str = ""
+    among: Mapping[str, int] | None = None
+    layers: int = 0
     missed: str | None = None
     late: bool = False
     next: str = ""
 
     @classmethod
-    def on(cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "") -> Verdict:
+    def on(
+        cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
+    ) -> Verdict:
         """What a plan leaves of a model, and what it costs."""
         from ..running.footprint import footprint
         from ..structure.locating import locate
 
         kinds: list[str] = [part.kind for part in locate(model).sublayers]
-        words = plan.in_words({kind: kinds.count(kind) for kind in ("attention", "mlp")})
-        return cls(words, footprint(model, Plan()), footprint(model, plan), quality, text)
+        among = {kind: kinds.count(kind) for kind in ("attention", "mlp")}
+        left, dense = footprint(model, plan), footprint(model, Plan())
+        return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
 
     @property
     def usable(self) -> bool | None:
         """Whether perplexity has at most doubled and at least half of the first choices are the same."""
         return None if self.quality is None else is_usable(self.quality)
 
+    @property
+    def perplexity_factor(self) -> float:
+        """What the nats that are lost multiply perplexity by; nan where that was not measured."""
+        lost = self.quality.nats_lost if self.quality else math.nan
+        return math.inf if lost >= 700 else math.exp(lost)
+
+    @property
+    def said(self) -> str:
+        return " ".join(self._said())
+
     def then(self, mend: str, otherwise: str) -> Verdict:
         """With the command that makes up for a plan that is of no use, or else with what one would do with it."""
         return replace(self, next=mend if self.usable is False else otherwise)
+
+    def message(self, end: str, command: str) -> Message:
+        """For a page."""
+        return Message(self.said, self.usable, end, command)
 
     def lines(self) -> Iterator[str]:
         """What to print, most important first."""
@@ -243,27 +146,33 @@ class Verdict:
 
     def fact(self) -> VerdictFact:
         """For programs."""
-        lost = self.quality.nats_lost if self.quality else math.nan
+        dense, left = self.dense, self.footprint
+        assert dense
+        assert left
         return VerdictFact(
-            said=" ".join(self._said()),
+            said=self.said,
             usable=self.usable,
             missed=self.missed,
             next=self.next,
             text=self.text if self.quality else None,
-            delta_nll=lost,
-            perplexity_factor=perplexity_factor(lost) if is_number(lost) else math.nan,
+            delta_nll=self.quality.nats_lost if self.quality else math.nan,
+            perplexity_factor=self.perplexity_factor,
             top1_agreement=self.quality.top1_agreement if self.quality else math.nan,
             speedup=self.speedup.median if self.speedup else math.nan,
-            weight_bytes=Bytes(dense=self.dense.weight_bytes, skipped=self.left.weight_bytes),
-            kv_bytes_per_token=Bytes(dense=self.dense.kv_bytes_per_token, skipped=self.left.kv_bytes_per_token),
-            state_bytes=Bytes(dense=self.dense.state_bytes, skipped=self.left.state_bytes),
+            weight_bytes=Bytes(dense=dense.weight_bytes, skipped=left.weight_bytes),
+            kv_bytes_per_token=Bytes(dense=dense.kv_bytes_per_token, skipped=left.kv_bytes_per_token),
+            state_bytes=Bytes(dense=dense.state_bytes, skipped=left.state_bytes),
         )
 
     def _said(self) -> Iterator[str]:
-        if self.left_out == "nothing":
+        if not self.plan:
             yield "Nothing is left out: this is the dense model."
         else:
-            yield f"Without {self.left_out}: {'; '.join(self._parts())}."
+            among = f" of its {self.layers} layers" if self.layers else ""
+            among += f" ({shortened(self.named, NAME_LETTERS)})" if self.named else ""
+            state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
+            model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
+            yield f"Without {self.plan.in_words(self.among)}{among}{model}: {'; '.join(self._parts())}."
         if self.quality and (faults := faults_of(self.quality)):
             yield f"Warning: the model is no longer usable: {' and '.join(faults)}."
         if self.missed:
@@ -273,23 +182,36 @@ class Verdict:
 
     def _parts(self) -> Iterator[str]:
         if self.quality:
-            factor = perplexity_factor(self.quality.nats_lost)
-            yield f"{in_nats(self.quality, 3)} nats a token (perplexity × {factor:.3g}) on {self.text}"
-            yield f"{self.quality.top1_agreement:.0%} of the first choices are the same"
+            on = f" on {self.text}" if self.text else ""
+            yield f"{in_nats(self.quality)} (perplexity × {self.perplexity_factor:.3g}){on}"
+            if is_number(self.quality.top1_agreement):
+                yield f"{self.quality.top1_agreement:.0%} of the first choices are the same"
         else:
-            yield "what that costs was not measured on other text: give --held-out"
+            yield "what that costs was not measured"
         if self.speedup:
-            yield f"{self.speedup.median:.2f} ± {self.speedup.error:.2f} times as fast"
-        yield _less("weights", "", self.dense.weight_bytes, self.left.weight_bytes)
-        yield _less("KV cache", " a token", self.dense.kv_bytes_per_token, self.left.kv_bytes_per_token)
-        if self.dense.state_bytes:
-            yield _less("states", "", self.dense.state_bytes, self.left.state_bytes or 0)
+            spread = f"quartiles {self.speedup.low:.2f} to {self.speedup.high:.2f}"
+            yield f"{self.verb} {self.speedup.median:.2f}× as fast ({spread})"
+        if self.footprint and self.dense:
+            for what, unit, dense, left in (
+                ("weights", "", self.dense.weight_bytes, self.footprint.weight_bytes),
+                ("KV cache", " a token", self.dense.kv_bytes_per_token, self.footprint.kv_bytes_per_token),
+                ("states", "", self.dense.state_bytes, self.footprint.state_bytes or 0),
+            ):
+                if dense:
+                    smaller = f"{what} {1 - left / dense:.0%} smaller ({in_bytes(left)}{unit})"
+                    yield smaller if left < dense else f"the same {what}"
 
 
-def _less(what: str, unit: str, dense: int, left: int) -> str:
-    if left == dense:
-        return f"the same {what}"
-    return f"{what} {1 - left / dense:.0%} smaller ({in_bytes(left)}{unit})"
+# --- what comes next --------------------------------------------------------------------------------------------------
+
+
+def next_command(name: str, *words: object, **options: object) -> str:
+    """A command line of notall; an option that is True has no value, and one that is None is left out."""
+    line = ["notall", name, *map(str, words)]
+    for option, value in options.items():
+        if value is not None:
+            line += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(line)
 
 
 def mending(model: str, plan: object, repaired: bool) -> str:
@@ -298,29 +220,135 @@ def mending(model: str, plan: object, repaired: bool) -> str:
     return next_command(name, model, plan=plan, out=out)
 
 
-def next_command(name: str, *words: object, **options: object) -> str:
-    """A command line of notall; an option that is True has no value, and one that is None is left out."""
-    given = [
-        [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-        for option, value in options.items()
-        if value is not None
-    ]
-    return shlex.join(["notall", name, *map(str, words), *(word for option in given for word in option)])
-
-
-def plan_message(said: str, model: str, made: Path, quality: Quality | None, state: str) -> Message:
-    """Of the plan that is in `made`, in this state."""
-    if quality is None:
-        return Message(said, None, "see what that costs", next_command("eval", model, plan=made))
-    if is_usable(quality):
-        mend, pruned = "refit" if state == "skipped" else None, made.with_name(f"{made.stem}-pruned")
-        command = next_command("export", model, plan=made, repair=mend, to="hf", out=pruned)
-        return Message(said, True, "repair it, and write that model" if mend else "write that model", command)
-    if state == "healed":
-        return Message(said, False, *asking_for_less(model))
-    return Message(said, False, "make up for what is lost", mending(model, made, state == "repaired"))
-
-
 def asking_for_less(model: str) -> tuple[str, str]:
     """What to do where nothing was usable, and the command."""
     return "ask for what costs little", next_command("search", model, max_nll=LITTLE, out="plan.json")
+
+
+def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None = None) -> tuple[str, str]:
+    """What to do with the plan that is in `made`, and the command; `repair_text` is what a repair would fit it to."""
+    if verdict.usable is None:
+        return "see what that costs", next_command("eval", model, plan=made)
+    if verdict.usable:
+        pruned = {"to": "hf", "out": made.with_name(f"{made.stem}-pruned")}
+        if verdict.state != "skipped":
+            return "write that model", next_command("export", model, plan=made, **pruned)
+        mend = {"repair": "refit", "repair_text": repair_text}
+        return "repair it, and write that model", next_command("export", model, plan=made, **mend, **pruned)
+    if verdict.state == "healed":
+        return asking_for_less(model)
+    return "make up for what is lost", mending(model, made, verdict.state == "repaired")
+
+
+# --- which of several -------------------------------------------------------------------------------------------------
+
+
+class MeasuredPlan(Protocol):
+    """A record of one of a folder's plans; `times` is None where it was not timed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def quality(self) -> Quality: ...
+    @property
+    def times(self) -> Times | None: ...
+    @property
+    def footprint(self) -> Footprint: ...
+
+
+M = TypeVar("M", bound=MeasuredPlan)
+
+
+def _decode_speedup(one: MeasuredPlan) -> Quartiles | None:
+    return one.times.speedup_decode if one.times else None
+
+
+def fastest(records: Iterable[M]) -> M | None:
+    """Of the usable ones the fastest: of those that may be as fast, by its quartiles, what loses least.
+
+    Where nothing was timed, the smallest, then the best.
+    """
+    usable = [one for one in records if one.plan and is_usable(one.quality)]
+
+    def pace(one: M) -> float:
+        return speedup.median if (speedup := _decode_speedup(one)) else 0
+
+    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
+    if first is None or not (speedup := _decode_speedup(first)):
+        return first
+    return min((one for one in usable if pace(one) >= speedup.low), key=lambda one: one.quality.nats_lost)
+
+
+def mildest(records: Iterable[M]) -> M | None:
+    """What loses least, usable or not."""
+    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
+    return min(known, key=lambda one: one.quality.nats_lost, default=None)
+
+
+def first_shown(records: Sequence[MeasuredPlan]) -> int:
+    """Where the plan is that a page is about: the fastest usable one, else the mildest, else the last."""
+    best = fastest(records) or mildest(records)
+    return records.index(best) if best else len(records) - 1
+
+
+def judged(
+    folder: Folder,
+    records: Sequence[M],
+    *,
+    then: Callable[[M], tuple[str, str]],
+    way: Callable[[M], str] = lambda one: one.name,
+    dense: Footprint | None = None,
+) -> Message | None:
+    """The fastest usable plan and what comes `then`, or that there is none; `way` is its name in the sentence."""
+    if best := fastest(records):
+        verdict = Verdict(
+            best.plan,
+            best.quality,
+            speedup=_decode_speedup(best),
+            footprint=best.footprint,
+            dense=dense,
+            model=folder.model,
+            named=way(best),
+            layers=folder.layers,
+        )
+        return verdict.message(*then(best))
+    if least := mildest(records):
+        plans = sum(bool(one.plan) for one in records)
+        which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
+        mild = f"{shortened(least.name, NAME_LETTERS)}, {' and '.join(faults_of(least.quality))}"
+        said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
+        return Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
+    return None
+
+
+def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
+    """The options that name the text of a run, where it is not what commands read by default; with it its `sizes`."""
+    what = about.what
+    if what.get("text", DEFAULT_TEXT) == DEFAULT_TEXT:
+        return {}
+    return {name: what[name] for name in ("text", *sizes) if name in what}
+
+
+def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
+    """Of those that leave the model usable."""
+    best = fastest(records)
+    if best is None:
+        told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
+        return Card("Fastest usable", "none", f"of {len(records)} plans", told)
+    text = f"{best.name}; {in_nats(best.quality)}"
+    if not (speedup := _decode_speedup(best)):
+        return Card("Largest usable", str(len(best.plan)), "sublayers left out", text)
+    return Card("Fastest usable", f"{speedup.median:.2f}×", SPEEDUPS[0].heading, text)
+
+
+def mark_usable(columns: Sequence[Column[R]], quality: Callable[[R], Quality | None]) -> tuple[Column[R], ...]:
+    """With a column that says whether the model is still usable, behind what it loses."""
+
+    def usable(row: R) -> str:
+        found = quality(row)
+        return "" if found is None or not is_number(found.delta_nll) else "yes" if is_usable(found) else "no"
+
+    place = 1 + next(place for place, column in enumerate(columns) if column.heading == DELTA_NLL.heading)
+    return (*columns[:place], words("usable", usable), *columns[place:])
