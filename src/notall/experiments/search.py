@@ -416,13 +416,13 @@ class Search:
         measured: tuple[MeasuredRecord, ...],
         batches: list[Tensor],
     ) -> Searched:
-        from ..evaluation.diagnostics import look_far_back, may_lose_retrieval
+        from ..evaluation.diagnostics import may_lose_retrieval, run_diagnostics
         from ..structure.locating import locate
 
         passkeys: list[PlanCheck] = []
         if may_lose_retrieval(locate(net), found.plan):
             plans = {found.plan.state: found.plan, made.plan.state: made.plan}
-            checks = look_far_back(net, tokenizer, [*plans.values()], batches, seed=self.seed)
+            checks = run_diagnostics(net, tokenizer, [*plans.values()], batches, parts=["passkey"], seed=self.seed)
             passkeys = [PlanCheck(model=name, **dict(one)) for name, some in zip(plans, checks) for one in some]
         verdict = verdict_of(net, self.model.model, found, made)
         return Searched(found, record, made.plan, made.path, measured, tuple(passkeys), made.budget, verdict)
