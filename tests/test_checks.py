@@ -1,13 +1,14 @@
 """Everything is checked before anything is computed: what cannot be done is refused without a forward pass."""
 
 import os
+import shutil
 from collections import namedtuple
 from importlib.util import find_spec
 
 import pytest
 from transformers import LlamaForCausalLM
 
-from api import ModelOptions, exporters_folder, latency
+from api import ModelOptions, latency
 from api import records_lines as lines
 from command_line import FAST, QUICK
 from notall import Plan, UsageError
@@ -257,7 +258,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
     more,
 ):
     disk = namedtuple("disk", "total used free")
-    monkeypatch.setattr(exporters_folder.shutil, "disk_usage", lambda _: disk(1 << 30, 1 << 30, 1 << 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(1 << 30, 1 << 30, 1 << 10))
     code, _, err = run("export", folder, "--plan", plan, "--to", target, "--out", tmp_path / "out", *more)
     assert code == 2
     assert "the export takes " in err

@@ -21,7 +21,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is absent: pip install 'notall[ray]'", allow_module_level=True)
 
 import forked
-from api import Provenance, Replay, Request, Scorer, SpreadScorer, Workers, paper_grid, score, split_branches, sweep
+from api import Provenance, Replay, Request, Scorer, Workers, paper_grid, score, split_branches, sweep
 from api import cluster as cluster_module
 from api import driver_Subject as Subject
 from api import options_Workload as Workload
@@ -59,9 +59,9 @@ def workers(options, model):
         yield both
 
 
-def answers(scorer, plans, requests):
+def answers(score_requests, plans, requests):
     found = {}
-    for scores in scorer.score(plans, requests):
+    for scores in score_requests(plans, requests):
         found |= dict(zip(scores.requests, zip(scores.log_likelihoods.T.tolist(), scores.greedy.T.tolist())))
     return [found[number] for number in range(len(requests))]
 
@@ -115,10 +115,9 @@ def test_no_cluster_is_one_line(options, tmp_path, address):
 def test_two_workers_answer_as_one_process(workers, model, plans):
     expected = score(model, plans[1:], TOKENS)
     assert workers.score(plans[1:], TOKENS) == expected
-    theirs = answers(Scorer(model), plans, REQUESTS)
-    for (likely, greedy), (likely_here, greedy_here) in zip(
-        answers(workers.scorer(Scorer(model)), plans, REQUESTS), theirs
-    ):
+    theirs = answers(Scorer(model).score, plans, REQUESTS)
+    ours = answers(workers.score_requests, plans, REQUESTS)
+    for (likely, greedy), (likely_here, greedy_here) in zip(ours, theirs):
         assert likely == pytest.approx(likely_here, abs=1e-4)
         assert greedy == greedy_here
 
@@ -145,13 +144,13 @@ def test_one_killed_in_the_middle_changes_nothing_and_both_are_told(workers, mod
     many = [Request(tuple(range(5, 60 + n % 30)), (n % 50 + 3,)) for n in range(120)]
     monkeypatch.setattr(spreading, "SLICE", 20)
     found = []
-    for scores in SpreadScorer(workers, Scorer(model)).score(plans, many):
+    for scores in workers.score_requests(plans, many):
         found.append((scores.requests, scores.log_likelihoods, scores.greedy))
         if len(found) == 2:
             kill(workers.pool.processes[0])
     assert len(found) == 6
     assert len(workers.pool.actors) == 1
-    expected = answers(Scorer(model), plans, many)
+    expected = answers(Scorer(model).score, plans, many)
     for requests, likely, greedy in found:
         for number, ours, said in zip(requests, likely.T.tolist(), greedy.T.tolist()):
             assert ours == pytest.approx(expected[number][0], abs=1e-4)

@@ -128,6 +128,7 @@ def run_tasks(model: Any, tokenizer: Any, plans: Any, tasks: Any, **how: Any) ->
     """Load and build `tasks`, and evaluate each of `plans` on each of them."""
     from api import Limits, TaskShelf, harness
 
-    shelf = TaskShelf.of(how.pop("task_path", None))
-    jobs = shelf.jobs(tasks, how.pop("num_fewshot", None), Limits(how.pop("limit", None)))
+    shelf, limits = TaskShelf.of(how.pop("task_path", None)), Limits(how.pop("limit", None))
+    shots = how.pop("num_fewshot", None)
+    jobs = [shelf.build(name, shots, limits.of(name)) for name in shelf.names(tasks)]
     return harness.run_tasks(model, tokenizer, plans, jobs, **how)

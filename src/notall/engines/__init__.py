@@ -27,10 +27,7 @@ Tokens = Sequence[int]
 
 
 def engine_named(name: str) -> type[Engine]:
-    """The engine of this name: of `ENGINES`, of an installed package, or `module:Class`.
-
-    Raises `UsageError` where there is none.
-    """
+    """That of `ENGINES`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
     return class_named(name, ENGINES, GROUP, "engine", Engine)  # type: ignore[type-abstract]
 
 
@@ -97,10 +94,9 @@ class Engine(ABC):
 
     def checked_types(self, wanted: Sequence[str]) -> list[str]:
         """Those wanted, else the usual ones, and the plain one first. Raises `UsageError` for an unknown one."""
-        for kind in wanted:
-            if kind not in self.types:
-                known = ", ".join(self.types)
-                raise UsageError(f"{self.name} has no type {kind!r}{nearest(kind, self.types)}: give {known}")
+        for kind in [kind for kind in wanted if kind not in self.types]:
+            near = nearest(kind, self.types)
+            raise UsageError(f"{self.name} has no type {kind!r}{near}: give {', '.join(self.types)}")
         return list(dict.fromkeys([self.plain, *(wanted or self.usual)]))
 
     @property

@@ -81,7 +81,9 @@ def types_of(kind: str, shapes: Shapes) -> dict[str, Kind]:
             wanted = FUSED[kind]
         elif name in finer and wanted != Kind.Q8_0:
             wanted = Kind.Q6_K
-        found[name] = _fitting(wanted, shapes[name][-1])
+        width, either = shapes[name][-1], (wanted, NARROWER.get(wanted, wanted))  # where its blocks divide a row
+        fits = (one for one in either if width % GGML_QUANT_SIZES[one][0] == 0)
+        found[name] = next(fits, Kind.F16)
     return found
 
 
@@ -91,12 +93,6 @@ def _finer(names: Sequence[str], pattern: str) -> set[str]:
     count, eighth = len(ones), len(ones) // 8
     ends = (*range(eighth), *range(7 * count // 8, count))
     return {name for place, name in enumerate(ones) if place in ends or (place - eighth) % 3 == 2}
-
-
-def _fitting(kind: Kind, width: int) -> Kind:
-    """`kind`, or one of shorter blocks where these do not divide a row."""
-    fits = (one for one in (kind, NARROWER.get(kind, kind)) if width % GGML_QUANT_SIZES[one][0] == 0)
-    return next(fits, Kind.F16)
 
 
 def _packed(tensor: GGUFTensor, kind: Kind) -> GGUFTensor:

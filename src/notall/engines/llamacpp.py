@@ -59,15 +59,13 @@ class LlamaCpp(Engine):
     def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
         together = min(AT_ONCE, len(windows))
         server = self._server(checkpoint, max(map(len, windows)), together)
-        found: dict[int, list[float | None]] = {}
 
-        def fill(slot: int) -> None:
-            for number in range(slot, len(windows), together):
-                found[number] = _nll(server, slot, windows[number])
+        def read(slot: int) -> list[list[float | None]]:
+            return [_nll(server, slot, tokens) for tokens in windows[slot::together]]
 
         with ThreadPoolExecutor(together) as pool:
-            list(pool.map(fill, range(together)))
-        return [found[number] for number in range(len(windows))]
+            by_slot = list(pool.map(read, range(together)))
+        return [by_slot[number % together][number // together] for number in range(len(windows))]
 
     def time(self, checkpoint: Path, prompt: Tokens, new: int) -> Timing:
         before = resident_bytes()

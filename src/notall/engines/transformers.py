@@ -33,9 +33,11 @@ class Transformers(Engine):
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
         try:
+            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
             from transformers import TorchAoConfig
 
-            model = self._load(plain, quantization_config=TorchAoConfig(_torchao(kind)))
+            how = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32)
+            model = self._load(plain, quantization_config=TorchAoConfig(how))
         except ImportError as error:
             raise UsageError(f"{kind} needs more here: {error}") from None
         model.save_pretrained(out, **PICKLED)
@@ -78,9 +80,3 @@ class Transformers(Engine):
             checkpoint, dtype=getattr(torch, self.dtype), local_files_only=True, trust_remote_code=False, **more
         )
         return model.eval()
-
-
-def _torchao(kind: str) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=32)

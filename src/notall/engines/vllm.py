@@ -8,10 +8,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UsageError
 from . import Engine, Timing, Tokens, regrouped_base, resident_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in.
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
@@ -46,12 +49,15 @@ class VLLM(Engine):
         config = json.loads((plain / "config.json").read_text())
         if "quantization_config" in config:
             raise UsageError("its weights are quantised already")
+        from safetensors.torch import load_file, save_file
+
         out.mkdir()
         for file in plain.iterdir():
-            if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+            if file.suffix == ".safetensors":
+                save_file(_packed(load_file(file)), out / file.name, {"format": "pt"})
+            elif not file.name.endswith(".index.json"):
                 shutil.copy(file, out / file.name)
         (out / "config.json").write_text(json.dumps(config | {"quantization_config": EIGHT_BITS}, indent=2))
-        _pack(plain, out)
 
     def score(self, checkpoint: Path, windows: Sequence[Tokens]) -> list[list[float | None]]:
         llm = self._load(checkpoint, max(map(len, windows)) + 1)
@@ -67,13 +73,12 @@ class VLLM(Engine):
         before = resident_bytes()
         llm = self._load(checkpoint, len(prompt) + 1 + new)
         for _ in range(2):  # the first one to warm up
-            first, whole = (self._milliseconds(llm, prompt, count) for count in (1, 1 + new))
+            start = time.perf_counter()
+            self._generate(llm, prompt, 1)
+            between = time.perf_counter()
+            self._generate(llm, prompt, 1 + new)
+            first, whole = 1e3 * (between - start), 1e3 * (time.perf_counter() - between)
         return Timing(first, (whole - first) / new, resident_bytes() - before)
-
-    def _milliseconds(self, llm: Any, prompt: Tokens, new: int) -> float:
-        start = time.perf_counter()
-        self._generate(llm, prompt, new)
-        return 1e3 * (time.perf_counter() - start)
 
     def _generate(self, llm: Any, prompt: Tokens, new: int, **more: Any) -> Any:
         from vllm import SamplingParams
@@ -101,19 +106,15 @@ class VLLM(Engine):
         )
 
 
-def _pack(plain: Path, folder: Path) -> None:
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The projections of all layers as whole numbers with a scale an output channel, rounded to the nearest."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    for file in sorted(plain.glob("*.safetensors")):
-        tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in load_file(file).items():
-            if tensor.dim() == 2 and "embed" not in name and not name.startswith("lm_head"):
-                values = tensor.float()
-                scales = values.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-                tensors[name] = (values / scales).round().to(torch.int8)
-                tensors[f"{name}_scale"] = scales.to(tensor.dtype)
-            else:
-                tensors[name] = tensor
-        save_file(tensors, folder / file.name, {"format": "pt"})
+    packed = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "embed" not in name and not name.startswith("lm_head"):
+            values = tensor.float()
+            scales = values.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+            packed[name] = (values / scales).round().to(torch.int8)
+            packed[f"{name}_scale"] = scales.to(tensor.dtype)
+    return packed

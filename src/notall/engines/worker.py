@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,8 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
         "arguments": arguments,
         "folder": os.getcwd(),
     }
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # an empty entry is the working folder
+    safe = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, given)), "PYTHONSAFEPATH": "1"}  # for its children too
     what = f"{engine.name} did not {method}"
     program = os.path.abspath(shutil.which(python) or python) if python else sys.executable
     try:
@@ -54,7 +56,7 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
                 text=True,
                 errors="replace",
                 cwd=empty,
-                env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONSAFEPATH": "1"},  # the second for its children
+                env=os.environ | safe,
             )
     except OSError as error:
         raise EngineFailed(f"no process was started ({error.strerror})", what) from None
@@ -65,12 +67,6 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
     return answer["result"]
 
 
-def _python_path() -> str:
-    """PYTHONPATH by full paths; an empty entry, which stands for the working folder, is left out."""
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join(os.path.abspath(folder) for folder in given if folder)
-
-
 def _ending(run: subprocess.CompletedProcess[str]) -> str:
     if run.returncode < 0:
         return f"its process was ended by signal {-run.returncode}, for want of memory perhaps"
@@ -78,31 +74,24 @@ def _ending(run: subprocess.CompletedProcess[str]) -> str:
     return shortened(printed[-1] if printed else f"its process ended with {run.returncode}", 160)
 
 
-# --- in that process --------------------------------------------------------------------------------------------------
-
-
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
-    """What the method returns, or why it failed."""
-    engine = _engine_class(request["engine"], request["folder"])(**request["settings"])
+    """In that process: what the method returns, or why it failed."""
+    module, _, name = request["engine"].partition(":")
+    if find_spec(module.partition(".")[0]) is None:
+        sys.path.append(request["folder"])  # of an engine that was named in place, as module:Class
+    engine = getattr(import_module(module), name)(**request["settings"])
     try:
         found = getattr(engine, request["method"])(**request["arguments"])
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
         return {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
-    return {"result": asdict(found) if is_dataclass(found) and not isinstance(found, type) else found}
-
-
-def _engine_class(name: str, folder: str) -> Any:
-    module, _, attribute = name.partition(":")
-    if find_spec(module.partition(".")[0]) is None:
-        sys.path.append(folder)  # of an engine that was named in place, as module:Class
-    return getattr(import_module(module), attribute)
+    return {"result": found}
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
     os.dup2(2, 1)
     request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
-    print(json.dumps(answer_to(request)), file=out, flush=True)
+    print(json.dumps(answer_to(request), default=asdict), file=out, flush=True)
     out.close()
     os._exit(0)  # threads of llama.cpp outlive it
 

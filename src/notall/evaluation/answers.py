@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UsageError, shortened
 from ..plan import Plan
-from ..results.evaluations import AnswersRecord
+from ..results.evaluations import AnswersRecord, Said
 from ..results.ledger import Ledger
 
 A = TypeVar("A")
-Answer = tuple[float, bool] | float | str  # a log-likelihood and whether it is greedy, a log-likelihood, or a text
 
 
 class Answers:
@@ -29,7 +27,7 @@ class Answers:
         self.origin = origin
         self.names = [_digest(*plan.identity) for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
-        self._known: dict[str, dict[str, Answer]] = {}
+        self._known: dict[tuple[str, str], Said] = {}  # by request and plan
         self._ledger = Ledger(folder, AnswersRecord) if folder else None
         for record in self._ledger or ():
             self._note(record.plans, record.answers)
@@ -40,7 +38,7 @@ class Answers:
 
     def get(self, key: str, number: int, form: type[A]) -> A:
         """Raises `UsageError` where the file has something of another form."""
-        answer = self._known[key][self.names[number]]
+        answer = self._known[key, self.names[number]]
         if not isinstance(answer, form):
             where = self._ledger.path if self._ledger is not None else "what was answered"
             raise UsageError(
@@ -49,7 +47,7 @@ class Answers:
         return answer
 
     def has(self, key: str, number: int) -> bool:
-        return self.names[number] in self._known.get(key, ())
+        return (key, self.names[number]) in self._known
 
     def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
         """The distinct keys whose answers are not all there, by the plans that lack them: of equal ones, the first."""
@@ -60,31 +58,16 @@ class Answers:
                 found.setdefault(numbers, []).append(key)
         return found
 
-    def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Answer]]) -> None:
+    def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Said]]) -> None:
         """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
         names = tuple(self.names[number] for number in numbers)
         if self._ledger is not None:
-            plain = {key: tuple(map(_plain, values)) for key, values in answers.items()}
-            self._ledger.add(AnswersRecord(plans=names, answers=plain))
+            self._ledger.add(AnswersRecord(plans=names, answers={key: tuple(said) for key, said in answers.items()}))
         self._note(names, answers)
 
-    def _note(self, names: Sequence[str], answers: Mapping[str, Sequence[Any]]) -> None:
+    def _note(self, names: Sequence[str], answers: Mapping[str, Sequence[Said]]) -> None:
         for key, values in answers.items():
-            self._known.setdefault(key, {}).update(zip(names, map(_restored, values)))
-
-
-def _plain(value: Any) -> Any:
-    """As a record takes it: no numpy."""
-    if isinstance(value, list | tuple):
-        return (float(value[0]), bool(value[1]))
-    return value if isinstance(value, str) else float(value)
-
-
-def _restored(value: Any) -> Answer:
-    """As the harness expects it: null for what is no number."""
-    if isinstance(value, list | tuple):
-        return (math.nan if value[0] is None else value[0], value[1])
-    return math.nan if value is None else value
+            self._known |= {(key, name): said for name, said in zip(names, values)}
 
 
 def _digest(*parts: Any) -> str:

@@ -20,7 +20,7 @@ from ..running.generating import ends_of, greedy
 from ..running.replay import Replay, record
 from ..running.skipping import skip
 from ..structure.model_structure import ModelStructure
-from .scoring import Request, Scorer
+from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
 DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -28,7 +28,6 @@ CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
 NGRAM = 4
-
 
 ByPlan = Sequence[Check]  # one check, of each plan
 
@@ -63,6 +62,15 @@ def run_diagnostics(
     return [list(of_plan) for of_plan in zip(*found)]
 
 
+def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
+    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone.
+
+    Such attentions are few, and states of fixed size do not hold a fact word for word, which perplexity does not see.
+    """
+    has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
+    return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
+
+
 # --- long texts -------------------------------------------------------------------------------------------------------
 
 
@@ -81,35 +89,28 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
     Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
     leaving out one window at a time.
     """
-    reads = [list(_reads(model, [Plan(), *plans], window)) for window in windows]  # window by window, plan by plan
+    reads = [_reads(model, [Plan(), *plans], window) for window in windows]
     if not reads:
         raise UsageError("the diagnostics needs text; give at least one window")
-    by_plan = list(zip(*reads))
-    shortest = min(len(read.nll) for read in by_plan[0])
+    dense, *others = zip(*reads)
     found: list[ByPlan] = []
-    for low, high in _octaves(shortest):
-        columns = [[float(read.nll[low:high].mean()) for read in some] for some in by_plan]
-        found.append(_checks(f"NLL at {low} to {high - 1}", columns, higher_is_better=False))
-    dense, *others = by_plan
+    low, high, shortest = 0, 64, min(len(read.nll) for read in dense)
+    while low < shortest:
+        end = min(high, shortest)
+        columns = [[float(read.nll[low:end].mean()) for read in some] for some in (dense, *others)]
+        found.append(_checks(f"NLL at {low} to {end - 1}", columns, higher_is_better=False))
+        low, high = high, 2 * high
     return [*found, [_calibration(some, dense) for some in others]]
 
 
 def _calibration(some: Sequence[_Read], dense: Sequence[_Read]) -> Check:
+    def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
+        ours, theirs = zip(*pairs)
+        return calibration_error(ours) - calibration_error(theirs)
+
     pairs = list(zip(some, dense))
-    value, base = calibration_error(some), calibration_error(dense)
-    error = jackknife_error(lambda kept: calibration_error(kept), some)
-    delta_error = jackknife_error(
-        lambda kept: calibration_error([a for a, _ in kept]) - calibration_error([b for _, b in kept]), pairs
-    )
-    return Check(
-        check="calibration error",
-        value=value,
-        value_se=error,
-        delta=value - base,
-        delta_se=delta_error,
-        p_value=normal_p_value(value - base, delta_error),
-        higher_is_better=False,
-    )
+    value = calibration_error(some), jackknife_error(calibration_error, some)
+    return _check("calibration error", value, (gained(pairs), jackknife_error(gained, pairs)), higher_is_better=False)
 
 
 def calibration_error(reads: Sequence[_Read]) -> float:
@@ -131,14 +132,6 @@ def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Ite
             read = _Read(scores.nll.cpu(), scores.confidence.cpu(), scores.likeliest.cpu() == targets)
             found |= dict.fromkeys(numbers, read)
     return [found[number] for number in range(len(plans))]
-
-
-def _octaves(tokens: int) -> Iterable[tuple[int, int]]:
-    """0 to 63, 64 to 127, 128 to 255 and so on, up to `tokens`."""
-    low, high = 0, 64
-    while low < tokens:
-        yield low, min(high, tokens)
-        low, high = high, 2 * high
 
 
 # --- a fact far back --------------------------------------------------------------------------------------------------
@@ -174,9 +167,11 @@ def _passkey(
     tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
 ) -> Request:
     key = " " + "".join(str(draw.randrange(10)) for _ in range(DIGITS))
-    needle = _ids(tokenizer, f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n")
-    question = _ids(tokenizer, "\n\nWhat is the pass key? The pass key is")
-    answer = _ids(tokenizer, key)
+    told = f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n"
+    needle, question, answer = (
+        list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (told, "\n\nWhat is the pass key? The pass key is", key)
+    )
     room = context - len(needle) - len(question) - len(answer)
     if room < 1:
         raise UsageError(f"a passkey does not fit into {context} tokens; give longer contexts")
@@ -185,10 +180,6 @@ def _passkey(
     cut = int(depth * room)
     sequence = [*text[:cut], *needle, *text[cut:], *question, *answer]
     return Request(tuple(sequence[:-1]), tuple(answer))
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -202,12 +193,12 @@ def check_writing(
     Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
     a continuation that never leaves the dense model's counts as leaving it behind its last token.
     """
-    prompts = torch.cat([window[:, :64] for window in windows])
+    prompts, ends = torch.cat([window[:, :64] for window in windows]), ends_of(model)
     texts = []
     for plan in (Plan(), *plans):
-        with skip(model, plan):
-            texts.append(_continue(model, prompts, new_tokens))
-    leaving = [[float(_agreement(text, dense)) for text, dense in zip(some, texts[0])] for some in texts]
+        with skip(model, plan):  # without the token that ends a text
+            texts.append([row[:-1] if row[-1] in ends else row for row in greedy(model, prompts, new_tokens)])
+    leaving = [[float(common(text, dense)) for text, dense in zip(some, texts[0])] for some in texts]
     return [
         _checks("tokens as dense", leaving, higher_is_better=True),
         _checks("repetition", [[repetition(text) for text in some] for some in texts], higher_is_better=False),
@@ -220,67 +211,36 @@ def repetition(text: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _continue(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> list[list[int]]:
-    """What the live model says behind `prompts`, (rows, tokens), without the token that ends a text."""
-    ends = ends_of(model)
-    return [row[:-1] if row[-1] in ends else row for row in greedy(model, prompts, new_tokens)]
-
-
-def _agreement(text: Sequence[int], dense: Sequence[int]) -> int:
-    return next((place for place, (a, b) in enumerate(zip(text, dense)) if a != b), min(len(text), len(dense)))
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _checks(
-    check: str,
-    columns: Sequence[Sequence[float]],
-    *,
-    higher_is_better: bool | None,
-    right_or_wrong: bool = False,
+    name: str, columns: Sequence[Sequence[float]], *, higher_is_better: bool | None, right_or_wrong: bool = False
 ) -> list[Check]:
     """From one column of values a plan, the dense one first."""
     dense, *rest = columns
     found = []
     for values in rest:
-        value, error = mean_and_error(values)
-        delta, delta_error = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
-        p_value = mcnemar(values, dense) if right_or_wrong else normal_p_value(delta, delta_error)
-        found.append(
-            Check(
-                check=check,
-                value=value,
-                value_se=error,
-                delta=delta,
-                delta_se=delta_error,
-                p_value=p_value,
-                higher_is_better=higher_is_better,
-            )
-        )
+        delta = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
+        p_value = mcnemar(values, dense) if right_or_wrong else None
+        found.append(_check(name, mean_and_error(values), delta, higher_is_better, p_value))
     return found
 
 
-# --- what a hybrid that lost attentions still finds, which perplexity does not see ------------------------------------
-
-
-def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone.
-
-    Such attentions are few, and states of fixed size do not hold a fact word for word.
-    """
-    has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
-    return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
-
-
-def look_far_back(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plans: Sequence[Plan],
-    windows: Sequence[Tensor],
-    *,
-    seed: int = 0,
-) -> list[list[Check]]:
-    """Of each plan the share of numbers that are found again, a check a context length, beside the dense model's.
-
-    `windows` are the haystack, token ids, (batch, tokens) each. Five numbers a length.
-    """
-    found = check_passkey(model, tokenizer, plans, windows, CONTEXTS, seed=seed)
-    return [list(of_plan) for of_plan in zip(*found)]
+def _check(
+    name: str,
+    value: tuple[float, float],
+    delta: tuple[float, float],
+    higher_is_better: bool | None,
+    p_value: float | None = None,
+) -> Check:
+    """`value`, and what it has more than the dense model's, each with its standard error."""
+    return Check(
+        check=name,
+        value=value[0],
+        value_se=value[1],
+        delta=delta[0],
+        delta_se=delta[1],
+        p_value=normal_p_value(*delta) if p_value is None else p_value,
+        higher_is_better=higher_is_better,
+    )

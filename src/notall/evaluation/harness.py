@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
 
 if TYPE_CHECKING:
-    from .ray_workers import SpreadScorer, Workers
+    from .ray_workers import Workers
 
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
@@ -91,7 +91,7 @@ def run_tasks(
     truncate: bool = False,
     progress: Progress = silent,
 ) -> list[TaskResult]:
-    """Evaluate each of `plans` on each of `jobs`, which `TaskShelf.jobs` builds: task by task, plan by plan.
+    """Evaluate each of `plans` on each of `jobs`, which `TaskShelf.build` makes: task by task, plan by plan.
 
     Answers are kept in `folder`, so that a run that was killed goes on. Requests longer than the model's context raise
     `UsageError` before anything is computed, or lose tokens on the left, as in the harness, with `truncate`. Raises
@@ -107,16 +107,16 @@ def run_tasks(
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
-    with quiet(), no_bars():
+    with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
-            with raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
-                outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS))
+            outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS))
+    dense, *others = outcomes
     return [
-        result
-        for row, leaves in job.reported().items()
-        for number, outcome in enumerate(outcomes[1:], 1)
-        for result in _results(job, row, leaves, number - 1, lm.plans[number], outcome, outcomes[0])
+        TaskResult(number, lm.plans[number + 1], score, samples)
+        for row in job.reported().items()
+        for number, outcome in enumerate(others)
+        for score, samples in _scores(job, *row, outcome, dense)
     ]
 
 
@@ -141,9 +141,8 @@ class PlansLM(HFLM):
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)
         self.plans = (Plan(), *plans)
-        self.scorer: Scorer | SpreadScorer = Scorer(model, batch_size)
-        if workers:
-            self.scorer = workers.scorer(self.scorer)
+        self.scorer = Scorer(model, batch_size)
+        self.score = partial(workers.score_requests, batch_size=batch_size) if workers else self.scorer.score
         self.answers = Answers(folder, origin(model, tokenizer), self.plans)
         self.truncate, self.progress = truncate, progress
         self.number, self.task = 0, ""  # the plan to answer as, and of which task, for people
@@ -154,34 +153,38 @@ class PlansLM(HFLM):
         """Raise `UsageError` where the model's context is too short for a request of `job`."""
         self.task = job.name
         requests = [request for task in job.tasks.values() for request in task.instances]
-        self._check_texts(request for request in requests if request.request_type == "loglikelihood")
+        texts = ["".join(request.args) for request in requests if request.request_type == "loglikelihood"]
+        self._check_fit([len(self.tok_encode(text)) for text in texts], self.max_length + 1)  # the last is predicted
         self._room_to_generate([request for request in requests if request.request_type == "generate_until"])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         keys = [self.answers.key("loglikelihood", *request.args) for request in requests]
-        lacking = {name for names in self.answers.lacking(keys).values() for name in names}
-        self._check_texts(request for key, request in zip(keys, requests) if key in lacking)
         for chunk in self._missing(keys, requests, CHUNK):
             super().loglikelihood(chunk, disable_tqdm=True)
         return [self.answers.get(key, self.number, tuple) for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         keys = [self.answers.key("loglikelihood_rolling", *request.args) for request in requests]
-        for chunk in self._missing(keys, requests, 1):
-            (totals,) = super().loglikelihood_rolling(chunk, disable_tqdm=True)
-            key = self.answers.key("loglikelihood_rolling", *chunk[0].args)
+        for (request,) in self._missing(keys, requests, 1):
+            (totals,) = super().loglikelihood_rolling([request], disable_tqdm=True)
+            key = self.answers.key("loglikelihood_rolling", *request.args)
             self.answers.add(self.running, {key: np.broadcast_to(totals, len(self.running)).tolist()})
         return [self.answers.get(key, self.number, float) for key in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        keys = self._generation_keys(requests)
+        asked: Counter[str] = Counter()  # the same request asked again (a task that samples) has another key each time
+        keys = []
+        for request in requests:
+            key = self.answers.key("generate_until", *request.args)
+            asked[key] += 1
+            keys.append(key if asked[key] == 1 else f"{key}-{asked[key]}")
         waiting = [(key, request) for key, request in zip(keys, requests) if not self.answers.has(key, self.number)]
-        width = self._room_to_generate([request for _, request in waiting])
+        width, generate = self._room_to_generate([request for _, request in waiting]), super().generate_until
         with skip(self.model, self.plans[self.number]):
             while waiting:
                 self._report(self.number * len(keys) + len(keys) - len(waiting), len(keys) * len(self.plans))
                 chunk = waiting[: self.scorer.fitting(width, len(waiting))]
-                texts = unless_out_of_memory(partial(self._generate, [request for _, request in chunk]))
+                texts = unless_out_of_memory(partial(generate, [request for _, request in chunk], disable_tqdm=True))
                 if texts is None:
                     self.scorer.shrink(len(chunk), width)
                     continue
@@ -189,10 +192,6 @@ class PlansLM(HFLM):
                 waiting = waiting[len(chunk) :]
         self._report((self.number + 1) * len(keys), len(keys) * len(self.plans))
         return [self.answers.get(key, self.number, str) for key in keys]
-
-    def _generate(self, requests: list[Instance]) -> list[str]:
-        """What the live model says."""
-        return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
@@ -203,7 +202,7 @@ class PlansLM(HFLM):
         """
         cut = [self._cut(context, continuation) for _, context, continuation in requests]
         found: dict[int, tuple[Any, Any]] = {}
-        for scores in self.scorer.score([self.plans[number] for number in self.running], cut):
+        for scores in self.score([self.plans[number] for number in self.running], cut):
             values, greedy = scores.log_likelihoods.T.numpy(), scores.greedy.T.numpy()  # (requests, plans)
             found |= dict(zip(scores.requests, zip(values, greedy)))
             lines = {
@@ -241,16 +240,6 @@ class PlansLM(HFLM):
                 done += len(chunk)
         self._report(done, self.of)
 
-    def _generation_keys(self, requests: list[Instance]) -> list[str]:
-        """The same request asked again (a task that samples) has another key each time."""
-        asked: Counter[str] = Counter()
-        keys = []
-        for request in requests:
-            key = self.answers.key("generate_until", *request.args)
-            asked[key] += 1
-            keys.append(key if asked[key] == 1 else f"{key}-{asked[key]}")
-        return keys
-
     def _room_to_generate(self, requests: list[Instance]) -> int:
         """The most tokens that a prompt and what is generated from it take."""
         widths = [0]
@@ -264,10 +253,6 @@ class PlansLM(HFLM):
             widths.append(len(self.tok_encode(prompt)) + new)
         self._check_fit(widths, self.max_length)
         return min(max(widths), self.max_length)
-
-    def _check_texts(self, requests: Iterable[Instance]) -> None:
-        """That a context and its continuation fit; the last token is only predicted."""
-        self._check_fit([len(self.tok_encode("".join(request.args))) for request in requests], self.max_length + 1)
 
     def _check_fit(self, lengths: Sequence[int], most: int) -> None:
         too_long = sum(length > most for length in lengths)
@@ -299,20 +284,21 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 # --- from the harness's outcome to results ----------------------------------------------------------------------------
 
 
-def _results(
-    job: Job, row: str, leaves: list[str], number: int, plan: Plan, outcome: dict[str, Any], dense: dict[str, Any]
-) -> Iterator[TaskResult]:
-    """A result for each metric to report of a row, which is a task or a group of tasks."""
+def _scores(
+    job: Job, row: str, leaves: list[str], outcome: dict[str, Any], dense: dict[str, Any]
+) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
+    """A score for each metric to report of a row, which is a task or a group of tasks, and what it is made of."""
     figures = outcome["results"][row]
     for metric, value in figures.items():
         name, _, kind = metric.partition(",")
         if not kind or name.endswith("_stderr") or job.metric not in (None, metric):
             continue
         samples, base = _samples(outcome, leaves, metric), _samples(dense, leaves, metric)
+        values, theirs = ([sample.value for sample in some] for some in (samples, base))
         delta = value - dense["results"][row][metric]
         delta_se = _paired_error(job, samples, base, name, delta)
         value_se = figures.get(f"{name}_stderr,{kind}")
-        values = [sample.value for sample in samples]
+        is_right_or_wrong = all(value in (0, 1) for value in (*values, *theirs))
         score = TaskScore(
             task=row,
             metric=metric,
@@ -322,11 +308,11 @@ def _results(
             value_se=float(value_se) if isinstance(value_se, int | float) else math.nan,
             delta=float(delta),
             delta_se=delta_se,
-            p_value=_p_value(samples, base, delta, delta_se),
+            p_value=mcnemar(values, theirs) if is_right_or_wrong else normal_p_value(delta, delta_se),
             higher_is_better=outcome["higher_is_better"].get(row, {}).get(name),
             values=tuple(map(float, values)) if all(isinstance(one, int | float) for one in values) else None,
         )
-        yield TaskResult(number, plan, score, samples)
+        yield score, samples
 
 
 def _samples(outcome: dict[str, Any], leaves: list[str], metric: str) -> tuple[Sample, ...]:
@@ -349,15 +335,10 @@ def _paired_error(job: Job, samples: Sequence[Sample], base: Sequence[Sample], n
     for task in dict.fromkeys(sample.task for sample in samples):
         pairs = [(ours.value, theirs.value) for ours, theirs in zip(samples, base) if ours.task == task]
         aggregate = job.tasks[task].aggregation().get(name, mean)
-
-        def difference(kept: Sequence[Any], aggregate: Callable[[list[Any]], float] = aggregate) -> float:
-            ours, theirs = zip(*kept)
-            return aggregate(list(ours)) - aggregate(list(theirs))
-
-        errors.append(jackknife_error(difference, pairs))
+        errors.append(jackknife_error(partial(_difference, aggregate), pairs))
     return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)  # a group's plain mean over its tasks
 
 
-def _p_value(samples: Sequence[Sample], base: Sequence[Sample], delta: float, error: float) -> float:
-    ours, theirs = ([sample.value for sample in some] for some in (samples, base))
-    return mcnemar(ours, theirs) if all(value in (0, 1) for value in (*ours, *theirs)) else normal_p_value(delta, error)
+def _difference(aggregate: Callable[[list[Any]], float], pairs: Sequence[tuple[Any, Any]]) -> float:
+    ours, theirs = zip(*pairs)
+    return aggregate(list(ours)) - aggregate(list(theirs))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,12 @@ from ..plan import Plan
 from ..running.cluster import Pool, joined
 from ..running.replay import live_steps
 from ..structure.model_structure import ModelStructure
-from .packing import common
-from .scoring import Request, RequestScores, Scorer
+from .scoring import Request, RequestScores, Scorer, common
 
 SLICE = 256  # requests that are answered before anything is kept
 
 
-class Workers:
+class Workers(AbstractContextManager["Workers"]):
     """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
 
     `address` is as in `cluster.joined`. There are `count` workers, or as many as the GPUs allow at `gpus` each, or
@@ -50,61 +49,36 @@ class Workers:
             stack.callback(self.pool.close)
             self.held = stack.pop_all()
 
-    def __enter__(self) -> Workers:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.held.close()
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
         """As `quality.score`: scores of the dense model, then of each plan, on one batch of token ids."""
-        groups = self.split(plans)
+        groups = self._split(plans)
         tasks = [("score", ([plans[number] for number in group], tokens.cpu())) for group in groups]
         answers = self.pool.run(tasks)
         found = {number: scores for group, (_, *rest) in zip(groups, answers) for number, scores in zip(group, rest)}
         return [answers[0][0], *(found[number] for number in range(len(plans)))]
 
     def score_requests(
-        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: int | Literal["auto"]
-    ) -> RequestScores:
-        """As `Scorer.score`, of all `requests` at once, in their order."""
-        groups = self.split(plans)
-        chosen = [[plans[number] for number in group] for group in groups]
-        tasks = [("score_requests", (some, list(requests), batch_size)) for some in chosen]
-        order = [number for group in groups for number in group]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-        likely, greedy = zip(*self.pool.run(tasks))
-        return RequestScores(list(range(len(requests))), torch.cat(likely)[back], torch.cat(greedy)[back])
-
-    def scorer(self, here: Scorer) -> SpreadScorer:
-        """What scores requests on the workers, and does the rest as `here`, the scorer of this process, does."""
-        return SpreadScorer(self, here)
-
-    def split(self, plans: Sequence[Plan]) -> list[list[int]]:
-        """The numbers of `plans` in groups of about equal work, one a worker, of plans that share their beginnings."""
-        return split_branches(self.structure, plans, len(self.pool.actors))
-
-
-@dataclass
-class SpreadScorer:
-    """Stands in for a `Scorer` where requests are scored; the rest is that of `here`, the scorer of this process."""
-
-    workers: Workers
-    here: Scorer
-
-    def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
-        size = "auto" if self.here.most_tokens < float("inf") else int(self.here.most_packs)
-        order = sorted(range(len(requests)), key=lambda number: requests[number].sequence)  # what begins alike together
+        self, plans: Sequence[Plan], requests: Sequence[Request], batch_size: int | Literal["auto"] = "auto"
+    ) -> Iterator[RequestScores]:
+        """As `Scorer.score`, some requests at a time, of which those that begin alike are together."""
+        order = sorted(range(len(requests)), key=lambda number: requests[number].sequence)
         for start in range(0, len(order), SLICE):
             numbers = order[start : start + SLICE]
-            found = self.workers.score_requests(plans, [requests[n] for n in numbers], size)  # type: ignore[arg-type]
-            yield RequestScores(numbers, found.log_likelihoods, found.greedy)
+            groups, some = self._split(plans), [requests[number] for number in numbers]
+            tasks = [("score_requests", ([plans[number] for number in group], some, batch_size)) for group in groups]
+            likely = torch.empty(len(plans), len(some), dtype=torch.float64)
+            greedy = torch.empty(len(plans), len(some), dtype=torch.bool)
+            for group, batches in zip(groups, self.pool.run(tasks)):
+                for scores in batches:
+                    places = torch.tensor(group)[:, None], torch.tensor(scores.requests)
+                    likely[places], greedy[places] = scores.log_likelihoods, scores.greedy
+            yield RequestScores(numbers, likely, greedy)
 
-    def fitting(self, width: int, count: int) -> int:
-        return self.here.fitting(width, count)
-
-    def shrink(self, rows: int, width: int) -> None:
-        self.here.shrink(rows, width)
+    def _split(self, plans: Sequence[Plan]) -> list[list[int]]:
+        return split_branches(self.structure, plans, len(self.pool.actors))
 
 
 def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int) -> list[list[int]]:
@@ -143,7 +117,7 @@ class _Worker:
         from ..models.loading import load
 
         self.model, _ = load(**load_options)
-        self.scorers: dict[Any, Scorer] = {}
+        self.scorer = cache(lambda batch_size: Scorer(self.model, batch_size))
 
     def ready(self) -> int:
         """The process that has the model loaded."""
@@ -154,11 +128,5 @@ class _Worker:
 
     def score_requests(
         self, plans: list[Plan], requests: list[Request], batch_size: int | Literal["auto"]
-    ) -> tuple[Tensor, Tensor]:
-        scorer = self.scorers.setdefault(batch_size, Scorer(self.model, batch_size))
-        likely = torch.empty(len(plans), len(requests), dtype=torch.float64)
-        greedy = torch.empty(len(plans), len(requests), dtype=torch.bool)
-        for scores in scorer.score(plans, requests):
-            likely[:, scores.requests] = scores.log_likelihoods
-            greedy[:, scores.requests] = scores.greedy
-        return likely, greedy
+    ) -> list[RequestScores]:
+        return list(self.scorer(batch_size).score(plans, requests))

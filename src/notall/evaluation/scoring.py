@@ -1,7 +1,10 @@
 """How likely a model finds the ends of token sequences, for many plans at once, in as few tokens as it can be had.
 
-Sequences that begin alike are packed (see `packing`) as long as packing is seen to change nothing; plans share their
-first sublayers (see `replay`). Batches shrink when memory runs out.
+Sequences that begin alike are packed: laid out as one tree, so that what they share is computed once. The answers to a
+question share the question, and questions may share their examples. Each sequence is a path through the tree; a mask
+lets a token see its own path only, and its position is its depth. So a model whose attention knows nothing but mask and
+positions computes for each path what it computes for the sequence alone, which is tried before it is relied on.
+Plans share their first sublayers (see `replay`). Batches shrink when memory runs out.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..errors import UsageError
@@ -25,15 +29,16 @@ from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
 from ..running.replay import Replay, record
 from ..structure.model_structure import base_model, positions_of, text_config
-from .packing import Pack, inputs_of, packed, plain
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
 MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take any mask
 WINDOWS = ("sliding_window", "attention_chunk_size")  # a mask of one's own knows nothing of these
 EXACT = (torch.float32, torch.float64)
+# A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
+MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
 T = TypeVar("T")
-Sequences = dict[tuple[int, ...], list[int]]  # a sequence: the requests about it
+Sequences = dict[tuple[int, ...], dict[int, tuple[int, ...]]]  # a sequence: the requests about it, what each asks for
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,19 @@ class Scorer:
         replay = Replay(self.model, plans)
         about: Sequences = {}
         for number, request in enumerate(requests):
-            about.setdefault(request.sequence, []).append(number)
+            about.setdefault(request.sequence, {})[number] = request.continuation
         self.plain_tokens += sum(map(len, about))
-        waiting = deque(sorted(self._arrange(about, requests), key=len, reverse=True))
+        waiting = deque(sorted(self._arrange(about), key=len, reverse=True))
         while waiting:
             batch = [waiting.popleft() for _ in range(self.fitting(len(waiting[0]), len(waiting)))]
-            scores = unless_out_of_memory(partial(self._run, replay, batch, about, requests))
-            if scores is None:
-                waiting.extendleft(reversed(self._smaller(batch)))
-            else:
+            scores = unless_out_of_memory(partial(self._run, replay, batch, about))
+            if scores is not None:
                 yield scores
+            elif len(batch) == 1 and len(batch[0].paths) > 1:
+                waiting.extendleft(reversed([*plain(batch[0].paths)]))
+            else:
+                self.shrink(len(batch), len(batch[0]))
+                waiting.extendleft(reversed(batch))
 
     def fitting(self, width: int, count: int) -> int:
         """How many of `count` rows of `width` tokens to run at once."""
@@ -112,49 +120,48 @@ class Scorer:
         else:
             self.most_packs = rows // 2
 
-    def _smaller(self, batch: list[Pack]) -> list[Pack]:
-        """What to run instead of a batch that did not fit into memory."""
-        if len(batch) == 1 and len(batch[0].paths) > 1:
-            return list(plain(batch[0].paths))
-        self.shrink(len(batch), len(batch[0]))
-        return batch
-
-    def _arrange(self, about: Sequences, requests: Sequence[Request]) -> list[Pack]:
+    def _arrange(self, about: Sequences) -> list[Pack]:
         """All sequences in packs: of several where that is seen to change nothing, of one where it is not."""
         short = [sequence for sequence in about if len(sequence) <= self.window]
         packs = list(packed(short, self.context)) if self.packs else []
-        shared = [pack for pack in packs if len(pack.paths) > 1]
-        longest = max(shared, key=_longest_path, default=None)
-        if longest and _longest_path(longest) > self.proved:
-            complaint = self._prove(longest, about, requests)
+        lengths = [max(map(len, pack.paths)) if len(pack.paths) > 1 else 0 for pack in packs]
+        if (longest := max(lengths, default=0)) > self.proved:
+            complaint = self._prove(packs[lengths.index(longest)], about)
             if complaint:
                 warnings.warn(f"answers are computed one by one, not packed: {complaint}", stacklevel=4)
                 self.packs = False
-            self.proved = _longest_path(longest)
+            self.proved = longest
         if not self.packs:
             return list(plain(about))
         return packs + list(plain(sequence for sequence in about if len(sequence) > self.window))
 
-    def _prove(self, pack: Pack, about: Sequences, requests: Sequence[Request]) -> str | None:
+    def _prove(self, pack: Pack, about: Sequences) -> str | None:
         """Compare a pack with its last and its longest path run alone, on the dense model; None if nothing differs."""
         dense = Replay(self.model, [Plan()])
         expected: dict[int, float] = {}
         for single in plain({max(pack.paths, key=len), list(pack.paths)[-1]}):
-            scores = self._run(dense, [single], about, requests)
+            scores = self._run(dense, [single], about)
             expected |= dict(zip(scores.requests, scores.log_likelihoods[0].tolist()))
         try:
-            found = self._run(dense, [pack], about, requests)
+            found = self._run(dense, [pack], about)
         except Exception as error:  # an architecture that can't take such a mask says so in a way of its own
             return f"the model does not take a mask of its own ({type(error).__name__})"
         got = dict(zip(found.requests, found.log_likelihoods[0].tolist()))
+        asked = {number: asks for path in pack.paths for number, asks in about[path].items()}
         for number, value in expected.items():
             difference = abs(got[number] - value)
-            if not difference <= tolerance(self.model.dtype, len(requests[number].continuation)):
+            if not difference <= tolerance(self.model.dtype, len(asked[number])):
                 return f"packed, a log-likelihood differs by {difference:.1e} nats"
         return None
 
-    def _run(self, replay: Replay, packs: list[Pack], about: Sequences, requests: Sequence[Request]) -> RequestScores:
-        numbers, places = _places(packs, about, requests)
+    def _run(self, replay: Replay, packs: list[Pack], about: Sequences) -> RequestScores:
+        numbers: list[int] = []
+        places: list[tuple[int, int, int, int]] = []  # which of `numbers`, row, column, token
+        for row, pack in enumerate(packs):
+            for sequence, path in pack.paths.items():
+                for number, asks in about[sequence].items():
+                    places += [(len(numbers), row, column, token) for column, token in zip(path[-len(asks) :], asks)]
+                    numbers.append(number)
         owners, rows, columns, targets = torch.tensor(places).T
         inputs = {name: value.to(self.device) for name, value in inputs_of(packs, self.model.dtype).items()}
         self.tokens += sum(map(len, packs))
@@ -186,21 +193,79 @@ def tolerance(dtype: torch.dtype, tokens: int) -> float:
     return max(1e-4, 1e-5 * tokens) if dtype in EXACT else max(0.3, 0.1 * tokens)
 
 
-def _longest_path(pack: Pack) -> int:
-    return max(map(len, pack.paths))
+# --- packs ------------------------------------------------------------------------------------------------------------
 
 
-def _places(
-    packs: Sequence[Pack], about: Sequences, requests: Sequence[Request]
-) -> tuple[list[int], list[tuple[int, int, int, int]]]:
-    """The requests about `packs`, and for each of their tokens: which of them, its row, its column, the token."""
-    numbers: list[int] = []
-    places: list[tuple[int, int, int, int]] = []
-    for row, pack in enumerate(packs):
-        for sequence, path in pack.paths.items():
-            for number in about[sequence]:
-                continuation = requests[number].continuation
-                columns = path[-len(continuation) :]
-                places += [(len(numbers), row, column, token) for column, token in zip(columns, continuation)]
-                numbers.append(number)
-    return numbers, places
+@dataclass
+class Pack:
+    """A tree of tokens in the order in which they are run, every parent before its children."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    paths: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # a sequence: where its tokens are
+    forks: list[int] = field(default_factory=list)  # for each path, how many of its tokens were there before it
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, sequence: tuple[int, ...], after: tuple[int, ...] = ()) -> None:
+        """Add a sequence behind what it shares with `after`, which is in the pack."""
+        shared = common(after, sequence)
+        new = range(len(self), len(self) + len(sequence) - shared)
+        self.tokens += sequence[shared:]
+        self.positions += range(shared, len(sequence))
+        self.paths[sequence] = [*self.paths[after][:shared], *new] if after else list(new)
+        self.forks.append(shared)
+
+    def sight(self, width: int) -> Tensor:
+        """Which tokens each token sees, bool (width, width); padding sees itself, as a softmax needs something."""
+        seen = torch.eye(width, dtype=torch.bool)
+        for path, fork in zip(self.paths.values(), self.forks):
+            index = torch.tensor(path)
+            seen[index[fork:, None], index] = torch.ones(len(path), len(path), dtype=torch.bool).tril()[fork:]
+        return seen
+
+
+def common(first: Sequence[object], second: Sequence[object]) -> int:
+    """How much two sequences share from their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def packed(sequences: Iterable[tuple[int, ...]], most: float = math.inf) -> Iterator[Pack]:
+    """Distinct sequences in as few tokens as packs of sensible size, `most` tokens, allow: each beside its like."""
+    pack = Pack()
+    before: tuple[int, ...] = ()
+    for sequence in sorted(sequences):
+        shared = common(before, sequence)
+        size = len(pack) + len(sequence) - shared
+        longest = max(len(before), len(sequence))
+        room = min(most, MOST_TIMES_LONGEST * longest + MOST_BESIDE)
+        if before and (4 * shared < len(sequence) or size > room):
+            yield pack
+            pack, before = Pack(), ()
+        pack.add(sequence, before)
+        before = sequence
+    if before:
+        yield pack
+
+
+def plain(sequences: Iterable[tuple[int, ...]]) -> Iterator[Pack]:
+    """Each sequence in a pack of its own."""
+    for sequence in sequences:
+        pack = Pack()
+        pack.add(sequence)
+        yield pack
+
+
+def inputs_of(packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model is called with: token ids (packs, tokens), padded on the right with 0, which no token sees.
+
+    Where a pack holds several paths, also position ids, and an additive mask (packs, 1, tokens, tokens) of `dtype`.
+    """
+    inputs = {"input_ids": pad_sequence([torch.tensor(pack.tokens) for pack in packs], batch_first=True)}
+    if any(len(pack.paths) > 1 for pack in packs):
+        inputs["position_ids"] = pad_sequence([torch.tensor(pack.positions) for pack in packs], batch_first=True)
+        hidden = torch.stack([~pack.sight(inputs["input_ids"].shape[1]) for pack in packs])
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        inputs["attention_mask"] = mask[:, None]
+    return inputs

@@ -109,12 +109,6 @@ class Job:
         return {name: [name] for name in self.tasks}
 
 
-def check_fewshot(num_fewshot: int | None) -> None:
-    """Raise `UsageError` for a number of examples that cannot be shown."""
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
-
-
 class TaskShelf:
     """The tasks that the harness knows, with those of the folder `task_path`, whose names come first."""
 
@@ -139,24 +133,20 @@ class TaskShelf:
         `UsageError` for a name that the harness does not know.
         """
         found: list[str] = []
+        known = self.manager.task_index
         for name in wanted:
             found += [b.task for b in OPENLLM] if name == "openllm" else [name]
-        known = self.manager.task_index
         found = [f"local_{name}" if f"local_{name}" in known else name for name in found]
-        for name in found:
-            if name not in known:
-                near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
-                hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
-                raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
+        for name in [name for name in found if name not in known]:
+            near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
+            hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
+            raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
         if not found:
             raise UsageError("no task is named; give openllm, or names of the harness's tasks")
         return list(dict.fromkeys(found))
 
     def listed(self, word: str = "") -> list[NamedTasks]:
-        """Each name that holds `word`, or all of openllm: whether it is a task or several, and the leaderboard's shots.
-
-        Raises `UsageError` where there is none.
-        """
+        """Each name that holds `word`, or all of openllm. Raises `UsageError` where there is none."""
         shots = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
         kinds = {name: str(self.manager.task_index[name].kind.name).lower() for name in self.manager.all_tasks}
         kinds = {"openllm": "group"} | {name: kind.removeprefix("py_") for name, kind in kinds.items()}
@@ -174,6 +164,8 @@ class TaskShelf:
 
         Raises `UsageError` when the data can't be had, or is not what the task says.
         """
+        if num_fewshot is not None and num_fewshot < 0:
+            raise UsageError(f"{num_fewshot} examples cannot be shown; give 0 or more")
         benchmark = next((b for b in OPENLLM if b.task == stock_name(name)), None)
         if num_fewshot is None and benchmark:
             num_fewshot = benchmark.num_fewshot
@@ -188,11 +180,6 @@ class TaskShelf:
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise
                 raise UsageError(_complaint(name, error)) from error
         return Job(name, loaded, benchmark.metric if benchmark else None, limit)
-
-    def jobs(self, wanted: Sequence[str], num_fewshot: int | None, limits: Limits) -> list[Job]:
-        """Every task that is wanted, its data loaded and its requests built. Raises as `names` and `build` do."""
-        check_fewshot(num_fewshot)
-        return [self.build(name, num_fewshot, limits.of(name)) for name in self.names(wanted)]
 
 
 def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
@@ -213,10 +200,7 @@ def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> N
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without the progress bars of the harness and of datasets, and without telling the hub what is read.
-
-    Such bars would be in the way of our own, and datasets has the hub count each time that even a local file is read.
-    """
+    """Without the bars of the harness and datasets, which would hide ours, and without counts of reads on the hub."""
     hidden, bar = datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
@@ -232,7 +216,7 @@ def no_bars() -> Iterator[None]:
 
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
-    said = " ".join(str(cause).split()) or type(cause).__name__
+    said = str(cause).strip() or type(cause).__name__
     if UNREACHED.search(said):
         return (
             f"cannot read the data of {name}: the hub is out of reach. Give --task-path DIR, a folder of tasks on "

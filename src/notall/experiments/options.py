@@ -368,7 +368,7 @@ class TaskOptions:
         tuple[str, ...],
         Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group"),
     ] = ()
-    num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)")] = None
+    num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)", least=0)] = None
     task_path: Annotated[
         Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
     ] = None
@@ -391,10 +391,9 @@ class TaskOptions:
         from ..results.progress_bars import progress_bar
 
         with progress_bar("reading the harness's tasks"):
-            from ..evaluation.tasks import Limits, TaskShelf, check_fewshot
+            from ..evaluation.tasks import Limits, TaskShelf
 
             limits = Limits.parse(words_of(self.limit))
-            check_fewshot(self.num_fewshot)
             shelf = TaskShelf(self.task_path)
         names = shelf.names(wanted) if wanted else []
         others = shelf.names(objectives) if objectives else []

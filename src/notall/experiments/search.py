@@ -410,13 +410,13 @@ class Search:
         batches: Sequence[Tensor],
     ) -> list[PlanCheck]:
         """Whether the plans find a number again far back, where what they skip may be what does that."""
-        from ..evaluation.diagnostics import look_far_back, may_lose_retrieval
+        from ..evaluation.diagnostics import may_lose_retrieval, run_diagnostics
         from ..structure.locating import locate
 
         if not may_lose_retrieval(locate(net), plans["skipped"]):
             return []
         distinct = {plan.state: plan for plan in plans.values()}  # of a plan that skips nothing there is one
-        checks = look_far_back(net, tokenizer, [*distinct.values()], batches, seed=self.seed)
+        checks = run_diagnostics(net, tokenizer, [*distinct.values()], batches, parts=["passkey"], seed=self.seed)
         return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
 
     def _concluded(self, net: PreTrainedModel, verdict: Verdict, found: ChosenPlan, budget: Budget) -> Verdict:

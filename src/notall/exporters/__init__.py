@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
+from ..files import open_to_others
 from ..inputs import Settings
 from ..plan import Plan
 from ..plugins import class_named
 from ..progress import Progress, silent
-from .folder import appearing, check_absent, check_room
+from ..results.lines import refuse_unwritable
+from ..results.table import in_bytes
 from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
 
 if TYPE_CHECKING:
@@ -71,10 +77,7 @@ class Export(ABC):
 
 
 def target_named(name: str) -> type[Export]:
-    """The target of this name: of `TARGETS`, of an installed package, or `module:Class`.
-
-    Raises `UsageError` where there is none.
-    """
+    """That of `TARGETS`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
     return class_named(name, TARGETS, GROUP, "export target", Export)  # type: ignore[type-abstract]
 
 
@@ -115,12 +118,9 @@ def export(
     with appearing(out) as folder, kind.prepared(source, plan) as prepared:
         check_room(folder, prepared.written_bytes)
         prepared.write(folder, shard_bytes, progress)
-        verdict: Verdict = TURNED_OFF
         if verify:
             progress(0, 1, "comparing with the skipped model")
-            verdict = prepared.verify(folder)
-        weights = {"dense": prepared.dense_bytes, "written": prepared.written_bytes}
-        describe(folder, prepared.manifest, prepared.origin.card, prepared.use, verdict, weights, measured)
+        describe(folder, prepared, prepared.verify(folder) if verify else TURNED_OFF, measured)
     if push_to_hub:
         _push(out, push_to_hub)
     return out
@@ -141,6 +141,50 @@ def check_export(
     source = Source(model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
     with target_named(target).prepared(source, plan) as prepared:
         check_room(out, prepared.written_bytes)
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `out` when the `with` is left in good order, and is removed otherwise.
+
+    Raises `UsageError` when `out` exists, and when it cannot be written (no space, no permission).
+    """
+    check_absent(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {out.parent}: {error.strerror}; choose another folder") from None
+    try:
+        yield scratch
+        open_to_others(scratch)  # mkdtemp makes folders that only their owner can read
+        os.rename(scratch, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UsageError(f"no space left for {out}; free some, or choose another disk") from None
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise UsageError(f"{out} was made by someone else meanwhile; choose another folder") from None
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_absent(out: Path) -> None:
+    """Raise `UsageError` where a folder `out` cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists already; choose another folder, or remove it first")
+    refuse_unwritable(out.parent)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise `UsageError` where the disk of `folder`, which need not be there, has fewer than `size` bytes left."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise UsageError(
+            f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left; "
+            "free some, or choose another disk"
+        )
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +37,25 @@ from ..running.skipping import is_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, Sublayer, base_model
 from . import UNPACKED, Export, Source
-from .folder import companions, copy_companions
 from .manifest import Origin
-from .tensors import FLOATS, Weights, check_tensors, read_notes, read_tensors, total_bytes, weight_files, write_shards
+from .tensors import FLOATS, Weights, check_tensors, read_tensors, total_bytes, write_shards
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
+# What goes along with the weights: of the tokenizer, settings, and terms, these in any case.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
+    "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+SETTINGS = (
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,6 @@ class DenseModel:
         """The settings of quantised weights, as config.json words them; None where they are plain."""
         found = quantisation_of(self.config)
         return found and self.settings.get("quantization_config", found)
-
-    @cached_property
-    def notes(self) -> dict[str, str]:
-        """What the headers of the files hold beyond their tensors."""
-        return read_notes(weight_files(self.folder / self.origin.weights))
 
     @cached_property
     def prefix(self) -> str:
@@ -122,8 +129,8 @@ class DenseModel:
     def parts(self, sublayer: Sublayer) -> Weights:
         """The tensors of one sublayer, by their names below its layer. Raises `UsageError` where names do not tell."""
         index, scaled_by = sublayer.index, self.structure.blocks[sublayer.index].scaled_by
-        owners = {name: self._owner(index, name) for name in self.layers[index] if name != scaled_by}
-        return {name: self.layers[index][name] for name, kind in owners.items() if kind == sublayer.kind}
+        own = (item for item in self.layers[index].items() if item[0] != scaled_by)
+        return {name: tensor for name, tensor in own if self._owner(index, name) == sublayer.kind}
 
     def _owner(self, index: int, name: str) -> str:
         """The kind of the sublayer that a tensor of layer `index` is of.
@@ -131,19 +138,15 @@ class DenseModel:
         A name may be nobody's, where transformers renames on loading (Mixtral's block_sparse_moe). It is then that
         sublayer's of whose own modules one is in no file.
         """
-        layer, parts = (
-            self.empty.get_submodule(f"{self.structure.layers}.{index}"),
-            self.structure.blocks[index].sublayers,
-        )
-        for part in parts:
+        layer = self.empty.get_submodule(f"{self.structure.layers}.{index}")
+        absent = []
+        for part in self.structure.blocks[index].sublayers:
             if any(name.startswith(f"{module}.") for module in part.modules):
                 return part.kind
-
-        def is_absent(module: str) -> bool:
-            weighs = any(True for _ in layer.get_submodule(module).parameters())
-            return weighs and not any(name.startswith(f"{module}.") for name in self.layers[index])
-
-        absent = [part.kind for part in parts if any(map(is_absent, part.modules))]
+            weighing = [one for one in part.modules if next(layer.get_submodule(one).parameters(), None) is not None]
+            stored = {one for one in weighing for name in self.layers[index] if name.startswith(f"{one}.")}
+            if stored != set(weighing):
+                absent.append(part.kind)
         if len(absent) != 1:
             raise UsageError(
                 f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
@@ -152,10 +155,7 @@ class DenseModel:
         return absent[0]
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
-        """With these values of parameters, by their paths in the model, in the dtypes of the files.
-
-        Raises `UsageError` where the files hold a parameter under another name, in another shape or quantised.
-        """
+        """With these values of parameters, by their paths in the model. Raises `UsageError` where files differ."""
         tensors = dict(self.tensors)
         for path, weight in weights.items():
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
@@ -182,6 +182,7 @@ class DenseModel:
         return replace(self, tensors=tensors, settings=settings, dtype=dtype)
 
 
+@dataclass
 class CheckpointExport(Export):
     """An export as a folder of safetensors, with config.json and what goes along with the weights.
 
@@ -189,21 +190,18 @@ class CheckpointExport(Export):
     files that they are written to, and `notes` go into the headers of the weights.
     """
 
-    def __init__(
-        self,
-        dense: DenseModel,
-        plan: Plan,
-        settings: Settings,
-        tensors: Weights,
-        use: str,
-        files: Mapping[str, str],
-        notes: Mapping[str, str],
-    ) -> None:
-        self.dense, self.plan, self.origin = dense, plan, dense.origin
-        self.settings, self.tensors, self.use, self.files, self.notes = settings, tensors, use, files, notes
-        self.form = settings["model_type"]
-        self.dense_bytes, self.written_bytes = total_bytes(dense.tensors), total_bytes(tensors)
-        self.companions = companions(dense.folder, code=dense.trusted)
+    dense: DenseModel
+    plan: Plan
+    settings: Settings
+    tensors: Weights
+    use: str
+    files: Mapping[str, str]
+    notes: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self.origin, self.form = self.dense.origin, self.settings["model_type"]
+        self.dense_bytes, self.written_bytes = total_bytes(self.dense.tensors), total_bytes(self.tensors)
+        self.companions = _companions(self.dense)
 
     @classmethod
     @abstractmethod
@@ -229,6 +227,24 @@ class CheckpointExport(Export):
             (folder / name).write_text(text, encoding="utf-8")
         write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
         copy_companions(self.companions, folder)
+
+
+def _companions(dense: DenseModel) -> list[Path]:
+    """The files of its folder that go along, its own code where that is trusted. Raises as `own_file` does."""
+    wanted = (*TOKENIZER, *SETTINGS, *(("*.py",) if dense.trusted else ()))
+    listed = [
+        name
+        for name in sorted(path.name for path in dense.folder.iterdir())
+        if any(map(partial(fnmatchcase, name), wanted)) or any(map(partial(fnmatchcase, name.lower()), TERMS))
+    ]
+    return [file for name in listed if (file := own_file(dense.folder, name))]
+
+
+def copy_companions(files: Iterable[Path], folder: Path) -> None:
+    """Copy files into the folder of an export; what it has written itself stays."""
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
@@ -291,10 +307,7 @@ def _settings(folder: Path) -> Settings:
     path = own_file(folder, "config.json")
     if path is None:
         raise UsageError(f"{folder.name} has no config.json; download or save it again")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{folder.name}: config.json is damaged; download it again")
-    return settings
+    with suppress(ValueError, RecursionError):
+        if isinstance(settings := json.loads(path.read_text(encoding="utf-8")), dict):
+            return settings
+    raise UsageError(f"{folder.name}: config.json is damaged; download it again")

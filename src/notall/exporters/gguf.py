@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFValueType, get_tensor_name_map
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFValueType,
+    get_tensor_name_map,
+    quant_shape_to_byte_shape,
+)
 from gguf.quants import quantize
 
 from ..digests import digest_of_file
@@ -29,9 +36,8 @@ from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTen
 from ..models.names import hub_id, named_gguf
 from ..plan import Fingerprint, Plan
 from ..progress import Progress
-from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup
+from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup, sparse_layers
 from . import Export, Source
-from .deci import deci
 from .manifest import NotVerified, Origin, Verdict, Verified
 
 if TYPE_CHECKING:
@@ -67,6 +73,9 @@ WITHOUT_ROPE = {"smollm3": 4, "llama4": 4}
 # What makes layers of Gemma 4 depend on each other, or on their place.
 BY_DEPTH = ("attention.shared_kv_layers", "embedding_length_per_layer_input")
 OUTPUT_SCALE = "layer_output_scale.weight"
+DECI = ("llama", "qwen2")  # architectures whose layers `deci`'s are, but that these may lack a sublayer each
+DECI_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+NARROW = 32  # the width of an MLP of zeros: llama.cpp's `deci` would drop an attention that has no MLP behind it
 # Depths by which llama.cpp recognises a model that it then computes in another way.
 TELLING_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
 # The MLP of these reads what the attention read, though it has a norm of its own.
@@ -92,7 +101,9 @@ class GGUFExport(Export):
         depth, width = self.source.depth, self.source.count("embedding_length")
         fingerprint = str(Fingerprint(self.source.architecture, depth, width))
         self.origin = Origin(dense.name, f"sha256:{digest_of_file(dense)}", depth, fingerprint, weights=dense.name)
-        self.dense_bytes, self.written_bytes = _total_bytes(self.source.tensors), _total_bytes(self.tensors)
+        self.dense_bytes, self.written_bytes = (
+            sum(tensor.size for tensor in tensors.values()) for tensors in (self.source.tensors, self.tensors)
+        )
         self.fields["notall.manifest"] = Field.of(json.dumps(self.manifest))
 
     @classmethod
@@ -109,9 +120,33 @@ class GGUFExport(Export):
         return folder / f"{self.dense.stem}-notall.gguf"
 
     def verify(self, folder: Path) -> Verdict:
+        """By llama.cpp's most likely next tokens, against the dense model that skips the plan in transformers."""
         written = self._written(folder)
-        _check_copy(read_gguf(written), self.fields, self.tensors)
-        return _check_answers(self.dense, self.plan, written, len(self.source.tensors["token_embd.weight"].data))
+        found = read_gguf(written)
+        same = (found.fields.keys(), found.tensors.keys()) == (self.fields.keys(), self.tensors.keys())
+        pairs = ((found.tensors[name].data, tensor.data) for name, tensor in self.tensors.items())
+        if not same or not all(np.array_equal(*pair) for pair in pairs):
+            raise UsageError(f"{written.name} does not hold what was written to it; check the disk, and export again")
+        llama = LlamaCpp(1)
+        if not llama.is_installed():
+            return NotVerified(f"llama.cpp is not installed ({llama.install})")
+        import torch
+
+        from ..models.loading import load
+        from ..running.skipping import skip
+
+        vocabulary = len(self.source.tensors["token_embd.weight"].data)
+        tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
+        try:
+            likeliest = next_token_logprobs(written, tokens.tolist())
+            model, _ = load(self.dense, dtype="float32", device="cpu")
+        except UnknownArchitecture as reason:
+            return NotVerified(str(reason))
+        with skip(model, self.plan), torch.inference_mode():
+            expected = model(tokens[None]).logits[0, -1].log_softmax(-1)
+        error = float((torch.tensor(list(likeliest.values())) - expected[list(likeliest)]).abs().max())
+        by = f"llama.cpp (xllamacpp {llama.version})"
+        return Verified(by, error, TOLERANCE, "nats of log-probability").checked()
 
 
 def _file(model: Any) -> Path:
@@ -122,43 +157,6 @@ def _file(model: Any) -> Path:
         if not expanded(model).exists():
             hub_id(model)
     raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
-
-
-def _total_bytes(tensors: Tensors) -> int:
-    return sum(tensor.size for tensor in tensors.values())
-
-
-def _check_copy(found: GGUF, fields: Fields, tensors: Tensors) -> None:
-    same = found.fields.keys() == fields.keys() and found.tensors.keys() == tensors.keys()
-    if not same or any(not np.array_equal(found.tensors[name].data, tensors[name].data) for name in tensors):
-        raise UsageError(f"{found.path.name} does not hold what was written to it; check the disk, and export again")
-
-
-def _check_answers(dense: Path, plan: Plan, written: Path, vocabulary: int) -> Verdict:
-    """Compare llama.cpp's most likely next tokens with those of the dense model that skips the plan in transformers."""
-    llama = LlamaCpp(1)
-    if not llama.is_installed():
-        return NotVerified(f"llama.cpp is not installed ({llama.install})")
-    import torch
-
-    from ..models.loading import load
-    from ..running.skipping import skip
-
-    tokens = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
-    try:
-        found = next_token_logprobs(written, tokens.tolist())
-        model, _ = load(dense, dtype="float32", device="cpu")
-    except UnknownArchitecture as reason:
-        return NotVerified(str(reason))
-    with skip(model, plan), torch.inference_mode():
-        expected = model(tokens[None]).logits[0, -1].log_softmax(-1)
-    error = float((torch.tensor(list(found.values())) - expected[list(found)]).abs().max())
-    if not error <= TOLERANCE:
-        raise UsageError(
-            f"llama.cpp answers differently from the skipped model, by {error:.2f} nats (at most {TOLERANCE} was "
-            "expected), so nothing was written; please report the model and the plan"
-        )
-    return Verified(f"llama.cpp (xllamacpp {llama.version})", error, TOLERANCE, "nats of log-probability")
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
@@ -308,6 +306,105 @@ def _fits(source: GGUF, attention: int, mlp: int) -> bool:
     return sequential and has_norm and alike
 
 
+# --- files of layers that may lack a sublayer each --------------------------------------------------------------------
+
+
+def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
+    """Fields and tensors of the file. Raises `UsageError` for an architecture that `deci` does not compute."""
+    _check_deci(source)
+    hidden, width, head_size = source.count("embedding_length"), source.count("feed_forward_length"), _head_size(source)
+    heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
+    _check_sizes(source, hidden, heads * head_size, kv_heads * head_size, width)
+    rows = list(sparse_layers(layers))
+    tensors = source.outside_blocks
+    for number, row in enumerate(rows):
+        parts: Tensors = {}
+        if row.attention is not None:
+            parts |= _rotated(source.attention(row.attention), source.architecture, heads, kv_heads)
+        elif number == 0:  # llama.cpp reads the size of heads only if layer 0 has some
+            parts |= _silent("attn", ("q", "k", "v"), "output", head_size, hidden)
+        parts |= _silent("ffn", ("gate", "up"), "down", NARROW, hidden) if row.mlp is None else source.mlp(row.mlp)
+        tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
+    has_heads = [row.attention is not None for row in rows]
+    counts: dict[str, int | list[int]] = {
+        "attention.head_count": [heads if has else int(number == 0) for number, has in enumerate(has_heads)],
+        "attention.head_count_kv": [kv_heads if has else int(number == 0) for number, has in enumerate(has_heads)],
+        "feed_forward_length": [NARROW if row.mlp is None else width for row in rows],
+        **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_size),
+        "block_count": len(rows),
+    }
+    start = f"{source.architecture}."
+    fields = {name.replace(start, "deci.", int(name.startswith(start))): f for name, f in source.fields.items()}
+    fields |= {f"deci.{name}": Field.of(value) for name, value in counts.items()}
+    return fields | {ARCHITECTURE: Field.of("deci")}, tensors
+
+
+def _check_deci(source: GGUF) -> None:
+    name = source.architecture
+    names = {tensor.split(".")[0] for index in range(source.depth) for tensor in source.block(index)}
+    foreign = sorted(names - set(DECI_TENSORS))
+    if name not in DECI:
+        problem = f"llama.cpp has no layers with one sublayer for {name}"
+    elif foreign:
+        problem = f"llama.cpp's layers with one sublayer have no {foreign[0]}, which this {name} has"
+    elif any(isinstance(source.setting(key), list) for key in ("attention.head_count", "feed_forward_length")):
+        problem = "the layers of this file differ in size"
+    elif source.setting("rope.dimension_count", _head_size(source)) != _head_size(source):
+        problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
+    else:
+        return
+    raise UsageError(
+        f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
+    )
+
+
+def _head_size(source: GGUF) -> int:
+    """As llama.cpp has it: the width divided by the heads, unless the file says otherwise."""
+    usual = source.count("embedding_length") // source.count("attention.head_count")
+    return source.count("attention.key_length", usual)
+
+
+def _check_sizes(source: GGUF, hidden: int, queries: int, keys: int, width: int) -> None:
+    """Raise `UsageError` unless the header gives the sizes that the tensors have: what is added is made by it."""
+    sizes = {"attn_norm": hidden, "attn_q": queries, "attn_k": keys, "ffn_up": width}
+    for index in range(source.depth):
+        found = {name: tensor.data for name, tensor in source.block(index).items()}
+        if any(len(found.get(f"{name}.weight", ())) != size for name, size in sizes.items()):
+            raise UsageError(
+                f"the header of {source.path.name} and its tensors disagree in block {index}; download it again"
+            )
+
+
+def _rotated(parts: Tensors, architecture: str, heads: int, kv_heads: int) -> Tensors:
+    """`deci` rotates neighbours, and qwen2 the halves of a head: bring the rows of queries and keys into that order.
+
+    Of each head, row i of the first half is followed by row i of the second.
+    """
+    if architecture == "llama":
+        return parts
+    rotated = dict(parts)
+    for name, tensor in parts.items():
+        if count := {"attn_q": heads, "attn_k": kv_heads}.get(name.split(".")[0]):
+            halves = tensor.data.reshape(count, 2, -1, *tensor.data.shape[1:])
+            rows = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.data.shape)
+            rotated[name] = GGUFTensor(rows, tensor.quantization)
+    return rotated
+
+
+def _silent(kind: str, into: Sequence[str], back: str, inner: int, width: int) -> Tensors:
+    """A sublayer of zeros: its matrices from the stream to `inner` numbers, that back, and its norm."""
+    parts = {f"{kind}_{name}.weight": _zeros(inner, width) for name in into}
+    return parts | {f"{kind}_{back}.weight": _zeros(width, inner), f"{kind}_norm.weight": _zeros(width)}
+
+
+def _zeros(*shape: int) -> GGUFTensor:
+    """In 8 bits where rows allow it: a block of zero bytes is a block of zeros."""
+    if len(shape) > 1 and shape[-1] % 32 == 0:
+        kind = GGMLQuantizationType.Q8_0
+        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
+    return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
+
+
 # --- repaired weights -------------------------------------------------------------------------------------------------
 
 
@@ -330,12 +427,18 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
         name = f"{names.get_name(module)}.{kind}"
         if name not in tensors:
             raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
-        values = _as_converted(source.architecture, weight.float().cpu().numpy())
-        if values.shape != tensors[name].shape:
+        values, stored = weight.float().cpu().numpy(), tensors[name]
+        if values.ndim == 1 and source.architecture in NORMS_LESS_ONE:
+            values = values + 1
+        elif source.architecture in TURNED:
+            values = np.ascontiguousarray(values.T)
+        if values.shape != stored.shape:
             raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
-        tensors[name] = _packed(values, tensors[name].quantization)
-        if tensors[name].quantization != source.tensors[name].quantization:
-            widened.add(source.tensors[name].quantization.name)
+        block, size = GGML_QUANT_SIZES[stored.quantization]
+        new = FALLBACK if size < block else stored.quantization
+        tensors[name] = GGUFTensor(quantize(values, new), new)
+        if new != stored.quantization:
+            widened.add(stored.quantization.name)
     if widened:
         logger.warning(
             "repaired weights that were %s are written in 8 bits, in which they lose less. To have that type all the "
@@ -343,15 +446,3 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
             ", ".join(sorted(widened)),
         )
     return replace(source, tensors=tensors)
-
-
-def _as_converted(architecture: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if values.ndim == 1 and architecture in NORMS_LESS_ONE:
-        return values + 1
-    return np.ascontiguousarray(values.T) if architecture in TURNED else values
-
-
-def _packed(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> GGUFTensor:
-    block, size = GGML_QUANT_SIZES[kind]
-    kind = FALLBACK if size < block else kind
-    return GGUFTensor(quantize(values, kind), kind)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UsageError
 from ..inputs import Settings
 from ..plan import Plan
-from ..running.regrouping import Layer
 from .dense import CheckpointExport, DenseModel
-from .layout import build_cut, build_of, check_twins, cut_settings, layers_of
+from .layout import build_cut, build_of, check_twins, cut_settings, layers_of, moved_modules, moved_tensors
 from .manifest import Verdict
-from .moving import moved_modules, moved_tensors
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
+from .tensors import read_notes
 from .verification import verify
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
@@ -44,13 +42,19 @@ class HFExport(CheckpointExport):
         if dense.quantisation is not None:
             moved = moved_modules(dense, layers)
             settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
-            notes = renamed_notes(dense.notes, moved)
+            notes = renamed_notes(read_notes(dense.folder / dense.origin.weights), moved)
         check_twins(dense, build_cut(dense, settings), layers)
         use = ORDINARY_USE.format(base=base)
         if not all(layer.is_ordinary for layer in layers):
             _check_regrouped(dense, plan)
-            settings |= _regrouped_settings(base, layers)
-            use, files = REGROUPED_USE, {modeling_file(base): source_of(base)}
+            classes, file = classes_of(base), modeling_file(base)
+            settings |= {
+                "model_type": model_type_of(base),
+                "architectures": [classes["AutoModelForCausalLM"]],
+                "auto_map": {auto: f"{file.removesuffix('.py')}.{name}" for auto, name in classes.items()},
+                "sublayers": [asdict(layer) for layer in layers],
+            }
+            use, files = REGROUPED_USE, {file: source_of(base)}
         elif not dense.trusted:
             settings.pop("auto_map", None)  # the code that it names does not go along
         return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
@@ -88,14 +92,3 @@ def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
             f"this {base} has MLPs of {len(kinds)} kinds, and an MLP without its attention would be built as the wrong "
             "one; skip whole blocks, or choose a portable plan"
         )
-
-
-def _regrouped_settings(base: str, layers: Sequence[Layer]) -> Settings:
-    classes = classes_of(base)
-    module = modeling_file(base).removesuffix(".py")
-    return {
-        "model_type": model_type_of(base),
-        "architectures": [classes["AutoModelForCausalLM"]],
-        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
-        "sublayers": [asdict(layer) for layer in layers],
-    }

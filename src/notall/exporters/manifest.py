@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import UsageError, shortened
@@ -15,6 +15,9 @@ from ..inputs import Settings, read_json
 from ..models.names import DEFAULT_MODEL, default_gguf
 from ..plan import Fingerprint, Plan
 from ..results.repairs import LITTLE
+
+if TYPE_CHECKING:
+    from . import Export
 
 MANIFEST = "notall.json"
 
@@ -49,6 +52,15 @@ class Verified:
         near = f"within {self.difference:.2g} {self.unit} (at most {self.most:g})"
         return f"{self.by} answers as the skipped model does, {near if self.difference else 'to the last bit'}"
 
+    def checked(self) -> Verified:
+        """Raises `UsageError` where it answered differently."""
+        if not self.difference <= self.most:
+            raise UsageError(
+                f"{self.by} answers differently from the skipped model, by {self.difference:.2g} {self.unit} (at most "
+                f"{self.most:g} was expected), so nothing was written; please report the model and the plan"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class NotVerified:
@@ -64,26 +76,16 @@ Verdict = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
-def describe(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    dense_card: Path | None,
-    use: str,
-    verdict: Verdict,
-    weight_bytes: Mapping[str, int],
-    measured: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the manifest, with what is known now that the weights are written, and the card. `use` says how to run."""
-    whole = {**manifest, "weight_bytes": weight_bytes, "verified": asdict(verdict)}
+def describe(folder: Path, export: Export, verdict: Verdict, measured: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest, with what is known now that the weights are written, and the card."""
+    weights = {"dense": export.dense_bytes, "written": export.written_bytes}
+    whole = {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)}
     (folder / MANIFEST).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(manifest, dense_card, use, verdict, measured), encoding="utf-8")
+    (folder / "README.md").write_text(_card(export, verdict, measured), encoding="utf-8")
 
 
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
-    """The plan in the dense model's numbering, twice: ours, and as transformers' `per_layer_config` has it.
-
-    `form` is the model type that is written.
-    """
+    """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is the model type written."""
     kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
     return {
         "notall": __version__,
@@ -117,10 +119,10 @@ def plan_of(folder: Path) -> Plan:
     try:
         manifest = read_json((folder / MANIFEST).read_bytes())
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]
-        repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
+        is_repaired, found = "repair" in manifest, Plan(plan["attention"], plan["mlp"], note=plan.get("note"))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
-    if repaired:
+    if is_repaired:
         which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
         raise UsageError(
             f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself{which}"
@@ -149,16 +151,15 @@ def verdict_of(manifest: Mapping[str, Any]) -> Verdict:
     return NotVerified(**found) if "not_run" in found else Verified(**found)
 
 
-def _card(
-    manifest: Mapping[str, Any], dense_card: Path | None, use: str, verdict: Verdict, measured: Mapping[str, Any] | None
-) -> str:
+def _card(export: Export, verdict: Verdict, measured: Mapping[str, Any] | None) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
     from huggingface_hub import ModelCardData
 
+    manifest = export.manifest
     dense, plan = manifest["dense"], manifest["plan"]
     # A hub id is linked to; a folder's name would link to someone else's model.
     base = {"base_model": dense["model"]} if "/" in dense["model"] else {}
-    data = ModelCardData(tags=["notall", "pruned"], **(_terms(dense_card) if dense_card else {}) | base)
+    data = ModelCardData(tags=["notall", "pruned"], **_terms(export.origin.card) | base)
     skipped = [(name, ", ".join(map(str, plan[name.lower()])) or "none") for name in ("attention", "MLP")]
     sections = [
         f"# {dense['model']} without some of its sublayers",
@@ -167,7 +168,7 @@ def _card(
         _table(("sublayer", "left out of these layers of the dense model, from 0"), skipped),
         *([f"Plan: {plan['note']}."] if plan["note"] else []),
         *(_on_repair(manifest["repair"]) if "repair" in manifest else []),
-        use,
+        export.use,
         f"Check: {verdict}.",
     ]
     if measured:
@@ -190,10 +191,12 @@ def _on_repair(repair: Mapping[str, Any]) -> Iterator[str]:
         yield _table(("refit, in the dense model's numbers", "error left on text that it was not fitted to"), rows)
 
 
-def _terms(dense_card: Path) -> Settings:
+def _terms(dense_card: Path | None) -> Settings:
     """What the dense model's card says of its licence and language: words, or lists of words."""
     from huggingface_hub import metadata_load
 
+    if dense_card is None:
+        return {}
     try:
         known = metadata_load(dense_card) or {}
     except Exception:  # whatever YAML makes of it

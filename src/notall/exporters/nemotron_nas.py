@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ..errors import UsageError
 from ..inputs import Settings
+from ..models.own_exports import MULTIPLE
 from ..models.quantisation import quantisation_name
 from ..plan import Plan
 from ..progress import Progress
@@ -30,7 +32,6 @@ from .verification import verify_in_mlx
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2")
-MULTIPLE = 256  # of which engines take the width of an MLP to be one
 KEPT = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
     "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_bias",
@@ -69,10 +70,7 @@ class NemotronExport(CheckpointExport):
 
 def _check(dense: DenseModel) -> None:
     config = dense.config
-    window = getattr(config, "sliding_window", None)
-    has_window = (
-        bool(window) and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings
-    )
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     if config.model_type not in FAMILIES:
         problem = f"{config.model_type} is not built of Llama's layers"
     elif config.hidden_act != "silu":
@@ -81,7 +79,7 @@ def _check(dense: DenseModel) -> None:
         problem = "its heads are not the hidden size divided by their number"
     elif dense.quantisation is not None:
         problem = f"its weights are quantised ({quantisation_name(dense.quantisation)})"
-    elif has_window:
+    elif window and window < config.max_position_embeddings:
         problem = f"its attention has a window of {window} tokens"
     else:
         return
@@ -110,23 +108,24 @@ def _settings(dense: DenseModel, rows: Sequence[SparseLayer]) -> Settings:
 
 def _block(config: Any, row: SparseLayer) -> Settings:
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
-    attention = {
-        "n_heads_in_group": None if row.attention is None else heads_in_group,
-        "no_op": row.attention is None,
-        "num_sink_tokens": None,
-        "replace_with_linear": False,
-        "sparsify": None,
-        "unshifted_sink": False,
-        "use_prefill_window_in_sink_attention": False,
-        "window_length": None,
+    return {
+        "attention": {
+            "n_heads_in_group": None if row.attention is None else heads_in_group,
+            "no_op": row.attention is None,
+            "num_sink_tokens": None,
+            "replace_with_linear": False,
+            "sparsify": None,
+            "unshifted_sink": False,
+            "use_prefill_window_in_sink_attention": False,
+            "window_length": None,
+        },
+        "ffn": {
+            "ffn_mult": None if row.mlp is None else ffn_mult(_width(config), config.hidden_size),
+            "no_op": row.mlp is None,
+            "replace_with_linear": False,
+            "sparsify": None,
+        },
     }
-    ffn = {
-        "ffn_mult": None if row.mlp is None else ffn_mult(_padded(config.intermediate_size), config.hidden_size),
-        "no_op": row.mlp is None,
-        "replace_with_linear": False,
-        "sparsify": None,
-    }
-    return {"attention": attention, "ffn": ffn}
 
 
 def ffn_mult(width: int, hidden: int) -> float:
@@ -136,11 +135,9 @@ def ffn_mult(width: int, hidden: int) -> float:
     return mult
 
 
-def _padded(width: int) -> int:
-    return ceil(width / MULTIPLE) * MULTIPLE
-
-
-# --- tensors ----------------------------------------------------------------------------------------------------------
+def _width(config: Any) -> int:
+    """Of an MLP, as it is written."""
+    return ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
 
 
 def _named(dense: DenseModel, rows: Sequence[SparseLayer]) -> Iterator[tuple[str, Weight]]:
@@ -151,24 +148,23 @@ def _named(dense: DenseModel, rows: Sequence[SparseLayer]) -> Iterator[tuple[str
             parts = dense.parts(dense.structure.blocks[row.attention].attention)
             yield from ((start + name, tensor) for name, tensor in parts.items())
             if dense.config.model_type == "qwen2":
-                yield f"{start}self_attn.o_proj.bias", _zero_bias(parts["self_attn.o_proj.weight"])
+                weight = parts["self_attn.o_proj.weight"]
+                zeros = weight.changed(lambda one: torch.zeros(len(one)), weight.shape[:1])
+                yield f"{start}self_attn.o_proj.bias", zeros
         if row.mlp is not None:
             for name, tensor in dense.parts(dense.structure.blocks[row.mlp].mlp).items():
-                yield start + name, _pad(name, tensor, _padded(dense.config.intermediate_size))
+                yield start + name, _padded(name, tensor, _width(dense.config))
 
 
-def _zero_bias(weight: Weight) -> Weight:
-    rows, columns = weight.shape
-    return Weight(weight.dtype, (rows,), weight.size // columns, lambda: torch.zeros_like(weight.read()[:, 0]))
-
-
-def _pad(name: str, tensor: Weight, width: int) -> Weight:
-    module, _, kind = name.rpartition(".")
-    if module.endswith(("gate_proj", "up_proj")) and tensor.shape[0] < width:
-        return tensor.padded(0, width)
-    if module.endswith("down_proj") and kind == "weight" and tensor.shape[1] < width:
-        return tensor.padded(1, width)
-    return tensor
+def _padded(name: str, weight: Weight, width: int) -> Weight:
+    """A tensor of an MLP with zeros behind its values, by which the MLP is `width` wide."""
+    if name.endswith("down_proj.weight"):
+        more = width - weight.shape[1]
+        return weight.changed(lambda values: pad(values, [0, more]), (weight.shape[0], width)) if more else weight
+    if not name.rpartition(".")[0].endswith(("gate_proj", "up_proj")) or weight.shape[0] == width:
+        return weight
+    padding = [0, 0] * (len(weight.shape) - 1) + [0, width - weight.shape[0]]
+    return weight.changed(lambda values: pad(values, padding), (width, *weight.shape[1:]))
 
 
 CONFIGURATION = '''\

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,9 +22,6 @@ from ..models.quantisation import quantisation_name
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
 Means = Callable[[str], bool]
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
-
-
-# --- how each kind of settings names modules --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,17 +58,13 @@ def _is_or_matches(pattern: str, end: str = "") -> Means:
     return _matches(f"(?:{pattern[3:]}){end}" if end else pattern[3:])
 
 
-def _sign(pattern: str) -> str:
-    """GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`."""
-    return pattern[:2] if pattern[:2] in ("-:", "+:") else ""
-
-
 BEGINNINGS = Words(_begins_or_ends, tree=True)
 NAMES = Words(_is_or_matches)
 WHOLE_NAMES = Words(partial(_is_or_matches, end="$"), weights=True)
+# GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`.
 SIGNED = Words(
-    lambda pattern: _matches(pattern.removeprefix(_sign(pattern))),
-    lambda pattern, name: f"{_sign(pattern)}{re.escape(name)}$",
+    lambda pattern: _matches(re.sub("^[-+]:", "", pattern)),
+    lambda pattern, name: "".join([*re.findall("^[-+]:", pattern), re.escape(name), "$"]),
 )
 
 Rules = Mapping[tuple[str, ...], Words]  # where settings name modules, `*` being any key, and how
@@ -80,31 +73,20 @@ _LISTS: Rules = {(name,): BEGINNINGS for name in ("modules_to_not_convert", "mod
 _TRANSFORMS = ("transform_config", "config_groups", "*", "apply", "*")
 
 RULES: Mapping[str, Rules] = {
-    "awq": _LISTS,
+    **dict.fromkeys(("awq", "fbgemm_fp8", "fp8", "mxfp4", "mxfp8", "quanto"), _LISTS),
     "bitsandbytes": {("llm_int8_skip_modules",): BEGINNINGS},
     "compressed-tensors": {
         ("ignore",): NAMES,
         ("config_groups", "*", "targets"): NAMES,
-        ("sparsity_config", "ignore"): NAMES,
-        ("sparsity_config", "targets"): NAMES,
-        (*_TRANSFORMS, "targets"): NAMES,
-        (*_TRANSFORMS, "ignore"): NAMES,
+        **{("sparsity_config", name): NAMES for name in ("ignore", "targets")},
+        **{(*_TRANSFORMS, name): NAMES for name in ("targets", "ignore")},
     },
-    "fbgemm_fp8": _LISTS,
-    "fp8": _LISTS,
     "gptq": {("dynamic",): SIGNED},
-    "mxfp4": _LISTS,
-    "mxfp8": _LISTS,
-    "quanto": _LISTS,
     "torchao": {
         **_LISTS,
-        ("quant_type", "default", "_data", "fqn_to_config"): WHOLE_NAMES,
-        ("quant_type", "default", "_data", "module_fqn_to_config"): WHOLE_NAMES,
+        **{("quant_type", "default", "_data", name): WHOLE_NAMES for name in ("fqn_to_config", "module_fqn_to_config")},
     },
 }
-
-
-# --- cutting ----------------------------------------------------------------------------------------------------------
 
 
 def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
@@ -116,7 +98,9 @@ def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> 
     last = layers.rstrip(".").rpartition(".")[2]
     numbered = re.compile(rf"\b{re.escape(last)}\W*\d")  # a number behind the list of layers, perhaps in a pattern
     for path, value in _leaves(settings):
-        is_known = any(len(path) >= len(rule) and all(map(_is_step, rule, path)) for rule in rules)
+        is_known = any(
+            len(path) >= len(rule) and all(one in ("*", step) for one, step in zip(rule, path)) for rule in rules
+        )
         if not is_known and numbered.search(value):
             raise UsageError(
                 f"the quantisation settings of this model ({quantisation_name(settings)}) tell layers apart in "
@@ -130,15 +114,11 @@ def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> 
 
 
 def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
-    """What torchao notes of tensors in the headers of their files, under their new names.
-
-    Raises `UsageError` where the list of them is damaged.
-    """
+    """What torchao notes of tensors in the headers of files, under new names. Raises `UsageError` if damaged."""
 
     def renamed(parameter: str) -> str | None:
         module, _, name = parameter.rpartition(".")
-        new = moved.get(module)
-        return new and f"{new}.{name}"
+        return f"{new}.{name}" if (new := moved.get(module)) else None
 
     found = {new: note for name, note in notes.items() if name != TENSOR_NAMES and (new := renamed(name))}
     if TENSOR_NAMES in notes:
@@ -190,39 +170,27 @@ class _Cut:
         means = self.words.means(pattern)
         meant = {new for name, new in self.moved.items() if means(name)}
         wanted = {new for new in meant if new is not None}
-        if not meant and (unknown := re.match(rf"{re.escape(self.layers)}(\d+)\.", pattern)):
-            return self._unknown(pattern, unknown)
+        if not meant and (beginning := re.match(rf"{re.escape(self.layers)}\d+\.", pattern)):
+            return self._unknown(pattern, beginning[0])
         if meant and not wanted:
             return []
-        if self._meant_by([pattern]) == wanted:
-            return [pattern]
-        if (renumbered := self.moved.get(pattern)) and self._meant_by([renumbered]) == wanted:
-            return [renumbered]
-        named = self._named(pattern, wanted)
-        if self.words.tree and self._meant_by(named) != wanted:
+        tops = [name for name in wanted if not (self.words.tree and any(above in wanted for above in _above(name)))]
+        named = [self.words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
+        for tried in ([pattern], [self.moved.get(pattern) or pattern], named):
+            tests = [self.words.means(one) for one in tried]
+            if wanted == {new for new in self.moved.values() if new and any(test(new) for test in tests)}:
+                return tried
+        if self.words.tree:
             raise _not_renumbered(pattern)
         return named
 
-    def _unknown(self, pattern: str, beginning: re.Match[str]) -> list[str]:
+    def _unknown(self, pattern: str, layer: str) -> list[str]:
         """A name of no module here, such as one that only an engine has: it goes where all of its layer goes."""
-        old = beginning[0]
-        starts = {
-            new.removesuffix(name.removeprefix(old)) if new else None
-            for name, new in self.moved.items()
-            if name.startswith(old)
-        }
+        below = ((name.removeprefix(layer), new) for name, new in self.moved.items() if name.startswith(layer))
+        starts = {new.removesuffix(name) if new else None for name, new in below}
         if len(starts) > 1:
             raise _not_renumbered(pattern)
-        return [start + pattern.removeprefix(old) for start in starts if start]
-
-    def _named(self, pattern: str, wanted: set[str]) -> list[str]:
-        """Each of `wanted` by its own name, but for those below another one, where that means them as well."""
-        tops = [name for name in wanted if not (self.words.tree and any(above in wanted for above in _above(name)))]
-        return [self.words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
-
-    def _meant_by(self, patterns: Iterable[str]) -> set[str]:
-        tests = [self.words.means(pattern) for pattern in patterns]
-        return {new for new in self.moved.values() if new and any(means(new) for means in tests)}
+        return [start + pattern.removeprefix(layer) for start in starts if start]
 
 
 def _not_renumbered(pattern: str) -> UsageError:
@@ -252,7 +220,3 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _leaves(entry, (*path, "*"))
     elif isinstance(value, str):
         yield path, value
-
-
-def _is_step(wanted: str, step: str) -> bool:
-    return wanted in ("*", step)

@@ -7,7 +7,6 @@ transformers alone. A layer holds exactly one attention; MLPs that lost theirs r
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import __version__
-from ..files import cache_folder
+from ..files import cache_folder, keep
 from ..models.own_exports import REGROUPED
 
 
@@ -31,7 +30,6 @@ class Family:
     """
 
     name: str
-    package: str
     mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")
     text: str = ""  # what its text-only config and model add to the name
     scaled: str = ""
@@ -41,18 +39,18 @@ class Family:
 _SANDWICH = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")
 
 FAMILIES = {
-    "llama": Family("Llama", "llama"),
-    "mistral": Family("Mistral", "mistral"),
-    "qwen2": Family("Qwen2", "qwen2"),
-    "qwen3": Family("Qwen3", "qwen3"),
-    "smollm3": Family("SmolLM3", "smollm3"),
-    "gemma2": Family("Gemma2", "gemma2", mlp=_SANDWICH),
-    "gemma3_text": Family("Gemma3", "gemma3", mlp=_SANDWICH, text="Text"),
-    "phi3": Family("Phi3", "phi3", mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout")),
-    "granite": Family("Granite", "granite", scaled=" * self.residual_multiplier"),
-    "olmo2": Family("Olmo2", "olmo2", mlp=("mlp", "post_feedforward_layernorm")),
-    "mixtral": Family("Mixtral", "mixtral", experts=True),
-    "qwen3_moe": Family("Qwen3Moe", "qwen3_moe", experts=True),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "smollm3": Family("SmolLM3"),
+    "gemma2": Family("Gemma2", mlp=_SANDWICH),
+    "gemma3_text": Family("Gemma3", mlp=_SANDWICH, text="Text"),
+    "phi3": Family("Phi3", mlp=("post_attention_layernorm", "mlp", "resid_mlp_dropout")),
+    "granite": Family("Granite", scaled=" * self.residual_multiplier"),
+    "olmo2": Family("Olmo2", mlp=("mlp", "post_feedforward_layernorm")),
+    "mixtral": Family("Mixtral", experts=True),
+    "qwen3_moe": Family("Qwen3Moe", experts=True),
 }
 
 
@@ -91,7 +89,7 @@ def register(*bases: str) -> None:
     for base in bases or FAMILIES:
         if model_type_of(base) in CONFIG_MAPPING:
             continue
-        write_modeling(folder, base)
+        keep(folder / modeling_file(base), source_of(base))
         module = load_modeling(folder, base)
         sys.modules[module.__name__] = module  # where pickle and save_pretrained look for it
         config, *models = (getattr(module, name) for name in classes_of(base).values())
@@ -102,34 +100,21 @@ def register(*bases: str) -> None:
         config.register_for_auto_class()
 
 
-def write_modeling(folder: Path, base: str) -> None:
-    """Write the modeling file into `folder`; whole at any time, whoever else writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{modeling_file(base)}.{os.getpid()}"
-    partial.write_text(source_of(base), encoding="utf-8")
-    partial.replace(folder / modeling_file(base))
-
-
 def source_of(base: str) -> str:
     """The modeling file for a model type of transformers. Raises `KeyError` for one that is not in `FAMILIES`."""
     family = FAMILIES[base]
     mlp = ", ".join("MIXER" if name == "mlp" else f'"{name}"' for name in family.mlp)
-    return _TEMPLATE.substitute(
+    return Template(_TEMPLATE.safe_substitute(_EXPERTS if family.experts else _NO_EXPERTS)).substitute(
+        base=base,
         name=family.name,
-        package=family.package,
+        package=base.removesuffix("_text"),
         config=f"{family.name}{family.text}Config",
         model=f"{family.name}{family.text}Model",
         model_type=model_type_of(base),
-        import_transformers="\nimport transformers" if family.experts else "",
         mlp=f"({mlp})",
-        head=_EXPERTS_HEAD.substitute(v4_mixer="block_sparse_moe" if base == "mixtral" else "mlp")
-        if family.experts
-        else _HEAD,
-        nothing=_EXPERTS_NOTHING if family.experts else "torch.zeros_like(hidden_states)",
-        untuple=_EXPERTS_UNTUPLE if family.experts else "",
+        v4_mixer="block_sparse_moe" if base == "mixtral" else "mlp",
         keep_scale="\n        self.residual_multiplier = config.residual_multiplier" if family.scaled else "",
         scaled=family.scaled,
-        rules=_EXPERTS_RULES.substitute(base=base, model_type=model_type_of(base)) if family.experts else "",
     )
 
 
@@ -217,22 +202,26 @@ class Notall${name}ForCausalLM(${name}ForCausalLM):
         self.post_init()
 $rules''')
 
-_HEAD = 'MIXER = "mlp"'
-
-_EXPERTS_HEAD = Template('''\
+_NO_EXPERTS = {
+    "import_transformers": "",
+    "head": 'MIXER = "mlp"',
+    "nothing": "torch.zeros_like(hidden_states)",
+    "untuple": "",
+    "rules": "",
+}
+_EXPERTS = {
+    "import_transformers": "\nimport transformers",
+    "head": """\
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-MIXER = "$v4_mixer" if TRANSFORMERS_4 else "mlp"''')
-
-_EXPERTS_NOTHING = "(torch.zeros_like(hidden_states), None) if TRANSFORMERS_4 else torch.zeros_like(hidden_states)"
-
-_EXPERTS_UNTUPLE = """
-            added = added[0] if isinstance(added, tuple) else added"""
-
-_EXPERTS_RULES = Template("""
+MIXER = "$v4_mixer" if TRANSFORMERS_4 else "mlp\"""",
+    "nothing": "(torch.zeros_like(hidden_states), None) if TRANSFORMERS_4 else torch.zeros_like(hidden_states)",
+    "untuple": "\n            added = added[0] if isinstance(added, tuple) else added",
+    "rules": """
 
 if not TRANSFORMERS_4:  # version 5 fuses the experts of a checkpoint as it loads them, by rules for each model type
     from transformers import conversion_mapping
 
     rules = conversion_mapping.get_checkpoint_conversion_mapping("$base")
     conversion_mapping.register_checkpoint_conversion_mapping("$model_type", rules, overwrite=True)
-""")
+""",
+}

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import LocalEntryNotFoundError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,25 +45,24 @@ class Weight:
     size: int
     read: Callable[[], Tensor]
 
+    def read_bytes(self) -> Tensor:
+        return self.read().contiguous().flatten().view(torch.uint8)
+
     def cast(self, dtype: str) -> Weight:
         """In another one of `FLOATS`."""
-        size = math.prod(self.shape) * FLOATS[dtype].itemsize
-        return Weight(dtype, self.shape, size, lambda: self.read().to(FLOATS[dtype]))
+        return self.changed(lambda values: values, dtype=dtype)
+
+    def changed(
+        self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None, dtype: str | None = None
+    ) -> Weight:
+        """What `change` makes of its values when it is written, rounded to its dtype or this one of `FLOATS`."""
+        shape, dtype = shape or self.shape, dtype or self.dtype
+        size = math.prod(shape) * FLOATS[dtype].itemsize
+        return Weight(dtype, shape, size, lambda: change(self.read()).to(FLOATS[dtype]))
 
     def holding(self, values: Tensor) -> Weight:
         """With other values, rounded to its dtype."""
         return replace(self, read=lambda: values.detach().cpu().to(FLOATS[self.dtype]))
-
-    def divided(self, by: float) -> Weight:
-        return replace(self, read=lambda: (self.read().double() / by).to(FLOATS[self.dtype]))
-
-    def padded(self, dim: int, width: int) -> Weight:
-        """With zeros behind its values, so that dimension `dim` has `width` of them."""
-        before = self.shape[dim]
-        shape = (*self.shape[:dim], width, *self.shape[dim + 1 :])
-        padding = [0, 0] * (len(shape) - 1 - dim) + [0, width - before]
-        size = self.size // before * width
-        return Weight(self.dtype, shape, size, lambda: torch.nn.functional.pad(self.read(), padding))
 
 
 Weights = dict[str, Weight]
@@ -99,12 +99,12 @@ def _read(path: Path, name: str) -> Tensor:
         raise UsageError(f"cannot read {shortened(name)} of {path.name}: {shortened(str(error))}") from None
 
 
-def read_notes(files: Iterable[Path]) -> dict[str, str]:
-    """What the headers of safetensors files hold beyond their tensors."""
+def read_notes(file: Path) -> dict[str, str]:
+    """What the headers of `weight_files` hold beyond their tensors."""
     notes: dict[str, str] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            notes |= file.metadata() or {}
+    for path in weight_files(file):
+        with safe_open(path, framework="pt") as opened:
+            notes |= opened.metadata() or {}
     return notes
 
 
@@ -118,15 +118,13 @@ def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Weights]:
     file = next((path for name in names if (path := own_file(folder, name))), None)
     if file is None:
         raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
-    if file.suffix == ".safetensors":
-        return file.name, read_header(file)
     tensors: Weights = {}
     for shard in weight_files(file):
         found = read_header(shard)
         if twice := found.keys() & tensors.keys():
             raise UsageError(f"{folder.name}: two shards hold {shortened(min(twice))}; download it again")
         tensors |= found
-    if lost := _index(file).keys() - tensors.keys():
+    if lost := (set() if file.suffix == ".safetensors" else _index(file).keys() - tensors.keys()):
         raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
     return file.name, tensors
 
@@ -144,41 +142,36 @@ def weight_files(file: Path) -> list[Path]:
     return found
 
 
+class _Index(BaseModel):
+    """As for transformers, an index without a table of metadata is none."""
+
+    metadata: dict[str, object]
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
 def _index(path: Path) -> dict[str, str]:
-    """Which shard each tensor is said to be in; as for transformers, an index without a table of metadata is none."""
+    """Which shard each tensor is said to be in."""
     try:
-        index = read_json(path.read_bytes())
-        where = index["weight_map"]
-        whole = bool(where) and isinstance(index["metadata"], dict)
-        whole = whole and all(isinstance(file, str) for file in where.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again")
-    return where
+        return _Index.model_validate(read_json(path.read_bytes()), strict=True).weight_map
+    except ValueError:
+        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
 
 
 def stored_sizes(spec: str | Path, revision: str | None = None, named: str | None = None) -> dict[str, int]:
     """The bytes of each tensor of a model: of a folder, or of a hub id, of whose files only the headers are read."""
-    if folder := _local(spec, revision, named):
+    folder = expanded(spec)
+    is_here = folder.is_dir()
+    try:
+        if not is_here:  # though its files may have been fetched before
+            folder = Path(snapshot_download(hub_id(spec), revision=revision, local_files_only=True))
         return {name: tensor.size for name, tensor in read_tensors(folder, named)[1].items()}
+    except (LocalEntryNotFoundError, UsageError):
+        if is_here:
+            raise
     with explained(spec):
         headers = get_safetensors_metadata(hub_id(spec), revision=revision).files_metadata.values()
     ranges = ((name, tensor.data_offsets) for header in headers for name, tensor in header.tensors.items())
     return {name: last - first for name, (first, last) in ranges}
-
-
-def _local(spec: str | Path, revision: str | None, named: str | None) -> Path | None:
-    """The folder of a model that is here; of a hub id, where its weights were fetched before."""
-    path = expanded(spec)
-    if path.is_dir():
-        return path
-    try:
-        folder = Path(snapshot_download(hub_id(spec), revision=revision, local_files_only=True))
-        read_tensors(folder, named)
-    except (LocalEntryNotFoundError, UsageError):
-        return None
-    return folder
 
 
 def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
@@ -235,33 +228,24 @@ def write_shards(
     )
     total, done = total_bytes(tensors), 0
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name] for name in names}
-        _write_file(folder / file, shard, {"format": "pt", **notes})
-        done += total_bytes(shard)
+        shard = {name: tensors[name].read().contiguous() for name in names}
+        try:
+            save_file(shard, folder / file, {"format": "pt", **notes})
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from None
+            raise
+        done += sum(tensors[name].size for name in names)
         progress(done, total, "copying weights")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, shard: Weights, notes: dict[str, str]) -> None:
-    try:
-        save_file({name: weight.read().contiguous() for name, weight in shard.items()}, path, notes)
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from None
-        raise
-
-
 def check_copies(folder: Path, tensors: Weights) -> None:
     """Raise `UsageError` unless the files in `folder` hold just these tensors, bit for bit."""
-    _, written = read_tensors(folder)
-    if written.keys() != tensors.keys() or not all(_are_same(written[name], tensors[name]) for name in tensors):
+    found = read_tensors(folder)[1]
+    alike = {name: (one.dtype, one.shape) for name, one in found.items()}
+    same = alike == {name: (one.dtype, one.shape) for name, one in tensors.items()}
+    if not same or not all(torch.equal(found[name].read_bytes(), tensors[name].read_bytes()) for name in tensors):
         raise UsageError(f"{folder.name} does not hold what was written; check the disk, and export again")
-
-
-def _are_same(one: Weight, other: Weight) -> bool:
-    is_alike = (one.dtype, one.shape, one.size) == (other.dtype, other.shape, other.size)
-    return is_alike and torch.equal(
-        *(weight.read().contiguous().flatten().view(torch.uint8) for weight in (one, other))
-    )

@@ -24,6 +24,7 @@ from .manifest import NotVerified, Verdict, Verified
 from .tensors import Weights, check_copies
 
 TOKENS, PADDING = 12, 5  # two sequences of 12 tokens, 5 of the first being padding on the left
+UNIT = "of the largest logit"
 
 
 def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any, tensors: Weights) -> Verdict:
@@ -40,11 +41,12 @@ def verify(dense: DenseModel, plan: Plan, exported: Path, loader: Any, tensors: 
         check_copies(exported, tensors)
         return NotVerified(f"{error}; each tensor is the dense model's, bit for bit")
     with skip(model, plan):
-        expected = logits_of(model)
+        expected = _logits_of(model)
     del model
     with explained(exported.name), quiet():
-        found = logits_of(_load(loader, exported, dense.trusted))
-    return compare(f"transformers {transformers.__version__}", found, expected, tolerance(expected.dtype))
+        found = _logits_of(_load(loader, exported, dense.trusted))
+    by, most = f"transformers {transformers.__version__}", tolerance(expected.dtype)
+    return Verified(by, relative_error(found, expected), most, UNIT).checked()
 
 
 def _dense(dense: DenseModel) -> PreTrainedModel:
@@ -63,14 +65,12 @@ def verify_in_mlx(dense: DenseModel, plan: Plan, exported: Path) -> Verdict:
     with skip(model, plan), torch.inference_mode():
         expected = model(input_ids=tokens).logits
     most = 1e-3 if expected.dtype == torch.float32 else 5e-2  # its kernels are its own
-    return compare(f"MLX-LM {version('mlx-lm')}", logits_in_mlx(exported, tokens), expected, most)
+    error = relative_error(logits_in_mlx(exported, tokens), expected)
+    return Verified(f"MLX-LM {version('mlx-lm')}", error, most, UNIT).checked()
 
 
 def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
-    """The logits of token ids, (batch, tokens), without padding: (batch, tokens, vocabulary).
-
-    MLX-LM is installed by `pip install mlx-lm`, with `mlx[cpu]` on Linux.
-    """
+    """The logits of token ids, (batch, tokens), without padding: (batch, tokens, vocabulary)."""
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
@@ -79,33 +79,16 @@ def logits_in_mlx(folder: Path, tokens: Tensor) -> Tensor:
     return torch.tensor(answer.tolist())
 
 
-def compare(by: str, found: Tensor, expected: Tensor, most: float) -> Verified:
-    """Raise `UsageError` where two models' logits differ by more than `most` of the largest."""
-    error = relative_error(found, expected)
-    if not error <= most:
-        raise UsageError(
-            f"the exported model answers differently from the skipped one, by {error:.1e} of the largest logit (at "
-            f"most {most:.0e} was expected), so nothing was written; please report the model and the plan"
-        )
-    return Verified(by, error, most, "of the largest logit")
-
-
 def _load(loader: Any, folder: Path, trusted: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    model, report = loader.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=trusted,
-    )
+    how = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": trusted}
+    model, report = loader.from_pretrained(folder, dtype=dtype or "auto", **how)
     wrong = [*report["missing_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UsageError(f"{len(wrong)} tensors do not match the architecture, {wrong[0]} for one")
     return model.eval()
 
 
-def logits_of(model: PreTrainedModel) -> Tensor:
+def _logits_of(model: PreTrainedModel) -> Tensor:
     """(unpadded tokens of the prompts and the two that follow, vocabulary)."""
     tokens = _tokens(model)
     mask = torch.ones_like(tokens)

@@ -49,6 +49,84 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@functools.cache
+def _model(base: str) -> type:
+    stock: Any = getattr(_vllm_module(base), f"{FAMILIES[base].name}ForCausalLM")
+
+    class Model(stock):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            with _regrouping(base, vllm_config):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    Model.__name__ = Model.__qualname__ = classes_of(base)[CAUSAL]
+    return Model
+
+
+def _vllm_module(base: str) -> Any:
+    return importlib.import_module(f"vllm.model_executor.models.{base.removesuffix('_text')}")
+
+
+@contextmanager
+def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
+    """Have vLLM build the layers of `base` as the config of the checkpoint says."""
+    module, names = _vllm_module(LAYERS_IN.get(base, base)), MLP_IN.get(base, FAMILIES[base].mlp)
+    make_layers = module.make_layers
+
+    def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
+        return make_layers(count, functools.partial(_regrouped_layer, make, names, vllm_config), prefix=prefix)
+
+    module.make_layers = regrouped
+    try:
+        yield
+    finally:
+        module.make_layers = make_layers
+
+
+def _regrouped_layer(make: Callable[..., Any], names: Sequence[str], vllm_config: Any, prefix: str) -> nn.Module:
+    """The layer that `make` makes at `prefix`, with the MLPs, modules of these `names`, that it has or lacks."""
+    layers, _, place = prefix.rpartition(".")
+    parts, known = vllm_config.model_config.hf_config.sublayers[int(place)], vllm_config.compilation_config
+
+    def forget(path: str) -> None:
+        """What vLLM would hold a cache for, or wait for as experts to run."""
+        for name in [name for name in known.static_forward_context if name.startswith(f"{path}.")]:
+            del known.static_forward_context[name]
+        known.static_all_moe_layers[:] = [n for n in known.static_all_moe_layers if not n.startswith(f"{path}.")]
+
+    def mlps(where: str) -> nn.ModuleList:
+        found = nn.ModuleList()
+        for number, _ in enumerate(parts[where]):
+            path = f"{layers}.{where}_{number}.{place}"  # vLLM takes the last for a number
+            found.append(MLP(make(prefix=path), names))
+            forget(f"{path}.self_attn")
+        return found
+
+    before, layer, after = mlps("before"), make(prefix=prefix), mlps("after")  # as they run: vLLM counts experts
+    layer.__class__ = _regrouped_class(type(layer))  # type: ignore[arg-type]
+    layer.before, layer.after = before, after
+    if parts["mlp"] is None:
+        norm, *rest = names
+        setattr(layer, norm, Passed())
+        for name in rest:
+            forget(f"{prefix}.{name}")
+            setattr(layer, name, nn.Identity())
+    return layer
+
+
+@functools.cache
+def _regrouped_class(layer_class: Any) -> Any:
+    class Regrouped(layer_class):
+        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
+            for mlp in self.before:
+                hidden, residual = mlp(hidden, residual)
+            hidden, residual = super().forward(positions, hidden, residual, **kwargs)
+            for mlp in self.after:
+                hidden, residual = mlp(hidden, residual)
+            return hidden, residual
+
+    return Regrouped
+
+
 class Passed(nn.Module):
     """Stands for the norm before an MLP that was left out."""
 
@@ -77,82 +155,3 @@ class MLP(nn.Module):
         for module in rest:
             hidden = module(hidden)
         return hidden, residual
-
-
-@functools.cache
-def _regrouped_class(layer_class: Any) -> Any:
-    class Regrouped(layer_class):
-        def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None, **kwargs: Any) -> Any:
-            for mlp in self.before:
-                hidden, residual = mlp(hidden, residual)
-            hidden, residual = super().forward(positions, hidden, residual, **kwargs)
-            for mlp in self.after:
-                hidden, residual = mlp(hidden, residual)
-            return hidden, residual
-
-    return Regrouped
-
-
-def _vllm_module(name: str) -> Any:
-    return importlib.import_module(f"vllm.model_executor.models.{name}")
-
-
-@contextmanager
-def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
-    """Have vLLM build the layers of `base` as the config of the checkpoint says."""
-    module = _vllm_module(LAYERS_IN.get(base, base.removesuffix("_text")))
-    make_layers, names = module.make_layers, MLP_IN.get(base, FAMILIES[base].mlp)
-    known = vllm_config.compilation_config
-
-    def forget(prefix: str) -> None:
-        """What vLLM would hold a cache for, or wait for as experts to run."""
-        for name in [name for name in known.static_forward_context if name.startswith(f"{prefix}.")]:
-            del known.static_forward_context[name]
-        known.static_all_moe_layers[:] = [n for n in known.static_all_moe_layers if not n.startswith(f"{prefix}.")]
-
-    def mlp_of(make: Callable[..., nn.Module], prefix: str) -> MLP:
-        layer = make(prefix=prefix)
-        forget(f"{prefix}.self_attn")
-        return MLP(layer, names)
-
-    def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
-        def layer(prefix: str) -> nn.Module:
-            layers, _, place = prefix.rpartition(".")
-            parts = vllm_config.model_config.hf_config.sublayers[int(place)]
-
-            def mlps(where: str) -> nn.ModuleList:
-                names = (f"{layers}.{where}_{number}.{place}" for number, _ in enumerate(parts[where]))
-                return nn.ModuleList(mlp_of(make, name) for name in names)  # vLLM takes the last for a number
-
-            before, made, after = mlps("before"), make(prefix=prefix), mlps("after")  # as they run: vLLM counts experts
-            made.__class__ = _regrouped_class(type(made))  # type: ignore[arg-type]
-            made.before, made.after = before, after
-            if parts["mlp"] is None:
-                norm, *rest = names
-                for name in rest:
-                    forget(f"{prefix}.{name}")
-                setattr(made, norm, Passed())
-                for name in rest:
-                    setattr(made, name, nn.Identity())
-            return made
-
-        return make_layers(count, layer, prefix=prefix)
-
-    module.make_layers = regrouped
-    try:
-        yield
-    finally:
-        module.make_layers = make_layers
-
-
-@functools.cache
-def _model(base: str) -> type:
-    stock: Any = getattr(_vllm_module(base.removesuffix("_text")), f"{FAMILIES[base].name}ForCausalLM")
-
-    class Model(stock):
-        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            with _regrouping(base, vllm_config):
-                super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-    Model.__name__ = Model.__qualname__ = classes_of(base)[CAUSAL]
-    return Model
