@@ -88,6 +88,7 @@ def test_every_criterion_is_asked_at_every_budget_it_can(model):
     assert sum(row.criterion == "angular" for row in rows) == 1
 
 
+@pytest.mark.slow
 def test_each_row_is_its_parts_alone(model, compared):
     out, records = compared
     assert read(out / ComparisonRecord.file, ComparisonRecord) == records

@@ -27,6 +27,7 @@ LONG = {
     "add-repair.md",
     "choosing.md",
     "drafting.md",
+    "evaluating.md",
     "exporting.md",
     "index.md",
     "repairing.md",

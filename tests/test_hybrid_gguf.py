@@ -21,7 +21,11 @@ PLANS = {
     "gemma4": {"whole layers": Plan([1, 4], [1, 4]), "the first": Plan([0], [0]), "portable": Plan([0, 3], [0, 2])},
     "nemotron_h": {"whole layers": Plan([2, 3], [1]), "the first": Plan([0], [])},
 }
-CASES = [(architecture, name) for architecture, plans in PLANS.items() for name in plans]
+CASES = [  # one of each architecture is quick
+    pytest.param(architecture, name, marks=[pytest.mark.slow] if place else [], id=f"{architecture}-{name}")
+    for architecture, plans in PLANS.items()
+    for place, name in enumerate(plans)
+]
 
 
 def names_in(plan: Plan) -> frozenset[str]:
