@@ -64,6 +64,7 @@ class Evaluator:
         settings: Provenance | Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
+        self.judged_by = objective.name
         self.structure = locate(self.model)
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
@@ -81,10 +82,6 @@ class Evaluator:
     @cached_property
     def _scorer(self) -> TokenScorer:
         return TokenScorer(self.model)
-
-    @property
-    def judged_by(self) -> str:
-        return self.objective.name
 
     @property
     def forward(self) -> int:
@@ -108,14 +105,14 @@ class Evaluator:
         new = [s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known]
         if new:
             self._evaluate(new, numbers)
-        return [self._recall(self._key(skipped, numbers)) for skipped in sets]
-
-    def _recall(self, key: Key) -> float:
-        cost, spent = self._known[key]
-        if key not in self._counted:
-            self._counted.add(key)
-            self.spent += spent
-        return cost
+        found = []
+        for key in (self._key(skipped, numbers) for skipped in sets):
+            cost, spent = self._known[key]
+            if key not in self._counted:
+                self._counted.add(key)
+                self.spent += spent
+            found.append(cost)
+        return found
 
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         start = time.process_time()
@@ -176,10 +173,8 @@ class Evaluator:
             embedded = self._recording(number).embedded
             all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
             cache = PrefixCache(self._prefix, math.ceil(all_states / self._states_bytes))
-        if cache.names != self._prefix:
-            cache = cache.moved(self._prefix)
-        self._prefix_caches[number] = cache
-        return cache
+        self._prefix_caches[number] = cache if cache.names == self._prefix else cache.moved(self._prefix)
+        return self._prefix_caches[number]
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
         return tuple(step_name(parts) for _, parts in live_steps(self.structure, plan_of(skipped)))
@@ -193,11 +188,9 @@ class Evaluator:
         records = []
         for skipped, cost in costs.items():
             key = self._key(skipped, numbers)
-            if not math.isfinite(cost):
-                cost = math.inf  # a model that overflows without these is as bad as can be
+            cost = cost if math.isfinite(cost) else math.inf  # a model that overflows without these is as bad as can be
             self._known[key] = cost, spent
-            names = tuple(sorted(skipped))
-            records.append(EvaluationRecord(skipped=names, batches=key[1], cost=cost, spent=spent))
+            records.append(EvaluationRecord(skipped=tuple(sorted(skipped)), batches=key[1], cost=cost, spent=spent))
         if self._ledger is not None:
             self._ledger.add(*records)
 
@@ -243,14 +236,10 @@ class AfterRepair(Evaluator):
         about = Provenance.of(settings or {}, after="a cheap repair")
         rows = [row for batch in batches for row in batch.split(1)]
         super().__init__(model, kl(rows), states_bytes=states_bytes, folder=folder, settings=about)
+        self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
         self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
-        self._texts: dict[frozenset[int], Calibration] = {}
-        self._heads: dict[frozenset[int], list[Dense]] = {}
-
-    @property
-    def judged_by(self) -> str:
-        return "kl after a repair"
+        self._texts: dict[frozenset[int], tuple[Calibration, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
         """Keep the stream of this set's repair: what is asked for next begins like it."""
@@ -268,16 +257,13 @@ class AfterRepair(Evaluator):
     @torch.no_grad()
     def _losses(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[dict[int, list[float]], int]:
         """Of each sequence that is judged its KL, and how many sublayers ran."""
-        text = self._text(numbers)
-        judged = [place for place, held in enumerate(text.held) if held]
+        text, heads = self._text(numbers)
         if not skipped:
-            return {place: [0.0] for place in judged}, 0
+            return {place: [0.0] for place in heads}, 0
         repair = self._repair(text, skipped, numbers)
-        found = {}
-        for place, dense in zip(judged, self._heads[numbers]):
-            rows = repair.states[place][:, :-1].flatten(0, 1)
-            found[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
-        return found, repair.ran
+        rows = {place: repair.states[place][:, :-1].flatten(0, 1) for place in heads}
+        scores = {place: self._scorer.score(rows[place], None, dense) for place, dense in heads.items()}
+        return {place: [float(found.kl.mean())] for place, found in scores.items()}, repair.ran
 
     def _repair(self, text: Calibration, skipped: Skipped, numbers: frozenset[int]) -> Repair:
         others = self._repairs.setdefault(numbers, {})
@@ -290,14 +276,14 @@ class AfterRepair(Evaluator):
             del others[old]
         return repair
 
-    def _text(self, numbers: frozenset[int]) -> Calibration:
+    def _text(self, numbers: frozenset[int]) -> tuple[Calibration, dict[int, Dense]]:
+        """Some of the sequences, and what the dense model says of those that are judged, by their places."""
         if numbers not in self._texts:
             tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
-            text = self._texts[numbers] = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
-            (last,) = text.dense.before(len(text.dense.lines))
-            self._heads[numbers] = [
-                self._scorer.dense(states[:, :-1].flatten(0, 1))[1] for states, held in zip(last, text.held) if held
-            ]
+            text = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
+            (last,) = text.before(len(text.lines))
+            judged = {place: last[place][:, :-1].flatten(0, 1) for place, held in enumerate(text.held) if held}
+            self._texts[numbers] = text, {place: self._scorer.dense(rows)[1] for place, rows in judged.items()}
         return self._texts[numbers]
 
 

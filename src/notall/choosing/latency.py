@@ -5,8 +5,6 @@ A budget for a speedup goes by these times; what is chosen for it is timed (see 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 import warnings
@@ -21,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import cache_folder, keep
 from ..inputs import read_json
@@ -72,20 +71,20 @@ def measure_times(
         "fingerprint": structure.fingerprint,
         "dtype": str(model.dtype),
         "machine": machine(model.device),
+        "attention": text_config(model)._attn_implementation,
+        **asdict(workload),
     }
-    about |= {"attention": text_config(model)._attn_implementation, **asdict(workload)}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_folder() / "times" / f"{key}.json"
-    stored = _read(path, about, {part.name for part in structure.sublayers})
-    if stored and _holds(stored, model, workload, seed):
-        return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
+    path = cache_folder() / "times" / f"{digest_of_json(about)[:24]}.json"
+    known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
+    if known and _still_hold(known, model, seed):
+        return known
     times = _measure(model, workload, seed, progress)
     keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
     return times
 
 
 class _Stored(BaseModel):
-    """SublayerTimes as they are kept, in milliseconds of the whole workload, and what they are of."""
+    """SublayerTimes as they are kept, and what they are of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -93,31 +92,25 @@ class _Stored(BaseModel):
     dense_ms: float = Field(gt=0)
     sublayer_ms: dict[str, float]
 
-    def are(self, about: Mapping[str, Any], names: set[str]) -> bool:
-        """Whether they are of this model and workload, and of each sublayer no more than the whole model takes."""
-        plausible = all(abs(ms) <= self.dense_ms for ms in self.sublayer_ms.values())
-        return plausible and self.about == about and self.sublayer_ms.keys() == names
 
-
-def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Stored | None:
-    """The times in a file of the cache; None without one, and with a warning where it is damaged."""
-    if not path.exists():
-        return None
+def _read(path: Path, about: Mapping[str, Any], workload: Workload, names: set[str]) -> SublayerTimes | None:
+    """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(path.read_bytes()))
-        if stored.are(about, names):
-            return stored
+        plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
+        if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
+            return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
     warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
     return None
 
 
-def _holds(stored: _Stored, model: PreTrainedModel, workload: Workload, seed: int) -> bool:
+def _still_hold(times: SublayerTimes, model: PreTrainedModel, seed: int) -> bool:
     """Whether the dense model takes now what it took; with a warning where it does not."""
-    (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]
-    if abs(now / stored.dense_ms - 1) <= MOST_CHANGED:
+    (now,) = _compare(model, {"dense": Plan()}, replace(times.workload, rounds=1), seed)["dense"]
+    if abs(now / times.dense_ms - 1) <= MOST_CHANGED:
         return True
     warnings.warn(
-        f"the kept times no longer hold: the dense model took {stored.dense_ms:.0f} ms then and takes {now:.0f} ms "
+        f"the kept times no longer hold: the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms "
         "now; they are measured anew",
         stacklevel=3,
     )
@@ -139,20 +132,17 @@ def check_times(
 
 
 def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Progress) -> SublayerTimes:
-    groups = _alike(model)
-    plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
-    plans = {"dense": Plan()} | {name: plan for name, plan in plans.items() if plan}
+    groups = {str(number): group for number, group in enumerate(_alike(model))}
+    halves = {name: plan for name, group in groups.items() if (plan := _half(group, locate(model)))}
 
     def tell(done: float, total: float, doing: str) -> None:
         progress(done, total, "timing the sublayers")
 
-    took = _compare(model, plans, workload, seed, tell)
+    took = _compare(model, {"dense": Plan(), **halves}, workload, seed, tell)
     each: dict[str, float] = {}
-    for number, group in enumerate(groups):
-        saved = 0.0
-        if plan := plans.get(str(number)):
-            differences = [dense - without for dense, without in zip(took["dense"], took[str(number)])]
-            saved = statistics.median(differences) / len(plan)
+    for name, group in groups.items():
+        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
+        saved = statistics.median(differences) / len(halves.get(name, group))
         each |= {part.name: saved for part in group}
     return SublayerTimes(workload, statistics.median(took["dense"]), each)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from ..progress import Progress, Stages, silent
 from .budget import Budget, contiguous_runs
 from .evaluator import Evaluator
-from .space import Skipped, Space, Unit, names_in
+from .space import Choice, Skipped, Space, Unit, names_in
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 12
@@ -30,14 +30,9 @@ Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What the search found, what the objective is with it and was without, and whether it had the time it wanted.
+class SearchResult(Choice):
+    """What the search found, what the objective is with it and was without, and whether it had the time it wanted."""
 
-    `order` is as in `criteria.Choice`.
-    """
-
-    skipped: Skipped
-    order: tuple[Unit, ...]
     cost: float
     dense_cost: float
     complete: bool
@@ -49,7 +44,6 @@ def search(
     evaluator: Evaluator,
     *,
     cheap: Mapping[Unit, float] | None = None,
-    screened: float = SCREENED,
     patience: int = PATIENCE,
     late: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
@@ -60,21 +54,19 @@ def search(
     don't lower the objective. When it gets `late`, the set is completed by the guesses there are, so that what comes
     back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
-    spaces = _spaces(space)
-    searches = []
-    counts = [_Count(each, budget, screened, patience) for each in spaces]
+    spaces, searches = _spaces(space), list[_Search]()
+    counts = [_Count(each, budget, patience) for each in spaces]
     stages = Stages(progress, sum(count.total for count in counts))
     for each, count in zip(spaces, counts):
         count.progress = stages.stage(count.total)
-        searches.append(_Search(each, budget, evaluator, cheap or {}, screened, late, count))
+        searches.append(_Search(each, budget, evaluator, cheap or {}, late, count))
         searches[-1].guess(each.moves(frozenset()))
         searches[-1].settle(patience)
         if each.kind == "block":
             searches[-1].start_from_a_run(patience)
         if late():
             break
-    looking = searches[0]
-    best = max(searches, key=lambda one: one.worth)
+    looking, best = searches[0], max(searches, key=lambda one: one.worth)
     if best is not looking and not late():  # what a late one says that it costs is a guess
         looking.go_on_from(best)
         looking.settle(patience)
@@ -88,6 +80,7 @@ def _spaces(space: Space) -> list[Space]:
     return [space, replace(space, kind="block")] if space.by_pairs else [space]
 
 
+@dataclass
 class _Search:
     """A set that grows and changes, what it costs, and what is known of each unit.
 
@@ -95,24 +88,20 @@ class _Search:
     the text, what it falls by when one is given back.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        budget: Budget,
-        evaluator: Evaluator,
-        cheap: Mapping[Unit, float],
-        screened: float,
-        late: Callable[[], bool],
-        count: _Count,
-    ) -> None:
-        self.space, self.budget, self.evaluator, self.late, self.count = space, budget, evaluator, late, count
-        self.cheap, self.screened = cheap, screened
+    space: Space
+    budget: Budget
+    evaluator: Evaluator
+    cheap: Mapping[Unit, float]
+    late: Callable[[], bool]
+    count: _Count
+
+    def __post_init__(self) -> None:
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
-        self.dense = self.cost = evaluator.cost(self.skipped)
+        self.dense = self.cost = self.evaluator.cost(self.skipped)
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
-        self.moves = functools.cache(space.moves)
+        self.moves = functools.cache(self.space.moves)
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -180,14 +169,18 @@ class _Search:
         while spent < patience and not self.late():
             known = len(guesses)
             self._look(guesses, tried)
-            spent += (len(guesses) - known) * self.screened + 1
+            spent += (len(guesses) - known) * SCREENED + 1
             if not guesses:
                 break
             back, unit = min(guesses, key=guesses.__getitem__)
             del guesses[back, unit]
             cost = self._evaluate(self.skipped.difference(back).union(unit))
             if cost < self.cost:
-                self._swap(back, unit, cost)
+                self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
+                self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
+                kept = (tuple(name for name in one if name not in back) for one in self.order)
+                self.order = [*filter(None, kept), unit]
+                self.evaluator.set_prefix(self.skipped)
                 guesses, spent = {}, 0.0
         return self.cost < before
 
@@ -240,17 +233,10 @@ class _Search:
                     best, best_gain = (back, unit), gain
         return best
 
-    def _swap(self, back: Unit, unit: Unit, cost: float) -> None:
-        self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
-        self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
-        kept = (tuple(name for name in before if name not in back) for before in self.order)
-        self.order = [*filter(None, kept), unit]
-        self.evaluator.set_prefix(self.skipped)
-
     def _on_a_part(self, skipped: Skipped) -> float:
         """How much more than what is skipped now it costs, on a part of the text."""
-        now = self.evaluator.cost(self.skipped, self.screened)
-        return self._evaluate(skipped, self.screened) - now
+        now = self.evaluator.cost(self.skipped, SCREENED)
+        return self._evaluate(skipped, SCREENED) - now
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
@@ -265,11 +251,11 @@ class _Search:
 class _Count:
     """Evaluations of the whole text: how many were done, and how many a search takes at most, about."""
 
-    def __init__(self, space: Space, budget: Budget, screened: float, patience: int) -> None:
+    def __init__(self, space: Space, budget: Budget, patience: int) -> None:
         units = len(space.units)
         mean = budget.saved(space.names) / units
         steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
-        guesses = units * screened * (2 if space.kind == "block" else 1)  # of each, and of the runs that begin there
+        guesses = units * SCREENED * (2 if space.kind == "block" else 1)  # of each, and of the runs that begin there
         self.total, self.done = guesses + steps * RECHECKS + steps + patience, 0.0
         self.progress: Progress = silent
 

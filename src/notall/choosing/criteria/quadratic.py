@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ...errors import UsageError
 from ..budget import Budget
 from ..searching import SCREENED
-from ..space import Unit, names_in
-from .setting import Choice, Setting
+from ..space import Choice, Unit, names_in
+from .setting import Setting
 
 Floats = NDArray[np.float64]
 
