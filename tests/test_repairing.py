@@ -429,7 +429,7 @@ def test_new_weights_lie_in_files_and_are_never_in_memory_together(tmp_path, mon
 
 def test_what_is_finished_is_not_refit_again(tmp_path, monkeypatch):
     whole = run_repair(tmp_path)
-    monkeypatch.setattr(refitting, "refit_step", None)
+    monkeypatch.setattr(refitting, "Fit", None)
     with monkeypatch.context() as patch:
         patch.setattr(refitting, "Calibration", None)  # nor is a stream run
         assert run_repair(tmp_path) == whole

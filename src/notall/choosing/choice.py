@@ -1,8 +1,4 @@
-"""Choose a plan as `notall search` does: with a record of what was evaluated, so that it goes on when asked again.
-
-The speedup asked for is the speedup measured: a choice is timed, and corrects the times that it goes by. Where a budget
-has a limit on the objective too, both hold, or what can be had of each is reported.
-"""
+"""Choose a plan as `notall search` does: what was evaluated is kept, and the speedup asked for is the one measured."""
 
 from __future__ import annotations
 
@@ -99,13 +95,12 @@ def choose_plan(
 
     `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. The `objective` brings its own
     text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a folder `out`
-    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run,
-    and a folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with
-    `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
-    anew where it is too slow; where a budget has a limit too, the plan that saves most within it is the answer if both
-    cannot be met, and `missed` says so. The plan is then measured on `held_out`, where given. With `after_repair` sets
-    are judged by the KL that a cheap repair leaves on half of the sequences, to which it was not fitted, whatever the
-    objective.
+    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run.
+    The search ends after `max_minutes` with the best it has then, and after `patience` evaluations that did not lower
+    the objective. A plan for a speedup is timed, and chosen anew where it is too slow; where a budget has a limit too,
+    the plan that saves most within it is the answer if both cannot be met, and `missed` says so. The plan is then
+    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves on
+    half of the sequences, to which it was not fitted, whatever the objective.
 
     Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
     space, and for a budget that cannot be met.

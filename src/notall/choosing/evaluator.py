@@ -1,11 +1,9 @@
 """What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
 
-Sets that keep the same first sublayers share them (see `replay`), and sets that are asked for one after the other go
-on from the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set.
-What was evaluated is written down, so that a run that was killed asks for it again and has it at once.
-
-What is worth skipping is another set after a repair: the attention of an early layer, say, may cost several nats as it
-is, and next to nothing once its neighbours make up for it.
+Sets that keep the same first sublayers share them (see `replay`), and those asked for one after the other go on from
+the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set. What was
+evaluated is written down, so that a run that was killed has it at once. After a repair another set is worth skipping:
+the attention of an early layer may cost several nats as it is, and next to nothing once its neighbours make up for it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from ..results.record import Key, is_number
 from ..running.replay import PrefixCache, Recording, Replay, live_steps, record, step_name
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
-from .objective import Batch, Objective, kl
+from .objective import Objective, kl
 from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
@@ -71,17 +69,32 @@ class Evaluator:
         self.spent = SearchCost(evaluations=0, executions=0, seconds=0)
         self._counted = set[Key]()
         self._known: dict[Key, tuple[float, SearchCost]] = {}
-        self._ledger = self._open(folder, name, settings or {}) if folder else None
-        self._recordings: list[Recording] | None = None
         self._prefix = self._steps(frozenset())
         self._prefix_caches: dict[int, PrefixCache] = {}
         self._guessers: dict[frozenset[int], TokenScorer] = {}
         self._dense_heads: dict[tuple[int, TokenScorer], Dense] = {}
         self._states_bytes = states_bytes
+        about = Provenance.of(
+            settings or {},
+            objective=objective.name,
+            calibration=objective.digest(),
+            fingerprint=self.structure.fingerprint,
+            dtype=dtype_name(self.model),
+            guesses=f"on {WORDS:,} words",
+        )
+        self._ledger = Ledger(folder, EvaluationRecord, about, name=name) if folder else None
+        for line in self._ledger or ():
+            cost = line.cost if is_number(line.cost) else math.inf
+            self._known[frozenset(line.skipped), line.batches] = cost, line.spent
 
     @cached_property
     def _scorer(self) -> TokenScorer:
         return TokenScorer(self.model)
+
+    @cached_property
+    @torch.inference_mode()
+    def _recordings(self) -> list[Recording]:
+        return [record(self.model, **batch.inputs) for batch in self.objective.batches]
 
     @property
     def forward(self) -> int:
@@ -132,21 +145,13 @@ class Evaluator:
     @torch.inference_mode()
     def _run(self, replay: Replay, number: int, scorer: TokenScorer) -> list[tuple[int, list[float]]]:
         """For each of the replay's plans: its number, and the losses of the items of one batch."""
-        batch, recording = self.objective.batches[number], self._recording(number)
+        batch, found = self.objective.batches[number], []
         dense = self._dense(number, scorer) if batch.targets is None else None
-        found = []
-        for places, hidden in replay.hidden_states(recording, self._prefix_cache(number)):
-            scores = scorer.score(_judged(batch, hidden), batch.targets, dense)
-            values = scores.kl if batch.targets is None else scores.nll
-            items = batch.items(values).tolist()
+        for places, hidden in replay.hidden_states(self._recordings[number], self._prefix_cache(number)):
+            scores = scorer.score(batch.judged(hidden), batch.targets, dense)
+            items = batch.items(scores.kl if batch.targets is None else scores.nll).tolist()
             found += [(place, items) for place in places]
         return found
-
-    def _recording(self, number: int) -> Recording:
-        if self._recordings is None:
-            with torch.inference_mode():
-                self._recordings = [record(self.model, **batch.inputs) for batch in self.objective.batches]
-        return self._recordings[number]
 
     @torch.inference_mode()
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
@@ -164,13 +169,13 @@ class Evaluator:
 
     def _dense_states(self, number: int) -> Tensor:
         replay = Replay(self.model, [Plan()])
-        (_, hidden) = next(replay.hidden_states(self._recording(number), self._prefix_cache(number)))
-        return _judged(self.objective.batches[number], hidden)
+        (_, hidden) = next(replay.hidden_states(self._recordings[number], self._prefix_cache(number)))
+        return self.objective.batches[number].judged(hidden)
 
     def _prefix_cache(self, number: int) -> PrefixCache:
         cache = self._prefix_caches.get(number)
         if cache is None:
-            embedded = self._recording(number).embedded
+            embedded = self._recordings[number].embedded
             all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
             cache = PrefixCache(self._prefix, math.ceil(all_states / self._states_bytes))
         self._prefix_caches[number] = cache if cache.names == self._prefix else cache.moved(self._prefix)
@@ -193,24 +198,6 @@ class Evaluator:
             records.append(EvaluationRecord(skipped=tuple(sorted(skipped)), batches=key[1], cost=cost, spent=spent))
         if self._ledger is not None:
             self._ledger.add(*records)
-
-    def _open(
-        self, folder: Path, name: str | None, settings: Provenance | Mapping[str, Any]
-    ) -> Ledger[EvaluationRecord]:
-        """What was evaluated before, and where more goes."""
-        about = Provenance.of(
-            settings,
-            objective=self.objective.name,
-            calibration=self.objective.digest(),
-            fingerprint=self.structure.fingerprint,
-            dtype=dtype_name(self.model),
-            guesses=f"on {WORDS:,} words",
-        )
-        ledger = Ledger(folder, EvaluationRecord, about, name=name)
-        for line in ledger:
-            cost = line.cost if is_number(line.cost) else math.inf
-            self._known[frozenset(line.skipped), line.batches] = cost, line.spent
-        return ledger
 
 
 class AfterRepair(Evaluator):
@@ -285,8 +272,3 @@ class AfterRepair(Evaluator):
             judged = {place: last[place][:, :-1].flatten(0, 1) for place, held in enumerate(text.held) if held}
             self._texts[numbers] = text, {place: self._scorer.dense(rows)[1] for place, rows in judged.items()}
         return self._texts[numbers]
-
-
-def _judged(batch: Batch, hidden: Tensor) -> Tensor:
-    """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
-    return hidden[batch.rows.to(hidden.device), batch.columns.to(hidden.device)]

@@ -53,17 +53,13 @@ class SublayerTimes:
 
 
 def measure_times(
-    model: PreTrainedModel,
-    workload: Workload,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
+    model: PreTrainedModel, workload: Workload, *, seed: int = 0, progress: Progress = silent
 ) -> SublayerTimes:
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
 
-    Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Kept times are used where the
-    dense model still takes what it took, to a tenth, in one round; otherwise all are measured anew, with a warning.
-    Of more than 32 new tokens 32 are decoded, behind the prompt, and counted as many times as needed.
+    Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the dense model
+    takes what it took, to a tenth; otherwise all are measured anew, with a warning. Of more than 32 new tokens 32 are
+    decoded, behind the prompt, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     structure = locate(model)
@@ -149,7 +145,7 @@ def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Pr
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     """The sublayers in groups of the same kind, size and window, which take the same time."""
-    groups: dict[tuple[Any, ...], list[Sublayer]] = {}
+    groups: dict[tuple[object, ...], list[Sublayer]] = {}
     for part in locate(model).sublayers:
         sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
         groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
@@ -203,14 +199,18 @@ class SpeedBudget(Budget):
         if not (predicted > 0 and measured > 0):
             return None
         scaled = {name: ms * measured / predicted for name, ms in self.times.sublayer_ms.items()}
-        times = replace(self.times, sublayer_ms=scaled)
-        return by_speedup(self.space, times, self.faster) if self.faster <= _fastest(self.space, times) else None
+        with suppress(UsageError):
+            return by_speedup(self.space, replace(self.times, sublayer_ms=scaled), self.faster)
+        return None
 
 
 def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
     """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
     check_faster(faster)
-    if faster > (most := _fastest(space, times)):
+    saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
+    left = times.dense_ms - sum(saves.values())
+    most = times.dense_ms / left if left > 0 else math.inf
+    if faster > most:
         raise UsageError(
             f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
             "choose among more sublayers, or a lower speedup"
@@ -218,7 +218,7 @@ def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget
     w = times.workload
     described = f"{faster:g}x at prompt {w.prompt_tokens}, {w.generation_tokens} new, batch {w.concurrency}"
     target = times.dense_ms * (1 - 1 / faster)
-    return SpeedBudget(_saved_by(space, times), target, described, faster=faster, space=space, times=times)
+    return SpeedBudget(saves, target, described, faster=faster, space=space, times=times)
 
 
 def check_faster(faster: float) -> None:
@@ -226,13 +226,3 @@ def check_faster(faster: float) -> None:
     expect(faster, Real, "how many times as fast, a number")
     if not 1 <= faster < math.inf:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
-
-
-def _saved_by(space: Space, times: SublayerTimes) -> dict[str, float]:
-    return {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
-
-
-def _fastest(space: Space, times: SublayerTimes) -> float:
-    """How many times as fast the workload is without all that may be skipped."""
-    left = times.dense_ms - sum(_saved_by(space, times).values())
-    return times.dense_ms / left if left > 0 else math.inf

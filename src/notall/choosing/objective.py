@@ -50,6 +50,10 @@ class Batch:
     def tokens(self) -> int:
         return self.inputs["input_ids"].numel()
 
+    def judged(self, hidden: Tensor) -> Tensor:
+        """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
+        return hidden[self.rows.to(hidden.device), self.columns.to(hidden.device)]
+
 
 @dataclass(frozen=True)
 class Term:
@@ -102,14 +106,12 @@ class Objective:
 
 def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    batches = all_checked(batches)
-    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in batches), weight),))
+    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in all_checked(batches)), weight),))
 
 
 def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    batches = all_checked(batches)
-    return Objective((Term("kl", tuple(_text(ids, None) for ids in batches), weight),))
+    return Objective((Term("kl", tuple(_text(ids, None) for ids in all_checked(batches)), weight),))
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:

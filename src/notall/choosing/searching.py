@@ -1,12 +1,11 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
-A candidate is evaluated again only when it comes to the top of the queue: what it cost when it was last evaluated is a
-good guess, since costs mostly grow as more is skipped. The exception are neighbours: what an attention prepares, the
-MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
-units are at first. Importances do not add up, so what was skipped early may not be best in the end: swaps that lower
-the objective follow, many of them for the price of an evaluation, since a part of the text says which are worth one.
-Whole blocks undo each other best in a row (2403.17887), which single swaps do not come to: so the best run is a second
-place to start from.
+What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: so it is
+evaluated again only when it comes to the top of the queue. The exception are neighbours: what an attention prepares,
+the MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
+units are at first. Importances do not add up: swaps that lower the objective follow, many of them for the price of an
+evaluation, since a part of the text says which are worth one. Whole blocks undo each other best in a row (2403.17887),
+which single swaps do not come to: so the best run is a second place to start from.
 """
 
 from __future__ import annotations
@@ -54,22 +53,20 @@ def search(
     don't lower the objective. When it gets `late`, the set is completed by the guesses there are, so that what comes
     back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
-    spaces, searches = _spaces(space), list[_Search]()
-    counts = [_Count(each, budget, patience) for each in spaces]
-    stages = Stages(progress, sum(count.total for count in counts))
-    for each, count in zip(spaces, counts):
-        count.progress = stages.stage(count.total)
-        searches.append(_Search(each, budget, evaluator, cheap or {}, late, count))
-        searches[-1].guess(each.moves(frozenset()))
-        searches[-1].settle(patience)
-        if each.kind == "block":
-            searches[-1].start_from_a_run(patience)
+    searches = [_Search(each, budget, evaluator, cheap or {}, patience, late) for each in _spaces(space)]
+    stages = Stages(progress, sum(one.total for one in searches))
+    for one in searches:
+        one.progress = stages.stage(one.total)
+        one.guess(one.moves(frozenset()))
+        one.settle()
+        if one.space.kind == "block":
+            one.start_from_a_run()
         if late():
             break
     looking, best = searches[0], max(searches, key=lambda one: one.worth)
     if best is not looking and not late():  # what a late one says that it costs is a guess
         looking.go_on_from(best)
-        looking.settle(patience)
+        looking.settle()
     progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     cost = evaluator.cost(looking.skipped)
     return SearchResult(looking.skipped, tuple(looking.order), cost, looking.dense, not late())
@@ -92,8 +89,9 @@ class _Search:
     budget: Budget
     evaluator: Evaluator
     cheap: Mapping[Unit, float]
+    patience: int
     late: Callable[[], bool]
-    count: _Count
+    progress: Progress = silent
 
     def __post_init__(self) -> None:
         self.skipped: Skipped = frozenset()
@@ -102,6 +100,15 @@ class _Search:
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
         self.moves = functools.cache(self.space.moves)
+        self.done, self.total = 0.0, self._most()
+
+    def _most(self) -> float:
+        """How many evaluations of the whole text it takes at most, about."""
+        units = len(self.space.units)
+        mean = self.budget.saved(self.space.names) / units
+        steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
+        guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
+        return guesses + steps * RECHECKS + steps + self.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -113,13 +120,13 @@ class _Search:
                 return
             self.rises[unit] = self._on_a_part(self.skipped.union(unit))
 
-    def settle(self, patience: int) -> None:
+    def settle(self) -> None:
         """Grow and refine, in turn, until one of them changes nothing."""
         self.grow()
-        while self.refine(patience) and self.grow():
+        while self.refine() and self.grow():
             pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
 
-    def start_from_a_run(self, patience: int) -> None:
+    def start_from_a_run(self) -> None:
         """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
         self.evaluator.set_prefix(frozenset())
         asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
@@ -132,7 +139,7 @@ class _Search:
             self.skipped, self.cost, self.order = names_in(best), cost, [*best]
             self.rises = {}
             self.guess(self.moves(self.skipped))
-            self.refine(patience)
+            self.refine()
 
     @property
     def worth(self) -> tuple[float, float]:
@@ -157,7 +164,7 @@ class _Search:
                 self.guess(self.space.neighbours(unit, self.skipped))
         return self.skipped != before
 
-    def refine(self, patience: int) -> bool:
+    def refine(self) -> bool:
         """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
 
         Swaps are tried on a part of the text, `LOOKS` at a time, and of those that were the best on all of it.
@@ -166,7 +173,7 @@ class _Search:
         guesses: dict[Swap, float] = {}
         self.falls = {}
         self.evaluator.set_prefix(self.skipped)
-        while spent < patience and not self.late():
+        while spent < self.patience and not self.late():
             known = len(guesses)
             self._look(guesses, tried)
             spent += (len(guesses) - known) * SCREENED + 1
@@ -241,25 +248,10 @@ class _Search:
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
         reached = round(self.cost, 4) + 0.0  # none is -0.0000
-        self.count.evaluated(share, f"{len(self.skipped)} skipped, objective {reached:.4f}")
+        self.done += share
+        doing = f"{len(self.skipped)} skipped, objective {reached:.4f}"
+        self.progress(min(self.done, 0.99 * self.total), self.total, doing)
         return cost
 
     def _cheap(self, unit: Unit) -> float:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
-
-
-class _Count:
-    """Evaluations of the whole text: how many were done, and how many a search takes at most, about."""
-
-    def __init__(self, space: Space, budget: Budget, patience: int) -> None:
-        units = len(space.units)
-        mean = budget.saved(space.names) / units
-        steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
-        guesses = units * SCREENED * (2 if space.kind == "block" else 1)  # of each, and of the runs that begin there
-        self.total, self.done = guesses + steps * RECHECKS + steps + patience, 0.0
-        self.progress: Progress = silent
-
-    def evaluated(self, share: float, doing: str) -> None:
-        """Count one evaluation on a share of the text."""
-        self.done += share
-        self.progress(min(self.done, 0.99 * self.total), self.total, doing)

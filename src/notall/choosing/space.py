@@ -96,7 +96,7 @@ class Space:
 
     @property
     def length(self) -> int:
-        """Of a unit of whole layers, how many it has. Units of several overlap."""
+        """How many layers a unit of whole layers has. Units of several overlap."""
         return self.structure.period if self.kind == "period" else 1
 
     @property

@@ -66,9 +66,10 @@ def write_texts(
 
 def judge(model: PreTrainedModel, draft: PreTrainedModel, prompt: Tensor, text: Tensor, decoding: Decoding) -> Accepted:
     """Of each token of `text`, (tokens,), which `model` wrote behind `prompt`, (P,): is it accepted from `draft`?"""
-    tokens = torch.cat([prompt, text])[None, :-1]
+    tokens, count = torch.cat([prompt, text])[None, :-1], len(text)
     with torch.inference_mode():
-        p, q = (_logits(each, tokens, len(text)) for each in (model, draft))
+        answers = (each(input_ids=tokens, use_cache=False, **last_logits(each, count)) for each in (model, draft))
+        p, q = (answer.logits[0, -count:].float() for answer in answers)  # (tokens of the text, vocabulary)
         if decoding == "greedy":
             same = tuple((q.argmax(-1) == text).float().tolist())
             return Accepted(same, same)
@@ -117,8 +118,3 @@ def rounds(known: Sequence[float], drafted: int) -> float:
             alive *= known[place]
         begins[last + 1] += alive
     return math.fsum(begins[:-1])
-
-
-def _logits(model: PreTrainedModel, tokens: Tensor, last: int) -> Tensor:
-    """(last, vocabulary), in float32."""
-    return model(input_ids=tokens, use_cache=False, **last_logits(model, last)).logits[0, -last:].float()

@@ -36,8 +36,7 @@ Sample = TypeVar("Sample")
 class Timing:
     """What one variant took, one sample a round, in the order of the rounds.
 
-    `peak_bytes` is the most CUDA memory allocated in a round, summed over devices. It counts weights that
-    are held but not used. None without CUDA.
+    `peak_bytes` is the most CUDA memory allocated in a round, over all devices; None without CUDA.
     """
 
     prefill_samples_ms: tuple[float, ...]
@@ -66,13 +65,12 @@ class Timing:
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
     """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
 
-    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known, so each of the
-    `new` steps is a decode step; a step serves all B sequences. Accelerators are synchronised where the clock
-    is read, not between steps. Raises `UsageError` if the model keeps no cache.
+    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known; a step serves all B
+    sequences. Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` if the
+    model keeps no cache.
     """
     devices = _accelerators(model)
-    # As `generate` does: the logits of the whole prompt would dominate the prefill of small models.
-    last_only = last_logits(model, 1)
+    last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
         start = _now(devices)
         output = model(input_ids=prompt, use_cache=True, **last_only)
@@ -176,10 +174,7 @@ def time_plans(
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
-    """How many times faster `other` is than `baseline` (above 1: faster), paired: one ratio for each round.
-
-    Both are samples of one `compare`, for example `dense.decode_samples_ms` and `skipped.decode_samples_ms`.
-    """
+    """How many times faster `other` is than `baseline` (above 1: faster), by samples of the same rounds, paired."""
     return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
 
 

@@ -108,12 +108,7 @@ class TokenScorer:
 
     @torch.no_grad()
     def score(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        dense: Dense | None = None,
-        *,
-        likeliest: bool = False,
+        self, hidden: Tensor, targets: Tensor | None = None, dense: Dense | None = None, *, likeliest: bool = False
     ) -> TokenScores:
         """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
         if not self.is_matrix:

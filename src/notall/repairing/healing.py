@@ -1,7 +1,7 @@
 """Heal a skipped model by a short distillation: its next-token distributions are drawn to the dense model's.
 
-What is trained are weights of kept sublayers alone (see `students`), so that the result is a plan with weights, as a
-repair is; `training` has the loop.
+Weights of kept sublayers alone are trained (see `students`, `training`): the result is a plan with weights, as a
+repair is.
 """
 
 from __future__ import annotations
@@ -118,10 +118,7 @@ def _check(model: PreTrainedModel, training: Training) -> None:
 
 
 def _about(
-    model: PreTrainedModel,
-    training: Training,
-    history: Sequence[RepairStep],
-    settings: Provenance | Mapping[str, Any],
+    model: PreTrainedModel, training: Training, history: Sequence[RepairStep], settings: Provenance | Mapping[str, Any]
 ) -> Provenance:
     """What decides the weights."""
     plan, how = training.plan, asdict(training.config)

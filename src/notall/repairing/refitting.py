@@ -41,7 +41,7 @@ from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, base_model
 from ..structure.observation import LayerCall
 from .projections import READERS, OutputProjection, features_of, find_projection, reading_gains, shared_parameters
-from .solving import Seen, refit_step
+from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -121,10 +121,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
 
 
 class Kept:
-    """A repair under way in a folder: what was refit so far, and the weights, a file a step.
-
-    Raises `UsageError` where other work or another plan lies there.
-    """
+    """A repair under way in a folder: what was refit so far, and the weights, a file a step. Refuses other work."""
 
     def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
         self.folder, self.plan = folder, plan
@@ -275,9 +272,10 @@ class Repair:
             with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
             before = self.states if step.scale == 1 else [keep(step.scale * hidden) for hidden in self.states]
+            kind = NormedFit if projections[0].norm else Fit
             held, metric = self.text.held, self.metrics[step.names]
-            seen = Seen(layer, projections, before, behind, target, features(), held, metric)
-            refit = refit_step(seen, self.ridges)
+            fit = kind(layer, projections, before, behind, target, features(), held, metric)
+            refit = fit.best(self.ridges)
         record = RefitRecord(
             sublayers=step.names,
             ridge=refit.ridge if refit else None,

@@ -86,12 +86,7 @@ _ALL = (
         passes=lambda units, count: units**2 / 24,
         needs=("scipy",),
     ),
-    Criterion(
-        "search",
-        "lazy greedy, refined by swaps",
-        choose=choose_by_search,
-        reads="objective",
-    ),
+    Criterion("search", "lazy greedy, refined by swaps", choose=choose_by_search, reads="objective"),
 )
 CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points

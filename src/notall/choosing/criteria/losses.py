@@ -53,8 +53,7 @@ def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
     """A (1 + 16) evolution of sets of the same size, by swaps; offspring are selected in stages on more and more text.
 
     A child swaps one or a few units, the smaller of two draws from 1 to 3. The parent competes in the last stage, so it
-    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3 (level switches, multi-step
-    selection).
+    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3.
     """
     draw = random.Random(setting.seed)
     parent = _random_set(setting, budget, draw)

@@ -1,7 +1,6 @@
 """Ways to make up for what a plan skips: ours, and the published ones to measure it against.
 
-A new one is one function, and a line in `METHODS`; of another package, an entry point of the group
-`notall.repair_methods`.
+A new one is one function, and a line in `METHODS`; of another package, a `notall.repair_methods` entry point.
 """
 
 from __future__ import annotations
@@ -116,14 +115,11 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     return guarded
 
 
-# --- repairs in files, there when they are asked for again -------------------------------------------------------------
+# --- repairs in files, there when they are asked for again -----------------------------------------------------------
+
+
 def kept_repair(
-    folder: Path,
-    name: str,
-    model: PreTrainedModel,
-    plan: Plan,
-    batches: Sequence[Tensor],
-    progress: Progress = silent,
+    folder: Path, name: str, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
 ) -> tuple[RepairedPlan, float]:
     """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
 

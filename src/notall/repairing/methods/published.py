@@ -22,6 +22,7 @@ from ..projections import OutputProjection, features_of, find_projection
 from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
 
 RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def prune_and_comp(
     gaps = gaps_of(stream.structure, plan)
     for number, gap in enumerate(tracked(gaps, "measuring magnitudes over the gaps", progress)):
         states = stream.run(stream.lines[here : gap.start], states)
-        ratio = _magnitude(states, stream.run(stream.lines[gap.start : gap.end], states))
+        behind = stream.run(stream.lines[gap.start : gap.end], states)
+        ratio = float(torch.cat([_size(to) / _size(at).clamp_min(TINY) for at, to in zip(states, behind)]).mean())
         states, here, scale = [ratio * state for state in states], gap.end, scale * ratio
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
@@ -198,13 +200,9 @@ def prune_and_comp(
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _magnitude(before: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
-    """By how much larger the stream is behind than before, a mean over windows and channels."""
-    ratios = [
-        to.double().abs().mean(1) / at.double().abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-        for at, to in zip(before, behind)
-    ]
-    return float(torch.cat(ratios).mean())
+def _size(states: Tensor) -> Tensor:
+    """The mean magnitude over the tokens of each window, (batch, hidden)."""
+    return states.double().abs().mean(1)
 
 
 def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
