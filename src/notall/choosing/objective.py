@@ -1,8 +1,8 @@
 """What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
 
 An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
-judged and a function from what is found there to one loss an item (a sequence, or a question). So a new objective is a
-new list of batches. Some are the user's own: their prompts with the dense model's answers, a task's training questions.
+judged and a function from what is found there to one loss an item (a sequence, or a question). Some are the user's own:
+their prompts with the dense model's answers, a task's training questions.
 """
 
 from __future__ import annotations

@@ -94,9 +94,11 @@ class Student(nn.Module):
         """What was trained, by its path in the dense model, in the dtype that it has there; with LoRA merged."""
         if not self.adapters:
             return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
-        own = {path: adapter.base_layer.weight for path, adapter in self.adapters.items()}
-        added = {path: adapter.get_delta_weight(ADAPTER).float() for path, adapter in self.adapters.items()}
-        return {f"{path}.weight": (weight.float() + added[path]).to(weight.dtype) for path, weight in own.items()}
+        found = {}
+        for path, adapter in self.adapters.items():
+            own: Tensor = adapter.base_layer.weight
+            found[f"{path}.weight"] = (own.float() + adapter.get_delta_weight(ADAPTER).float()).to(own.dtype)
+        return found
 
 
 def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The loop of a healing: AdamW on accelerate, in one process, or in several that share each batch.
 
 The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known, so that no
-logits are kept (see `TokenScorer.distance`). For a first share of the steps it is layer by layer how far the student's
-stream is from the dense one.
+logits are kept (see `TokenScorer.distance`); in the warm-up it is how far the student's stream is from the dense one.
 """
 
 from __future__ import annotations

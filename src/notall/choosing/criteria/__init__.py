@@ -22,17 +22,7 @@ from .losses import choose_by_evolution, choose_by_search, choose_greedily, scor
 from .quadratic import choose_quadratic
 from .setting import Criterion, Setting, UnitScores, take
 
-__all__ = [
-    "CRITERIA",
-    "Choice",
-    "Criterion",
-    "Setting",
-    "UnitScores",
-    "choose",
-    "criterion",
-    "every_criterion",
-    "suits",
-]
+__all__ = ["Choice", "Criterion", "CriterionLike", "Setting", "UnitScores", "criterion", "every_criterion"]
 
 _ALL = (
     Criterion("deepest", "place: the deepest first (the paper's rule, 2407.15516)", score_deepest, reads="config"),
