@@ -110,7 +110,7 @@ class Counting:
         if part is self.scorer:
             return self
         self.rows += sum(map(len, looked_at))  # the whole head tells which words are likely
-        weights: Any = (part.way, self.scorer.way)
+        weights: Any = (part, self.scorer)
         few, all_words = (len(way.weight) for way in weights)
         return Counting(part, self, few / all_words)
 

@@ -12,7 +12,7 @@ from api import (
     MeasuredRecord,
     Quality,
     RefitRecord,
-    digest_of,
+    digests,
     load_repaired,
     quality,
     read,
@@ -157,7 +157,7 @@ def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder
     assert (step.sampled, step.train, step.rank, step.warm_up) == (True, "lora", 2, 0.5)
     assert "16 tokens that it wrote itself from the first words of prose" in str(step)
     (text,) = out.glob("sampled-*.safetensors")
-    assert digest_of([load_file(text)["ids"]]) == step.training
+    assert digests.digest_of([load_file(text)["ids"]])[:16] == step.training
     assert run(*command, "--out", out, *asked)[1] == shown
     assert "another" in run(*command, "--out", out)[2]
     for words, said in (

@@ -24,7 +24,6 @@ from api import (
     evaluate,
     gaps_of,
     ghosted,
-    keeping,
     kept_repair,
     methods,
     nbl,
@@ -331,7 +330,7 @@ def test_a_repair_is_made_once(model, tmp_path, monkeypatch):
         made, seconds = kept_repair(tmp_path, name, model, MIXED, BATCHES)
         assert made == METHODS[name].repair(model, MIXED, BATCHES), name
         monkeypatch.setattr(methods, "method", None)
-        monkeypatch.setattr(keeping, "method", None)
+        monkeypatch.setattr(methods, "method", None)
         assert kept_repair(tmp_path, name, model, MIXED, BATCHES) == (made, seconds)
         with pytest.raises(TypeError):
             kept_repair(tmp_path, name, model, MIXED, BATCHES[:2])
@@ -374,7 +373,7 @@ def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeyp
         )
         assert record.added_bytes == (2 * (32 * 32 + 32) * 8 if record.repair == "nbl" else 0)
     monkeypatch.setattr(quality, "score", None)
-    monkeypatch.setattr(keeping, "method", None)
+    monkeypatch.setattr(methods, "method", None)
     again = compared(model, asked, tmp_path, repairs=repairs)
     assert again == records
     assert {record.key for record in read(tmp_path / ComparisonRecord.file, ComparisonRecord)} == {

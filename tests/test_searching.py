@@ -218,10 +218,9 @@ def test_a_run_of_blocks_that_no_swap_leads_to_is_found(model, kind, portable):
 def test_from_a_run_it_is_refined(model):
     space = Space(locate(model), "block")
     table = Table(space, 3, 1.0, forgiving=True)
-    looking = searching._Search(space, by_count(space, 3), table, {}, 0.25, lambda: False, searching._Count(
-        space, by_count(space, 3), 0.25, 99))  # fmt: skip
+    looking = searching._Search(space, by_count(space, 3), table, {}, 99, lambda: False)
     looking.skipped, looking.cost = frozenset({"attn.0", "mlp.0"}), 1e9
-    looking.start_from_a_run(99)
+    looking.start_from_a_run()
     runs = [names_in(space.units[first : first + 3]) for first in range(LAYERS - 2)]
     assert set(runs) <= {*table.asked_of_a_part}
     best = min(map(table.cost, runs))

@@ -26,7 +26,7 @@ from notall.choosing.choice import ChosenPlan, choose_plan
 from notall.choosing.space import plan_of
 from notall.measuring.quality import Scores, score, summarize
 from notall.measuring.statistics import mean_and_error
-from notall.repairing.methods.keeping import kept_repair
+from notall.repairing.methods import kept_repair
 from notall.results import lines
 from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance

@@ -35,7 +35,7 @@ from notall.measuring.quality import evaluate
 from notall.measuring.speed import compare, machine, speedup
 from notall.options import Workload
 from notall.repairing.healing import heal
-from notall.repairing.methods.keeping import kept_repair
+from notall.repairing.methods import kept_repair
 from notall.repairing.students import TrainConfig
 from notall.results import lines
 from notall.results.facts import Quality

@@ -25,7 +25,7 @@ from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
 from notall.repairing.healing import heal
-from notall.repairing.methods.keeping import kept_repair
+from notall.repairing.methods import kept_repair
 from notall.repairing.students import TrainConfig, Trained
 from notall.repairing.texts import sampled
 from notall.results import lines

@@ -30,8 +30,7 @@ from inputs import load_asked, options_of
 from notall.choosing.space import plan_of
 from notall.measuring.quality import evaluate
 from notall.models.texts import Text, read_text, token_batches, windows_in
-from notall.repairing.methods import METHODS
-from notall.repairing.methods.keeping import kept_repair
+from notall.repairing.methods import METHODS, kept_repair
 from notall.results import lines
 from notall.results.facts import DELTA_NLL, KL, TOP1, Quality
 from notall.results.table import Column, inherited, number, size, table, with_error, words

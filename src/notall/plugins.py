@@ -82,6 +82,11 @@ def positional(function: Callable[..., Any]) -> range:
     return range(least, most + 1)
 
 
+def first_line(function: Callable[..., Any]) -> str:
+    """What a function of others says of itself, without a full stop."""
+    return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
+
+
 def _loaded(value: str, told: str) -> Any:
     """What stands behind `module:function`."""
     found = EntryPoint.pattern.fullmatch(value)

@@ -1,8 +1,4 @@
-"""Choose a plan as `notall search` does: with a record of what was evaluated, so that it goes on when asked again.
-
-The speedup asked for is the speedup measured: a choice is timed, and corrects the times that it goes by. Where a budget
-has a limit on the objective too, both hold, or what can be had of each is reported.
-"""
+"""Choose a plan as `notall search` does: what was evaluated is kept, and the speedup asked for is the one measured."""
 
 from __future__ import annotations
 
@@ -28,13 +24,13 @@ from ..results.ledger import working_in
 from ..results.provenance import Provenance
 from ..running.footprint import footprint
 from .budget import Budget
-from .criteria import Choice, CriterionLike, Setting, choose
+from .criteria import CriterionLike, Setting, choose
 from .criteria import criterion as criterion_of
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
 from .searching import PATIENCE
-from .space import Space, Unit, plan_of
+from .space import Choice, Space, Unit, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
@@ -99,13 +95,12 @@ def choose_plan(
 
     `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. The `objective` brings its own
     text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a folder `out`
-    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run,
-    and a folder of another one is refused. With `max_minutes` the search ends with the best it has then, and with
-    `patience` after so many evaluations that did not lower the objective. A plan for a speedup is timed, and chosen
-    anew where it is too slow; where a budget has a limit too, the plan that saves most within it is the answer if both
-    cannot be met, and `missed` says so. The plan is then measured on `held_out`, where given. With `after_repair` sets
-    are judged by the KL that a cheap repair leaves on half of the sequences, to which it was not fitted, whatever the
-    objective.
+    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run.
+    The search ends after `max_minutes` with the best it has then, and after `patience` evaluations that did not lower
+    the objective. A plan for a speedup is timed, and chosen anew where it is too slow; where a budget has a limit too,
+    the plan that saves most within it is the answer if both cannot be met, and `missed` says so. The plan is then
+    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves on
+    half of the sequences, to which it was not fitted, whatever the objective.
 
     Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
     space, and for a budget that cannot be met.
@@ -130,22 +125,21 @@ def _chosen_plan(
 ) -> ChosenPlan:
     """The plan of an outcome, and what it costs, took and weighs."""
     model, evaluator, skipped = setting.model, setting.evaluator, outcome.choice.skipped
-    spent = evaluator.spent
-    dense_cost, cost = evaluator.cost(frozenset()), evaluator.cost(skipped)  # for the record, not for the choice
+    spent = evaluator.spent  # for the choice, and not for the record
     plan = setting.space.plan(skipped, f"{name} by {evaluator.judged_by}: {budget.description}")
     return ChosenPlan(
-        plan,
-        outcome.choice.order,
-        dense_cost,
-        cost,
-        spent,
-        spent.executions / evaluator.forward,
-        not setting.late,
-        tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
-        outcome.check,
-        outcome.missed,
-        (footprint(model, Plan()), footprint(model, plan)),
-        evaluator.judged_by,
+        plan=plan,
+        order=outcome.choice.order,
+        dense_cost=evaluator.cost(frozenset()),
+        cost=evaluator.cost(skipped),
+        spent=spent,
+        forwards=spent.executions / evaluator.forward,
+        in_time=not setting.late,
+        held_out=tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
+        times=outcome.check,
+        missed=outcome.missed,
+        weighed=(footprint(model, Plan()), footprint(model, plan)),
+        judged_by=evaluator.judged_by,
     )
 
 
@@ -154,15 +148,18 @@ def _chosen_plan(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was chosen, how fast it is where a speedup was asked for, and whether that is what the budget asks for.
+    """What was chosen, and how fast it is where a speedup was asked for.
 
-    `missed` says in words what a budget that was missed got.
+    `missed` says in words what was reached, where that is not what the budget asks for.
     """
 
     choice: Choice
     check: SpeedCheck | None = None
-    met: bool = True
     missed: str | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.missed is None
 
 
 def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
@@ -170,20 +167,21 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
     Raises as `criteria.choose` does.
     """
+
+    def rise(outcome: Outcome) -> float:
+        return setting.evaluator.cost(outcome.choice.skipped) - setting.evaluator.cost(frozenset())
+
     if math.inf in (budget.limit, budget.target):
         return _choose(criterion, setting, budget)
     whole = _choose(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
-    if (cost := _rise(setting, whole)) <= budget.limit:
+    if (cost := rise(whole)) <= budget.limit:
         return whole
-    costs = f"{_as_much(budget, whole)} costs {cost:.3f} nats on the text it was chosen by"
-    within = Outcome(choose(criterion, setting, replace(budget, target=math.inf)))
-    if isinstance(budget, SpeedBudget):
-        within = replace(within, check=timed(setting, within.choice, budget))
-    if _reached(budget, within):
+    within = _outcome(choose(criterion, setting, replace(budget, target=math.inf)), setting, budget)
+    if within.met:
         return within
-    at = f"{_rise(setting, within):.3f} nats it is {_as_much(budget, within)}"
-    late = "; the time was up" if setting.late else ""
-    return replace(within, met=False, missed=f"{costs}; at {at}{late}")
+    costs = f"{_as_much(budget, whole.choice, whole.check)} costs {cost:.3f} nats on the text it was chosen by"
+    at = f"{rise(within):.3f} nats it is {_as_much(budget, within.choice, within.check)}"
+    return replace(within, missed=f"{costs}; at {at}{'; the time was up' if setting.late else ''}")
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
@@ -199,48 +197,38 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
         choice = choose(criterion, setting, following)
         if any(one.met and one.choice.skipped == choice.skipped for one in tried):
             break
-        check = timed(setting, choice, following)
-        tried.append(Outcome(choice, check, following.reached(check)))
-        if tried[-1].met and not following.exceeded(check):
+        tried.append(_outcome(choice, setting, following))
+        assert tried[-1].check
+        if tried[-1].met and not following.exceeded(tried[-1].check):
             break
-        following = following.corrected(check)
+        following = following.corrected(tried[-1].check)
     met = [one for one in tried if one.met]
     if met:
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 
 
-def timed(setting: Setting, choice: Choice, budget: SpeedBudget) -> SpeedCheck:
-    """How fast a choice is, timed longer where a few rounds leave too large an error."""
-    for rounds in (ROUNDS, MORE_ROUNDS):
-        plan = plan_of(choice.skipped)
-        check = check_times(setting.model, plan, budget.times, rounds=rounds, seed=setting.seed)
-        if check.measured_speedup.error <= MOST_ERROR * budget.faster:
-            break
-    return check
-
-
 def _choose(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
-    if not isinstance(budget, SpeedBudget):
-        return Outcome(choose(criterion, setting, budget))
-    found = choose_as_fast(criterion, setting, budget)
-    return found if found.met else replace(found, missed=f"{_as_much(budget, found)} is what was reached")
+    if isinstance(budget, SpeedBudget):
+        return choose_as_fast(criterion, setting, budget)
+    return Outcome(choose(criterion, setting, budget))
 
 
-def _rise(setting: Setting, outcome: Outcome) -> float:
-    """What the objective rises by."""
-    return setting.evaluator.cost(outcome.choice.skipped) - setting.evaluator.cost(frozenset())
+def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:
+    """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
+    check, is_met = None, budget.met(choice.skipped)
+    if isinstance(budget, SpeedBudget):
+        for rounds in (ROUNDS, MORE_ROUNDS):
+            plan = plan_of(choice.skipped)
+            found = check_times(setting.model, plan, budget.times, rounds=rounds, seed=setting.seed)
+            if found.measured_speedup.error <= MOST_ERROR * budget.faster:
+                break
+        check, is_met = found, budget.reached(found)
+    return Outcome(choice, check, None if is_met else f"{_as_much(budget, choice, check)} is what was reached")
 
 
-def _reached(budget: Budget, outcome: Outcome) -> bool:
-    if isinstance(budget, SpeedBudget) and outcome.check:
-        return budget.reached(outcome.check)
-    return budget.met(outcome.choice.skipped)
-
-
-def _as_much(budget: Budget, outcome: Outcome) -> str:
-    """In words what an outcome saves, in the unit of the budget."""
-    if outcome.check:
-        measured = outcome.check.measured_speedup
-        return f"{measured.median:.2f} ± {measured.error:.2f} times as fast"
-    return f"{budget.saved(outcome.choice.skipped):,.0f} of {budget.target:,.0f}"
+def _as_much(budget: Budget, choice: Choice, check: SpeedCheck | None) -> str:
+    """In words what a choice saves, in the unit of the budget."""
+    if check:
+        return f"{check.measured_speedup.median:.2f} ± {check.measured_speedup.error:.2f} times as fast"
+    return f"{budget.saved(choice.skipped):,.0f} of {budget.target:,.0f}"

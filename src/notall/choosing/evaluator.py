@@ -1,11 +1,9 @@
 """What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
 
-Sets that keep the same first sublayers share them (see `replay`), and sets that are asked for one after the other go
-on from the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set.
-What was evaluated is written down, so that a run that was killed asks for it again and has it at once.
-
-What is worth skipping is another set after a repair: the attention of an early layer, say, may cost several nats as it
-is, and next to nothing once its neighbours make up for it.
+Sets that keep the same first sublayers share them (see `replay`), and those asked for one after the other go on from
+the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set. What was
+evaluated is written down, so that a run that was killed has it at once. After a repair another set is worth skipping:
+the attention of an early layer may cost several nats as it is, and next to nothing once its neighbours make up for it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from ..results.record import Key, is_number
 from ..running.replay import PrefixCache, Recording, Replay, live_steps, record, step_name
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
-from .objective import Batch, Objective, kl
+from .objective import Objective, kl
 from .space import Skipped, plan_of
 
 STATES_BYTES = 2 * 2**30
@@ -64,27 +62,39 @@ class Evaluator:
         settings: Provenance | Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
+        self.judged_by = objective.name
         self.structure = locate(self.model)
         self.all = objective.part(1.0)
         self.tokens = sum(batch.tokens for batch in objective.batches)
         self.spent = SearchCost(evaluations=0, executions=0, seconds=0)
         self._counted = set[Key]()
         self._known: dict[Key, tuple[float, SearchCost]] = {}
-        self._ledger = self._open(folder, name, settings or {}) if folder else None
-        self._recordings: list[Recording] | None = None
         self._prefix = self._steps(frozenset())
         self._prefix_caches: dict[int, PrefixCache] = {}
         self._guessers: dict[frozenset[int], TokenScorer] = {}
         self._dense_heads: dict[tuple[int, TokenScorer], Dense] = {}
         self._states_bytes = states_bytes
+        about = Provenance.of(
+            settings or {},
+            objective=objective.name,
+            calibration=objective.digest(),
+            fingerprint=self.structure.fingerprint,
+            dtype=dtype_name(self.model),
+            guesses=f"on {WORDS:,} words",
+        )
+        self._ledger = Ledger(folder, EvaluationRecord, about, name=name) if folder else None
+        for line in self._ledger or ():
+            cost = line.cost if is_number(line.cost) else math.inf
+            self._known[frozenset(line.skipped), line.batches] = cost, line.spent
 
     @cached_property
     def _scorer(self) -> TokenScorer:
         return TokenScorer(self.model)
 
-    @property
-    def judged_by(self) -> str:
-        return self.objective.name
+    @cached_property
+    @torch.inference_mode()
+    def _recordings(self) -> list[Recording]:
+        return [record(self.model, **batch.inputs) for batch in self.objective.batches]
 
     @property
     def forward(self) -> int:
@@ -108,14 +118,14 @@ class Evaluator:
         new = [s for s in dict.fromkeys(sets) if self._key(s, numbers) not in self._known]
         if new:
             self._evaluate(new, numbers)
-        return [self._recall(self._key(skipped, numbers)) for skipped in sets]
-
-    def _recall(self, key: Key) -> float:
-        cost, spent = self._known[key]
-        if key not in self._counted:
-            self._counted.add(key)
-            self.spent += spent
-        return cost
+        found = []
+        for key in (self._key(skipped, numbers) for skipped in sets):
+            cost, spent = self._known[key]
+            if key not in self._counted:
+                self._counted.add(key)
+                self.spent += spent
+            found.append(cost)
+        return found
 
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         start = time.process_time()
@@ -135,21 +145,13 @@ class Evaluator:
     @torch.inference_mode()
     def _run(self, replay: Replay, number: int, scorer: TokenScorer) -> list[tuple[int, list[float]]]:
         """For each of the replay's plans: its number, and the losses of the items of one batch."""
-        batch, recording = self.objective.batches[number], self._recording(number)
+        batch, found = self.objective.batches[number], []
         dense = self._dense(number, scorer) if batch.targets is None else None
-        found = []
-        for places, hidden in replay.hidden_states(recording, self._prefix_cache(number)):
-            scores = scorer.score(_judged(batch, hidden), batch.targets, dense)
-            values = scores.kl if batch.targets is None else scores.nll
-            items = batch.items(values).tolist()
+        for places, hidden in replay.hidden_states(self._recordings[number], self._prefix_cache(number)):
+            scores = scorer.score(batch.judged(hidden), batch.targets, dense)
+            items = batch.items(scores.kl if batch.targets is None else scores.nll).tolist()
             found += [(place, items) for place in places]
         return found
-
-    def _recording(self, number: int) -> Recording:
-        if self._recordings is None:
-            with torch.inference_mode():
-                self._recordings = [record(self.model, **batch.inputs) for batch in self.objective.batches]
-        return self._recordings[number]
 
     @torch.inference_mode()
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
@@ -167,19 +169,17 @@ class Evaluator:
 
     def _dense_states(self, number: int) -> Tensor:
         replay = Replay(self.model, [Plan()])
-        (_, hidden) = next(replay.hidden_states(self._recording(number), self._prefix_cache(number)))
-        return _judged(self.objective.batches[number], hidden)
+        (_, hidden) = next(replay.hidden_states(self._recordings[number], self._prefix_cache(number)))
+        return self.objective.batches[number].judged(hidden)
 
     def _prefix_cache(self, number: int) -> PrefixCache:
         cache = self._prefix_caches.get(number)
         if cache is None:
-            embedded = self._recording(number).embedded
+            embedded = self._recordings[number].embedded
             all_states = self.forward * self.tokens * embedded.shape[-1] * embedded.element_size()
             cache = PrefixCache(self._prefix, math.ceil(all_states / self._states_bytes))
-        if cache.names != self._prefix:
-            cache = cache.moved(self._prefix)
-        self._prefix_caches[number] = cache
-        return cache
+        self._prefix_caches[number] = cache if cache.names == self._prefix else cache.moved(self._prefix)
+        return self._prefix_caches[number]
 
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
         return tuple(step_name(parts) for _, parts in live_steps(self.structure, plan_of(skipped)))
@@ -193,31 +193,11 @@ class Evaluator:
         records = []
         for skipped, cost in costs.items():
             key = self._key(skipped, numbers)
-            if not math.isfinite(cost):
-                cost = math.inf  # a model that overflows without these is as bad as can be
+            cost = cost if math.isfinite(cost) else math.inf  # a model that overflows without these is as bad as can be
             self._known[key] = cost, spent
-            names = tuple(sorted(skipped))
-            records.append(EvaluationRecord(skipped=names, batches=key[1], cost=cost, spent=spent))
+            records.append(EvaluationRecord(skipped=tuple(sorted(skipped)), batches=key[1], cost=cost, spent=spent))
         if self._ledger is not None:
             self._ledger.add(*records)
-
-    def _open(
-        self, folder: Path, name: str | None, settings: Provenance | Mapping[str, Any]
-    ) -> Ledger[EvaluationRecord]:
-        """What was evaluated before, and where more goes."""
-        about = Provenance.of(
-            settings,
-            objective=self.objective.name,
-            calibration=self.objective.digest(),
-            fingerprint=self.structure.fingerprint,
-            dtype=dtype_name(self.model),
-            guesses=f"on {WORDS:,} words",
-        )
-        ledger = Ledger(folder, EvaluationRecord, about, name=name)
-        for line in ledger:
-            cost = line.cost if is_number(line.cost) else math.inf
-            self._known[frozenset(line.skipped), line.batches] = cost, line.spent
-        return ledger
 
 
 class AfterRepair(Evaluator):
@@ -243,14 +223,10 @@ class AfterRepair(Evaluator):
         about = Provenance.of(settings or {}, after="a cheap repair")
         rows = [row for batch in batches for row in batch.split(1)]
         super().__init__(model, kl(rows), states_bytes=states_bytes, folder=folder, settings=about)
+        self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
         self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
-        self._texts: dict[frozenset[int], Calibration] = {}
-        self._heads: dict[frozenset[int], list[Dense]] = {}
-
-    @property
-    def judged_by(self) -> str:
-        return "kl after a repair"
+        self._texts: dict[frozenset[int], tuple[Calibration, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
         """Keep the stream of this set's repair: what is asked for next begins like it."""
@@ -268,16 +244,13 @@ class AfterRepair(Evaluator):
     @torch.no_grad()
     def _losses(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[dict[int, list[float]], int]:
         """Of each sequence that is judged its KL, and how many sublayers ran."""
-        text = self._text(numbers)
-        judged = [place for place, held in enumerate(text.held) if held]
+        text, heads = self._text(numbers)
         if not skipped:
-            return {place: [0.0] for place in judged}, 0
+            return {place: [0.0] for place in heads}, 0
         repair = self._repair(text, skipped, numbers)
-        found = {}
-        for place, dense in zip(judged, self._heads[numbers]):
-            rows = repair.states[place][:, :-1].flatten(0, 1)
-            found[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
-        return found, repair.ran
+        rows = {place: repair.states[place][:, :-1].flatten(0, 1) for place in heads}
+        scores = {place: self._scorer.score(rows[place], None, dense) for place, dense in heads.items()}
+        return {place: [float(found.kl.mean())] for place, found in scores.items()}, repair.ran
 
     def _repair(self, text: Calibration, skipped: Skipped, numbers: frozenset[int]) -> Repair:
         others = self._repairs.setdefault(numbers, {})
@@ -290,17 +263,12 @@ class AfterRepair(Evaluator):
             del others[old]
         return repair
 
-    def _text(self, numbers: frozenset[int]) -> Calibration:
+    def _text(self, numbers: frozenset[int]) -> tuple[Calibration, dict[int, Dense]]:
+        """Some of the sequences, and what the dense model says of those that are judged, by their places."""
         if numbers not in self._texts:
             tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
-            text = self._texts[numbers] = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
-            (last,) = text.dense.before(len(text.dense.lines))
-            self._heads[numbers] = [
-                self._scorer.dense(states[:, :-1].flatten(0, 1))[1] for states, held in zip(last, text.held) if held
-            ]
+            text = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
+            (last,) = text.before(len(text.lines))
+            judged = {place: last[place][:, :-1].flatten(0, 1) for place, held in enumerate(text.held) if held}
+            self._texts[numbers] = text, {place: self._scorer.dense(rows)[1] for place, rows in judged.items()}
         return self._texts[numbers]
-
-
-def _judged(batch: Batch, hidden: Tensor) -> Tensor:
-    """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
-    return hidden[batch.rows.to(hidden.device), batch.columns.to(hidden.device)]

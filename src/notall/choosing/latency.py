@@ -5,8 +5,6 @@ A budget for a speedup goes by these times; what is chosen for it is timed (see 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 import warnings
@@ -21,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import cache_folder, keep
 from ..inputs import read_json
@@ -54,17 +53,13 @@ class SublayerTimes:
 
 
 def measure_times(
-    model: PreTrainedModel,
-    workload: Workload,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
+    model: PreTrainedModel, workload: Workload, *, seed: int = 0, progress: Progress = silent
 ) -> SublayerTimes:
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
 
-    Kept in the cache folder, by the model's shape, dtype, device, machine and versions. Kept times are used where the
-    dense model still takes what it took, to a tenth, in one round; otherwise all are measured anew, with a warning.
-    Of more than 32 new tokens 32 are decoded, behind the prompt, and counted as many times as needed.
+    Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the dense model
+    takes what it took, to a tenth; otherwise all are measured anew, with a warning. Of more than 32 new tokens 32 are
+    decoded, behind the prompt, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     structure = locate(model)
@@ -72,20 +67,20 @@ def measure_times(
         "fingerprint": structure.fingerprint,
         "dtype": str(model.dtype),
         "machine": machine(model.device),
+        "attention": text_config(model)._attn_implementation,
+        **asdict(workload),
     }
-    about |= {"attention": text_config(model)._attn_implementation, **asdict(workload)}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_folder() / "times" / f"{key}.json"
-    stored = _read(path, about, {part.name for part in structure.sublayers})
-    if stored and _holds(stored, model, workload, seed):
-        return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
+    path = cache_folder() / "times" / f"{digest_of_json(about)[:24]}.json"
+    known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
+    if known and _still_hold(known, model, seed):
+        return known
     times = _measure(model, workload, seed, progress)
     keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
     return times
 
 
 class _Stored(BaseModel):
-    """SublayerTimes as they are kept, in milliseconds of the whole workload, and what they are of."""
+    """SublayerTimes as they are kept, and what they are of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -93,31 +88,25 @@ class _Stored(BaseModel):
     dense_ms: float = Field(gt=0)
     sublayer_ms: dict[str, float]
 
-    def are(self, about: Mapping[str, Any], names: set[str]) -> bool:
-        """Whether they are of this model and workload, and of each sublayer no more than the whole model takes."""
-        plausible = all(abs(ms) <= self.dense_ms for ms in self.sublayer_ms.values())
-        return plausible and self.about == about and self.sublayer_ms.keys() == names
 
-
-def _read(path: Path, about: Mapping[str, Any], names: set[str]) -> _Stored | None:
-    """The times in a file of the cache; None without one, and with a warning where it is damaged."""
-    if not path.exists():
-        return None
+def _read(path: Path, about: Mapping[str, Any], workload: Workload, names: set[str]) -> SublayerTimes | None:
+    """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(path.read_bytes()))
-        if stored.are(about, names):
-            return stored
+        plausible = all(abs(ms) <= stored.dense_ms for ms in stored.sublayer_ms.values())
+        if plausible and stored.about == about and stored.sublayer_ms.keys() == names:
+            return SublayerTimes(workload, stored.dense_ms, stored.sublayer_ms)
     warnings.warn(f"the times kept in {path} are damaged: they are measured anew", stacklevel=3)
     return None
 
 
-def _holds(stored: _Stored, model: PreTrainedModel, workload: Workload, seed: int) -> bool:
+def _still_hold(times: SublayerTimes, model: PreTrainedModel, seed: int) -> bool:
     """Whether the dense model takes now what it took; with a warning where it does not."""
-    (now,) = _compare(model, {"dense": Plan()}, replace(workload, rounds=1), seed)["dense"]
-    if abs(now / stored.dense_ms - 1) <= MOST_CHANGED:
+    (now,) = _compare(model, {"dense": Plan()}, replace(times.workload, rounds=1), seed)["dense"]
+    if abs(now / times.dense_ms - 1) <= MOST_CHANGED:
         return True
     warnings.warn(
-        f"the kept times no longer hold: the dense model took {stored.dense_ms:.0f} ms then and takes {now:.0f} ms "
+        f"the kept times no longer hold: the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms "
         "now; they are measured anew",
         stacklevel=3,
     )
@@ -139,27 +128,24 @@ def check_times(
 
 
 def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Progress) -> SublayerTimes:
-    groups = _alike(model)
-    plans = {str(number): _half(group, locate(model)) for number, group in enumerate(groups)}
-    plans = {"dense": Plan()} | {name: plan for name, plan in plans.items() if plan}
+    groups = {str(number): group for number, group in enumerate(_alike(model))}
+    halves = {name: plan for name, group in groups.items() if (plan := _half(group, locate(model)))}
 
     def tell(done: float, total: float, doing: str) -> None:
         progress(done, total, "timing the sublayers")
 
-    took = _compare(model, plans, workload, seed, tell)
+    took = _compare(model, {"dense": Plan(), **halves}, workload, seed, tell)
     each: dict[str, float] = {}
-    for number, group in enumerate(groups):
-        saved = 0.0
-        if plan := plans.get(str(number)):
-            differences = [dense - without for dense, without in zip(took["dense"], took[str(number)])]
-            saved = statistics.median(differences) / len(plan)
+    for name, group in groups.items():
+        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
+        saved = statistics.median(differences) / len(halves.get(name, group))
         each |= {part.name: saved for part in group}
     return SublayerTimes(workload, statistics.median(took["dense"]), each)
 
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
     """The sublayers in groups of the same kind, size and window, which take the same time."""
-    groups: dict[tuple[Any, ...], list[Sublayer]] = {}
+    groups: dict[tuple[object, ...], list[Sublayer]] = {}
     for part in locate(model).sublayers:
         sizes = part.parameters, part.kv_bytes_per_token, part.state_bytes, bool(part.read_by)
         groups.setdefault((part.kind, part.mixer, *sizes), []).append(part)
@@ -213,14 +199,18 @@ class SpeedBudget(Budget):
         if not (predicted > 0 and measured > 0):
             return None
         scaled = {name: ms * measured / predicted for name, ms in self.times.sublayer_ms.items()}
-        times = replace(self.times, sublayer_ms=scaled)
-        return by_speedup(self.space, times, self.faster) if self.faster <= _fastest(self.space, times) else None
+        with suppress(UsageError):
+            return by_speedup(self.space, replace(self.times, sublayer_ms=scaled), self.faster)
+        return None
 
 
 def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget:
     """A budget: the workload of `times` must run `faster` times as fast. Raises `UsageError` where it cannot."""
     check_faster(faster)
-    if faster > (most := _fastest(space, times)):
+    saves = {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
+    left = times.dense_ms - sum(saves.values())
+    most = times.dense_ms / left if left > 0 else math.inf
+    if faster > most:
         raise UsageError(
             f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
             "choose among more sublayers, or a lower speedup"
@@ -228,7 +218,7 @@ def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget
     w = times.workload
     described = f"{faster:g}x at prompt {w.prompt_tokens}, {w.generation_tokens} new, batch {w.concurrency}"
     target = times.dense_ms * (1 - 1 / faster)
-    return SpeedBudget(_saved_by(space, times), target, described, faster=faster, space=space, times=times)
+    return SpeedBudget(saves, target, described, faster=faster, space=space, times=times)
 
 
 def check_faster(faster: float) -> None:
@@ -236,13 +226,3 @@ def check_faster(faster: float) -> None:
     expect(faster, Real, "how many times as fast, a number")
     if not 1 <= faster < math.inf:
         raise UsageError(f"a speedup of {faster} is none: give 1.3 for a model that is 1.3 times as fast")
-
-
-def _saved_by(space: Space, times: SublayerTimes) -> dict[str, float]:
-    return {name: max(times.sublayer_ms[name], 0.0) for name in space.names}
-
-
-def _fastest(space: Space, times: SublayerTimes) -> float:
-    """How many times as fast the workload is without all that may be skipped."""
-    left = times.dense_ms - sum(_saved_by(space, times).values())
-    return times.dense_ms / left if left > 0 else math.inf

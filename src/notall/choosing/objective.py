@@ -1,17 +1,16 @@
 """What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
 
 An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
-judged and a function from what is found there to one loss an item (a sequence, or a question). So a new objective is a
-new list of batches. Some are the user's own: their prompts with the dense model's answers, a task's training questions.
+judged and a function from what is found there to one loss an item (a sequence, or a question). Some are the user's own:
+their prompts with the dense model's answers, a task's training questions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..digests import digest_of
 from ..errors import UsageError, nearest, shortened
 from ..models.texts import all_checked, fields, read_file
 from ..plan import Plan
@@ -50,6 +50,10 @@ class Batch:
     def tokens(self) -> int:
         return self.inputs["input_ids"].numel()
 
+    def judged(self, hidden: Tensor) -> Tensor:
+        """The places at which the objective looks, (places, hidden), of (batch, tokens, hidden)."""
+        return hidden[self.rows.to(hidden.device), self.columns.to(hidden.device)]
+
 
 @dataclass(frozen=True)
 class Term:
@@ -74,44 +78,40 @@ class Objective:
     def batches(self) -> tuple[Batch, ...]:
         return tuple(batch for term in self.terms for batch in term.batches)
 
-    def part(self, share: float) -> frozenset[int]:
-        """The numbers of the first batches of each term: `share` of them, at least one a term."""
-        chosen: list[int] = []
+    def _numbered(self) -> Iterator[tuple[Term, range]]:
+        """The terms, and the numbers of their batches."""
         start = 0
         for term in self.terms:
-            chosen += range(start, start + math.ceil(share * len(term.batches) - 1e-9) or 1)
+            yield term, range(start, start + len(term.batches))
             start += len(term.batches)
-        return frozenset(chosen)
+
+    def part(self, share: float) -> frozenset[int]:
+        """The numbers of the first batches of each term: `share` of them, at least one a term."""
+        parts = (numbers[: math.ceil(share * len(numbers) - 1e-9) or 1] for _, numbers in self._numbered())
+        return frozenset(number for numbers in parts for number in numbers)
 
     def total(self, losses: dict[int, list[float]]) -> float:
         """The objective, from the losses of each batch's items by the batch's number; batches may be lacking."""
-        total, start = 0.0, 0
-        for term in self.terms:
-            numbers = range(start, start + len(term.batches))
+        total = 0.0
+        for term, numbers in self._numbered():
             items = [value for number in numbers for value in losses.get(number, ())]
             total += term.weight * math.fsum(items) / len(items)
-            start += len(term.batches)
         return total
 
     def digest(self) -> str:
         """A hash of what is measured: the terms, their weights and their inputs."""
-        digest = hashlib.sha256(self.name.encode())
-        for batch in self.batches:
-            for name, value in sorted(batch.inputs.items()):
-                digest.update(name.encode() + value.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        inputs = (part for batch in self.batches for pair in sorted(batch.inputs.items()) for part in pair)
+        return digest_of([self.name, *inputs])[:16]
 
 
 def nll(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean negative log-likelihood a token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    batches = all_checked(batches)
-    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in batches), weight),))
+    return Objective((Term("nll", tuple(_text(ids, ids[:, 1:].flatten()) for ids in all_checked(batches)), weight),))
 
 
 def kl(batches: Sequence[Tensor], weight: float = 1.0) -> Objective:
     """Mean KL(dense || skipped) of the next token, by sequence; `batches` are token ids, (batch, tokens) each."""
-    batches = all_checked(batches)
-    return Objective((Term("kl", tuple(_text(ids, None) for ids in batches), weight),))
+    return Objective((Term("kl", tuple(_text(ids, None) for ids in all_checked(batches)), weight),))
 
 
 def mix(objectives: Sequence[Objective]) -> Objective:
@@ -157,26 +157,21 @@ def build_objective(
 def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
     """The weights and names that `wanted` is a sum of. Raises `UsageError` for others, and where prompts lack."""
     found = []
-    for word in wanted.split("+"):
-        weight, _, name = (part.strip() for part in word.rpartition("*"))
-        found.append((_weight(weight), name))
+    for part in wanted.split("+"):
+        word, _, name = map(str.strip, part.rpartition("*"))
+        weight = 0.0
+        with suppress(ValueError):
+            weight = float(word or 1)
+        if weight == 0 or not math.isfinite(weight):
+            raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
         if name not in ("nll", "kl", "answers") and not name.startswith("task:"):
             near = nearest(name, ("nll", "kl", "answers"))
             said = f"there is no objective {shortened(name)!r}{near}"
             raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
         if name == "answers" and prompts is None:
             raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
+        found.append((weight, name))
     return found
-
-
-def _weight(word: str) -> float:
-    try:
-        weight = float(word or 1)
-    except ValueError:
-        weight = 0.0
-    if weight == 0 or not math.isfinite(weight):
-        raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
-    return weight
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -203,20 +198,20 @@ def answers(
 
     Raises `UsageError` for a prompt without tokens, and for more tokens than the model has positions.
     """
-    rows, starts = [], []
+    said = []
     for prompt in prompts:
         ids = prompt_tokens(tokenizer, prompt)
         check_positions(model, len(ids), new_tokens)
         with skip(model, Plan()):
-            (said,) = greedy(model, torch.tensor([ids]), new_tokens)
-        rows.append(ids + said)
-        starts.append(len(ids))
-    made = []
-    for numbers in _together([len(row) for row in rows]):
-        spans = [range(starts[n] - 1, len(rows[n]) - 1) for n in numbers]  # the places that predict the answer's tokens
-        inputs = _padded([rows[n] for n in numbers], model.device)
-        made.append(Batch(inputs, *_places(spans), _means(list(map(len, spans)))))
-    return Objective((Term("answers", tuple(made), weight),))
+            (answer,) = greedy(model, torch.tensor([ids]), new_tokens)
+        said.append((ids, answer))
+
+    def means(losses: Sequence[Tensor]) -> Tensor:
+        return torch.stack([answer.mean() for answer in losses])
+
+    parts = _together([len(prompt) + len(answer) for prompt, answer in said])
+    batches = tuple(_answered([said[number] for number in numbers], model.device, means) for numbers in parts)
+    return Objective((Term("answers", batches, weight),))
 
 
 def task(
@@ -244,16 +239,12 @@ def task(
     encode = PlansLM(model, tokenizer, [])._encode_pair
     encoded = [[encode(*pair) for pair in pairs] for pairs, _ in questions]
     sizes = [len(pairs) * max(len(a) + len(b) for a, b in pairs) for pairs in encoded]
-    made = []
+    batches = []
     for numbers in _together(sizes):
-        rows = [(n, *pair) for n in numbers for pair in encoded[n]]
-        inputs = _padded([context + answer for _, context, answer in rows], model.device)
-        owners = [numbers.index(n) for n, *_ in rows]
-        spans = [range(len(context) - 1, len(context) + len(answer) - 1) for _, context, answer in rows]
-        margins = _margins(owners, list(map(len, spans)), [questions[n][1] for n in numbers])
-        targets = torch.tensor([token for *_, answer in rows for token in answer])
-        made.append(Batch(inputs, *_places(spans), margins, targets))
-    return Objective((Term(f"task:{name}", tuple(made), weight),))
+        margins = _margins([len(encoded[number]) for number in numbers], [questions[number][1] for number in numbers])
+        rows = [pair for number in numbers for pair in encoded[number]]
+        batches.append(_answered(rows, model.device, margins, by_nll=True))
+    return Objective((Term(f"task:{name}", tuple(batches), weight),))
 
 
 def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tuple[str, str]], int]]:
@@ -274,45 +265,52 @@ def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tupl
     return found
 
 
-def _margins(owners: Sequence[int], lengths: list[int], golds: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """From NLLs, (tokens,), of answers of so many tokens, each to the question `owners` says: minus each's margin."""
+def _margins(choices: Sequence[int], golds: Sequence[int]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """From the NLLs of the tokens of all answers to questions, so many each: minus the margins of the golden ones."""
 
-    def items(values: Tensor) -> Tensor:
-        likely: list[list[Tensor]] = [[] for _ in golds]
-        for owner, answer in zip(owners, values.split(lengths)):
-            likely[owner].append(-answer.sum())
-        margins = [
-            values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max() for values, gold in zip(likely, golds)
-        ]
+    def items(answers: Sequence[Tensor]) -> Tensor:
+        likely = iter([-answer.sum() for answer in answers])
+        margins = []
+        for count, gold in zip(choices, golds):
+            values = [next(likely) for _ in range(count)]
+            margins.append(values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max())
         return -torch.stack(margins)
 
     return items
 
 
-def _means(lengths: list[int]) -> Callable[[Tensor], Tensor]:
-    return lambda values: torch.stack([answer.mean() for answer in values.split(lengths)])
+def _answered(
+    rows: Sequence[tuple[list[int], list[int]]],
+    device: torch.device,
+    items: Callable[[Sequence[Tensor]], Tensor],
+    by_nll: bool = False,
+) -> Batch:
+    """Contexts and answers, judged where an answer's tokens are predicted; `items` is given the losses of each answer.
 
-
-def _places(spans: Sequence[range]) -> tuple[Tensor, Tensor]:
-    """The rows and columns, (places,) each, of a span of columns a row."""
-    rows = [row for row, span in enumerate(spans) for _ in span]
-    return torch.tensor(rows), torch.tensor([column for span in spans for column in span])
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Padded on the right, where a causal model does not see it."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
+    Padded on the right, where a causal model does not see it.
+    """
+    width = max(len(context) + len(answer) for context, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    places, lengths = [], [len(answer) for _, answer in rows]
+    mask = torch.zeros_like(ids)
+    for number, (context, answer) in enumerate(rows):
+        end = len(context) + len(answer)
+        ids[number, :end], mask[number, :end] = torch.tensor(context + answer), 1
+        places += [(number, column) for column in range(len(context) - 1, end - 1)]
+    targets = torch.tensor([token for _, answer in rows for token in answer]) if by_nll else None
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    found_in, at = torch.tensor(places).unbind(1)
+    return Batch(inputs, found_in, at, lambda values: items(values.split(lengths)), targets)
 
 
 def _together(sizes: Sequence[int]) -> list[list[int]]:
     """Numbers of items in their order, cut so that each part has about `TOKENS_AT_ONCE` tokens."""
-    bounds, held = [0], 0
+    parts: list[list[int]] = []
+    held = 0
     for number, size in enumerate(sizes):
-        if held and held + size > TOKENS_AT_ONCE:
-            bounds.append(number)
+        if not parts or held + size > TOKENS_AT_ONCE:
+            parts.append([])
             held = 0
+        parts[-1].append(number)
         held += size
-    return [list(range(start, end)) for start, end in pairwise([*bounds, len(sizes)])]
+    return parts

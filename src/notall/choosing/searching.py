@@ -1,12 +1,11 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
-A candidate is evaluated again only when it comes to the top of the queue: what it cost when it was last evaluated is a
-good guess, since costs mostly grow as more is skipped. The exception are neighbours: what an attention prepares, the
-MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
-units are at first. Importances do not add up, so what was skipped early may not be best in the end: swaps that lower
-the objective follow, many of them for the price of an evaluation, since a part of the text says which are worth one.
-Whole blocks undo each other best in a row (2403.17887), which single swaps do not come to: so the best run is a second
-place to start from.
+What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: so it is
+evaluated again only when it comes to the top of the queue. The exception are neighbours: what an attention prepares,
+the MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
+units are at first. Importances do not add up: swaps that lower the objective follow, many of them for the price of an
+evaluation, since a part of the text says which are worth one. Whole blocks undo each other best in a row (2403.17887),
+which single swaps do not come to: so the best run is a second place to start from.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from ..progress import Progress, Stages, silent
 from .budget import Budget, contiguous_runs
 from .evaluator import Evaluator
-from .space import Skipped, Space, Unit, names_in
+from .space import Choice, Skipped, Space, Unit, names_in
 
 SCREENED = 0.25  # the share of the text that guesses are made on
 PATIENCE = 12
@@ -30,14 +29,9 @@ Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What the search found, what the objective is with it and was without, and whether it had the time it wanted.
+class SearchResult(Choice):
+    """What the search found, what the objective is with it and was without, and whether it had the time it wanted."""
 
-    `order` is as in `criteria.Choice`.
-    """
-
-    skipped: Skipped
-    order: tuple[Unit, ...]
     cost: float
     dense_cost: float
     complete: bool
@@ -49,7 +43,6 @@ def search(
     evaluator: Evaluator,
     *,
     cheap: Mapping[Unit, float] | None = None,
-    screened: float = SCREENED,
     patience: int = PATIENCE,
     late: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
@@ -60,24 +53,20 @@ def search(
     don't lower the objective. When it gets `late`, the set is completed by the guesses there are, so that what comes
     back meets the budget. Asked again with an evaluator that has a log, it goes on where it was.
     """
-    spaces = _spaces(space)
-    searches = []
-    counts = [_Count(each, budget, screened, patience) for each in spaces]
-    stages = Stages(progress, sum(count.total for count in counts))
-    for each, count in zip(spaces, counts):
-        count.progress = stages.stage(count.total)
-        searches.append(_Search(each, budget, evaluator, cheap or {}, screened, late, count))
-        searches[-1].guess(each.moves(frozenset()))
-        searches[-1].settle(patience)
-        if each.kind == "block":
-            searches[-1].start_from_a_run(patience)
+    searches = [_Search(each, budget, evaluator, cheap or {}, patience, late) for each in _spaces(space)]
+    stages = Stages(progress, sum(one.total for one in searches))
+    for one in searches:
+        one.progress = stages.stage(one.total)
+        one.guess(one.moves(frozenset()))
+        one.settle()
+        if one.space.kind == "block":
+            one.start_from_a_run()
         if late():
             break
-    looking = searches[0]
-    best = max(searches, key=lambda one: one.worth)
+    looking, best = searches[0], max(searches, key=lambda one: one.worth)
     if best is not looking and not late():  # what a late one says that it costs is a guess
         looking.go_on_from(best)
-        looking.settle(patience)
+        looking.settle()
     progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
     cost = evaluator.cost(looking.skipped)
     return SearchResult(looking.skipped, tuple(looking.order), cost, looking.dense, not late())
@@ -88,6 +77,7 @@ def _spaces(space: Space) -> list[Space]:
     return [space, replace(space, kind="block")] if space.by_pairs else [space]
 
 
+@dataclass
 class _Search:
     """A set that grows and changes, what it costs, and what is known of each unit.
 
@@ -95,24 +85,30 @@ class _Search:
     the text, what it falls by when one is given back.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        budget: Budget,
-        evaluator: Evaluator,
-        cheap: Mapping[Unit, float],
-        screened: float,
-        late: Callable[[], bool],
-        count: _Count,
-    ) -> None:
-        self.space, self.budget, self.evaluator, self.late, self.count = space, budget, evaluator, late, count
-        self.cheap, self.screened = cheap, screened
+    space: Space
+    budget: Budget
+    evaluator: Evaluator
+    cheap: Mapping[Unit, float]
+    patience: int
+    late: Callable[[], bool]
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
-        self.dense = self.cost = evaluator.cost(self.skipped)
+        self.dense = self.cost = self.evaluator.cost(self.skipped)
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
-        self.moves = functools.cache(space.moves)
+        self.moves = functools.cache(self.space.moves)
+        self.done, self.total = 0.0, self._most()
+
+    def _most(self) -> float:
+        """How many evaluations of the whole text it takes at most, about."""
+        units = len(self.space.units)
+        mean = self.budget.saved(self.space.names) / units
+        steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
+        guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
+        return guesses + steps * RECHECKS + steps + self.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -124,13 +120,13 @@ class _Search:
                 return
             self.rises[unit] = self._on_a_part(self.skipped.union(unit))
 
-    def settle(self, patience: int) -> None:
+    def settle(self) -> None:
         """Grow and refine, in turn, until one of them changes nothing."""
         self.grow()
-        while self.refine(patience) and self.grow():
+        while self.refine() and self.grow():
             pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
 
-    def start_from_a_run(self, patience: int) -> None:
+    def start_from_a_run(self) -> None:
         """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
         self.evaluator.set_prefix(frozenset())
         asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
@@ -143,7 +139,7 @@ class _Search:
             self.skipped, self.cost, self.order = names_in(best), cost, [*best]
             self.rises = {}
             self.guess(self.moves(self.skipped))
-            self.refine(patience)
+            self.refine()
 
     @property
     def worth(self) -> tuple[float, float]:
@@ -168,7 +164,7 @@ class _Search:
                 self.guess(self.space.neighbours(unit, self.skipped))
         return self.skipped != before
 
-    def refine(self, patience: int) -> bool:
+    def refine(self) -> bool:
         """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
 
         Swaps are tried on a part of the text, `LOOKS` at a time, and of those that were the best on all of it.
@@ -177,17 +173,21 @@ class _Search:
         guesses: dict[Swap, float] = {}
         self.falls = {}
         self.evaluator.set_prefix(self.skipped)
-        while spent < patience and not self.late():
+        while spent < self.patience and not self.late():
             known = len(guesses)
             self._look(guesses, tried)
-            spent += (len(guesses) - known) * self.screened + 1
+            spent += (len(guesses) - known) * SCREENED + 1
             if not guesses:
                 break
             back, unit = min(guesses, key=guesses.__getitem__)
             del guesses[back, unit]
             cost = self._evaluate(self.skipped.difference(back).union(unit))
             if cost < self.cost:
-                self._swap(back, unit, cost)
+                self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
+                self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
+                kept = (tuple(name for name in one if name not in back) for one in self.order)
+                self.order = [*filter(None, kept), unit]
+                self.evaluator.set_prefix(self.skipped)
                 guesses, spent = {}, 0.0
         return self.cost < before
 
@@ -240,40 +240,18 @@ class _Search:
                     best, best_gain = (back, unit), gain
         return best
 
-    def _swap(self, back: Unit, unit: Unit, cost: float) -> None:
-        self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
-        self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
-        kept = (tuple(name for name in before if name not in back) for before in self.order)
-        self.order = [*filter(None, kept), unit]
-        self.evaluator.set_prefix(self.skipped)
-
     def _on_a_part(self, skipped: Skipped) -> float:
         """How much more than what is skipped now it costs, on a part of the text."""
-        now = self.evaluator.cost(self.skipped, self.screened)
-        return self._evaluate(skipped, self.screened) - now
+        now = self.evaluator.cost(self.skipped, SCREENED)
+        return self._evaluate(skipped, SCREENED) - now
 
     def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
         cost = self.evaluator.cost(skipped, share)
         reached = round(self.cost, 4) + 0.0  # none is -0.0000
-        self.count.evaluated(share, f"{len(self.skipped)} skipped, objective {reached:.4f}")
+        self.done += share
+        doing = f"{len(self.skipped)} skipped, objective {reached:.4f}"
+        self.progress(min(self.done, 0.99 * self.total), self.total, doing)
         return cost
 
     def _cheap(self, unit: Unit) -> float:
         return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
-
-
-class _Count:
-    """Evaluations of the whole text: how many were done, and how many a search takes at most, about."""
-
-    def __init__(self, space: Space, budget: Budget, screened: float, patience: int) -> None:
-        units = len(space.units)
-        mean = budget.saved(space.names) / units
-        steps = units / 3 if budget.target == math.inf else min(budget.target / mean, units)
-        guesses = units * screened * (2 if space.kind == "block" else 1)  # of each, and of the runs that begin there
-        self.total, self.done = guesses + steps * RECHECKS + steps + patience, 0.0
-        self.progress: Progress = silent
-
-    def evaluated(self, share: float, doing: str) -> None:
-        """Count one evaluation on a share of the text."""
-        self.done += share
-        self.progress(min(self.done, 0.99 * self.total), self.total, doing)

@@ -96,7 +96,7 @@ class Space:
 
     @property
     def length(self) -> int:
-        """Of a unit of whole layers, how many it has. Units of several overlap."""
+        """How many layers a unit of whole layers has. Units of several overlap."""
         return self.structure.period if self.kind == "period" else 1
 
     @property
@@ -108,9 +108,9 @@ class Space:
         """What may be skipped next, beside `skipped`."""
         if self.by_pairs:
             live = [name for name in self.order if name not in skipped]
-            pairs = [pair for pair in zip(live, live[1:]) if set(pair) <= set(self.names)]
-            return [pair for pair in pairs if self.allows(skipped.union(pair))]
-        free = [unit for unit in self.units if not skipped.intersection(unit)]
+            free: Iterable[Unit] = (pair for pair in zip(live, live[1:]) if set(pair) <= set(self.names))
+        else:
+            free = (unit for unit in self.units if not skipped.intersection(unit))
         return [unit for unit in free if self.allows(skipped.union(unit))]
 
     def neighbours(self, unit: Unit, skipped: Skipped) -> list[Unit]:
@@ -123,25 +123,24 @@ class Space:
 
     def returns(self, skipped: Skipped) -> list[Unit]:
         """The units of `skipped` that may be restored; of a portable set, pairs that follow each other."""
-        if self.by_pairs:
-            places = self.order
-            inside = self.sorted(skipped)
-            pairs = [pair for pair in zip(inside, inside[1:]) if places[pair[1]] == places[pair[0]] + 1]
-            return [pair for pair in pairs if self.allows(skipped.difference(pair))]
-        whole = [unit for unit in self.units if skipped.issuperset(unit)]
-        return whole if self.length == 1 else [unit for unit in whole if self.allows(skipped.difference(unit))]
+        if not self.by_pairs:
+            whole = [unit for unit in self.units if skipped.issuperset(unit)]
+            return whole if self.length == 1 else [unit for unit in whole if self.allows(skipped.difference(unit))]
+        inside = self.sorted(skipped)
+        pairs = [pair for pair in zip(inside, inside[1:]) if self.order[pair[1]] == self.order[pair[0]] + 1]
+        return [pair for pair in pairs if self.allows(skipped.difference(pair))]
 
     def allows(self, skipped: Skipped) -> bool:
         """Whether `skipped` leaves an attention and, where that is asked for, an ordinary model or whole periods."""
         if skipped.issuperset(f"attn.{index}" for index in self.structure.counting):
             return False
-        if self.kind == "period" and not self.structure.keeps_period(self._kept(skipped)):
-            return False
+        if self.kind == "period":
+            whole = (
+                block.index for block in self.structure.blocks if skipped.isdisjoint(p.name for p in block.sublayers)
+            )
+            if not self.structure.keeps_period([*whole]):
+                return False
         return not self.portable or is_portable(self.structure, self.plan(skipped))
-
-    def _kept(self, skipped: Skipped) -> list[int]:
-        """The layers that lose nothing."""
-        return [block.index for block in self.structure.blocks if skipped.isdisjoint(p.name for p in block.sublayers)]
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=self.order.__getitem__)
@@ -149,6 +148,14 @@ class Space:
     def plan(self, skipped: Iterable[str], note: str | None = None) -> Plan:
         """The plan that skips the sublayers of these names."""
         return plan_of(skipped, self.structure.fingerprint, note)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set, and in which order it came to be: what was skipped first comes first, what was swapped in last."""
+
+    skipped: Skipped
+    order: tuple[Unit, ...]
 
 
 def names_in(units: Iterable[Unit]) -> Skipped:

@@ -395,7 +395,7 @@ def _repaired(
 
     One plan is repaired in all ways, and all are scored together, before the next one is: weights take memory.
     """
-    from ..repairing.methods.keeping import kept_repair
+    from ..repairing.methods import kept_repair
 
     found: dict[tuple[str, Plan], int] = {}
     for done, plan in enumerate(plans):

@@ -223,7 +223,7 @@ def repaired_by(
         from ..repairing.refitting import repair
 
         return repair(model, plan, batches, offload=offload, out=out, provenance=provenance, progress=progress)
-    from ..repairing.methods.keeping import repair_into
+    from ..repairing.methods import repair_into
 
     if out is None:
         raise UsageError(f"--repair {method} keeps its weights: give --out")

@@ -11,7 +11,8 @@ Source: Leviathan et al. 2023, arXiv 2211.17192.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,15 +57,19 @@ def write_texts(
         for _ in range(new_tokens - 1):
             output = model(input_ids=said[-1], use_cache=True, **{name: output[name]}, **last)
             said.append(choose(output.logits[:, -1]))
-    ends = _ends(model).to(prompts.device)
-    return [_until(row, ends) for row in torch.cat(said, dim=1)]
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=prompts.device).flatten()
+    texts = torch.cat(said, dim=1)
+    lengths = [int(found[0]) + 1 if len(found := torch.isin(row, ends).nonzero()) else len(row) for row in texts]
+    return [row[:length] for row, length in zip(texts, lengths)]
 
 
 def judge(model: PreTrainedModel, draft: PreTrainedModel, prompt: Tensor, text: Tensor, decoding: Decoding) -> Accepted:
     """Of each token of `text`, (tokens,), which `model` wrote behind `prompt`, (P,): is it accepted from `draft`?"""
-    tokens = torch.cat([prompt, text])[None, :-1]
+    tokens, count = torch.cat([prompt, text])[None, :-1], len(text)
     with torch.inference_mode():
-        p, q = (_logits(each, tokens, len(text)) for each in (model, draft))
+        answers = (each(input_ids=tokens, use_cache=False, **last_logits(each, count)) for each in (model, draft))
+        p, q = (answer.logits[0, -count:].float() for answer in answers)  # (tokens of the text, vocabulary)
         if decoding == "greedy":
             same = tuple((q.argmax(-1) == text).float().tolist())
             return Accepted(same, same)
@@ -79,7 +84,15 @@ def acceptance(texts: Sequence[Accepted], place: int) -> tuple[float, float]:
 
     Over drafts that begin anywhere in the texts; both are nan where no draft comes as far.
     """
-    return _with_error(lambda some: _acceptance(some, place), texts)
+
+    def chance(some: Sequence[Accepted]) -> float:
+        starts = [(text, start) for text in some for start in range(len(text.known) - place + 1)]
+        comes_there = [math.prod(text.known[start : start + place - 1]) for text, start in starts]
+        accepted = [text.expected[start + place - 1] for text, start in starts]
+        weight = math.fsum(comes_there)
+        return math.fsum(map(operator.mul, comes_there, accepted)) / weight if weight else math.nan
+
+    return chance(texts), jackknife_error(chance, texts)
 
 
 def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, float]:
@@ -88,7 +101,7 @@ def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, fl
     def mean(some: Sequence[Accepted]) -> float:
         return sum(len(text.known) for text in some) / math.fsum(rounds(text.known, drafted) for text in some)
 
-    return _with_error(mean, texts)
+    return mean(texts), jackknife_error(mean, texts)
 
 
 def rounds(known: Sequence[float], drafted: int) -> float:
@@ -105,34 +118,3 @@ def rounds(known: Sequence[float], drafted: int) -> float:
             alive *= known[place]
         begins[last + 1] += alive
     return math.fsum(begins[:-1])
-
-
-def _acceptance(texts: Sequence[Accepted], place: int) -> float:
-    reached = [pair for text in texts for pair in _reached(text, place)]
-    weight = math.fsum(chance for chance, _ in reached)
-    return math.fsum(chance * expected for chance, expected in reached) / weight if weight else math.nan
-
-
-def _reached(text: Accepted, place: int) -> Iterator[tuple[float, float]]:
-    """Of a draft that begins at each token: how likely it comes to `place`, and is accepted there."""
-    for start in range(len(text.known) - place + 1):
-        yield math.prod(text.known[start : start + place - 1]), text.expected[start + place - 1]
-
-
-def _with_error(statistic: Callable[[Sequence[Accepted]], float], texts: Sequence[Accepted]) -> tuple[float, float]:
-    return statistic(texts), jackknife_error(statistic, texts)
-
-
-def _logits(model: PreTrainedModel, tokens: Tensor, last: int) -> Tensor:
-    """(last, vocabulary), in float32."""
-    return model(input_ids=tokens, use_cache=False, **last_logits(model, last)).logits[0, -last:].float()
-
-
-def _ends(model: PreTrainedModel) -> Tensor:
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return torch.tensor([] if ends is None else ends, dtype=torch.long).flatten()
-
-
-def _until(text: Tensor, ends: Tensor) -> Tensor:
-    found = torch.isin(text, ends).nonzero()
-    return text[: int(found[0]) + 1] if len(found) else text

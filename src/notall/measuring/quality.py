@@ -16,7 +16,7 @@ from ..plan import Plan
 from ..results.facts import Quality
 from ..running.replay import Replay, record
 from .statistics import mean_and_error
-from .token_scores import TokenScorer, TokenScores
+from .token_scores import TokenScorer
 
 
 @dataclass
@@ -62,15 +62,21 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
                 likeliest = scores.likeliest
             else:
                 scores = scorer.score(rows, targets, dense, likeliest=True)
-            means = _by_sequence(scores, likeliest, len(tokens))
+            same = (scores.likeliest == likeliest).to(scores.nll)
+            values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
+            means = Scores(*values.view(3, len(tokens), -1).mean(-1).tolist())  # over the tokens of each sequence
             found |= dict.fromkeys(numbers, means)
     return [found[number] for number in range(len(plans) + 1)]
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
     """The quality of each plan from what `score` answers for each batch."""
-    dense, *rest = map(_joined, zip(*batches))
-    return [summarize(scores, dense) for scores in rest]
+    whole: list[Scores] = []
+    for parts in zip(*batches):
+        whole.append(Scores())
+        for part in parts:
+            whole[-1].extend(part)
+    return [summarize(scores, whole[0]) for scores in whole[1:]]
 
 
 def summarize(scores: Scores, dense: Scores) -> Quality:
@@ -91,17 +97,3 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
         top1_agreement_se=agreement_se,
         sequences=len(scores.nll),
     )
-
-
-def _joined(parts: Iterable[Scores]) -> Scores:
-    whole = Scores()
-    for part in parts:
-        whole.extend(part)
-    return whole
-
-
-def _by_sequence(scores: TokenScores, dense: Tensor, sequences: int) -> Scores:
-    """Means over each sequence's tokens; `dense` is the dense model's likeliest token, (tokens of all,)."""
-    same = (scores.likeliest == dense).to(scores.nll)
-    values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
-    return Scores(*values.view(3, sequences, -1).mean(-1).tolist())

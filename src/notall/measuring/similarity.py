@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,31 +25,22 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
     Raises `UsageError` for what are no token ids.
     Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
     """
-    found: dict[tuple[int, str], list[Tensor]] = {}
+    found: dict[tuple[int, Literal["block", "attention", "mlp"]], list[Tensor]] = {}
 
     def look(passage: Passage) -> None:
         pairs = {"block": (passage.before, passage.after)} | passage.around
         for kind, (before, after) in pairs.items():
             cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
-            found.setdefault((passage.block.index, kind), []).append(cosine)
+            found.setdefault((passage.block.index, kind), []).append(cosine)  # type: ignore[arg-type]
 
     with torch.no_grad():
         for tokens in checked(batches, model):
             walk(model, look, input_ids=tokens)
-    structure = locate(model)
-    mixers: dict[tuple[int, str], str | None] = (
-        {(p.index, p.kind): p.mixer for p in structure.sublayers} if len(structure.mixers) > 1 else {}
-    )
-    rows = []
+    structure, rows = locate(model), []
+    several = structure.sublayers if len(structure.mixers) > 1 else ()
+    mixers: dict[tuple[int, str], str | None] = {(part.index, part.kind): part.mixer for part in several}
     for (layer, kind), values in found.items():
         mean, error = mean_and_error(torch.cat(values).tolist())
-        rows.append(
-            Similarity(
-                layer=layer,
-                kind=kind,  # type: ignore[arg-type]
-                cosine=mean,
-                cosine_se=error,
-                mixer=mixers.get((layer, kind)),
-            )
-        )
+        mixer = mixers.get((layer, kind))
+        rows.append(Similarity(layer=layer, kind=kind, cosine=mean, cosine_se=error, mixer=mixer))
     return rows

@@ -36,8 +36,7 @@ Sample = TypeVar("Sample")
 class Timing:
     """What one variant took, one sample a round, in the order of the rounds.
 
-    `peak_bytes` is the most CUDA memory allocated in a round, summed over devices. It counts weights that
-    are held but not used. None without CUDA.
+    `peak_bytes` is the most CUDA memory allocated in a round, over all devices; None without CUDA.
     """
 
     prefill_samples_ms: tuple[float, ...]
@@ -66,13 +65,12 @@ class Timing:
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
     """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
 
-    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known, so each of the
-    `new` steps is a decode step; a step serves all B sequences. Accelerators are synchronised where the clock
-    is read, not between steps. Raises `UsageError` if the model keeps no cache.
+    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known; a step serves all B
+    sequences. Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` if the
+    model keeps no cache.
     """
     devices = _accelerators(model)
-    # As `generate` does: the logits of the whole prompt would dominate the prefill of small models.
-    last_only = last_logits(model, 1)
+    last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
         start = _now(devices)
         output = model(input_ids=prompt, use_cache=True, **last_only)
@@ -141,14 +139,24 @@ def compare(
     workload.check(model)
     if warmup < 0:
         raise UsageError(f"warmup is {warmup}; give 0 or more")
-    prompt = _random_prompt(model, workload.concurrency, workload.prompt_tokens, seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = workload.concurrency, workload.prompt_tokens
+    prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    gpus = [device for device in _accelerators(model) if device.type == "cuda"]
 
-    def measured(name: str) -> tuple[float, float, int | None]:
+    def measured(name: str) -> tuple[float, float, int]:
         with variants[name]():
-            return _measure(model, prompt, workload.generation_tokens)
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            times = time_once(model, prompt, workload.generation_tokens)
+            return *times, sum(map(torch.cuda.max_memory_allocated, gpus))
 
     samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, warmup, progress)
-    return {name: _summarise(rows) for name, rows in samples.items()}
+    columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
+    return {
+        name: Timing(prefill, decode, max(peaks) if gpus else None)
+        for name, (prefill, decode, peaks) in columns.items()
+    }
 
 
 def time_plans(
@@ -166,10 +174,7 @@ def time_plans(
 
 
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
-    """How many times faster `other` is than `baseline` (above 1: faster), paired: one ratio for each round.
-
-    Both are samples of one `compare`, for example `dense.decode_samples_ms` and `skipped.decode_samples_ms`.
-    """
+    """How many times faster `other` is than `baseline` (above 1: faster), by samples of the same rounds, paired."""
     return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
 
 
@@ -192,19 +197,6 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _measure(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float, int | None]:
-    gpus = [device for device in _accelerators(model) if device.type == "cuda"]
-    for gpu in gpus:
-        torch.cuda.reset_peak_memory_stats(gpu)
-    prefill_ms, decode_ms = time_once(model, prompt, new)
-    return prefill_ms, decode_ms, sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None
-
-
-def _summarise(rows: list[tuple[float, float, int | None]]) -> Timing:
-    prefill, decode, peaks = zip(*rows, strict=True)
-    return Timing(prefill, decode, None if None in peaks else max(peaks))
-
-
 def _now(devices: set[torch.device]) -> float:
     for device in devices:
         torch.accelerator.synchronize(device)
@@ -222,12 +214,6 @@ def cache_name(output: Mapping[str, Any]) -> str:
         if output.get(name) is not None:
             return name
     raise UsageError("the model returned no KV cache, so its decoding can't be timed; choose one that keeps a cache")
-
-
-def _random_prompt(model: PreTrainedModel, batch_size: int, tokens: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (batch_size, tokens), generator=generator).to(model.device)
 
 
 def cores() -> int:

@@ -54,63 +54,6 @@ class Dense:
     anchor: Tensor | None
 
 
-class TokenScorer:
-    """Scores of rows of the last layer's output of `model`, (rows, hidden) each; see `TokenScores`, `Dense`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.head = Head(model)
-        projection = self.head.projection
-        self.way = _Tiled(self.head, projection) if projection else _Whole(self.head)
-
-    @torch.no_grad()
-    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` that are likeliest in rows of the dense model, and the `targets`.
-
-        What it scores can be held against its own scores alone. It is this one where that would save less than half,
-        or where the head is no matrix.
-        """
-        if not isinstance(self.way, _Tiled) or 2 * words > len(self.way.weight):
-            return self
-        likely = torch.stack([self.way.mass(rows) for rows in hidden]).sum(0).topk(words).indices
-        part = copy(self)
-        part.way = self.way.on_words(torch.cat([likely, *(one.to(likely.device) for one in targets)]).unique())
-        return part
-
-    @torch.no_grad()
-    def dense(
-        self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
-    ) -> tuple[TokenScores, Dense]:
-        """Of the dense model's rows: its own scores, with a KL of 0, and what plans are held against."""
-        return self.way.dense(hidden, targets, likeliest)
-
-    @torch.no_grad()
-    def score(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        dense: Dense | None = None,
-        *,
-        likeliest: bool = False,
-    ) -> TokenScores:
-        """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
-        return self.way.score(hidden, targets, dense, likeliest)
-
-    @torch.no_grad()
-    def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(dense || these), (rows,), and its derivative by `states`.
-
-        Both are given as the head's matrix is, (rows, width). The derivative is the difference of both mean rows of
-        the head, so that no logits are kept for it.
-        Raises `UnsupportedModel` where the head is no matrix.
-        """
-        if not isinstance(self.way, _Tiled):
-            raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
-        return self.way.distance(states, dense_states)
-
-
-# --- a head that is a matrix ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Sums:
     """Of all exp(logit - about), a row each: the logarithm of their sum. Where asked for, what they say besides.
@@ -125,55 +68,87 @@ class _Sums:
     mean: Tensor
 
 
-class _Tiled:
-    def __init__(self, head: Head, projection: Projection) -> None:
-        self.head = head
+class TokenScorer:
+    """Scores of rows of the last layer's output of `model`, (rows, hidden) each; see `TokenScores`, `Dense`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.head = Head(model)
+        self.is_matrix = self.head.projection is not None
+        projection = self.head.projection or Projection(torch.empty(0), None, 1.0)
         self.weight, self.bias, self.scale = projection.weight, projection.bias, projection.scale
         self.exact = torch.promote_types(self.weight.dtype, torch.float32)
         self.words: Tensor | None = None
 
-    def on_words(self, words: Tensor) -> _Tiled:
-        """With no other rows of the matrix than those of `words`, (words,) token ids, ascending."""
+    @torch.no_grad()
+    def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
+        """As if the vocabulary were the `words` that are likeliest in rows of the dense model, and the `targets`.
+
+        What it scores can be held against its own scores alone. It is this one where that would save less than half,
+        or where the head is no matrix.
+        """
+        if not self.is_matrix or 2 * words > len(self.weight):
+            return self
+        likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
         part = copy(self)
-        part.words = words
-        part.weight, part.bias = self.weight[words], None if self.bias is None else self.bias[words]
+        part.words = torch.cat([likely, *(one.to(likely.device) for one in targets)]).unique()
+        part.weight, part.bias = self.weight[part.words], None if self.bias is None else self.bias[part.words]
         return part
 
-    def mass(self, hidden: Tensor) -> Tensor:
-        """The probability of each token, (vocabulary,), summed over the rows."""
-        rows = hidden.split(max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight)))
-        return torch.stack([self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]).sum(0)
-
-    def dense(self, hidden: Tensor, targets: Tensor | None, likeliest: bool) -> tuple[TokenScores, Dense]:
+    @torch.no_grad()
+    def dense(
+        self, hidden: Tensor, targets: Tensor | None = None, *, likeliest: bool = False
+    ) -> tuple[TokenScores, Dense]:
+        """Of the dense model's rows: its own scores, with a KL of 0, and what plans are held against."""
+        if not self.is_matrix:
+            zeros = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            return replace(self._by_definition(hidden, targets, None, likeliest), kl=zeros), Dense(hidden, None)
         states, wanted = self._read(hidden, targets)
         sums, dense = self._dense(states, wanted, likeliest)
         return _scores(sums, wanted, torch.zeros_like(sums.about), likeliest), dense
+
+    @torch.no_grad()
+    def score(
+        self, hidden: Tensor, targets: Tensor | None = None, dense: Dense | None = None, *, likeliest: bool = False
+    ) -> TokenScores:
+        """NLL of `targets`, (rows,) token ids, and KL(`dense` || these), where they are given: at least one of them."""
+        if not self.is_matrix:
+            return self._by_definition(hidden, targets, dense, likeliest)
+        states, wanted = self._read(hidden, targets)
+        alike = None if dense is None else self._alike(states, dense)
+        about = wanted if alike is None else alike
+        assert about is not None, "give targets, the dense model's distributions, or both"
+        sums = self._sums(states, about, likeliest)
+        kl = None if alike is None else sums.log_sums + (sums.about - alike)
+        return _scores(sums, wanted, kl, likeliest)
+
+    @torch.no_grad()
+    def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(dense || these), (rows,), and its derivative by `states`.
+
+        Both are given as the head's matrix is, (rows, width). The derivative is the difference of both mean rows of
+        the head, so that no logits are kept for it.
+        Raises `UnsupportedModel` where the head is no matrix.
+        """
+        if not self.is_matrix:
+            raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
+        _, dense = self._dense(dense_states.to(self.weight.dtype), None, False)
+        given = states.to(self.weight.dtype)
+        alike = self._alike(given, dense)
+        sums = self._sums(given, alike, mean=True)
+        return sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
+
+    # --- a head that is a matrix
+
+    def _mass(self, hidden: Tensor) -> Tensor:
+        """The probability of each token, (vocabulary,), summed over the rows."""
+        rows = hidden.split(max(1, LOGITS[hidden.device.type == "cpu"] // len(self.weight)))
+        return torch.stack([self.head.logits(few).to(self.exact).softmax(-1).sum(0) for few in rows]).sum(0)
 
     def _dense(self, states: Tensor, wanted: Tensor | None, likeliest: bool) -> tuple[_Sums, Dense]:
         near = self._sums(states, states.new_zeros(len(states)) if wanted is None else wanted)
         sums = self._sums(states, near.about + near.log_sums, likeliest, mean=True)
         kept = sums.mean * self.scale
         return sums, Dense(kept, sums.about + sums.log_sums - self._products(states, kept))
-
-    def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
-        _, dense = self._dense(dense_states.to(self.weight.dtype), None, False)
-        assert dense.anchor is not None
-        given = states.to(self.weight.dtype)
-        alike = self._products(given, dense.kept) + dense.anchor
-        sums = self._sums(given, alike, mean=True)
-        return sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
-
-    def score(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
-        states, wanted = self._read(hidden, targets)
-        alike = None
-        if dense is not None:
-            assert dense.anchor is not None
-            alike = self._products(states, dense.kept) + dense.anchor
-        about = wanted if alike is None else alike
-        assert about is not None, "give targets, the dense model's distributions, or both"
-        sums = self._sums(states, about, likeliest)
-        kl = None if alike is None else sums.log_sums + (sums.about - alike)
-        return _scores(sums, wanted, kl, likeliest)
 
     def _read(self, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the matrix is given, (rows, width), and the logits of the targets, (rows,)."""
@@ -188,6 +163,11 @@ class _Tiled:
 
     def _products(self, states: Tensor, rows: Tensor) -> Tensor:
         return (states.to(self.exact) * rows).sum(-1)
+
+    def _alike(self, states: Tensor, dense: Dense) -> Tensor:
+        """The logsumexp that states would have without any KL, (rows,)."""
+        assert dense.anchor is not None
+        return self._products(states, dense.kept) + dense.anchor
 
     def _sums(self, states: Tensor, about: Tensor, largest: bool = False, mean: bool = False) -> _Sums:
         sums = self._summed(states, about, largest, mean)
@@ -242,6 +222,22 @@ class _Tiled:
                     tile += self.bias[columns]
                 yield rows, columns, tile
 
+    # --- any other head
+
+    def _by_definition(
+        self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool
+    ) -> TokenScores:
+        parts: list[TokenScores] = []
+        on_cpu = hidden.device.type == "cpu"
+        for rows in _slices(len(hidden), max(1, LOGITS[on_cpu] // text_config(self.head.model).vocab_size)):
+            logits = self.head.logits(hidden[rows])
+            base = None if dense is None else self.head.logits(dense.kept[rows])
+            wanted = None if targets is None else targets[rows].to(logits.device)
+            for few in _slices(len(logits), CACHED if on_cpu else len(logits)):
+                aims, dense_logits = (None if each is None else each[few] for each in (wanted, base))
+                parts.append(_from_logits(logits[few], aims, dense_logits, likeliest))
+        return TokenScores(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(TokenScores)))
+
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
@@ -257,33 +253,7 @@ def _scores(sums: _Sums, wanted: Tensor | None, kl: Tensor | None, likeliest: bo
     )
 
 
-# --- any other head ---------------------------------------------------------------------------------------------------
-
-
-class _Whole:
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self.vocabulary = text_config(head.model).vocab_size
-
-    def dense(self, hidden: Tensor, targets: Tensor | None, likeliest: bool) -> tuple[TokenScores, Dense]:
-        scores = self.score(hidden, targets, None, likeliest)
-        zeros = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return replace(scores, kl=zeros), Dense(hidden, None)
-
-    def score(self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool) -> TokenScores:
-        parts: list[TokenScores] = []
-        on_cpu = hidden.device.type == "cpu"
-        for rows in _slices(len(hidden), max(1, LOGITS[on_cpu] // self.vocabulary)):
-            logits = self.head.logits(hidden[rows])
-            base = None if dense is None else self.head.logits(dense.kept[rows])
-            wanted = None if targets is None else targets[rows].to(logits.device)
-            for few in _slices(len(logits), CACHED if on_cpu else len(logits)):
-                aims, dense_logits = (None if each is None else each[few] for each in (wanted, base))
-                parts.append(_by_definition(logits[few], aims, dense_logits, likeliest))
-        return TokenScores(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(TokenScores)))
-
-
-def _by_definition(logits: Tensor, targets: Tensor | None, dense: Tensor | None, likeliest: bool) -> TokenScores:
+def _from_logits(logits: Tensor, targets: Tensor | None, dense: Tensor | None, likeliest: bool) -> TokenScores:
     """From logits, (rows, vocabulary). Written out, since torch's `kl_div` takes four times as long on a CPU."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     log_q = logits.to(exact).log_softmax(-1)

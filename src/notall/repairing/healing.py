@@ -1,7 +1,7 @@
 """Heal a skipped model by a short distillation: its next-token distributions are drawn to the dense model's.
 
-What is trained are weights of kept sublayers alone (see `students`), so that the result is a plan with weights, as a
-repair is; `training` has the loop.
+Weights of kept sublayers alone are trained (see `students`, `training`): the result is a plan with weights, as a
+repair is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..digests import digest_of
 from ..errors import UnsupportedModel, UsageError, expect
-from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
@@ -33,11 +33,11 @@ from ..running.repaired_folders import BEFORE, HEALED, keep_whole, load_repaired
 from ..running.tensor_files import read_tensors, write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
-from .refitting import digest_of
+from .refitting import about_weights
 from .students import TrainConfig
 from .training import CHECKPOINTS, Training, processes_of
 
-TRAINED, RAYS_OWN = "trained.safetensors", "ray"  # in the folder of the checkpoints
+TRAINED = "trained.safetensors"  # in the folder of the checkpoints
 
 
 def heal(
@@ -71,7 +71,8 @@ def heal(
     processes = processes_of(inner)
     if folder is None and (workers or processes.num_processes > 1):
         raise UsageError("workers share a folder: give one")
-    about = _about(inner, training, provenance or {})
+    earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
+    about = _about(inner, training, earlier.history, provenance or {})
     is_first = processes.is_main_process  # which keeps the folder for all
     alone = working_in(folder, "heal") if folder and is_first else nullcontext()
     with alone, TemporaryDirectory() as scratch:
@@ -84,8 +85,8 @@ def heal(
             trained = workers.train(training, folder, about, progress)
         else:
             trained = training.run(inner, folder or Path(scratch), ledger, progress)
-        before = dict(plan.weights) if isinstance(plan, RepairedPlan) else {}
-        healed = RepairedPlan.of(plan, weights=before | trained, history=(*_history(plan), step_of("heal", about)))
+        history = (*earlier.history, step_of("heal", about))
+        healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history)
         if folder and is_first:
             keep_whole(folder, healed, HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -116,28 +117,21 @@ def _check(model: PreTrainedModel, training: Training) -> None:
         raise UsageError("the windows to train on are of several lengths: give windows of one")
 
 
-def _about(model: PreTrainedModel, training: Training, settings: Provenance | Mapping[str, Any]) -> Provenance:
+def _about(
+    model: PreTrainedModel, training: Training, history: Sequence[RepairStep], settings: Provenance | Mapping[str, Any]
+) -> Provenance:
     """What decides the weights."""
-    plan, config = training.plan, training.config
-    how = asdict(config)
+    plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
-    if config.train != "lora":
+    if training.config.train != "lora":
         del how["rank"]
-    return Provenance.of(
-        settings,
-        plan=plan.indices,
-        repair=plan.digest if isinstance(plan, RepairedPlan) else "none",
-        fingerprint=locate(model).fingerprint,
-        dtype=dtype_name(model),
-        training=digest_of(training.batches),
-        stops_by=digest_of(training.held_out),
-        **how,
-        **{BEFORE: [step.model_dump(mode="json") for step in _history(plan)]},
-    )
-
-
-def _history(plan: Plan) -> tuple[RepairStep, ...]:
-    return plan.history if isinstance(plan, RepairedPlan) else ()
+    how |= {
+        "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
+        "training": digest_of(training.batches)[:16],
+        "stops_by": digest_of(training.held_out)[:16],
+        BEFORE: [step.model_dump(mode="json") for step in history],
+    }
+    return about_weights(settings, model, plan, **how)
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class Spread:
             self.check(len(training.batches[0]), count)
             progress(0, 1, f"healing on {count} workers")
             given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
-            cluster.train(_work, given, folder / CHECKPOINTS / RAYS_OWN, count=count, on_gpus=on_gpus)
+            cluster.train(_work, given, folder / CHECKPOINTS / "ray", count=count, on_gpus=on_gpus)
             progress(1, 1, f"healed on {count} workers")
         return read_tensors(folder / CHECKPOINTS / TRAINED)[0]
 

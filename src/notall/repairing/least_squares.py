@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 DEAD = 1e-6  # of the mean square: features that are always 0 are held back as if they had that much
-
-
 S = TypeVar("S", bound="Sums")
 
 
@@ -22,11 +20,8 @@ class Sums(Protocol):
     """What is known of tokens with features z and what their target lacks r, each weighted; see `Moments`."""
 
     def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None: ...
-
     def __add__(self: S, other: S) -> S: ...
-
     def left(self, change: Tensor, metric: Tensor) -> float: ...
-
     def solve(self, ridge: float, *, alike: bool = False) -> Tensor | None: ...
 
 
@@ -146,8 +141,8 @@ class Rows:
         return self.kernels[alike]
 
     def _together(self) -> tuple[Tensor, Tensor, Tensor]:
-        for name in ("features", "lacking", "roots"):
-            setattr(self, name, [torch.cat(getattr(self, name))])
+        for parts in (self.features, self.lacking, self.roots):
+            parts[:] = [torch.cat(parts)]
         return self.features[0], self.lacking[0], self.roots[0]
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from ..running.head import Head
 from ..structure.model_structure import Sublayer, text_config
 from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
-from .streams import DiskOffload
 
 READERS = 4  # sublayers that follow: what is further away reads other streams
 # Norms compute in float32, whatever is around them.
@@ -76,30 +76,25 @@ def shared_parameters(model: nn.Module) -> set[int]:
 
 @contextmanager
 def features_of(
-    layer: nn.Module, projections: Sequence[OutputProjection], offload: DiskOffload | None = None
+    layer: nn.Module, projections: Sequence[OutputProjection], keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Iterator[Callable[[], list[Tensor]]]:
     """What these are given while the layer runs, times their scales, side by side: (tokens, features) a call."""
     seen: list[list[Tensor]] = [[] for _ in projections]
-    keep = (offload or DiskOffload()).keep
 
     def taken() -> list[Tensor]:
         return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*seen)]
 
-    handles = []
-    for one, into in zip(projections, seen):
+    def take(number: int, given: Tensor) -> None:
+        one, features = projections[number], given.flatten(0, -2)
+        seen[number].append(keep(features if one.norm or one.scale == 1 else one.scale * features))
 
-        def take(
-            _: nn.Module, args: tuple[Tensor, ...], one: OutputProjection = one, into: list[Tensor] = into
-        ) -> None:
-            features = args[0].flatten(0, -2)
-            into.append(keep(features if one.norm or one.scale == 1 else one.scale * features))
-
-        handles.append(layer.get_submodule(one.path).register_forward_pre_hook(take))
-    try:
+    with ExitStack() as hooks:
+        for number, one in enumerate(projections):
+            hook = layer.get_submodule(one.path).register_forward_pre_hook(
+                lambda _, args, number=number: take(number, args[0])
+            )
+            hooks.callback(hook.remove)
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Trial:
@@ -115,23 +110,17 @@ class _Trial:
 
         So an expert's, which sees some of the tokens, are not among them.
         """
-        ran: list[tuple[str, int]] = []
-        handles = []
-
-        def note(path: str, answer: Tensor) -> None:
-            ran.append((path, answer.numel()))
-
-        for name in self.part.modules:
-            for path, module in child(self.layer, name).named_modules(prefix=name):
-                if _is_plain(module, self.hidden.shape[-1]):
-                    handles.append(module.register_forward_hook(lambda *seen, path=path: note(path, seen[-1])))
-        try:
+        sizes: dict[str, list[int]] = {}
+        with ExitStack() as hooks:
+            for name in self.part.modules:
+                for path, module in child(self.layer, name).named_modules(prefix=name):
+                    if _is_plain(module, self.hidden.shape[-1]):
+                        hook = module.register_forward_hook(
+                            lambda *seen, path=path: sizes.setdefault(path, []).append(seen[-1].numel())
+                        )
+                        hooks.callback(hook.remove)
             self._added()
-        finally:
-            for handle in handles:
-                handle.remove()
-        runs = Counter(path for path, _ in ran)
-        return [path for path, size in ran if runs[path] == 1 and size == self.hidden.numel()]
+        return [path for path, found in sizes.items() if found == [self.hidden.numel()]]
 
     def of(self, path: str) -> OutputProjection | None:
         """What becomes of the answers of the matrix at `path`."""
@@ -151,13 +140,11 @@ class _Trial:
             if isinstance(op, ModuleOp) and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
                 norm = child(self.layer, op.module)
                 scale = _factor(one, norm(first).to(self.exact), self.rounding)
-                if scale is not None and self._ignores_size(norm, first / size):
+                # it answers alike where all channels are larger, as norms do and activations do not
+                larger, plain = (norm(times * (first / size)).to(self.exact) for times in (3, 1))
+                if scale is not None and _factor(larger, plain, self.rounding) == 1:
                     return OutputProjection(path, scale, op.module)
         return None
-
-    def _ignores_size(self, norm: nn.Module, made: Tensor) -> bool:
-        """Whether it answers alike where all channels are larger, as norms do and activations do not."""
-        return _factor(norm(3 * made).to(self.exact), norm(made).to(self.exact), self.rounding) == 1
 
     def _added(self, path: str | None = None, answer: Tensor | None = None) -> Tensor:
         """What the sublayer adds to the stream, with `answer` in place of what the matrix at `path` says."""
@@ -179,11 +166,16 @@ def _factor(found: Tensor, made: Tensor, rounding: float) -> float | None:
     return 1.0 if abs(factor - 1) < 1e-3 else factor
 
 
-def _is_plain(module: nn.Module, width: int) -> bool:
-    """Whether it is a matrix that lies in memory as it is: not quantised, adapted or offloaded."""
+def is_matrix(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a plain matrix, an `nn.Linear` or a `Conv1D`: not quantised, and not adapted."""
     if not isinstance(module, nn.Linear | Conv1D) or type(module.weight) is not nn.Parameter:
         return False
-    if not module.weight.is_floating_point() or module.weight.device.type == "meta":
+    return module.weight.is_floating_point()
+
+
+def _is_plain(module: nn.Module, width: int) -> bool:
+    """Whether it is a matrix of so many outputs that lies in memory as it is: not offloaded either."""
+    if not is_matrix(module) or module.weight.device.type == "meta":
         return False
     matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
     return len(matrix) == width and (type(module) in (nn.Linear, Conv1D) or _multiplies(module, matrix))
@@ -205,30 +197,30 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
     Its readers are the next few steps and the head. Where norms have no gains, or there are none, all channels are 1.
     """
     width = text_config(model).hidden_size
-    ones = torch.ones(1, 1, width, device=layers[0].parameters().__next__().device, dtype=model.dtype)
-    gains = [_gain(layers[parts[0].index], parts[0], ones) for parts in steps]
+    ones = torch.ones(1, 1, width, device=next(layers[0].parameters()).device, dtype=model.dtype)
+
+    def gain(norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Scaled to a mean square of 1."""
+        found = torch.ones(width, device=ones.device) if norm is None else gain_of(norm, ones).to(ones.device)
+        return found if norm is None else found / found.square().mean().sqrt().clamp_min(1e-6)
+
     head = Head(model)
     plain = head.projection is not None and head.projection.weight.shape[1] == width
-    last = _scaled(gain_of(lambda rows: head.states(rows[0])[None], ones)) if plain else torch.ones(width)
+    last = gain((lambda rows: head.states(rows[0])[None]) if plain else None)
+    gains = [gain(_first_norm(layers[parts[0].index], parts[0])) for parts in steps]
     found = []
     for place in range(len(steps)):
-        readers = torch.stack([*gains[place + 1 : place + 1 + READERS], last.to(ones.device)])
+        readers = torch.stack([*gains[place + 1 : place + 1 + READERS], last])
         metric = readers.square().mean(0)
         found.append(metric / metric.mean())
     return found
 
 
-def _gain(layer: nn.Module, part: Sublayer, ones: Tensor) -> Tensor:
-    """Of the norm that a sublayer begins with, scaled to a mean square of 1; 1 where it begins with something else."""
+def _first_norm(layer: nn.Module, part: Sublayer) -> nn.Module | None:
+    """The norm that a sublayer begins with, if it begins with one."""
     first = part.branches[0].ops[0]
     norm = child(layer, first.module) if isinstance(first, ModuleOp) else None
-    if norm is None or not is_norm(norm):
-        return torch.ones_like(ones[0, 0], dtype=torch.float32)
-    return _scaled(gain_of(norm, ones))
-
-
-def _scaled(gain: Tensor) -> Tensor:
-    return gain / gain.square().mean().sqrt().clamp_min(1e-6)
+    return norm if norm is not None and is_norm(norm) else None
 
 
 def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ Nothing is trained, and no tensor is added: the model has the shapes that it had
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..digests import digest_of
 from ..errors import UsageError, expect
 from ..models.loading import dtype_name
 from ..models.quantisation import quantisation_name, quantisation_of
@@ -33,23 +33,16 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
 from ..running.repaired import RepairedPlan, with_weights
-from ..running.repaired_folders import file_of, finish, read_weights, refuse_other_work, step_of
-from ..running.replay import Recording, record
+from ..running.repaired_folders import PLAN, file_of, finish, load_repaired, read_weights, refuse_other_work, step_of
+from ..running.replay import record
 from ..running.skipping import is_skipping
 from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
-from ..structure.model_structure import ModelStructure, Sublayer, base_model
+from ..structure.model_structure import Sublayer, base_model
 from ..structure.observation import LayerCall
-from .projections import (
-    READERS,
-    OutputProjection,
-    features_of,
-    find_projection,
-    reading_gains,
-    shared_parameters,
-)
-from .solving import Seen, refit_step
-from .streams import DenseStream, DiskOffload, LiveStep, run_all, steps_of
+from .projections import READERS, OutputProjection, features_of, find_projection, reading_gains, shared_parameters
+from .solving import Fit, NormedFit
+from .streams import DenseStream, LiveStep, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
@@ -84,21 +77,14 @@ def repair(
     `UnsupportedModel` as `locate` does.
     """
     batches, inner = all_checked(batches, model), base_model(model)
-    structure = _check(inner, plan, sum(len(batch) for batch in batches))
-    about = Provenance.of(
-        provenance or {},
-        plan=plan.indices,
-        fingerprint=structure.fingerprint,
-        dtype=dtype_name(inner),
-        calibration=digest_of(batches),
-        ridges=list(ridges),
-        ahead=ahead,
-    )
+    _check(inner, plan, sum(len(batch) for batch in batches))
+    how = {"calibration": digest_of(batches)[:16], "ridges": list(ridges), "ahead": ahead}
+    about = about_weights(provenance or {}, inner, plan, **how)
     folder = Path(out) if out else None
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, plan, about) if folder else None
-        if kept and kept.has(step.names for step in come_to(steps_of(structure, plan), ahead)):
-            found = kept.finish()
+        if kept and kept.finished:
+            found = load_repaired(kept.folder)
         else:
             text = Calibration(inner, batches, offload=offload)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
@@ -110,7 +96,15 @@ def repair(
     return found.model_copy(update={"history": (step_of("repair", about),)})
 
 
-def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> ModelStructure:
+def about_weights(
+    settings: Provenance | Mapping[str, Any], model: PreTrainedModel, plan: Plan, **how: Any
+) -> Provenance:
+    """What decides the weights that a plan gets for a model."""
+    told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "dtype": dtype_name(model)}
+    return Provenance.of(settings, **told, **how)
+
+
+def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     """Raise where `plan` cannot be repaired on so many sequences."""
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
@@ -124,19 +118,15 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> ModelStructure
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     if isinstance(plan, RepairedPlan):
         raise UsageError("the plan is repaired already: heal it, or repair the plan.json that it holds")
-    return structure
 
 
 class Kept:
-    """A repair under way in a folder: what was refit so far, and the weights, a file a step.
-
-    Raises `UsageError` where other work or another plan lies there.
-    """
+    """A repair under way in a folder: what was refit so far, and the weights, a file a step. Refuses other work."""
 
     def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
         self.folder, self.plan = folder, plan
         self.refits = Ledger(folder, RefitRecord, about)
-        refuse_other_work(folder, RefitRecord, plan)
+        self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
 
     def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
         """By their paths in the dense model; none where the step was left alone."""
@@ -149,23 +139,14 @@ class Kept:
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
-    def has(self, steps: Iterable[tuple[str, ...]]) -> bool:
-        """Whether all of these steps are done with, by the names of their sublayers."""
-        return all((names,) in self.refits for names in steps)
-
     def finish(self) -> RepairedPlan:
         """The plan with all that was refit."""
-        refits = tuple(self.refits)
-        weights = {path: weight for refit in refits for path, weight in self.weights(refit).items()}
-        finish(self.folder, self.plan, {file_of(one): one.sha256 for one in refits if one.ridge is not None})
-        return RepairedPlan.of(self.plan, weights=weights, refits=refits)
+        finish(self.folder, self.plan, {file_of(one): one.sha256 for one in self.refits if one.ridge is not None})
+        return load_repaired(self.folder)
 
 
-class Calibration:
-    """A model's dense stream on a text, and which of its sequences are held out: one in so many.
-
-    With `keep_all` it serves repairs of many plans. With `offload` streams and features lie in files of that folder.
-    """
+class Calibration(DenseStream):
+    """A model's dense stream on a text, of whose sequences one in so many is held out; the rest as of `DenseStream`."""
 
     def __init__(
         self,
@@ -176,19 +157,11 @@ class Calibration:
         keep_all: bool = False,
         offload: Path | None = None,
     ) -> None:
-        self.model, self.structure = model, locate(model)
-        self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.offload = DiskOffload(offload)
-        self.recordings = [self._recorded(batch) for batch in batches]
+        super().__init__(model, batches, keep_all=keep_all, offload=offload)
         self.held = held_out(batches, one_in)
-        self.dense = DenseStream(self.structure, self.layers, self.recordings, keep_all=keep_all, offload=self.offload)
         self.probe = record(model, input_ids=batches[0][:1, :PROBED])
         self.shared = shared_parameters(model)
         self._found: dict[str, OutputProjection | None] = {}
-
-    def _recorded(self, batch: Tensor) -> Recording:
-        recording = record(self.model, input_ids=batch)
-        return replace(recording, embedded=self.offload.keep(recording.embedded))
 
     def projection(self, part: Sublayer) -> OutputProjection | None:
         """The output projection of a sublayer, where no other layer has the same weights."""
@@ -198,15 +171,6 @@ class Calibration:
             is_shared = found is not None and id(layer.get_submodule(found.path).weight) in self.shared
             self._found[part.name] = None if is_shared else found
         return self._found[part.name]
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A step that a repair went past: what it hung on, the stream behind it, and how many were refit by then."""
-
-    hung_on: tuple[LiveStep, ...]
-    states: list[Tensor]
-    made: int
 
 
 class Repair:
@@ -228,33 +192,44 @@ class Repair:
         keep_all: bool = False,
     ) -> None:
         self.text, self.plan, self.kept, self.keep_all = text, plan, kept, keep_all
-        self.ridges, self.ahead, self.near = sorted(ridges), ahead, near
+        self.ridges, self.ahead = sorted(ridges), ahead
         self.steps = steps_of(text.structure, plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
-        followed = zip(self.steps, [*self.steps[1:], None])
-        self.before_gaps = [is_near(step, following, ahead) for step, following in followed]
+        # the gap behind the following step, part of which a step aims at already
+        self.gaps_ahead = [step if step and step.gap and ahead else None for step in [*self.steps[1:], None]]
+        near_gaps = [step.gap or gap is not None for step, gap in zip(self.steps, self.gaps_ahead)]
+        # whether the two streams differ before a step
+        self.apart = [self.steps[0].line > 0 or any(near_gaps[:number]) for number in range(len(self.steps))]
+        self.is_refit = [is_near or (apart and not near) for is_near, apart in zip(near_gaps, self.apart)]
+        # a step, and where it is refit those that follow and have a say in how
+        self.hangs_on = [
+            self.steps[number : number + 1 + READERS * is_refit] for number, is_refit in enumerate(self.is_refit)
+        ]
         self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
         self.states: list[Tensor] = []
-        self.passed: list[Passed] = []
+        self.passed: list[tuple[list[Tensor], int]] = []  # the stream behind each step, and how many were refit by then
         self.ran = 0  # sublayers of the skipped model run so far
 
     def run(self, progress: Progress = silent, *, others: Sequence[Repair] = ()) -> RepairedPlan:
         """The repaired plan; it goes on from that of the `others` that it shares most with."""
-        (self.states,) = self.text.dense.before(0)
-        self._go_on_from(max(others, key=self.shared_with, default=self))
+        (self.states,) = self.text.before(0)
+        other = max(others, key=self.shared_with, default=self)
+        self.passed = other.passed[: self.shared_with(other)]
+        if self.passed:
+            self.states, made = self.passed[-1]
+            self.made = other.made[:made]
         for number in range(len(self.passed), len(self.steps)):
             step = self.steps[number]
             progress(number, len(self.steps), f"refitting {' '.join(step.names)}")
-            if self._is_refit(number):
-                following = self.steps[number + 1] if number + 1 < len(self.steps) else None
-                self.states = self._refit(step, self._target(step, following))
-            elif self._is_apart(number):
+            if self.is_refit[number]:
+                self.states = self._refit(step, self._target(step, self.gaps_ahead[number]))
+            elif self.apart[number]:
                 self.states = self._run(step)
             else:
-                (self.states,) = self.text.dense.before(step.behind)
+                (self.states,) = self.text.before(step.behind)
             if self.keep_all:
-                self.passed.append(Passed(self._hangs_on(number), self.states, len(self.made)))
+                self.passed.append((self.states, len(self.made)))
         refits = tuple(refit for refit, _ in self.made)
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
@@ -264,37 +239,19 @@ class Repair:
 
     def shared_with(self, other: Repair) -> int:
         """How many of the first steps another repair went past in the same way."""
-        numbers = range(min(len(self.steps), len(other.passed)))
-        parted = (number for number in numbers if other.passed[number].hung_on != self._hangs_on(number))
-        return next(parted, len(numbers))
+        both = list(zip(self.hangs_on, other.hangs_on[: len(other.passed)]))
+        return next((number for number, (ours, theirs) in enumerate(both) if ours != theirs), len(both))
 
-    def _go_on_from(self, other: Repair) -> None:
-        self.passed = other.passed[: self.shared_with(other)]
-        if self.passed:
-            self.states, self.made = self.passed[-1].states, other.made[: self.passed[-1].made]
-
-    def _is_apart(self, number: int) -> bool:
-        """Whether the two streams differ before a step."""
-        return self.steps[0].line > 0 or any(self.before_gaps[:number])
-
-    def _is_refit(self, number: int) -> bool:
-        return self.before_gaps[number] or (self._is_apart(number) and not self.near)
-
-    def _hangs_on(self, number: int) -> tuple[LiveStep, ...]:
-        """A step, and where it is refit those that follow and have a say in how."""
-        return tuple(self.steps[number : number + 1 + (READERS if self._is_refit(number) else 0)])
-
-    def _target(self, step: LiveStep, following: LiveStep | None) -> list[Tensor]:
-        """Where the stream is to be behind a step: where the dense one is, and some way on over the next gap."""
-        if not (following and following.gap and self.ahead):
-            return self.text.dense.before(step.behind)[0]
-        here, by, to = self.text.dense.before(step.behind, step.behind + 1, following.behind)
-        keep, whole, own = self.text.offload.keep, following.scale, following.own_scale
-        return [keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
+    def _target(self, step: LiveStep, ahead: LiveStep | None) -> list[Tensor]:
+        """Where the stream is to be behind a step: where the dense one is, and some way on over the gap `ahead`."""
+        if not ahead:
+            return self.text.before(step.behind)[0]
+        here, by, to = self.text.before(step.behind, step.behind + 1, ahead.behind)
+        whole, own = ahead.scale, ahead.own_scale
+        return [self.text.keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
         """The stream behind a step, refit where that helps."""
-        path = f"{self.text.structure.layers}.{step.block.index}."
         if self.kept is None:
             refit, weights = self._solve(step, target)
             self.made.append((refit, weights))
@@ -304,54 +261,39 @@ class Repair:
             refit = self.kept.refits[(step.names,)]
             weights = self.kept.weights(refit)  # from the file, so that those of all steps are never in memory together
             self.made.append((refit, {}))
-        with with_weights(self.text.layers[step.block.index], {n.removeprefix(path): w for n, w in weights.items()}):
+        with with_weights(self.text.model, weights):
             return self._run(step)
 
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
-        start, layer = time.process_time(), self.text.layers[step.block.index]
-        refit, why = None, ""
-        projections = self._projections(step)
-        if projections is None:
-            why = "no matrix of its own is the last before the stream"
-        else:
-            with features_of(layer, projections, self.text.offload) as features:
+        start, layer, keep = time.process_time(), self.text.layers[step.block.index], self.text.keep
+        refit, projections = None, self._projections(step)
+        if projections:
+            with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
-            metric, keep = self.metrics[step.names], self.text.offload.keep
             before = self.states if step.scale == 1 else [keep(step.scale * hidden) for hidden in self.states]
-            seen = Seen(layer, projections, before, behind, target, features(), self.text.held, metric)
-            refit = refit_step(seen, self.ridges)
+            kind = NormedFit if projections[0].norm else Fit
+            held, metric = self.text.held, self.metrics[step.names]
+            fit = kind(layer, projections, before, behind, target, features(), held, metric)
+            refit = fit.best(self.ridges)
         record = RefitRecord(
             sublayers=step.names,
             ridge=refit.ridge if refit else None,
             left=refit.left if refit else 1.0,
             seconds=time.process_time() - start,
-            why=why,
+            why="" if projections else "no matrix of its own is the last before the stream",
         )
-        path = f"{self.text.structure.layers}.{step.block.index}."
-        return record, {path + name: weight for name, weight in refit.weights.items()} if refit else {}
+        return record, self.text.placed(step, refit.weights) if refit else {}
 
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)
-        behind = run_all(self.text.layers, step, self.states, self.text.recordings)
-        return [self.text.offload.keep(hidden) for hidden in behind]
+        return self.text.run([step], self.states)
 
-    def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...] | None:
+    def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...]:
         """Those of the step that may be refit: side by side, or the only one that a norm follows."""
         found = [self.text.projection(part) for part in step.parts]
         own = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
-        return own if len(own) == 1 or (own and not any(one.norm for one in own)) else None
-
-
-def is_near(step: LiveStep, following: LiveStep | None, ahead: float) -> bool:
-    """Whether a step stands before a gap, or before a step that does."""
-    return step.gap or bool(following and following.gap and ahead)
-
-
-def come_to(steps: Sequence[LiveStep], ahead: float) -> Sequence[LiveStep]:
-    """The steps that a repair refits or leaves alone: from the first that is near a gap, or behind one, to the last."""
-    first = (place for place, pair in enumerate(zip(steps, [*steps[1:], None])) if is_near(*pair, ahead))
-    return steps[0 if steps[0].line else next(first, len(steps)) :]
+        return own if len(own) == 1 or not any(one.norm for one in own) else ()
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
@@ -360,8 +302,3 @@ def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
     every = min(one_in, sequences)
     held = torch.arange(1, sequences + 1) % every == 0
     return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]
-
-
-def digest_of(batches: Sequence[Tensor]) -> str:
-    """A hash of token ids."""
-    return hashlib.sha256(b"".join(batch.cpu().numpy().tobytes() for batch in batches)).hexdigest()[:16]

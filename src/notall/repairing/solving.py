@@ -10,7 +10,7 @@ scale the old one; (3) each channel goes only a part of the way, the less the no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,20 @@ EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A step's streams and features on all of the text, a tensor a batch.
+class Refit:
+    """New weights of a step, by their paths below its layer.
+
+    `left` is the share of the squared error that is left on the sequences that were held out.
+    """
+
+    ridge: float
+    left: float
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class Fit:
+    """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
 
     `before`, `behind` and `target` are (batch, tokens, hidden): the skipped model's stream before and behind the step
     as it is, and what it should be behind it. `features` are (batch x tokens, features) each, those of its projections
@@ -42,15 +54,23 @@ class Seen:
     held: list[Tensor]
     metric: Tensor
 
-    @property
-    def exact(self) -> torch.dtype:
-        """What is computed in."""
-        return torch.promote_types(self.features[0].dtype, torch.float32)
+    def __post_init__(self) -> None:
+        self.exact = torch.promote_types(self.features[0].dtype, torch.float32)  # what is computed in
+        self.count = sum(len(features) for features in self.features)  # of all tokens
+        self.biases = sum(one.bias(self.layer) is not None for one in self.projections)
 
-    @property
-    def count(self) -> int:
-        """Of all tokens."""
-        return sum(len(features) for features in self.features)
+    def best(self, ridges: Sequence[float]) -> Refit | None:
+        """With the ridge that leaves least on what is held out; None where all of them leave more than no change."""
+        fitted, held = self.sums(held=False), self.sums(held=True)
+        best, least = None, 1.0
+        for ridge in ridges:
+            change = fitted.solve(ridge)
+            for step, left in self.left(change, held) if change is not None else ():
+                if left < least:
+                    best, least = (ridge, step), left
+        fitted = fitted + held  # no other sums are needed from here on, and they are large
+        change = None if best is None else fitted.solve(best[0])
+        return None if best is None or change is None else Refit(best[0], least, self.weights(change, best[1]))
 
     def tokens(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features, `before`, `behind` and `target` of the tokens that are held out, or of those that are not."""
@@ -67,126 +87,76 @@ class Seen:
         """How much each token counts, (tokens,): by the mean square of its target, so that no few of them own all."""
         return 1 / (target.square() @ self.metric.to(target)).clamp_min(torch.finfo(target.dtype).tiny ** 0.5)
 
+    def sums(self, held: bool) -> Sums:
+        like = self.features[0].new_empty(0, dtype=self.exact)
+        sums = sums_for(self.count, self.features[0].shape[1], self.target[0].shape[-1], self.biases > 0, like)
+        for features, _, behind, target in self.tokens(held):
+            sums.add(features, target - behind, self.counts(target))
+        return sums
 
-@dataclass(frozen=True)
-class Refit:
-    """New weights of a step, by their paths below its layer.
+    def left(self, change: Tensor, held: Sums) -> Iterable[tuple[float, float]]:
+        """How far to go, and the share of the squared error that is then left on what is held out."""
+        return [(1.0, held.left(change, self.metric.to(change)))]
 
-    `left` is the share of the squared error that is left on the sequences that were held out.
-    """
-
-    ridge: float
-    left: float
-    weights: dict[str, Tensor]
-
-
-def refit_step(seen: Seen, ridges: Sequence[float]) -> Refit | None:
-    """With the ridge that leaves least on what is held out; None where all of them leave more than no change."""
-    return _NormedFit(seen).best(ridges) if seen.projections[0].norm else _refit_directly(seen, ridges)
-
-
-# --- answers that are added as they are -------------------------------------------------------------------------------
-
-
-def _refit_directly(seen: Seen, ridges: Sequence[float]) -> Refit | None:
-    fitted, held = _sums(seen, held=False), _sums(seen, held=True)
-    best, left = None, 1.0
-    for ridge in ridges:
-        change = fitted.solve(ridge)
-        if change is not None and (now := held.left(change, seen.metric.to(change))) < left:
-            best, left = ridge, now
-    fitted = fitted + held  # no other sums are needed from here on, and they are large
-    change = None if best is None else fitted.solve(best)
-    if best is None or change is None:
-        return None
-    return Refit(best, left, _weights(seen, change))
+    def weights(self, change: Tensor, step: float) -> dict[str, Tensor]:
+        """Each projection's own columns, in its dtype; of a bias that several share, each an equal part."""
+        weights: dict[str, Tensor] = {}
+        start = 0
+        for one in self.projections:
+            old, bias = one.matrix(self.layer), one.bias(self.layer)
+            own = change[:, start : start + old.shape[1]]
+            start += old.shape[1]
+            if bias is not None:
+                bias = (bias.to(change) + change[:, -1] / (one.scale * self.biases)).to(bias.dtype)
+            weights |= one.parameters(self.layer, (old.to(change) + own).to(old.dtype), bias)
+        return weights
 
 
-def _sums(seen: Seen, held: bool) -> Sums:
-    like = seen.features[0].new_empty(0, dtype=seen.exact)
-    outputs = seen.target[0].shape[-1]
-    sums = sums_for(seen.count, seen.features[0].shape[1], outputs, _biases(seen) > 0, like)
-    for features, _, behind, target in seen.tokens(held):
-        sums.add(features, target - behind, seen.counts(target))
-    return sums
+class NormedFit(Fit):
+    """To fit answers that a norm is given; a bias stays as it is."""
 
-
-def _biases(seen: Seen) -> int:
-    return sum(one.bias(seen.layer) is not None for one in seen.projections)
-
-
-def _weights(seen: Seen, change: Tensor) -> dict[str, Tensor]:
-    """Each projection's own columns, in the dtype of the model; of a bias that several share, each an equal part."""
-    weights: dict[str, Tensor] = {}
-    start = 0
-    for one in seen.projections:
-        old, bias = one.matrix(seen.layer), one.bias(seen.layer)
-        own = change[:, start : start + old.shape[1]]
-        start += old.shape[1]
-        if bias is not None:
-            bias = (bias.to(change) + change[:, -1] / (one.scale * _biases(seen))).to(bias.dtype)
-        weights |= one.parameters(seen.layer, (old.to(change) + own).to(old.dtype), bias)
-    return weights
-
-
-# --- answers that a norm is given -------------------------------------------------------------------------------------
-
-
-class _NormedFit:
-    def __init__(self, seen: Seen) -> None:
-        self.seen, (self.projection,) = seen, seen.projections
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (self.projection,) = self.projections
         assert self.projection.norm
-        self.norm = seen.layer.get_submodule(self.projection.norm)
-        self.metric = seen.metric.to(seen.exact)
-        self.old = self.projection.matrix(seen.layer).to(seen.exact)
-        bias = self.projection.bias(seen.layer)  # stays as it is
-        self.bias = self.old.new_zeros(()) if bias is None else bias.to(seen.exact)
-        self.gain = gain_of(self.norm, seen.before[0].new_ones(1, 1, len(self.old))).to(seen.exact)
+        self.norm = self.layer.get_submodule(self.projection.norm)
+        self.metric = self.metric.to(self.exact)
+        self.old = self.projection.matrix(self.layer).to(self.exact)
+        bias = self.projection.bias(self.layer)
+        self.bias = self.old.new_zeros(()) if bias is None else bias.to(self.exact)
+        self.gain = gain_of(self.norm, self.before[0].new_ones(1, 1, len(self.old))).to(self.exact)
         self.counting = self.metric * self.gain.square()
+        self.none = self._errors(torch.zeros_like(self.old))[0]
 
-    def best(self, ridges: Sequence[float]) -> Refit | None:
-        fitted, held = self._sums(held=False), self._sums(held=True)
-        none, *_ = self._errors(torch.zeros_like(self.old))
-        best, left = None, 1.0
-        for ridge in ridges:
-            change = fitted.solve(ridge)
-            errors = self._errors(change) if change is not None and none else []
-            for step, error in zip(STEPS, errors):
-                if error / none < left:
-                    best, left = (ridge, step), error / none
-        fitted = fitted + held  # no other sums are needed from here on, and they are large
-        change = None if best is None else fitted.solve(best[0])
-        if best is None or change is None:
-            return None
-        new = self.old + self._shares(best[1])[:, None] * change
-        new = new.to(self.projection.matrix(self.seen.layer).dtype)
-        return Refit(best[0], left, self.projection.parameters(self.seen.layer, new, None))
+    def sums(self, held: bool) -> Sums:
+        sums = sums_for(self.count, self.old.shape[1], len(self.old), False, self.old.new_empty(0))
+        gain = torch.where(self.gain.abs() < EPSILON, torch.inf, self.gain)
+        for features, before, _, target in self.tokens(held):
+            answers = features @ self.old.T + self.bias
+            size = answers.square().mean(-1).clamp_min(EPSILON).sqrt()
+            lacking = size[:, None] * (target - before) / (self.projection.scale * gain) - answers
+            sums.add(features, lacking, self.counts(target) / size.square())
+        return sums
+
+    def left(self, change: Tensor, held: Sums) -> Iterable[tuple[float, float]]:
+        return zip(STEPS, [error / self.none for error in self._errors(change)]) if self.none else ()
+
+    def weights(self, change: Tensor, step: float) -> dict[str, Tensor]:
+        new = self.old + self._shares(step)[:, None] * change
+        return self.projection.parameters(self.layer, new.to(self.projection.matrix(self.layer).dtype), None)
 
     def _shares(self, step: float) -> Tensor:
         """How much of the way each channel goes, (hidden,)."""
         return self.counting / (self.counting + step * self.counting.mean())
 
-    def _sums(self, held: bool) -> Sums:
-        sums = sums_for(self.seen.count, self.old.shape[1], len(self.old), False, self.old.new_empty(0))
-        gain = torch.where(self.gain.abs() < EPSILON, torch.inf, self.gain)
-        for features, before, _, target in self.seen.tokens(held):
-            answers = features @ self.old.T + self.bias
-            size = answers.square().mean(-1).clamp_min(EPSILON).sqrt()
-            lacking = size[:, None] * (target - before) / (self.projection.scale * gain) - answers
-            sums.add(features, lacking, self.seen.counts(target) / size.square())
-        return sums
-
     def _errors(self, change: Tensor) -> list[float]:
         """For each of `STEPS` the squared distance to the target behind the norm, over tokens that are held out."""
         totals = [0.0] * len(STEPS)
-        for features, before, _, target in self.seen.tokens(held=True):
+        for features, before, _, target in self.tokens(held=True):
             answers, more = features @ self.old.T + self.bias, features @ change.T
-            counts = self.seen.counts(target)
+            counts = self.counts(target)
             for place, step in enumerate(STEPS):
-                missed = before + self._added(answers + self._shares(step) * more) - target
-                totals[place] += float(counts @ (missed.square() @ self.metric))
+                given = (answers + self._shares(step) * more).to(self.before[0].dtype)
+                added = self.projection.scale * self.norm(given[None])[0].to(answers)
+                totals[place] += float(counts @ ((before + added - target).square() @ self.metric))
         return totals
-
-    def _added(self, answers: Tensor) -> Tensor:
-        rounded = answers.to(self.seen.before[0].dtype)
-        return self.projection.scale * self.norm(rounded[None])[0].to(answers)

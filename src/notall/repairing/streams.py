@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
 from ..plan import Plan
-from ..running.replay import Recording, live_steps, record
+from ..running.replay import live_steps, record
 from ..structure.locating import locate
-from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model
+from ..structure.model_structure import Block, ModelStructure, Sublayer
 from ..structure.observation import Branch, LayerCall, run_branches, scaled
 
 
@@ -51,9 +50,7 @@ class DiskOffload:
 
 @dataclass(frozen=True)
 class Line:
-    """What adds to the stream at once: a sublayer, or both of a parallel block; `scale` is what the stream is then
-    multiplied by.
-    """
+    """A sublayer, or both of a parallel block, which add to the stream at once; then it is multiplied by `scale`."""
 
     block: Block
     parts: tuple[Sublayer, ...]
@@ -107,108 +104,45 @@ def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
 
 
 class DenseStream:
-    """The stream before each line of the dense model, (batch, tokens, hidden) a batch.
+    """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
 
-    A few lines are kept at once, or all of them, for repairs of many plans on one text.
+    A few lines are kept at once; with `keep_all` all of them, for repairs of many plans. With a folder `offload` they
+    lie in files there. Raises `UnsupportedModel` as `locate` does.
     """
 
     def __init__(
-        self,
-        structure: ModelStructure,
-        layers: nn.ModuleList,
-        recordings: Sequence[Recording],
-        *,
-        keep_all: bool = False,
-        offload: DiskOffload | None = None,
+        self, model: PreTrainedModel, batches: Sequence[Tensor], *, keep_all: bool = False, offload: Path | None = None
     ) -> None:
-        self.layers, self.recordings, self.keep_all = layers, recordings, keep_all
-        self.offload = offload or DiskOffload()
-        self.lines = lines_of(structure)
-        self.at = {0: [recording.embedded for recording in recordings]}
+        self.model, self.structure, self.keep_all = model, locate(model), keep_all
+        self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
+        self.keep = DiskOffload(offload).keep
+        recordings = (record(model, input_ids=batch) for batch in batches)
+        self.recordings = [replace(one, embedded=self.keep(one.embedded)) for one in recordings]
+        self.lines = lines_of(self.structure)
+        self.at = {0: [recording.embedded for recording in self.recordings]}
 
     def before(self, *lines: int) -> list[list[Tensor]]:
         """Before each of these lines; unless all are kept, later calls may only ask for these and what is behind."""
         for place in range(max(self.at), max(lines)):
-            behind = run_all(self.layers, self.lines[place], self.at[place], self.recordings)
-            self.at[place + 1] = [self.offload.keep(hidden) for hidden in behind]
+            self.at[place + 1] = self.run([self.lines[place]], self.at[place])
             if place not in lines and not self.keep_all:
                 del self.at[place]
         if not self.keep_all:
             self.at = {line: states for line, states in self.at.items() if line in lines}
         return [self.at[line] for line in lines]
 
+    def run(self, lines: Iterable[Line], states: list[Tensor]) -> list[Tensor]:
+        """The stream behind `lines`, which follow each other, given the one before them."""
+        for line in lines:
+            index, behind = line.block.index, list[Tensor]()
+            for hidden, recording in zip(states, self.recordings):
+                here = hidden.to(recording.device) if hidden.is_cpu else hidden  # from a file, maybe
+                call = LayerCall(recording.arguments[index])
+                added = run_branches(line.branches, self.layers[index], here, call)
+                behind.append(self.keep(scaled(added, line.scale)))
+            states = behind
+        return states
 
-def run_all(
-    layers: nn.ModuleList, line: Line, states: Sequence[Tensor], recordings: Sequence[Recording]
-) -> Iterator[Tensor]:
-    """The stream behind a line, given the one before it, batch by batch."""
-    index = line.block.index
-    for hidden, recording in zip(states, recordings):
-        here = hidden.to(recording.device) if hidden.is_cpu else hidden  # from a file, maybe
-        yield scaled(
-            run_branches(line.branches, layers[index], here, LayerCall(recording.arguments[index])), line.scale
-        )
-
-
-# --- what a plan leaves out, line by line -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Lines that are skipped: from `start` to before `end`; `name` is the first skipped sublayer's."""
-
-    name: str
-    start: int
-    end: int
-
-
-class DenseRun:
-    """The dense model on the calibration text, (batch, tokens) token ids each: its `stream`, and what runs its lines.
-
-    Raises `UsageError` for a plan that does not fit, and `UnsupportedModel` as `locate` does.
-    """
-
-    def __init__(self, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> None:
-        inner = base_model(model)
-        self.structure = locate(inner)
-        plan.check(self.structure)
-        self.structure.refuse_stubs("a repair")
-        if self.structure.scaled:
-            raise UsageError(
-                f"layers of {self.structure.model_type} multiply their stream; only notall.repair knows that"
-            )
-        self.layers: nn.ModuleList = inner.get_submodule(self.structure.layers)
-        self.recordings = [record(inner, input_ids=batch) for batch in batches]
-        self.stream = DenseStream(self.structure, self.layers, self.recordings)
-        self.dtype = inner.dtype
-
-    def run(self, states: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
-        """The stream behind the lines from `start` to before `end`, given the stream before them, batch by batch."""
-        for line in self.stream.lines[start:end]:
-            states = list(run_all(self.layers, line, states, self.recordings))
-        return list(states)
-
-
-def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> list[Gap]:
-    """The runs of lines that `plan` skips; with `by_block`, a run ends with its block.
-
-    Raises `UsageError` where one of a parallel block's two is skipped alone: there is no gap in its line.
-    """
-    lines = lines_of(structure)
-    skipped = []
-    for line in lines:
-        left_out = [line.block.index in getattr(plan, part.kind) for part in line.parts]
-        if any(left_out) != all(left_out):
-            raise UsageError(
-                f"block {line.block.index} runs its attention and its MLP side by side, and the plan skips one of "
-                "them; this repair makes up for whole blocks there: choose another"
-            )
-        skipped.append(all(left_out))
-    gaps = []
-    for (out, _), run in groupby(
-        enumerate(lines), key=lambda pair: (skipped[pair[0]], by_block and pair[1].block.index)
-    ):
-        places = [place for place, _ in run]
-        if out:
-            gaps.append(Gap(lines[places[0]].parts[0].name, places[0], places[-1] + 1))
-    return gaps
+    def placed(self, line: Line, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a line's layer, by their paths below it, by those in the model."""
+        return {f"{self.structure.layers}.{line.block.index}.{name}": weight for name, weight in weights.items()}

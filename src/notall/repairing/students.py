@@ -6,22 +6,22 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
 from ..running.repaired import RepairedPlan, set_weight
-from ..running.replay import Recording, live_steps, record
+from ..running.replay import Recording, live_steps, record, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
-from ..structure.observation import LayerCall, forward_replaced, run_branches, scaled
-from .projections import find_projection, is_norm, reading_gains, shared_parameters
+from ..structure.observation import LayerCall, run_branches, scaled
+from .projections import find_projection, is_matrix, is_norm, reading_gains, shared_parameters
 from .streams import DenseStream, steps_of
 
 Trained = Literal["outputs", "all", "lora"]
@@ -61,23 +61,22 @@ class Student(nn.Module):
         self, model: PreTrainedModel, plan: Plan, config: TrainConfig, tokens: Tensor, *, layerwise: bool = False
     ) -> None:
         super().__init__()
-        structure, train = locate(model), config.train
-        wanted = set(
-            _adaptable(model, structure, plan) if train == "lora" else _own(model, structure, plan, train, tokens)
-        )
-        self.model = sharing(model)
+        structure = locate(model)
+        wanted = set(_chosen(model, structure, plan, config.train, tokens))
+        own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+        own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+        self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
             set_weight(self.model, path, weight)
-        self.adapters = _adapted(self.model, wanted, config.rank) if train == "lora" else {}
+        self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
         self.trained = {
             path: one
             for path, one in self.model.named_parameters()
             if (f".{ADAPTER}." in path if self.adapters else path in wanted)
         }
         self.dtypes = {path: one.dtype for path, one in self.trained.items()}
-        self.layerwise = (
-            Layerwise(model, structure, plan, self.model.get_submodule(structure.layers)) if layerwise else None
-        )
+        layers = self.model.get_submodule(structure.layers)
+        self.layerwise = Layerwise(model, structure, plan, layers) if layerwise else None
         remove(self.model, Plan(plan.attention, plan.mlp))
         for parameter in self.trained.values():
             exact = torch.promote_types(parameter.dtype, torch.float32)  # steps are too small for dtypes of few bits
@@ -90,43 +89,31 @@ class Student(nn.Module):
             return states_of(self.model, input_ids)
         return self.layerwise.loss(targets)
 
+    @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """What was trained, by its path in the dense model, in the dtype that it has there; with LoRA merged."""
-        if self.adapters:
-            return {f"{path}.weight": _merged(adapter) for path, adapter in self.adapters.items()}
-        return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
-
-
-def sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters are its own, frozen, and share the memory of the model's."""
-    own: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
-    return copy.deepcopy(model, own)
+        if not self.adapters:
+            return {path: one.detach().to(self.dtypes[path]) for path, one in self.trained.items()}
+        found = {}
+        for path, adapter in self.adapters.items():
+            own: Tensor = adapter.base_layer.weight
+            found[f"{path}.weight"] = (own.float() + adapter.get_delta_weight(ADAPTER).float()).to(own.dtype)
+        return found
 
 
 def states_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the head's matrix is given, (tokens, width)."""
-    seen: list[Tensor] = []
-
-    def take(states: Tensor) -> Tensor:
-        seen.append(states)
-        return states[..., :1]
-
-    with forward_replaced(model.get_output_embeddings(), take):
-        model(input_ids=ids, use_cache=False)
-    return seen[0].flatten(0, 1)
+    return states_before_output(model, partial(model, input_ids=ids, use_cache=False)).flatten(0, 1)
 
 
 @torch.no_grad()
 def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the last layer answers for all tokens that another one follows, (tokens, hidden)."""
     seen: list[Tensor] = []
-
-    def note(_: nn.Module, given: Any, answer: Any) -> None:
-        seen.append(answer[0] if isinstance(answer, tuple) else answer)
-
     _, layers = decoder_layers(model)
-    handle = layers[-1].register_forward_hook(note)
+    handle = layers[-1].register_forward_hook(
+        lambda _, given, answer: seen.append(answer[0] if isinstance(answer, tuple) else answer)
+    )
     try:
         states_of(model, ids)
     finally:
@@ -134,18 +121,21 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return seen[0][:, :-1].flatten(0, 1)
 
 
-# --- which weights ----------------------------------------------------------------------------------------------------
-
-
-def _own(
+def _chosen(
     model: PreTrainedModel, structure: ModelStructure, plan: Plan, train: Trained, tokens: Tensor
 ) -> Iterator[str]:
-    """The paths of the parameters to train: of all that is kept, or of its norms and output projections."""
+    """The paths to train of what is kept: of all parameters, of norms and output projections, or (LoRA) of matrices."""
     probe, shared = record(model, input_ids=tokens[:1, :PROBED]), shared_parameters(model)
     for block, parts in live_steps(structure, plan):
         path = f"{structure.layers}.{block.index}"
         layer = model.get_submodule(path)
         for part in parts:
+            if train == "lora":
+                for top in part.modules:
+                    for name, module in layer.get_submodule(top).named_modules(prefix=top):
+                        if is_matrix(module) and id(module.weight) not in shared:
+                            yield f"{path}.{name}"
+                continue
             chosen = [f"{name}." for name in part.modules]
             if train == "outputs":
                 chosen = [f"{name}." for name in part.modules if is_norm(layer.get_submodule(name))]
@@ -154,18 +144,6 @@ def _own(
             for name, parameter in layer.named_parameters():
                 if name.startswith(tuple(chosen)) and id(parameter) not in shared:
                     yield f"{path}.{name}"
-
-
-def _adaptable(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Iterator[str]:
-    """The paths of the matrices of all that is kept."""
-    shared = shared_parameters(model)
-    for block, parts in live_steps(structure, plan):
-        layer = f"{structure.layers}.{block.index}"
-        for name in (f"{layer}.{name}" for part in parts for name in part.modules):
-            for path, module in model.get_submodule(name).named_modules(prefix=name):
-                is_plain = isinstance(module, nn.Linear | Conv1D) and type(module.weight) is nn.Parameter
-                if is_plain and module.weight.is_floating_point() and id(module.weight) not in shared:  # not quantised
-                    yield path
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -191,13 +169,6 @@ def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, An
     return {path: model.get_submodule(path) for path in sorted(paths)}
 
 
-@torch.no_grad()
-def _merged(adapter: Any) -> Tensor:
-    """A matrix with what is beside it."""
-    own: Tensor = adapter.base_layer.weight
-    return (own.float() + adapter.get_delta_weight(ADAPTER).float()).to(own.dtype)
-
-
 # --- layer by layer ---------------------------------------------------------------------------------------------------
 
 
@@ -214,17 +185,17 @@ class Layerwise:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, structure: ModelStructure, plan: Plan, layers: nn.Module) -> None:
-        self.model, self.structure, self.layers = model, structure, layers
+        self.model, self.layers = model, layers
         self.steps = steps_of(structure, plan)
-        self.dense: nn.ModuleList = model.get_submodule(structure.layers)
-        self.metrics = reading_gains(model, self.dense, [step.parts for step in self.steps])
+        dense: nn.ModuleList = model.get_submodule(structure.layers)
+        self.metrics = reading_gains(model, dense, [step.parts for step in self.steps])
 
     @torch.no_grad()
     def targets(self, ids: Tensor) -> LayerTargets:
-        recording = record(self.model, input_ids=ids)
-        dense = DenseStream(self.structure, self.dense, [recording])
-        streams = [states for (states,) in dense.before(*(step.behind for step in self.steps))]
-        return LayerTargets(recording, streams)
+        dense = DenseStream(self.model, [ids])
+        return LayerTargets(
+            dense.recordings[0], [states for (states,) in dense.before(*(s.behind for s in self.steps))]
+        )
 
     def loss(self, targets: LayerTargets) -> Tensor:
         """The squared distance over the square of the target, mean over tokens and steps, (1,); each step on its own.
@@ -233,11 +204,9 @@ class Layerwise:
         """
         hidden, losses = targets.recording.embedded, list[Tensor]()
         for step, target, metric in zip(self.steps, targets.streams, self.metrics):
-            index = step.block.index
-            call = LayerCall(targets.recording.arguments[index])
-            behind = scaled(
-                run_branches(step.branches, self.layers.get_submodule(str(index)), hidden, call), step.scale
-            )
+            layer = self.layers.get_submodule(str(step.block.index))
+            call = LayerCall(targets.recording.arguments[step.block.index])
+            behind = scaled(run_branches(step.branches, layer, hidden, call), step.scale)
             off, size = ((one.float().square() @ metric).flatten() for one in (behind - target, target))
             losses.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())
             hidden = behind.detach()

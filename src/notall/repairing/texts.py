@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..digests import digest_of
 from ..errors import UsageError
 from ..measuring.quality import evaluate
 from ..models.names import DEFAULT_TEXT
 from ..models.texts import read_text, token_batches, windows_in
 from ..plan import Plan
-from ..progress import Progress, silent
+from ..progress import Progress, silent, tracked
 from ..results import lines
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
@@ -25,7 +26,6 @@ from ..running.generating import sample
 from ..running.tensor_files import Kept, kept_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import positions_of
-from .refitting import digest_of
 
 SEQUENCES, LENGTH = 128, 512  # windows that a repair is fitted to, and their tokens
 MEASURED = 16  # windows of each text that what came out is measured on
@@ -67,11 +67,12 @@ class RepairTexts:
         if sequences is None:
             fewest = min(windows_in(tokenizer, read_text(source), length) for source in texts)
             each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
-        own, other, told = list[Any](), dict[str, Any](), list[dict[str, str]]()
+        own, other, told = list[list[Tensor]](), dict[str, list[Tensor]](), list[dict[str, str]]()
         for source, count in [(source, each) for source in texts] + [(source, 0) for source in held_out]:
             text, beside = read_text(source), 0 if count and held_out else MEASURED
-            asked: dict[str, int] = {"sequences": count + beside, "length": length, "batch_size": 1 if count else 2}
-            rows = [row.to(model.device) for row in token_batches(tokenizer, text, **asked, seed=seed)]
+            windows, size = count + beside, 1 if count else 2
+            drawn = token_batches(tokenizer, text, sequences=windows, length=length, batch_size=size, seed=seed)
+            rows = [row.to(model.device) for row in drawn]
             if count:
                 own.append(rows[:count])
                 told.append({"text": text.name, "text_sha256": text.sha256})
@@ -107,14 +108,11 @@ def sampled(
     given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]
 
     def write() -> Kept:
-        parts: list[Tensor] = []
-        for number, prompts in enumerate(windows[:, :given].split(AT_ONCE)):
-            progress(number * AT_ONCE, len(windows), "sampling text to train on")
-            parts.append(sample(model, prompts, length - given, seed=seed + number))
-        progress(len(windows), len(windows), "sampled text to train on")
+        prompts = tracked(windows[:, :given].split(AT_ONCE), "sampling text to train on", progress)
+        parts = [sample(model, some, length - given, seed=seed + number) for number, some in enumerate(prompts)]
         return {"ids": torch.cat(parts)}, {}
 
-    kept, _ = kept_tensors(folder, "sampled", [settings.what, digest_of(batches), seed], write)
+    kept, _ = kept_tensors(folder, "sampled", [settings.what, digest_of(batches)[:16], seed], write)
     return list(kept["ids"].to(windows.device).split([len(batch) for batch in batches]))
 
 
@@ -136,27 +134,21 @@ def measure(
         kept = Ledger(folder, MeasuredRecord)
         for text, batches in texts.items():
             about = {name: about_measured(model, settings, plan, batches) for name, plan in plans.items()}
-            keys = {name: (text, name, about[name].key) for name in plans}
-            lacking = [name for name in plans if keys[name] not in kept]
+            lacking = {name: plan for name, plan in plans.items() if (text, name, about[name].key) not in kept}
             if lacking:
                 progress(0, 1, f"measuring on {text}")
-                qualities = evaluate(model, [plans[name] for name in lacking], batches)
+                qualities = zip(lacking.items(), evaluate(model, [*lacking.values()], batches))
                 kept.add(
                     *(
-                        MeasuredRecord(text=text, model=name, plan=plans[name], quality=quality, provenance=about[name])
-                        for name, quality in zip(lacking, qualities)
+                        MeasuredRecord(text=text, model=name, plan=plan, quality=quality, provenance=about[name])
+                        for (name, plan), quality in qualities
                     )
                 )
-            found += [kept[key] for key in keys.values()]
+            found += [kept[text, name, about[name].key] for name in plans]
     return found
 
 
 def about_measured(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
     """What decides the figures."""
-    return Provenance.of(
-        settings,
-        plan=plan.indices,
-        fingerprint=locate(model).fingerprint,
-        weights=plan.digest,
-        windows=digest_of(batches),
-    )
+    told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "weights": plan.digest}
+    return Provenance.of(settings, **told, windows=digest_of(batches)[:16])

@@ -1,8 +1,7 @@
 """The loop of a healing: AdamW on accelerate, in one process, or in several that share each batch.
 
 The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known, so that no
-logits are kept (see `TokenScorer.distance`). For a first share of the steps it is layer by layer how far the student's
-stream is from the dense one.
+logits are kept (see `TokenScorer.distance`); in the warm-up it is how far the student's stream is from the dense one.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -77,7 +74,8 @@ class _Loop:
         self.config, self.teacher, self.folder = training.config, teacher, folder
         self.ledger, self.progress = ledger, progress
         self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
-        self.size, self.steps = len(training.batches[0]), -(-len(self.rows) // len(training.batches[0]))
+        self.size = len(training.batches[0])
+        self.steps = -(-len(self.rows) // self.size)
         self.warm = round(self.config.warm_up * self.steps)
         self.every = max(1, self.steps // self.config.evaluations)
         self.scorer, self.state, self.start = TokenScorer(teacher), _State(), time.process_time()
@@ -88,6 +86,9 @@ class _Loop:
         self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[spread])
         plain = torch.optim.AdamW(self.student.trained.values(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(self.student, plain)
+        # what is trained is in float32, also where the rest has fewer bits
+        half = teacher.dtype in (torch.bfloat16, torch.float16)
+        self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
         share = training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
         self.held_out = _HeldOut(teacher, self.scorer, share)
 
@@ -126,27 +127,23 @@ class _Loop:
         self.optimizer.zero_grad()
 
     def _loss(self, ids: Tensor) -> Tensor:
-        """Mean over tokens, in nats; in the warm-up a share of the stream's square."""
+        """What has the gradient of the mean KL over tokens; in the warm-up a share of the stream's square."""
         if self.student.layerwise and self.state.step < self.warm:
             targets = self.student.layerwise.targets(ids)
-            with self._autocast():
+            with self.autocast:
                 return self.model(ids, targets).mean()
         with torch.no_grad():
             dense = states_of(self.teacher, ids)
-        with self._autocast():
-            states = self.model(ids)
-        return _Distance.apply(states, dense, self.scorer).mean()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """What is trained is in float32, also where the rest has fewer bits."""
-        half = self.teacher.dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=half)
+        with self.autocast:
+            states: Tensor = self.model(ids)
+        _, derivative = self.scorer.distance(states.detach(), dense)
+        return (states * derivative).sum(-1).mean()
 
     def _evaluate(self) -> None:
         """Look at the held-out text, and write down how far it is."""
         state = self.state
         self.student.eval()
-        sums = self.held_out.sums(self.student.model, self._autocast())
+        sums = self.held_out.sums(self.student.model, self.autocast)
         kl, nll, same, count = self.accelerator.reduce(sums, "sum").tolist()
         evaluation = HealRecord(
             tokens=state.step * self.tokens,
@@ -217,7 +214,7 @@ class _HeldOut:
             self.asked.append((ids, targets, scores.likeliest, dense))
 
     @torch.no_grad()
-    def sums(self, student: PreTrainedModel, autocast: AbstractContextManager[Any]) -> Tensor:
+    def sums(self, student: PreTrainedModel, autocast: torch.autocast) -> Tensor:
         """KL, NLL and same first choices, summed over all tokens that are predicted, and how many these are, (4,)."""
         found = [torch.zeros(4, 0, device=student.device)]
         for ids, targets, likeliest, dense in self.asked:
@@ -227,19 +224,3 @@ class _HeldOut:
             same = (scores.likeliest == likeliest).to(scores.kl)
             found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
         return torch.cat(found, 1).sum(1)
-
-
-class _Distance(torch.autograd.Function):
-    """See `TokenScorer.distance`."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, dense: Tensor, scorer: TokenScorer) -> Tensor:
-        distance, derivative = scorer.distance(states, dense)
-        ctx.save_for_backward(derivative)
-        ctx.dtype = states.dtype
-        return distance
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (derivative,) = ctx.saved_tensors
-        return (gradients[0][:, None] * derivative).to(ctx.dtype), None, None

@@ -12,27 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import UsageError, shortened
-from ...plugins import installed_names, named, positional
+from ...plugins import first_line, installed_names, named, positional
 from ..budget import Budget
-from ..space import Space
+from ..space import Choice, Space
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
 from .features import choose_angular, score_cosine, score_relative_magnitude
 from .gradients import score_first_order, score_fisher
 from .losses import choose_by_evolution, choose_by_search, choose_greedily, score_leave_one_out
 from .quadratic import choose_quadratic
-from .setting import Choice, Criterion, Setting, UnitScores, take
+from .setting import Criterion, Setting, UnitScores, take
 
-__all__ = [
-    "CRITERIA",
-    "Choice",
-    "Criterion",
-    "Setting",
-    "UnitScores",
-    "choose",
-    "criterion",
-    "every_criterion",
-    "suits",
-]
+__all__ = ["Choice", "Criterion", "CriterionLike", "Setting", "UnitScores", "criterion", "every_criterion"]
 
 _ALL = (
     Criterion("deepest", "place: the deepest first (the paper's rule, 2407.15516)", score_deepest, reads="config"),
@@ -86,12 +76,7 @@ _ALL = (
         passes=lambda units, count: units**2 / 24,
         needs=("scipy",),
     ),
-    Criterion(
-        "search",
-        "lazy greedy, refined by swaps",
-        choose=choose_by_search,
-        reads="objective",
-    ),
+    Criterion("search", "lazy greedy, refined by swaps", choose=choose_by_search, reads="objective"),
 )
 CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points
@@ -113,8 +98,7 @@ def criterion(given: CriterionLike) -> Criterion:
         return replace(found, name=name) if isinstance(given, str) and found.name != name else found
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
-    described = (inspect.getdoc(found) or "").partition("\n")[0].rstrip(".")
-    arguments = positional(found)
+    described, arguments = first_line(found), positional(found)
     if 1 not in arguments and 2 not in arguments:
         raise UsageError(f"{shortened(name)} is no criterion: let it take a Setting, and a Budget if it chooses itself")
     return Criterion(name, described, found) if 1 in arguments else Criterion(name, described, choose=found)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import UsageError, expect
 from ...plan import Plan, Skippable
@@ -95,32 +95,32 @@ def score_gate_norm(setting: Setting) -> UnitScores:
     space = setting.space
     if space.unit_kind != "attention":
         raise UsageError("Gate-Norm ranks attentions only: choose among attentions")
-    model = base_model(setting.model)
-    layers = list(model.get_submodule(space.structure.layers).children())
+    layers = list(base_model(setting.model).get_submodule(space.structure.layers).children())
     return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
+
+
+def _linear(layer: nn.Module) -> dict[str, nn.Linear]:
+    """A layer's projections, each by the last name of its path; the first where several have one name."""
+    modules = reversed(list(layer.named_modules()))
+    return {path.rpartition(".")[2]: module for path, module in modules if isinstance(module, nn.Linear)}
 
 
 def has_projections(layer: nn.Module) -> bool:
     """Whether a layer has the queries' and the keys' projections apart."""
-    names = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    return {"q_proj", "k_proj"} <= names
+    return {"q_proj", "k_proj"} <= _linear(layer).keys()
 
 
 def _coupling(layer: nn.Module) -> float:
-    queries, keys = (_projection(layer, name) for name in ("q_proj", "k_proj"))
+    found = _linear(layer)
+    for name in ("q_proj", "k_proj"):
+        if name not in found:
+            raise UsageError(
+                f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
+                "take another criterion"
+            )
+    queries, keys = (found[name].weight.detach().float() for name in ("q_proj", "k_proj"))  # (heads * width, hidden)
     heads = len(queries) // len(keys)
     if heads > 1:
         width: int = next(m.head_dim for m in layer.modules() if isinstance(getattr(m, "head_dim", None), int))  # type: ignore[assignment]
         keys = keys.view(-1, width, keys.shape[-1]).repeat_interleave(heads, dim=0).flatten(0, 1)
     return float((queries.T @ keys).norm())  # (hidden, hidden)
-
-
-def _projection(layer: nn.Module, name: str) -> Tensor:
-    """The weight of a projection, (heads * width, hidden)."""
-    for path, module in layer.named_modules():
-        if path.rpartition(".")[2] == name and isinstance(module, nn.Linear):
-            return module.weight.detach().float()
-    raise UsageError(
-        f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
-        "take another criterion"
-    )

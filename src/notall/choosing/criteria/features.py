@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity
 from ...errors import UsageError
 from ...running.passages import Passage, walk
 from ..budget import Budget, contiguous_runs
-from ..space import Unit, names_in
-from .setting import Choice, Setting, UnitScores
+from ..space import Choice, Unit, names_in
+from .setting import Setting, UnitScores
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (batch, tokens, hidden), to (batch, tokens)
 
@@ -43,17 +43,25 @@ def choose_angular(setting: Setting, budget: Budget) -> Choice:
     space = setting.space
     if space.kind != "block" or budget.target == math.inf:
         raise UsageError("the angular distance chooses a run of blocks: say how many, as --skip block:4 does")
-    states = _last_tokens(setting)
+    blocks = len(space.structure.blocks)
+    states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]  # at the last tokens, before each block and in the end
+
+    def look(passage: Passage) -> None:
+        index = passage.block.index
+        states[index].append(passage.before[:, -1].double().cpu())
+        if index == blocks - 1:
+            states[blocks].append(passage.after[:, -1].double().cpu())
+
+    def angle(first: int) -> float:
+        start = first + space.keep_first
+        before, behind = torch.cat(states[start]), torch.cat(states[start + len(found[first])])
+        cosine = cosine_similarity(before, behind, dim=-1).clamp(-1, 1)
+        return float((cosine.arccos() / math.pi).mean())
+
+    _walk(setting, look)
     found = contiguous_runs(space, budget)
-    angles = {first: _angle(states[first + space.keep_first], states[first + space.keep_first + len(run)])
-              for first, run in found.items()}  # fmt: skip
-    order = found[min(angles, key=angles.__getitem__)]
+    order = found[min(found, key=angle)]
     return Choice(names_in(order), order)
-
-
-def _angle(before: Tensor, after: Tensor) -> float:
-    cosine = cosine_similarity(before, after, dim=-1).clamp(-1, 1)
-    return float((cosine.arccos() / math.pi).mean())
 
 
 @torch.no_grad()
@@ -62,21 +70,6 @@ def _walk(setting: Setting, look: Callable[[Passage], None]) -> None:
     for tokens in setting.batches:
         walk(setting.model, look, input_ids=tokens)
     setting.passed(1, start)
-
-
-def _last_tokens(setting: Setting) -> list[Tensor]:
-    """The stream at each sequence's last token, before each block and behind the last: (sequences, hidden) each."""
-    blocks = len(setting.space.structure.blocks)
-    states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
-
-    def look(passage: Passage) -> None:
-        index = passage.block.index
-        states[index].append(passage.before[:, -1].double().cpu())
-        if index == blocks - 1:
-            states[blocks].append(passage.after[:, -1].double().cpu())
-
-    _walk(setting, look)
-    return [torch.cat(rows) for rows in states]
 
 
 def _measured(setting: Setting, measure: Measure) -> UnitScores:

@@ -6,9 +6,9 @@ import random
 
 from ..budget import Budget
 from ..searching import search
-from ..space import Skipped, Unit
+from ..space import Choice, Skipped, Unit
 from .features import score_cosine
-from .setting import Choice, Setting, UnitScores
+from .setting import Setting, UnitScores
 
 OFFSPRING, GENERATIONS = 16, 20  # of the evolution
 STAGES = ((0.25, 4), (1.0, 1))  # on what share of the text, and how many survive
@@ -53,8 +53,7 @@ def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
     """A (1 + 16) evolution of sets of the same size, by swaps; offspring are selected in stages on more and more text.
 
     A child swaps one or a few units, the smaller of two draws from 1 to 3. The parent competes in the last stage, so it
-    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3 (level switches, multi-step
-    selection).
+    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3.
     """
     draw = random.Random(setting.seed)
     parent = _random_set(setting, budget, draw)
@@ -102,7 +101,7 @@ def _mutated(setting: Setting, budget: Budget, parent: Skipped, draw: random.Ran
 
 def choose_by_search(setting: Setting, budget: Budget) -> Choice:
     """The lazy search with its refinement (see `searching`), in the order of the cosine where nothing is known yet."""
-    found = search(
+    return search(
         setting.space,
         budget,
         setting.evaluator,
@@ -111,4 +110,3 @@ def choose_by_search(setting: Setting, budget: Budget) -> Choice:
         late=lambda: setting.late,
         progress=setting.progress,
     )
-    return Choice(found.skipped, found.order)

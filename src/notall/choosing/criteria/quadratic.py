@@ -1,7 +1,4 @@
-"""By what is lost without each unit and without each two of them: the set for which the sum of both is least.
-
-A binary quadratic program, made linear for HiGHS.
-"""
+"""By what is lost without each unit and without each two: the least sum, a binary quadratic program for HiGHS."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from numpy.typing import NDArray
 from ...errors import UsageError
 from ..budget import Budget
 from ..searching import SCREENED
-from ..space import Unit, names_in
-from .setting import Choice, Setting
+from ..space import Choice, Unit, names_in
+from .setting import Setting
 
 Floats = NDArray[np.float64]
 
@@ -116,10 +113,6 @@ class QuadraticProgram:
     together: Floats
     limited: Floats
     limit: float
-
-    def cost(self, chosen: tuple[int, ...]) -> float:
-        """What these cost."""
-        return float(self.alone[[*chosen]].sum() + self.together[np.ix_(chosen, chosen)].sum() / 2)
 
     def solve(self, sizes: Floats, least: float, most: float, seconds: float = SECONDS) -> tuple[int, ...] | None:
         """The cheapest whose sizes add up to `least` to `most`, by their numbers; None where there are no such.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,8 +22,10 @@ from ...structure.model_structure import base_model
 from ..budget import Budget
 from ..evaluator import Evaluator
 from ..searching import PATIENCE
-from ..space import UNIT_KINDS, Skipped, Space, Unit, UnitKind
+from ..space import UNIT_KINDS, Choice, Skipped, Space, Unit, UnitKind
 
+P = ParamSpec("P")
+T = TypeVar("T")
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
 
 
@@ -59,14 +61,6 @@ class Setting:
         executions = passes * share * self.evaluator.forward
         seconds = time.process_time() - since
         self.evaluator.spent += SearchCost(evaluations=1, executions=executions, seconds=seconds)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A set, and in which order it came to be: what was skipped first comes first, what was swapped in last."""
-
-    skipped: Skipped
-    order: tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
@@ -107,11 +101,10 @@ class Criterion:
     def scores(self, setting: Setting) -> UnitScores:
         """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has no number."""
         assert self.score
-        with self._explained():
-            scores = self.score(setting)
+        scores = self._called(self.score, setting)
         expect(scores, Mapping, f"back a score for each unit, a dict, from the criterion {shortened(self.name)}")
         for unit in setting.space.units:
-            score: Any = scores.get(unit)
+            score: object = scores.get(unit)
             if not isinstance(score, Real) or math.isnan(score):
                 raise UsageError(f"the criterion {shortened(self.name)} gives no number to {unit}: score every unit")
         return scores
@@ -119,10 +112,9 @@ class Criterion:
     def chosen(self, setting: Setting, budget: Budget) -> Choice:
         """By `choose`. Raises `UsageError` where it fails, and where it returns no `Choice` that meets the budget."""
         assert self.choose
-        with self._explained():
-            found = self.choose(setting, budget)
+        found = self._called(self.choose, setting, budget)
         expect(found, Choice, f"back a Choice from the criterion {shortened(self.name)}")
-        if not self._is_ours:
+        if not _is_ours(self.choose):
             self._check(found, setting, budget)
         return found
 
@@ -139,13 +131,14 @@ class Criterion:
             saved = f"{budget.saved(found.skipped):,.4g} of {budget.target:,.4g}"
             raise UsageError(f"{named} saves {saved}, and the budget is {budget.description}: go on until budget.met")
 
-    def _explained(self) -> AbstractContextManager[None]:
+    def _called(self, function: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
         """What code of others raises is one line; what notall's own does is to be seen whole."""
-        return nullcontext() if self._is_ours else explained(f"the criterion {self.name}")
+        with nullcontext() if _is_ours(function) else explained(f"the criterion {self.name}"):
+            return function(*given, **more)
 
-    @property
-    def _is_ours(self) -> bool:
-        return getattr(self.score or self.choose, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
+
+def _is_ours(function: Callable[..., object]) -> bool:
+    return getattr(function, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
 
 
 def take(setting: Setting, scores: UnitScores, budget: Budget) -> Choice:
@@ -153,8 +146,7 @@ def take(setting: Setting, scores: UnitScores, budget: Budget) -> Choice:
 
     Where the budget is a limit on the objective, sets are evaluated as they grow, and the last within it is taken.
     """
-    skipped: Skipped = frozenset()
-    order: list[Unit] = []
+    skipped, order = Skipped(), list[Unit]()
     dense = setting.evaluator.cost(skipped) if budget.target == math.inf else 0.0
 
     def sum_of(unit: Unit) -> float:

@@ -1,28 +1,36 @@
 """Ways to make up for what a plan skips: ours, and the published ones to measure it against.
 
-A new one is one function, and a line in `METHODS`; of another package, an entry point of the group
-`notall.repair_methods`.
+A new one is one function, and a line in `METHODS`; of another package, a `notall.repair_methods` entry point.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
+from ...models.loading import dtype_name
 from ...plan import Plan
-from ...plugins import explained, named, positional
+from ...plugins import explained, first_line, named, positional
 from ...progress import Progress, silent
-from ...running.repaired import RepairedPlan
-from ..refitting import repair
-from .linear_maps import ghosted, nbl
-from .prune_and_comp import prune_and_comp
-from .replaceme import replaceme
+from ...results.ledger import Ledger, working_in
+from ...results.provenance import Provenance
+from ...results.repairs import RefitRecord
+from ...running.repaired import LinearMap, RepairedPlan, holder_of, refuse_maps
+from ...running.repaired_folders import WHOLE, keep_whole, load_repaired, refuse_other_work
+from ...running.tensor_files import Kept, kept_tensors
+from ...structure.locating import locate
+from ...structure.model_structure import base_model
+from ..refitting import about_weights, repair
+from .published import ghosted, nbl, prune_and_comp, replaceme
 
 
 class Repairing(Protocol):
@@ -63,30 +71,27 @@ METHODS = {
     "nbl": Method(nbl, "a linear map in place of what is skipped; 2505.21077", "a matrix and a bias each"),
     "ghosted": Method(ghosted, "a linear map at each gap; 2605.15491", "a matrix each"),
 }
-
-
 GROUP = "notall.repair_methods"  # of entry points
+WEIGHT, MATRIX, BIAS = "weight ", "matrix ", "bias "  # tensors in a file of a repair
 
 
 def method(way: str | Method | Repairing) -> Method:
     """The method of a name: none, refit, replaceme, prune-and-comp, nbl, ghosted, or `module:function`.
 
     Packages may add names of their own. A function of (model, plan, batches), with a fourth argument `progress` if
-    it is to be told, becomes a method. Raises `UsageError` for a name that there is nothing of, and for a
-    module that cannot be imported. What fails in a method of others is a `UsageError` too, when it is called.
+    it is to be told, becomes a method, described by its first line. Raises `UsageError` for a name that there is
+    nothing of, and for a module that cannot be imported. What fails in a method of others is a `UsageError` too, when
+    it is called.
     """
-    if not isinstance(way, str):
-        return _made(getattr(way, "__name__", "method"), way)
-    return METHODS.get(way) or _made(way, named(way, METHODS, GROUP, "repair"))
-
-
-def _made(name: str, found: Any) -> Method:
-    """A method; a function becomes one, described by its first line."""
+    if isinstance(way, str):
+        name, found = way, named(way, METHODS, GROUP, "repair")
+    else:
+        name, found = getattr(way, "__name__", "method"), way
     if isinstance(found, Method):
         return found if found in METHODS.values() else replace(found, repair=_guarded(name, found.repair))
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no repair: give a function of a model, a plan and batches, or a Method")
-    return Method(_guarded(name, found), (inspect.getdoc(found) or "").partition("\n")[0].rstrip("."))
+    return Method(_guarded(name, found), first_line(found))
 
 
 def _guarded(name: str, function: Repairing) -> Repairing:
@@ -100,10 +105,71 @@ def _guarded(name: str, function: Repairing) -> Repairing:
         model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
     ) -> RepairedPlan:
         with explained(f"the repair {name}"):
-            named_so = {"progress": progress} if by_name else {}
-            fourth = () if by_name or 3 in taken else (progress,)
-            found = function(model, plan, batches, *fourth, **named_so)
+            if by_name:
+                found = function(model, plan, batches, progress=progress)
+            else:
+                found = function(model, plan, batches, *(() if 3 in taken else (progress,)))
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
     return guarded
+
+
+# --- repairs in files, there when they are asked for again -----------------------------------------------------------
+
+
+def kept_repair(
+    folder: Path, name: str, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
+) -> tuple[RepairedPlan, float]:
+    """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
+
+    Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
+    Raises as the method does.
+    """
+
+    def make() -> Kept:
+        start = time.process_time()
+        repaired = method(name).repair(model, plan, batches, progress)
+        tensors = {WEIGHT + path: weight for path, weight in repaired.weights.items()}
+        for where, one in repaired.maps.items():
+            tensors |= {MATRIX + where: one.matrix} | ({} if one.bias is None else {BIAS + where: one.bias})
+        return tensors, {"seconds": str(time.process_time() - start)}
+
+    key = [plan.indices, dtype_name(base_model(model)), digest_of(batches)[:16]]
+    tensors, notes = kept_tensors(folder, name.replace(":", "-").replace("/", "-"), key, make)
+
+    def named(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+
+    maps = {where: LinearMap(matrix, named(BIAS).get(where)) for where, matrix in named(MATRIX).items()}
+    return RepairedPlan.of(plan, weights=named(WEIGHT), maps=maps), float(notes["seconds"])
+
+
+def repair_into(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    settings: Provenance | Mapping[str, Any],
+    progress: Progress = silent,
+) -> RepairedPlan:
+    """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
+
+    Raises `UsageError` for a method that keeps matrices at run time, weights that are none of the model's, and a folder
+    that holds other work or is in use, and as the method does.
+    """
+    structure = locate(base_model(model))
+    plan.check(structure)
+    about = about_weights(settings, base_model(model), plan, calibration=digest_of(batches)[:16], method=name)
+    with working_in(folder, "repair"):
+        ledger = Ledger(folder, RefitRecord, about)
+        if not refuse_other_work(folder, RefitRecord, plan):
+            repaired = method(name).repair(model, plan, batches, progress)
+            refuse_maps(repaired)
+            repaired.check(structure)
+            for path, weight in repaired.weights.items():
+                holder_of(model, path, weight)
+            ledger.add()  # its first line alone: where the weights come from
+            keep_whole(folder, repaired, WHOLE)
+        return load_repaired(folder)

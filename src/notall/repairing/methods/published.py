@@ -1,0 +1,218 @@
+"""Published repairs to measure ours against: each closes the gaps of a plan, which are runs of lines that it skips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...errors import UsageError
+from ...plan import Plan
+from ...progress import Progress, silent, tracked
+from ...running.repaired import LinearMap, RepairedPlan
+from ...structure.locating import locate
+from ...structure.model_structure import ModelStructure, Sublayer, base_model
+from ...structure.observation import LayerCall
+from ..least_squares import Moments
+from ..projections import OutputProjection, features_of, find_projection
+from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
+
+RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Lines that are skipped: from `start` to before `end`; `name` is the first skipped sublayer's."""
+
+    name: str
+    start: int
+    end: int
+
+
+def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> list[Gap]:
+    """The runs of lines that `plan` skips; with `by_block`, a run ends with its block.
+
+    Raises `UsageError` where one of a parallel block's two is skipped alone: there is no gap in its line.
+    """
+    lines = lines_of(structure)
+    skipped = []
+    for line in lines:
+        left_out = [line.block.index in getattr(plan, part.kind) for part in line.parts]
+        if any(left_out) != all(left_out):
+            raise UsageError(
+                f"block {line.block.index} runs its attention and its MLP side by side, and the plan skips one of "
+                "them; this repair makes up for whole blocks there: choose another"
+            )
+        skipped.append(all(left_out))
+    gaps = []
+    for (out, _), run in groupby(range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index)):
+        places = list(run)
+        if out:
+            gaps.append(Gap(lines[places[0]].names[0], places[0], places[-1] + 1))
+    return gaps
+
+
+def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> DenseStream:
+    """The dense model on the calibration text. Raises `UsageError` for a plan that does not fit, or a model."""
+    inner = base_model(model)
+    structure = locate(inner)
+    plan.check(structure)
+    structure.refuse_stubs("a repair")
+    if structure.scaled:
+        raise UsageError(f"layers of {structure.model_type} multiply their stream; only notall.repair knows that")
+    return DenseStream(inner, batches)
+
+
+def _projection(stream: DenseStream, line: Line, part: Sublayer, hidden: Tensor) -> OutputProjection | None:
+    """The output projection of a sublayer, tried on the first batch, whose stream is `hidden`; None behind a norm."""
+    index = line.block.index
+    found = find_projection(stream.layers[index], part, hidden, LayerCall(stream.recordings[0].arguments[index]))
+    return None if found is None or found.norm else found
+
+
+def _least_squares(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, ridge: float = 0.0, biased: bool = False
+) -> Tensor:
+    """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs), with a last column for a bias.
+
+    Raises `UsageError` where tokens, (batch, tokens, channels) or (tokens, channels) each, are too few to tell.
+    """
+    moments = Moments.none(inputs[0].shape[-1], outputs[0].shape[-1], biased, inputs[0].new_empty(0).double())
+    for given, wanted in zip(inputs, outputs):
+        given, wanted = given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
+        moments.add(given, wanted, given.new_ones(len(given)))
+    found = moments.solve(ridge, alike=True)
+    if found is None:
+        raise UsageError(
+            f"the calibration text is too short to tell a matrix of {inputs[0].shape[-1]} channels from others; "
+            "give more of it, with --sequences"
+        )
+    return found
+
+
+def _over(stream: DenseStream, gap: Gap, *, ridge: float = 0.0, biased: bool = False) -> Tensor:
+    """The linear map from the dense stream before a gap to what the gap adds to it."""
+    before, behind = stream.before(gap.start, gap.end)
+    added = [to.double() - at for at, to in zip(before, behind)]
+    return _least_squares(before, added, ridge=ridge, biased=biased).to(stream.model.dtype)
+
+
+@torch.no_grad()
+def nbl(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
+    """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W E[x], of the dense model.
+
+    x is the stream before an attention and y what it adds, as its repository's layers run: no norm stands before W.
+    A skipped MLP gets a map as well, and a block that is skipped whole one for both, as in the paper's Block NBL.
+    A least-squares fit with a bias is the same estimator.
+    """
+    stream, maps = _stream(model, plan, batches), {}
+    gaps = gaps_of(stream.structure, plan, by_block=True)
+    for gap in tracked(gaps, "fitting maps to what is skipped", progress):
+        found = _over(stream, gap, biased=True)
+        maps[gap.name] = LinearMap(found[:, :-1].contiguous(), found[:, -1].contiguous())
+    return RepairedPlan.of(plan, maps=maps)
+
+
+@torch.no_grad()
+def ghosted(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
+    """Ghosted Layers, arXiv 2605.15491: x becomes x (I + X^+ D), where D is what a gap adds to the dense stream X.
+
+    X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its repository's `recovery.py`. One matrix a gap, as the paper has
+    for layers that are cut together; there is no bias.
+    """
+    stream, maps = _stream(model, plan, batches), {}
+    for gap in tracked(gaps_of(stream.structure, plan), "fitting maps over the gaps", progress):
+        maps[gap.name] = LinearMap(_over(stream, gap, ridge=RIDGE))
+    return RepairedPlan.of(plan, maps=maps)
+
+
+@torch.no_grad()
+def replaceme(
+    model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
+) -> RepairedPlan:
+    """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the output projection before it.
+
+    The least-squares variant, with the `alpha` of 0 of its repository's `lstsq` configuration: T = (M'M)^-1
+    M'(h_n + M - h_i), and T'W in place of W; all of the dense model. M is what the projection W adds to the stream,
+    h_i the stream behind it, h_n the one behind the gap. The paper skips blocks, so that W is a `down_proj`; here it is
+    that of whatever is kept before the gap. A gap with nothing before it stays, and so does one behind a sublayer that
+    a norm or no single matrix ends.
+    """
+    stream = _stream(model, plan, batches)
+    steps = [step for step in steps_of(stream.structure, plan) if step.gap]
+    weights: dict[str, Tensor] = {}
+    for step in tracked(steps, "folding maps into what is before the gaps", progress):
+        weights |= _folded(stream, step)
+    return RepairedPlan.of(plan, weights=weights)
+
+
+def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
+    layer = stream.layers[step.block.index]
+    before, wanted = stream.before(step.line, step.behind)
+    part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
+    projection = _projection(stream, step, part, before[0])
+    if projection is None:
+        return {}
+    with features_of(layer, [projection]) as features:
+        behind = stream.run([step], before)
+    matrix, bias = projection.matrix(layer), projection.bias(layer)
+    added = [inner.double() @ matrix.double().T for inner in features()]
+    if bias is not None:
+        added = [m + projection.scale * bias.double() for m in added]
+    target = [to.flatten(0, 1).double() + m - at.flatten(0, 1) for to, m, at in zip(wanted, added, behind)]
+    through = _least_squares(added, target)
+    new_bias = None if bias is None else (through @ bias.double()).to(bias.dtype)
+    return stream.placed(step, projection.parameters(layer, (through @ matrix.double()).to(matrix.dtype), new_bias))
+
+
+@torch.no_grad()
+def prune_and_comp(
+    model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
+) -> RepairedPlan:
+    """Prune&Comp, arXiv 2507.18212: the stream's magnitude behind a gap is made what it was, by weights.
+
+    The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|. As in
+    its repository's `magcomp.py`, E is over the tokens of a window, and gaps are closed one by one, each measured
+    on what the ones before left. There the embedding and every `o_proj` and `down_proj` before the gap are
+    multiplied by a. Here every output projection *behind* the gap is divided by it: norms read the stream, so the
+    whole stream's scale tells nothing, and an embedding that is the head too (the default model's) can stay as it is.
+
+    Raises `UsageError` where what is kept behind a gap ends in a norm or in no single matrix.
+    """
+    stream = _stream(model, plan, batches)
+    (states,), here, scale = stream.before(0), 0, 1.0
+    weights: dict[str, Tensor] = {}
+    gaps = gaps_of(stream.structure, plan)
+    for number, gap in enumerate(tracked(gaps, "measuring magnitudes over the gaps", progress)):
+        states = stream.run(stream.lines[here : gap.start], states)
+        behind = stream.run(stream.lines[gap.start : gap.end], states)
+        ratio = float(torch.cat([_size(to) / _size(at).clamp_min(TINY) for at, to in zip(states, behind)]).mean())
+        states, here, scale = [ratio * state for state in states], gap.end, scale * ratio
+        until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
+        for line in stream.lines[here:until]:
+            for part in line.parts:
+                weights |= _divided(stream, line, part, scale)
+    return RepairedPlan.of(plan, weights=weights)
+
+
+def _size(states: Tensor) -> Tensor:
+    """The mean magnitude over the tokens of each window, (batch, hidden)."""
+    return states.double().abs().mean(1)
+
+
+def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
+    layer = stream.layers[line.block.index]
+    projection = _projection(stream, line, part, stream.recordings[0].embedded)
+    if projection is None:
+        raise UsageError(
+            f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix, so that no "
+            "weights rescale it; choose another repair than prune-and-comp"
+        )
+    bias = projection.bias(layer)
+    new = projection.parameters(layer, projection.matrix(layer) / scale, None if bias is None else bias / scale)
+    return stream.placed(line, new)
