@@ -35,7 +35,7 @@ from ..inputs import Settings, read_json
 from ..plan import Plan
 from ..running.skipping import without
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder, export_in
-from .gguf_header import check_gguf
+from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .own_exports import OwnExport, is_own_form, own_export
@@ -353,7 +353,7 @@ def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, 
         folder = converted_folder(gguf)
         if folder.is_dir():
             return folder, {}
-        check_gguf(gguf)
+        open_gguf(gguf)
         return gguf.parent, {"gguf_file": gguf.name}
     path = expanded(spec)
     return (path if path.exists() else hub_id(spec)), {}

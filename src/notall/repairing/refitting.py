@@ -32,8 +32,7 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running.repaired import RepairedPlan, with_weights
-from ..running.repaired_folders import file_of, finish, read_weights, refuse_other_work, step_of
+from ..running.repaired import RepairedPlan, file_of, finish, read_weights, refuse_other_work, step_of, with_weights
 from ..running.replay import Recording, record
 from ..running.skipping import is_skipping
 from ..running.tensor_files import write_tensors

@@ -124,7 +124,7 @@ def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, group: Grou
     for extras in (layer.before, layer.after):
         extras.training = source.training
     numbers = [[_scale(structure, dense, index) for index in way] for way in ways]
-    layer.scales = Scales(numbers) if any(ways) else None  # type: ignore[assignment]
+    layer.scales = Scales(numbers) if any(ways) else None
     names = tuple(parameter_names(source))
     layer._layout = _Layout(  # type: ignore[assignment]
         block,
