@@ -112,16 +112,16 @@ def _is_mlp(name: str, block: Tensors) -> bool:
 
 
 class _Reader(GGUFReader):
-    """Believes no count of a header: the library's own would go on behind the end of a file, for hours."""
+    """Ends where the file does, and is quick: the library's own goes on behind the end for hours, on a wrong count."""
 
     reads = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray[Any, Any]:
         self.reads += 1
-        found = super()._get(offset, dtype, count, override_order)
-        if len(found) < count or self.reads > MOST_READS:
-            raise EOFError("its header counts more than it holds")
-        return found
+        if self.reads > MOST_READS:
+            raise EOFError("its header has no end")
+        kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+        return np.frombuffer(self.data, kind, int(count), int(offset))
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def whole(trace: LayerTrace) -> Stubs:
     """The stub of a whole layer, which answers what it is given."""
     names = parameter_names(trace.layer)
     arguments = {names[0]: trace.hidden} | trace.arguments
-    return {"attention": Stub((("", Form(tuple(names), names[0], _elements(trace.answer, arguments, {0}))),))}
+    return {"attention": Stub((("", Form(names, names[0], _elements(trace.answer, arguments, {0}))),))}
 
 
 def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
@@ -210,7 +210,7 @@ def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
         elements = _elements(call.answer, call.arguments, used)
         answer = call.answer if isinstance(call.answer, Tensor) else call.answer[min(used)]
         width = answer.shape[-1] if name == names[-1] else None
-        forms.append((name, Form(tuple(parameter_names(child(trace.layer, name))), value, elements, width)))
+        forms.append((name, Form(parameter_names(child(trace.layer, name)), value, elements, width)))
     return Stub(tuple(forms))
 
 

@@ -419,9 +419,14 @@ def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters  # which takes long enough to do it once
 
 
-def parameter_names(module: nn.Module) -> list[str]:
+@functools.cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(_signature(forward))[1:]
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's own `forward`, in order."""
-    return list(_signature(type(module).forward))[1:]
+    return _names(type(module).forward)
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -613,7 +618,7 @@ def _self_adding(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
 
 def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op:
     module = child(trace.layer, node.made_by) if isinstance(node.made_by, str) else None
-    names = parameter_names(module) if module else []
+    names = parameter_names(module) if module else ()
 
     def slot(name: str, given: Any) -> Slot:
         if given is value:
