@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -124,10 +124,14 @@ def load_config(
     if spec in SHAPES:
         return LlamaConfig(**SHAPES[str(spec)])
     with _explained(spec):
-        source, gguf = _config_source(spec, revision)
+        gguf, path = named_gguf(spec), expanded(spec)
+        source: Path | str = converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
+        file = {}
+        if gguf and not Path(source).is_dir():
+            open_gguf(gguf)  # refuses what transformers would read for hours
+            source, file = gguf.parent, {"gguf_file": gguf.name}
         with quiet():
-            options = _options(source, revision, trust_remote_code)
-            config = AutoConfig.from_pretrained(source, **gguf, **options)
+            config = AutoConfig.from_pretrained(source, **file, **_options(source, revision, trust_remote_code))
     _refuse_unread_rope(spec, config)
     _refuse_endless(spec, config)
     return config
@@ -177,8 +181,10 @@ def build_random(
         noise = noise.to(device, dtype)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
-                dummy = nn.Parameter(_dummy(weight, noise), requires_grad=weight.requires_grad)
-                setattr(module, name, dummy)
+                dummy = torch.ones(weight.shape, dtype=dtype, device=device)
+                for piece in dummy.view(-1).split(noise.numel()) if dummy.dim() > 1 else ():
+                    piece.copy_(noise[: piece.numel()])
+                setattr(module, name, nn.Parameter(dummy, requires_grad=weight.requires_grad))
         model.tie_weights()
         return model.to(device).eval()
 
@@ -197,7 +203,9 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
         if path.is_file():
             return {"model": name, "revision": f"sha256:{digest_of_file(path)}"}
         if path.is_dir():
-            return {"model": name, "revision": f"sha256:{_folder_hash(path)}"}
+            files = sorted(one for one in (*path.glob("*.safetensors"), *path.glob("config.json")) if one.is_file())
+            digest = digest_of(f"{file.name} {digest_of_file(file)}\n" for file in files)
+            return {"model": name, "revision": f"sha256:{digest}"}
         config = hf_hub_download(hub_id(spec), "config.json", revision=revision)
         return {"model": str(spec), "revision": Path(config).parent.name}
 
@@ -219,7 +227,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Raises UsageError for an unknown name.
     """
-    return _fast_dtype(device) if name == "auto" else named_dtype(name, "auto")
+    if name != "auto":
+        return named_dtype(name, "auto")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
 
 
 def named_dtype(name: str, *others: str) -> torch.dtype:
@@ -227,15 +242,6 @@ def named_dtype(name: str, *others: str) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}{nearest(name, [*DTYPES])}: give {', '.join([*others, *DTYPES])}")
     return DTYPES[name]
-
-
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16
 
 
 def refuse_export(folder: Path) -> None:
@@ -347,18 +353,6 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
     return path
 
 
-def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, dict[str, str]]:
-    """What transformers can read a config from, with the option that a GGUF file not yet converted needs."""
-    if gguf := named_gguf(spec):
-        folder = converted_folder(gguf)
-        if folder.is_dir():
-            return folder, {}
-        open_gguf(gguf)
-        return gguf.parent, {"gguf_file": gguf.name}
-    path = expanded(spec)
-    return (path if path.exists() else hub_id(spec)), {}
-
-
 def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     return {
         "local_files_only": isinstance(source, Path),
@@ -385,19 +379,6 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -
     with explained(config.model_type), quiet():
         model: PreTrainedModel = reader_of(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
         return model
-
-
-def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
-    dummy = torch.ones(weight.shape, dtype=noise.dtype, device=noise.device)
-    if dummy.dim() > 1:
-        for piece in dummy.view(-1).split(noise.numel()):
-            piece.copy_(noise[: piece.numel()])
-    return dummy
-
-
-def _folder_hash(folder: Path) -> str:
-    files = sorted(file for file in (*folder.glob("*.safetensors"), *folder.glob("config.json")) if file.is_file())
-    return digest_of(f"{file.name} {digest_of_file(file)}\n" for file in files)
 
 
 def _refuse_endless(spec: str | Path, config: PretrainedConfig) -> None:

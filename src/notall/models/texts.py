@@ -72,10 +72,12 @@ def token_batches(
     width = length - len(start)
     windows = len(ids) // width
     if windows < sequences:
-        fits = _what_fits(windows, len(ids) // sequences + len(start))
+        fitting = len(ids) // sequences + len(start)
+        fits = [f"lower sequences to {windows} or "] if windows else []
+        fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
         raise UsageError(
             f"the text {shortened(text.name)} has {len(ids)} tokens, and {sequences} sequences of {length} need "
-            f"{sequences * width}: {fits}"
+            f"{sequences * width}: {''.join(fits)}give a longer text"
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
     rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
@@ -98,12 +100,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
         ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
         known[text.sha256] = torch.tensor(ids, dtype=torch.int32)
     return known[text.sha256]
-
-
-def _what_fits(sequences: int, length: int) -> str:
-    fits = [f"lower sequences to {sequences}"] if sequences else []
-    fits += [f"lower length to {length}"] if length >= 2 else []
-    return " or ".join([*fits, "give a longer text"])
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,17 +133,18 @@ def read_file(path: Path, wanted: str) -> str:
 
 def fields(path: Path, content: str, name: str) -> list[str]:
     """The field `name` of every line of JSON, each a string; blank lines are skipped."""
-    return [_field(path, *line, name) for line in enumerate(content.split("\n"), 1) if line[1].strip()]
-
-
-def _field(path: Path, number: int, line: str, name: str) -> str:
-    try:
-        field = read_json(line)[name]
-    except (ValueError, KeyError, TypeError):
-        field = None
-    if not isinstance(field, str):
-        raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
-    return field
+    found = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            field = read_json(line)[name]
+        except (ValueError, KeyError, TypeError):
+            field = None
+        if not isinstance(field, str):
+            raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
+        found.append(field)
+    return found
 
 
 # --- token ids ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ believed.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -168,12 +167,7 @@ class RepairedPlan(Plan):
     def check(self, structure: ModelStructure) -> None:
         """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
         super().check(structure)
-        known = tuple(
-            f"{structure.layers}.{part.index}.{module}."
-            for block in structure.blocks
-            for part in block.sublayers
-            for module in part.modules
-        )
+        known = tuple(f"{structure.layers}.{p.index}.{name}." for p in structure.sublayers for name in p.modules)
         for path in self.weights:
             if not path.startswith(known):
                 raise UsageError(
@@ -204,9 +198,6 @@ def refuse_maps(plan: Plan) -> None:
             "this plan's repair keeps matrices at run time, which are there to be measured against and cannot be "
             "generated with or exported; repair the plan with notall.repair instead"
         )
-
-
-# --- in the model -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -257,9 +248,6 @@ def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, 
     return holder, name
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
-
-
 class Seal(BaseModel):
     """What a finished folder holds."""
 
@@ -284,17 +272,18 @@ def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
 def finish(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     """Write the plan and then the seal: the records are there, and the `weights`, by file their digests."""
     records = {
-        kind.file: _sha256(folder / kind.file) for kind in (RefitRecord, HealRecord) if (folder / kind.file).is_file()
+        kind.file: digest_of([(folder / kind.file).read_bytes()])
+        for kind in (RefitRecord, HealRecord)
+        if (folder / kind.file).is_file()
     }
     plan.save(folder / PLAN)
-    seal, part = Seal(plan=plan.indices, files=records | dict(weights)), folder / f"{SEAL}.part"
+    seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
+    part = path.with_name(f"{SEAL}.part")
     try:
         part.write_text(seal.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / SEAL)
+        part.replace(path)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {shortened(folder / SEAL)}: {error.strerror}; make room, and run again"
-        ) from None
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
@@ -346,7 +335,7 @@ def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
             weights |= read_weights(folder, name, digest)
-        elif name.endswith(".jsonl") and _sha256(_file(folder, name)) != digest:
+        elif name.endswith(".jsonl") and digest_of([_file(folder, name).read_bytes()]) != digest:
             raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {FIX}")
     return weights
 
@@ -356,10 +345,6 @@ def _file(folder: Path, name: str) -> Path:
     if file is None:
         raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {FIX}")
     return file
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _history(folder: Path) -> tuple[RepairStep, ...]:
