@@ -37,10 +37,9 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def convert_gguf(gguf: Path) -> Path:
-    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once.
+    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once, by one process.
 
-    Processes that want it at the same time wait for the first. Raises UsageError when the cache can't be
-    written; what transformers says of a file that it can't read passes.
+    Raises UsageError when the cache can't be written; what transformers says of a file that it can't read passes.
     """
     folder = converted_folder(gguf)
     if folder.is_dir():
@@ -94,10 +93,7 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
 
 
 def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a SmolLM file as its header has it; None for other files.
-
-    transformers passes over how it splits digits, and 4.57 takes BOS for EOS and puts it before every text.
-    """
+    """That of a SmolLM file's header, whose digits and BOS transformers gets wrong; None for other files."""
     reader = open_gguf(gguf)
 
     def read(name: str) -> Any:

@@ -97,10 +97,7 @@ def load(
 def load_empty(
     spec: str | Path, dtype: torch.dtype | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a config without weights, in a dtype, or else in the checkpoint's own, quantised as it is there.
-
-    `spec` is as in `load`; a config.json, or a name of SHAPES, will do. Raises as `load` does.
-    """
+    """The model of a config without weights, in `dtype` or as the checkpoint has it, quantised or not; see `load`."""
     with _explained(spec):
         settings = _settings_of_export(spec, revision)
         if settings is None:
@@ -117,10 +114,7 @@ def load_empty(
 def load_config(
     spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """A model's config without its weights: `spec` as in `load`, or a config.json, or a name of SHAPES.
-
-    Raises UsageError for a model that is unknown or out of reach.
-    """
+    """A model's config without its weights: `spec` as in `load`, or a config.json, or one of SHAPES."""
     if spec in SHAPES:
         return LlamaConfig(**SHAPES[str(spec)])
     with _explained(spec):
@@ -132,8 +126,7 @@ def load_config(
             source, file = gguf.parent, {"gguf_file": gguf.name}
         with quiet():
             config = AutoConfig.from_pretrained(source, **file, **_options(source, revision, trust_remote_code))
-    _refuse_unread_rope(spec, config)
-    _refuse_endless(spec, config)
+    _refuse_misread(spec, config)
     return config
 
 
@@ -223,10 +216,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by its name; `auto` is bfloat16 where that is fast, else float16 on CUDA and float32 elsewhere.
-
-    Raises UsageError for an unknown name.
-    """
+    """A dtype by its name; `auto` is bfloat16 where that is fast, else float16 on CUDA and float32 elsewhere."""
     if name != "auto":
         return named_dtype(name, "auto")
     if device.type == "cuda":
@@ -252,9 +242,6 @@ def refuse_export(folder: Path) -> None:
         )
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _explained(spec: str | Path) -> Iterator[None]:
     """`explained`, and of a GGUF file that we wrote for llama.cpp alone what it is, and what to do."""
@@ -274,10 +261,17 @@ def _load_plain(
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     source = model_source(spec, revision)
     options = _options(source, revision, trust_remote_code)
-    config = _checked_config(spec, source, options)
+    where = {name: options[name] for name in ("revision", "local_files_only")}
+    refuse_adapter(spec, find_adapter_config_file(source, **where))
+    with quiet():
+        config = AutoConfig.from_pretrained(source, **options)
+    named_weights(spec, config)
+    refuse_what_cannot_run(spec, config)
+    _refuse_misread(spec, config)
     told = quantisation_of(config)
     with quiet(progress=not isinstance(source, Path)):
-        tokenizer = _read_tokenizer(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
         model, report = reader_of(config).from_pretrained(source, use_safetensors=True, **how, **options)
     if told and (missing := sorted(map(str, report["missing_keys"]))):
         raise UsageError(
@@ -286,7 +280,6 @@ def _load_plain(
             "give another checkpoint; notall inspect, plan and export take this one"
         )
     check_weights(spec, report)
-    _refuse_unread_rope(spec, model.config)
     if told and not quantisation_of(model.config):
         setattr(model, UNPACKED_FROM, quantisation_name(told))
     return model.eval(), tokenizer
@@ -300,7 +293,9 @@ def _load_export(
     if not folder.exists():
         folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=[*READ]))
     with quiet():
-        tokenizer = _read_tokenizer(folder, config=export.config, local_files_only=True, trust_remote_code=False)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=export.config, **local)
+        tokenizer("a")
         model, report = type(build_empty(export.config)).from_pretrained(
             None, config=export.config, state_dict=export.weights(folder), **how
         )
@@ -309,12 +304,6 @@ def _load_export(
     ours = [name for name in map(str, report["missing_keys"]) if name in held or not name.startswith(structure.layers)]
     check_weights(spec, report | {"missing_keys": ours})
     return model, tokenizer
-
-
-def _read_tokenizer(source: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
-    return tokenizer
 
 
 def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | None:
@@ -361,18 +350,6 @@ def _options(source: Path | str, revision: str | None, trust_remote_code: bool) 
     }
 
 
-def _checked_config(spec: str | Path, source: Path | str, options: dict[str, Any]) -> PretrainedConfig:
-    """Refuse a config by which transformers would read other weights than the model's safetensors, or not end."""
-    where = {name: options[name] for name in ("revision", "local_files_only")}
-    refuse_adapter(spec, find_adapter_config_file(source, **where))
-    with quiet():
-        config = AutoConfig.from_pretrained(source, **options)
-    named_weights(spec, config)
-    refuse_what_cannot_run(spec, config)
-    _refuse_endless(spec, config)
-    return config
-
-
 def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     # Code of the model's own was allowed when its config was loaded.
     trusted = type(config).__module__.startswith("transformers_modules")
@@ -381,16 +358,13 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -
         return model
 
 
-def _refuse_endless(spec: str | Path, config: PretrainedConfig) -> None:
+def _refuse_misread(spec: str | Path, config: PretrainedConfig) -> None:
     """A damaged config may ask for layers or experts that would take hours to lay out."""
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(text, name, None)
         if isinstance(count, int) and count > MOST:
             raise UsageError(f"the config of {spec} has {name} = {count}: it is damaged; fetch it again")
-
-
-def _refuse_unread_rope(spec: str | Path, config: PretrainedConfig) -> None:
-    """transformers 4 ignores transformers 5's RoPE settings in silence, and computes with defaults."""
+    # transformers 4 ignores transformers 5's in silence, and computes with defaults
     if TRANSFORMERS_MAJOR == "4" and getattr(config, "rope_parameters", None):
         raise UsageError(f"{spec} was saved by transformers 5: read it with transformers>=5.17")

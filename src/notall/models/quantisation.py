@@ -24,10 +24,7 @@ PACKAGES = {
 
 
 def quantisation_of(config: PretrainedConfig) -> Settings | None:
-    """The quantisation settings of a config, as config.json words them; None where the weights are plain.
-
-    Raises `UsageError` where they are no settings.
-    """
+    """The quantisation settings of a config, or None. Raises `UsageError` where they are no settings."""
     told = getattr(config, "quantization_config", None)
     if isinstance(told, QuantizationConfigMixin):
         return told.to_dict()

@@ -147,17 +147,11 @@ def fields(path: Path, content: str, name: str) -> list[str]:
     return found
 
 
-# --- token ids ------------------------------------------------------------------------------------------------------
-
 IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
 
 
 def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterator[Tensor]:
-    """`batches` one by one, each checked.
-
-    Raises `UsageError` for what are no token ids, (batch, tokens) of two tokens at least, and for ids that `model`
-    has no row for.
-    """
+    """`batches` one by one. Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s."""
     expect(batches, Iterable, f"a list of {IDS}")
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None  # type: ignore[operator]
     for batch in batches:

@@ -88,9 +88,6 @@ def continue_prompts(
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
 
 
-# --- token ids --------------------------------------------------------------------------------------------------------
-
-
 def greedy(
     model: PreTrainedModel, ids: Tensor, new_tokens: int, *, mask: Tensor | None = None, **options: Any
 ) -> list[list[int]]:
@@ -116,10 +113,7 @@ def greedy(
 
 
 def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
-    """`prompts`, (rows, tokens), and as many tokens behind each as asked for, drawn from the model's distributions.
-
-    Where a text ends another one begins. Raises `UsageError` as `check_positions` does.
-    """
+    """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
     with _seeded(model, seed), _generating_by(model, whole), _settings_explained():
@@ -166,9 +160,6 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -35,10 +35,7 @@ Look = Callable[[Passage], None]
 
 
 def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
-    """Have `look` see the passages of the dense model on `inputs` (as for its forward), block by block.
-
-    Only one block's states are alive at a time, and no head is run.
-    """
+    """Have `look` see the dense model's passages on `inputs`, a block's states at a time, without running the head."""
     inner = base_model(model)
     structure = locate(inner)
     shape = inputs["input_ids"].shape
@@ -80,7 +77,7 @@ def _stubbed(
 ) -> Callable[..., Any]:
     """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them.
 
-    What else the layer does is on both sides of each sublayer. The dense layer comes last: others read what it makes.
+    The dense layer comes last: others read what it makes.
     """
     fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
 

@@ -94,10 +94,7 @@ class _Layout:
 
 @functools.cache
 def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
-    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it.
-
-    Its forward has the signature of the layer's own, by which arguments are told apart.
-    """
+    """A subclass, which whatever looks for the layer's class finds, with the signature of the layer's own forward."""
     if issubclass(layer_class, RegroupedLayer):
         return layer_class
 

@@ -1,15 +1,14 @@
 """A plan that brings weights along: what it keeps was refit to make up for what it skips.
 
-As a folder it is the plan, its weights, what made them, and, once all of that is there, its seal, `finished.json`, with
-that plan and the digest of each file. A folder without a seal was not finished; one that holds anything else is not
-believed.
+Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file:
+a folder without one was not finished, and one that holds anything else is not believed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -175,11 +174,10 @@ class RepairedPlan(Plan):
                 )
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own: they cross once, not at each use.
-
-        Raises `UsageError` where `model` has no such parameters.
-        """
-        weights = {path: _like_own(*holder_of(model, path, weight), weight) for path, weight in self.weights.items()}
+        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `holder_of` does."""
+        weights = {
+            path: _parameter(*holder_of(model, path, weight), weight).data for path, weight in self.weights.items()
+        }
         found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -217,14 +215,9 @@ def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
 
 
 def _parameter(holder: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
-    needs_grad = holder.get_parameter(name).requires_grad
-    return nn.Parameter(_like_own(holder, name, weight), requires_grad=needs_grad)
-
-
-def _like_own(holder: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """`weight` in the dtype and on the device of the parameter `name`; itself where it is so already."""
+    """`weight` in place of the parameter `name`: of its dtype, and on its device."""
     own = holder.get_parameter(name)
-    return weight.to(own.device, own.dtype)
+    return nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
 
 
 def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
@@ -233,12 +226,11 @@ def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, 
     Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
     """
     above, _, name = path.rpartition(".")
-    holder: nn.Module | None = None
-    with suppress(AttributeError):
+    try:
         holder = module.get_submodule(above)
-    old = None if holder is None else holder._parameters.get(name)
-    if holder is None or old is None:
-        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
+        old = holder.get_parameter(name)
+    except AttributeError:
+        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if old.shape != weight.shape:
         raise UsageError(
             f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
@@ -259,8 +251,7 @@ class Seal(BaseModel):
 
 def step_of(by: str, about: Provenance) -> RepairStep:
     """What made weights, as a plan's `history` has it. Raises `ValueError` for `texts` that say no name and hash."""
-    told_elsewhere = ("plan", "fingerprint", BEFORE)
-    settings = {name: value for name, value in about.what.items() if name not in told_elsewhere}
+    settings = {name: value for name, value in about.what.items() if name not in ("plan", "fingerprint", BEFORE)}
     return RepairStep.model_validate({**settings, "by": by})
 
 
@@ -287,10 +278,7 @@ def finish(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
 
 
 def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
-    """Whether the command that writes `kind` has finished `plan` in `folder`.
-
-    Raises `UsageError` where another command's plan lies there, or another plan.
-    """
+    """Whether the command that writes `kind` has finished `plan` in `folder`. Raises `UsageError` for others' work."""
     seal = _seal_of(folder)
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")

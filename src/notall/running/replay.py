@@ -1,9 +1,8 @@
 """Run many plans over one batch, computing what they share only once.
 
-Plans that keep the same first sublayers share everything before they part. `Replay` lays the kept sublayers of all
-plans out as a tree, writes down what each layer is called with (masks, position embeddings: they do not depend on the
-hidden states), and walks the tree depth first, so that only the states along one branch are alive at a time.
-The embedding and the head are the model's own forward, with hidden states standing in for its layers.
+`Replay` lays the kept sublayers of all plans out as a tree, writes down what each layer is called with (masks, position
+embeddings: they do not depend on the hidden states), and walks the tree depth first, so that only the states along one
+branch are alive at a time. Embedding and head are the model's own forward, with hidden states in place of its layers.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class Step:
 class PrefixCache:
     """States of one plan on one batch, kept where plans that begin alike can go on from them.
 
-    `names` are the steps of the plan, in order. `states` maps a step's place to the stream behind it, (batch, tokens,
-    hidden): one of `every` steps, filled in as they are run.
+    `names` are its steps, in order. `states` are streams behind them, (batch, tokens, hidden): one of `every` steps.
     """
 
     names: tuple[str, ...]
@@ -217,10 +215,7 @@ def step_name(parts: tuple[Sublayer, ...]) -> str:
 def live_steps(
     structure: ModelStructure, plan: Plan, mapped: Container[str] = ()
 ) -> Iterator[tuple[Block, tuple[Sublayer, ...]]]:
-    """What `plan` keeps, in order: sublayer by sublayer, a parallel block that is kept whole as one.
-
-    Skipped sublayers whose names are `mapped` have steps as well, each one of its own.
-    """
+    """What `plan` keeps, in order, and `mapped` ones that it skips: each alone, a parallel block kept whole as one."""
     for block in structure.blocks:
         kept = [part for part in block.sublayers if block.index not in getattr(plan, part.kind)]
         live = [part for part in block.sublayers if part in kept or part.name in mapped]
@@ -306,10 +301,7 @@ def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., A
 
 @contextmanager
 def standing_in(model: PreTrainedModel, structure: ModelStructure, answer: Answer) -> Iterator[None]:
-    """Have `answer(arguments, hidden)` stand in for each layer's forward, for the time of the `with`.
-
-    Below an accelerate hook, so that arguments come on the layer's own device.
-    """
+    """Have `answer(arguments, hidden)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
     with ExitStack() as replaced:
         for layer, block in zip(model.get_submodule(structure.layers).children(), structure.blocks):
             replaced.enter_context(forward_replaced(layer, answering(layer, block, answer)))

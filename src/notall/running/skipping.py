@@ -1,9 +1,8 @@
 """Leave sublayers out of a live model: for a while (`skip`), for good (`remove`), or since its checkpoint has none.
 
 Layers that stay in place (see `structure/in_place.py`) get stubs. Else the live sublayers are cut again into layers
-that own exactly one attention each, or another mixer; an MLP that lost its attention rides along behind the layer
-before it (or ahead of the first). So `layer_idx` counts the layers that are left, and whatever counts layers, caches
-and masks first of all, is right by construction.
+with one mixer each; an MLP that lost its attention rides along behind the layer before it, or ahead of the first. So
+`layer_idx` counts the layers that are left, and whatever counts layers, such as caches and masks, is right.
 """
 
 from __future__ import annotations
@@ -128,8 +127,6 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return draft
 
 
-# --- what may be saved ------------------------------------------------------------------------------------------------
-
 NOT_A_CHECKPOINT = (
     "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
     "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
@@ -162,22 +159,16 @@ def _is_built_again(model: PreTrainedModel) -> bool:
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
     except Exception:  # whatever a config's own checks raise
         return False
-    quantized = bool(getattr(model, "is_quantized", False))
-    built, held = list(again.named_modules()), list(model.named_modules())
-    return len(built) == len(held) and all(
-        there == here and _is_alike(plain, module, quantized) for (there, plain), (here, module) in zip(built, held)
-    )
+    quantised = bool(getattr(model, "is_quantized", False))
+    built, held = ([(path, _form(module, quantised)) for path, module in one.named_modules()] for one in (again, model))
+    return built == held
 
 
-def _is_alike(plain: nn.Module, module: nn.Module, quantized: bool) -> bool:
-    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
-    if quantized and type(plain) is not type(module) and isinstance(plain, nn.Linear):
-        return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
-    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
-    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
-
-
-# --- changing the model ---------------------------------------------------------------------------------------------
+def _form(module: nn.Module, quantised: bool) -> object:
+    """By what modules are told apart; a quantised projection is of another class, and as wide."""
+    if quantised and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    return type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)]
 
 
 def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
@@ -273,14 +264,10 @@ def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> 
     return nn.ModuleList(layers)
 
 
-# --- models whose checkpoint lacks sublayers --------------------------------------------------------------------------
-
-
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint does not have.
 
-    Unlike after `remove`, every layer keeps its number, and `locate`, `skip` and whatever goes by them take the model
-    as it is. Raises `UsageError` where a layer would be left with nothing.
+    Every layer keeps its number, and `locate` and `skip` take the model. Raises `UsageError` for a layer of nothing.
     """
     whole, dense = locate(model), _layers(model, locate(model))
     missing.check(whole)

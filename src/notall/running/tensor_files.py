@@ -50,8 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 def read_tensors(path: Path, digest: str | None = None, *, fix: str = "delete it, and run again") -> Kept:
     """The tensors of a file, and its notes.
 
-    Raises `UsageError`, which ends in `fix`, where they are not those that were written, or have another digest than
-    `digest` if that is given.
+    Raises `UsageError`, which ends in `fix`, for others than were written, or than those of `digest`.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -1,9 +1,8 @@
 """Layers that stay in place: in each a sublayer is left out by stubs, and all else runs as the model has it.
 
-Where layers read what others make, are given an input of their own, or do more to their stream than add to it, none
-can be moved or taken apart. There a sublayer is what adds to the stream: a module and what leads to the addition. It is
-left out when that answers zeros. A layer in which no such addition is found is one sublayer, which answers what it is
-given when it is left out.
+So it is where layers read what others make, have an input of their own, or do more to their stream than add to it. A
+sublayer is a module and what leads from it to its addition to the stream, and is left out when that answers zeros. A
+layer without such an addition is one sublayer, which answers what it is given when it is left out.
 """
 
 from __future__ import annotations
@@ -30,16 +29,11 @@ except ImportError:  # transformers 4
 Key = str | Node  # a child module, which is called once, or one function's result
 
 
-# --- what a stub is ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Form:
-    """What a module answers when it is left out: its value, and arguments that it only hands on.
+    """What a module answers when it is left out: the argument named `value`, or zeros of its shape and this `width`.
 
-    `value` names the argument that goes on. `elements` are of a tuple: True for the value, the name of an argument, or
-    None; a module without them answers a tensor. `width` is that of the zeros that it answers, None where it answers
-    its value.
+    Of a tuple of `elements` that is True; others are the names of arguments that it only hands on, or None.
     """
 
     names: tuple[str, ...]
@@ -74,10 +68,7 @@ def _check_place(arguments: Arguments, index: int) -> None:
 
 @dataclass(frozen=True)
 class Stub:
-    """How a sublayer is left out: its modules, as they run, and what each answers then; the last one ends it.
-
-    The module "" is the whole layer.
-    """
+    """How a sublayer is left out: its modules, as they run, and what each answers then. "" is the whole layer."""
 
     forms: tuple[tuple[str, Form], ...]
 
@@ -154,9 +145,6 @@ def stubbed_layer(
     return shallow_clone(layer, children, type(layer))
 
 
-# --- reading a layer --------------------------------------------------------------------------------------------------
-
-
 Stubs = dict[Kind, Stub]  # of the sublayers of one layer
 
 
@@ -168,10 +156,9 @@ def whole(trace: LayerTrace) -> Stubs:
 
 
 def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
-    """Those of a mixer, and of an MLP if there is one, or None where they are not to be told apart.
+    """The stubs of a mixer, of one of the classes `mixers`, and of an MLP, if any; None where they can't be told apart.
 
-    `mixers` are the classes of mixers. The MLP is the one of most weights of all other additions to the stream: the
-    layer's input of its own, say, and what else belongs to the layer alone, is none.
+    The MLP is the one of most weights of all other additions to the stream.
     """
     if trace.result is None or any(len(calls) > 1 for calls in trace.calls.values()):
         return None

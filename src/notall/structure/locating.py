@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -52,6 +53,7 @@ from .proving import Alone, prove, prove_causal
 from .slicing import LAYER_INDICES, free_cache_slots, restored
 from .weights import is_weightless, running_weightless, weights_of
 
+Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
 
 
@@ -80,7 +82,7 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         with _undisturbed(model):
             if is_weightless(model):
                 with running_weightless(model) as call:
-                    structure, _ = _found(model, path, layers, call, torch.device("cpu"))
+                    structure, _ = _found(model, path, layers, partial(_run_probe, model, call, torch.device("cpu")))
             else:
                 structure = _proved(model, path, layers)
     except (torch.OutOfMemoryError, UnsupportedModel):
@@ -134,9 +136,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-# --- watching and reading ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients, in eval mode; modes are put back."""
@@ -153,9 +152,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
     device = model.get_input_embeddings().weight.device
-    # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
-    device = device if device.type != "meta" else torch.device("cpu")
-    structure, watch = _found(model, path, layers, model, device)
+    if device.type == "meta":  # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
+        device = torch.device("cpu")
+    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, device))
     alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
     for one, block in zip(alone, structure.blocks):
         prove(one, block)
@@ -171,10 +170,10 @@ def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.d
     call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
 
 
-def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device) -> Watch:
+def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
     cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        _run_probe(model, call, device, **{cache_argument(model): cache})
+        probe(**{cache_argument(model): cache})
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -190,25 +189,21 @@ def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., 
     return watch
 
 
-def _found(
-    model: PreTrainedModel, path: str, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device
-) -> tuple[ModelStructure, Watch]:
+def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
     """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
-    watch, config = _observe(model, layers, call, device), text_config(model)
+    watch, config = _observe(model, layers, probe), text_config(model)
     in_place, apart = False, True
     try:
         blocks = _lines(config, watch)
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
-        blocks, in_place = _in_place(model, watch, call, device)
+        blocks, in_place = _in_place(model, watch, probe)
         apart = not in_place and watch.traces[0].hidden.shape == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size)
     return ModelStructure(config.model_type, path, blocks, str(fingerprint(config)), in_place, apart), watch
 
 
-def _in_place(
-    model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device
-) -> tuple[tuple[Block, ...], bool]:
+def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple[Block, ...], bool]:
     """The blocks, and whether their layers must stay where they are."""
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
         raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
@@ -217,7 +212,7 @@ def _in_place(
     for stubs in (_halves(watch), [whole(trace) for trace in watch.traces]):
         in_place = not apart or not all(stub.is_layer for parts in stubs for stub in parts.values())
         try:
-            _prove_apart(model, watch, call, device, freed=writers[:-1] if in_place else [])
+            _prove_apart(model, watch, probe, freed=writers[:-1] if in_place else [])
         except UnsupportedModel:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -279,19 +274,23 @@ def _at(stubs: list[Stubs], place: Place) -> str:
     return next(found, f"layer.{index}")
 
 
-def _prove_apart(
-    model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device, freed: list[int]
-) -> None:
+def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list[int]) -> None:
     """With layers that do nothing, each is given the same, but for what layers were seen to make.
 
     The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
     """
     given: list[Arguments] = []
-    with restored(text_config(model)), ExitStack() as idle:
+
+    def idle(trace: LayerTrace, *args: Any, **kwargs: Any) -> Any:
+        arguments, hidden = called_with(trace.layer, args, kwargs)
+        given.append(arguments)
+        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
+
+    with restored(text_config(model)), ExitStack() as replaced:
         free_cache_slots(text_config(model), freed)
         for trace in watch.traces:
-            idle.enter_context(forward_replaced(trace.layer, _idle(trace, given)))
-        _run_probe(model, call, device)
+            replaced.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
+        probe()
     for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
         left = list(tensors_in(other))
@@ -304,17 +303,6 @@ def _prove_apart(
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
-
-
-def _idle(trace: LayerTrace, given: list[Arguments]) -> Callable[..., Any]:
-    """A forward that notes what it is given, and hands its hidden states on."""
-
-    def idle(*args: Any, **kwargs: Any) -> Any:
-        arguments, hidden = called_with(trace.layer, args, kwargs)
-        given.append(arguments)
-        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
-
-    return idle
 
 
 def _is_handed_on(answer: Any, given: Tensor) -> bool:

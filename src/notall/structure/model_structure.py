@@ -201,10 +201,7 @@ class ModelStructure:
 
     @cached_property
     def counting(self) -> frozenset[int]:
-        """The layers of which one must keep its mixer: those with keys and values, by which a cache counts tokens.
-
-        Where none does, all that have a mixer.
-        """
+        """The layers of which one must keep its mixer: those with keys and values, which count tokens; else all."""
         mixers = [part for part in self.sublayers if part.kind == "attention"]
         return frozenset(part.index for part in mixers if part.kv_bytes_per_token) or frozenset(m.index for m in mixers)
 

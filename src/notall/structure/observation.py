@@ -1,14 +1,12 @@
 """Watch one forward pass and write down what each decoder layer does with its hidden states.
 
 A layer's child modules are taken as wholes; between them, every torch function that touches a hidden state is noted.
-What comes out is the layer's dataflow, read from what it really did, whatever its attributes are called. Each layer
-must read as
+Each layer must read as
 
     h = h + ops(h)          one branch,  or
     h = h + ops(h) + ...    several branches of the same h (a parallel block)
 
-and that is what `lines_of` returns, or it raises `UnsupportedModel` with the reason. In the end it may multiply h by
-one number of its own (`scale_of`).
+which is what `lines_of` returns; in the end it may multiply h by one number of its own (`scale_of`).
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -44,17 +43,11 @@ LINEAR = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-# --- what a branch is made of ---------------------------------------------------------------------------------------
+class Stream(Enum):
+    """A hidden state that a branch hands on, (batch, tokens, hidden)."""
 
-
-@dataclass(frozen=True)
-class Value:
-    """The branch's running value, (batch, tokens, hidden)."""
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The residual stream as the branch found it, (batch, tokens, hidden)."""
+    VALUE = "its running value"
+    RESIDUAL = "the residual stream as the branch found it"
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Constant:
     value: Any
 
 
-Slot = Value | Residual | Argument | Constant
+Slot = Stream | Argument | Constant
 
 
 @dataclass
@@ -83,36 +76,31 @@ class LayerCall:
 
 
 def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
-    if type(slot) is Value:
+    if slot is Stream.VALUE:
         return value
-    if type(slot) is Argument:
+    if isinstance(slot, Argument):
         return call.arguments.get(slot.name, slot.default)
-    return residual if type(slot) is Residual else slot.value  # type: ignore[union-attr]
+    return slot.value if isinstance(slot, Constant) else residual
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """The arguments of one call in a layer, traced to where they come from."""
-
-    positional: tuple[Slot, ...]
-    keywords: tuple[tuple[str, Slot], ...]
-
-    def _filled(self, value: Tensor, residual: Tensor, call: LayerCall) -> tuple[list[Any], Arguments]:
-        positional = [_fill(slot, value, residual, call) for slot in self.positional]
-        return positional, {name: _fill(slot, value, residual, call) for name, slot in self.keywords}
+def _filled(op: Op, value: Tensor, residual: Tensor, call: LayerCall) -> tuple[list[Any], Arguments]:
+    positional = [_fill(slot, value, residual, call) for slot in op.positional]
+    return positional, {name: _fill(slot, value, residual, call) for name, slot in op.keywords}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleOp(_Call):
-    """One call of a child module of the layer."""
+@dataclass(frozen=True)
+class ModuleOp:
+    """One call of a child module of the layer, with its arguments traced to where they come from."""
 
     module: str
+    positional: tuple[Slot, ...]
+    keywords: tuple[tuple[str, Slot], ...]
     output: int | None  # which element of the answer goes on; None when the answer is a tensor
     is_attention: bool = False
     takes_extras: bool = False
 
     def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional, keywords = self._filled(value, residual, call)
+        positional, keywords = _filled(self, value, residual, call)
         if self.takes_extras:
             keywords.update(call.extras)
         answer = child(holder, self.module)(*positional, **keywords)
@@ -121,18 +109,20 @@ class ModuleOp(_Call):
         return answer if self.output is None else answer[self.output]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FunctionOp(_Call):
+@dataclass(frozen=True)
+class FunctionOp:
     """One torch function with constant arguments, such as a residual multiplier."""
 
     function: Callable[..., Tensor]
+    positional: tuple[Slot, ...]
+    keywords: tuple[tuple[str, Slot], ...]
 
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", "")
 
     def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional, keywords = self._filled(value, residual, call)
+        positional, keywords = _filled(self, value, residual, call)
         if self.name == "dropout":  # seen in eval mode, wanted as the layer's mode has it
             keywords["training"] = holder.training
         return self.function(*positional, **keywords)
@@ -187,9 +177,6 @@ def child(holder: nn.Module, path: str) -> nn.Module:
     if "." in path or not path:
         return holder.get_submodule(path)
     return holder._modules[path]  # type: ignore[return-value]
-
-
-# --- watching ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -254,10 +241,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """A write to the cache by a child of the layer, or by the layer itself (None).
-
-    `bytes_per_token` is 0 where a state of fixed size was written.
-    """
+    """A write to the cache by a child of the layer, or by itself (None): 0 bytes a token for a state of fixed size."""
 
     module: str | None
     layer_idx: int
@@ -267,9 +251,8 @@ class CacheWrite:
 class Sharing:
     """Who reads what: tensors beside the hidden states that one layer makes and a later one uses.
 
-    Shared keys and values, the choices of an indexer or the states of a router go from layer to layer in what layers
-    answer, or in a mapping that all of them are given. A source makes such a tensor, and a reader hands it to a torch
-    function; passing it on is not reading it. `pairs` are of a source and a reader.
+    Layers answer them (shared keys and values, say), or write them to a mapping that all are given. A reader hands them
+    to a torch function; passing them on is not reading. `pairs` are of a source and a reader.
     """
 
     def __init__(self) -> None:
@@ -503,10 +486,7 @@ def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None
 
 
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Have `forward` run in place of the module's own, for the time of the `with`.
-
-    Below an accelerate hook, which moves what the module is given to its own device.
-    """
+    """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
     return replaced(module.__dict__, _forward_name(module), forward)
 
 
@@ -514,14 +494,8 @@ def _forward_name(module: nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
-# --- reading what was watched -----------------------------------------------------------------------------------------
-
-
 def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
-    """The lines of the residual stream that a watched layer is made of, in order.
-
-    Raises `UnsupportedModel` when the layer is not a residual stream of sublayers.
-    """
+    """The lines of the residual stream that a layer is, in order. Raises `UnsupportedModel` where it is none."""
     if trace.result is None:
         raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
     return _stream(trace, _unscaled(trace, trace.result)[0])
@@ -546,18 +520,22 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         return []
     if node.is_sum:
         return _sum(trace, node)
-    if len(node.inputs) == 2 and isinstance(node.made_by, str):
-        return _self_adding(trace, node)
-    raise _unsupported(
-        trace, f"it applies {node} after its last residual addition (post-norm)", "h + sublayer(h) as its last step"
-    )
+    if len(node.inputs) != 2 or not isinstance(node.made_by, str):
+        found = f"it applies {node} after its last residual addition (post-norm)"
+        raise _unsupported(trace, found, "h + sublayer(h) as its last step")
+    for residual, value in (node.inputs, node.inputs[::-1]):  # a module that adds itself
+        ops, source = _chain(trace, value, residual)
+        if source is residual and ops:
+            last = _op(trace, node, value, residual)
+            return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
+    raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
 
 
 def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
-    left, right = node.inputs
-    for base, term in ((_uncast(left), right), (_uncast(right), left)):
-        branches = _branches(trace, term, base)
-        if branches:
+    for base, term in (node.inputs, node.inputs[::-1]):
+        while base.name in CASTS and len(base.inputs) == 1:  # some layers cast the stream before they add to it
+            base = base.inputs[0]
+        if branches := _branches(trace, term, base):
             return [*_stream(trace, base), tuple(branches)]
     leaves = list(_leaves(node))
     for base in leaves:  # parallel branches added one after the other
@@ -565,13 +543,6 @@ def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         if all(groups):
             return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
     raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
-
-
-def _uncast(node: Node) -> Node:
-    """What was cast to another dtype, as some layers do with the residual stream before they add to it."""
-    while node.name in CASTS and len(node.inputs) == 1:
-        node = node.inputs[0]
-    return node
 
 
 def _leaves(node: Node) -> Iterator[Node]:
@@ -607,38 +578,27 @@ def _chain(trace: LayerTrace, node: Node, base: Node) -> tuple[tuple[Op, ...], N
     return tuple(ops), node
 
 
-def _self_adding(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
-    for residual, value in (node.inputs, node.inputs[::-1]):
-        ops, source = _chain(trace, value, residual)
-        if source is residual and ops:
-            last = _op(trace, node, value, residual)
-            return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
-    raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
-
-
 def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op:
     module = child(trace.layer, node.made_by) if isinstance(node.made_by, str) else None
     names = parameter_names(module) if module else ()
 
     def slot(name: str, given: Any) -> Slot:
         if given is value:
-            return Value()
-        return Residual() if given is residual and given is not None else _from_outside(trace, node, name, given)
+            return Stream.VALUE
+        is_residual = given is residual and given is not None
+        return Stream.RESIDUAL if is_residual else _from_outside(trace, node, name, given)
 
     positional = tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional))
     keywords = tuple((name, slot(name, v)) for name, v in node.keywords.items())
-    if not module:
+    if module is None:
         assert callable(node.made_by)
-        return FunctionOp(function=node.made_by, positional=positional, keywords=keywords)
+        return FunctionOp(node.made_by, positional, keywords)
     is_attention = any(write.module == node.made_by for write in trace.cache_writes)
-    return ModuleOp(
-        module=str(node.made_by),
-        positional=positional,
-        keywords=keywords,
-        output=node.output,
-        is_attention=is_attention,
-        takes_extras=is_attention and _has_keywords(module) and _has_keywords(trace.layer),
+    extras = is_attention and all(
+        any(one.kind is one.VAR_KEYWORD for one in _signature(type(each).forward).values())
+        for each in (module, trace.layer)
     )
+    return ModuleOp(str(node.made_by), positional, keywords, node.output, is_attention, extras)
 
 
 def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
@@ -665,10 +625,6 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
 
 def _same(given: Any, held: Any) -> bool:
     return given is held or (isinstance(given, CONSTANTS) and type(given) is type(held) and given == held)
-
-
-def _has_keywords(module: nn.Module) -> bool:
-    return any(one.kind is one.VAR_KEYWORD for one in _signature(type(module).forward).values())
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:

@@ -1,7 +1,4 @@
-"""The proof of what was read.
-
-Every layer run again from its parts, alone, must give what it gave, and no MLP may look at other tokens.
-"""
+"""The proof of what was read: each layer, run again from its parts, gives what it gave; no MLP sees other tokens."""
 
 from __future__ import annotations
 

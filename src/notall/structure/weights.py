@@ -37,10 +37,7 @@ def weights_of(module: nn.Module) -> dict[int, Weight]:
 
 
 def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Have the parameters of a model without values weigh what its files hold: `sizes` are the bytes of each tensor.
-
-    Several tensors of a quantised matrix, or of experts that are one parameter here, are added up.
-    """
+    """Have the parameters of a model without values weigh what its files hold: `sizes` are the bytes of each tensor."""
     parameters = dict(model.named_parameters())
     owners = {
         name: module for name, module in model.named_modules() if next(module.parameters(False), None) is not None
