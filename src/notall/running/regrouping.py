@@ -124,7 +124,7 @@ def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]
 
 @dataclass(frozen=True)
 class Folded:
-    """The number `whole` that an exported layer multiplies its stream by; a sublayer's addition is divided by its own."""
+    """The number `whole` that an exported layer multiplies its stream by, and what divides what its sublayers add."""
 
     attention: float
     mlp: float

@@ -109,11 +109,18 @@ class Replay:
             plan.check(self.structure)
             if isinstance(plan, RepairedPlan):
                 plan = plan.placed(self.model)
-            if self.structure.apart:
-                self._plant(number, plan)
-            else:
+            if not self.structure.apart:
                 self.alone.setdefault(plan, []).append(number)
                 self.one_by_one += len(self.structure.running(plan))
+                continue
+            here, step = self.first, None
+            for new in self._steps_of(plan):
+                new.scale = self.structure.scale(step.block.index if step else 0, new.block.index)
+                step = here.setdefault(new.name, new)
+                here = step.after
+                self.one_by_one += len(new.parts)
+            assert step is not None, "a plan keeps at least one attention"
+            step.plans.append(number)
 
     @property
     def executions(self) -> int:
@@ -166,16 +173,6 @@ class Replay:
                 logits = self.model(**inputs, use_cache=False).logits
             for number in numbers:
                 yield number, logits
-
-    def _plant(self, number: int, plan: Plan) -> None:
-        here, step = self.first, None
-        for new in self._steps_of(plan):
-            new.scale = self.structure.scale(step.block.index if step else 0, new.block.index)
-            step = here.setdefault(new.name, new)
-            here = step.after
-            self.one_by_one += len(new.parts)
-        assert step is not None, "a plan keeps at least one attention"
-        step.plans.append(number)
 
     def _steps_of(self, plan: Plan) -> Iterator[Step]:
         """What is run of a plan, in order: steps that nothing follows yet."""

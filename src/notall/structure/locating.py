@@ -50,7 +50,7 @@ from .observation import (
     watching,
 )
 from .proving import Alone, prove, prove_causal
-from .slicing import LAYER_INDICES, free_cache_slots, restored
+from .slicing import LAYER_INDICES, free_cache_slots, replaced, restored
 from .weights import is_weightless, running_weightless, weights_of
 
 Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
@@ -139,15 +139,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients, in eval mode; modes are put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), ExitStack() as undo:
+        for module in model.modules():
+            if module.training:
+                undo.enter_context(replaced(module.__dict__, "training", False))
+        yield
 
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
@@ -208,8 +204,12 @@ def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
         raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
+    writing = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
+    mixers = frozenset(type(child(layer, module)) for layer, module in writing if module)
+    wholes = [whole(trace) for trace in watch.traces]
+    by_halves = [halves(trace, mixers) or parts for trace, parts in zip(watch.traces, wholes)]
     apart = not watch.sharing.pairs and not any(_is_told_index(trace) for trace in watch.traces)
-    for stubs in (_halves(watch), [whole(trace) for trace in watch.traces]):
+    for stubs in (by_halves, wholes):
         in_place = not apart or not all(stub.is_layer for parts in stubs for stub in parts.values())
         try:
             _prove_apart(model, watch, probe, freed=writers[:-1] if in_place else [])
@@ -247,13 +247,6 @@ def _is_told_index(trace: LayerTrace) -> bool:
     return any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES)
 
 
-def _halves(watch: Watch) -> list[Stubs]:
-    """By halves, and each layer that cannot be read so as a whole."""
-    writers = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
-    mixers = frozenset(type(child(layer, module)) for layer, module in writers if module)
-    return [halves(trace, mixers) or whole(trace) for trace in watch.traces]
-
-
 def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch) -> Block:
     parts = []
     for kind, stub in stubs[trace.index].items():
@@ -286,10 +279,10 @@ def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list
         given.append(arguments)
         return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
 
-    with restored(text_config(model)), ExitStack() as replaced:
+    with restored(text_config(model)), ExitStack() as idling:
         free_cache_slots(text_config(model), freed)
         for trace in watch.traces:
-            replaced.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
+            idling.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
         probe()
     for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -343,24 +343,21 @@ class Watch(TorchFunctionMode):
         """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
         return result.view(result.shape) if any(result is v for v in inputs) else result
 
-    def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+    def run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments, hidden = called_with(layer, args, kwargs)
         self.sharing.note((hidden, arguments), None)
         own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
         numbers = {id(tensor): name for name, tensor in own if tensor.numel() == 1}
-        self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), numbers)
+        trace = self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), numbers)
         self._note(hidden, Node())
-        self.traces.append(self.now)
-
-    def leave_layer(self, answer: Any) -> None:
-        assert self.now is not None
-        self.now.answer = answer
+        self.traces.append(trace)
+        trace.answer = answer = forward(*args, **kwargs)
         for made in answer[1:] if isinstance(answer, tuple) else ():
-            maker = self.now.nodes.get(id(made))
-            module = maker.made_by if maker and isinstance(maker.made_by, str) else None
-            self.sharing.note(made, (self.now.index, module))
-        self.now.result = self.now.nodes.get(id(first(answer)))
+            maker = trace.nodes.get(id(made))
+            self.sharing.note(made, (index, maker.made_by if maker and isinstance(maker.made_by, str) else None))
+        trace.result = trace.nodes.get(id(first(answer)))
         self.now = None
+        return answer
 
     def enter_child(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.inside.append(name)
@@ -382,14 +379,15 @@ class Watch(TorchFunctionMode):
                 self._note(value, Node(name, *given, output=position))
         return answer
 
-    def wrote_cache(self, method: str, written: Iterable[Any], layer_idx: int) -> None:
-        if self.now is None:
-            return
-        tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
-        grows = not method.endswith("_state")
-        size = sum(value.nbytes for value in written if isinstance(value, Tensor)) if grows else 0
-        module = self.inside[0] if self.inside else None
-        self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens))
+    def write_cache(self, write: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+        if self.now:
+            given = signature.bind(*args, **kwargs).arguments
+            tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
+            grows = not write.__name__.endswith("_state")
+            size = sum(value.nbytes for value in given.values() if isinstance(value, Tensor)) if grows else 0
+            module = self.inside[0] if self.inside else None
+            self.now.cache_writes.append(CacheWrite(module, given["layer_idx"], size // tokens))
+        return write(*args, **kwargs)
 
 
 def as_given(arguments: Mapping[str, Any]) -> Arguments:
@@ -443,25 +441,21 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
     watch = Watch()
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
-            _attach(watch, index, layer, undo)
-        for method in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
-            if method.startswith("update") and "layer_idx" in inspect.signature(getattr(cache, method)).parameters:
-                undo.enter_context(replaced(cache.__dict__, method, _watched_write(watch, getattr(cache, method))))
+            forward = partial(watch.run_layer, index, layer, getattr(layer, _forward_name(layer)))
+            undo.enter_context(forward_replaced(layer, forward))
+            for name, module in callable_children(layer):
+                undo.callback(module.register_forward_pre_hook(partial(watch.enter_child, name)).remove)
+                undo.callback(module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True).remove)
+        for name in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
+            if name.startswith("update"):
+                write = getattr(cache, name)
+                signature = inspect.signature(write)
+                if "layer_idx" in signature.parameters:
+                    undo.enter_context(replaced(cache.__dict__, name, partial(watch.write_cache, write, signature)))
         undo.enter_context(watch)
         yield watch
     for trace in watch.traces:
         trace.state_bytes = sum(_state_bytes(cache, index) for index in {w.layer_idx for w in trace.cache_writes})
-
-
-def _watched_write(watch: Watch, write: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(write)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        watch.wrote_cache(write.__name__, given.values(), given["layer_idx"])
-        return write(*args, **kwargs)
-
-    return watched
 
 
 def _state_bytes(cache: Any, layer_idx: int) -> int:
@@ -469,20 +463,6 @@ def _state_bytes(cache: Any, layer_idx: int) -> int:
     held = vars(cache.layers[layer_idx])
     states = tree_leaves([value for name, value in held.items() if name.endswith("_states")])
     return sum(state[0].nbytes for state in states if isinstance(state, Tensor))
-
-
-def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None:
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        watch.enter_layer(index, layer, args, kwargs)
-        answer = forward(*args, **kwargs)
-        watch.leave_layer(answer)
-        return answer
-
-    forward = getattr(layer, _forward_name(layer))
-    undo.enter_context(forward_replaced(layer, watched))
-    for name, module in callable_children(layer):
-        undo.callback(module.register_forward_pre_hook(partial(watch.enter_child, name)).remove)
-        undo.callback(module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True).remove)
 
 
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
