@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class RegroupedLayer(nn.Module):
     is_cut = True
     before: nn.ModuleList
     after: nn.ModuleList
-    scales: nn.ModuleList  # one for each part and one behind all, or none
+    scales: Iterable[nn.Module]  # one for each part and one behind all, or none
     _layout: _Layout
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,8 +121,8 @@ def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, group: Grou
         for indices in (group.before, group.after)
     )
     numbers = [[getattr(dense[index], structure.blocks[index].scaled_by or "") for index in way] for way in ways]
-    layer.scales = nn.ModuleList(map(Scales, numbers)) if any(ways) else nn.ModuleList()
-    for extras in (layer.before, layer.after, layer.scales):
+    layer.scales = nn.ModuleList(map(Scales, numbers)) if any(ways) else ()
+    for extras in (layer.before, layer.after):
         extras.training = source.training
     layer._layout = _Layout(block, own, group.whole)
     return layer
