@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import notall
-from api import by_count, criteria, kl, load_repaired, methods
+from api import by_count, criteria, kl, methods
 from families import family
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
@@ -307,7 +307,7 @@ def test_a_plan_is_repaired_by_a_method_and_exported(mine, run, tmp_path, short_
     found = json.loads(shown)
     assert [*found] == ["quality", "verdict"]
     assert [row["model"] for row in found["quality"]] == ["skipped", "repaired"]
-    held = load_repaired(Path("made"))
+    held = notall.RepairedPlan.load(Path("made"))
     ((path, weight),) = held.weights.items()
     dense = notall.load(str(model), dtype="float32")[0].get_parameter(path)
     assert torch.equal(weight, dense / 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import forked
-from api import HealRecord, RepairedPlan, Replay, Student, heal, load_repaired, read, silent, training
+from api import HealRecord, RepairedPlan, Replay, Student, heal, read, silent, training
 from families import family
 from notall import Plan, TrainConfig, UnsupportedModel, UsageError, repair, skip
 from small_disk import room_for
@@ -94,7 +94,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     assert looks[0] == pytest.approx(by_hand(model, PLAN), rel=1e-4)
     assert min(looks) == pytest.approx(by_hand(model, healed), rel=1e-4)
     assert len({same for *_, same in looks}) > 1
-    assert same(load_repaired(tmp_path), healed)
+    assert same(RepairedPlan.load(tmp_path), healed)
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
         *("healing.jsonl", "healed.safetensors", "plan.json", "finished.json"),
     }
@@ -376,9 +376,9 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path):
     folder = tmp_path / "killed"
     forked.kill_at(folder / "healing.jsonl", 5, SCRIPT, folder)
     with pytest.raises(UsageError, match="was not finished: run the same `notall heal`"):
-        load_repaired(folder)
+        RepairedPlan.load(folder)
     assert same(run_heal(folder), whole)
-    assert same(load_repaired(folder), whole)
+    assert same(RepairedPlan.load(folder), whole)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_plan_file_in_the_folder_is_no_finished_healing(tmp_path):
     """As where the plan to heal is given from there."""
     PLAN.save(tmp_path / "plan.json")
     assert same(run_heal(tmp_path), run_heal())
-    assert load_repaired(tmp_path).weights
+    assert RepairedPlan.load(tmp_path).weights
 
 
 def test_another_plan_in_the_folder_is_refused(tmp_path, monkeypatch):

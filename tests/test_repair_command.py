@@ -12,8 +12,8 @@ from api import (
     MeasuredRecord,
     Quality,
     RefitRecord,
+    RepairedPlan,
     digests,
-    load_repaired,
     quality,
     read,
     refitting,
@@ -153,7 +153,7 @@ def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder
     assert (code, err) == (0, "")
     looks = json.loads(shown)["healing"]
     assert all({"held_out_kl", "held_out_nll", "held_out_agreement"} <= look.keys() for look in looks)
-    (step,) = load_repaired(out).history
+    (step,) = RepairedPlan.load(out).history
     assert (step.sampled, step.train, step.rank, step.warm_up) == (True, "lora", 2, 0.5)
     assert "16 tokens that it wrote itself from the first words of prose" in str(step)
     (text,) = out.glob("sampled-*.safetensors")

@@ -22,7 +22,6 @@ from api import (
     Source,
     evaluate,
     live_steps,
-    load_repaired,
     opened,
     record,
     step_name,
@@ -370,7 +369,7 @@ def test_the_manifest_and_the_card_say_what_is_skipped_and_what_made_the_weights
     kept, batches = tmp_path / "kept", TEXTS
     found = repair(model, PORTABLE, batches, out=kept, provenance=ABOUT)
     healed = heal(model, found, batches, batches, out=tmp_path / "healed", provenance=ABOUT | {"sequences": 4})
-    for number, plan in enumerate((found, load_repaired(kept), healed, load_repaired(tmp_path / "healed"))):
+    for number, plan in enumerate((found, RepairedPlan.load(kept), healed, RepairedPlan.load(tmp_path / "healed"))):
         out = export(model, plan, target, tmp_path / f"out{number}", verify=False)
         said, card = json.loads((out / "notall.json").read_text()), (out / "README.md").read_text()
         assert said["plan"]["attention"] == [2]
@@ -465,7 +464,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_repairs_folder_that_is_damaged_is_not_believed(folders, tmp_path, damage):
     folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
-    load_repaired(folder)
+    RepairedPlan.load(folder)
     do, said = DAMAGES[damage]
     do(folder)
     with pytest.raises(UsageError, match=said) as refusal:
@@ -488,17 +487,17 @@ def test_neither_is_a_healings(folders, tmp_path, do, said):
     folder = shutil.copytree(folders / "healed", tmp_path / "copy")
     do(folder)
     with pytest.raises(UsageError, match=said):
-        load_repaired(folder)
+        RepairedPlan.load(folder)
 
 
 def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
     """A file that is damaged or another's is one line; a line that is gone is found again."""
-    model, whole = family("llama").build(), load_repaired(folders / "repaired")
+    model, whole = family("llama").build(), RepairedPlan.load(folders / "repaired")
     folder = shutil.copytree(folders / "repaired", tmp_path / "copy")
     (folder / SEAL).unlink()
     with_other_bytes(folder, "refits.jsonl", lambda content: b"".join(content.splitlines(keepends=True)[:-1]))
     with pytest.raises(UsageError, match="was not finished: run the same `notall repair` again"):
-        load_repaired(folder)
+        RepairedPlan.load(folder)
     sound = (folder / WEIGHTS).read_bytes()
     for damage in ("a bit flipped", "other weights"):
         do, said = DAMAGES[damage]
@@ -506,7 +505,7 @@ def test_an_unfinished_repair_goes_on_from_whole_files_alone(folders, tmp_path):
         with pytest.raises(UsageError, match=said):
             repair(model, REGROUPED, TEXTS, out=folder)
         (folder / WEIGHTS).write_bytes(sound)
-    assert repair(model, REGROUPED, TEXTS, out=folder) == whole == load_repaired(folder)
+    assert repair(model, REGROUPED, TEXTS, out=folder) == whole == RepairedPlan.load(folder)
 
 
 def test_a_repair_leaves_the_plan_of_another_alone(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forked
-from api import HELD, DiskOffload, Kept, LayerCall, Replay, find_projection, held_out, load_repaired, record, refitting
+from api import HELD, DiskOffload, Kept, LayerCall, Replay, find_projection, held_out, record, refitting
 from api import refitting_RIDGES as RIDGES
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
@@ -403,14 +403,14 @@ def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
     forked.kill_at(folder / "refits.jsonl", lines, SCRIPT, folder)
     known = (folder / "refits.jsonl").read_bytes()
     with pytest.raises(UsageError, match="was not finished: run the same"):
-        load_repaired(folder)
+        RepairedPlan.load(folder)
     found = run_repair(folder)
     assert (folder / "refits.jsonl").read_bytes().startswith(known[: known.rfind(b"\n") + 1])
     assert len(whole.refits) == 4
     assert same(found, whole)
-    assert same(load_repaired(folder), whole)
-    assert load_repaired(folder) == whole
-    assert [one.sublayers for one in load_repaired(folder).refits] == [one.sublayers for one in whole.refits]
+    assert same(RepairedPlan.load(folder), whole)
+    assert RepairedPlan.load(folder) == whole
+    assert [one.sublayers for one in RepairedPlan.load(folder).refits] == [one.sublayers for one in whole.refits]
 
 
 def test_new_weights_lie_in_files_and_are_never_in_memory_together(tmp_path, monkeypatch):
@@ -434,7 +434,7 @@ def test_what_is_finished_is_not_refit_again(tmp_path, monkeypatch):
         patch.setattr(refitting, "Calibration", None)  # nor is a stream run
         assert run_repair(tmp_path) == whole
     (tmp_path / "plan.json").unlink()
-    assert run_repair(tmp_path) == whole == load_repaired(tmp_path)
+    assert run_repair(tmp_path) == whole == RepairedPlan.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -470,25 +470,25 @@ def test_weights_that_are_damaged_or_gone_are_one_line(tmp_path):
     sound = weights.read_bytes()
     for content in (sound[:-5], sound[:20], b"", b"\xff" * len(sound)):
         weights.write_bytes(content)
-        for read in (load_repaired, run_repair):
+        for read in (RepairedPlan.load, run_repair):
             with pytest.raises(UsageError, match=r"is damaged .*delete the folder, and repair the plan again"):
                 read(tmp_path)
     weights.unlink()
-    for read in (load_repaired, run_repair):
+    for read in (RepairedPlan.load, run_repair):
         with pytest.raises(UsageError, match=r"lacks .*: delete the folder, and repair the plan again"):
             read(tmp_path)
 
 
 def test_a_folder_of_something_else_is_no_repaired_plan(tmp_path):
     with pytest.raises(UsageError, match="is no repaired plan"):
-        load_repaired(tmp_path)
+        RepairedPlan.load(tmp_path)
 
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was read"))
     monkeypatch.setattr("torch.save", lambda *_, **__: pytest.fail("a pickle was written"))
     run_repair(tmp_path)
-    load_repaired(tmp_path)
+    RepairedPlan.load(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
         ".jsonl",
         ".json",

@@ -18,7 +18,7 @@ if importlib.util.find_spec("ray") is None:
 import ray
 from accelerate import PartialState
 
-from api import HealRecord, Training, cli, cluster, heal, healing, load_repaired, read
+from api import HealRecord, RepairedPlan, Training, cli, cluster, heal, healing, read
 from api import healing_Spread as Spread
 from api import records_lines as lines
 from notall import Plan, TrainConfig, UsageError, load, repair
@@ -120,7 +120,7 @@ def test_processes_of_accelerate_share_each_batch(tmp_path):
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([*launch, str(script), str(folder)], check=True, env=os.environ | path)
     here = heal(llama(), PLAN, ODD, HELD_OUT[:1], TrainConfig(rate=3e-3), out=tmp_path / "one")
-    there = load_repaired(folder)
+    there = RepairedPlan.load(folder)
     assert there.weights.keys() == here.weights.keys()
     for name, weight in here.weights.items():
         torch.testing.assert_close(there.weights[name], weight, rtol=1e-4, atol=1e-6)

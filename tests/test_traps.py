@@ -83,7 +83,7 @@ def test_an_error_of_another_kind_is_no_catch(monkeypatch: Patch) -> None:
 
     with pytest.raises(RuntimeError, match="a mistake of the test"):
         is_caught_by_comparison("llama", before=lambda: monkeypatch.setattr(skipping, "renumber", mistaken))
-    monkeypatch.setattr(slicing, "renumber", mistaken)
+    monkeypatch.setattr(proving, "renumber", mistaken)
     with pytest.raises(UnsupportedModel, match="a mistake of the test"):
         is_caught_by_recomposition("llama")
 
@@ -94,7 +94,7 @@ def test_stale_layer_index(name: str, monkeypatch: Patch) -> None:
 
 
 def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(slicing, "renumber", lambda *_: [])
+    monkeypatch.setattr(proving, "renumber", lambda *_: [])
     assert is_caught_by_recomposition("llama")
 
 

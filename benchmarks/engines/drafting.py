@@ -26,7 +26,7 @@ from notall.measuring.speed import speedup
 from notall.models.loading import load
 from notall.models.names import named_gguf
 from notall.models.texts import read_text, token_batches
-from notall.running.repaired_folders import load_repaired
+from notall.running.repaired import RepairedPlan
 
 CONTEXT = 512
 Answer = Callable[[list[int], int], dict[str, Any]]
@@ -219,7 +219,7 @@ def main() -> None:
     batches = token_batches(tokenizer, read_text(), sequences=given.prompts, length=given.prompt, batch_size=1)
     prompts = [batch[0].tolist() for batch in batches]
     with tempfile.TemporaryDirectory() as scratch:
-        plan = load_repaired(given.plan) if given.plan.is_dir() else notall.Plan.load(given.plan)
+        plan = RepairedPlan.load(given.plan) if given.plan.is_dir() else notall.Plan.load(given.plan)
         dense, draft = exports(given, plan, Path(scratch))
         rows = measure(dense, draft, prompts, given)
     print("| drafted | decode ms/token | speedup | accepted | same texts |")

@@ -32,7 +32,7 @@ from notall.measuring.speed import cores
 from notall.models.texts import read_text, token_batches
 from notall.results.table import Column, number, table, words
 from notall.results.terminal import print_table
-from notall.running.repaired_folders import load_repaired
+from notall.running.repaired import RepairedPlan
 
 ENGINES = ("transformers", "vllm", "llama.cpp")
 
@@ -126,7 +126,7 @@ def main() -> None:
     text, size = read_text(asked.text), {"length": asked.length, "batch_size": 1}
     batches = token_batches(tokenizer, text, sequences=asked.windows + (16 if asked.skip else 0), **size)
     if asked.plan:
-        plan = load_repaired(asked.plan)
+        plan = RepairedPlan.load(asked.plan)
     else:
         plan = notall.repair(model, plan_of(asked.skip), batches[asked.windows :])
     windows = [batch[0].tolist() for batch in batches[: asked.windows]]

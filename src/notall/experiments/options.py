@@ -234,9 +234,9 @@ def read_plan(path: Path) -> Plan:
 
         return plan_of(path)
     if path.is_dir():
-        from ..running.repaired_folders import load_repaired
+        from ..running.repaired import RepairedPlan
 
-        return load_repaired(path)
+        return RepairedPlan.load(path)
     return Plan.load(path)
 
 

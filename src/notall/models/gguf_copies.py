@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from gguf import GGUFReader, TokenType
+from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ from ..errors import shortened
 from ..files import cache_folder, unwritable
 from ..inputs import read_json
 from ..plan import Plan
-from .gguf_header import check_gguf
+from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
 logger = logging.getLogger(__name__)
@@ -37,36 +37,30 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def convert_gguf(gguf: Path) -> Path:
-    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once.
+    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once, by one process.
 
-    Processes that want it at the same time wait for the first. Raises UsageError when the cache can't be
-    written; what transformers says of a file that it can't read passes.
+    Raises UsageError when the cache can't be written; what transformers says of a file that it can't read passes.
     """
     folder = converted_folder(gguf)
     if folder.is_dir():
         return folder
-    check_gguf(gguf)
     try:
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 logger.info("copying %s, once, to %s", gguf.name, folder)
-                _write_whole_or_not(gguf, folder)
+                partial = folder.with_name(f"{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                try:
+                    _write_plain_copy(gguf, partial)
+                    partial.replace(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno is None:  # not the disk's word but transformers'
             raise
         raise unwritable(folder.parent, error) from error
     return folder
-
-
-def _write_whole_or_not(gguf: Path, folder: Path) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        _write_plain_copy(gguf, partial)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
@@ -77,12 +71,16 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
         "local_files_only": True,
         "trust_remote_code": False,
     }
+    # transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers
+    plain_numbers = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
+    tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
         packed, report = AutoModelForCausalLM.from_pretrained(
-            **source, **_unpacked(), dtype=torch.float32, output_loading_info=True
+            **source, **unpacked, dtype=torch.float32, output_loading_info=True
         )
         check_weights(gguf, report)
-        tokenizer = _smollm_tokenizer(gguf) or AutoTokenizer.from_pretrained(**source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(**source)
         config = packed.config
         if hasattr(config, "quantization_config"):  # with it, save_pretrained refuses
             del config.quantization_config
@@ -94,18 +92,9 @@ def _write_plain_copy(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _unpacked() -> dict[str, Any]:
-    """transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers."""
-    config = getattr(transformers, "GgufConfig", None)
-    return {"quantization_config": config(dequantize=True)} if config else {}
-
-
 def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a SmolLM file as its header has it; None for other files.
-
-    transformers passes over how it splits digits, and 4.57 takes BOS for EOS and puts it before every text.
-    """
-    reader = GGUFReader(gguf)
+    """That of a SmolLM file's header, whose digits and BOS transformers gets wrong; None for other files."""
+    reader = open_gguf(gguf)
 
     def read(name: str) -> Any:
         field = reader.get_field(f"tokenizer.{name}")
@@ -134,8 +123,7 @@ def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
 
 def export_in(path: Path) -> str | None:
     """What a GGUF file is that we wrote for llama.cpp alone, and what to do; None of any other."""
-    check_gguf(path)  # readers run for hours on a wrong count
-    field = GGUFReader(path).get_field("notall.manifest")
+    field = open_gguf(path).get_field("notall.manifest")
     if field is None:
         return None
     try:

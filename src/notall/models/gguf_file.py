@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, GG
 
 from ..errors import UsageError, shortened
 from ..progress import Progress, silent
-from .gguf_header import check_gguf
 
 BLOCK, ARCHITECTURE = "blk.", "general.architecture"
-# What the reader raises over a damaged file.
-DAMAGED = (*(ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AttributeError, RecursionError),)
+# What readers raise over a damaged file.
+DAMAGED = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError, MemoryError, RecursionError)
+MOST_READS = 1 << 23  # of one header: a vocabulary has a quarter of a million words
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Field:
     @classmethod
     def of(cls, value: Any) -> Field:
         """A count, a text, or a list of counts."""
-        kind = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32
-        return cls(value, kind)
+        return cls(value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32)
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class GGUF:
 
     def attention(self, index: int) -> Tensors:
         """Those of a block that are its mixer's, with the norms of that."""
-        block = self.block(index)
-        return {name: tensor for name, tensor in block.items() if not _is_mlp(name, block)}
+        mlp = self.mlp(index)
+        return {name: tensor for name, tensor in self.block(index).items() if name not in mlp}
 
     def mlp(self, index: int) -> Tensors:
         """Those of a block that are its MLP's, with the norms of that."""
@@ -111,24 +111,60 @@ def _is_mlp(name: str, block: Tensors) -> bool:
     return name.startswith(("ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
 
 
-def read_gguf(path: Path) -> GGUF:
-    """Map a GGUF file into memory. Raises `UsageError` when it is truncated or damaged, or one part of several."""
-    check_gguf(path)
+class _Reader(GGUFReader):
+    """Ends where the file does, and is quick: the library's own goes on behind the end for hours, on a wrong count."""
+
+    reads = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray[Any, Any]:
+        self.reads += 1
+        if self.reads > MOST_READS:
+            raise EOFError("its header has no end")
+        kind = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+        return np.frombuffer(self.data, kind, int(count), int(offset))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
     try:
-        reader = GGUFReader(path)
+        yield
+    except DAMAGED as error:
+        said = shortened(str(error) or type(error).__name__)
+        raise UsageError(f"{path.name} is no whole GGUF file: {said}; download it again") from None
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """A GGUF file, mapped into memory.
+
+    Raises `UsageError` when it is truncated or damaged, or counts more layers or experts than its tensors have room
+    for: readers would build each of them.
+    """
+    with _whole(path):
+        reader = _Reader(path)
+        scalars = {name: one.contents() for name, one in reader.fields.items() if len(one.types) == 1}
+        longest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
+        rooms = (".block_count", "layers", len(reader.tensors)), (".expert_count", "experts", longest)
+        for ending, what, room in rooms if scalars.get("split.count", 1) == 1 else ():  # a part may hold no tensors
+            count = max((value for name, value in scalars.items() if name.endswith(ending)), default=0)
+            if count > room:
+                raise EOFError(f"its header counts {count} {what}, and its tensors have room for {room}")
+    return reader
+
+
+def read_gguf(path: Path) -> GGUF:
+    """Map a GGUF file into memory. Raises `UsageError` as `open_gguf` does, and for one part of several."""
+    reader = open_gguf(path)
+    with _whole(path):
         fields = {
             name: Field(field.contents(), field.types[-1])
             for name, field in reader.fields.items()
             if not name.startswith("GGUF.")
         }
-        tensors = {tensor.name: GGUFTensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    except DAMAGED as error:
-        said = shortened(str(error) or type(error).__name__)
-        raise UsageError(f"{path.name} is no whole GGUF file: {said}; download it again") from None
     if ARCHITECTURE not in fields:
         raise UsageError(f"{path.name} names no architecture; it is no model")
     if fields.get("split.count", Field.of(1)).value != 1:
         raise UsageError(f"{path.name} is a part of several: merge them first with `llama-gguf-split --merge`")
+    tensors = {tensor.name: GGUFTensor(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     return GGUF(path, fields, tensors, reader.endianess)
 
 

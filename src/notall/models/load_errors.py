@@ -15,11 +15,8 @@ from ..errors import UnknownArchitecture, UsageError, shortened
 from .names import near_model
 
 SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
-
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
-
 SPELLING = "check its spelling"
-
 NO_SUCH_GGUF = "GGUF model with architecture"
 MEMORY = "free some memory, or give a smaller dtype, or device_map='auto'"
 
@@ -54,7 +51,8 @@ def explained(spec: str | Path) -> Iterator[None]:
         fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
         near = near_model(spec) if fix in (OFFLINE, SPELLING) else ""
         kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
-        raise kind(f"cannot load {shortened(spec)}{near}: {_shortened(said)}; {fix}") from error
+        first = shortened(said.split(". ")[0].rstrip("."), 160)  # sentence, of what may be pages long
+        raise kind(f"cannot load {shortened(spec)}{near}: {first}; {fix}") from error
 
 
 def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
@@ -80,8 +78,3 @@ def quiet(*, progress: bool = False) -> Iterator[None]:
         logging.disable(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _shortened(said: str, most: int = 160) -> str:
-    """The first sentence of a message that may be pages long."""
-    return shortened(said.split(". ")[0].rstrip("."), most)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -35,7 +35,7 @@ from ..inputs import Settings, read_json
 from ..plan import Plan
 from ..running.skipping import without
 from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder, export_in
-from .gguf_header import check_gguf
+from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .own_exports import OwnExport, is_own_form, own_export
@@ -97,10 +97,7 @@ def load(
 def load_empty(
     spec: str | Path, dtype: torch.dtype | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a config without weights, in a dtype, or else in the checkpoint's own, quantised as it is there.
-
-    `spec` is as in `load`; a config.json, or a name of SHAPES, will do. Raises as `load` does.
-    """
+    """The model of a config without weights, in `dtype` or as the checkpoint has it, quantised or not; see `load`."""
     with _explained(spec):
         settings = _settings_of_export(spec, revision)
         if settings is None:
@@ -117,19 +114,19 @@ def load_empty(
 def load_config(
     spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """A model's config without its weights: `spec` as in `load`, or a config.json, or a name of SHAPES.
-
-    Raises UsageError for a model that is unknown or out of reach.
-    """
+    """A model's config without its weights: `spec` as in `load`, or a config.json, or one of SHAPES."""
     if spec in SHAPES:
         return LlamaConfig(**SHAPES[str(spec)])
     with _explained(spec):
-        source, gguf = _config_source(spec, revision)
+        gguf, path = named_gguf(spec), expanded(spec)
+        source: Path | str = converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
+        file = {}
+        if gguf and not Path(source).is_dir():
+            open_gguf(gguf)  # refuses what transformers would read for hours
+            source, file = gguf.parent, {"gguf_file": gguf.name}
         with quiet():
-            options = _options(source, revision, trust_remote_code)
-            config = AutoConfig.from_pretrained(source, **gguf, **options)
-    _refuse_unread_rope(spec, config)
-    _refuse_endless(spec, config)
+            config = AutoConfig.from_pretrained(source, **file, **_options(source, revision, trust_remote_code))
+    _refuse_misread(spec, config)
     return config
 
 
@@ -177,8 +174,10 @@ def build_random(
         noise = noise.to(device, dtype)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
-                dummy = nn.Parameter(_dummy(weight, noise), requires_grad=weight.requires_grad)
-                setattr(module, name, dummy)
+                dummy = torch.ones(weight.shape, dtype=dtype, device=device)
+                for piece in dummy.view(-1).split(noise.numel()) if dummy.dim() > 1 else ():
+                    piece.copy_(noise[: piece.numel()])
+                setattr(module, name, nn.Parameter(dummy, requires_grad=weight.requires_grad))
         model.tie_weights()
         return model.to(device).eval()
 
@@ -197,7 +196,9 @@ def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -
         if path.is_file():
             return {"model": name, "revision": f"sha256:{digest_of_file(path)}"}
         if path.is_dir():
-            return {"model": name, "revision": f"sha256:{_folder_hash(path)}"}
+            files = sorted(one for one in (*path.glob("*.safetensors"), *path.glob("config.json")) if one.is_file())
+            digest = digest_of(f"{file.name} {digest_of_file(file)}\n" for file in files)
+            return {"model": name, "revision": f"sha256:{digest}"}
         config = hf_hub_download(hub_id(spec), "config.json", revision=revision)
         return {"model": str(spec), "revision": Path(config).parent.name}
 
@@ -215,11 +216,15 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by its name; `auto` is bfloat16 where that is fast, else float16 on CUDA and float32 elsewhere.
-
-    Raises UsageError for an unknown name.
-    """
-    return _fast_dtype(device) if name == "auto" else named_dtype(name, "auto")
+    """A dtype by its name; `auto` is bfloat16 where that is fast, else float16 on CUDA and float32 elsewhere."""
+    if name != "auto":
+        return named_dtype(name, "auto")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
 
 
 def named_dtype(name: str, *others: str) -> torch.dtype:
@@ -229,24 +234,12 @@ def named_dtype(name: str, *others: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16
-
-
 def refuse_export(folder: Path) -> None:
     """Raise `UsageError` where a folder holds an export in a form of its own: it has no dense model's files."""
     if _settings_of_export(folder, None):
         raise UsageError(
             f"{shortened(folder.name)} is an export already: give the dense model, and a plan that skips what both skip"
         )
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -268,10 +261,17 @@ def _load_plain(
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     source = model_source(spec, revision)
     options = _options(source, revision, trust_remote_code)
-    config = _checked_config(spec, source, options)
+    where = {name: options[name] for name in ("revision", "local_files_only")}
+    refuse_adapter(spec, find_adapter_config_file(source, **where))
+    with quiet():
+        config = AutoConfig.from_pretrained(source, **options)
+    named_weights(spec, config)
+    refuse_what_cannot_run(spec, config)
+    _refuse_misread(spec, config)
     told = quantisation_of(config)
     with quiet(progress=not isinstance(source, Path)):
-        tokenizer = _read_tokenizer(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
         model, report = reader_of(config).from_pretrained(source, use_safetensors=True, **how, **options)
     if told and (missing := sorted(map(str, report["missing_keys"]))):
         raise UsageError(
@@ -280,7 +280,6 @@ def _load_plain(
             "give another checkpoint; notall inspect, plan and export take this one"
         )
     check_weights(spec, report)
-    _refuse_unread_rope(spec, model.config)
     if told and not quantisation_of(model.config):
         setattr(model, UNPACKED_FROM, quantisation_name(told))
     return model.eval(), tokenizer
@@ -294,7 +293,9 @@ def _load_export(
     if not folder.exists():
         folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=[*READ]))
     with quiet():
-        tokenizer = _read_tokenizer(folder, config=export.config, local_files_only=True, trust_remote_code=False)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=export.config, **local)
+        tokenizer("a")
         model, report = type(build_empty(export.config)).from_pretrained(
             None, config=export.config, state_dict=export.weights(folder), **how
         )
@@ -303,12 +304,6 @@ def _load_export(
     ours = [name for name in map(str, report["missing_keys"]) if name in held or not name.startswith(structure.layers)]
     check_weights(spec, report | {"missing_keys": ours})
     return model, tokenizer
-
-
-def _read_tokenizer(source: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
-    return tokenizer
 
 
 def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | None:
@@ -347,36 +342,12 @@ def model_source(spec: str | Path, revision: str | None) -> Path | str:
     return path
 
 
-def _config_source(spec: str | Path, revision: str | None) -> tuple[Path | str, dict[str, str]]:
-    """What transformers can read a config from, with the option that a GGUF file not yet converted needs."""
-    if gguf := named_gguf(spec):
-        folder = converted_folder(gguf)
-        if folder.is_dir():
-            return folder, {}
-        check_gguf(gguf)
-        return gguf.parent, {"gguf_file": gguf.name}
-    path = expanded(spec)
-    return (path if path.exists() else hub_id(spec)), {}
-
-
 def _options(source: Path | str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     return {
         "local_files_only": isinstance(source, Path),
         "trust_remote_code": trust_remote_code,
         "revision": revision or "main",
     }
-
-
-def _checked_config(spec: str | Path, source: Path | str, options: dict[str, Any]) -> PretrainedConfig:
-    """Refuse a config by which transformers would read other weights than the model's safetensors, or not end."""
-    where = {name: options[name] for name in ("revision", "local_files_only")}
-    refuse_adapter(spec, find_adapter_config_file(source, **where))
-    with quiet():
-        config = AutoConfig.from_pretrained(source, **options)
-    named_weights(spec, config)
-    refuse_what_cannot_run(spec, config)
-    _refuse_endless(spec, config)
-    return config
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -387,29 +358,13 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -
         return model
 
 
-def _dummy(weight: Tensor, noise: Tensor) -> Tensor:
-    dummy = torch.ones(weight.shape, dtype=noise.dtype, device=noise.device)
-    if dummy.dim() > 1:
-        for piece in dummy.view(-1).split(noise.numel()):
-            piece.copy_(noise[: piece.numel()])
-    return dummy
-
-
-def _folder_hash(folder: Path) -> str:
-    files = sorted(file for file in (*folder.glob("*.safetensors"), *folder.glob("config.json")) if file.is_file())
-    return digest_of(f"{file.name} {digest_of_file(file)}\n" for file in files)
-
-
-def _refuse_endless(spec: str | Path, config: PretrainedConfig) -> None:
+def _refuse_misread(spec: str | Path, config: PretrainedConfig) -> None:
     """A damaged config may ask for layers or experts that would take hours to lay out."""
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(text, name, None)
         if isinstance(count, int) and count > MOST:
             raise UsageError(f"the config of {spec} has {name} = {count}: it is damaged; fetch it again")
-
-
-def _refuse_unread_rope(spec: str | Path, config: PretrainedConfig) -> None:
-    """transformers 4 ignores transformers 5's RoPE settings in silence, and computes with defaults."""
+    # transformers 4 ignores transformers 5's in silence, and computes with defaults
     if TRANSFORMERS_MAJOR == "4" and getattr(config, "rope_parameters", None):
         raise UsageError(f"{spec} was saved by transformers 5: read it with transformers>=5.17")

@@ -1,26 +1,24 @@
 """What `notall export` wrote, without the code beside it: layers of the original architecture that lack a sublayer.
 
-A regrouped checkpoint (`notall_llama` and so on) and a nemotron-nas one both come down to a list of layers that have an
-attention, an MLP or both. Nothing in the folder says which code is run: only config.json is read, and the class is
-transformers' own.
+Regrouped (`notall_llama` and so on) or nemotron-nas: only config.json is read, and the class is transformers' own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
 from ..files import INDEX, SINGLE, own_file
-from ..inputs import Settings, read_json
+from ..inputs import read_json
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
@@ -57,20 +55,13 @@ class OwnExport:
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """Every tensor of the files, by the names that the model of `config` gives them."""
-        weights: dict[str, Tensor] = {}
-        for shard in _shards(folder):
-            with safe_open(shard, framework="pt") as file:
-                weights |= {self.renamed(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return weights
-
-
-def _shards(folder: Path) -> list[Path]:
-    if single := own_file(folder, SINGLE):
-        return [single]
-    if (index := own_file(folder, INDEX)) is None:
-        raise UsageError(f"{folder.name} has no {SINGLE} and no {INDEX}; download it again")
-    names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
-    return [found for name in names if (found := own_file(folder, name))]
+        names = [SINGLE]
+        if own_file(folder, SINGLE) is None:
+            if (index := own_file(folder, INDEX)) is None:
+                raise UsageError(f"{folder.name} has no {SINGLE} and no {INDEX}; download it again")
+            names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
+        shards = [load_file(found) for name in names if (found := own_file(folder, name))]
+        return {self.renamed(name): tensor for shard in shards for name, tensor in shard.items()}
 
 
 def is_own_form(settings: Mapping[str, Any]) -> bool:
@@ -103,21 +94,15 @@ def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
                 elif row["mlp"] is None:
                     missing["mlp"].append(layer)
     sources = [number for number, _, _ in places]
-    config = _config(settings["model_type"].removeprefix(REGROUPED), _spread(settings, len(rows), sources))
-    return OwnExport(config, missing, places)
-
-
-def _spread(settings: Mapping[str, Any], layers: int, sources: Sequence[int]) -> Settings:
-    """Settings of a layer each for those of `layers`, by the layer that each comes from."""
-    spread = {**settings, "num_hidden_layers": len(sources)}
+    spread = {**settings, "num_hidden_layers": len(sources)}  # a layer each, with what that of the files has
     for name in LISTS:
         values = settings.get(name)
-        if isinstance(values, list) and len(values) == layers:
+        if isinstance(values, list) and len(values) == len(rows):
             spread[name] = [values[source] for source in sources]
     for name in INDEX_LISTS:
         if indices := settings.get(name):
             spread[name] = [number for number, source in enumerate(sources) if source in indices]
-    return spread
+    return OwnExport(_config(settings["model_type"].removeprefix(REGROUPED), spread), missing, places)
 
 
 def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:

@@ -24,16 +24,13 @@ PACKAGES = {
 
 
 def quantisation_of(config: PretrainedConfig) -> Settings | None:
-    """The quantisation settings of a config, as config.json words them; None where the weights are plain.
-
-    Raises `UsageError` where they are no settings.
-    """
+    """The quantisation settings of a config, or None. Raises `UsageError` where they are no settings."""
     told = getattr(config, "quantization_config", None)
-    if told is None:
-        return None
-    if not isinstance(told, Mapping | QuantizationConfigMixin):
+    if isinstance(told, QuantizationConfigMixin):
+        return told.to_dict()
+    if not isinstance(told, Mapping | None):
         raise UsageError("the quantization_config of this model is damaged; fetch its config.json again")
-    return dict(told) if isinstance(told, Mapping) else told.to_dict()
+    return told if told is None else dict(told)
 
 
 def quantisation_name(told: Mapping[str, Any]) -> str:
@@ -51,11 +48,12 @@ def why_not_here(told: Mapping[str, Any]) -> str | None:
     try:
         with quiet():
             AutoHfQuantizer.from_config(dict(told), pre_quantized=True).validate_environment(device_map=None)
-    except ImportError as error:
-        fix = f": pip install {package}" if package else f" ({_first_line(error)})"
-        return f"transformers runs {name} weights with a package that is not installed{fix}"
     except Exception as error:  # each quantiser checks in its own way
-        return f"transformers cannot run {name} weights here ({_first_line(error)})"
+        said = shortened((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."), 120)
+        if not isinstance(error, ImportError):
+            return f"transformers cannot run {name} weights here ({said})"
+        fix = f": pip install {package}" if package else f" ({said})"
+        return f"transformers runs {name} weights with a package that is not installed{fix}"
     return None
 
 
@@ -64,7 +62,3 @@ def refuse_what_cannot_run(spec: object, config: PretrainedConfig) -> None:
     told = quantisation_of(config)
     if told is not None and (reason := why_not_here(told)):
         raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")
-
-
-def _first_line(error: Exception) -> str:
-    return shortened((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."), 120)

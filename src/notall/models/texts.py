@@ -72,10 +72,12 @@ def token_batches(
     width = length - len(start)
     windows = len(ids) // width
     if windows < sequences:
-        fits = _what_fits(windows, len(ids) // sequences + len(start))
+        fitting = len(ids) // sequences + len(start)
+        fits = [f"lower sequences to {windows} or "] if windows else []
+        fits += [f"lower length to {fitting} or "] if fitting >= 2 else []
         raise UsageError(
             f"the text {shortened(text.name)} has {len(ids)} tokens, and {sequences} sequences of {length} need "
-            f"{sequences * width}: {fits}"
+            f"{sequences * width}: {''.join(fits)}give a longer text"
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:sequences]
     rows = ids[: windows * width].view(windows, width)[order].long()  # (sequences, width)
@@ -98,12 +100,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tensor:
         ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
         known[text.sha256] = torch.tensor(ids, dtype=torch.int32)
     return known[text.sha256]
-
-
-def _what_fits(sequences: int, length: int) -> str:
-    fits = [f"lower sequences to {sequences}"] if sequences else []
-    fits += [f"lower length to {length}"] if length >= 2 else []
-    return " or ".join([*fits, "give a longer text"])
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,30 +133,25 @@ def read_file(path: Path, wanted: str) -> str:
 
 def fields(path: Path, content: str, name: str) -> list[str]:
     """The field `name` of every line of JSON, each a string; blank lines are skipped."""
-    return [_field(path, *line, name) for line in enumerate(content.split("\n"), 1) if line[1].strip()]
+    found = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            field = read_json(line)[name]
+        except (ValueError, KeyError, TypeError):
+            field = None
+        if not isinstance(field, str):
+            raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
+        found.append(field)
+    return found
 
-
-def _field(path: Path, number: int, line: str, name: str) -> str:
-    try:
-        field = read_json(line)[name]
-    except (ValueError, KeyError, TypeError):
-        field = None
-    if not isinstance(field, str):
-        raise UsageError(f'{shortened(path)}, line {number}: give a JSON object with a string named "{name}"')
-    return field
-
-
-# --- token ids ------------------------------------------------------------------------------------------------------
 
 IDS = "token ids as tensors of (batch, tokens), such as tokenizer(text, return_tensors='pt')['input_ids']"
 
 
 def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterator[Tensor]:
-    """`batches` one by one, each checked.
-
-    Raises `UsageError` for what are no token ids, (batch, tokens) of two tokens at least, and for ids that `model`
-    has no row for.
-    """
+    """`batches` one by one. Raises `UsageError` for what are no ids of (batch, 2 tokens or more), or not `model`'s."""
     expect(batches, Iterable, f"a list of {IDS}")
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None) if model else None  # type: ignore[operator]
     for batch in batches:

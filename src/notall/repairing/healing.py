@@ -28,8 +28,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
 from ..running.head import Head
-from ..running.repaired import RepairedPlan
-from ..running.repaired_folders import BEFORE, HEALED, keep_whole, load_repaired, refuse_other_work, step_of
+from ..running.repaired import BEFORE, HEALED, RepairedPlan, keep_whole, refuse_other_work, step_of
 from ..running.tensor_files import read_tensors, write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
@@ -80,7 +79,7 @@ def heal(
         is_finished = folder is not None and refuse_other_work(folder, HealRecord, plan)
         processes.wait_for_everyone()  # all have looked before the first of them writes
         if folder and is_finished:
-            return load_repaired(folder)
+            return RepairedPlan.load(folder)
         if workers and folder:
             trained = workers.train(training, folder, about, progress)
         else:

@@ -32,8 +32,16 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running.repaired import RepairedPlan, with_weights
-from ..running.repaired_folders import PLAN, file_of, finish, load_repaired, read_weights, refuse_other_work, step_of
+from ..running.repaired import (
+    PLAN,
+    RepairedPlan,
+    file_of,
+    finish,
+    read_weights,
+    refuse_other_work,
+    step_of,
+    with_weights,
+)
 from ..running.replay import record
 from ..running.skipping import is_skipping
 from ..running.tensor_files import write_tensors
@@ -84,7 +92,7 @@ def repair(
     with working_in(folder, "repair") if folder else nullcontext():
         kept = Kept(folder, plan, about) if folder else None
         if kept and kept.finished:
-            found = load_repaired(kept.folder)
+            found = RepairedPlan.load(kept.folder)
         else:
             text = Calibration(inner, batches, offload=offload)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
@@ -142,7 +150,7 @@ class Kept:
     def finish(self) -> RepairedPlan:
         """The plan with all that was refit."""
         finish(self.folder, self.plan, {file_of(one): one.sha256 for one in self.refits if one.ridge is not None})
-        return load_repaired(self.folder)
+        return RepairedPlan.load(self.folder)
 
 
 class Calibration(DenseStream):

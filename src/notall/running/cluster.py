@@ -36,7 +36,15 @@ def joined(address: str) -> Iterator[None]:
         yield
         return
     try:
-        _connect(None if address == "any" else address, ATTEMPTS)
+        for attempt in range(ATTEMPTS):
+            try:
+                where = None if address == "any" else address
+                ray.init(address=where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+                break
+            except ConnectionAbortedError:  # a server is there, and could not start what it starts for each client
+                if attempt == ATTEMPTS - 1:
+                    raise
+                ray.shutdown()
     except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
         raise UsageError(
             f"no Ray cluster at {address}: {_last_line(error)[:200]}; give local, auto, HOST:PORT or ray://HOST:PORT, "
@@ -46,16 +54,6 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _connect(address: str | None, attempts: int) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except ConnectionAbortedError:  # a server is there, and could not start what it starts for each client
-        if attempts == 1:
-            raise
-        ray.shutdown()
-        _connect(address, attempts - 1)
 
 
 def room(gpus: int = 1) -> tuple[int, bool]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from ..errors import UsageError, expect, raised_by, shortened
 from ..plan import Plan
 from ..structure.locating import has_missing
 from ..structure.model_structure import base_model, positions_of
+from ..structure.slicing import replaced
 from .skipping import skip
+
+# What transformers cannot do with the model's own settings is said as a `UsageError`.
+_settings_explained = partial(raised_by, "transformers", "cannot generate", "check the model's generation_config.json")
 
 
 class Streamer(TextStreamer):
@@ -58,17 +63,20 @@ def generate_text(
     with skipping, _settings_explained():
         if temperature == 0:
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
-        else:
-            new = _drawn(model, ids, max_new_tokens, temperature, seed, streamer)
+        else:  # as the checkpoint's own settings say, but for the temperature and beams
+            how: dict[str, Any] = {
+                "do_sample": True,
+                "temperature": temperature,
+                "num_beams": 1,
+                "max_new_tokens": max_new_tokens,
+            }
+            with _seeded(model, seed):
+                new = _generate(model, ids, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
 def continue_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    prompts: Sequence[str],
-    new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, prompts: Sequence[str], new_tokens: int
 ) -> list[str]:
     """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
     encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
@@ -78,9 +86,6 @@ def continue_prompts(
     with skip(model, plan), _settings_explained():
         said = greedy(model, ids, new_tokens, mask=mask)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
-
-
-# --- token ids --------------------------------------------------------------------------------------------------------
 
 
 def greedy(
@@ -102,15 +107,13 @@ def greedy(
         pad_token_id=next(iter(ends), 0),
     )
     with _generating_by(model, settings):
-        tokens = _generate(model, ids, mask, **options)
-    return [_until(row, ends) for row in tokens[:, ids.shape[1] :].tolist()]
+        rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
+    lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in rows]
+    return [row[:length] for row, length in zip(rows, lengths)]
 
 
 def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:
-    """`prompts`, (rows, tokens), and as many tokens behind each as asked for, drawn from the model's distributions.
-
-    Where a text ends another one begins. Raises `UsageError` as `check_positions` does.
-    """
+    """`prompts`, (rows, tokens), and `new_tokens` behind each, drawn from the model's distributions, past any end."""
     check_positions(model, prompts.shape[1], new_tokens)
     whole = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=0)
     with _seeded(model, seed), _generating_by(model, whole), _settings_explained():
@@ -134,20 +137,6 @@ def ends_of(model: PreTrainedModel) -> list[int]:
     return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
 
 
-def _until(row: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to and with the first of the tokens that end a text."""
-    return row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))]
-
-
-def _drawn(
-    model: PreTrainedModel, ids: Tensor, new_tokens: int, temperature: float, seed: int, streamer: Any
-) -> list[int]:
-    """Drawn as the checkpoint's own settings say, but for the temperature and beams."""
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": new_tokens}
-    with _seeded(model, seed):
-        return list(_generate(model, ids, streamer=streamer, **how)[0, ids.shape[1] :].tolist())
-
-
 def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     """(rows, tokens and new ones), padded where rows end."""
     mask = torch.ones_like(ids) if mask is None else mask
@@ -158,14 +147,10 @@ def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *
 @contextmanager
 def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
     """Have `model` generate by `settings` alone, for the time of the `with`, and not by those of its checkpoint."""
-    own = [(one, one.generation_config) for one in {model, base_model(model)}]
-    try:
-        for one, _ in own:
-            one.generation_config = settings
+    with ExitStack() as undo:
+        for one in {model, base_model(model)}:
+            undo.enter_context(replaced(one.__dict__, "generation_config", settings))
         yield
-    finally:
-        for one, before in own:
-            one.generation_config = before
 
 
 @contextmanager
@@ -175,16 +160,6 @@ def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _settings_explained() -> Iterator[None]:
-    """Raises `UsageError` for what transformers cannot do with the model's own generation_config.json."""
-    with raised_by("transformers", "cannot generate", "check the model's generation_config.json"):
-        yield
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True) -> list[int]:

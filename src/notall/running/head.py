@@ -1,13 +1,12 @@
 """The model's head alone: from rows of the last layer's output to next-token logits, without the rest of the model.
 
-What comes behind the layers is run by the model's own forward, a sequence of one token for each row, with the rows
-standing in for what the layers answer. Most heads end in a plain matrix: a probe finds that out, once a model.
+It is run by the model's own forward, a sequence of one token for each row, with the rows standing in for what the
+layers answer. Most heads end in a plain matrix: a probe finds that out, once a model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -80,7 +79,12 @@ class Head:
                 "expected a head that reads tokens one by one. Choose another model"
             )
         output = self.output
-        if not _is_plain(output) or (scale := self._scale(output, hidden[0], generator)) is None:
+        # quantised or adapted, or offloaded
+        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {nn.Linear, nn.Parameter}:
+            return None
+        if not output.weight.is_floating_point() or output.weight.device.type == "meta":
+            return None
+        if (scale := self._scale(output, hidden[0], generator)) is None:
             return None
         bias = None if output.bias is None else output.bias.detach().float() * scale
         found = Projection(output.weight.detach(), bias, scale)
@@ -110,13 +114,6 @@ _PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]
 def _present(device: torch.device) -> torch.device:
     """Where inputs go: accelerate takes them from the CPU to where it keeps what is offloaded."""
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _is_plain(output: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether it is a matrix that lies in memory as it is: not quantized, adapted or offloaded."""
-    if type(output) is not nn.Linear or type(output.weight) is not nn.Parameter:
-        return False
-    return output.weight.is_floating_point() and output.weight.device.type != "meta"
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:

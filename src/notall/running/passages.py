@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..structure.in_place import Stub, stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, base_model
-from ..structure.observation import Arguments, LayerCall, first, forward_replaced, parameter_names, run_branches, scaled
+from ..structure.observation import Arguments, LayerCall, called_with, first, forward_replaced, run_branches, scaled
 from .replay import Enough, answering
 
 
@@ -35,10 +35,7 @@ Look = Callable[[Passage], None]
 
 
 def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
-    """Have `look` see the passages of the dense model on `inputs` (as for its forward), block by block.
-
-    Only one block's states are alive at a time, and no head is run.
-    """
+    """Have `look` see the dense model's passages on `inputs`, a block's states at a time, without running the head."""
     inner = base_model(model)
     structure = locate(inner)
     shape = inputs["input_ids"].shape
@@ -80,20 +77,19 @@ def _stubbed(
 ) -> Callable[..., Any]:
     """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them.
 
-    What else the layer does is on both sides of each sublayer. The dense layer comes last: others read what it makes.
+    The dense layer comes last: others read what it makes.
     """
     fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
-    names = parameter_names(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = (dict(zip(names, args)) | kwargs)[names[0]]
+        _, given = called_with(layer, args, kwargs)
         before = as_stream(given, shape).clone()
         states = []
         for twin in fewer:
             answer = twin(*args, **kwargs)
             states.append(as_stream(first(answer), shape))
-        kinds: Iterator[str] = (part.kind for part in block.sublayers)
-        look(Passage(block, before, states[-1], dict(zip(kinds, pairwise(states)))))
+        around = zip(block.kinds, pairwise(states))
+        look(Passage(block, before, states[-1], dict(around)))
         return answer
 
     return forward

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..structure.model_structure import Block, ModelStructure, Sublayer
-from ..structure.observation import LayerCall, child, parameter_names, run_branches
+from ..structure.observation import LayerCall, called_with, child, parameter_names, run_branches
 from ..structure.slicing import move_inputs_like, set_child, shallow_clone
 from .regrouping import Group, is_ordinary
 
 
 class Holder(nn.Module):
-    """The modules of one MLP that lost its attention."""
+    """The modules of one MLP that lost its attention, those of a dense layer."""
 
-    def forward(self, hidden: Tensor, mlp: Sublayer, call: LayerCall) -> Tensor:
-        return run_branches(mlp.branches, self, hidden, call)
+    def __init__(self, source: nn.Module, mlp: Sublayer) -> None:
+        super().__init__()
+        self.sublayer, self.training = mlp, source.training
+        for name in mlp.modules:
+            set_child(self, name, child(source, name))
+        move_inputs_like(source, self)
+
+    def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        return run_branches(self.sublayer.branches, self, hidden, call)
 
 
 class Scales(nn.Module):
-    """The numbers that dense layers multiply their stream by, on the way to each part of a regrouped one and behind."""
+    """Numbers that dense layers multiply their stream by, on its way to a part of a regrouped layer, or behind all."""
 
-    def __init__(self, ways: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
         super().__init__()
-        self.ways: list[list[str]] = []
-        for way, numbers in enumerate(ways):
-            self.ways.append([f"{way}_{place}" for place in range(len(numbers))])
-            for name, number in zip(self.ways[-1], numbers):
-                self.register_buffer(name, number, persistent=False)
+        for place, number in enumerate(numbers):
+            self.register_buffer(str(place), number, persistent=False)
 
-    def forward(self, hidden: Tensor, way: int) -> Tensor:
-        for name in self.ways[way]:
-            hidden = (hidden * getattr(self, name)).to(hidden.dtype)  # a number may be of a finer one
+    def forward(self, hidden: Tensor) -> Tensor:
+        for number in self.buffers():
+            hidden = (hidden * number).to(hidden.dtype)  # a number may be of a finer one
         return hidden
 
 
@@ -45,48 +49,40 @@ class RegroupedLayer(nn.Module):
     is_cut = True
     before: nn.ModuleList
     after: nn.ModuleList
-    scales: Scales | None
-    blocks: dict[str, Any]
+    scales: Iterable[nn.Module]  # one for each part and one behind all, or none
+    _layout: _Layout
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layout: _Layout = self._layout  # type: ignore[assignment]
-        arguments = dict(zip(layout.names, args)) | kwargs
-        hidden: Tensor = arguments.pop(layout.names[0])
-        extras = {name: value for name, value in kwargs.items() if name not in layout.declared}
-        call, way = LayerCall(arguments, extras), 0
+        arguments, hidden = called_with(self, args, kwargs)
+        declared, layout, ways = parameter_names(self), self._layout, iter(self.scales)
+        call = LayerCall(arguments, {name: value for name, value in kwargs.items() if name not in declared})
 
         def scaled(hidden: Tensor) -> Tensor:
-            nonlocal way
-            way += 1
-            return self.scales(hidden, way - 1) if self.scales else hidden
+            way = next(ways, None)
+            return hidden if way is None else way(hidden)
 
-        for mlp, holder in zip(layout.before, self.before):
-            hidden = holder(scaled(hidden), mlp, call)
+        for holder in self.before:
+            hidden = holder(scaled(hidden), call)
         hidden = scaled(hidden)
         if layout.whole:
-            answer = layout.stock_forward(self, hidden, **arguments)
+            answer = super().forward(hidden, **arguments)
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
             hidden = run_branches(layout.own.branches, self, hidden, call)
             rest = layout.rest(call)
-        for mlp, holder in zip(layout.after, self.after):
-            hidden = holder(scaled(hidden), mlp, call)
+        for holder in self.after:
+            hidden = holder(scaled(hidden), call)
         hidden = scaled(hidden)
         return hidden if layout.block.answer is None else (hidden, *rest)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a regrouped layer runs, apart from its modules."""
+    """What a regrouped layer runs of its own block: all of it, or one sublayer."""
 
     block: Block
-    own: Sublayer  # that is run where the layer is not whole
+    own: Sublayer
     whole: bool
-    before: tuple[Sublayer, ...]
-    after: tuple[Sublayer, ...]
-    names: tuple[str, ...]  # of the arguments of the dense layer's forward
-    declared: frozenset[str]
-    stock_forward: Callable[..., Any]
 
     def rest(self, call: LayerCall) -> tuple[Any, ...]:
         """What the dense layer answers beside the hidden states, as far as the attention gave it."""
@@ -98,13 +94,14 @@ class _Layout:
 
 @functools.cache
 def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
-    """A subclass, so that whatever looks for the layer's class (hooks, checkpointing, device maps) finds it.
-
-    Its forward has the signature of the layer's own, by which arguments are told apart.
-    """
+    """A subclass, which whatever looks for the layer's class finds, with the signature of the layer's own forward."""
     if issubclass(layer_class, RegroupedLayer):
         return layer_class
-    forward = functools.wraps(layer_class.forward)(RegroupedLayer.forward)  # type: ignore[attr-defined]
+
+    @functools.wraps(layer_class.forward)  # type: ignore[attr-defined]
+    def forward(self: RegroupedLayer, *args: Any, **kwargs: Any) -> Any:
+        return RegroupedLayer.forward(self, *args, **kwargs)
+
     name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)
     return type(name, bases, {"__module__": __name__, "forward": forward})
 
@@ -119,23 +116,15 @@ def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, group: Grou
     parts = block.sublayers if group.whole else (own,)
     children = {name: child(source, name) for part in parts for name in part.modules}
     layer = shallow_clone(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
-    layer.before = nn.ModuleList(_holder(dense[index], structure.blocks[index].mlp) for index in group.before)
-    layer.after = nn.ModuleList(_holder(dense[index], structure.blocks[index].mlp) for index in group.after)
+    layer.before, layer.after = (
+        nn.ModuleList(Holder(dense[index], structure.blocks[index].mlp) for index in indices)
+        for indices in (group.before, group.after)
+    )
+    numbers = [[getattr(dense[index], structure.blocks[index].scaled_by or "") for index in way] for way in ways]
+    layer.scales = nn.ModuleList(map(Scales, numbers)) if any(ways) else ()
     for extras in (layer.before, layer.after):
         extras.training = source.training
-    numbers = [[_scale(structure, dense, index) for index in way] for way in ways]
-    layer.scales = Scales(numbers) if any(ways) else None  # type: ignore[assignment]
-    names = tuple(parameter_names(source))
-    layer._layout = _Layout(  # type: ignore[assignment]
-        block,
-        own,
-        group.whole,
-        tuple(structure.blocks[index].mlp for index in group.before),
-        tuple(structure.blocks[index].mlp for index in group.after),
-        names,
-        frozenset(names),
-        type(source).forward,
-    )
+    layer._layout = _Layout(block, own, group.whole)
     return layer
 
 
@@ -149,10 +138,6 @@ def _ways(structure: ModelStructure, group: Group) -> list[list[int]]:
     return ways
 
 
-def _scale(structure: ModelStructure, dense: nn.ModuleList, index: int) -> Tensor:
-    return getattr(dense[index], structure.blocks[index].scaled_by)  # type: ignore[arg-type]
-
-
 def merged_layer(structure: ModelStructure, dense: nn.ModuleList, group: Group) -> nn.Module | None:
     """Attention i with the MLP of block j as one ordinary layer; None where only a regrouped layer will do."""
     if group.untouched or structure.scaled or not is_ordinary(structure, group):
@@ -163,13 +148,3 @@ def merged_layer(structure: ModelStructure, dense: nn.ModuleList, group: Group) 
     block = structure.blocks[group.layer]
     swapped = {name: child(donor, name) for name in block.mlp.modules}
     return shallow_clone(source, dict(source.named_children()) | swapped, type(source))
-
-
-def _holder(source: nn.Module, mlp: Sublayer) -> Holder:
-    holder = Holder()
-    holder.training = source.training
-    for name in mlp.modules:
-        set_child(holder, name, child(source, name))
-    if "_hf_hook" in source.__dict__:
-        move_inputs_like(source, holder)
-    return holder

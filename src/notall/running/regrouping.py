@@ -71,8 +71,7 @@ def groups_of(structure: ModelStructure, plan: Plan) -> list[Group]:
 def is_portable(structure: ModelStructure, plan: Plan) -> bool:
     """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
 
-    So it is when the kept sublayers alternate, attention, MLP, attention, MLP: an attention and the MLP that follows
-    it make an ordinary layer, whichever blocks they come from. Layers that hold more are part of no other model.
+    So it is when the kept sublayers alternate, attention, MLP, attention, MLP, whichever blocks they come from.
     """
     if plan and not structure.cuttable:
         return False
@@ -113,10 +112,7 @@ class Layer:
 
 
 def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]:
-    """`groups` with the first MLP behind a lone attention made its layer's own, where it can stand there.
-
-    `fits(i, j)` says whether the MLP of block j can stand in the place of the one of block i.
-    """
+    """`groups` with the first MLP j behind a lone attention i made its layer's own, where it `fits(i, j)`."""
     layers = []
     for group in groups:
         mlp, after = group.layer if group.whole else None, list(group.after)
@@ -128,10 +124,7 @@ def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]
 
 @dataclass(frozen=True)
 class Folded:
-    """What becomes of the numbers that dense layers multiply their stream by, where some are cut, in an exported layer.
-
-    `whole` is the layer's own number. `attention` and `mlp` come late for these: what each adds is divided by it.
-    """
+    """The number `whole` that an exported layer multiplies its stream by, and what divides what its sublayers add."""
 
     attention: float
     mlp: float

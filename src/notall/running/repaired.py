@@ -1,24 +1,39 @@
-"""A plan that brings weights along: what it keeps was refit to make up for what it skips."""
+"""A plan that brings weights along: what it keeps was refit to make up for what it skips.
+
+Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file:
+a folder without one was not finished, and one that holds anything else is not believed.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ..digests import digest_of
 from ..errors import UsageError, shortened
+from ..files import own_file
 from ..plan import Plan
-from ..results.repairs import RefitRecord, RepairStep
+from ..results.ledger import Ledger, header_of, read
+from ..results.provenance import Provenance
+from ..results.record import Record
+from ..results.repairs import HealRecord, RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
+from ..structure.slicing import replaced
+from .tensor_files import read_tensors, write_tensors
+
+PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
+BEFORE = "before"  # the history of what was healed
+HISTORY = TypeAdapter(tuple[RepairStep, ...])
+FIX = "delete the folder, and repair the plan again"
 
 
 @dataclass(frozen=True)
@@ -87,13 +102,27 @@ class RepairedPlan(Plan):
         return f"{super().__str__()} (repaired)" if self.weights or self.maps else super().__str__()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan and its weights to a new folder, which commands take as `--plan`.
+        """Write the plan, its weights and its history to a new folder, which commands take as `--plan`.
 
         Raises `UsageError` where the folder holds something or cannot be written, and where the plan has `maps`.
         """
-        from .repaired_folders import save_repaired
-
-        save_repaired(Path(path), self)
+        refuse_maps(self)
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{shortened(folder)} holds something already: choose a new folder for plan and weights")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {shortened(folder)}: {error.strerror}; choose another folder") from None
+        if self.history:
+            *before, last = self.history
+            told = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)
+            about = Provenance(what={**told, BEFORE: [step.model_dump(mode="json") for step in before]})
+            if last.by == "repair":
+                Ledger(folder, RefitRecord, about).add(*self.refits)
+            else:
+                Ledger(folder, HealRecord, about).add()
+        keep_whole(folder, self, WHOLE)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RepairedPlan:
@@ -101,9 +130,25 @@ class RepairedPlan(Plan):
 
         Raises `UsageError` for a folder of something else, one that is damaged, and a repair that was not finished.
         """
-        from .repaired_folders import load_repaired
-
-        return load_repaired(Path(path))
+        folder = Path(path)
+        if not folder.exists():
+            raise UsageError(f"there is no folder {shortened(folder)}: give one that `notall repair` wrote")
+        if folder.is_file():
+            raise UsageError(f"{shortened(folder)} is a file: notall.Plan.load reads a plan without weights")
+        seal = _seal_of(folder)
+        if seal is None:
+            for kind in (RefitRecord, HealRecord):
+                if (folder / kind.file).is_file():
+                    again = f"run the same `notall {kind.commands[0]}` again, and it goes on"
+                    raise UsageError(f"what {shortened(folder)} holds was not finished: {again}")
+            give = "give a plan file, or a folder that `notall repair` wrote"
+            raise UsageError(f"{shortened(folder)} is no repaired plan: {give}")
+        weights = _sealed_weights(folder, seal)
+        plan = Plan.load(_file(folder, PLAN))
+        if plan.indices != seal.plan:
+            raise UsageError(f"{PLAN} of {shortened(folder)} is another plan than the one that was repaired: {FIX}")
+        refits = tuple(read(folder / RefitRecord.file, RefitRecord))
+        return cls.of(plan, weights=weights, refits=refits, history=_history(folder))
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -121,12 +166,7 @@ class RepairedPlan(Plan):
     def check(self, structure: ModelStructure) -> None:
         """As for any plan, and raise `UsageError` where a weight is of no sublayer."""
         super().check(structure)
-        known = tuple(
-            f"{structure.layers}.{part.index}.{module}."
-            for block in structure.blocks
-            for part in block.sublayers
-            for module in part.modules
-        )
+        known = tuple(f"{structure.layers}.{p.index}.{name}." for p in structure.sublayers for name in p.modules)
         for path in self.weights:
             if not path.startswith(known):
                 raise UsageError(
@@ -134,11 +174,10 @@ class RepairedPlan(Plan):
                 )
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own: they cross once, not at each use.
-
-        Raises `UsageError` where `model` has no such parameters.
-        """
-        weights = {path: _like(model, path, weight) for path, weight in self.weights.items()}
+        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `holder_of` does."""
+        weights = {
+            path: _parameter(*holder_of(model, path, weight), weight).data for path, weight in self.weights.items()
+        }
         found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -162,30 +201,23 @@ def refuse_maps(plan: Plan) -> None:
 @contextmanager
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
-    own: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
+    with ExitStack() as undo:
         for path, weight in weights.items():
             holder, name = holder_of(module, path, weight)
-            own.append((holder, name, holder._parameters[name]))  # type: ignore[arg-type]
-            set_weight(module, path, weight)
+            undo.enter_context(replaced(holder._parameters, name, _parameter(holder, name, weight)))
         yield
-    finally:
-        for holder, name, parameter in own:
-            holder._parameters[name] = parameter
 
 
 def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
     """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
     holder, name = holder_of(module, path, weight)
-    needs_grad = holder._parameters[name].requires_grad  # type: ignore[union-attr]
-    holder._parameters[name] = nn.Parameter(_like(module, path, weight), requires_grad=needs_grad)
+    holder._parameters[name] = _parameter(holder, name, weight)
 
 
-def _like(module: nn.Module, path: str, weight: Tensor) -> Tensor:
-    """`weight` in the dtype and on the device of the parameter at `path`; itself where it is so already."""
-    holder, name = holder_of(module, path, weight)
-    own = holder._parameters[name]
-    return weight.to(own.device, own.dtype)  # type: ignore[union-attr]
+def _parameter(holder: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
+    """`weight` in place of the parameter `name`: of its dtype, and on its device."""
+    own = holder.get_parameter(name)
+    return nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
 
 
 def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
@@ -194,12 +226,11 @@ def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, 
     Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
     """
     above, _, name = path.rpartition(".")
-    holder: nn.Module | None = None
-    with suppress(AttributeError):
+    try:
         holder = module.get_submodule(above)
-    old = None if holder is None else holder._parameters.get(name)
-    if holder is None or old is None:
-        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model")
+        old = holder.get_parameter(name)
+    except AttributeError:
+        raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if old.shape != weight.shape:
         raise UsageError(
             f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
@@ -207,3 +238,116 @@ def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, 
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
     return holder, name
+
+
+class Seal(BaseModel):
+    """What a finished folder holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: dict[str, list[int]]
+    files: dict[str, str]  # their digests: of records the SHA-256, of weights as `tensor_files.digest_of_tensors`
+
+
+def step_of(by: str, about: Provenance) -> RepairStep:
+    """What made weights, as a plan's `history` has it. Raises `ValueError` for `texts` that say no name and hash."""
+    settings = {name: value for name, value in about.what.items() if name not in ("plan", "fingerprint", BEFORE)}
+    return RepairStep.model_validate({**settings, "by": by})
+
+
+def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
+    """Write a plan and its weights, all in the one file `name`: `HEALED` where they were trained, else `WHOLE`."""
+    finish(folder, plan.unrepaired, {name: write_tensors(folder / name, plan.weights)})
+
+
+def finish(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
+    """Write the plan and then the seal: the records are there, and the `weights`, by file their digests."""
+    records = {
+        kind.file: digest_of([(folder / kind.file).read_bytes()])
+        for kind in (RefitRecord, HealRecord)
+        if (folder / kind.file).is_file()
+    }
+    plan.save(folder / PLAN)
+    seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
+    part = path.with_name(f"{SEAL}.part")
+    try:
+        part.write_text(seal.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
+
+
+def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
+    """Whether the command that writes `kind` has finished `plan` in `folder`. Raises `UsageError` for others' work."""
+    seal = _seal_of(folder)
+    if seal and kind.file not in seal.files:
+        raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
+    if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
+        raise UsageError(
+            f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder, or move that file away"
+        )
+    return seal is not None
+
+
+def read_weights(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    """By their paths in the dense model. Raises `UsageError` for a file that is not there, and for a damaged one."""
+    weights, _ = read_tensors(_file(folder, name), digest, fix=FIX)
+    for path, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UsageError(f"{path} in {name} of {shortened(folder)} has numbers that are not finite: {FIX}")
+    return weights
+
+
+def file_of(refit: RefitRecord) -> str:
+    """What the weights of one step of a repair are in."""
+    return f"{'+'.join(refit.sublayers)}.safetensors"
+
+
+def _seal_of(folder: Path) -> Seal | None:
+    file = own_file(folder, SEAL)
+    try:
+        return Seal.model_validate_json(file.read_bytes()) if file else None
+    except (ValidationError, OSError):
+        raise UsageError(f"{SEAL} of {shortened(folder)} is damaged: {FIX}") from None
+
+
+def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
+    """The weights that a folder's files hold. Raises `UsageError` for damaged ones, and for others beside them."""
+    for path in sorted(folder.glob("*.safetensors")):
+        # nothing reads them; but who put them there thinks otherwise
+        if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
+            raise UsageError(
+                f"{shortened(folder)} holds {shortened(path.name)}, which is no part of its repair: move that file away"
+            )
+    weights: dict[str, Tensor] = {}
+    for name, digest in seal.files.items():
+        if name.endswith(".safetensors"):
+            weights |= read_weights(folder, name, digest)
+        elif name.endswith(".jsonl") and digest_of([_file(folder, name).read_bytes()]) != digest:
+            raise UsageError(f"{name} of {shortened(folder)} is damaged (it is not what was written): {FIX}")
+    return weights
+
+
+def _file(folder: Path, name: str) -> Path:
+    file = own_file(folder, name)
+    if file is None:
+        raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {FIX}")
+    return file
+
+
+def _history(folder: Path) -> tuple[RepairStep, ...]:
+    """As the headers say."""
+    found: list[RepairStep] = []
+    for by, kind in (("repair", RefitRecord), ("heal", HealRecord)):
+        header = header_of(folder / kind.file)
+        try:
+            for about in [header.provenance] if header and header.provenance else ():
+                found += HISTORY.validate_python(about.what.get(BEFORE, ()))
+                found.append(step_of(by, about))
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UsageError(
+                f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)}): delete the "
+                f"folder, and {by} the plan again"
+            ) from None
+    return tuple(found)

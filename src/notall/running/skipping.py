@@ -1,16 +1,15 @@
 """Leave sublayers out of a live model: for a while (`skip`), for good (`remove`), or since its checkpoint has none.
 
 Layers that stay in place (see `structure/in_place.py`) get stubs. Else the live sublayers are cut again into layers
-that own exactly one attention each, or another mixer; an MLP that lost its attention rides along behind the layer
-before it (or ahead of the first). So `layer_idx` counts the layers that are left, and whatever counts layers, caches
-and masks first of all, is right by construction.
+with one mixer each; an MLP that lost its attention rides along behind the layer before it, or ahead of the first. So
+`layer_idx` counts the layers that are left, and whatever counts layers, such as caches and masks, is right.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -25,8 +24,8 @@ from ..plan import Fingerprint, Plan
 from ..structure import locating
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
-from ..structure.model_structure import Block, ModelStructure, base_model, text_config
-from ..structure.slicing import as_it_is, free_cache_slots, is_told, renumber, slice_config
+from ..structure.model_structure import ModelStructure, base_model, text_config
+from ..structure.slicing import free_cache_slots, is_told, renumber, replaced, restored, slice_config
 from .regrouped_layers import RegroupedLayer, merged_layer, regrouped_layer
 from .regrouping import Group, groups_of
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
@@ -79,6 +78,12 @@ def is_skipping(model: PreTrainedModel) -> bool:
     return bool(_ACTIVE.get(base_model(model)))
 
 
+def refuse_skipping(model: PreTrainedModel, doing: str) -> None:
+    """Raise `UsageError` inside a `with skip(...)`, which is to be left before `doing` something."""
+    if is_skipping(model):
+        raise UsageError(f"the model is inside a `with notall.skip(...)`; leave it before {doing}")
+
+
 def remove(model: PreTrainedModel, plan: Plan) -> None:
     """Take the sublayers of `plan` out of `model` for good: in place, their weights are freed.
 
@@ -90,8 +95,7 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     Raises as `skip` does, and `UsageError` inside a `skip`.
     """
     inner = base_model(model)
-    if is_skipping(inner):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before removing anything for good")
+    refuse_skipping(inner, "removing anything for good")
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     structure = locate(inner)
@@ -103,9 +107,9 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
         holder_of(inner, path, weight)  # refuse before anything is changed
     for path, weight in weights.items():
         set_weight(inner, path, weight.clone())
-    layers = _cut(inner, structure, plan, ExitStack(), merge=True)
+    _cut(inner, structure, plan, ExitStack(), merge=True)
     locating.forget(inner)
-    if structure.in_place or _are_regrouped(layers) or not _is_built_again(inner):
+    if _are_cut(inner, structure) or not _is_built_again(inner):
         inner.save_pretrained = partial(_refuse_to_save, NOT_A_CHECKPOINT)
 
 
@@ -116,15 +120,12 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     says. Only the weights that a repair brings along are its own. Raises as `remove` does.
     """
     inner = base_model(model)
-    if is_skipping(inner):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before making a draft model of it")
+    refuse_skipping(inner, "making a draft model of it")
     shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
     draft = copy.deepcopy(inner, shared)
     remove(draft, plan)
     return draft
 
-
-# --- what may be saved ------------------------------------------------------------------------------------------------
 
 NOT_A_CHECKPOINT = (
     "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
@@ -144,9 +145,9 @@ def _refuse_to_save(reason: str, *args: object, **kwargs: object) -> NoReturn:
     raise UsageError(reason)
 
 
-def _are_regrouped(layers: Iterable[nn.Module]) -> bool:
-    """Whether a checkpoint of these layers would have names that the architecture does not know."""
-    return any(isinstance(layer, RegroupedLayer) for layer in layers)
+def _are_cut(model: nn.Module, structure: ModelStructure) -> bool:
+    """Whether a checkpoint would lack what the architecture has, or have names that it does not know."""
+    return structure.in_place or any(isinstance(layer, RegroupedLayer) for layer in _layers(model, structure))
 
 
 def _is_built_again(model: PreTrainedModel) -> bool:
@@ -158,24 +159,16 @@ def _is_built_again(model: PreTrainedModel) -> bool:
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
     except Exception:  # whatever a config's own checks raise
         return False
-    quantized = bool(getattr(model, "is_quantized", False))
-    built, held = list(again.named_modules()), list(model.named_modules())
-    return len(built) == len(held) and all(
-        there == here and _is_alike(plain, module, quantized) for (there, plain), (here, module) in zip(built, held)
-    )
+    quantised = bool(getattr(model, "is_quantized", False))
+    built, held = ([(path, _form(module, quantised)) for path, module in one.named_modules()] for one in (again, model))
+    return built == held
 
 
-def _is_alike(plain: nn.Module, module: nn.Module, quantized: bool) -> bool:
-    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
-    if quantized and type(plain) is not type(module) and isinstance(plain, nn.Linear):
-        return (plain.in_features, plain.out_features) == tuple(
-            getattr(module, name, None) for name in ("in_features", "out_features")
-        )
-    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
-    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
-
-
-# --- changing the model ---------------------------------------------------------------------------------------------
+def _form(module: nn.Module, quantised: bool) -> object:
+    """By what modules are told apart; a quantised projection is of another class, and as wide."""
+    if quantised and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    return type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)]
 
 
 def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
@@ -207,20 +200,26 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     if not plan and not structure.missing:
         return undo
     (parent, name), dense = _place(model, structure), _layers(model, structure)
-    _install_output_hooks(parent)
+    with suppress(ImportError):  # transformers 5 hooks the layers for `output_hidden_states` once, at the first use
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        if isinstance(parent, PreTrainedModel):
+            maybe_install_capturing_hooks(parent)
     for config in _configs(model, parent):
-        undo.callback(as_it_is(config))
+        undo.enter_context(restored(config))
     undo.callback(parent._modules.__setitem__, name, dense)
     undo.callback(locating.remember, model, dense, structure)
-    static_cache = model.__dict__.pop("_cache", None)  # what `generate` keeps between calls counts dense layers
-    undo.callback(_restore_static_cache, model, static_cache)
+    # what `generate` keeps between calls counts layers
+    static_cache = model.__dict__.pop("_cache", None)
+    undo.callback(model.__dict__.update, {} if static_cache is None else {"_cache": static_cache})
+    undo.callback(model.__dict__.pop, "_cache", None)
     try:
         if isinstance(plan, RepairedPlan):
             undo.enter_context(with_weights(model, plan.weights))
-        layers = _cut(model, structure, plan, undo)
-        if structure.in_place or _are_regrouped(layers):
-            undo.enter_context(_unsaveable(model))
-        locating.remember(model, layers, structure)
+        _cut(model, structure, plan, undo)
+        if _are_cut(model, structure):
+            undo.enter_context(replaced(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED)))
+        locating.remember(model, _layers(model, structure), structure)
     except BaseException:
         undo.close()
         raise
@@ -229,7 +228,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
 
 def _cut(
     model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
-) -> nn.ModuleList:
+) -> None:
     """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
 
     `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.
@@ -240,19 +239,17 @@ def _cut(
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
         for config in configs if freed else ():
             free_cache_slots(config, freed)
-        _put(model, structure, layers)
-        return layers
-    groups = groups_of(structure, plan)
-    layers = nn.ModuleList(
-        (merged_layer(structure, dense, group) if merge else None) or regrouped_layer(structure, dense, group)
-        for group in groups
-    )
-    for config in configs:
-        slice_config(config, [group.layer for group in groups])
+    else:
+        groups = groups_of(structure, plan)
+        layers = nn.ModuleList(
+            (merged_layer(structure, dense, group) if merge else None) or regrouped_layer(structure, dense, group)
+            for group in groups
+        )
+        for config in configs:
+            slice_config(config, [group.layer for group in groups])
+        for index, layer in enumerate(layers):
+            renumber(layer, index, undo)
     _put(model, structure, layers)
-    for index, layer in enumerate(layers):
-        renumber(layer, index, undo)
-    return layers
 
 
 def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> nn.ModuleList:
@@ -267,52 +264,25 @@ def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> 
     return nn.ModuleList(layers)
 
 
-@contextmanager
-def _unsaveable(model: PreTrainedModel) -> Iterator[None]:
-    before = model.__dict__.get("save_pretrained")
-    model.save_pretrained = partial(_refuse_to_save, SKIPPED)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-        if before is not None:
-            model.save_pretrained = before
-
-
-def _restore_static_cache(model: nn.Module, cache: Any) -> None:
-    model.__dict__.pop("_cache", None)
-    if cache is not None:
-        model.__dict__["_cache"] = cache
-
-
-def _install_output_hooks(decoder: nn.Module) -> None:
-    """transformers 5 hooks the layers for `output_hidden_states` once, at the first use: have it hook dense ones."""
-    try:
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-    except ImportError:
-        return
-    if isinstance(decoder, PreTrainedModel):
-        maybe_install_capturing_hooks(decoder)
-
-
-# --- models whose checkpoint lacks sublayers --------------------------------------------------------------------------
-
-
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint does not have.
 
-    Unlike after `remove`, every layer keeps its number, and `locate`, `skip` and whatever goes by them take the model
-    as it is. Raises `UsageError` where a layer would be left with nothing.
+    Every layer keeps its number, and `locate` and `skip` take the model. Raises `UsageError` for a layer of nothing.
     """
     whole, dense = locate(model), _layers(model, locate(model))
     missing.check(whole)
     if missing.blocks:
         raise UsageError(f"layer {missing.blocks[0]} would have neither an attention nor an MLP")
-    blocks = tuple(_left(block, missing) for block in whole.blocks)
+    blocks = []
+    for block in whole.blocks:
+        left = tuple(part for part in block.sublayers if block.index not in getattr(missing, part.kind))
+        if block.parallel and len(left) < len(block.sublayers):
+            raise UsageError("layers whose sublayers run side by side lack none of them alone")
+        blocks.append(replace(block, sublayers=left))
     shape = Fingerprint.parse(whole.fingerprint)
     assert shape
     named = replace(shape, model_type=f"notall_{shape.model_type}")
-    structure = replace(whole, blocks=blocks, fingerprint=str(named), missing=missing)
+    structure = replace(whole, blocks=tuple(blocks), fingerprint=str(named), missing=missing)
     layers = nn.ModuleList(
         layer
         if block == before
@@ -322,22 +292,11 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     _put(model, structure, layers)
     locating.remember(model, layers, structure)
     model.save_pretrained = partial(_refuse_to_save, MISSING)
-    if not _counts_right(model, structure):
+    kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(blocks)
+    # transformers counts the tokens of a cache by the first layer of each kind
+    if not all("attention" in structure.kinds[kinds.index(kind)] for kind in set(kinds)):
         model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
     return structure
-
-
-def _left(block: Block, missing: Plan) -> Block:
-    left = tuple(part for part in block.sublayers if block.index not in getattr(missing, part.kind))
-    if block.parallel and len(left) < len(block.sublayers):
-        raise UsageError("layers whose sublayers run side by side lack none of them alone")
-    return replace(block, sublayers=left)
-
-
-def _counts_right(model: PreTrainedModel, structure: ModelStructure) -> bool:
-    """Whether transformers counts the tokens of a cache right: it asks the first layer of each kind."""
-    kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(structure.blocks)
-    return all("attention" in structure.kinds[kinds.index(kind)] for kind in set(kinds))
 
 
 def _refuse_cache(model: PreTrainedModel, args: Any, arguments: Mapping[str, Any]) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
 from ..files import open_to_others
 
 DIGEST = "sha256"  # of the tensors, in the metadata of their file
-AGAIN = "delete it, and run again"
 
 Tensors = dict[str, Tensor]
 Notes = dict[str, str]
@@ -26,11 +23,8 @@ Kept = tuple[Tensors, Notes]
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    named = sorted(tensors.items())
+    return digest_of(part for name, one in named for part in (f"{name} {one.dtype} {[*one.shape]}\n", one))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
@@ -53,11 +47,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     return digest
 
 
-def read_tensors(path: Path, digest: str | None = None, *, fix: str = AGAIN) -> tuple[Tensors, Notes]:
+def read_tensors(path: Path, digest: str | None = None, *, fix: str = "delete it, and run again") -> Kept:
     """The tensors of a file, and its notes.
 
-    Raises `UsageError`, which ends in `fix`, where they are not those that were written, or have another digest than
-    `digest` if that is given.
+    Raises `UsageError`, which ends in `fix`, for others than were written, or than those of `digest`.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -73,12 +66,9 @@ def read_tensors(path: Path, digest: str | None = None, *, fix: str = AGAIN) -> 
     return tensors, notes
 
 
-def kept_tensors(
-    folder: Path, name: str, key: object, make: Callable[[], tuple[Tensors, Notes]]
-) -> tuple[Tensors, Notes]:
+def kept_tensors(folder: Path, name: str, key: object, make: Callable[[], Kept]) -> Kept:
     """What `make` returns, from `folder` where it is kept under this name and key, which JSON can write."""
-    hashed = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    path = folder / f"{name}-{hashed}.safetensors"
+    path = folder / f"{name}-{digest_of_json(key)[:16]}.safetensors"
     if not path.is_file():
         write_tensors(path, *make())
     return read_tensors(path)

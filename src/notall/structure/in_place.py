@@ -1,9 +1,8 @@
 """Layers that stay in place: in each a sublayer is left out by stubs, and all else runs as the model has it.
 
-Where layers read what others make, are given an input of their own, or do more to their stream than add to it, none
-can be moved or taken apart. There a sublayer is what adds to the stream: a module and what leads to the addition. It is
-left out when that answers zeros. A layer in which no such addition is found is one sublayer, which answers what it is
-given when it is left out.
+So it is where layers read what others make, have an input of their own, or do more to their stream than add to it. A
+sublayer is a module and what leads from it to its addition to the stream, and is left out when that answers zeros. A
+layer without such an addition is one sublayer, which answers what it is given when it is left out.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import UsageError
-from .observation import Arguments, LayerTrace, Node, child, first, hidden_name, parameter_names
+from ..plan import Kind
+from .observation import Arguments, LayerTrace, Node, child, parameter_names
 from .slicing import shallow_clone
 
 try:  # places of a cache that hold nothing
@@ -29,16 +29,11 @@ except ImportError:  # transformers 4
 Key = str | Node  # a child module, which is called once, or one function's result
 
 
-# --- what a stub is ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Form:
-    """What a module answers when it is left out: its value, and arguments that it only hands on.
+    """What a module answers when it is left out: the argument named `value`, or zeros of its shape and this `width`.
 
-    `value` names the argument that goes on. `elements` are of a tuple: True for the value, the name of an argument, or
-    None; a module without them answers a tensor. `width` is that of the zeros that it answers, None where it answers
-    its value.
+    Of a tuple of `elements` that is True; others are the names of arguments that it only hands on, or None.
     """
 
     names: tuple[str, ...]
@@ -46,16 +41,16 @@ class Form:
     elements: tuple[bool | str | None, ...] | None
     width: int | None = None
 
+    def named(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        return dict(zip(self.names, args)) | kwargs
+
     def answer(self, args: tuple[Any, ...], kwargs: Arguments, index: int) -> Any:
         """Raises `UsageError` where the cache keeps a place for what is left out, by which it would count tokens."""
-        arguments = dict(zip(self.names, args)) | kwargs
+        arguments = self.named(args, kwargs)
         _check_place(arguments, index)
         value: Tensor = arguments[self.value]
         if self.width is not None:
             value = value.new_zeros(*value.shape[:-1], self.width)
-        return self.around(value, arguments)
-
-    def around(self, value: Tensor, arguments: Arguments) -> Any:
         if self.elements is None:
             return value
         return tuple(value if e is True else arguments.get(e) if isinstance(e, str) else None for e in self.elements)
@@ -73,10 +68,7 @@ def _check_place(arguments: Arguments, index: int) -> None:
 
 @dataclass(frozen=True)
 class Stub:
-    """How a sublayer is left out: its modules, as they run, and what each answers then; the last one ends it.
-
-    The module "" is the whole layer.
-    """
+    """How a sublayer is left out: its modules, as they run, and what each answers then. "" is the whole layer."""
 
     forms: tuple[tuple[str, Form], ...]
 
@@ -93,76 +85,51 @@ class Stub:
         return self.modules == ("",)
 
 
-class StubModule(nn.Module):
-    """Mixed into the class of a module: answers as its form says, and holds no weights."""
-
-    is_cut = True
-    form: Form
-    index: int
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.form.answer(args, kwargs, self.index)
-
-
-def _stub_module(module: nn.Module, form: Form, index: int) -> nn.Module:
-    """A stub for `module`, with its attributes: layers ask for dtypes of weights."""
-    stub: Any = object.__new__(_mixed(StubModule, type(module)))  # type: ignore[arg-type]
-    nn.Module.__init__(stub)
-    own = {*vars(stub), "forward", "_hf_hook", "_old_forward"}
-    stub.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
-    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        stub.register_buffer(name, torch.empty(0, dtype=tensor.dtype, device=tensor.device), persistent=False)
-    stub.training, stub.form, stub.index = module.training, form, index
-    return cast(nn.Module, stub)
-
-
 Scale = Callable[[Tensor], Tensor]  # of what a sublayer adds
 
 
-class Scaled(nn.Module):
-    """Runs the last module of a sublayer, and scales what it adds."""
+class StubModule(nn.Module):
+    """Mixed into the class of a module: answers as its form says, or with a `scale` runs, and scales what it adds."""
 
     is_cut = True
-
-    def __init__(self, module: nn.Module, form: Form, scale: Scale) -> None:
-        super().__init__()
-        self.module, self.form, self.scale = module, form, scale
-        self.training = module.training
+    stub_form: Form
+    stub_index: int
+    stub_scale: Scale | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        answer = self.module(*args, **kwargs)
-        if not isinstance(answer, tuple):
-            return self.scale(answer)
-        place = (self.form.elements or ()).index(True)
-        return (*answer[:place], self.scale(answer[place]), *answer[place + 1 :])
-
-
-class StubLayer(nn.Module):
-    """Mixed into the class of a layer: answers the hidden states that it is given, and what it adds, scaled.
-
-    Without a `scale` it does not run.
-    """
-
-    is_cut = True
-    form: Form
-    index: int
-    scale: Scale | None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        form: Form = self.form
-        if self.scale is None:
-            return form.answer(args, kwargs, self.index)
-        arguments = dict(zip(form.names, args)) | kwargs
-        given = arguments[form.value].clone()
+        form, scale = self.stub_form, self.stub_scale
+        if scale is None:
+            return form.answer(args, kwargs, self.stub_index)
+        # a whole layer answers what it is given, and what it adds
+        given = None if form.width else form.named(args, kwargs)[form.value].clone()
         answer = super().forward(*args, **kwargs)
-        scaled = given + self.scale(first(answer) - given)
-        return (scaled, *answer[1:]) if isinstance(answer, tuple) else scaled
+        place = (form.elements or ()).index(True) if isinstance(answer, tuple) else 0
+        value = answer[place] if isinstance(answer, tuple) else answer
+        value = scale(value) if given is None else given + scale(value - given)
+        return (*answer[:place], value, *answer[place + 1 :]) if isinstance(answer, tuple) else value
 
 
 @functools.cache
-def _mixed(mixin: type, module_class: type) -> type:
+def _mixed(module_class: type[nn.Module]) -> type[StubModule]:
     """A subclass, so that whatever looks for the class of a module finds it."""
-    return type(f"{mixin.__name__}{module_class.__name__}", (mixin, module_class), {"__module__": __name__})
+    return type(f"Stub{module_class.__name__}", (StubModule, module_class), {"__module__": __name__})
+
+
+def _stub_module(module: nn.Module, form: Form, index: int, scale: Scale | None, is_layer: bool) -> nn.Module:
+    """What stands in for `module`, with its attributes: layers ask for dtypes of weights, which it holds if it runs."""
+    kind = _mixed(type(module))  # type: ignore[arg-type]
+    if scale or is_layer:
+        stub = shallow_clone(module, module._modules if scale else {}, kind)
+    else:
+        stub = object.__new__(kind)
+        nn.Module.__init__(stub)
+        own = {*vars(stub), "forward", "_hf_hook", "_old_forward"}
+        stub.__dict__.update({name: value for name, value in vars(module).items() if name not in own})
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            stub.register_buffer(name, torch.empty(0, dtype=tensor.dtype, device=tensor.device), persistent=False)
+        stub.training = module.training
+    stub.stub_form, stub.stub_index, stub.stub_scale = form, index, scale
+    return stub
 
 
 def stubbed_layer(
@@ -171,67 +138,52 @@ def stubbed_layer(
     """`layer` without what `stubs` hold; of what `scaled` holds all is run, and what it adds is scaled."""
     children = dict(layer.named_children())
     for stub, scale in [*((stub, None) for stub in stubs), *(scaled or {}).items()]:
-        name, form = stub.end
         if stub.is_layer:
-            held = children if scale else {}
-            empty = shallow_clone(layer, held, _mixed(StubLayer, type(layer)))  # type: ignore[arg-type]
-            empty.form, empty.index, empty.scale = form, index, scale  # type: ignore[assignment]
-            return empty
-        if scale:
-            children[name] = Scaled(children[name], form, scale)
-        else:
-            children |= {name: _stub_module(children[name], form, index) for name, form in stub.forms}
+            return _stub_module(layer, stub.end[1], index, scale, is_layer=True)
+        for name, form in [stub.end] if scale else stub.forms:
+            children[name] = _stub_module(children[name], form, index, scale, is_layer=False)
     return shallow_clone(layer, children, type(layer))
 
 
-# --- reading a layer --------------------------------------------------------------------------------------------------
+Stubs = dict[Kind, Stub]  # of the sublayers of one layer
 
 
-@dataclass(frozen=True)
-class Halves:
-    """What a layer is made of: its mixer, and its MLP, if it has one."""
-
-    mixer: Stub
-    mlp: Stub | None
-
-
-def whole(trace: LayerTrace) -> Stub:
+def whole(trace: LayerTrace) -> Stubs:
     """The stub of a whole layer, which answers what it is given."""
     names = parameter_names(trace.layer)
-    arguments = {hidden_name(trace.layer): trace.hidden} | trace.arguments
-    return Stub((("", Form(tuple(names), names[0], _elements(trace.answer, arguments, {0}))),))
+    arguments = {names[0]: trace.hidden} | trace.arguments
+    return {"attention": Stub((("", Form(names, names[0], _elements(trace.answer, arguments, {0}))),))}
 
 
-def halves(trace: LayerTrace, mixers: frozenset[type]) -> Halves | None:
-    """The sublayers of a layer, or None where they are not to be told apart. `mixers` are the classes of mixers.
+def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
+    """The stubs of a mixer, of one of the classes `mixers`, and of an MLP, if any; None where they can't be told apart.
 
-    The MLP is the one of most weights of all other additions to the stream: the layer's input of its own, say, and
-    what else belongs to the layer alone, is none.
+    The MLP is the one of most weights of all other additions to the stream.
     """
     if trace.result is None or any(len(calls) > 1 for calls in trace.calls.values()):
         return None
     mixing = [name for name in trace.calls if type(child(trace.layer, name)) in mixers]
     writers = {write.module for write in trace.cache_writes}
     flow = Flow(trace.result)
-    if len(mixing) != 1 or writers - {*mixing} or not {*mixing} <= flow.readers.keys():
+    if len(mixing) != 1 or writers - {*mixing} or mixing[0] not in flow.readers:
         return None
     (mixer,) = mixing
-    end = flow.end(mixer, mixer)
-    if end is None:
+    if (end := flow.end(mixer, mixer)) is None:
         return None
     modules = [name for name in trace.calls if name in flow.readers]
     own = [name for name in modules if flow.end(name, mixer) == end]
     others: dict[str, list[str]] = {}
+
+    def weights(names: list[str]) -> int:
+        return sum(weight.numel() for name in names for weight in child(trace.layer, name).parameters())
+
     for name in modules:
         if name not in own and (last := flow.end(name, mixer, through=True)) and last != end:
             others.setdefault(last, []).append(name)
-    largest = max(others.values(), key=lambda names: _weights(trace, names), default=None)
-    attention, mlp = _stub(trace, flow, own), _stub(trace, flow, largest) if largest else None
-    return Halves(attention, mlp) if attention and (mlp or not largest) else None
-
-
-def _weights(trace: LayerTrace, names: list[str]) -> int:
-    return sum(weight.numel() for name in names for weight in child(trace.layer, name).parameters())
+    largest = max(others.values(), key=weights, default=None)
+    parts: dict[Kind, list[str]] = {"attention": own, **({"mlp": largest} if largest else {})}
+    stubs = {kind: stub for kind, names in parts.items() if (stub := _stub(trace, flow, names))}
+    return stubs if len(stubs) == len(parts) else None
 
 
 def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
@@ -245,7 +197,7 @@ def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
         elements = _elements(call.answer, call.arguments, used)
         answer = call.answer if isinstance(call.answer, Tensor) else call.answer[min(used)]
         width = answer.shape[-1] if name == names[-1] else None
-        forms.append((name, Form(tuple(parameter_names(child(trace.layer, name))), value, elements, width)))
+        forms.append((name, Form(parameter_names(child(trace.layer, name)), value, elements, width)))
     return Stub(tuple(forms))
 
 
@@ -266,28 +218,26 @@ class Flow:
         waiting, seen = [result], {result}
         while waiting:
             node = waiting.pop()
-            self.nodes.setdefault(_key(node), []).append(node)
-            self.readers.setdefault(_key(node), [])
+            reader = _key(node)
+            self.nodes.setdefault(reader, []).append(node)
+            reads = self.reads.setdefault(reader, [])
+            self.readers.setdefault(reader, [])
             for given in node.inputs:
-                self._join(_key(given), _key(node))
+                if _key(given) not in reads:
+                    reads.append(_key(given))
+                    self.readers.setdefault(_key(given), []).append(reader)
                 if given not in seen:
                     seen.add(given)
                     waiting.append(given)
 
-    def _join(self, given: Key, reader: Key) -> None:
-        if reader not in self.readers.setdefault(given, []):
-            self.readers[given].append(reader)
-        if given not in self.reads.setdefault(reader, []):
-            self.reads[reader].append(given)
-
     def above(self, key: Key) -> set[Key]:
         """What `key` comes from."""
         found: set[Key] = set()
-        waiting = list(self.reads.get(key, []))
+        waiting = [*self.reads[key]]
         while waiting:
             if (here := waiting.pop()) not in found:
                 found.add(here)
-                waiting.extend(self.reads.get(here, []))
+                waiting += self.reads[here]
         return found
 
     def end(self, start: str, mixer: str, through: bool = False) -> str | None:
@@ -300,8 +250,9 @@ class Flow:
         while len(following := self.readers[here]) == 1:
             reader = following[0]
             others = [key for key in self.reads[reader] if key != here]
-            if any(not through or self._carries(key, above, mixer) for key in others):
-                return last if any(self._carries(key, above, mixer) for key in others) else None
+            carried = any(self._carries(key, above, mixer) for key in others)
+            if carried or (others and not through):
+                return last if carried else None
             here = reader
             last = reader if isinstance(reader, str) else last
         return None
@@ -312,7 +263,7 @@ class Flow:
             return True
         if mixer not in above and mixer in self.above(key):
             return True
-        return not isinstance(key, str) and any(self._carries(given, above, mixer) for given in self.reads.get(key, []))
+        return not isinstance(key, str) and any(self._carries(given, above, mixer) for given in self.reads[key])
 
 
 def _key(node: Node) -> Key:

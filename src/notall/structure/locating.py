@@ -7,10 +7,10 @@ a cache and a layer index of its own (`proving`): where the numbers differ, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,28 +20,40 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
-from .in_place import DummyLayer, Stub, halves, whole
-from .model_structure import Block, ModelStructure, Sublayer, base_model, cache_argument, fingerprint, text_config
+from ..plan import Kind
+from .in_place import DummyLayer, Stub, Stubs, halves, whole
+from .model_structure import (
+    Block,
+    ModelStructure,
+    Sublayer,
+    base_model,
+    cache_argument,
+    fingerprint,
+    name_of,
+    text_config,
+)
 from .observation import (
     PROBE_BATCH,
     PROBE_TOKENS,
     Arguments,
     Branch,
     LayerTrace,
+    Place,
     Watch,
+    called_with,
     child,
     first,
     forward_replaced,
     lines_of,
-    parameter_names,
     scale_of,
+    tensors_in,
     watching,
 )
-from .proving import prove, prove_causal, prove_in_place, prove_layer
-from .sharing import Place, Sharing, tensors_in
-from .slicing import LAYER_INDICES, cache_slots_freed
+from .proving import Alone, prove, prove_causal
+from .slicing import LAYER_INDICES, free_cache_slots, replaced, restored
 from .weights import is_weightless, running_weightless, weights_of
 
+Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
 _LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
 
 
@@ -68,15 +80,19 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         return known[1]
     try:
         with _undisturbed(model):
-            found = _weightless(model, layers) if is_weightless(model) else _proved(model, layers)
-    except torch.OutOfMemoryError:
+            if is_weightless(model):
+                with running_weightless(model) as call:
+                    structure, _ = _found(model, path, layers, partial(_run_probe, model, call, torch.device("cpu")))
+            else:
+                structure = _proved(model, path, layers)
+    except (torch.OutOfMemoryError, UnsupportedModel):
         raise
     except Exception as error:
-        raise _refusal(model, error) from error
-    config = text_config(model)
-    structure = ModelStructure(
-        config.model_type, path, found.blocks, str(fingerprint(config)), found.in_place, found.apart
-    )
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be watched: its forward of {PROBE_TOKENS} tokens with an ordinary cache "
+            f"failed ({reason}); choose another model, or describe this one in an issue"
+        ) from error
     remember(model, layers, structure)
     return structure
 
@@ -120,73 +136,26 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-# --- watching and reading ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients, in eval mode; modes are put back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), ExitStack() as undo:
+        for module in model.modules():
+            if module.training:
+                undo.enter_context(replaced(module.__dict__, "training", False))
+        yield
 
 
-def _refusal(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
-    """Why the model cannot be used, when watching it ended in `error`."""
-    if isinstance(error, UnsupportedModel):
-        return error
-    name = type(model).__name__
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return UnsupportedModel(
-        f"{name} cannot be watched: its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason}); "
-        "choose another model, or describe this one in an issue"
-    )
-
-
-@dataclass(frozen=True)
-class _Found:
-    blocks: tuple[Block, ...]
-    in_place: bool = False
-    plain: bool = True  # the stream is (batch, tokens, hidden)
-
-    @property
-    def apart(self) -> bool:
-        return self.plain and not self.in_place
-
-    @property
-    def by_lines(self) -> bool:
-        return not any(part.stub for block in self.blocks for part in block.sublayers)
-
-
-def _proved(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
-    weight = model.get_input_embeddings().weight
-    # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
-    config = text_config(model)
-    watch = _observe(model, layers, model, device)
-    found = _find(model, watch, model, device)
-    for trace, block in zip(watch.traces, found.blocks):
-        if found.by_lines:
-            prove(config, trace, block)
-        elif found.in_place:
-            prove_in_place(config, trace, block, watch.sharing)
-        else:
-            prove_layer(config, trace)
-    reads = [trace for trace in watch.traces if trace.cache_writes] or watch.traces
-    prove_causal(config, reads[0], watch.sharing if found.in_place else None)
-    return found
-
-
-def _weightless(model: PreTrainedModel, layers: nn.ModuleList) -> _Found:
-    device = torch.device("cpu")
-    with running_weightless(model) as call:
-        return _find(model, _observe(model, layers, call, device), call, device)
+def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
+        device = torch.device("cpu")
+    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, device))
+    alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
+    for one, block in zip(alone, structure.blocks):
+        prove(one, block)
+    prove_causal(next((one for one in alone if one.trace.cache_writes), alone[0]))
+    return structure
 
 
 def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, **cache: DynamicCache) -> None:
@@ -197,10 +166,10 @@ def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.d
     call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
 
 
-def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., Any], device: torch.device) -> Watch:
+def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
     cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        _run_probe(model, call, device, **{cache_argument(model): cache})
+        probe(**{cache_argument(model): cache})
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -216,30 +185,40 @@ def _observe(model: PreTrainedModel, layers: nn.ModuleList, call: Callable[..., 
     return watch
 
 
-def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device) -> _Found:
+def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
     """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
-    config = text_config(model)
+    watch, config = _observe(model, layers, probe), text_config(model)
+    in_place, apart = False, True
     try:
-        return _Found(_lines(config, watch))
+        blocks = _lines(config, watch)
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
+        blocks, in_place = _in_place(model, watch, probe)
+        apart = not in_place and watch.traces[0].hidden.shape == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size)
+    return ModelStructure(config.model_type, path, blocks, str(fingerprint(config)), in_place, apart), watch
+
+
+def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple[Block, ...], bool]:
+    """The blocks, and whether their layers must stay where they are."""
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
         raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
+    writing = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
+    mixers = frozenset(type(child(layer, module)) for layer, module in writing if module)
+    wholes = [whole(trace) for trace in watch.traces]
+    by_halves = [halves(trace, mixers) or parts for trace, parts in zip(watch.traces, wholes)]
     apart = not watch.sharing.pairs and not any(_is_told_index(trace) for trace in watch.traces)
-    for stubs in (_halves(watch), _wholes(watch)):
-        in_place = not apart or not all(stub.is_layer for named in stubs for stub in named.values())
+    for stubs in (by_halves, wholes):
+        in_place = not apart or not all(stub.is_layer for parts in stubs for stub in parts.values())
         try:
-            _prove_apart(model, watch, call, device, freed=writers[:-1] if in_place else [])
+            _prove_apart(model, watch, probe, freed=writers[:-1] if in_place else [])
         except UnsupportedModel:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             continue
-        parts = (_block_in_place(config, trace, stubs, watch.sharing) for trace in watch.traces)
-        stream = watch.traces[0].hidden.shape
-        return _Found(tuple(parts), in_place, plain=stream == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size))
+        return tuple(_block_in_place(text_config(model), trace, stubs, watch) for trace in watch.traces), in_place
     raise UnsupportedModel(
         f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
         f"({reason}). notall leaves this model alone: choose another one"
@@ -248,7 +227,13 @@ def _find(model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device
 
 def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
     for before, after in zip(watch.traces, watch.traces[1:]):
-        _refuse_more_than_hidden_states(before, after)
+        made = before.answer[1:] if isinstance(before.answer, tuple) else ()
+        if any(value is given for value in made if isinstance(value, Tensor) for given in after.arguments.values()):
+            raise UnsupportedModel(
+                f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
+                f"{before.index}; expected layers that depend on each other by the residual stream alone. "
+                "notall leaves this model alone: choose another one"
+            )
     for (source, _), (reader, _) in watch.sharing.pairs:
         raise UnsupportedModel(f"layer {reader} reads what layer {source} makes beside its hidden states")
     for trace in watch.traces:
@@ -262,69 +247,43 @@ def _is_told_index(trace: LayerTrace) -> bool:
     return any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES)
 
 
-def _refuse_more_than_hidden_states(before: LayerTrace, after: LayerTrace) -> None:
-    if _hands_on_more(before.answer, after.arguments):
-        raise UnsupportedModel(
-            f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
-            f"{before.index}; expected layers that depend on each other by the residual stream alone. "
-            "notall leaves this model alone: choose another one"
-        )
-
-
-Named = dict[str, Stub]  # the stubs of a layer, by the names of its sublayers
-
-
-def _halves(watch: Watch) -> list[Named]:
-    """By halves, and each layer that cannot be read so as a whole."""
-    writers = [(trace.layer, write.module) for trace in watch.traces for write in trace.cache_writes]
-    mixers = frozenset(type(child(layer, module)) for layer, module in writers if module)
-    stubs = []
-    for trace in watch.traces:
-        found = halves(trace, mixers)
-        mixer, mlp = (found.mixer, found.mlp) if found else (whole(trace), None)
-        stubs.append({f"attn.{trace.index}": mixer} | ({f"mlp.{trace.index}": mlp} if mlp else {}))
-    return stubs
-
-
-def _wholes(watch: Watch) -> list[Named]:
-    return [{f"attn.{trace.index}": whole(trace)} for trace in watch.traces]
-
-
-def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Named], sharing: Sharing) -> Block:
+def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch) -> Block:
     parts = []
-    for name, stub in stubs[trace.index].items():
-        kind: Literal["attention", "mlp"] = "attention" if name.startswith("attn") else "mlp"
-        mixer = None if kind == "mlp" else "layer" if stub.is_layer else _kind(config, trace)
-        read_by = {_at(stubs, reader) for source, reader in sharing.pairs if _at(stubs, source) == name}
-        parts.append(_sublayer(trace, kind, (), (), mixer, stub, tuple(sorted(read_by))))
-    scaled_by, modules = scale_of(trace), [module for part in parts for module in part.modules]
+    for kind, stub in stubs[trace.index].items():
+        pairs = [(_at(stubs, source), _at(stubs, reader)) for source, reader in watch.sharing.pairs]
+        read_by = {reader for source, reader in pairs if source == name_of(kind, trace.index)}
+        mixer = None if kind == "mlp" else "layer" if stub.is_layer else _mixer(config, trace)
+        parts.append(_sublayer(trace, kind, mixer, stub=stub, read_by=tuple(sorted(read_by))))
+    modules = [module for part in parts for module in part.modules]
     own = all(name.startswith(tuple(f"{module}." for module in modules)) for name, _ in trace.layer.named_parameters())
     bare = own and "" not in modules and not any(part.read_by for part in parts)
-    value = _value(trace.layer, scaled_by)
-    return Block(trace.index, tuple(parts), False, _answer(trace), scaled_by, value, bare)
+    return _block(trace, parts, parallel=False, bare=bare)
 
 
-def _at(stubs: list[Named], place: Place) -> str:
+def _at(stubs: list[Stubs], place: Place) -> str:
     """The sublayer at `place`, or its layer, where no sublayer of it is there."""
     index, module = place
-    return next(
-        (name for name, stub in stubs[index].items() if stub.is_layer or module in stub.modules), f"layer.{index}"
-    )
+    found = (name_of(kind, index) for kind, one in stubs[index].items() if one.is_layer or module in one.modules)
+    return next(found, f"layer.{index}")
 
 
-def _prove_apart(
-    model: PreTrainedModel, watch: Watch, call: Callable[..., Any], device: torch.device, freed: list[int]
-) -> None:
+def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list[int]) -> None:
     """With layers that do nothing, each is given the same, but for what layers were seen to make.
 
     The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
     """
     given: list[Arguments] = []
-    with ExitStack() as idle:
-        idle.enter_context(cache_slots_freed(text_config(model), freed))
+
+    def idle(trace: LayerTrace, *args: Any, **kwargs: Any) -> Any:
+        arguments, hidden = called_with(trace.layer, args, kwargs)
+        given.append(arguments)
+        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
+
+    with restored(text_config(model)), ExitStack() as idling:
+        free_cache_slots(text_config(model), freed)
         for trace in watch.traces:
-            idle.enter_context(forward_replaced(trace.layer, _idle(trace, given)))
-        _run_probe(model, call, device)
+            idling.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
+        probe()
     for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
         left = list(tensors_in(other))
@@ -339,35 +298,13 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
 
 
-def _idle(trace: LayerTrace, given: list[Arguments]) -> Callable[..., Any]:
-    """A forward that notes what it is given, and hands its hidden states on."""
-    names = parameter_names(trace.layer)
-
-    def idle(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args)) | kwargs
-        hidden = arguments.pop(names[0])
-        given.append(arguments)
-        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
-
-    return idle
-
-
-def _hands_on_more(answer: Any, arguments: Arguments) -> bool:
-    """Whether a layer is given something beside the hidden states that the layer before it made."""
-    made = answer[1:] if isinstance(answer, tuple) else ()
-    return any(value is given for value in made if isinstance(value, Tensor) for given in arguments.values())
-
-
 def _is_handed_on(answer: Any, given: Tensor) -> bool:
     """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
     if given is answer or not isinstance(answer, Tensor):
         return given is answer
     if given.untyped_storage()._cdata == answer.untyped_storage()._cdata:
-        return (given.shape, given.stride(), given.storage_offset()) == (
-            answer.shape,
-            answer.stride(),
-            answer.storage_offset(),
-        )
+        views = [(one.shape, one.stride(), one.storage_offset()) for one in (given, answer)]
+        return views[0] == views[1]
     return given.device != answer.device and torch.equal(given, answer.to(given.device))
 
 
@@ -382,34 +319,42 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
     elsewhere = [write for write in trace.cache_writes if write.module not in names]
     where = f"layer {trace.index} ({type(trace.layer).__name__})"
     if len(mixing) > 1 or elsewhere:
+        writers = ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
         raise UnsupportedModel(
             f"{where}: expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} "
-            f"({_writers(trace)}). An MLP that keeps a state cannot be skipped by halves; choose another model"
+            f"({writers}). An MLP that keeps a state cannot be skipped by halves; choose another model"
         )
     if len(others) > 1:
+        modules = ", ".join(type(module).__name__ for module in trace.layer.children())
         raise UnsupportedModel(
             f"{where}: expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}: "
-            f"{_modules(trace)}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
+            f"{modules}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
             "If sublayers were removed from this model for good, start from the dense model"
         )
-    parts = [_sublayer(trace, "attention", mixers, exclude=(), mixer=_kind(config, trace))] if mixing else []
+    parts = [_sublayer(trace, "attention", _mixer(config, trace), mixers)] if mixing else []
     if mlps:
-        mlp = _sublayer(trace, "mlp", mlps, exclude=names)
-        parts.insert(0 if mixing != lines[:1] else 1, mlp)
+        parts.insert(0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, mlps, shared=names))
+    return _block(trace, parts, parallel=len(lines) < len(parts))
+
+
+def _block(trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True) -> Block:
     scaled_by = scale_of(trace)
-    return Block(
-        trace.index, tuple(parts), len(lines) < len(parts), _answer(trace), scaled_by, _value(trace.layer, scaled_by)
-    )
+    number = getattr(trace.layer, scaled_by) if scaled_by else None
+    scale = 1.0 if number is None or number.is_meta else float(number)
+    answer = None
+    if isinstance(trace.answer, tuple):
+        given = trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
+        answer = tuple(_place_in(given, value, place) for place, value in enumerate(trace.answer[1:], start=1))
+    return Block(trace.index, tuple(parts), parallel, answer, scaled_by, scale, bare)
 
 
-def _value(layer: nn.Module, name: str | None) -> float:
-    """That of a layer's own number; 1 without one, and where it has no value."""
-    if name is None or (number := getattr(layer, name)).is_meta:
-        return 1.0
-    return float(number)
+def _place_in(given: tuple[Any, ...], value: Any, place: int) -> int | None:
+    """Where in the attention's answer the layer's own has a value from: at the same `place` if it is there too."""
+    same = [index for index, other in enumerate(given) if other is value]
+    return place if place in same else next(iter(same), None)
 
 
-def _kind(config: PretrainedConfig, trace: LayerTrace) -> str:
+def _mixer(config: PretrainedConfig, trace: LayerTrace) -> str:
     """What transformers calls the mixer of a layer."""
     kinds = getattr(config, "layer_types", None)
     if kinds and len(kinds) > trace.index:
@@ -417,38 +362,20 @@ def _kind(config: PretrainedConfig, trace: LayerTrace) -> str:
     return "full_attention" if any(write.bytes_per_token for write in trace.cache_writes) else "linear_attention"
 
 
-def _writers(trace: LayerTrace) -> str:
-    return ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
-
-
-def _answer(trace: LayerTrace) -> tuple[int | None, ...] | None:
-    if not isinstance(trace.answer, tuple):
-        return None
-    given = trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
-    found: list[int | None] = []
-    for position, value in enumerate(trace.answer[1:], start=1):
-        same = [index for index, other in enumerate(given) if other is value]
-        found.append(position if position in same else next(iter(same), None))
-    return tuple(found)
-
-
-def _modules(trace: LayerTrace) -> str:
-    return ", ".join(type(module).__name__ for module in trace.layer.children())
-
-
 def _sublayer(
     trace: LayerTrace,
-    kind: Literal["attention", "mlp"],
-    branches: tuple[Branch, ...],
-    exclude: Iterable[str],
-    mixer: str | None = None,
+    kind: Kind,
+    mixer: str | None,
+    branches: tuple[Branch, ...] = (),
+    *,
+    shared: Container[str] = (),
     stub: Stub | None = None,
     read_by: tuple[str, ...] = (),
 ) -> Sublayer:
-    names = {name for branch in branches for name in branch.modules} | {*(stub.modules if stub else ())}
-    weights = {
-        key: one for name in names - set(exclude) for key, one in weights_of(child(trace.layer, name)).items()
-    }.values()
+    """Its modules but for those that are `shared` with another one weigh what it weighs."""
+    names = {name for branch in branches for name in branch.modules if name not in shared}
+    modules = [child(trace.layer, name) for name in names | {*(stub.modules if stub else ())}]
+    weights = {key: one for module in modules for key, one in weights_of(module).items()}.values()
     return Sublayer(
         kind,
         trace.index,

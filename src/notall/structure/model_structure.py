@@ -8,14 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..digests import digest_of_json
 from ..errors import UsageError
-from ..plan import Fingerprint, Plan, in_ranges
+from ..plan import Fingerprint, Kind, Plan, in_ranges
 from .in_place import Stub
 from .observation import Branch
 
@@ -35,7 +34,7 @@ class Sublayer:
     skipped it adds nothing. `branches` are the pieces of the layer that it is run by.
     """
 
-    kind: Literal["attention", "mlp"]
+    kind: Kind
     index: int
     branches: tuple[Branch, ...] = field(repr=False)
     parameters: int
@@ -49,7 +48,7 @@ class Sublayer:
     @property
     def name(self) -> str:
         """Such as attn.3 or mlp.3."""
-        return f"{'attn' if self.kind == 'attention' else 'mlp'}.{self.index}"
+        return name_of(self.kind, self.index)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -57,6 +56,11 @@ class Sublayer:
         if self.stub:
             return self.stub.modules
         return tuple(dict.fromkeys(name for branch in self.branches for name in branch.modules))
+
+
+def name_of(kind: Kind, layer: int) -> str:
+    """Of a sublayer."""
+    return f"{'attn' if kind == 'attention' else 'mlp'}.{layer}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,11 @@ class ModelStructure:
             form = block.parallel, *(part.mixer or part.kind for part in block.sublayers)
             forms.setdefault(form, []).append(block)
         lines = [f"{self.fingerprint}: {len(self.blocks)} layers in {self.layers}, {len(self.sublayers)} sublayers"]
-        return "\n".join([*lines, *(line for blocks in forms.values() for line in _lines_of(blocks))])
+        for blocks in forms.values():
+            where = f"layers {in_ranges(block.index for block in blocks)}" + ", in parallel" * blocks[0].parallel
+            lines += textwrap.wrap(where, 78, initial_indent="  ", subsequent_indent="    ")
+            lines += map(_sizes, zip(*(block.sublayers for block in blocks)))
+        return "\n".join(lines)
 
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
@@ -193,37 +201,21 @@ class ModelStructure:
 
     @cached_property
     def counting(self) -> frozenset[int]:
-        """The layers of which one must keep its mixer: those with keys and values, by which a cache counts tokens.
-
-        Where none does, all that have a mixer.
-        """
+        """The layers of which one must keep its mixer: those with keys and values, which count tokens; else all."""
         mixers = [part for part in self.sublayers if part.kind == "attention"]
         return frozenset(part.index for part in mixers if part.kv_bytes_per_token) or frozenset(m.index for m in mixers)
 
 
-def _lines_of(blocks: Sequence[Block]) -> list[str]:
-    """What blocks of one form are made of."""
-    both = ", in parallel" if blocks[0].parallel else ""
-    where = f"layers {in_ranges(block.index for block in blocks)}{both}"
-    parts = zip(*(block.sublayers for block in blocks))
-    return [*textwrap.wrap(where, 78, initial_indent="  ", subsequent_indent="    "), *map(_line_of, parts)]
-
-
-def _line_of(parts: Sequence[Sublayer]) -> str:
+def _sizes(parts: Sequence[Sublayer]) -> str:
     """What sublayers of one form weigh, each."""
-    sizes = {
-        "parameters": [part.parameters for part in parts],
-        "bytes of KV a token": [part.kv_bytes_per_token for part in parts],
-        "bytes of state": [part.state_bytes for part in parts],
+    counts = {
+        "parameters": {part.parameters for part in parts},
+        "bytes of KV a token": {part.kv_bytes_per_token for part in parts},
+        "bytes of state": {part.state_bytes for part in parts},
     }
-    told = [f"{_from_to(counts)} {unit}" for unit, counts in sizes.items() if any(counts)]
+    told = [f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in counts.items() if any(c)]
     mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
     return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
-
-
-def _from_to(counts: Sequence[int]) -> str:
-    least, most = min(counts), max(counts)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

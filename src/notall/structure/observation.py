@@ -1,14 +1,12 @@
 """Watch one forward pass and write down what each decoder layer does with its hidden states.
 
 A layer's child modules are taken as wholes; between them, every torch function that touches a hidden state is noted.
-What comes out is the layer's dataflow, read from what it really did, whatever its attributes are called. Each layer
-must read as
+Each layer must read as
 
     h = h + ops(h)          one branch,  or
     h = h + ops(h) + ...    several branches of the same h (a parallel block)
 
-and that is what `lines_of` returns, or it raises `UnsupportedModel` with the reason. In the end it may multiply h by
-one number of its own (`scale_of`).
+which is what `lines_of` returns; in the end it may multiply h by one number of its own (`scale_of`).
 """
 
 from __future__ import annotations
@@ -16,9 +14,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModel
-from .sharing import Sharing
+from .slicing import replaced
 
 Arguments = dict[str, Any]  # of a call, by their names
+Place = tuple[int, str | None]  # a layer, and its child module, or None: the layer itself
 PROBE_BATCH, PROBE_TOKENS = 2, 4  # 8 tokens, one of them padding, so that masks are real tensors
 
 ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -42,17 +43,11 @@ LINEAR = {*MULTIPLICATIONS, "div", "__truediv__", "dropout"}
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-# --- what a branch is made of ---------------------------------------------------------------------------------------
+class Stream(Enum):
+    """A hidden state that a branch hands on, (batch, tokens, hidden)."""
 
-
-@dataclass(frozen=True)
-class Value:
-    """The branch's running value, (batch, tokens, hidden)."""
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The residual stream as the branch found it, (batch, tokens, hidden)."""
+    VALUE = "its running value"
+    RESIDUAL = "the residual stream as the branch found it"
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Constant:
     value: Any
 
 
-Slot = Value | Residual | Argument | Constant
+Slot = Stream | Argument | Constant
 
 
 @dataclass
@@ -81,11 +76,16 @@ class LayerCall:
 
 
 def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
-    if type(slot) is Value:
+    if slot is Stream.VALUE:
         return value
-    if type(slot) is Argument:
+    if isinstance(slot, Argument):
         return call.arguments.get(slot.name, slot.default)
-    return residual if type(slot) is Residual else slot.value  # type: ignore[union-attr]
+    return slot.value if isinstance(slot, Constant) else residual
+
+
+def _filled(op: Op, value: Tensor, residual: Tensor, call: LayerCall) -> tuple[list[Any], Arguments]:
+    positional = [_fill(slot, value, residual, call) for slot in op.positional]
+    return positional, {name: _fill(slot, value, residual, call) for name, slot in op.keywords}
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class ModuleOp:
     takes_extras: bool = False
 
     def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional = [_fill(slot, value, residual, call) for slot in self.positional]
-        keywords = {name: _fill(slot, value, residual, call) for name, slot in self.keywords}
+        positional, keywords = _filled(self, value, residual, call)
         if self.takes_extras:
             keywords.update(call.extras)
         answer = child(holder, self.module)(*positional, **keywords)
@@ -123,8 +122,7 @@ class FunctionOp:
         return getattr(self.function, "__name__", "")
 
     def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional = [_fill(slot, value, residual, call) for slot in self.positional]
-        keywords = {name: _fill(slot, value, residual, call) for name, slot in self.keywords}
+        positional, keywords = _filled(self, value, residual, call)
         if self.name == "dropout":  # seen in eval mode, wanted as the layer's mode has it
             keywords["training"] = holder.training
         return self.function(*positional, **keywords)
@@ -181,9 +179,6 @@ def child(holder: nn.Module, path: str) -> nn.Module:
     return holder._modules[path]  # type: ignore[return-value]
 
 
-# --- watching ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Node:
     """A hidden state at one point of a layer, and what made it."""
@@ -195,18 +190,20 @@ class Node:
 
     @property
     def inputs(self) -> list[Node]:
-        found: list[Node] = []
-        for value in (*self.positional, *self.keywords.values()):
-            if isinstance(value, Node) and value not in found:
-                found.append(value)
-        return found
+        given = (*self.positional, *self.keywords.values())
+        return list(dict.fromkeys(value for value in given if isinstance(value, Node)))
+
+    @property
+    def name(self) -> str:
+        """Of the torch function that made it; empty where none did."""
+        return getattr(self.made_by, "__name__", "")
 
     @property
     def is_sum(self) -> bool:
-        return getattr(self.made_by, "__name__", "") in ADDITIONS and len(self.inputs) == 2
+        return self.name in ADDITIONS and len(self.inputs) == 2
 
     def __str__(self) -> str:
-        return self.made_by if isinstance(self.made_by, str) else getattr(self.made_by, "__name__", "its input")
+        return self.made_by if isinstance(self.made_by, str) else self.name or "its input"
 
 
 @dataclass(frozen=True)
@@ -244,14 +241,58 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class CacheWrite:
-    """A write to the cache by a child of the layer, or by the layer itself (None).
-
-    `bytes_per_token` is 0 where a state of fixed size was written.
-    """
+    """A write to the cache by a child of the layer, or by itself (None): 0 bytes a token for a state of fixed size."""
 
     module: str | None
     layer_idx: int
     bytes_per_token: int
+
+
+class Sharing:
+    """Who reads what: tensors beside the hidden states that one layer makes and a later one uses.
+
+    Layers answer them (shared keys and values, say), or write them to a mapping that all are given. A reader hands them
+    to a torch function; passing them on is not reading. `pairs` are of a source and a reader.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: set[tuple[Place, Place]] = set()
+        self._makers: dict[int, Place | None] = {}
+        self._any = False  # source so far
+        self._alive: list[Tensor] = []  # so that no id is used twice
+
+    def note(self, made: Any, place: Place | None) -> None:
+        """What is new in `made` comes from `place`, or from outside of the layers: None."""
+        for tensor in tensors_in(made):
+            self._any |= place is not None
+            if id(tensor) not in self._makers:
+                self._makers[id(tensor)] = place
+                self._alive.append(tensor)
+
+    def read(self, place: Place, given: Any) -> None:
+        """A torch function at `place` was handed `given`."""
+        if not self._any:
+            return
+        for tensor in tensors_in(given):
+            source = self.source_of(tensor)
+            if source and source[0] != place[0]:
+                self.pairs.add((source, place))
+
+    def source_of(self, tensor: Tensor) -> Place | None:
+        return self._makers.get(id(tensor))
+
+    def is_read(self, tensor: Tensor, layer: int) -> bool:
+        """Whether `layer` reads what the source of `tensor` makes."""
+        return any(source == self.source_of(tensor) and place[0] == layer for source, place in self.pairs)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for held in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(held)
 
 
 class Watch(TorchFunctionMode):
@@ -271,22 +312,25 @@ class Watch(TorchFunctionMode):
         self.sharing.read((self.now.index, self.inside[0] if self.inside else None), (args, kwargs))
         if self.inside:
             return func(*args, **kwargs)
-        positional, keywords = self._traced(args), {k: self._traced([v])[0] for k, v in kwargs.items()}
+        positional, keywords = self._traced(args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or not any(isinstance(v, Node) for v in (*positional, *keywords.values())):
             return result
         name = getattr(func, "__name__", "")
         if name in RESHAPES:
             return self._note(result, positional[0])
-        node = Node(func, tuple(positional), keywords)
+        node = Node(func, positional, keywords)
         if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
             return self._note(result, node)  # in place: whoever holds this tensor holds the new value
         return self._note(self._fresh(result, args), node)
 
-    def _traced(self, values: Any) -> list[Any]:
+    def _traced(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
+        """The arguments of a call, with nodes in place of the hidden states among them."""
         assert self.now is not None
         nodes = self.now.nodes
-        return [nodes.get(id(v), v) if isinstance(v, Tensor) else v for v in values]
+        return tuple(nodes.get(id(value), value) for value in args), {
+            name: nodes.get(id(value), value) for name, value in kwargs.items()
+        }
 
     def _note(self, tensor: Tensor, node: Node) -> Tensor:
         assert self.now is not None
@@ -299,59 +343,51 @@ class Watch(TorchFunctionMode):
         """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
         return result.view(result.shape) if any(result is v for v in inputs) else result
 
-    def enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        arguments = dict(zip(parameter_names(layer), args)) | kwargs
-        hidden = arguments.pop(hidden_name(layer))
-        self.sharing.know((hidden, arguments))
-        self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), _numbers_of(layer))
+    def run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments, hidden = called_with(layer, args, kwargs)
+        self.sharing.note((hidden, arguments), None)
+        own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+        numbers = {id(tensor): name for name, tensor in own if tensor.numel() == 1}
+        trace = self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), numbers)
         self._note(hidden, Node())
-        self.traces.append(self.now)
-
-    def leave_layer(self, answer: Any) -> None:
-        assert self.now is not None
-        self.now.answer = answer
-        hidden = answer[0] if isinstance(answer, tuple) else answer
+        self.traces.append(trace)
+        trace.answer = answer = forward(*args, **kwargs)
         for made in answer[1:] if isinstance(answer, tuple) else ():
-            maker = self.now.nodes.get(id(made))
-            module = maker.made_by if maker and isinstance(maker.made_by, str) else None
-            self.sharing.share((self.now.index, module), made)
-        self.now.result = self.now.nodes.get(id(hidden))
+            maker = trace.nodes.get(id(made))
+            self.sharing.note(made, (index, maker.made_by if maker and isinstance(maker.made_by, str) else None))
+        trace.result = trace.nodes.get(id(first(answer)))
         self.now = None
+        return answer
 
-    def enter_child(self, name: str) -> None:
+    def enter_child(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.inside.append(name)
 
-    def leave_child(self, name: str, args: Any, kwargs: Any, answer: Any) -> Any:
+    def leave_child(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, answer: Any) -> Any:
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
-        self.sharing.share((self.now.index, name), list(_mappings(self.now.arguments)))
-        names = parameter_names(child(self.now.layer, name))
-        self.now.calls.setdefault(name, []).append(ChildCall(dict(zip(names, args)) | kwargs, answer))
-        given = tuple(self._traced(args)), {k: self._traced([v])[0] for k, v in kwargs.items()}
-        inputs = (*args, *kwargs.values())
+        mappings = [value for value in self.now.arguments.values() if isinstance(value, MutableMapping)]
+        self.sharing.note(mappings, (self.now.index, name))
+        self.now.calls.setdefault(name, []).append(ChildCall(by_name(module, args, kwargs), answer))
+        given = self._traced(args, kwargs)
         if any(write.module == name for write in self.now.cache_writes):
             self.now.attention_answer = answer
         if isinstance(answer, Tensor):
-            return self._note(self._fresh(answer, inputs), Node(name, *given))
+            return self._note(self._fresh(answer, (*args, *kwargs.values())), Node(name, *given))
         for position, value in enumerate(answer if isinstance(answer, tuple) else ()):
             if isinstance(value, Tensor):
                 self._note(value, Node(name, *given, output=position))
         return answer
 
-    def wrote_cache(self, method: str, written: Iterable[Any], layer_idx: int) -> None:
-        if self.now is None:
-            return
-        tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
-        size = sum(value.numel() * value.element_size() for value in written if isinstance(value, Tensor))
-        module = self.inside[0] if self.inside else None
-        grows = not method.endswith("_state")
-        self.now.cache_writes.append(CacheWrite(module, layer_idx, size // tokens if grows else 0))
-
-
-def _numbers_of(layer: nn.Module) -> dict[int, str]:
-    own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-    return {id(tensor): name for name, tensor in own if tensor.numel() == 1}
+    def write_cache(self, write: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+        if self.now:
+            given = signature.bind(*args, **kwargs).arguments
+            tokens = self.now.hidden.shape[0] * self.now.hidden.shape[1]
+            grows = not write.__name__.endswith("_state")
+            size = sum(value.nbytes for value in given.values() if isinstance(value, Tensor)) if grows else 0
+            module = self.inside[0] if self.inside else None
+            self.now.cache_writes.append(CacheWrite(module, given["layer_idx"], size // tokens))
+        return write(*args, **kwargs)
 
 
 def as_given(arguments: Mapping[str, Any]) -> Arguments:
@@ -359,24 +395,35 @@ def as_given(arguments: Mapping[str, Any]) -> Arguments:
     return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
 
 
-def _mappings(arguments: Mapping[str, Any]) -> Iterator[Any]:
-    return (value for value in arguments.values() if isinstance(value, MutableMapping))
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters  # which takes long enough to do it once
 
 
 @functools.cache
-def _parameters(module_class: type) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module class's own `forward`; reading a signature takes long enough to do it once."""
-    return inspect.signature(module_class.forward).parameters  # type: ignore[attr-defined]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(_signature(forward))[1:]
 
 
-def parameter_names(module: nn.Module) -> list[str]:
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's own `forward`, in order."""
-    return list(_parameters(type(module)))[1:]  # type: ignore[arg-type]
+    return _names(type(module).forward)
 
 
-def hidden_name(module: nn.Module) -> str:
-    """A layer's name for the hidden states: its first argument."""
-    return parameter_names(module)[0]
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """The arguments of a call of `module`, by the names that its own `forward` has for them."""
+    return dict(zip(parameter_names(module), args)) | kwargs
+
+
+def called_with(layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Arguments, Tensor]:
+    """The arguments of a call of a layer by their names, and apart from them its hidden states, which come first."""
+    arguments = by_name(layer, args, kwargs)
+    return arguments, arguments.pop(parameter_names(layer)[0])
+
+
+def first(answer: Any) -> Tensor:
+    """The hidden states of what a layer answers."""
+    return answer[0] if isinstance(answer, tuple) else answer
 
 
 def callable_children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -394,96 +441,41 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
     watch = Watch()
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
-            _attach(watch, index, layer, undo)
-        for method in _writes(type(cache)):
-            setattr(cache, method, _watched_write(watch, method, getattr(cache, method)))
-            undo.callback(cache.__dict__.pop, method, None)
+            forward = partial(watch.run_layer, index, layer, getattr(layer, _forward_name(layer)))
+            undo.enter_context(forward_replaced(layer, forward))
+            for name, module in callable_children(layer):
+                undo.callback(module.register_forward_pre_hook(partial(watch.enter_child, name)).remove)
+                undo.callback(module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True).remove)
+        for name in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
+            if name.startswith("update"):
+                write = getattr(cache, name)
+                signature = inspect.signature(write)
+                if "layer_idx" in signature.parameters:
+                    undo.enter_context(replaced(cache.__dict__, name, partial(watch.write_cache, write, signature)))
         undo.enter_context(watch)
         yield watch
     for trace in watch.traces:
         trace.state_bytes = sum(_state_bytes(cache, index) for index in {w.layer_idx for w in trace.cache_writes})
 
 
-def _writes(cache_class: type) -> list[str]:
-    """The methods by which a layer writes to its place in a cache: keys and values, and states of fixed size."""
-    updates = [name for name in dir(cache_class) if name.startswith("update")]
-    return [name for name in updates if "layer_idx" in inspect.signature(getattr(cache_class, name)).parameters]
-
-
-def _watched_write(watch: Watch, method: str, write: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = inspect.signature(write)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs).arguments
-        watch.wrote_cache(method, given.values(), given["layer_idx"])
-        return write(*args, **kwargs)
-
-    return watched
-
-
 def _state_bytes(cache: Any, layer_idx: int) -> int:
     """What the states of fixed size that a layer left in the cache take, for one sequence."""
     held = vars(cache.layers[layer_idx])
     states = tree_leaves([value for name, value in held.items() if name.endswith("_states")])
-    return sum(state[0].numel() * state.element_size() for state in states if isinstance(state, Tensor))
+    return sum(state[0].nbytes for state in states if isinstance(state, Tensor))
 
 
-def _attach(watch: Watch, index: int, layer: nn.Module, undo: ExitStack) -> None:
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        watch.enter_layer(index, layer, args, kwargs)
-        answer = forward(*args, **kwargs)
-        watch.leave_layer(answer)
-        return answer
-
-    forward = getattr(layer, _forward_name(layer))
-    undo.enter_context(forward_replaced(layer, watched))
-    for name, module in callable_children(layer):
-
-        def before_child(_: nn.Module, args: Any, name: str = name) -> None:
-            watch.enter_child(name)
-
-        def after_child(_: nn.Module, args: Any, kwargs: Any, answer: Any, name: str = name) -> Any:
-            return watch.leave_child(name, args, kwargs, answer)
-
-        undo.callback(module.register_forward_pre_hook(before_child).remove)
-        undo.callback(module.register_forward_hook(after_child, with_kwargs=True).remove)
-
-
-def first(answer: Any) -> Tensor:
-    """The hidden states of what a layer answers."""
-    return answer[0] if isinstance(answer, tuple) else answer
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have `forward` run in place of the module's own, for the time of the `with`.
-
-    Below an accelerate hook, which moves what the module is given to its own device.
-    """
-    name = _forward_name(module)
-    before = module.__dict__.get(name)
-    module.__dict__[name] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
+    return replaced(module.__dict__, _forward_name(module), forward)
 
 
 def _forward_name(module: nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
-# --- reading what was watched -----------------------------------------------------------------------------------------
-
-
 def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
-    """The lines of the residual stream that a watched layer is made of, in order.
-
-    Raises `UnsupportedModel` when the layer is not a residual stream of sublayers.
-    """
+    """The lines of the residual stream that a layer is, in order. Raises `UnsupportedModel` where it is none."""
     if trace.result is None:
         raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
     return _stream(trace, _unscaled(trace, trace.result)[0])
@@ -496,7 +488,7 @@ def scale_of(trace: LayerTrace) -> str | None:
 
 def _unscaled(trace: LayerTrace, node: Node) -> tuple[Node, str | None]:
     """A node before it was multiplied by a number of the layer's, and the name of that."""
-    if getattr(node.made_by, "__name__", "") in MULTIPLICATIONS and len(node.inputs) == 1:
+    if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
         for given in (*node.positional, *node.keywords.values()):
             if id(given) in trace.numbers:
                 return node.inputs[0], trace.numbers[id(given)]
@@ -508,18 +500,22 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         return []
     if node.is_sum:
         return _sum(trace, node)
-    if len(node.inputs) == 2 and isinstance(node.made_by, str):
-        return _self_adding(trace, node)
-    raise _unsupported(
-        trace, f"it applies {node} after its last residual addition (post-norm)", "h + sublayer(h) as its last step"
-    )
+    if len(node.inputs) != 2 or not isinstance(node.made_by, str):
+        found = f"it applies {node} after its last residual addition (post-norm)"
+        raise _unsupported(trace, found, "h + sublayer(h) as its last step")
+    for residual, value in (node.inputs, node.inputs[::-1]):  # a module that adds itself
+        ops, source = _chain(trace, value, residual)
+        if source is residual and ops:
+            last = _op(trace, node, value, residual)
+            return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
+    raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
 
 
 def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
-    left, right = node.inputs
-    for base, term in ((_uncast(left), right), (_uncast(right), left)):
-        branches = _branches(trace, term, base)
-        if branches:
+    for base, term in (node.inputs, node.inputs[::-1]):
+        while base.name in CASTS and len(base.inputs) == 1:  # some layers cast the stream before they add to it
+            base = base.inputs[0]
+        if branches := _branches(trace, term, base):
             return [*_stream(trace, base), tuple(branches)]
     leaves = list(_leaves(node))
     for base in leaves:  # parallel branches added one after the other
@@ -527,13 +523,6 @@ def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
         if all(groups):
             return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
     raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
-
-
-def _uncast(node: Node) -> Node:
-    """What was cast to another dtype, as some layers do with the residual stream before they add to it."""
-    while getattr(node.made_by, "__name__", "") in CASTS and len(node.inputs) == 1:
-        node = node.inputs[0]
-    return node
 
 
 def _leaves(node: Node) -> Iterator[Node]:
@@ -569,72 +558,53 @@ def _chain(trace: LayerTrace, node: Node, base: Node) -> tuple[tuple[Op, ...], N
     return tuple(ops), node
 
 
-def _self_adding(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
-    for residual, value in (node.inputs, node.inputs[::-1]):
-        ops, source = _chain(trace, value, residual)
-        if source is residual and ops:
-            last = _op(trace, node, value, residual)
-            return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
-    raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
-
-
 def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op:
-    slot = _Slots(trace, node, value, residual)
-    if isinstance(node.made_by, str):
-        module = child(trace.layer, node.made_by)
-        names = parameter_names(module)
-        is_attention = any(write.module == node.made_by for write in trace.cache_writes)
-        return ModuleOp(
-            node.made_by,
-            tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional)),
-            tuple((name, slot(name, v)) for name, v in node.keywords.items()),
-            node.output,
-            is_attention,
-            takes_extras=is_attention and _has_keywords(module) and _has_keywords(trace.layer),
-        )
-    assert callable(node.made_by)
-    return FunctionOp(
-        node.made_by,
-        tuple(slot("", v) for v in node.positional),
-        tuple((name, slot(name, v)) for name, v in node.keywords.items()),
+    module = child(trace.layer, node.made_by) if isinstance(node.made_by, str) else None
+    names = parameter_names(module) if module else ()
+
+    def slot(name: str, given: Any) -> Slot:
+        if given is value:
+            return Stream.VALUE
+        is_residual = given is residual and given is not None
+        return Stream.RESIDUAL if is_residual else _from_outside(trace, node, name, given)
+
+    positional = tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional))
+    keywords = tuple((name, slot(name, v)) for name, v in node.keywords.items())
+    if module is None:
+        assert callable(node.made_by)
+        return FunctionOp(node.made_by, positional, keywords)
+    is_attention = any(write.module == node.made_by for write in trace.cache_writes)
+    extras = is_attention and all(
+        any(one.kind is one.VAR_KEYWORD for one in _signature(type(each).forward).values())
+        for each in (module, trace.layer)
     )
+    return ModuleOp(str(node.made_by), positional, keywords, node.output, is_attention, extras)
 
 
-class _Slots:
-    """Traces an argument of a child's call to where it comes from."""
+def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
+    """Where an argument `name` of a child's call comes from that is no hidden state."""
+    declared = _signature(type(trace.layer).forward)
+    arguments = trace.arguments
 
-    def __init__(self, trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> None:
-        self.trace, self.node, self.value, self.residual = trace, node, value, residual
-        self.defaults = {
-            name: parameter.default if parameter.default is not parameter.empty else None
-            for name, parameter in _parameters(type(trace.layer)).items()  # type: ignore[arg-type]
-        }
+    def default(name: str) -> Any:
+        found = declared[name].default if name in declared else None
+        return None if found is inspect.Parameter.empty else found
 
-    def __call__(self, name: str, given: Any) -> Slot:
-        if given is self.value:
-            return Value()
-        if given is self.residual and given is not None:
-            return Residual()
-        arguments = self.trace.arguments
-        if name in self.defaults and _same(given, arguments.get(name, self.defaults[name])):
-            return Argument(name, self.defaults[name])
-        for other, held in arguments.items():
-            if held is given and not isinstance(given, CONSTANTS):
-                return Argument(other, self.defaults.get(other))
-        if name in arguments and _same(given, arguments[name]):
-            return Argument(name)
-        if isinstance(given, CONSTANTS):
-            return Constant(given)
-        found = f"{self.node} is given {name or 'a tensor'} that the layer itself computes"
-        raise _unsupported(self.trace, found, "the layer's own arguments")
+    if name in declared and _same(given, arguments.get(name, default(name))):
+        return Argument(name, default(name))
+    for other, held in arguments.items():
+        if held is given and not isinstance(given, CONSTANTS):
+            return Argument(other, default(other))
+    if name in arguments and _same(given, arguments[name]):
+        return Argument(name)
+    if isinstance(given, CONSTANTS):
+        return Constant(given)
+    found = f"{node} is given {name or 'a tensor'} that the layer itself computes"
+    raise _unsupported(trace, found, "the layer's own arguments")
 
 
 def _same(given: Any, held: Any) -> bool:
     return given is held or (isinstance(given, CONSTANTS) and type(given) is type(held) and given == held)
-
-
-def _has_keywords(module: nn.Module) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(type(module)).values())  # type: ignore[arg-type]
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:

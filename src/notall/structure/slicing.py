@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig
+
+Value = TypeVar("Value")
+Cloned = TypeVar("Cloned", bound=nn.Module)
 
 # What modules call the index of their layer, by which they address the cache.
 LAYER_INDICES = ("layer_idx", "layer_id")
@@ -21,31 +24,40 @@ LAYERS_BY_INDEX = ("attn_layer_indices",)
 
 
 @contextmanager
-def sliced(config: PretrainedConfig, layers: Sequence[int]) -> Iterator[PretrainedConfig]:
-    """`config` as if the model had only `layers`, in that order; as it was when the `with` is left."""
-    with ExitStack() as undo:
-        undo.callback(as_it_is(config))
-        slice_config(config, layers)
-        yield config
+def replaced(fields: MutableMapping[str, Value], name: str, value: Value) -> Iterator[None]:
+    """Have `fields`, such as a module's `__dict__`, hold `value` as `name` for the time of the `with`."""
+    missing = name not in fields
+    before = fields.get(name)
+    fields[name] = value
+    try:
+        yield
+    finally:
+        if missing:
+            fields.pop(name, None)
+        else:
+            fields[name] = before  # type: ignore[assignment]
 
 
-def as_it_is(config: PretrainedConfig) -> Callable[[], None]:
-    """A function that makes `config` again what it is now."""
+@contextmanager
+def restored(config: PretrainedConfig) -> Iterator[None]:
+    """Have `config` be what it was when the `with` is left, whatever is done to it inside."""
     fields, kind = dict(config.__dict__), type(config)
-
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         config.__class__ = kind
         config.__dict__.clear()
         config.__dict__.update(fields)
-
-    return put_back
 
 
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
     depth = config.num_hidden_layers
-    held = {name: values for name in PER_LAYER_LISTS if (values := _list_of(config, name, depth))}
-    cut = {name: type(values)(values[index] for index in layers) for name, values in held.items()}
+    cut = {
+        name: type(values)(values[index] for index in layers)
+        for name in PER_LAYER_LISTS
+        if (values := _list_of(config, name, depth))
+    }
     config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
     for name in LAYERS_BY_INDEX:
         if listed := config.__dict__.get(name):
@@ -64,15 +76,6 @@ def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
     config.__class__ = _told(type(config), {"kv_sharing_modes": modes})
 
 
-@contextmanager
-def cache_slots_freed(config: PretrainedConfig, layers: Iterable[int]) -> Iterator[PretrainedConfig]:
-    """`config` after `free_cache_slots`, for the time of the `with`."""
-    with ExitStack() as undo:
-        undo.callback(as_it_is(config))
-        free_cache_slots(config, layers)
-        yield config
-
-
 def is_told(config: PretrainedConfig) -> bool:
     """Whether `config` was told lists that no period gives, and that it would not read from a file."""
     return "told" in vars(type(config))
@@ -87,17 +90,8 @@ def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tup
 
 def _told(config_class: type, lists: dict[str, Any]) -> type:
     """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
-    return type(config_class)(
-        config_class.__name__, (config_class,), {"__module__": config_class.__module__, "told": True} | lists
-    )
-
-
-@contextmanager
-def numbered(module: nn.Module, index: int) -> Iterator[None]:
-    """`module` and all below it as layer `index` of its model, for the time of the `with`."""
-    with ExitStack() as undo:
-        renumber(module, index, undo)
-        yield
+    fields = {"__module__": config_class.__module__, "told": True, **lists}
+    return type(config_class)(config_class.__name__, (config_class,), fields)
 
 
 def renumber(module: nn.Module, index: int, undo: ExitStack) -> None:
@@ -109,7 +103,7 @@ def renumber(module: nn.Module, index: int, undo: ExitStack) -> None:
                 setattr(inner, name, index)
 
 
-def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module], layer_class: type[nn.Module]) -> nn.Module:
+def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module | None], layer_class: type[Cloned]) -> Cloned:
     """Like `source`, sharing its attributes, parameters and hooks, but of `layer_class` and with `children`."""
     clone = object.__new__(layer_class)
     clone.__dict__.update(source.__dict__)
@@ -118,13 +112,14 @@ def shallow_clone(source: nn.Module, children: Mapping[str, nn.Module], layer_cl
     clone.__dict__["_modules"] = {}
     for name, module in children.items():
         set_child(clone, name, module)
-    if "_hf_hook" in source.__dict__:
-        move_inputs_like(source, clone)
+    move_inputs_like(source, clone)
     return clone
 
 
 def move_inputs_like(source: nn.Module, clone: nn.Module) -> None:
-    """Give `clone` the accelerate hook of `source`, which moves what comes in to the layer's device."""
+    """Give `clone` the accelerate hook of `source`, if it has one, which moves what comes in to its device."""
+    if "_hf_hook" not in source.__dict__:
+        return
     from accelerate.hooks import add_hook_to_module
 
     hook: Any = copy.copy(source._hf_hook)
@@ -132,7 +127,7 @@ def move_inputs_like(source: nn.Module, clone: nn.Module) -> None:
     add_hook_to_module(clone, hook)
 
 
-def set_child(holder: nn.Module, path: str, module: nn.Module) -> None:
+def set_child(holder: nn.Module, path: str, module: nn.Module | None) -> None:
     """Hang `module` at a dotted `path` below `holder`, with plain modules for what lies between."""
     *between, name = path.split(".")
     for step in between:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +19,25 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from .slicing import replaced
+
 STORED = "stored_bytes"  # of a parameter without values: what it weighs in the files of its model
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A parameter, or all that a quantised matrix is made of; `key` is the same wherever it is shared."""
+class Weight(NamedTuple):
+    """A parameter, or all that a quantised matrix is made of."""
 
-    key: int
     elements: int
     bytes: int
 
 
 def weights_of(module: nn.Module) -> dict[int, Weight]:
-    """The weights at and below a module, each once, by their keys."""
-    found = (weight for inner in module.modules() for weight in _own_weights(inner))
-    return {weight.key: weight for weight in found}
+    """The weights at and below a module, each once, by keys that are the same wherever it is shared."""
+    return dict(pair for inner in module.modules() for pair in _own_weights(inner))
 
 
 def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Have the parameters of a model without values weigh what its files hold: `sizes` are the bytes of each tensor.
-
-    Several tensors of a quantised matrix, or of experts that are one parameter here, are added up.
-    """
+    """Have the parameters of a model without values weigh what its files hold: `sizes` are the bytes of each tensor."""
     parameters = dict(model.named_parameters())
     owners = {
         name: module for name, module in model.named_modules() if next(module.parameters(False), None) is not None
@@ -55,25 +50,22 @@ def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
             owner = next((path for path in above if path in owners), None)
             if owner is None:
                 continue
-            name = _nearest(name, [f"{owner}.{own}" for own, _ in owners[owner].named_parameters(recurse=False)])
+            own = [f"{owner}.{parameter}" for parameter, _ in owners[owner].named_parameters(recurse=False)]
+            # that it is named after, or else the first
+            name = max(own, key=lambda parameter: len(parameter) if name.startswith(parameter) else 0)
         stored[name] += size
     for name, parameter in parameters.items():
         setattr(parameter, STORED, stored[name])
 
 
-def _nearest(name: str, parameters: Sequence[str]) -> str:
-    """Of the parameters of a module, the one that a tensor is named after, else the first."""
-    return max(parameters, key=lambda parameter: len(parameter) if name.startswith(parameter) else 0)
-
-
-def _own_weights(module: nn.Module) -> Iterator[Weight]:
+def _own_weights(module: nn.Module) -> Iterator[tuple[int, Weight]]:
     own = dict(module.named_parameters(recurse=False))
     if elements := _quantised_elements(module, own):
         held = {**own, **dict(module.named_buffers(recurse=False))}
         bias = held["bias"].numel() if held.get("bias") is not None else 0
-        yield Weight(id(module), elements + bias, sum(_bytes(tensor) for tensor in held.values()))
+        yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
     else:
-        yield from (Weight(id(weight), weight.numel(), _bytes(weight)) for weight in own.values())
+        yield from ((id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values())
 
 
 def _quantised_elements(module: nn.Module, own: dict[str, nn.Parameter]) -> int | None:
@@ -92,19 +84,12 @@ def _bytes(tensor: Tensor) -> int:
         return int(stored)
     if hasattr(tensor, "__tensor_flatten__"):  # torchao's, which claim the dtype that they stand for
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size() + sum(part.numel() * part.element_size() for part in _beside(tensor))
+    # bitsandbytes holds scales and the table of its levels beside the numbers
+    state = getattr(tensor, "quant_state", None)
+    beside = [getattr(tensor, "SCB", None), *(state.as_dict(packed=True).values() if state is not None else ())]
+    return tensor.nbytes + sum(part.nbytes for part in beside if isinstance(part, Tensor))
 
 
-def _beside(tensor: Any) -> Iterator[Tensor]:
-    """What a parameter of bitsandbytes holds beside its numbers: scales, and the table of its levels."""
-    if (scales := getattr(tensor, "SCB", None)) is not None:
-        yield scales
-    if (state := getattr(tensor, "quant_state", None)) is not None:
-        yield from (value for value in state.as_dict(packed=True).values() if isinstance(value, Tensor))
-
-
-# --- without weights --------------------------------------------------------------------------------------------------
-#
 # A model on the meta device is handed fake tensors: they have a shape and a dtype, claim to be on the CPU, and hold
 # nothing. Where a step needs values (how many tokens go to this expert?) it gets zeros: any values will do to see which
 # module hands what to which.
@@ -119,22 +104,12 @@ def is_weightless(model: nn.Module) -> bool:
 @contextmanager
 def running_weightless(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """Inside, tensors hold nothing, and what is yielded calls `model` with keyword arguments."""
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as fake, _ZerosForValues(fake):
+    # the log of torch's fake tensors holds each step that needs values for an error
+    quiet = replaced(logging.getLogger(torch._subclasses.fake_tensor.__name__).__dict__, "disabled", True)
+    with quiet, FakeTensorMode(allow_non_fake_inputs=True) as fake, _ZerosForValues(fake):
         named = itertools.chain(model.named_parameters(), model.named_buffers())
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
         yield lambda **inputs: functional_call(model, tensors, (), inputs)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log of torch's fake tensors, which holds each step that needs values for an error."""
-    log = logging.getLogger(torch._subclasses.fake_tensor.__name__)
-    before = log.disabled
-    log.disabled = True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 class _ZerosForValues(TorchFunctionMode):

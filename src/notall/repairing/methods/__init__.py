@@ -24,8 +24,7 @@ from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running.repaired import LinearMap, RepairedPlan, holder_of, refuse_maps
-from ...running.repaired_folders import WHOLE, keep_whole, load_repaired, refuse_other_work
+from ...running.repaired import WHOLE, LinearMap, RepairedPlan, holder_of, keep_whole, refuse_maps, refuse_other_work
 from ...running.tensor_files import Kept, kept_tensors
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
@@ -172,4 +171,4 @@ def repair_into(
                 holder_of(model, path, weight)
             ledger.add()  # its first line alone: where the weights come from
             keep_whole(folder, repaired, WHOLE)
-        return load_repaired(folder)
+        return RepairedPlan.load(folder)
