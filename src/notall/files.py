@@ -10,8 +10,6 @@ from typing import Any
 
 from .errors import UsageError, shortened
 
-# --- paths ------------------------------------------------------------------------------------------------------------
-
 
 def expanded(path: str | PathLike[str]) -> Path:
     """A path with the home directory in place of its ~. Raises UsageError where there is none."""
@@ -27,8 +25,6 @@ def open_to_others(path: Path) -> None:
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
-
-# --- the folder of a model --------------------------------------------------------------------------------------------
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -75,9 +71,6 @@ def refuse_adapter(spec: str | Path, found: Any) -> None:
             f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): merge it with peft's merge_and_unload "
             "and save the result, or take that file away"
         )
-
-
-# --- what is kept between runs ----------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:

@@ -229,9 +229,6 @@ def _first(error: ValidationError, kind: type[Plan]) -> str:
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-# --- counts, layer indices and shapes as people write them ------------------------------------------------------------
-
-
 def several(count: int, name: str) -> str:
     """`1 block`, `2 blocks`."""
     return f"{count:,} {name}" + ("s" if count != 1 else "")

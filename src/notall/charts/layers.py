@@ -22,9 +22,6 @@ SHORT = {"attention": "attn", "mlp": "mlp"}
 BAR, WORDS = 9, -9  # pixels below and above the middle of a measure's band
 
 
-# --- the layer map ----------------------------------------------------------------------------------------------------
-
-
 class Sublayer(Fact):
     """A cell of the layer map: what is known of leaving a sublayer out."""
 
@@ -75,10 +72,16 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         )
     )
     costs = [cell.cost for cell in cells if is_number(cell.cost)]
+    stops = [  # diagonal stripes over a cell of any size: a gradient with hard edges
+        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
+        for half in range(2 * STRIPES)
+        for edge in (half, half + 1)
+    ]
+    stripes = alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
     framed = drawn.mark_rect(stroke=PAPER, strokeWidth=1.5)
     unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
     known = framed.encode(color=_logarithmic(costs, title)).transform_filter("isValid(datum.cost)")
-    hatched = drawn.mark_rect(fill=_stripes(), stroke=STRIPE, strokeWidth=2)
+    hatched = drawn.mark_rect(fill=stripes, stroke=STRIPE, strokeWidth=2)
     hatched = hatched.transform_filter("datum.state == 'skipped'")
     layers = [unknown, *([known] if costs else []), hatched]
     return alt.LayerChart(layer=layers).add_params(alt.param(name="skipped", value=[]))
@@ -91,19 +94,6 @@ def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
     legend = alt.Legend(orient="bottom", gradientLength=220, title=title, values=ticks, format="~g")
     scale = alt.Scale(type="symlog", constant=most / 300, domain=[min([0, *costs]), most], nice=False)
     return alt.Color("cost:Q", scale=scale, legend=legend)
-
-
-def _stripes() -> alt.LinearGradient:
-    """Diagonal stripes over a cell of any size, as a gradient with hard edges."""
-    stops = [
-        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
-        for half in range(2 * STRIPES)
-        for edge in (half, half + 1)
-    ]
-    return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
-
-
-# --- what a plan saves ------------------------------------------------------------------------------------------------
 
 
 class Saving(Fact):
@@ -141,15 +131,11 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     return alt.LayerChart(layer=layers).add_params(alt.param(name="plan", value=0))
 
 
-# --- by depth, and over a training ------------------------------------------------------------------------------------
-
-
 def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth (after the paper's Fig. 1)."""
+    known = (row for row in rows if is_number(row.cosine))
     data = [
-        (row.kind, row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)})
-        for row in rows
-        if is_number(row.cosine)
+        (row.kind, row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)}) for row in known
     ]
     scale, axis = alt.Scale(type="log", nice=False, padding=16), alt.Axis(format="~g", tickCount=6)
     changed = alt.Y("changed:Q", title="1 − cosine similarity, before and after", scale=scale, axis=axis)

@@ -55,7 +55,7 @@ class Quality(Fact):
 
     @property
     def nats_lost(self) -> float:
-        """`delta_nll`; infinite where the model overflows, which is no number."""
+        """`delta_nll`; infinite where the model overflows."""
         return self.delta_nll if is_number(self.delta_nll) else math.inf
 
 
@@ -190,9 +190,6 @@ SPEED_CHECK: tuple[Column[SpeedCheck], ...] = (
     number("predicted ms", lambda check: check.predicted_ms, ".0f"),
 )
 
-
-# --- beside the dense model -------------------------------------------------------------------------------------------
-
 SIGNIFICANT = 0.05
 
 
@@ -218,6 +215,7 @@ DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, 
 WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
 P: Column[Compared] = probability("p", lambda one: one.p_value)
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
+COMPARED = (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
 BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
 
 
@@ -280,20 +278,10 @@ class Check(Compared):
     check: str
 
 
-CHECK: Column[Check] = words("check", lambda one: one.check)
-
-
 class PlanCheck(Check):
     """A check of one of several plans."""
 
     model: str = Field(description="which: skipped or repaired")
-
-
-PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
-    *inherited(PlanCheck, (CHECK,)),
-    words("model", lambda one: one.model),
-    *inherited(PlanCheck, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
-)
 
 
 class PlanScore(TaskScore):
@@ -302,9 +290,14 @@ class PlanScore(TaskScore):
     model: str = Field(description="which: skipped or repaired")
 
 
+PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
+    words("check", lambda one: one.check),
+    words("model", lambda one: one.model),
+    *inherited(PlanCheck, COMPARED),
+)
 PLAN_SCORES: tuple[Column[PlanScore], ...] = (
     *inherited(PlanScore, TASK),
     words("model", lambda one: one.model),
-    *inherited(PlanScore, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
+    *inherited(PlanScore, COMPARED),
     *inherited(PlanScore, DOCUMENTS),
 )

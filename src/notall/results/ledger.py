@@ -18,10 +18,9 @@ R = TypeVar("R", bound=Record)
 
 
 class Ledger(Generic[R]):
-    """The records of a kind in `folder`, by their keys, and where new ones go.
+    """The records of a kind in `folder`, by their keys, and where new ones go; `name` is another file than its own.
 
-    Those that are there must come from the same run, as `about` says, also of each one apart; `name` is another file
-    than the kind's own. Raises `UsageError` when a line is malformed or comes from other settings.
+    Raises `UsageError` when a line is malformed or comes from another run than `about` says, of all or of each.
     """
 
     def __init__(
@@ -29,7 +28,6 @@ class Ledger(Generic[R]):
         folder: Path,
         kind: type[R],
         about: Provenance | Callable[[R], Provenance] | None = None,
-        *,
         name: str | None = None,
     ) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
@@ -81,9 +79,8 @@ class Ledger(Generic[R]):
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
-    """The records of a file in their order; [] without a file.
+    """The records of a file in their order, of each key the last; [] without a file.
 
-    Of a key the last one counts: a group of records that was torn while it was written is measured again as a whole.
     Raises `UsageError` that names the line, and the field, where one is malformed or of another kind.
     """
     found = [*lines.numbered(path)][1 if kind.headed else 0 :]  # the header has no key
@@ -100,7 +97,7 @@ def header_of(path: Path) -> HeaderRecord | None:
 def kind_at(path: Path) -> type[Record] | None:
     """The kind of a file's records, as its first line says; None for one that no imported module has made known.
 
-    Raises `UsageError` as `lines.read` does, and where a file of our name is of no kind of ours.
+    Raises `UsageError` where that is no record, or a file of our name is of no kind of ours.
     """
     first = next(lines.numbered(path), None)
     if first is None:

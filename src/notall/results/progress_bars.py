@@ -35,10 +35,7 @@ class Clock(ProgressColumn):
 
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then.
-
-    What tells of no steps is shown by what it is `doing`: loading a model, or importing what does.
-    """
+    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
@@ -53,7 +50,6 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
         return
 
     def fitting(doing: str) -> str:
-        """In the room that the other columns leave of a line."""
         return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
     with RichProgress(*columns, console=console, transient=True) as bar:

@@ -19,9 +19,6 @@ Command = Literal["sweep", "compare", "search", "paper", "bench", "draft", "eval
 Scalar = float | int | str | bool | None
 
 
-# --- fields -----------------------------------------------------------------------------------------------------------
-
-
 def is_number(value: float | None) -> bool:
     """Whether there is a value, and a finite one."""
     return value is not None and math.isfinite(value)
@@ -58,8 +55,7 @@ SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
-def _plausible(value: Any) -> Any:
-    """Refuse a plan of more layers than a model has, before a page is made of it."""
+def _plausible(value: object) -> object:
     indices = value.indices if isinstance(value, Plan) else value
     if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
@@ -78,9 +74,6 @@ Skipped = Annotated[
 ]
 
 
-# --- facts ------------------------------------------------------------------------------------------------------------
-
-
 class Fact(BaseModel):
     """What was measured, as it is stored, shown and drawn: frozen, and checked where it is read."""
 
@@ -88,7 +81,7 @@ class Fact(BaseModel):
 
     def figures(self) -> dict[str, Scalar]:
         """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
-        return dict(self._figures())
+        return {name: value for name, value in self._figures() if name != "record"}
 
     def _figures(self) -> Iterator[tuple[str, Scalar]]:
         for name in type(self).model_fields:
@@ -127,9 +120,6 @@ class Quartiles(Fact):
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
@@ -145,7 +135,7 @@ class Record(Fact):
     provenance: Provenance | None = Field(None, description="where the figures come from")
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
         KINDS[cls.kind_name()] = cls
 
     @classmethod
@@ -166,9 +156,6 @@ class Record(Fact):
     def line(self) -> dict[str, Any]:
         """As it is written."""
         return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
-
-    def figures(self) -> dict[str, Scalar]:
-        return {name: value for name, value in self._figures() if name != "record"}
 
     @classmethod
     def from_fact(cls, fact: Fact, **more: Any) -> Self:
