@@ -178,17 +178,15 @@ class Plan(BaseModel):
     def check(self, structure: ModelStructure) -> None:
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
-            raise UsageError(
-                f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}; "
-                "make a plan for this model, or delete its fingerprint line if you are sure"
-            )
+            told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
+            fix = "make a plan for this model, or delete its fingerprint line if you are sure"
+            raise UsageError(f"{told}; {fix}")
         self.check_depth(len(structure.blocks))
         for kind in ("attention", "mlp"):
             for layer in getattr(self, kind):
                 if kind not in structure.kinds[layer]:
-                    raise UsageError(
-                        f"the plan skips the {kind} of layer {layer}, which has none; see `notall inspect`"
-                    )
+                    skipped = f"the {kind} of layer {layer}"
+                    raise UsageError(f"the plan skips {skipped}, which has none; see `notall inspect`")
         if structure.counting.issubset(self.attention):
             held = ", ".join(f"attn.{layer}" for layer in sorted(structure.counting))
             every = f"every attention that holds keys and values ({held})"

@@ -28,10 +28,8 @@ def named(name: str, built_in: Mapping[str, Any], group: str, what: str) -> Any:
     found = built_in.get(name) or find(name, group)
     if found is None:
         names = [*built_in, *installed_names(group)]
-        raise UsageError(
-            f"there is no {what} {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
-            "or give module:function"
-        )
+        told = f"there is no {what} {shortened(name)!r}{nearest(name, names)}"
+        raise UsageError(f"{told}: choose from {', '.join(names)}, or give module:function")
     return found
 
 

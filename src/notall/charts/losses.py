@@ -291,9 +291,8 @@ def _ringed(layers: Sequence[alt.Chart], series: alt.Chart, x: str) -> alt.Layer
     ring = alt.Chart(series.data).transform_filter("isValid(datum.plan)")
     ring = ring.mark_point(strokeWidth=2.5, stroke=INK, fill=None, opacity=1)
     size = alt.condition("datum.plan == plan", alt.value(330), alt.value(0))
-    return alt.LayerChart(layer=[*layers, ring.encode(x=f"{x}:Q", y="lost:Q", size=size)]).add_params(
-        alt.param(name="plan", value=-1)
-    )
+    ring = ring.encode(x=f"{x}:Q", y="lost:Q", size=size)
+    return alt.LayerChart(layer=[*layers, ring]).add_params(alt.param(name="plan", value=-1))
 
 
 def _told(colour: str, shape: str) -> list[alt.Tooltip]:

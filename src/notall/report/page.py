@@ -93,9 +93,8 @@ def laid_out(folder: Folder, shown: Sequence[Shown]) -> str:
         alone = "answers alone make no page: let notall eval or notall paper end"
         advice = f"make some with notall sweep --out {folder.path}, or let a run end"
         raise UsageError(f"{folder.path} holds no results; {alone if AnswersRecord in folder else advice}")
-    templates = Environment(
-        loader=PackageLoader("notall.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = PackageLoader("notall.report", ".")
+    templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["short"] = _short
     css, js = (files("notall.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return templates.get_template("page.html").render(page=page, told=told, css=css, js=js, runtime=_runtime())

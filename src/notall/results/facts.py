@@ -8,33 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ..plan import KIND_NAMES
-from .record import (
-    Amount,
-    Count,
-    Fact,
-    LayerIndex,
-    Loss,
-    Number,
-    Positive,
-    Quartiles,
-    Share,
-    Skips,
-    Unsigned,
-    is_number,
-)
-from .table import (
-    Cell,
-    Column,
-    inherited,
-    magnitude,
-    number,
-    probability,
-    size,
-    with_difference,
-    with_error,
-    with_quartiles,
-    words,
-)
+from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
+from .table import Column, in_magnitude, inherited, number, size, with_difference, with_error, with_quartiles, words
 
 Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
 
@@ -56,14 +31,14 @@ class Quality(Fact):
     @property
     def nats_lost(self) -> float:
         """`delta_nll`; infinite where the model overflows."""
-        return self.delta_nll if is_number(self.delta_nll) else math.inf
+        return self.delta_nll if math.isfinite(self.delta_nll) else math.inf
 
 
 NATS = "nats per token"
 DELTA_NLL: Column[Quality] = with_error("NLL added", lambda q: (q.delta_nll, q.delta_nll_se), unit=NATS)
 KL: Column[Quality] = with_error("KL", lambda q: (q.kl, q.kl_se), unit=NATS)
 TOP1: Column[Quality] = with_error("top-1 agreement", lambda q: (q.top1_agreement, q.top1_agreement_se))
-PERPLEXITY: Column[Quality] = magnitude("perplexity", lambda q: q.perplexity)
+PERPLEXITY: Column[Quality] = number("perplexity", lambda q: q.perplexity, in_magnitude)
 NLL: Column[Quality] = with_error("NLL", lambda q: (q.nll, q.nll_se), unit=NATS)
 QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, NLL)
 
@@ -163,7 +138,7 @@ class Configured(Skips):
 
 CONFIGURED: tuple[Column[Configured], ...] = (
     words("skipped", lambda row: KIND_NAMES[row.variant]),
-    Column("fraction", lambda row: Cell(row.fraction, f"{row.fraction:.0%}"), right=False),
+    number("fraction", lambda row: row.fraction, ".0%", right=False),
     words("last layer", lambda row: "kept" if row.keep_last else ""),
 )
 
@@ -213,7 +188,7 @@ class Compared(Fact):
 VALUE: Column[Compared] = with_error("value", lambda one: (one.value, one.value_se))
 DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, one.delta_se))
 WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
-P: Column[Compared] = probability("p", lambda one: one.p_value)
+P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
 COMPARED = (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
 BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))

@@ -43,10 +43,8 @@ class Ledger(Generic[R]):
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
             elif wanted and not kind.headed:
-                raise UsageError(
-                    f"{self.path} has a record that does not say where it comes from; delete its line, or choose "
-                    "another folder"
-                )
+                told = f"{self.path} has a record that does not say where it comes from"
+                raise UsageError(f"{told}; delete its line, or choose another folder")
             self._hold(record)
 
     def __contains__(self, key: Key) -> bool:
@@ -105,9 +103,8 @@ def kind_at(path: Path) -> type[Record] | None:
     line = lines.parsed(path, *first)
     said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
     if said not in KINDS and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
-        raise UsageError(
-            f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours; repair or delete that line"
-        )
+        told = f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours"
+        raise UsageError(f"{told}; repair or delete that line")
     return KINDS.get(said)
 
 
@@ -115,11 +112,9 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
     """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
     for name, value in lines.finite(wanted.what).items():
         if held.what.get(name) != value:
-            before = shortened(held.what.get(name))
-            raise UsageError(
-                f"{out} holds results with {name} {before}, not {shortened(value)}; choose another folder (--out), or "
-                "give the same settings to go on with it"
-            )
+            told = f"{out} holds results with {name} {shortened(held.what.get(name))}, not {shortened(value)}"
+            fix = "choose another folder (--out), or give the same settings to go on with it"
+            raise UsageError(f"{told}; {fix}")
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
@@ -127,10 +122,8 @@ def refuse_foreign(folder: Path, command: Command) -> None:
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         kind = kind_at(path)
         if kind and command not in kind.commands:
-            raise UsageError(
-                f"{folder} holds results of notall {kind.commands[0]} ({path.name}); choose another folder for "
-                f"notall {command}"
-            )
+            told = f"{folder} holds results of notall {kind.commands[0]} ({path.name})"
+            raise UsageError(f"{told}; choose another folder for notall {command}")
 
 
 @contextmanager

@@ -14,16 +14,14 @@ from .record import Fact, Quartiles, is_number
 F = TypeVar("F")
 G = TypeVar("G")
 
+Form = str | Callable[[float], str]  # of a number: a format, or a function
 NOTHING = "-"  # what was not measured, or came out as no number
 LARGE = 1e5  # from here on a number is told by its magnitude
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table says of one row; `beside` is the error or spread of a number, below it where room is short.
-
-    `value` is what rows are sorted by, a number or else text; None where there is nothing.
-    """
+    """What a table says of one row: what rows are sorted by, if anything; its text; and the error of a number."""
 
     value: float | str | None
     text: str = NOTHING
@@ -68,21 +66,14 @@ def words(heading: str, get: Callable[[F], object]) -> Column[F]:
 
 
 def number(
-    heading: str, get: Callable[[F], float | None], form: str | Callable[[float], str] = ".3f", unit: str = ""
+    heading: str, get: Callable[[F], float | None], form: Form = ".3f", *, right: bool = True, unit: str = ""
 ) -> Column[F]:
-    """A number, written by a format or by a function."""
-    write = form if callable(form) else lambda value: written(value, form)
-    return _column(heading, get, lambda value: Cell(value, write(value)) if is_number(value) else EMPTY, unit=unit)
+    """A number, by a format or by a function."""
 
+    def cell(value: float) -> Cell:
+        return Cell(value, form(value) if callable(form) else written(value, form)) if is_number(value) else EMPTY
 
-def magnitude(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """A number that may have many digits."""
-    return number(heading, get, in_magnitude)
-
-
-def probability(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """A p value; a small one is not rounded to none."""
-    return number(heading, get, lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}")
+    return _column(heading, get, cell, right, unit=unit)
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
@@ -124,14 +115,14 @@ def with_difference(
     return _column(heading, get, cell, note="( ): difference to the dense model ± its standard error")
 
 
-def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[Column[F], ...]:
-    """The columns of a fact as those of a record that holds it, where it was measured."""
-    return tuple(_column(one.heading, get, one.cell, one.right, unit=one.unit, note=one.note) for one in columns)
-
-
 def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:
     """The columns of a fact as those of a `kind` that extends it."""
     return within(columns, lambda row: row)  # type: ignore[arg-type, return-value]
+
+
+def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[Column[F], ...]:
+    """The columns of a fact as those of a record that holds it, where it was measured."""
+    return tuple(_column(one.heading, get, one.cell, one.right, unit=one.unit, note=one.note) for one in columns)
 
 
 def written(value: float, form: str) -> str:
@@ -147,7 +138,7 @@ def in_bytes(value: float) -> str:
     """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.{int(unit != 'B')}f} {unit}"
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"
 

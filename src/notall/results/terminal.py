@@ -55,10 +55,7 @@ def print_table(table: Table) -> None:
     laid_out = _laid_out(strips, console.width)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
     if laid_out is None:  # each heading with what stands below it, row after row
-        lines = [
-            [" ".join((*strip.heading[:-1], f"{strip.heading[-1]}:", *cell)) for cell in strip.cells]
-            for strip in strips
-        ]
+        lines = [[" ".join((*one.heading[:-1], f"{one.heading[-1]}:", *cell)) for cell in one.cells] for one in strips]
         console.print(Text("\n\n".join(map("\n".join, zip(*lines)))), soft_wrap=True)
         return
     # Each piece is on a line of its own; with rules between the rows where that takes several lines.
