@@ -4,8 +4,6 @@ The names listed here are public, and so are those of the modules that the docum
 they change with the version. All else may change at any time.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,5 @@
 """Files: paths as users write them, what may be read of a model's folder, and what is kept between runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from os import PathLike

@@ -1,7 +1,5 @@
 """JSON as its grammar has it: Python's own reader takes NaN, and of a key that stands twice the last value."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

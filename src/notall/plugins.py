@@ -1,7 +1,5 @@
 """What others add to notall: by an entry point of their package, or named in place as `module:function`."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys

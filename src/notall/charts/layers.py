@@ -1,7 +1,5 @@
 """Figures of a model's layers, of what a plan saves, and of how a training goes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

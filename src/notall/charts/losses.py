@@ -1,7 +1,5 @@
 """What plans lose, against what they gain or what they skip: points with their errors and labels, and the front."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

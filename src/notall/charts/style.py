@@ -1,7 +1,5 @@
 """How figures look, and how they become files: colours of both themes, titles, PNG, SVG and HTML."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

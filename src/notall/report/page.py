@@ -1,7 +1,5 @@
 """One self-contained page from a results folder: nothing in it is fetched from anywhere."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

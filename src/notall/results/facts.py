@@ -211,25 +211,7 @@ class TaskScore(Compared):
         return said if kind in ("", "none") else f"{said} ({kind.replace('-', ' ')})"
 
 
-METRICS = {
-    "acc": "accuracy",
-    "acc_norm": "normalized accuracy",
-    "exact_match": "exact match",
-    "f1": "F1",
-    "bleu": "BLEU",
-    "perplexity": "perplexity",
-    "word_perplexity": "perplexity a word",
-    "byte_perplexity": "perplexity a byte",
-    "bits_per_byte": "bits a byte",
-}
-TASK: tuple[Column[TaskScore], Column[TaskScore]] = (
-    words("task", lambda one: one.task),
-    words("metric", lambda one: one.usual_metric),
-)
-DOCUMENTS: tuple[Column[TaskScore], Column[TaskScore]] = (
-    number("shots", lambda one: one.num_fewshot, "d"),
-    number("documents", lambda one: one.documents, "d"),
-)
+METRICS = {"acc": "accuracy", "acc_norm": "normalized accuracy", "f1": "F1", "bleu": "BLEU"}  # others by their name
 
 
 class NamedTasks(Fact):
@@ -271,8 +253,10 @@ PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
     *inherited(PlanCheck, COMPARED),
 )
 PLAN_SCORES: tuple[Column[PlanScore], ...] = (
-    *inherited(PlanScore, TASK),
+    words("task", lambda one: one.task),
+    words("metric", lambda one: one.usual_metric),
     words("model", lambda one: one.model),
     *inherited(PlanScore, COMPARED),
-    *inherited(PlanScore, DOCUMENTS),
+    number("shots", lambda one: one.num_fewshot, "d"),
+    number("documents", lambda one: one.documents, "d"),
 )

@@ -1,7 +1,5 @@
 """Tables as LaTeX, to be pasted into a paper as they are."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import groupby

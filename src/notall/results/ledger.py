@@ -1,7 +1,5 @@
 """One run's records of one kind in a folder: read and checked once, then only added to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

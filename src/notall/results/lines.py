@@ -1,7 +1,5 @@
 """Files of JSON lines that are only ever added to: what is written stays, whatever happens next."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Text that came from elsewhere, as a terminal may show it: names of models, tasks and files are data, not commands."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import sys

@@ -1,7 +1,5 @@
 """How far long work is, at the terminal: what is being done, for how long, and how long it still takes, about."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

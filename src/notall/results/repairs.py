@@ -1,7 +1,5 @@
 """What repairs, healings and their measurements write down: weights that were refit, training, before and after."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Tables: what a column is called, what it says of a record and how it sorts, said once for every medium."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
