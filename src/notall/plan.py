@@ -124,10 +124,7 @@ class Plan(BaseModel):
         return "; ".join(f"{kind} {in_ranges(layers)}" for kind, layers in parts.items() if layers) or "nothing"
 
     def in_words(self, among: Mapping[str, int] | None = None) -> str:
-        """What is skipped, counted: `3 blocks`, `1 attention and 4 MLPs`, or `nothing`.
-
-        With `among`, how many the model has of each kind, `1 of 30 attentions and 4 of 30 MLPs`.
-        """
+        """Such as `3 blocks`, `1 attention and 4 MLPs`, or `nothing`; `among` what it has: `1 of 30 attentions`."""
         if self.attention and self.attention == self.mlp and not among:
             return several(len(self.mlp), "block")
         skipped = {"attention": len(self.attention), "mlp": len(self.mlp)}

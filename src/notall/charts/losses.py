@@ -119,10 +119,10 @@ def tradeoff(
     return _ringed([*layers, *(_dense() if dense else [])], series, "speedup")
 
 
-def losses_by_count(points: Sequence[Point], colours: Colours, *, plain: str = "none") -> alt.LayerChart:
-    """What points lose against how much they skip, a line a series and a dash a shape, none for the `plain` one."""
+def losses_by_count(points: Sequence[Point], colours: Colours) -> alt.LayerChart:
+    """What points lose against how much they skip, a line a series and a dash a repair, none without one."""
     points = [point for point in points if is_number(point.lost)]
-    names = list(dict.fromkeys([plain, *(point.shape for point in points)]))
+    names = list(dict.fromkeys(["none", *(point.shape for point in points)]))
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=snug(16))
     series, chosen = _series(points, [point.row(colours) for point in points], counts, HELD_OUT, colours, "criterion")
     lines = series.mark_line(strokeWidth=1.5).encode(detail="colour:N")

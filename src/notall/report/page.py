@@ -191,18 +191,16 @@ class Page:
             return None
         title = _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
         chart = layers.layer_map(self.cells, title)
-        return Drawn("map", Figure(on_page(chart, MAP), "map of the model"), "map")
-
-    @cached_property
-    def bars(self) -> list[Saving]:
-        return [bar for number, step in enumerate(self.told.steps) for bar in _savings(number, step)]
+        return Drawn("map", Figure(on_page(chart, MAP), "map of the model", csv=as_csv(self.cells)), "map")
 
     @cached_property
     def savings(self) -> Drawn | None:
-        if not self.bars:
+        bars = [bar for number, step in enumerate(self.told.steps) for bar in _savings(number, step)]
+        if not bars:
             return None
-        spec = on_page(layers.savings(self.bars), BAR * len({bar.measure for bar in self.bars}))
-        return Drawn("savings", Figure(spec, "time and bytes of the plan beside the dense model"), "savings")
+        spec = on_page(layers.savings(bars), BAR * len({bar.measure for bar in bars}))
+        told = "time and bytes of the plan beside the dense model"
+        return Drawn("savings", Figure(spec, told, csv=as_csv(bars)), "savings")
 
     @property
     def provenance(self) -> list[tuple[str, str]]:
@@ -220,8 +218,7 @@ class Page:
         """What the page's program reads."""
         own = [drawn for drawn in (self.map, self.savings) if drawn]
         drawn = [*own, *(one for part in self.parts for one in part.figures)]
-        csv = {"map": as_csv(self.cells), "savings": as_csv(self.bars)}
-        csv |= {one.copied: one.figure.csv for one in drawn if one.figure.csv}
+        csv = {one.copied: one.figure.csv for one in drawn if one.figure.csv}
         csv |= {part.name: part.section.table.csv for part in self.parts if part.section.table}
         steps = self.told.steps
         return {

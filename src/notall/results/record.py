@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
@@ -81,21 +81,20 @@ class Fact(BaseModel):
 
     def figures(self) -> dict[str, Scalar]:
         """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
-        return {name: value for name, value in self._figures() if name != "record"}
-
-    def _figures(self) -> Iterator[tuple[str, Scalar]]:
+        found: dict[str, Scalar] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Quartiles):
-                yield from ((name, value.median), (f"{name}_low", value.low), (f"{name}_high", value.high))
+                found |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
             elif isinstance(value, Fact):
-                yield from value._figures()
+                found |= value.figures()
             elif isinstance(value, Plan):
-                yield "skipped", " ".join(value.names)
+                found["skipped"] = " ".join(value.names)
             elif isinstance(value, float):
-                yield name, _none_if_no_number(value)
-            elif isinstance(value, int | str):
-                yield name, value
+                found[name] = _none_if_no_number(value)
+            elif isinstance(value, int | str) and name != "record":
+                found[name] = value
+        return found
 
 
 class Quartiles(Fact):

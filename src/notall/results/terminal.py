@@ -1,7 +1,5 @@
 """Tables and words at the terminal: of whatever width, a number, a first column or a heading is never cut."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,10 +86,6 @@ class Strip:
         """How wide it is with every cell in one line."""
         return max(cell_len(" ".join(pieces)) for pieces in (self.heading, *self.cells))
 
-    def within(self, width: int) -> Strip:
-        """With as many pieces on a line as `width` takes."""
-        return Strip(_filled(self.heading, width), tuple(_filled(cell, width) for cell in self.cells), self.right)
-
 
 def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
@@ -141,10 +135,14 @@ def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     while sum(widths) > room:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
         widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
-    return [strip.within(width) for strip, width in zip(strips, widths)]
+    return [
+        Strip(_filled(strip.heading, wide), tuple(_filled(cell, wide) for cell in strip.cells), strip.right)
+        for strip, wide in zip(strips, widths)
+    ]
 
 
 def _filled(pieces: Pieces, width: int) -> Pieces:
+    """With as many pieces on a line as `width` takes."""
     lines = [pieces[0]]
     for piece in pieces[1:]:
         if cell_len(lines[-1]) + 1 + cell_len(piece) <= width:
