@@ -63,7 +63,7 @@ def explained(name: str) -> Iterator[None]:
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
-def positional(function: Callable[..., Any]) -> range:
+def positional(function: Callable[..., object]) -> range:
     """How many arguments a function can be called with, by their places."""
     given = inspect.signature(function).parameters.values()
     placed = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]

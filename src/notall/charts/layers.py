@@ -131,9 +131,10 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
 
 def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth (after the paper's Fig. 1)."""
-    known = (row for row in rows if is_number(row.cosine))
     data = [
-        (row.kind, row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)}) for row in known
+        (KIND_NAMES[row.kind], row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)})
+        for row in rows
+        if is_number(row.cosine)
     ]
     scale, axis = alt.Scale(type="log", nice=False, padding=16), alt.Axis(format="~g", tickCount=6)
     changed = alt.Y("changed:Q", title="1 − cosine similarity, before and after", scale=scale, axis=axis)
@@ -142,12 +143,12 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
 
 def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     """How much of the error each refit left, by depth; a parallel block's are one."""
-    kinds = {short: kind for kind, short in SHORT.items()}
-    places = [(refit, refit.sublayers[0].split(".")) for refit in refits if is_number(refit.left)]
-    data = [
-        (kinds[short] if len(refit.sublayers) == 1 else "block", int(layer), {"left": refit.left})
-        for refit, (short, layer) in places
-    ]
+    names = {short: KIND_NAMES[kind] for kind, short in SHORT.items()}
+    data = []
+    for refit in refits:
+        short, _, layer = refit.sublayers[0].partition(".")
+        if is_number(refit.left):
+            data.append(("block" if len(refit.sublayers) > 1 else names[short], int(layer), {"left": refit.left}))
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
 
@@ -166,7 +167,7 @@ def training(looks: Sequence[HealRecord]) -> alt.LayerChart:
 
 def _lines(data: Sequence[tuple[str, int, Mapping[str, float]]], y: alt.Y, tooltip: alt.Tooltip) -> alt.LayerChart:
     """A line and a colour for each kind, over the layers."""
-    rows = [{"kind": KIND_NAMES[kind], "layer": layer, **figures} for kind, layer, figures in data]
+    rows = [{"kind": kind, "layer": layer, **figures} for kind, layer, figures in data]
     drawn = {name: colour for name, colour in KIND_COLOURS.items() if any(row["kind"] == name for row in rows)}
     look, chosen = by_colour("kind", drawn)
     ticks = sorted({layer for _, layer, _ in data})

@@ -86,8 +86,7 @@ def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> dict[str, Any]:
 
 def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
-    spec: dict[str, Any] = _drawable(chart.to_dict())
-    return spec
+    return _drawable(chart.to_dict())
 
 
 def _drawable(value: object) -> Any:
@@ -110,8 +109,8 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
         Path(f"{stem}.svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE), encoding="utf-8")
         # No text in the spec ends the page: each < is written as JSON may write it.
         hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
-        page: str = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True)
-        Path(f"{stem}.html").write_text(page.replace(HIDDEN, r"\u003c"), encoding="utf-8")
+        page = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True).replace(HIDDEN, r"\u003c")
+        Path(f"{stem}.html").write_text(page, encoding="utf-8")
     except OSError as error:
         told = f"cannot write figures to {stem.parent}: {error.strerror}"
         raise UsageError(f"{told}; make room or give access, or choose another folder") from None

@@ -286,13 +286,13 @@ def as_it_is(rows: Sequence[Mapping[str, Any]]) -> Table:
     told = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
     names = dict.fromkeys(key for row in told for key, value in row.items() if value is not None)
     names.pop("provenance", None)
+
+    def column(name: str) -> Column[dict[str, Any]]:
+        """Of figures, where a row has nothing else there."""
+        found = [value for row in told if (value := row.get(name)) is not None]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST for value in found):
+            return number(name, lambda row: row.get(name), ".4g")
+        return words(name, lambda row: row.get(name))
+
     plain = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in told]
-    return replace(table("", [_column(name, told) for name in names], told), csv=csv_of(plain))
-
-
-def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> Column[Mapping[str, Any]]:
-    """Of figures, where a row has nothing else there."""
-    found = [value for row in rows if (value := row.get(name)) is not None]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST for value in found):
-        return number(name, lambda row: row.get(name), ".4g")
-    return words(name, lambda row: row.get(name))
+    return replace(table("", map(column, names), told), csv=csv_of(plain))

@@ -102,7 +102,7 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """`value` as it is written: JSON has no nan and no infinity, and no tuples."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
