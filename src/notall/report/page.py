@@ -26,8 +26,7 @@ from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, tab
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
 SHORT = 120  # letters of a name; the tables' CSV and the provenance have all of them
 MARK = b'<p class="kicker">notall report</p>'
-MAP = 104  # pixels of the layer map's height
-BAR = 48  # of a bar's with its words
+MAP, BAR = 104, 48  # pixels of the height of the layer map, and of a bar with its words
 
 
 # In the order of a page: of each group the first of whose kinds a record is there.

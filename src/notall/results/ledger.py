@@ -13,6 +13,7 @@ from .provenance import Provenance
 from .record import KINDS, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
+Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
 
 
 class Ledger(Generic[R]):
@@ -21,13 +22,7 @@ class Ledger(Generic[R]):
     Raises `UsageError` when a line is malformed or comes from another run than `about` says, of all or of each.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        kind: type[R],
-        about: Provenance | Callable[[R], Provenance] | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, kind: type[R], about: Origin[R] = None, name: str | None = None) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
         self._held: dict[Key, R] = {}
         self._header: HeaderRecord | None = None  # which is still to be written
