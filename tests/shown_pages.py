@@ -155,11 +155,9 @@ def compared(ways: Sequence[str] = ("search by kl", "cosine", "deepest"), spaces
     ]
     colours = charts_losses.colours_of(drawn)
     panels = [
-        Figure(
-            charts_style.on_page(charts_losses.losses_by_count(some, colours, plain=space), 340), "loss", title=space
-        )
+        Figure(charts_style.on_page(charts_losses.losses_by_count(some, colours), 340), "loss", title=space)
         for space in spaces
-        if (some := [point for point in drawn if point.panel == space])
+        if (some := [replace(point, shape="none") for point in drawn if point.panel == space])
     ]
     speed = charts_losses.tradeoff(drawn, colours, colour="criterion", shape="among")
     stepped = [one for _, one in found]

@@ -10,12 +10,14 @@ from html import unescape
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import SimpleNamespace
 
 import pytest
 
 import result_folders
 from api import (
     BENCH_COLUMNS,
+    P_VALUE,
     SEARCH_COLUMNS,
     SWEEP_COLUMNS,
     Cell,
@@ -29,10 +31,8 @@ from api import (
     comparison_columns,
     experiments,
     in_magnitude,
-    magnitude,
     number,
     print_table,
-    probability,
     render,
     results,
     results_of,
@@ -176,8 +176,8 @@ def test_a_perplexity_can_be_read_however_large():
         1e300: "1.0e300",
         None: "-",
     }
-    assert {value: one_of(lambda get: magnitude("perplexity", get), value) for value in told} == told
-    assert one_of(lambda get: magnitude("perplexity", get), math.nan) == "-"
+    assert {value: one_of(lambda get: number("perplexity", get, in_magnitude), value) for value in told} == told
+    assert one_of(lambda get: number("perplexity", get, in_magnitude), math.nan) == "-"
     assert in_magnitude(math.inf) == "inf"
 
 
@@ -189,8 +189,8 @@ def test_bytes_come_in_the_unit_that_suits_them():
 
 def test_small_probabilities_are_not_called_none():
     told = {0.0: "< 0.001", 0.002: "0.002", 0.0125: "0.013", 1.0: "1.000", None: "-"}
-    assert {value: one_of(lambda get: probability("p", get), value) for value in told} == told
-    assert one_of(lambda get: probability("p", get), math.nan) == "-"
+    assert {value: P_VALUE.text(SimpleNamespace(p_value=value)) for value in told} == told
+    assert P_VALUE.text(SimpleNamespace(p_value=math.nan)) == "-"
 
 
 def test_what_was_not_measured_is_a_dash_and_a_column_of_nothing_is_left_out():

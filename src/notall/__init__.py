@@ -1,10 +1,7 @@
 """Leave attention, MLP and block sublayers out of a causal language model, and measure what it costs and saves.
 
-The names listed here are public, and so are those of the modules that the documentation's page on the Python API names:
-they change with the version. All else may change at any time.
+Names listed here are public, and those on the documentation's page on the Python API; all else may change at any time.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -20,7 +20,11 @@ def digest_of(parts: Iterable[str | bytes | Tensor]) -> str:
     """Of texts in UTF-8, bytes, and tensors as they lie in memory, one behind the other."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part if isinstance(part, bytes) else _bytes_of(part))
+        if not isinstance(part, str | bytes):
+            import torch  # only where there are tensors
+
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()
 
 
@@ -42,9 +46,3 @@ def digest_of_file(path: Path) -> str:
         found = digest_of(iter(lambda: file.read(1 << 22), b""))
     keep(note, found)
     return found
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    import torch  # only where there are tensors
-
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,7 +1,5 @@
 """What an extra brings, asked for before any work is done that would be lost without it."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from .errors import UsageError

@@ -1,16 +1,11 @@
 """Files: paths as users write them, what may be read of a model's folder, and what is kept between runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from .errors import UsageError, shortened
-
-# --- paths ------------------------------------------------------------------------------------------------------------
 
 
 def expanded(path: str | PathLike[str]) -> Path:
@@ -28,17 +23,14 @@ def open_to_others(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-# --- the folder of a model --------------------------------------------------------------------------------------------
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a folder; None where there is none, or something that is no file.
+    """The file of that name in a folder, or None. Raises `UsageError` for a name or a link that leads elsewhere.
 
-    Raises `UsageError` for a name that leads elsewhere, and for a link out of the folder: only a hub's cache keeps
-    what its folders show in another place, its blobs.
+    Only a hub's cache keeps what its folders show in another place, its blobs.
     """
     if Path(name).name != name:
         raise UsageError(f"{folder.name} names {shortened(name)}, which is not in it; download it again")
@@ -54,40 +46,33 @@ def own_file(folder: Path, name: str) -> Path | None:
     return folder / name
 
 
-def named_weights(spec: str | Path, config: Any) -> str | None:
+def named_weights(spec: str | Path, config: object) -> str | None:
     """The file that a config names for the weights, in place of the usual ones. Raises `UsageError` for a pickle."""
     name = getattr(config, "transformers_weights", None)
     if name is None:
         return None
     is_plain = isinstance(name, str) and Path(name).name == name
     if not is_plain or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise UsageError(
-            f"the config of {shortened(str(spec))} names {shortened(str(name))} for the weights: only safetensors "
-            "files in its own folder are read; take transformers_weights out of config.json"
-        )
+        told = f"the config of {shortened(str(spec))} names {shortened(str(name))} for the weights"
+        fix = "take transformers_weights out of config.json"
+        raise UsageError(f"{told}: only safetensors files in its own folder are read; {fix}")
     return name
 
 
-def refuse_adapter(spec: str | Path, found: Any) -> None:
+def refuse_adapter(spec: str | Path, found: object) -> None:
     """transformers would merge a LoRA that lies beside a model in silence, where peft is installed, and else not."""
     if found:
-        raise UsageError(
-            f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): merge it with peft's merge_and_unload "
-            "and save the result, or take that file away"
-        )
-
-
-# --- what is kept between runs ----------------------------------------------------------------------------------------
+        fix = "merge it with peft's merge_and_unload and save the result, or take that file away"
+        raise UsageError(f"{shortened(str(spec))} has a LoRA beside the model ({ADAPTER}): {fix}")
 
 
 def cache_folder() -> Path:
     """`$NOTALL_CACHE` or `~/.cache/notall`, made if absent. Raises UsageError where it can't be."""
     try:
         folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
     except RuntimeError:
         raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
     return folder

@@ -1,7 +1,5 @@
 """JSON as its grammar has it: Python's own reader takes NaN, and of a key that stands twice the last value."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -17,11 +15,7 @@ class DoubledKey(ValueError):
 
 
 def read_json(text: str | bytes) -> Any:
-    """The value of a UTF-8 text.
-
-    Raises `DoubledKey`, and `ValueError` for all else that is no JSON, for numbers beyond any float, and for what is
-    nested deeper than any file of ours.
-    """
+    """The value of a UTF-8 text. Raises `DoubledKey`, and `ValueError` for no JSON, too large or nested too deep."""
     from_json(text, allow_inf_nan=False)  # it knows how deep it is, where Python's reader overflows its stack
     return json.loads(text, object_pairs_hook=_each_key_once, parse_float=_finite)
 

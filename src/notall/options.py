@@ -1,12 +1,4 @@
-"""Options: fields of dataclasses that the command line and Python share, each with its one explanation.
-
-    @dataclass(frozen=True)
-    class Workload:
-        PANEL: ClassVar = "Timing"
-        rounds: Annotated[int, Option("timed rounds")] = 5
-
-Python makes a `Workload(rounds=3)`; `notall.cli.spread` makes `--rounds 3` of it.
-"""
+"""Options: fields of dataclasses that Python and, by `notall.cli.spread`, the command line share."""
 
 from __future__ import annotations
 
@@ -22,16 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is called and explained at the command line; by default by its own name.
-
-    `flags` are other names, the first that begins with two dashes the main one; `argument` takes it by place.
-    """
+    """How a field is called and explained at the command line; by default by its own name."""
 
     help: str
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # other names; the first that begins with two dashes is the main one
     metavar: str | None = None
     panel: str | None = None
-    argument: bool = False
+    argument: bool = False  # whether it is given by its place
     least: int | None = None
     most: int | None = None
     shown: str | None = None  # what the help shows as the default, where the value does not say it

@@ -6,12 +6,12 @@ import json
 import operator
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -35,8 +35,7 @@ class Plan(BaseModel):
 
     A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
     (see `ModelStructure.fingerprint`); `note` is free text. Plans that run alike are equal, whatever these two say.
-    Raises `UsageError` on what is no whole number, and on an index that is negative, named twice or deeper than any
-    model.
+    Raises `UsageError` on an index that is no whole number, negative, named twice or deeper than any model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +53,7 @@ class Plan(BaseModel):
 
     @field_validator("attention", "mlp", mode="before")
     @classmethod
-    def _each_once(cls, given: Any) -> tuple[int, ...]:
+    def _each_once(cls, given: object) -> tuple[int, ...]:
         if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
             raise ValueError(f"give a list of layer indices such as [3, 4], not {shortened(repr(given))}")
         indices = sorted(map(_index, given))
@@ -62,8 +61,7 @@ class Plan(BaseModel):
             raise ValueError(f"layer indices start at 0, but {shortened(indices[0])} is named")
         if indices and indices[-1] >= MOST_LAYERS:
             raise ValueError(f"no model has a layer {shortened(indices[-1])}")
-        twice = [index for index, count in Counter(indices).items() if count > 1]
-        if twice:
+        if twice := [index for index, after in zip(indices, indices[1:]) if index == after]:
             raise ValueError(f"layer {twice[0]} is named twice")
         return tuple(indices)
 
@@ -74,7 +72,7 @@ class Plan(BaseModel):
 
     @property
     def indices(self) -> dict[str, list[int]]:
-        """What is skipped, as records hold it: `attention` and `mlp`."""
+        """What is skipped, as records hold it."""
         return {"attention": list(self.attention), "mlp": list(self.mlp)}
 
     @property
@@ -83,7 +81,7 @@ class Plan(BaseModel):
         return (*(f"attn.{index}" for index in self.attention), *(f"mlp.{index}" for index in self.mlp))
 
     @property
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> tuple[object, ...]:
         """What tells it from plans that run otherwise: not where it comes from, nor the model that it was made for."""
         return self.attention, self.mlp
 
@@ -126,10 +124,7 @@ class Plan(BaseModel):
         return "; ".join(f"{kind} {in_ranges(layers)}" for kind, layers in parts.items() if layers) or "nothing"
 
     def in_words(self, among: Mapping[str, int] | None = None) -> str:
-        """What is skipped, counted: `3 blocks`, `1 attention and 4 MLPs`, or `nothing`.
-
-        With `among`, how many the model has of each kind, `1 of 30 attentions and 4 of 30 MLPs`.
-        """
+        """Such as `3 blocks`, `1 attention and 4 MLPs`, or `nothing`; `among` what it has: `1 of 30 attentions`."""
         if self.attention and self.attention == self.mlp and not among:
             return several(len(self.mlp), "block")
         skipped = {"attention": len(self.attention), "mlp": len(self.mlp)}
@@ -180,43 +175,36 @@ class Plan(BaseModel):
     def check(self, structure: ModelStructure) -> None:
         """Raise `UsageError` unless this plan fits the model and leaves it an attention that counts tokens."""
         if self.fingerprint and self.fingerprint != structure.fingerprint:
-            raise UsageError(
-                f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}; "
-                "make a plan for this model, or delete its fingerprint line if you are sure"
-            )
+            told = f"this plan was made for {shortened(self.fingerprint)}, but the model is {structure.fingerprint}"
+            fix = "make a plan for this model, or delete its fingerprint line if you are sure"
+            raise UsageError(f"{told}; {fix}")
         self.check_depth(len(structure.blocks))
         for kind in ("attention", "mlp"):
-            lacking = [i for i in getattr(self, kind) if kind not in structure.kinds[i]]
-            if lacking:
-                raise UsageError(
-                    f"the plan skips the {kind} of layer {lacking[0]}, which has none; see `notall inspect`"
-                )
+            for layer in getattr(self, kind):
+                if kind not in structure.kinds[layer]:
+                    skipped = f"the {kind} of layer {layer}"
+                    raise UsageError(f"the plan skips {skipped}, which has none; see `notall inspect`")
         if structure.counting.issubset(self.attention):
             held = ", ".join(f"attn.{layer}" for layer in sorted(structure.counting))
-            raise UsageError(
-                f"the plan skips every attention that holds keys and values ({held}); keep at least one: it counts the "
-                "tokens"
-            )
+            every = f"every attention that holds keys and values ({held})"
+            raise UsageError(f"the plan skips {every}; keep at least one: it counts the tokens")
 
     def check_depth(self, layers: int) -> None:
         """Raise `UsageError` unless this plan fits a model of so many layers and leaves it at least one attention."""
         for index in (*self.attention, *self.mlp):
             if index >= layers:
-                raise UsageError(
-                    f"the plan names layer {index}, but the model's layers are 0 to {layers - 1}; make a plan for it"
-                )
+                has = f"the model's layers are 0 to {layers - 1}"
+                raise UsageError(f"the plan names layer {index}, but {has}; make a plan for it")
         if len(self.attention) == layers:
             raise UsageError("the plan skips every attention; keep at least one, so that tokens can see each other")
 
 
-def _index(given: Any) -> int:
+def _index(given: object) -> int:
     """A whole number of any kind, NumPy's too; True, 1.0 and "1" are none."""
-    try:
-        if isinstance(given, bool):
-            raise TypeError
-        return operator.index(given)
-    except TypeError:
-        raise ValueError(f"{shortened(repr(given))} is no layer index: give whole numbers") from None
+    if isinstance(given, SupportsIndex) and not isinstance(given, bool):
+        with suppress(TypeError):  # of an array
+            return operator.index(given)
+    raise ValueError(f"{shortened(repr(given))} is no layer index: give whole numbers")
 
 
 def _first(error: ValidationError, kind: type[Plan]) -> str:
@@ -227,9 +215,6 @@ def _first(error: ValidationError, kind: type[Plan]) -> str:
         return told + ("; a block is named in both" if kind is Plan else nearest(problem["loc"][0], has))
     where = ".".join(shortened(part) for part in problem["loc"])
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-# --- counts, layer indices and shapes as people write them ------------------------------------------------------------
 
 
 def several(count: int, name: str) -> str:

@@ -1,7 +1,5 @@
 """What others add to notall: by an entry point of their package, or named in place as `module:function`."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys
@@ -28,18 +26,13 @@ def named(name: str, built_in: Mapping[str, Any], group: str, what: str) -> Any:
     found = built_in.get(name) or find(name, group)
     if found is None:
         names = [*built_in, *installed_names(group)]
-        raise UsageError(
-            f"there is no {what} {shortened(name)!r}{nearest(name, names)}: choose from {', '.join(names)}, "
-            "or give module:function"
-        )
+        told = f"there is no {what} {shortened(name)!r}{nearest(name, names)}"
+        raise UsageError(f"{told}: choose from {', '.join(names)}, or give module:function")
     return found
 
 
 def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, base: type[T]) -> type[T]:
-    """A subclass of `base`, which one of `built_in` names as `module:Class`, or what `find` finds.
-
-    Raises `UsageError` for anything else, and as `find` does.
-    """
+    """A subclass of `base`, which one of `built_in` names as `module:Class`, or what `find` finds; raises alike."""
     where = built_in.get(name)
     found = EntryPoint(name, where, group).load() if where else named(name, built_in, group, what)
     if not inspect.isclass(found) or not issubclass(found, base):
@@ -48,10 +41,9 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
 
 
 def find(name: str, group: str) -> Any | None:
-    """What an entry point of `group` or `module:function` names; None where `name` is neither.
+    """What an entry point of `group` or `module:function` names, also in the working folder; None for other names.
 
-    Naming a module runs it; one in the working folder is found too. Raises `UsageError` where there is none, and
-    where it fails.
+    Naming a module runs it. Raises `UsageError` where there is none, and where it fails.
     """
     for point in entry_points(group=group):
         if point.name == name:
@@ -71,7 +63,7 @@ def explained(name: str) -> Iterator[None]:
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
-def positional(function: Callable[..., Any]) -> range:
+def positional(function: Callable[..., object]) -> range:
     """How many arguments a function can be called with, by their places."""
     given = inspect.signature(function).parameters.values()
     placed = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
@@ -92,8 +84,16 @@ def _loaded(value: str, told: str) -> Any:
     found = EntryPoint.pattern.fullmatch(value)
     if not found or not found["attr"]:
         raise UsageError(f"{told} names nothing: write module:function, such as mine:score_size")
-    module = found["module"]
-    holder: Any = _imported(module, told)
+    module, here = found["module"], os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # behind all else: a folder called datasets hides no library
+    try:
+        holder: Any = import_module(module)
+    except Exception as error:  # their code may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = "put its file into this folder, or install its package"
+            raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error
+        raise UsageError(f"{told} fails as it is imported: {_where(error)}") from error
     for name in found["attr"].split("."):
         if not hasattr(holder, name):
             near = nearest(name, dir(holder))
@@ -102,19 +102,6 @@ def _loaded(value: str, told: str) -> Any:
             raise UsageError(f"there is no {told}: {module} has no {shortened(name)}{near}{lists}")
         holder = getattr(holder, name)
     return holder
-
-
-def _imported(module: str, told: str) -> Any:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)  # behind all else: a folder called datasets hides no library
-    try:
-        return import_module(module)
-    except Exception as error:  # their code may raise anything
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            where = "put its file into this folder, or install its package"
-            raise UsageError(f"there is no {told}: no module is called {shortened(error.name)}; {where}") from error
-        raise UsageError(f"{told} fails as it is imported: {_where(error)}") from error
 
 
 def _where(error: Exception) -> str:

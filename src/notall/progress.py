@@ -1,7 +1,5 @@
 """How long-running work reports progress: `progress(done, total, doing)`, in steps of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Figures of a model's layers, of what a plan saves, and of how a training goes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +18,6 @@ LEAST_CHANGE = 1e-5  # 1 − cosine, below which rounding decides
 WIDER = 1.25  # than the longest bar is the axis: one noisy quartile does not shrink all bars
 SHORT = {"attention": "attn", "mlp": "mlp"}
 BAR, WORDS = 9, -9  # pixels below and above the middle of a measure's band
-
-
-# --- the layer map ----------------------------------------------------------------------------------------------------
 
 
 class Sublayer(Fact):
@@ -75,10 +70,16 @@ def layer_map(cells: Sequence[Sublayer], title: str) -> alt.LayerChart:
         )
     )
     costs = [cell.cost for cell in cells if is_number(cell.cost)]
+    stops = [  # diagonal stripes over a cell of any size: a gradient with hard edges
+        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
+        for half in range(2 * STRIPES)
+        for edge in (half, half + 1)
+    ]
+    stripes = alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
     framed = drawn.mark_rect(stroke=PAPER, strokeWidth=1.5)
     unknown = framed.encode(color=alt.value(UNKNOWN)).transform_filter("!isValid(datum.cost)")
     known = framed.encode(color=_logarithmic(costs, title)).transform_filter("isValid(datum.cost)")
-    hatched = drawn.mark_rect(fill=_stripes(), stroke=STRIPE, strokeWidth=2)
+    hatched = drawn.mark_rect(fill=stripes, stroke=STRIPE, strokeWidth=2)
     hatched = hatched.transform_filter("datum.state == 'skipped'")
     layers = [unknown, *([known] if costs else []), hatched]
     return alt.LayerChart(layer=layers).add_params(alt.param(name="skipped", value=[]))
@@ -91,19 +92,6 @@ def _logarithmic(costs: Sequence[float], title: str) -> alt.Color:
     legend = alt.Legend(orient="bottom", gradientLength=220, title=title, values=ticks, format="~g")
     scale = alt.Scale(type="symlog", constant=most / 300, domain=[min([0, *costs]), most], nice=False)
     return alt.Color("cost:Q", scale=scale, legend=legend)
-
-
-def _stripes() -> alt.LinearGradient:
-    """Diagonal stripes over a cell of any size, as a gradient with hard edges."""
-    stops = [
-        alt.GradientStop(color=STRIPE if half % 2 else "transparent", offset=edge / (2 * STRIPES))
-        for half in range(2 * STRIPES)
-        for edge in (half, half + 1)
-    ]
-    return alt.LinearGradient(gradient="linear", x1=0, y1=0, x2=0.36, y2=1.19, stops=stops)
-
-
-# --- what a plan saves ------------------------------------------------------------------------------------------------
 
 
 class Saving(Fact):
@@ -141,13 +129,10 @@ def savings(bars: Sequence[Saving]) -> alt.LayerChart:
     return alt.LayerChart(layer=layers).add_params(alt.param(name="plan", value=0))
 
 
-# --- by depth, and over a training ------------------------------------------------------------------------------------
-
-
 def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
     """How far each layer's features are from the previous layer's, 1 − cosine, by depth (after the paper's Fig. 1)."""
     data = [
-        (row.kind, row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)})
+        (KIND_NAMES[row.kind], row.layer, {"cosine": row.cosine, "changed": max(1 - row.cosine, LEAST_CHANGE)})
         for row in rows
         if is_number(row.cosine)
     ]
@@ -158,12 +143,12 @@ def similarity(rows: Sequence[Similarity]) -> alt.LayerChart:
 
 def by_depth(refits: Sequence[RefitRecord]) -> alt.LayerChart:
     """How much of the error each refit left, by depth; a parallel block's are one."""
-    kinds = {short: kind for kind, short in SHORT.items()}
-    places = [(refit, refit.sublayers[0].split(".")) for refit in refits if is_number(refit.left)]
-    data = [
-        (kinds[short] if len(refit.sublayers) == 1 else "block", int(layer), {"left": refit.left})
-        for refit, (short, layer) in places
-    ]
+    names = {short: KIND_NAMES[kind] for kind, short in SHORT.items()}
+    data = []
+    for refit in refits:
+        short, _, layer = refit.sublayers[0].partition(".")
+        if is_number(refit.left):
+            data.append(("block" if len(refit.sublayers) > 1 else names[short], int(layer), {"left": refit.left}))
     left = alt.Y("left:Q", title="error left", axis=alt.Axis(format=".0%"))
     return _lines(data, left, alt.Tooltip("left:Q", title="error left", format=".1%"))
 
@@ -182,7 +167,7 @@ def training(looks: Sequence[HealRecord]) -> alt.LayerChart:
 
 def _lines(data: Sequence[tuple[str, int, Mapping[str, float]]], y: alt.Y, tooltip: alt.Tooltip) -> alt.LayerChart:
     """A line and a colour for each kind, over the layers."""
-    rows = [{"kind": KIND_NAMES[kind], "layer": layer, **figures} for kind, layer, figures in data]
+    rows = [{"kind": kind, "layer": layer, **figures} for kind, layer, figures in data]
     drawn = {name: colour for name, colour in KIND_COLOURS.items() if any(row["kind"] == name for row in rows)}
     look, chosen = by_colour("kind", drawn)
     ticks = sorted({layer for _, layer, _ in data})

@@ -1,7 +1,5 @@
 """What plans lose, against what they gain or what they skip: points with their errors and labels, and the front."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,11 +32,7 @@ AROUND, DENSE_LABEL = (-6.0, 6.0, -6.0, 6.0), (-17.0, 17.0, 9.0, 23.0)
 
 @dataclass(frozen=True)
 class Point:
-    """A plan that was measured: what it loses with its standard error, and what else is known of it.
-
-    Series, by `colour`, are in the legend, and so are shapes. `count` says how much is skipped, in any unit; `plan` is
-    the number of the page's step that it is.
-    """
+    """A plan that was measured: what it loses with its standard error, how much it skips, its series and step."""
 
     name: str
     lost: float
@@ -64,16 +58,16 @@ class Point:
 
     def row(self, colours: Colours, span: Span = (0, math.inf)) -> dict[str, object]:
         """What is drawn: `shown` is what its series goes by in the legend; quartiles end where the axis does."""
-        shown = self.colour if self.colour in colours else OTHERS
-        row = vars(self) | {"shown": shown, "lost_se": None, "speedup": None}
+        row = vars(self) | {
+            "shown": self.colour if self.colour in colours else OTHERS,
+            "lost_se": None,
+            "speedup": None,
+        }
         row |= zip(("lost_low", "lost_high"), self.bar)
         if times := self.speedup:
             row |= {"speedup": times.median, "speedup_low": times.low, "speedup_high": times.high}
             row |= {"speedup_from": max(span[0], times.low), "speedup_to": min(span[1], times.high)}
         return row
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def tradeoff(
@@ -89,17 +83,13 @@ def tradeoff(
 ) -> alt.LayerChart:
     """What the timed points lose against their decode speedup, with the Pareto front; a ring follows the param `plan`.
 
-    `colour` and `shape` are titles of the legend, `lost` that of the axis; a series without one of `colours` is grey.
-    `best` are the points of the front where it isn't what nothing beats in both. The `dense` model, at (1, 0), is drawn
-    beside the points unless it is one of them. `paths` join the points of a colour and shape by their count. Losses of
-    1 nat and more get a logarithmic scale, linear near 0; labels that would lie on others are left out.
+    `colour` and `shape` are titles of the legend, `lost` that of the axis; `best` are the points of the front where it
+    isn't what nothing beats in both; `dense`: that model, at (1, 0), is none of the points; `paths` join by count.
     """
     points = [point for point in points if point.speedup and is_number(point.lost)]
     line = sorted(point.place for point in best) or front([(1.0, 0.0)] * dense + [point.place for point in points])
-    speedups = [point.speedup for point in points if point.speedup]
-    span = bounds(
-        [1.0, *(one.median for one in speedups)], [end for one in speedups for end in (one.low, one.high)], NEAR
-    )
+    times = [point.speedup for point in points if point.speedup]
+    span = bounds([1.0, *(one.median for one in times)], [end for one in times for end in (one.low, one.high)], NEAR)
     names = list(dict.fromkeys(point.shape for point in points))
     needed = _needed_widths(points, names, span, line, dense=dense)
     rows = [
@@ -121,17 +111,18 @@ def tradeoff(
     of_front = alt.Data(values=[{"speedup": speedup, "lost": lost} for speedup, lost in line])
     best_line = alt.Chart(of_front).mark_line(strokeWidth=5, opacity=0.35, color=GREY, strokeJoin="round")
     best_line = best_line.encode(x="speedup:Q", y="lost:Q", order="speedup:Q")
-    layers = [*joined, _errors(series), spread, *_beyond(series), best_line, marks.add_params(chosen)]
-    return _ringed([*layers, *_labels(series), *(_dense() if dense else [])], series, "speedup")
+    # Paths go up and to the right: there is room left of them above, and right of them below.
+    fitting = series.transform_filter("isValid(datum.needs) && datum.needs <= width")
+    left, right = (fitting.transform_filter(alt.datum.side == side) for side in ("left", "right"))
+    labels = [*_text(left, "label:N", "right", -7, -8), *_text(right, "label:N", "left", 7, 9)]
+    layers = [*joined, _errors(series), spread, *_beyond(series), best_line, marks.add_params(chosen), *labels]
+    return _ringed([*layers, *(_dense() if dense else [])], series, "speedup")
 
 
-def losses_by_count(points: Sequence[Point], colours: Colours, *, plain: str = "none") -> alt.LayerChart:
-    """What points lose against how much they skip, a line a series; a ring follows the param `plan`.
-
-    Where there are several shapes, each has a dash and a mark, in its series' colour; the `plain` one a whole line.
-    """
+def losses_by_count(points: Sequence[Point], colours: Colours) -> alt.LayerChart:
+    """What points lose against how much they skip, a line a series and a dash a repair, none without one."""
     points = [point for point in points if is_number(point.lost)]
-    names = list(dict.fromkeys([plain, *(point.shape for point in points)]))
+    names = list(dict.fromkeys(["none", *(point.shape for point in points)]))
     counts = alt.X("count:Q", title="skipped", axis=alt.Axis(format="d", tickMinStep=1), scale=snug(16))
     series, chosen = _series(points, [point.row(colours) for point in points], counts, HELD_OUT, colours, "criterion")
     lines = series.mark_line(strokeWidth=1.5).encode(detail="colour:N")
@@ -150,9 +141,6 @@ def losses_in_panels(points: Sequence[Point], title: str) -> alt.FacetChart:
     return panels.properties(title=told, padding=16).configure(**LIGHT)
 
 
-# --- which are best ---------------------------------------------------------------------------------------------------
-
-
 def front(points: Iterable[Span]) -> list[Span]:
     """Of (speedup, loss) pairs those that no other beats in both, from the slowest to the fastest."""
     best: list[Span] = []
@@ -163,11 +151,21 @@ def front(points: Iterable[Span]) -> list[Span]:
 
 
 def colours_of(points: Sequence[Point]) -> Colours:
-    """A colour for each series, of many for the few that lose least on the whole, which come first.
+    """A colour for each series; of many for those of the least mean rank over all that was asked, the others are grey.
 
-    The first search is in the colour of ink. What has no colour here is drawn grey, as one of `OTHERS`.
+    Of what it did not answer a series is the last. The first search is in the colour of ink.
     """
-    names = _best_series([point for point in points if is_number(point.lost)])
+    points = [point for point in points if is_number(point.lost)]
+    asked: dict[tuple[str, float], dict[str, float]] = {}
+    for point in points:
+        best = asked.setdefault((point.panel, point.count), {})
+        best[point.colour] = min(point.lost, best.get(point.colour, math.inf))
+    orders = [(sorted(best, key=best.__getitem__), len(best)) for best in asked.values()]
+    ranks = {
+        name: sum(order.index(name) / count if name in order else 1 for order, count in orders)
+        for name in dict.fromkeys(point.colour for point in points)
+    }
+    names = sorted(ranks, key=ranks.__getitem__)
     names = sorted(names if len(names) <= BEST + 1 else names[:BEST], key=lambda name: not name.startswith("search"))
     searched = names[:1] if names and names[0].startswith("search") else []
     return dict(zip(names, cycle(SPECTRUM))) | dict.fromkeys(searched, INK)
@@ -178,28 +176,8 @@ def in_turn(names: Iterable[str]) -> Colours:
     return dict(zip(dict.fromkeys(names), (INK, *SPECTRUM * 9)))
 
 
-def _best_series(points: Sequence[Point]) -> list[str]:
-    """By their mean rank over all that was asked, 0 to 1; one that did not answer is the last there."""
-    asked: dict[tuple[str, float], dict[str, float]] = {}
-    for point in points:
-        best = asked.setdefault((point.panel, point.count), {})
-        best[point.colour] = min(point.lost, best.get(point.colour, math.inf))
-    orders = [(sorted(best, key=best.__getitem__), len(best)) for best in asked.values()]
-    ranks = {
-        name: sum(order.index(name) / count if name in order else 1 for order, count in orders)
-        for name in dict.fromkeys(point.colour for point in points)
-    }
-    return sorted(ranks, key=ranks.__getitem__)
-
-
-# --- scales -----------------------------------------------------------------------------------------------------------
-
-
 def bounds(points: Sequence[float], ends: Iterable[float], least: float = 0.0) -> Span:
-    """From the least to the greatest of the points and of the bars' ends, as far as those are near the points.
-
-    `least` is how far beyond them is always near. Never of no width.
-    """
+    """From the least to the greatest of the points and of the bars' ends near them, which is `least` at least."""
     low, high = min(points), max(points)
     spare = max(least, SPARE * (high - low))
     every = [*points, *ends]
@@ -216,29 +194,15 @@ def symlog(value: float) -> float:
     return math.copysign(math.log1p(abs(value) / LINEAR), value)
 
 
-def _losses(points: Sequence[Point], title: str) -> alt.Y:
-    """An axis for losses that may be a hundredth of a nat or ten, and may be below 0."""
-    low, high = _span_of_losses(points)
-    if high < 1:
-        scale = alt.Scale(domain=[low, high], zero=False, nice=False, padding=PAD_OF_LOSSES)
-        return alt.Y("lost:Q", title=title, scale=scale)
-    scale = alt.Scale(type="symlog", constant=LINEAR, domain=[low, high], nice=False, padding=PAD_OF_LOSSES)
-    ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
-    return alt.Y("lost:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
 def _needed_widths(
     points: Sequence[Point], names: Sequence[str], span: Span, best: Sequence[Span], *, dense: bool
 ) -> list[int | None]:
-    """How wide a plot must be for each point's label to lie on nothing; None: wider than any, or it has none.
+    """How wide a plot must be for each label to lie on nothing, those on the front first; None: wider than any.
 
-    Those on the front go first. What fits once fits in any wider plot too: boxes part, and stay as large as they are.
+    What fits once fits in any wider plot too: boxes part, and stay as large as they are.
     """
     low, high = _span_of_losses(points)
-    of = symlog if high >= 1 else float  # as the scale of `_losses` has it
+    of = symlog if high >= 1 else float  # as the scale of `_series` has it
     inside = HEIGHT - 2 * PAD_OF_LOSSES
 
     def moved(place: Span, box: Box) -> Box:
@@ -257,7 +221,10 @@ def _needed_widths(
         for number in order:
             place, box = points[number].place, _label_box(points[number].label, left=points[number].shape == names[0])
             label = moved(place, box)
-            if needed[number] is None and not any(_meet(label, other) for other in boxes):
+            if needed[number] is None and not any(
+                label[0] < other[1] and other[0] < label[1] and label[2] < other[3] and other[2] < label[3]
+                for other in boxes
+            ):
                 needed[number] = width
                 boxes.append(label)
                 taken.append((place, box))
@@ -265,21 +232,9 @@ def _needed_widths(
 
 
 def _label_box(text: str, *, left: bool) -> Box:
-    """As `_labels` places it."""
+    """As `tradeoff` places it."""
     wide = LETTER * len(text)
     return (-7 - wide, -7.0, -15.0, -2.0) if left else (7.0, 7 + wide, 2.0, 15.0)
-
-
-def _meet(one: Box, other: Box) -> bool:
-    """Whether two boxes share a pixel."""
-    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
-
-
-def _labels(series: alt.Chart) -> list[alt.Chart]:
-    """Paths go up and to the right: there is room left of them above, and right of them below."""
-    fitting = series.transform_filter("isValid(datum.needs) && datum.needs <= width")
-    left, right = (fitting.transform_filter(alt.datum.side == side) for side in ("left", "right"))
-    return [*_text(left, "label:N", "right", -7, -8), *_text(right, "label:N", "left", 7, 9)]
 
 
 def _text(series: alt.Chart, text: str, align: Literal["left", "center", "right"], dx: int, dy: int) -> list[alt.Chart]:
@@ -288,17 +243,23 @@ def _text(series: alt.Chart, text: str, align: Literal["left", "center", "right"
     return [halo.encode(text=text), series.mark_text(fontSize=11, align=align, dx=dx, dy=dy).encode(text=text)]
 
 
-# --- parts of figures -------------------------------------------------------------------------------------------------
-
-
 def _series(
     points: Sequence[Point], rows: Sequence[Mapping[str, object]], x: alt.X, title: str, colours: Colours, legend: str
 ) -> tuple[alt.Chart, alt.Parameter]:
-    """Losses of a series a colour, the others dim while one is chosen in the legend; and that choice."""
+    """Losses of a series a colour, the others dim while one is chosen in the legend; and that choice.
+
+    Losses of 1 nat and more get a logarithmic scale, linear near 0, where they may be hundredths, or below it.
+    """
+    low, high = _span_of_losses(points)
+    kind = {"zero": False} if high < 1 else {"type": "symlog", "constant": LINEAR}
+    y = alt.Y("lost:Q", title=title, scale=alt.Scale(domain=[low, high], nice=False, padding=PAD_OF_LOSSES, **kind))
+    if high >= 1:
+        ticks = sorted(tick for size in (0, *NATS) for tick in {size, -size} if low <= tick <= high)
+        y = y.axis(values=ticks, format="~g")
     drawn = {name: colours.get(name, PALE) for name in (*colours, OTHERS) if any(row["shown"] == name for row in rows)}
     look, chosen = by_colour("shown", drawn, legend)
     below = sorted(rows, key=lambda row: row["shown"] != OTHERS)
-    return alt.Chart(alt.Data(values=below)).encode(x=x, y=_losses(points, title), **look), chosen
+    return alt.Chart(alt.Data(values=below)).encode(x=x, y=y, **look), chosen
 
 
 def _errors(series: alt.Chart) -> alt.Chart:
@@ -328,16 +289,14 @@ def _ringed(layers: Sequence[alt.Chart], series: alt.Chart, x: str) -> alt.Layer
     ring = alt.Chart(series.data).transform_filter("isValid(datum.plan)")
     ring = ring.mark_point(strokeWidth=2.5, stroke=INK, fill=None, opacity=1)
     size = alt.condition("datum.plan == plan", alt.value(330), alt.value(0))
-    drawn = [ring.encode(x=f"{x}:Q", y="lost:Q", size=size)]
-    return alt.LayerChart(layer=[*layers, *drawn]).add_params(alt.param(name="plan", value=-1))
+    ring = ring.encode(x=f"{x}:Q", y="lost:Q", size=size)
+    return alt.LayerChart(layer=[*layers, ring]).add_params(alt.param(name="plan", value=-1))
 
 
 def _told(colour: str, shape: str) -> list[alt.Tooltip]:
-    """What is said of a point under the pointer."""
     titles = {"name:N": "plan", "colour:N": colour, "shape:N": shape, "count:Q": "skipped"}
     return [*(alt.Tooltip(field, title=title) for field, title in titles.items()), alt.Tooltip("lost:Q", format=".3f")]
 
 
 def _each(names: Sequence[str], values: Sequence[str | list[int]]) -> alt.Scale:
-    """A value in turn for each name."""
     return alt.Scale(domain=list(names), range=[value for _, value in zip(names, cycle(values))])

@@ -1,7 +1,5 @@
 """How figures look, and how they become files: colours of both themes, titles, PNG, SVG and HTML."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +35,8 @@ def theme(
     """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
     plain = {"titleFontWeight": "normal", "titleFontSize": 12}
     axis = {"labelFontSize": 11, "labelColor": grey, "titleColor": ink, "gridColor": pale, "domainColor": grey}
-    named = {"ink": ink, "grey": grey, "pale": faint, "paper": paper} | {
-        f"colour_{name}": hue for name, hue in colours.items()
-    }
+    named = {"ink": ink, "grey": grey, "pale": faint, "paper": paper}
+    named |= {f"colour_{name}": hue for name, hue in colours.items()}
     return {
         "background": paper,
         "font": "system-ui, Helvetica, Arial, sans-serif",
@@ -57,7 +54,7 @@ DARK = theme("#e8eaed", "#a3a9b2", "#30353c", "#5b626c", "#15181c", ("#272c33", 
 
 
 def framed(chart: alt.LayerChart, title: str, told: str | Sequence[str]) -> alt.LayerChart:
-    """A figure that stands by itself, to be saved: with a title, a line or more that says how to read it, a theme."""
+    """A figure to be saved: with a title, lines that say how to read it, a theme."""
     return chart.properties(width=640, height=HEIGHT, title=titled(title, told), padding=16).configure(**LIGHT)
 
 
@@ -89,11 +86,10 @@ def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> dict[str, Any]:
 
 def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
-    spec: dict[str, Any] = _drawable(chart.to_dict())
-    return spec
+    return _drawable(chart.to_dict())
 
 
-def _drawable(value: Any) -> Any:
+def _drawable(value: object) -> Any:
     """Texts in one short line of printable letters; a backslash would take away what Vega quotes them by."""
     if isinstance(value, str):
         return shortened(printable(value).replace("\\", "∖"), LETTERS)
@@ -103,10 +99,7 @@ def _drawable(value: Any) -> Any:
 
 
 def save(chart: alt.TopLevelMixin, stem: Path) -> None:
-    """Write stem.png, stem.svg and stem.html, an interactive page that needs no network.
-
-    Raises `UsageError` when they can't be written.
-    """
+    """Write stem.png, .svg and .html, a page that needs no network. Raises `UsageError` when they can't be written."""
     import vl_convert
 
     spec = spec_of(chart)
@@ -114,18 +107,10 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))
         Path(f"{stem}.svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGALITE), encoding="utf-8")
-        Path(f"{stem}.html").write_text(_page(spec), encoding="utf-8")
+        # No text in the spec ends the page: each < is written as JSON may write it.
+        hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
+        page = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True).replace(HIDDEN, r"\u003c")
+        Path(f"{stem}.html").write_text(page, encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"cannot write figures to {stem.parent}: {error.strerror}; "
-            "make room or give access, or choose another folder"
-        ) from None
-
-
-def _page(spec: dict[str, Any]) -> str:
-    """One that no text in the spec ends: each < is written as JSON may write it."""
-    import vl_convert
-
-    hidden = json.loads(json.dumps(spec).replace("<", HIDDEN)) | {"usermeta": {"embedOptions": {"actions": MENU}}}
-    page: str = vl_convert.vegalite_to_html(hidden, vl_version=VEGALITE, bundle=True)
-    return page.replace(HIDDEN, r"\u003c")
+        told = f"cannot write figures to {stem.parent}: {error.strerror}"
+        raise UsageError(f"{told}; make room or give access, or choose another folder") from None

@@ -80,10 +80,6 @@ function save(url, name) {
   Object.assign(document.createElement("a"), { href: url, download: name }).click();
 }
 
-async function saveFigure({ figure, as }) {
-  save(await views[figure].toImageURL(as, 2), `${figure}.${as}`);
-}
-
 async function copy(button, text, otherwise) {
   try {
     await navigator.clipboard.writeText(text);
@@ -93,18 +89,19 @@ async function copy(button, text, otherwise) {
   }
 }
 
-function saveTable(button, text) {
-  save("data:text/csv;charset=utf-8," + encodeURIComponent(text), button.dataset.copy + ".csv");
-  say(button, "saved");
-}
-
 const onEach = (selector, event, act) => {
   for (const element of document.querySelectorAll(selector)) element.addEventListener(event, () => act(element));
 };
 onEach("table.sortable th button", "click", (button) => sort(button.parentElement));
 onEach("[data-filter]", "input", filter);
-onEach("[data-as]", "click", (button) => saveFigure(button.dataset));
-onEach("[data-copy]", "click", (button) => copy(button, csv[button.dataset.copy], () => saveTable(button, csv[button.dataset.copy])));
+onEach("[data-as]", "click", async ({ dataset: { figure, as } }) => save(await views[figure].toImageURL(as, 2), `${figure}.${as}`));
+onEach("[data-copy]", "click", (button) => {
+  const name = button.dataset.copy;
+  copy(button, csv[name], () => {
+    save("data:text/csv;charset=utf-8," + encodeURIComponent(csv[name]), name + ".csv");
+    say(button, "saved");
+  });
+});
 onEach("#copy-next", "click", (button) => copy(button, next, () => getSelection().selectAllChildren(document.querySelector("#message code"))));
 onEach("[data-show]", "click", (button) => step(+button.dataset.show).then(() => document.getElementById("plans").scrollIntoView()));
 onEach("#plan", "input", () => step(+slider.value));

@@ -8,33 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ..plan import KIND_NAMES
-from .record import (
-    Amount,
-    Count,
-    Fact,
-    LayerIndex,
-    Loss,
-    Number,
-    Positive,
-    Quartiles,
-    Share,
-    Skips,
-    Unsigned,
-    is_number,
-)
-from .table import (
-    Cell,
-    Column,
-    inherited,
-    magnitude,
-    number,
-    probability,
-    size,
-    with_difference,
-    with_error,
-    with_quartiles,
-    words,
-)
+from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
+from .table import Column, in_magnitude, inherited, number, size, with_difference, with_error, with_quartiles, words
 
 Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
 
@@ -55,15 +30,15 @@ class Quality(Fact):
 
     @property
     def nats_lost(self) -> float:
-        """`delta_nll`; infinite where the model overflows, which is no number."""
-        return self.delta_nll if is_number(self.delta_nll) else math.inf
+        """`delta_nll`; infinite where the model overflows."""
+        return self.delta_nll if math.isfinite(self.delta_nll) else math.inf
 
 
 NATS = "nats per token"
 DELTA_NLL: Column[Quality] = with_error("NLL added", lambda q: (q.delta_nll, q.delta_nll_se), unit=NATS)
 KL: Column[Quality] = with_error("KL", lambda q: (q.kl, q.kl_se), unit=NATS)
 TOP1: Column[Quality] = with_error("top-1 agreement", lambda q: (q.top1_agreement, q.top1_agreement_se))
-PERPLEXITY: Column[Quality] = magnitude("perplexity", lambda q: q.perplexity)
+PERPLEXITY: Column[Quality] = number("perplexity", lambda q: q.perplexity, in_magnitude)
 NLL: Column[Quality] = with_error("NLL", lambda q: (q.nll, q.nll_se), unit=NATS)
 QUALITY = (DELTA_NLL, KL, TOP1, PERPLEXITY, NLL)
 
@@ -163,7 +138,7 @@ class Configured(Skips):
 
 CONFIGURED: tuple[Column[Configured], ...] = (
     words("skipped", lambda row: KIND_NAMES[row.variant]),
-    Column("fraction", lambda row: Cell(row.fraction, f"{row.fraction:.0%}"), right=False),
+    number("fraction", lambda row: row.fraction, ".0%", right=False),
     words("last layer", lambda row: "kept" if row.keep_last else ""),
 )
 
@@ -190,9 +165,6 @@ SPEED_CHECK: tuple[Column[SpeedCheck], ...] = (
     number("predicted ms", lambda check: check.predicted_ms, ".0f"),
 )
 
-
-# --- beside the dense model -------------------------------------------------------------------------------------------
-
 SIGNIFICANT = 0.05
 
 
@@ -216,8 +188,9 @@ class Compared(Fact):
 VALUE: Column[Compared] = with_error("value", lambda one: (one.value, one.value_se))
 DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, one.delta_se))
 WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
-P: Column[Compared] = probability("p", lambda one: one.p_value)
+P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
+COMPARED = (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
 BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
 
 
@@ -238,25 +211,7 @@ class TaskScore(Compared):
         return said if kind in ("", "none") else f"{said} ({kind.replace('-', ' ')})"
 
 
-METRICS = {
-    "acc": "accuracy",
-    "acc_norm": "normalized accuracy",
-    "exact_match": "exact match",
-    "f1": "F1",
-    "bleu": "BLEU",
-    "perplexity": "perplexity",
-    "word_perplexity": "perplexity a word",
-    "byte_perplexity": "perplexity a byte",
-    "bits_per_byte": "bits a byte",
-}
-TASK: tuple[Column[TaskScore], Column[TaskScore]] = (
-    words("task", lambda one: one.task),
-    words("metric", lambda one: one.usual_metric),
-)
-DOCUMENTS: tuple[Column[TaskScore], Column[TaskScore]] = (
-    number("shots", lambda one: one.num_fewshot, "d"),
-    number("documents", lambda one: one.documents, "d"),
-)
+METRICS = {"acc": "accuracy", "acc_norm": "normalized accuracy", "f1": "F1", "bleu": "BLEU"}  # others by their name
 
 
 class NamedTasks(Fact):
@@ -280,20 +235,10 @@ class Check(Compared):
     check: str
 
 
-CHECK: Column[Check] = words("check", lambda one: one.check)
-
-
 class PlanCheck(Check):
     """A check of one of several plans."""
 
     model: str = Field(description="which: skipped or repaired")
-
-
-PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
-    *inherited(PlanCheck, (CHECK,)),
-    words("model", lambda one: one.model),
-    *inherited(PlanCheck, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
-)
 
 
 class PlanScore(TaskScore):
@@ -302,9 +247,16 @@ class PlanScore(TaskScore):
     model: str = Field(description="which: skipped or repaired")
 
 
-PLAN_SCORES: tuple[Column[PlanScore], ...] = (
-    *inherited(PlanScore, TASK),
+PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (
+    words("check", lambda one: one.check),
     words("model", lambda one: one.model),
-    *inherited(PlanScore, (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)),
-    *inherited(PlanScore, DOCUMENTS),
+    *inherited(PlanCheck, COMPARED),
+)
+PLAN_SCORES: tuple[Column[PlanScore], ...] = (
+    words("task", lambda one: one.task),
+    words("metric", lambda one: one.usual_metric),
+    words("model", lambda one: one.model),
+    *inherited(PlanScore, COMPARED),
+    number("shots", lambda one: one.num_fewshot, "d"),
+    number("documents", lambda one: one.documents, "d"),
 )

@@ -1,7 +1,5 @@
 """Tables as LaTeX, to be pasted into a paper as they are."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,16 +14,12 @@ SIGNS = {
 MINUS = re.compile(r"(?<!\w)-(?=[\d.])")  # not the hyphen of a name
 POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e(-?\d+)(?!\w)")  # 1.9e5
 SENTENCE = 40  # letters: a longer cell is one
-WIDE = 6  # columns: a table of more is made to fit across the page
 
 
 def as_latex(table: Table, *, caption: str, label: str) -> str:
-    """A table with a caption and a label, its columns of figures aligned to the right and sentences broken into lines.
-
-    Rows that begin alike stand together, with some room to the next. What is wide spans both columns of a page.
-    """
+    """With sentences broken into lines, rows that begin alike together, and what is wide across a page's columns."""
     rows = [[str(cell) for cell in row] for row in table.rows]
-    wide = len(table.headings) > WIDE
+    wide = len(table.headings) > 6  # more is made to fit across the page
     kind = "table*" if wide else "table"
     sides = [
         "r" if column.right else r"p{0.4\linewidth}" if max(map(len, cells)) > SENTENCE else "l"

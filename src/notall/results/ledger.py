@@ -1,7 +1,5 @@
 """One run's records of one kind in a folder: read and checked once, then only added to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +13,16 @@ from .provenance import Provenance
 from .record import KINDS, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
+Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
 
 
 class Ledger(Generic[R]):
-    """The records of a kind in `folder`, by their keys, and where new ones go.
+    """The records of a kind in `folder`, by their keys, and where new ones go; `name` is another file than its own.
 
-    Those that are there must come from the same run, as `about` says, also of each one apart; `name` is another file
-    than the kind's own. Raises `UsageError` when a line is malformed or comes from other settings.
+    Raises `UsageError` when a line is malformed or comes from another run than `about` says, of all or of each.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        kind: type[R],
-        about: Provenance | Callable[[R], Provenance] | None = None,
-        *,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, kind: type[R], about: Origin[R] = None, name: str | None = None) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
         self._held: dict[Key, R] = {}
         self._header: HeaderRecord | None = None  # which is still to be written
@@ -45,10 +36,8 @@ class Ledger(Generic[R]):
             if wanted and record.provenance:
                 check_same(record.provenance, wanted, folder)
             elif wanted and not kind.headed:
-                raise UsageError(
-                    f"{self.path} has a record that does not say where it comes from; delete its line, or choose "
-                    "another folder"
-                )
+                told = f"{self.path} has a record that does not say where it comes from"
+                raise UsageError(f"{told}; delete its line, or choose another folder")
             self._hold(record)
 
     def __contains__(self, key: Key) -> bool:
@@ -81,9 +70,8 @@ class Ledger(Generic[R]):
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
-    """The records of a file in their order; [] without a file.
+    """The records of a file in their order, of each key the last; [] without a file.
 
-    Of a key the last one counts: a group of records that was torn while it was written is measured again as a whole.
     Raises `UsageError` that names the line, and the field, where one is malformed or of another kind.
     """
     found = [*lines.numbered(path)][1 if kind.headed else 0 :]  # the header has no key
@@ -100,7 +88,7 @@ def header_of(path: Path) -> HeaderRecord | None:
 def kind_at(path: Path) -> type[Record] | None:
     """The kind of a file's records, as its first line says; None for one that no imported module has made known.
 
-    Raises `UsageError` as `lines.read` does, and where a file of our name is of no kind of ours.
+    Raises `UsageError` where that is no record, or a file of our name is of no kind of ours.
     """
     first = next(lines.numbered(path), None)
     if first is None:
@@ -108,9 +96,8 @@ def kind_at(path: Path) -> type[Record] | None:
     line = lines.parsed(path, *first)
     said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
     if said not in KINDS and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
-        raise UsageError(
-            f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours; repair or delete that line"
-        )
+        told = f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours"
+        raise UsageError(f"{told}; repair or delete that line")
     return KINDS.get(said)
 
 
@@ -118,11 +105,9 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
     """Raise `UsageError` when `out` holds results of other settings; on another machine they may go on."""
     for name, value in lines.finite(wanted.what).items():
         if held.what.get(name) != value:
-            before = shortened(held.what.get(name))
-            raise UsageError(
-                f"{out} holds results with {name} {before}, not {shortened(value)}; choose another folder (--out), or "
-                "give the same settings to go on with it"
-            )
+            told = f"{out} holds results with {name} {shortened(held.what.get(name))}, not {shortened(value)}"
+            fix = "choose another folder (--out), or give the same settings to go on with it"
+            raise UsageError(f"{told}; {fix}")
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
@@ -130,10 +115,8 @@ def refuse_foreign(folder: Path, command: Command) -> None:
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         kind = kind_at(path)
         if kind and command not in kind.commands:
-            raise UsageError(
-                f"{folder} holds results of notall {kind.commands[0]} ({path.name}); choose another folder for "
-                f"notall {command}"
-            )
+            told = f"{folder} holds results of notall {kind.commands[0]} ({path.name})"
+            raise UsageError(f"{told}; choose another folder for notall {command}")
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Files of JSON lines that are only ever added to: what is written stays, whatever happens next."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -21,10 +19,9 @@ Line = dict[str, Any]
 
 
 def append(path: Path, *lines: Line) -> None:
-    """Add `lines` to the file, on disk when this returns; a torn last line is cut off first.
+    """Add `lines` to a file of this process's, on disk when this returns; a torn last line is cut off first.
 
-    Numbers that are not finite become null. Raises `UsageError` when the file can't be written, and leaves it
-    as it was. Only one process may append to a file at a time: see `lock`.
+    Numbers that are not finite become null. Raises `UsageError` when it can't be written, and leaves it as it was.
     """
     text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
     try:
@@ -41,10 +38,9 @@ def read(path: Path) -> list[Line]:
 
 
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The texts of a file's lines, each with its number, from 1, as they are asked for; whether they are JSON is open.
+    """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning.
 
-    A torn last line, the most that an interrupted `append` leaves, is dropped with a warning. Raises `UsageError`
-    where the file can't be read.
+    Raises `UsageError` where the file can't be read.
     """
     try:
         with open(path, "rb") as file:
@@ -91,10 +87,7 @@ def check_file(out: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder`, made where it is missing, for this process; a killed process leaves no lock behind.
-
-    Raises `UsageError` when another one has it, and when it can't be written.
-    """
+    """Keep `folder` for this process. Raises `UsageError` when another has it, and when it can't be written."""
     held = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +102,7 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """`value` as it is written: JSON has no nan and no infinity, and no tuples."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
@@ -118,24 +111,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
-    """Where the line that no newline ends starts, and what is in it: nothing, unless writing was interrupted."""
-    start = os.fstat(file.fileno()).st_size
+def _write(file: IO[bytes], lines: bytes) -> None:
+    """Behind the last whole line: what follows it, a line that was torn, is cut off, or has only to end."""
+    end = start = os.fstat(file.fileno()).st_size
     tail = b""
     while start and b"\n" not in tail:
         step = min(start, 65536)
         start -= step
         file.seek(start)
         tail = file.read(step) + tail
-    newline = tail.rfind(b"\n") + 1
-    return start + newline, tail[newline:]
-
-
-def _write(file: IO[bytes], lines: bytes) -> None:
-    end, last = _last_line(file)
-    if _parse(last) is not None:  # whole, only its newline is missing
-        lines, end = b"\n" + lines, end + len(last)
+    last = tail[tail.rfind(b"\n") + 1 :]
+    if _parse(last) is not None:
+        lines = b"\n" + lines
     elif last:
+        end -= len(last)
         file.truncate(end)
     try:
         while lines:

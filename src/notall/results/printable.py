@@ -1,7 +1,5 @@
 """Text that came from elsewhere, as a terminal may show it: names of models, tasks and files are data, not commands."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import sys
@@ -11,10 +9,7 @@ ASCII = {"Δ": "delta ", "±": "+-", "×": "x", "–": "-", "−": "-", "…": "
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """`text` in one line: nothing in it steers the terminal, nothing is missing from `encoding`.
-
-    Control characters, and those that turn the direction of text, are spelt out: an escape becomes `\\x1b`.
-    """
+    """`text` in one line: what steers the terminal, or is missing from `encoding`, is spelt out, such as `\\x1b`."""
     spelt = "".join(sign if sign.isprintable() else " " if sign.isspace() else _escape(sign) for sign in text)
     return spelt.encode(encoding, IN_WORDS).decode(encoding)
 

@@ -1,7 +1,5 @@
 """How far long work is, at the terminal: what is being done, for how long, and how long it still takes, about."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +33,7 @@ class Clock(ProgressColumn):
 
 @contextmanager
 def progress_bar(doing: str = "starting") -> Iterator[Progress]:
-    """A bar on stderr while work goes on, gone when it ends; where stderr is no terminal, a line now and then.
-
-    What tells of no steps is shown by what it is `doing`: loading a model, or importing what does.
-    """
+    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
@@ -53,7 +48,6 @@ def progress_bar(doing: str = "starting") -> Iterator[Progress]:
         return
 
     def fitting(doing: str) -> str:
-        """In the room that the other columns leave of a line."""
         return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
 
     with RichProgress(*columns, console=console, transient=True) as bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
@@ -17,9 +17,6 @@ MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become
 Key = tuple[Any, ...]
 Command = Literal["sweep", "compare", "search", "paper", "bench", "draft", "eval", "repair", "heal", "pareto"]
 Scalar = float | int | str | bool | None
-
-
-# --- fields -----------------------------------------------------------------------------------------------------------
 
 
 def is_number(value: float | None) -> bool:
@@ -58,8 +55,7 @@ SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
-def _plausible(value: Any) -> Any:
-    """Refuse a plan of more layers than a model has, before a page is made of it."""
+def _plausible(value: object) -> object:
     indices = value.indices if isinstance(value, Plan) else value
     if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
@@ -78,9 +74,6 @@ Skipped = Annotated[
 ]
 
 
-# --- facts ------------------------------------------------------------------------------------------------------------
-
-
 class Fact(BaseModel):
     """What was measured, as it is stored, shown and drawn: frozen, and checked where it is read."""
 
@@ -88,21 +81,20 @@ class Fact(BaseModel):
 
     def figures(self) -> dict[str, Scalar]:
         """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
-        return dict(self._figures())
-
-    def _figures(self) -> Iterator[tuple[str, Scalar]]:
+        found: dict[str, Scalar] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Quartiles):
-                yield from ((name, value.median), (f"{name}_low", value.low), (f"{name}_high", value.high))
+                found |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
             elif isinstance(value, Fact):
-                yield from value._figures()
+                found |= value.figures()
             elif isinstance(value, Plan):
-                yield "skipped", " ".join(value.names)
+                found["skipped"] = " ".join(value.names)
             elif isinstance(value, float):
-                yield name, _none_if_no_number(value)
-            elif isinstance(value, int | str):
-                yield name, value
+                found[name] = _none_if_no_number(value)
+            elif isinstance(value, int | str) and name != "record":
+                found[name] = value
+        return found
 
 
 class Quartiles(Fact):
@@ -127,9 +119,6 @@ class Quartiles(Fact):
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
@@ -145,7 +134,7 @@ class Record(Fact):
     provenance: Provenance | None = Field(None, description="where the figures come from")
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
         KINDS[cls.kind_name()] = cls
 
     @classmethod
@@ -166,9 +155,6 @@ class Record(Fact):
     def line(self) -> dict[str, Any]:
         """As it is written."""
         return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
-
-    def figures(self) -> dict[str, Scalar]:
-        return {name: value for name, value in self._figures() if name != "record"}
 
     @classmethod
     def from_fact(cls, fact: Fact, **more: Any) -> Self:

@@ -1,7 +1,5 @@
 """What repairs, healings and their measurements write down: weights that were refit, training, before and after."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -82,12 +80,8 @@ class HealRecord(Record):
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
-    held_out_agreement: Share = Field(
-        math.nan, description="share of first choices there that are the dense model's, 0 to 1"
-    )
-    seconds: Amount = Field(
-        description="CPU seconds of all threads so far, also before an interruption; of several workers the first one's"
-    )
+    held_out_agreement: Share = Field(math.nan, description="share of the dense model's first choices there, 0 to 1")
+    seconds: Amount = Field(description="CPU seconds so far of all threads, also before a break, of the first worker")
 
 
 HEALING: tuple[Column[HealRecord], ...] = (

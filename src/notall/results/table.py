@@ -1,10 +1,4 @@
-"""Tables: what a column is called, what it says of a record and how it sorts, said once for every medium.
-
-A column is of a type of fact, from which it takes its figures by attribute: a renamed field is a type error here. The
-terminal, a page, Markdown, LaTeX and CSV take the same columns; a medium may leave some out.
-"""
-
-from __future__ import annotations
+"""Tables: what a column is called, what it says of a record and how it sorts, said once for every medium."""
 
 import csv
 import io
@@ -18,16 +12,14 @@ from .record import Fact, Quartiles, is_number
 F = TypeVar("F")
 G = TypeVar("G")
 
+Form = str | Callable[[float], str]  # of a number: a format, or a function
 NOTHING = "-"  # what was not measured, or came out as no number
 LARGE = 1e5  # from here on a number is told by its magnitude
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table says of one row; `beside` is the error or spread of a number, below it where room is short.
-
-    `value` is what rows are sorted by, a number or else text; None where there is nothing.
-    """
+    """What a table says of one row: what rows are sorted by, if anything; its text; and the error of a number."""
 
     value: float | str | None
     text: str = NOTHING
@@ -50,25 +42,20 @@ class Column(Generic[F]):
     unit: str = ""
     note: str = ""
 
+    def text(self, row: F) -> str:
+        return str(self.cell(row))
+
     @property
     def titled(self) -> str:
         """The heading with its unit, for where there is room."""
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
-    def text(self, row: F) -> str:
-        return str(self.cell(row))
-
 
 def _column(
-    heading: str,
-    get: Callable[[F], G | None],
-    cell: Callable[[G], Cell],
-    right: bool = True,
-    unit: str = "",
-    note: str = "",
+    heading: str, get: Callable[[F], G | None], cell: Callable[[G], Cell], right: bool = True, **said: str
 ) -> Column[F]:
     """Of what `get` finds in a row; None is nothing."""
-    return Column(heading, lambda row: EMPTY if (found := get(row)) is None else cell(found), right, unit, note)
+    return Column(heading, lambda row: EMPTY if (found := get(row)) is None else cell(found), right, **said)
 
 
 def words(heading: str, get: Callable[[F], object]) -> Column[F]:
@@ -77,21 +64,14 @@ def words(heading: str, get: Callable[[F], object]) -> Column[F]:
 
 
 def number(
-    heading: str, get: Callable[[F], float | None], form: str | Callable[[float], str] = ".3f", unit: str = ""
+    heading: str, get: Callable[[F], float | None], form: Form = ".3f", *, right: bool = True, unit: str = ""
 ) -> Column[F]:
-    """A number, written by a format or by a function."""
-    write = form if callable(form) else lambda value: written(value, form)
-    return _column(heading, get, lambda value: Cell(value, write(value)) if is_number(value) else EMPTY, unit=unit)
+    """A number, by a format or by a function."""
 
+    def cell(value: float) -> Cell:
+        return Cell(value, form(value) if callable(form) else written(value, form)) if is_number(value) else EMPTY
 
-def magnitude(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """A number that may have many digits."""
-    return number(heading, get, in_magnitude)
-
-
-def probability(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """A p value; a small one is not rounded to none."""
-    return number(heading, get, lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}")
+    return _column(heading, get, cell, right, unit=unit)
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
@@ -133,17 +113,14 @@ def with_difference(
     return _column(heading, get, cell, note="( ): difference to the dense model ± its standard error")
 
 
-def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[Column[F], ...]:
-    """The columns of a fact as those of a record that holds it, where it was measured."""
-    return tuple(_column(one.heading, get, one.cell, one.right, one.unit, one.note) for one in columns)
-
-
 def inherited(kind: type[F], columns: Iterable[Column[G]]) -> tuple[Column[F], ...]:
     """The columns of a fact as those of a `kind` that extends it."""
     return within(columns, lambda row: row)  # type: ignore[arg-type, return-value]
 
 
-# --- figures in words -------------------------------------------------------------------------------------------------
+def within(columns: Iterable[Column[G]], get: Callable[[F], G | None]) -> tuple[Column[F], ...]:
+    """The columns of a fact as those of a record that holds it, where it was measured."""
+    return tuple(_column(one.heading, get, one.cell, one.right, unit=one.unit, note=one.note) for one in columns)
 
 
 def written(value: float, form: str) -> str:
@@ -157,11 +134,11 @@ def written(value: float, form: str) -> str:
 
 def in_bytes(value: float) -> str:
     """Bytes in the unit that suits them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
-    raise AssertionError
+    return f"{value:.1f} GiB"
 
 
 def in_magnitude(value: float) -> str:
@@ -170,9 +147,6 @@ def in_magnitude(value: float) -> str:
         return f"{value:,.1f}"
     digits, power = f"{value:.1e}".split("e")
     return f"{digits}e{int(power)}"
-
-
-# --- whole tables -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,10 +180,10 @@ def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every:
     rows = list(rows)
     filled = [(column, [column.cell(row) for row in rows]) for column in columns]
     shown = [one for one in filled if every or not rows or any(cell.value is not None for cell in one[1])]
-    lines = tuple(tuple(found[row] for _, found in shown) for row in range(len(rows)))
     heads: tuple[Column[object], ...] = tuple(  # whose cells are made already
         Column(column.heading, lambda _: EMPTY, column.right, column.unit, column.note) for column, _ in shown
     )
+    lines = tuple(tuple(found[row] for _, found in shown) for row in range(len(rows)))
     facts = tuple(row for row in rows if isinstance(row, Fact))
     if len(facts) == len(rows):
         return Table(title, heads, lines, as_csv(facts), facts)
@@ -220,10 +194,7 @@ def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every:
 def pivot(
     title: str, about: Iterable[Column[F]], figures: Iterable[tuple[F, str, Cell]], key: Callable[[F], Hashable]
 ) -> tuple[Table, list[F]]:
-    """Cells, each of a row and under a heading: a table of a row for each `key`, and the first row with that key.
-
-    Columns that are `about` a row stand before those of the headings.
-    """
+    """Cells under headings, behind columns `about` their row: a table of a row a `key`, and each key's first row."""
     rows: dict[Hashable, tuple[F, dict[str, Cell]]] = {}
     for row, heading, found in figures:
         rows.setdefault(key(row), (row, {}))[1][heading] = found

@@ -1,10 +1,8 @@
 """Tables and words at the terminal: of whatever width, a number, a first column or a heading is never cut."""
 
-from __future__ import annotations
-
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +22,7 @@ Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may ha
 def show(
     tables: Mapping[str, Table], *, as_json: bool, also: Mapping[str, object] | None = None, then: Iterable[str] = ()
 ) -> None:
-    """Print tables and `then` lines of words, or as JSON the tables' facts, by their names, and what is said `also`."""
+    """Print tables and `then` lines of words, or as JSON the tables' facts, by their names, and `also` what else."""
     if as_json:
         found = {name: one.facts for name, one in tables.items()} | dict(also or {})
         print(json.dumps(found, indent=2, default=lambda fact: fact.model_dump(mode="json")))
@@ -47,18 +45,16 @@ def next_report(folder: Path) -> str:
 
 
 def print_table(table: Table) -> None:
-    """On stdout. Columns come by importance: a narrow terminal leaves out the last ones, and says so.
-
-    A file or a pipe gets all of them.
-    """
+    """On stdout. A narrow terminal leaves out the last columns, and says so; a file or a pipe gets all of them."""
     console, screen = Console(), sys.stdout.isatty()
     strips = _strips(table, console.encoding)
     if not screen:
         console.size = ConsoleDimensions(sum(strip.most for strip in strips) + FRAME * len(strips) + 1, 1)
     laid_out = _laid_out(strips, console.width)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
-    if laid_out is None:
-        console.print(Text("\n".join(_listed(strips))), soft_wrap=True)
+    if laid_out is None:  # each heading with what stands below it, row after row
+        lines = [[" ".join((*one.heading[:-1], f"{one.heading[-1]}:", *cell)) for cell in one.cells] for one in strips]
+        console.print(Text("\n\n".join(map("\n".join, zip(*lines)))), soft_wrap=True)
         return
     # Each piece is on a line of its own; with rules between the rows where that takes several lines.
     drawn = RichTable(show_lines=any(len(cell) > 1 for strip in laid_out for cell in strip.cells))
@@ -72,12 +68,9 @@ def print_table(table: Table) -> None:
         console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
 
 
-# --- how columns find room --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Strip:
-    """A column as text. A number's pieces are the number and its error or spread; those of a text are its words."""
+    """A column as text: of a number the pieces are itself and its error or spread, of a text its words."""
 
     heading: Pieces
     cells: tuple[Pieces, ...]
@@ -93,10 +86,6 @@ class Strip:
         """How wide it is with every cell in one line."""
         return max(cell_len(" ".join(pieces)) for pieces in (self.heading, *self.cells))
 
-    def within(self, width: int) -> Strip:
-        """With as many pieces on a line as `width` takes."""
-        return Strip(_filled(self.heading, width), tuple(_filled(cell, width) for cell in self.cells), self.right)
-
 
 def _strips(table: Table, encoding: str) -> list[Strip]:
     """The columns as the terminal's encoding can write them."""
@@ -105,21 +94,21 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
         value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
         return (*([value] if right else value.split(" ")), *([beside] if beside else []))
 
+    columns = zip(table.columns, zip(*table.rows) if table.rows else [()] * len(table.columns))
     return [
         Strip(
             tuple(printable(column.heading, encoding).split(" ")),
-            tuple(pieces(row[place], column.right) for row in table.rows),
+            tuple(pieces(cell, column.right) for cell in cells),
             column.right,
         )
-        for place, column in enumerate(table.columns)
+        for column, cells in columns
     ]
 
 
 def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
-    """The table in `width` cells, its pieces in lines, or None where a list is all that fits.
+    """The table in `width` cells, its headings in several lines, then its cells; None where a list is all that fits.
 
-    First headings take several lines, then cells. Then `TURNED` rows or fewer become columns; of
-    more rows the last columns are left out, but never the first one nor the first with numbers after it.
+    Then few rows become columns; of more the last columns go, but not the first, nor the first with numbers after it.
     """
     turns = len(strips[0].cells) <= TURNED
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
@@ -129,7 +118,12 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
         for broken in (unbroken, whole, strips[:count]):
             if fitting := _fitted(broken, width):
                 return fitting
-    return _fitted(_turned(strips), width) if turns else None
+    if not turns:
+        return None
+    first, *others = strips  # a row for each column
+    names = Strip(first.heading, tuple(strip.heading for strip in others), right=False)
+    rows = [Strip(name, tuple(strip.cells[row] for strip in others), True) for row, name in enumerate(first.cells)]
+    return _fitted([names, *rows], width)
 
 
 def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
@@ -141,26 +135,14 @@ def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     while sum(widths) > room:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
         widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
-    return [strip.within(width) for strip, width in zip(strips, widths)]
-
-
-def _turned(strips: Sequence[Strip]) -> list[Strip]:
-    """A row for each column."""
-    first, *others = strips
-    names = Strip(first.heading, tuple(strip.heading for strip in others), right=False)
-    rows = [Strip(name, tuple(strip.cells[row] for strip in others), True) for row, name in enumerate(first.cells)]
-    return [names, *rows]
-
-
-def _listed(strips: Sequence[Strip]) -> Iterator[str]:
-    """The table as lines of a heading and what stands below it, row after row."""
-    for row in range(len(strips[0].cells)):
-        if row:
-            yield ""
-        yield from (" ".join((*strip.heading[:-1], f"{strip.heading[-1]}:", *strip.cells[row])) for strip in strips)
+    return [
+        Strip(_filled(strip.heading, wide), tuple(_filled(cell, wide) for cell in strip.cells), strip.right)
+        for strip, wide in zip(strips, widths)
+    ]
 
 
 def _filled(pieces: Pieces, width: int) -> Pieces:
+    """With as many pieces on a line as `width` takes."""
     lines = [pieces[0]]
     for piece in pieces[1:]:
         if cell_len(lines[-1]) + 1 + cell_len(piece) <= width:
