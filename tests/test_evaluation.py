@@ -27,7 +27,7 @@ def test_the_diagnostics_ask_little_of_what_takes_long(limits, documents, monkey
     shelf = Shelf()
     monkeypatch.setattr(Evaluation, "_scores", lambda *_: [])
     choice = TaskChoice(shelf, (), limits=Limits.parse(limits))
-    assert Evaluation(None, None, Plan([1]), choice)._gsm8k([]) == []
+    assert Evaluation(None, None, Plan([1]), choice)._gsm8k() == []
     assert shelf.asked == [("gsm8k", documents)]
 
 

@@ -77,8 +77,6 @@ def speedup_cards(times: Times, told: str) -> list[Card]:
     return [Card(heading, f"{cell.text}×", cell.beside, told) for heading, cell in cells]
 
 
-# --- what sublayers cost alone ----------------------------------------------------------------------------------------
-
 TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objective
 
 

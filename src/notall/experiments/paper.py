@@ -22,7 +22,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
-from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, fields_of, similarity_by_depth
+from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, similarity_by_depth
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
 from .pages import speedup_cards
@@ -49,9 +49,6 @@ Configuration = tuple[str, float, bool]  # variant, fraction, whether the last l
 DENSE: Configuration = ("dense", 0.0, False)
 DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
 
 
 class TimesRecord(Record, Configured):
@@ -99,8 +96,6 @@ CLAIMS: tuple[Column[ClaimRecord], ...] = (
     words("here", lambda one: one.here),
 )
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class TimingGrid:
@@ -130,8 +125,7 @@ class PaperOptions:
     PANEL: ClassVar = "Benchmarks"
 
     generate_all: Annotated[
-        bool,
-        Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",)),
+        bool, Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",))
     ] = False
     diagnostics: Diagnostics = False
 
@@ -211,24 +205,23 @@ def time_grid(
         stages = Stages(progress, len(timing.workloads))
         for workload in timing.workloads:
             telling = stages.stage(1)
-            size = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
-            telling(0, 1, f"timing {len(rows)} configurations at {size}")
+            at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
+            telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
                 continue
             fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
-            found = (
-                TimesRecord(
-                    **fields_of(row),
-                    prompt_tokens=workload.prompt_tokens,
-                    concurrency=fitted,
-                    asked_concurrency=workload.concurrency,
-                    times=times[row.name],
-                    footprint=footprint(subject.model, row.plan),
-                    provenance=about,
+            size = {
+                "prompt_tokens": workload.prompt_tokens,
+                "concurrency": fitted,
+                "asked_concurrency": workload.concurrency,
+            }
+            left = [footprint(subject.model, row.plan) for row in rows]
+            held.add(
+                *(
+                    TimesRecord.from_fact(row, **size, times=times[row.name], footprint=one, provenance=about)
+                    for row, one in zip(rows, left)
                 )
-                for row in rows
             )
-            held.add(*found)
         progress(stages.steps, stages.steps, "timed all configurations")
         return [record for workload in timing.workloads for record in known(workload)]
 
@@ -248,8 +241,6 @@ def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) ->
         at_once //= 2
     raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")
 
-
-# --- averages and tables ----------------------------------------------------------------------------------------------
 
 HEADINGS = {
     "arc_challenge": "ARC-C",
@@ -323,8 +314,9 @@ class Scoreboard:
         for key, row in self.cells.items() if self.shared else ():
             value, _ = mean_and_error([row[column].value for column in self.shared])
             delta, error, p_value = self.difference(key, DENSE)
-            about = fields_of(next(iter(row.values()))) | {"tasks": len(self.shared)}
-            found.append(Average(**about, value=value, delta=delta, delta_se=error, p_value=p_value))
+            shown = {name: getattr(next(iter(row.values())), name) for name in Configured.model_fields}
+            figures = {"value": value, "delta": delta, "delta_se": error, "p_value": p_value}
+            found.append(Average(**shown | figures, tasks=len(self.shared)))
         return found
 
 
@@ -399,9 +391,6 @@ def half(figures: Iterable[Figure], keep_last: bool, title: str = "") -> Table:
     return pivot(title, CONFIGURED[:2], of, lambda row: row.configuration)[0]
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------
-
-
 def claims_of(
     similarity: Sequence[SimilarityRecord], board: Scoreboard, times: Sequence[TimesRecord]
 ) -> list[ClaimRecord]:
@@ -410,19 +399,16 @@ def claims_of(
     return [*_similarity_claims(similarity), *quality, *(_time_claims(times) if times else ())]
 
 
-def _claim(claim: str, here: str, few: str, verdict: Verdict, unit: str, **figures: float) -> ClaimRecord:
-    """`few` says on how little it was measured, where that is too little for a verdict."""
-    said = {"claim": claim, "here": here + few, "verdict": "too few" if few else verdict, "unit": unit}
+def _claim(claim: str, here: str, few: str, span: tuple[float, float], unit: str, **figures: float) -> ClaimRecord:
+    """It holds where all of `span` is above zero; `few` says on how little it was measured, if that is too little."""
+    low, high = span
+    verdict = "too few" if few else "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
+    said = {"claim": claim, "here": here + few, "verdict": verdict, "unit": unit}
     return ClaimRecord.model_validate(said | figures)
 
 
-def _judge(low: float, high: float) -> Verdict:
-    """Whether what the claim says is positive is so, in all of this range."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
-
-
-def _around(difference: float, error: float) -> Verdict:
-    return _judge(difference - ERRORS * error, difference + ERRORS * error)
+def _around(difference: float, error: float) -> tuple[float, float]:
+    return difference - ERRORS * error, difference + ERRORS * error
 
 
 def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[ClaimRecord]:
@@ -460,13 +446,12 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
     most = fractions[-1]
     few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
-    attention, mlp, block = (((name, most, False), (name, most, True)) for name in ("attention", "mlp", "block"))
-    skipped, kept = "last layer skipped less last layer kept", "last layer kept less last layer skipped"
+    attention, kept = ("attention", most, False), "keeping the last layer"
     # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
     asked: list[tuple[str, str, Configuration, Configuration, float]] = [
         (
             f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
-            *("attentions skipped less dense", attention[0], DENSE, -0.018),
+            *("attentions skipped less dense", attention, DENSE, -0.018),
         ),
         *(
             (
@@ -476,18 +461,24 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
             )
             for fraction in fractions
         ),
-        (f"keeping the last layer lowers quality when {most:.0%} of the MLPs are skipped", skipped, *mlp, 0.0),
-        (f"keeping the last layer lowers quality when {most:.0%} of the blocks are skipped", skipped, *block, 0.0),
+        *(
+            (
+                f"{kept} lowers quality when {most:.0%} of the {KIND_NAMES[kind]}s are skipped",
+                "last layer skipped less last layer kept",
+                *((kind, most, False), (kind, most, True), 0.0),
+            )
+            for kind in ("mlp", "block")
+        ),
         (
-            f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped",
-            *(kept, *attention[::-1], 0.0),
+            f"{kept} does not lower quality when {most:.0%} of the attentions are skipped",
+            *("last layer kept less last layer skipped", ("attention", most, True), attention, 0.0),
         ),
     ]
     for claim, what, ours, theirs, least in asked:
         difference, error, _ = board.difference(ours, theirs)
         here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
-        verdict, figures = _around(difference - least, error), {"figure": 100 * difference, "error": 100 * error}
-        yield _claim(claim, here, few, verdict, "points", **figures)
+        figures = {"figure": 100 * difference, "error": 100 * error}
+        yield _claim(claim, here, few, _around(difference - least, error), "points", **figures)
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
@@ -499,15 +490,14 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     for name in ("prefill", "decode"):
         at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
         attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
-        claim = f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {at}"
-        asked = [(claim, _gain(attention), attention, _judge(attention.low - 1.18, attention.high - 1.18))]
+        faster, saves = "is about 18 % faster or more (13B)", "saves more time than as many MLPs"
+        asked = [("attentions", faster, _gain(attention), attention, (attention.low - 1.18, attention.high - 1.18))]
         for word, saver in (("attentions", attention), ("blocks", block)):
-            claim = f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {at}"
             here = f"{word} {_gain(saver)}, MLPs {_gain(mlp)}"
-            asked.append((claim, here, saver, _judge(saver.low - mlp.high, saver.high - mlp.low)))
-        for claim, here, speedup, verdict in asked:
+            asked.append((word, saves, here, saver, (saver.low - mlp.high, saver.high - mlp.low)))
+        for word, what, here, speedup, span in asked:
             figures = {"figure": speedup.median, "low": speedup.low, "high": speedup.high}
-            yield _claim(claim, here, few, verdict, "times as fast", **figures)
+            yield _claim(f"skipping {most:.0%} of the {word} {what}: {at}", here, few, span, "times as fast", **figures)
 
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
@@ -517,8 +507,6 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     fewest = min((record.concurrency for record in asked), default=0)
     return [record for record in asked if record.concurrency == fewest]
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
@@ -635,8 +623,6 @@ def _made(records: Sequence[Record]) -> str:
     return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
 
 
-# --- on a page --------------------------------------------------------------------------------------------------------
-
 BECAME = {
     "holds": ("holds", "hold"),
     "does not hold": ("does not hold", "do not hold"),
@@ -648,34 +634,31 @@ BECAME = {
 def became_of(claims: Sequence[ClaimRecord]) -> str:
     """Such as `5 hold, 2 do not hold and 8 are inconclusive`."""
     counts = Counter(str(claim.verdict) for claim in claims)
-    return joined(
-        [f"{counts[verdict]} {says[counts[verdict] > 1]}" for verdict, says in BECAME.items() if counts[verdict]]
-    )
+    return joined([f"{counts[name]} {says[counts[name] > 1]}" for name, says in BECAME.items() if counts[name]])
 
 
 def shown(folder: Folder) -> Shown:
     """What a page says of the paper's evaluation."""
     board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
+    checks = folder.of(DiagnosticsRecord)
     every: dict[Configuration, Configured] = {}
-    for row in (*times, *folder.of(BenchmarkRecord), *folder.of(DiagnosticsRecord)):
+    for row in (*times, *folder.of(BenchmarkRecord), *checks):
         every.setdefault(row.configuration, row)
     if not (claims or every):
         return Shown()
     averages = {one.configuration: one for one in board.averages()}
-    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(folder.of(DiagnosticsRecord))
+    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(checks)
     first = _headline(timed, averages, lost)
-    usable = lost[first] <= MOST_NATS if first in lost else None
-    found = (
-        [*_told(every[first], timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
-    )
+    found = [*_told(first, timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
     steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
     for key, row in every.items():
         taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
         steps.append(Step(row.name, row.plan, None, taken, left, dense))
     place = {key: number for number, key in enumerate(every)}
-    holding = sum(claim.verdict == "holds" for claim in claims)
-    rest = became_of([claim for claim in claims if claim.verdict != "holds"])
-    cards = [Card("Claims that hold", f"{holding} of {len(claims)}", "", rest)] if claims else []
+    holding = [claim for claim in claims if claim.verdict == "holds"]
+    rest = became_of([claim for claim in claims if claim not in holding])
+    cards = [Card("Claims that hold", f"{len(holding)} of {len(claims)}", "", rest)] if claims else []
+    usable = lost[first] <= MOST_NATS if first in lost else None
     return Shown(
         message=_message(folder, claims, first, [said for said, _ in found], usable),
         cards=(*cards, *(card for _, some in found for card in some)),
@@ -707,22 +690,21 @@ def _headline(
 
 
 def _told(
-    row: Configured, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
+    key: Configuration, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
 ) -> Iterator[tuple[str, list[Card]]]:
     """What a configuration comes to, in words and on cards."""
+    without = _without(key)
     if timed:
-        size = f"{_without(row.configuration)}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
-        speed = f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
-        yield speed, speedup_cards(timed.times, size)
+        size = f"{without}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
+        yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast", speedup_cards(timed.times, size)
     if average:
         change, error = written(100 * average.delta, "+.1f"), f"± {written(100 * average.delta_se, '.1f')} points"
         tasks = f"the average of {average.tasks} benchmarks" if average.tasks > 1 else "the one benchmark"
         few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
-        card = Card("Benchmarks", change, error, f"{_without(row.configuration)}; {tasks}")
-        yield f"{tasks} changes by {change} {error}{few}", [card]
+        yield f"{tasks} changes by {change} {error}{few}", [Card("Benchmarks", change, error, f"{without}; {tasks}")]
     if nats is not None:
         no_longer = "" if nats <= MOST_NATS else ": it is no longer usable"
-        card = Card("Long texts", f"{nats:+.2f}", "nats a token", _without(row.configuration))
+        card = Card("Long texts", f"{nats:+.2f}", "nats a token", without)
         yield f"long texts take {nats:+.2f} nats a token{no_longer}", [card]
 
 

@@ -39,10 +39,7 @@ def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: s
     )
     figures = [(row, KIND_NAMES[row.kind], COSINE.cell(row)) for row in sorted(rows, key=lambda row: row.layer)]
     lines, _ = pivot("similarity", SIMILARITY[:1], figures, lambda row: row.layer)
-    texts = {
-        ".csv": as_csv(rows),
-        ".tex": as_latex(lines, caption=caption, label="similarity"),
-    }
+    texts = {".csv": as_csv(rows), ".tex": as_latex(lines, caption=caption, label="similarity")}
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in texts.items():
         path.with_name(path.name + suffix).write_text(content, encoding="utf-8")

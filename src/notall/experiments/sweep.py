@@ -35,7 +35,6 @@ from .driver import (
     SaidRecord,
     Subject,
     continuations,
-    fields_of,
     leave_one_out,
     scored_as,
     similarity_by_depth,
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from altair import LayerChart
-
-    from ..charts.losses import Point
 
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
@@ -78,9 +75,6 @@ COLUMNS: tuple[Column[SweepRecord], ...] = (
     *within(FOOTPRINT, lambda one: one.footprint),
     *within((PEAK,), lambda one: one.times),
 )
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = silent) -> list[SweepRecord]:
@@ -112,10 +106,10 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         for row in rows:
             telling = stages.stage(timing)
             if row.configuration not in done or not row.describes(done[row.configuration]):
-                record = SweepRecord(
-                    **fields_of(row),
+                record = SweepRecord.from_fact(
+                    row,
                     quality=held.quality(scored_as(row.plan)),
-                    times=time_plan(subject, row.plan, workload, _naming(telling, row)),
+                    times=time_plan(subject, row.plan, workload, telling, f"timing {row.name}"),
                     footprint=footprint(subject.model, row.plan),
                     provenance=about,
                 )
@@ -129,10 +123,6 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         return records
 
 
-def _naming(progress: Progress, row: Configured) -> Progress:
-    return lambda done, total, doing: progress(done, total, f"timing {row.name}")
-
-
 def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
     """Of each variant the record with the smallest loss, in the order of the grid."""
     best: dict[str, SweepRecord] = {}
@@ -140,8 +130,6 @@ def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
         best.setdefault(record.variant, record)
     return [record for record in records if record is best[record.variant]]
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 HOW_TO_READ = (
     "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup.",
@@ -175,16 +163,11 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
 
 
 def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
+    """A point for each configuration with a loss, but for the dense one."""
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS
 
-    points = points_of(records)
-    return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
-
-
-def points_of(records: Sequence[SweepRecord]) -> list[Point]:
-    """A point for each configuration with a loss, but for the dense one; `plan` counts the records from 0."""
-    return [
+    points = [
         replace(
             point,
             count=record.fraction,
@@ -195,9 +178,7 @@ def points_of(records: Sequence[SweepRecord]) -> list[Point]:
         for record, point in with_points(records)
         if record.variant != "dense"
     ]
-
-
-# --- on a page --------------------------------------------------------------------------------------------------------
+    return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
 
 
 def shown(folder: Folder) -> Shown:
@@ -209,10 +190,10 @@ def shown(folder: Folder) -> Shown:
     if not records:
         return Shown(sections=tuple(sections), similarity=similarity)
     dense = next((record for record in records if record.variant == "dense"), None)
-    figures = [
-        Figure(on_page(_drawn(records)), "quality lost against decode speedup", note=" ".join(HOW_TO_READ))
-        for _ in records[1:2]  # one point is no figure
-    ]
+    figures = []
+    if len(records) > 1:  # one point is no figure
+        drawn = on_page(_drawn(records))
+        figures.append(Figure(drawn, "quality lost against decode speedup", note=" ".join(HOW_TO_READ)))
     sections.insert(0, results(records, COLUMNS, range(len(records)), figures))
     prompts: dict[str, list[tuple[str, str]]] = {}
     for record in folder.of(SaidRecord):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -13,24 +14,10 @@ from transformers import PreTrainedModel
 from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
 from ..plan import Plan
-from ..results.facts import Quality
+from ..results.facts import Quality, Scores
 from ..running.replay import Replay, record
 from .statistics import mean_and_error
 from .token_scores import TokenScorer, TokenScores
-
-
-@dataclass
-class Scores:
-    """Per sequence, means over its predicted tokens: NLL and KL(dense || skipped) in nats, agreement in 0..1."""
-
-    nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    top1_agreement: list[float] = field(default_factory=list)
-
-    def extend(self, other: Scores) -> None:
-        self.nll += other.nll
-        self.kl += other.kl
-        self.top1_agreement += other.top1_agreement
 
 
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
@@ -69,7 +56,7 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
     """The quality of each plan from what `score` answers for each batch."""
-    dense, *rest = map(_joined, zip(*batches))
+    dense, *rest = (reduce(add, parts) for parts in zip(*batches))
     return [summarize(scores, dense) for scores in rest]
 
 
@@ -93,15 +80,8 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
     )
 
 
-def _joined(parts: Iterable[Scores]) -> Scores:
-    whole = Scores()
-    for part in parts:
-        whole.extend(part)
-    return whole
-
-
 def _by_sequence(scores: TokenScores, dense: Tensor, sequences: int) -> Scores:
     """Means over each sequence's tokens; `dense` is the dense model's likeliest token, (tokens of all,)."""
     same = (scores.likeliest == dense).to(scores.nll)
     values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
-    return Scores(*values.view(3, sequences, -1).mean(-1).tolist())
+    return Scores(**dict(zip(Scores.model_fields, map(tuple, values.view(3, sequences, -1).mean(-1).tolist()))))
