@@ -127,8 +127,7 @@ def bench(
 ) -> BenchRecord:
     """`plan` and the dense model, timed; kept in the folder `out` with earlier records, if given.
 
-    Raises `UsageError` before anything is timed when the folder is in use, holds another command's results or cannot
-    be written.
+    Raises `UsageError` before anything is timed when it cannot be kept there.
     """
     from ..measuring.speed import time_plans
     from ..running.footprint import footprint

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -15,31 +14,20 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
 from ..results.evaluations import EvaluationRecord
-from ..results.facts import (
-    BESIDE,
-    DELTA_NLL,
-    KL,
-    QUALITY,
-    SPEEDUPS,
-    TOP1,
-    Footprint,
-    Quality,
-    SearchCost,
-    TaskScore,
-    Times,
-)
+from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
-from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, shared_times
+from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .pages import results, shown_plans, with_points
@@ -87,6 +75,18 @@ class ChoiceRecord(Record, Answered):
     key_fields = RUN
 
     record: Literal["choice"] = "choice"
+
+
+class PlanTimesRecord(Record):
+    """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
+
+    file = "plan_times.jsonl"
+    commands = ("compare",)
+    key_fields = ("footprint",)
+
+    record: Literal["plan_times"] = "plan_times"
+    footprint: Footprint
+    times: Times
 
 
 class ComparisonRecord(Record, Answered):
@@ -309,9 +309,7 @@ def compare_criteria(
     """Choose as `runs` say, then score, ask and time all plans; one record a run. The subject's text is held out.
 
     With `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
-    Called again on the same folder it goes on where it stopped, and what was done of other runs stays. Raises
-    `UsageError` when the folder holds work of other settings or of another command, is in use or cannot be written,
-    and as `choose` does.
+    Goes on where it stopped. Raises `UsageError` when the folder holds work of other settings, and as `choose` does.
     """
     from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
@@ -340,23 +338,41 @@ def compare_criteria(
             *(subject.model, subject.tokenizer, plans, jobs, tasks), folder=subject.out / "answers", progress=answering
         )
         times = shared_times(subject, plans, workload, about, timing) if workload else {}
-        records = []
-        for choice, repair in product(choices, (UNREPAIRED, *ways)):
-            plan, more = choice.plan, added.get((repair, choice.plan), 0)
-            records.append(
-                ComparisonRecord.from_fact(
-                    choice,
-                    **{"repair": repair, "added_bytes": more} if repair != UNREPAIRED else {},
-                    quality=held.quality(scored_as(plan, repair)),
-                    footprint=footprint(subject.model, plan),
-                    tasks=tuple(one.score for one in answers if one.plan == plan and repair == UNREPAIRED),
-                    times=None if more else times.get(plan),  # what adds matrices takes other times
-                    provenance=source,
-                )
+        records = [
+            ComparisonRecord.from_fact(
+                choice,
+                **{"repair": repair, "added_bytes": added[repair, choice.plan]} if repair != UNREPAIRED else {},
+                quality=held.quality(scored_as(choice.plan, repair)),
+                footprint=footprint(subject.model, choice.plan),
+                tasks=tuple(one.score for one in answers if one.plan == choice.plan and repair == UNREPAIRED),
+                # What adds matrices takes other times.
+                times=None if added.get((repair, choice.plan)) else times.get(choice.plan),
+                provenance=source,
             )
+            for choice, repair in product(choices, (UNREPAIRED, *ways))
+        ]
         found = _finished(records, Ledger(subject.out, ComparisonRecord), held)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return found
+
+
+def shared_times(
+    subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
+) -> dict[Plan, Times]:
+    """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
+    from ..running.footprint import footprint
+
+    about = Provenance.of(about, workload=asdict(workload))
+    held = Ledger(subject.out, PlanTimesRecord, about)
+    found = {}
+    for done, plan in enumerate(plans):
+        left = footprint(subject.model, plan)
+        if (left,) not in held:
+            progress(done, len(plans), f"timing {plan}")
+            times = time_plan(subject, plan, workload)
+            held.add(PlanTimesRecord(footprint=left, times=times, provenance=about))
+        found[plan] = held[left,].times
+    return found
 
 
 def _repaired(
@@ -367,10 +383,7 @@ def _repaired(
     held: HeldScores,
     progress: Progress,
 ) -> dict[tuple[str, Plan], int]:
-    """By repair and plan the bytes that it adds at run time; its scores are held.
-
-    One plan is repaired in all ways, and all are scored together, before the next one is: weights take memory.
-    """
+    """By repair and plan the bytes added at run time; scores are held, and repaired weights of one plan at a time."""
     from ..repairing.methods.keeping import kept_repair
 
     found: dict[tuple[str, Plan], int] = {}
@@ -387,10 +400,7 @@ def _repaired(
 def _finished(
     records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
 ) -> list[ComparisonRecord]:
-    """The same, each beside the one of as many of the same space, and repaired alike, that loses least.
-
-    What is new of these, and of others that were kept and lose more or less than these, is written down.
-    """
+    """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
     from ..measuring.statistics import mean_and_error
 
     asked = {record.key for record in records}
@@ -483,7 +493,7 @@ class _Choosing:
 def _file_name(words: str) -> str:
     """A digest tells names apart that differ in what no file name may hold, or are too long."""
     short = re.sub(r"[^\w.+*-]", "-", words)[:80]
-    return f"{short}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return f"{short}-{digest_of([words])[:8]}"
 
 
 SETS = {"mlp": "MLPs", "portable": "portable sublayers"}
@@ -498,12 +508,8 @@ TIMED_ONCE = (
 
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str, made: str) -> None:
-    """The table as `out/table.md`, .tex and .csv, each plan in `out/plans`, and with the extra `report` a figure.
-
-    `title` stands over the table, and `made` says how and on what it was measured. Raises `UsageError` where a file
-    cannot be written.
-    """
-    names = {one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS)} | {one.heading for one in (DELTA_NLL, KL, TOP1)}
+    """`out/table.md`, .tex, .csv, each plan in `out/plans`, a figure; `made` says how and on what it was measured."""
+    names = {one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS)} | {one.heading for one in QUALITY[:3]}
     names |= {"repair", *_tasks_of(records), SPEEDUPS[0].heading}
     columns = [column for column in columns_of(records) if column.heading in names]
     note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""

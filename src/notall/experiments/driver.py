@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import groupby
 from operator import add, itemgetter
@@ -15,15 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ..errors import UsageError
+from ..extras import FIGURES, installed
 from ..options import Workload
-from ..plan import Plan
+from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import Check, Configured, Footprint, Quality, Scores, TaskScore, Times
+from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
+from ..results.latex import as_latex
 from ..results.ledger import Ledger, refuse_foreign, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
+from ..results.record import Count, Record, SublayerNames, is_number
+from ..results.table import as_csv, pivot
 from .options import TaskChoice
-from .similarity import SimilarityRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +33,9 @@ if TYPE_CHECKING:
     from ..evaluation.harness import PlansLM, TaskResult
     from ..evaluation.ray_workers import Workers
     from ..evaluation.tasks import Job
-    from ..structure.model_structure import ModelStructure, Sublayer
+    from ..structure.model_structure import ModelStructure
 
-PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
-SAMPLE_TOKENS = 32
-FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
+SIMILARITY_READS = "1 − cosine similarity. Low: little of the input is changed"
 
 UNREPAIRED = "none"
 RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:function
@@ -59,41 +58,14 @@ class ScoresRecord(Record):
         return tuple(self.scores)
 
 
-class LeaveOneOutRecord(Record):
-    """One sublayer left out, on a few sequences."""
+class SimilarityRecord(Record, Similarity):
+    """One block or sublayer of a run."""
 
-    file = "leave_one_out.jsonl"
-    commands = ("sweep",)
-    key_fields = ("sublayer",)
+    file = "similarity.jsonl"
+    commands = ("sweep", "paper")
+    key_fields = ("layer", "kind")
 
-    record: Literal["leave_one_out"] = "leave_one_out"
-    sublayer: SublayerName
-    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
-    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
-    sequences: Count | None = Field(None, description="on how many")
-
-
-class PlanTimesRecord(Record):
-    """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
-
-    file = "plan_times.jsonl"
-    commands = ("compare",)
-    key_fields = ("footprint",)
-
-    record: Literal["plan_times"] = "plan_times"
-    footprint: Footprint
-    times: Times
-
-
-class SaidRecord(Record, Configured):
-    """How one plan continues prompts."""
-
-    file = "samples.jsonl"
-    commands = ("sweep",)
-    key_fields = ("variant", "fraction", "keep_last", "plan")
-
-    record: Literal["samples"] = "samples"
-    said: dict[str, str] = Field(description="by prompt")
+    record: Literal["similarity"] = "similarity"
 
 
 class BenchmarkRecord(Record, TaskScore, Configured):
@@ -142,14 +114,6 @@ class Subject:
     def tokens(self) -> int:
         """How many its text has."""
         return sum(batch.numel() for batch in self.batches)
-
-    @property
-    def digest(self) -> str:
-        """Of its text."""
-        digest = hashlib.sha256()
-        for tokens in self.batches:
-            digest.update(tokens.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
         """As `quality.score`: of the dense model, then of each plan."""
@@ -229,25 +193,6 @@ def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progre
     return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=named).values()][-1]
 
 
-def shared_times(
-    subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
-) -> dict[Plan, Times]:
-    """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
-    from ..running.footprint import footprint
-
-    about = Provenance.of(about, workload=asdict(workload))
-    held = Ledger(subject.out, PlanTimesRecord, about)
-    found = {}
-    for number, plan in enumerate(plans):
-        left = footprint(subject.model, plan)
-        if (left,) not in held:
-            progress(number, len(plans), f"timing {plan}")
-            times = time_plan(subject, plan, workload)
-            held.add(PlanTimesRecord(footprint=left, times=times, provenance=about))
-        found[plan] = held[left,].times
-    return found
-
-
 def similarity_by_depth(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
     """Of each block and sublayer."""
     from ..measuring.similarity import measure_similarity
@@ -263,43 +208,26 @@ def similarity_by_depth(subject: Subject, about: Provenance, progress: Progress)
     return [held[key] for key in wanted]
 
 
-def removable(structure: ModelStructure) -> list[Sublayer]:
-    """The sublayers that can be left out alone: the only attention that counts tokens cannot."""
-    return [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
+def write_similarity(rows: Sequence[Similarity], path: Path, model: str, text: str = "") -> list[Path]:
+    """`path`.csv and .tex, and with the extra `report` .png, .svg and .html; what was written, measured on `text`."""
+    on = f" on {text}" if text else ""
+    caption = (
+        f"Cosine similarity of the residual stream of {model} before and after each block, attention and MLP{on}: mean "
+        "over tokens ± standard error over windows."
+    )
+    figures = [(row, KIND_NAMES[row.kind], COSINE.cell(row)) for row in sorted(rows, key=lambda row: row.layer)]
+    lines, _ = pivot("similarity", SIMILARITY[:1], figures, lambda row: row.layer)
+    texts = {".csv": as_csv(rows), ".tex": as_latex(lines, caption=caption, label="similarity")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in texts.items():
+        path.with_name(path.name + suffix).write_text(content, encoding="utf-8")
+    drawn = [".png", ".svg", ".html"] if installed(*FIGURES) else []
+    if drawn:
+        from ..charts.layers import similarity
+        from ..charts.style import framed, save
 
-
-def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
-    """What leaving out each of the sublayers alone costs, on the first sequences."""
-    from ..measuring.quality import gather
-
-    parts, held = removable(subject.structure), Ledger(subject.out, LeaveOneOutRecord, about)
-    progress(0, 1, "leaving out each sublayer alone")
-    if held.missing((part.name,) for part in parts):
-        few: list[Tensor] = []
-        for tokens in subject.batches:
-            few.append(tokens[: FEW_SEQUENCES - sum(map(len, few))])
-        plans = [Plan(**{part.kind: [part.index]}) for part in parts]
-        qualities = gather(subject.score(plans, tokens) for tokens in few if len(tokens))
-        records = [
-            LeaveOneOutRecord.from_fact(one, sublayer=part.name, provenance=about)
-            for part, one in zip(parts, qualities)
-        ]
-        held.add(*(record for record in records if record.key not in held))
-    progress(1, 1, "left out each sublayer alone")
-
-
-def continuations(subject: Subject, rows: Sequence[Configured], about: Provenance, progress: Progress) -> None:
-    """How each of `rows` continues a few prompts."""
-    from ..running.generating import continue_prompts
-
-    assert subject.tokenizer
-    held = Ledger(subject.out, SaidRecord, about)
-    for number, row in enumerate(rows):
-        progress(number, len(rows), f"generating, {row.variant}")
-        if (*row.configuration, row.plan) not in held:
-            said = continue_prompts(subject.model, subject.tokenizer, row.plan, PROMPTS, SAMPLE_TOKENS)
-            held.add(SaidRecord.from_fact(row, said=dict(zip(PROMPTS, said)), provenance=about))
-    progress(1, 1, "generated examples")
+        save(framed(similarity(rows), f"Change by depth, {model}", SIMILARITY_READS), path)
+    return [path.with_name(path.name + suffix) for suffix in (*texts, *drawn)]
 
 
 def run_choice(
@@ -329,8 +257,8 @@ def run_choice(
 class Benchmarks:
     """Some tasks for `rows` (the dense one first): their data is read, and all is checked, before anything is computed.
 
-    Tasks that generate text take a pass for each row: they are for `generating_rows`, where given. Raises `UsageError`
-    as `run_tasks` does, and when the folder holds the results of other settings or of another command.
+    Tasks that generate text are for `generating_rows`, where given. Raises `UsageError` as `run_tasks` does, and
+    when the folder holds the results of other settings or of another command.
     """
 
     def __init__(
@@ -368,11 +296,7 @@ class Benchmarks:
             self.asked[name][-1].check(job)
 
     def run(self, progress: Progress = silent) -> list[BenchmarkRecord]:
-        """One record a task, metric and row.
-
-        Writes the records of a task as soon as it is done, and each answer as it comes: the same call goes on where it
-        stopped. Raises `UsageError` when another process works in the folder, and when it cannot be written.
-        """
+        """One record a task, metric and row, written as soon as a task is done; each answer as it comes."""
         from ..evaluation.harness import evaluate_job
 
         with working_in(self.subject.out, "paper"):

@@ -63,8 +63,8 @@ class Evaluated:
 class Evaluation:
     """A plan to evaluate; a repaired one beside what it skips without its weights.
 
-    `diagnostics` are windows for `run_diagnostics`, None to leave them out; they end with GSM8K, which is left out with
-    a warning where its data can't be had. Answers to tasks are kept in the folder `out`.
+    `diagnostics` are windows, None to leave them out; they end with GSM8K, where its data can be had. Answers to tasks
+    are kept in the folder `out`.
     """
 
     model: PreTrainedModel
@@ -82,10 +82,7 @@ class Evaluation:
         return states | ({"repaired": self.plan} if self.plan.state == "repaired" else {})
 
     def run(self, batches: Sequence[Tensor]) -> Evaluated:
-        """On `batches` of token ids, (batch, tokens) each, then on the tasks, whose data is loaded first.
-
-        Raises as `evaluate`, `run_tasks` and `run_diagnostics` do.
-        """
+        """On `batches` of token ids, (batch, tokens) each, then on the tasks, whose data is loaded first."""
         from ..evaluation.diagnostics import run_diagnostics
         from ..measuring.quality import evaluate
 
@@ -126,10 +123,7 @@ class Evaluation:
 def records_of(
     found: Evaluated, text: str, plans: Mapping[State, tuple[Plan, Provenance]], out: Path | None
 ) -> list[MeasuredRecord]:
-    """The quality on `text`, a record for each of `plans` with what decides its figures; in `out` too, if given.
-
-    Raises `UsageError` as `Ledger` does.
-    """
+    """The quality on `text`, a record for each of `plans` with what decides its figures; in `out` too, if given."""
     by_name = {one.model: one.quality for one in found.quality}
     records = [
         MeasuredRecord(text=text, model=state, plan=plan, quality=by_name[state], provenance=about)
@@ -173,10 +167,7 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
 
 
 def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
-    """Say so where a plan is measured on the text that its repair was fitted to, or that it was chosen by.
-
-    What it was chosen by is in the folder that a search leaves with the plan at `path`.
-    """
+    """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
     from .search import SearchRecord
 
     texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)

@@ -22,12 +22,19 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
-from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, similarity_by_depth
+from .driver import (
+    BenchmarkRecord,
+    Benchmarks,
+    DiagnosticsRecord,
+    SimilarityRecord,
+    Subject,
+    diagnose,
+    similarity_by_depth,
+)
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
-from .pages import speedup_cards
+from .pages import similarity_section, speedup_cards
 from .shown import Card, Message, Section, Shown, Step
-from .similarity import SimilarityRecord, similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
@@ -141,10 +148,8 @@ def run_paper(
 ) -> list[ClaimRecord]:
     """Benchmarks and times of the paper's grid and, on the subject's text, its Fig. 1; what became of its claims.
 
-    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `windows` are those
-    of the diagnostics, if they are wanted. What is finished stays in the folder, and the same call goes on from there.
-    Writes paper.md, a .tex for each table, the claims among them, and a .csv for each kind of records. Raises as
-    `Benchmarks`, `run_diagnostics` and `time_grid` do, before anything is computed.
+    Goes on from what the folder holds. Tasks that generate text are run on dense and the largest fraction only, unless
+    `generate_all`; `windows` are those of the diagnostics. Raises as `Benchmarks` and `time_grid`, before it computes.
     """
     from ..choosing.criteria.data_free import paper_grid
 
@@ -164,9 +169,6 @@ def run_paper(
     return write_paper(subject.out, similarity, benchmarks, times, checks)
 
 
-Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]]
-
-
 def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Times]:
     """What each of `rows` takes, by its name; the dense one is among them."""
     from ..measuring.speed import time_plans
@@ -180,14 +182,13 @@ def time_grid(
     rows: Sequence[Configured],
     timing: TimingGrid = TimingGrid(),
     *,
-    measure: Measure = in_turn,
+    measure: Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]] = in_turn,
     progress: Progress = silent,
 ) -> list[TimesRecord]:
-    """Time all `rows` (the dense one first) for each workload of the grid; one record each.
+    """Time all `rows` (the dense one first) for each workload of the grid, or take what the folder holds.
 
-    Writes to the folder when a workload is done, and takes what is there. Where so many sequences do not fit into
-    memory half of them are timed, and the record's `concurrency` says so beside `asked_concurrency`. Raises as
-    `measure` does, and `UsageError` when not even one sequence fits, and when another process works there.
+    Where memory does not hold so many sequences half of them are timed, and `concurrency` says so. Raises `UsageError`
+    when not even one fits, and when another process works there.
     """
     from ..running.footprint import footprint
 
@@ -264,12 +265,10 @@ class Scoreboard:
 
     def __init__(self, records: Sequence[BenchmarkRecord]) -> None:
         self.cells: dict[Configuration, dict[str, BenchmarkRecord]] = {}
-        metrics: dict[str, set[str]] = {}
-        for record in records:
-            metrics.setdefault(record.task, set()).add(record.metric)
+        metrics = Counter(task for task, _ in {(record.task, record.metric) for record in records})
         for record in records:
             name = heading_of(record.task)
-            column = name if len(metrics[record.task]) == 1 else f"{name}, {record.usual_metric}"
+            column = name if metrics[record.task] == 1 else f"{name}, {record.usual_metric}"
             self.cells.setdefault(record.configuration, {})[column] = record
 
     @cached_property
@@ -288,10 +287,7 @@ class Scoreboard:
         return min((row[column].documents for row in self.cells.values() for column in self.shared), default=0)
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
-        """The average of `key` less that of `other`, its standard error and p value, paired by document.
-
-        Without the values of documents there is no p value, and an error only beside the dense model.
-        """
+        """The average of `key` less that of `other`, its standard error and p value, paired by document where known."""
         from ..measuring.statistics import mean_and_error, sign_flip_p_value
 
         means, errors, terms = [], [], list[float]()
@@ -322,9 +318,8 @@ class Scoreboard:
 
 def _is_share(record: TaskScore) -> bool:
     shares = [record.value] if record.values is None else _shares(record)
-    if not is_number(record.value) or (record.values is not None and len(shares) < record.documents):
-        return False
-    return all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
+    known = is_number(record.value) and (record.values is None or len(shares) >= record.documents)
+    return known and all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
 
 
 def _shares(record: TaskScore) -> list[float]:
@@ -589,15 +584,15 @@ def tables_of(
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],
     checks: Sequence[DiagnosticsRecord],
-) -> Iterator[tuple[str, Sequence[Record], list[Figure]]]:
+) -> list[tuple[str, Sequence[Record], list[Figure]]]:
     """Of each kind of table that there is something for the records, and what is shown of them."""
-    if benchmarks:
-        yield "benchmarks", benchmarks, [*benchmark_figures(board)]
-    if checks:
-        yield "diagnostics", checks, [*diagnostics_figures(checks)]
-    if times:
-        yield "prefill", times, [*time_figures(times, "prefill")]
-        yield "decode", times, [*time_figures(times, "decode")]
+    every: list[tuple[str, Sequence[Record], Iterator[Figure]]] = [
+        ("benchmarks", benchmarks, benchmark_figures(board)),
+        ("diagnostics", checks, diagnostics_figures(checks)),
+        ("prefill", times, time_figures(times, "prefill")),
+        ("decode", times, time_figures(times, "decode")),
+    ]
+    return [(name, records, [*figures]) for name, records, figures in every if records]
 
 
 def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
@@ -648,22 +643,30 @@ def shown(folder: Folder) -> Shown:
         return Shown()
     averages = {one.configuration: one for one in board.averages()}
     timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(checks)
-    first = _headline(timed, averages, lost)
-    found = [*_told(first, timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
     steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
     for key, row in every.items():
         taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
         steps.append(Step(row.name, row.plan, None, taken, left, dense))
-    place = {key: number for number, key in enumerate(every)}
-    holding = [claim for claim in claims if claim.verdict == "holds"]
-    rest = became_of([claim for claim in claims if claim not in holding])
-    cards = [Card("Claims that hold", f"{len(holding)} of {len(claims)}", "", rest)] if claims else []
+    parts, cards, model = [], [], shortened(folder.model, NAME_LETTERS)
+    if claims:
+        holding = [claim for claim in claims if claim.verdict == "holds"]
+        rest = became_of([claim for claim in claims if claim not in holding])
+        cards.append(Card("Claims that hold", f"{len(holding)} of {len(claims)}", "", rest))
+        parts.append(f"of the paper's {len(claims)} claims {became_of(claims)} on {model}")
+    end, command, place = "go on with it", next_command("paper", folder.model, out=folder.path), [*every]
+    if first := _headline(timed, averages, lost):
+        found = [*_told(first, timed.get(first), averages.get(first), lost.get(first), board.fewest)]
+        parts.append(f"{_without(first)} {joined([said for said, _ in found])}")
+        cards += [card for _, some in found for card in some]
+        options = {"skip": f"{first[0]}:{first[1]:g}", "keep_last": first[2] or None}
+        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
+    said = "; ".join(parts) or f"the evaluation of {model} has only begun"
     usable = lost[first] <= MOST_NATS if first in lost else None
     return Shown(
-        message=_message(folder, claims, first, [said for said, _ in found], usable),
-        cards=(*cards, *(card for _, some in found for card in some)),
+        message=Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command),
+        cards=tuple(cards),
         steps=tuple(steps),
-        first=place[first] if first else max(len(steps) - 1, 0),
+        first=place.index(first) if first else max(len(steps) - 1, 0),
         sections=tuple(_sections(folder, board, place)),
         similarity=folder.of(SimilarityRecord),
     )
@@ -715,23 +718,7 @@ def _without(key: Configuration) -> str:
     return f"without the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s{kept}"
 
 
-def _message(
-    folder: Folder, claims: Sequence[ClaimRecord], key: Configuration | None, told: Sequence[str], usable: bool | None
-) -> Message:
-    model = shortened(folder.model, NAME_LETTERS)
-    parts = [f"of the paper's {len(claims)} claims {became_of(claims)} on {model}"] if claims else []
-    if key is None:
-        parts = parts or [f"the evaluation of {model} has only begun"]
-        end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
-    else:
-        parts, (variant, fraction, keep_last) = [*parts, f"{_without(key)} {joined(told)}"], key
-        options = {"skip": f"{variant}:{fraction:g}", "keep_last": True if keep_last else None}
-        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
-    said = "; ".join(parts)
-    return Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command)
-
-
-def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, int]) -> Iterator[Section]:
+def _sections(folder: Folder, board: Scoreboard, place: Sequence[Configuration]) -> Iterator[Section]:
     """The claims, Fig. 1, and of each kind of figures a table of all configurations; its CSV has every digit."""
     if claims := folder.of(ClaimRecord):
         yield Section("claims", "The paper's claims", (), table("claims", CLAIMS, claims), note=JUDGED, opens=True)
@@ -740,6 +727,6 @@ def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, i
     kinds = (folder.of(BenchmarkRecord), folder.of(TimesRecord), folder.of(DiagnosticsRecord))
     for name, records, figures in tables_of(board, *kinds):
         lines, rows = pivot(name, CONFIGURED, figures, lambda row: row.configuration)
-        steps = tuple(place.get(row.configuration) for row in rows)
+        steps = tuple(place.index(row.configuration) if row.configuration in place else None for row in rows)
         lines = replace(lines, csv=as_csv(records))
         yield Section(name, CAPTIONS[name][0], (), lines, steps, caption_of(name, records))

@@ -14,7 +14,7 @@ from ..charts import layers
 from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
-from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, similarity, sweep
+from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Folder, read_folder
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..files import write_whole
@@ -42,7 +42,7 @@ VERBS: tuple[tuple[tuple[Verb, tuple[type[Record], ...]], ...], ...] = (
     (
         (sweep, (sweep.SweepRecord,)),
         (paper, (paper.ClaimRecord, driver.BenchmarkRecord, driver.DiagnosticsRecord, paper.TimesRecord)),
-        (sweep, (similarity.SimilarityRecord,)),
+        (sweep, (driver.SimilarityRecord,)),
     ),
     ((compare, (compare.ComparisonRecord,)),),
     ((search, (search.SearchRecord,)),),
