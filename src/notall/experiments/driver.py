@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from itertools import groupby
-from operator import add, itemgetter
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -150,14 +149,14 @@ class HeldScores:
             asked = [key for key in lacking if key != DENSE]
             found = dict(zip([DENSE, *asked], self.subject.score([plans[key] for key in asked], tokens)))
             self._held |= {(number, *key): found[key] for key in lacking}
-            self.kept.add(
-                *(
-                    ScoresRecord(
-                        batch=number, repair=repair, scores={key[1]: found[key] for key in keys}, provenance=self.about
-                    )
-                    for repair, keys in groupby(lacking, key=itemgetter(0))
-                )
-            )
+            by_repair: dict[str, dict[str, Scores]] = {}
+            for repair, names in lacking:
+                by_repair.setdefault(repair, {})[names] = found[repair, names]
+            records = [
+                ScoresRecord(batch=number, repair=repair, scores=scores, provenance=self.about)
+                for repair, scores in by_repair.items()
+            ]
+            self.kept.add(*records)
         progress(1, 1, doing)
 
     def has(self, key: Scored) -> bool:
@@ -193,7 +192,7 @@ def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progre
     return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=named).values()][-1]
 
 
-def similarity_by_depth(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
+def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
     """Of each block and sublayer."""
     from ..measuring.similarity import measure_similarity
 
@@ -347,13 +346,10 @@ def diagnose(
             counts = {sum(record.part == part and row.describes(record) for record in held) for row in rows}
             if len(counts) == 1 and counts != {0}:
                 continue
+            records: list[DiagnosticsRecord] = []
             found = run_diagnostics(subject.model, subject.tokenizer, plans, windows, parts=[part], seed=subject.seed)
-            held.add(
-                *(
-                    DiagnosticsRecord.from_fact(check, row, part=part, provenance=about)
-                    for row, checks in zip(rows, found)
-                    for check in checks
-                )
-            )
+            for row, checks in zip(rows, found):
+                records += [DiagnosticsRecord.from_fact(one, row, part=part, provenance=about) for one in checks]
+            held.add(*records)
         progress(1, 1, "diagnostics")
         return [record for record in held if any(row.describes(record) for row in rows)]

@@ -22,15 +22,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
-from .driver import (
-    BenchmarkRecord,
-    Benchmarks,
-    DiagnosticsRecord,
-    SimilarityRecord,
-    Subject,
-    diagnose,
-    similarity_by_depth,
-)
+from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section, speedup_cards
@@ -162,7 +154,7 @@ def run_paper(
     asked = Benchmarks(subject, rows, tasks, generating) if tasks else None
     stages = Stages(progress, 1 + 20 * bool(asked) + 10 * bool(windows) + 10)
     with working_in(subject.out, "paper"):
-        similarity = similarity_by_depth(subject, subject.provenance, stages.stage(1))
+        similarity = similarities(subject, subject.provenance, stages.stage(1))
     benchmarks = asked.run(stages.stage(20)) if asked else []
     checks = diagnose(subject, rows[1:], windows, stages.stage(10)) if windows else []
     times = time_grid(subject, rows, timing, progress=stages.stage(10))
@@ -211,17 +203,11 @@ def time_grid(
             if known(workload):
                 continue
             fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
-            size = {
-                "prompt_tokens": workload.prompt_tokens,
-                "concurrency": fitted,
-                "asked_concurrency": workload.concurrency,
-            }
-            left = [footprint(subject.model, row.plan) for row in rows]
+            size = {"prompt_tokens": workload.prompt_tokens, "asked_concurrency": workload.concurrency}
+            how = {**size, "concurrency": fitted, "provenance": about}
+            left = {row.name: footprint(subject.model, row.plan) for row in rows}
             held.add(
-                *(
-                    TimesRecord.from_fact(row, **size, times=times[row.name], footprint=one, provenance=about)
-                    for row, one in zip(rows, left)
-                )
+                *(TimesRecord.from_fact(row, times=times[row.name], footprint=left[row.name], **how) for row in rows)
             )
         progress(stages.steps, stages.steps, "timed all configurations")
         return [record for workload in timing.workloads for record in known(workload)]
@@ -274,12 +260,8 @@ class Scoreboard:
     @cached_property
     def shared(self) -> list[str]:
         """The columns that every configuration has, as shares of 0 to 1: what an average is taken over."""
-        rows = self.cells.values()
-        return [
-            column
-            for column in self.cells.get(DENSE, ())
-            if all(column in row and _is_share(row[column]) for row in rows)
-        ]
+        every = [{column for column, one in row.items() if _is_share(one)} for row in self.cells.values()]
+        return [column for column in self.cells.get(DENSE, ()) if all(column in row for row in every)]
 
     @property
     def fewest(self) -> int:
@@ -421,9 +403,8 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     if is_number(change):
         error = math.hypot(before.cosine_se, last.cosine_se)
         claim = "Fig. 1: the very last layer is less similar than the one before it"
-        here = (
-            f"cosine {last.cosine:.4f} after {before.cosine:.4f}: last less the one before {change:+.4f} ± {error:.4f}"
-        )
+        less = f"last less the one before {change:+.4f} ± {error:.4f}"
+        here = f"cosine {last.cosine:.4f} after {before.cosine:.4f}: {less}"
         yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
 
 
@@ -441,34 +422,19 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
     most = fractions[-1]
     few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
-    attention, kept = ("attention", most, False), "keeping the last layer"
+    attention = ("attention", most, False)
+    claim = f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)"
     # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
-    asked: list[tuple[str, str, Configuration, Configuration, float]] = [
-        (
-            f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
-            *("attentions skipped less dense", attention, DENSE, -0.018),
-        ),
-        *(
-            (
-                f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
-                "attentions skipped less MLPs skipped",
-                *(("attention", fraction, False), ("mlp", fraction, False), 0.0),
-            )
-            for fraction in fractions
-        ),
-        *(
-            (
-                f"{kept} lowers quality when {most:.0%} of the {KIND_NAMES[kind]}s are skipped",
-                "last layer skipped less last layer kept",
-                *((kind, most, False), (kind, most, True), 0.0),
-            )
-            for kind in ("mlp", "block")
-        ),
-        (
-            f"{kept} does not lower quality when {most:.0%} of the attentions are skipped",
-            *("last layer kept less last layer skipped", ("attention", most, True), attention, 0.0),
-        ),
-    ]
+    asked = [(claim, "attentions skipped less dense", attention, DENSE, -0.018)]
+    for fraction in fractions:
+        claim = f"skipping {fraction:.0%} of the attentions costs less than as many MLPs"
+        pair = ("attention", fraction, False), ("mlp", fraction, False)
+        asked.append((claim, "attentions skipped less MLPs skipped", *pair, 0.0))
+    for kind in ("mlp", "block"):
+        claim = f"keeping the last layer lowers quality when {most:.0%} of the {KIND_NAMES[kind]}s are skipped"
+        asked.append((claim, "last layer skipped less last layer kept", (kind, most, False), (kind, most, True), 0.0))
+    claim = f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped"
+    asked.append((claim, "last layer kept less last layer skipped", ("attention", most, True), attention, 0.0))
     for claim, what, ours, theirs, least in asked:
         difference, error, _ = board.difference(ours, theirs)
         here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
@@ -497,10 +463,8 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     """Those at the longest prompt and the fewest sequences at once."""
-    longest = max((record.prompt_tokens for record in times), default=0)
-    asked = [record for record in times if record.prompt_tokens == longest]
-    fewest = min((record.concurrency for record in asked), default=0)
-    return [record for record in asked if record.concurrency == fewest]
+    sizes = [(-record.prompt_tokens, record.concurrency) for record in times]
+    return [record for record, size in zip(times, sizes) if size == min(sizes)]
 
 
 HALVES = {False: "the last layer skipped too", True: "the last layer kept"}

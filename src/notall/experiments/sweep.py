@@ -31,7 +31,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
 from ..results.table import Column, inherited, table, within
-from .driver import HeldScores, SimilarityRecord, Subject, scored_as, similarity_by_depth, time_plan
+from .driver import HeldScores, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
 from .pages import LeaveOneOutRecord, results, shown_plans, similarity_section, with_points
 from .shown import Card, Figure, Sample, Shown
@@ -123,7 +123,7 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
                 done.add(record)
             telling(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
-        similarity_by_depth(subject, about, stages.stage(subject.tokens))
+        similarities(subject, about, stages.stage(subject.tokens))
         leave_one_out(subject, about, stages.stage(leaving_out))
         if subject.tokenizer:
             continuations(subject, least_lost(records), about, stages.stage(sampling))
