@@ -26,7 +26,6 @@ from api import (
     compare_criteria,
     compare_module,
     comparison_table,
-    driver,
     evaluate,
     kl,
     nll,
@@ -118,7 +117,7 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
     out, records = compared
     before = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
     monkeypatch.setattr(quality, "score", None)
-    monkeypatch.setattr(driver, "time_plan", None)
+    monkeypatch.setattr(compare_module, "time_plan", None)
     again = run(model, all_rows(model), out, workload=WORKLOAD)
     assert again == records
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
@@ -128,7 +127,7 @@ def test_asked_again_it_runs_nothing(model, compared, monkeypatch):
 def test_stopped_at_any_stage_it_goes_on(model, compared, tmp_path, monkeypatch, stage):
     _, records = compared
     rows = all_rows(model, ("cosine", "search"))
-    owner = {"score": quality, "time_plan": driver, "_choose": compare_module._Choosing}[stage]
+    owner = {"score": quality, "time_plan": compare_module, "_choose": compare_module._Choosing}[stage]
     kept = getattr(owner, stage)
     calls = []
 

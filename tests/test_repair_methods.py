@@ -9,11 +9,11 @@ import torch
 from api import (
     METHODS,
     CalibratedObjective,
+    CompareOptions,
     ComparisonRecord,
     LinearMap,
     Provenance,
     RepairedPlan,
-    Repairs,
     Replay,
     Run,
     ScoresRecord,
@@ -359,10 +359,10 @@ def asked(model):
 
 
 def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeypatch):
-    repairs = Repairs(("refit", "none", "nbl"), BATCHES)
+    repairs = {"repairs": ("refit", "none", "nbl"), "repair_text": BATCHES}
     before = compared(model, asked, tmp_path)
     held = (tmp_path / ScoresRecord.file).read_bytes()
-    records = compared(model, asked, tmp_path, repairs=repairs)
+    records = compared(model, asked, tmp_path, **repairs)
     assert [record.repair for record in records] == ["none", "refit", "nbl"] * 2
     assert (tmp_path / ScoresRecord.file).read_bytes().startswith(held)
     assert [record.quality for record in records[::3]] == [record.quality for record in before]
@@ -374,7 +374,7 @@ def test_each_choice_is_judged_after_each_repair(model, asked, tmp_path, monkeyp
         assert record.added_bytes == (2 * (32 * 32 + 32) * 8 if record.repair == "nbl" else 0)
     monkeypatch.setattr(quality, "score", None)
     monkeypatch.setattr(methods, "method", None)
-    again = compared(model, asked, tmp_path, repairs=repairs)
+    again = compared(model, asked, tmp_path, **repairs)
     assert again == records
     assert {record.key for record in read(tmp_path / ComparisonRecord.file, ComparisonRecord)} == {
         record.key for record in records
@@ -387,7 +387,7 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
     assert not any("repair" in row or "added_bytes" in row for row in rows)
     assert "repair" not in comparison_table(plain)
     assert plain[0].name == "deepest: 2 attention"
-    repaired = compared(model, asked, tmp_path / "more", repairs=Repairs(("ghosted",), BATCHES))
+    repaired = compared(model, asked, tmp_path / "more", repairs=("ghosted",), repair_text=BATCHES)
     table = comparison_table(repaired)
     assert "| criterion | repair | NLL added |" in table  # and by no objective
     assert "| added |" in table
@@ -399,7 +399,7 @@ def test_a_comparison_with_repairs_says_so_and_one_without_is_as_it_was(model, a
 
 def test_an_unknown_repair_is_refused_before_anything_is_done():
     with pytest.raises(UsageError, match="no repair 'luck'"):
-        Repairs(("luck",))
+        CompareOptions(repair=("luck",)).check()
 
 
 def test_the_dense_model_keeps_its_own_weights(model):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from notall import Plan
 from notall.choosing.budget import by_count
 from notall.choosing.choice import ChosenPlan, choose_plan
 from notall.choosing.space import plan_of
-from notall.measuring.quality import Scores, score, summarize
+from notall.measuring.quality import score, summarize
 from notall.measuring.statistics import mean_and_error
 from notall.repairing.methods import kept_repair
 from notall.results import lines
@@ -119,11 +121,7 @@ def measured(
 ) -> list[dict[str, Any]]:
     """The figures of each way to choose; `less` is beside the first."""
     every = [*plans.values(), *repaired.values()]
-    scores = [Scores() for _ in range(1 + len(every))]
-    for tokens in windows:
-        for total, part in zip(scores, score(model, every, tokens)):
-            total.extend(part)
-    dense, *found = scores
+    dense, *found = (reduce(add, parts) for parts in zip(*(score(model, every, tokens) for tokens in windows)))
     raw, mended = found[: len(plans)], found[len(plans) :]
     rows = []
     for way, before, after in zip(plans, raw, mended):

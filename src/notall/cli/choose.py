@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from ..errors import shortened
 from ..experiments import compare as comparing
 from ..experiments.driver import Subject
+from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
-from ..experiments.measured import warn_if_worse
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions, StopOptions
@@ -57,7 +57,8 @@ def compare(
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
             workload=timed,
-            repairs=comparing.Repairs(how.repair, batches) if how.repair else None,
+            repairs=how.repair,
+            repair_text=batches,
             progress=progress,
         )
     title = f"Ways to choose what {shortened(model_in_words(about.what['model']))} skips"

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
-from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, TextOptions, read_plan
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict

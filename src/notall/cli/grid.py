@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..experiments.driver import Subject
+from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, RayOptions, TaskOptions, TextOptions, diagnostic_windows
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
-from ..experiments.similarity import SimilarityRecord, write_similarity
 from ..experiments.sweep import COLUMNS, write_sweep
 from ..experiments.sweep import sweep as sweep_grid
 from ..extras import FIGURES, need

@@ -108,7 +108,7 @@ def similarity(
     ] = None,
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
-    from ..experiments.similarity import write_similarity
+    from ..experiments.driver import write_similarity
     from ..measuring.similarity import measure_similarity
 
     if out:

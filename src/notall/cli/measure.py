@@ -8,9 +8,8 @@ from typing import Annotated
 
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, keep, mend_of, records_of
+from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse, warn_of_own_text
 from ..experiments.folder import check_folder
-from ..experiments.measured import warn_if_worse, warn_of_own_text
 from ..experiments.options import (
     Diagnostics,
     ModelOptions,
@@ -71,9 +70,7 @@ def evaluate(
         found = evaluation.run(batches)
     settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
     abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in evaluation.states.items()}
-    records = records_of(found, described["text"], abouts)
-    if out:
-        keep(out, records)
+    records = records_of(found, described["text"], abouts, out)
     tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
         title = "benchmarks, differences paired by document; worse: p < 0.05"

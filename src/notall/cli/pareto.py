@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError, shortened
 from ..experiments import pareto as fronts
+from ..experiments.evaluate import warn_of_own_text
 from ..experiments.folder import check_folder
-from ..experiments.measured import warn_of_own_text
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
 from ..experiments.repair import NONE
 from ..options import Option, RunOptions, Workload

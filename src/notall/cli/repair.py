@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
+from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
-from ..experiments.measured import warn_if_worse
 from ..experiments.options import ModelOptions, read_plan
 from ..experiments.repair import (
     METHODS,

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..measuring.quality import Scores, score
+from ..measuring.quality import score
 from ..plan import Plan
+from ..results.facts import Scores
 from ..running.cluster import Pool, joined
 from ..running.replay import live_steps
 from ..structure.model_structure import ModelStructure

@@ -23,14 +23,11 @@ from ..results.table import Column, number, table, within, words
 from .folder import Folder
 from .options import ModelOptions
 from .pages import speedup_cards
-from .shown import Message, Section, Shown, Step
+from .shown import Section, Shown, Step
 from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
 
 
 class Timed(Fact):
@@ -90,9 +87,6 @@ COLUMNS: tuple[Column[BenchRow], ...] = (
 )
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ShapeOptions:
     """A model of random weights in place of a real one."""
@@ -133,8 +127,7 @@ def bench(
 ) -> BenchRecord:
     """`plan` and the dense model, timed; kept in the folder `out` with earlier records, if given.
 
-    Raises `UsageError` before anything is timed when the folder is in use, holds another command's results or cannot
-    be written.
+    Raises `UsageError` before anything is timed when it cannot be kept there.
     """
     from ..measuring.speed import time_plans
     from ..running.footprint import footprint
@@ -152,13 +145,9 @@ def bench(
     return record
 
 
-# --- in words and on a page -------------------------------------------------------------------------------------------
-
-
 def conclusion(record: BenchRecord) -> str:
-    """What prompt and generated tokens take together; "" where nothing is skipped."""
-    if not record.skipped:
-        return ""
+    """What prompt and generated tokens take together, of a record that skips something."""
+    assert record.skipped
     dense, skipped = (
         one.times.prefill_ms.median + record.generation_tokens * one.times.decode_ms_per_token.median
         for one in (record.dense, record.skipped)
@@ -167,9 +156,6 @@ def conclusion(record: BenchRecord) -> str:
         f"Without {record.plan.in_words()} the prompt and {record.generation_tokens} new tokens take "
         f"{skipped:,.0f} ms, where the dense model takes {dense:,.0f}: {dense / skipped:.2f} times as fast, by medians."
     )
-
-
-NOTE = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
 
 
 def shown(folder: Folder) -> Shown:
@@ -181,26 +167,22 @@ def shown(folder: Folder) -> Shown:
         plan = row.bench.plan if row.model is row.bench.skipped else Plan()
         name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
         steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
+    note = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
     lines = table("results", COLUMNS, rows)
-    results = Section("results", "Results", (), lines, tuple(range(len(rows))), NOTE)
+    results = Section("results", "Results", (), lines, tuple(range(len(rows))), note)
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
-    step, record = steps[timed[-1]], rows[timed[-1]].bench
-    assert step.times
-    cards = speedup_cards(step.times, f"without {record.plan.in_words()}; {record.told}")
-    return Shown(_message(folder, step, record), tuple(cards), tuple(steps), timed[-1], (results,))
-
-
-def _message(folder: Folder, step: Step, record: BenchRecord) -> Message:
+    step, record, times = steps[timed[-1]], rows[timed[-1]].bench, rows[timed[-1]].model.times
+    cards = speedup_cards(times, f"without {record.plan.in_words()}; {record.told}")
     verdict = Verdict(
         step.plan,
-        speedup=step.times.speedup_decode if step.times else None,
+        speedup=times.speedup_decode,
         footprint=step.footprint,
         dense=step.dense,
         model=folder.model,
         layers=folder.layers,
     )
     real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
-    command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
-    return verdict.message("see what that costs", command)
+    message = verdict.message("see what that costs", f"{next_command('eval', real)} {shlex.join(folder.plan_options)}")
+    return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))

@@ -1,48 +1,33 @@
-"""Criteria side by side: what each skips at each budget, what that costs on held-out text, and what it took to find.
-
-In stages, each of which goes on where it was stopped: every criterion chooses, all plans are scored together on the
-held-out text, repaired ones plan by plan, answer tasks together, are timed, and become a record each.
-"""
+"""Criteria side by side: what each skips at each budget, what that costs on held-out text, and what it took to find."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
 from ..results.evaluations import EvaluationRecord
-from ..results.facts import (
-    BESIDE,
-    DELTA_NLL,
-    KL,
-    QUALITY,
-    SPEEDUPS,
-    TOP1,
-    Footprint,
-    Quality,
-    SearchCost,
-    TaskScore,
-    Times,
-)
+from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
-from .driver import UNREPAIRED, HeldScores, RepairName, Subject, scored_as, shared_times, task_scores
+from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
 from .pages import results, shown_plans, with_points
@@ -54,18 +39,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..charts.losses import Point
-    from ..choosing.criteria import Choice, Setting, UnitScores
+    from ..choosing.criteria import UnitScores
     from ..choosing.objective import Objective
     from ..choosing.space import Space
     from ..running.repaired import RepairedPlan
 
 TASK_LIMIT = 100  # documents of a task that is an objective, where nothing else is said
-GOALS = ("nll", "kl", "answers")  # objectives that any text allows
-MOST_CARDS = 5
 NO_TASKS = TaskChoice(None, ())
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
 
 
 class Answered(Skips):
@@ -97,6 +77,18 @@ class ChoiceRecord(Record, Answered):
     record: Literal["choice"] = "choice"
 
 
+class PlanTimesRecord(Record):
+    """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
+
+    file = "plan_times.jsonl"
+    commands = ("compare",)
+    key_fields = ("footprint",)
+
+    record: Literal["plan_times"] = "plan_times"
+    footprint: Footprint
+    times: Times
+
+
 class ComparisonRecord(Record, Answered):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
@@ -118,7 +110,7 @@ class ComparisonRecord(Record, Answered):
 
     @property
     def way(self) -> str:
-        """How its plan was chosen, and repaired, such as `search by kl, refit`."""
+        """Such as `search by kl, refit`."""
         return self.chosen_by + (f", {self.repair}" if self.repair != UNREPAIRED else "")
 
     @property
@@ -136,11 +128,12 @@ class ComparisonRecord(Record, Answered):
 
     def figures(self) -> dict[str, Scalar]:
         """Those of its tasks too."""
-        tasks: dict[str, Scalar] = {}
-        for one in self.tasks:
-            named = (("value", one.value), ("delta", one.delta), ("delta_se", one.delta_se))
-            tasks |= {f"{name_of(one)} {field}": value for field, value in named if is_number(value)}
-        return super().figures() | tasks
+        return super().figures() | {
+            f"{name_of(one)} {field}": value
+            for one in self.tasks
+            for field, value in (("value", one.value), ("delta", one.delta), ("delta_se", one.delta_se))
+            if is_number(value)
+        }
 
 
 def name_of(score: TaskScore) -> str:
@@ -148,12 +141,11 @@ def name_of(score: TaskScore) -> str:
     return f"{score.task} {score.metric.partition(',')[0]}"
 
 
-BY: Column[ComparisonRecord] = words("by", lambda one: one.objective if one.by_objective else "")
 BEHIND: Column[ComparisonRecord] = with_error("behind the best", lambda one: (one.behind, one.behind_se))
 FORWARDS: Column[ComparisonRecord] = number("forward passes", lambda one: one.forwards, ",.1f")
 CHOSEN: tuple[Column[ComparisonRecord], ...] = (
     words("criterion", lambda one: one.criterion),
-    BY,
+    words("by", lambda one: one.objective if one.by_objective else ""),
     words("among", lambda one: one.space),
     words("count", lambda one: one.count),  # a part of the question: no answer that a narrow terminal would end with
 )
@@ -161,11 +153,18 @@ CHOSEN: tuple[Column[ComparisonRecord], ...] = (
 
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
+
+    def of_task(name: str) -> Column[ComparisonRecord]:
+        def cell(record: ComparisonRecord) -> Cell:
+            return next((BESIDE.cell(score) for score in record.tasks if name_of(score) == name), EMPTY)
+
+        return Column(name, cell, note=BESIDE.note)
+
     return (
         *CHOSEN,
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *map(_task_column, _tasks_of(records)),
+        *map(of_task, _tasks_of(records)),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -179,16 +178,6 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
 
 def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
     return list(dict.fromkeys(name_of(score) for one in records for score in one.tasks))
-
-
-def _task_column(name: str) -> Column[ComparisonRecord]:
-    def cell(record: ComparisonRecord) -> Cell:
-        return next((BESIDE.cell(score) for score in record.tasks if name_of(score) == name), EMPTY)
-
-    return Column(name, cell, note=BESIDE.note)
-
-
-# --- what is asked for ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,9 +215,11 @@ class CompareOptions:
         """The tasks of the harness that objectives go by. Raises `UsageError` for what is refused without a model."""
         from ..choosing.criteria import criterion
         from ..choosing.objective import read_prompts, terms_of
+        from ..repairing.methods import method
 
         need(*(module for name in self.criterion for module in criterion(name).needs))
-        Repairs(self.repair)
+        for name in self.repair:
+            method(name)
         for amount in self.amounts:
             if not amount.amounts or any(one < 1 or one % 1 for one in amount.amounts):
                 raise UsageError(f"--skip {shortened(amount)} is no kind and counts: write attention:4,8")
@@ -288,25 +279,6 @@ class Run:
         return " ".join(map(str, self.key))
 
 
-@dataclass(frozen=True)
-class Repairs:
-    """Ways to make up for what a plan skips, by name, and the text to do it with: (batch, tokens) token ids each."""
-
-    methods: tuple[str, ...] = ()
-    batches: Sequence[Tensor] = ()
-
-    def __post_init__(self) -> None:
-        from ..repairing.methods import method
-
-        for name in self.methods:
-            method(name)
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Each once, without the one that does nothing."""
-        return tuple(name for name in dict.fromkeys(self.methods) if name != UNREPAIRED)
-
-
 def runs_of(
     criteria: Sequence[str], objectives: Sequence[str], spaces: Sequence[tuple[Space, Sequence[int]]]
 ) -> list[Run]:
@@ -323,9 +295,6 @@ def runs_of(
     ]
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 def compare_criteria(
     subject: Subject,
     runs: Sequence[Run],
@@ -333,21 +302,20 @@ def compare_criteria(
     *,
     tasks: TaskChoice = NO_TASKS,
     workload: Workload | None = None,
-    repairs: Repairs | None = None,
+    repairs: Sequence[str] = (),
+    repair_text: Sequence[Tensor] = (),
     progress: Progress = silent,
 ) -> list[ComparisonRecord]:
-    """Choose, score, ask and time as `runs` say; one record a run. The subject's text is the held-out one.
+    """Choose as `runs` say, then score, ask and time all plans; one record a run. The subject's text is held out.
 
-    With `repairs`, one more for each of them, behind the run's own: its plan, repaired, on the held-out text.
-    Called again on the same folder it goes on where it stopped, and what was done of other runs stays. Raises
-    `UsageError` when the folder holds work of other settings or of another command, is in use or cannot be written,
-    and as `choose` does.
+    With `repairs`, one more for each of them, behind the run's own: its plan, repaired with batches of `repair_text`.
+    Goes on where it stopped. Raises `UsageError` when the folder holds work of other settings, and as `choose` does.
     """
     from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
     from ..running.footprint import footprint
 
-    repairs = repairs or Repairs()
+    ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
     if workload:
         workload.check(subject.model)
     for run in runs:
@@ -355,7 +323,7 @@ def compare_criteria(
     jobs, about = tasks.jobs(), Provenance.of(subject.provenance, seed=subject.seed)
     source = Provenance.of(about, fingerprint=subject.structure.fingerprint)
     costs = {run: criterion(run.criterion).cost(run.space, run.count) for run in runs}
-    repaired_in = 0.3 * (chosen_in := sum(costs.values())) * len(repairs.others)
+    repaired_in = 0.3 * (chosen_in := sum(costs.values())) * len(ways)
     stages = Stages(progress, 1.5 * chosen_in + repaired_in)  # what is measured takes half as much again
     with working_in(subject.out, "compare"):
         asked = [(run, stages.stage(cost)) for run, cost in costs.items()]
@@ -364,45 +332,66 @@ def compare_criteria(
         held = HeldScores(subject, Provenance.of(about, held_out_tokens=subject.tokens))
         scored = {scored_as(plan): plan for plan in (Plan(), *plans)}
         held.measure(scored, "scoring plans on held-out text", stages.stage(0.3 * chosen_in))
-        added = _repaired(subject, plans, repairs, held, stages.stage(repaired_in))
+        added = _repaired(subject, plans, ways, repair_text, held, stages.stage(repaired_in))
         answering, timing = stages.stage(0.1 * chosen_in), stages.stage(0.1 * chosen_in)
-        answers = task_scores(subject, plans, jobs, tasks, answering) if jobs else {}
+        answers = run_choice(
+            *(subject.model, subject.tokenizer, plans, jobs, tasks), folder=subject.out / "answers", progress=answering
+        )
         times = shared_times(subject, plans, workload, about, timing) if workload else {}
-
-        def made(choice: ChoiceRecord, repair: str) -> ComparisonRecord:
-            """What adds matrices takes other times."""
-            plan, chosen = choice.plan, {name: getattr(choice, name) for name in Answered.model_fields}
-            more = added.get((repair, plan), 0)
-            return ComparisonRecord(
-                **chosen | ({"repair": repair, "added_bytes": more} if repair != UNREPAIRED else {}),
-                quality=held.quality(scored_as(plan, repair)),
-                footprint=footprint(subject.model, plan),
-                tasks=answers.get(plan, ()) if repair == UNREPAIRED else (),
-                times=None if more else times.get(plan),
+        records = [
+            ComparisonRecord.from_fact(
+                choice,
+                **{"repair": repair, "added_bytes": added[repair, choice.plan]} if repair != UNREPAIRED else {},
+                quality=held.quality(scored_as(choice.plan, repair)),
+                footprint=footprint(subject.model, choice.plan),
+                tasks=tuple(one.score for one in answers if one.plan == choice.plan and repair == UNREPAIRED),
+                # What adds matrices takes other times.
+                times=None if added.get((repair, choice.plan)) else times.get(choice.plan),
                 provenance=source,
             )
-
-        records = [made(choice, repair) for choice in choices for repair in (UNREPAIRED, *repairs.others)]
+            for choice, repair in product(choices, (UNREPAIRED, *ways))
+        ]
         found = _finished(records, Ledger(subject.out, ComparisonRecord), held)
         progress(stages.steps, stages.steps, f"compared {len(records)} choices")
         return found
 
 
-def _repaired(
-    subject: Subject, plans: Sequence[Plan], repairs: Repairs, held: HeldScores, progress: Progress
-) -> dict[tuple[str, Plan], int]:
-    """By repair and plan the bytes that it adds at run time; its scores are held.
+def shared_times(
+    subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
+) -> dict[Plan, Times]:
+    """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
+    from ..running.footprint import footprint
 
-    One plan is repaired in all ways, and all are scored together, before the next one is: weights take memory.
-    """
+    about = Provenance.of(about, workload=asdict(workload))
+    held = Ledger(subject.out, PlanTimesRecord, about)
+    found = {}
+    for done, plan in enumerate(plans):
+        left = footprint(subject.model, plan)
+        if (left,) not in held:
+            progress(done, len(plans), f"timing {plan}")
+            times = time_plan(subject, plan, workload)
+            held.add(PlanTimesRecord(footprint=left, times=times, provenance=about))
+        found[plan] = held[left,].times
+    return found
+
+
+def _repaired(
+    subject: Subject,
+    plans: Sequence[Plan],
+    ways: Sequence[str],
+    text: Sequence[Tensor],
+    held: HeldScores,
+    progress: Progress,
+) -> dict[tuple[str, Plan], int]:
+    """By repair and plan the bytes added at run time; scores are held, and repaired weights of one plan at a time."""
     from ..repairing.methods import kept_repair
 
     found: dict[tuple[str, Plan], int] = {}
     for done, plan in enumerate(plans):
         repaired: dict[str, RepairedPlan] = {}
-        for name in repairs.others:
+        for name in ways:
             progress(done, len(plans), f"{name} of {plan}")
-            repaired[name] = kept_repair(subject.out / "repairs", name, subject.model, plan, repairs.batches)[0]
+            repaired[name] = kept_repair(subject.out / "repairs", name, subject.model, plan, text)[0]
         held.measure({scored_as(plan, name): one for name, one in repaired.items()}, f"scoring repairs of {plan}")
         found |= {(name, plan): one.added_bytes for name, one in repaired.items()}
     return found
@@ -411,10 +400,7 @@ def _repaired(
 def _finished(
     records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
 ) -> list[ComparisonRecord]:
-    """The same, each beside the one of as many of the same space, and repaired alike, that loses least.
-
-    What is new of these, and of others that were kept and lose more or less than these, is written down.
-    """
+    """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
     from ..measuring.statistics import mean_and_error
 
     asked = {record.key for record in records}
@@ -430,17 +416,16 @@ def _finished(
         for one in others:
             mine = held.scores(scored_as(one.plan, one.repair)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
+
+    def told(record: ComparisonRecord) -> dict[str, object]:
+        return record.model_dump(mode="json", exclude={"provenance": {"where"}})
+
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
         every[place] = found = record.model_copy(update={"behind": more, "behind_se": error})
-        if found.key not in kept or _without_place(kept[found.key]) != _without_place(found):
+        if found.key not in kept or told(kept[found.key]) != told(found):
             kept.add(found)
     return every[: len(records)]
-
-
-def _without_place(record: ComparisonRecord) -> dict[str, object]:
-    """All that a record says, but for where it was measured."""
-    return record.model_dump(mode="json", exclude={"provenance": {"where"}})
 
 
 class _Choosing:
@@ -465,7 +450,9 @@ class _Choosing:
         return Provenance.of(self.about, by=f"{by.objective.name} {by.objective.digest()}") if by else self.about
 
     def _choose(self, run: Run, progress: Progress) -> ChoiceRecord:
-        from ..choosing.criteria import Setting, criterion
+        """Scores are shared between counts."""
+        from ..choosing.budget import by_count
+        from ..choosing.criteria import Setting, choose, criterion, take
         from ..choosing.evaluator import Evaluator
         from ..choosing.space import plan_of
 
@@ -478,10 +465,16 @@ class _Choosing:
             *(model, run.space, by.batches, evaluator, self.subject.seed),
             progress=lambda done, total, doing: progress(done, total, f"{run.name}: {doing}"),
         )
-        chosen, spent = self._answer(run, setting)
-        rise = math.nan
-        if evaluates and not one.score:  # known already, or one evaluation more
-            rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
+        budget, rise = by_count(run.space, run.count), math.nan
+        if one.score:
+            if run.key[:3] not in self.scored:
+                self.scored[run.key[:3]] = one.scores(setting), evaluator.spent
+            scores, spent = self.scored[run.key[:3]]
+            chosen = take(setting, scores, budget)
+        else:
+            chosen, spent = choose(run.criterion, setting, budget), evaluator.spent
+            if evaluates:  # known already, or one evaluation more
+                rise = evaluator.cost(chosen.skipped) - evaluator.cost(frozenset())
         return ChoiceRecord(
             plan=plan_of(chosen.skipped),
             criterion=run.criterion,
@@ -496,30 +489,13 @@ class _Choosing:
             provenance=self._about(run.objective),
         )
 
-    def _answer(self, run: Run, setting: Setting) -> tuple[Choice, SearchCost]:
-        """Scores are shared between counts."""
-        from ..choosing.budget import by_count
-        from ..choosing.criteria import choose, criterion, take
-
-        budget, one = by_count(run.space, run.count), criterion(run.criterion)
-        if not one.score:
-            return choose(run.criterion, setting, budget), setting.evaluator.spent
-        key = run.key[:3]
-        if key not in self.scored:
-            self.scored[key] = one.scores(setting), setting.evaluator.spent
-        scores, spent = self.scored[key]
-        return take(setting, scores, budget), spent
-
 
 def _file_name(words: str) -> str:
     """A digest tells names apart that differ in what no file name may hold, or are too long."""
     short = re.sub(r"[^\w.+*-]", "-", words)[:80]
-    return f"{short}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return f"{short}-{digest_of([words])[:8]}"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-PLANS = "plans"
 SETS = {"mlp": "MLPs", "portable": "portable sublayers"}
 TOLD = (
     "By: the objective that a criterion goes by, if by one. NLL and KL in nats a token; behind the best: NLL beyond "
@@ -532,27 +508,22 @@ TIMED_ONCE = (
 
 
 def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str, made: str) -> None:
-    """The table as `out/table.md`, .tex and .csv, each plan in `out/plans`, and with the extra `report` a figure.
-
-    `title` stands over the table, and `made` says how and on what it was measured. Raises `UsageError` where a file
-    cannot be written.
-    """
-    names = {"repair", *_tasks_of(records), *(one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS))}
-    names |= {one.heading for one in (DELTA_NLL, KL, TOP1)} | {SPEEDUPS[0].heading}
+    """`out/table.md`, .tex, .csv, each plan in `out/plans`, a figure; `made` says how and on what it was measured."""
+    names = {one.heading for one in (*CHOSEN[:2], BEHIND, FORWARDS)} | {one.heading for one in QUALITY[:3]}
+    names |= {"repair", *_tasks_of(records), SPEEDUPS[0].heading}
     columns = [column for column in columns_of(records) if column.heading in names]
     note = f"\n{TIMED_ONCE}\n" if timed_once(records) else ""
-    latex = []
-    for name, part in _parts(columns, records):
-        caption = f"{title}. {made} {name} skipped. {TOLD} {part.legend}"
-        latex.append(as_latex(part, caption=caption, label=name.replace(" ", "-")))
+    latex = [
+        as_latex(part, caption=f"{title}. {made} {name} skipped. {TOLD} {part.legend}", label=name.replace(" ", "-"))
+        for name, part in _parts(columns, records)
+    ]
     markdown = f"# {title}\n\n{made}\n\n{comparison_table(records)}{note}"
     for suffix, text in {"md": markdown, "tex": "\n".join(latex), "csv": as_csv(records)}.items():
         (out / f"table.{suffix}").write_text(text, encoding="utf-8")
-    (out / PLANS).mkdir(exist_ok=True)
+    (out / "plans").mkdir(exist_ok=True)
     for record in records:
-        shape = record.what.get("fingerprint")
-        plan = Plan(record.plan.attention, record.plan.mlp, fingerprint=shape, note=record.chosen_by)
-        plan.save(plan_file(out, record))
+        about = {"fingerprint": record.what.get("fingerprint"), "note": record.chosen_by}
+        Plan(record.plan.attention, record.plan.mlp, **about).save(plan_file(out, record))
     if installed(*FIGURES):
         from ..charts.losses import losses_in_panels
         from ..charts.style import save
@@ -567,12 +538,15 @@ def timed_once(records: Sequence[ComparisonRecord]) -> bool:
 
 
 def comparison_table(records: Sequence[ComparisonRecord]) -> str:
-    """The comparison in Markdown, a part for each space and count, what loses least first.
+    """The comparison in Markdown, a part for each space and count, what loses least first."""
 
-    "On the text it chose by" is the objective's rise there.
-    """
+    def layers(record: ComparisonRecord) -> str:
+        """Such as `attention 6, 7; MLP 3`."""
+        skipped = record.plan.indices.items()
+        return "; ".join(f"{KIND_NAMES[kind]} {in_ranges(layers)}" for kind, layers in skipped if layers)
+
     columns = [column for column in columns_of(records) if column not in CHOSEN[2:]]
-    parts = [*_parts([*columns, words("skips", lambda one: layers_in(one.plan))], records)]
+    parts = [*_parts([*columns, words("skips", layers)], records)]
     legend = next((part.legend for _, part in parts), "")
     return "\n".join([f"{legend}\n", *(f"### {name}\n\n{part.markdown()}" for name, part in parts)])
 
@@ -595,48 +569,34 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
         lost[_asked(record)] = min(record.quality.nats_lost, lost.get(_asked(record), math.inf))
     spaces = [*dict.fromkeys(record.space for record in records)]
 
-    def rank(place: int) -> tuple[int, int, float, Key, float]:
-        record, asked = records[place], _asked(records[place])
-        return spaces.index(record.space), record.count, lost[asked], asked, record.quality.nats_lost
-
-    return sorted(range(len(records)), key=rank)
+    ranks = [
+        (spaces.index(one.space), one.count, lost[_asked(one)], _asked(one), one.quality.nats_lost) for one in records
+    ]
+    return sorted(range(len(records)), key=ranks.__getitem__)
 
 
 def _asked(record: ComparisonRecord) -> Key:
     return tuple(str(getattr(record, name)) for name in RUN)
 
 
-def layers_in(plan: Plan) -> str:
-    """Which layers a plan skips something of, such as `attention 6, 7; MLP 3`."""
-    return "; ".join(f"{KIND_NAMES[kind]} {in_ranges(layers)}" for kind, layers in plan.indices.items() if layers)
-
-
 def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     """Where the plan of a choice is, in the folder of a comparison."""
-    return folder / PLANS / f"{_file_name('-'.join(_asked(record)))}.json"
+    return folder / "plans" / f"{_file_name('-'.join(_asked(record)))}.json"
 
 
 def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
-    """A point for each record with a loss; `plan` counts the records from 0.
-
-    A criterion goes by its name, and by its objective too where there are several.
-    """
-    by: dict[str, set[str]] = {}
-    for record in records:
-        by.setdefault(record.criterion, set()).add(record.objective)
+    """A point for each record with a loss; a criterion is named with its objective where there are several."""
+    many = Counter(criterion for criterion, _ in {(one.criterion, one.objective) for one in records})
     return [
         replace(
             point,
             count=record.count,
-            colour=f"{record.criterion}, {record.objective}" if len(by[record.criterion]) > 1 else record.criterion,
+            colour=f"{record.criterion}, {record.objective}" if many[record.criterion] > 1 else record.criterion,
             shape=record.repair,
             panel=record.space,
         )
         for record, point in with_points(records)
     ]
-
-
-# --- on a page --------------------------------------------------------------------------------------------------------
 
 
 def shown(folder: Folder) -> Shown:
@@ -650,22 +610,21 @@ def shown(folder: Folder) -> Shown:
 
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
     """What makes the model of a choice: from its plan, or else by a search for the same."""
-    unrepaired = record.repair == UNREPAIRED
-    if (plan := plan_file(folder.path, record)).is_file() and unrepaired:
+    unrepaired, plan = record.repair == UNREPAIRED, plan_file(folder.path, record)
+    if plan.is_file() and unrepaired:
         command = next_command("export", folder.model, plan=plan, repair="refit", to="hf", out="smaller")
         return "repair it, and write that model", command
     if plan.is_file():
         kept = record.repair == "refit" or record.added_bytes  # what adds matrices cannot be served
-        mend: dict[str, object] = {} if kept else {"repair": record.repair}
-        mend |= on_the_text(folder.provenance, "sequences", "length")
+        mend = {"repair": None if kept else record.repair, **on_the_text(folder.provenance, "sequences", "length")}
         return "repair that plan", next_command("repair", folder.model, plan=plan, **mend, out="repaired")
     options = {
         "skip": f"{record.space}:{record.count}",
         "criterion": record.criterion if record.criterion != "search" else None,
-        "objective": record.objective if record.objective in GOALS else None,
+        "objective": record.objective if record.objective in ("nll", "kl", "answers") else None,
     }
-    repair = "" if unrepaired else ", then repair it"
-    return f"make that plan{repair}", next_command("search", folder.model, **options, out="plan.json")
+    end = "make that plan" if unrepaired else "make that plan, then repair it"
+    return end, next_command("search", folder.model, **options, out="plan.json")
 
 
 def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
@@ -674,15 +633,11 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
 
     order, points = best_first(records), points_of(records)
     colours = colours_of(points)
-    figures = [
-        Figure(
-            on_page(losses_by_count([point for point in points if point.panel == space], colours), 340),
-            f"quality lost by how many {space} are skipped",
-            title=space,
-            csv=as_csv([one for one in records if one.space == space]),
-        )
-        for space in dict.fromkeys(point.panel for point in points)
-    ]
+    figures = []
+    for space in dict.fromkeys(point.panel for point in points):
+        drawn = on_page(losses_by_count([point for point in points if point.panel == space], colours), 340)
+        data = as_csv([one for one in records if one.space == space])
+        figures.append(Figure(drawn, f"quality lost by how many {space} are skipped", title=space, csv=data))
     shapes = {UNREPAIRED: ""}
     timed = [replace(one, shape=one.panel + shapes.get(one.shape, f", {one.shape}")) for one in points if one.speedup]
     if timed:
@@ -690,9 +645,9 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
         figures.append(Figure(on_page(chart), "quality lost against decode speedup", title="against decode speedup"))
     yield results(records, columns_of(records), order, figures, TIMED_ONCE if timed_once(records) else "")
     if any(record.repair != UNREPAIRED for record in records):
-        ranked = [records[place] for place in order]
-        choices, repairs = ([*dict.fromkeys(some)] for some in (map(_asked, ranked), (one.repair for one in records)))
-        ranked.sort(key=lambda one: (choices.index(_asked(one)), repairs.index(one.repair)))
+        choices = [*dict.fromkeys(_asked(records[place]) for place in order)]
+        repairs = [*dict.fromkeys(one.repair for one in records)]
+        ranked = sorted(records, key=lambda one: (choices.index(_asked(one)), repairs.index(one.repair)))
         names = {UNREPAIRED: "unrepaired"}
         after = [(one, names.get(one.repair, one.repair), DELTA_NLL.cell(one.quality)) for one in ranked]
         lines, rows = pivot("repairs", CHOSEN, after, _asked)
@@ -704,14 +659,13 @@ def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
     known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     if known:
         yield fastest_card(known)
-    for space in list(dict.fromkeys(record.space for record in known))[: MOST_CARDS - 1]:
+    for space in list(dict.fromkeys(record.space for record in known))[:4]:
         asked = [record for record in known if record.space == space]
         count = max(record.count for record in [one for one in asked if is_usable(one.quality)] or asked)
         best, *rest = sorted((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
         same = [one.way for one in rest if (one.plan, one.quality.delta_nll) == (best.plan, best.quality.delta_nll)]
-        text = f"{best.way}, {best.forwards:,.1f} forward passes to find"
-        text += f"; the same set by {joined(same)}" if same else ""
-        if other := next((one for one in rest if one.way not in same), None):
-            text += f"; next, {in_nats(other.quality)}: {other.way}"
-        text += "" if is_usable(best.quality) else "; no longer usable"
-        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, text)
+        told = [f"{best.way}, {best.forwards:,.1f} forward passes to find"]
+        told += [f"the same set by {joined(same)}"] if same else []
+        told += [f"next, {in_nats(one.quality)}: {one.way}" for one in rest if one.way not in same][:1]
+        told += [] if is_usable(best.quality) else ["no longer usable"]
+        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, "; ".join(told))

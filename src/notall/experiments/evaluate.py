@@ -1,27 +1,29 @@
-"""What one plan costs: on a text, on benchmarks, and in what accuracy hides."""
+"""What one plan costs, before a repair and after it: on a text, on benchmarks, and in what accuracy hides."""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from ..errors import UsageError
+from ..errors import UsageError, shortened
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality
-from ..results.ledger import Ledger, working_in
+from ..results.ledger import Ledger, read, working_in
 from ..results.provenance import Provenance
-from ..results.record import Fact
-from ..results.repairs import MeasuredRecord, State
-from ..results.table import Column, number, within, words
+from ..results.record import Fact, is_number
+from ..results.repairs import HEALING, MEASURED, REFITS, FittedText, HealRecord, MeasuredRecord, RefitRecord, State
+from ..results.table import Column, number, table, within, words
+from .driver import run_choice
 from .folder import Folder
-from .measured import shown_measured
 from .options import PlanOptions, TaskChoice
-from .shown import Shown
-from .verdict import asking_for_less, mending, next_command
+from .shown import Card, Figure, Section, Shown, Step, in_nats
+from .verdict import Verdict, asking_for_less, mending, next_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import Job
 
 GSM8K = "gsm8k"  # what the diagnostics end with
+STATES: tuple[State, ...] = get_args(State)
 GSM8K_DOCUMENTS = 20  # at most, unless --limit names it: it writes long texts
 
 
@@ -60,8 +63,8 @@ class Evaluated:
 class Evaluation:
     """A plan to evaluate; a repaired one beside what it skips without its weights.
 
-    `diagnostics` are windows for `run_diagnostics`, None to leave them out; they end with GSM8K, which is left out with
-    a warning where its data can't be had. Answers to tasks are kept in the folder `out`.
+    `diagnostics` are windows, None to leave them out; they end with GSM8K, where its data can be had. Answers to tasks
+    are kept in the folder `out`.
     """
 
     model: PreTrainedModel
@@ -79,10 +82,7 @@ class Evaluation:
         return states | ({"repaired": self.plan} if self.plan.state == "repaired" else {})
 
     def run(self, batches: Sequence[Tensor]) -> Evaluated:
-        """On `batches` of token ids, (batch, tokens) each, then on the tasks, whose data is loaded first.
-
-        Raises as `evaluate`, `run_tasks` and `run_diagnostics` do.
-        """
+        """On `batches` of token ids, (batch, tokens) each, then on the tasks, whose data is loaded first."""
         from ..evaluation.diagnostics import run_diagnostics
         from ..measuring.quality import evaluate
 
@@ -102,17 +102,8 @@ class Evaluation:
         return Evaluated(quality, scores, checks)
 
     def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
-        if not jobs:
-            return []
-        from ..evaluation.harness import run_tasks
-
-        found = run_tasks(
-            *(self.model, self.tokenizer, [*self.states.values()], jobs),
-            folder=self.out,
-            batch_size=self.tasks.batch_size,
-            truncate=self.tasks.truncate,
-            progress=self.progress,
-        )
+        plans = [*self.states.values()]
+        found = run_choice(self.model, self.tokenizer, plans, jobs, self.tasks, self.out, self.progress)
         names = [*self.states]
         return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
 
@@ -129,20 +120,20 @@ class Evaluation:
             return []
 
 
-def records_of(found: Evaluated, text: str, plans: Mapping[State, tuple[Plan, Provenance]]) -> list[MeasuredRecord]:
-    """The quality on `text`, a record for each of `plans`: with what decides its figures."""
+def records_of(
+    found: Evaluated, text: str, plans: Mapping[State, tuple[Plan, Provenance]], out: Path | None
+) -> list[MeasuredRecord]:
+    """The quality on `text`, a record for each of `plans` with what decides its figures; in `out` too, if given."""
     by_name = {one.model: one.quality for one in found.quality}
-    return [
+    records = [
         MeasuredRecord(text=text, model=state, plan=plan, quality=by_name[state], provenance=about)
         for state, (plan, about) in plans.items()
     ]
-
-
-def keep(out: Path, records: Sequence[MeasuredRecord]) -> None:
-    """Write records into `out`, unless the same are there. Raises `UsageError` as `Ledger` does."""
-    with working_in(out, "eval"):
-        kept = Ledger(out, MeasuredRecord)
-        kept.add(*(record for record in records if record.key not in kept))
+    if out:
+        with working_in(out, "eval"):
+            kept = Ledger(out, MeasuredRecord)
+            kept.add(*(record for record in records if record.key not in kept))
+    return records
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
@@ -152,7 +143,105 @@ def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
     return mending(spec, asked.plan, plan.state == "repaired")
 
 
+def last_measured(folder: Folder) -> MeasuredRecord | None:
+    """What was measured of a plan in its last state, on the first text that it was measured on."""
+    known = [one for one in folder.of(MeasuredRecord) if one.plan]
+    first = [one for one in known if one.text == known[0].text]
+    return max(first, key=lambda one: STATES.index(one.model), default=None)
+
+
+def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
+    """Warn where a text loses more after a repair than before it, beyond errors."""
+    before = {one.text: one.quality for one in measured if one.model == "skipped"}
+    for one in measured:
+        if one.model != "repaired" or one.text not in before:
+            continue
+        lost, was = one.quality, before[one.text]
+        if lost.nats_lost > was.nats_lost + sum(se for se in (lost.delta_nll_se, was.delta_nll_se) if is_number(se)):
+            on = f" on {one.text}" if one.text else ""
+            print(
+                f"warning: the repair makes it worse{on}: {lost.nats_lost:.3f} nats where it was "
+                f"{was.nats_lost:.3f}; repair with more text, in another way, or not at all",
+                file=sys.stderr,
+            )
+
+
+def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
+    """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
+    from .search import SearchRecord
+
+    texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
+    own = {text.text_sha256: "repaired with" for text in texts}
+    found = path.with_suffix(".search") / SearchRecord.file if path else None
+    if found and found.is_file():
+        with suppress(UsageError):  # a damaged file is nothing to stop for
+            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
+            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
+    if how := own.get(str(described["text_sha256"])):
+        text = shortened(described["text"])
+        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
+        print(note, file=sys.stderr)
+
+
 def shown(folder: Folder) -> Shown:
     """What a page says of an evaluation."""
     timed = "see what that saves", next_command("bench", folder.model, *folder.plan_options)
     return shown_measured(folder, lambda verdict: timed if verdict.usable else asking_for_less(folder.model))
+
+
+def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -> Shown:
+    """What a page says of a folder of `repair`, `heal` or `eval`: its last state, and what comes `then`."""
+    measured, last = folder.of(MeasuredRecord), last_measured(folder)
+    states, message = {one.model: one for one in measured}, None
+    if last:
+        verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+        message = verdict.message(*then(verdict))
+    return Shown(
+        message=message,
+        cards=tuple(_cards(measured)),
+        steps=tuple(Step(one.plan.in_words(), one.plan) for one in list(states.values())[:1]),
+        sections=tuple(_sections(folder)),
+    )
+
+
+def _sections(folder: Folder) -> Iterator[Section]:
+    from ..charts.layers import by_depth, training
+    from ..charts.style import on_page
+
+    if measured := folder.of(MeasuredRecord):
+        note = (
+            "The same windows of text, which nothing was fitted or trained to, read by the dense model, by the plan "
+            "before and by the plan after. Lower is better. Differences are paired with the dense model."
+        )
+        yield Section("measured", "Before and after", (), table("measured", MEASURED, measured), note=note)
+    if looks := folder.of(HealRecord):
+        note = "KL to the dense model, on text that is not trained on. The weights that were best there are kept."
+        drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the training", note=note)
+        yield Section("healing", "How the healing went", (drawn,), table("healing", HEALING, looks))
+    if refits := folder.of(RefitRecord):
+        note = (
+            "Squared distance of the stream behind each sublayer from where it should be, over what it would be "
+            "without a refit there, on windows that were not fitted to. 100%: it was left alone."
+        )
+        drawn = Figure(on_page(by_depth(refits), 300), "Error that each refit left, by depth", note=note)
+        yield Section("refits", "What became of each kept sublayer", (drawn,), table("refits", REFITS, refits))
+
+
+def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
+    """For each of the first texts what is lost in the end, and what was before."""
+    texts: dict[str, dict[State, Quality]] = {}
+    for one in measured:
+        if one.plan:
+            texts.setdefault(one.text, {})[one.model] = one.quality
+    for text, states in list(texts.items())[:5]:
+        *before, last = sorted(states, key=STATES.index)
+        told = [f"{last}{_beside(states[last])}"]
+        told += [f"{in_nats(states[state])} {state}{_beside(states[state])}" for state in before]
+        yield Card.of_loss(text, states[last], "; ".join(told))
+
+
+def _beside(quality: Quality) -> str:
+    """What stands next to the nats."""
+    told = [f"KL {quality.kl:.2f}"] if is_number(quality.kl) else []
+    told += [f"{quality.top1_agreement:.0%} of first choices stay"] if is_number(quality.top1_agreement) else []
+    return f" ({', '.join(told)})" if told else ""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from ..plan import several
 from ..results.evaluations import EvaluationRecord
-from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Times
+from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Similarity, Times
 from ..results.ledger import header_of, read
-from ..results.record import is_number
-from ..results.table import Column, table
-from .driver import LeaveOneOutRecord
+from ..results.record import Count, Number, Record, SublayerName, Unsigned, is_number
+from ..results.table import Column, as_csv, table
+from .driver import SIMILARITY_READS
 from .folder import Folder
 from .shown import Card, Costs, Figure, Place, Section, Shown, Step
 from .verdict import M, first_shown, judged, mark_usable
@@ -55,20 +58,21 @@ def with_points(records: Sequence[M]) -> list[tuple[M, Point]]:
     """The records with a loss, each with its point in a figure; its `plan` counts the records from 0."""
     from ..charts.losses import Point
 
-    return [
-        (
-            one,
-            Point(
-                one.name,
-                one.quality.delta_nll,
-                one.quality.delta_nll_se,
-                one.times.speedup_decode if one.times else None,
-                plan=number,
-            ),
-        )
-        for number, one in enumerate(records)
-        if is_number(one.quality.delta_nll)
-    ]
+    found = []
+    for number, one in enumerate(records):
+        lost, speedup = one.quality, one.times.speedup_decode if one.times else None
+        if is_number(lost.delta_nll):
+            found.append((one, Point(one.name, lost.delta_nll, lost.delta_nll_se, speedup, plan=number)))
+    return found
+
+
+def similarity_section(rows: Sequence[Similarity]) -> Section:
+    """What a page shows of them."""
+    from ..charts.layers import similarity
+    from ..charts.style import on_page
+
+    figure = Figure(on_page(similarity(rows), 340), "change by depth", csv=as_csv(rows), note=f"{SIMILARITY_READS}.")
+    return Section("similarity", "Similarity by depth", (figure,))
 
 
 def speedup_cards(times: Times, told: str) -> list[Card]:
@@ -77,27 +81,34 @@ def speedup_cards(times: Times, told: str) -> list[Card]:
     return [Card(heading, f"{cell.text}×", cell.beside, told) for heading, cell in cells]
 
 
-# --- what sublayers cost alone ----------------------------------------------------------------------------------------
+class LeaveOneOutRecord(Record):
+    """One sublayer left out, on a few sequences."""
+
+    file = "leave_one_out.jsonl"
+    commands = ("sweep",)
+    key_fields = ("sublayer",)
+
+    record: Literal["leave_one_out"] = "leave_one_out"
+    sublayer: SublayerName
+    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
+    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
+    sequences: Count | None = Field(None, description="on how many")
+
 
 TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objective
 
 
 def read_costs(folder: Path) -> Costs | None:
     """Of all that a folder's files tell, what tells of most sublayers. Raises `UsageError` on a malformed line."""
+    found = []
+    if rows := read(folder / LeaveOneOutRecord.file, LeaveOneOutRecord):
+        windows = rows[0].sequences
+        on = f"{several(windows, 'window')} of text" if windows else "some text"
+        found.append(Costs({_place(row.sublayer): row.delta_nll for row in rows}, TITLES["nll"], on))
     log = folder / EvaluationRecord.file
-    found = [*_left_out(folder / LeaveOneOutRecord.file)]
     for file in (log, *sorted(log.with_suffix("").glob("*.jsonl"))):
         found += _evaluated(file)
     return max(found, key=lambda costs: len(costs.found), default=None)
-
-
-def _left_out(file: Path) -> Iterator[Costs]:
-    """Of a sweep."""
-    rows = read(file, LeaveOneOutRecord)
-    if rows:
-        windows = rows[0].sequences
-        found: dict[Place, float] = {_place(row.sublayer): row.delta_nll for row in rows}
-        yield Costs(found, TITLES["nll"], f"{several(windows, 'window')} of text" if windows else "some text")
 
 
 def _evaluated(file: Path) -> Iterator[Costs]:

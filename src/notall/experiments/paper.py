@@ -22,12 +22,11 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
-from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, Subject, diagnose, fields_of, similarity_by_depth
+from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
-from .pages import speedup_cards
+from .pages import similarity_section, speedup_cards
 from .shown import Card, Message, Section, Shown, Step
-from .similarity import SimilarityRecord, similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
@@ -49,9 +48,6 @@ Configuration = tuple[str, float, bool]  # variant, fraction, whether the last l
 DENSE: Configuration = ("dense", 0.0, False)
 DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
 
 
 class TimesRecord(Record, Configured):
@@ -99,8 +95,6 @@ CLAIMS: tuple[Column[ClaimRecord], ...] = (
     words("here", lambda one: one.here),
 )
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class TimingGrid:
@@ -130,8 +124,7 @@ class PaperOptions:
     PANEL: ClassVar = "Benchmarks"
 
     generate_all: Annotated[
-        bool,
-        Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",)),
+        bool, Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",))
     ] = False
     diagnostics: Diagnostics = False
 
@@ -147,10 +140,8 @@ def run_paper(
 ) -> list[ClaimRecord]:
     """Benchmarks and times of the paper's grid and, on the subject's text, its Fig. 1; what became of its claims.
 
-    Tasks that generate text are run on dense and the largest fraction only, unless `generate_all`. `windows` are those
-    of the diagnostics, if they are wanted. What is finished stays in the folder, and the same call goes on from there.
-    Writes paper.md, a .tex for each table, the claims among them, and a .csv for each kind of records. Raises as
-    `Benchmarks`, `run_diagnostics` and `time_grid` do, before anything is computed.
+    Goes on from what the folder holds. Tasks that generate text are run on dense and the largest fraction only, unless
+    `generate_all`; `windows` are those of the diagnostics. Raises as `Benchmarks` and `time_grid`, before it computes.
     """
     from ..choosing.criteria.data_free import paper_grid
 
@@ -163,14 +154,11 @@ def run_paper(
     asked = Benchmarks(subject, rows, tasks, generating) if tasks else None
     stages = Stages(progress, 1 + 20 * bool(asked) + 10 * bool(windows) + 10)
     with working_in(subject.out, "paper"):
-        similarity = similarity_by_depth(subject, subject.provenance, stages.stage(1))
+        similarity = similarities(subject, subject.provenance, stages.stage(1))
     benchmarks = asked.run(stages.stage(20)) if asked else []
     checks = diagnose(subject, rows[1:], windows, stages.stage(10)) if windows else []
     times = time_grid(subject, rows, timing, progress=stages.stage(10))
     return write_paper(subject.out, similarity, benchmarks, times, checks)
-
-
-Measure = Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]]
 
 
 def in_turn(subject: Subject, rows: Sequence[Configured], progress: Progress, workload: Workload) -> dict[str, Times]:
@@ -186,14 +174,13 @@ def time_grid(
     rows: Sequence[Configured],
     timing: TimingGrid = TimingGrid(),
     *,
-    measure: Measure = in_turn,
+    measure: Callable[[Subject, Sequence[Configured], Progress, Workload], dict[str, Times]] = in_turn,
     progress: Progress = silent,
 ) -> list[TimesRecord]:
-    """Time all `rows` (the dense one first) for each workload of the grid; one record each.
+    """Time all `rows` (the dense one first) for each workload of the grid, or take what the folder holds.
 
-    Writes to the folder when a workload is done, and takes what is there. Where so many sequences do not fit into
-    memory half of them are timed, and the record's `concurrency` says so beside `asked_concurrency`. Raises as
-    `measure` does, and `UsageError` when not even one sequence fits, and when another process works there.
+    Where memory does not hold so many sequences half of them are timed, and `concurrency` says so. Raises `UsageError`
+    when not even one fits, and when another process works there.
     """
     from ..running.footprint import footprint
 
@@ -211,24 +198,17 @@ def time_grid(
         stages = Stages(progress, len(timing.workloads))
         for workload in timing.workloads:
             telling = stages.stage(1)
-            size = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
-            telling(0, 1, f"timing {len(rows)} configurations at {size}")
+            at = f"{workload.prompt_tokens} prompt tokens, {workload.concurrency} at once"
+            telling(0, 1, f"timing {len(rows)} configurations at {at}")
             if known(workload):
                 continue
             fitted, times = _fitting(partial(measure, subject, rows, telling), workload)
-            found = (
-                TimesRecord(
-                    **fields_of(row),
-                    prompt_tokens=workload.prompt_tokens,
-                    concurrency=fitted,
-                    asked_concurrency=workload.concurrency,
-                    times=times[row.name],
-                    footprint=footprint(subject.model, row.plan),
-                    provenance=about,
-                )
-                for row in rows
+            size = {"prompt_tokens": workload.prompt_tokens, "asked_concurrency": workload.concurrency}
+            how = {**size, "concurrency": fitted, "provenance": about}
+            left = {row.name: footprint(subject.model, row.plan) for row in rows}
+            held.add(
+                *(TimesRecord.from_fact(row, times=times[row.name], footprint=left[row.name], **how) for row in rows)
             )
-            held.add(*found)
         progress(stages.steps, stages.steps, "timed all configurations")
         return [record for workload in timing.workloads for record in known(workload)]
 
@@ -248,8 +228,6 @@ def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) ->
         at_once //= 2
     raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")
 
-
-# --- averages and tables ----------------------------------------------------------------------------------------------
 
 HEADINGS = {
     "arc_challenge": "ARC-C",
@@ -273,23 +251,17 @@ class Scoreboard:
 
     def __init__(self, records: Sequence[BenchmarkRecord]) -> None:
         self.cells: dict[Configuration, dict[str, BenchmarkRecord]] = {}
-        metrics: dict[str, set[str]] = {}
-        for record in records:
-            metrics.setdefault(record.task, set()).add(record.metric)
+        metrics = Counter(task for task, _ in {(record.task, record.metric) for record in records})
         for record in records:
             name = heading_of(record.task)
-            column = name if len(metrics[record.task]) == 1 else f"{name}, {record.usual_metric}"
+            column = name if metrics[record.task] == 1 else f"{name}, {record.usual_metric}"
             self.cells.setdefault(record.configuration, {})[column] = record
 
     @cached_property
     def shared(self) -> list[str]:
         """The columns that every configuration has, as shares of 0 to 1: what an average is taken over."""
-        rows = self.cells.values()
-        return [
-            column
-            for column in self.cells.get(DENSE, ())
-            if all(column in row and _is_share(row[column]) for row in rows)
-        ]
+        every = [{column for column, one in row.items() if _is_share(one)} for row in self.cells.values()]
+        return [column for column in self.cells.get(DENSE, ()) if all(column in row for row in every)]
 
     @property
     def fewest(self) -> int:
@@ -297,10 +269,7 @@ class Scoreboard:
         return min((row[column].documents for row in self.cells.values() for column in self.shared), default=0)
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
-        """The average of `key` less that of `other`, its standard error and p value, paired by document.
-
-        Without the values of documents there is no p value, and an error only beside the dense model.
-        """
+        """The average of `key` less that of `other`, its standard error and p value, paired by document where known."""
         from ..measuring.statistics import mean_and_error, sign_flip_p_value
 
         means, errors, terms = [], [], list[float]()
@@ -323,16 +292,16 @@ class Scoreboard:
         for key, row in self.cells.items() if self.shared else ():
             value, _ = mean_and_error([row[column].value for column in self.shared])
             delta, error, p_value = self.difference(key, DENSE)
-            about = fields_of(next(iter(row.values()))) | {"tasks": len(self.shared)}
-            found.append(Average(**about, value=value, delta=delta, delta_se=error, p_value=p_value))
+            shown = {name: getattr(next(iter(row.values())), name) for name in Configured.model_fields}
+            figures = {"value": value, "delta": delta, "delta_se": error, "p_value": p_value}
+            found.append(Average(**shown | figures, tasks=len(self.shared)))
         return found
 
 
 def _is_share(record: TaskScore) -> bool:
     shares = [record.value] if record.values is None else _shares(record)
-    if not is_number(record.value) or (record.values is not None and len(shares) < record.documents):
-        return False
-    return all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
+    known = is_number(record.value) and (record.values is None or len(shares) >= record.documents)
+    return known and all(-ROUNDING <= value <= 1 + ROUNDING for value in shares)
 
 
 def _shares(record: TaskScore) -> list[float]:
@@ -399,9 +368,6 @@ def half(figures: Iterable[Figure], keep_last: bool, title: str = "") -> Table:
     return pivot(title, CONFIGURED[:2], of, lambda row: row.configuration)[0]
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------
-
-
 def claims_of(
     similarity: Sequence[SimilarityRecord], board: Scoreboard, times: Sequence[TimesRecord]
 ) -> list[ClaimRecord]:
@@ -410,19 +376,16 @@ def claims_of(
     return [*_similarity_claims(similarity), *quality, *(_time_claims(times) if times else ())]
 
 
-def _claim(claim: str, here: str, few: str, verdict: Verdict, unit: str, **figures: float) -> ClaimRecord:
-    """`few` says on how little it was measured, where that is too little for a verdict."""
-    said = {"claim": claim, "here": here + few, "verdict": "too few" if few else verdict, "unit": unit}
+def _claim(claim: str, here: str, few: str, span: tuple[float, float], unit: str, **figures: float) -> ClaimRecord:
+    """It holds where all of `span` is above zero; `few` says on how little it was measured, if that is too little."""
+    low, high = span
+    verdict = "too few" if few else "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
+    said = {"claim": claim, "here": here + few, "verdict": verdict, "unit": unit}
     return ClaimRecord.model_validate(said | figures)
 
 
-def _judge(low: float, high: float) -> Verdict:
-    """Whether what the claim says is positive is so, in all of this range."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "inconclusive"
-
-
-def _around(difference: float, error: float) -> Verdict:
-    return _judge(difference - ERRORS * error, difference + ERRORS * error)
+def _around(difference: float, error: float) -> tuple[float, float]:
+    return difference - ERRORS * error, difference + ERRORS * error
 
 
 def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[ClaimRecord]:
@@ -440,9 +403,8 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
     if is_number(change):
         error = math.hypot(before.cosine_se, last.cosine_se)
         claim = "Fig. 1: the very last layer is less similar than the one before it"
-        here = (
-            f"cosine {last.cosine:.4f} after {before.cosine:.4f}: last less the one before {change:+.4f} ± {error:.4f}"
-        )
+        less = f"last less the one before {change:+.4f} ± {error:.4f}"
+        here = f"cosine {last.cosine:.4f} after {before.cosine:.4f}: {less}"
         yield _claim(claim, here, few, _around(-change, error), "cosine", figure=change, error=error)
 
 
@@ -460,34 +422,24 @@ def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
     fractions = sorted({fraction for _, fraction, _ in board.cells} - {0.0})
     most = fractions[-1]
     few = f", with as few as {board.fewest} documents a task" if board.fewest < LEAST_DOCUMENTS else ""
-    attention, mlp, block = (((name, most, False), (name, most, True)) for name in ("attention", "mlp", "block"))
-    skipped, kept = "last layer skipped less last layer kept", "last layer kept less last layer skipped"
+    attention = ("attention", most, False)
+    claim = f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)"
     # What is claimed, the first configuration less the second in words, both of them, and what that exceeds.
-    asked: list[tuple[str, str, Configuration, Configuration, float]] = [
-        (
-            f"skipping the deepest {most:.0%} of the attentions loses no more than 1.8 points of the average (13B)",
-            *("attentions skipped less dense", attention[0], DENSE, -0.018),
-        ),
-        *(
-            (
-                f"skipping {fraction:.0%} of the attentions costs less than as many MLPs",
-                "attentions skipped less MLPs skipped",
-                *(("attention", fraction, False), ("mlp", fraction, False), 0.0),
-            )
-            for fraction in fractions
-        ),
-        (f"keeping the last layer lowers quality when {most:.0%} of the MLPs are skipped", skipped, *mlp, 0.0),
-        (f"keeping the last layer lowers quality when {most:.0%} of the blocks are skipped", skipped, *block, 0.0),
-        (
-            f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped",
-            *(kept, *attention[::-1], 0.0),
-        ),
-    ]
+    asked = [(claim, "attentions skipped less dense", attention, DENSE, -0.018)]
+    for fraction in fractions:
+        claim = f"skipping {fraction:.0%} of the attentions costs less than as many MLPs"
+        pair = ("attention", fraction, False), ("mlp", fraction, False)
+        asked.append((claim, "attentions skipped less MLPs skipped", *pair, 0.0))
+    for kind in ("mlp", "block"):
+        claim = f"keeping the last layer lowers quality when {most:.0%} of the {KIND_NAMES[kind]}s are skipped"
+        asked.append((claim, "last layer skipped less last layer kept", (kind, most, False), (kind, most, True), 0.0))
+    claim = f"keeping the last layer does not lower quality when {most:.0%} of the attentions are skipped"
+    asked.append((claim, "last layer kept less last layer skipped", ("attention", most, True), attention, 0.0))
     for claim, what, ours, theirs, least in asked:
         difference, error, _ = board.difference(ours, theirs)
         here = f"{what}: {100 * difference:+.1f} ± {100 * error:.1f} points of the average of {len(board.shared)} tasks"
-        verdict, figures = _around(difference - least, error), {"figure": 100 * difference, "error": 100 * error}
-        yield _claim(claim, here, few, verdict, "points", **figures)
+        figures = {"figure": 100 * difference, "error": 100 * error}
+        yield _claim(claim, here, few, _around(difference - least, error), "points", **figures)
 
 
 def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
@@ -499,26 +451,21 @@ def _time_claims(times: Sequence[TimesRecord]) -> Iterator[ClaimRecord]:
     for name in ("prefill", "decode"):
         at = f"{name}, prompt {rows[0].prompt_tokens}, batch {rows[0].concurrency}, last layer skipped too"
         attention, mlp, block = (_of_quantity(one.times, name)[1] for one in rows)
-        claim = f"skipping {most:.0%} of the attentions is about 18 % faster or more (13B): {at}"
-        asked = [(claim, _gain(attention), attention, _judge(attention.low - 1.18, attention.high - 1.18))]
+        faster, saves = "is about 18 % faster or more (13B)", "saves more time than as many MLPs"
+        asked = [("attentions", faster, _gain(attention), attention, (attention.low - 1.18, attention.high - 1.18))]
         for word, saver in (("attentions", attention), ("blocks", block)):
-            claim = f"skipping {most:.0%} of the {word} saves more time than as many MLPs: {at}"
             here = f"{word} {_gain(saver)}, MLPs {_gain(mlp)}"
-            asked.append((claim, here, saver, _judge(saver.low - mlp.high, saver.high - mlp.low)))
-        for claim, here, speedup, verdict in asked:
+            asked.append((word, saves, here, saver, (saver.low - mlp.high, saver.high - mlp.low)))
+        for word, what, here, speedup, span in asked:
             figures = {"figure": speedup.median, "low": speedup.low, "high": speedup.high}
-            yield _claim(claim, here, few, verdict, "times as fast", **figures)
+            yield _claim(f"skipping {most:.0%} of the {word} {what}: {at}", here, few, span, "times as fast", **figures)
 
 
 def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     """Those at the longest prompt and the fewest sequences at once."""
-    longest = max((record.prompt_tokens for record in times), default=0)
-    asked = [record for record in times if record.prompt_tokens == longest]
-    fewest = min((record.concurrency for record in asked), default=0)
-    return [record for record in asked if record.concurrency == fewest]
+    sizes = [(-record.prompt_tokens, record.concurrency) for record in times]
+    return [record for record, size in zip(times, sizes) if size == min(sizes)]
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
@@ -601,15 +548,15 @@ def tables_of(
     benchmarks: Sequence[BenchmarkRecord],
     times: Sequence[TimesRecord],
     checks: Sequence[DiagnosticsRecord],
-) -> Iterator[tuple[str, Sequence[Record], list[Figure]]]:
+) -> list[tuple[str, Sequence[Record], list[Figure]]]:
     """Of each kind of table that there is something for the records, and what is shown of them."""
-    if benchmarks:
-        yield "benchmarks", benchmarks, [*benchmark_figures(board)]
-    if checks:
-        yield "diagnostics", checks, [*diagnostics_figures(checks)]
-    if times:
-        yield "prefill", times, [*time_figures(times, "prefill")]
-        yield "decode", times, [*time_figures(times, "decode")]
+    every: list[tuple[str, Sequence[Record], Iterator[Figure]]] = [
+        ("benchmarks", benchmarks, benchmark_figures(board)),
+        ("diagnostics", checks, diagnostics_figures(checks)),
+        ("prefill", times, time_figures(times, "prefill")),
+        ("decode", times, time_figures(times, "decode")),
+    ]
+    return [(name, records, [*figures]) for name, records, figures in every if records]
 
 
 def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = None) -> str:
@@ -635,8 +582,6 @@ def _made(records: Sequence[Record]) -> str:
     return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
 
 
-# --- on a page --------------------------------------------------------------------------------------------------------
-
 BECAME = {
     "holds": ("holds", "hold"),
     "does not hold": ("does not hold", "do not hold"),
@@ -648,39 +593,44 @@ BECAME = {
 def became_of(claims: Sequence[ClaimRecord]) -> str:
     """Such as `5 hold, 2 do not hold and 8 are inconclusive`."""
     counts = Counter(str(claim.verdict) for claim in claims)
-    return joined(
-        [f"{counts[verdict]} {says[counts[verdict] > 1]}" for verdict, says in BECAME.items() if counts[verdict]]
-    )
+    return joined([f"{counts[name]} {says[counts[name] > 1]}" for name, says in BECAME.items() if counts[name]])
 
 
 def shown(folder: Folder) -> Shown:
     """What a page says of the paper's evaluation."""
     board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
+    checks = folder.of(DiagnosticsRecord)
     every: dict[Configuration, Configured] = {}
-    for row in (*times, *folder.of(BenchmarkRecord), *folder.of(DiagnosticsRecord)):
+    for row in (*times, *folder.of(BenchmarkRecord), *checks):
         every.setdefault(row.configuration, row)
     if not (claims or every):
         return Shown()
     averages = {one.configuration: one for one in board.averages()}
-    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(folder.of(DiagnosticsRecord))
-    first = _headline(timed, averages, lost)
-    usable = lost[first] <= MOST_NATS if first in lost else None
-    found = (
-        [*_told(every[first], timed.get(first), averages.get(first), lost.get(first), board.fewest)] if first else []
-    )
+    timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(checks)
     steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
     for key, row in every.items():
         taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
         steps.append(Step(row.name, row.plan, None, taken, left, dense))
-    place = {key: number for number, key in enumerate(every)}
-    holding = sum(claim.verdict == "holds" for claim in claims)
-    rest = became_of([claim for claim in claims if claim.verdict != "holds"])
-    cards = [Card("Claims that hold", f"{holding} of {len(claims)}", "", rest)] if claims else []
+    parts, cards, model = [], [], shortened(folder.model, NAME_LETTERS)
+    if claims:
+        holding = [claim for claim in claims if claim.verdict == "holds"]
+        rest = became_of([claim for claim in claims if claim not in holding])
+        cards.append(Card("Claims that hold", f"{len(holding)} of {len(claims)}", "", rest))
+        parts.append(f"of the paper's {len(claims)} claims {became_of(claims)} on {model}")
+    end, command, place = "go on with it", next_command("paper", folder.model, out=folder.path), [*every]
+    if first := _headline(timed, averages, lost):
+        found = [*_told(first, timed.get(first), averages.get(first), lost.get(first), board.fewest)]
+        parts.append(f"{_without(first)} {joined([said for said, _ in found])}")
+        cards += [card for _, some in found for card in some]
+        options = {"skip": f"{first[0]}:{first[1]:g}", "keep_last": first[2] or None}
+        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
+    said = "; ".join(parts) or f"the evaluation of {model} has only begun"
+    usable = lost[first] <= MOST_NATS if first in lost else None
     return Shown(
-        message=_message(folder, claims, first, [said for said, _ in found], usable),
-        cards=(*cards, *(card for _, some in found for card in some)),
+        message=Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command),
+        cards=tuple(cards),
         steps=tuple(steps),
-        first=place[first] if first else max(len(steps) - 1, 0),
+        first=place.index(first) if first else max(len(steps) - 1, 0),
         sections=tuple(_sections(folder, board, place)),
         similarity=folder.of(SimilarityRecord),
     )
@@ -707,22 +657,21 @@ def _headline(
 
 
 def _told(
-    row: Configured, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
+    key: Configuration, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
 ) -> Iterator[tuple[str, list[Card]]]:
     """What a configuration comes to, in words and on cards."""
+    without = _without(key)
     if timed:
-        size = f"{_without(row.configuration)}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
-        speed = f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
-        yield speed, speedup_cards(timed.times, size)
+        size = f"{without}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
+        yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast", speedup_cards(timed.times, size)
     if average:
         change, error = written(100 * average.delta, "+.1f"), f"± {written(100 * average.delta_se, '.1f')} points"
         tasks = f"the average of {average.tasks} benchmarks" if average.tasks > 1 else "the one benchmark"
         few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
-        card = Card("Benchmarks", change, error, f"{_without(row.configuration)}; {tasks}")
-        yield f"{tasks} changes by {change} {error}{few}", [card]
+        yield f"{tasks} changes by {change} {error}{few}", [Card("Benchmarks", change, error, f"{without}; {tasks}")]
     if nats is not None:
         no_longer = "" if nats <= MOST_NATS else ": it is no longer usable"
-        card = Card("Long texts", f"{nats:+.2f}", "nats a token", _without(row.configuration))
+        card = Card("Long texts", f"{nats:+.2f}", "nats a token", without)
         yield f"long texts take {nats:+.2f} nats a token{no_longer}", [card]
 
 
@@ -733,23 +682,7 @@ def _without(key: Configuration) -> str:
     return f"without the deepest {fraction:.0%} of its {KIND_NAMES[variant]}s{kept}"
 
 
-def _message(
-    folder: Folder, claims: Sequence[ClaimRecord], key: Configuration | None, told: Sequence[str], usable: bool | None
-) -> Message:
-    model = shortened(folder.model, NAME_LETTERS)
-    parts = [f"of the paper's {len(claims)} claims {became_of(claims)} on {model}"] if claims else []
-    if key is None:
-        parts = parts or [f"the evaluation of {model} has only begun"]
-        end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
-    else:
-        parts, (variant, fraction, keep_last) = [*parts, f"{_without(key)} {joined(told)}"], key
-        options = {"skip": f"{variant}:{fraction:g}", "keep_last": True if keep_last else None}
-        end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
-    said = "; ".join(parts)
-    return Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command)
-
-
-def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, int]) -> Iterator[Section]:
+def _sections(folder: Folder, board: Scoreboard, place: Sequence[Configuration]) -> Iterator[Section]:
     """The claims, Fig. 1, and of each kind of figures a table of all configurations; its CSV has every digit."""
     if claims := folder.of(ClaimRecord):
         yield Section("claims", "The paper's claims", (), table("claims", CLAIMS, claims), note=JUDGED, opens=True)
@@ -758,6 +691,6 @@ def _sections(folder: Folder, board: Scoreboard, place: Mapping[Configuration, i
     kinds = (folder.of(BenchmarkRecord), folder.of(TimesRecord), folder.of(DiagnosticsRecord))
     for name, records, figures in tables_of(board, *kinds):
         lines, rows = pivot(name, CONFIGURED, figures, lambda row: row.configuration)
-        steps = tuple(place.get(row.configuration) for row in rows)
+        steps = tuple(place.index(row.configuration) if row.configuration in place else None for row in rows)
         lines = replace(lines, csv=as_csv(records))
         yield Section(name, CAPTIONS[name][0], (), lines, steps, caption_of(name, records))

@@ -14,8 +14,8 @@ from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS, MeasuredRecord
 from ..results.table import Table, table
+from .evaluate import shown_measured
 from .folder import Folder
-from .measured import shown_measured
 from .options import ClusterOptions, ModelOptions, check_texts
 from .shown import Shown
 from .verdict import Verdict, what_next

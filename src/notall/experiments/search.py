@@ -23,8 +23,8 @@ from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
 from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
+from .evaluate import last_measured
 from .folder import Folder, check_folder
-from .measured import last_measured
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, space_of
 from .pages import read_costs
 from .repair import RepairOptions

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
+from ..digests import digest_of
 from ..extras import FIGURES, installed
 from ..options import WORKLOAD, Workload
-from ..plan import KIND_NAMES
+from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import (
     CONFIGURED,
     DELTA_NLL,
     FOOTPRINT,
-    KL,
     PEAK,
     PERPLEXITY,
+    QUALITY,
     SPEEDUPS,
-    TOP1,
     Configured,
     Footprint,
     Quality,
@@ -29,30 +31,23 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
 from ..results.table import Column, inherited, table, within
-from .driver import (
-    SAMPLE_TOKENS,
-    HeldScores,
-    SaidRecord,
-    Subject,
-    continuations,
-    fields_of,
-    leave_one_out,
-    scored_as,
-    similarity_by_depth,
-    time_plan,
-)
+from .driver import HeldScores, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
-from .pages import results, shown_plans, with_points
+from .pages import LeaveOneOutRecord, results, shown_plans, similarity_section, with_points
 from .shown import Card, Figure, Sample, Shown
-from .similarity import SimilarityRecord, similarity_section
 from .verdict import fastest_card, mildest, next_command, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from altair import LayerChart
+    from torch import Tensor
 
-    from ..charts.losses import Point
+    from ..structure.model_structure import ModelStructure, Sublayer
+
+PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
+SAMPLE_TOKENS = 32
+FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
 
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
@@ -70,33 +65,39 @@ class SweepRecord(Record, Configured):
     footprint: Footprint
 
 
+class SaidRecord(Record, Configured):
+    """How one plan continues prompts."""
+
+    file = "samples.jsonl"
+    commands = ("sweep",)
+    key_fields = ("variant", "fraction", "keep_last", "plan")
+
+    record: Literal["samples"] = "samples"
+    said: dict[str, str] = Field(description="by prompt")
+
+
 COLUMNS: tuple[Column[SweepRecord], ...] = (
     *inherited(SweepRecord, CONFIGURED),
     *within((DELTA_NLL,), lambda one: one.quality),
     *within(SPEEDUPS, lambda one: one.times),
-    *within((KL, TOP1, PERPLEXITY), lambda one: one.quality),
+    *within(QUALITY[1:4], lambda one: one.quality),
     *within(FOOTPRINT, lambda one: one.footprint),
     *within((PEAK,), lambda one: one.times),
 )
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = silent) -> list[SweepRecord]:
     """Evaluate and time the paper's grid on the subject's text; one record a configuration.
 
-    Writes to the folder: a record as soon as a configuration is done; the scores of every sequence; the similarity of
-    each layer and kind; what leaving out each sublayer alone costs on the first two sequences; and, given a tokenizer,
-    what some of the plans say. Called again on the same folder it goes on where it stopped. Raises `UsageError` when
-    the folder holds the results of other settings or of another command, is in use, or cannot be written.
+    The folder also gets the scores of every sequence, similarities, what leaving out each sublayer alone costs and what
+    some plans say. Goes on where it stopped. Raises `UsageError` when the folder holds results of other settings.
     """
     from ..choosing.criteria.data_free import paper_grid
     from ..running.footprint import footprint
 
     workload.check(subject.model)
     rows = paper_grid(subject.structure)
-    asked = {"workload": asdict(workload), "seed": subject.seed, "batches": subject.digest}
+    asked = {"workload": asdict(workload), "seed": subject.seed, "batches": digest_of(subject.batches)[:16]}
     about = Provenance.of(subject.provenance, **asked)
     # Steps are about as many as tokens that are prefilled, a fifth of them where plans share what they run.
     per_run = workload.concurrency * (workload.prompt_tokens + DECODED_TOKEN * workload.generation_tokens)
@@ -112,25 +113,60 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         for row in rows:
             telling = stages.stage(timing)
             if row.configuration not in done or not row.describes(done[row.configuration]):
-                record = SweepRecord(
-                    **fields_of(row),
+                record = SweepRecord.from_fact(
+                    row,
                     quality=held.quality(scored_as(row.plan)),
-                    times=time_plan(subject, row.plan, workload, _naming(telling, row)),
+                    times=time_plan(subject, row.plan, workload, telling, f"timing {row.name}"),
                     footprint=footprint(subject.model, row.plan),
                     provenance=about,
                 )
                 done.add(record)
             telling(1, 1, f"timed {row.name}")
         records = [done[row.configuration] for row in rows]
-        similarity_by_depth(subject, about, stages.stage(subject.tokens))
+        similarities(subject, about, stages.stage(subject.tokens))
         leave_one_out(subject, about, stages.stage(leaving_out))
         if subject.tokenizer:
             continuations(subject, least_lost(records), about, stages.stage(sampling))
         return records
 
 
-def _naming(progress: Progress, row: Configured) -> Progress:
-    return lambda done, total, doing: progress(done, total, f"timing {row.name}")
+def removable(structure: ModelStructure) -> list[Sublayer]:
+    """The sublayers that can be left out alone: the only attention that counts tokens cannot."""
+    return [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
+
+
+def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
+    """What leaving out each of the sublayers alone costs, on the first sequences."""
+    from ..measuring.quality import gather
+
+    parts, held = removable(subject.structure), Ledger(subject.out, LeaveOneOutRecord, about)
+    progress(0, 1, "leaving out each sublayer alone")
+    if held.missing((part.name,) for part in parts):
+        few: list[Tensor] = []
+        for tokens in subject.batches:
+            few.append(tokens[: FEW_SEQUENCES - sum(map(len, few))])
+        plans = [Plan(**{part.kind: [part.index]}) for part in parts]
+        qualities = gather(subject.score(plans, tokens) for tokens in few if len(tokens))
+        records = [
+            LeaveOneOutRecord.from_fact(one, sublayer=part.name, provenance=about)
+            for part, one in zip(parts, qualities)
+        ]
+        held.add(*(record for record in records if record.key not in held))
+    progress(1, 1, "left out each sublayer alone")
+
+
+def continuations(subject: Subject, rows: Sequence[Configured], about: Provenance, progress: Progress) -> None:
+    """How each of `rows` continues a few prompts."""
+    from ..running.generating import continue_prompts
+
+    assert subject.tokenizer
+    held = Ledger(subject.out, SaidRecord, about)
+    for number, row in enumerate(rows):
+        progress(number, len(rows), f"generating, {row.variant}")
+        if (*row.configuration, row.plan) not in held:
+            said = continue_prompts(subject.model, subject.tokenizer, row.plan, PROMPTS, SAMPLE_TOKENS)
+            held.add(SaidRecord.from_fact(row, said=dict(zip(PROMPTS, said)), provenance=about))
+    progress(1, 1, "generated examples")
 
 
 def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
@@ -140,8 +176,6 @@ def least_lost(records: Sequence[SweepRecord]) -> list[SweepRecord]:
         best.setdefault(record.variant, record)
     return [record for record in records if record is best[record.variant]]
 
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 HOW_TO_READ = (
     "Lower right is better. Labels: share of the layers skipped. Bars: standard error; quartiles of the speedup.",
@@ -175,16 +209,11 @@ def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
 
 
 def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
+    """A point for each configuration with a loss, but for the dense one."""
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS
 
-    points = points_of(records)
-    return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
-
-
-def points_of(records: Sequence[SweepRecord]) -> list[Point]:
-    """A point for each configuration with a loss, but for the dense one; `plan` counts the records from 0."""
-    return [
+    points = [
         replace(
             point,
             count=record.fraction,
@@ -195,9 +224,7 @@ def points_of(records: Sequence[SweepRecord]) -> list[Point]:
         for record, point in with_points(records)
         if record.variant != "dense"
     ]
-
-
-# --- on a page --------------------------------------------------------------------------------------------------------
+    return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
 
 
 def shown(folder: Folder) -> Shown:
@@ -209,10 +236,10 @@ def shown(folder: Folder) -> Shown:
     if not records:
         return Shown(sections=tuple(sections), similarity=similarity)
     dense = next((record for record in records if record.variant == "dense"), None)
-    figures = [
-        Figure(on_page(_drawn(records)), "quality lost against decode speedup", note=" ".join(HOW_TO_READ))
-        for _ in records[1:2]  # one point is no figure
-    ]
+    figures = []
+    if len(records) > 1:  # one point is no figure
+        drawn = on_page(_drawn(records))
+        figures.append(Figure(drawn, "quality lost against decode speedup", note=" ".join(HOW_TO_READ)))
     sections.insert(0, results(records, COLUMNS, range(len(records)), figures))
     prompts: dict[str, list[tuple[str, str]]] = {}
     for record in folder.of(SaidRecord):

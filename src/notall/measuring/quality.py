@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -13,24 +14,10 @@ from transformers import PreTrainedModel
 from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
 from ..plan import Plan
-from ..results.facts import Quality
+from ..results.facts import Quality, Scores
 from ..running.replay import Replay, record
 from .statistics import mean_and_error
 from .token_scores import TokenScorer
-
-
-@dataclass
-class Scores:
-    """Per sequence, means over its predicted tokens: NLL and KL(dense || skipped) in nats, agreement in 0..1."""
-
-    nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    top1_agreement: list[float] = field(default_factory=list)
-
-    def extend(self, other: Scores) -> None:
-        self.nll += other.nll
-        self.kl += other.kl
-        self.top1_agreement += other.top1_agreement
 
 
 def evaluate(model: PreTrainedModel, plans: Sequence[Plan], batches: Iterable[Tensor]) -> list[Quality]:
@@ -64,19 +51,15 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
                 scores = scorer.score(rows, targets, dense, likeliest=True)
             same = (scores.likeliest == likeliest).to(scores.nll)
             values = torch.stack([value.to(same.device) for value in (scores.nll, scores.kl, same)])
-            means = Scores(*values.view(3, len(tokens), -1).mean(-1).tolist())  # over the tokens of each sequence
-            found |= dict.fromkeys(numbers, means)
+            nll, kl, agreement = map(tuple, values.view(3, len(tokens), -1).mean(-1).tolist())  # of each sequence
+            found |= dict.fromkeys(numbers, Scores(nll=nll, kl=kl, top1_agreement=agreement))
     return [found[number] for number in range(len(plans) + 1)]
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
     """The quality of each plan from what `score` answers for each batch."""
-    whole: list[Scores] = []
-    for parts in zip(*batches):
-        whole.append(Scores())
-        for part in parts:
-            whole[-1].extend(part)
-    return [summarize(scores, whole[0]) for scores in whole[1:]]
+    dense, *rest = (reduce(add, parts) for parts in zip(*batches))
+    return [summarize(scores, dense) for scores in rest]
 
 
 def summarize(scores: Scores, dense: Scores) -> Quality:

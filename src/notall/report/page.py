@@ -13,7 +13,7 @@ from ..charts import layers
 from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
-from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, similarity, sweep
+from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
 from ..experiments.folder import Folder, read_folder
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..files import write_whole
@@ -34,7 +34,7 @@ VERBS: tuple[tuple[tuple[Callable[[Folder], Shown], tuple[type[Record], ...]], .
     (
         (sweep.shown, (sweep.SweepRecord,)),
         (paper.shown, (paper.ClaimRecord, driver.BenchmarkRecord, driver.DiagnosticsRecord, paper.TimesRecord)),
-        (sweep.shown, (similarity.SimilarityRecord,)),
+        (sweep.shown, (driver.SimilarityRecord,)),
     ),
     ((compare.shown, (compare.ComparisonRecord,)),),
     ((search.shown, (search.SearchRecord,)),),

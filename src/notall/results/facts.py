@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..plan import KIND_NAMES
 from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
@@ -32,6 +32,28 @@ class Quality(Fact):
     def nats_lost(self) -> float:
         """`delta_nll`; infinite where the model overflows."""
         return self.delta_nll if math.isfinite(self.delta_nll) else math.inf
+
+
+class Scores(Fact):
+    """Of one plan on a batch, a value a sequence: means over its predicted tokens."""
+
+    nll: tuple[Loss, ...] = Field(description="nats per token")
+    kl: tuple[Number, ...] = Field(description="KL(dense || skipped), nats per token")
+    top1_agreement: tuple[Share, ...] = Field(description="0 to 1")
+
+    @model_validator(mode="after")
+    def _of_each_sequence(self) -> Scores:
+        if not len(self.nll) == len(self.kl) == len(self.top1_agreement):
+            raise ValueError("nll, kl and top1_agreement are of different numbers of sequences")
+        return self
+
+    def __add__(self, other: Scores) -> Scores:
+        """Those of further sequences behind these."""
+        return Scores(
+            nll=self.nll + other.nll,
+            kl=self.kl + other.kl,
+            top1_agreement=self.top1_agreement + other.top1_agreement,
+        )
 
 
 NATS = "nats per token"

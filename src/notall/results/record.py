@@ -157,9 +157,11 @@ class Record(Fact):
         return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod
-    def from_fact(cls, fact: Fact, **more: Any) -> Self:
-        """A record of a fact that it extends."""
-        return cls(**{name: getattr(fact, name) for name in type(fact).model_fields}, **more)
+    def from_fact(cls, *facts: Fact, **more: Any) -> Self:
+        """A record of what `facts` have of its fields, and of what is new."""
+        own = cls.model_fields.keys() - {"record"}
+        found = {name: getattr(fact, name) for fact in facts for name in type(fact).model_fields if name in own}
+        return cls(**found | more)
 
 
 class HeaderRecord(Record):
