@@ -24,11 +24,9 @@ from .load_errors import quiet
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # of config.json, an entry a layer
-INDEX_LISTS = ("mlp_only_layers",)
 TENSOR = re.compile(
     r"(?P<start>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
 )
-NOT_OURS = ("auto_map", "architectures", "sublayers", "block_configs")
 REDONE = "export it anew from the dense model"
 
 
@@ -99,9 +97,8 @@ def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
         values = settings.get(name)
         if isinstance(values, list) and len(values) == len(rows):
             spread[name] = [values[source] for source in sources]
-    for name in INDEX_LISTS:
-        if indices := settings.get(name):
-            spread[name] = [number for number, source in enumerate(sources) if source in indices]
+    if indices := settings.get("mlp_only_layers"):
+        spread["mlp_only_layers"] = [number for number, source in enumerate(sources) if source in indices]
     return OwnExport(_config(settings["model_type"].removeprefix(REGROUPED), spread), missing, places)
 
 
@@ -131,7 +128,8 @@ def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
 
 
 def _config(model_type: str, settings: Mapping[str, Any]) -> PretrainedConfig:
-    own = {name: value for name, value in settings.items() if name not in NOT_OURS}
+    not_ours = ("auto_map", "architectures", "sublayers", "block_configs")
+    own = {name: value for name, value in settings.items() if name not in not_ours}
     config_class = CONFIG_MAPPING[model_type]
     if not config_class.__module__.startswith("transformers."):
         raise ValueError(f"{model_type} is no architecture of transformers")

@@ -55,10 +55,3 @@ def why_not_here(told: Mapping[str, Any]) -> str | None:
         fix = f": pip install {package}" if package else f" ({said})"
         return f"transformers runs {name} weights with a package that is not installed{fix}"
     return None
-
-
-def refuse_what_cannot_run(spec: object, config: PretrainedConfig) -> None:
-    """Raises `UsageError` where a model's weights are quantised in a way that this machine cannot run."""
-    told = quantisation_of(config)
-    if told is not None and (reason := why_not_here(told)):
-        raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")

@@ -208,12 +208,11 @@ class ModelStructure:
 
 def _sizes(parts: Sequence[Sublayer]) -> str:
     """What sublayers of one form weigh, each."""
-    counts = {
-        "parameters": {part.parameters for part in parts},
-        "bytes of KV a token": {part.kv_bytes_per_token for part in parts},
-        "bytes of state": {part.state_bytes for part in parts},
-    }
-    told = [f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in counts.items() if any(c)]
+    units = ("parameters", "bytes of KV a token", "bytes of state")
+    counts = zip(*((part.parameters, part.kv_bytes_per_token, part.state_bytes) for part in parts))
+    told = [
+        f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in zip(units, counts) if any(c)
+    ]
     mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
     return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
 
