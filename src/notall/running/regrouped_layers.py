@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class RegroupedLayer(nn.Module):
     scales: Iterable[nn.Module]  # one for each part and one behind all, or none
     _layout: _Layout
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         arguments, hidden = called_with(self, args, kwargs)
         declared, layout, ways = parameter_names(self), self._layout, iter(self.scales)
         call = LayerCall(arguments, {name: value for name, value in kwargs.items() if name not in declared})
@@ -95,7 +95,7 @@ def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
         return layer_class
 
     @functools.wraps(layer_class.forward)  # type: ignore[attr-defined]
-    def forward(self: RegroupedLayer, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: RegroupedLayer, *args: object, **kwargs: object) -> object:
         return RegroupedLayer.forward(self, *args, **kwargs)
 
     name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -273,10 +272,10 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
 Answer = Callable[[Arguments, Tensor], Tensor]
 
 
-def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., Any]:
+def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., object]:
     """A forward for a layer that answers, in its form, the hidden states `answer(arguments, hidden)`."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         hidden = answer(*called_with(layer, args, kwargs))
         return hidden if block.answer is None else (hidden, *(None for _ in block.answer))
 

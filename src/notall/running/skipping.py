@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -298,7 +298,7 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     return structure
 
 
-def _refuse_cache(model: PreTrainedModel, args: Any, arguments: Mapping[str, Any]) -> None:
+def _refuse_cache(model: PreTrainedModel, args: object, arguments: Mapping[str, object]) -> None:
     held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
     if held and not is_skipping(model):
         raise UsageError(

@@ -92,7 +92,7 @@ class StubModule(nn.Module):
     stub_index: int
     stub_scale: Scale | None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         form, scale = self.stub_form, self.stub_scale
         if scale is None:
             return form.answer(args, kwargs, self.stub_index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +28,7 @@ from .model_structure import (
     base_model,
     cache_argument,
     fingerprint,
+    inputs_device,
     name_of,
     text_config,
 )
@@ -147,10 +147,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":  # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
-        device = torch.device("cpu")
-    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, device))
+    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, inputs_device(model)))
     alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
     for one, block in zip(alone, structure.blocks):
         prove(one, block)
@@ -158,12 +155,12 @@ def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelSt
     return structure
 
 
-def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, **cache: DynamicCache) -> None:
+def _run_probe(model: PreTrainedModel, run: Callable[..., object], device: torch.device, **cache: DynamicCache) -> None:
     vocabulary = text_config(model).vocab_size
     tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
+    run(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
 
 
 def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
@@ -271,7 +268,7 @@ def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list
     """
     given: list[Arguments] = []
 
-    def idle(trace: LayerTrace, *args: Any, **kwargs: Any) -> Any:
+    def idle(trace: LayerTrace, *args: object, **kwargs: object) -> object:
         arguments, hidden = called_with(trace.layer, args, kwargs)
         given.append(arguments)
         return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
@@ -294,7 +291,7 @@ def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list
             )
 
 
-def _is_handed_on(answer: Any, given: Tensor) -> bool:
+def _is_handed_on(answer: object, given: Tensor) -> bool:
     """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
     if given is answer or not isinstance(answer, Tensor):
         return given is answer

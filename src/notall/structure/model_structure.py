@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -226,6 +227,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The config of the text decoder: the model's own, or the text part of a vision-language model's."""
     return model.config.get_text_config(decoder=True)
+
+
+def inputs_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: from the CPU accelerate takes them to where it keeps an offloaded embedding."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def positions_of(model: PreTrainedModel) -> float:

@@ -55,7 +55,7 @@ class Argument:
     """An argument of the layer's own call, under the layer's name for it."""
 
     name: str
-    default: Any = None
+    default: object = None
 
 
 Slot = object  # a Stream, an Argument, or else a constant
@@ -221,7 +221,7 @@ class LayerTrace:
     cache_writes: list[CacheWrite] = field(default_factory=list)
     calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)
     state_bytes: int = 0
-    attention_answer: Any = None
+    attention_answer: object = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Sharing:
         self._any = False  # source so far
         self._alive: list[Tensor] = []  # so that no id is used twice
 
-    def note(self, made: Any, place: Place | None) -> None:
+    def note(self, made: object, place: Place | None) -> None:
         """What is new in `made` comes from `place`, or from outside of the layers: None."""
         for tensor in tensors_in(made):
             self._any |= place is not None
@@ -254,7 +254,7 @@ class Sharing:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
 
-    def read(self, place: Place, given: Any) -> None:
+    def read(self, place: Place, given: object) -> None:
         """A torch function at `place` was handed `given`."""
         if not self._any:
             return
@@ -265,7 +265,7 @@ class Sharing:
         return self._makers.get(id(tensor))
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors of nested mappings, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
@@ -317,7 +317,7 @@ class Watch(TorchFunctionMode):
         self.now.kept.append(tensor)
         return tensor
 
-    def _note_new(self, result: Tensor, inputs: Iterable[Any], node: Node) -> Tensor:
+    def _note_new(self, result: Tensor, inputs: Iterable[object], node: Node) -> Tensor:
         """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
         return self._note(result.view(result.shape) if any(result is v for v in inputs) else result, node)
 
@@ -365,7 +365,7 @@ class Watch(TorchFunctionMode):
         return write(*args, **kwargs)
 
 
-def as_given(arguments: Mapping[str, Any]) -> Arguments:
+def as_given(arguments: Mapping[str, object]) -> Arguments:
     """`arguments` with copies of the mappings among them, which layers write to."""
     return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
 
@@ -435,7 +435,7 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
         trace.state_bytes = sum(state[0].nbytes for state in states if isinstance(state, Tensor))
 
 
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> AbstractContextManager[None]:
     """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
     return replaced(module.__dict__, _forward_name(module), forward)
 
@@ -527,7 +527,7 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     module = child(trace.layer, node.made_by) if isinstance(node.made_by, str) else None
     names = parameter_names(module) if module else ()
 
-    def slot(name: str, given: Any) -> Slot:
+    def slot(name: str, given: object) -> Slot:
         if given is value:
             return Stream.VALUE
         is_residual = given is residual and given is not None
@@ -546,12 +546,12 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     return ModuleOp(str(node.made_by), positional, keywords, node.output, is_attention, extras)
 
 
-def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
+def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Slot:
     """Where an argument `name` of a child's call comes from that is no hidden state."""
     declared = _signature(type(trace.layer).forward)
     arguments = trace.arguments
 
-    def default(name: str) -> Any:
+    def default(name: str) -> object:
         found = declared[name].default if name in declared else None
         return None if found is inspect.Parameter.empty else found
 
@@ -568,7 +568,7 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
     raise _unsupported(trace, found, "the layer's own arguments")
 
 
-def _same(given: Any, held: Any) -> bool:
+def _same(given: object, held: object) -> bool:
     return given is held or (isinstance(given, CONSTANTS) and type(given) is type(held) and given == held)
 
 

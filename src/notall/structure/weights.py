@@ -58,23 +58,16 @@ def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[int, Weight]]:
     own = dict(module.named_parameters(recurse=False))
-    if elements := _quantised_elements(module, own):
-        held = {**own, **dict(module.named_buffers(recurse=False))}
-        bias = held["bias"].numel() if held.get("bias") is not None else 0
-        yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
-    else:
-        yield from ((id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values())
-
-
-def _quantised_elements(module: nn.Module, own: dict[str, nn.Parameter]) -> int | None:
-    """The size of the matrix that a linear layer stands for, where its own weight is not just that; else None."""
     rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if not isinstance(rows, int) or not isinstance(columns, int):
-        return None
-    weight, others = own.get("weight"), own.keys() - {"weight", "bias"}
-    is_plain = weight is not None and weight.numel() == rows * columns and not others
-    holds = weight is not None or bool(others) or next(module.buffers(recurse=False), None) is not None
-    return None if is_plain or not holds else rows * columns
+    if isinstance(rows, int) and isinstance(columns, int):
+        elements, held = rows * columns, {**own, **dict(module.named_buffers(recurse=False))}
+        is_plain = "weight" in own and own["weight"].numel() == elements and not own.keys() - {"weight", "bias"}
+        is_empty = not held or (held.keys() == own.keys() == {"bias"})
+        if elements and not is_plain and not is_empty:  # the matrix that it stands for is packed in all that it holds
+            bias = held["bias"].numel() if "bias" in held else 0
+            yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
+            return
+    yield from ((id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values())
 
 
 def _bytes(tensor: Tensor) -> int:
