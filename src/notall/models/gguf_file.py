@@ -98,17 +98,14 @@ class GGUF:
     def mlp(self, index: int) -> Tensors:
         """Those of a block that are its MLP's, with the norms of that."""
         block = self.block(index)
-        return {name: tensor for name, tensor in block.items() if _is_mlp(name, block)}
+        starts = ["ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"]
+        if not any(name.startswith(("ffn_norm.", "post_ffw_norm.")) for name in block):
+            starts.append("post_attention_norm.")  # the only norm before the MLP, and not the one after the attention
+        return {name: tensor for name, tensor in block.items() if name.startswith(tuple(starts))}
 
     @property
     def outside_blocks(self) -> Tensors:
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(BLOCK)}
-
-
-def _is_mlp(name: str, block: Tensors) -> bool:
-    if name.startswith("post_attention_norm."):  # the norm after the attention, or the only one before the MLP
-        return not any(other.startswith(("ffn_norm.", "post_ffw_norm.")) for other in block)
-    return name.startswith(("ffn_", "pre_ffw_norm", "post_ffw_norm", "exp_probs_b", "layer_output_norm"))
 
 
 class _Reader(GGUFReader):

@@ -39,7 +39,7 @@ from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
 from .own_exports import OwnExport, is_own_form, own_export
-from .quantisation import quantisation_name, quantisation_of, refuse_what_cannot_run
+from .quantisation import quantisation_name, quantisation_of, why_not_here
 
 if TYPE_CHECKING:
 
@@ -48,11 +48,9 @@ if TYPE_CHECKING:
 else:
     CausalModel = PreTrainedModel
 
-MOST = 20_000  # layers, or experts: Doge has 16,384
 UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREAD = re.compile("architecture deci |`deci`")  # what transformers says of a file that only llama.cpp runs
-READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a hub id that is an export; no code
 
 
 def load(
@@ -266,9 +264,10 @@ def _load_plain(
     with quiet():
         config = AutoConfig.from_pretrained(source, **options)
     named_weights(spec, config)
-    refuse_what_cannot_run(spec, config)
-    _refuse_misread(spec, config)
     told = quantisation_of(config)
+    if told is not None and (reason := why_not_here(told)):
+        raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")
+    _refuse_misread(spec, config)
     with quiet(progress=not isinstance(source, Path)):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         tokenizer("a")  # what is wrong in its files shows here, and not in the middle of a run
@@ -291,7 +290,8 @@ def _load_export(
     """Refuses a checkpoint that lacks more than it says, and code beside it."""
     folder = expanded(spec)
     if not folder.exists():
-        folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=[*READ]))
+        no_code = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=no_code))
     with quiet():
         local = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, config=export.config, **local)
@@ -363,7 +363,7 @@ def _refuse_misread(spec: str | Path, config: PretrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         count = getattr(text, name, None)
-        if isinstance(count, int) and count > MOST:
+        if isinstance(count, int) and count > 20_000:  # Doge has 16,384
             raise UsageError(f"the config of {spec} has {name} = {count}: it is damaged; fetch it again")
     # transformers 4 ignores transformers 5's in silence, and computes with defaults
     if TRANSFORMERS_MAJOR == "4" and getattr(config, "rope_parameters", None):

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,17 +17,15 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..errors import UsageError, shortened
 from ..files import INDEX, SINGLE, own_file
-from ..inputs import read_json
+from ..inputs import Settings, read_json
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # of config.json, an entry a layer
-INDEX_LISTS = ("mlp_only_layers",)
 TENSOR = re.compile(
     r"(?P<start>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
 )
-NOT_OURS = ("auto_map", "architectures", "sublayers", "block_configs")
 REDONE = "export it anew from the dense model"
 
 
@@ -64,13 +61,13 @@ class OwnExport:
         return {self.renamed(name): tensor for shard in shards for name, tensor in shard.items()}
 
 
-def is_own_form(settings: Mapping[str, Any]) -> bool:
+def is_own_form(settings: Settings) -> bool:
     """Whether config.json is of a form that no class of transformers reads, and that exports have."""
     form = str(settings.get("model_type"))
     return form == NEMOTRON_NAS or form.startswith(REGROUPED)
 
 
-def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
+def own_export(name: str | Path, settings: Settings) -> OwnExport:
     """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
     try:
         regrouped = settings["model_type"] != NEMOTRON_NAS
@@ -80,7 +77,7 @@ def own_export(name: str | Path, settings: Mapping[str, Any]) -> OwnExport:
         raise UsageError(f"the config of {shortened(name)} is none that notall writes ({said}); {REDONE}") from error
 
 
-def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
+def _regrouped(settings: Settings) -> OwnExport:
     rows = settings["sublayers"]
     places: dict[tuple[int, str, int], int] = {}
     missing: dict[str, list[int]] = {"attention": [], "mlp": []}
@@ -99,13 +96,12 @@ def _regrouped(settings: Mapping[str, Any]) -> OwnExport:
         values = settings.get(name)
         if isinstance(values, list) and len(values) == len(rows):
             spread[name] = [values[source] for source in sources]
-    for name in INDEX_LISTS:
-        if indices := settings.get(name):
-            spread[name] = [number for number, source in enumerate(sources) if source in indices]
+    if indices := settings.get("mlp_only_layers"):
+        spread["mlp_only_layers"] = [number for number, source in enumerate(sources) if source in indices]
     return OwnExport(_config(settings["model_type"].removeprefix(REGROUPED), spread), missing, places)
 
 
-def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
+def _nemotron_nas(settings: Settings) -> OwnExport:
     """As Llama, which it is but for what its layers lack; only where the layers are of one size."""
     blocks, hidden = settings["block_configs"], settings["hidden_size"]
     missing = {
@@ -130,8 +126,9 @@ def _nemotron_nas(settings: Mapping[str, Any]) -> OwnExport:
     return OwnExport(_config("llama", {**settings, **sizes}), missing)
 
 
-def _config(model_type: str, settings: Mapping[str, Any]) -> PretrainedConfig:
-    own = {name: value for name, value in settings.items() if name not in NOT_OURS}
+def _config(model_type: str, settings: Settings) -> PretrainedConfig:
+    not_ours = ("auto_map", "architectures", "sublayers", "block_configs")
+    own = {name: value for name, value in settings.items() if name not in not_ours}
     config_class = CONFIG_MAPPING[model_type]
     if not config_class.__module__.startswith("transformers."):
         raise ValueError(f"{model_type} is no architecture of transformers")

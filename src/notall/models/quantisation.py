@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
@@ -33,7 +32,7 @@ def quantisation_of(config: PretrainedConfig) -> Settings | None:
     return told if told is None else dict(told)
 
 
-def quantisation_name(told: Mapping[str, Any]) -> str:
+def quantisation_name(told: Mapping[str, object]) -> str:
     """Such as `fp8`, `gptq 4-bit` or `compressed-tensors`."""
     method = told.get("quant_method")
     method = str(getattr(method, "value", method) or "bitsandbytes")  # old files of bitsandbytes do not say
@@ -41,7 +40,7 @@ def quantisation_name(told: Mapping[str, Any]) -> str:
     return f"{method} {bits}-bit" if bits else method
 
 
-def why_not_here(told: Mapping[str, Any]) -> str | None:
+def why_not_here(told: Mapping[str, object]) -> str | None:
     """What keeps transformers from running such weights here, and what to install; None where nothing does."""
     name = quantisation_name(told)
     package = PACKAGES.get(name.split()[0])
@@ -55,10 +54,3 @@ def why_not_here(told: Mapping[str, Any]) -> str | None:
         fix = f": pip install {package}" if package else f" ({said})"
         return f"transformers runs {name} weights with a package that is not installed{fix}"
     return None
-
-
-def refuse_what_cannot_run(spec: object, config: PretrainedConfig) -> None:
-    """Raises `UsageError` where a model's weights are quantised in a way that this machine cannot run."""
-    told = quantisation_of(config)
-    if told is not None and (reason := why_not_here(told)):
-        raise UsageError(f"cannot load {shortened(str(spec))}: {reason}; notall inspect, plan and export do without")

@@ -160,8 +160,7 @@ def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterat
             raise UsageError(f"give {IDS}, not a tensor of {tuple(batch.shape)}, {str(batch.dtype).rpartition('.')[2]}")
         if batch.shape[1] < 2:
             raise UsageError("a window of one token predicts nothing: give windows of two tokens or more")
-        least, most = map(int, batch.aminmax())
-        for token in (least, most):
+        for token in map(int, batch.aminmax()):
             if vocabulary is not None and not 0 <= token < vocabulary:
                 raise UsageError(f"the model has no token {token:,}, but {vocabulary:,} from 0: use its own tokenizer")
         yield batch
@@ -169,7 +168,6 @@ def checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> Iterat
 
 def all_checked(batches: Iterable[Tensor], model: nn.Module | None = None) -> list[Tensor]:
     """`batches`, each checked. Raises `UsageError` as `checked` does, and where there are none."""
-    found = list(checked(batches, model))
-    if not found:
+    if not (found := list(checked(batches, model))):
         raise UsageError(f"there is no text: give a list of {IDS}")
     return found

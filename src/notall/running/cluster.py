@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 ATTEMPTS = 3  # Ray's server forks beside threads of its own, and at times that child dies at once
 SECONDS = 1800  # for a worker to load its model
 
-Task = tuple[str, tuple[Any, ...]]  # the worker's method, its arguments
+Task = tuple[str, tuple[object, ...]]  # the worker's method, its arguments
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class Pool:
     `UsageError` where one cannot be made.
     """
 
-    def __init__(self, kind: type, options: Mapping[str, Any], count: int | None, gpus: int) -> None:
+    def __init__(self, kind: type, options: Mapping[str, object], count: int | None, gpus: int) -> None:
         most, has_gpus = room(gpus)
         remote = ray.remote(num_cpus=1, num_gpus=gpus if has_gpus else 0)(kind)
         self.actors: list[Any] = [remote.remote(**options) for _ in range(count or most)]
@@ -118,7 +118,7 @@ class Pool:
         return [answers[number] for number in range(len(tasks))]
 
 
-def train(work: Callable[..., None], given: Mapping[str, Any], folder: Path, *, count: int, on_gpus: bool) -> None:
+def train(work: Callable[..., None], given: Mapping[str, object], folder: Path, *, count: int, on_gpus: bool) -> None:
     """Have `count` processes each run `work(device, is_first, **given)` at once, as one torch process group.
 
     When one is lost or fails, all of them are started again, once. Ray's own files lie in `folder`. Raises `UsageError`

@@ -64,14 +64,9 @@ def generate_text(
         if temperature == 0:
             (new,) = greedy(model, ids, max_new_tokens, streamer=streamer)
         else:  # as the checkpoint's own settings say, but for the temperature and beams
-            how: dict[str, Any] = {
-                "do_sample": True,
-                "temperature": temperature,
-                "num_beams": 1,
-                "max_new_tokens": max_new_tokens,
-            }
+            how = {"do_sample": True, "temperature": temperature, "num_beams": 1, "max_new_tokens": max_new_tokens}
             with _seeded(model, seed):
-                new = _generate(model, ids, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
+                new = _generate(model, ids, None, streamer=streamer, **how)[0, ids.shape[1] :].tolist()
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 

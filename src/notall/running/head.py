@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
 from ..structure.locating import locate
-from ..structure.model_structure import base_model, text_config
+from ..structure.model_structure import base_model, inputs_device, text_config
 from ..structure.observation import forward_replaced
 from .replay import handing, states_before_output
 
@@ -59,8 +59,7 @@ class Head:
 
     def _behind(self, hidden: Tensor) -> Tensor:
         """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
-        device = _present(self.model.get_input_embeddings().weight.device)
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model))
         with handing(self.model, self.structure, hidden):
             return self.model(input_ids=ids, use_cache=False).logits
 
@@ -68,9 +67,10 @@ class Head:
     def _probe(self) -> Projection | None:
         """The head's matrix, where random rows say that it is one."""
         device = next(self.model.get_submodule(self.structure.layers).parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device  # accelerate takes them from there
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(2, 4, text_config(self.model).hidden_size, generator=generator)
-        hidden = hidden.to(_present(device), self.model.dtype)
+        hidden = hidden.to(device, self.model.dtype)
         expected = self._behind(hidden).flatten(0, 1)
         rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
         if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
@@ -109,11 +109,6 @@ class Head:
 
 
 _PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = WeakKeyDictionary()
-
-
-def _present(device: torch.device) -> torch.device:
-    """Where inputs go: accelerate takes them from the CPU to where it keeps what is offloaded."""
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,7 +53,7 @@ def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
             inner(**inputs, use_cache=False)
 
 
-def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
+def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., object]:
     """A forward for a layer whose sublayers can be run one at a time."""
 
     def answer(arguments: Arguments, before: Tensor) -> Tensor:
@@ -74,14 +73,14 @@ def _read(block: Block, layer: nn.Module, look: Look) -> Callable[..., Any]:
 
 def _stubbed(
     block: Block, layer: nn.Module, stubs: Sequence[Stub], shape: Sequence[int], look: Look
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them.
 
     The dense layer comes last: others read what it makes.
     """
     fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         _, given = called_with(layer, args, kwargs)
         before = as_stream(given, shape).clone()
         states = []

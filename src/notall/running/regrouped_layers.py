@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -52,7 +51,7 @@ class RegroupedLayer(nn.Module):
     scales: Iterable[nn.Module]  # one for each part and one behind all, or none
     _layout: _Layout
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         arguments, hidden = called_with(self, args, kwargs)
         declared, layout, ways = parameter_names(self), self._layout, iter(self.scales)
         call = LayerCall(arguments, {name: value for name, value in kwargs.items() if name not in declared})
@@ -69,27 +68,24 @@ class RegroupedLayer(nn.Module):
             hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         else:
             hidden = run_branches(layout.own.branches, self, hidden, call)
-            rest = layout.rest(call)
+            given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
+            places = (
+                layout.block.answer or ()
+            )  # of what the dense layer answers beside, as far as the attention gave it
+            as_asked = call.arguments.get("output_attentions")
+            rest = given[1:] if as_asked else tuple(None if at is None else given[at] for at in places)
         for holder in self.after:
             hidden = holder(scaled(hidden), call)
         hidden = scaled(hidden)
         return hidden if layout.block.answer is None else (hidden, *rest)
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """What a regrouped layer runs of its own block: all of it, or one sublayer."""
 
     block: Block
     own: Sublayer
     whole: bool
-
-    def rest(self, call: LayerCall) -> tuple[Any, ...]:
-        """What the dense layer answers beside the hidden states, as far as the attention gave it."""
-        given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
-        if call.arguments.get("output_attentions"):
-            return given[1:]
-        return tuple(None if index is None else given[index] for index in self.block.answer or ())
 
 
 @functools.cache
@@ -99,7 +95,7 @@ def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
         return layer_class
 
     @functools.wraps(layer_class.forward)  # type: ignore[attr-defined]
-    def forward(self: RegroupedLayer, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: RegroupedLayer, *args: object, **kwargs: object) -> object:
         return RegroupedLayer.forward(self, *args, **kwargs)
 
     name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)

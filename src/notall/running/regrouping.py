@@ -29,11 +29,6 @@ class Group:
     end: int = field(default=0, compare=False)
 
     @property
-    def first(self) -> int:
-        """The block of what runs first."""
-        return min([self.layer, *self.before])
-
-    @property
     def untouched(self) -> bool:
         return self.whole and not self.before and not self.after
 
@@ -55,7 +50,7 @@ def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
             ahead = []
         elif kept:
             (groups[-1].after if groups else ahead).append(index)
-    ends = [group.first for group in groups[1:]] + [len(kinds)]
+    ends = [min([group.layer, *group.before]) for group in groups[1:]] + [len(kinds)]
     for group, start, end in zip(groups, [0, *ends], ends):
         group.start, group.end = start, end
     return groups
@@ -73,18 +68,16 @@ def is_portable(structure: ModelStructure, plan: Plan) -> bool:
 
     So it is when the kept sublayers alternate, attention, MLP, attention, MLP, whichever blocks they come from.
     """
-    if plan and not structure.cuttable:
-        return False
-    return all(is_ordinary(structure, group) for group in groups_of(structure, plan))
+    cuttable = not plan or structure.cuttable
+    return cuttable and all(is_ordinary(structure, group) for group in groups_of(structure, plan))
 
 
 def is_ordinary(structure: ModelStructure, group: Group) -> bool:
     """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
     if group.untouched:
         return True
-    if group.whole or group.before or len(group.after) != 1:
-        return False
-    return fits(structure, group.layer, group.after[0])
+    alone = not group.whole and not group.before and len(group.after) == 1
+    return alone and fits(structure, group.layer, group.after[0])
 
 
 def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:

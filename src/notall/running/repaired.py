@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class RepairedPlan(Plan):
         return cls.of(plan, weights=weights, refits=refits, history=_history(folder))
 
     @property
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> tuple[object, ...]:
         """What it skips, and its weights."""
         return self.attention, self.mlp, self.digest
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +101,8 @@ class Replay:
         self.layers: nn.ModuleList = self.model.get_submodule(self.structure.layers)
         self.first: dict[str, Step] = {}
         self.plans = len(plans)
-        self.one_by_one = 0
+        self.executions = 0  # sublayers run for one batch
+        self.one_by_one = 0  # and how many there would be without sharing
         self.ran = 0  # sublayers run so far, over all batches
         self.alone: dict[Plan, list[int]] = {}  # plans that share nothing, with their numbers
         for number, plan in enumerate(plans):
@@ -110,23 +110,20 @@ class Replay:
             if isinstance(plan, RepairedPlan):
                 plan = plan.placed(self.model)
             if not self.structure.apart:
+                running = len(self.structure.running(plan))
+                self.executions += 0 if plan in self.alone else running
+                self.one_by_one += running
                 self.alone.setdefault(plan, []).append(number)
-                self.one_by_one += len(self.structure.running(plan))
                 continue
             here, step = self.first, None
             for new in self._steps_of(plan):
                 new.scale = self.structure.scale(step.block.index if step else 0, new.block.index)
                 step = here.setdefault(new.name, new)
                 here = step.after
+                self.executions += len(new.parts) if step is new else 0
                 self.one_by_one += len(new.parts)
             assert step is not None, "a plan keeps at least one attention"
             step.plans.append(number)
-
-    @property
-    def executions(self) -> int:
-        """Sublayers run for one batch; `one_by_one` says how many there would be without sharing."""
-        shared = sum(len(step.parts) for step in self._steps())
-        return shared + sum(len(self.structure.running(plan)) for plan in self.alone)
 
     def hidden_states(
         self, recording: Recording, prefix: PrefixCache | None = None
@@ -184,13 +181,6 @@ class Replay:
             else:
                 weights = plan.weights_of(self.structure, parts) if isinstance(plan, RepairedPlan) else {}
                 yield Step(f"{name} {plan.digest}" if weights else name, block, parts, weights)
-
-    def _steps(self) -> Iterator[Step]:
-        waiting = list(self.first.values())
-        while waiting:
-            step = waiting.pop()
-            waiting.extend(step.after.values())
-            yield step
 
     def _run(self, step: Step, hidden: Tensor, arguments: Arguments) -> Tensor:
         self.ran += len(step.parts)
@@ -251,12 +241,9 @@ def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> T
         given.append(args[0])
         raise Enough
 
-    handle = output_embeddings(model).register_forward_pre_hook(reach)
-    try:
-        with suppress(Enough):
-            run()
-    finally:
-        handle.remove()
+    with ExitStack() as undo, suppress(Enough):
+        undo.callback(output_embeddings(model).register_forward_pre_hook(reach).remove)
+        run()
     if not given:
         raise UnsupportedModel(f"{type(model).__name__} makes logits without its output embeddings")
     return given[0]
@@ -264,8 +251,7 @@ def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> T
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module:
     """The module that makes logits. Raises `UnsupportedModel` where there is none."""
-    output = model.get_output_embeddings()
-    if output is None:
+    if (output := model.get_output_embeddings()) is None:
         raise UnsupportedModel(f"{type(model).__name__} makes logits without output embeddings")
     return output
 
@@ -286,10 +272,10 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
 Answer = Callable[[Arguments, Tensor], Tensor]
 
 
-def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., Any]:
+def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., object]:
     """A forward for a layer that answers, in its form, the hidden states `answer(arguments, hidden)`."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         hidden = answer(*called_with(layer, args, kwargs))
         return hidden if block.answer is None else (hidden, *(None for _ in block.answer))
 

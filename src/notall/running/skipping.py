@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from itertools import zip_longest
+from typing import NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +26,7 @@ from ..structure import locating
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, base_model, text_config
-from ..structure.slicing import free_cache_slots, is_told, renumber, replaced, restored, slice_config
+from ..structure.slicing import free_cache_slots, renumber, replaced, restored, slice_config
 from .regrouped_layers import RegroupedLayer, merged_layer, regrouped_layer
 from .regrouping import Group, groups_of
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
@@ -152,7 +153,7 @@ def _are_cut(model: nn.Module, structure: ModelStructure) -> bool:
 
 def _is_built_again(model: PreTrainedModel) -> bool:
     """Whether the model's config alone tells how its layers are built, as a load must."""
-    if is_told(text_config(model)):
+    if "told" in vars(type(text_config(model))):  # lists that it would not read from a file
         return False
     try:
         with torch.device("meta"):
@@ -160,38 +161,35 @@ def _is_built_again(model: PreTrainedModel) -> bool:
     except Exception:  # whatever a config's own checks raise
         return False
     quantised = bool(getattr(model, "is_quantized", False))
-    built, held = ([(path, _form(module, quantised)) for path, module in one.named_modules()] for one in (again, model))
-    return built == held
+    pairs = zip_longest(again.named_modules(), model.named_modules(), fillvalue=("", nn.Identity()))
+    return all(there == here and _is_alike(plain, module, quantised) for (there, plain), (here, module) in pairs)
 
 
-def _form(module: nn.Module, quantised: bool) -> object:
-    """By what modules are told apart; a quantised projection is of another class, and as wide."""
-    if quantised and hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.in_features, module.out_features
-    return type(module).__name__, [weight.shape for weight in module.parameters(recurse=False)]
+def _is_alike(plain: nn.Module, module: nn.Module, quantised: bool) -> bool:
+    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
+    if quantised and type(plain) is not type(module) and isinstance(plain, nn.Linear):
+        return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
+    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
+    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
 
 
 def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
     return model.get_submodule(structure.layers)  # type: ignore[return-value]
 
 
-def _place(model: nn.Module, structure: ModelStructure) -> tuple[nn.Module, str]:
-    """The module that holds the list of layers, and its name there."""
+def _place(model: PreTrainedModel, structure: ModelStructure) -> tuple[nn.Module, str, list[PretrainedConfig]]:
+    """The module that holds the list of layers, its name there, and the configs that say how many there are."""
     above, _, name = structure.layers.rpartition(".")
-    return model.get_submodule(above), name
+    parent = model.get_submodule(above)
+    configs = (text_config(model), getattr(parent, "config", None))  # which may be one object
+    return parent, name, list({id(config): config for config in configs if config is not None}.values())
 
 
-def _put(model: nn.Module, structure: ModelStructure, layers: nn.ModuleList) -> None:
+def _put(model: PreTrainedModel, structure: ModelStructure, layers: nn.ModuleList) -> None:
     """Make `layers` the model's own."""
-    parent, name = _place(model, structure)
+    parent, name, _ = _place(model, structure)
     layers.training = parent.training
     parent._modules[name] = layers
-
-
-def _configs(model: PreTrainedModel, parent: nn.Module) -> list[PretrainedConfig]:
-    """The configs that say how many layers there are: the model's text config and the decoder's, if another object."""
-    configs = (text_config(model), getattr(parent, "config", None))
-    return list({id(config): config for config in configs if config is not None}.values())
 
 
 def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> ExitStack:
@@ -199,19 +197,19 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     undo = ExitStack()
     if not plan and not structure.missing:
         return undo
-    (parent, name), dense = _place(model, structure), _layers(model, structure)
+    (parent, name, configs), dense = _place(model, structure), _layers(model, structure)
     with suppress(ImportError):  # transformers 5 hooks the layers for `output_hidden_states` once, at the first use
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
         if isinstance(parent, PreTrainedModel):
             maybe_install_capturing_hooks(parent)
-    for config in _configs(model, parent):
+    for config in configs:
         undo.enter_context(restored(config))
     undo.callback(parent._modules.__setitem__, name, dense)
     undo.callback(locating.remember, model, dense, structure)
     # what `generate` keeps between calls counts layers
-    static_cache = model.__dict__.pop("_cache", None)
-    undo.callback(model.__dict__.update, {} if static_cache is None else {"_cache": static_cache})
+    kept = {name: model.__dict__.pop(name) for name in ("_cache",) if name in model.__dict__}
+    undo.callback(model.__dict__.update, kept)
     undo.callback(model.__dict__.pop, "_cache", None)
     try:
         if isinstance(plan, RepairedPlan):
@@ -233,7 +231,7 @@ def _cut(
 
     `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.
     """
-    dense, configs = _layers(model, structure), _configs(model, _place(model, structure)[0])
+    dense, configs = _layers(model, structure), _place(model, structure)[2]
     if structure.in_place:
         layers, running = _with_stubs(structure, dense, plan), structure.running(plan)
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
@@ -269,7 +267,8 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
 
     Every layer keeps its number, and `locate` and `skip` take the model. Raises `UsageError` for a layer of nothing.
     """
-    whole, dense = locate(model), _layers(model, locate(model))
+    whole = locate(model)
+    dense = _layers(model, whole)
     missing.check(whole)
     if missing.blocks:
         raise UsageError(f"layer {missing.blocks[0]} would have neither an attention nor an MLP")
@@ -299,7 +298,7 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     return structure
 
 
-def _refuse_cache(model: PreTrainedModel, args: Any, arguments: Mapping[str, Any]) -> None:
+def _refuse_cache(model: PreTrainedModel, args: object, arguments: Mapping[str, object]) -> None:
     held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
     if held and not is_skipping(model):
         raise UsageError(

@@ -47,23 +47,19 @@ class Form:
     def answer(self, args: tuple[Any, ...], kwargs: Arguments, index: int) -> Any:
         """Raises `UsageError` where the cache keeps a place for what is left out, by which it would count tokens."""
         arguments = self.named(args, kwargs)
-        _check_place(arguments, index)
+        for given in arguments.values():
+            cache = getattr(given, "self_attention_cache", given)
+            if isinstance(cache, Cache) and not isinstance(next(iter(cache.layers[index:]), None), DummyLayer):
+                raise UsageError(
+                    f"this cache keeps a place for layer {index}, whose mixer is skipped; make it inside the `with`, "
+                    "as DynamicCache(config=model.config), or let the model make it"
+                )
         value: Tensor = arguments[self.value]
         if self.width is not None:
             value = value.new_zeros(*value.shape[:-1], self.width)
         if self.elements is None:
             return value
         return tuple(value if e is True else arguments.get(e) if isinstance(e, str) else None for e in self.elements)
-
-
-def _check_place(arguments: Arguments, index: int) -> None:
-    for given in arguments.values():
-        cache = getattr(given, "self_attention_cache", given)
-        if isinstance(cache, Cache) and not (len(cache.layers) > index and isinstance(cache.layers[index], DummyLayer)):
-            raise UsageError(
-                f"this cache keeps a place for layer {index}, whose mixer is skipped; make it inside the `with`, as "
-                "DynamicCache(config=model.config), or let the model make it"
-            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class StubModule(nn.Module):
     stub_index: int
     stub_scale: Scale | None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         form, scale = self.stub_form, self.stub_scale
         if scale is None:
             return form.answer(args, kwargs, self.stub_index)
@@ -140,7 +136,7 @@ def stubbed_layer(
     for stub, scale in [*((stub, None) for stub in stubs), *(scaled or {}).items()]:
         if stub.is_layer:
             return _stub_module(layer, stub.end[1], index, scale, is_layer=True)
-        for name, form in [stub.end] if scale else stub.forms:
+        for name, form in stub.forms[-1:] if scale else stub.forms:
             children[name] = _stub_module(children[name], form, index, scale, is_layer=False)
     return shallow_clone(layer, children, type(layer))
 
@@ -189,14 +185,14 @@ def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
 def _stub(trace: LayerTrace, flow: Flow, names: list[str]) -> Stub | None:
     forms = []
     for name in names:
-        (call,) = trace.calls[name]
+        ((arguments, answer),) = trace.calls[name]
         used = {node.output or 0 for node in flow.nodes[name]}
-        value = next((n for n, given in call.arguments.items() if isinstance(given, Tensor)), None)
+        value = next((n for n, given in arguments.items() if isinstance(given, Tensor)), None)
         if value is None or "." in name:
             return None
-        elements = _elements(call.answer, call.arguments, used)
-        answer = call.answer if isinstance(call.answer, Tensor) else call.answer[min(used)]
-        width = answer.shape[-1] if name == names[-1] else None
+        elements = _elements(answer, arguments, used)
+        added = answer if isinstance(answer, Tensor) else answer[min(used)]
+        width = added.shape[-1] if name == names[-1] else None
         forms.append((name, Form(parameter_names(child(trace.layer, name)), value, elements, width)))
     return Stub(tuple(forms))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +28,7 @@ from .model_structure import (
     base_model,
     cache_argument,
     fingerprint,
+    inputs_device,
     name_of,
     text_config,
 )
@@ -45,8 +45,8 @@ from .observation import (
     first,
     forward_replaced,
     lines_of,
-    scale_of,
     tensors_in,
+    unscaled,
     watching,
 )
 from .proving import Alone, prove, prove_causal
@@ -147,10 +147,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":  # accelerate moves inputs from the CPU to where it keeps an offloaded embedding
-        device = torch.device("cpu")
-    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, device))
+    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, inputs_device(model)))
     alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
     for one, block in zip(alone, structure.blocks):
         prove(one, block)
@@ -158,12 +155,12 @@ def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelSt
     return structure
 
 
-def _run_probe(model: PreTrainedModel, call: Callable[..., Any], device: torch.device, **cache: DynamicCache) -> None:
+def _run_probe(model: PreTrainedModel, run: Callable[..., object], device: torch.device, **cache: DynamicCache) -> None:
     vocabulary = text_config(model).vocab_size
     tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
     mask = torch.ones_like(tokens)
     mask[0, 0] = 0
-    call(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
+    run(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
 
 
 def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
@@ -236,9 +233,8 @@ def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
             )
     for (source, _), (reader, _) in watch.sharing.pairs:
         raise UnsupportedModel(f"layer {reader} reads what layer {source} makes beside its hidden states")
-    for trace in watch.traces:
-        if _is_told_index(trace):
-            raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
+    for trace in filter(_is_told_index, watch.traces):
+        raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
     return tuple(_read(config, trace) for trace in watch.traces)
 
 
@@ -248,9 +244,14 @@ def _is_told_index(trace: LayerTrace) -> bool:
 
 
 def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch) -> Block:
-    parts = []
+    def at(place: Place) -> str:
+        """The sublayer at `place`, or its layer, where no sublayer of it is there."""
+        index, module = place
+        found = (name_of(kind, index) for kind, one in stubs[index].items() if one.is_layer or module in one.modules)
+        return next(found, f"layer.{index}")
+
+    parts, pairs = [], [(at(source), at(reader)) for source, reader in watch.sharing.pairs]
     for kind, stub in stubs[trace.index].items():
-        pairs = [(_at(stubs, source), _at(stubs, reader)) for source, reader in watch.sharing.pairs]
         read_by = {reader for source, reader in pairs if source == name_of(kind, trace.index)}
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _mixer(config, trace)
         parts.append(_sublayer(trace, kind, mixer, stub=stub, read_by=tuple(sorted(read_by))))
@@ -260,13 +261,6 @@ def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stu
     return _block(trace, parts, parallel=False, bare=bare)
 
 
-def _at(stubs: list[Stubs], place: Place) -> str:
-    """The sublayer at `place`, or its layer, where no sublayer of it is there."""
-    index, module = place
-    found = (name_of(kind, index) for kind, one in stubs[index].items() if one.is_layer or module in one.modules)
-    return next(found, f"layer.{index}")
-
-
 def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list[int]) -> None:
     """With layers that do nothing, each is given the same, but for what layers were seen to make.
 
@@ -274,7 +268,7 @@ def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list
     """
     given: list[Arguments] = []
 
-    def idle(trace: LayerTrace, *args: Any, **kwargs: Any) -> Any:
+    def idle(trace: LayerTrace, *args: object, **kwargs: object) -> object:
         arguments, hidden = called_with(trace.layer, args, kwargs)
         given.append(arguments)
         return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
@@ -287,18 +281,17 @@ def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list
     for trace, other in zip(watch.traces, given):
         made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
         left = list(tensors_in(other))
-        if len(made) != len(left) or not all(map(_alike, made, left)):
+        shapes = [[one.shape for one in some] for some in (made, left)]
+        if shapes[0] != shapes[1] or not all(
+            isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
+        ):
             raise UnsupportedModel(
                 f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
                 "layers' answers; notall leaves this model alone: choose another one"
             )
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and (isinstance(found, FakeTensor) or torch.equal(found, expected))
-
-
-def _is_handed_on(answer: Any, given: Tensor) -> bool:
+def _is_handed_on(answer: object, given: Tensor) -> bool:
     """Whether the next layer was given `answer` itself, all of it, or, on another device, a copy of it."""
     if given is answer or not isinstance(answer, Tensor):
         return given is answer
@@ -338,20 +331,16 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
 
 
 def _block(trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True) -> Block:
-    scaled_by = scale_of(trace)
+    scaled_by = unscaled(trace, trace.result)[1] if trace.result else None
     number = getattr(trace.layer, scaled_by) if scaled_by else None
     scale = 1.0 if number is None or number.is_meta else float(number)
     answer = None
     if isinstance(trace.answer, tuple):
         given = trace.attention_answer if isinstance(trace.attention_answer, tuple) else ()
-        answer = tuple(_place_in(given, value, place) for place, value in enumerate(trace.answer[1:], start=1))
+        places = [[at for at, one in enumerate(given) if one is value] for value in trace.answer[1:]]
+        # at the same place if it is there too
+        answer = tuple(at if at in found else next(iter(found), None) for at, found in enumerate(places, start=1))
     return Block(trace.index, tuple(parts), parallel, answer, scaled_by, scale, bare)
-
-
-def _place_in(given: tuple[Any, ...], value: Any, place: int) -> int | None:
-    """Where in the attention's answer the layer's own has a value from: at the same `place` if it is there too."""
-    same = [index for index, other in enumerate(given) if other is value]
-    return place if place in same else next(iter(same), None)
 
 
 def _mixer(config: PretrainedConfig, trace: LayerTrace) -> str:

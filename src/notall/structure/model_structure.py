@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -208,12 +209,11 @@ class ModelStructure:
 
 def _sizes(parts: Sequence[Sublayer]) -> str:
     """What sublayers of one form weigh, each."""
-    counts = {
-        "parameters": {part.parameters for part in parts},
-        "bytes of KV a token": {part.kv_bytes_per_token for part in parts},
-        "bytes of state": {part.state_bytes for part in parts},
-    }
-    told = [f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in counts.items() if any(c)]
+    units = ("parameters", "bytes of KV a token", "bytes of state")
+    counts = zip(*((part.parameters, part.kv_bytes_per_token, part.state_bytes) for part in parts))
+    told = [
+        f"{' to '.join(f'{n:,}' for n in sorted({min(c), max(c)}))} {unit}" for unit, c in zip(units, counts) if any(c)
+    ]
     mixer = f" ({parts[0].mixer})" if parts[0].mixer else ""
     return f"    {parts[0].kind}{mixer}: {', '.join(told)}"
 
@@ -227,6 +227,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The config of the text decoder: the model's own, or the text part of a vision-language model's."""
     return model.config.get_text_config(decoder=True)
+
+
+def inputs_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: from the CPU accelerate takes them to where it keeps an offloaded embedding."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def positions_of(model: PreTrainedModel) -> float:

@@ -6,7 +6,7 @@ Each layer must read as
     h = h + ops(h)          one branch,  or
     h = h + ops(h) + ...    several branches of the same h (a parallel block)
 
-which is what `lines_of` returns; in the end it may multiply h by one number of its own (`scale_of`).
+which is what `lines_of` returns; in the end it may multiply h by one number of its own (`unscaled`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -55,15 +55,10 @@ class Argument:
     """An argument of the layer's own call, under the layer's name for it."""
 
     name: str
-    default: Any = None
+    default: object = None
 
 
-@dataclass(frozen=True)
-class Constant:
-    value: Any
-
-
-Slot = Stream | Argument | Constant
+Slot = object  # a Stream, an Argument, or else a constant
 
 
 @dataclass
@@ -76,11 +71,9 @@ class LayerCall:
 
 
 def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
-    if slot is Stream.VALUE:
-        return value
     if isinstance(slot, Argument):
         return call.arguments.get(slot.name, slot.default)
-    return slot.value if isinstance(slot, Constant) else residual
+    return value if slot is Stream.VALUE else residual if slot is Stream.RESIDUAL else slot
 
 
 def _filled(op: Op, value: Tensor, residual: Tensor, call: LayerCall) -> tuple[list[Any], Arguments]:
@@ -206,21 +199,13 @@ class Node:
         return self.made_by if isinstance(self.made_by, str) else self.name or "its input"
 
 
-@dataclass(frozen=True)
-class ChildCall:
-    """One call of a child module: its arguments by their names, and its answer."""
-
-    arguments: Arguments
-    answer: Any
-
-
 @dataclass
 class LayerTrace:
     """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence.
 
     `arguments` are by the layer's parameter names, without the hidden states. `given` are the same, with what mappings
-    held when the layer was called. `calls` are those of its children, in the order in which they ended. `numbers` are
-    the paths of its tensors of one element, by their ids.
+    held when the layer was called. `calls` are those of its children, arguments and answer, in the order in which they
+    ended. `numbers` are the paths of its tensors of one element, by their ids.
     """
 
     index: int
@@ -234,9 +219,9 @@ class LayerTrace:
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: list[CacheWrite] = field(default_factory=list)
-    calls: dict[str, list[ChildCall]] = field(default_factory=dict)
+    calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)
     state_bytes: int = 0
-    attention_answer: Any = None
+    attention_answer: object = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +246,7 @@ class Sharing:
         self._any = False  # source so far
         self._alive: list[Tensor] = []  # so that no id is used twice
 
-    def note(self, made: Any, place: Place | None) -> None:
+    def note(self, made: object, place: Place | None) -> None:
         """What is new in `made` comes from `place`, or from outside of the layers: None."""
         for tensor in tensors_in(made):
             self._any |= place is not None
@@ -269,24 +254,18 @@ class Sharing:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
 
-    def read(self, place: Place, given: Any) -> None:
+    def read(self, place: Place, given: object) -> None:
         """A torch function at `place` was handed `given`."""
         if not self._any:
             return
-        for tensor in tensors_in(given):
-            source = self.source_of(tensor)
-            if source and source[0] != place[0]:
-                self.pairs.add((source, place))
+        sources = map(self.source_of, tensors_in(given))
+        self.pairs.update((source, place) for source in sources if source and source[0] != place[0])
 
     def source_of(self, tensor: Tensor) -> Place | None:
         return self._makers.get(id(tensor))
 
-    def is_read(self, tensor: Tensor, layer: int) -> bool:
-        """Whether `layer` reads what the source of `tensor` makes."""
-        return any(source == self.source_of(tensor) and place[0] == layer for source, place in self.pairs)
 
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors of nested mappings, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
@@ -322,7 +301,7 @@ class Watch(TorchFunctionMode):
         node = Node(func, positional, keywords)
         if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
             return self._note(result, node)  # in place: whoever holds this tensor holds the new value
-        return self._note(self._fresh(result, args), node)
+        return self._note_new(result, args, node)
 
     def _traced(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
         """The arguments of a call, with nodes in place of the hidden states among them."""
@@ -338,10 +317,9 @@ class Watch(TorchFunctionMode):
         self.now.kept.append(tensor)
         return tensor
 
-    @staticmethod
-    def _fresh(result: Tensor, inputs: Any) -> Tensor:
+    def _note_new(self, result: Tensor, inputs: Iterable[object], node: Node) -> Tensor:
         """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
-        return result.view(result.shape) if any(result is v for v in inputs) else result
+        return self._note(result.view(result.shape) if any(result is v for v in inputs) else result, node)
 
     def run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments, hidden = called_with(layer, args, kwargs)
@@ -359,21 +337,18 @@ class Watch(TorchFunctionMode):
         self.now = None
         return answer
 
-    def enter_child(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inside.append(name)
-
     def leave_child(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, answer: Any) -> Any:
         self.inside.pop()
         if self.now is None or self.inside:
             return answer
         mappings = [value for value in self.now.arguments.values() if isinstance(value, MutableMapping)]
         self.sharing.note(mappings, (self.now.index, name))
-        self.now.calls.setdefault(name, []).append(ChildCall(by_name(module, args, kwargs), answer))
+        self.now.calls.setdefault(name, []).append((by_name(module, args, kwargs), answer))
         given = self._traced(args, kwargs)
         if any(write.module == name for write in self.now.cache_writes):
             self.now.attention_answer = answer
         if isinstance(answer, Tensor):
-            return self._note(self._fresh(answer, (*args, *kwargs.values())), Node(name, *given))
+            return self._note_new(answer, (*args, *kwargs.values()), Node(name, *given))
         for position, value in enumerate(answer if isinstance(answer, tuple) else ()):
             if isinstance(value, Tensor):
                 self._note(value, Node(name, *given, output=position))
@@ -390,7 +365,7 @@ class Watch(TorchFunctionMode):
         return write(*args, **kwargs)
 
 
-def as_given(arguments: Mapping[str, Any]) -> Arguments:
+def as_given(arguments: Mapping[str, object]) -> Arguments:
     """`arguments` with copies of the mappings among them, which layers write to."""
     return {name: copy.copy(value) if isinstance(value, MutableMapping) else value for name, value in arguments.items()}
 
@@ -444,7 +419,7 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
             forward = partial(watch.run_layer, index, layer, getattr(layer, _forward_name(layer)))
             undo.enter_context(forward_replaced(layer, forward))
             for name, module in callable_children(layer):
-                undo.callback(module.register_forward_pre_hook(partial(watch.enter_child, name)).remove)
+                undo.callback(module.register_forward_pre_hook(lambda *_, name=name: watch.inside.append(name)).remove)
                 undo.callback(module.register_forward_hook(partial(watch.leave_child, name), with_kwargs=True).remove)
         for name in dir(type(cache)):  # by which a layer writes keys and values, and states of fixed size
             if name.startswith("update"):
@@ -455,17 +430,12 @@ def watching(layers: nn.ModuleList, cache: Any) -> Iterator[Watch]:
         undo.enter_context(watch)
         yield watch
     for trace in watch.traces:
-        trace.state_bytes = sum(_state_bytes(cache, index) for index in {w.layer_idx for w in trace.cache_writes})
+        written = [vars(cache.layers[index]) for index in {write.layer_idx for write in trace.cache_writes}]
+        states = tree_leaves([value for held in written for name, value in held.items() if name.endswith("_states")])
+        trace.state_bytes = sum(state[0].nbytes for state in states if isinstance(state, Tensor))
 
 
-def _state_bytes(cache: Any, layer_idx: int) -> int:
-    """What the states of fixed size that a layer left in the cache take, for one sequence."""
-    held = vars(cache.layers[layer_idx])
-    states = tree_leaves([value for name, value in held.items() if name.endswith("_states")])
-    return sum(state[0].nbytes for state in states if isinstance(state, Tensor))
-
-
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> AbstractContextManager[None]:
     """Have `forward` run in place of the module's own, below an accelerate hook, for the time of the `with`."""
     return replaced(module.__dict__, _forward_name(module), forward)
 
@@ -478,16 +448,11 @@ def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
     """The lines of the residual stream that a layer is, in order. Raises `UnsupportedModel` where it is none."""
     if trace.result is None:
         raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
-    return _stream(trace, _unscaled(trace, trace.result)[0])
+    return _stream(trace, unscaled(trace, trace.result)[0])
 
 
-def scale_of(trace: LayerTrace) -> str | None:
-    """The name of the layer's own number that it multiplies its stream by in the end; None where it does not."""
-    return _unscaled(trace, trace.result)[1] if trace.result else None
-
-
-def _unscaled(trace: LayerTrace, node: Node) -> tuple[Node, str | None]:
-    """A node before it was multiplied by a number of the layer's, and the name of that."""
+def unscaled(trace: LayerTrace, node: Node) -> tuple[Node, str | None]:
+    """What the layer in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
     if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
         for given in (*node.positional, *node.keywords.values()):
             if id(given) in trace.numbers:
@@ -562,7 +527,7 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     module = child(trace.layer, node.made_by) if isinstance(node.made_by, str) else None
     names = parameter_names(module) if module else ()
 
-    def slot(name: str, given: Any) -> Slot:
+    def slot(name: str, given: object) -> Slot:
         if given is value:
             return Stream.VALUE
         is_residual = given is residual and given is not None
@@ -581,12 +546,12 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     return ModuleOp(str(node.made_by), positional, keywords, node.output, is_attention, extras)
 
 
-def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
+def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Slot:
     """Where an argument `name` of a child's call comes from that is no hidden state."""
     declared = _signature(type(trace.layer).forward)
     arguments = trace.arguments
 
-    def default(name: str) -> Any:
+    def default(name: str) -> object:
         found = declared[name].default if name in declared else None
         return None if found is inspect.Parameter.empty else found
 
@@ -598,12 +563,12 @@ def _from_outside(trace: LayerTrace, node: Node, name: str, given: Any) -> Slot:
     if name in arguments and _same(given, arguments[name]):
         return Argument(name)
     if isinstance(given, CONSTANTS):
-        return Constant(given)
+        return given
     found = f"{node} is given {name or 'a tensor'} that the layer itself computes"
     raise _unsupported(trace, found, "the layer's own arguments")
 
 
-def _same(given: Any, held: Any) -> bool:
+def _same(given: object, held: object) -> bool:
     return given is held or (isinstance(given, CONSTANTS) and type(given) is type(held) and given == held)
 
 

@@ -31,10 +31,6 @@ from .observation import (
 )
 from .slicing import free_cache_slots, renumber, restored, slice_config
 
-NOT_ITS_PARTS = (
-    " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); it may count "
-    "on its index or on what other layers leave behind"
-)
 NOT_WHAT = " differs by {error:.1e} of its largest value from {what} (expected at most {most:.0e})"
 NOT_LOCAL = (
     " looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that writes to the "
@@ -63,9 +59,6 @@ class Alone:
         """What it makes of `hidden`, or `layer` does as its twin, with its place in the cache `freed` or not."""
         return first((self.trace.layer if layer is None else layer)(hidden.clone(), **self.arguments(freed)))
 
-    def run_branch(self, branch: Branch, hidden: Tensor) -> Tensor:
-        return branch.run(self.trace.layer, hidden, LayerCall(self.arguments())).view(hidden.shape)
-
     def arguments(self, freed: bool = False) -> Arguments:
         """What it was called with. What others lend and it was not seen to read makes no difference: zeros."""
         with restored(self.config):
@@ -81,8 +74,11 @@ class Alone:
 
     def _unread_zeroed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            unread = self.sharing.source_of(value) and not self.sharing.is_read(value, self.trace.index)
-            return torch.zeros_like(value) if unread else value
+            maker = self.sharing.source_of(value)
+            read = not maker or any(
+                source == maker and at == self.trace.index for source, (at, _) in self.sharing.pairs
+            )
+            return value if read else torch.zeros_like(value)
         if isinstance(value, MutableMapping):
             for name, held in value.items():
                 value[name] = self._unread_zeroed(held)
@@ -130,11 +126,18 @@ def _prove_lines(alone: Alone, block: Block) -> None:
             if not branch.is_attention:
                 local.append((branch, hidden))
         hidden = run_branches(branches, layer, hidden, call)
-    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), NOT_ITS_PARTS)
+    said = (
+        " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); it may "
+        "count on its index or on what other layers leave behind"
+    )
+    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said)
     for branch, stream in local:
         names = ", ".join(branch.modules)
         said = f": {names} looks at other tokens without a cache; expected that of the attention alone"
-        run = functools.partial(alone.run_branch, branch)
+
+        def run(given: Tensor, branch: Branch = branch) -> Tensor:
+            return branch.run(layer, given, LayerCall(alone.arguments())).view(given.shape)
+
         _prove_local(alone, stream, run, said, alone.computed_in(stream.dtype))
 
 

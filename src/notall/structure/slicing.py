@@ -19,9 +19,6 @@ LAYER_INDICES = ("layer_idx", "layer_id")
 # Per-layer lists that a config holds and that caches, masks or layers read while the model runs.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "attention_layers", "no_rope_layers", "layers_block_type")
 
-# Lists of the indices of layers that have an attention, from which others are derived.
-LAYERS_BY_INDEX = ("attn_layer_indices",)
-
 
 @contextmanager
 def replaced(fields: MutableMapping[str, Value], name: str, value: Value) -> Iterator[None]:
@@ -53,15 +50,16 @@ def restored(config: PretrainedConfig) -> Iterator[None]:
 def slice_config(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Make `config` that of a model of only `layers`, past its setters, which check one field against another."""
     depth = config.num_hidden_layers
-    cut = {
-        name: type(values)(values[index] for index in layers)
-        for name in PER_LAYER_LISTS
-        if (values := _list_of(config, name, depth))
-    }
+    cut: dict[str, list[object] | tuple[object, ...]] = {}
+    for name in PER_LAYER_LISTS:  # that it holds, or derives from a period; not another one's other name
+        held = name in config.__dict__ or isinstance(getattr(type(config), name, None), property)
+        values = getattr(config, name) if held else None
+        if isinstance(values, list | tuple) and len(values) == depth:
+            cut[name] = type(values)(values[index] for index in layers)
     config.__dict__.update((name, values) for name, values in cut.items() if name in config.__dict__)
-    for name in LAYERS_BY_INDEX:
-        if listed := config.__dict__.get(name):
-            config.__dict__[name] = [number for number, index in enumerate(layers) if index in listed]
+    if listed := config.__dict__.get("attn_layer_indices"):  # from which other lists are derived
+        cut_list = [number for number, index in enumerate(layers) if index in listed]
+        config.__dict__["attn_layer_indices"] = cut_list
     config.__dict__[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     underived = {name: values for name, values in cut.items() if getattr(config, name) != values}
     if underived:
@@ -76,19 +74,7 @@ def free_cache_slots(config: PretrainedConfig, layers: Iterable[int]) -> None:
     config.__class__ = _told(type(config), {"kv_sharing_modes": modes})
 
 
-def is_told(config: PretrainedConfig) -> bool:
-    """Whether `config` was told lists that no period gives, and that it would not read from a file."""
-    return "told" in vars(type(config))
-
-
-def _list_of(config: PretrainedConfig, name: str, depth: int) -> list[Any] | tuple[Any, ...] | None:
-    """The per-layer list of this name that a config holds, or derives from a period; not another one's other name."""
-    held = name in config.__dict__ or isinstance(getattr(type(config), name, None), property)
-    values = getattr(config, name) if held else None
-    return values if isinstance(values, list | tuple) and len(values) == depth else None
-
-
-def _told(config_class: type, lists: dict[str, Any]) -> type:
+def _told(config_class: type, lists: Mapping[str, object]) -> type:
     """A subclass of a config that derives lists from a period: it is told them, as no period gives those of a cut."""
     fields = {"__module__": config_class.__module__, "told": True, **lists}
     return type(config_class)(config_class.__name__, (config_class,), fields)

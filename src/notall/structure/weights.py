@@ -6,10 +6,10 @@ a parameter holds. It counts as the matrix that it stands for, and weighs what a
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -39,18 +39,16 @@ def weights_of(module: nn.Module) -> dict[int, Weight]:
 def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
     """Have the parameters of a model without values weigh what its files hold: `sizes` are the bytes of each tensor."""
     parameters = dict(model.named_parameters())
-    owners = {
-        name: module for name, module in model.named_modules() if next(module.parameters(False), None) is not None
-    }
+    owned: dict[str, list[str]] = {}
+    for name in parameters:
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
     stored = dict.fromkeys(parameters, 0)
     for name, size in sizes.items():
         if name not in stored:
-            steps = name.split(".")
-            above = [".".join(steps[:depth]) for depth in range(len(steps) - 1, 0, -1)]
-            owner = next((path for path in above if path in owners), None)
-            if owner is None:
+            above = list(accumulate(name.split(".")[:-1], "{}.{}".format))
+            own = next((owned[path] for path in reversed(above) if path in owned), None)
+            if own is None:
                 continue
-            own = [f"{owner}.{parameter}" for parameter, _ in owners[owner].named_parameters(recurse=False)]
             # that it is named after, or else the first
             name = max(own, key=lambda parameter: len(parameter) if name.startswith(parameter) else 0)
         stored[name] += size
@@ -60,23 +58,16 @@ def count_as_stored(model: nn.Module, sizes: Mapping[str, int]) -> None:
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[int, Weight]]:
     own = dict(module.named_parameters(recurse=False))
-    if elements := _quantised_elements(module, own):
-        held = {**own, **dict(module.named_buffers(recurse=False))}
-        bias = held["bias"].numel() if held.get("bias") is not None else 0
-        yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
-    else:
-        yield from ((id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values())
-
-
-def _quantised_elements(module: nn.Module, own: dict[str, nn.Parameter]) -> int | None:
-    """The size of the matrix that a linear layer stands for, where its own weight is not just that; else None."""
     rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if not isinstance(rows, int) or not isinstance(columns, int):
-        return None
-    weight, others = own.get("weight"), own.keys() - {"weight", "bias"}
-    is_plain = weight is not None and weight.numel() == rows * columns and not others
-    holds = weight is not None or bool(others) or next(module.buffers(recurse=False), None) is not None
-    return None if is_plain or not holds else rows * columns
+    if isinstance(rows, int) and isinstance(columns, int):
+        elements, held = rows * columns, {**own, **dict(module.named_buffers(recurse=False))}
+        is_plain = "weight" in own and own["weight"].numel() == elements and not own.keys() - {"weight", "bias"}
+        is_empty = not held or (held.keys() == own.keys() == {"bias"})
+        if elements and not is_plain and not is_empty:  # the matrix that it stands for is packed in all that it holds
+            bias = held["bias"].numel() if "bias" in held else 0
+            yield id(module), Weight(elements + bias, sum(map(_bytes, held.values())))
+            return
+    yield from ((id(weight), Weight(weight.numel(), _bytes(weight))) for weight in own.values())
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -107,7 +98,7 @@ def running_weightless(model: nn.Module) -> Iterator[Callable[..., Any]]:
     # the log of torch's fake tensors holds each step that needs values for an error
     quiet = replaced(logging.getLogger(torch._subclasses.fake_tensor.__name__).__dict__, "disabled", True)
     with quiet, FakeTensorMode(allow_non_fake_inputs=True) as fake, _ZerosForValues(fake):
-        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        named = chain(model.named_parameters(), model.named_buffers())
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
         yield lambda **inputs: functional_call(model, tensors, (), inputs)
 
@@ -138,7 +129,7 @@ def _with_values(given: Any) -> Any:
         make = torch.empty if given.is_floating_point() else torch.zeros
         return make(given.shape, dtype=given.dtype)
     if isinstance(given, slice):
-        return slice(*(_with_values(bound) for bound in (given.start, given.stop, given.step)))
+        return slice(*map(_with_values, (given.start, given.stop, given.step)))
     if isinstance(given, tuple | list):
         return type(given)(_with_values(value) for value in given)
     return {name: _with_values(value) for name, value in given.items()} if isinstance(given, dict) else given
