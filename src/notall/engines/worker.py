@@ -31,11 +31,7 @@ class EngineFailed(UsageError):
 
 
 def call(engine: Engine, method: str, *, python: str | None = None, **arguments: Any) -> Any:
-    """What a method of the engine returns, as JSON has it.
-
-    `python` is that of another environment with notall, where the engine is in none of ours.
-    Raises `EngineFailed` where the method fails, or its process ends.
-    """
+    """What a method of the engine returns, as JSON has it; `python` is another environment's. Raises `EngineFailed`."""
     request = {
         "engine": f"{type(engine).__module__}:{type(engine).__qualname__}",
         "settings": asdict(engine),
@@ -61,17 +57,16 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
     except OSError as error:
         raise EngineFailed(f"no process was started ({error.strerror})", what) from None
     lines = run.stdout.splitlines()
-    answer = json.loads(lines[-1]) if lines and not run.returncode else {"failed": _ending(run)}
+    if lines and not run.returncode:
+        answer = json.loads(lines[-1])
+    elif run.returncode < 0:
+        answer = {"failed": f"its process was ended by signal {-run.returncode}, for want of memory perhaps"}
+    else:
+        printed = [f"its process ended with {run.returncode}", *filter(str.strip, run.stderr.splitlines())]
+        answer = {"failed": shortened(printed[-1], 160)}
     if "failed" in answer:
         raise EngineFailed(engine.reason(run.stderr) or answer["failed"], what)
     return answer["result"]
-
-
-def _ending(run: subprocess.CompletedProcess[str]) -> str:
-    if run.returncode < 0:
-        return f"its process was ended by signal {-run.returncode}, for want of memory perhaps"
-    printed = [line for line in run.stderr.splitlines() if line.strip()]
-    return shortened(printed[-1] if printed else f"its process ended with {run.returncode}", 160)
 
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:

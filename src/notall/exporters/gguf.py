@@ -1,8 +1,7 @@
 """llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No weight is changed but repaired ones.
 
-A portable plan leaves an ordinary file of the same architecture. Other plans leave a `deci` file, whose layers may lack
-a sublayer each, for the architectures that are built as `deci` is but for that. What llama.cpp decides by the index of
-a layer, without a setting in the file, cannot be carried over, and is refused where it would change.
+A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each. What
+llama.cpp decides by the index of a layer, without a setting in the file, is refused where it would change.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class GGUFExport(Export):
 
     def __init__(self, dense: Path, plan: Plan) -> None:
         """Raises `UsageError` for a damaged file, a plan of another model, and one that no GGUF file can express."""
-        self.dense, self.plan, self.use = dense, plan, USE
+        self.dense, self.plan, self.use, self.name = dense, plan, USE, f"{dense.stem}-notall.gguf"
         self.source = read_gguf(dense)
         weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
         self.fields, self.tensors = cut(with_weights(self.source, weights) if weights else self.source, plan)
@@ -114,14 +113,11 @@ class GGUFExport(Export):
         yield cls(_file(source.model), plan)
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
-        write_gguf(self._written(folder), self.source, self.fields, self.tensors, progress)
-
-    def _written(self, folder: Path) -> Path:
-        return folder / f"{self.dense.stem}-notall.gguf"
+        write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
         """By llama.cpp's most likely next tokens, against the dense model that skips the plan in transformers."""
-        written = self._written(folder)
+        written = folder / self.name
         found = read_gguf(written)
         same = (found.fields.keys(), found.tensors.keys()) == (self.fields.keys(), self.tensors.keys())
         pairs = ((found.tensors[name].data, tensor.data) for name, tensor in self.tensors.items())
@@ -193,15 +189,11 @@ def _check(source: GGUF, plan: Plan) -> None:
 
 
 def _kinds(source: GGUF, index: int) -> Sequence[str]:
-    """What a block holds: both, but for hybrids with layers of one sublayer."""
     if source.architecture not in HYBRIDS:
         return BOTH
     names = [name for name in source.block(index) if not name.split(".")[0].endswith("_norm")]
     has = {kind: any(name.startswith("ffn_") == (kind == "mlp") for name in names) for kind in BOTH}
     return [kind for kind in BOTH if has[kind]]
-
-
-# --- ordinary files ---------------------------------------------------------------------------------------------------
 
 
 def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
@@ -306,15 +298,9 @@ def _fits(source: GGUF, attention: int, mlp: int) -> bool:
     return sequential and has_norm and alike
 
 
-# --- files of layers that may lack a sublayer each --------------------------------------------------------------------
-
-
 def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     """Fields and tensors of the file. Raises `UsageError` for an architecture that `deci` does not compute."""
-    _check_deci(source)
-    hidden, width, head_size = source.count("embedding_length"), source.count("feed_forward_length"), _head_size(source)
-    heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
-    _check_sizes(source, hidden, heads * head_size, kv_heads * head_size, width)
+    heads, kv_heads, head_size, hidden, width = _deci_sizes(source)
     rows = list(sparse_layers(layers))
     tensors = source.outside_blocks
     for number, row in enumerate(rows):
@@ -339,7 +325,8 @@ def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     return fields | {ARCHITECTURE: Field.of("deci")}, tensors
 
 
-def _check_deci(source: GGUF) -> None:
+def _deci_sizes(source: GGUF) -> tuple[int, int, int, int, int]:
+    """Heads, those of keys, the size of one, the stream's and the MLPs' widths: as the tensors have them, too."""
     name = source.architecture
     names = {tensor.split(".")[0] for index in range(source.depth) for tensor in source.block(index)}
     foreign = sorted(names - set(DECI_TENSORS))
@@ -349,37 +336,29 @@ def _check_deci(source: GGUF) -> None:
         problem = f"llama.cpp's layers with one sublayer have no {foreign[0]}, which this {name} has"
     elif any(isinstance(source.setting(key), list) for key in ("attention.head_count", "feed_forward_length")):
         problem = "the layers of this file differ in size"
-    elif source.setting("rope.dimension_count", _head_size(source)) != _head_size(source):
-        problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
     else:
-        return
-    raise UsageError(
-        f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
-    )
-
-
-def _head_size(source: GGUF) -> int:
-    """As llama.cpp has it: the width divided by the heads, unless the file says otherwise."""
-    usual = source.count("embedding_length") // source.count("attention.head_count")
-    return source.count("attention.key_length", usual)
-
-
-def _check_sizes(source: GGUF, hidden: int, queries: int, keys: int, width: int) -> None:
-    """Raise `UsageError` unless the header gives the sizes that the tensors have: what is added is made by it."""
-    sizes = {"attn_norm": hidden, "attn_q": queries, "attn_k": keys, "ffn_up": width}
+        problem = ""
+        hidden, width = source.count("embedding_length"), source.count("feed_forward_length")
+        heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
+        head_size = source.count("attention.key_length", hidden // heads)
+        if source.setting("rope.dimension_count", head_size) != head_size:
+            problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
+    if problem:
+        raise UsageError(
+            f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
+        )
+    sizes = {"attn_norm": hidden, "attn_q": heads * head_size, "attn_k": kv_heads * head_size, "ffn_up": width}
     for index in range(source.depth):
         found = {name: tensor.data for name, tensor in source.block(index).items()}
         if any(len(found.get(f"{name}.weight", ())) != size for name, size in sizes.items()):
             raise UsageError(
                 f"the header of {source.path.name} and its tensors disagree in block {index}; download it again"
             )
+    return heads, kv_heads, head_size, hidden, width
 
 
 def _rotated(parts: Tensors, architecture: str, heads: int, kv_heads: int) -> Tensors:
-    """`deci` rotates neighbours, and qwen2 the halves of a head: bring the rows of queries and keys into that order.
-
-    Of each head, row i of the first half is followed by row i of the second.
-    """
+    """`deci` rotates neighbours, and qwen2 the halves of a head: row i of each first half goes before its second's."""
     if architecture == "llama":
         return parts
     rotated = dict(parts)
@@ -405,19 +384,15 @@ def _zeros(*shape: int) -> GGUFTensor:
     return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
 
 
-# --- repaired weights -------------------------------------------------------------------------------------------------
-
-
 TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
 NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
 FALLBACK = GGMLQuantizationType.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
 
 
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
-    """With these values of parameters, by their paths in the transformers model, in the types of the file's tensors.
+    """With these values of parameters, by their paths in transformers, in the file's types of at least 8 bits.
 
-    What has fewer than 8 bits goes into 8, with a warning: rounded coarsely, a repair gives back less. Raises
-    `UsageError` where the file has no such tensor.
+    Raises `UsageError` where the file has no such tensor.
     """
     architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[source.architecture], source.depth)

@@ -1,7 +1,4 @@
-"""From a plan to the layers of an export, the config that describes them, and where each tensor and module goes.
-
-Some layers multiply their stream by a number; where such layers are cut out, it is folded into those that are left.
-"""
+"""From a plan to the layers of an export, the config that describes them, and where each tensor and module goes."""
 
 from __future__ import annotations
 
@@ -29,18 +26,8 @@ from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 from .tensors import FLOATS, Weight, Weights
 
-# Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.
-MLP_LISTS = {"mlp_layer_types"}
-LISTS = (*PER_LAYER_LISTS, "num_attention_heads_per_layer")
-# Lists of the indices of layers whose MLP is of one kind, and numbers of layers from the first on with such MLPs.
-MLP_INDICES = ("mlp_only_layers", "moe_layers")
-MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
-# Gemma 4's last attention of each kind leaves its keys to layers that share them: none do in a model that can be cut.
-LEFT_TO_OTHERS = "store_full_length_kv"
-
 
 def layers_of(structure: ModelStructure, plan: Plan) -> list[Layer]:
-    """The layers of the exported model."""
     return merged(groups_of(structure, plan), partial(fits, structure))
 
 
@@ -63,10 +50,10 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     own = [[] if layer.mlp is None else [layer.mlp] for layer in layers]
     # The dense layers whose MLPs say of which kind those of each layer are.
     mlps = [(*mlp, *layer.before, *layer.after, layer.attention)[0] for mlp, layer in zip(own, layers)]
-    for name in LISTS:
+    for name in (*PER_LAYER_LISTS, "num_attention_heads_per_layer"):
         values = settings.get(name) or vars(config).get(name)  # as the file words them; a derived list is in neither
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
-            settings[name] = [values[index] for index in (mlps if name in MLP_LISTS else attentions)]
+            settings[name] = [values[index] for index in (mlps if name == "mlp_layer_types" else attentions)]
     if pattern := settings.get("hybrid_override_pattern"):  # Nemotron-H's, a letter a layer
         settings["hybrid_override_pattern"] = "".join(pattern[index] for index in attentions)
     if indices := settings.get("attn_layer_indices"):
@@ -75,10 +62,10 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
         settings["per_layer_config"] = {str(n): others[str(i)] for n, i in enumerate(attentions) if str(i) in others}
     if "attention_types" in settings:  # GPT-Neo writes its list as repeated patterns
         settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
-    for name in MLP_INDICES:
+    for name in ("mlp_only_layers", "moe_layers"):  # indices of layers whose MLP is of one kind
         if indices := getattr(config, name, None):
             settings[name] = [number for number, index in enumerate(mlps) if index in indices]
-    for name in MLP_COUNTS:
+    for name in ("first_k_dense_replace", "num_dense_layers"):  # from the first on
         if count := getattr(config, name, None):
             settings[name] = sum(index < count for index in mlps)
     if (step := getattr(config, "decoder_sparse_step", 1)) != 1:  # every step-th layer has experts
@@ -145,7 +132,8 @@ def build_of(dense: DenseModel, part: Sublayer) -> Settings:
 
 
 def _build(layer: nn.Module, part: Sublayer) -> Settings:
-    plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, LEFT_TO_OTHERS)
+    # Gemma 4's last attention of each kind leaves its keys to layers that share them: none do where it can be cut.
+    plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, "store_full_length_kv")
 
     def settings(module: nn.Module) -> Settings:
         return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in others}
@@ -164,16 +152,13 @@ def _build(layer: nn.Module, part: Sublayer) -> Settings:
     return facts
 
 
-# --- where tensors and modules go -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Piece:
-    """What comes from one layer of the dense model: its tensors by their names below it, and their new beginning."""
+    """What comes from one layer of the dense model."""
 
     parts: Sequence[Sublayer]
-    tensors: Weights
-    start: str
+    tensors: Weights  # by their names below it
+    start: str  # of their new names
 
 
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
@@ -221,9 +206,6 @@ def _modules_of(tensors: Iterable[str]) -> set[str]:
     """The modules that tensors of these names are in, and those that these are in."""
     paths = [name.split(".")[:-1] for name in tensors]
     return {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
-
-
-# --- numbers that layers multiply their stream by ---------------------------------------------------------------------
 
 
 def folded_scales(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
