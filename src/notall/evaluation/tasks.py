@@ -180,7 +180,7 @@ class TaskShelf:
 
 
 def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
-    """Build them once, as the harness's `simple_evaluate` has them; a new evaluation finds them without answers."""
+    """Once, as the harness's `simple_evaluate` has them; a new evaluation finds them without answers."""
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", num_fewshot or 0)
     elif task.get_config("num_fewshot") != 0 and num_fewshot is not None:  # a task's own 0 is meant

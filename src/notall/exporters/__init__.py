@@ -125,19 +125,9 @@ def export(
     return out
 
 
-def check_export(
-    model: str | Path,
-    plan: Plan,
-    target: str,
-    out: Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str | None = None,
-) -> None:
+def check_export(source: Source, plan: Plan, target: str, out: Path) -> None:
     """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
     check_absent(out)
-    source = Source(model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
     with target_named(target).prepared(source, plan) as prepared:
         check_room(out, prepared.written_bytes)
 

@@ -43,12 +43,10 @@ if TYPE_CHECKING:
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
 # What goes along with the weights: of the tokenizer, settings, and terms, these in any case.
-TOKENIZER = (
+COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
     "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-SETTINGS = (
     "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
@@ -207,7 +205,7 @@ class CheckpointExport(Export):
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
         self.dense_bytes, self.written_bytes = total_bytes(self.dense.tensors), total_bytes(self.tensors)
-        wanted = (*TOKENIZER, *SETTINGS, *(("*.py",) if self.dense.trusted else ()))
+        wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
         listed = [
             name
             for name in sorted(path.name for path in self.dense.folder.iterdir())

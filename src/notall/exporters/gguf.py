@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFValueType,
-    get_tensor_name_map,
-    quant_shape_to_byte_shape,
-)
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGUFValueType, get_tensor_name_map, quant_shape_to_byte_shape
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from ..digests import digest_of_file
@@ -41,6 +35,7 @@ from .manifest import NotVerified, Origin, Verdict, Verified
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +140,7 @@ class GGUFExport(Export):
         return Verified(by, error, TOLERANCE, "nats of log-probability").checked()
 
 
-def _file(model: Any) -> Path:
+def _file(model: PreTrainedModel | str | Path) -> Path:
     """The GGUF file to rewrite."""
     if isinstance(model, str | Path):
         if path := named_gguf(model):
@@ -235,11 +230,11 @@ def _scaled(source: GGUF, parts: Tensors, by: Folded) -> Tensors:
     new = {name: _floats(source, name, parts[name]) / scale for name, scale in late.items() if scale != 1}
     if OUTPUT_SCALE in parts:
         new[OUTPUT_SCALE] = np.full_like(_floats(source, OUTPUT_SCALE, parts[OUTPUT_SCALE]), by.whole)
-    return {name: GGUFTensor(np.float32(values), GGMLQuantizationType.F32) for name, values in new.items()}
+    return {name: GGUFTensor(np.float32(values), Kind.F32) for name, values in new.items()}
 
 
 def _floats(source: GGUF, name: str, stored: GGUFTensor) -> np.ndarray[Any, Any]:
-    if stored.quantization != GGMLQuantizationType.F32 or stored.data.ndim != 1 or not stored.data.size:
+    if stored.quantization != Kind.F32 or stored.data.ndim != 1 or not stored.data.size:
         raise UsageError(f"{source.path.name} has {name} in another form than llama.cpp's converter; download it again")
     return stored.data
 
@@ -379,14 +374,13 @@ def _silent(kind: str, into: Sequence[str], back: str, inner: int, width: int) -
 def _zeros(*shape: int) -> GGUFTensor:
     """In 8 bits where rows allow it: a block of zero bytes is a block of zeros."""
     if len(shape) > 1 and shape[-1] % 32 == 0:
-        kind = GGMLQuantizationType.Q8_0
-        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
-    return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
+        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, Kind.Q8_0), np.uint8), Kind.Q8_0)
+    return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
 
 
 TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
 NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
-FALLBACK = GGMLQuantizationType.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
+FALLBACK = Kind.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
 
 
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -152,20 +151,15 @@ def _build(layer: nn.Module, part: Sublayer) -> Settings:
     return facts
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What comes from one layer of the dense model."""
-
-    parts: Sequence[Sublayer]
-    tensors: Weights  # by their names below it
-    start: str  # of their new names
+# What comes from one layer of the dense model, its tensors by their names below it, and the start of their new names.
+Piece = tuple[Sequence[Sublayer], Weights, str]
 
 
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
     """The tensors of the export under their new names; of a name that comes again, the later one."""
     yield from dense.outside_layers.items()
-    for piece in _pieces(dense, layers):
-        yield from ((piece.start + name, tensor) for name, tensor in piece.tensors.items())
+    for _, tensors, start in _pieces(dense, layers):
+        yield from ((start + name, tensor) for name, tensor in tensors.items())
     yield from folded_scales(dense, layers)
 
 
@@ -173,9 +167,9 @@ def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str |
     """The new name of each module, in the files and in the model; None for what is left out."""
     moved: dict[str, str | None] = {name: name for name in _modules_of(dense.outside_layers)}
     for block in dense.structure.blocks:
-        moved |= dict.fromkeys(_new_names(dense, Piece(block.sublayers, dense.layers[block.index], "")))
+        moved |= dict.fromkeys(_new_names(dense, block.sublayers, dense.layers[block.index], ""))
     for piece in _pieces(dense, layers):
-        moved |= _new_names(dense, piece)
+        moved |= _new_names(dense, *piece)
     return moved
 
 
@@ -185,21 +179,21 @@ def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[Piece]:
         start, block = f"{dense.prefix}{number}.", blocks[layer.attention]
         parts = [(start, part) for part in sublayers_of(dense.structure, layer)]
         if layer.mlp == layer.attention:
-            yield Piece(block.sublayers, dense.layers[block.index], start)
+            yield block.sublayers, dense.layers[block.index], start
             parts = []
         for place, indices in (("before", layer.before), ("after", layer.after)):
             parts += [(f"{start}{place}.{slot}.", blocks[index].mlp) for slot, index in enumerate(indices)]
-        yield from (Piece([part], dense.parts(part), beginning) for beginning, part in parts)
+        yield from (([part], dense.parts(part), beginning) for beginning, part in parts)
 
 
-def _new_names(dense: DenseModel, piece: Piece) -> dict[str, str]:
+def _new_names(dense: DenseModel, parts: Sequence[Sublayer], tensors: Weights, start: str) -> dict[str, str]:
     """The names of a piece's modules in the dense model, to those in the export."""
-    index = piece.parts[0].index
+    index = parts[0].index
     layer = dense.empty.get_submodule(f"{dense.structure.layers}.{index}")
-    paths = [path for part in piece.parts for path in part.modules]
+    paths = [path for part in parts for path in part.modules]
     modules = dict(pair for path in paths for pair in child(layer, path).named_modules(prefix=path))
     weigh = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
-    return {f"{dense.prefix}{index}.{name}": piece.start + name for name in weigh | _modules_of(piece.tensors)}
+    return {f"{dense.prefix}{index}.{name}": start + name for name in weigh | _modules_of(tensors)}
 
 
 def _modules_of(tensors: Iterable[str]) -> set[str]:
