@@ -1,7 +1,7 @@
 """A method of an engine in a process of its own: one that crashes takes nothing else with it.
 
-The process, `python -m notall.engines.worker`, reads one call as JSON and answers with a line of JSON. It starts in an
-empty folder, so that no file of the working folder, whatever it is called, is imported in place of a library.
+It reads one call as JSON and answers with a line of JSON. It starts in an empty folder, so that no file of the working
+folder, whatever it is called, is imported in place of a library.
 """
 
 from __future__ import annotations
@@ -69,24 +69,20 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
     return answer["result"]
 
 
-def answer_to(request: dict[str, Any]) -> dict[str, Any]:
-    """In that process: what the method returns, or why it failed."""
+def main() -> None:
+    """In that process: answer with what the method returns, or why it failed."""
+    out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
+    os.dup2(2, 1)
+    request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
     module, _, name = request["engine"].partition(":")
     if find_spec(module.partition(".")[0]) is None:
         sys.path.append(request["folder"])  # of an engine that was named in place, as module:Class
     engine = getattr(import_module(module), name)(**request["settings"])
     try:
-        found = getattr(engine, request["method"])(**request["arguments"])
+        answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
-        return {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
-    return {"result": found}
-
-
-def main() -> None:
-    out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
-    os.dup2(2, 1)
-    request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
-    print(json.dumps(answer_to(request), default=asdict), file=out, flush=True)
+        answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
+    print(json.dumps(answer, default=asdict), file=out, flush=True)
     out.close()
     os._exit(0)  # threads of llama.cpp outlive it
 

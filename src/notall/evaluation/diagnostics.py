@@ -23,7 +23,7 @@ from ..structure.model_structure import ModelStructure
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
@@ -68,11 +68,11 @@ def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
 
 @dataclass(frozen=True)
 class _Read:
-    """Of one window under one plan, token by token: NLL in nats, probability of the first choice, whether it came."""
+    """Of one window under one plan, token by token."""
 
-    nll: Tensor
-    confidence: Tensor
-    correct: Tensor
+    nll: Tensor  # nats
+    confidence: Tensor  # the probability of the first choice
+    correct: Tensor  # whether it came
 
 
 def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[list[Check]]:
@@ -156,7 +156,7 @@ def check_passkey(
 def _passkey(
     tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
 ) -> Request:
-    key = " " + "".join(str(draw.randrange(10)) for _ in range(DIGITS))
+    key = " " + "".join(str(draw.randrange(10)) for _ in range(5))
     told = f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n"
     needle, question, answer = (
         list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -64,16 +64,10 @@ LISTING = {"qwen35", "qwen35moe"}
 WINDOWS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt-oss": 2, "exaone4": 4, "olmo2": 4, "llama4": 4}
 # Every n-th attention goes without RoPE, and no setting says so.
 WITHOUT_ROPE = {"smollm3": 4, "llama4": 4}
-# What makes layers of Gemma 4 depend on each other, or on their place.
-BY_DEPTH = ("attention.shared_kv_layers", "embedding_length_per_layer_input")
 OUTPUT_SCALE = "layer_output_scale.weight"
 DECI = ("llama", "qwen2")  # architectures whose layers `deci`'s are, but that these may lack a sublayer each
 DECI_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 NARROW = 32  # the width of an MLP of zeros: llama.cpp's `deci` would drop an attention that has no MLP behind it
-# Depths by which llama.cpp recognises a model that it then computes in another way.
-TELLING_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
-# The MLP of these reads what the attention read, though it has a norm of its own.
-PARALLEL = ("arctic", "gptneox")
 
 USE = (
     "llama.cpp, and what is built on it, run this file as they do the dense model's. Turn flash attention on "
@@ -241,7 +235,7 @@ def _floats(source: GGUF, name: str, stored: GGUFTensor) -> np.ndarray[Any, Any]
 
 def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequence[int]) -> None:
     name = source.architecture
-    if any(source.setting(given, 0) for given in BY_DEPTH):
+    if any(source.setting(given, 0) for given in ("attention.shared_kv_layers", "embedding_length_per_layer_input")):
         raise UsageError(
             f"layers of this {name} share keys and values, or each is given an input of its own, so that none can be "
             "cut out; skip in memory"
@@ -258,7 +252,7 @@ def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequenc
                 f"llama.cpp takes every {period}th layer of {name} for one of the {what}, and this plan moves them; "
                 f"leave out whole runs of {period} blocks, or export to hf"
             )
-    telling = TELLING_DEPTHS.get(name)
+    telling = {"gemma2": 46, "gemma3": 62, "baichuan": 32}.get(name)
     if telling in (source.depth, len(attentions)) and source.depth != len(attentions):
         raise UsageError(
             f"llama.cpp computes a {name} of {telling} layers in another way than any other, so that one cannot become "
@@ -287,10 +281,10 @@ def _orders(source: GGUF, attentions: Sequence[int]) -> Iterator[tuple[str, list
 def _fits(source: GGUF, attention: int, mlp: int) -> bool:
     """Whether the MLP of one block can stand in the place of another's: it runs after the attention, and is alike."""
     block = source.block(attention)
-    sequential = source.architecture not in PARALLEL or not source.setting("use_parallel_residual", True)
+    parallel = source.architecture in ("arctic", "gptneox") and source.setting("use_parallel_residual", True)
     has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
     alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
-    return sequential and has_norm and alike
+    return has_norm and alike and not parallel
 
 
 def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
@@ -378,11 +372,6 @@ def _zeros(*shape: int) -> GGUFTensor:
     return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
 
 
-TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
-NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
-FALLBACK = Kind.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
-
-
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
     """With these values of parameters, by their paths in transformers, in the file's types of at least 8 bits.
 
@@ -397,14 +386,14 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
         if name not in tensors:
             raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
         values, stored = weight.float().cpu().numpy(), tensors[name]
-        if values.ndim == 1 and source.architecture in NORMS_LESS_ONE:
-            values = values + 1
-        elif source.architecture in TURNED:
+        if values.ndim == 1 and source.architecture in ("gemma", "gemma2", "gemma3", "nemotron"):
+            values = values + 1  # transformers keeps gain - 1, llama.cpp the gain
+        elif source.architecture in ("gpt2", "jais"):  # matrices are (inputs, outputs) in transformers
             values = np.ascontiguousarray(values.T)
         if values.shape != stored.shape:
             raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
         block, size = GGML_QUANT_SIZES[stored.quantization]
-        new = FALLBACK if size < block else stored.quantization
+        new = Kind.Q8_0 if size < block else stored.quantization  # numbers that were fitted lose more in fewer bits
         tensors[name] = GGUFTensor(quantize(values, new), new)
         if new != stored.quantization:
             widened.add(stored.quantization.name)
