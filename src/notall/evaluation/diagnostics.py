@@ -29,6 +29,8 @@ PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
 NGRAM = 4
 
+Known = tuple[float, float]  # a figure and its standard error
+
 
 def run_diagnostics(
     model: PreTrainedModel,
@@ -102,7 +104,7 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
         pairs = list(zip(some, dense))
         value = calibration_error(some), jackknife_error(calibration_error, some)
         delta = gained(pairs), jackknife_error(gained, pairs)
-        calibration.append(_check("calibration error", value, delta, higher_is_better=False))
+        calibration.append(_check("calibration error", value, delta, better=False))
     return [*found, calibration]
 
 
@@ -211,20 +213,9 @@ def _checks(
     return found
 
 
-def _check(
-    name: str,
-    value: tuple[float, float],
-    delta: tuple[float, float],
-    higher_is_better: bool | None,
-    p_value: float | None = None,
-) -> Check:
-    """`value`, and what it has more than the dense model's, each with its standard error."""
-    return Check(
-        check=name,
-        value=value[0],
-        value_se=value[1],
-        delta=delta[0],
-        delta_se=delta[1],
-        p_value=normal_p_value(*delta) if p_value is None else p_value,
-        higher_is_better=higher_is_better,
-    )
+def _check(name: str, value: Known, delta: Known, better: bool | None, p_value: float | None = None) -> Check:
+    """`value`, and what it has more than the dense model's; `better`: whether higher is."""
+    (mean, error), (more, more_se) = value, delta
+    p_value = normal_p_value(*delta) if p_value is None else p_value
+    facts = {"value": mean, "value_se": error, "delta": more, "delta_se": more_se, "p_value": p_value}
+    return Check(check=name, higher_is_better=better, **facts)
