@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from api import FLOATS, Source, Verified, cli, export, exporters_dense, hf, opened, read_header, verification
+from api import FLOATS, Source, Verified, cli, export, exporters_dense, hf, nemotron_nas, opened, read_header
 from families import family
 from notall import Plan, UsageError
 from tiny_checkpoint import save_tiny_checkpoint
@@ -127,7 +127,7 @@ def test_weights_are_written_in_another_dtype_that_is_asked_for(run, target, pla
 def test_a_tensor_is_rounded_when_it_is_read(before, after, tmp_path):
     values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(FLOATS[before])
     save_file({"x": values}, tmp_path / "x.safetensors")
-    cast = read_header(tmp_path / "x.safetensors")["x"].cast(after)
+    cast = read_header(tmp_path / "x.safetensors")["x"].changed(lambda values: values, dtype=after)
     assert torch.equal(cast.read(), values.to(FLOATS[after]))
     assert (cast.dtype, cast.size, cast.shape) == (after, cast.read().nbytes, (7, 5))
 
@@ -149,7 +149,7 @@ def test_as_json_the_check_is_said_beside_the_list(run):
 
 @pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
 def test_an_export_that_was_not_checked_says_why(run, target, monkeypatch):
-    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    monkeypatch.setattr(nemotron_nas, "find_spec", lambda name: None)
     reason = "MLX-LM is not installed (pip install mlx-lm)"
     for options, not_run in (((), reason), (("--no-verify",), "it was turned off (--no-verify)")):
         if target == "hf" and not options:
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line_and_exit_2(run, arguments, plan, said, tmp_path):
 
 
 def test_no_verify_runs_nothing(run, monkeypatch):
-    monkeypatch.setattr(hf, "verify", lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr(hf.HFExport, "verify", lambda *_: pytest.fail("the model was run"))
     assert run("--to", "hf", "--out", "written", "--no-verify")[0] == 0
     with pytest.raises(pytest.fail.Exception):  # which would be seen
         run("--to", "hf", "--out", "other")

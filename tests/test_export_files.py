@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from api import build_empty, check_tensors, exporters_dense, read_header, read_tensors, verification, write_shards
+from api import build_empty, check_tensors, exporters_dense, hf, read_header, read_tensors, write_shards
 from families import family
 from notall import Plan, UsageError, export, locate, skip
 
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporters_dense, "copy_companions", full)
+    monkeypatch.setattr(exporters_dense.shutil, "copyfile", full)
     with pytest.raises(UsageError, match="no space left"):
         export(dense, BLOCK, "hf", tmp_path / "out")
     assert nothing_left(tmp_path)
@@ -270,15 +270,14 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [1e-3, math.nan])
 def test_a_different_answer_leaves_nothing(dense, tmp_path, monkeypatch, more):
-    load = verification._load
+    load = hf.load_whole
 
-    def bent(loader, folder, trusted, *dtype):
-        model = load(loader, folder, trusted, *dtype)
-        if folder != dense:
-            model.model.norm.weight.data += more
+    def bent(loader, folder, trusted):
+        model = load(loader, folder, trusted)
+        model.model.norm.weight.data += more
         return model
 
-    monkeypatch.setattr(verification, "_load", bent)
+    monkeypatch.setattr(hf, "load_whole", bent)
     with pytest.raises(UsageError, match="answers differently"):
         export(dense, BLOCK, "hf", tmp_path / "out")
     assert nothing_left(tmp_path)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import engines
-from api import ffn_mult, verification
+from api import ffn_mult, nemotron_nas
 from families import family
 from notall import Plan, UsageError, export
 
@@ -31,8 +31,8 @@ def test_mlx_answers_as_the_skipped_model(name, plan, theta, tmp_path):
 
 @needs_mlx
 def test_a_wrong_answer_leaves_nothing(tmp_path, monkeypatch):
-    right = verification.logits_in_mlx
-    monkeypatch.setattr(verification, "logits_in_mlx", lambda folder, tokens: right(folder, tokens) * 1.01)
+    right = nemotron_nas.logits_in_mlx
+    monkeypatch.setattr(nemotron_nas, "logits_in_mlx", lambda folder, tokens: right(folder, tokens) * 1.01)
     with pytest.raises(UsageError, match="answers differently"):
         export(family("llama").build(), MIXED, "nemotron-nas", tmp_path / "out")
     assert not list(tmp_path.iterdir())

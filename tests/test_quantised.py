@@ -23,6 +23,7 @@ from api import (
     cut_quantisation,
     dtype_name,
     export,
+    exporters_dense,
     exporters_tensors,
     footprint,
     layers_of,
@@ -33,7 +34,6 @@ from api import (
     read_tensors,
     renamed_notes,
     verdict_of,
-    verification,
 )
 from families import TRANSFORMERS_5, family, silenced
 from notall import Plan, UsageError, heal, locate, repair, skip
@@ -139,7 +139,7 @@ def test_shards_hold_what_their_headers_say_of_tensors(kind, checkpoint, tmp_pat
 @pytest.mark.parametrize("kind", WRITABLE)
 def test_an_export_that_cannot_be_run_here_holds_the_same_bits_and_says_so(kind, checkpoint, tmp_path, monkeypatch):
     dense, out = checkpoint(kind), tmp_path / "out"
-    monkeypatch.setattr(verification, "why_not_here", lambda told: "no kernels here")
+    monkeypatch.setattr(exporters_dense, "why_not_here", lambda told: "no kernels here")
     export(dense, PORTABLE, "hf", out)
     verdict = verdict_of(read_manifest(out))
     assert verdict == NotVerified("no kernels here; each tensor is the dense model's, bit for bit")
@@ -269,7 +269,7 @@ def test_nemotron_nas_is_refused(checkpoint, tmp_path):
 
 
 def test_an_export_whose_bits_are_others_is_refused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "why_not_here", lambda told: "no kernels here")
+    monkeypatch.setattr(exporters_dense, "why_not_here", lambda told: "no kernels here")
     save = exporters_tensors.save_file
 
     def bent(tensors, *more):

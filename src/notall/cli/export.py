@@ -63,7 +63,7 @@ def export(
 
     OUT appears whole or not at all.
     """
-    from ..exporters import check_export
+    from ..exporters import Source, check_export
     from ..exporters import export as export_model
 
     kept = out.with_name(f"{out.name}.repaired")
@@ -78,7 +78,7 @@ def export(
         "dtype": model.own_dtype,
     }
     if repair or measure:
-        check_export(model.model, wanted, to, out, **how)
+        check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:
         wanted, measured = _repaired(model, wanted, repair, kept, progress)
         card, verdict = _measured(model, wanted, measure) if measure else (None, None)

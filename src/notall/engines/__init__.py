@@ -15,7 +15,6 @@ from ..errors import UsageError, nearest
 from ..inputs import read_json
 from ..plugins import class_named
 
-# By name; imported when they are used.
 ENGINES = {
     "llama.cpp": "notall.engines.llamacpp:LlamaCpp",
     "transformers": "notall.engines.transformers:Transformers",

@@ -1,8 +1,4 @@
-"""GGUF files in the types of llama.cpp: its own routines pack the numbers, and its rules say which tensor gets which.
-
-The routines are those of ggml's public interface, in the library that the wheel `xllamacpp` brings; the wheel has no
-access of its own to them, nor to the rules behind names of types such as Q4_K_M, which are written down here.
-"""
+"""GGUF files in the types of llama.cpp: routines of the wheel `xllamacpp` pack the numbers, by llama.cpp's rules."""
 
 from __future__ import annotations
 
@@ -57,18 +53,8 @@ def write_in_type(source: Path, kind: str, out: Path) -> None:
     write_gguf(out, model, fields, tensors)
 
 
-def quantised_types(path: Path) -> set[str]:
-    """The types of a file whose numbers have lost something already; none for a plain file."""
-    kinds = {tensor.quantization for tensor in read_gguf(path).tensors.values()}
-    return {kind.name for kind in kinds if kind not in (*FLOATS, Kind.BF16)}
-
-
 def types_of(kind: str, shapes: Shapes) -> dict[str, Kind]:
-    """What each tensor gets in a file of `kind`; `shapes` are as numpy has them, the length of a row last.
-
-    After `llama_model_quantize` of llama.cpp: the head gets 6 bits, as do the values of attentions and the MLPs' last
-    matrices in the first and the last eighth of the layers and in every third one between.
-    """
+    """What each tensor, whose shape is as numpy has it, gets in a file of `kind`: as `llama_model_quantize` has it."""
     matrices = [name for name, shape in shapes.items() if len(shape) > 1 and not WHOLE.search(name)]
     found = dict.fromkeys(shapes, Kind.F32)
     if kind == PLAIN:
@@ -88,7 +74,7 @@ def types_of(kind: str, shapes: Shapes) -> dict[str, Kind]:
 
 
 def _finer(names: Sequence[str], pattern: str) -> set[str]:
-    """Of the matrices of this kind, in the order of the layers, those that get more bits."""
+    """Matrices that get more bits: of the first and the last eighth of layers, and of every third between."""
     ones = sorted((name for name in names if re.search(pattern, name)), key=lambda name: int(name.split(".")[1]))
     count, eighth = len(ones), len(ones) // 8
     ends = (*range(eighth), *range(7 * count // 8, count))

@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gguf import GGMLQuantizationType
+
 from ..errors import UnknownArchitecture, UsageError, shortened
+from ..models.gguf_file import read_gguf
 from ..models.names import named_gguf
 from . import Engine, Timing, Tokens, gguf_types, resident_bytes
 from .worker import EngineFailed, call
 
 AT_ONCE = 8  # windows that are scored together
-CERTAIN = 1e4  # more than any logit
-CELLS = 64  # a sequence's cache is a multiple of so many tokens
 LIKELIEST = 10  # tokens that are compared
 LOADING = "error loading model: "  # what llama.cpp prints before its reason
 
@@ -40,12 +41,13 @@ class LlamaCpp(Engine):
     def check(self, spec: str | Path) -> None:
         self.need_package()
         source = _file(spec)
-        if kinds := gguf_types.quantised_types(source):
+        kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
+        if kinds := kinds - {*gguf_types.FLOATS, GGMLQuantizationType.BF16}:
             logger.warning(
                 "%s is quantised already (%s): what its numbers lost then is not seen here, and quantising them again "
                 "costs less than it would; give an F16 file",
                 source.name,
-                ", ".join(sorted(kinds)),
+                ", ".join(sorted(kind.name for kind in kinds)),
             )
 
     def source(self, spec: str | Path, folder: Path) -> Path:
@@ -94,7 +96,7 @@ class LlamaCpp(Engine):
         settings = xllamacpp.CommonParams()
         settings.model.path = str(checkpoint)
         settings.n_parallel = together
-        settings.n_ctx = together * CELLS * math.ceil((tokens + 1) / CELLS)
+        settings.n_ctx = together * 64 * math.ceil((tokens + 1) / 64)  # a sequence's cache is a multiple of 64 tokens
         settings.n_batch = settings.n_ctx
         settings.cache_ram_mib = settings.n_ctx_checkpoints = 0  # slots keep what is read again
         settings.warmup = False
@@ -107,10 +109,7 @@ class LlamaCpp(Engine):
 
 
 def next_token_logprobs(path: Path, tokens: Tokens) -> dict[int, float]:
-    """The most likely tokens after `tokens`, with their log-probabilities in nats, as llama.cpp computes them.
-
-    Raises `UnknownArchitecture` when llama.cpp has no such architecture, `UsageError` when it cannot run the file.
-    """
+    """The likeliest tokens and their log-probabilities in nats. Raises `UnknownArchitecture`, `UsageError`."""
     from ..measuring.speed import cores
 
     try:
@@ -131,11 +130,10 @@ def _file(spec: str | Path) -> Path:
 
 
 def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
-    """The NLL of each token but the first.
+    """The NLL of each token but the first; None for one that ends within a character.
 
-    The server reports no probabilities of a prompt, but those of what it generates, as they are before a bias changes
-    them: so it generates a token after each prefix, and a bias makes that the token of the text. What it has read of
-    the prefix it keeps in its slot. Of a token that ends within a character it reports nothing.
+    The server reports probabilities of what it generates alone, before a bias changes them: so it generates a token
+    after each prefix, which it keeps in its slot, and a bias makes that the token of the text.
     """
     found: list[float | None] = []
     for place, token in enumerate(tokens[1:], 1):
@@ -144,7 +142,7 @@ def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
             "max_tokens": 1,
             "temperature": 0,
             "n_probs": 1,
-            "logit_bias": [[token, CERTAIN]],
+            "logit_bias": [[token, 1e4]],  # more than any logit
             "cache_prompt": True,
             "id_slot": slot,
         }

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 # The architectures whose regrouped layers vLLM's native classes run, by notall's plug-in.
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma2", "phi3", "mixtral", "qwen3_moe")
-CACHE = 2**28  # bytes, of a sequence of a few hundred tokens
 # What vLLM and llm-compressor call W8A8: a scale an output channel, and one a token of what comes in.
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 ACTIVATIONS = WEIGHTS | {"strategy": "token", "dynamic": True}
@@ -100,7 +99,7 @@ class VLLM(Engine):
             max_num_seqs=1,
             enforce_eager=True,  # to compile takes a minute a process
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=CACHE,
+            kv_cache_memory_bytes=2**28,  # of a sequence of a few hundred tokens
             disable_log_stats=True,
             trust_remote_code=regrouped_base(checkpoint) not in (None, *NATIVE),
         )

@@ -1,7 +1,7 @@
 """A method of an engine in a process of its own: one that crashes takes nothing else with it.
 
-The process, `python -m notall.engines.worker`, reads one call as JSON and answers with a line of JSON. It starts in an
-empty folder, so that no file of the working folder, whatever it is called, is imported in place of a library.
+It reads one call as JSON and answers with a line of JSON. It starts in an empty folder, so that no file of the working
+folder, whatever it is called, is imported in place of a library.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ class EngineFailed(UsageError):
 
 
 def call(engine: Engine, method: str, *, python: str | None = None, **arguments: Any) -> Any:
-    """What a method of the engine returns, as JSON has it.
-
-    `python` is that of another environment with notall, where the engine is in none of ours.
-    Raises `EngineFailed` where the method fails, or its process ends.
-    """
+    """What a method of the engine returns, as JSON has it; `python` is another environment's. Raises `EngineFailed`."""
     request = {
         "engine": f"{type(engine).__module__}:{type(engine).__qualname__}",
         "settings": asdict(engine),
@@ -61,37 +57,32 @@ def call(engine: Engine, method: str, *, python: str | None = None, **arguments:
     except OSError as error:
         raise EngineFailed(f"no process was started ({error.strerror})", what) from None
     lines = run.stdout.splitlines()
-    answer = json.loads(lines[-1]) if lines and not run.returncode else {"failed": _ending(run)}
+    if lines and not run.returncode:
+        answer = json.loads(lines[-1])
+    elif run.returncode < 0:
+        answer = {"failed": f"its process was ended by signal {-run.returncode}, for want of memory perhaps"}
+    else:
+        printed = [f"its process ended with {run.returncode}", *filter(str.strip, run.stderr.splitlines())]
+        answer = {"failed": shortened(printed[-1], 160)}
     if "failed" in answer:
         raise EngineFailed(engine.reason(run.stderr) or answer["failed"], what)
     return answer["result"]
 
 
-def _ending(run: subprocess.CompletedProcess[str]) -> str:
-    if run.returncode < 0:
-        return f"its process was ended by signal {-run.returncode}, for want of memory perhaps"
-    printed = [line for line in run.stderr.splitlines() if line.strip()]
-    return shortened(printed[-1] if printed else f"its process ended with {run.returncode}", 160)
-
-
-def answer_to(request: dict[str, Any]) -> dict[str, Any]:
-    """In that process: what the method returns, or why it failed."""
+def main() -> None:
+    """In that process: answer with what the method returns, or why it failed."""
+    out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
+    os.dup2(2, 1)
+    request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
     module, _, name = request["engine"].partition(":")
     if find_spec(module.partition(".")[0]) is None:
         sys.path.append(request["folder"])  # of an engine that was named in place, as module:Class
     engine = getattr(import_module(module), name)(**request["settings"])
     try:
-        found = getattr(engine, request["method"])(**request["arguments"])
+        answer = {"result": getattr(engine, request["method"])(**request["arguments"])}
     except Exception as error:  # whatever it is, it is an answer about this model and no fault of the run
-        return {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
-    return {"result": found}
-
-
-def main() -> None:
-    out = os.fdopen(os.dup(1), "w")  # engines print to stdout; the answer has a file of its own
-    os.dup2(2, 1)
-    request = json.load(sys.stdin, object_hook=lambda value: Path(value["path"]) if [*value] == ["path"] else value)
-    print(json.dumps(answer_to(request), default=asdict), file=out, flush=True)
+        answer = {"failed": shortened(f"{type(error).__name__}: {error}", 200)}
+    print(json.dumps(answer, default=asdict), file=out, flush=True)
     out.close()
     os._exit(0)  # threads of llama.cpp outlive it
 

@@ -23,13 +23,13 @@ from ..structure.model_structure import ModelStructure
 from .scoring import Request, Scorer, common
 
 BINS = 15  # of confidence, as in Guo et al.
-DIGITS, DEPTHS = 5, (0.1, 0.3, 0.5, 0.7, 0.9)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CONTEXTS = (256, 512, 1024)  # tokens, of the passkey's texts
 PARTS = ("long texts", "passkey", "writing")
 WINDOWS, WINDOW_TOKENS = 4, 1024  # of text, that the diagnostics are given unless it is told otherwise
 NGRAM = 4
 
-ByPlan = Sequence[Check]  # one check, of each plan
+Known = tuple[float, float]  # a figure and its standard error
 
 
 def run_diagnostics(
@@ -50,12 +50,12 @@ def run_diagnostics(
     beginnings the prompts to continue, their text the haystack of the passkey at `contexts` tokens. Raises
     `UsageError` when a plan does not fit, and when windows or contexts are too short.
     """
-    checks: dict[str, Callable[[], list[ByPlan]]] = {
+    checks: dict[str, Callable[[], list[list[Check]]]] = {
         "long texts": lambda: check_texts(model, plans, windows),
         "passkey": lambda: check_passkey(model, tokenizer, plans, windows, contexts, seed=seed),
         "writing": lambda: check_writing(model, plans, windows, new_tokens),
     }
-    found: list[ByPlan] = []
+    found: list[list[Check]] = []
     for done, part in enumerate(parts):
         progress(done, len(parts), f"{part}, {len(plans)} plans")
         found += checks[part]()
@@ -63,27 +63,21 @@ def run_diagnostics(
 
 
 def may_lose_retrieval(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone.
-
-    Such attentions are few, and states of fixed size do not hold a fact word for word, which perplexity does not see.
-    """
+    """Whether `plan` takes an attention with keys and values from a model whose other mixers keep states alone."""
     has_states = any(part.state_bytes and not part.kv_bytes_per_token for part in structure.sublayers)
     return has_states and any(part.kv_bytes_per_token and part.index in plan.attention for part in structure.sublayers)
 
 
-# --- long texts -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Read:
-    """Of one window under one plan, token by token: NLL in nats, probability of the first choice, whether it came."""
+    """Of one window under one plan, token by token."""
 
-    nll: Tensor
-    confidence: Tensor
-    correct: Tensor
+    nll: Tensor  # nats
+    confidence: Tensor  # the probability of the first choice
+    correct: Tensor  # whether it came
 
 
-def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[ByPlan]:
+def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable[Tensor]) -> list[list[Check]]:
     """NLL by position, in octaves of tokens, and the expected calibration error of the next token.
 
     Source of the latter: Guo et al. 2017, arXiv 1706.04599, equation 3, with 15 bins of equal width; its error by
@@ -93,24 +87,25 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
     if not reads:
         raise UsageError("the diagnostics needs text; give at least one window")
     dense, *others = zip(*reads)
-    found: list[ByPlan] = []
+    found: list[list[Check]] = []
     low, high, shortest = 0, 64, min(len(read.nll) for read in dense)
     while low < shortest:
         end = min(high, shortest)
         columns = [[float(read.nll[low:end].mean()) for read in some] for some in (dense, *others)]
         found.append(_checks(f"NLL at {low} to {end - 1}", columns, higher_is_better=False))
         low, high = high, 2 * high
-    return [*found, [_calibration(some, dense) for some in others]]
 
-
-def _calibration(some: Sequence[_Read], dense: Sequence[_Read]) -> Check:
     def gained(pairs: Sequence[tuple[_Read, _Read]]) -> float:
         ours, theirs = zip(*pairs)
         return calibration_error(ours) - calibration_error(theirs)
 
-    pairs = list(zip(some, dense))
-    value = calibration_error(some), jackknife_error(calibration_error, some)
-    return _check("calibration error", value, (gained(pairs), jackknife_error(gained, pairs)), higher_is_better=False)
+    calibration = []
+    for some in others:
+        pairs = list(zip(some, dense))
+        value = calibration_error(some), jackknife_error(calibration_error, some)
+        delta = gained(pairs), jackknife_error(gained, pairs)
+        calibration.append(_check("calibration error", value, delta, better=False))
+    return [*found, calibration]
 
 
 def calibration_error(reads: Sequence[_Read]) -> float:
@@ -134,9 +129,6 @@ def _reads(model: PreTrainedModel, plans: Sequence[Plan], window: Tensor) -> Ite
     return [found[number] for number in range(len(plans))]
 
 
-# --- a fact far back --------------------------------------------------------------------------------------------------
-
-
 def check_passkey(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,14 +137,14 @@ def check_passkey(
     contexts: Sequence[int],
     *,
     seed: int = 0,
-) -> list[ByPlan]:
+) -> list[list[Check]]:
     """Whether greedy decoding repeats a number told far back in a text of about so many tokens.
 
     Five keys a context length, at five depths. Source: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
     """
     draw = random.Random(seed)
     hay = [token for window in windows for token in window[0].tolist()]
-    found: list[ByPlan] = []
+    found: list[list[Check]] = []
     for context in contexts:
         requests = [_passkey(tokenizer, hay, context, depth, draw) for depth in DEPTHS]
         greedy: dict[int, Tensor] = {}
@@ -166,7 +158,7 @@ def check_passkey(
 def _passkey(
     tokenizer: PreTrainedTokenizerBase, hay: Sequence[int], context: int, depth: float, draw: random.Random
 ) -> Request:
-    key = " " + "".join(str(draw.randrange(10)) for _ in range(DIGITS))
+    key = " " + "".join(str(draw.randrange(10)) for _ in range(5))
     told = f"\n\nThe pass key is{key}. Remember it:{key} is the pass key.\n\n"
     needle, question, answer = (
         list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -182,12 +174,9 @@ def _passkey(
     return Request(tuple(sequence[:-1]), tuple(answer))
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def check_writing(
     model: PreTrainedModel, plans: Sequence[Plan], windows: Sequence[Tensor], new_tokens: int
-) -> list[ByPlan]:
+) -> list[list[Check]]:
     """Greedy continuations of the windows' beginnings: where they leave the dense model's, repetition, length.
 
     Repetition is the share of 4-grams that were there before (Welleck et al. 2020, arXiv 1908.04319, seq-rep-4);
@@ -211,9 +200,6 @@ def repetition(text: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
 def _checks(
     name: str, columns: Sequence[Sequence[float]], *, higher_is_better: bool | None, right_or_wrong: bool = False
 ) -> list[Check]:
@@ -227,20 +213,9 @@ def _checks(
     return found
 
 
-def _check(
-    name: str,
-    value: tuple[float, float],
-    delta: tuple[float, float],
-    higher_is_better: bool | None,
-    p_value: float | None = None,
-) -> Check:
-    """`value`, and what it has more than the dense model's, each with its standard error."""
-    return Check(
-        check=name,
-        value=value[0],
-        value_se=value[1],
-        delta=delta[0],
-        delta_se=delta[1],
-        p_value=normal_p_value(*delta) if p_value is None else p_value,
-        higher_is_better=higher_is_better,
-    )
+def _check(name: str, value: Known, delta: Known, better: bool | None, p_value: float | None = None) -> Check:
+    """`value`, and what it has more than the dense model's; `better`: whether higher is."""
+    (mean, error), (more, more_se) = value, delta
+    p_value = normal_p_value(*delta) if p_value is None else p_value
+    facts = {"value": mean, "value_se": error, "delta": more, "delta_se": more_se, "p_value": p_value}
+    return Check(check=name, higher_is_better=better, **facts)

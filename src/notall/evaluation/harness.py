@@ -1,8 +1,7 @@
 """lm-evaluation-harness for many plans in one pass: each request is computed once, and answered for every plan.
 
-The harness builds the requests, filters the answers and makes the metrics. `PlansLM` is its own `HFLM`, so encoding
-and truncation are its own too, with what runs the model replaced: all plans share their first sublayers, and requests
-that begin alike share their tokens. Needs the extra `eval`.
+The harness builds the requests, encodes and cuts them, filters the answers and makes the metrics. Plans share their
+first sublayers, and requests that begin alike their tokens. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -12,27 +11,27 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError, raised_by
+from ..errors import UsageError, raised_by, shortened
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
 from ..plan import Plan
 from ..progress import Progress, silent
+from ..results.evaluations import AnswersRecord, Said
 from ..results.facts import TaskScore
-from ..results.ledger import working_in
+from ..results.ledger import Ledger, working_in
 from ..running.skipping import skip
-from .answers import Answers
 from .scoring import Request, Scorer, unless_out_of_memory
 
 try:
@@ -49,30 +48,24 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from .ray_workers import Workers
 
+A = TypeVar("A")
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
-BOOTSTRAP_ROUNDS = 1000  # for the errors of metrics that are no means
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one plan made of one document: its value of the metric, and the answers to its requests.
-
-    An answer is (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a text.
-    """
+    """What one plan made of one document: its value of the metric, and the answers to its requests."""
 
     task: str
     doc_id: int
     value: Any
-    answers: tuple[Any, ...]
+    answers: tuple[Any, ...]  # (log-likelihood in nats, whether it is the greedy one), a log-likelihood, or a text
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One plan on one task by one metric, beside the dense model on the same documents.
-
-    The p value is McNemar's exact test where the metric is right or wrong, else by the normal distribution.
-    """
+    """One plan on one task by one metric, beside the dense model on the same documents."""
 
     number: int  # of the plan, in the order given
     plan: Plan
@@ -110,7 +103,7 @@ def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
-            outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=BOOTSTRAP_ROUNDS))
+            outcomes.append(evaluate(lm, job.loaded, limit=job.limit, bootstrap_iters=1000))  # where there is no mean
     dense, *others = outcomes
     return [
         TaskResult(number, lm.plans[number + 1], score, samples)
@@ -120,11 +113,61 @@ def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     ]
 
 
-class PlansLM(HFLM):
-    """The harness's `HFLM`, which computes a request for the dense model and all plans, and answers as one of them.
+class Answers:
+    """Answers of `plans`, by number, to requests, by key; a file of them may hold other origins' and plans' too."""
 
-    `plans` are the dense plan, then the given ones. Leaves the tokenizer it is given as it is.
-    """
+    def __init__(self, folder: Path | None, origin: str, plans: Sequence[Plan]) -> None:
+        self.origin = origin
+        self.names = [_digest(*plan.identity) for plan in plans]
+        self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
+        self._known: dict[tuple[str, str], Said] = {}  # by request and plan
+        self._ledger = Ledger(folder, AnswersRecord) if folder else None
+        for record in self._ledger or ():
+            self._note(record.plans, record.answers)
+
+    def key(self, *request: object) -> str:
+        """A request's name, the same in every run."""
+        return _digest(self.origin, *request)
+
+    def get(self, key: str, number: int, form: type[A]) -> A:
+        """Raises `UsageError` where the file has something of another form."""
+        answer = self._known[key, self.names[number]]
+        if not isinstance(answer, form):
+            where = self._ledger.path if self._ledger is not None else "what was answered"
+            raise UsageError(
+                f"{where} has {shortened(repr(answer))} where an answer should be; delete the file, and ask again"
+            )
+        return answer
+
+    def has(self, key: str, number: int) -> bool:
+        return (key, self.names[number]) in self._known
+
+    def lacking(self, keys: Iterable[str]) -> dict[tuple[int, ...], list[str]]:
+        """The distinct keys whose answers are not all there, by the plans that lack them: of equal ones, the first."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for key in dict.fromkeys(keys):
+            if numbers := tuple(number for number in self.distinct if not self.has(key, number)):
+                found.setdefault(numbers, []).append(key)
+        return found
+
+    def add(self, numbers: Sequence[int], answers: Mapping[str, Sequence[Said]]) -> None:
+        """Keep, by key, the answers of the plans `numbers`; they are in the file when this returns."""
+        names = tuple(self.names[number] for number in numbers)
+        if self._ledger is not None:
+            self._ledger.add(AnswersRecord(plans=names, answers={key: tuple(said) for key, said in answers.items()}))
+        self._note(names, answers)
+
+    def _note(self, names: Sequence[str], answers: Mapping[str, Sequence[Said]]) -> None:
+        for key, values in answers.items():
+            self._known |= {(key, name): said for name, said in zip(names, values)}
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class PlansLM(HFLM):
+    """The harness's `HFLM`, which computes a request for the dense model and all plans, and answers as one of them."""
 
     def __init__(
         self,
@@ -140,7 +183,7 @@ class PlansLM(HFLM):
     ) -> None:
         with quiet():  # batches are cut here, not in HFLM
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=CHUNK)
-        self.plans = (Plan(), *plans)
+        self.plans = (Plan(), *plans)  # the dense one is first
         self.scorer = Scorer(model, batch_size)
         self.score = partial(workers.score_requests, batch_size=batch_size) if workers else self.scorer.score
         self.answers = Answers(folder, origin(model, tokenizer), self.plans)
@@ -196,10 +239,7 @@ class PlansLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
     ) -> list[tuple[Any, Any]]:
-        """For (strings, context, continuation) each: log-likelihood and greediness, arrays over the plans `running`.
-
-        HFLM hands these on, and sums them where it rolls; with strings they are kept as they come.
-        """
+        """For (strings, context, continuation) each: log-likelihood and greediness, arrays over the plans `running`."""
         cut = [self._cut(context, continuation) for _, context, continuation in requests]
         found: dict[int, tuple[Any, Any]] = {}
         for scores in self.score([self.plans[number] for number in self.running], cut):
@@ -281,9 +321,6 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-# --- from the harness's outcome to results ----------------------------------------------------------------------------
-
-
 def _scores(
     job: Job, row: str, leaves: list[str], outcome: dict[str, Any], dense: dict[str, Any]
 ) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
@@ -331,14 +368,14 @@ def _paired_error(job: Job, samples: Sequence[Sample], base: Sequence[Sample], n
         average, error = mean_and_error([ours.value - theirs.value for ours, theirs in zip(samples, base)])
         if math.isclose(average, delta, abs_tol=1e-9):
             return error
+
+    def difference(pairs: Sequence[tuple[Any, Any]]) -> float:
+        ours, theirs = zip(*pairs)
+        return aggregate(list(ours)) - aggregate(list(theirs))
+
     errors = []
     for task in dict.fromkeys(sample.task for sample in samples):
         pairs = [(ours.value, theirs.value) for ours, theirs in zip(samples, base) if ours.task == task]
         aggregate = job.tasks[task].aggregation().get(name, mean)
-        errors.append(jackknife_error(partial(_difference, aggregate), pairs))
+        errors.append(jackknife_error(difference, pairs))
     return math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)  # a group's plain mean over its tasks
-
-
-def _difference(aggregate: Callable[[list[Any]], float], pairs: Sequence[tuple[Any, Any]]) -> float:
-    ours, theirs = zip(*pairs)
-    return aggregate(list(ours)) - aggregate(list(theirs))

@@ -1,8 +1,4 @@
-"""Many machines: the branches of the tree of plans, spread over the workers of a Ray cluster. Needs the extra `ray`.
-
-Each worker holds the whole model and takes plans that lie together in the tree. What a lost worker was doing is done
-again by another one, once. Results are those of one process: the same functions run, on fewer plans at a time.
-"""
+"""Many machines: plans that lie together in their tree, spread over the workers of a Ray cluster (the extra `ray`)."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -27,11 +24,10 @@ SLICE = 256  # requests that are answered before anything is kept
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Workers of a Ray cluster, each with the model that `load_options` (the arguments of `notall.load`) name.
+    """Workers of a Ray cluster, each with the model of `load_options`, the arguments of `notall.load`.
 
-    `address` is as in `cluster.joined`. There are `count` workers, or as many as the GPUs allow at `gpus` each, or
-    without GPUs as many as half of the CPUs. Raises `UsageError` when no cluster is there, when it has no room, and
-    when a worker can't load the model.
+    There are `count` of them, or as many as the GPUs allow at `gpus` each, or without GPUs as many as half of the CPUs.
+    Raises `UsageError` when no cluster is at `address`, when it has no room, and when a worker can't load the model.
     """
 
     def __init__(
@@ -90,25 +86,22 @@ def split_branches(structure: ModelStructure, plans: Sequence[Plan], parts: int)
     """
     paths = [tuple(part.name for _, live in live_steps(structure, plan) for part in live) for plan in plans]
     order = sorted(range(len(plans)), key=paths.__getitem__)
-    most = max(map(len, paths)) + 1
-    while len(groups := _filled(order, paths, most)) > parts:
-        most += 1
-    return groups
 
+    def filled(most: int) -> list[list[int]]:
+        """Groups of at most `most` work each, each as full as it gets."""
+        groups: list[list[int]] = []
+        work = most
+        for number in order:
+            path = paths[number]
+            shared = common(paths[groups[-1][-1]], path) if groups else 0
+            work += len(path) - shared + 1
+            if work > most:
+                groups.append([])
+                work = len(path) + 1
+            groups[-1].append(number)
+        return groups
 
-def _filled(order: Sequence[int], paths: Sequence[tuple[str, ...]], most: int) -> list[list[int]]:
-    """`order` cut into groups of at most `most` work each, each as full as it gets."""
-    groups: list[list[int]] = []
-    work = most
-    for number in order:
-        path = paths[number]
-        shared = common(paths[groups[-1][-1]], path) if groups else 0
-        work += len(path) - shared + 1
-        if work > most:
-            groups.append([])
-            work = len(path) + 1
-        groups[-1].append(number)
-    return groups
+    return next(groups for most in count(max(map(len, paths)) + 1) if len(groups := filled(most)) <= parts)
 
 
 class _Worker:

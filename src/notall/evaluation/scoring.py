@@ -1,10 +1,8 @@
 """How likely a model finds the ends of token sequences, for many plans at once, in as few tokens as it can be had.
 
-Sequences that begin alike are packed: laid out as one tree, so that what they share is computed once. The answers to a
-question share the question, and questions may share their examples. Each sequence is a path through the tree; a mask
-lets a token see its own path only, and its position is its depth. So a model whose attention knows nothing but mask and
-positions computes for each path what it computes for the sequence alone, which is tried before it is relied on.
-Plans share their first sublayers (see `replay`). Batches shrink when memory runs out.
+Sequences that begin alike are packed: laid out as one tree, so that what they share is computed once. A mask lets a
+token see its own path only, and its position is its depth: a model whose attention knows nothing but these computes for
+each path what it computes for the sequence alone, which is tried before it is relied on.
 """
 
 from __future__ import annotations
@@ -31,9 +29,6 @@ from ..running.replay import Replay, record
 from ..structure.model_structure import base_model, positions_of, text_config
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768, "mps": 8192}  # of a batch, when its size is "auto"; halved as needed
-MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take any mask
-WINDOWS = ("sliding_window", "attention_chunk_size")  # a mask of one's own knows nothing of these
-EXACT = (torch.float32, torch.float64)
 # A token attends over its whole pack, seen or not, so a pack stays within reach of its longest path.
 MOST_TIMES_LONGEST, MOST_BESIDE = 2, 256
 
@@ -59,10 +54,7 @@ class RequestScores:
 
 
 class Scorer:
-    """Scores requests; `tokens` counts what it ran, without padding, and `plain_tokens` what distinct sequences hold.
-
-    `batch_size` is in packs, or "auto": as many as make up `TOKENS_AT_ONCE`.
-    """
+    """Scores requests; `tokens` counts what it ran, without padding, `plain_tokens` what distinct sequences hold."""
 
     def __init__(self, model: PreTrainedModel, batch_size: int | Literal["auto"] = "auto") -> None:
         if batch_size != "auto" and batch_size < 1:
@@ -73,19 +65,16 @@ class Scorer:
         self.most_tokens = TOKENS_AT_ONCE.get(self.device.type, 8192) if batch_size == "auto" else math.inf
         config = text_config(self.model)
         takes_positions = "position_ids" in inspect.signature(type(self.model).forward).parameters
-        self.packs = takes_positions and config._attn_implementation in MASKED_ATTENTION
-        # Some models have buffers as long as their context, so a pack must not be longer.
-        self.context = positions_of(self.model)
-        self.window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
+        self.packs = takes_positions and config._attn_implementation in ("sdpa", "eager")  # which take any mask
+        self.context = positions_of(self.model)  # as long as the buffers of some models, which no pack may exceed
+        windows = ("sliding_window", "attention_chunk_size")  # of which a mask of one's own knows nothing
+        self.window = min(getattr(config, name, None) or math.inf for name in windows)
         self.token_scorer = TokenScorer(self.model)
         self.proved = 0  # the longest sequence for which packed was seen to equal plain
         self.tokens = self.plain_tokens = 0
 
     def score(self, plans: Sequence[Plan], requests: Sequence[Request]) -> Iterator[RequestScores]:
-        """Score all `requests` under each of `plans`, the longest first, batch after batch.
-
-        Raises `UsageError` when a single sequence takes more memory than there is.
-        """
+        """In batches, the longest first. Raises `UsageError` where one sequence takes more memory than there is."""
         replay = Replay(self.model, plans)
         about: Sequences = {}
         for number, request in enumerate(requests):
@@ -190,10 +179,7 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
 
 def tolerance(dtype: torch.dtype, tokens: int) -> float:
     """By how many nats an answer of so many tokens may differ between two batches: what rounding makes of it."""
-    return max(1e-4, 1e-5 * tokens) if dtype in EXACT else max(0.3, 0.1 * tokens)
-
-
-# --- packs ------------------------------------------------------------------------------------------------------------
+    return max(1e-4, 1e-5 * tokens) if dtype in (torch.float32, torch.float64) else max(0.3, 0.1 * tokens)
 
 
 @dataclass
@@ -258,10 +244,7 @@ def plain(sequences: Iterable[tuple[int, ...]]) -> Iterator[Pack]:
 
 
 def inputs_of(packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a model is called with: token ids (packs, tokens), padded on the right with 0, which no token sees.
-
-    Where a pack holds several paths, also position ids, and an additive mask (packs, 1, tokens, tokens) of `dtype`.
-    """
+    """Token ids (packs, tokens), padded on the right; of several paths positions, a mask (packs, 1, tokens, tokens)."""
     inputs = {"input_ids": pad_sequence([torch.tensor(pack.tokens) for pack in packs], batch_first=True)}
     if any(len(pack.paths) > 1 for pack in packs):
         inputs["position_ids"] = pad_sequence([torch.tensor(pack.positions) for pack in packs], batch_first=True)

@@ -24,8 +24,6 @@ from ..errors import UsageError, nearest, shortened
 from ..models.load_errors import quiet
 from ..results.facts import NamedTasks
 
-UNREACHED = re.compile("Couldn't reach|OfflineMode|ConnectionError|Connection error|Max retries|offline mode", re.I)
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -127,10 +125,9 @@ class TaskShelf:
         return tasks if isinstance(tasks, TaskShelf) else cls(tasks)
 
     def names(self, wanted: Sequence[str]) -> list[str]:
-        """`wanted` with `openllm` spelled out, each name once.
+        """`wanted` with `openllm` spelled out, each name once, and its local_ one where a folder has that.
 
-        A task gives way to one that is named local_ and its name, which a folder may have in its stead. Raises
-        `UsageError` for a name that the harness does not know.
+        Raises `UsageError` for a name that the harness does not know.
         """
         found: list[str] = []
         known = self.manager.task_index
@@ -183,7 +180,7 @@ class TaskShelf:
 
 
 def _build_requests(task: Task, num_fewshot: int | None, limit: int | None) -> None:
-    """Build them once, as the harness's `simple_evaluate` has them; a new evaluation finds them without answers."""
+    """Once, as the harness's `simple_evaluate` has them; a new evaluation finds them without answers."""
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", num_fewshot or 0)
     elif task.get_config("num_fewshot") != 0 and num_fewshot is not None:  # a task's own 0 is meant
@@ -217,7 +214,7 @@ def no_bars() -> Iterator[None]:
 def _complaint(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps what its reader said
     said = str(cause).strip() or type(cause).__name__
-    if UNREACHED.search(said):
+    if re.search("Couldn't reach|OfflineMode|Connection ?Error|Max retries|offline mode", said, re.I):
         return (
             f"cannot read the data of {name}: the hub is out of reach. Give --task-path DIR, a folder of tasks on "
             "files of your own (docs/evaluating.md, Benchmarks without a network)"

@@ -26,7 +26,6 @@ from .manifest import TURNED_OFF, Origin, Verdict, describe, manifest_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# By name; imported when they are used.
 TARGETS = {
     "hf": "notall.exporters.hf:HFExport",
     "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
@@ -39,7 +38,7 @@ UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they ar
 
 @dataclass(frozen=True)
 class Source:
-    """The dense model of an export, as `export` takes it; `dtype` is that of the written weights, None for theirs."""
+    """The dense model of an export, as `export` takes it."""
 
     model: PreTrainedModel | str | Path
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -126,29 +125,16 @@ def export(
     return out
 
 
-def check_export(
-    model: str | Path,
-    plan: Plan,
-    target: str,
-    out: Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: str | None = None,
-) -> None:
+def check_export(source: Source, plan: Plan, target: str, out: Path) -> None:
     """Raise `UsageError` as `export` does, as far as that is known without running a model, and write nothing."""
     check_absent(out)
-    source = Source(model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
     with target_named(target).prepared(source, plan) as prepared:
         check_room(out, prepared.written_bytes)
 
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `out` when the `with` is left in good order, and is removed otherwise.
-
-    Raises `UsageError` when `out` exists, and when it cannot be written (no space, no permission).
-    """
+    """A scratch folder that takes the name `out` in the end, or is removed. Raises `UsageError` where it cannot."""
     check_absent(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""The dense model as files: its config, and where each sublayer's tensors lie; and exports of it as such files.
-
-No weight is loaded before it is written.
-"""
+"""The dense model as files, of which no weight is loaded before it is written, and exports of it as such files."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ import re
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
 from ..files import ADAPTER, named_weights, own_file, refuse_adapter
@@ -29,13 +26,13 @@ from ..inputs import Settings
 from ..models.load_errors import explained, quiet
 from ..models.loading import build_empty, identify, load_config, model_source, named_dtype, reader_of, refuse_export
 from ..models.names import named_gguf
-from ..models.quantisation import quantisation_of
+from ..models.quantisation import quantisation_of, why_not_here
 from ..plan import Plan
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
 from ..running.skipping import is_skipping
 from ..structure.locating import locate
-from ..structure.model_structure import ModelStructure, Sublayer, base_model
+from ..structure.model_structure import ModelStructure, Sublayer, base_model, text_config
 from . import UNPACKED, Export, Source
 from .manifest import Origin
 from .tensors import FLOATS, Weights, check_tensors, read_tensors, total_bytes, write_shards
@@ -46,12 +43,10 @@ if TYPE_CHECKING:
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
 # What goes along with the weights: of the tokenizer, settings, and terms, these in any case.
-TOKENIZER = (
+COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
     "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-SETTINGS = (
     "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
@@ -60,10 +55,7 @@ TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 
 @dataclass(frozen=True)
 class DenseModel:
-    """`settings` is config.json as it is written, `config` what transformers makes of it.
-
-    Of a model that sees too the files are all here, and plans speak of its text part.
-    """
+    """`settings` is config.json as it is written, `config` what transformers makes of it."""
 
     folder: Path
     settings: Settings
@@ -76,13 +68,8 @@ class DenseModel:
     dtype: torch.dtype | None = None  # another than the files'
 
     @property
-    def reader(self) -> Any:
-        """The auto class that reads its checkpoint, and those of its exports."""
-        return reader_of(self.config)
-
-    @property
     def quantisation(self) -> Settings | None:
-        """The settings of quantised weights, as config.json words them; None where they are plain."""
+        """As config.json words it; None where weights are plain."""
         found = quantisation_of(self.config)
         return found and self.settings.get("quantization_config", found)
 
@@ -133,10 +120,9 @@ class DenseModel:
         return {name: tensor for name, tensor in own if self._owner(index, name) == sublayer.kind}
 
     def _owner(self, index: int, name: str) -> str:
-        """The kind of the sublayer that a tensor of layer `index` is of.
+        """The kind of sublayer of a tensor of layer `index`.
 
-        A name may be nobody's, where transformers renames on loading (Mixtral's block_sparse_moe). It is then that
-        sublayer's of whose own modules one is in no file.
+        A name that is nobody's, where transformers renames, is that sublayer's of whose own modules one is in no file.
         """
         layer = self.empty.get_submodule(f"{self.structure.layers}.{index}")
         absent = []
@@ -174,21 +160,39 @@ class DenseModel:
             raise UsageError(f"{self.origin.model} is quantised, so that no dtype can be chosen; leave --dtype out")
         name = next(name for name, ours in FLOATS.items() if ours == dtype)
         tensors = {
-            path: tensor.cast(name) if tensor.dtype in FLOATS and tensor.dtype != name else tensor
+            path: tensor.changed(lambda values: values, dtype=name) if tensor.dtype in {*FLOATS} - {name} else tensor
             for path, tensor in self.tensors.items()
         }
         says = "torch_dtype" if "torch_dtype" in self.settings else "dtype"
         settings = {**self.settings, says: str(dtype).removeprefix("torch.")}
         return replace(self, tensors=tensors, settings=settings, dtype=dtype)
 
+    def load(self) -> PreTrainedModel:
+        """With its weights. Raises `UsageError` where transformers does not run its quantisation here."""
+        if self.quantisation is not None and (reason := why_not_here(self.quantisation)):
+            raise UsageError(reason)
+        with explained(self.origin.model), quiet():
+            return load_whole(reader_of(self.config), self.folder, self.trusted, self.dtype)
+
+
+def load_whole(loader: Any, folder: Path, trusted: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in `folder`, read by the class `loader`. Raises `UsageError` unless its tensors are all there."""
+    how = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": trusted}
+    model, report = loader.from_pretrained(folder, dtype=dtype or "auto", **how)
+    wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UsageError(f"{len(wrong)} tensors do not match the architecture, {wrong[0]} for one")
+    return model.eval()
+
+
+def probe_tokens(model: PreTrainedModel, width: int) -> Tensor:
+    """Two sequences by which two models are compared, (2, width)."""
+    return torch.randint(text_config(model).vocab_size, (2, width), generator=torch.Generator().manual_seed(0))
+
 
 @dataclass
 class CheckpointExport(Export):
-    """An export as a folder of safetensors, with config.json and what goes along with the weights.
-
-    `settings` are config.json, and `tensors` the weights by their new names; `files` are texts by the names of the
-    files that they are written to, and `notes` go into the headers of the weights.
-    """
+    """A folder of safetensors: config.json, weights by their new names with notes in their headers, texts by name."""
 
     dense: DenseModel
     plan: Plan
@@ -201,7 +205,13 @@ class CheckpointExport(Export):
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
         self.dense_bytes, self.written_bytes = total_bytes(self.dense.tensors), total_bytes(self.tensors)
-        self.companions = _companions(self.dense)
+        wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
+        listed = [
+            name
+            for name in sorted(path.name for path in self.dense.folder.iterdir())
+            if any(fnmatchcase(name, one) for one in wanted) or any(fnmatchcase(name.lower(), one) for one in TERMS)
+        ]
+        self.companions = [file for name in listed if (file := own_file(self.dense.folder, name))]
 
     @classmethod
     @abstractmethod
@@ -226,37 +236,26 @@ class CheckpointExport(Export):
         for name, text in {**self.files, "config.json": config}.items():
             (folder / name).write_text(text, encoding="utf-8")
         write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
-        copy_companions(self.companions, folder)
-
-
-def _companions(dense: DenseModel) -> list[Path]:
-    """The files of its folder that go along, its own code where that is trusted. Raises as `own_file` does."""
-    wanted = (*TOKENIZER, *SETTINGS, *(("*.py",) if dense.trusted else ()))
-    listed = [
-        name
-        for name in sorted(path.name for path in dense.folder.iterdir())
-        if any(map(partial(fnmatchcase, name), wanted)) or any(map(partial(fnmatchcase, name.lower()), TERMS))
-    ]
-    return [file for name in listed if (file := own_file(dense.folder, name))]
-
-
-def copy_companions(files: Iterable[Path], folder: Path) -> None:
-    """Copy files into the folder of an export; what it has written itself stays."""
-    for file in files:
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+        for file in self.companions:
+            if not (folder / file.name).exists():  # what the export has written itself stays
+                shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
 def opened(source: Source) -> Iterator[DenseModel]:
-    """The dense model as files, fetched if it is a hub id; a live model is saved to a scratch folder first.
-
-    Raises `UsageError` when the model is unknown, out of reach, damaged or not in safetensors files.
-    """
+    """The dense model as files, fetched if it is a hub id; a live one is saved to a scratch folder first."""
     model, revision = source.model, source.revision
     if not isinstance(model, str | Path):
+        model = base_model(model)
+        if is_skipping(model):
+            raise UsageError("the model is inside a `with notall.skip(...)`; leave it, and give the plan to the export")
+        locate(model)  # refuse before writing gigabytes
         with tempfile.TemporaryDirectory(prefix="notall-") as scratch:
-            identity = _save(base_model(model), source.tokenizer, Path(scratch))
+            with quiet():
+                model.save_pretrained(scratch)
+                if source.tokenizer is not None:
+                    source.tokenizer.save_pretrained(scratch)
+            identity = {"model": Path(model.name_or_path).name or model.config.model_type, "revision": "in memory"}
             yield _read(Path(scratch), identity, source.trust_remote_code)
         return
     folder = model_source(model, revision)
@@ -266,21 +265,16 @@ def opened(source: Source) -> Iterator[DenseModel]:
     yield _read(folder, identify(model, revision=revision), source.trust_remote_code)
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> dict[str, str]:
-    if is_skipping(model):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it, and give the plan to the export")
-    locate(model)  # refuse before writing gigabytes
-    with quiet():
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    return {"model": Path(model.name_or_path).name or model.config.model_type, "revision": "in memory"}
-
-
 def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> DenseModel:
     name = identity["model"]
     refuse_export(folder)
-    settings = _settings(folder)
+    settings: Settings | None = None
+    if (path := own_file(folder, "config.json")) is None:
+        raise UsageError(f"{folder.name} has no config.json; download or save it again")
+    with suppress(ValueError, RecursionError):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise UsageError(f"{folder.name}: config.json is damaged; download it again")
     refuse_adapter(name, (folder / ADAPTER).exists())
     config = load_config(folder, trust_remote_code=trust_remote_code)
     weights, tensors = read_tensors(folder, named_weights(name, config))
@@ -300,14 +294,3 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
         card=own_file(folder, "README.md"),
     )
     return DenseModel(folder, settings, config, model, structure, tensors, origin, trust_remote_code)
-
-
-def _settings(folder: Path) -> Settings:
-    """config.json as it is written."""
-    path = own_file(folder, "config.json")
-    if path is None:
-        raise UsageError(f"{folder.name} has no config.json; download or save it again")
-    with suppress(ValueError, RecursionError):
-        if isinstance(settings := json.loads(path.read_text(encoding="utf-8")), dict):
-            return settings
-    raise UsageError(f"{folder.name}: config.json is damaged; download it again")

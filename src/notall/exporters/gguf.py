@@ -1,8 +1,7 @@
 """llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No weight is changed but repaired ones.
 
-A portable plan leaves an ordinary file of the same architecture. Other plans leave a `deci` file, whose layers may lack
-a sublayer each, for the architectures that are built as `deci` is but for that. What llama.cpp decides by the index of
-a layer, without a setting in the file, cannot be carried over, and is refused where it would change.
+A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each. What
+llama.cpp decides by the index of a layer, without a setting in the file, is refused where it would change.
 """
 
 from __future__ import annotations
@@ -18,14 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import (
-    GGML_QUANT_SIZES,
-    MODEL_ARCH_NAMES,
-    GGMLQuantizationType,
-    GGUFValueType,
-    get_tensor_name_map,
-    quant_shape_to_byte_shape,
-)
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGUFValueType, get_tensor_name_map, quant_shape_to_byte_shape
+from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from ..digests import digest_of_file
@@ -42,6 +35,7 @@ from .manifest import NotVerified, Origin, Verdict, Verified
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +64,10 @@ LISTING = {"qwen35", "qwen35moe"}
 WINDOWS = {"gemma2": 2, "gemma3": 6, "cohere2": 4, "gpt-oss": 2, "exaone4": 4, "olmo2": 4, "llama4": 4}
 # Every n-th attention goes without RoPE, and no setting says so.
 WITHOUT_ROPE = {"smollm3": 4, "llama4": 4}
-# What makes layers of Gemma 4 depend on each other, or on their place.
-BY_DEPTH = ("attention.shared_kv_layers", "embedding_length_per_layer_input")
 OUTPUT_SCALE = "layer_output_scale.weight"
 DECI = ("llama", "qwen2")  # architectures whose layers `deci`'s are, but that these may lack a sublayer each
 DECI_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 NARROW = 32  # the width of an MLP of zeros: llama.cpp's `deci` would drop an attention that has no MLP behind it
-# Depths by which llama.cpp recognises a model that it then computes in another way.
-TELLING_DEPTHS = {"gemma2": 46, "gemma3": 62, "baichuan": 32}
-# The MLP of these reads what the attention read, though it has a norm of its own.
-PARALLEL = ("arctic", "gptneox")
 
 USE = (
     "llama.cpp, and what is built on it, run this file as they do the dense model's. Turn flash attention on "
@@ -93,7 +81,7 @@ class GGUFExport(Export):
 
     def __init__(self, dense: Path, plan: Plan) -> None:
         """Raises `UsageError` for a damaged file, a plan of another model, and one that no GGUF file can express."""
-        self.dense, self.plan, self.use = dense, plan, USE
+        self.dense, self.plan, self.use, self.name = dense, plan, USE, f"{dense.stem}-notall.gguf"
         self.source = read_gguf(dense)
         weights = getattr(plan, "weights", {})  # of a repaired plan, whose class would import torch
         self.fields, self.tensors = cut(with_weights(self.source, weights) if weights else self.source, plan)
@@ -114,14 +102,11 @@ class GGUFExport(Export):
         yield cls(_file(source.model), plan)
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
-        write_gguf(self._written(folder), self.source, self.fields, self.tensors, progress)
-
-    def _written(self, folder: Path) -> Path:
-        return folder / f"{self.dense.stem}-notall.gguf"
+        write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
 
     def verify(self, folder: Path) -> Verdict:
         """By llama.cpp's most likely next tokens, against the dense model that skips the plan in transformers."""
-        written = self._written(folder)
+        written = folder / self.name
         found = read_gguf(written)
         same = (found.fields.keys(), found.tensors.keys()) == (self.fields.keys(), self.tensors.keys())
         pairs = ((found.tensors[name].data, tensor.data) for name, tensor in self.tensors.items())
@@ -149,7 +134,7 @@ class GGUFExport(Export):
         return Verified(by, error, TOLERANCE, "nats of log-probability").checked()
 
 
-def _file(model: Any) -> Path:
+def _file(model: PreTrainedModel | str | Path) -> Path:
     """The GGUF file to rewrite."""
     if isinstance(model, str | Path):
         if path := named_gguf(model):
@@ -193,15 +178,11 @@ def _check(source: GGUF, plan: Plan) -> None:
 
 
 def _kinds(source: GGUF, index: int) -> Sequence[str]:
-    """What a block holds: both, but for hybrids with layers of one sublayer."""
     if source.architecture not in HYBRIDS:
         return BOTH
     names = [name for name in source.block(index) if not name.split(".")[0].endswith("_norm")]
     has = {kind: any(name.startswith("ffn_") == (kind == "mlp") for name in names) for kind in BOTH}
     return [kind for kind in BOTH if has[kind]]
-
-
-# --- ordinary files ---------------------------------------------------------------------------------------------------
 
 
 def _ordinary(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
@@ -243,18 +224,18 @@ def _scaled(source: GGUF, parts: Tensors, by: Folded) -> Tensors:
     new = {name: _floats(source, name, parts[name]) / scale for name, scale in late.items() if scale != 1}
     if OUTPUT_SCALE in parts:
         new[OUTPUT_SCALE] = np.full_like(_floats(source, OUTPUT_SCALE, parts[OUTPUT_SCALE]), by.whole)
-    return {name: GGUFTensor(np.float32(values), GGMLQuantizationType.F32) for name, values in new.items()}
+    return {name: GGUFTensor(np.float32(values), Kind.F32) for name, values in new.items()}
 
 
 def _floats(source: GGUF, name: str, stored: GGUFTensor) -> np.ndarray[Any, Any]:
-    if stored.quantization != GGMLQuantizationType.F32 or stored.data.ndim != 1 or not stored.data.size:
+    if stored.quantization != Kind.F32 or stored.data.ndim != 1 or not stored.data.size:
         raise UsageError(f"{source.path.name} has {name} in another form than llama.cpp's converter; download it again")
     return stored.data
 
 
 def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequence[int]) -> None:
     name = source.architecture
-    if any(source.setting(given, 0) for given in BY_DEPTH):
+    if any(source.setting(given, 0) for given in ("attention.shared_kv_layers", "embedding_length_per_layer_input")):
         raise UsageError(
             f"layers of this {name} share keys and values, or each is given an input of its own, so that none can be "
             "cut out; skip in memory"
@@ -271,7 +252,7 @@ def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequenc
                 f"llama.cpp takes every {period}th layer of {name} for one of the {what}, and this plan moves them; "
                 f"leave out whole runs of {period} blocks, or export to hf"
             )
-    telling = TELLING_DEPTHS.get(name)
+    telling = {"gemma2": 46, "gemma3": 62, "baichuan": 32}.get(name)
     if telling in (source.depth, len(attentions)) and source.depth != len(attentions):
         raise UsageError(
             f"llama.cpp computes a {name} of {telling} layers in another way than any other, so that one cannot become "
@@ -300,21 +281,15 @@ def _orders(source: GGUF, attentions: Sequence[int]) -> Iterator[tuple[str, list
 def _fits(source: GGUF, attention: int, mlp: int) -> bool:
     """Whether the MLP of one block can stand in the place of another's: it runs after the attention, and is alike."""
     block = source.block(attention)
-    sequential = source.architecture not in PARALLEL or not source.setting("use_parallel_residual", True)
+    parallel = source.architecture in ("arctic", "gptneox") and source.setting("use_parallel_residual", True)
     has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
     alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
-    return sequential and has_norm and alike
-
-
-# --- files of layers that may lack a sublayer each --------------------------------------------------------------------
+    return has_norm and alike and not parallel
 
 
 def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     """Fields and tensors of the file. Raises `UsageError` for an architecture that `deci` does not compute."""
-    _check_deci(source)
-    hidden, width, head_size = source.count("embedding_length"), source.count("feed_forward_length"), _head_size(source)
-    heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
-    _check_sizes(source, hidden, heads * head_size, kv_heads * head_size, width)
+    heads, kv_heads, head_size, hidden, width = _deci_sizes(source)
     rows = list(sparse_layers(layers))
     tensors = source.outside_blocks
     for number, row in enumerate(rows):
@@ -339,7 +314,8 @@ def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     return fields | {ARCHITECTURE: Field.of("deci")}, tensors
 
 
-def _check_deci(source: GGUF) -> None:
+def _deci_sizes(source: GGUF) -> tuple[int, int, int, int, int]:
+    """Heads, those of keys, the size of one, the stream's and the MLPs' widths: as the tensors have them, too."""
     name = source.architecture
     names = {tensor.split(".")[0] for index in range(source.depth) for tensor in source.block(index)}
     foreign = sorted(names - set(DECI_TENSORS))
@@ -349,37 +325,29 @@ def _check_deci(source: GGUF) -> None:
         problem = f"llama.cpp's layers with one sublayer have no {foreign[0]}, which this {name} has"
     elif any(isinstance(source.setting(key), list) for key in ("attention.head_count", "feed_forward_length")):
         problem = "the layers of this file differ in size"
-    elif source.setting("rope.dimension_count", _head_size(source)) != _head_size(source):
-        problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
     else:
-        return
-    raise UsageError(
-        f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
-    )
-
-
-def _head_size(source: GGUF) -> int:
-    """As llama.cpp has it: the width divided by the heads, unless the file says otherwise."""
-    usual = source.count("embedding_length") // source.count("attention.head_count")
-    return source.count("attention.key_length", usual)
-
-
-def _check_sizes(source: GGUF, hidden: int, queries: int, keys: int, width: int) -> None:
-    """Raise `UsageError` unless the header gives the sizes that the tensors have: what is added is made by it."""
-    sizes = {"attn_norm": hidden, "attn_q": queries, "attn_k": keys, "ffn_up": width}
+        problem = ""
+        hidden, width = source.count("embedding_length"), source.count("feed_forward_length")
+        heads, kv_heads = source.count("attention.head_count"), source.count("attention.head_count_kv")
+        head_size = source.count("attention.key_length", hidden // heads)
+        if source.setting("rope.dimension_count", head_size) != head_size:
+            problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
+    if problem:
+        raise UsageError(
+            f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
+        )
+    sizes = {"attn_norm": hidden, "attn_q": heads * head_size, "attn_k": kv_heads * head_size, "ffn_up": width}
     for index in range(source.depth):
         found = {name: tensor.data for name, tensor in source.block(index).items()}
         if any(len(found.get(f"{name}.weight", ())) != size for name, size in sizes.items()):
             raise UsageError(
                 f"the header of {source.path.name} and its tensors disagree in block {index}; download it again"
             )
+    return heads, kv_heads, head_size, hidden, width
 
 
 def _rotated(parts: Tensors, architecture: str, heads: int, kv_heads: int) -> Tensors:
-    """`deci` rotates neighbours, and qwen2 the halves of a head: bring the rows of queries and keys into that order.
-
-    Of each head, row i of the first half is followed by row i of the second.
-    """
+    """`deci` rotates neighbours, and qwen2 the halves of a head: row i of each first half goes before its second's."""
     if architecture == "llama":
         return parts
     rotated = dict(parts)
@@ -400,24 +368,14 @@ def _silent(kind: str, into: Sequence[str], back: str, inner: int, width: int) -
 def _zeros(*shape: int) -> GGUFTensor:
     """In 8 bits where rows allow it: a block of zero bytes is a block of zeros."""
     if len(shape) > 1 and shape[-1] % 32 == 0:
-        kind = GGMLQuantizationType.Q8_0
-        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, kind), np.uint8), kind)
-    return GGUFTensor(np.zeros(shape, np.float32), GGMLQuantizationType.F32)
-
-
-# --- repaired weights -------------------------------------------------------------------------------------------------
-
-
-TURNED = ("gpt2", "jais")  # their matrices are (inputs, outputs) in transformers
-NORMS_LESS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")  # transformers keeps gain - 1, llama.cpp the gain
-FALLBACK = GGMLQuantizationType.Q8_0  # for types of fewer bits: numbers that were fitted lose more in these
+        return GGUFTensor(np.zeros(quant_shape_to_byte_shape(shape, Kind.Q8_0), np.uint8), Kind.Q8_0)
+    return GGUFTensor(np.zeros(shape, np.float32), Kind.F32)
 
 
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
-    """With these values of parameters, by their paths in the transformers model, in the types of the file's tensors.
+    """With these values of parameters, by their paths in transformers, in the file's types of at least 8 bits.
 
-    What has fewer than 8 bits goes into 8, with a warning: rounded coarsely, a repair gives back less. Raises
-    `UsageError` where the file has no such tensor.
+    Raises `UsageError` where the file has no such tensor.
     """
     architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[source.architecture], source.depth)
@@ -428,14 +386,14 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
         if name not in tensors:
             raise UsageError(f"{source.path.name} has no tensor for {path}, which the plan has weights for; repair it")
         values, stored = weight.float().cpu().numpy(), tensors[name]
-        if values.ndim == 1 and source.architecture in NORMS_LESS_ONE:
-            values = values + 1
-        elif source.architecture in TURNED:
+        if values.ndim == 1 and source.architecture in ("gemma", "gemma2", "gemma3", "nemotron"):
+            values = values + 1  # transformers keeps gain - 1, llama.cpp the gain
+        elif source.architecture in ("gpt2", "jais"):  # matrices are (inputs, outputs) in transformers
             values = np.ascontiguousarray(values.T)
         if values.shape != stored.shape:
             raise UsageError(f"{path} has another shape in {source.path.name}; repair the model of this file")
         block, size = GGML_QUANT_SIZES[stored.quantization]
-        new = FALLBACK if size < block else stored.quantization
+        new = Kind.Q8_0 if size < block else stored.quantization  # numbers that were fitted lose more in fewer bits
         tensors[name] = GGUFTensor(quantize(values, new), new)
         if new != stored.quantization:
             widened.add(stored.quantization.name)

@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from ..errors import UsageError
 from ..inputs import Settings
+from ..models.load_errors import explained, quiet
+from ..models.loading import reader_of
 from ..plan import Plan
-from .dense import CheckpointExport, DenseModel
+from ..running.skipping import skip
+from ..structure.model_structure import cache_argument
+from ..structure.proving import relative_error, tolerance
+from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
 from .layout import build_cut, build_of, check_twins, cut_settings, layers_of, moved_modules, moved_tensors
-from .manifest import Verdict
+from .manifest import NotVerified, Verdict, Verified
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
-from .tensors import read_notes
-from .verification import verify
+from .tensors import check_copies, read_notes
+
+TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
 REGROUPED_USE = (
@@ -60,10 +71,25 @@ class HFExport(CheckpointExport):
         return cls(dense, plan, settings, dict(moved_tensors(dense, layers)), use, files, notes)
 
     def verify(self, folder: Path) -> Verdict:
-        loader, base = self.dense.reader, self.dense.config.model_type
+        """By logits, one model at a time; of a quantised one that transformers does not run here, by its tensors."""
+        dense, base = self.dense, self.dense.config.model_type
+        try:
+            model = dense.load()
+        except UsageError as error:
+            if dense.quantisation is None:
+                raise
+            check_copies(folder, self.tensors)
+            return NotVerified(f"{error}; each tensor is the dense model's, bit for bit")
+        with skip(model, self.plan):
+            expected = _logits_of(model)
+        del model
+        loader = reader_of(dense.config)
         if self.form == model_type_of(base):
             loader = getattr(load_modeling(folder, base), classes_of(base)["AutoModelForCausalLM"])
-        return verify(self.dense, self.plan, folder, loader, self.tensors)
+        with explained(folder.name), quiet():
+            found = _logits_of(load_whole(loader, folder, dense.trusted))
+        by, most = f"transformers {transformers.__version__}", tolerance(expected.dtype)
+        return Verified(by, relative_error(found, expected), most, "of the largest logit").checked()
 
     @property
     def manifest(self) -> Settings:
@@ -92,3 +118,15 @@ def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
             f"this {base} has MLPs of {len(kinds)} kinds, and an MLP without its attention would be built as the wrong "
             "one; skip whole blocks, or choose a portable plan"
         )
+
+
+def _logits_of(model: PreTrainedModel) -> Tensor:
+    """(unpadded tokens of the prompts and the two that follow, vocabulary)."""
+    tokens = probe_tokens(model, TOKENS + 1)
+    mask = torch.ones_like(tokens)
+    mask[0, :PADDING] = 0
+    with torch.inference_mode():
+        prompt = model(input_ids=tokens[:, :TOKENS], attention_mask=mask[:, :TOKENS], use_cache=True)
+        name = cache_argument(model)
+        step = model(input_ids=tokens[:, TOKENS:], attention_mask=mask, use_cache=True, **{name: prompt[name]})
+    return torch.cat([prompt.logits[mask[:, :TOKENS].bool()], step.logits[:, -1]])

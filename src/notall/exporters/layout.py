@@ -1,7 +1,4 @@
-"""From a plan to the layers of an export, the config that describes them, and where each tensor and module goes.
-
-Some layers multiply their stream by a number; where such layers are cut out, it is folded into those that are left.
-"""
+"""From a plan to the layers of an export, the config that describes them, and where each tensor and module goes."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,18 +25,8 @@ from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 from .tensors import FLOATS, Weight, Weights
 
-# Lists with an entry a layer: those that describe MLPs, and others, which describe attentions.
-MLP_LISTS = {"mlp_layer_types"}
-LISTS = (*PER_LAYER_LISTS, "num_attention_heads_per_layer")
-# Lists of the indices of layers whose MLP is of one kind, and numbers of layers from the first on with such MLPs.
-MLP_INDICES = ("mlp_only_layers", "moe_layers")
-MLP_COUNTS = ("first_k_dense_replace", "num_dense_layers")
-# Gemma 4's last attention of each kind leaves its keys to layers that share them: none do in a model that can be cut.
-LEFT_TO_OTHERS = "store_full_length_kv"
-
 
 def layers_of(structure: ModelStructure, plan: Plan) -> list[Layer]:
-    """The layers of the exported model."""
     return merged(groups_of(structure, plan), partial(fits, structure))
 
 
@@ -63,10 +49,10 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
     own = [[] if layer.mlp is None else [layer.mlp] for layer in layers]
     # The dense layers whose MLPs say of which kind those of each layer are.
     mlps = [(*mlp, *layer.before, *layer.after, layer.attention)[0] for mlp, layer in zip(own, layers)]
-    for name in LISTS:
+    for name in (*PER_LAYER_LISTS, "num_attention_heads_per_layer"):
         values = settings.get(name) or vars(config).get(name)  # as the file words them; a derived list is in neither
         if isinstance(values, list | tuple) and len(values) == config.num_hidden_layers:
-            settings[name] = [values[index] for index in (mlps if name in MLP_LISTS else attentions)]
+            settings[name] = [values[index] for index in (mlps if name == "mlp_layer_types" else attentions)]
     if pattern := settings.get("hybrid_override_pattern"):  # Nemotron-H's, a letter a layer
         settings["hybrid_override_pattern"] = "".join(pattern[index] for index in attentions)
     if indices := settings.get("attn_layer_indices"):
@@ -75,10 +61,10 @@ def cut_settings(dense: DenseModel, layers: Sequence[Layer]) -> Settings:
         settings["per_layer_config"] = {str(n): others[str(i)] for n, i in enumerate(attentions) if str(i) in others}
     if "attention_types" in settings:  # GPT-Neo writes its list as repeated patterns
         settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
-    for name in MLP_INDICES:
+    for name in ("mlp_only_layers", "moe_layers"):  # indices of layers whose MLP is of one kind
         if indices := getattr(config, name, None):
             settings[name] = [number for number, index in enumerate(mlps) if index in indices]
-    for name in MLP_COUNTS:
+    for name in ("first_k_dense_replace", "num_dense_layers"):  # from the first on
         if count := getattr(config, name, None):
             settings[name] = sum(index < count for index in mlps)
     if (step := getattr(config, "decoder_sparse_step", 1)) != 1:  # every step-th layer has experts
@@ -145,7 +131,8 @@ def build_of(dense: DenseModel, part: Sublayer) -> Settings:
 
 
 def _build(layer: nn.Module, part: Sublayer) -> Settings:
-    plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, LEFT_TO_OTHERS)
+    # Gemma 4's last attention of each kind leaves its keys to layers that share them: none do where it can be cut.
+    plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, "store_full_length_kv")
 
     def settings(module: nn.Module) -> Settings:
         return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k[0] != "_" and k not in others}
@@ -164,23 +151,15 @@ def _build(layer: nn.Module, part: Sublayer) -> Settings:
     return facts
 
 
-# --- where tensors and modules go -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What comes from one layer of the dense model: its tensors by their names below it, and their new beginning."""
-
-    parts: Sequence[Sublayer]
-    tensors: Weights
-    start: str
+# What comes from one layer of the dense model, its tensors by their names below it, and the start of their new names.
+Piece = tuple[Sequence[Sublayer], Weights, str]
 
 
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
     """The tensors of the export under their new names; of a name that comes again, the later one."""
     yield from dense.outside_layers.items()
-    for piece in _pieces(dense, layers):
-        yield from ((piece.start + name, tensor) for name, tensor in piece.tensors.items())
+    for _, tensors, start in _pieces(dense, layers):
+        yield from ((start + name, tensor) for name, tensor in tensors.items())
     yield from folded_scales(dense, layers)
 
 
@@ -188,9 +167,9 @@ def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str |
     """The new name of each module, in the files and in the model; None for what is left out."""
     moved: dict[str, str | None] = {name: name for name in _modules_of(dense.outside_layers)}
     for block in dense.structure.blocks:
-        moved |= dict.fromkeys(_new_names(dense, Piece(block.sublayers, dense.layers[block.index], "")))
+        moved |= dict.fromkeys(_new_names(dense, block.sublayers, dense.layers[block.index], ""))
     for piece in _pieces(dense, layers):
-        moved |= _new_names(dense, piece)
+        moved |= _new_names(dense, *piece)
     return moved
 
 
@@ -200,30 +179,27 @@ def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[Piece]:
         start, block = f"{dense.prefix}{number}.", blocks[layer.attention]
         parts = [(start, part) for part in sublayers_of(dense.structure, layer)]
         if layer.mlp == layer.attention:
-            yield Piece(block.sublayers, dense.layers[block.index], start)
+            yield block.sublayers, dense.layers[block.index], start
             parts = []
         for place, indices in (("before", layer.before), ("after", layer.after)):
             parts += [(f"{start}{place}.{slot}.", blocks[index].mlp) for slot, index in enumerate(indices)]
-        yield from (Piece([part], dense.parts(part), beginning) for beginning, part in parts)
+        yield from (([part], dense.parts(part), beginning) for beginning, part in parts)
 
 
-def _new_names(dense: DenseModel, piece: Piece) -> dict[str, str]:
+def _new_names(dense: DenseModel, parts: Sequence[Sublayer], tensors: Weights, start: str) -> dict[str, str]:
     """The names of a piece's modules in the dense model, to those in the export."""
-    index = piece.parts[0].index
+    index = parts[0].index
     layer = dense.empty.get_submodule(f"{dense.structure.layers}.{index}")
-    paths = [path for part in piece.parts for path in part.modules]
+    paths = [path for part in parts for path in part.modules]
     modules = dict(pair for path in paths for pair in child(layer, path).named_modules(prefix=path))
     weigh = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
-    return {f"{dense.prefix}{index}.{name}": piece.start + name for name in weigh | _modules_of(piece.tensors)}
+    return {f"{dense.prefix}{index}.{name}": start + name for name in weigh | _modules_of(tensors)}
 
 
 def _modules_of(tensors: Iterable[str]) -> set[str]:
     """The modules that tensors of these names are in, and those that these are in."""
     paths = [name.split(".")[:-1] for name in tensors]
     return {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
-
-
-# --- numbers that layers multiply their stream by ---------------------------------------------------------------------
 
 
 def folded_scales(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:

@@ -26,17 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The dense model of an export: its name, what fixes its weights, its number of layers, its shape.
-
-    `weights` is the file that its weights were read from, or the index of them; `card` its own model card, if any.
-    """
+    """The dense model of an export."""
 
     model: str
-    revision: str
+    revision: str  # what fixes its weights
     layers: int
     fingerprint: str
-    weights: str
-    card: Path | None = None
+    weights: str  # the file that they were read from, or the index of them
+    card: Path | None = None  # its own model card
 
 
 @dataclass(frozen=True)
@@ -87,23 +84,19 @@ def describe(folder: Path, export: Export, verdict: Verdict, measured: Mapping[s
 def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
     """The plan, twice: ours, and as transformers' `per_layer_config` has it. `form` is the model type written."""
     kinds = {i: [kind for kind in ("attention", "mlp") if i in getattr(plan, kind)] for i in range(origin.layers)}
+    repair: Settings = {}
+    if hasattr(plan, "history"):  # of a repaired plan, whose class would import torch
+        steps = [{**step.model_dump(mode="json"), "told": str(step)} for step in plan.history]
+        refits = [refit.model_dump(mode="json", exclude={"record", "provenance"}) for refit in plan.refits]  # type: ignore[attr-defined]
+        repair = {"repair": {"weights": plan.digest, "history": steps, "refits": refits}}
     return {
         "notall": __version__,
         "model_type": form,
         "dense": {name: value for name, value in asdict(origin).items() if name != "card"},
         "plan": {"attention": list(plan.attention), "mlp": list(plan.mlp), "note": plan.note},
-        **({"repair": repair} if (repair := _repair_of(plan)) else {}),
+        **repair,
         "per_layer_config": {str(i): {"skip": skipped} for i, skipped in kinds.items() if skipped},
     }
-
-
-def _repair_of(plan: Plan) -> Settings | None:
-    """What made the weights of a repaired plan, and how well; its class would import torch."""
-    if not hasattr(plan, "history"):
-        return None
-    steps = [{**step.model_dump(mode="json"), "told": str(step)} for step in plan.history]
-    refits = [refit.model_dump(mode="json", exclude={"record", "provenance"}) for refit in plan.refits]  # type: ignore[attr-defined]
-    return {"weights": plan.digest, "history": steps, "refits": refits}
 
 
 def read_manifest(folder: Path) -> Settings:
@@ -112,10 +105,7 @@ def read_manifest(folder: Path) -> Settings:
 
 
 def plan_of(folder: Path) -> Plan:
-    """What an export leaves out, in the dense model's numbers.
-
-    Raises `UsageError` where the manifest is damaged, and where weights that only the export has belong to the plan.
-    """
+    """In the dense model's numbers. Raises `UsageError` where it is damaged, or the plan has weights of its own."""
     try:
         manifest = read_json((folder / MANIFEST).read_bytes())
         plan, fingerprint = manifest["plan"], manifest["dense"]["fingerprint"]

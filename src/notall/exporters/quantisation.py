@@ -1,8 +1,7 @@
-"""The quantisation settings of a checkpoint that loses layers: the modules that they name are renumbered.
+"""The quantisation settings of a checkpoint that loses layers: each pattern of modules is renumbered.
 
-Settings name modules by themselves (`model.layers.1.mlp`) or by patterns (`re:.*layers\\.[01]\\..*`). Each pattern is
-written so that it means, of what is kept, exactly what it meant in the dense model: as it is, else renumbered, else as
-the list of what it named. What is written is compared, module by module, before it is trusted.
+A pattern means, of what is kept, exactly what it meant in the dense model: as it is, else renumbered, else as the list
+of what it named. What is written is compared, module by module, before it is trusted.
 """
 
 from __future__ import annotations
@@ -26,16 +25,12 @@ TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 @dataclass(frozen=True)
 class Words:
-    """How settings name modules: what a pattern means, and the pattern that means one name.
-
-    `exactly` is given the pattern that it replaces, too. With `tree`, what it writes means all below a module as well.
-    With `weights`, a module's weight may be named instead.
-    """
+    """How settings name modules."""
 
     means: Callable[[str], Means]
-    exactly: Callable[[str, str], str] = lambda pattern, name: name
-    tree: bool = False
-    weights: bool = False
+    exactly: Callable[[str, str], str] = lambda pattern, name: name  # what stands for one name in a pattern's place
+    tree: bool = False  # it means all below a module as well
+    weights: bool = False  # a module's weight may be named instead
 
 
 def _matches(pattern: str) -> Means:
@@ -47,7 +42,7 @@ def _matches(pattern: str) -> Means:
 
 
 def _begins_or_ends(pattern: str) -> Means:
-    """As transformers' `should_convert_module`: from the start to a full stop, or at the end."""
+    """As transformers' `should_convert_module`."""
     begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
     return lambda name: begins(name) or name.endswith(pattern)
 
@@ -90,10 +85,7 @@ RULES: Mapping[str, Rules] = {
 
 
 def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
-    """The settings of an export whose modules have `moved`; `layers` is what the names of layers begin with.
-
-    Raises `UsageError` where they tell layers apart in a place that is not known.
-    """
+    """Those of an export; the names of layers begin with `layers`. Raises `UsageError` where not all can be told."""
     rules = RULES.get(quantisation_name(settings).split()[0], {})
     last = layers.rstrip(".").rpartition(".")[2]
     numbered = re.compile(rf"\b{re.escape(last)}\W*\d")  # a number behind the list of layers, perhaps in a pattern
@@ -109,7 +101,7 @@ def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> 
     cut: Any = settings
     weights = {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
     for rule, words in rules.items():
-        cut = _cut_at(cut, rule, _Cut(words, moved | weights if words.weights else moved, layers))
+        cut = _cut_at(cut, rule, partial(_renumbered, words, moved | weights if words.weights else moved, layers))
     return dict(cut)
 
 
@@ -130,79 +122,61 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
     return found
 
 
-def _cut_at(value: Any, path: tuple[str, ...], cut: _Cut) -> Any:
-    """`value` with the patterns at `path` below it cut; a group all of whose targets are gone goes, too."""
-    if not path:
-        return cut.patterns(value)
-    head, *rest = path
-    if head == "*" and isinstance(value, list):
-        return [_cut_at(entry, tuple(rest), cut) for entry in value]
+def _cut_at(value: Any, path: tuple[str, ...], renumbered: Callable[[str], list[str]]) -> Any:
+    """`value` with the patterns, a list or keys, at `path` below it `renumbered`; a group without targets goes, too."""
+    head, *rest = path or ("",)
+    if isinstance(value, list):
+        if not path:
+            return list(dict.fromkeys(new for pattern in value for new in renumbered(str(pattern))))
+        return [_cut_at(entry, tuple(rest), renumbered) for entry in value] if head == "*" else value
     if not isinstance(value, Mapping):
         return value
-    new = {key: _cut_at(entry, tuple(rest), cut) if head in (key, "*") else entry for key, entry in value.items()}
-    if head == "*" and rest == ["targets"]:
-        return {key: entry for key, entry in new.items() if entry == value[key] or entry["targets"]}
-    return new
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Cuts patterns in these words, of modules that have `moved`; `layers` is what the names of layers begin with."""
-
-    words: Words
-    moved: Moved
-    layers: str
-
-    def patterns(self, value: Any) -> Any:
-        """A list of patterns, or a table of what holds for each."""
-        if isinstance(value, list):
-            return list(dict.fromkeys(new for pattern in value for new in self._one(str(pattern))))
-        if not isinstance(value, Mapping):
-            return value
+    if not path:
         cut: Settings = {}
         for pattern, setting in value.items():
-            for new in self._one(pattern):
+            for new in renumbered(pattern):
                 cut.setdefault(new, setting)
         return cut
-
-    def _one(self, pattern: str) -> list[str]:
-        """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
-        means = self.words.means(pattern)
-        meant = {new for name, new in self.moved.items() if means(name)}
-        wanted = {new for new in meant if new is not None}
-        if not meant and (beginning := re.match(rf"{re.escape(self.layers)}\d+\.", pattern)):
-            return self._unknown(pattern, beginning[0])
-        if meant and not wanted:
-            return []
-        tops = [name for name in wanted if not (self.words.tree and any(above in wanted for above in _above(name)))]
-        named = [self.words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
-        for tried in ([pattern], [self.moved.get(pattern) or pattern], named):
-            tests = [self.words.means(one) for one in tried]
-            if wanted == {new for new in self.moved.values() if new and any(test(new) for test in tests)}:
-                return tried
-        if self.words.tree:
-            raise _not_renumbered(pattern)
-        return named
-
-    def _unknown(self, pattern: str, layer: str) -> list[str]:
-        """A name of no module here, such as one that only an engine has: it goes where all of its layer goes."""
-        below = ((name.removeprefix(layer), new) for name, new in self.moved.items() if name.startswith(layer))
-        starts = {new.removesuffix(name) if new else None for name, new in below}
-        if len(starts) > 1:
-            raise _not_renumbered(pattern)
-        return [start + pattern.removeprefix(layer) for start in starts if start]
+    table = {
+        key: _cut_at(entry, tuple(rest), renumbered) if head in (key, "*") else entry for key, entry in value.items()
+    }
+    if head == "*" and rest == ["targets"]:
+        return {key: entry for key, entry in table.items() if entry == value[key] or entry["targets"]}
+    return table
 
 
-def _not_renumbered(pattern: str) -> UsageError:
-    return UsageError(
+def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
+    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone.
+
+    A name of no module here, such as one that only an engine has, goes where all of its layer goes.
+    """
+    unknown = UsageError(
         f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber, "
         "so this plan runs in memory only"
     )
-
-
-def _above(name: str) -> Iterator[str]:
-    """The modules that a module is in: of a.b.c, a and a.b."""
-    return accumulate(name.split(".")[:-1], "{}.{}".format)
+    means = words.means(pattern)
+    meant = {new for name, new in moved.items() if means(name)}
+    wanted = {new for new in meant if new is not None}
+    if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
+        layer = beginning[0]
+        below = ((name.removeprefix(layer), new) for name, new in moved.items() if name.startswith(layer))
+        starts = {new.removesuffix(name) if new else None for name, new in below}
+        if len(starts) > 1:
+            raise unknown
+        return [start + pattern.removeprefix(layer) for start in starts if start]
+    if meant and not wanted:
+        return []
+    tops = wanted
+    if words.tree:  # of a.b.c, a and a.b are above
+        tops = {name for name in wanted if wanted.isdisjoint(accumulate(name.split(".")[:-1], "{}.{}".format))}
+    named = [words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
+    for tried in ([pattern], [moved.get(pattern) or pattern], named):
+        tests = [words.means(one) for one in tried]
+        if wanted == {new for new in moved.values() if new and any(test(new) for test in tests)}:
+            return tried
+    if words.tree:
+        raise unknown
+    return named
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

@@ -1,7 +1,4 @@
-"""The weights of a checkpoint: the files that transformers reads them from, and each tensor, read when it is written.
-
-safetensors reads and writes the files, one shard at a time; whatever the dtype, the bytes are carried over as they are.
-"""
+"""The weights of a checkpoint: each tensor is read when it is written, one shard at a time, and its bytes stay."""
 
 from __future__ import annotations
 
@@ -20,17 +17,17 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import LocalEntryNotFoundError
-from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
-from ..files import INDEX, SINGLE, expanded, own_file
+from ..files import INDEX, expanded
 from ..inputs import read_json
 from ..models.load_errors import check_weights, explained, quiet
 from ..models.names import hub_id
+from ..models.own_exports import first_file, shard_index, weight_files
 from ..progress import Progress, silent
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,10 +44,6 @@ class Weight:
 
     def read_bytes(self) -> Tensor:
         return self.read().contiguous().flatten().view(torch.uint8)
-
-    def cast(self, dtype: str) -> Weight:
-        """In another one of `FLOATS`."""
-        return self.changed(lambda values: values, dtype=dtype)
 
     def changed(
         self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None, dtype: str | None = None
@@ -72,9 +65,6 @@ def total_bytes(weights: Mapping[str, Weight]) -> int:
     return sum(weight.size for weight in weights.values())
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_header(path: Path) -> Weights:
     """The tensors of one safetensors file, by name. Raises `UsageError` when the file is truncated or damaged."""
     try:
@@ -84,19 +74,19 @@ def read_header(path: Path) -> Weights:
         said = shortened(str(error).rpartition("header: ")[2], 120)
         raise UsageError(f"{path.name} is no whole safetensors file ({said}); download the file again") from None
     header.pop("__metadata__", None)
+
+    def read(name: str) -> Tensor:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise UsageError(f"cannot read {shortened(name)} of {path.name}: {shortened(str(error))}") from None
+
     return {
-        name: Weight(entry["dtype"], tuple(entry["shape"]), last - first, partial(_read, path, name))
+        name: Weight(entry["dtype"], tuple(entry["shape"]), last - first, partial(read, name))
         for name, entry in header.items()
         for first, last in [entry["data_offsets"]]
     }
-
-
-def _read(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise UsageError(f"cannot read {shortened(name)} of {path.name}: {shortened(str(error))}") from None
 
 
 def read_notes(file: Path) -> dict[str, str]:
@@ -109,52 +99,17 @@ def read_notes(file: Path) -> dict[str, str]:
 
 
 def read_tensors(folder: Path, named: str | None = None) -> tuple[str, Weights]:
-    """The file that transformers begins with, and every tensor that it reads.
-
-    That file is the one that the config has `named`, else the one file where there is one, else the index of shards.
-    The index tells the shards alone; what they hold is in their own headers.
-    """
-    names = (named,) if named else (SINGLE, INDEX)
-    file = next((path for name in names if (path := own_file(folder, name))), None)
-    if file is None:
-        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+    """The file that transformers begins with, and every tensor that it reads, by the headers of the shards."""
+    file = first_file(folder, named)
     tensors: Weights = {}
     for shard in weight_files(file):
         found = read_header(shard)
         if twice := found.keys() & tensors.keys():
             raise UsageError(f"{folder.name}: two shards hold {shortened(min(twice))}; download it again")
         tensors |= found
-    if lost := (set() if file.suffix == ".safetensors" else _index(file).keys() - tensors.keys()):
+    if lost := (set() if file.suffix == ".safetensors" else shard_index(file).keys() - tensors.keys()):
         raise UsageError(f"{folder.name}: no shard holds {shortened(min(lost))}; download it again")
     return file.name, tensors
-
-
-def weight_files(file: Path) -> list[Path]:
-    """The safetensors files that transformers reads, where it begins with `file`: that one, or shards of an index."""
-    if file.suffix == ".safetensors":
-        return [file]
-    found = []
-    for name in sorted(set(_index(file).values())):
-        shard = own_file(file.parent, name)
-        if shard is None:
-            raise UsageError(f"{file.parent.name} lacks {shortened(name)}; download it again")
-        found.append(shard)
-    return found
-
-
-class _Index(BaseModel):
-    """As for transformers, an index without a table of metadata is none."""
-
-    metadata: dict[str, object]
-    weight_map: dict[str, str] = Field(min_length=1)
-
-
-def _index(path: Path) -> dict[str, str]:
-    """Which shard each tensor is said to be in."""
-    try:
-        return _Index.model_validate(read_json(path.read_bytes()), strict=True).weight_map
-    except ValueError:
-        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
 
 
 def stored_sizes(spec: str | Path, revision: str | None = None, named: str | None = None) -> dict[str, int]:
@@ -206,9 +161,6 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
     check_weights(name, report)
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def write_shards(
     folder: Path,
     tensors: Weights,
@@ -216,10 +168,7 @@ def write_shards(
     progress: Progress = silent,
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a checkpoint as transformers does: `model.safetensors`, or shards of about `shard_bytes` and an index.
-
-    One shard is in memory at a time. `notes` go into the header of each file.
-    """
+    """One file, or shards of about `shard_bytes` and an index, as transformers writes; `notes` go into the headers."""
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.size,

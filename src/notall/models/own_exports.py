@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
-from safetensors.torch import load_file
+from pydantic import BaseModel, Field
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -52,13 +53,48 @@ class OwnExport:
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """Every tensor of the files, by the names that the model of `config` gives them."""
-        names = [SINGLE]
-        if own_file(folder, SINGLE) is None:
-            if (index := own_file(folder, INDEX)) is None:
-                raise UsageError(f"{folder.name} has no {SINGLE} and no {INDEX}; download it again")
-            names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
-        shards = [load_file(found) for name in names if (found := own_file(folder, name))]
-        return {self.renamed(name): tensor for shard in shards for name, tensor in shard.items()}
+        weights: dict[str, Tensor] = {}
+        for shard in weight_files(first_file(folder)):
+            with safe_open(shard, framework="pt") as file:
+                weights |= {self.renamed(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return weights
+
+
+def first_file(folder: Path, named: str | None = None) -> Path:
+    """Where transformers begins: with what the config has `named`, else the one file, else the index of shards."""
+    names = (named,) if named else (SINGLE, INDEX)
+    file = next((path for name in names if (path := own_file(folder, name))), None)
+    if file is None:
+        raise UsageError(f"{folder.name} has no {shortened(' and no '.join(names))}; download or save it again")
+    return file
+
+
+def weight_files(file: Path) -> list[Path]:
+    """The safetensors files that transformers reads, where it begins with `file`: that one, or shards of an index."""
+    if file.suffix == ".safetensors":
+        return [file]
+    found = []
+    for name in sorted(set(shard_index(file).values())):
+        shard = own_file(file.parent, name)
+        if shard is None:
+            raise UsageError(f"{file.parent.name} lacks {shortened(name)}; download it again")
+        found.append(shard)
+    return found
+
+
+class _Index(BaseModel):
+    """As for transformers, an index without a table of metadata is none."""
+
+    metadata: dict[str, object]
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+def shard_index(path: Path) -> dict[str, str]:
+    """Which shard each tensor is said to be in."""
+    try:
+        return _Index.model_validate(read_json(path.read_bytes()), strict=True).weight_map
+    except ValueError:
+        raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
 
 
 def is_own_form(settings: Settings) -> bool:
