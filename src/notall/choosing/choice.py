@@ -123,7 +123,6 @@ def choose_plan(
 def _chosen_plan(
     setting: Setting, name: str, outcome: Outcome, budget: Budget, held_out: Sequence[Tensor]
 ) -> ChosenPlan:
-    """The plan of an outcome, and what it costs, took and weighs."""
     model, evaluator, skipped = setting.model, setting.evaluator, outcome.choice.skipped
     spent = evaluator.spent  # for the choice, and not for the record
     plan = setting.space.plan(skipped, f"{name} by {evaluator.judged_by}: {budget.description}")
@@ -143,15 +142,9 @@ def _chosen_plan(
     )
 
 
-# --- within a budget --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What was chosen, and how fast it is where a speedup was asked for.
-
-    `missed` says in words what was reached, where that is not what the budget asks for.
-    """
+    """What was chosen, how fast it is where a speedup was asked for, and what was reached, where that is less."""
 
     choice: Choice
     check: SpeedCheck | None = None
@@ -163,9 +156,8 @@ class Outcome:
 
 
 def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
-    """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within it.
-
-    Raises as `criteria.choose` does.
+    """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within
+    it.
     """
 
     def rise(outcome: Outcome) -> float:
@@ -185,11 +177,10 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
-    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and not much
+    faster.
 
-    What was evaluated for one choice is known for the next. Where a choice is much faster than it was asked to be, it
-    gave up more than it had to: then, too, the times are corrected. Of what is as fast as asked for, the one that costs
-    least comes back; where none of `CHOICES` is, before the setting gets late, the fastest.
+    Of what is, the one that costs least comes back; where none of `CHOICES` is, before it is late, the fastest.
     """
     tried: list[Outcome] = []
     following: SpeedBudget | None = budget
@@ -197,13 +188,12 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
         choice = choose(criterion, setting, following)
         if any(one.met and one.choice.skipped == choice.skipped for one in tried):
             break
-        tried.append(_outcome(choice, setting, following))
-        assert tried[-1].check
-        if tried[-1].met and not following.exceeded(tried[-1].check):
+        tried.append(outcome := _outcome(choice, setting, following))
+        assert outcome.check
+        if outcome.met and not following.exceeded(outcome.check):
             break
-        following = following.corrected(tried[-1].check)
-    met = [one for one in tried if one.met]
-    if met:
+        following = following.corrected(outcome.check)
+    if met := [one for one in tried if one.met]:
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 

@@ -74,8 +74,17 @@ def measure_times(
     known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
     if known and _still_hold(known, model, seed):
         return known
-    times = _measure(model, workload, seed, progress)
-    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
+    groups = {str(number): group for number, group in enumerate(_alike(model))}
+    halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure))}
+    plans = {"dense": Plan(), **halves}
+    took = _compare(model, plans, workload, seed, lambda done, total, _: progress(done, total, "timing the sublayers"))
+    each: dict[str, float] = {}
+    for name, group in groups.items():
+        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
+        saved = statistics.median(differences) / len(halves.get(name, group))
+        each |= {part.name: saved for part in group}
+    times = SublayerTimes(workload, statistics.median(took["dense"]), each)
+    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each).model_dump_json())
     return times
 
 
@@ -105,11 +114,8 @@ def _still_hold(times: SublayerTimes, model: PreTrainedModel, seed: int) -> bool
     (now,) = _compare(model, {"dense": Plan()}, replace(times.workload, rounds=1), seed)["dense"]
     if abs(now / times.dense_ms - 1) <= MOST_CHANGED:
         return True
-    warnings.warn(
-        f"the kept times no longer hold: the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms "
-        "now; they are measured anew",
-        stacklevel=3,
-    )
+    took = f"the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms now"
+    warnings.warn(f"the kept times no longer hold: {took}; they are measured anew", stacklevel=3)
     return False
 
 
@@ -125,22 +131,6 @@ def check_times(
         predicted_speedup=times.dense_ms / predicted,
         measured_speedup=speedup(took["dense"], took["skipped"]),
     )
-
-
-def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Progress) -> SublayerTimes:
-    groups = {str(number): group for number, group in enumerate(_alike(model))}
-    halves = {name: plan for name, group in groups.items() if (plan := _half(group, locate(model)))}
-
-    def tell(done: float, total: float, doing: str) -> None:
-        progress(done, total, "timing the sublayers")
-
-    took = _compare(model, {"dense": Plan(), **halves}, workload, seed, tell)
-    each: dict[str, float] = {}
-    for name, group in groups.items():
-        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
-        saved = statistics.median(differences) / len(halves.get(name, group))
-        each |= {part.name: saved for part in group}
-    return SublayerTimes(workload, statistics.median(took["dense"]), each)
 
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
@@ -170,9 +160,6 @@ def _compare(
     timings = compare(model, variants, decoded, seed=seed, progress=progress)
     samples = {name: zip(one.prefill_samples_ms, one.decode_samples_ms) for name, one in timings.items()}
     return {name: [prefill + tokens * decode for prefill, decode in pairs] for name, pairs in samples.items()}
-
-
-# --- a budget ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,10 +79,8 @@ def _spaces(space: Space) -> list[Space]:
 
 @dataclass
 class _Search:
-    """A set that grows and changes, what it costs, and what is known of each unit.
-
-    `rises` is what the objective rose by when a unit was skipped, when that was last evaluated; `falls`, on a part of
-    the text, what it falls by when one is given back.
+    """A set that grows and changes, and what it costs. `rises` is what the objective rose by when a unit was
+    skipped, as it was last evaluated; `falls`, on a part of the text, what it falls by when one is given back.
     """
 
     space: Space
@@ -100,15 +98,12 @@ class _Search:
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
         self.moves = functools.cache(self.space.moves)
-        self.done, self.total = 0.0, self._most()
-
-    def _most(self) -> float:
-        """How many evaluations of the whole text it takes at most, about."""
         units = len(self.space.units)
         mean = self.budget.saved(self.space.names) / units
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        return guesses + steps * RECHECKS + steps + self.patience
+        # evaluations of the whole text so far, and how many it takes at most, about
+        self.done, self.total = 0.0, guesses + steps * RECHECKS + steps + self.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -147,8 +142,7 @@ class _Search:
         return min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9)), -self.cost
 
     def go_on_from(self, other: _Search) -> None:
-        self.skipped, self.cost = other.skipped, other.cost
-        self.order = [*other.order]
+        self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -165,9 +159,8 @@ class _Search:
         return self.skipped != before
 
     def refine(self) -> bool:
-        """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
-
-        Swaps are tried on a part of the text, `LOOKS` at a time, and of those that were the best on all of it.
+        """Swap, as a part of the text says, until `patience` evaluations of all of it brought nothing; say whether
+        any did.
         """
         before, spent, tried = self.cost, 0.0, {self.skipped}
         guesses: dict[Swap, float] = {}

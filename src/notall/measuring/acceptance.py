@@ -39,9 +39,8 @@ class Accepted:
 def write_texts(
     model: PreTrainedModel, prompts: Tensor, new_tokens: int, decoding: Decoding, *, seed: int = 0
 ) -> list[Tensor]:
-    """What `model` says behind `prompts`, (B, P): token ids, (tokens,) each, up to and with the token that ends a text.
-
-    Greedy, or sampled as it is: at temperature 1, from the whole vocabulary.
+    """What `model` says behind `prompts`, (B, P), greedy or sampled at temperature 1: token ids up to an end,
+    (tokens,) each.
     """
     generator = torch.Generator(prompts.device).manual_seed(seed)
 
@@ -105,10 +104,8 @@ def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, fl
 
 
 def rounds(known: Sequence[float], drafted: int) -> float:
-    """How many rounds write a text whose tokens are accepted with these probabilities.
-
-    A round gives the tokens of the draft up to the first that is not accepted, and one of the dense model's own. Where
-    less than `drafted` tokens and one are left to write, it drafts no more than it may.
+    """How many rounds write a text whose tokens are accepted so: each gives the accepted ones, and one of the dense
+    model's.
     """
     begins = [1.0] + [0.0] * len(known)  # the chance that a round begins at each token
     for start in range(len(known)):

@@ -28,16 +28,12 @@ from ..results.facts import Times
 from ..results.record import Quartiles
 from ..running.skipping import skip
 
-Entering = Callable[[], AbstractContextManager[Any]]
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one variant took, one sample a round, in the order of the rounds.
-
-    `peak_bytes` is the most CUDA memory allocated in a round, over all devices; None without CUDA.
-    """
+    """What one variant took, a sample a round; `peak_bytes` is the most CUDA memory of a round, None without CUDA."""
 
     prefill_samples_ms: tuple[float, ...]
     decode_samples_ms: tuple[float, ...]  # a token
@@ -110,9 +106,8 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 def interleaved(
     measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round, in an order that is reversed every other round: drift cancels.
-
-    The first `warmup` rounds are run in full and thrown away.
+    """What each of `measures` answers, once a round behind `warmup` ones, in an order that turns each round: drift
+    cancels.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
     for index in range(warmup + rounds):
@@ -124,7 +119,7 @@ def interleaved(
 
 def compare(
     model: PreTrainedModel,
-    variants: Mapping[str, Entering],
+    variants: Mapping[str, Callable[[], AbstractContextManager[object]]],
     workload: Workload = WORKLOAD,
     *,
     warmup: int = 1,
@@ -180,8 +175,7 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
-    cpu = _cpu_model()
-    on_cuda = torch.device(device).type == "cuda"
+    cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
     return {
         "cpu": cpu,
         "cores": cores(),

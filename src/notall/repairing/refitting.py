@@ -105,7 +105,6 @@ def about_weights(
 
 
 def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
-    """Raise where `plan` cannot be repaired on so many sequences."""
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
         raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
@@ -129,18 +128,15 @@ class Kept:
         self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
 
     def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
-        """By their paths in the dense model; none where the step was left alone."""
         return {} if refit.ridge is None else read_weights(self.folder, file_of(refit), refit.sha256)
 
     def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
-        """Weights first: a line says that they are there."""
-        if weights:
+        if weights:  # first: a line says that they are there
             digest = write_tensors(self.folder / file_of(refit), weights)
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
     def finish(self) -> RepairedPlan:
-        """The plan with all that was refit."""
         finish(self.folder, self.plan, {file_of(one): one.sha256 for one in self.refits if one.ridge is not None})
         return load_repaired(self.folder)
 
@@ -251,7 +247,6 @@ class Repair:
         return [self.text.keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
-        """The stream behind a step, refit where that helps."""
         if self.kept is None:
             refit, weights = self._solve(step, target)
             self.made.append((refit, weights))
@@ -267,7 +262,11 @@ class Repair:
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
         start, layer, keep = time.process_time(), self.text.layers[step.block.index], self.text.keep
-        refit, projections = None, self._projections(step)
+        found = [self.text.projection(part) for part in step.parts]
+        projections = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
+        if len(projections) > 1 and any(one.norm for one in projections):
+            projections = ()  # side by side, or the only one that a norm follows
+        refit = None
         if projections:
             with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
@@ -288,12 +287,6 @@ class Repair:
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)
         return self.text.run([step], self.states)
-
-    def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...]:
-        """Those of the step that may be refit: side by side, or the only one that a norm follows."""
-        found = [self.text.projection(part) for part in step.parts]
-        own = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
-        return own if len(own) == 1 or not any(one.norm for one in own) else ()
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:

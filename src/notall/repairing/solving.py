@@ -25,10 +25,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Refit:
-    """New weights of a step, by their paths below its layer.
-
-    `left` is the share of the squared error that is left on the sequences that were held out.
-    """
+    """New weights of a step, by their paths below its layer, and the share of the held-out squared error they leave."""
 
     ridge: float
     left: float
@@ -39,10 +36,10 @@ class Refit:
 class Fit:
     """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
 
-    `before`, `behind` and `target` are (batch, tokens, hidden): the skipped model's stream before and behind the step
-    as it is, and what it should be behind it. `features` are (batch x tokens, features) each, those of its projections
-    side by side, times their scales. `held` says which sequences choose the ridge, (batch,), and `metric` how much
-    each channel of the stream counts, (hidden,), about 1.
+    `before`, `behind` and `target` are (batch, tokens, hidden): the skipped stream before and behind the step as it is,
+    and what it should be there. `features` are (batch x tokens, features), its projections' side by side, times their
+    scales. `held` says which sequences choose the ridge, (batch,), `metric` how much each channel counts, (hidden,),
+    about 1.
     """
 
     layer: nn.Module

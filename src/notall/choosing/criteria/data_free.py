@@ -1,6 +1,5 @@
-"""Without a text: by place alone, as the paper has it (skip the deepest), or by the weights.
-
-What goes by place needs no weights either: a config is enough.
+"""Without a text: by place alone, as the paper has it (skip the deepest), for which a config is enough, or by
+weights.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ def score_deepest(setting: Setting) -> UnitScores:
 
 
 def score_shallowest(setting: Setting) -> UnitScores:
-    """The shallowest first."""
     return {unit: float(place) for place, unit in enumerate(setting.space.units)}
 
 
@@ -112,12 +110,9 @@ def has_projections(layer: nn.Module) -> bool:
 
 def _coupling(layer: nn.Module) -> float:
     found = _linear(layer)
-    for name in ("q_proj", "k_proj"):
-        if name not in found:
-            raise UsageError(
-                f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
-                "take another criterion"
-            )
+    if lacking := [name for name in ("q_proj", "k_proj") if name not in found]:
+        named = f"{type(layer).__name__} has no {lacking[0]}"
+        raise UsageError(f"Gate-Norm needs separate query and key projections, and {named}; take another criterion")
     queries, keys = (found[name].weight.detach().float() for name in ("q_proj", "k_proj"))  # (heads * width, hidden)
     heads = len(queries) // len(keys)
     if heads > 1:

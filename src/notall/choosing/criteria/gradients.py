@@ -29,10 +29,7 @@ def score_first_order(setting: Setting) -> UnitScores:
 
 
 def score_fisher(setting: Setting) -> UnitScores:
-    """(dL/dgate)^2 / 2, the mean over sequences: to second order, by the empirical Fisher information.
-
-    Source: Theis et al., arXiv 1801.05787, equation 7.
-    """
+    """(dL/dgate)^2 / 2, the mean over sequences: the empirical Fisher information; arXiv 1801.05787, equation 7."""
     return {unit: float(gradients.square().mean()) / 2 for unit, gradients in _gradients(setting).items()}
 
 
@@ -59,9 +56,8 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
 def gated(
     model: PreTrainedModel, structure: ModelStructure, gates: Mapping[str, Tensor], shape: Sequence[int]
 ) -> Iterator[None]:
-    """Have each sublayer of the dense model add what it does times its gate, (batch,), for the time of the `with`.
-
-    `shape` is (batch, tokens).
+    """Have each sublayer add what it does times its gate, (batch,), for the time of the `with`; `shape`: (batch,
+    tokens).
     """
     with ExitStack() as replaced:
         for block, layer in zip(structure.blocks, model.get_submodule(structure.layers).children()):
@@ -86,9 +82,8 @@ def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: S
 
 
 def times(gate: Tensor, shape: Sequence[int]) -> Scale:
-    """Times the gate of each sequence, (batch,); `shape` is (batch, tokens).
-
-    Of (batch, tokens, ...), (streams, batch, tokens, ...), or (batch x tokens, ...).
+    """Times the gate of each sequence, (batch,): of (batch, tokens, ...), (streams, batch, tokens, ...) or (batch x
+    tokens, ...).
     """
     batch, tokens = shape
 

@@ -1,6 +1,5 @@
-"""Ways to make up for what a plan skips: ours, and the published ones to measure it against.
-
-A new one is one function, and a line in `METHODS`; of another package, a `notall.repair_methods` entry point.
+"""Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or a
+`notall.repair_methods` entry.
 """
 
 from __future__ import annotations
@@ -53,18 +52,13 @@ class Method:
     adds: str = "nothing"
 
 
-def none(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
-    """The plan as it is."""
-    return RepairedPlan.of(plan)
-
-
 def refit(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
     """What `notall repair` does."""
     return repair(model, plan, batches, progress=progress) if plan else RepairedPlan.of(plan)
 
 
 METHODS = {
-    "none": Method(none, "the plan as it is"),
+    "none": Method(lambda model, plan, batches, progress=silent: RepairedPlan.of(plan), "the plan as it is"),
     "refit": Method(refit, "notall's own: kept output projections refit to the dense stream, one gap ahead"),
     "replaceme": Method(replaceme, "a linear map over each gap, folded into the projection before it; 2505.02819"),
     "prune-and-comp": Method(prune_and_comp, "the stream's magnitude restored behind each gap; 2507.18212"),
@@ -115,17 +109,10 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     return guarded
 
 
-# --- repairs in files, there when they are asked for again -----------------------------------------------------------
-
-
 def kept_repair(
     folder: Path, name: str, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
 ) -> tuple[RepairedPlan, float]:
-    """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
-
-    Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
-    Raises as the method does.
-    """
+    """`plan` repaired by the method `name`, and the CPU seconds that took; kept in `folder`, which is one model's."""
 
     def make() -> Kept:
         start = time.process_time()
@@ -156,8 +143,7 @@ def repair_into(
 ) -> RepairedPlan:
     """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
 
-    Raises `UsageError` for a method that keeps matrices at run time, weights that are none of the model's, and a folder
-    that holds other work or is in use, and as the method does.
+    Raises `UsageError` for maps, weights of another model, a folder that holds other work, and as the method does.
     """
     structure = locate(base_model(model))
     plan.check(structure)
