@@ -1,9 +1,7 @@
 """What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
 
-Sets that keep the same first sublayers share them (see `replay`), and those asked for one after the other go on from
-the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set. What was
-evaluated is written down, so that a run that was killed has it at once. After a repair another set is worth skipping:
-the attention of an early layer may cost several nats as it is, and next to nothing once its neighbours make up for it.
+Sets that keep the same first sublayers share them (see `replay`), and go on from the states of a base set, the prefix.
+Work is counted in sublayer executions over the calibration set, and what was evaluated is written down.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +56,7 @@ class Evaluator:
         states_bytes: int = STATES_BYTES,
         folder: Path | None = None,
         name: str | None = None,
-        settings: Provenance | Mapping[str, Any] | None = None,
+        settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
         self.judged_by = objective.name
@@ -206,7 +203,7 @@ class AfterRepair(Evaluator):
         *,
         states_bytes: int = STATES_BYTES,
         folder: Path | None = None,
-        settings: Provenance | Mapping[str, Any] | None = None,
+        settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:
         if sum(len(batch) for batch in batches) < 4:
             raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")

@@ -1,7 +1,4 @@
-"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan.
-
-A budget for a speedup goes by these times; what is chosen for it is timed (see `choice`), which corrects them.
-"""
+"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from transformers import PreTrainedModel
 
 from ..digests import digest_of_json
@@ -63,7 +60,7 @@ def measure_times(
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     structure = locate(model)
-    about: dict[str, Any] = {
+    about: dict[str, object] = {
         "fingerprint": structure.fingerprint,
         "dtype": str(model.dtype),
         "machine": machine(model.device),
@@ -88,17 +85,15 @@ def measure_times(
     return times
 
 
-class _Stored(BaseModel):
+class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """SublayerTimes as they are kept, and what they are of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     about: dict[str, Any]
     dense_ms: float = Field(gt=0)
     sublayer_ms: dict[str, float]
 
 
-def _read(path: Path, about: Mapping[str, Any], workload: Workload, names: set[str]) -> SublayerTimes | None:
+def _read(path: Path, about: Mapping[str, object], workload: Workload, names: set[str]) -> SublayerTimes | None:
     """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(path.read_bytes()))

@@ -1,9 +1,4 @@
-"""What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
-
-An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
-judged and a function from what is found there to one loss an item (a sequence, or a question). Some are the user's own:
-their prompts with the dense model's answers, a task's training questions.
-"""
+"""What a set of skipped sublayers is judged by: a loss on a text, on answers, on a task's questions, or a mix."""
 
 from __future__ import annotations
 
@@ -278,9 +273,7 @@ def _answered(
     items: Callable[[Sequence[Tensor]], Tensor],
     by_nll: bool = False,
 ) -> Batch:
-    """Contexts and answers, padded on the right, judged where answers are predicted; `items` is given each answer's
-    losses.
-    """
+    """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
     width = max(len(context) + len(answer) for context, answer in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     places, lengths = [], [len(answer) for _, answer in rows]

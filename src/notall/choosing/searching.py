@@ -1,11 +1,9 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
-What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: so it is
-evaluated again only when it comes to the top of the queue. The exception are neighbours: what an attention prepares,
-the MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
-units are at first. Importances do not add up: swaps that lower the objective follow, many of them for the price of an
-evaluation, since a part of the text says which are worth one. Whole blocks undo each other best in a row (2403.17887),
-which single swaps do not come to: so the best run is a second place to start from.
+What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: it is
+evaluated again only at the top of the queue. Neighbours of what was skipped are guessed anew, on a part of the text.
+Importances do not add up: swaps that lower the objective follow, tried on a part of the text. Whole blocks undo each
+other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
 """
 
 from __future__ import annotations
@@ -79,8 +77,10 @@ def _spaces(space: Space) -> list[Space]:
 
 @dataclass
 class _Search:
-    """A set that grows and changes, and what it costs. `rises` is what the objective rose by when a unit was
-    skipped, as it was last evaluated; `falls`, on a part of the text, what it falls by when one is given back.
+    """A set that grows and changes, and what it costs.
+
+    `rises` is what the objective rose by, as last evaluated; `falls`, on a part of the text, by how much a unit less
+    does.
     """
 
     space: Space
@@ -159,9 +159,7 @@ class _Search:
         return self.skipped != before
 
     def refine(self) -> bool:
-        """Swap, as a part of the text says, until `patience` evaluations of all of it brought nothing; say whether
-        any did.
-        """
+        """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
         before, spent, tried = self.cost, 0.0, {self.skipped}
         guesses: dict[Swap, float] = {}
         self.falls = {}

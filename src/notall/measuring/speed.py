@@ -59,11 +59,9 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
+    """Prefill `prompt` (B, P), then take `new` greedy steps with the cache: (prefill_ms, decode_ms_per_token), of all.
 
-    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known; a step serves all B
-    sequences. Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` if the
-    model keeps no cache.
+    Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` without a cache.
     """
     devices = _accelerators(model)
     last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
@@ -86,10 +84,9 @@ def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
-    """Milliseconds of a forward of `width` tokens with a cache: the mean of walking over `tokens` behind their prompt.
+    """Mean milliseconds of a forward of `width` tokens with a cache, over `tokens` (B, P) behind the first `prompt`.
 
-    `tokens` are (B, P); the first `prompt` of them fill the cache before the clock is read. Each step makes the logits
-    and the likeliest token at all of its places, as the check of a draft does. Raises as `time_once` does.
+    Each makes all its logits and likeliest tokens, as the check of a draft does. Raises as `time_once` does.
     """
     devices, all_of_them = _accelerators(model), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
@@ -106,9 +103,7 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 def interleaved(
     measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round behind `warmup` ones, in an order that turns each round: drift
-    cancels.
-    """
+    """What each of `measures` answers, once a round behind the `warmup`, in an order that turns: drift cancels."""
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
     for index in range(warmup + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
@@ -201,7 +196,7 @@ def _accelerators(model: PreTrainedModel) -> set[torch.device]:
     return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
 
 
-def cache_name(output: Mapping[str, Any]) -> str:
+def cache_name(output: Mapping[str, object]) -> str:
     """By which name a model that answers this takes its cache. Raises `UsageError` where it keeps none."""
     # transformers renamed it in 5.24; a model returns its cache under the name by which it takes it.
     for name in ("cache", "past_key_values"):

@@ -42,9 +42,8 @@ class TokenScores:
 class Dense:
     """The dense model's distributions, a row each, as plans are held against them.
 
-    `kept` is the mean row of the head, (rows, width), and `anchor`, (rows,), what its product with a plan's states
-    lacks to the logsumexp that they would have without any KL. Of a head that is no matrix, `kept` is the last layer's
-    output, (rows, hidden), and `anchor` is None.
+    `kept`: the head's mean row, (rows, width); `anchor`, (rows,): what its product with a plan's states lacks to their
+    logsumexp without any KL. Of a head that is no matrix: the last layer's output, (rows, hidden), and None.
     """
 
     kept: Tensor
@@ -53,9 +52,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum. Where asked for, what they say besides.
+    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides.
 
-    `largest` is the largest logit less `about`, `likeliest` whose it is. `mean` is the head's mean row, (rows, width).
+    `largest` is the largest logit less `about`, of token `likeliest`; `mean` is the head's mean row, (rows, width).
     """
 
     about: Tensor
@@ -78,9 +77,10 @@ class TokenScorer:
 
     @torch.no_grad()
     def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`; its scores
-        compare with its own alone. It is this one where that would save less than half, or where the head is no
-        matrix.
+        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`.
+
+        What it scores is held against its own scores alone. Where that saves less than half, or the head is no matrix:
+        self.
         """
         if not self.is_matrix or 2 * words > len(self.weight):
             return self

@@ -1,9 +1,7 @@
-"""Heal a skipped model by a short distillation: its next-token distributions are drawn to the dense model's.
+"""Heal a skipped model by a short distillation of weights of kept sublayers, by AdamW on accelerate.
 
-Weights of kept sublayers alone are trained (see `students`), by AdamW on accelerate, in one process or in several that
-share each batch: the result is a plan with weights, as a repair is. The loss is KL(dense || skipped) of the next token,
-whose derivative by what the head is given is known, so that no logits are kept (see `TokenScorer.distance`); in the
-warm-up it is how far the student's stream is from the dense one.
+The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known, so that no
+logits are kept (see `TokenScorer.distance`); in a warm-up, how far the student's stream is from the dense one.
 """
 
 from __future__ import annotations
@@ -57,7 +55,7 @@ def heal(
     config: TrainConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, Any] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
     workers: Spread | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
@@ -81,7 +79,7 @@ def heal(
     if folder is None and (workers or processes.num_processes > 1):
         raise UsageError("workers share a folder: give one")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
-    about = _about(inner, training, earlier.history, provenance or {})
+    about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
     alone = working_in(folder, "heal") if folder and is_first else nullcontext()
     with alone, TemporaryDirectory() as scratch:
@@ -125,20 +123,18 @@ def _check(model: PreTrainedModel, training: Training) -> None:
         raise UsageError("the windows to train on are of several lengths: give windows of one")
 
 
-def _about(
-    model: PreTrainedModel, training: Training, history: Sequence[RepairStep], settings: Provenance | Mapping[str, Any]
-) -> Provenance:
+def _settings(training: Training, history: Sequence[RepairStep]) -> dict[str, object]:
+    """What decides the weights."""
     plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
     if training.config.train != "lora":
         del how["rank"]
-    how |= {
+    return how | {
         "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
         "training": digest_of(training.batches)[:16],
         "stops_by": digest_of(training.held_out)[:16],
         BEFORE: [step.model_dump(mode="json") for step in history],
     }
-    return about_weights(settings, model, plan, **how)
 
 
 @dataclass(frozen=True)

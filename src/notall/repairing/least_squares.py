@@ -63,9 +63,7 @@ class Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.biased)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
-        """The share of |r|^2, by a `metric` (outputs,), that a map (outputs, features) leaves: 1 for none, 0 for a
-        perfect one.
-        """
+        """The share of |r|^2, weighted by `metric` (outputs,), that a map, (outputs, features), leaves: 1 for none."""
         explained = 2 * (change * self.cross).sum(1) - ((change @ self.gram) * change).sum(1)
         total = metric @ self.square
         return float(1 - metric @ explained / total) if total > 0 else 1.0

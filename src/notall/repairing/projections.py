@@ -1,7 +1,4 @@
-"""The output projection of a sublayer: the last matrix before the residual stream, and what stands behind it. It is
-found by trying: a matrix answers random numbers, and what the sublayer then adds to the stream tells what becomes of
-them.
-"""
+"""The output projections of sublayers, found by trying what becomes of random numbers in place of answers."""
 
 from __future__ import annotations
 
@@ -54,9 +51,7 @@ class OutputProjection:
 
 @torch.no_grad()
 def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> OutputProjection | None:
-    """The output projection of a sublayer, tried on a stream (batch, tokens, hidden); None of experts, several
-    branches, bits.
-    """
+    """The output projection of a sublayer, tried on a stream, (batch, tokens, hidden); None where there is none."""
     if len(part.branches) != 1:
         return None
     trial = _Trial(layer, part, hidden, call)
@@ -99,9 +94,7 @@ class _Trial:
         self.rounding = ROUNDING[hidden.dtype]
 
     def matrices(self) -> list[str]:
-        """The plain matrices that answer for each token once, unlike an expert's, as wide as the stream: by path, as
-        they run.
-        """
+        """The plain matrices, as wide as the stream, that answer for each token once, as they run: no experts'."""
         sizes: dict[str, list[int]] = {}
         with ExitStack() as hooks:
             for name in self.part.modules:
@@ -179,9 +172,7 @@ def _is_plain(module: nn.Module, width: int) -> bool:
 
 
 def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]) -> list[Tensor]:
-    """For the stream behind each step, (hidden,): the mean of its readers' (next steps, head) squared gains, about
-    1.
-    """
+    """For the stream behind each step, (hidden,): the mean of the squared gains of its next readers, about 1."""
     width = text_config(model).hidden_size
     ones = torch.ones(1, 1, width, device=next(layers[0].parameters()).device, dtype=model.dtype)
 

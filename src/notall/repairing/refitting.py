@@ -1,11 +1,8 @@
 """Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the dense model's.
 
-Both streams are carried through the model together, for all of the text. At a kept sublayer whose features are z and
-whose output projection is W, the least change C is sought for which S + (W + C) z is near D: S is the skipped model's
-stream, with all that was refit before, and D the dense model's behind the gap that follows. So what stands before a
-gap takes over what is skipped there, and what stands behind it mends what is left. How far it may go, a ridge on C,
-is chosen on sequences that it was not fitted to; where no change does better there, the sublayer is left as it is.
-Nothing is trained, and no tensor is added: the model has the shapes that it had.
+At a kept sublayer with features z and output projection W, the least change C is sought for which S + (W + C) z is near
+D: S is the skipped model's stream, with all that was refit before, D the dense model's behind the gap that follows. A
+ridge on C is chosen on sequences that it was not fitted to. Nothing is trained, and no tensor is added.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +56,7 @@ def repair(
     ahead: float = AHEAD,
     offload: Path | None = None,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, Any] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
@@ -97,7 +93,7 @@ def repair(
 
 
 def about_weights(
-    settings: Provenance | Mapping[str, Any], model: PreTrainedModel, plan: Plan, **how: Any
+    settings: Provenance | Mapping[str, object], model: PreTrainedModel, plan: Plan, **how: object
 ) -> Provenance:
     """What decides the weights that a plan gets for a model."""
     told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "dtype": dtype_name(model)}
@@ -126,9 +122,6 @@ class Kept:
         self.folder, self.plan = folder, plan
         self.refits = Ledger(folder, RefitRecord, about)
         self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
-
-    def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
-        return {} if refit.ridge is None else read_weights(self.folder, file_of(refit), refit.sha256)
 
     def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
         if weights:  # first: a line says that they are there
@@ -172,8 +165,7 @@ class Calibration(DenseStream):
 class Repair:
     """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
 
-    `near` leaves what stands before no gap as it is: cheaper, and a little worse. `keep_all` keeps the stream behind
-    each step, for repairs of other plans of the same text and options, which go on from where they part.
+    `near` leaves what stands before no gap as it is. `keep_all` keeps the stream behind each step, for `others`.
     """
 
     def __init__(
@@ -254,8 +246,9 @@ class Repair:
             if (step.names,) not in self.kept.refits:
                 self.kept.add(*self._solve(step, target))
             refit = self.kept.refits[(step.names,)]
-            weights = self.kept.weights(refit)  # from the file, so that those of all steps are never in memory together
             self.made.append((refit, {}))
+            # from the file, so that those of all steps are never in memory together
+            weights = {} if refit.ridge is None else read_weights(self.kept.folder, file_of(refit), refit.sha256)
         with with_weights(self.text.model, weights):
             return self._run(step)
 

@@ -1,11 +1,9 @@
 """What becomes of one step of a repair, given what was seen of it on the calibration text.
 
-Where a projection's answers are added to the stream as they are, up to a factor, that is one least-squares problem.
-Where a norm follows, it adds gain * W z / rms(W z), and a least-squares fit through the norm fails: a channel that the
-norm all but mutes would be asked for a huge output, which the norm then takes from all the others. So (1) a channel's
-error counts by its readers' gains, as elsewhere; (2) W z is aimed at what the norm would have to be given, were its
-scale the old one; (3) each channel goes only a part of the way, the less the norm and its readers make of it; and
-(4) how far, and the ridge, is chosen by the true error behind the norm, on sequences that were not fitted to.
+Where a projection's answers are added to the stream up to a factor, that is one least-squares problem. Where a norm
+follows, which adds gain * W z / rms(W z), (1) a channel's error counts by its readers' gains, as elsewhere; (2) W z is
+aimed at what the norm would have to be given, were its scale the old one; (3) each channel goes only a part of the way,
+the less the norm and its readers make of it; (4) how far, and the ridge, is chosen by the true error behind the norm.
 """
 
 from __future__ import annotations

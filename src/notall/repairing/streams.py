@@ -72,10 +72,9 @@ def lines_of(structure: ModelStructure) -> list[Line]:
 
 @dataclass(frozen=True)
 class LiveStep(Line):
-    """What a plan keeps of a line: all of it, or one of a parallel block's two. `scale` is up to the next step.
+    """What a plan keeps of a line, or of a parallel block's two. `line`: its place; `behind`: the next step's.
 
-    `line` is where it stands among the dense model's lines, `behind` where the next step does. `gap` says whether
-    something is skipped between the two, or beside it. `own_scale` is up to the line behind its own.
+    `gap`: is something skipped up to there? `scale` is up to the next step, `own_scale` up to the next line.
     """
 
     line: int

@@ -178,9 +178,7 @@ class Layerwise:
         return dense.recordings[0], [states for (states,) in dense.before(*(step.behind for step in self.steps))]
 
     def loss(self, recording: Recording, streams: list[Tensor]) -> Tensor:
-        """The squared distance over the target's square, the mean over tokens and steps, (1,); no gradient crosses a
-        step.
-        """
+        """The squared distance over the target's square, mean over tokens and steps, (1,); no gradient crosses one."""
         hidden, losses = recording.embedded, list[Tensor]()
         for step, target, metric in zip(self.steps, streams, self.metrics):
             index = step.block.index

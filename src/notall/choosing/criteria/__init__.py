@@ -1,6 +1,4 @@
-"""Importance criteria, one idea a file. A new one is a function and a line in `_ALL`, or an entry point of
-`notall.criteria`.
-"""
+"""Importance criteria, one idea a file. A new one is a function and a line in `_ALL`, or is of `GROUP`."""
 
 from __future__ import annotations
 

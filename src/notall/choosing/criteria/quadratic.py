@@ -112,9 +112,7 @@ class QuadraticProgram:
     limit: float
 
     def solve(self, sizes: Floats, least: float, most: float, seconds: float = SECONDS) -> tuple[int, ...] | None:
-        """The cheapest whose sizes, all above 0, add up to `least` to `most`; None: there are none. Raises when out
-        of time.
-        """
+        """The cheapest whose sizes, above 0, add up to `least` to `most`, or None. Raises when the time is up."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         n = len(sizes)

@@ -1,6 +1,4 @@
-"""Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or a
-`notall.repair_methods` entry.
-"""
+"""Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or is of `GROUP`."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -98,11 +96,9 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     def guarded(
         model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
     ) -> RepairedPlan:
+        more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            if by_name:
-                found = function(model, plan, batches, progress=progress)
-            else:
-                found = function(model, plan, batches, *(() if 3 in taken else (progress,)))
+            found = function(model, plan, batches, *(() if by_name or 3 in taken else (progress,)), **more)
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
@@ -138,7 +134,7 @@ def repair_into(
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Tensor],
-    settings: Provenance | Mapping[str, Any],
+    settings: Provenance | Mapping[str, object],
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.

@@ -35,9 +35,7 @@ class Gap:
 
 
 def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> list[Gap]:
-    """The runs of lines that `plan` skips; with `by_block` a run ends with its block. Raises for a half of a
-    parallel block.
-    """
+    """The runs of lines that `plan` skips, by block if asked. Raises for one of a parallel block's two alone."""
     lines = lines_of(structure)
     skipped = []
     for line in lines:
