@@ -86,8 +86,8 @@ def by_footprint(model: PreTrainedModel, space: Space, resource: Resource, amoun
     if not 0 <= amount < math.inf:
         raise UsageError(f"cannot save {amount} {resource}: give a number from 0, or a fraction below 1")
     target = amount * dense if amount < 1 else amount
-    wanted = f"{target:,.0f}"
-    return _possible(space, Budget(saves, target, f"{shortened(wanted)} {resource} less", read_by=read_by))
+    described = f"{shortened(f'{target:,.0f}')} {resource} less"
+    return _possible(space, Budget(saves, target, described, read_by=read_by))
 
 
 def by_limit(space: Space, limit: float, of_what: str = "of the objective") -> Budget:

@@ -82,7 +82,7 @@ def choose_plan(
     objective: Objective | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, Any] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
     max_minutes: float | None = None,
     patience: int = PATIENCE,
     seed: int = 0,
@@ -93,17 +93,14 @@ def choose_plan(
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
 
-    `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. The `objective` brings its own
-    text, mostly the same: without one, sets are judged by the KL to the dense model on `batches`. With a folder `out`
-    each evaluation is kept in it, and repeating the call resumes an interrupted run; `provenance` identifies the run.
-    The search ends after `max_minutes` with the best it has then, and after `patience` evaluations that did not lower
-    the objective. A plan for a speedup is timed, and chosen anew where it is too slow; where a budget has a limit too,
-    the plan that saves most within it is the answer if both cannot be met, and `missed` says so. The plan is then
-    measured on `held_out`, where given. With `after_repair` sets are judged by the KL that a cheap repair leaves on
-    half of the sequences, to which it was not fitted, whatever the objective.
-
-    Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does not suit the
-    space, and for a budget that cannot be met.
+    `batches` are token ids, (batch, tokens) each, which criteria such as cosine read. Without an `objective`, which
+    brings its own text, sets are judged by the KL to the dense model on `batches`; with `after_repair` by the KL that a
+    cheap repair leaves on half of them, to which it was not fitted. Evaluations are kept in a folder `out`: repeating
+    the call resumes an interrupted run, which `provenance` identifies. The search ends with its best after
+    `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed, and chosen anew where
+    it is too slow; where the budget has a limit too, and both cannot be met, it saves most within the limit, as
+    `missed` says. Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does
+    not suit the space, and for a budget that cannot be met.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -117,41 +114,28 @@ def choose_plan(
         evaluator = AfterRepair(model, batches, **how) if after_repair else Evaluator(model, objective, **how)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
-        return _chosen_plan(setting, way.name, choose_within(way, setting, budget), budget, held_out)
-
-
-def _chosen_plan(
-    setting: Setting, name: str, outcome: Outcome, budget: Budget, held_out: Sequence[Tensor]
-) -> ChosenPlan:
-    """The plan of an outcome, and what it costs, took and weighs."""
-    model, evaluator, skipped = setting.model, setting.evaluator, outcome.choice.skipped
-    spent = evaluator.spent  # for the choice, and not for the record
-    plan = setting.space.plan(skipped, f"{name} by {evaluator.judged_by}: {budget.description}")
-    return ChosenPlan(
-        plan=plan,
-        order=outcome.choice.order,
-        dense_cost=evaluator.cost(frozenset()),
-        cost=evaluator.cost(skipped),
-        spent=spent,
-        forwards=spent.executions / evaluator.forward,
-        in_time=not setting.late,
-        held_out=tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
-        times=outcome.check,
-        missed=outcome.missed,
-        weighed=(footprint(model, Plan()), footprint(model, plan)),
-        judged_by=evaluator.judged_by,
-    )
-
-
-# --- within a budget --------------------------------------------------------------------------------------------------
+        outcome = choose_within(way, setting, budget)
+        skipped, spent = outcome.choice.skipped, evaluator.spent  # for the choice, and not for the record
+        plan = space.plan(skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}")
+        return ChosenPlan(
+            plan=plan,
+            order=outcome.choice.order,
+            dense_cost=evaluator.cost(frozenset()),
+            cost=evaluator.cost(skipped),
+            spent=spent,
+            forwards=spent.executions / evaluator.forward,
+            in_time=not setting.late,
+            held_out=tuple(evaluate(model, [Plan(), plan], held_out)) if held_out else None,  # type: ignore[arg-type]
+            times=outcome.check,
+            missed=outcome.missed,
+            weighed=(footprint(model, Plan()), footprint(model, plan)),
+            judged_by=evaluator.judged_by,
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was chosen, and how fast it is where a speedup was asked for.
-
-    `missed` says in words what was reached, where that is not what the budget asks for.
-    """
+    """What was chosen, how fast it is where a speedup was asked for, and what was reached, where that is less."""
 
     choice: Choice
     check: SpeedCheck | None = None
@@ -163,10 +147,7 @@ class Outcome:
 
 
 def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
-    """Choose what saves as much as `budget` asks for; where that costs more than its limit, what saves most within it.
-
-    Raises as `criteria.choose` does.
-    """
+    """Choose what meets `budget`; where that costs more than its limit, what saves most within the limit."""
 
     def rise(outcome: Outcome) -> float:
         return setting.evaluator.cost(outcome.choice.skipped) - setting.evaluator.cost(frozenset())
@@ -185,11 +166,9 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
-    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for.
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more.
 
-    What was evaluated for one choice is known for the next. Where a choice is much faster than it was asked to be, it
-    gave up more than it had to: then, too, the times are corrected. Of what is as fast as asked for, the one that costs
-    least comes back; where none of `CHOICES` is, before the setting gets late, the fastest.
+    Of what is, the one that costs least comes back; where none of `CHOICES` is, before it is late, the fastest.
     """
     tried: list[Outcome] = []
     following: SpeedBudget | None = budget
@@ -197,13 +176,12 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
         choice = choose(criterion, setting, following)
         if any(one.met and one.choice.skipped == choice.skipped for one in tried):
             break
-        tried.append(_outcome(choice, setting, following))
-        assert tried[-1].check
-        if tried[-1].met and not following.exceeded(tried[-1].check):
+        tried.append(outcome := _outcome(choice, setting, following))
+        assert outcome.check
+        if outcome.met and not following.exceeded(outcome.check):
             break
-        following = following.corrected(tried[-1].check)
-    met = [one for one in tried if one.met]
-    if met:
+        following = following.corrected(outcome.check)
+    if met := [one for one in tried if one.met]:
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 

@@ -1,9 +1,7 @@
 """What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
 
-Sets that keep the same first sublayers share them (see `replay`), and those asked for one after the other go on from
-the states of a base set, the prefix. Work is counted in sublayer executions over the whole calibration set. What was
-evaluated is written down, so that a run that was killed has it at once. After a repair another set is worth skipping:
-the attention of an early layer may cost several nats as it is, and next to nothing once its neighbours make up for it.
+Sets that keep the same first sublayers share them (see `replay`), and go on from the states of a base set, the prefix.
+Work is counted in sublayer executions over the calibration set, and what was evaluated is written down.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +56,7 @@ class Evaluator:
         states_bytes: int = STATES_BYTES,
         folder: Path | None = None,
         name: str | None = None,
-        settings: Provenance | Mapping[str, Any] | None = None,
+        settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:
         self.model, self.objective = base_model(model), objective
         self.judged_by = objective.name
@@ -127,6 +124,7 @@ class Evaluator:
             found.append(cost)
         return found
 
+    @torch.inference_mode()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         start = time.process_time()
         replay = Replay(self.model, [plan_of(skipped) for skipped in sets])
@@ -134,26 +132,18 @@ class Evaluator:
         ran = 0.0
         scorer = self._scorer if numbers == self.all else self._guesser(numbers)
         for number in sorted(numbers):
-            before = replay.ran
-            for place, items in self._run(replay, number, scorer):
-                losses[place][number] = items
-            ran += (replay.ran - before) * (self.objective.batches[number].tokens / self.tokens)
+            batch, before = self.objective.batches[number], replay.ran
+            dense = self._dense(number, scorer) if batch.targets is None else None
+            for places, hidden in replay.hidden_states(self._recordings[number], self._prefix_cache(number)):
+                scores = scorer.score(batch.judged(hidden), batch.targets, dense)
+                items = batch.items(scores.kl if batch.targets is None else scores.nll).tolist()
+                for place in places:
+                    losses[place][number] = items
+            ran += (replay.ran - before) * (batch.tokens / self.tokens)
         seconds = time.process_time() - start
         each = SearchCost(evaluations=1, executions=ran / len(sets), seconds=seconds / len(sets))
         self._note(numbers, {skipped: self.objective.total(found) for skipped, found in zip(sets, losses)}, each)
 
-    @torch.inference_mode()
-    def _run(self, replay: Replay, number: int, scorer: TokenScorer) -> list[tuple[int, list[float]]]:
-        """For each of the replay's plans: its number, and the losses of the items of one batch."""
-        batch, found = self.objective.batches[number], []
-        dense = self._dense(number, scorer) if batch.targets is None else None
-        for places, hidden in replay.hidden_states(self._recordings[number], self._prefix_cache(number)):
-            scores = scorer.score(batch.judged(hidden), batch.targets, dense)
-            items = batch.items(scores.kl if batch.targets is None else scores.nll).tolist()
-            found += [(place, items) for place in places]
-        return found
-
-    @torch.inference_mode()
     def _guesser(self, numbers: frozenset[int]) -> TokenScorer:
         """What scores a part of the text: on a part of the vocabulary too, since it is for guesses."""
         if numbers not in self._guessers:
@@ -184,8 +174,6 @@ class Evaluator:
     def _steps(self, skipped: Skipped) -> tuple[str, ...]:
         return tuple(step_name(parts) for _, parts in live_steps(self.structure, plan_of(skipped)))
 
-    # --- what is written down
-
     def _key(self, skipped: Skipped, numbers: frozenset[int]) -> Key:
         return skipped, "all" if numbers == self.all else len(numbers)
 
@@ -204,9 +192,8 @@ class AfterRepair(Evaluator):
     """The KL that is left of any set of skipped sublayers after a cheap repair; `batches` are as for `repair`.
 
     The repair is fitted to half of the sequences, at the neighbours of gaps alone, and judged on the others: its stream
-    ends in what the last layer answers there, so that judging costs the head alone. It goes on from where it parts
-    from that of the base set, or from one of the last few. `states_bytes` bounds the streams that are kept for that;
-    the dense model's is kept whole. Raises `UsageError` for fewer than four sequences, and as `Evaluator` does.
+    ends in what the last layer answers there, so that judging costs the head alone. It goes on from that of the base
+    set, or of one of the last few. Raises `UsageError` for fewer than four sequences, and as `Evaluator` does.
     """
 
     def __init__(
@@ -216,7 +203,7 @@ class AfterRepair(Evaluator):
         *,
         states_bytes: int = STATES_BYTES,
         folder: Path | None = None,
-        settings: Provenance | Any = None,
+        settings: Provenance | Mapping[str, object] | None = None,
     ) -> None:
         if sum(len(batch) for batch in batches) < 4:
             raise UsageError("a search for what is best after a repair takes four sequences or more; give more text")
@@ -232,25 +219,21 @@ class AfterRepair(Evaluator):
         """Keep the stream of this set's repair: what is asked for next begins like it."""
         self._base = base
 
+    @torch.no_grad()
     def _evaluate(self, sets: list[Skipped], numbers: frozenset[int]) -> None:
         part = numbers if len(numbers) > 1 else frozenset([0, 1])  # one to fit to, one to judge
         for skipped in sets:
             start = time.process_time()
-            losses, ran = self._losses(skipped, part)
-            share = len(part) / len(self.all)
-            spent = SearchCost(evaluations=1, executions=ran * share, seconds=time.process_time() - start)
+            text, heads = self._text(part)
+            losses, ran = {place: [0.0] for place in heads}, 0.0
+            if skipped:
+                repair = self._repair(text, skipped, part)
+                for place, dense in heads.items():
+                    rows = repair.states[place][:, :-1].flatten(0, 1)
+                    losses[place] = [float(self._scorer.score(rows, None, dense).kl.mean())]
+                ran = repair.ran * (len(part) / len(self.all))
+            spent = SearchCost(evaluations=1, executions=ran, seconds=time.process_time() - start)
             self._note(numbers, {skipped: self.objective.total(losses)}, spent)
-
-    @torch.no_grad()
-    def _losses(self, skipped: Skipped, numbers: frozenset[int]) -> tuple[dict[int, list[float]], int]:
-        """Of each sequence that is judged its KL, and how many sublayers ran."""
-        text, heads = self._text(numbers)
-        if not skipped:
-            return {place: [0.0] for place in heads}, 0
-        repair = self._repair(text, skipped, numbers)
-        rows = {place: repair.states[place][:, :-1].flatten(0, 1) for place in heads}
-        scores = {place: self._scorer.score(rows[place], None, dense) for place, dense in heads.items()}
-        return {place: [float(found.kl.mean())] for place, found in scores.items()}, repair.ran
 
     def _repair(self, text: Calibration, skipped: Skipped, numbers: frozenset[int]) -> Repair:
         others = self._repairs.setdefault(numbers, {})

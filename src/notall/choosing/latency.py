@@ -1,7 +1,4 @@
-"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan.
-
-A budget for a speedup goes by these times; what is chosen for it is timed (see `choice`), which corrects them.
-"""
+"""What each sublayer takes on this machine: measured once, kept, and added up to predict the time of any plan."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from transformers import PreTrainedModel
 
 from ..digests import digest_of_json
@@ -63,7 +60,7 @@ def measure_times(
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     structure = locate(model)
-    about: dict[str, Any] = {
+    about: dict[str, object] = {
         "fingerprint": structure.fingerprint,
         "dtype": str(model.dtype),
         "machine": machine(model.device),
@@ -74,22 +71,29 @@ def measure_times(
     known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
     if known and _still_hold(known, model, seed):
         return known
-    times = _measure(model, workload, seed, progress)
-    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=dict(times.sublayer_ms)).model_dump_json())
+    groups = {str(number): group for number, group in enumerate(_alike(model))}
+    halves = {name: plan for name, group in groups.items() if (plan := _half(group, structure))}
+    plans = {"dense": Plan(), **halves}
+    took = _compare(model, plans, workload, seed, lambda done, total, _: progress(done, total, "timing the sublayers"))
+    each: dict[str, float] = {}
+    for name, group in groups.items():
+        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
+        saved = statistics.median(differences) / len(halves.get(name, group))
+        each |= {part.name: saved for part in group}
+    times = SublayerTimes(workload, statistics.median(took["dense"]), each)
+    keep(path, _Stored(about=about, dense_ms=times.dense_ms, sublayer_ms=each).model_dump_json())
     return times
 
 
-class _Stored(BaseModel):
+class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """SublayerTimes as they are kept, and what they are of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     about: dict[str, Any]
     dense_ms: float = Field(gt=0)
     sublayer_ms: dict[str, float]
 
 
-def _read(path: Path, about: Mapping[str, Any], workload: Workload, names: set[str]) -> SublayerTimes | None:
+def _read(path: Path, about: Mapping[str, object], workload: Workload, names: set[str]) -> SublayerTimes | None:
     """The times in a file of the cache; None with a warning where they are damaged, or of another model or workload."""
     with suppress(OSError, ValueError):
         stored = _Stored.model_validate(read_json(path.read_bytes()))
@@ -105,11 +109,8 @@ def _still_hold(times: SublayerTimes, model: PreTrainedModel, seed: int) -> bool
     (now,) = _compare(model, {"dense": Plan()}, replace(times.workload, rounds=1), seed)["dense"]
     if abs(now / times.dense_ms - 1) <= MOST_CHANGED:
         return True
-    warnings.warn(
-        f"the kept times no longer hold: the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms "
-        "now; they are measured anew",
-        stacklevel=3,
-    )
+    took = f"the dense model took {times.dense_ms:.0f} ms then and takes {now:.0f} ms now"
+    warnings.warn(f"the kept times no longer hold: {took}; they are measured anew", stacklevel=3)
     return False
 
 
@@ -125,22 +126,6 @@ def check_times(
         predicted_speedup=times.dense_ms / predicted,
         measured_speedup=speedup(took["dense"], took["skipped"]),
     )
-
-
-def _measure(model: PreTrainedModel, workload: Workload, seed: int, progress: Progress) -> SublayerTimes:
-    groups = {str(number): group for number, group in enumerate(_alike(model))}
-    halves = {name: plan for name, group in groups.items() if (plan := _half(group, locate(model)))}
-
-    def tell(done: float, total: float, doing: str) -> None:
-        progress(done, total, "timing the sublayers")
-
-    took = _compare(model, {"dense": Plan(), **halves}, workload, seed, tell)
-    each: dict[str, float] = {}
-    for name, group in groups.items():
-        differences = [dense - without for dense, without in zip(took["dense"], took.get(name, took["dense"]))]
-        saved = statistics.median(differences) / len(halves.get(name, group))
-        each |= {part.name: saved for part in group}
-    return SublayerTimes(workload, statistics.median(took["dense"]), each)
 
 
 def _alike(model: PreTrainedModel) -> list[list[Sublayer]]:
@@ -170,9 +155,6 @@ def _compare(
     timings = compare(model, variants, decoded, seed=seed, progress=progress)
     samples = {name: zip(one.prefill_samples_ms, one.decode_samples_ms) for name, one in timings.items()}
     return {name: [prefill + tokens * decode for prefill, decode in pairs] for name, pairs in samples.items()}
-
-
-# --- a budget ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,4 @@
-"""What a set of skipped sublayers is judged by: a loss on a calibration text, and mixes of losses.
-
-An `Objective` is a weighted sum of terms, a term a list of batches, each with the places at which the next token is
-judged and a function from what is found there to one loss an item (a sequence, or a question). Some are the user's own:
-their prompts with the dense model's answers, a task's training questions.
-"""
+"""What a set of skipped sublayers is judged by: a loss on a text, on answers, on a task's questions, or a mix."""
 
 from __future__ import annotations
 
@@ -125,9 +120,6 @@ def _text(ids: Tensor, targets: Tensor | None) -> Batch:
     return Batch({"input_ids": ids}, rows, columns, lambda values: values.view(len(ids), -1).mean(1), targets)
 
 
-# --- the user's own ---------------------------------------------------------------------------------------------------
-
-
 def build_objective(
     wanted: str,
     model: PreTrainedModel,
@@ -165,8 +157,7 @@ def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
         if weight == 0 or not math.isfinite(weight):
             raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
         if name not in ("nll", "kl", "answers") and not name.startswith("task:"):
-            near = nearest(name, ("nll", "kl", "answers"))
-            said = f"there is no objective {shortened(name)!r}{near}"
+            said = f"there is no objective {shortened(name)!r}{nearest(name, ('nll', 'kl', 'answers'))}"
             raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
         if name == "answers" and prompts is None:
             raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
@@ -181,9 +172,8 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UsageError(f"{shortened(path)} holds no prompts: give one a line")
     if not all(map(str.strip, prompts)):
-        raise UsageError(
-            f"{shortened(path)} holds an empty prompt: write one that says something, or leave its line out"
-        )
+        said = f"{shortened(path)} holds an empty prompt"
+        raise UsageError(f"{said}: write one that says something, or leave its line out")
     return prompts
 
 
@@ -206,12 +196,10 @@ def answers(
             (answer,) = greedy(model, torch.tensor([ids]), new_tokens)
         said.append((ids, answer))
 
-    def means(losses: Sequence[Tensor]) -> Tensor:
-        return torch.stack([answer.mean() for answer in losses])
-
     parts = _together([len(prompt) + len(answer) for prompt, answer in said])
-    batches = tuple(_answered([said[number] for number in numbers], model.device, means) for numbers in parts)
-    return Objective((Term("answers", batches, weight),))
+    rows = [[said[number] for number in numbers] for numbers in parts]
+    means = [_answered(some, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for some in rows]
+    return Objective((Term("answers", tuple(means), weight),))
 
 
 def task(
@@ -241,7 +229,7 @@ def task(
     sizes = [len(pairs) * max(len(a) + len(b) for a, b in pairs) for pairs in encoded]
     batches = []
     for numbers in _together(sizes):
-        margins = _margins([len(encoded[number]) for number in numbers], [questions[number][1] for number in numbers])
+        margins = _margins([(len(encoded[number]), questions[number][1]) for number in numbers])
         rows = [pair for number in numbers for pair in encoded[number]]
         batches.append(_answered(rows, model.device, margins, by_nll=True))
     return Objective((Term(f"task:{name}", tuple(batches), weight),))
@@ -265,13 +253,13 @@ def _questions(harness_task: Any, name: str, limit: int) -> list[tuple[list[tupl
     return found
 
 
-def _margins(choices: Sequence[int], golds: Sequence[int]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """From the NLLs of the tokens of all answers to questions, so many each: minus the margins of the golden ones."""
+def _margins(questions: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """From the NLLs of all answers' tokens: minus the margins of questions of so many answers, one of them golden."""
 
     def items(answers: Sequence[Tensor]) -> Tensor:
         likely = iter([-answer.sum() for answer in answers])
         margins = []
-        for count, gold in zip(choices, golds):
+        for count, gold in questions:
             values = [next(likely) for _ in range(count)]
             margins.append(values[gold] - torch.stack(values[:gold] + values[gold + 1 :]).max())
         return -torch.stack(margins)
@@ -285,10 +273,7 @@ def _answered(
     items: Callable[[Sequence[Tensor]], Tensor],
     by_nll: bool = False,
 ) -> Batch:
-    """Contexts and answers, judged where an answer's tokens are predicted; `items` is given the losses of each answer.
-
-    Padded on the right, where a causal model does not see it.
-    """
+    """Contexts and answers, padded on the right; `items` is given the losses of each answer's tokens."""
     width = max(len(context) + len(answer) for context, answer in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     places, lengths = [], [len(answer) for _, answer in rows]
@@ -299,8 +284,8 @@ def _answered(
         places += [(number, column) for column in range(len(context) - 1, end - 1)]
     targets = torch.tensor([token for _, answer in rows for token in answer]) if by_nll else None
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    found_in, at = torch.tensor(places).unbind(1)
-    return Batch(inputs, found_in, at, lambda values: items(values.split(lengths)), targets)
+    rows_of, columns = torch.tensor(places).unbind(1)
+    return Batch(inputs, rows_of, columns, lambda values: items(values.split(lengths)), targets)
 
 
 def _together(sizes: Sequence[int]) -> list[list[int]]:

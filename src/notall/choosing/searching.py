@@ -1,11 +1,9 @@
 """The search: greedy, but lazy, and then refined by swaps.
 
-What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: so it is
-evaluated again only when it comes to the top of the queue. The exception are neighbours: what an attention prepares,
-the MLP after it no longer needs. So they are guessed anew whenever something is skipped, on a part of the text, as all
-units are at first. Importances do not add up: swaps that lower the objective follow, many of them for the price of an
-evaluation, since a part of the text says which are worth one. Whole blocks undo each other best in a row (2403.17887),
-which single swaps do not come to: so the best run is a second place to start from.
+What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: it is
+evaluated again only at the top of the queue. Neighbours of what was skipped are guessed anew, on a part of the text.
+Importances do not add up: swaps that lower the objective follow, tried on a part of the text. Whole blocks undo each
+other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
 """
 
 from __future__ import annotations
@@ -79,10 +77,10 @@ def _spaces(space: Space) -> list[Space]:
 
 @dataclass
 class _Search:
-    """A set that grows and changes, what it costs, and what is known of each unit.
+    """A set that grows and changes, and what it costs.
 
-    `rises` is what the objective rose by when a unit was skipped, when that was last evaluated; `falls`, on a part of
-    the text, what it falls by when one is given back.
+    `rises` is what the objective rose by, as last evaluated; `falls`, on a part of the text, by how much a unit less
+    does.
     """
 
     space: Space
@@ -100,15 +98,12 @@ class _Search:
         self.rises: dict[Unit, float] = {}
         self.falls: dict[Unit, float] = {}
         self.moves = functools.cache(self.space.moves)
-        self.done, self.total = 0.0, self._most()
-
-    def _most(self) -> float:
-        """How many evaluations of the whole text it takes at most, about."""
         units = len(self.space.units)
         mean = self.budget.saved(self.space.names) / units
         steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
         guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
-        return guesses + steps * RECHECKS + steps + self.patience
+        # evaluations of the whole text so far, and how many it takes at most, about
+        self.done, self.total = 0.0, guesses + steps * RECHECKS + steps + self.patience
 
     def guess(self, units: list[Unit]) -> None:
         """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
@@ -147,8 +142,7 @@ class _Search:
         return min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9)), -self.cost
 
     def go_on_from(self, other: _Search) -> None:
-        self.skipped, self.cost = other.skipped, other.cost
-        self.order = [*other.order]
+        self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
 
     def grow(self) -> bool:
         """Skip more until the budget is met, and say whether anything was."""
@@ -165,10 +159,7 @@ class _Search:
         return self.skipped != before
 
     def refine(self) -> bool:
-        """Swap what lowers the objective, until `patience` evaluations brought nothing, and say whether any did.
-
-        Swaps are tried on a part of the text, `LOOKS` at a time, and of those that were the best on all of it.
-        """
+        """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
         before, spent, tried = self.cost, 0.0, {self.skipped}
         guesses: dict[Swap, float] = {}
         self.falls = {}

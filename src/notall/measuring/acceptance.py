@@ -1,11 +1,8 @@
 """How many tokens of a draft the dense model accepts, told by one pass of both over text that the dense model wrote.
 
-Nothing is drafted. What a draft model would say next, as long as all before it was accepted, is what it says next of
-the dense model's own text. Greedy, a drafted token is accepted where it is the dense model's first choice. Sampled, one
-that is drafted from q is accepted with the probability min(1, p/q), and what comes out is distributed as the dense
-model's p. So any is accepted with the probability sum(min(p, q)), and where the text goes on with a certain token, that
-one was drafted and accepted with the probability min(p, q) / p of it.
-Source: Leviathan et al. 2023, arXiv 2211.17192.
+Greedy, a drafted token is accepted where it is the dense model's first choice. Sampled, one drafted from q is with the
+probability min(1, p/q), any with sum(min(p, q)), and one that the text goes on with with min(p, q) / p. Source:
+Leviathan et al. 2023, arXiv 2211.17192.
 """
 
 from __future__ import annotations
@@ -39,10 +36,7 @@ class Accepted:
 def write_texts(
     model: PreTrainedModel, prompts: Tensor, new_tokens: int, decoding: Decoding, *, seed: int = 0
 ) -> list[Tensor]:
-    """What `model` says behind `prompts`, (B, P): token ids, (tokens,) each, up to and with the token that ends a text.
-
-    Greedy, or sampled as it is: at temperature 1, from the whole vocabulary.
-    """
+    """What `model` says behind `prompts`, (B, P), greedy or sampled at temperature 1: ids up to an end, (tokens,)."""
     generator = torch.Generator(prompts.device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:  # (B, vocabulary) -> (B, 1)
@@ -80,10 +74,7 @@ def judge(model: PreTrainedModel, draft: PreTrainedModel, prompt: Tensor, text: 
 
 
 def acceptance(texts: Sequence[Accepted], place: int) -> tuple[float, float]:
-    """The chance that token `place` of a draft, from 1, is accepted once all before it were, and its standard error.
-
-    Over drafts that begin anywhere in the texts; both are nan where no draft comes as far.
-    """
+    """The chance that token `place` of a draft, from 1, is accepted once all before it were, and its error; or nan."""
 
     def chance(some: Sequence[Accepted]) -> float:
         starts = [(text, start) for text in some for start in range(len(text.known) - place + 1)]
@@ -105,11 +96,7 @@ def tokens_per_round(texts: Sequence[Accepted], drafted: int) -> tuple[float, fl
 
 
 def rounds(known: Sequence[float], drafted: int) -> float:
-    """How many rounds write a text whose tokens are accepted with these probabilities.
-
-    A round gives the tokens of the draft up to the first that is not accepted, and one of the dense model's own. Where
-    less than `drafted` tokens and one are left to write, it drafts no more than it may.
-    """
+    """How many rounds write a text whose tokens are accepted with these chances; none drafts more than is left."""
     begins = [1.0] + [0.0] * len(known)  # the chance that a round begins at each token
     for start in range(len(known)):
         alive, last = begins[start], min(start + drafted, len(known) - 1)

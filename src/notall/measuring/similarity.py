@@ -39,8 +39,7 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
     structure, rows = locate(model), []
     several = structure.sublayers if len(structure.mixers) > 1 else ()
     mixers: dict[tuple[int, str], str | None] = {(part.index, part.kind): part.mixer for part in several}
-    for (layer, kind), values in found.items():
+    for at, values in found.items():
         mean, error = mean_and_error(torch.cat(values).tolist())
-        mixer = mixers.get((layer, kind))
-        rows.append(Similarity(layer=layer, kind=kind, cosine=mean, cosine_se=error, mixer=mixer))
+        rows.append(Similarity(layer=at[0], kind=at[1], cosine=mean, cosine_se=error, mixer=mixers.get(at)))
     return rows

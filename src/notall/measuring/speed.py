@@ -28,16 +28,12 @@ from ..results.facts import Times
 from ..results.record import Quartiles
 from ..running.skipping import skip
 
-Entering = Callable[[], AbstractContextManager[Any]]
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one variant took, one sample a round, in the order of the rounds.
-
-    `peak_bytes` is the most CUDA memory allocated in a round, over all devices; None without CUDA.
-    """
+    """What one variant took, a sample a round; `peak_bytes` is the most CUDA memory of a round, None without CUDA."""
 
     prefill_samples_ms: tuple[float, ...]
     decode_samples_ms: tuple[float, ...]  # a token
@@ -63,11 +59,9 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps of one token each with the cache that it filled.
+    """Prefill `prompt` (B, P), then take `new` greedy steps with the cache: (prefill_ms, decode_ms_per_token), of all.
 
-    Returns (prefill_ms, decode_ms_per_token). Prefill ends when the first new token is known; a step serves all B
-    sequences. Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` if the
-    model keeps no cache.
+    Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` without a cache.
     """
     devices = _accelerators(model)
     last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
@@ -90,10 +84,9 @@ def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
-    """Milliseconds of a forward of `width` tokens with a cache: the mean of walking over `tokens` behind their prompt.
+    """Mean milliseconds of a forward of `width` tokens with a cache, over `tokens` (B, P) behind the first `prompt`.
 
-    `tokens` are (B, P); the first `prompt` of them fill the cache before the clock is read. Each step makes the logits
-    and the likeliest token at all of its places, as the check of a draft does. Raises as `time_once` does.
+    Each makes all its logits and likeliest tokens, as the check of a draft does. Raises as `time_once` does.
     """
     devices, all_of_them = _accelerators(model), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
@@ -110,10 +103,7 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 def interleaved(
     measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round, in an order that is reversed every other round: drift cancels.
-
-    The first `warmup` rounds are run in full and thrown away.
-    """
+    """What each of `measures` answers, once a round behind the `warmup`, in an order that turns: drift cancels."""
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
     for index in range(warmup + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
@@ -124,7 +114,7 @@ def interleaved(
 
 def compare(
     model: PreTrainedModel,
-    variants: Mapping[str, Entering],
+    variants: Mapping[str, Callable[[], AbstractContextManager[object]]],
     workload: Workload = WORKLOAD,
     *,
     warmup: int = 1,
@@ -180,8 +170,7 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
-    cpu = _cpu_model()
-    on_cuda = torch.device(device).type == "cuda"
+    cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
     return {
         "cpu": cpu,
         "cores": cores(),
@@ -207,7 +196,7 @@ def _accelerators(model: PreTrainedModel) -> set[torch.device]:
     return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
 
 
-def cache_name(output: Mapping[str, Any]) -> str:
+def cache_name(output: Mapping[str, object]) -> str:
     """By which name a model that answers this takes its cache. Raises `UsageError` where it keeps none."""
     # transformers renamed it in 5.24; a model returns its cache under the name by which it takes it.
     for name in ("cache", "past_key_values"):

@@ -30,10 +30,7 @@ CACHED = 16  # of their rows, whose log-probabilities are made at once on a CPU:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value a row, in nats and float32 (float64 in models of it); of no rows what was not asked for.
-
-    `likeliest` is the likeliest token, an int64, and `confidence` its probability.
-    """
+    """One value a row, in nats and at least float32, or none; `confidence` is the probability of `likeliest`, int64."""
 
     nll: Tensor
     kl: Tensor
@@ -45,9 +42,8 @@ class TokenScores:
 class Dense:
     """The dense model's distributions, a row each, as plans are held against them.
 
-    `kept` is the mean row of the head, (rows, width), and `anchor`, (rows,), what its product with a plan's states
-    lacks to the logsumexp that they would have without any KL. Of a head that is no matrix, `kept` is the last layer's
-    output, (rows, hidden), and `anchor` is None.
+    `kept`: the head's mean row, (rows, width); `anchor`, (rows,): what its product with a plan's states lacks to their
+    logsumexp without any KL. Of a head that is no matrix: the last layer's output, (rows, hidden), and None.
     """
 
     kept: Tensor
@@ -56,9 +52,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum. Where asked for, what they say besides.
+    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides.
 
-    `largest` is the largest logit less `about`, `likeliest` whose it is. `mean` is the head's mean row, (rows, width).
+    `largest` is the largest logit less `about`, of token `likeliest`; `mean` is the head's mean row, (rows, width).
     """
 
     about: Tensor
@@ -81,10 +77,10 @@ class TokenScorer:
 
     @torch.no_grad()
     def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` that are likeliest in rows of the dense model, and the `targets`.
+        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`.
 
-        What it scores can be held against its own scores alone. It is this one where that would save less than half,
-        or where the head is no matrix.
+        What it scores is held against its own scores alone. Where that saves less than half, or the head is no matrix:
+        self.
         """
         if not self.is_matrix or 2 * words > len(self.weight):
             return self
@@ -123,11 +119,9 @@ class TokenScorer:
 
     @torch.no_grad()
     def distance(self, states: Tensor, dense_states: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(dense || these), (rows,), and its derivative by `states`.
+        """KL(dense || these), (rows,), and its derivative by `states`, the difference of both mean rows of the head.
 
-        Both are given as the head's matrix is, (rows, width). The derivative is the difference of both mean rows of
-        the head, so that no logits are kept for it.
-        Raises `UnsupportedModel` where the head is no matrix.
+        Both states are given as the head's matrix is, (rows, width). Raises `UnsupportedModel` where it is no matrix.
         """
         if not self.is_matrix:
             raise UnsupportedModel(f"the head of {type(self.head.model).__name__} is no matrix, and cannot be aimed at")
@@ -136,8 +130,6 @@ class TokenScorer:
         alike = self._alike(given, dense)
         sums = self._sums(given, alike, mean=True)
         return sums.log_sums + (sums.about - alike), sums.mean * self.scale - dense.kept
-
-    # --- a head that is a matrix
 
     def _mass(self, hidden: Tensor) -> Tensor:
         """The probability of each token, (vocabulary,), summed over the rows."""
@@ -221,8 +213,6 @@ class TokenScorer:
                 if self.bias is not None:
                     tile += self.bias[columns]
                 yield rows, columns, tile
-
-    # --- any other head
 
     def _by_definition(
         self, hidden: Tensor, targets: Tensor | None, dense: Dense | None, likeliest: bool

@@ -1,13 +1,16 @@
-"""Heal a skipped model by a short distillation: its next-token distributions are drawn to the dense model's.
+"""Heal a skipped model by a short distillation of weights of kept sublayers, by AdamW on accelerate.
 
-Weights of kept sublayers alone are trained (see `students`, `training`): the result is a plan with weights, as a
-repair is.
+The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known, so that no
+logits are kept (see `TokenScorer.distance`); in a warm-up, how far the student's stream is from the dense one.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -15,11 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..digests import digest_of
 from ..errors import UnsupportedModel, UsageError, expect
+from ..measuring.token_scores import Dense, TokenScorer
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
@@ -33,10 +40,10 @@ from ..running.tensor_files import read_tensors, write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .refitting import about_weights
-from .students import TrainConfig
-from .training import CHECKPOINTS, Training, processes_of
+from .students import Student, TrainConfig, rows_of, states_of
 
-TRAINED = "trained.safetensors"  # in the folder of the checkpoints
+CHECKPOINTS, LAST, BEST, TRAINED = "checkpoints", "last.safetensors", "best.safetensors", "trained.safetensors"
+STATE = "state"  # of the loop, in the notes of the last checkpoint
 
 
 def heal(
@@ -47,7 +54,7 @@ def heal(
     config: TrainConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, Any] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
     workers: Spread | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
@@ -71,7 +78,7 @@ def heal(
     if folder is None and (workers or processes.num_processes > 1):
         raise UsageError("workers share a folder: give one")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
-    about = _about(inner, training, earlier.history, provenance or {})
+    about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
     alone = working_in(folder, "heal") if folder and is_first else nullcontext()
     with alone, TemporaryDirectory() as scratch:
@@ -94,7 +101,6 @@ def heal(
 
 
 def _check(model: PreTrainedModel, training: Training) -> None:
-    """Raise where `model` cannot be healed without what the plan skips, or not in this way."""
     plan, warm_up = training.plan, training.config.warm_up
     if not 0 <= warm_up <= 1:
         raise UsageError(f"a warm-up of {warm_up} is no share of the training: give one from 0 to 1")
@@ -116,21 +122,204 @@ def _check(model: PreTrainedModel, training: Training) -> None:
         raise UsageError("the windows to train on are of several lengths: give windows of one")
 
 
-def _about(
-    model: PreTrainedModel, training: Training, history: Sequence[RepairStep], settings: Provenance | Mapping[str, Any]
-) -> Provenance:
+def _settings(training: Training, history: Sequence[RepairStep]) -> dict[str, object]:
     """What decides the weights."""
     plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
     if training.config.train != "lora":
         del how["rank"]
-    how |= {
+    return how | {
         "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
         "training": digest_of(training.batches)[:16],
         "stops_by": digest_of(training.held_out)[:16],
         BEFORE: [step.model_dump(mode="json") for step in history],
     }
-    return about_weights(settings, model, plan, **how)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on which text and how, wherever that is."""
+
+    plan: Plan
+    batches: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    config: TrainConfig
+
+    def run(
+        self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord] | None, progress: Progress
+    ) -> dict[str, Tensor]:
+        """The weights that were best, by their paths in `model`, the dense one.
+
+        Every process of a training runs this, on the same `folder`; the first of them writes there and to `ledger`.
+        """
+        return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
+
+
+@dataclass
+class _State:
+    """How far a training is. `first` and `best` are KLs on held-out text: before any step, and the least since."""
+
+    step: int = 0
+    waited: int = 0  # evaluations without a gain
+    first: float = math.inf
+    best: float = math.inf
+
+
+class _Loop:
+    def __init__(
+        self,
+        training: Training,
+        teacher: PreTrainedModel,
+        folder: Path,
+        ledger: Ledger[HealRecord] | None,
+        progress: Progress,
+    ) -> None:
+        self.config, self.teacher, self.folder = training.config, teacher, folder
+        self.ledger, self.progress = ledger, progress
+        self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
+        self.size = len(training.batches[0])
+        self.steps = -(-len(self.rows) // self.size)
+        self.warm = round(self.config.warm_up * self.steps)
+        self.every = max(1, self.steps // self.config.evaluations)
+        self.scorer, self.state, self.start = TokenScorer(teacher), _State(), time.process_time()
+        self.student = Student(teacher, training.plan, self.config, training.batches[0], layerwise=self.warm > 0)
+        processes_of(teacher)  # before accelerate settles who they are without the model
+        # what a batch does not need, such as an expert, waits for nobody
+        spread = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[spread])
+        plain = torch.optim.AdamW(self.student.trained.values(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.student, plain)
+        # what is trained is in float32, also where the rest has fewer bits
+        half = teacher.dtype in (torch.bfloat16, torch.float16)
+        self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
+        share = training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        self.held_out = _HeldOut(teacher, self.scorer, share)
+
+    def run(self) -> dict[str, Tensor]:
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.config.seed))
+        devices = [self.teacher.device] if self.teacher.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            if not self._restore():
+                self._evaluate()
+            while self.state.step < self.steps and self.state.waited < self.config.patience:
+                at = self.state.step * self.size
+                self._step(self.rows[order[at : at + self.size]])
+                self.state.step += 1
+                self.progress(self.state.step, self.steps, "healing")
+                if self.state.step % self.every == 0 or self.state.step == self.steps:
+                    self._evaluate()
+        self.accelerator.wait_for_everyone()
+        for path, weight in read_tensors(self.folder / BEST)[0].items():
+            self.student.trained[path].data.copy_(weight)
+        self.accelerator.wait_for_everyone()  # all have read it before it is deleted
+        return self.student.weights()
+
+    def _step(self, batch: Tensor) -> None:
+        """One of AdamW, on this process's share of a batch, (sequences, tokens)."""
+        count, index = self.accelerator.num_processes, self.accelerator.process_index
+        share = batch[index::count]
+        weight = len(share) * count / len(batch)  # gradients are averaged over processes, and are to be over tokens
+        torch.manual_seed(self.config.seed + self.state.step * count + index)  # of dropout
+        self.student.train()
+        loss = self._loss(share if len(share) else batch[:1])
+        self.accelerator.backward(weight * loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        step, rise = self.state.step, min(10, self.steps // 10)
+        fall = 0.5 * (1.0 + math.cos(math.pi * ((step - rise) / max(1, self.steps - rise))))
+        for group in self.optimizer.param_groups:  # a straight rise, and half a wave of a cosine down
+            group["lr"] = self.config.rate * (step / rise if step < rise else fall)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        """What has the gradient of the mean KL over tokens; in the warm-up a share of the stream's square."""
+        if self.student.layerwise and self.state.step < self.warm:
+            targets = self.student.layerwise.targets(ids)
+            with self.autocast:
+                return self.model(ids, targets).mean()
+        with torch.no_grad():
+            dense = states_of(self.teacher, ids)
+        with self.autocast:
+            states: Tensor = self.model(ids)
+        _, derivative = self.scorer.distance(states.detach(), dense)
+        return (states * derivative).sum(-1).mean()
+
+    def _evaluate(self) -> None:
+        state = self.state
+        self.student.eval()
+        sums = self.held_out.sums(self.student.model, self.autocast)
+        kl, nll, same, count = self.accelerator.reduce(sums, "sum").tolist()
+        evaluation = HealRecord(
+            tokens=state.step * self.tokens,
+            held_out_kl=kl / count,
+            held_out_nll=nll / count,
+            held_out_agreement=same / count,
+            seconds=time.process_time() - self.start,
+        )
+        is_best = state.step == 0 or kl / count < min(state.best, state.first)
+        if state.step == 0:
+            state.first = kl / count
+        elif state.step > self.warm or not self.warm:  # the warm-up aims at something else
+            state.waited = 0 if kl / count < state.best else state.waited + 1
+        if state.step:
+            state.best = min(state.best, kl / count)
+        if self.accelerator.is_main_process:
+            if self.ledger is not None and evaluation.key not in self.ledger:
+                self.ledger.add(evaluation)
+            self._save(is_best)
+
+    def _save(self, is_best: bool) -> None:
+        trained, moments = self.student.trained, self.optimizer.state
+        if is_best:
+            write_tensors(self.folder / BEST, trained)
+        if self.state.step:
+            held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
+            held |= {f"weight {path}": one for path, one in trained.items()}
+            write_tensors(self.folder / LAST, held, {STATE: json.dumps(asdict(self.state))})
+
+    def _restore(self) -> bool:
+        """Go on from the last checkpoint, and say whether there is one whose evaluations are written down."""
+        if not (self.folder / LAST).is_file() or not self.ledger:
+            return False
+        held, notes = read_tensors(self.folder / LAST)
+        self.state = _State(**json.loads(notes[STATE]))
+        for name, tensor in held.items():
+            kind, _, path = name.partition(" ")
+            parameter = self.student.trained[path]
+            if kind == "weight":
+                parameter.data.copy_(tensor)
+            else:
+                self.optimizer.state[parameter][kind] = tensor.to(parameter.device)
+        self.start -= max(evaluation.seconds or 0 for evaluation in self.ledger)
+        return True
+
+
+def processes_of(model: PreTrainedModel) -> PartialState:
+    """Those that a launcher has started to train `model` together, or this one alone."""
+    return PartialState(cpu=model.device.type == "cpu")  # which it does not find out where there is no GPU
+
+
+class _HeldOut:
+    """The held-out text, (batch, tokens) each, and what the dense model says of it, once."""
+
+    def __init__(self, teacher: PreTrainedModel, scorer: TokenScorer, batches: Sequence[Tensor]) -> None:
+        self.scorer, self.asked = scorer, list[tuple[Tensor, Tensor, Tensor, Dense]]()
+        for ids in batches:
+            targets = ids[:, 1:].flatten()
+            scores, dense = scorer.dense(rows_of(teacher, ids), targets, likeliest=True)
+            self.asked.append((ids, targets, scores.likeliest, dense))
+
+    @torch.no_grad()
+    def sums(self, student: PreTrainedModel, autocast: torch.autocast) -> Tensor:
+        """KL, NLL and same first choices, summed over all tokens that are predicted, and how many these are, (4,)."""
+        found = [torch.zeros(4, 0, device=student.device)]
+        for ids, targets, likeliest, dense in self.asked:
+            with autocast:
+                rows = rows_of(student, ids).to(student.dtype)
+            scores = self.scorer.score(rows, targets, dense, likeliest=True)
+            same = (scores.likeliest == likeliest).to(scores.kl)
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+        return torch.cat(found, 1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,7 @@ class Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square, self.biased)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
-        """The share of |r|^2 that a map, (outputs, features), leaves: 1 for none, 0 for one that makes up for all.
-
-        `metric`, (outputs,), says by how much a square counts in each output.
-        """
+        """The share of |r|^2, weighted by `metric` (outputs,), that a map, (outputs, features), leaves: 1 for none."""
         explained = 2 * (change * self.cross).sum(1) - ((change @ self.gram) * change).sum(1)
         total = metric @ self.square
         return float(1 - metric @ explained / total) if total > 0 else 1.0
@@ -99,7 +96,6 @@ class Rows:
     kernels: dict[bool, Tensor] = field(default_factory=dict)
 
     def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None:
-        """As of `Moments`."""
         roots = weights.sqrt()[:, None]
         self.kernels.clear()
         self.features.append(features * roots)
@@ -110,7 +106,6 @@ class Rows:
         return Rows(self.biased, self.features + other.features, self.lacking + other.lacking, self.roots + other.roots)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
-        """As of `Moments`."""
         features, lacking, roots = self._together()
         total = metric @ lacking.square().sum(0)
         known = torch.cat([features, roots], 1) if self.biased else features
@@ -121,7 +116,9 @@ class Rows:
         """As of `Moments`: with H the diagonal of what features are held back by, C = r' (z H^-1 z' + 1)^-1 z H^-1."""
         features, lacking, roots = self._together()
         scaled = features / _held_back(features.square().sum(0), ridge, alike)
-        kernel = self._kernel(alike) / ridge
+        if alike not in self.kernels:  # z H^-1 z' for a ridge of 1, (tokens, tokens): for any other it is less by that
+            self.kernels[alike] = features @ (features / _held_back(features.square().sum(0), 1.0, alike)).T
+        kernel = self.kernels[alike] / ridge
         kernel.diagonal().add_(1)
         lower, failed = torch.linalg.cholesky_ex(kernel)
         if failed:
@@ -132,13 +129,6 @@ class Rows:
         change = ((shares - by_bias @ bias) if self.biased else shares).T @ scaled
         change = torch.cat([change, bias.T], 1) if self.biased else change
         return change if change.isfinite().all() else None
-
-    def _kernel(self, alike: bool) -> Tensor:
-        """z H^-1 z' for a ridge of 1, (tokens, tokens): for any other it is less by that."""
-        if alike not in self.kernels:
-            features, _, _ = self._together()
-            self.kernels[alike] = features @ (features / _held_back(features.square().sum(0), 1.0, alike)).T
-        return self.kernels[alike]
 
     def _together(self) -> tuple[Tensor, Tensor, Tensor]:
         for parts in (self.features, self.lacking, self.roots):

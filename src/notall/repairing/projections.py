@@ -1,8 +1,4 @@
-"""The output projection of a sublayer: the last matrix before the residual stream, and what stands behind it.
-
-A projection is found as everything of a model is here, by trying: what a matrix answers is replaced by random numbers,
-and what the sublayer then adds to the stream tells what becomes of them.
-"""
+"""The output projections of sublayers, found by trying what becomes of random numbers in place of answers."""
 
 from __future__ import annotations
 
@@ -55,17 +51,11 @@ class OutputProjection:
 
 @torch.no_grad()
 def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> OutputProjection | None:
-    """The output projection of a sublayer, tried on some of the stream, (batch, tokens, hidden); None if there is none.
-
-    There is none where experts share the work, where several branches do, and where a matrix is quantised or adapted.
-    """
+    """The output projection of a sublayer, tried on a stream, (batch, tokens, hidden); None where there is none."""
     if len(part.branches) != 1:
         return None
     trial = _Trial(layer, part, hidden, call)
-    for path in reversed(trial.matrices()):
-        if (found := trial.of(path)) is not None:
-            return found
-    return None
+    return next((found for path in reversed(trial.matrices()) if (found := trial.of(path))), None)
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
@@ -90,10 +80,8 @@ def features_of(
 
     with ExitStack() as hooks:
         for number, one in enumerate(projections):
-            hook = layer.get_submodule(one.path).register_forward_pre_hook(
-                lambda _, args, number=number: take(number, args[0])
-            )
-            hooks.callback(hook.remove)
+            module = layer.get_submodule(one.path)
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, number=number: take(number, args[0])))
         yield taken
 
 
@@ -106,10 +94,7 @@ class _Trial:
         self.rounding = ROUNDING[hidden.dtype]
 
     def matrices(self) -> list[str]:
-        """The plain matrices that answer for each token, once, in the width of the stream: by path, as they run.
-
-        So an expert's, which sees some of the tokens, are not among them.
-        """
+        """The plain matrices, as wide as the stream, that answer for each token once, as they run: no experts'."""
         sizes: dict[str, list[int]] = {}
         with ExitStack() as hooks:
             for name in self.part.modules:
@@ -118,7 +103,7 @@ class _Trial:
                         hook = module.register_forward_hook(
                             lambda *seen, path=path: sizes.setdefault(path, []).append(seen[-1].numel())
                         )
-                        hooks.callback(hook.remove)
+                        hooks.enter_context(hook)
             self._added()
         return [path for path, found in sizes.items() if found == [self.hidden.numel()]]
 
@@ -178,56 +163,41 @@ def _is_plain(module: nn.Module, width: int) -> bool:
     if not is_matrix(module) or module.weight.device.type == "meta":
         return False
     matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
-    return len(matrix) == width and (type(module) in (nn.Linear, Conv1D) or _multiplies(module, matrix))
-
-
-def _multiplies(module: nn.Module, matrix: Tensor) -> bool:
-    """Whether a linear layer of another class, such as Falcon's, does what its matrix and bias say."""
+    if len(matrix) != width or type(module) in (nn.Linear, Conv1D):
+        return len(matrix) == width
+    # a linear layer of another class, such as Falcon's: does it do what its matrix and bias say?
     given = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
-    expected, found = nn.functional.linear(given, matrix, module.bias), module(given)  # type: ignore[arg-type]
+    expected, found = nn.functional.linear(given, matrix, module.bias), module(given)
     return bool((found - expected).abs().max() <= ROUNDING[matrix.dtype] * expected.abs().max())
 
 
-# --- how much each channel of the stream counts for what reads it next ------------------------------------------------
-
-
 def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence[tuple[Sublayer, ...]]) -> list[Tensor]:
-    """For the stream behind each step, (hidden,): the mean of its readers' squared gains, about 1.
-
-    Its readers are the next few steps and the head. Where norms have no gains, or there are none, all channels are 1.
-    """
+    """For the stream behind each step, (hidden,): the mean of the squared gains of its next readers, about 1."""
     width = text_config(model).hidden_size
     ones = torch.ones(1, 1, width, device=next(layers[0].parameters()).device, dtype=model.dtype)
 
     def gain(norm: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Scaled to a mean square of 1."""
-        found = torch.ones(width, device=ones.device) if norm is None else gain_of(norm, ones).to(ones.device)
-        return found if norm is None else found / found.square().mean().sqrt().clamp_min(1e-6)
+        if norm is None:
+            return torch.ones(width, device=ones.device)
+        found = gain_of(norm, ones).to(ones.device)
+        return found / found.square().mean().sqrt().clamp_min(1e-6)
+
+    def first_norm(part: Sublayer) -> nn.Module | None:
+        first = part.branches[0].ops[0]
+        norm = child(layers[part.index], first.module) if isinstance(first, ModuleOp) else None
+        return norm if norm is not None and is_norm(norm) else None
 
     head = Head(model)
     plain = head.projection is not None and head.projection.weight.shape[1] == width
     last = gain((lambda rows: head.states(rows[0])[None]) if plain else None)
-    gains = [gain(_first_norm(layers[parts[0].index], parts[0])) for parts in steps]
-    found = []
-    for place in range(len(steps)):
-        readers = torch.stack([*gains[place + 1 : place + 1 + READERS], last])
-        metric = readers.square().mean(0)
-        found.append(metric / metric.mean())
-    return found
-
-
-def _first_norm(layer: nn.Module, part: Sublayer) -> nn.Module | None:
-    """The norm that a sublayer begins with, if it begins with one."""
-    first = part.branches[0].ops[0]
-    norm = child(layer, first.module) if isinstance(first, ModuleOp) else None
-    return norm if norm is not None and is_norm(norm) else None
+    gains = [gain(first_norm(parts[0])) for parts in steps]
+    readers = [torch.stack([*gains[place : place + READERS], last]) for place in range(1, len(steps) + 1)]
+    return [(metric := rows.square().mean(0)) / metric.mean() for rows in readers]
 
 
 def gain_of(norm: Callable[[Tensor], Tensor], ones: Tensor) -> Tensor:
-    """By how much a norm multiplies each channel once it was scaled, with its sign; `ones` is (1, 1, hidden).
-
-    (hidden,) in float32.
-    """
+    """By what a norm multiplies each channel once it was scaled, with its sign, (hidden,), of `ones` (1, 1, hidden)."""
     signs = 1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2).to(ones)  # of mean 0, which some take away
     gain = (norm(ones * signs).float() - norm(-ones * signs).float())[0, 0] / 2
     return gain * signs.float()

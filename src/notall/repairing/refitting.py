@@ -1,11 +1,8 @@
 """Refit what a plan keeps, sublayer by sublayer, so that the skipped model's stream comes near the dense model's.
 
-Both streams are carried through the model together, for all of the text. At a kept sublayer whose features are z and
-whose output projection is W, the least change C is sought for which S + (W + C) z is near D: S is the skipped model's
-stream, with all that was refit before, and D the dense model's behind the gap that follows. So what stands before a
-gap takes over what is skipped there, and what stands behind it mends what is left. How far it may go, a ridge on C,
-is chosen on sequences that it was not fitted to; where no change does better there, the sublayer is left as it is.
-Nothing is trained, and no tensor is added: the model has the shapes that it had.
+At a kept sublayer with features z and output projection W, the least change C is sought for which S + (W + C) z is near
+D: S is the skipped model's stream, with all that was refit before, D the dense model's behind the gap that follows. A
+ridge on C is chosen on sequences that it was not fitted to. Nothing is trained, and no tensor is added.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +64,7 @@ def repair(
     ahead: float = AHEAD,
     offload: Path | None = None,
     out: str | os.PathLike[str] | None = None,
-    provenance: Provenance | Mapping[str, Any] | None = None,
+    provenance: Provenance | Mapping[str, object] | None = None,
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan`, with weights of what it keeps that make up for what it skips; the model itself stays as it is.
@@ -105,7 +101,7 @@ def repair(
 
 
 def about_weights(
-    settings: Provenance | Mapping[str, Any], model: PreTrainedModel, plan: Plan, **how: Any
+    settings: Provenance | Mapping[str, object], model: PreTrainedModel, plan: Plan, **how: object
 ) -> Provenance:
     """What decides the weights that a plan gets for a model."""
     told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "dtype": dtype_name(model)}
@@ -113,7 +109,6 @@ def about_weights(
 
 
 def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
-    """Raise where `plan` cannot be repaired on so many sequences."""
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     if sequences < 2:
         raise UsageError(f"a repair takes sequences to fit and others to choose the ridge by; {sequences} is too few")
@@ -136,19 +131,13 @@ class Kept:
         self.refits = Ledger(folder, RefitRecord, about)
         self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
 
-    def weights(self, refit: RefitRecord) -> dict[str, Tensor]:
-        """By their paths in the dense model; none where the step was left alone."""
-        return {} if refit.ridge is None else read_weights(self.folder, file_of(refit), refit.sha256)
-
     def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
-        """Weights first: a line says that they are there."""
-        if weights:
+        if weights:  # first: a line says that they are there
             digest = write_tensors(self.folder / file_of(refit), weights)
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
     def finish(self) -> RepairedPlan:
-        """The plan with all that was refit."""
         finish(self.folder, self.plan, {file_of(one): one.sha256 for one in self.refits if one.ridge is not None})
         return RepairedPlan.load(self.folder)
 
@@ -184,8 +173,7 @@ class Calibration(DenseStream):
 class Repair:
     """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
 
-    `near` leaves what stands before no gap as it is: cheaper, and a little worse. `keep_all` keeps the stream behind
-    each step, for repairs of other plans of the same text and options, which go on from where they part.
+    `near` leaves what stands before no gap as it is. `keep_all` keeps the stream behind each step, for `others`.
     """
 
     def __init__(
@@ -259,7 +247,6 @@ class Repair:
         return [self.text.keep(aim + self.ahead * (gone / whole - left / own)) for aim, left, gone in zip(here, by, to)]
 
     def _refit(self, step: LiveStep, target: list[Tensor]) -> list[Tensor]:
-        """The stream behind a step, refit where that helps."""
         if self.kept is None:
             refit, weights = self._solve(step, target)
             self.made.append((refit, weights))
@@ -267,15 +254,20 @@ class Repair:
             if (step.names,) not in self.kept.refits:
                 self.kept.add(*self._solve(step, target))
             refit = self.kept.refits[(step.names,)]
-            weights = self.kept.weights(refit)  # from the file, so that those of all steps are never in memory together
             self.made.append((refit, {}))
+            # from the file, so that those of all steps are never in memory together
+            weights = {} if refit.ridge is None else read_weights(self.kept.folder, file_of(refit), refit.sha256)
         with with_weights(self.text.model, weights):
             return self._run(step)
 
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
         start, layer, keep = time.process_time(), self.text.layers[step.block.index], self.text.keep
-        refit, projections = None, self._projections(step)
+        found = [self.text.projection(part) for part in step.parts]
+        projections = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
+        if len(projections) > 1 and any(one.norm for one in projections):
+            projections = ()  # side by side, or the only one that a norm follows
+        refit = None
         if projections:
             with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
@@ -296,12 +288,6 @@ class Repair:
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)
         return self.text.run([step], self.states)
-
-    def _projections(self, step: LiveStep) -> tuple[OutputProjection, ...]:
-        """Those of the step that may be refit: side by side, or the only one that a norm follows."""
-        found = [self.text.projection(part) for part in step.parts]
-        own = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
-        return own if len(own) == 1 or not any(one.norm for one in own) else ()
 
 
 def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:

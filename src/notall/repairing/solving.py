@@ -1,11 +1,9 @@
 """What becomes of one step of a repair, given what was seen of it on the calibration text.
 
-Where a projection's answers are added to the stream as they are, up to a factor, that is one least-squares problem.
-Where a norm follows, it adds gain * W z / rms(W z), and a least-squares fit through the norm fails: a channel that the
-norm all but mutes would be asked for a huge output, which the norm then takes from all the others. So (1) a channel's
-error counts by its readers' gains, as elsewhere; (2) W z is aimed at what the norm would have to be given, were its
-scale the old one; (3) each channel goes only a part of the way, the less the norm and its readers make of it; and
-(4) how far, and the ridge, is chosen by the true error behind the norm, on sequences that were not fitted to.
+Where a projection's answers are added to the stream up to a factor, that is one least-squares problem. Where a norm
+follows, which adds gain * W z / rms(W z), (1) a channel's error counts by its readers' gains, as elsewhere; (2) W z is
+aimed at what the norm would have to be given, were its scale the old one; (3) each channel goes only a part of the way,
+the less the norm and its readers make of it; (4) how far, and the ridge, is chosen by the true error behind the norm.
 """
 
 from __future__ import annotations
@@ -25,10 +23,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Refit:
-    """New weights of a step, by their paths below its layer.
-
-    `left` is the share of the squared error that is left on the sequences that were held out.
-    """
+    """New weights of a step, by their paths below its layer, and the share of the held-out squared error they leave."""
 
     ridge: float
     left: float
@@ -39,10 +34,10 @@ class Refit:
 class Fit:
     """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
 
-    `before`, `behind` and `target` are (batch, tokens, hidden): the skipped model's stream before and behind the step
-    as it is, and what it should be behind it. `features` are (batch x tokens, features) each, those of its projections
-    side by side, times their scales. `held` says which sequences choose the ridge, (batch,), and `metric` how much
-    each channel of the stream counts, (hidden,), about 1.
+    `before`, `behind` and `target` are (batch, tokens, hidden): the skipped stream before and behind the step as it is,
+    and what it should be there. `features` are (batch x tokens, features), its projections' side by side, times their
+    scales. `held` says which sequences choose the ridge, (batch,), `metric` how much each channel counts, (hidden,),
+    about 1.
     """
 
     layer: nn.Module

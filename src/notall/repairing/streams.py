@@ -21,10 +21,7 @@ from ..structure.observation import Branch, LayerCall, run_branches, scaled
 
 
 class DiskOffload:
-    """Keeps tensors as they are or, with a folder, in files there that have no name and go when the tensors do.
-
-    Raises `UsageError` where the folder has no room.
-    """
+    """Keeps tensors as they are or, with a folder, in files there that have no name and go when the tensors do."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -32,7 +29,7 @@ class DiskOffload:
             folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor, or its like on the CPU whose bytes are in a file."""
+        """The tensor, or its like on the CPU whose bytes are in a file. Raises `UsageError` where there is no room."""
         if self.folder is None or not tensor.numel():
             return tensor
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -42,9 +39,8 @@ class DiskOffload:
                 file.flush()
                 held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
         except OSError as error:
-            raise UsageError(
-                f"cannot write to {shortened(self.folder)}: {error.strerror}; make room, or name another folder"
-            ) from None
+            said = f"cannot write to {shortened(self.folder)}: {error.strerror}; make room, or name another folder"
+            raise UsageError(said) from None
         return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)
 
 
@@ -76,10 +72,9 @@ def lines_of(structure: ModelStructure) -> list[Line]:
 
 @dataclass(frozen=True)
 class LiveStep(Line):
-    """What a plan keeps of a line: all of it, or one of a parallel block's two. `scale` is up to the next step.
+    """What a plan keeps of a line, or of a parallel block's two. `line`: its place; `behind`: the next step's.
 
-    `line` is where it stands among the dense model's lines, `behind` where the next step does. `gap` says whether
-    something is skipped between the two, or beside it. `own_scale` is up to the line behind its own.
+    `gap`: is something skipped up to there? `scale` is up to the next step, `own_scale` up to the next line.
     """
 
     line: int

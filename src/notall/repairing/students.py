@@ -53,8 +53,7 @@ class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the model itself stays as it is.
 
     `trained` are the parameters to train, by name: copies of kept sublayers' own, in float32, or LoRA matrices beside
-    theirs. All others share their memory with the model's, those too that several layers share. `layerwise` is there
-    where it is asked for. `tokens` are some, (batch, tokens), to find output projections with.
+    theirs. All others share their memory with the model's. `tokens`, (batch, tokens), are to find projections with.
     """
 
     def __init__(
@@ -83,11 +82,11 @@ class Student(nn.Module):
             parameter.data = parameter.data.to(exact, copy=True)
             parameter.requires_grad_(True)
 
-    def forward(self, input_ids: Tensor, targets: LayerTargets | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: tuple[Recording, list[Tensor]] | None = None) -> Tensor:
         """What the head's matrix is given, (tokens, width); with targets the loss of the layers, (1,)."""
         if self.layerwise is None or targets is None:
             return states_of(self.model, input_ids)
-        return self.layerwise.loss(targets)
+        return self.layerwise.loss(*targets)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -111,13 +110,10 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the last layer answers for all tokens that another one follows, (tokens, hidden)."""
     seen: list[Tensor] = []
     _, layers = decoder_layers(model)
-    handle = layers[-1].register_forward_hook(
+    with layers[-1].register_forward_hook(
         lambda _, given, answer: seen.append(answer[0] if isinstance(answer, tuple) else answer)
-    )
-    try:
+    ):
         states_of(model, ids)
-    finally:
-        handle.remove()
     return seen[0][:, :-1].flatten(0, 1)
 
 
@@ -131,10 +127,10 @@ def _chosen(
         layer = model.get_submodule(path)
         for part in parts:
             if train == "lora":
-                for top in part.modules:
-                    for name, module in layer.get_submodule(top).named_modules(prefix=top):
-                        if is_matrix(module) and id(module.weight) not in shared:
-                            yield f"{path}.{name}"
+                modules = (one for top in part.modules for one in layer.get_submodule(top).named_modules(prefix=top))
+                for name, module in modules:
+                    if is_matrix(module) and id(module.weight) not in shared:
+                        yield f"{path}.{name}"
                 continue
             chosen = [f"{name}." for name in part.modules]
             if train == "outputs":
@@ -144,9 +140,6 @@ def _chosen(
             for name, parameter in layer.named_parameters():
                 if name.startswith(tuple(chosen)) and id(parameter) not in shared:
                     yield f"{path}.{name}"
-
-
-# --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, Any]:
@@ -163,21 +156,9 @@ def _adapted(model: PreTrainedModel, paths: set[str], rank: int) -> dict[str, An
             torch.manual_seed(0)
             inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
-        raise UnsupportedModel(
-            f"peft refuses this model ({shortened(error)}); train something else than lora"
-        ) from None
+        said = f"peft refuses this model ({shortened(error)}); train something else than lora"
+        raise UnsupportedModel(said) from None
     return {path: model.get_submodule(path) for path in sorted(paths)}
-
-
-# --- layer by layer ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerTargets:
-    """One batch as the dense model runs it: `streams` are its own behind each kept step and the gap that follows."""
-
-    recording: Recording
-    streams: list[Tensor]  # (batch, tokens, hidden) each
 
 
 class Layerwise:
@@ -191,21 +172,17 @@ class Layerwise:
         self.metrics = reading_gains(model, dense, [step.parts for step in self.steps])
 
     @torch.no_grad()
-    def targets(self, ids: Tensor) -> LayerTargets:
+    def targets(self, ids: Tensor) -> tuple[Recording, list[Tensor]]:
+        """A batch as the dense model runs it, and its streams behind each kept step and the gap that follows."""
         dense = DenseStream(self.model, [ids])
-        return LayerTargets(
-            dense.recordings[0], [states for (states,) in dense.before(*(s.behind for s in self.steps))]
-        )
+        return dense.recordings[0], [states for (states,) in dense.before(*(step.behind for step in self.steps))]
 
-    def loss(self, targets: LayerTargets) -> Tensor:
-        """The squared distance over the square of the target, mean over tokens and steps, (1,); each step on its own.
-
-        No gradient goes from a step to those before it: each is given their stream, and aims at the dense one.
-        """
-        hidden, losses = targets.recording.embedded, list[Tensor]()
-        for step, target, metric in zip(self.steps, targets.streams, self.metrics):
-            layer = self.layers.get_submodule(str(step.block.index))
-            call = LayerCall(targets.recording.arguments[step.block.index])
+    def loss(self, recording: Recording, streams: list[Tensor]) -> Tensor:
+        """The squared distance over the target's square, mean over tokens and steps, (1,); no gradient crosses one."""
+        hidden, losses = recording.embedded, list[Tensor]()
+        for step, target, metric in zip(self.steps, streams, self.metrics):
+            index = step.block.index
+            layer, call = self.layers.get_submodule(str(index)), LayerCall(recording.arguments[index])
             behind = scaled(run_branches(step.branches, layer, hidden, call), step.scale)
             off, size = ((one.float().square() @ metric).flatten() for one in (behind - target, target))
             losses.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())

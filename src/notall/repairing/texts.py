@@ -100,9 +100,7 @@ def sampled(
 ) -> list[Tensor]:
     """As many windows as `batches` have, (batch, tokens) each, that begin as those do and go on as the model would.
 
-    So it trains on what it knows, also where no text like its own is at hand. They are kept in `folder`, in a file of
-    their own for each text and settings, and are not drawn again. Raises `UsageError` where that is damaged, and for
-    windows longer than the model has positions.
+    They are kept in `folder`, a file for each text and settings. Raises `UsageError` where that is damaged.
     """
     windows = torch.cat(list(batches))
     given, length = min(GIVEN, windows.shape[1] // 2), windows.shape[1]

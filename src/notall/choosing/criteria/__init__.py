@@ -1,7 +1,4 @@
-"""Importance criteria, one idea a file: each says what matters least to a model.
-
-A new one is one function, and a line in `_ALL`; of another package, an entry point of the group `notall.criteria`.
-"""
+"""Importance criteria, one idea a file. A new one is a function and a line in `_ALL`, or is of `GROUP`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""Without a text: by place alone, as the paper has it (skip the deepest), or by the weights.
-
-What goes by place needs no weights either: a config is enough.
-"""
+"""Without a text: by place alone, for which a config is enough (the paper skips the deepest), or by the weights."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import product
 from numbers import Real
 from typing import get_args
 
@@ -62,11 +60,9 @@ def deepest(
 def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
     """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
-    for variant in SKIPPABLE:
-        for fraction in fractions:
-            for keep_last in (False, True):
-                plan = deepest(structure, variant, fraction, keep_last=keep_last)
-                rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
+    for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
+        plan = deepest(structure, variant, fraction, keep_last=keep_last)
+        rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
     return rows
 
 
@@ -76,7 +72,6 @@ def score_deepest(setting: Setting) -> UnitScores:
 
 
 def score_shallowest(setting: Setting) -> UnitScores:
-    """The shallowest first."""
     return {unit: float(place) for place, unit in enumerate(setting.space.units)}
 
 
@@ -87,10 +82,9 @@ def score_random(setting: Setting) -> UnitScores:
 
 
 def score_gate_norm(setting: Setting) -> UnitScores:
-    """|W_Q W_K^T|, the Frobenius norm: the attentions whose queries and keys are least coupled go first.
+    """|W_Q W_K^T|, the Frobenius norm, least coupled first; keys shared by a group of heads are repeated for each.
 
-    Keys that a group of query heads share are repeated for each. Source: Gate-Norm, arXiv 2512.20636. Raises
-    `UsageError` for other kinds than attention, and for attentions without separate query and key projections.
+    Source: Gate-Norm, arXiv 2512.20636. Raises `UsageError` for other kinds, and without separate projections.
     """
     space = setting.space
     if space.unit_kind != "attention":
@@ -112,12 +106,9 @@ def has_projections(layer: nn.Module) -> bool:
 
 def _coupling(layer: nn.Module) -> float:
     found = _linear(layer)
-    for name in ("q_proj", "k_proj"):
-        if name not in found:
-            raise UsageError(
-                f"Gate-Norm needs separate query and key projections, and {type(layer).__name__} has no {name}; "
-                "take another criterion"
-            )
+    if lacking := [name for name in ("q_proj", "k_proj") if name not in found]:
+        named = f"{type(layer).__name__} has no {lacking[0]}"
+        raise UsageError(f"Gate-Norm needs separate query and key projections, and {named}; take another criterion")
     queries, keys = (found[name].weight.detach().float() for name in ("q_proj", "k_proj"))  # (heads * width, hidden)
     heads = len(queries) // len(keys)
     if heads > 1:

@@ -22,8 +22,8 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (ba
 def score_cosine(setting: Setting) -> UnitScores:
     """1 - cos(x, x + f(x)), the mean over tokens: what changes the direction of its input least goes first.
 
-    Sources: LLM-Drop, arXiv 2406.15786, section 3 (sublayers, residual included); ShortGPT, arXiv 2403.03853, "Block
-    Influence" (blocks). The last block is taken before the final norm, which is no part of it.
+    Sources: LLM-Drop, arXiv 2406.15786, section 3 (sublayers); ShortGPT, arXiv 2403.03853 (blocks, before the final
+    norm).
     """
     return _measured(setting, lambda before, after: 1 - cosine_similarity(before, after, dim=-1))
 
@@ -34,11 +34,10 @@ def score_relative_magnitude(setting: Setting) -> UnitScores:
 
 
 def choose_angular(setting: Setting, budget: Budget) -> Choice:
-    """The contiguous run of blocks with the least angle between what goes in and what comes out.
+    """The contiguous run of blocks with the least angle between what goes in and what comes out, before the final norm.
 
-    arccos(cos(x[l], x[l + n])) / pi, at the last token of each sequence, the mean over sequences; x[l + n] of a run
-    that ends with the last block is taken before the final norm. Source: arXiv 2403.17887, section 3.
-    Raises `UsageError` when the budget is no fixed number of blocks.
+    arccos(cos(x[l], x[l + n])) / pi at the last token of each sequence, the mean over sequences; arXiv 2403.17887,
+    section 3. Raises `UsageError` when the budget is no fixed number of blocks.
     """
     space = setting.space
     if space.kind != "block" or budget.target == math.inf:

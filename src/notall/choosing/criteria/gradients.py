@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +19,15 @@ from .setting import Setting, UnitScores
 
 
 def score_first_order(setting: Setting) -> UnitScores:
-    """-dL/dgate: what the NLL rises by when the gate is closed, to first order.
+    """-dL/dgate: what the NLL rises by when the gate is closed, to first order; the gradient of the KL is zero there.
 
-    L is the NLL on the text whatever the objective is, because the gradient of the KL to the dense model is zero there.
     Source: Molchanov et al., arXiv 1611.06440, equation 7, with its sign.
     """
     return {unit: -float(gradients.mean()) for unit, gradients in _gradients(setting).items()}
 
 
 def score_fisher(setting: Setting) -> UnitScores:
-    """(dL/dgate)^2 / 2, the mean over sequences: to second order, by the empirical Fisher information.
-
-    Source: Theis et al., arXiv 1801.05787, equation 7.
-    """
+    """(dL/dgate)^2 / 2, the mean over sequences: the empirical Fisher information; arXiv 1801.05787, equation 7."""
     return {unit: float(gradients.square().mean()) / 2 for unit, gradients in _gradients(setting).items()}
 
 
@@ -59,10 +54,7 @@ def _gradients(setting: Setting) -> dict[tuple[str, ...], Tensor]:
 def gated(
     model: PreTrainedModel, structure: ModelStructure, gates: Mapping[str, Tensor], shape: Sequence[int]
 ) -> Iterator[None]:
-    """Have each sublayer of the dense model add what it does times its gate, (batch,), for the time of the `with`.
-
-    `shape` is (batch, tokens).
-    """
+    """Have each sublayer add what it does times its gate, (batch,), inside the `with`; `shape`: (batch, tokens)."""
     with ExitStack() as replaced:
         for block, layer in zip(structure.blocks, model.get_submodule(structure.layers).children()):
             scales = {part.stub: times(gates[part.name], shape) for part in block.sublayers if part.stub}
@@ -71,7 +63,7 @@ def gated(
         yield
 
 
-def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: Sequence[int]) -> Callable[..., Any]:
+def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: Sequence[int]) -> Callable[..., object]:
     """A forward for a layer whose sublayers can be run one at a time."""
 
     def answer(arguments: Arguments, given: Tensor) -> Tensor:
@@ -86,10 +78,7 @@ def _added(block: Block, layer: nn.Module, gates: Mapping[str, Tensor], shape: S
 
 
 def times(gate: Tensor, shape: Sequence[int]) -> Scale:
-    """Times the gate of each sequence, (batch,); `shape` is (batch, tokens).
-
-    Of (batch, tokens, ...), (streams, batch, tokens, ...), or (batch x tokens, ...).
-    """
+    """Times each sequence's gate: of (batch, tokens, ...), (streams, batch, tokens, ...), (batch x tokens, ...)."""
     batch, tokens = shape
 
     def scale(added: Tensor) -> Tensor:

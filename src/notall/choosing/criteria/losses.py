@@ -29,8 +29,7 @@ def score_leave_one_out(setting: Setting) -> UnitScores:
 def choose_greedily(setting: Setting, budget: Budget) -> Choice:
     """Skip what raises the objective least, given what is skipped already; evaluate all that is left at each step.
 
-    By NLL this is SLEB (arXiv 2402.09025, algorithm 1) for blocks and BlockPruner (arXiv 2406.10594, algorithm 1) for
-    sublayers; by KL it is FinerCut (arXiv 2405.18218, algorithm 1). It is also the slow twin of the lazy search.
+    SLEB (arXiv 2402.09025), BlockPruner (2406.10594), FinerCut (2405.18218), algorithms 1; the lazy search's slow twin.
     """
     space, evaluator = setting.space, setting.evaluator
     skipped: Skipped = frozenset()
@@ -50,10 +49,10 @@ def choose_greedily(setting: Setting, budget: Budget) -> Choice:
 
 
 def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
-    """A (1 + 16) evolution of sets of the same size, by swaps; offspring are selected in stages on more and more text.
+    """A (1 + 16) evolution of sets of the same size; offspring are selected in stages on more and more text.
 
-    A child swaps one or a few units, the smaller of two draws from 1 to 3. The parent competes in the last stage, so it
-    never gets worse. Source: EvoPress, arXiv 2410.14649, algorithm 1 and section 3.3.
+    A child swaps the smaller of two draws from 1 to 3 units. Source: EvoPress, arXiv 2410.14649, algorithm 1, section
+    3.3.
     """
     draw = random.Random(setting.seed)
     parent = _random_set(setting, budget, draw)

@@ -28,12 +28,10 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     """The set that meets the budget with the least sum of a[i] over its units and b[i, j] over each two of them.
 
     a[i] is what the objective rises by without i; b[i, j] is what it rises by without both, less a[i] and a[j], or 0
-    where that is negative. Source: the constrained binary program of arXiv 2602.00161, which takes a and b from a
-    Taylor expansion of the loss in a gate on each block. A gate that closes is too far away for that (the loss would
-    fall without the first attention), so here both are measured, like the guesses of `search`, on a part of the text.
-
-    Where the budget is a limit on the objective, ever more is skipped, and the last set within the limit is taken.
-    Raises `UsageError` without scipy, and where no set saves as much.
+    where that is negative. Source: the binary program of arXiv 2602.00161, which takes both from a Taylor expansion in
+    a gate on each block; a gate that closes is too far away for that, so here they are measured, on a part of the text.
+    Within a limit on the objective, ever more is skipped. Raises `UsageError` without scipy, and where no set saves as
+    much.
     """
     if not find_spec("scipy"):
         raise UsageError("the quadratic criterion needs scipy; pip install 'notall[solver]'")
@@ -103,10 +101,9 @@ def _named(units: Sequence[Unit], chosen: Sequence[int]) -> Choice:
 
 @dataclass(frozen=True)
 class QuadraticProgram:
-    """`alone` is what each costs, (n,), `together` what two cost beside that, (n, n), symmetric, with a diagonal of 0.
+    """`alone` is what each costs, (n,), `together` what two cost beside that, (n, n), symmetric; infinite: not both.
 
-    Two whose cost together is infinite exclude each other. Of `limited` (n,), a number each, the chosen have at most
-    `limit` in all.
+    Of `limited` (n,), a number each, the chosen have at most `limit` in all.
     """
 
     alone: Floats
@@ -115,10 +112,7 @@ class QuadraticProgram:
     limit: float
 
     def solve(self, sizes: Floats, least: float, most: float, seconds: float = SECONDS) -> tuple[int, ...] | None:
-        """The cheapest whose sizes add up to `least` to `most`, by their numbers; None where there are no such.
-
-        Each size is above 0. Raises `UsageError` when it finds none in `seconds`.
-        """
+        """The cheapest whose sizes, above 0, add up to `least` to `most`, or None. Raises when the time is up."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         n = len(sizes)
@@ -138,8 +132,7 @@ class QuadraticProgram:
     def _rows(self, sizes: Floats, least: float, most: float) -> list[tuple[Any, float, float]]:
         """Coefficients of each x[i] and of each product x[i] x[j], i < j, and between what their sum must lie.
 
-        The last two are the bounds on the sizes times each x[i]. They keep a product at 0 where one of the two is 0,
-        and make the bounds that the solver finds with fractions so good that it mostly needs no branching.
+        The last two, the bounds on the sizes times each x[i], make the solver's bounds so good that it hardly branches.
         """
         from scipy import sparse
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,8 +24,6 @@ from ..evaluator import Evaluator
 from ..searching import PATIENCE
 from ..space import UNIT_KINDS, Choice, Skipped, Space, Unit, UnitKind
 
-P = ParamSpec("P")
-T = TypeVar("T")
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
 
 
@@ -101,7 +99,8 @@ class Criterion:
     def scores(self, setting: Setting) -> UnitScores:
         """By `score`. Raises `UsageError` where it fails, and where a unit that may be skipped has no number."""
         assert self.score
-        scores = self._called(self.score, setting)
+        with self._explained(self.score):
+            scores = self.score(setting)
         expect(scores, Mapping, f"back a score for each unit, a dict, from the criterion {shortened(self.name)}")
         for unit in setting.space.units:
             score: object = scores.get(unit)
@@ -112,15 +111,12 @@ class Criterion:
     def chosen(self, setting: Setting, budget: Budget) -> Choice:
         """By `choose`. Raises `UsageError` where it fails, and where it returns no `Choice` that meets the budget."""
         assert self.choose
-        found = self._called(self.choose, setting, budget)
-        expect(found, Choice, f"back a Choice from the criterion {shortened(self.name)}")
-        if not _is_ours(self.choose):
-            self._check(found, setting, budget)
-        return found
-
-    def _check(self, found: Choice, setting: Setting, budget: Budget) -> None:
-        """Raise `UsageError` for a set that cannot be skipped, and for one that saves too little in all the time."""
+        with self._explained(self.choose):
+            found = self.choose(setting, budget)
         named = f"the criterion {shortened(self.name)}"
+        expect(found, Choice, f"back a Choice from {named}")
+        if _is_ours(self.choose):
+            return found
         unknown = sorted(set(found.skipped) - set(setting.space.names))
         if unknown:
             raise UsageError(f"{named} skips {shortened(unknown[0])}, which may not be: choose of setting.space.names")
@@ -130,11 +126,11 @@ class Criterion:
         if math.isfinite(budget.target) and not budget.met(found.skipped) and not setting.late:
             saved = f"{budget.saved(found.skipped):,.4g} of {budget.target:,.4g}"
             raise UsageError(f"{named} saves {saved}, and the budget is {budget.description}: go on until budget.met")
+        return found
 
-    def _called(self, function: Callable[P, T], *given: P.args, **more: P.kwargs) -> T:
+    def _explained(self, function: Callable[..., object]) -> AbstractContextManager[None]:
         """What code of others raises is one line; what notall's own does is to be seen whole."""
-        with nullcontext() if _is_ours(function) else explained(f"the criterion {self.name}"):
-            return function(*given, **more)
+        return nullcontext() if _is_ours(function) else explained(f"the criterion {self.name}")
 
 
 def _is_ours(function: Callable[..., object]) -> bool:
@@ -149,11 +145,8 @@ def take(setting: Setting, scores: UnitScores, budget: Budget) -> Choice:
     skipped, order = Skipped(), list[Unit]()
     dense = setting.evaluator.cost(skipped) if budget.target == math.inf else 0.0
 
-    def sum_of(unit: Unit) -> float:
-        return scores[unit] if unit in scores else sum(scores[name,] for name in unit)
-
     while not budget.met(skipped) and (moves := setting.space.moves(skipped)):
-        unit = min(moves, key=sum_of)
+        unit = min(moves, key=lambda one: scores[one] if one in scores else sum(scores[name,] for name in one))
         grown = skipped.union(unit)
         if budget.target == math.inf and setting.evaluator.cost(grown) - dense > budget.limit:
             break

@@ -1,7 +1,4 @@
-"""Ways to make up for what a plan skips: ours, and the published ones to measure it against.
-
-A new one is one function, and a line in `METHODS`; of another package, a `notall.repair_methods` entry point.
-"""
+"""Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or is of `GROUP`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -52,18 +49,13 @@ class Method:
     adds: str = "nothing"
 
 
-def none(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
-    """The plan as it is."""
-    return RepairedPlan.of(plan)
-
-
 def refit(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
     """What `notall repair` does."""
     return repair(model, plan, batches, progress=progress) if plan else RepairedPlan.of(plan)
 
 
 METHODS = {
-    "none": Method(none, "the plan as it is"),
+    "none": Method(lambda model, plan, batches, progress=silent: RepairedPlan.of(plan), "the plan as it is"),
     "refit": Method(refit, "notall's own: kept output projections refit to the dense stream, one gap ahead"),
     "replaceme": Method(replaceme, "a linear map over each gap, folded into the projection before it; 2505.02819"),
     "prune-and-comp": Method(prune_and_comp, "the stream's magnitude restored behind each gap; 2507.18212"),
@@ -103,28 +95,19 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     def guarded(
         model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
     ) -> RepairedPlan:
+        more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            if by_name:
-                found = function(model, plan, batches, progress=progress)
-            else:
-                found = function(model, plan, batches, *(() if 3 in taken else (progress,)))
+            found = function(model, plan, batches, *(() if by_name or 3 in taken else (progress,)), **more)
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
     return guarded
 
 
-# --- repairs in files, there when they are asked for again -----------------------------------------------------------
-
-
 def kept_repair(
     folder: Path, name: str, model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
 ) -> tuple[RepairedPlan, float]:
-    """`plan` repaired by the method `name`, and the CPU seconds that took; from `folder` where it is there.
-
-    Its file is named by the method, and by a hash of the plan, the dtype and the text; the folder is one model's.
-    Raises as the method does.
-    """
+    """`plan` repaired by the method `name`, and the CPU seconds that took; kept in `folder`, which is one model's."""
 
     def make() -> Kept:
         start = time.process_time()
@@ -150,13 +133,12 @@ def repair_into(
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Tensor],
-    settings: Provenance | Mapping[str, Any],
+    settings: Provenance | Mapping[str, object],
     progress: Progress = silent,
 ) -> RepairedPlan:
     """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
 
-    Raises `UsageError` for a method that keeps matrices at run time, weights that are none of the model's, and a folder
-    that holds other work or is in use, and as the method does.
+    Raises `UsageError` for maps, weights of another model, a folder that holds other work, and as the method does.
     """
     structure = locate(base_model(model))
     plan.check(structure)

@@ -35,26 +35,20 @@ class Gap:
 
 
 def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> list[Gap]:
-    """The runs of lines that `plan` skips; with `by_block`, a run ends with its block.
-
-    Raises `UsageError` where one of a parallel block's two is skipped alone: there is no gap in its line.
-    """
+    """The runs of lines that `plan` skips, by block if asked. Raises for one of a parallel block's two alone."""
     lines = lines_of(structure)
     skipped = []
     for line in lines:
-        left_out = [line.block.index in getattr(plan, part.kind) for part in line.parts]
+        left_out = [name in plan.names for name in line.names]
         if any(left_out) != all(left_out):
             raise UsageError(
                 f"block {line.block.index} runs its attention and its MLP side by side, and the plan skips one of "
                 "them; this repair makes up for whole blocks there: choose another"
             )
         skipped.append(all(left_out))
-    gaps = []
-    for (out, _), run in groupby(range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index)):
-        places = list(run)
-        if out:
-            gaps.append(Gap(lines[places[0]].names[0], places[0], places[-1] + 1))
-    return gaps
+    runs = groupby(range(len(lines)), lambda at: (skipped[at], by_block and lines[at].block.index))
+    gaps = [list(run) for (out, _), run in runs if out]
+    return [Gap(lines[places[0]].names[0], places[0], places[-1] + 1) for places in gaps]
 
 
 def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> DenseStream:
@@ -68,20 +62,17 @@ def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> De
     return DenseStream(inner, batches)
 
 
-def _projection(stream: DenseStream, line: Line, part: Sublayer, hidden: Tensor) -> OutputProjection | None:
+def _projection(stream: DenseStream, part: Sublayer, hidden: Tensor) -> OutputProjection | None:
     """The output projection of a sublayer, tried on the first batch, whose stream is `hidden`; None behind a norm."""
-    index = line.block.index
-    found = find_projection(stream.layers[index], part, hidden, LayerCall(stream.recordings[0].arguments[index]))
+    call = LayerCall(stream.recordings[0].arguments[part.index])
+    found = find_projection(stream.layers[part.index], part, hidden, call)
     return None if found is None or found.norm else found
 
 
 def _least_squares(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, ridge: float = 0.0, biased: bool = False
 ) -> Tensor:
-    """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs), with a last column for a bias.
-
-    Raises `UsageError` where tokens, (batch, tokens, channels) or (tokens, channels) each, are too few to tell.
-    """
+    """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs), with a last column for a bias."""
     moments = Moments.none(inputs[0].shape[-1], outputs[0].shape[-1], biased, inputs[0].new_empty(0).double())
     for given, wanted in zip(inputs, outputs):
         given, wanted = given.flatten(0, -2).double(), wanted.flatten(0, -2).double()
@@ -122,8 +113,7 @@ def nbl(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress:
 def ghosted(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
     """Ghosted Layers, arXiv 2605.15491: x becomes x (I + X^+ D), where D is what a gap adds to the dense stream X.
 
-    X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its repository's `recovery.py`. One matrix a gap, as the paper has
-    for layers that are cut together; there is no bias.
+    X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its `recovery.py`; one matrix a gap, and no bias.
     """
     stream, maps = _stream(model, plan, batches), {}
     for gap in tracked(gaps_of(stream.structure, plan), "fitting maps over the gaps", progress):
@@ -137,11 +127,9 @@ def replaceme(
 ) -> RepairedPlan:
     """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the output projection before it.
 
-    The least-squares variant, with the `alpha` of 0 of its repository's `lstsq` configuration: T = (M'M)^-1
-    M'(h_n + M - h_i), and T'W in place of W; all of the dense model. M is what the projection W adds to the stream,
-    h_i the stream behind it, h_n the one behind the gap. The paper skips blocks, so that W is a `down_proj`; here it is
-    that of whatever is kept before the gap. A gap with nothing before it stays, and so does one behind a sublayer that
-    a norm or no single matrix ends.
+    Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place of W, all of the dense model. M
+    is what the projection W, of whatever is kept before the gap, adds to the stream, h_i the stream behind it, h_n that
+    behind the gap. A gap stays that has nothing before it, or a sublayer that a norm or no single matrix ends.
     """
     stream = _stream(model, plan, batches)
     steps = [step for step in steps_of(stream.structure, plan) if step.gap]
@@ -155,7 +143,7 @@ def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
     before, wanted = stream.before(step.line, step.behind)
     part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
-    projection = _projection(stream, step, part, before[0])
+    projection = _projection(stream, part, before[0])
     if projection is None:
         return {}
     with features_of(layer, [projection]) as features:
@@ -176,14 +164,17 @@ def prune_and_comp(
 ) -> RepairedPlan:
     """Prune&Comp, arXiv 2507.18212: the stream's magnitude behind a gap is made what it was, by weights.
 
-    The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|. As in
-    its repository's `magcomp.py`, E is over the tokens of a window, and gaps are closed one by one, each measured
-    on what the ones before left. There the embedding and every `o_proj` and `down_proj` before the gap are
-    multiplied by a. Here every output projection *behind* the gap is divided by it: norms read the stream, so the
-    whole stream's scale tells nothing, and an embedding that is the head too (the default model's) can stay as it is.
-
-    Raises `UsageError` where what is kept behind a gap ends in a norm or in no single matrix.
+    The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|, gap by
+    gap, as in its `magcomp.py`, which multiplies the embedding and every projection before the gap by a. Here every
+    output projection *behind* it is divided by a: norms read the stream, so its whole scale tells nothing, and an
+    embedding that is the head too can stay. Raises `UsageError` where what is kept behind a gap ends in a norm or in no
+    single matrix.
     """
+
+    def size(states: Tensor) -> Tensor:
+        """The mean magnitude over the tokens of each window, (batch, hidden)."""
+        return states.double().abs().mean(1)
+
     stream = _stream(model, plan, batches)
     (states,), here, scale = stream.before(0), 0, 1.0
     weights: dict[str, Tensor] = {}
@@ -191,7 +182,7 @@ def prune_and_comp(
     for number, gap in enumerate(tracked(gaps, "measuring magnitudes over the gaps", progress)):
         states = stream.run(stream.lines[here : gap.start], states)
         behind = stream.run(stream.lines[gap.start : gap.end], states)
-        ratio = float(torch.cat([_size(to) / _size(at).clamp_min(TINY) for at, to in zip(states, behind)]).mean())
+        ratio = float(torch.cat([size(to) / size(at).clamp_min(TINY) for at, to in zip(states, behind)]).mean())
         states, here, scale = [ratio * state for state in states], gap.end, scale * ratio
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
@@ -200,14 +191,8 @@ def prune_and_comp(
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _size(states: Tensor) -> Tensor:
-    """The mean magnitude over the tokens of each window, (batch, hidden)."""
-    return states.double().abs().mean(1)
-
-
 def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
-    layer = stream.layers[line.block.index]
-    projection = _projection(stream, line, part, stream.recordings[0].embedded)
+    layer, projection = stream.layers[part.index], _projection(stream, part, stream.recordings[0].embedded)
     if projection is None:
         raise UsageError(
             f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix, so that no "
