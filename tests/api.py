@@ -63,6 +63,7 @@ MODULES = {
     "progress_bars": "results.progress_bars",
     "side_by_side": "cli.look",
     "cluster": "running.cluster",
+    "generating": "running.generating",
     "regrouped_layers": "running.regrouped_layers",
     "skipping": "running.skipping",
     "locating": "structure.locating",

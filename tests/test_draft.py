@@ -22,11 +22,11 @@ from api import (
     acceptance,
     drafting,
     drafts_verdict,
+    generating,
     judge,
     measure_draft,
     read,
     rounds,
-    silent,
     skipping,
     speed,
     tokens_per_round,
@@ -155,16 +155,28 @@ def test_as_many_rounds_are_told_as_drafting_takes(model, draft, drafted):
 
 
 @pytest.mark.parametrize("drafted", [1, 3, 8])
-def test_transformers_takes_as_many_rounds_too(model, draft, drafted):
-    generating = drafting._Generating(model, draft, IDS, NEW, drafted)
-    asked = []
-    handle = model.register_forward_hook(lambda *_: asked.append(1))
-    assert generating.timed("drafted", assistant_model=draft) > 0
-    handle.remove()
+def test_transformers_takes_as_many_rounds_too(model, draft, drafted, monkeypatch):
+    asked, said, plain = [], [], generating.greedy
+
+    def note(*given, **assistant):
+        said.append(plain(*given, **assistant)[0])
+        return [said[-1]]
+
+    def interleaved(ways, *_, **__):
+        said.clear()
+        handle = model.register_forward_hook(lambda *_: asked.append(1))
+        assert ways[drafting.WITH]() > 0
+        handle.remove()
+        assert ways[drafting.ALONE]() > 0
+        return {drafting.ALONE: [3.0], drafting.WITH: [2.0]}
+
+    monkeypatch.setattr(generating, "greedy", note)
+    monkeypatch.setattr(speed, "interleaved", interleaved)
+    drafting.generated(model, draft, IDS, NEW, drafted, 1)
     texts = write_texts(model, IDS, NEW, "greedy")
     judged = [judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)]
     assert len(asked) == sum(rounds(text.known, drafted) for text in judged)
-    assert generating.said["drafted"] == [text.tolist() for text in texts]
+    assert said == [text.tolist() for text in texts] * 2
     assert tokens_per_round(judged, drafted)[0] == 2 * NEW / len(asked)
 
 
@@ -283,8 +295,8 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     samples = {
         drafting.DENSE: [10.0, 20.0],
         drafting.DRAFT: [4.0, 8.0],
-        drafting._check_of(1): [11.0, 22.0],
-        drafting._check_of(2): [12.0, 12.0],
+        drafting.CHECK.format(1): [11.0, 22.0],
+        drafting.CHECK.format(2): [12.0, 12.0],
     }
     whole = {drafting.ALONE: [300.0, 100.0], drafting.WITH: [200.0, 50.0]}
     expected = [samples, whole]
@@ -296,14 +308,14 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
             assert measure() > 0
         return found
 
-    asked, plain = [], drafting._Generating._continue
+    asked, plain = [], generating.greedy
 
-    def note(generating, prompt, **assistant):
-        asked.append((generating.draft.generation_config.num_assistant_tokens, *assistant))
-        return plain(generating, prompt, **assistant)
+    def note(*given, **assistant):
+        asked.append(assistant and assistant["assistant_model"].generation_config.num_assistant_tokens)
+        return plain(*given, **assistant)
 
     monkeypatch.setattr(speed, "interleaved", interleaved)
-    monkeypatch.setattr(drafting._Generating, "_continue", note)
+    monkeypatch.setattr(generating, "greedy", note)
     found = measure_draft(model, PLAN, windows, HOW, ABOUT, out=tmp_path)
     assert found.refused == ""
     assert read(tmp_path / "drafts.jsonl", DraftRecord) == found.records
@@ -316,8 +328,7 @@ def test_a_round_takes_so_many_draft_steps_and_a_check(model, windows, monkeypat
     assert (one.dense_ms, one.draft_ms, one.check_ms, two.check_ms) == (15, 6, 16.5, 12)
     best, other = sorted([one, two], key=lambda record: -record.predicted.median)
     assert (best.measured.median, best.same_texts, best.texts) == (1.75, 2, 2)
-    alone, with_it = (best.drafted,), (best.drafted, "assistant_model")
-    assert asked == [with_it, *[alone] * 2, *[with_it] * 2]  # the first to see if it is refused
+    assert asked == [best.drafted, {}, {}, best.drafted, best.drafted]  # the first to see if it is refused
     assert other.measured is other.same_texts is sampled.measured is None
     assert sampled.tokens_per_round != one.tokens_per_round
     assert (one.model, one.plan, one.provenance.what) == (
@@ -346,10 +357,16 @@ def test_what_was_measured_is_written_whole_or_not_at_all():
 
 
 def test_texts_that_come_out_otherwise_are_counted(model, draft, monkeypatch):
-    generating = drafting._Generating(model, draft, IDS, 4, 1)
-    generating.said = {drafting.ALONE: [[1], [2, 3]], drafting.WITH: [[1], [2, 4]]}
-    monkeypatch.setattr(speed, "interleaved", lambda *_, **__: {drafting.ALONE: [3.0], drafting.WITH: [2.0]})
-    assert generating.measured(1, silent) == (Quartiles(median=1.5, low=1.5, high=1.5, n=1), 1)
+    def greedy(_, prompt, *__, **assistant):
+        return [[1] if torch.equal(prompt, IDS[:1]) else [2, 4 if assistant else 3]]
+
+    def interleaved(ways, *_, **__):
+        assert all(way() > 0 for way in ways.values())
+        return {drafting.ALONE: [3.0], drafting.WITH: [2.0]}
+
+    monkeypatch.setattr(generating, "greedy", greedy)
+    monkeypatch.setattr(speed, "interleaved", interleaved)
+    assert drafting.generated(model, draft, IDS, 4, 1, 1) == (Quartiles(median=1.5, low=1.5, high=1.5, n=1), 1, "")
 
 
 def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeypatch):
@@ -387,10 +404,10 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
     draft = draft_model(model, PLAN)
     type(model)._is_stateful, before = True, inspect.getattr_static(type(model), "_is_stateful", False)
     try:
-        generating = drafting._Generating(model, draft, IDS, 4, 1)
+        *_, refused = drafting.generated(model, draft, IDS, 4, 1, 1)
     finally:
         type(model)._is_stateful = before
-    assert "not supported with stateful models" in generating.refused
+    assert "not supported with stateful models" in refused
 
 
 @pytest.mark.parametrize(

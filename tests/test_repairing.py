@@ -459,8 +459,8 @@ def test_a_folder_of_other_text_or_another_command_is_refused(tmp_path):
     with pytest.raises(UsageError, match="results with seed"):
         repair(family("llama").build(), PLANS["blocks"], TEXTS, out=tmp_path / "a", provenance={"seed": 1})
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "bench.jsonl").write_text('{"record": "bench"}\n')
-    with pytest.raises(UsageError, match="holds results of notall bench"):
+    (tmp_path / "b" / "healing.jsonl").write_text('{"record": "header", "of": "healing"}\n')
+    with pytest.raises(UsageError, match="holds results of notall heal"):
         run_repair(tmp_path / "b")
 
 

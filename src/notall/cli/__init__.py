@@ -72,7 +72,6 @@ class Without:
 
 
 def drop_chatter() -> None:
-    """Drop those lines, and no others, from now on."""
     for name, words in DROPPED.items():
         logging.getLogger(name).addFilter(Without(words))
 

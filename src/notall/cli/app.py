@@ -61,10 +61,7 @@ class Interrupted(BaseException):
 
 
 class Listed(TyperCommand):
-    """A command as the list of them has it."""
-
     def loaded(self) -> Any:
-        """The command itself, with its options."""
         import_module(f".{COMMANDS[str(self.name)][1]}", __package__)
         return typer.main.get_command(_LOADED[str(self.name)])
 

@@ -118,8 +118,6 @@ def search(
 
 
 class Weighed(Fact):
-    """A model and what it weighs."""
-
     model: str
     footprint: Footprint
 
@@ -133,9 +131,7 @@ WEIGHED: tuple[Column[Weighed], ...] = (
 @command(example="notall plan smollm2 --skip attention:0.33 --keep-last -o plan.json")
 def plan(
     model: ModelOptions,
-    skip: Annotated[
-        str, Option("what to leave out, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
-    ] = "attention:0.33",
+    skip: Annotated[str, Option("what to leave out", metavar="attention|mlp|block[:HOW MANY]")] = "attention:0.33",
     keep_last: KeepLast = False,
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,
@@ -154,8 +150,6 @@ def plan(
 
 
 class CriterionFact(Fact):
-    """A way to choose."""
-
     criterion: str
     of: str
     goes_by: str

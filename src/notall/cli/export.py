@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +33,6 @@ BROKEN = (
 
 
 class FileFact(Fact):
-    """A file of an export."""
-
     file: str
     bytes: Count
 
@@ -44,18 +43,12 @@ COLUMNS: tuple[Column[FileFact], ...] = (words("file", lambda one: one.file), si
 @command(example="notall export smollm2 --plan plan.json --to hf --out smollm2-pruned")
 def export(
     plan: Annotated[Path, Option("plan file, or the folder of a repair")],
-    to: Annotated[
-        str, Option("hf, nemotron-nas or gguf, or your own module:Class; see the page on engines", (), "FORM")
-    ],
+    to: Annotated[str, Option("hf, nemotron-nas or gguf, or your own module:Class", metavar="FORM")],
     out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
     repair: RepairOptions,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
-    measure: Annotated[
-        str | None, Option("measure the plan on this text, as --text of eval, for the model card")
-    ] = None,
-    verify: Annotated[
-        bool, Option("run what was written, and compare it with the skipped model", ("--verify/--no-verify",))
-    ] = True,
+    measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
+    verify: Annotated[bool, Option("run what was written and compare it", ("--verify/--no-verify",))] = True,
     push_to_hub: Annotated[str | None, Option("upload the export to this repository of the hub")] = None,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +101,7 @@ def _repaired(
 
     if not repair or not plan or plan.state == "repaired":
         return plan, []
-    net, tokenizer = model.as_stored().load()
+    net, tokenizer = replace(model, dtype="auto").load()
     settings = model.provenance(net)
     repaired, windows = repair.apply(net, tokenizer, plan, kept, settings, progress)
     others = {name: rows[:8] for name, rows in windows.items()}
@@ -145,7 +138,7 @@ def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, 
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
-    net, tokenizer = model.as_stored().load()
+    net, tokenizer = replace(model, dtype="auto").load()
     length = int(min(256, positions_of(net)))
     batches, described = windows_of(net, tokenizer, text, 8, length, batch_size=4)
     before = [plan.unrepaired] if plan.state == "repaired" else []

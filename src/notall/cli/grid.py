@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.folder import check_folder
-from ..experiments.options import ModelOptions, RayOptions, TaskOptions, TextOptions, diagnostic_windows
+from ..experiments.options import ModelOptions, RayOptions, TaskOptions, TextOptions
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.sweep import COLUMNS, write_sweep
 from ..experiments.sweep import sweep as sweep_grid
@@ -75,7 +75,7 @@ def paper(
     net, tokenizer = model.load()
     batches, described = text.windows(net, tokenizer, seed=seed)
     about = model.provenance(net, **described)
-    windows = diagnostic_windows(net, tokenizer, text.text, seed) if how.diagnostics else ()
+    windows = text.for_diagnostics(net, tokenizer, seed) if how.diagnostics else ()
     with ray.workers(net, model) as workers, progress_bar() as progress:
         subject = Subject(net, tokenizer, batches, out, about, seed, workers)
         claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)

@@ -31,12 +31,8 @@ from ..results.table import Column, number, size, table, words
 from ..results.terminal import show
 from .app import command
 
-Write = Callable[[str, str], None]  # a column's name, and more of its text
-
 
 class SublayerFact(Fact):
-    """One sublayer, as a config has it."""
-
     sublayer: str
     kind: Literal["attention", "mlp"]
     index: Count
@@ -103,9 +99,7 @@ def similarity(
     model: ModelOptions,
     text: TextOptions,
     run: RunOptions,
-    out: Annotated[
-        Path | None, Option("also write OUT.csv and .tex, and draw OUT.png, .svg and .html", ("--out", "-o"))
-    ] = None,
+    out: Annotated[Path | None, Option("also write OUT.csv, .tex, .png, .svg and .html", ("--out", "-o"))] = None,
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..experiments.driver import write_similarity
@@ -134,9 +128,7 @@ def generate(
     max_new_tokens: Annotated[int, Option("most tokens to generate")] = 64,
     temperature: Annotated[float, Option("how freely to choose; 0 takes the most likely token each time")] = 0.0,
     chat: Annotated[bool, Option("put the prompt into the model's chat template", ("--chat",))] = False,
-    beside: Annotated[
-        bool, Option("show the dense model's answer and the skipped one's side by side", ("--beside",))
-    ] = False,
+    beside: Annotated[bool, Option("show the dense model's answer beside the skipped one's", ("--beside",))] = False,
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt with the skipped model. The text is printed as it comes."""
@@ -159,27 +151,23 @@ def generate(
 
 
 @contextmanager
-def side_by_side(names: Sequence[str]) -> Iterator[Write]:
-    """Columns with these names, which grow at a terminal as they are written to; elsewhere all comes at the end."""
+def side_by_side(names: Sequence[str]) -> Iterator[Callable[[str, str], None]]:
+    """What adds text to a column, by name: columns grow at a terminal; elsewhere all comes at the end."""
     console, written = Console(), dict.fromkeys(names, "")
     live = Live(console=console, auto_refresh=False, vertical_overflow="visible") if sys.stdout.isatty() else None
 
     def write(name: str, text: str) -> None:
         written[name] += text
         if live:
-            live.update(_columns(written, console), refresh=True)
+            columns = Table(*(RichColumn(name, ratio=1) for name in written), expand=True)
+            columns.add_row(*(Text(_lines(text, console)) for text in written.values()))
+            live.update(columns, refresh=True)
 
     with live or nullcontext():
         yield write
     if not live:
         for name, text in written.items():
             console.print(Text(f"{name}:\n{_lines(text, console)}\n"), soft_wrap=True)
-
-
-def _columns(written: dict[str, str], console: Console) -> Table:
-    table = Table(*(RichColumn(name, ratio=1) for name in written), expand=True)
-    table.add_row(*(Text(_lines(text, console)) for text in written.values()))
-    return table
 
 
 def _lines(text: str, console: Console) -> str:

@@ -16,8 +16,8 @@ from ..experiments.options import (
     PlanOptions,
     PromptOptions,
     TaskOptions,
+    TaskPath,
     TextOptions,
-    diagnostic_windows,
     windows_of,
 )
 from ..experiments.repair import RepairOptions
@@ -61,7 +61,7 @@ def evaluate(
     wanted = plan.of(net)
     wanted.check(locate(net))
     batches, described = text.windows(net, tokenizer, seed=run.seed)
-    windows = diagnostic_windows(net, tokenizer, text.text, run.seed) if diagnostics else None
+    windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
     with progress_bar() as progress:
         if repair:
             wanted, _ = repair.apply(net, tokenizer, wanted, kept, model.provenance(net), progress)
@@ -101,7 +101,9 @@ def bench(
     plan.check()
     net = shape.load(model, run.seed)
     wanted, spec = plan.of(net), shape.shape or model.model
-    about = model.named(spec).provenance(net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint)
+    about = replace(model, model=spec).provenance(
+        net, dummy_weights=shape.dummy_weights, fingerprint=locate(net).fingerprint
+    )
     with progress_bar() as progress:
         record = benches.bench(net, wanted, workload, about, out=out, seed=run.seed, progress=progress)
     title = f"{about.in_words}; {record.told}; median of {workload.rounds} [quartiles]"
@@ -148,9 +150,7 @@ def draft(
 @command(example="notall tasks arc")
 def tasks(
     word: Annotated[str, Option("list only names that hold this word", metavar="[WORD]", argument=True)] = "",
-    task_path: Annotated[
-        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
-    ] = None,
+    task_path: TaskPath = None,
     as_json: Json = False,
 ) -> None:
     """List what --tasks takes: tasks and groups of lm-evaluation-harness, and openllm, the paper's six."""
@@ -166,9 +166,7 @@ def tasks(
 
 @command(example="notall report results -o report.html")
 def report(
-    folder: Annotated[
-        Path, Option("folder of results, as most commands write one", metavar="DIR", argument=True)
-    ] = Path("results"),
+    folder: Annotated[Path, Option("folder of results", metavar="DIR", argument=True)] = Path("results"),
     out: Annotated[Path, Option("where to write the page", ("--out", "-o"))] = Path("report.html"),
 ) -> None:
     """Turn a results folder into one page that opens anywhere, without a network."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
 from ..experiments import pareto as fronts
@@ -12,7 +12,7 @@ from ..experiments.evaluate import warn_of_own_text
 from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
 from ..experiments.repair import NONE
-from ..options import Option, RunOptions, Workload
+from ..options import OutFolder, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
 from ..results.progress_bars import progress_bar
@@ -34,9 +34,7 @@ def pareto(
     model: ModelOptions = ModelOptions(device="cpu"),
     text: HeldOutOptions = HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
     workload: Workload = Workload(generation_tokens=32),
-    out: Annotated[
-        Path, Option("folder for the records, the checkpoints, the table and the figure", ("--out", "-o"))
-    ] = Path("pareto"),
+    out: OutFolder = Path("pareto"),
 ) -> None:
     """Compare skipping with quantising in the engine that serves the model: what is lost, how fast, how large.
 
@@ -47,7 +45,6 @@ def pareto(
     check_folder(out, "pareto")
     fronts.check_workload(workload)
     given, (counts, speedups) = plans.given(), plans.wanted
-    plans.check()
     if text.sequences < FEWEST:
         few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
         raise UsageError(f"{few}: give {FEWEST} or more")

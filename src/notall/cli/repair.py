@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
+from ..experiments import repair as repairs
 from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, read_plan
-from ..experiments.repair import (
-    METHODS,
-    REFIT,
-    TOKENS,
-    FitOptions,
-    HealOptions,
-    HealRayOptions,
-    HealTexts,
-    check_method,
-    refits_table,
-    repaired_by,
-    verdict_of,
-)
+from ..experiments.repair import METHODS, REFIT, FitOptions
+from ..experiments.verdict import Verdict, what_next
 from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
 from ..results.progress_bars import progress_bar
-from ..results.repairs import HEALING, MEASURED, HealRecord
-from ..results.table import table
+from ..results.provenance import Provenance
+from ..results.repairs import HEALING, MEASURED, HealRecord, MeasuredRecord
+from ..results.table import Table, table
 from ..results.terminal import show
 from .app import command, conclude
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from ..repairing.texts import RepairTexts
 
 WeightsFolder = Annotated[Path, Option("folder for the plan and its weights", ("--out", "-o"))]
 PlanFile = Annotated[Path | None, Option("plan file, or the folder of a repair")]
@@ -46,9 +40,7 @@ def repair(
     run: RunOptions,
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
-    offload: Annotated[
-        Path | None, Option("keep the text's streams in files in this folder, if memory is short", metavar="DIR")
-    ] = None,
+    offload: Annotated[Path | None, Option("keep the text's streams in files here", metavar="DIR")] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit what a plan keeps, so that it makes up for what the plan skips.
@@ -61,30 +53,23 @@ def repair(
     check_folder(out, "repair")
     if offload:
         refuse_unwritable(offload)
-    check_method(repair, offload)
-    wanted = _given(plan)
-    text.check()
-    net, tokenizer = _loaded(model, wanted)
-    texts = text.draw(net, tokenizer, run.seed)
-    settings = model.provenance(net, **texts.described)
+    repairs.check_method(repair, offload)
+    net, wanted, texts, settings = _begun(model, plan, text, run.seed)
     with progress_bar() as progress:
         fit = texts.together(text.batch_size)
-        repaired = repaired_by(repair, net, wanted, fit, out, settings, progress, offload)
+        repaired = repairs.repaired_by(repair, net, wanted, fit, out, settings, progress, offload)
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
-    verdict = verdict_of(net, model.model, measured[-1], out)
-    tables = {"refits": refits_table(repaired, out)} if repair == REFIT else {}
-    show(tables | {"quality": quality}, as_json=run.as_json, also={"verdict": verdict.fact()})
-    warn_if_worse(measured)
-    conclude(verdict, as_json=run.as_json)
+    tables = {"refits": repairs.refits_table(repaired, out)} if repair == REFIT else {}
+    _ended(net, model.model, out, measured, tables | {"quality": quality}, run.as_json)
 
 
 @command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
 def heal(
     model: ModelOptions,
-    text: HealTexts,
-    how: HealOptions,
-    cluster: HealRayOptions,
+    text: repairs.HealTexts,
+    how: repairs.HealOptions,
+    cluster: repairs.HealRayOptions,
     run: RunOptions,
     plan: PlanFile = None,
     out: WeightsFolder = Path("healed"),
@@ -99,13 +84,9 @@ def heal(
     from ..repairing.texts import measure, sampled
 
     check_folder(out, "heal")
-    wanted = _given(plan)
-    text.check()
-    config = how.config(run.seed)
-    workers = cluster.workers(model, text.batch_size)
-    net, tokenizer = _loaded(model, wanted)
-    texts = text.draw(net, tokenizer, run.seed, most=TOKENS // text.length)
-    settings = model.provenance(net, **texts.described, **({"sampled": True} if text.sample else {}))
+    config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
+    net, wanted, texts, settings = _begun(model, plan, text, run.seed, most=repairs.TOKENS // text.length)
+    settings = Provenance.of(settings, sampled=True) if text.sample else settings
     with progress_bar() as progress:
         fit, stop = texts.together(text.batch_size), texts.stop(text.batch_size)
         if text.sample:
@@ -114,27 +95,40 @@ def heal(
             net, wanted, fit, stop, config, out=out, provenance=settings, workers=workers, progress=progress
         )
         measured = measure(net, {wanted.state: wanted, "healed": healed}, texts.other, out, settings, progress)
-    looks = read(out / HealRecord.file, HealRecord)
+    looks, title = read(out / HealRecord.file, HealRecord), "what it loses on text that was not trained on"
     quality = table(f"skip {wanted}: before the healing and after it", MEASURED, measured)
-    verdict = verdict_of(net, model.model, measured[-1], out)
-    tables = {
-        "healing": table(f"{out}: what it loses on text that was not trained on", HEALING, looks),
-        "quality": quality,
-    }
-    show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
-    conclude(verdict, as_json=run.as_json)
+    tables = {"healing": table(f"{out}: {title}", HEALING, looks), "quality": quality}
+    _ended(net, model.model, out, measured, tables, run.as_json)
 
 
-def _loaded(model: ModelOptions, plan: Plan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that the plan fits, and its tokenizer."""
+def _begun(
+    model: ModelOptions, path: Path | None, text: FitOptions, seed: int, most: int | None = None
+) -> tuple[PreTrainedModel, Plan, RepairTexts, Provenance]:
+    """A model, a plan that fits it, at most so many windows of texts, and where figures come from."""
     from ..structure.locating import locate
 
-    net, tokenizer = model.load()
-    plan.check(locate(net))
-    return net, tokenizer
-
-
-def _given(path: Path | None) -> Plan:
     if path is None:
         raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
-    return read_plan(path)
+    plan = read_plan(path)
+    text.check()
+    net, tokenizer = model.load()
+    plan.check(locate(net))
+    texts = text.draw(net, tokenizer, seed, most)
+    return net, plan, texts, model.provenance(net, **texts.described)
+
+
+def _ended(
+    net: PreTrainedModel,
+    spec: str,
+    out: Path,
+    measured: list[MeasuredRecord],
+    tables: dict[str, Table],
+    as_json: bool,
+) -> None:
+    """Say what was measured, and what to do with the plan whose weights are in `out`."""
+    last = measured[-1]
+    verdict = Verdict.on(net, last.plan, last.quality, last.text, last.model)
+    verdict = replace(verdict, next=what_next(verdict, spec, out)[1])
+    show(tables, as_json=as_json, also={"verdict": verdict.fact()})
+    warn_if_worse(measured)
+    conclude(verdict, as_json=as_json)

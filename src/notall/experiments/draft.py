@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
     from ..measuring.acceptance import Accepted
 
 MOST_DRAFTED = 64
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
+DENSE, DRAFT, CHECK = "a decode step", "a draft step", "the check of {}"
+ALONE, WITH = "generating", "generating with a draft"
+NOTE = (
+    "The plan's model drafts tokens, and the dense model checks them in one step: the text is the dense model's. Below "
+    "1, drafting is slower. Predicted: what a round gives over what its steps take. Measured: transformers' own "
+    "generate, greedy, at the number of tokens that is best."
+)
 
 
 class DraftRecord(Record, Skips):
@@ -86,9 +90,6 @@ COLUMNS: tuple[Column[DraftRecord], ...] = (
 )
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DraftOptions:
     """Prompts are continued, with 1 to `most` tokens drafted a round; all is timed in rounds, in turn."""
@@ -101,7 +102,6 @@ class DraftOptions:
     rounds: Annotated[int, Option("timed rounds; each times all models in turn")] = 3
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `UsageError` for counts that make no draft."""
         from ..running.generating import check_positions
 
         if not 1 <= self.most <= MOST_DRAFTED:
@@ -118,8 +118,7 @@ class DraftOptions:
             )
 
 
-@dataclass(frozen=True)
-class Drafted:
+class Drafted(NamedTuple):
     """What was found; `refused` says why transformers does not draft for this model, "" where it does."""
 
     records: list[DraftRecord]
@@ -146,7 +145,7 @@ def measure_draft(
     holds another command's results or cannot be written.
     """
     from ..measuring.acceptance import judge, write_texts
-    from ..measuring.speed import interleaved
+    from ..measuring.speed import interleaved, step_ms
     from ..running.skipping import draft_model
 
     how.check(model)
@@ -162,20 +161,23 @@ def measure_draft(
             texts = write_texts(model, prompts, how.generation_tokens, decoding, seed=seed)
             pairs = tracked(list(zip(prompts, texts)), f"judging {decoding} texts", stage)
             judged[decoding] = [judge(model, draft, prompt, text, decoding) for prompt, text in pairs]
-        times = interleaved(_steps(model, draft, windows[:1], how), how.rounds, progress=stages.stage(4))
+        step = partial(step_ms, tokens=windows[:1], prompt=how.prompt_tokens)
+        steps = {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1)}
+        steps |= {CHECK.format(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
+        times = interleaved(steps, how.rounds, progress=stages.stage(4))
         records = [
             _record(plan, how, decoding, drafted, texts, times, source)
             for decoding, texts in judged.items()
             for drafted in range(1, how.most + 1)
         ]
         best = max(range(how.most), key=lambda place: records[place].predicted.median)  # greedy ones come first
-        generating = _Generating(model, draft, prompts, how.generation_tokens, records[best].drafted)
-        measured, same = generating.measured(how.rounds, stages.stage(4))
+        sizes = how.generation_tokens, records[best].drafted, how.rounds
+        measured, same, refused = generated(model, draft, prompts, *sizes, stages.stage(4))
         if measured:
             records[best] = records[best].model_copy(update={"measured": measured, "same_texts": same})
         if kept is not None:
             kept.add(*records)
-    return Drafted(records, generating.refused)
+    return Drafted(records, refused)
 
 
 def _record(
@@ -193,7 +195,7 @@ def _record(
 
     accepted, accepted_se = acceptance(texts, drafted)
     tokens, tokens_se = tokens_per_round(texts, drafted)
-    dense, draft, check = times[DENSE], times[DRAFT], times[_check_of(drafted)]
+    dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
     return DraftRecord(
         plan=plan,
@@ -214,73 +216,44 @@ def _record(
     )
 
 
-DENSE, DRAFT = "a decode step", "a draft step"
-ALONE, WITH = "generating", "generating with a draft"
+def generated(
+    model: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    drafted: int,
+    rounds: int,
+    progress: Progress = silent,
+) -> tuple[Quartiles | None, int | None, str]:
+    """How many times faster transformers' own generate is with the draft, greedy, and how many texts are the same.
 
+    None and the reason where transformers refuses the draft model; else the reason is "".
+    """
+    from ..measuring.speed import interleaved, speedup
+    from ..models.load_errors import quiet
+    from ..running.generating import greedy
 
-def _check_of(drafted: int) -> str:
-    return f"the check of {drafted}"
+    settings, said = draft.generation_config, dict[str, list[list[int]]]()
+    settings.num_assistant_tokens = drafted
+    settings.num_assistant_tokens_schedule = "constant"
+    settings.assistant_confidence_threshold = 0.0  # or it ends drafts early
 
+    def go_on(prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
+        with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
+            return greedy(model, prompt, new_tokens, **assistant)[0]
 
-def _steps(
-    model: PreTrainedModel, draft: PreTrainedModel, window: Tensor, how: DraftOptions
-) -> dict[str, Callable[[], float]]:
-    """What is timed: each answers milliseconds."""
-    from ..measuring.speed import step_ms
-
-    step = partial(step_ms, tokens=window, prompt=how.prompt_tokens)
-    checks = {_check_of(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
-    return {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1), **checks}
-
-
-@dataclass
-class _Generating:
-    """transformers' own generate, greedy, with `drafted` tokens of the draft model a round, and without it."""
-
-    model: PreTrainedModel
-    draft: PreTrainedModel
-    prompts: Tensor
-    new_tokens: int
-    drafted: int
-    said: dict[str, list[list[int]]] = field(default_factory=dict)
-    refused: str = ""
-
-    def __post_init__(self) -> None:
-        settings = self.draft.generation_config
-        settings.num_assistant_tokens = self.drafted
-        settings.num_assistant_tokens_schedule = "constant"
-        settings.assistant_confidence_threshold = 0.0  # or it ends drafts early
-        try:
-            self._continue(self.prompts[:1], assistant_model=self.draft)
-        except UsageError as error:
-            self.refused = str(error)
-
-    def measured(self, rounds: int, progress: Progress) -> tuple[Quartiles | None, int | None]:
-        """How many times faster it is with the draft, and how many texts are the same; nothing where it is refused."""
-        from ..measuring.speed import interleaved, speedup
-
-        if self.refused:
-            return None, None
-        ways = {ALONE: partial(self.timed, ALONE), WITH: partial(self.timed, WITH, assistant_model=self.draft)}
-        times = interleaved(ways, rounds, progress=progress)
-        same = sum(map(list.__eq__, self.said[WITH], self.said[ALONE]))
-        return speedup(times[ALONE], times[WITH]), same
-
-    def timed(self, way: str, **assistant: PreTrainedModel) -> float:
-        """Milliseconds of continuing all prompts, one after the other."""
+    def timed(way: str, **assistant: PreTrainedModel) -> float:
         start = time.perf_counter()
-        self.said[way] = [self._continue(prompt, **assistant) for prompt in self.prompts.split(1)]
+        said[way] = [go_on(prompt, **assistant) for prompt in prompts.split(1)]
         return 1e3 * (time.perf_counter() - start)
 
-    def _continue(self, prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
-        from ..models.load_errors import quiet
-        from ..running.generating import greedy
-
-        with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
-            return greedy(self.model, prompt, self.new_tokens, **assistant)[0]
-
-
-# --- in words and on a page -------------------------------------------------------------------------------------------
+    try:
+        go_on(prompts[:1], assistant_model=draft)
+    except UsageError as error:
+        return None, None, str(error)
+    ways = {ALONE: partial(timed, ALONE), WITH: partial(timed, WITH, assistant_model=draft)}
+    times = interleaved(ways, rounds, progress=progress)
+    return speedup(times[ALONE], times[WITH]), sum(map(list.__eq__, said[WITH], said[ALONE])), ""
 
 
 class BestDraft(Fact):
@@ -293,8 +266,6 @@ class BestDraft(Fact):
 
 
 class DraftVerdict(Fact):
-    """For programs."""
-
     said: str
     best: dict[str, BestDraft]
     refused: str | None
@@ -302,45 +273,30 @@ class DraftVerdict(Fact):
 
 def verdict(found: Drafted) -> DraftVerdict:
     """If it makes decoding faster, at how many tokens a round it is best, and what transformers made of it."""
-    best = {
-        decoding: max(some, key=lambda one: one.predicted.median)
-        for decoding in get_args(Decoding)
-        if (some := [one for one in found.records if one.decoding == decoding])
-    }
-    said = f"Drafting with it would be {', and '.join(map(_phrase, best.values()))}."
+    facts, phrases = dict[str, BestDraft](), list[str]()
+    for decoding in get_args(Decoding):
+        some = [one for one in found.records if one.decoding == decoding]
+        if not some:
+            continue
+        best = max(some, key=lambda one: one.predicted.median)
+        predicted, measured = best.predicted, best.measured.median if best.measured else math.nan
+        facts[decoding] = BestDraft(
+            drafted=best.drafted,
+            predicted=predicted.median,
+            measured=measured,
+            tokens_per_round=best.tokens_per_round,
+        )
+        pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
+        pace = "slower" if measured < 1 < predicted.low else pace
+        told = f"at best {predicted.median:.2f}x predicted, with {several(best.drafted, 'token')} a round"
+        told += f"; measured in transformers: {measured:.2f}x" if best.measured else ""
+        phrases.append(f"{pace} {decoding} ({told})")
+    said = f"Drafting with it would be {', and '.join(phrases)}."
     if found.refused:
         said += f" Nothing was measured: {found.refused}."
-    facts = {
-        decoding: BestDraft(
-            drafted=one.drafted,
-            predicted=one.predicted.median,
-            measured=one.measured.median if one.measured else math.nan,
-            tokens_per_round=one.tokens_per_round,
-        )
-        for decoding, one in best.items()
-    }
     return DraftVerdict(said=said, best=facts, refused=found.refused or None)
 
 
-def _phrase(best: DraftRecord) -> str:
-    predicted, measured = best.predicted, best.measured
-    pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
-    told = f"at best {predicted.median:.2f}x predicted, with {several(best.drafted, 'token')} a round"
-    if measured is None:
-        return f"{pace} {best.decoding} ({told})"
-    if measured.median < 1 < predicted.low:
-        pace = "slower"
-    return f"{pace} {best.decoding} ({told}; measured in transformers: {measured.median:.2f}x)"
-
-
 def shown(folder: Folder) -> Shown:
-    """What a page says of a folder with drafts."""
     records = folder.of(DraftRecord)
     return Shown(sections=(Section("drafts", "As a draft model", table=table("drafts", COLUMNS, records), note=NOTE),))
-
-
-NOTE = (
-    "The plan's model drafts tokens, and the dense model checks them in one step: the text is the dense model's. Below "
-    "1, drafting is slower. Predicted: what a round gives over what its steps take. Measured: transformers' own "
-    "generate, greedy, at the number of tokens that is best."
-)

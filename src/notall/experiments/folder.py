@@ -38,7 +38,6 @@ class Folder:
 
     @cached_property
     def provenance(self) -> Provenance:
-        """Of the first record that has one."""
         return next(self._provenances(), Provenance(what={}))
 
     @property
@@ -61,7 +60,6 @@ class Folder:
 
     @property
     def plan_options(self) -> list[str]:
-        """How that command named its plan."""
         words = self.command
         pairs = [words[at : at + 2] for at, word in enumerate(words[:-1]) if word in ("--skip", "--plan")]
         kept = ["--keep-last"] if "--keep-last" in words else []
@@ -95,21 +93,16 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
     know_every_kind()
-    kinds = {file: kind_at(file) for file in sorted(path.glob("*.jsonl"))}
-    folder = Folder(
-        path,
-        {kind.kind_name(): _records(file, kind) for file, kind in kinds.items() if kind},
-        {file.stem: rows for file, kind in kinds.items() if not kind and (rows := tuple(lines.read(file)))},
-    )
-    if not any(folder.files.values()) and not folder.foreign:
+    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[dict[str, Any], ...]]()
+    for file in sorted(path.glob("*.jsonl")):
+        if kind := kind_at(file):
+            header = header_of(file) if kind.headed else None
+            update = {"provenance": header.provenance} if header else {}
+            files[kind.kind_name()] = tuple(one.model_copy(update=update) for one in read(file, kind))
+        elif rows := tuple(lines.read(file)):
+            foreign[file.stem] = rows
+    if not any(files.values()) and not foreign:
         inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
         advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
         raise UsageError(f"{path} holds no results; {advice}")
-    return folder
-
-
-def _records(file: Path, kind: type[Record]) -> tuple[Record, ...]:
-    """Each with the provenance of the file's header, where that has one."""
-    header = header_of(file) if kind.headed else None
-    update = {"provenance": header.provenance} if header else {}
-    return tuple(record.model_copy(update=update) for record in read(file, kind))
+    return Folder(path, files, foreign)

@@ -1,14 +1,11 @@
-"""What commands are given, and what they make of it: models, windows of text, plans, provenance.
-
-Each dataclass is a group of options of the command line, and an argument in Python.
-"""
+"""What commands are given, and what they make of it: each dataclass is a group of options of the command line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -37,19 +34,11 @@ class ModelOptions:
 
     PANEL: ClassVar = "Model"
 
-    model: Annotated[str, Option("smollm2, a hub id, a folder, or a .gguf file", metavar="MODEL", argument=True)] = (
-        "smollm2"
-    )
-    dtype: Annotated[
-        str, Option("dtype to compute in: float32, bfloat16, float16, or auto, which suits the device")
-    ] = "auto"
+    model: Annotated[str, Option("smollm2, a hub id, a folder or a .gguf file", (), "MODEL", argument=True)] = "smollm2"
+    dtype: Annotated[str, Option("float32, bfloat16, float16, or auto, which suits the device")] = "auto"
     device: Annotated[str, Option("device to run on: auto, cpu, cuda, cuda:1, mps ...")] = "auto"
-    device_map: Annotated[str | None, Option("spread the model over devices with accelerate: auto, balanced ...")] = (
-        None
-    )
-    attn_implementation: Annotated[
-        str | None, Option("attention implementation: sdpa, eager, flash_attention_2 ...")
-    ] = None
+    device_map: Annotated[str | None, Option("spread the model over devices: auto, balanced ...")] = None
+    attn_implementation: Annotated[str | None, Option("sdpa, eager, flash_attention_2 ...")] = None
     revision: Annotated[str | None, Option("branch, tag or commit of a hub model")] = None
     trust_remote_code: Annotated[bool, Option("run the model's own code from the hub")] = False
 
@@ -62,10 +51,7 @@ class ModelOptions:
             return load(**self.arguments)
 
     def empty(self) -> PreTrainedModel:
-        """The model of a config, without weights, in the dtype that is named, or else in the checkpoint's own.
-
-        Quantised as it is there; a GGUF file's dtype is what it is exported in.
-        """
+        """The model of a config, without weights, in the dtype that is named, or else as its checkpoint is stored."""
         from ..exporters import UNPACKED
         from ..exporters.tensors import stored_sizes
         from ..files import named_weights
@@ -84,22 +70,12 @@ class ModelOptions:
                 count_as_stored(model, stored_sizes(self.model, self.revision, weights))
             return model
 
-    def as_stored(self) -> ModelOptions:
-        """The same, computed in the dtype that suits the device, whatever it is written in."""
-        return replace(self, dtype="auto")
-
-    def named(self, spec: str) -> ModelOptions:
-        """The same for another model."""
-        return replace(self, model=spec)
-
     @property
-    def own_dtype(self) -> str | None:
-        """The dtype that is named; None: the checkpoint's own, where a model is read and not run."""
+    def own_dtype(self) -> str | None:  # where a model is read and not run; None: the checkpoint's
         return None if self.dtype == "auto" else self.dtype
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of `notall.load`."""
         told = asdict(self)
         return {"spec": told.pop("model"), **told}
 
@@ -117,18 +93,21 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """A text whose windows are prompts."""
-
     PANEL: ClassVar = "Text"
 
-    text: Annotated[str, Option("a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")] = (
-        "prose"
-    )
+    text: Annotated[str, Option("a UTF-8 file, a .jsonl with `text`, or prose, which ships with Python")] = "prose"
     sequences: Annotated[int, Option("number of windows")] = 8
 
     def check(self) -> None:
-        """Raise `UsageError` where the text cannot be read."""
         check_texts(self.text)
+
+    def for_diagnostics(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Tensor]:
+        """The windows of the text that the diagnostics read."""
+        from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
+        from ..structure.model_structure import positions_of
+
+        length = int(min(WINDOW_TOKENS, positions_of(model)))
+        return windows_of(model, tokenizer, self.text, WINDOWS, length, seed=seed)[0]
 
 
 @dataclass(frozen=True)
@@ -148,15 +127,12 @@ class TextOptions(PromptOptions):
 
 @dataclass(frozen=True)
 class HeldOutOptions(TextOptions):
-    """Windows of a text, and as many, or so many, to measure on: of another text, or other windows of the same."""
+    """Windows of a text, and others to measure on: of another text, or of the same."""
 
     held_out: Annotated[str | None, Option("text to measure on (default: other windows of --text)")] = None
-    held_out_sequences: Annotated[
-        int | None, Option("number of windows to measure on (default: that of --sequences)")
-    ] = None
+    held_out_sequences: Annotated[int | None, Option("windows to measure on (default: as --sequences)")] = None
 
     def check(self) -> None:
-        """Raise `UsageError` where a text cannot be read."""
         check_texts(self.text, self.held_out)
 
     def both(
@@ -214,19 +190,6 @@ def windows_of(
     return [batch.to(model.device) for batch in batches], described
 
 
-def diagnostic_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, seed: int
-) -> list[Tensor]:
-    """The windows of text that the diagnostics read."""
-    from ..evaluation.diagnostics import WINDOW_TOKENS, WINDOWS
-    from ..structure.model_structure import positions_of
-
-    return windows_of(model, tokenizer, source, WINDOWS, int(min(WINDOW_TOKENS, positions_of(model))), seed=seed)[0]
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-
 def read_plan(path: Path) -> Plan:
     """The plan of a file, an export, or the folder of a repair, with its weights."""
     if (path / MANIFEST).is_file():
@@ -242,6 +205,7 @@ def read_plan(path: Path) -> Plan:
 
 KeepFirst = Annotated[bool, Option("preserve the first layer")]
 KeepLast = Annotated[bool, Option("preserve the last layer")]
+TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")]
 
 
 @dataclass(frozen=True)
@@ -249,18 +213,11 @@ class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
 
     plan: Annotated[Path | None, Option("plan file, or the folder of a repair")] = None
-    skip: Annotated[
-        str | None,
-        Option(
-            "instead of --plan: the deepest attention, mlp or block, such as attention:0.33 or attention:8",
-            metavar="KIND[:HOW MANY]",
-        ),
-    ] = None
+    skip: Annotated[str | None, Option("instead of --plan: the deepest of a kind", metavar="KIND[:HOW MANY]")] = None
     keep_last: Annotated[bool, Option("with --skip: preserve the last layer")] = False
 
     @property
     def amount(self) -> SkipAmount | None:
-        """Of what --skip names; None where it is not given. Raises `UsageError` for what is no number."""
         return SkipAmount.parse(self.skip, SKIPPED) if self.skip else None
 
     @cached_property
@@ -269,25 +226,28 @@ class PlanOptions:
 
     @property
     def words(self) -> dict[str, object]:
-        """The options that say it, for the next command."""
         return {"skip": self.amount, "keep_last": self.keep_last or None} if self.skip else {"plan": self.plan}
 
     def check(self, *, needed: bool = False, model: str = "") -> None:
-        """Raise `UsageError` where two things are said, or too little for what is `needed` of `model`, as it can be
-        known without a model."""
+        """Raise `UsageError` where two things are said, or too little for what is `needed` of `model`."""
         if self.plan and self.skip:
             raise UsageError("--plan and --skip both say what to leave out: give one of them")
         if self.keep_last and not self.skip:
             raise UsageError("--keep-last says which of what is left out: add --skip attention, mlp or block")
         if needed and not (self.plan or self.skip):
-            raise UsageError(_what_is_needed(model))
+            if model and (Path(model) / MANIFEST).is_file():
+                from ..exporters.manifest import dense_of, weights_beside
+
+                beside, dense = shortened(weights_beside(Path(model)) or model), dense_of(Path(model))
+                wrong = f"{shortened(model)} is what is left of another model"
+                raise UsageError(f"{wrong}: name that one, such as {dense}, and give --plan {beside}")
+            raise UsageError(
+                "say what to leave out: --plan plan.json (notall search writes one), or --skip attention:0.25"
+            )
         _ = self.amount, self._read
 
     def of(self, model: PreTrainedModel) -> Plan:
-        """The plan that was read, or by the paper's rule the deepest of a kind.
-
-        Raises `UsageError` where that is less than one layer, and as `deepest` does.
-        """
+        """The plan that was read, or by the paper's rule the deepest of a kind. Raises as `deepest` does."""
         from ..choosing.criteria.data_free import deepest
         from ..structure.locating import locate
 
@@ -304,18 +264,6 @@ class PlanOptions:
         if amount and not found:
             raise UsageError(f"{amount:g} of {len(structure.blocks)} layers is none of them: give a larger number")
         return found
-
-
-def _what_is_needed(model: str) -> str:
-    if model and (Path(model) / MANIFEST).is_file():
-        from ..exporters.manifest import dense_of, weights_beside
-
-        beside = shortened(weights_beside(Path(model)) or model)
-        return (
-            f"{shortened(model)} is what is left of another model: name that one, such as {dense_of(Path(model))}, "
-            f"and give --plan {beside}"
-        )
-    return "say what to leave out: --plan plan.json (notall search writes one), or --skip attention:0.25"
 
 
 @dataclass(frozen=True)
@@ -351,35 +299,23 @@ def space_of(model: PreTrainedModel, kind: str, keep_first: bool = False, keep_l
     return Space(structure, "sublayer" if portable else kind, portable, int(keep_first), int(keep_last))
 
 
-# --- benchmarks -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TaskOptions:
     """Which tasks of lm-evaluation-harness, on how many documents, with how many examples."""
 
     PANEL: ClassVar = "Benchmarks"
 
-    tasks: Annotated[
-        tuple[str, ...],
-        Option("openllm, or tasks of lm-evaluation-harness, with commas between them; see `notall tasks`"),
-    ] = ()
-    limit: Annotated[
-        tuple[str, ...],
-        Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group"),
-    ] = ()
+    tasks: Annotated[tuple[str, ...], Option("with commas between: openllm, or what `notall tasks` lists")] = ()
+    limit: Annotated[tuple[str, ...], Option("documents of each task, such as 40, or mmlu=2 of one or a group")] = ()
     num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)", least=0)] = None
-    task_path: Annotated[
-        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
-    ] = None
+    task_path: TaskPath = None
     truncate: Annotated[bool, Option("cut the beginning of what is longer than the context")] = False
     task_batch_size: Annotated[str, Option("requests to run at a time: a number, or auto")] = "auto"
 
     def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
-        """The tasks that there are, known without a model; limits may be of what is run `also`.
+        """The tasks that there are; limits may be of what is run `also`, and the data of `objectives` is read.
 
-        `objectives` are tasks that a search goes by, whose data is read. Raises `UsageError` for names and numbers that
-        are none, and where the harness is not installed and something is wanted of it.
+        Raises `UsageError` for names and numbers that are none, and where the harness is wanted and not installed.
         """
         word, wanted = self.task_batch_size, words_of(self.tasks)
         if word != "auto" and not re.fullmatch("[0-9]{1,9}", word):
@@ -418,7 +354,6 @@ class TaskChoice:
         return bool(self.names)
 
     def limit_of(self, task: str) -> int | None:
-        """Documents of a task, or of each task of a group; None for all."""
         return self.limits.of(task) if self.limits else None
 
     def build(self, name: str) -> Job:
@@ -427,35 +362,21 @@ class TaskChoice:
         return self.shelf.build(name, self.num_fewshot, self.limit_of(name))
 
     def jobs(self) -> list[Job]:
-        """Those of all tasks."""
         return [self.build(name) for name in self.names]
 
 
 Diagnostics = Annotated[
     bool,
-    Option(
-        "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K",
-        panel="Benchmarks",
-    ),
+    Option("also measure NLL by position, passkey, calibration, writing, GSM8K", panel="Benchmarks"),
 ]
-
-
-# --- clusters and words -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """Whether and where to run on a Ray cluster."""
-
     PANEL: ClassVar = "Cluster"
 
     ray: Annotated[
-        str | None,
-        Option(
-            "run on a Ray cluster: the running one, a new one, or the one at local, auto, HOST:PORT or, but for heal, "
-            "ray://HOST:PORT",
-            metavar="[ADDRESS]",
-        ),
+        str | None, Option("Ray cluster to run on: local, auto, HOST:PORT or, but for heal, ray://...", (), "[ADDRESS]")
     ] = None
     ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
 
@@ -467,7 +388,6 @@ class RayOptions(ClusterOptions):
     ray_gpus: Annotated[int, Option("GPUs for each worker")] = 1
 
     def workers(self, model: PreTrainedModel, loading: ModelOptions) -> AbstractContextManager[Workers | None]:
-        """The workers; None without a cluster."""
         if self.ray is None:
             return nullcontext()
         from ..evaluation.ray_workers import Workers

@@ -1,8 +1,4 @@
-"""Models, skipped and quantised, side by side in one engine: what each loses, weighs and takes.
-
-One model is in memory at a time. Times are taken in rounds, each model once a round, so that what changes on the
-machine meanwhile hits all of them; a round that was interrupted is taken again.
-"""
+"""Models, skipped and quantised, side by side in one engine, one in memory at a time: what each loses and takes."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
+from operator import sub
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -57,7 +54,6 @@ if TYPE_CHECKING:
     from ..engines import Engine
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
-PATIENCE = 12  # evaluations that bring nothing, before a search ends
 NOT_MEASURED = math.nan, math.nan
 DENSE = "dense"
 LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
@@ -67,19 +63,13 @@ NAMED = ("model", "repaired", "type")
 Name = Annotated[str, Field(min_length=1, max_length=80)]
 
 
-# --- what is written down ---------------------------------------------------------------------------------------------
-
-
 class Represented(Fact):
-    """A model as an engine runs it."""
-
     model: Name = Field(description="dense, the name of a plan, or another model")
     repaired: bool = Field(description="whether what it keeps was refit before it was quantised")
     type: Name = Field(description="how its weights are represented, as the engine calls it")
 
     @property
     def named(self) -> str:
-        """Such as `less 4 attention, repaired, Q8_0`."""
         return ", ".join([self.model, *(["repaired"] if self.repaired else []), self.type])
 
 
@@ -149,7 +139,7 @@ class ParetoRecord(Record, Represented):
     failed: str | None = Field(None, description="what the engine said, where it could not run it")
 
     def loss(self, *, by_bits: bool) -> tuple[float, float]:
-        """What it loses to the dense model, with its error: bits per byte, or nats per token; nan where unknown."""
+        """What it loses to the dense model, with its error: bits per byte, or nats per token."""
         return (self.delta_bits, self.delta_bits_se) if by_bits else (self.delta_nll, self.delta_nll_se)
 
     @property
@@ -190,8 +180,7 @@ def goes_by_bits(records: Iterable[ParetoRecord]) -> bool:
 def pareto_front(records: Sequence[ParetoRecord]) -> list[ParetoRecord]:
     """The records that lose less than any that is as fast, from the slowest to the fastest.
 
-    Faster is what is so by quartiles: its lower one is above the upper one of the other. What may be as fast, by the
-    spread of the rounds, is not worth a greater loss.
+    A model is faster if its lower quartile is above the upper one of the other.
     """
     by_bits = goes_by_bits(records)
     measured = [
@@ -204,9 +193,6 @@ def pareto_front(records: Sequence[ParetoRecord]) -> list[ParetoRecord]:
         if not found or speedup.low > found[-1][0].high:
             found.append((speedup, one))
     return [one for _, one in found]
-
-
-# --- the evaluation text ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,9 +221,6 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return text.strip("\ufffd")  # of a character that a window cuts through
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Finding:
     """Finds plans of a model by the search, and repairs them, on `batches` of token ids; kept in the folder `out`."""
@@ -252,10 +235,7 @@ class Finding:
     def found(
         self, counts: Sequence[float], speedups: Sequence[float], workload: Workload, progress: Progress = silent
     ) -> dict[str, Plan]:
-        """By name what is skipped to skip so many, or to run the workload so many times as fast.
-
-        What was found is read by the next call. Raises `UsageError` as `choose_plan` does.
-        """
+        """By name what is skipped to skip so many, or to run the workload so many times as fast."""
         budgets = {f"less {count:g} {self.space}": BudgetChoice(("count", count)) for count in counts}
         budgets |= {f"{faster:g}x in torch": BudgetChoice(("speedup", faster)) for faster in speedups}
         stages = Stages(progress, len(budgets))
@@ -271,9 +251,12 @@ class Finding:
         for record in Ledger(out, SearchRecord, source):
             return space.plan(names_of(record.plan))
         own = [row for batch in self.batches for row in batch.split(1)][:CHOSEN_BY]
-        how: dict[str, Any] = {"provenance": source, "patience": PATIENCE, "seed": self.seed, "progress": progress}
         chosen = choose_plan(
-            self.model, "search", space, budget.of(self.model, space, workload), own, kl(own), out=out, **how
+            *(self.model, "search", space, budget.of(self.model, space, workload), own, kl(own)),
+            out=out,
+            provenance=source,
+            seed=self.seed,
+            progress=progress,
         )
         keep_choice(out, chosen, source)
         return chosen.plan
@@ -293,9 +276,6 @@ def file_name(name: str) -> str:
     return name.replace("/", "-").replace(" ", "-")
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model to measure: `spec` without what `plan` skips, with the plan's weights if it brings any."""
@@ -307,10 +287,6 @@ class Subject:
     about: str = ""  # what else fixes it, as another model's revision
     revision: str | None = None  # that was asked for
     trust_remote_code: bool = False
-
-    @property
-    def repaired(self) -> bool:
-        return self.plan.state == "repaired"
 
     def source(self, about: Provenance) -> Provenance:
         """`about`, with what distinguishes it from another model of the same name."""
@@ -327,7 +303,7 @@ class Variant:
 
     @property
     def key(self) -> Key:
-        return (self.subject.name, self.subject.repaired, self.type)
+        return (self.subject.name, self.subject.plan.state == "repaired", self.type)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -337,12 +313,10 @@ class Variant:
         return (*self.key, number)
 
     def __str__(self) -> str:
-        """What its files are called."""
-        return f"{file_name(self.subject.name)}{'-repaired' if self.subject.repaired else ''}-{self.type}"
+        return f"{file_name(self.subject.name)}{'-repaired' if self.key[1] else ''}-{self.type}"
 
 
 def check_workload(workload: Workload) -> None:
-    """Raise `UsageError` for a workload that engines are not timed on."""
     if workload.rounds < 1:
         raise UsageError("times take a round at least: give --rounds 1 or more")
     if workload.concurrency != 1:
@@ -366,8 +340,8 @@ def measure_pareto(
     where that is the plain dense model, and `UsageError` where `out` is in use or holds other work.
     """
     check_workload(workload)
-    names = [(subject.name, subject.repaired) for subject in subjects]
-    if twice := next((name for name, repaired in names if names.count((name, repaired)) > 1), None):
+    names = [(subject.name, subject.plan.state) for subject in subjects]
+    if twice := next((name for name, state in names if names.count((name, state)) > 1), None):
         raise UsageError(f"two of the models are called {twice}: rename the file or folder of one")
     variants = [Variant(subject, kind) for subject in subjects for kind in types]
     with working_in(out, "pareto"):
@@ -399,7 +373,7 @@ class _Run:
         best = [record.key for record in pareto_front(found)]
         found = [record.model_copy(update={"best": record.key in best}) for record in found]
 
-        def told(record: ParetoRecord) -> dict[str, Any]:  # wherever and whenever that was put together
+        def told(record: ParetoRecord) -> dict[str, object]:  # wherever and whenever that was put together
             return record.line() | {"provenance": None}
 
         known.add(*(one for one in found if one.key not in known or told(known[one.key]) != told(one)))
@@ -409,7 +383,6 @@ class _Run:
         self.progress(step, len(self.variants) * (2 + self.workload.rounds), what)
 
     def _source(self, record: EngineScoresRecord | EngineTimesRecord) -> Provenance:
-        """Where a record of one of the models must come from."""
         by_name = {variant.key[:2]: variant.subject for variant in self.variants}
         subject = by_name.get((record.model, record.repaired))
         return subject.source(self.provenance) if subject else self.provenance
@@ -425,8 +398,6 @@ class _Run:
             if variant is self.dense:
                 raise
             self.failed[variant.key] = str(error)
-
-    # --- files and scores -------------------------------------------------------------------------------------------
 
     def _score(self, variant: Variant, step: int) -> None:
         from ..engines import weight_bytes
@@ -474,8 +445,6 @@ class _Run:
             partial_one.rename(checkpoint)
         return checkpoint
 
-    # --- times ------------------------------------------------------------------------------------------------------
-
     def _round(self, number: int) -> None:
         running = [variant for variant in self.variants if variant.key not in self.failed]
         if all(variant.in_round(number) in self.times for variant in running):
@@ -496,8 +465,6 @@ class _Run:
         about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
 
-    # --- side by side -----------------------------------------------------------------------------------------------
-
     def _compared(self, variant: Variant) -> ParetoRecord:
         skipped = " ".join(variant.subject.plan.names)
         about = {**variant.named, "skipped": skipped, "provenance": variant.subject.source(self.provenance)}
@@ -506,8 +473,8 @@ class _Run:
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
         rounds = [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
         (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(scores.bits_per_byte)
-        delta, delta_se = _mean_less(scores.nll, dense.nll) if scores.tokens_as_dense else NOT_MEASURED
-        delta_bits, delta_bits_se = _mean_less(scores.bits_per_byte, dense.bits_per_byte)
+        delta, delta_se = _mean(map(sub, scores.nll, dense.nll)) if scores.tokens_as_dense else NOT_MEASURED
+        delta_bits, delta_bits_se = _mean(map(sub, scores.bits_per_byte, dense.bits_per_byte))
         return ParetoRecord(
             **about,
             nll=nll,
@@ -530,26 +497,23 @@ class _Run:
         """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
         from ..measuring.speed import Timing
 
-        def shape(one: Variant) -> tuple[Any, ...]:
-            return one.subject.spec, one.subject.plan.indices, one.type
+        def timing(variants: Sequence[Variant]) -> Timing:
+            taken = [self.times[one.in_round(number)] for number in range(self.workload.rounds) for one in variants]
+            prefill, decode = (one.prefill_ms for one in taken), (one.decode_ms_per_token for one in taken)
+            return Timing(tuple(prefill), tuple(decode), None)
 
-        alike = [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
-        taken, dense = (
-            [self.times[one.in_round(number)] for number in range(self.workload.rounds) for one in some]
-            for some in (alike, [self.dense] * len(alike))
-        )
-        ours, theirs = (
-            Timing(tuple(one.prefill_ms for one in some), tuple(one.decode_ms_per_token for one in some), None)
-            for some in (taken, dense)
-        )
-        return ours.beside(theirs)
+        of = variant.subject
+        shape = of.spec, of.plan.indices, variant.type
+        alike = [
+            one
+            for one in self.variants
+            if (one.subject.spec, one.subject.plan.indices, one.type) == shape and one.key not in self.failed
+        ]
+        return timing(alike).beside(timing([self.dense] * len(alike)))
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
-    """Write the model without what the plan skips, with its weights, plain, as the engine reads it.
-
-    `checkpoint` appears whole or not at all. `loading` is `export`'s `revision` and `trust_remote_code`.
-    """
+    """Write the model without what the plan skips, with its weights, plain, as the engine reads it; whole or not."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
         source = engine.source(spec, Path(scratch))
@@ -562,18 +526,12 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
         Path(source).rename(checkpoint)
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float]:
+def _mean(some: Iterable[float]) -> tuple[float, float]:
     """With its standard error; neither where a value is no number."""
     from ..measuring.statistics import mean_and_error
 
+    values = [*some]
     return mean_and_error(values) if all(map(is_number, values)) else NOT_MEASURED
-
-
-def _mean_less(values: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
-    return _mean([one - other for one, other in zip(values, dense)])
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -582,14 +540,12 @@ class EngineOptions:
 
     PANEL: ClassVar = "Engine"
 
-    engine: Annotated[str, Option("llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")] = (
-        "llama.cpp"
-    )
+    engine: Annotated[str, Option("llama.cpp, transformers, vllm, or your own module:Class")] = "llama.cpp"
     types: Annotated[
         tuple[str, ...],
         Option(
-            "ways to represent weights: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in transformers, int8 in "
-            "vllm; with commas between them (default: all that usually run, and always plain weights)",
+            "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
+            "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
             metavar="TYPE",
         ),
     ] = ()
@@ -605,7 +561,7 @@ class EngineOptions:
         found = engine_named(self.engine)(self.threads or cores())
         return replace(found, dtype=dtype_name(model)) if model else found
 
-    def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: Any) -> Provenance:
+    def provenance(self, about: Provenance, engine: Engine, workload: Workload, **more: object) -> Provenance:
         """`about`, with what decides figures in the engine, as `more` does, and its version."""
         tokens = {"prompt_tokens": workload.prompt_tokens, "generation_tokens": workload.generation_tokens}
         versions = {**about.where["versions"], engine.package: engine.version}
@@ -617,31 +573,18 @@ class EngineOptions:
 class ParetoPlans(SpaceOptions):
     """Which plans are measured: files, and those that the search finds."""
 
-    skip: Annotated[
-        str,
-        Option(
-            "find plans that skip these, such as attention:4,8, or what --speedups choose among",
-            metavar="KIND[:HOW MANY,...]",
-        ),
-    ] = "sublayer"
-    plan: Annotated[
-        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
-    ] = ()
-    speedups: Annotated[
-        tuple[str, ...],
-        Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"),
-    ] = ()
-    repair: Annotated[
-        str, Option(f"also measure plans after a repair: {METHODS}; none: as they are only", metavar="METHOD")
-    ] = REFIT
-
-    def check(self) -> None:
-        """Raise `UsageError` for a repair that there is none of, or that no plan can keep."""
-        if self.repair != NONE:
-            check_method(self.repair)
+    skip: Annotated[str, Option("skip these, such as attention:4,8", metavar="KIND[:HOW MANY,...]")] = "sublayer"
+    plan: Annotated[tuple[Path, ...], Option("plan file, or the folder of a repair; repeat it for more")] = ()
+    speedups: Annotated[tuple[str, ...], Option(f"find plans this fast in torch (default, if no plan: {FIRST})")] = ()
+    repair: Annotated[str, Option(f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")] = REFIT
 
     def given(self) -> dict[str, Plan]:
-        """The plans of the files, by the names of these. Raises `UsageError` where two have the same."""
+        """The plans of the files, by the names of these.
+
+        Raises `UsageError` where two have the same, and for a repair that there is none of, or that no plan can keep.
+        """
+        if self.repair != NONE:
+            check_method(self.repair)
         given = {path.stem: read_plan(path) for path in self.plan}
         if len(given) < len(self.plan):
             raise UsageError("two of the plans have the same name: rename one")
@@ -660,14 +603,8 @@ class ParetoPlans(SpaceOptions):
             raise UsageError(f"--speedups {told} are no numbers: give some such as 1.1,1.2") from None
 
 
-# --- in words, as files and on a page ---------------------------------------------------------------------------------
-
-
 def write_pareto(records: Sequence[ParetoRecord], out: Path, title: str) -> None:
-    """The table and the sentence, `out/table.md`, and with the extra `report` `out/pareto.png`, .svg and .html.
-
-    Raises `UsageError` as figures do.
-    """
+    """The table and the sentence, `out/table.md`, and with the extra `report` `out/pareto.png`, .svg and .html."""
     rows = table(title, COLUMNS, records)
     (out / "table.md").write_text(f"{sentence(records)}\n\n{rows.markdown()}\n{rows.legend}\n", encoding="utf-8")
     if installed(*FIGURES):
@@ -703,10 +640,8 @@ def sentence(records: Sequence[ParetoRecord]) -> str:
         for one in best
     ]
     told = [f"What to take to decode so many times as fast as {records[0].named}: {'; '.join(choices)}."]
-    if skipped := [one for one in best if one.skipped]:
-        told.append(f"Leaving sublayers out pays from {skipped[0].faster:.2f} times on.")
-    else:
-        told.append("Leaving sublayers out is nowhere on this front: quantising alone is better.")
+    skipped = next((f"pays from {one.faster:.2f} times on" for one in best if one.skipped), None)
+    told.append(f"Leaving sublayers out {skipped or 'is nowhere on this front: quantising alone is better'}.")
     rounds, windows = records[0].rounds or LEAST_ROUNDS, records[0].windows or LEAST_WINDOWS
     few = [several(rounds, "round")] if rounds < LEAST_ROUNDS else []
     few += [f"{several(windows, 'window')} of text"] if windows < LEAST_WINDOWS else []

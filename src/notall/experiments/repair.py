@@ -12,13 +12,13 @@ from ..options import Option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.provenance import Provenance
-from ..results.repairs import LITTLE, REFITS, MeasuredRecord
+from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from .evaluate import shown_measured
 from .folder import Folder
 from .options import ClusterOptions, ModelOptions, check_texts
 from .shown import Shown
-from .verdict import Verdict, what_next
+from .verdict import what_next
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,17 +37,11 @@ METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as mo
 
 @dataclass(frozen=True)
 class RepairOptions:
-    """Whether and how what is kept is repaired first."""
-
     PANEL: ClassVar = "Repair"
 
-    repair: Annotated[
-        str | None, Option(f"repair what is kept first, as `notall repair`: {METHODS}", metavar="METHOD")
-    ] = None
+    repair: Annotated[str | None, Option(f"repair what is kept first: {METHODS}", metavar="METHOD")] = None
     repair_text: Annotated[tuple[str, ...], Option("text to fit to; repeat it for more (default: prose)")] = ()
-    repair_sequences: Annotated[
-        int | None, Option("windows of 512 tokens to fit to (default: up to 128, which take minutes)")
-    ] = None
+    repair_sequences: Annotated[int | None, Option("windows of 512 tokens to fit to (default: up to 128)")] = None
 
     def __bool__(self) -> bool:
         return self.repair not in (None, NONE)
@@ -67,10 +61,7 @@ class RepairOptions:
         provenance: Provenance,
         progress: Progress,
     ) -> tuple[Plan, dict[str, list[Tensor]]]:
-        """The plan after the repair, of the usual size unless told otherwise, and windows that it was not fitted to.
-
-        A plan that skips nothing, or is repaired already, stays as it is.
-        """
+        """The plan after the repair, unless it needs none, and windows that it was not fitted to."""
         from ..repairing.texts import RepairTexts
 
         texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
@@ -87,12 +78,8 @@ class FitOptions:
 
     PANEL: ClassVar = "Text"
 
-    text: Annotated[
-        tuple[str, ...], Option("text to fit to; repeat it, since two kinds repair better than one (default: prose)")
-    ] = ()
-    held_out: Annotated[
-        tuple[str, ...], Option("text to measure on; repeat it for more (default: other windows of each --text)")
-    ] = ()
+    text: Annotated[tuple[str, ...], Option("text to fit to; two kinds repair better than one (default: prose)")] = ()
+    held_out: Annotated[tuple[str, ...], Option("text to measure on (default: other windows of each --text)")] = ()
     sequences: Annotated[int | None, Option("windows to fit to, of all texts together (default: up to 128)")] = None
     length: Annotated[int, Option("tokens in each window")] = 512
     batch_size: Annotated[int, Option("windows to run at a time")] = 8
@@ -110,7 +97,6 @@ class FitOptions:
     def draw(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
     ) -> RepairTexts:
-        """Raises as `RepairTexts.draw` does."""
         from ..repairing.texts import RepairTexts
 
         texts, size = self.text or (DEFAULT_TEXT,), {"sequences": self.windows, "most": most, "length": self.length}
@@ -122,14 +108,10 @@ class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
     text: Annotated[tuple[str, ...], Option("text to train on; repeat it for more (default: prose)")] = ()
-    sequences: Annotated[
-        int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
-    ] = None
+    sequences: Annotated[int | None, Option("windows to train on, of all texts (default: up to 131,072 tokens)")] = None
     batch_size: Annotated[int, Option("windows of a step")] = 4
     sample: Annotated[bool, Option("train on what the dense model writes, from the first words of each window")] = False
-    tokens: Annotated[
-        int | None, Option("instead of --sequences: tokens to train on, of all texts together (default: up to 131,072)")
-    ] = None
+    tokens: Annotated[int | None, Option("instead of --sequences: tokens to train on, of all texts")] = None
 
     @property
     def windows(self) -> int | None:
@@ -145,8 +127,6 @@ class HealTexts(FitOptions):
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How it is trained."""
-
     PANEL: ClassVar = "Training"
 
     train: Annotated[
@@ -159,16 +139,9 @@ class HealOptions:
     ] = "outputs"
     rank: Annotated[int | None, Option("rank of the matrices of --train lora (default: 16)")] = None
     rate: Annotated[float, Option("the learning rate to begin with")] = 3e-4
-    warm_up: Annotated[
-        float,
-        Option(
-            "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
-            metavar="SHARE",
-        ),
-    ] = 0.0
+    warm_up: Annotated[float, Option("share of the tokens that train each kept sublayer alone", metavar="SHARE")] = 0.0
 
     def config(self, seed: int) -> TrainConfig:
-        """Raises `UsageError` for a rate and a rank that are none."""
         from ..repairing.students import TrainConfig
 
         if not 0 < self.rate < 1:
@@ -181,10 +154,7 @@ class HealOptions:
 
 @dataclass(frozen=True)
 class HealRayOptions(ClusterOptions):
-    """With workers that share each batch."""
-
     def workers(self, model: ModelOptions, batch_size: int) -> Spread | None:
-        """The workers; None without a cluster. Raises `UsageError` where they cannot."""
         if self.ray is None:
             return None
         from ..repairing.healing import Spread
@@ -230,12 +200,6 @@ def repaired_by(
     return repair_into(out, method, model, plan, batches, provenance, progress)
 
 
-def verdict_of(model: PreTrainedModel, spec: str, measured: MeasuredRecord, out: Path) -> Verdict:
-    """What a plan comes to with the weights in `out`, as it was measured last, and what to do with it."""
-    verdict = Verdict.on(model, measured.plan, measured.quality, measured.text, measured.model)
-    return replace(verdict, next=what_next(verdict, spec, out)[1])
-
-
 def refits_table(repaired: RepairedPlan, out: Path) -> Table:
     """What became of each sublayer, shown where much did; its facts are all of it."""
     shown = [one for one in repaired.refits if one.left <= 1 - LITTLE or one.why]
@@ -249,5 +213,4 @@ def refits_table(repaired: RepairedPlan, out: Path) -> Table:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of a folder that `repair` wrote."""
     return shown_measured(folder, lambda verdict: what_next(verdict, folder.model, folder.path))

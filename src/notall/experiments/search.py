@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -25,10 +25,10 @@ from ..results.repairs import MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
 from .folder import Folder, check_folder
-from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, space_of
+from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, TaskPath, space_of
 from .pages import read_costs
 from .repair import RepairOptions
-from .shown import Card, Message, Section, Shown, Step
+from .shown import Card, Section, Shown, Step
 from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
 RESOURCES: Mapping[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
-
-
-# --- what is written down ---------------------------------------------------------------------------------------------
+NOTE = (
+    "The objective is what the search went by, on its own text; NLL and KL, where they are given, were measured on "
+    "held-out text."
+)
 
 
 class SearchRecord(Record, Skips):
@@ -68,15 +69,10 @@ class SearchRecord(Record, Skips):
     dense: Footprint | None = Field(None, description="of the dense model")
 
     @property
-    def key(self) -> Key:
-        """Chosen again from the same text, it is the same choice."""
+    def key(self) -> Key:  # chosen again from the same text, it is the same choice
         return (*super().key, self.spent.evaluations, self.provenance and self.provenance.key)
 
 
-COST: tuple[Column[SearchCost], ...] = (
-    number("evaluations", lambda spent: spent.evaluations, ",d"),
-    number("CPU s", lambda spent: spent.seconds, ",.1f"),
-)
 COLUMNS: tuple[Column[SearchRecord], ...] = (
     words("chosen", lambda one: one.chosen),
     *within(QUALITY, lambda one: one.quality),
@@ -85,16 +81,14 @@ COLUMNS: tuple[Column[SearchRecord], ...] = (
     number("dense model's objective", lambda one: one.dense_cost, ".4f"),
     words("search finished", lambda one: "yes" if one.in_time else "no"),
     number("forward passes", lambda one: one.forwards, ",.1f"),
-    *within(COST, lambda one: one.spent),
+    number("evaluations", lambda one: one.spent.evaluations, ",d"),
+    number("CPU s", lambda one: one.spent.seconds, ",.1f"),
     words("missed", lambda one: one.missed),
 )
 
 
 def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchRecord:
-    """A choice, what it took, and its measurements, written into `out` unless they are there.
-
-    Raises `UsageError` as `Ledger` does.
-    """
+    """A choice, what it took, and its measurements, written into `out` unless they are there."""
     dense, left = found.weighed or (None, None)
     record = SearchRecord(
         plan=found.plan,
@@ -119,13 +113,8 @@ def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchR
     return record
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SpaceOptions:
-    """What is chosen among."""
-
     skip: Annotated[
         str,
         Option(
@@ -156,9 +145,7 @@ class BudgetOptions:
     weights: Annotated[float | None, Option("save this many bytes of weights, or this share")] = None
     kv: Annotated[float | None, Option("save this many bytes of KV cache per token, or this share")] = None
     speedup: Annotated[float | None, Option("run prompt and generated tokens this many times as fast here")] = None
-    max_nll: Annotated[
-        float | None, Option("skip as much as possible while NLL rises by at most this many nats, alone or as a limit")
-    ] = None
+    max_nll: Annotated[float | None, Option("skip what adds at most this many nats of NLL, alone or as limit")] = None
     max_kl: Annotated[float | None, Option("the same for KL")] = None
 
     def check(self, amount: SkipAmount) -> BudgetChoice:
@@ -192,10 +179,7 @@ class BudgetChoice:
 
     @property
     def objective(self) -> str:
-        """The one that goes with it.
-
-        It is the KL unless NLL is limited: of as much text it tells more, and sets found by it lose less on other text.
-        """
+        """The one that is limited, else KL: of as much text it tells more, and its sets lose less on other text."""
         return self.limit[0].removeprefix("max_") if self.limit else "kl"
 
     def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
@@ -215,7 +199,6 @@ class BudgetChoice:
             assert limit
             return limit
         name, amount = self.saving
-        saving: Budget
         if name == "count":
             saving = by_count(space, amount)
         elif name == "speedup":
@@ -231,19 +214,13 @@ class ObjectiveOptions:
 
     PANEL: ClassVar = "What a set is judged by"
 
-    criterion: Annotated[
-        str, Option("importance criterion: a name of `notall criteria`, or your own module:function")
-    ] = "search"
+    criterion: Annotated[str, Option("a name of `notall criteria`, or your own module:function")] = "search"
     objective: Annotated[
         str | None,
         Option("nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"),
     ] = None
-    prompts: Annotated[
-        Path | None, Option("for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column")
-    ] = None
-    task_path: Annotated[
-        Path | None, Option("folder with more tasks: YAML files of the harness, which may run code")
-    ] = None
+    prompts: Annotated[Path | None, Option("for `answers`: prompts, one a line, or a .jsonl with `prompt`")] = None
+    task_path: TaskPath = None
     limit: Annotated[int, Option("training questions to use for task:NAME")] = 100
 
     def check(self) -> None:
@@ -255,7 +232,7 @@ class ObjectiveOptions:
         need(*criterion_of(self.criterion).needs)
 
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
-        """The tasks that the objective, or `otherwise` that one, goes by; their data is read.
+        """The tasks, with their data, that the objective, or `otherwise` that one, goes by.
 
         Raises `UsageError` for what is no objective, and for prompts that cannot be read.
         """
@@ -276,25 +253,11 @@ def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
 
 @dataclass(frozen=True)
 class StopOptions:
-    """When a search ends."""
-
-    max_minutes: Annotated[
-        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
-    ] = None
+    max_minutes: Annotated[float | None, Option("look for this many minutes; loading and measuring come on top")] = None
     patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
 
-    def check(self) -> None:
-        """Raise `UsageError` for a time that is none."""
-        from ..choosing.choice import check_minutes
 
-        check_minutes(self.max_minutes)
-
-
-# --- the loop ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Searched:
+class Searched(NamedTuple):
     """What a search found, for which budget, and what that costs before a repair and after it."""
 
     record: SearchRecord
@@ -321,25 +284,23 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        """Of what was evaluated."""
         return self.out.with_name(f"{self.out.stem}.search")
 
     @property
     def repaired(self) -> Path:
-        """Of the weights of a repair."""
         return self.out.with_name(f"{self.out.stem}.repaired")
 
     def check(self) -> BudgetChoice:
         """The budget. Raises `UsageError` for whatever is wrong that can be known without a model."""
+        from ..choosing.choice import check_minutes
+
         check_folder(self.folder, "search")
         check_folder(self.repaired if self.repair else None, "repair")
         check_file(self.out)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
-            raise UsageError(
-                "--repair judges sets by the KL that a repair leaves: leave --objective out, and --max-nll"
-            )
+            raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
         self.by.check()
-        self.until.check()
+        check_minutes(self.until.max_minutes)
         wanted = self.budget.check(self.space.amount)
         self.text.check()
         self.repair.check()
@@ -359,10 +320,7 @@ class Search:
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(
-            self.by.objective or wanted.objective,
-            net,
-            tokenizer,
-            batches,
+            *(self.by.objective or wanted.objective, net, tokenizer, batches),
             prompts=self.by.prompts,
             task_path=shelf,
             task_limit=self.by.limit,
@@ -370,12 +328,7 @@ class Search:
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
         found = choose_plan(
-            net,
-            self.by.criterion,
-            among,
-            budget,
-            batches,
-            goal,
+            *(net, self.by.criterion, among, budget, batches, goal),
             out=self.folder,
             provenance=settings,
             max_minutes=self.until.max_minutes,
@@ -385,7 +338,10 @@ class Search:
             after_repair=bool(self.repair),
             progress=progress,
         )
-        note_replaced(self.out, found.plan)
+        with suppress(UsageError):
+            before = Plan.load(self.out)
+            if before.identity != found.plan.identity:
+                print(f"note: {self.out} skipped {before} before, and is replaced", file=sys.stderr)
         found.plan.save(self.out)
         source = Provenance.of(settings, **other, fingerprint=found.plan.fingerprint)
         record = keep_choice(self.folder, found, source)
@@ -399,15 +355,14 @@ class Search:
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, repaired, measured[-1].quality, measured[-1].text)
         passkeys = self._passkeys(net, tokenizer, plans, batches)
-        verdict = self._concluded(net, verdict, found, budget)
+        missed = found.missed and f"{budget.description}: {found.missed}"
+        speedup = found.times.measured_speedup if found.times else None
+        verdict = replace(verdict, speedup=speedup, verb="runs", missed=missed, late=not found.in_time)
+        verdict = replace(verdict, next=self._next(net, verdict))
         return Searched(record, budget.description, measured, passkeys, verdict)
 
     def _passkeys(
-        self,
-        net: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        plans: Mapping[State, Plan],
-        batches: Sequence[Tensor],
+        self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans: Mapping[State, Plan], text: list[Tensor]
     ) -> list[PlanCheck]:
         """Whether the plans find a number again far back, where what they skip may be what does that."""
         from ..evaluation.diagnostics import may_lose_retrieval, run_diagnostics
@@ -416,49 +371,42 @@ class Search:
         if not may_lose_retrieval(locate(net), plans["skipped"]):
             return []
         distinct = {plan.state: plan for plan in plans.values()}  # of a plan that skips nothing there is one
-        checks = run_diagnostics(net, tokenizer, [*distinct.values()], batches, parts=["passkey"], seed=self.seed)
+        checks = run_diagnostics(net, tokenizer, [*distinct.values()], text, parts=["passkey"], seed=self.seed)
         return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
 
-    def _concluded(self, net: PreTrainedModel, verdict: Verdict, found: ChosenPlan, budget: Budget) -> Verdict:
-        """The verdict with what the search has to add, and with the command that comes next."""
+    def _next(self, net: PreTrainedModel, verdict: Verdict) -> str:
         from ..models.names import DEFAULT_TEXT
         from ..structure.locating import locate
 
         spec, made = self.model.model, self.repaired if self.repair else self.out
         if not verdict.plan:
-            command = next_command("search", spec, max_nll=LITTLE, out=self.out)
-        elif locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
-            command = next_command("bench", spec, plan=made)
-        else:
-            _, command = what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)
-        return replace(
-            verdict,
-            speedup=found.times.measured_speedup if found.times else None,
-            verb="runs",
-            missed=found.missed and f"{budget.description}: {found.missed}",
-            late=not found.in_time,
-            next=command,
-        )
-
-
-def note_replaced(out: Path, plan: Plan) -> None:
-    """Say so where `out` skipped something else before."""
-    with suppress(UsageError):
-        before = Plan.load(out)
-        if before.identity != plan.identity:
-            print(f"note: {out} skipped {before} before, and is replaced", file=sys.stderr)
-
-
-# --- on a page --------------------------------------------------------------------------------------------------------
+            return next_command("search", spec, max_nll=LITTLE, out=self.out)
+        if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
+            return next_command("bench", spec, plan=made)
+        return what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)[1]
 
 
 def shown(folder: Folder) -> Shown:
     """What a page says of a search: of what was chosen last, repaired if it was."""
-    records = folder.of(SearchRecord)
+    records, repaired = folder.of(SearchRecord), last_measured(folder)
+    last = records[-1]
+    verdict = Verdict(
+        last.plan,
+        repaired.quality if repaired else last.quality,
+        speedup=last.check.measured_speedup if last.check else None,
+        verb="runs",
+        footprint=last.footprint,
+        dense=last.dense,
+        model=folder.model,
+        state=repaired.model if repaired else "skipped",
+        layers=folder.layers,
+        missed=last.missed and f"what was asked: {shortened(last.missed, 120)}",
+    )
+    made = folder.path.with_suffix(".repaired" if repaired else ".json")
     results = table("results", COLUMNS, records)
     return Shown(
-        message=_message(folder, records[-1], last_measured(folder)),
-        cards=tuple(_cards(records[-1])),
+        message=verdict.message(*what_next(verdict, folder.model, made)),
+        cards=tuple(_cards(last)),
         steps=tuple(
             Step(shortened(one.chosen, 120), one.plan, one.quality, None, one.footprint, one.dense, one.order)
             for one in records
@@ -467,29 +415,6 @@ def shown(folder: Folder) -> Shown:
         sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
         costs=read_costs(folder.path),
     )
-
-
-NOTE = (
-    "The objective is what the search went by, on its own text; NLL and KL, where they are given, were measured on "
-    "held-out text."
-)
-
-
-def _message(folder: Folder, record: SearchRecord, repaired: MeasuredRecord | None) -> Message:
-    verdict = Verdict(
-        record.plan,
-        repaired.quality if repaired else record.quality,
-        speedup=record.check.measured_speedup if record.check else None,
-        verb="runs",
-        footprint=record.footprint,
-        dense=record.dense,
-        model=folder.model,
-        state=repaired.model if repaired else "skipped",
-        layers=folder.layers,
-        missed=record.missed and f"what was asked: {shortened(record.missed, 120)}",
-    )
-    made = folder.path.with_suffix(".repaired" if repaired else ".json")
-    return verdict.message(*what_next(verdict, folder.model, made))
 
 
 def _cards(record: SearchRecord) -> Iterator[Card]:

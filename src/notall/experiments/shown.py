@@ -16,15 +16,10 @@ Place = tuple[str, int]  # of a sublayer: kind (attention or mlp), layer
 
 @dataclass(frozen=True)
 class Message:
-    """The first thing that a page says: a sentence, whether what it tells of is usable, and the command to type next.
-
-    `usable` is None where that is not known; `end` says what the command is for.
-    """
-
     said: str
-    usable: bool | None
-    end: str
-    command: str
+    usable: bool | None  # what it tells of; None where that is not known
+    end: str  # what the command is for
+    command: str  # to type next
 
 
 @dataclass(frozen=True)
@@ -38,17 +33,13 @@ class Card:
 
     @classmethod
     def of_loss(cls, title: str, quality: Quality, text: str) -> Card:
-        """What a plan loses, with its standard error."""
         error = f"± {quality.delta_nll_se:.2f} " if is_number(quality.delta_nll_se) else ""
         return cls(title, f"{quality.delta_nll:+.2f}", f"{error}nats a token", text)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A plan that the page steps through: the layer map shows it, bars its `times` and bytes, and figures mark it.
-
-    Bytes are drawn as shares of those of `dense`. `quality` and `order` (of skipping) are told in words.
-    """
+    """A plan that the page steps through, in the layer map, in bars of `times` and bytes, and in words."""
 
     name: str
     plan: Plan
@@ -60,7 +51,6 @@ class Step:
 
     @property
     def told(self) -> str:
-        """In a sentence."""
         skipped = len(self.plan)
         parts = [f"{several(skipped, 'sublayer')} skipped" if skipped else "nothing is skipped"]
         if skipped and self.quality:
@@ -84,34 +74,26 @@ def in_nats(quality: Quality) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A Vega-Lite spec as `charts.style.on_page` makes it; its param `plan`, if it has one, follows the step.
-
-    `title` stands over it where a section has several; `label` says what it is to those who don't see it; `note` how to
-    read it; `csv` is its data, where that is not what the section's table has.
-    """
+    """A Vega-Lite spec as `charts.style.on_page` makes it; its param `plan`, if it has one, follows the step."""
 
     spec: Mapping[str, Any]
-    label: str
-    title: str = ""
-    csv: str = ""
-    note: str = ""
+    label: str  # what it is, to those who don't see it
+    title: str = ""  # over it, where a section has several
+    csv: str = ""  # its data, where that is not what the section's table has
+    note: str = ""  # how to read it
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: figures, and a table of whose rows each may be about a step, by its number from 0.
+    """A part of a page: figures, and a table of whose rows each may be about a step, by its number from 0."""
 
-    `name` is a word of its own, of letters and dashes, from which ids and the names of files come. `opens`: it stands
-    before the layer map.
-    """
-
-    name: str
+    name: str  # letters and dashes: ids and the names of files come from it
     title: str
     figures: tuple[Figure, ...] = ()
     table: Table | None = None
     steps: tuple[int | None, ...] = ()
     note: str = ""
-    opens: bool = False
+    opens: bool = False  # before the layer map
 
 
 @dataclass(frozen=True)
@@ -125,25 +107,19 @@ class Costs:
 
 @dataclass(frozen=True)
 class Sample:
-    """How plans, by name, continue a prompt."""
-
     prompt: str
     said: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """All that a verb has to say of a folder.
-
-    Of what several verbs say a page has the first message, the first cards and the first steps, and all else.
-    `similarity` and `costs` shade the layer map.
-    """
+    """All that a verb has to say of a folder; of several verbs a page has the first message, cards and steps."""
 
     message: Message | None = None
     cards: tuple[Card, ...] = ()
     steps: tuple[Step, ...] = ()
     first: int = 0  # the step to begin with
     sections: tuple[Section, ...] = ()
-    similarity: tuple[Similarity, ...] = ()
+    similarity: tuple[Similarity, ...] = ()  # this and the costs shade the layer map
     costs: Costs | None = None
     samples: tuple[Sample, ...] = ()

@@ -1,7 +1,4 @@
-"""What a plan comes to, in words: what is left out, what that costs and brings, if it is of use, what comes next.
-
-And, for verbs that measure many, which of a folder's plans is best.
-"""
+"""What a plan comes to, in words, and what comes next; and which of a folder's plans is best."""
 
 from __future__ import annotations
 
@@ -59,8 +56,6 @@ class Bytes(Fact):
 
 
 class VerdictFact(Fact):
-    """A verdict for programs."""
-
     said: str
     usable: bool | None
     missed: str | None
@@ -77,30 +72,23 @@ class VerdictFact(Fact):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A plan with what is known of it, which the first sentence of a page and the last of a command say.
-
-    `quality` is on `text`, None where not measured; `speedup` is of what `verb` says, and `dense` and `footprint` are
-    what the model weighs before and after. `model` and `named` say what the plan is of and how it came to be, `state`
-    is repaired or healed where it is, and `among` says how many sublayers of a kind there are, or `layers`. `missed`
-    is what was reached of a budget that was not, `late` that the time was up before the search was done, and `next` is
-    the command to type.
-    """
+    """A plan with what is known of it, which the first sentence of a page and the last of a command say."""
 
     plan: Plan
-    quality: Quality | None = None
+    quality: Quality | None = None  # on `text`
     text: str = ""
-    speedup: Quartiles | None = None
+    speedup: Quartiles | None = None  # of what `verb` says
     verb: str = "decodes"
-    footprint: Footprint | None = None
+    footprint: Footprint | None = None  # with the plan
     dense: Footprint | None = None
     model: str = ""
-    named: str = ""
-    state: str = ""
-    among: Mapping[str, int] | None = None
+    named: str = ""  # how the plan came to be
+    state: str = ""  # repaired or healed, where it is
+    among: Mapping[str, int] | None = None  # how many sublayers of a kind there are
     layers: int = 0
-    missed: str | None = None
-    late: bool = False
-    next: str = ""
+    missed: str | None = None  # what was reached of a budget that was not
+    late: bool = False  # the time was up before the search was done
+    next: str = ""  # the command to type
 
     @classmethod
     def on(
@@ -135,20 +123,18 @@ class Verdict:
         return replace(self, next=mend if self.usable is False else otherwise)
 
     def message(self, end: str, command: str) -> Message:
-        """For a page."""
         return Message(self.said, self.usable, end, command)
 
     def lines(self) -> Iterator[str]:
-        """What to print, most important first."""
         yield from self._said()
         if self.next:
             yield f"Next:    {self.next}"
 
     def fact(self) -> VerdictFact:
-        """For programs."""
-        dense, left = self.dense, self.footprint
-        assert dense
-        assert left
+        assert self.dense
+        assert self.footprint
+        dense, left = vars(self.dense), vars(self.footprint)
+        kinds = "weight_bytes", "kv_bytes_per_token", "state_bytes"
         return VerdictFact(
             said=self.said,
             usable=self.usable,
@@ -159,9 +145,7 @@ class Verdict:
             perplexity_factor=self.perplexity_factor,
             top1_agreement=self.quality.top1_agreement if self.quality else math.nan,
             speedup=self.speedup.median if self.speedup else math.nan,
-            weight_bytes=Bytes(dense=dense.weight_bytes, skipped=left.weight_bytes),
-            kv_bytes_per_token=Bytes(dense=dense.kv_bytes_per_token, skipped=left.kv_bytes_per_token),
-            state_bytes=Bytes(dense=dense.state_bytes, skipped=left.state_bytes),
+            **{kind: Bytes(dense=dense[kind], skipped=left[kind]) for kind in kinds},
         )
 
     def _said(self) -> Iterator[str]:
@@ -202,9 +186,6 @@ class Verdict:
                     yield smaller if left < dense else f"the same {what}"
 
 
-# --- what comes next --------------------------------------------------------------------------------------------------
-
-
 def next_command(name: str, *words: object, **options: object) -> str:
     """A command line of notall; an option that is True has no value, and one that is None is left out."""
     line = ["notall", name, *map(str, words)]
@@ -240,9 +221,6 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
 
 
-# --- which of several -------------------------------------------------------------------------------------------------
-
-
 class MeasuredPlan(Protocol):
     """A record of one of a folder's plans; `times` is None where it was not timed."""
 
@@ -261,24 +239,21 @@ class MeasuredPlan(Protocol):
 M = TypeVar("M", bound=MeasuredPlan)
 
 
-def _decode_speedup(one: MeasuredPlan) -> Quartiles | None:
-    return one.times.speedup_decode if one.times else None
-
-
 def fastest(records: Iterable[M]) -> M | None:
-    """Of the usable ones the fastest: of those that may be as fast, by its quartiles, what loses least.
+    """The fastest usable one: of those that may be as fast, by its quartiles, what loses least.
 
     Where nothing was timed, the smallest, then the best.
     """
     usable = [one for one in records if one.plan and is_usable(one.quality)]
 
     def pace(one: M) -> float:
-        return speedup.median if (speedup := _decode_speedup(one)) else 0
+        return one.times.speedup_decode.median if one.times else 0
 
     first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
-    if first is None or not (speedup := _decode_speedup(first)):
+    if first is None or not first.times:
         return first
-    return min((one for one in usable if pace(one) >= speedup.low), key=lambda one: one.quality.nats_lost)
+    low = first.times.speedup_decode.low
+    return min((one for one in usable if pace(one) >= low), key=lambda one: one.quality.nats_lost)
 
 
 def mildest(records: Iterable[M]) -> M | None:
@@ -306,7 +281,7 @@ def judged(
         verdict = Verdict(
             best.plan,
             best.quality,
-            speedup=_decode_speedup(best),
+            speedup=best.times.speedup_decode if best.times else None,
             footprint=best.footprint,
             dense=dense,
             model=folder.model,
@@ -332,15 +307,14 @@ def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
 
 
 def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
-    """Of those that leave the model usable."""
     best = fastest(records)
     if best is None:
         told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
         return Card("Fastest usable", "none", f"of {len(records)} plans", told)
     text = f"{best.name}; {in_nats(best.quality)}"
-    if not (speedup := _decode_speedup(best)):
+    if not best.times:
         return Card("Largest usable", str(len(best.plan)), "sublayers left out", text)
-    return Card("Fastest usable", f"{speedup.median:.2f}×", SPEEDUPS[0].heading, text)
+    return Card("Fastest usable", f"{best.times.speedup_decode.median:.2f}×", SPEEDUPS[0].heading, text)
 
 
 def mark_usable(columns: Sequence[Column[R]], quality: Callable[[R], Quality | None]) -> tuple[Column[R], ...]:
