@@ -335,7 +335,7 @@ def compare_criteria(
         added = _repaired(subject, plans, ways, repair_text, held, stages.stage(repaired_in))
         answering, timing = stages.stage(0.1 * chosen_in), stages.stage(0.1 * chosen_in)
         answers = run_choice(
-            *(subject.model, subject.tokenizer, plans, jobs, tasks), folder=subject.out / "answers", progress=answering
+            subject.model, subject.tokenizer, plans, jobs, tasks, folder=subject.out / "answers", progress=answering
         )
         times = shared_times(subject, plans, workload, about, timing) if workload else {}
         records = [
@@ -462,7 +462,11 @@ class _Choosing:
         name = f"{_file_name(f'{run.criterion} {run.objective}')}.jsonl"  # what goes by the same shares evaluations
         evaluator = Evaluator(model, by.objective, folder=folder, name=name, settings=self.about)
         setting = Setting(
-            *(model, run.space, by.batches, evaluator, self.subject.seed),
+            model,
+            run.space,
+            by.batches,
+            evaluator,
+            self.subject.seed,
             progress=lambda done, total, doing: progress(done, total, f"{run.name}: {doing}"),
         )
         budget, rise = by_count(run.space, run.count), math.nan

@@ -245,7 +245,10 @@ def run_choice(
 
     assert tokenizer
     return run_tasks(
-        *(model, tokenizer, plans, jobs),
+        model,
+        tokenizer,
+        plans,
+        jobs,
         batch_size=choice.batch_size,
         folder=folder,
         truncate=choice.truncate,
@@ -273,7 +276,10 @@ class Benchmarks:
         def model(of_few: bool) -> PlansLM:
             assert subject.tokenizer
             return PlansLM(
-                *(subject.model, subject.tokenizer, [row.plan for row in self.rows_of[of_few]], subject.out),
+                subject.model,
+                subject.tokenizer,
+                [row.plan for row in self.rows_of[of_few]],
+                subject.out,
                 batch_size=choice.batch_size,
                 truncate=choice.truncate,
                 workers=subject.workers,

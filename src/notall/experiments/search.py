@@ -320,7 +320,10 @@ class Search:
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(
-            *(self.by.objective or wanted.objective, net, tokenizer, batches),
+            self.by.objective or wanted.objective,
+            net,
+            tokenizer,
+            batches,
             prompts=self.by.prompts,
             task_path=shelf,
             task_limit=self.by.limit,
@@ -328,7 +331,12 @@ class Search:
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
         found = choose_plan(
-            *(net, self.by.criterion, among, budget, batches, goal),
+            net,
+            self.by.criterion,
+            among,
+            budget,
+            batches,
+            goal,
             out=self.folder,
             provenance=settings,
             max_minutes=self.until.max_minutes,
