@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 
 from ..errors import UsageError, shortened
+from ..inputs import Settings
 from ..results.printable import printable
 
 Colour = str | alt.ExprRef
@@ -31,7 +32,7 @@ MENU = {"export": True, "source": False, "compiled": False, "editor": False}  # 
 
 def theme(
     ink: str, grey: str, pale: str, faint: str, paper: str, ramp: tuple[str, str], colours: Mapping[str, str]
-) -> Mapping[str, Any]:
+) -> Settings:
     """How every figure looks, as a Vega-Lite config; figures name its colours by the params that it defines."""
     plain = {"titleFontWeight": "normal", "titleFontSize": 12}
     axis = {"labelFontSize": 11, "labelColor": grey, "titleColor": ink, "gridColor": pale, "domainColor": grey}
@@ -63,9 +64,7 @@ def titled(title: str, told: str | Sequence[str]) -> alt.TitleParams:
     return alt.TitleParams(title, subtitle=lines, anchor="start", frame="group", offset=14)
 
 
-def by_colour(
-    field: str, colours: Mapping[str, Colour], title: str | None = None
-) -> tuple[dict[str, Any], alt.Parameter]:
+def by_colour(field: str, colours: Mapping[str, Colour], title: str | None = None) -> tuple[Settings, alt.Parameter]:
     """A colour for each name in `field`, the others dim while one is chosen in the legend; and that choice."""
     names = [*colours]
     chosen = alt.selection_point(encodings=["color"], bind="legend")
@@ -79,12 +78,12 @@ def snug(padding: int) -> alt.Scale:
     return alt.Scale(zero=False, nice=False, padding=padding)
 
 
-def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> dict[str, Any]:
+def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> Settings:
     """A figure of a page: without theme, and as wide as the page gives."""
     return spec_of(chart.properties(width="container", height=height))
 
 
-def spec_of(chart: alt.TopLevelMixin) -> dict[str, Any]:
+def spec_of(chart: alt.TopLevelMixin) -> Settings:
     """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
     return _drawable(chart.to_dict())
 

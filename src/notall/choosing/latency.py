@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from ..digests import digest_of_json
 from ..errors import UsageError, expect
 from ..files import cache_folder, keep
-from ..inputs import read_json
+from ..inputs import Settings, read_json
 from ..measuring.speed import compare, machine, speedup
 from ..options import Workload
 from ..plan import Plan
@@ -88,7 +87,7 @@ def measure_times(
 class _Stored(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """SublayerTimes as they are kept, and what they are of."""
 
-    about: dict[str, Any]
+    about: Settings
     dense_ms: float = Field(gt=0)
     sublayer_ms: dict[str, float]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..errors import shortened
 from ..experiments import compare as comparing
@@ -14,6 +13,7 @@ from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions, StopOptions
+from ..inputs import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Seed, Workload
 from ..plan import Plan
@@ -69,7 +69,7 @@ def compare(
     show(tables, as_json=as_json, then=(*once, where, next_report(out)))
 
 
-def _made(about: Provenance, described: Mapping[str, Any], timed: Workload | None) -> str:
+def _made(about: Provenance, described: Settings, timed: Workload | None) -> str:
     """How and on what it was measured, in sentences."""
     held_out = str(described.get("held_out"))
     others = f"as many of {Path(held_out).name}" if "held_out_sha256" in described else "as many other ones"

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, raised_by, shortened
+from ..inputs import Settings
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
 from ..models.load_errors import quiet
 from ..plan import Plan
@@ -322,7 +323,7 @@ def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _scores(
-    job: Job, row: str, leaves: list[str], outcome: dict[str, Any], dense: dict[str, Any]
+    job: Job, row: str, leaves: list[str], outcome: Settings, dense: Settings
 ) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
     """A score for each metric to report of a row, which is a task or a group of tasks, and what it is made of."""
     figures = outcome["results"][row]
@@ -352,7 +353,7 @@ def _scores(
         yield score, samples
 
 
-def _samples(outcome: dict[str, Any], leaves: list[str], metric: str) -> tuple[Sample, ...]:
+def _samples(outcome: Settings, leaves: list[str], metric: str) -> tuple[Sample, ...]:
     name, _, kind = metric.partition(",")
     return tuple(
         Sample(leaf, sample["doc_id"], sample[name], tuple(answer for answer, *_ in sample["resps"]))

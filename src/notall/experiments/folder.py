@@ -9,9 +9,10 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..errors import UsageError
+from ..inputs import Settings
 from ..plan import Fingerprint
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read, refuse_foreign
@@ -27,7 +28,7 @@ class Folder:
 
     path: Path
     files: dict[str, tuple[Record, ...]]  # by the kind of their records
-    foreign: dict[str, tuple[dict[str, Any], ...]]  # by the name of the file, without suffix
+    foreign: dict[str, tuple[Settings, ...]]  # by the name of the file, without suffix
 
     def of(self, kind: type[R]) -> tuple[R, ...]:
         """The records of a kind, each with its provenance; none where there is no such file."""
@@ -93,7 +94,7 @@ def read_folder(path: Path) -> Folder:
     if not path.is_dir():
         raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
     know_every_kind()
-    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[dict[str, Any], ...]]()
+    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[Settings, ...]]()
     for file in sorted(path.glob("*.jsonl")):
         if kind := kind_at(file):
             header = header_of(file) if kind.headed else None

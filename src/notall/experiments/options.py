@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, shortened
 from ..extras import need
+from ..inputs import Settings
 from ..options import Option
 from ..plan import Plan
 
@@ -75,11 +76,11 @@ class ModelOptions:
         return None if self.dtype == "auto" else self.dtype
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Settings:
         told = asdict(self)
         return {"spec": told.pop("model"), **told}
 
-    def provenance(self, model: PreTrainedModel, **more: Any) -> Provenance:
+    def provenance(self, model: PreTrainedModel, **more: object) -> Provenance:
         """Where figures of this run come from; `more` decides whether a run goes on, as the model does."""
         from ..measuring.speed import machine
         from ..models.loading import dtype_name, identify
@@ -119,7 +120,7 @@ class TextOptions(PromptOptions):
 
     def windows(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
-    ) -> tuple[list[Tensor], dict[str, Any]]:
+    ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
         size = {"batch_size": self.batch_size, "seed": seed}
         return windows_of(model, tokenizer, self.text, self.sequences, self.length, **size)
@@ -137,7 +138,7 @@ class HeldOutOptions(TextOptions):
 
     def both(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
-    ) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    ) -> tuple[list[Tensor], list[Tensor], Settings]:
         """Batches to calibrate on, batches to measure on, and what they are, for the record.
 
         With `fewer`, a short text may have fewer other windows than asked for, or none.
@@ -177,7 +178,7 @@ def windows_of(
     *,
     batch_size: int = 1,
     seed: int = 0,
-) -> tuple[list[Tensor], dict[str, Any]]:
+) -> tuple[list[Tensor], Settings]:
     """Token batches of a text on the model's device, and what they are, for the record."""
     from ..models.texts import read_text, token_batches
     from ..structure.model_structure import positions_of

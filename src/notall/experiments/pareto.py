@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed
+from ..inputs import Settings
 from ..options import Option, Workload
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
@@ -306,7 +307,7 @@ class Variant:
         return (self.subject.name, self.subject.plan.state == "repaired", self.type)
 
     @property
-    def named(self) -> dict[str, Any]:
+    def named(self) -> Settings:
         return dict(zip(NAMED, self.key))
 
     def in_round(self, number: int) -> Key:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from ..inputs import Settings
 from ..plan import Plan, several
 from ..results.facts import Footprint, Quality, Similarity, Times
 from ..results.record import is_number
@@ -76,7 +76,7 @@ def in_nats(quality: Quality) -> str:
 class Figure:
     """A Vega-Lite spec as `charts.style.on_page` makes it; its param `plan`, if it has one, follows the step."""
 
-    spec: Mapping[str, Any]
+    spec: Settings
     label: str  # what it is, to those who don't see it
     title: str = ""  # over it, where a section has several
     csv: str = ""  # its data, where that is not what the section's table has

@@ -7,11 +7,11 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
 from ..files import open_to_others
@@ -87,7 +87,7 @@ def export(
     out: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    measured: Mapping[str, Any] | None = None,
+    measured: Settings | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import UsageError, shortened
@@ -73,7 +73,7 @@ Verdict = Verified | NotVerified
 TURNED_OFF = NotVerified("it was turned off (--no-verify)")
 
 
-def describe(folder: Path, export: Export, verdict: Verdict, measured: Mapping[str, Any] | None = None) -> None:
+def describe(folder: Path, export: Export, verdict: Verdict, measured: Settings | None = None) -> None:
     """Write the manifest, with what is known now that the weights are written, and the card."""
     weights = {"dense": export.dense_bytes, "written": export.written_bytes}
     whole = {**export.manifest, "weight_bytes": weights, "verified": asdict(verdict)}
@@ -136,12 +136,12 @@ def dense_of(folder: Path) -> str:
         return "the hub id or folder that it was made of"
 
 
-def verdict_of(manifest: Mapping[str, Any]) -> Verdict:
+def verdict_of(manifest: Settings) -> Verdict:
     found = manifest["verified"]
     return NotVerified(**found) if "not_run" in found else Verified(**found)
 
 
-def _card(export: Export, verdict: Verdict, measured: Mapping[str, Any] | None) -> str:
+def _card(export: Export, verdict: Verdict, measured: Settings | None) -> str:
     """What was left out of which model, how to run it, and what was measured. Keeps the dense model's licence."""
     from huggingface_hub import ModelCardData
 
@@ -167,7 +167,7 @@ def _card(export: Export, verdict: Verdict, measured: Mapping[str, Any] | None) 
     return f"---\n{data}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _on_repair(repair: Mapping[str, Any]) -> Iterator[str]:
+def _on_repair(repair: Settings) -> Iterator[str]:
     """That weights are not the dense model's, by what they were made, and what is left of the error."""
     steps = "; then ".join(step["told"] for step in repair["history"])
     made = f" They were {steps}." if steps else ""

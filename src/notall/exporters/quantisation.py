@@ -84,7 +84,7 @@ RULES: Mapping[str, Rules] = {
 }
 
 
-def cut_quantisation(settings: Mapping[str, Any], moved: Moved, layers: str) -> Settings:
+def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
     """Those of an export; the names of layers begin with `layers`. Raises `UsageError` where not all can be told."""
     rules = RULES.get(quantisation_name(settings).split()[0], {})
     last = layers.rstrip(".").rpartition(".")[2]

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..errors import UsageError
+from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -168,7 +169,7 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
     return Quartiles.of([slow / fast for slow, fast in zip(baseline, other, strict=True)])
 
 
-def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+def machine(device: torch.device | str = "cpu") -> Settings:
     """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
     cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError
+from ..inputs import Settings
 from ..measuring.quality import evaluate
 from ..models.names import DEFAULT_TEXT
 from ..models.texts import read_text, token_batches, windows_in
@@ -39,7 +39,7 @@ class RepairTexts:
 
     own: list[list[Tensor]]
     other: dict[str, list[Tensor]]
-    described: dict[str, Any]
+    described: Settings
 
     @classmethod
     def draw(

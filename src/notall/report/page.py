@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ..charts import layers
 from ..charts.layers import Saving, Sublayer
@@ -17,6 +16,7 @@ from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto
 from ..experiments.folder import Folder, read_folder
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..files import write_whole
+from ..inputs import Settings
 from ..results.evaluations import AnswersRecord
 from ..results.lines import finite
 from ..results.record import Record
@@ -155,7 +155,7 @@ class Page:
         )
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Settings:
         return self.folder.provenance.flat
 
     @cached_property
@@ -280,13 +280,13 @@ def flatten(value: object, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, str(value)
 
 
-def as_it_is(rows: Sequence[Mapping[str, Any]]) -> Table:
+def as_it_is(rows: Sequence[Settings]) -> Table:
     """Lines that no command of ours wrote, without lists and provenance; their CSV has plain values only."""
     told = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
     names = dict.fromkeys(key for row in told for key, value in row.items() if value is not None)
     names.pop("provenance", None)
 
-    def column(name: str) -> Column[dict[str, Any]]:
+    def column(name: str) -> Column[Settings]:
         """Of figures, where a row has nothing else there."""
         found = [value for row in told if (value := row.get(name)) is not None]
         if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST for value in found):

@@ -13,9 +13,9 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError, shortened
-from ..inputs import read_json
+from ..inputs import Settings, read_json
 
-Line = dict[str, Any]
+Line = Settings
 
 
 def append(path: Path, *lines: Line) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import shortened
+from ..inputs import Settings
 
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
@@ -22,11 +23,11 @@ class Provenance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    what: dict[str, Any] = Field(description="model, text, dtype, seed, settings: what to repeat it with")
-    where: dict[str, Any] = Field({}, description="machine, threads, versions, command, date")
+    what: Settings = Field(description="model, text, dtype, seed, settings: what to repeat it with")
+    where: Settings = Field({}, description="machine, threads, versions, command, date")
 
     @classmethod
-    def of(cls, about: Provenance | Mapping[str, Any], **more: Any) -> Provenance:
+    def of(cls, about: Provenance | Mapping[str, object], **more: object) -> Provenance:
         """`about` with what `more` says; of a flat mapping, the names in `PLACES` are where it ran."""
         if isinstance(about, Provenance):
             return about.model_copy(update={"what": {**about.what, **more}}) if more else about
@@ -39,7 +40,7 @@ class Provenance(BaseModel):
         return json.dumps(self.what, sort_keys=True)
 
     @property
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Settings:
         """Both in one, for a page."""
         return {**self.what, **self.where}
 
@@ -59,7 +60,7 @@ def this_run() -> dict[str, str]:
     }
 
 
-def windows_in_words(described: Mapping[str, Any]) -> str:
+def windows_in_words(described: Settings) -> str:
     """What was measured on, in words."""
     return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
 

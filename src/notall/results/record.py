@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from typing_extensions import Self
 
+from ..inputs import Settings
 from ..plan import Plan
 from .provenance import Provenance
 
@@ -148,16 +149,16 @@ class Record(Fact):
         return tuple(getattr(self, name) for name in self.key_fields)
 
     @property
-    def what(self) -> dict[str, Any]:
+    def what(self) -> Settings:
         """What decided its figures, as far as that was written down."""
         return self.provenance.what if self.provenance else {}
 
-    def line(self) -> dict[str, Any]:
+    def line(self) -> Settings:
         """As it is written."""
         return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod
-    def from_fact(cls, *facts: Fact, **more: Any) -> Self:
+    def from_fact(cls, *facts: Fact, **more: object) -> Self:
         """A record of what `facts` have of its fields, and of what is new."""
         own = cls.model_fields.keys() - {"record"}
         found = {name: getattr(fact, name) for fact in facts for name in type(fact).model_fields if name in own}
