@@ -346,11 +346,7 @@ class Search:
             after_repair=bool(self.repair),
             progress=progress,
         )
-        with suppress(UsageError):
-            before = Plan.load(self.out)
-            if before.identity != found.plan.identity:
-                print(f"note: {self.out} skipped {before} before, and is replaced", file=sys.stderr)
-        found.plan.save(self.out)
+        self._save(found.plan)
         source = Provenance.of(settings, **other, fingerprint=found.plan.fingerprint)
         record = keep_choice(self.folder, found, source)
         text = str(other.get("held_out")) if self.text.held_out else f"other windows of {about['text']}"
@@ -368,6 +364,13 @@ class Search:
         verdict = replace(verdict, speedup=speedup, verb="runs", missed=missed, late=not found.in_time)
         verdict = replace(verdict, next=self._next(net, verdict))
         return Searched(record, budget.description, measured, passkeys, verdict)
+
+    def _save(self, plan: Plan) -> None:
+        with suppress(UsageError):
+            before = Plan.load(self.out)
+            if before.identity != plan.identity:
+                print(f"note: {self.out} skipped {before} before, and is replaced", file=sys.stderr)
+        plan.save(self.out)
 
     def _passkeys(
         self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans: Mapping[State, Plan], text: list[Tensor]
