@@ -115,11 +115,20 @@ def test_an_engine_of_others_is_named_in_place(tmp_path, monkeypatch):
         engine_named("my_engine:Path")
 
 
+def test_what_an_engine_of_others_lacks_is_named(tmp_path, monkeypatch):
+    half = "from notall.engines import Engine\nclass Half(Engine):\n    name, types = 'half', ('plain',)\n"
+    (tmp_path / "half_engine.py").write_text(half)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UsageError, match="half_engine:Half lacks install, package, quantise, score, time: give it"):
+        engine_named("half_engine:Half")
+
+
 def test_engines_and_targets_are_found_in_one_place():
     assert [engine_named(name).name for name in ENGINES] == [*ENGINES]
     assert {engine_named(name).target for name in ENGINES} <= TARGETS.keys()
     assert len({target_named(name) for name in TARGETS}) == len(TARGETS)
-    with pytest.raises(UsageError, match=r"no export target 'ggufs' \(did you mean gguf\?\): choose from hf"):
+    with pytest.raises(UsageError, match=r"no export target 'ggufs' \(did you mean gguf\?\): choose .* module:Class"):
         target_named("ggufs")
 
 

@@ -21,22 +21,26 @@ def installed_names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
 
 
-def named(name: str, built_in: Mapping[str, Any], group: str, what: str) -> Any:
+def named(name: str, built_in: Mapping[str, Any], group: str, what: str, form: str = "module:function") -> Any:
     """One of `built_in`, or what `find` finds. Raises `UsageError` for another, and as `find` does."""
     found = built_in.get(name) or find(name, group)
     if found is None:
         names = [*built_in, *installed_names(group)]
         told = f"there is no {what} {shortened(name)!r}{nearest(name, names)}"
-        raise UsageError(f"{told}: choose from {', '.join(names)}, or give module:function")
+        raise UsageError(f"{told}: choose from {', '.join(names)}, or give {form}")
     return found
 
 
 def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, base: type[T]) -> type[T]:
     """A subclass of `base`, which one of `built_in` names as `module:Class`, or what `find` finds; raises alike."""
     where = built_in.get(name)
-    found = EntryPoint(name, where, group).load() if where else named(name, built_in, group, what)
+    found = EntryPoint(name, where, group).load() if where else named(name, built_in, group, what, "module:Class")
     if not inspect.isclass(found) or not issubclass(found, base):
         raise UsageError(f"{shortened(name)} is no {what}: give a subclass of {base.__module__}.{base.__name__}")
+    values = {name for name, hint in base.__annotations__.items() if str(hint).startswith("ClassVar")}
+    lacking = {*getattr(found, "__abstractmethods__", ()), *(name for name in values if not hasattr(found, name))}
+    if lacking:
+        raise UsageError(f"{shortened(name)} lacks {', '.join(sorted(lacking))}: give it what {base.__name__} asks for")
     return found
 
 

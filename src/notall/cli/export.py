@@ -126,6 +126,8 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
         return {**said, "Next": f"llama-cli -m {shlex.quote(str(next(out.glob('*.gguf'))))} -fa on"}
     if to == "nemotron-nas":
         return {**said, "Next": f"mlx_lm.generate --model {folder} --prompt {prompt}"}
+    if to != "hf":  # a target of someone's own; its model card says how it is run
+        return said
     said |= {"Next": f"notall generate {folder} {prompt}", "Serve": f"vllm serve {folder}"}
     if manifest["model_type"].startswith("notall_"):  # with notall beside vLLM, and with vLLM alone
         said["Alone"] = f"vllm serve {folder} --trust-remote-code"
