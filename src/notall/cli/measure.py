@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse, warn_of_own_text
+from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
@@ -21,6 +21,7 @@ from ..experiments.options import (
     windows_of,
 )
 from ..experiments.repair import RepairOptions
+from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
 from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError, shortened
 from ..experiments import pareto as fronts
-from ..experiments.evaluate import warn_of_own_text
 from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, ModelOptions, words_of
 from ..experiments.repair import NONE
+from ..experiments.search import warn_of_own_text
 from ..options import OutFolder, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality
-from ..results.ledger import Ledger, read, working_in
+from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Fact, is_number
-from ..results.repairs import HEALING, MEASURED, REFITS, FittedText, HealRecord, MeasuredRecord, RefitRecord, State
+from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRecord, RefitRecord, State
 from ..results.table import Column, number, table, within, words
 from .driver import run_choice
 from .folder import Folder
@@ -164,23 +163,6 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
                 f"{was.nats_lost:.3f}; repair with more text, in another way, or not at all",
                 file=sys.stderr,
             )
-
-
-def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
-    """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
-    from .search import SearchRecord
-
-    texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
-    own = {text.text_sha256: "repaired with" for text in texts}
-    found = path.with_suffix(".search") / SearchRecord.file if path else None
-    if found and found.is_file():
-        with suppress(UsageError):  # a damaged file is nothing to stop for
-            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
-            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
-    if how := own.get(str(described["text_sha256"])):
-        text = shortened(described["text"])
-        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
-        print(note, file=sys.stderr)
 
 
 def shown(folder: Folder) -> Shown:

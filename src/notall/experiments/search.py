@@ -17,11 +17,11 @@ from ..options import Option, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
-from ..results.ledger import Ledger, working_in
+from ..results.ledger import Ledger, read, working_in
 from ..results.lines import check_file
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
-from ..results.repairs import MeasuredRecord, State
+from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
 from .folder import Folder, check_folder
@@ -395,6 +395,21 @@ class Search:
         if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
             return next_command("bench", spec, plan=made)
         return what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)[1]
+
+
+def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
+    """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
+    texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
+    own = {text.text_sha256: "repaired with" for text in texts}
+    found = path.with_suffix(".search") / SearchRecord.file if path else None
+    if found and found.is_file():
+        with suppress(UsageError):  # a damaged file is nothing to stop for
+            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
+            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
+    if how := own.get(str(described["text_sha256"])):
+        text = shortened(described["text"])
+        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
+        print(note, file=sys.stderr)
 
 
 def shown(folder: Folder) -> Shown:
