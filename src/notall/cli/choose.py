@@ -131,7 +131,9 @@ WEIGHED: tuple[Column[Weighed], ...] = (
 @command(example="notall plan smollm2 --skip attention:0.33 --keep-last -o plan.json")
 def plan(
     model: ModelOptions,
-    skip: Annotated[str, Option("what to leave out", metavar="attention|mlp|block[:HOW MANY]")] = "attention:0.33",
+    skip: Annotated[
+        str, Option("what to leave out, and how many of it or what share", metavar="attention|mlp|block[:HOW MANY]")
+    ] = "attention:0.33",
     keep_last: KeepLast = False,
     out: PlanFile = Path("plan.json"),
     as_json: Json = False,

@@ -48,7 +48,9 @@ def export(
     repair: RepairOptions,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
     measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
-    verify: Annotated[bool, Option("run what was written and compare it", ("--verify/--no-verify",))] = True,
+    verify: Annotated[
+        bool, Option("run what was written, and compare it with the skipped model", ("--verify/--no-verify",))
+    ] = True,
     push_to_hub: Annotated[str | None, Option("upload the export to this repository of the hub")] = None,
     as_json: Json = False,
 ) -> None:

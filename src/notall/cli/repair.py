@@ -40,7 +40,9 @@ def repair(
     run: RunOptions,
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
-    offload: Annotated[Path | None, Option("keep the text's streams in files here", metavar="DIR")] = None,
+    offload: Annotated[
+        Path | None, Option("keep the text's streams in files in this folder, if memory is short", metavar="DIR")
+    ] = None,
     out: WeightsFolder = Path("repaired"),
 ) -> None:
     """Refit what a plan keeps, so that it makes up for what the plan skips.

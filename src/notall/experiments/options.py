@@ -36,10 +36,16 @@ class ModelOptions:
     PANEL: ClassVar = "Model"
 
     model: Annotated[str, Option("smollm2, a hub id, a folder or a .gguf file", (), "MODEL", argument=True)] = "smollm2"
-    dtype: Annotated[str, Option("float32, bfloat16, float16, or auto, which suits the device")] = "auto"
+    dtype: Annotated[
+        str, Option("dtype to compute in: float32, bfloat16, float16, or auto, which suits the device")
+    ] = "auto"
     device: Annotated[str, Option("device to run on: auto, cpu, cuda, cuda:1, mps ...")] = "auto"
-    device_map: Annotated[str | None, Option("spread the model over devices: auto, balanced ...")] = None
-    attn_implementation: Annotated[str | None, Option("sdpa, eager, flash_attention_2 ...")] = None
+    device_map: Annotated[str | None, Option("spread the model over devices with accelerate: auto, balanced ...")] = (
+        None
+    )
+    attn_implementation: Annotated[
+        str | None, Option("attention implementation: sdpa, eager, flash_attention_2 ...")
+    ] = None
     revision: Annotated[str | None, Option("branch, tag or commit of a hub model")] = None
     trust_remote_code: Annotated[bool, Option("run the model's own code from the hub")] = False
 
@@ -96,7 +102,9 @@ class ModelOptions:
 class PromptOptions:
     PANEL: ClassVar = "Text"
 
-    text: Annotated[str, Option("a UTF-8 file, a .jsonl with `text`, or prose, which ships with Python")] = "prose"
+    text: Annotated[str, Option("a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")] = (
+        "prose"
+    )
     sequences: Annotated[int, Option("number of windows")] = 8
 
     def check(self) -> None:
@@ -214,7 +222,12 @@ class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
 
     plan: Annotated[Path | None, Option("plan file, or the folder of a repair")] = None
-    skip: Annotated[str | None, Option("instead of --plan: the deepest of a kind", metavar="KIND[:HOW MANY]")] = None
+    skip: Annotated[
+        str | None,
+        Option(
+            "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", metavar="KIND[:HOW MANY]"
+        ),
+    ] = None
     keep_last: Annotated[bool, Option("with --skip: preserve the last layer")] = False
 
     @property
@@ -306,8 +319,12 @@ class TaskOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    tasks: Annotated[tuple[str, ...], Option("with commas between: openllm, or what `notall tasks` lists")] = ()
-    limit: Annotated[tuple[str, ...], Option("documents of each task, such as 40, or mmlu=2 of one or a group")] = ()
+    tasks: Annotated[
+        tuple[str, ...], Option("openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
+    ] = ()
+    limit: Annotated[
+        tuple[str, ...], Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
+    ] = ()
     num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)", least=0)] = None
     task_path: TaskPath = None
     truncate: Annotated[bool, Option("cut the beginning of what is longer than the context")] = False
@@ -368,7 +385,9 @@ class TaskChoice:
 
 Diagnostics = Annotated[
     bool,
-    Option("also measure NLL by position, passkey, calibration, writing, GSM8K", panel="Benchmarks"),
+    Option(
+        "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K", panel="Benchmarks"
+    ),
 ]
 
 
@@ -377,7 +396,13 @@ class ClusterOptions:
     PANEL: ClassVar = "Cluster"
 
     ray: Annotated[
-        str | None, Option("Ray cluster to run on: local, auto, HOST:PORT or, but for heal, ray://...", (), "[ADDRESS]")
+        str | None,
+        Option(
+            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or, "
+            "except for heal, ray://HOST:PORT",
+            (),
+            "[ADDRESS]",
+        ),
     ] = None
     ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
 

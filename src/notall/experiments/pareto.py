@@ -541,7 +541,9 @@ class EngineOptions:
 
     PANEL: ClassVar = "Engine"
 
-    engine: Annotated[str, Option("llama.cpp, transformers, vllm, or your own module:Class")] = "llama.cpp"
+    engine: Annotated[str, Option("llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")] = (
+        "llama.cpp"
+    )
     types: Annotated[
         tuple[str, ...],
         Option(
@@ -574,9 +576,19 @@ class EngineOptions:
 class ParetoPlans(SpaceOptions):
     """Which plans are measured: files, and those that the search finds."""
 
-    skip: Annotated[str, Option("skip these, such as attention:4,8", metavar="KIND[:HOW MANY,...]")] = "sublayer"
-    plan: Annotated[tuple[Path, ...], Option("plan file, or the folder of a repair; repeat it for more")] = ()
-    speedups: Annotated[tuple[str, ...], Option(f"find plans this fast in torch (default, if no plan: {FIRST})")] = ()
+    skip: Annotated[
+        str,
+        Option(
+            "find plans that skip these, such as attention:4,8, or what --speedups choose among",
+            metavar="KIND[:HOW MANY,...]",
+        ),
+    ] = "sublayer"
+    plan: Annotated[
+        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
+    ] = ()
+    speedups: Annotated[
+        tuple[str, ...], Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)")
+    ] = ()
     repair: Annotated[str, Option(f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")] = REFIT
 
     def given(self) -> dict[str, Plan]:

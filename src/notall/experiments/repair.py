@@ -78,8 +78,12 @@ class FitOptions:
 
     PANEL: ClassVar = "Text"
 
-    text: Annotated[tuple[str, ...], Option("text to fit to; two kinds repair better than one (default: prose)")] = ()
-    held_out: Annotated[tuple[str, ...], Option("text to measure on (default: other windows of each --text)")] = ()
+    text: Annotated[
+        tuple[str, ...], Option("text to fit to; repeat it, since two kinds repair better than one (default: prose)")
+    ] = ()
+    held_out: Annotated[
+        tuple[str, ...], Option("text to measure on; repeat it for more (default: other windows of each --text)")
+    ] = ()
     sequences: Annotated[int | None, Option("windows to fit to, of all texts together (default: up to 128)")] = None
     length: Annotated[int, Option("tokens in each window")] = 512
     batch_size: Annotated[int, Option("windows to run at a time")] = 8
@@ -108,10 +112,12 @@ class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
     text: Annotated[tuple[str, ...], Option("text to train on; repeat it for more (default: prose)")] = ()
-    sequences: Annotated[int | None, Option("windows to train on, of all texts (default: up to 131,072 tokens)")] = None
+    sequences: Annotated[
+        int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
+    ] = None
     batch_size: Annotated[int, Option("windows of a step")] = 4
     sample: Annotated[bool, Option("train on what the dense model writes, from the first words of each window")] = False
-    tokens: Annotated[int | None, Option("instead of --sequences: tokens to train on, of all texts")] = None
+    tokens: Annotated[int | None, Option("instead of --sequences: tokens to train on, of all texts together")] = None
 
     @property
     def windows(self) -> int | None:
@@ -139,7 +145,13 @@ class HealOptions:
     ] = "outputs"
     rank: Annotated[int | None, Option("rank of the matrices of --train lora (default: 16)")] = None
     rate: Annotated[float, Option("the learning rate to begin with")] = 3e-4
-    warm_up: Annotated[float, Option("share of the tokens that train each kept sublayer alone", metavar="SHARE")] = 0.0
+    warm_up: Annotated[
+        float,
+        Option(
+            "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
+            metavar="SHARE",
+        ),
+    ] = 0.0
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig

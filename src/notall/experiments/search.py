@@ -145,7 +145,9 @@ class BudgetOptions:
     weights: Annotated[float | None, Option("save this many bytes of weights, or this share")] = None
     kv: Annotated[float | None, Option("save this many bytes of KV cache per token, or this share")] = None
     speedup: Annotated[float | None, Option("run prompt and generated tokens this many times as fast here")] = None
-    max_nll: Annotated[float | None, Option("skip what adds at most this many nats of NLL, alone or as limit")] = None
+    max_nll: Annotated[
+        float | None, Option("skip as much as possible while NLL rises by at most this many nats, alone or as a limit")
+    ] = None
     max_kl: Annotated[float | None, Option("the same for KL")] = None
 
     def check(self, amount: SkipAmount) -> BudgetChoice:
@@ -219,7 +221,9 @@ class ObjectiveOptions:
         str | None,
         Option("nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"),
     ] = None
-    prompts: Annotated[Path | None, Option("for `answers`: prompts, one a line, or a .jsonl with `prompt`")] = None
+    prompts: Annotated[
+        Path | None, Option("for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column")
+    ] = None
     task_path: TaskPath = None
     limit: Annotated[int, Option("training questions to use for task:NAME")] = 100
 
@@ -253,7 +257,9 @@ def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
 
 @dataclass(frozen=True)
 class StopOptions:
-    max_minutes: Annotated[float | None, Option("look for this many minutes; loading and measuring come on top")] = None
+    max_minutes: Annotated[
+        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
+    ] = None
     patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
 
 
