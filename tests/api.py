@@ -137,6 +137,7 @@ NAMES = {
     ],
     "experiments.draft": ["DraftOptions", "DraftRecord", "Drafted", "measure_draft", "verdict as drafts_verdict"],
     "experiments.driver": [
+        "LeaveOneOutRecord",
         "BenchmarkRecord",
         "Benchmarks",
         "DiagnosticsRecord",
@@ -169,7 +170,7 @@ NAMES = {
         "time_grid",
         "write_paper",
     ],
-    "experiments.pages": ["LeaveOneOutRecord", "read_costs"],
+    "experiments.pages": ["read_costs"],
     "experiments.pareto": [
         "EngineTimesRecord",
         "ParetoRecord",

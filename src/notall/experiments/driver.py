@@ -21,7 +21,7 @@ from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scor
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, refuse_foreign, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Record, SublayerNames, is_number
+from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
 from ..results.table import as_csv, pivot
 from .options import TaskChoice
 
@@ -65,6 +65,20 @@ class SimilarityRecord(Record, Similarity):
     key_fields = ("layer", "kind")
 
     record: Literal["similarity"] = "similarity"
+
+
+class LeaveOneOutRecord(Record):
+    """One sublayer left out, on a few sequences."""
+
+    file = "leave_one_out.jsonl"
+    commands = ("sweep",)
+    key_fields = ("sublayer",)
+
+    record: Literal["leave_one_out"] = "leave_one_out"
+    sublayer: SublayerName
+    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
+    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
+    sequences: Count | None = Field(None, description="on how many")
 
 
 class BenchmarkRecord(Record, TaskScore, Configured):

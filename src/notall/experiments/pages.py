@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from ..plan import several
 from ..results.evaluations import EvaluationRecord
 from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Similarity, Times
 from ..results.ledger import header_of, read
-from ..results.record import Count, Number, Record, SublayerName, Unsigned, is_number
+from ..results.record import is_number
 from ..results.table import Column, as_csv, table
-from .driver import SIMILARITY_READS
+from .driver import SIMILARITY_READS, LeaveOneOutRecord
 from .folder import Folder
 from .shown import Card, Costs, Figure, Place, Section, Shown, Step
 from .verdict import M, first_shown, judged, mark_usable
@@ -79,20 +76,6 @@ def speedup_cards(times: Times, told: str) -> list[Card]:
     """How many times as fast decoding and prefill are, with quartiles."""
     cells = [(column.heading.capitalize(), column.cell(times)) for column in SPEEDUPS]
     return [Card(heading, f"{cell.text}×", cell.beside, told) for heading, cell in cells]
-
-
-class LeaveOneOutRecord(Record):
-    """One sublayer left out, on a few sequences."""
-
-    file = "leave_one_out.jsonl"
-    commands = ("sweep",)
-    key_fields = ("sublayer",)
-
-    record: Literal["leave_one_out"] = "leave_one_out"
-    sublayer: SublayerName
-    delta_nll: Number = Field(description="nll less the dense model's, nats per token")
-    delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
-    sequences: Count | None = Field(None, description="on how many")
 
 
 TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objective

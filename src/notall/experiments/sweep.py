@@ -31,9 +31,9 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
 from ..results.table import Column, inherited, table, within
-from .driver import HeldScores, SimilarityRecord, Subject, scored_as, similarities, time_plan
+from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
-from .pages import LeaveOneOutRecord, results, shown_plans, similarity_section, with_points
+from .pages import results, shown_plans, similarity_section, with_points
 from .shown import Card, Figure, Sample, Shown
 from .verdict import fastest_card, mildest, next_command, on_the_text
 
