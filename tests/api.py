@@ -23,7 +23,6 @@ MODULES = {
     "cli": "cli",
     "cli_grid": "cli.grid",
     "digests": "digests",
-    "gguf_types": "engines.gguf_types",
     "llamacpp": "engines.llamacpp",
     "engines_worker": "engines.worker",
     "diagnostics": "evaluation.diagnostics",
@@ -229,7 +228,6 @@ NAMES = {
     "plan": ["Plan", "in_ranges"],
     "progress": ["Stages", "silent", "tracked"],
     "repairing.healing": ["Spread as healing_Spread", "Training", "heal"],
-    "repairing.least_squares": ["DEAD", "Moments", "Rows", "sums_for"],
     "repairing.methods": ["METHODS", "kept_repair"],
     "repairing.methods.published": ["gaps_of", "ghosted", "nbl", "prune_and_comp", "replaceme"],
     "repairing.projections": ["find_projection"],
@@ -241,6 +239,7 @@ NAMES = {
         "Repair",
         "held_out",
     ],
+    "repairing.solving": ["DEAD", "Moments", "Rows", "sums_for"],
     "repairing.streams": ["DiskOffload"],
     "repairing.students": ["Layerwise", "Student"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
@@ -299,7 +298,7 @@ NAMES = {
     "running.tensor_files": ["digest_of_tensors", "read_tensors as tensor_files_read_tensors", "write_tensors"],
     "structure.locating": ["decoder_layers", "forget"],
     "structure.model_structure": ["cache_argument", "fingerprint", "text_config"],
-    "structure.observation": ["Argument", "Branch", "FunctionOp", "LayerCall", "ModuleOp", "run_branches"],
+    "structure.observation": ["Argument", "Branch", "LayerCall", "Op", "run_branches"],
     "structure.proving": ["relative_error"],
 }
 

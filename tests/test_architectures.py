@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from api import ModuleOp, cache_argument, relative_error
+from api import cache_argument, relative_error
 from families import FAMILIES, REFUSED_IN_4, TRANSFORMERS_5, Family, each_structure, representatives, silenced, stack_of
 from notall import Plan, Sublayer, UnsupportedModel, locate, skip
 from verdicts import RECORDING, compare_or_record
@@ -100,9 +100,7 @@ def described(model: PreTrainedModel) -> list[list[str]]:
 
 def describe(sublayer: Sublayer, layer: nn.Module) -> str:
     """Such as `input_layernorm > self_attn`, in the order in which they run."""
-    branches = [
-        " > ".join(op.module if isinstance(op, ModuleOp) else op.name for op in b.ops) for b in sublayer.branches
-    ]
+    branches = [" > ".join(op.module or op.name for op in b.ops) for b in sublayer.branches]
     if sublayer.stub:
         branches = [" > ".join(sublayer.modules) or "the whole layer"]
     parts = (part for name in sublayer.modules for part in layer.get_submodule(name).modules())

@@ -33,7 +33,7 @@ from api import (
     call,
     engine_named,
     engines_worker,
-    gguf_types,
+    llamacpp,
     measure_pareto,
     pareto,
     pareto_front,
@@ -243,30 +243,30 @@ def shapes_of(width, layers=12, head=True):
 
 @pytest.mark.parametrize(("kind", "most"), [("Q5_K_M", Kind.Q5_K), ("Q4_K_M", Kind.Q4_K)])
 def test_mixed_types_are_llamacpps(kind, most):
-    found = gguf_types.types_of(kind, shapes_of(512))
+    found = llamacpp.types_of(kind, shapes_of(512))
     assert found["output.weight"] == Kind.Q6_K
     assert found["token_embd.weight"] == found["blk.0.attn_q.weight"] == most
     assert found["output_norm.weight"] == found["blk.0.attn_norm.weight"] == Kind.F32
     for part in ("attn_v", "ffn_down"):
         assert {n for n in range(12) if found[f"blk.{n}.{part}.weight"] == Kind.Q6_K} == FINER
-    assert gguf_types.types_of(kind, shapes_of(512, head=False))["token_embd.weight"] == Kind.Q6_K
+    assert llamacpp.types_of(kind, shapes_of(512, head=False))["token_embd.weight"] == Kind.Q6_K
 
 
 def test_rows_that_are_no_multiple_of_256_get_shorter_blocks():
-    found = gguf_types.types_of("Q4_K_M", shapes_of(96))
+    found = llamacpp.types_of("Q4_K_M", shapes_of(96))
     assert found["blk.1.attn_q.weight"] == Kind.Q5_0
     assert found["blk.0.attn_v.weight"] == Kind.Q8_0
     assert found["blk.1.ffn_down.weight"] == Kind.Q4_K
     assert found["output.weight"] == Kind.Q8_0
-    assert gguf_types.types_of("Q5_K_M", shapes_of(96))["blk.1.attn_q.weight"] == Kind.Q5_1
-    assert gguf_types.types_of("Q4_K_M", shapes_of(48))["blk.1.attn_q.weight"] == Kind.F16
+    assert llamacpp.types_of("Q5_K_M", shapes_of(96))["blk.1.attn_q.weight"] == Kind.Q5_1
+    assert llamacpp.types_of("Q4_K_M", shapes_of(48))["blk.1.attn_q.weight"] == Kind.F16
 
 
 @needs_llamacpp
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q5_1])
 def test_numbers_are_packed_as_the_gguf_package_packs_them(kind):
     values = np.random.default_rng(0).normal(size=(7, 256)).astype(np.float32)
-    ours, theirs = gguf_types.pack(values, kind), quantize(values, kind)
+    ours, theirs = llamacpp.pack(values, kind), quantize(values, kind)
     assert ours.shape == theirs.shape
     difference = np.abs(dequantize(ours, kind) - dequantize(theirs, kind))
     assert difference.max() < 0.02  # they round halves differently
@@ -277,10 +277,10 @@ def test_numbers_are_packed_as_the_gguf_package_packs_them(kind):
 def test_files_hold_what_they_are_called(kind, most, tmp_path):
     sizes = SIZES | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
     source = write_tiny(family("llama").build(**sizes), tmp_path / "dense.gguf")
-    gguf_types.write_in_type(source, "F16", tmp_path / "plain.gguf")
-    gguf_types.write_in_type(tmp_path / "plain.gguf", kind, tmp_path / "packed.gguf")
+    llamacpp.write_in_type(source, "F16", tmp_path / "plain.gguf")
+    llamacpp.write_in_type(tmp_path / "plain.gguf", kind, tmp_path / "packed.gguf")
     plain, packed = read_gguf(tmp_path / "plain.gguf"), read_gguf(tmp_path / "packed.gguf")
-    assert packed.fields["general.file_type"].value == int(gguf_types.FILE_TYPES[kind])
+    assert packed.fields["general.file_type"].value == int(llamacpp.FILE_TYPES[kind])
     assert packed.path.stat().st_size < 0.75 * plain.path.stat().st_size
     for name, tensor in packed.tensors.items():
         values = dequantize(tensor.data, tensor.quantization)

@@ -21,8 +21,7 @@ from typing import Any
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from notall import Plan
-from notall.engines.gguf_types import FILE_TYPES, PLAIN
-from notall.engines.llamacpp import LlamaCpp
+from notall.engines.llamacpp import FILE_TYPES, PLAIN, LlamaCpp
 from notall.engines.worker import call
 from notall.experiments.pareto import write_plain
 from notall.measuring.speed import cores, machine, speedup

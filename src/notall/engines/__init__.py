@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
+
+import psutil
 
 from ..errors import UsageError, nearest
 from ..inputs import read_json
@@ -127,11 +128,5 @@ def weight_bytes(checkpoint: Path) -> int:
 
 
 def resident_bytes() -> int:
-    """Of memory, this process, now; where only the most that it has used is known, that."""
-    import resource
-
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    """Of memory, this process, now."""
+    return psutil.Process().memory_info().rss

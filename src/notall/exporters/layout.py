@@ -20,7 +20,7 @@ from ..models.loading import build_empty
 from ..plan import Plan
 from ..running.regrouping import Layer, fits, folded, groups_of, merged
 from ..structure.model_structure import ModelStructure, Sublayer
-from ..structure.observation import ModuleOp, child
+from ..structure.observation import child
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 from .tensors import FLOATS, Weight, Weights
@@ -234,7 +234,7 @@ def _scale(dense: DenseModel, index: int) -> float:
 
 def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterator[tuple[str, Weight]]:
     """The weights of its last module, by which what it adds to the stream is so many times less."""
-    last = part.stub.end[0] if part.stub else [op.module for op in part.branches[0].ops if isinstance(op, ModuleOp)][-1]
+    last = part.stub.end[0] if part.stub else part.branches[0].modules[-1]
     module = dense.empty.get_submodule(f"{dense.structure.layers}.{part.index}.{last}")
     if not _is_divided_by_weights(module):
         raise UsageError(

@@ -13,19 +13,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationMixin,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
@@ -43,7 +31,7 @@ from .quantisation import quantisation_name, quantisation_of, why_not_here
 
 if TYPE_CHECKING:
 
-    class CausalModel(PreTrainedModel, GenerationMixin):
+    class CausalModel(PreTrainedModel, transformers.GenerationMixin):
         """A pretrained model that generates: transformers' classes for it share no name."""
 else:
     CausalModel = PreTrainedModel
@@ -114,7 +102,7 @@ def load_config(
 ) -> PretrainedConfig:
     """A model's config without its weights: `spec` as in `load`, or a config.json, or one of SHAPES."""
     if spec in SHAPES:
-        return LlamaConfig(**SHAPES[str(spec)])
+        return transformers.LlamaConfig(**SHAPES[str(spec)])
     with _explained(spec):
         gguf, path = named_gguf(spec), expanded(spec)
         source: Path | str = converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
@@ -146,8 +134,13 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype:
 
 def reader_of(config: PretrainedConfig) -> Any:
     """The auto class that reads the model of a config: of one that sees too, its text part alone where there is one."""
-    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    kind = type(config)
+    if (
+        kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        or kind not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
 
 
 def build_empty(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..running.head import Head
+from ..running.replay import record
+from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, text_config
-from ..structure.observation import LayerCall, ModuleOp, child, forward_replaced
+from ..structure.observation import LayerCall, child, forward_replaced
 
+PROBED = 16  # tokens to find a projection with
 READERS = 4  # sublayers that follow: what is further away reads other streams
 # Norms compute in float32, whatever is around them.
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
@@ -58,10 +61,22 @@ def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: Laye
     return next((found for path in reversed(trial.matrices()) if (found := trial.of(path))), None)
 
 
-def shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of the parameters that have several paths."""
-    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    return {one for one, count in uses.items() if count > 1}
+class Projections:
+    """Those of a model's sublayers, tried on a few of `tokens`, (batch, tokens); `shared`: ids of tied parameters."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        self.layers: nn.ModuleList = model.get_submodule(locate(model).layers)
+        self.probe = record(model, input_ids=tokens[:1, :PROBED])
+        uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+        self.shared = {one for one, count in uses.items() if count > 1}
+        self._found: dict[str, OutputProjection | None] = {}
+
+    def of(self, part: Sublayer) -> OutputProjection | None:
+        """That of a sublayer."""
+        if part.name not in self._found:
+            call = LayerCall(self.probe.arguments[part.index])
+            self._found[part.name] = find_projection(self.layers[part.index], part, self.probe.embedded, call)
+        return self._found[part.name]
 
 
 @contextmanager
@@ -122,7 +137,7 @@ class _Trial:
         if scale is not None:
             return OutputProjection(path, scale)
         for op in self.part.branches[0].ops:
-            if isinstance(op, ModuleOp) and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
+            if op.module and not path.startswith(op.module) and is_norm(child(self.layer, op.module)):
                 norm = child(self.layer, op.module)
                 scale = _factor(one, norm(first).to(self.exact), self.rounding)
                 # it answers alike where all channels are larger, as norms do and activations do not
@@ -184,8 +199,8 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
         return found / found.square().mean().sqrt().clamp_min(1e-6)
 
     def first_norm(part: Sublayer) -> nn.Module | None:
-        first = part.branches[0].ops[0]
-        norm = child(layers[part.index], first.module) if isinstance(first, ModuleOp) else None
+        first = part.branches[0].ops[0].module
+        norm = child(layers[part.index], first) if first else None
         return norm if norm is not None and is_norm(norm) else None
 
     head = Head(model)

@@ -38,20 +38,17 @@ from ..running.repaired import (
     step_of,
     with_weights,
 )
-from ..running.replay import record
 from ..running.skipping import is_skipping
 from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, base_model
-from ..structure.observation import LayerCall
-from .projections import READERS, OutputProjection, features_of, find_projection, reading_gains, shared_parameters
+from .projections import READERS, OutputProjection, Projections, features_of, reading_gains
 from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
 HELD = 8  # one sequence in so many chooses the ridge
-PROBED = 16  # tokens to find a projection with
 
 
 @torch.no_grad()
@@ -156,18 +153,14 @@ class Calibration(DenseStream):
     ) -> None:
         super().__init__(model, batches, keep_all=keep_all, offload=offload)
         self.held = held_out(batches, one_in)
-        self.probe = record(model, input_ids=batches[0][:1, :PROBED])
-        self.shared = shared_parameters(model)
-        self._found: dict[str, OutputProjection | None] = {}
+        self.projections = Projections(model, batches[0])
 
     def projection(self, part: Sublayer) -> OutputProjection | None:
         """The output projection of a sublayer, where no other layer has the same weights."""
-        if part.name not in self._found:
-            layer, call = self.layers[part.index], LayerCall(self.probe.arguments[part.index])
-            found = find_projection(layer, part, self.probe.embedded, call)
-            is_shared = found is not None and id(layer.get_submodule(found.path).weight) in self.shared
-            self._found[part.name] = None if is_shared else found
-        return self._found[part.name]
+        found = self.projections.of(part)
+        if found and id(self.layers[part.index].get_submodule(found.path).weight) in self.projections.shared:
+            return None
+        return found
 
 
 class Repair:

@@ -15,18 +15,17 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
-from ..running.repaired import RepairedPlan, set_weight
-from ..running.replay import Recording, live_steps, record, states_before_output
+from ..running.repaired import RepairedPlan, set_weights
+from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
 from ..structure.observation import LayerCall, run_branches, scaled
-from .projections import find_projection, is_matrix, is_norm, reading_gains, shared_parameters
+from .projections import Projections, is_matrix, is_norm, reading_gains
 from .streams import DenseStream, steps_of
 
 Trained = Literal["outputs", "all", "lora"]
 ADAPTER = "healing"
-PROBED = 16  # tokens to find a projection with
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Student(nn.Module):
         own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
         own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
         self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
-        for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
-            set_weight(self.model, path, weight)
+        if isinstance(plan, RepairedPlan):
+            set_weights(self.model, plan.weights)
         self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
         self.trained = {
             path: one
@@ -121,7 +120,7 @@ def _chosen(
     model: PreTrainedModel, structure: ModelStructure, plan: Plan, train: Trained, tokens: Tensor
 ) -> Iterator[str]:
     """The paths to train of what is kept: of all parameters, of norms and output projections, or (LoRA) of matrices."""
-    probe, shared = record(model, input_ids=tokens[:1, :PROBED]), shared_parameters(model)
+    projections = Projections(model, tokens)
     for block, parts in live_steps(structure, plan):
         path = f"{structure.layers}.{block.index}"
         layer = model.get_submodule(path)
@@ -129,16 +128,16 @@ def _chosen(
             if train == "lora":
                 modules = (one for top in part.modules for one in layer.get_submodule(top).named_modules(prefix=top))
                 for name, module in modules:
-                    if is_matrix(module) and id(module.weight) not in shared:
+                    if is_matrix(module) and id(module.weight) not in projections.shared:
                         yield f"{path}.{name}"
                 continue
             chosen = [f"{name}." for name in part.modules]
             if train == "outputs":
                 chosen = [f"{name}." for name in part.modules if is_norm(layer.get_submodule(name))]
-                last = find_projection(layer, part, probe.embedded, LayerCall(probe.arguments[block.index]))
+                last = projections.of(part)
                 chosen += [f"{last.path}."] if last else []
             for name, parameter in layer.named_parameters():
-                if name.startswith(tuple(chosen)) and id(parameter) not in shared:
+                if name.startswith(tuple(chosen)) and id(parameter) not in projections.shared:
                     yield f"{path}.{name}"
 
 

@@ -174,10 +174,8 @@ class RepairedPlan(Plan):
                 )
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `holder_of` does."""
-        weights = {
-            path: _parameter(*holder_of(model, path, weight), weight).data for path, weight in self.weights.items()
-        }
+        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `parameter_at` does."""
+        weights = {path: parameter_at(model, path, weight)[2].data for path, weight in self.weights.items()}
         found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -203,41 +201,37 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
     with ExitStack() as undo:
         for path, weight in weights.items():
-            holder, name = holder_of(module, path, weight)
-            undo.enter_context(replaced(holder._parameters, name, _parameter(holder, name, weight)))
+            undo.enter_context(replaced(*parameter_at(module, path, weight)))
         yield
 
 
-def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
-    """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
-    holder, name = holder_of(module, path, weight)
-    holder._parameters[name] = _parameter(holder, name, weight)
+def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give parameters, by their paths, these values for good, all or none."""
+    for parameters, name, parameter in [parameter_at(module, *pair) for pair in weights.items()]:
+        parameters[name] = parameter
 
 
-def _parameter(holder: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
-    """`weight` in place of the parameter `name`: of its dtype, and on its device."""
-    own = holder.get_parameter(name)
-    return nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
+def parameter_at(
+    module: nn.Module, path: str, weight: Tensor
+) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
+    """`weight` in place of the parameter at `path`, of its dtype and on its device; before it where that is held.
 
-
-def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
-    """The module that holds the parameter at `path`, and its name there.
-
-    Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
+    Raises `UsageError` where there is none, or one of another shape or offloaded.
     """
     above, _, name = path.rpartition(".")
     try:
         holder = module.get_submodule(above)
-        old = holder.get_parameter(name)
+        own = holder.get_parameter(name)
     except AttributeError:
         raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
-    if old.shape != weight.shape:
+    if own.shape != weight.shape:
         raise UsageError(
-            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
+            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(own.shape)}; repair this model"
         )
-    if old.device.type == "meta":
+    if own.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    return holder, name
+    new = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
+    return holder._parameters, name, new
 
 
 class Seal(BaseModel):

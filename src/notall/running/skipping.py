@@ -29,7 +29,7 @@ from ..structure.model_structure import ModelStructure, base_model, text_config
 from ..structure.slicing import free_cache_slots, renumber, replaced, restored, slice_config
 from .regrouped_layers import RegroupedLayer, merged_layer, regrouped_layer
 from .regrouping import Group, groups_of
-from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
+from .repaired import RepairedPlan, refuse_maps, set_weights, with_weights
 
 
 @dataclass
@@ -103,11 +103,8 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     plan.check(structure)
     if not plan:
         return
-    weights = plan.weights if isinstance(plan, RepairedPlan) else {}
-    for path, weight in weights.items():
-        holder_of(inner, path, weight)  # refuse before anything is changed
-    for path, weight in weights.items():
-        set_weight(inner, path, weight.clone())
+    if isinstance(plan, RepairedPlan):
+        set_weights(inner, {path: weight.clone() for path, weight in plan.weights.items()})
     _cut(inner, structure, plan, ExitStack(), merge=True)
     locating.forget(inner)
     if _are_cut(inner, structure) or not _is_built_again(inner):

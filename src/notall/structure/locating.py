@@ -7,8 +7,8 @@ a cache and a layer index of its own (`proving`): where the numbers differ, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container
+from contextlib import ExitStack
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -79,7 +79,10 @@ def locate(model: PreTrainedModel) -> ModelStructure:
     if known and known[0] is layers:
         return known[1]
     try:
-        with _undisturbed(model):
+        with torch.no_grad(), ExitStack() as undo:
+            for module in model.modules():
+                if module.training:
+                    undo.enter_context(replaced(module.__dict__, "training", False))
             if is_weightless(model):
                 with running_weightless(model) as call:
                     structure, _ = _found(model, path, layers, partial(_run_probe, model, call, torch.device("cpu")))
@@ -134,16 +137,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
         "notall needs a model whose layers are in one ModuleList"
     )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Without gradients, in eval mode; modes are put back."""
-    with torch.no_grad(), ExitStack() as undo:
-        for module in model.modules():
-            if module.training:
-                undo.enter_context(replaced(module.__dict__, "training", False))
-        yield
 
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:

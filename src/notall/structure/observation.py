@@ -76,52 +76,43 @@ def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
     return value if slot is Stream.VALUE else residual if slot is Stream.RESIDUAL else slot
 
 
-def _filled(op: Op, value: Tensor, residual: Tensor, call: LayerCall) -> tuple[list[Any], Arguments]:
-    positional = [_fill(slot, value, residual, call) for slot in op.positional]
-    return positional, {name: _fill(slot, value, residual, call) for name, slot in op.keywords}
-
-
 @dataclass(frozen=True)
-class ModuleOp:
-    """One call of a child module of the layer, with its arguments traced to where they come from."""
+class Op:
+    """One call of a child module of the layer, by its path, or of a torch function, such as a residual multiplier.
 
-    module: str
+    Its arguments are traced to where they come from.
+    """
+
+    made_by: str | Callable[..., Tensor]
     positional: tuple[Slot, ...]
     keywords: tuple[tuple[str, Slot], ...]
-    output: int | None  # which element of the answer goes on; None when the answer is a tensor
+    output: int | None = None  # which element of a module's answer goes on; None when the answer is a tensor
     is_attention: bool = False
     takes_extras: bool = False
 
-    def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional, keywords = _filled(self, value, residual, call)
-        if self.takes_extras:
-            keywords.update(call.extras)
-        answer = child(holder, self.module)(*positional, **keywords)
-        if self.is_attention:
-            call.attention = answer
-        return answer if self.output is None else answer[self.output]
-
-
-@dataclass(frozen=True)
-class FunctionOp:
-    """One torch function with constant arguments, such as a residual multiplier."""
-
-    function: Callable[..., Tensor]
-    positional: tuple[Slot, ...]
-    keywords: tuple[tuple[str, Slot], ...]
+    @property
+    def module(self) -> str:
+        """The path of the module; empty for a function."""
+        return self.made_by if isinstance(self.made_by, str) else ""
 
     @property
     def name(self) -> str:
-        return getattr(self.function, "__name__", "")
+        """Of the function; empty for a module."""
+        return getattr(self.made_by, "__name__", "")
 
     def run(self, holder: nn.Module, value: Tensor, residual: Tensor, call: LayerCall) -> Tensor:
-        positional, keywords = _filled(self, value, residual, call)
-        if self.name == "dropout":  # seen in eval mode, wanted as the layer's mode has it
-            keywords["training"] = holder.training
-        return self.function(*positional, **keywords)
-
-
-Op = ModuleOp | FunctionOp
+        positional = [_fill(slot, value, residual, call) for slot in self.positional]
+        keywords = {name: _fill(slot, value, residual, call) for name, slot in self.keywords}
+        if not isinstance(self.made_by, str):
+            if self.name == "dropout":  # seen in eval mode, wanted as the layer's mode has it
+                keywords["training"] = holder.training
+            return self.made_by(*positional, **keywords)
+        if self.takes_extras:
+            keywords.update(call.extras)
+        answer = child(holder, self.made_by)(*positional, **keywords)
+        if self.is_attention:
+            call.attention = answer
+        return answer if self.output is None else answer[self.output]
 
 
 @dataclass(frozen=True)
@@ -136,11 +127,11 @@ class Branch:
 
     @property
     def is_attention(self) -> bool:
-        return any(isinstance(op, ModuleOp) and op.is_attention for op in self.ops)
+        return any(op.is_attention for op in self.ops)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(op.module for op in self.ops if isinstance(op, ModuleOp))
+        return tuple(op.module for op in self.ops if op.module)
 
     def run(self, holder: nn.Module, residual: Tensor, call: LayerCall) -> Tensor:
         value = residual
@@ -375,14 +366,9 @@ def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters  # which takes long enough to do it once
 
 
-@functools.cache
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(_signature(forward))[1:]
-
-
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's own `forward`, in order."""
-    return _names(type(module).forward)
+    return tuple(_signature(type(module).forward))[1:]
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -505,8 +491,7 @@ def _branches(trace: LayerTrace, term: Node, base: Node) -> list[Branch]:
     ops, source = _chain(trace, term, base)
     if source is base:
         return [Branch(ops)] if ops else []
-    linear = all(isinstance(op, FunctionOp) and op.name in LINEAR for op in ops)
-    if source.is_sum and linear:
+    if source.is_sum and all(op.name in LINEAR for op in ops):
         groups = [_branches(trace, inner, base) for inner in source.inputs]
         if all(groups):
             return [Branch((*branch.ops, *ops)) for group in groups for branch in group]
@@ -535,15 +520,13 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
 
     positional = tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional))
     keywords = tuple((name, slot(name, v)) for name, v in node.keywords.items())
-    if module is None:
-        assert callable(node.made_by)
-        return FunctionOp(node.made_by, positional, keywords)
-    is_attention = any(write.module == node.made_by for write in trace.cache_writes)
+    assert node.made_by is not None
+    is_attention = module is not None and any(write.module == node.made_by for write in trace.cache_writes)
     extras = is_attention and all(
         any(one.kind is one.VAR_KEYWORD for one in _signature(type(each).forward).values())
         for each in (module, trace.layer)
     )
-    return ModuleOp(str(node.made_by), positional, keywords, node.output, is_attention, extras)
+    return Op(node.made_by, positional, keywords, node.output, is_attention, extras)
 
 
 def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Slot:

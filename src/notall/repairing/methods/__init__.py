@@ -21,7 +21,7 @@ from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running.repaired import WHOLE, LinearMap, RepairedPlan, holder_of, keep_whole, refuse_maps, refuse_other_work
+from ...running.repaired import WHOLE, LinearMap, RepairedPlan, keep_whole, refuse_maps, refuse_other_work
 from ...running.tensor_files import Kept, kept_tensors
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
@@ -149,8 +149,7 @@ def repair_into(
             repaired = method(name).repair(model, plan, batches, progress)
             refuse_maps(repaired)
             repaired.check(structure)
-            for path, weight in repaired.weights.items():
-                holder_of(model, path, weight)
+            repaired.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
             keep_whole(folder, repaired, WHOLE)
         return RepairedPlan.load(folder)

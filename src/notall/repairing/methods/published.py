@@ -16,9 +16,8 @@ from ...progress import Progress, silent, tracked
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import ModelStructure, Sublayer, base_model
-from ...structure.observation import LayerCall
-from ..least_squares import Moments
-from ..projections import OutputProjection, features_of, find_projection
+from ..projections import OutputProjection, Projections, features_of
+from ..solving import Moments
 from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
 
 RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
@@ -60,13 +59,6 @@ def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> De
     if structure.scaled:
         raise UsageError(f"layers of {structure.model_type} multiply their stream; only notall.repair knows that")
     return DenseStream(inner, batches)
-
-
-def _projection(stream: DenseStream, part: Sublayer, hidden: Tensor) -> OutputProjection | None:
-    """The output projection of a sublayer, tried on the first batch, whose stream is `hidden`; None behind a norm."""
-    call = LayerCall(stream.recordings[0].arguments[part.index])
-    found = find_projection(stream.layers[part.index], part, hidden, call)
-    return None if found is None or found.norm else found
 
 
 def _least_squares(
@@ -131,20 +123,20 @@ def replaceme(
     is what the projection W, of whatever is kept before the gap, adds to the stream, h_i the stream behind it, h_n that
     behind the gap. A gap stays that has nothing before it, or a sublayer that a norm or no single matrix ends.
     """
-    stream = _stream(model, plan, batches)
+    stream, projections = _stream(model, plan, batches), Projections(base_model(model), batches[0])
     steps = [step for step in steps_of(stream.structure, plan) if step.gap]
     weights: dict[str, Tensor] = {}
     for step in tracked(steps, "folding maps into what is before the gaps", progress):
-        weights |= _folded(stream, step)
+        weights |= _folded(stream, step, projections)
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
+def _folded(stream: DenseStream, step: LiveStep, projections: Projections) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
     before, wanted = stream.before(step.line, step.behind)
     part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
-    projection = _projection(stream, part, before[0])
-    if projection is None:
+    projection = projections.of(part)
+    if projection is None or projection.norm:
         return {}
     with features_of(layer, [projection]) as features:
         behind = stream.run([step], before)
@@ -175,7 +167,7 @@ def prune_and_comp(
         """The mean magnitude over the tokens of each window, (batch, hidden)."""
         return states.double().abs().mean(1)
 
-    stream = _stream(model, plan, batches)
+    stream, projections = _stream(model, plan, batches), Projections(base_model(model), batches[0])
     (states,), here, scale = stream.before(0), 0, 1.0
     weights: dict[str, Tensor] = {}
     gaps = gaps_of(stream.structure, plan)
@@ -187,13 +179,15 @@ def prune_and_comp(
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
             for part in line.parts:
-                weights |= _divided(stream, line, part, scale)
+                weights |= _divided(stream, line, part, projections.of(part), scale)
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
-    layer, projection = stream.layers[part.index], _projection(stream, part, stream.recordings[0].embedded)
-    if projection is None:
+def _divided(
+    stream: DenseStream, line: Line, part: Sublayer, projection: OutputProjection | None, scale: float
+) -> dict[str, Tensor]:
+    layer = stream.layers[part.index]
+    if projection is None or projection.norm:
         raise UsageError(
             f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix, so that no "
             "weights rescale it; choose another repair than prune-and-comp"
