@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from api import ONE_IN, AfterRepair, Calibration, Repair
+from api import ONE_IN, AfterRepair, DenseStream, Repair
 from api import after_repair_RIDGES as RIDGES
 from api import evaluator as evaluators
 from api import space_plan_of as plan_of
@@ -25,7 +25,7 @@ def texts(*shapes):
 def slow(model, skipped, rows):
     """Repaired with every other sequence, judged by logits of whole forwards on the rest."""
     plan = plan_of(skipped)
-    repaired = Repair(Calibration(model, rows, one_in=ONE_IN), plan, ridges=RIDGES, near=True).run()
+    repaired = Repair(DenseStream(model, rows, one_in=ONE_IN), plan, ridges=RIDGES, near=True).run()
     losses = []
     for ids in rows[1::2]:
         log_p = model(ids).logits[:, :-1].log_softmax(-1)
@@ -90,7 +90,7 @@ def test_the_base_is_kept_however_much_is_asked_for():
 @pytest.mark.parametrize("other", ["attn.1 mlp.9", "attn.1 mlp.2", "attn.1 mlp.3", "attn.1 attn.3", "attn.1"])
 @torch.no_grad()
 def test_what_a_repair_makes_does_not_depend_on_what_it_goes_on_from(near, other):
-    text = Calibration(family("llama").build(num_hidden_layers=12), texts((8, 12)), one_in=ONE_IN, keep_all=True)
+    text = DenseStream(family("llama").build(num_hidden_layers=12), texts((8, 12)), one_in=ONE_IN, keep_all=True)
     first, alone, going_on = (
         Repair(text, plan_of(frozenset(names.split())), near=near, keep_all=True)
         for names in ("attn.1 mlp.9", other, other)

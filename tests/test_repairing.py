@@ -431,7 +431,7 @@ def test_what_is_finished_is_not_refit_again(tmp_path, monkeypatch):
     whole = run_repair(tmp_path)
     monkeypatch.setattr(refitting, "Fit", None)
     with monkeypatch.context() as patch:
-        patch.setattr(refitting, "Calibration", None)  # nor is a stream run
+        patch.setattr(refitting, "DenseStream", None)  # nor is a stream run
         assert run_repair(tmp_path) == whole
     (tmp_path / "plan.json").unlink()
     assert run_repair(tmp_path) == whole == RepairedPlan.load(tmp_path)

@@ -20,7 +20,8 @@ from ..errors import UsageError
 from ..measuring.token_scores import Dense, TokenScorer
 from ..models.loading import dtype_name
 from ..plan import Plan
-from ..repairing.refitting import Calibration, Repair
+from ..repairing.refitting import Repair
+from ..repairing.streams import DenseStream
 from ..results.evaluations import EvaluationRecord
 from ..results.facts import SearchCost
 from ..results.ledger import Ledger
@@ -213,7 +214,7 @@ class AfterRepair(Evaluator):
         self.judged_by = "kl after a repair"
         self._base: Skipped = frozenset()
         self._repairs: dict[frozenset[int], dict[Skipped, Repair]] = {}
-        self._texts: dict[frozenset[int], tuple[Calibration, dict[int, Dense]]] = {}
+        self._texts: dict[frozenset[int], tuple[DenseStream, dict[int, Dense]]] = {}
 
     def set_prefix(self, base: Skipped) -> None:
         """Keep the stream of this set's repair: what is asked for next begins like it."""
@@ -235,7 +236,7 @@ class AfterRepair(Evaluator):
             spent = SearchCost(evaluations=1, executions=ran, seconds=time.process_time() - start)
             self._note(numbers, {skipped: self.objective.total(losses)}, spent)
 
-    def _repair(self, text: Calibration, skipped: Skipped, numbers: frozenset[int]) -> Repair:
+    def _repair(self, text: DenseStream, skipped: Skipped, numbers: frozenset[int]) -> Repair:
         others = self._repairs.setdefault(numbers, {})
         repair = Repair(text, plan_of(skipped), ridges=RIDGES, near=True, keep_all=True)
         repair.run(others=[*others.values()])
@@ -246,11 +247,11 @@ class AfterRepair(Evaluator):
             del others[old]
         return repair
 
-    def _text(self, numbers: frozenset[int]) -> tuple[Calibration, dict[int, Dense]]:
+    def _text(self, numbers: frozenset[int]) -> tuple[DenseStream, dict[int, Dense]]:
         """Some of the sequences, and what the dense model says of those that are judged, by their places."""
         if numbers not in self._texts:
             tokens = [self.objective.batches[number].inputs["input_ids"] for number in sorted(numbers)]
-            text = Calibration(self.model, tokens, one_in=ONE_IN, keep_all=True)
+            text = DenseStream(self.model, tokens, one_in=ONE_IN, keep_all=True)
             (last,) = text.before(len(text.lines))
             judged = {place: last[place][:, :-1].flatten(0, 1) for place, held in enumerate(text.held) if held}
             self._texts[numbers] = text, {place: self._scorer.dense(rows)[1] for place, rows in judged.items()}

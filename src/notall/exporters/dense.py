@@ -30,12 +30,12 @@ from ..models.quantisation import quantisation_of, why_not_here
 from ..plan import Plan
 from ..progress import Progress
 from ..running.repaired import RepairedPlan
-from ..running.skipping import is_skipping
+from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, Sublayer, base_model, text_config
 from . import UNPACKED, Export, Source
 from .manifest import Origin
-from .tensors import FLOATS, Weights, check_tensors, read_tensors, total_bytes, write_shards
+from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, total_bytes, write_shards
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -200,7 +200,7 @@ class CheckpointExport(Export):
     tensors: Weights
     use: str
     files: Mapping[str, str]
-    notes: Mapping[str, str]
+    notes: Notes
 
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
@@ -247,8 +247,7 @@ def opened(source: Source) -> Iterator[DenseModel]:
     model, revision = source.model, source.revision
     if not isinstance(model, str | Path):
         model = base_model(model)
-        if is_skipping(model):
-            raise UsageError("the model is inside a `with notall.skip(...)`; leave it, and give the plan to the export")
+        refuse_skipping(model, "exporting it")
         locate(model)  # refuse before writing gigabytes
         with tempfile.TemporaryDirectory(prefix="notall-") as scratch:
             with quiet():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,6 +58,7 @@ class Weight:
 
 
 Weights = dict[str, Weight]
+Notes = dict[str, str]  # in the headers of files
 
 
 def total_bytes(weights: Mapping[str, Weight]) -> int:
@@ -89,9 +89,9 @@ def read_header(path: Path) -> Weights:
     }
 
 
-def read_notes(file: Path) -> dict[str, str]:
+def read_notes(file: Path) -> Notes:
     """What the headers of `weight_files` hold beyond their tensors."""
-    notes: dict[str, str] = {}
+    notes: Notes = {}
     for path in weight_files(file):
         with safe_open(path, framework="pt") as opened:
             notes |= opened.metadata() or {}
@@ -162,11 +162,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
 
 
 def write_shards(
-    folder: Path,
-    tensors: Weights,
-    shard_bytes: int,
-    progress: Progress = silent,
-    notes: Mapping[str, str] = MappingProxyType({}),
+    folder: Path, tensors: Weights, shard_bytes: int, progress: Progress = silent, notes: Notes | None = None
 ) -> None:
     """One file, or shards of about `shard_bytes` and an index, as transformers writes; `notes` go into the headers."""
     split = split_state_dict_into_shards_factory(
@@ -179,7 +175,7 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].read().contiguous() for name in names}
         try:
-            save_file(shard, folder / file, {"format": "pt", **notes})
+            save_file(shard, folder / file, {"format": "pt", **(notes or {})})
         except SafetensorError as error:
             if f"os error {errno.ENOSPC}" in str(error):
                 raise OSError(errno.ENOSPC, str(error)) from None

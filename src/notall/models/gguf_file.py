@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +165,7 @@ def read_gguf(path: Path) -> GGUF:
     return GGUF(path, fields, tensors, reader.endianess)
 
 
-def write_gguf(
-    path: Path,
-    source: GGUF,
-    fields: Mapping[str, Field],
-    tensors: Mapping[str, GGUFTensor],
-    progress: Progress = silent,
-) -> None:
+def write_gguf(path: Path, source: GGUF, fields: Fields, tensors: Tensors, progress: Progress = silent) -> None:
     """Write a GGUF file, in the byte order of `source`."""
     writer = GGUFWriter(path, str(fields[ARCHITECTURE].value), endianess=source.endianness)
     for name, field in fields.items():

@@ -134,13 +134,9 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype:
 
 def reader_of(config: PretrainedConfig) -> Any:
     """The auto class that reads the model of a config: of one that sees too, its text part alone where there is one."""
-    kind = type(config)
-    if (
-        kind in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        or kind not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    ):
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
+    plain, seeing = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    sees = type(config) in seeing and type(config) not in plain
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def build_empty(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -14,24 +14,13 @@ DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
 
 
-def _llama_2(hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int) -> Settings:
-    return {
-        "vocab_size": 32000,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }
-
-
+_LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 # The arguments of LlamaConfig for each shape that can be timed without its weights.
-SHAPES = {
-    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
-    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
-    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
+SHAPES: dict[str, Settings] = {
+    "llama-2-7b": {**_LLAMA_2, **dict(zip(_SIZES, (4096, 11008, 32, 32, 32)))},
+    "llama-2-13b": {**_LLAMA_2, **dict(zip(_SIZES, (5120, 13824, 40, 40, 40)))},
+    "llama-2-70b": {**_LLAMA_2, **dict(zip(_SIZES, (8192, 28672, 80, 64, 8)))},
 }
 
 

@@ -165,17 +165,16 @@ class _State:
     best: float = math.inf
 
 
+@dataclass(eq=False)
 class _Loop:
-    def __init__(
-        self,
-        training: Training,
-        teacher: PreTrainedModel,
-        folder: Path,
-        ledger: Ledger[HealRecord] | None,
-        progress: Progress,
-    ) -> None:
-        self.config, self.teacher, self.folder = training.config, teacher, folder
-        self.ledger, self.progress = ledger, progress
+    training: Training
+    teacher: PreTrainedModel
+    folder: Path
+    ledger: Ledger[HealRecord] | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        training, teacher, self.config = self.training, self.teacher, self.training.config
         self.tokens, self.rows = training.batches[0].numel(), torch.cat(list(training.batches))
         self.size = len(training.batches[0])
         self.steps = -(-len(self.rows) // self.size)

@@ -71,12 +71,14 @@ class Projections:
         self.shared = {one for one, count in uses.items() if count > 1}
         self._found: dict[str, OutputProjection | None] = {}
 
-    def of(self, part: Sublayer) -> OutputProjection | None:
-        """That of a sublayer."""
+    def of(self, part: Sublayer, *, own: bool = False) -> OutputProjection | None:
+        """That of a sublayer; with `own` none whose weights are also another layer's."""
         if part.name not in self._found:
             call = LayerCall(self.probe.arguments[part.index])
             self._found[part.name] = find_projection(self.layers[part.index], part, self.probe.embedded, call)
-        return self._found[part.name]
+        found = self._found[part.name]
+        is_shared = found is not None and id(self.layers[part.index].get_submodule(found.path).weight) in self.shared
+        return None if own and is_shared else found
 
 
 @contextmanager

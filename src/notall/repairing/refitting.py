@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,27 +28,17 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running.repaired import (
-    PLAN,
-    RepairedPlan,
-    file_of,
-    finish,
-    read_weights,
-    refuse_other_work,
-    step_of,
-    with_weights,
-)
-from ..running.skipping import is_skipping
+from ..running.repaired import PLAN, RepairedPlan, file_of, read_weights, refuse_other_work, seal, step_of, with_weights
+from ..running.skipping import refuse_skipping
 from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
-from ..structure.model_structure import Sublayer, base_model
-from .projections import READERS, OutputProjection, Projections, features_of, reading_gains
+from ..structure.model_structure import base_model
+from .projections import READERS, features_of, reading_gains
 from .solving import Fit, NormedFit
 from .streams import DenseStream, LiveStep, steps_of
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 AHEAD = 0.5  # the share of the next gap's change that is aimed at already
-HELD = 8  # one sequence in so many chooses the ridge
 
 
 @torch.no_grad()
@@ -87,7 +77,7 @@ def repair(
         if kept and kept.finished:
             found = RepairedPlan.load(kept.folder)
         else:
-            text = Calibration(inner, batches, offload=offload)
+            text = DenseStream(inner, batches, offload=offload)
             found = Repair(text, plan, ridges=ridges, ahead=ahead, kept=kept).run(progress)
     if (told := quantisation_of(inner.config)) and all(refit.why for refit in found.refits):
         raise UsageError(
@@ -112,8 +102,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     structure = locate(model)
     plan.check(structure)
     structure.refuse_stubs("a repair")
-    if is_skipping(model):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
+    refuse_skipping(model, "repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     if isinstance(plan, RepairedPlan):
@@ -124,7 +113,7 @@ class Kept:
     """A repair under way in a folder: what was refit so far, and the weights, a file a step. Refuses other work."""
 
     def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
-        self.folder, self.plan = folder, plan
+        self.folder = folder
         self.refits = Ledger(folder, RefitRecord, about)
         self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
 
@@ -134,63 +123,33 @@ class Kept:
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
-    def finish(self) -> RepairedPlan:
-        finish(self.folder, self.plan, {file_of(one): one.sha256 for one in self.refits if one.ridge is not None})
-        return RepairedPlan.load(self.folder)
 
-
-class Calibration(DenseStream):
-    """A model's dense stream on a text, of whose sequences one in so many is held out; the rest as of `DenseStream`."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[Tensor],
-        *,
-        one_in: int = HELD,
-        keep_all: bool = False,
-        offload: Path | None = None,
-    ) -> None:
-        super().__init__(model, batches, keep_all=keep_all, offload=offload)
-        self.held = held_out(batches, one_in)
-        self.projections = Projections(model, batches[0])
-
-    def projection(self, part: Sublayer) -> OutputProjection | None:
-        """The output projection of a sublayer, where no other layer has the same weights."""
-        found = self.projections.of(part)
-        if found and id(self.layers[part.index].get_submodule(found.path).weight) in self.projections.shared:
-            return None
-        return found
-
-
+@dataclass(eq=False)
 class Repair:
     """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
 
     `near` leaves what stands before no gap as it is. `keep_all` keeps the stream behind each step, for `others`.
     """
 
-    def __init__(
-        self,
-        text: Calibration,
-        plan: Plan,
-        *,
-        ridges: Sequence[float] = RIDGES,
-        ahead: float = AHEAD,
-        near: bool = False,
-        kept: Kept | None = None,
-        keep_all: bool = False,
-    ) -> None:
-        self.text, self.plan, self.kept, self.keep_all = text, plan, kept, keep_all
-        self.ridges, self.ahead = sorted(ridges), ahead
-        self.steps = steps_of(text.structure, plan)
+    text: DenseStream
+    plan: Plan
+    ridges: Sequence[float] = RIDGES
+    ahead: float = AHEAD
+    near: bool = False
+    kept: Kept | None = None
+    keep_all: bool = False
+
+    def __post_init__(self) -> None:
+        self.ridges, text = sorted(self.ridges), self.text
+        self.steps = steps_of(text.structure, self.plan)
         gains = reading_gains(text.model, text.layers, [step.parts for step in self.steps])
         self.metrics = {step.names: gain for step, gain in zip(self.steps, gains)}
         # the gap behind the following step, part of which a step aims at already
-        self.gaps_ahead = [step if step and step.gap and ahead else None for step in [*self.steps[1:], None]]
+        self.gaps_ahead = [step if step and step.gap and self.ahead else None for step in [*self.steps[1:], None]]
         near_gaps = [step.gap or gap is not None for step, gap in zip(self.steps, self.gaps_ahead)]
         # whether the two streams differ before a step
         self.apart = [self.steps[0].line > 0 or any(near_gaps[:number]) for number in range(len(self.steps))]
-        self.is_refit = [is_near or (apart and not near) for is_near, apart in zip(near_gaps, self.apart)]
+        self.is_refit = [is_near or (apart and not self.near) for is_near, apart in zip(near_gaps, self.apart)]
         # a step, and where it is refit those that follow and have a say in how
         self.hangs_on = [
             self.steps[number : number + 1 + READERS * is_refit] for number, is_refit in enumerate(self.is_refit)
@@ -222,7 +181,9 @@ class Repair:
         refits = tuple(refit for refit, _ in self.made)
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
-            return self.kept.finish()
+            files = {file_of(one): one.sha256 for one in self.kept.refits if one.ridge is not None}
+            seal(self.kept.folder, self.plan, files)
+            return RepairedPlan.load(self.kept.folder)
         weights = {path: weight for _, made in self.made for path, weight in made.items()}
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
 
@@ -256,7 +217,7 @@ class Repair:
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:
         """What became of a step, and its new weights by their paths in the model."""
         start, layer, keep = time.process_time(), self.text.layers[step.block.index], self.text.keep
-        found = [self.text.projection(part) for part in step.parts]
+        found = [self.text.projections.of(part, own=True) for part in step.parts]
         projections = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
         if len(projections) > 1 and any(one.norm for one in projections):
             projections = ()  # side by side, or the only one that a norm follows
@@ -281,11 +242,3 @@ class Repair:
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)
         return self.text.run([step], self.states)
-
-
-def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
-    """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
-    sequences = sum(len(batch) for batch in batches)
-    every = min(one_in, sequences)
-    held = torch.arange(1, sequences + 1) % every == 0
-    return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]

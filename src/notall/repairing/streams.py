@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from ..running.replay import live_steps, record
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer
 from ..structure.observation import Branch, LayerCall, run_branches, scaled
+from .projections import Projections
+
+HELD = 8  # one sequence in so many chooses the ridge
 
 
 class DiskOffload:
@@ -102,19 +106,29 @@ class DenseStream:
     """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
 
     A few lines are kept at once; with `keep_all` all of them, for repairs of many plans. With a folder `offload` they
-    lie in files there. Raises `UnsupportedModel` as `locate` does.
+    lie in files there. One sequence in so many is `held` out. Raises `UnsupportedModel` as `locate` does.
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Tensor], *, keep_all: bool = False, offload: Path | None = None
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Tensor],
+        *,
+        one_in: int = HELD,
+        keep_all: bool = False,
+        offload: Path | None = None,
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.keep = DiskOffload(offload).keep
+        self.keep, self.tokens, self.held = DiskOffload(offload).keep, batches[0], held_out(batches, one_in)
         recordings = (record(model, input_ids=batch) for batch in batches)
         self.recordings = [replace(one, embedded=self.keep(one.embedded)) for one in recordings]
         self.lines = lines_of(self.structure)
         self.at = {0: [recording.embedded for recording in self.recordings]}
+
+    @cached_property
+    def projections(self) -> Projections:
+        return Projections(self.model, self.tokens)
 
     def before(self, *lines: int) -> list[list[Tensor]]:
         """Before each of these lines; unless all are kept, later calls may only ask for these and what is behind."""
@@ -141,3 +155,11 @@ class DenseStream:
     def placed(self, line: Line, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of a line's layer, by their paths below it, by those in the model."""
         return {f"{self.structure.layers}.{line.block.index}.{name}": weight for name, weight in weights.items()}
+
+
+def held_out(batches: Sequence[Tensor], one_in: int) -> list[Tensor]:
+    """Of each batch, which sequences are held out, (batch,): one in so many, and the last where there are fewer."""
+    sequences = sum(len(batch) for batch in batches)
+    every = min(one_in, sequences)
+    held = torch.arange(1, sequences + 1) % every == 0
+    return [part.to(batch.device) for part, batch in zip(held.split([len(batch) for batch in batches]), batches)]

@@ -251,10 +251,10 @@ def step_of(by: str, about: Provenance) -> RepairStep:
 
 def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
     """Write a plan and its weights, all in the one file `name`: `HEALED` where they were trained, else `WHOLE`."""
-    finish(folder, plan.unrepaired, {name: write_tensors(folder / name, plan.weights)})
+    seal(folder, plan.unrepaired, {name: write_tensors(folder / name, plan.weights)})
 
 
-def finish(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
+def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     """Write the plan and then the seal: the records are there, and the `weights`, by file their digests."""
     records = {
         kind.file: digest_of([(folder / kind.file).read_bytes()])
@@ -262,10 +262,10 @@ def finish(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
         if (folder / kind.file).is_file()
     }
     plan.save(folder / PLAN)
-    seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
+    whole, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
     part = path.with_name(f"{SEAL}.part")
     try:
-        part.write_text(seal.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None

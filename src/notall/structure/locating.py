@@ -7,50 +7,24 @@ a cache and a layer index of its own (`proving`): where the numbers differ, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, expect
 from ..plan import Kind
-from .in_place import DummyLayer, Stub, Stubs, halves, whole
-from .model_structure import (
-    Block,
-    ModelStructure,
-    Sublayer,
-    base_model,
-    cache_argument,
-    fingerprint,
-    inputs_device,
-    name_of,
-    text_config,
-)
-from .observation import (
-    PROBE_BATCH,
-    PROBE_TOKENS,
-    Arguments,
-    Branch,
-    LayerTrace,
-    Place,
-    Watch,
-    called_with,
-    child,
-    first,
-    forward_replaced,
-    lines_of,
-    tensors_in,
-    unscaled,
-    watching,
-)
-from .proving import Alone, prove, prove_causal
-from .slicing import LAYER_INDICES, free_cache_slots, replaced, restored
+from .in_place import DummyLayer, Stubs, halves, whole
+from .model_structure import Block, ModelStructure, Sublayer, base_model, fingerprint, name_of, text_config
+from .observation import PROBE_BATCH, PROBE_TOKENS, Branch, LayerTrace, Place, Watch, child, first, lines_of, watching
+from .proving import Alone, prove, prove_apart, prove_causal, run_probe
+from .slicing import LAYER_INDICES, replaced
 from .weights import is_weightless, running_weightless, weights_of
 
 Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
@@ -85,7 +59,7 @@ def locate(model: PreTrainedModel) -> ModelStructure:
                     undo.enter_context(replaced(module.__dict__, "training", False))
             if is_weightless(model):
                 with running_weightless(model) as call:
-                    structure, _ = _found(model, path, layers, partial(_run_probe, model, call, torch.device("cpu")))
+                    structure, _ = _found(model, path, layers, partial(run_probe, model, call))
             else:
                 structure = _proved(model, path, layers)
     except (torch.OutOfMemoryError, UnsupportedModel):
@@ -140,7 +114,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
-    structure, watch = _found(model, path, layers, partial(_run_probe, model, model, inputs_device(model)))
+    structure, watch = _found(model, path, layers, partial(run_probe, model, model))
     alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
     for one, block in zip(alone, structure.blocks):
         prove(one, block)
@@ -148,18 +122,10 @@ def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelSt
     return structure
 
 
-def _run_probe(model: PreTrainedModel, run: Callable[..., object], device: torch.device, **cache: DynamicCache) -> None:
-    vocabulary = text_config(model).vocab_size
-    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
-    mask = torch.ones_like(tokens)
-    mask[0, 0] = 0
-    run(input_ids=tokens, attention_mask=mask, use_cache=True, **cache)
-
-
 def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
     cache = DynamicCache(config=text_config(model))
     with watching(layers, cache) as watch:
-        probe(**{cache_argument(model): cache})
+        probe(cache)
     traces = watch.traces
     if [trace.index for trace in traces] != list(range(len(layers))):
         raise UnsupportedModel(
@@ -202,7 +168,7 @@ def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple
     for stubs in (by_halves, wholes):
         in_place = not apart or not all(stub.is_layer for parts in stubs for stub in parts.values())
         try:
-            _prove_apart(model, watch, probe, freed=writers[:-1] if in_place else [])
+            prove_apart(text_config(model), watch, probe, freed=writers[:-1] if in_place else [])
         except UnsupportedModel:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -247,41 +213,12 @@ def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stu
     for kind, stub in stubs[trace.index].items():
         read_by = {reader for source, reader in pairs if source == name_of(kind, trace.index)}
         mixer = None if kind == "mlp" else "layer" if stub.is_layer else _mixer(config, trace)
-        parts.append(_sublayer(trace, kind, mixer, stub=stub, read_by=tuple(sorted(read_by))))
+        part = _sublayer(trace, kind, mixer, stub.modules)
+        parts.append(replace(part, stub=stub, read_by=tuple(sorted(read_by))))
     modules = [module for part in parts for module in part.modules]
     own = all(name.startswith(tuple(f"{module}." for module in modules)) for name, _ in trace.layer.named_parameters())
     bare = own and "" not in modules and not any(part.read_by for part in parts)
     return _block(trace, parts, parallel=False, bare=bare)
-
-
-def _prove_apart(model: PreTrainedModel, watch: Watch, probe: Probe, freed: list[int]) -> None:
-    """With layers that do nothing, each is given the same, but for what layers were seen to make.
-
-    The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
-    """
-    given: list[Arguments] = []
-
-    def idle(trace: LayerTrace, *args: object, **kwargs: object) -> object:
-        arguments, hidden = called_with(trace.layer, args, kwargs)
-        given.append(arguments)
-        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
-
-    with restored(text_config(model)), ExitStack() as idling:
-        free_cache_slots(text_config(model), freed)
-        for trace in watch.traces:
-            idling.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
-        probe()
-    for trace, other in zip(watch.traces, given):
-        made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
-        left = list(tensors_in(other))
-        shapes = [[one.shape for one in some] for some in (made, left)]
-        if shapes[0] != shapes[1] or not all(
-            isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
-        ):
-            raise UnsupportedModel(
-                f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
-                "layers' answers; notall leaves this model alone: choose another one"
-            )
 
 
 def _is_handed_on(answer: object, given: Tensor) -> bool:
@@ -317,14 +254,15 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
             f"{modules}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
             "If sublayers were removed from this model for good, start from the dense model"
         )
-    parts = [_sublayer(trace, "attention", _mixer(config, trace), mixers)] if mixing else []
-    if mlps:
-        parts.insert(0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, mlps, shared=names))
+    parts = [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)] if mixing else []
+    if mlps:  # a norm that both have weighs with the mixer
+        own = {name for branch in mlps for name in branch.modules} - names
+        parts.insert(0 if mixing != lines[:1] else 1, _sublayer(trace, "mlp", None, own, mlps))
     return _block(trace, parts, parallel=len(lines) < len(parts))
 
 
 def _block(trace: LayerTrace, parts: list[Sublayer], *, parallel: bool, bare: bool = True) -> Block:
-    scaled_by = unscaled(trace, trace.result)[1] if trace.result else None
+    scaled_by = trace.unscaled(trace.result)[1] if trace.result else None
     number = getattr(trace.layer, scaled_by) if scaled_by else None
     scale = 1.0 if number is None or number.is_meta else float(number)
     answer = None
@@ -345,18 +283,10 @@ def _mixer(config: PretrainedConfig, trace: LayerTrace) -> str:
 
 
 def _sublayer(
-    trace: LayerTrace,
-    kind: Kind,
-    mixer: str | None,
-    branches: tuple[Branch, ...] = (),
-    *,
-    shared: Container[str] = (),
-    stub: Stub | None = None,
-    read_by: tuple[str, ...] = (),
+    trace: LayerTrace, kind: Kind, mixer: str | None, names: Iterable[str], branches: tuple[Branch, ...] = ()
 ) -> Sublayer:
-    """Its modules but for those that are `shared` with another one weigh what it weighs."""
-    names = {name for branch in branches for name in branch.modules if name not in shared}
-    modules = [child(trace.layer, name) for name in names | {*(stub.modules if stub else ())}]
+    """Of the branches of a layer, or of none; it weighs what its modules of these `names` do."""
+    modules = (child(trace.layer, name) for name in names)
     weights = {key: one for module in modules for key, one in weights_of(module).items()}.values()
     return Sublayer(
         kind,
@@ -367,6 +297,4 @@ def _sublayer(
         kv_bytes_per_token=sum(write.bytes_per_token for write in trace.cache_writes) if mixer else 0,
         state_bytes=trace.state_bytes if mixer else 0,
         mixer=mixer,
-        stub=stub,
-        read_by=read_by,
     )

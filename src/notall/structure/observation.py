@@ -6,7 +6,7 @@ Each layer must read as
     h = h + ops(h)          one branch,  or
     h = h + ops(h) + ...    several branches of the same h (a parallel block)
 
-which is what `lines_of` returns; in the end it may multiply h by one number of its own (`unscaled`).
+which is what `lines_of` returns; in the end it may multiply h by one number of its own (`LayerTrace.unscaled`).
 """
 
 from __future__ import annotations
@@ -213,6 +213,14 @@ class LayerTrace:
     calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)
     state_bytes: int = 0
     attention_answer: object = None
+
+    def unscaled(self, node: Node) -> tuple[Node, str | None]:
+        """What it in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
+        if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
+            for given in (*node.positional, *node.keywords.values()):
+                if id(given) in self.numbers:
+                    return node.inputs[0], self.numbers[id(given)]
+        return node, None
 
 
 @dataclass(frozen=True)
@@ -434,16 +442,7 @@ def lines_of(trace: LayerTrace) -> list[tuple[Branch, ...]]:
     """The lines of the residual stream that a layer is, in order. Raises `UnsupportedModel` where it is none."""
     if trace.result is None:
         raise _unsupported(trace, "its answer does not come from its hidden states", "a stream of hidden states")
-    return _stream(trace, unscaled(trace, trace.result)[0])
-
-
-def unscaled(trace: LayerTrace, node: Node) -> tuple[Node, str | None]:
-    """What the layer in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
-    if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
-        for given in (*node.positional, *node.keywords.values()):
-            if id(given) in trace.numbers:
-                return node.inputs[0], trace.numbers[id(given)]
-    return node, None
+    return _stream(trace, trace.unscaled(trace.result)[0])
 
 
 def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
@@ -521,10 +520,12 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
     positional = tuple(slot(names[i] if i < len(names) else "", v) for i, v in enumerate(node.positional))
     keywords = tuple((name, slot(name, v)) for name, v in node.keywords.items())
     assert node.made_by is not None
-    is_attention = module is not None and any(write.module == node.made_by for write in trace.cache_writes)
+    if module is None:
+        return Op(node.made_by, positional, keywords)
+    is_attention = any(write.module == node.made_by for write in trace.cache_writes)
+    forwards = type(module).forward, type(trace.layer).forward
     extras = is_attention and all(
-        any(one.kind is one.VAR_KEYWORD for one in _signature(type(each).forward).values())
-        for each in (module, trace.layer)
+        any(one.kind is one.VAR_KEYWORD for one in _signature(forward).values()) for forward in forwards
     )
     return Op(node.made_by, positional, keywords, node.output, is_attention, extras)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
 from .in_place import stubbed_layer
-from .model_structure import Block
+from .model_structure import Block, cache_argument, inputs_device, text_config
 from .observation import (
     PROBE_BATCH,
     PROBE_TOKENS,
@@ -24,10 +25,14 @@ from .observation import (
     LayerCall,
     LayerTrace,
     Sharing,
+    Watch,
     as_given,
+    called_with,
     first,
+    forward_replaced,
     run_branches,
     scaled,
+    tensors_in,
 )
 from .slicing import free_cache_slots, renumber, restored, slice_config
 
@@ -36,6 +41,16 @@ NOT_LOCAL = (
     " looks at other tokens without a cache, or keeps a state elsewhere; expected that of a mixer that writes to the "
     "cache"
 )
+
+
+def run_probe(model: PreTrainedModel, run: Callable[..., object], cache: DynamicCache | None = None) -> None:
+    """Have `run` call the model with a few tokens, one of them padding, and this cache or one of its own."""
+    device, vocabulary = inputs_device(model), text_config(model).vocab_size
+    tokens = torch.arange(PROBE_BATCH * PROBE_TOKENS, device=device).view(PROBE_BATCH, PROBE_TOKENS) % vocabulary
+    mask = torch.ones_like(tokens)
+    mask[0, 0] = 0
+    given = {} if cache is None else {cache_argument(model): cache}
+    run(input_ids=tokens, attention_mask=mask, use_cache=True, **given)
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ def _prove_lines(alone: Alone, block: Block) -> None:
         def run(given: Tensor, branch: Branch = branch) -> Tensor:
             return branch.run(layer, given, LayerCall(alone.arguments())).view(given.shape)
 
-        _prove_local(alone, stream, run, said, alone.computed_in(stream.dtype))
+        _prove_local(alone, stream, run, said)
 
 
 def _prove_adds(alone: Alone, branch: Branch, residual: Tensor) -> None:
@@ -173,7 +188,7 @@ def _prove_in_place(alone: Alone, block: Block) -> None:
     assert mixer.stub is not None
     if not mixer.stub.is_layer:
         without = stubbed_layer(trace.layer, trace.index, [mixer.stub])
-        _prove_local(alone, trace.hidden, functools.partial(alone.run, layer=without, freed=True))
+        _prove_local(alone, trace.hidden, partial(alone.run, layer=without, freed=True))
     elif not trace.cache_writes and not any(reader[0] == trace.index for _, reader in alone.sharing.pairs):
         _prove_local(alone, trace.hidden, alone.run)
 
@@ -190,17 +205,41 @@ def prove_causal(alone: Alone) -> None:
     alone.expect(found, expected, said, computed_in=alone.computed_in(expected.dtype))
 
 
-def _prove_local(
-    alone: Alone,
-    hidden: Tensor,
-    run: Callable[[Tensor], Tensor],
-    said: str = NOT_LOCAL,
-    computed_in: torch.dtype | None = None,
-) -> None:
+def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None], freed: list[int]) -> None:
+    """With layers that do nothing, each is given the same, but for what layers were seen to make.
+
+    The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
+    """
+    given: list[Arguments] = []
+
+    def idle(trace: LayerTrace, *args: object, **kwargs: object) -> object:
+        arguments, hidden = called_with(trace.layer, args, kwargs)
+        given.append(arguments)
+        return (hidden, *(None for _ in trace.answer[1:])) if isinstance(trace.answer, tuple) else hidden
+
+    with restored(config), ExitStack() as idling:
+        free_cache_slots(config, freed)
+        for trace in watch.traces:
+            idling.enter_context(forward_replaced(trace.layer, partial(idle, trace)))
+        probe()
+    for trace, other in zip(watch.traces, given):
+        made = [held for held in tensors_in(trace.given) if not watch.sharing.source_of(held)]
+        left = list(tensors_in(other))
+        shapes = [[one.shape for one in some] for some in (made, left)]
+        if shapes[0] != shapes[1] or not all(
+            isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
+        ):
+            raise UnsupportedModel(
+                f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
+                "layers' answers; notall leaves this model alone: choose another one"
+            )
+
+
+def _prove_local(alone: Alone, hidden: Tensor, run: Callable[[Tensor], Tensor], said: str = NOT_LOCAL) -> None:
     """What is no mixer must make the same of the last token whatever came before it."""
     axis = _tokens_axis(hidden)
     found, expected = (run(given).select(axis, -1) for given in (_flipped(hidden, last=False), hidden))
-    alone.expect(found, expected, said, computed_in=computed_in)
+    alone.expect(found, expected, said, computed_in=alone.computed_in(expected.dtype))
 
 
 def _flipped(hidden: Tensor, last: bool) -> Tensor:

@@ -16,7 +16,7 @@ from ...progress import Progress, silent, tracked
 from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import ModelStructure, Sublayer, base_model
-from ..projections import OutputProjection, Projections, features_of
+from ..projections import features_of
 from ..solving import Moments
 from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
 
@@ -123,19 +123,19 @@ def replaceme(
     is what the projection W, of whatever is kept before the gap, adds to the stream, h_i the stream behind it, h_n that
     behind the gap. A gap stays that has nothing before it, or a sublayer that a norm or no single matrix ends.
     """
-    stream, projections = _stream(model, plan, batches), Projections(base_model(model), batches[0])
+    stream = _stream(model, plan, batches)
     steps = [step for step in steps_of(stream.structure, plan) if step.gap]
     weights: dict[str, Tensor] = {}
     for step in tracked(steps, "folding maps into what is before the gaps", progress):
-        weights |= _folded(stream, step, projections)
+        weights |= _folded(stream, step)
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _folded(stream: DenseStream, step: LiveStep, projections: Projections) -> dict[str, Tensor]:
+def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
     layer = stream.layers[step.block.index]
     before, wanted = stream.before(step.line, step.behind)
     part = max(step.parts, key=lambda part: part.kind == "mlp")  # of a parallel block the MLP, as in its Falcon
-    projection = projections.of(part)
+    projection = stream.projections.of(part)
     if projection is None or projection.norm:
         return {}
     with features_of(layer, [projection]) as features:
@@ -167,7 +167,7 @@ def prune_and_comp(
         """The mean magnitude over the tokens of each window, (batch, hidden)."""
         return states.double().abs().mean(1)
 
-    stream, projections = _stream(model, plan, batches), Projections(base_model(model), batches[0])
+    stream = _stream(model, plan, batches)
     (states,), here, scale = stream.before(0), 0, 1.0
     weights: dict[str, Tensor] = {}
     gaps = gaps_of(stream.structure, plan)
@@ -179,14 +179,12 @@ def prune_and_comp(
         until = gaps[number + 1].start if number + 1 < len(gaps) else len(stream.lines)
         for line in stream.lines[here:until]:
             for part in line.parts:
-                weights |= _divided(stream, line, part, projections.of(part), scale)
+                weights |= _divided(stream, line, part, scale)
     return RepairedPlan.of(plan, weights=weights)
 
 
-def _divided(
-    stream: DenseStream, line: Line, part: Sublayer, projection: OutputProjection | None, scale: float
-) -> dict[str, Tensor]:
-    layer = stream.layers[part.index]
+def _divided(stream: DenseStream, line: Line, part: Sublayer, scale: float) -> dict[str, Tensor]:
+    layer, projection = stream.layers[part.index], stream.projections.of(part)
     if projection is None or projection.norm:
         raise UsageError(
             f"what {part.name} adds to the stream goes through a norm or comes from more than one matrix, so that no "
