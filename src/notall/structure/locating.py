@@ -61,7 +61,11 @@ def locate(model: PreTrainedModel) -> ModelStructure:
                 with running_weightless(model) as call:
                     structure, _ = _found(model, path, layers, partial(run_probe, model, call))
             else:
-                structure = _proved(model, path, layers)
+                structure, watch = _found(model, path, layers, partial(run_probe, model, model))
+                alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
+                for one, block in zip(alone, structure.blocks):
+                    prove(one, block)
+                prove_causal(next((one for one in alone if one.trace.cache_writes), alone[0]))
     except (torch.OutOfMemoryError, UnsupportedModel):
         raise
     except Exception as error:
@@ -111,15 +115,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
         "notall needs a model whose layers are in one ModuleList"
     )
-
-
-def _proved(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> ModelStructure:
-    structure, watch = _found(model, path, layers, partial(run_probe, model, model))
-    alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
-    for one, block in zip(alone, structure.blocks):
-        prove(one, block)
-    prove_causal(next((one for one in alone if one.trace.cache_writes), alone[0]))
-    return structure
 
 
 def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
@@ -186,8 +181,8 @@ def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
         made = before.answer[1:] if isinstance(before.answer, tuple) else ()
         if any(value is given for value in made if isinstance(value, Tensor) for given in after.arguments.values()):
             raise UnsupportedModel(
-                f"layer {after.index} ({type(after.layer).__name__}) is given more than the hidden states of layer "
-                f"{before.index}; expected layers that depend on each other by the residual stream alone. "
+                f"{after} is given more than the hidden states of layer {before.index}; expected layers that depend on "
+                "each other by the residual stream alone. "
                 "notall leaves this model alone: choose another one"
             )
     for (source, _), (reader, _) in watch.sharing.pairs:
@@ -240,17 +235,16 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
     mlps = tuple(branch for line in others for branch in line if not branch.is_attention)
     names = {name for branch in mixers for name in branch.modules}
     elsewhere = [write for write in trace.cache_writes if write.module not in names]
-    where = f"layer {trace.index} ({type(trace.layer).__name__})"
     if len(mixing) > 1 or elsewhere:
         writers = ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
         raise UnsupportedModel(
-            f"{where}: expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} "
+            f"{trace}: expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} "
             f"({writers}). An MLP that keeps a state cannot be skipped by halves; choose another model"
         )
     if len(others) > 1:
         modules = ", ".join(type(module).__name__ for module in trace.layer.children())
         raise UnsupportedModel(
-            f"{where}: expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}: "
+            f"{trace}: expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}: "
             f"{modules}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
             "If sublayers were removed from this model for good, start from the dense model"
         )

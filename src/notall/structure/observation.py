@@ -214,6 +214,9 @@ class LayerTrace:
     state_bytes: int = 0
     attention_answer: object = None
 
+    def __str__(self) -> str:
+        return f"layer {self.index} ({type(self.layer).__name__})"
+
     def unscaled(self, node: Node) -> tuple[Node, str | None]:
         """What it in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
         if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
@@ -558,6 +561,6 @@ def _same(given: object, held: object) -> bool:
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"layer {trace.index} ({type(trace.layer).__name__}): {found}; expected {expected}. "
+        f"{trace}: {found}; expected {expected}. "
         "notall leaves this model alone: choose another model, or describe the layer in an issue."
     )

@@ -106,15 +106,12 @@ class Alone:
         error, most = relative_error(found, expected), tolerance(computed_in or expected.dtype)
         if not error <= most:
             told = said.format(error=error, most=most, what=what)
-            raise UnsupportedModel(f"{self}{told}. notall leaves this model alone: choose another one")
+            raise UnsupportedModel(f"{self.trace}{told}. notall leaves this model alone: choose another one")
 
     def computed_in(self, dtype: torch.dtype) -> torch.dtype:
         """LLM.int8() computes in float16, and picks by all tokens the columns that it does not round to 8 bits."""
         is_int8 = getattr(getattr(self.config, "quantization_config", None), "load_in_8bit", False)
         return torch.float16 if is_int8 else dtype
-
-    def __str__(self) -> str:
-        return f"layer {self.trace.index} ({type(self.trace.layer).__name__})"
 
 
 def prove(alone: Alone, block: Block) -> None:
@@ -177,7 +174,7 @@ def _prove_in_place(alone: Alone, block: Block) -> None:
     trace = alone.trace
     elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
     if elsewhere:
-        raise UnsupportedModel(f"{alone} writes to the cache at {elsewhere[0]}; expected its own place")
+        raise UnsupportedModel(f"{trace} writes to the cache at {elsewhere[0]}; expected its own place")
     alone.expect(alone.run(trace.hidden), first(trace.answer), NOT_WHAT, "what it answers alone, in its place")
     mixer = block.attention
     for part in block.sublayers:
@@ -230,8 +227,8 @@ def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None
             isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
         ):
             raise UnsupportedModel(
-                f"layer {trace.index} ({type(trace.layer).__name__}) is given what the model computes from other "
-                "layers' answers; notall leaves this model alone: choose another one"
+                f"{trace} is given what the model computes from other layers' answers; notall leaves this model alone: "
+                "choose another one"
             )
 
 
