@@ -20,8 +20,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from ..errors import UnknownArchitecture, UsageError, shortened
+from ..files import expanded
 from ..models.gguf_file import Field, GGUFTensor, read_gguf, write_gguf
-from ..models.names import named_gguf
+from ..models.names import hub_id, named_gguf
 from . import Engine, Timing, Tokens, resident_bytes
 from .worker import EngineFailed, call
 
@@ -68,7 +69,7 @@ class LlamaCpp(Engine):
 
     def check(self, spec: str | Path) -> None:
         self.need_package()
-        source = _file(spec)
+        source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
         if kinds := kinds - {*FLOATS, Kind.BF16}:
             logger.warning(
@@ -80,7 +81,7 @@ class LlamaCpp(Engine):
 
     def source(self, spec: str | Path, folder: Path) -> Path:
         """With plain numbers, so that repaired weights are written as they are."""
-        write_in_type(_file(spec), PLAIN, plain := folder / "plain.gguf")
+        write_in_type(dense_gguf(spec), PLAIN, plain := folder / "plain.gguf")
         return plain
 
     def quantise(self, plain: Path, kind: str, out: Path) -> None:
@@ -150,9 +151,12 @@ def next_token_logprobs(path: Path, tokens: Tokens) -> dict[int, float]:
     return found
 
 
-def _file(spec: str | Path) -> Path:
-    path = named_gguf(spec)
+def dense_gguf(spec: object) -> Path:
+    """The GGUF file that a spec means. Raises `UsageError` for another model."""
+    path = named_gguf(spec) if isinstance(spec, str | Path) else None
     if path is None:
+        if isinstance(spec, str | Path) and not expanded(spec).exists():
+            hub_id(spec)
         raise UsageError(f"llama.cpp needs a .gguf file of the dense model, and {shortened(spec)} is none: convert it")
     return path
 

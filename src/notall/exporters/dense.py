@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError
@@ -35,7 +35,7 @@ from ..structure.locating import locate
 from ..structure.model_structure import ModelStructure, Sublayer, base_model, text_config
 from . import UNPACKED, Export, Source
 from .manifest import Origin
-from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, total_bytes, write_shards
+from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, write_shards
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,9 +94,12 @@ class DenseModel:
 
     def _alike(self, prefix: str) -> int:
         """How many tensors of the first layer after `prefix` are of the model's first layer, by name and shape."""
-        layer = self.empty.get_submodule(f"{self.structure.layers}.0")
         stored = {name: tensor.shape for name, tensor in self.tensors.items() if name.startswith(f"{prefix}0.")}
-        return sum(stored.get(f"{prefix}0.{name}") == weight.shape for name, weight in layer.named_parameters())
+        return sum(stored.get(f"{prefix}0.{name}") == own.shape for name, own in self.layer(0).named_parameters())
+
+    def layer(self, index: int) -> nn.Module:
+        """On the meta device."""
+        return self.empty.get_submodule(f"{self.structure.layers}.{index}")
 
     @cached_property
     def outside_layers(self) -> Weights:
@@ -124,8 +127,7 @@ class DenseModel:
 
         A name that is nobody's, where transformers renames, is that sublayer's of whose own modules one is in no file.
         """
-        layer = self.empty.get_submodule(f"{self.structure.layers}.{index}")
-        absent = []
+        layer, absent = self.layer(index), []
         for part in self.structure.blocks[index].sublayers:
             if any(name.startswith(f"{module}.") for module in part.modules):
                 return part.kind
@@ -204,7 +206,9 @@ class CheckpointExport(Export):
 
     def __post_init__(self) -> None:
         self.origin, self.form = self.dense.origin, self.settings["model_type"]
-        self.dense_bytes, self.written_bytes = total_bytes(self.dense.tensors), total_bytes(self.tensors)
+        self.dense_bytes, self.written_bytes = (
+            sum(weight.size for weight in weights.values()) for weights in (self.dense.tensors, self.tensors)
+        )
         wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
         listed = [
             name

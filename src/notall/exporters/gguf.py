@@ -22,11 +22,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
 from ..digests import digest_of_file
-from ..engines.llamacpp import LlamaCpp, next_token_logprobs
+from ..engines.llamacpp import LlamaCpp, dense_gguf, next_token_logprobs
 from ..errors import UnknownArchitecture, UsageError
-from ..files import expanded
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
-from ..models.names import hub_id, named_gguf
 from ..plan import Fingerprint, Plan
 from ..progress import Progress
 from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup, sparse_layers
@@ -35,7 +33,6 @@ from .manifest import NotVerified, Origin, Verdict, Verified
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +96,7 @@ class GGUFExport(Export):
     def prepared(cls, source: Source, plan: Plan) -> Iterator[GGUFExport]:
         if source.dtype:
             raise UsageError("a GGUF export keeps the types of the dense model's file: leave --dtype out")
-        yield cls(_file(source.model), plan)
+        yield cls(dense_gguf(source.model), plan)
 
     def write(self, folder: Path, shard_bytes: int, progress: Progress) -> None:
         write_gguf(folder / self.name, self.source, self.fields, self.tensors, progress)
@@ -132,16 +129,6 @@ class GGUFExport(Export):
         error = float((torch.tensor(list(likeliest.values())) - expected[list(likeliest)]).abs().max())
         by = f"llama.cpp (xllamacpp {llama.version})"
         return Verified(by, error, TOLERANCE, "nats of log-probability").checked()
-
-
-def _file(model: PreTrainedModel | str | Path) -> Path:
-    """The GGUF file to rewrite."""
-    if isinstance(model, str | Path):
-        if path := named_gguf(model):
-            return path
-        if not expanded(model).exists():
-            hub_id(model)
-    raise UsageError(f"a gguf export rewrites the GGUF file of the dense model: give that file, not {model}")
 
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:

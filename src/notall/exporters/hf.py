@@ -19,7 +19,7 @@ from ..running.skipping import skip
 from ..structure.model_structure import cache_argument
 from ..structure.proving import relative_error, tolerance
 from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
-from .layout import build_cut, build_of, check_twins, cut_settings, layers_of, moved_modules, moved_tensors
+from .layout import build_of, check_built, cut_settings, layers_of, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
@@ -54,7 +54,7 @@ class HFExport(CheckpointExport):
             moved = moved_modules(dense, layers)
             settings["quantization_config"] = cut_quantisation(dense.quantisation, moved, dense.prefix)
             notes = renamed_notes(read_notes(dense.folder / dense.origin.weights), moved)
-        check_twins(dense, build_cut(dense, settings), layers)
+        check_built(dense, settings, layers)
         use = ORDINARY_USE.format(base=base)
         if not all(layer.is_ordinary for layer in layers):
             _check_regrouped(dense, plan)
@@ -112,7 +112,7 @@ def _check_regrouped(dense: DenseModel, plan: Plan) -> None:
             f"this plan keeps sublayers that do not alternate, attention, MLP, attention, MLP, and notall has no form "
             f"for that in {base} (it has for {', '.join(FAMILIES)}); skip whole blocks, or choose a portable plan"
         )
-    kinds = {repr(build_of(dense, block.mlp)) for block in blocks if block.index not in plan.mlp}
+    kinds = {repr(build_of(dense.layer(block.index), block.mlp)) for block in blocks if block.index not in plan.mlp}
     if len(kinds) > 1:
         raise UsageError(
             f"this {base} has MLPs of {len(kinds)} kinds, and an MLP without its attention would be built as the wrong "

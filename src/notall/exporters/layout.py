@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ..errors import UsageError
 from ..inputs import Settings
@@ -97,40 +97,34 @@ def rope_names(settings: Settings) -> Settings:
     return {**named, "rope_theta": rope["rope_theta"]}
 
 
-def build_cut(dense: DenseModel, settings: Settings) -> PreTrainedModel:
-    """The model of cut settings, on the meta device. Raises `UsageError` where its own checks refuse them."""
+def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) -> None:
+    """Build the model of cut settings on the meta device.
+
+    Raises `UsageError` where its own checks refuse them, or a layer is not built as the dense ones that it is made of.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix="notall-") as folder:  # where an infinite number stands in words
             Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
             config = type(dense.config).from_dict(PretrainedConfig.get_config_dict(folder)[0])
         config.name_or_path = dense.config.name_or_path  # where code of the model's own is found
-        return build_empty(config)
+        exported = build_empty(config).get_submodule(dense.structure.layers)
     except (ValueError, UsageError) as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise UsageError(
             f"{dense.structure.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
             "runs in memory only"
         ) from None
-
-
-def check_twins(dense: DenseModel, exported: PreTrainedModel, layers: Sequence[Layer]) -> None:
-    """Raise `UsageError` unless each layer, on the meta device, is built as the dense ones that it is made of."""
-    ours = exported.get_submodule(dense.structure.layers)
     for number, layer in enumerate(layers):
         for part in sublayers_of(dense.structure, layer):
-            if _build(ours[number], part) != build_of(dense, part):
+            if build_of(exported.get_submodule(str(number)), part) != build_of(dense.layer(part.index), part):
                 raise UsageError(
                     f"{dense.structure.model_type} would build {part.name} in another way as a part of layer {number}: "
                     "its config has a rule by layer or depth that notall cannot cut, so this plan runs in memory only"
                 )
 
 
-def build_of(dense: DenseModel, part: Sublayer) -> Settings:
-    """How a sublayer of the dense model is built: the class, settings and shapes of each of its modules."""
-    return _build(dense.empty.get_submodule(f"{dense.structure.layers}.{part.index}"), part)
-
-
-def _build(layer: nn.Module, part: Sublayer) -> Settings:
+def build_of(layer: nn.Module, part: Sublayer) -> Settings:
+    """How a sublayer is built: the class, settings and shapes of each of its modules."""
     # Gemma 4's last attention of each kind leaves its keys to layers that share them: none do where it can be cut.
     plain, others = (bool, int, float, str, type(None)), (*LAYER_INDICES, "store_full_length_kv")
 
@@ -189,7 +183,7 @@ def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[Piece]:
 def _new_names(dense: DenseModel, parts: Sequence[Sublayer], tensors: Weights, start: str) -> dict[str, str]:
     """The names of a piece's modules in the dense model, to those in the export."""
     index = parts[0].index
-    layer = dense.empty.get_submodule(f"{dense.structure.layers}.{index}")
+    layer = dense.layer(index)
     paths = [path for part in parts for path in part.modules]
     modules = dict(pair for path in paths for pair in child(layer, path).named_modules(prefix=path))
     weigh = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
@@ -235,7 +229,7 @@ def _scale(dense: DenseModel, index: int) -> float:
 def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterator[tuple[str, Weight]]:
     """The weights of its last module, by which what it adds to the stream is so many times less."""
     last = part.stub.end[0] if part.stub else part.branches[0].modules[-1]
-    module = dense.empty.get_submodule(f"{dense.structure.layers}.{part.index}.{last}")
+    module = dense.layer(part.index).get_submodule(last)
     if not _is_divided_by_weights(module):
         raise UsageError(
             f"layers of {dense.structure.model_type} multiply their stream, and what {part.name} adds cannot be "

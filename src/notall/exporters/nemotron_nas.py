@@ -40,6 +40,10 @@ KEPT = (
     "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_bias",
     "mlp_bias", "attention_dropout", "use_cache", "torch_dtype", "dtype", "transformers_version",
 )  # fmt: skip
+# What the blocks of other models may have.
+FFN: Settings = {"replace_with_linear": False, "sparsify": None}
+NO_SINK: Settings = {"num_sink_tokens": None, "unshifted_sink": False, "use_prefill_window_in_sink_attention": False}
+ATTENTION = FFN | NO_SINK | {"window_length": None}
 
 USE = (
     "MLX-LM, TensorRT-LLM, SGLang and ExLlamaV3 read this checkpoint as it is, and vLLM with `--trust-remote-code`, "
@@ -128,26 +132,16 @@ def _settings(dense: DenseModel, rows: Sequence[SparseLayer]) -> Settings:
         "num_hidden_layers": len(rows),
         "block_configs": [
             {
-                "attention": {
-                    "n_heads_in_group": None if row.attention is None else heads_in_group,
-                    "no_op": row.attention is None,
-                    "num_sink_tokens": None,
-                    "replace_with_linear": False,
-                    "sparsify": None,
-                    "unshifted_sink": False,
-                    "use_prefill_window_in_sink_attention": False,
-                    "window_length": None,
-                },
-                "ffn": {
-                    "ffn_mult": None if row.mlp is None else mult,
-                    "no_op": row.mlp is None,
-                    "replace_with_linear": False,
-                    "sparsify": None,
-                },
+                "attention": ATTENTION | _has(row.attention, "n_heads_in_group", heads_in_group),
+                "ffn": FFN | _has(row.mlp, "ffn_mult", mult),
             }
             for row in rows
         ],
     }
+
+
+def _has(index: int | None, name: str, value: float) -> Settings:
+    return {name: None if index is None else value, "no_op": index is None}
 
 
 def ffn_mult(width: int, hidden: int) -> float:

@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,10 +59,6 @@ class Weight:
 
 Weights = dict[str, Weight]
 Notes = dict[str, str]  # in the headers of files
-
-
-def total_bytes(weights: Mapping[str, Weight]) -> int:
-    return sum(weight.size for weight in weights.values())
 
 
 def read_header(path: Path) -> Weights:
@@ -171,7 +167,7 @@ def write_shards(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    total, done = total_bytes(tensors), 0
+    total, done = sum(weight.size for weight in tensors.values()), 0
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].read().contiguous() for name in names}
         try:

@@ -26,7 +26,7 @@ from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder, exp
 from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
-from .own_exports import OwnExport, is_own_form, own_export
+from .own_exports import NEMOTRON_NAS, REGROUPED, OwnExport, own_export
 from .quantisation import quantisation_name, quantisation_of, why_not_here
 
 if TYPE_CHECKING:
@@ -308,7 +308,8 @@ def _settings_of_export(spec: str | Path, revision: str | None) -> Settings | No
     else:
         with explained(spec), quiet():
             settings = PretrainedConfig.get_config_dict(hub_id(spec), revision=revision)[0]
-    return settings if isinstance(settings, dict) and is_own_form(settings) else None
+    form = str(settings.get("model_type")) if isinstance(settings, dict) else ""
+    return settings if form == NEMOTRON_NAS or form.startswith(REGROUPED) else None
 
 
 def model_source(spec: str | Path, revision: str | None) -> Path | str:

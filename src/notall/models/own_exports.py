@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from ..errors import UsageError, shortened
 from ..files import INDEX, SINGLE, own_file
 from ..inputs import Settings, read_json
+from ..structure.slicing import PER_LAYER_LISTS
 from .load_errors import quiet
 
 REGROUPED, NEMOTRON_NAS = "notall_", "nemotron-nas"
 MULTIPLE = 256  # nemotron-nas widths are rounded up to one of these
-LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # of config.json, an entry a layer
 TENSOR = re.compile(
     r"(?P<start>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?:(?P<place>before|after)\.(?P<slot>\d+)\.)?(?P<end>.*)"
 )
@@ -97,12 +97,6 @@ def shard_index(path: Path) -> dict[str, str]:
         raise UsageError(f"{path.parent.name}: {path.name} is damaged; download it again") from None
 
 
-def is_own_form(settings: Settings) -> bool:
-    """Whether config.json is of a form that no class of transformers reads, and that exports have."""
-    form = str(settings.get("model_type"))
-    return form == NEMOTRON_NAS or form.startswith(REGROUPED)
-
-
 def own_export(name: str | Path, settings: Settings) -> OwnExport:
     """The layers that config.json of an export tells. Raises `UsageError` where it tells none that can be built."""
     try:
@@ -128,7 +122,7 @@ def _regrouped(settings: Settings) -> OwnExport:
                     missing["mlp"].append(layer)
     sources = [number for number, _, _ in places]
     spread = {**settings, "num_hidden_layers": len(sources)}  # a layer each, with what that of the files has
-    for name in LISTS:
+    for name in PER_LAYER_LISTS:
         values = settings.get(name)
         if isinstance(values, list) and len(values) == len(rows):
             spread[name] = [values[source] for source in sources]

@@ -221,7 +221,7 @@ class Repair:
         projections = tuple(replace(one, scale=one.scale * step.scale) for one in found if one is not None)
         if len(projections) > 1 and any(one.norm for one in projections):
             projections = ()  # side by side, or the only one that a norm follows
-        refit = None
+        ridge, left, weights = None, 1.0, dict[str, Tensor]()
         if projections:
             with features_of(layer, projections, keep) as features:
                 behind = self._run(step)
@@ -229,15 +229,15 @@ class Repair:
             kind = NormedFit if projections[0].norm else Fit
             held, metric = self.text.held, self.metrics[step.names]
             fit = kind(layer, projections, before, behind, target, features(), held, metric)
-            refit = fit.best(self.ridges)
+            ridge, left, weights = fit.best(self.ridges)
         record = RefitRecord(
             sublayers=step.names,
-            ridge=refit.ridge if refit else None,
-            left=refit.left if refit else 1.0,
+            ridge=ridge,
+            left=left,
             seconds=time.process_time() - start,
             why="" if projections else "no matrix of its own is the last before the stream",
         )
-        return record, self.text.placed(step, refit.weights) if refit else {}
+        return record, self.text.placed(step, weights)
 
     def _run(self, step: LiveStep) -> list[Tensor]:
         self.ran += len(step.parts)

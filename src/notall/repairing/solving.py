@@ -151,15 +151,6 @@ def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:
     return torch.full_like(sizes, ridge) if alike else ridge * (sizes + DEAD * sizes.mean())
 
 
-@dataclass(frozen=True)
-class Refit:
-    """New weights of a step, by their paths below its layer, and the share of the held-out squared error they leave."""
-
-    ridge: float
-    left: float
-    weights: dict[str, Tensor]
-
-
 @dataclass
 class Fit:
     """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
@@ -184,8 +175,11 @@ class Fit:
         self.count = sum(len(features) for features in self.features)  # of all tokens
         self.biases = sum(one.bias(self.layer) is not None for one in self.projections)
 
-    def best(self, ridges: Sequence[float]) -> Refit | None:
-        """With the ridge that leaves least on what is held out; None where all of them leave more than no change."""
+    def best(self, ridges: Sequence[float]) -> tuple[float | None, float, dict[str, Tensor]]:
+        """The ridge that leaves least on what is held out, what share of the squared error that is, and new weights.
+
+        These are by their paths below the layer. None, 1 and none where every ridge leaves more than no change.
+        """
         fitted, held = self.sums(held=False), self.sums(held=True)
         best, least = None, 1.0
         for ridge in ridges:
@@ -195,7 +189,7 @@ class Fit:
                     best, least = (ridge, step), left
         fitted = fitted + held  # no other sums are needed from here on, and they are large
         change = None if best is None else fitted.solve(best[0])
-        return None if best is None or change is None else Refit(best[0], least, self.weights(change, best[1]))
+        return (None, 1.0, {}) if best is None or change is None else (best[0], least, self.weights(change, best[1]))
 
     def tokens(self, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Features, `before`, `behind` and `target` of the tokens that are held out, or of those that are not."""
