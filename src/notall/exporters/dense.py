@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
 from ..errors import UsageError
 from ..files import ADAPTER, named_weights, own_file, refuse_adapter
@@ -36,9 +37,6 @@ from ..structure.model_structure import ModelStructure, Sublayer, base_model, te
 from . import UNPACKED, Export, Source
 from .manifest import Origin
 from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, write_shards
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
@@ -123,10 +121,7 @@ class DenseModel:
         return {name: tensor for name, tensor in own if self._owner(index, name) == sublayer.kind}
 
     def _owner(self, index: int, name: str) -> str:
-        """The kind of sublayer of a tensor of layer `index`.
-
-        A name that is nobody's, where transformers renames, is that sublayer's of whose own modules one is in no file.
-        """
+        """The kind of sublayer of a tensor of a layer; of a renamed one, that of whose modules one is in no file."""
         layer, absent = self.layer(index), []
         for part in self.structure.blocks[index].sublayers:
             if any(name.startswith(f"{module}.") for module in part.modules):

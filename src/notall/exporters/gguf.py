@@ -133,9 +133,18 @@ class GGUFExport(Export):
 
 def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
     """Fields and tensors of the file without what `plan` skips. Raises `UsageError` where no file can say so."""
+
+    def fits(attention: int, mlp: int) -> bool:
+        """Whether the MLP of one block can stand in another's place: it runs after the attention, and is alike."""
+        block = source.block(attention)
+        parallel = source.architecture in ("arctic", "gptneox") and source.setting("use_parallel_residual", True)
+        has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
+        alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
+        return has_norm and alike and not parallel
+
     _check(source, plan)
     groups = regroup([_kinds(source, index) for index in range(source.depth)], plan)
-    layers = merged(groups, lambda attention, mlp: _fits(source, attention, mlp))
+    layers = merged(groups, fits)
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
     return deci(source, layers)
@@ -265,15 +274,6 @@ def _orders(source: GGUF, attentions: Sequence[int]) -> Iterator[tuple[str, list
             yield LISTED, recurrent
 
 
-def _fits(source: GGUF, attention: int, mlp: int) -> bool:
-    """Whether the MLP of one block can stand in the place of another's: it runs after the attention, and is alike."""
-    block = source.block(attention)
-    parallel = source.architecture in ("arctic", "gptneox") and source.setting("use_parallel_residual", True)
-    has_norm = any(name.startswith(("ffn_norm.", "post_attention_norm.", "post_ffw_norm.")) for name in block)
-    alike = source.mlp(attention).keys() == source.mlp(mlp).keys()
-    return has_norm and alike and not parallel
-
-
 def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     """Fields and tensors of the file. Raises `UsageError` for an architecture that `deci` does not compute."""
     heads, kv_heads, head_size, hidden, width = _deci_sizes(source)
@@ -360,10 +360,7 @@ def _zeros(*shape: int) -> GGUFTensor:
 
 
 def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
-    """With these values of parameters, by their paths in transformers, in the file's types of at least 8 bits.
-
-    Raises `UsageError` where the file has no such tensor.
-    """
+    """With these values of parameters, by their paths in transformers, in types of at least 8 bits."""
     architectures = {name: number for number, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(architectures[source.architecture], source.depth)
     tensors, widened = dict(source.tensors), set[str]()

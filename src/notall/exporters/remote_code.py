@@ -23,17 +23,13 @@ from ..models.own_exports import REGROUPED
 
 @dataclass(frozen=True)
 class Family:
-    """Transformers' names for one architecture, and what an MLP sublayer runs there.
-
-    `mlp` are its modules in the order they run, `scaled` what its answer is multiplied with; `experts`: some answers
-    are tuples in transformers 4, and transformers 5 fuses experts as it loads them.
-    """
+    """Transformers' names for one architecture, and what an MLP sublayer runs there."""
 
     name: str
-    mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")
+    mlp: tuple[str, ...] = ("post_attention_layernorm", "mlp")  # its modules in the order they run
     text: str = ""  # what its text-only config and model add to the name
-    scaled: str = ""
-    experts: bool = False
+    scaled: str = ""  # what its answer is multiplied with
+    experts: bool = False  # some answers are tuples in transformers 4, and 5 fuses experts as it loads them
 
 
 _SANDWICH = ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm")

@@ -135,10 +135,7 @@ class Passed(nn.Module):
 
 
 class MLP(nn.Module):
-    """An MLP without an attention, with the norms of its own, taken from a layer of vLLM's.
-
-    Both tensors are (tokens, hidden); the sum of the two is the residual stream.
-    """
+    """An MLP without an attention, with its norms, from a layer of vLLM's; both tensors, (tokens, hidden), add up."""
 
     def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

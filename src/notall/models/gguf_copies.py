@@ -37,10 +37,7 @@ def converted_folder(gguf: Path) -> Path:
 
 
 def convert_gguf(gguf: Path) -> Path:
-    """The folder of a GGUF file's plain copy: float32 safetensors, config and tokenizer, made once, by one process.
-
-    Raises UsageError when the cache can't be written; what transformers says of a file that it can't read passes.
-    """
+    """The folder of a plain copy, made once: float32 safetensors, config and tokenizer. Raises `UsageError` if full."""
     folder = converted_folder(gguf)
     if folder.is_dir():
         return folder

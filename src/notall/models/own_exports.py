@@ -32,13 +32,11 @@ REDONE = "export it anew from the dense model"
 
 @dataclass(frozen=True)
 class OwnExport:
-    """Layers as `config` counts them; `missing` says by kind which of them have no such sublayer.
-
-    `places` maps a layer of the files, and where in it an MLP rides along (such as after, 0), to a layer of `config`.
-    """
+    """An export as layers of the original architecture, some of which lack a sublayer."""
 
     config: PretrainedConfig
-    missing: dict[str, list[int]]
+    missing: dict[str, list[int]]  # by kind, the layers of `config` that have no such sublayer
+    # of a layer of the files, and where in it an MLP rides along (such as after, 0), the layer of `config`
     places: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
 
     def renamed(self, name: str) -> str:

@@ -148,10 +148,7 @@ class Training:
     def run(
         self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord] | None, progress: Progress
     ) -> dict[str, Tensor]:
-        """The weights that were best, by their paths in `model`, the dense one.
-
-        Every process of a training runs this, on the same `folder`; the first of them writes there and to `ledger`.
-        """
+        """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
         return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
 
 

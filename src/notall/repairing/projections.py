@@ -27,14 +27,11 @@ ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-7, torc
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what does not depend on W.
+    """A sublayer's last matrix: it adds `scale` * (W z + bias) to the stream, and what does not depend on W."""
 
-    `path` is the module's below its layer. Where a `norm` follows, also a path, it adds `scale` * norm(W z + bias).
-    """
-
-    path: str
+    path: str  # of the module, below its layer
     scale: float
-    norm: str | None = None
+    norm: str | None = None  # a path, too: then it adds `scale` * norm(W z + bias)
 
     def matrix(self, layer: nn.Module) -> Tensor:
         """(outputs, features), as it is in the model."""

@@ -126,18 +126,15 @@ class Kept:
 
 @dataclass(eq=False)
 class Repair:
-    """One plan's repair: its two streams on their way through the model. `states` end as what the last layer answers.
-
-    `near` leaves what stands before no gap as it is. `keep_all` keeps the stream behind each step, for `others`.
-    """
+    """One plan's repair: two streams on their way through the model. `states` end as what the last layer answers."""
 
     text: DenseStream
     plan: Plan
     ridges: Sequence[float] = RIDGES
     ahead: float = AHEAD
-    near: bool = False
+    near: bool = False  # leaves what stands before no gap as it is
     kept: Kept | None = None
-    keep_all: bool = False
+    keep_all: bool = False  # keeps the stream behind each step, for others
 
     def __post_init__(self) -> None:
         self.ridges, text = sorted(self.ridges), self.text

@@ -42,16 +42,12 @@ def sums_for(tokens: int, features: int, outputs: int, biased: bool, like: Tenso
 
 @dataclass
 class Moments:
-    """Of tokens with features z and what their target lacks r, each weighted: the sums of z z', r z' and r^2.
+    """Of tokens with features z and what their target lacks r, each weighted: the sums of z z', r z' and r^2."""
 
-    `gram` is (features, features), `cross` (outputs, features), `square` (outputs,). A last feature that is 1 for each
-    token stands for a bias; the ridge does not hold it back.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    square: Tensor
-    biased: bool
+    gram: Tensor  # (features, features)
+    cross: Tensor  # (outputs, features)
+    square: Tensor  # (outputs,)
+    biased: bool  # whether a last feature, 1 for each token, stands for a bias; the ridge does not hold it back
 
     @classmethod
     def none(cls, features: int, outputs: int, biased: bool, like: Tensor) -> Moments:
@@ -153,22 +149,16 @@ def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:
 
 @dataclass
 class Fit:
-    """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are.
-
-    `before`, `behind` and `target` are (batch, tokens, hidden): the skipped stream before and behind the step as it is,
-    and what it should be there. `features` are (batch x tokens, features), its projections' side by side, times their
-    scales. `held` says which sequences choose the ridge, (batch,), `metric` how much each channel counts, (hidden,),
-    about 1.
-    """
+    """A step's streams and features on all of the text, a tensor a batch, to fit answers that are added as they are."""
 
     layer: nn.Module
     projections: tuple[OutputProjection, ...]
-    before: list[Tensor]
-    behind: list[Tensor]
-    target: list[Tensor]
-    features: list[Tensor]
-    held: list[Tensor]
-    metric: Tensor
+    before: list[Tensor]  # the skipped stream before the step, (batch, tokens, hidden)
+    behind: list[Tensor]  # and behind it as it is
+    target: list[Tensor]  # what that should be
+    features: list[Tensor]  # (batch x tokens, features), those of all projections side by side, times their scales
+    held: list[Tensor]  # which sequences choose the ridge, (batch,)
+    metric: Tensor  # how much each channel counts, (hidden,), about 1
 
     def __post_init__(self) -> None:
         self.exact = torch.promote_types(self.features[0].dtype, torch.float32)  # what is computed in

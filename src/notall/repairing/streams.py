@@ -76,15 +76,12 @@ def lines_of(structure: ModelStructure) -> list[Line]:
 
 @dataclass(frozen=True)
 class LiveStep(Line):
-    """What a plan keeps of a line, or of a parallel block's two. `line`: its place; `behind`: the next step's.
+    """What a plan keeps of a line, or of a parallel block's two. Its `scale` is up to the next step."""
 
-    `gap`: is something skipped up to there? `scale` is up to the next step, `own_scale` up to the next line.
-    """
-
-    line: int
-    behind: int
-    gap: bool
-    own_scale: float
+    line: int  # its place
+    behind: int  # that of the next step
+    gap: bool  # whether something is skipped up to there
+    own_scale: float  # up to the next line
 
 
 def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:

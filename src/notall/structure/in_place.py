@@ -31,14 +31,11 @@ Key = str | Node  # a child module, which is called once, or one function's resu
 
 @dataclass(frozen=True)
 class Form:
-    """What a module answers when it is left out: the argument named `value`, or zeros of its shape and this `width`.
-
-    Of a tuple of `elements` that is True; others are the names of arguments that it only hands on, or None.
-    """
+    """What a module answers when it is left out: the argument named `value`, or zeros of its shape and this `width`."""
 
     names: tuple[str, ...]
     value: str
-    elements: tuple[bool | str | None, ...] | None
+    elements: tuple[bool | str | None, ...] | None  # of a tuple: True for that, or the argument that is handed on
     width: int | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -152,10 +149,7 @@ def whole(trace: LayerTrace) -> Stubs:
 
 
 def halves(trace: LayerTrace, mixers: frozenset[type]) -> Stubs | None:
-    """The stubs of a mixer, of one of the classes `mixers`, and of an MLP, if any; None where they can't be told apart.
-
-    The MLP is the one of most weights of all other additions to the stream.
-    """
+    """The stubs of a mixer, of the classes `mixers`, and of the heaviest other addition, an MLP; None where unclear."""
     if trace.result is None or any(len(calls) > 1 for calls in trace.calls.values()):
         return None
     mixing = [name for name in trace.calls if type(child(trace.layer, name)) in mixers]
@@ -237,10 +231,7 @@ class Flow:
         return found
 
     def end(self, start: str, mixer: str, through: bool = False) -> str | None:
-        """The last module on the way from `start` to where it is added to its stream; None where it never is.
-
-        `through`: the way leads on where several modules' answers come together before they are added.
-        """
+        """The last module from `start` to where it is added to its stream, if any; `through`: past where ways meet."""
         above, last = self.above(start), start
         here: Key = start
         while len(following := self.readers[here]) == 1:

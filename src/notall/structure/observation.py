@@ -78,10 +78,7 @@ def _fill(slot: Slot, value: Tensor, residual: Tensor, call: LayerCall) -> Any:
 
 @dataclass(frozen=True)
 class Op:
-    """One call of a child module of the layer, by its path, or of a torch function, such as a residual multiplier.
-
-    Its arguments are traced to where they come from.
-    """
+    """A call of a child module, by its path, or of a torch function, with arguments traced to where they come from."""
 
     made_by: str | Callable[..., Tensor]
     positional: tuple[Slot, ...]
@@ -117,13 +114,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Branch:
-    """Operations from the residual stream to what is added to it.
-
-    `adds_itself` marks a last module that is given the residual and adds it (BLOOM, MPT): its answer is the new stream.
-    """
+    """Operations from the residual stream to what is added to it."""
 
     ops: tuple[Op, ...]
-    adds_itself: bool = False
+    adds_itself: bool = False  # the last module is given the residual, and answers the new stream (BLOOM, MPT)
 
     @property
     def is_attention(self) -> bool:
@@ -192,26 +186,21 @@ class Node:
 
 @dataclass
 class LayerTrace:
-    """One layer's call, as it happened. `state_bytes` is what its states of fixed size take, one sequence.
-
-    `arguments` are by the layer's parameter names, without the hidden states. `given` are the same, with what mappings
-    held when the layer was called. `calls` are those of its children, arguments and answer, in the order in which they
-    ended. `numbers` are the paths of its tensors of one element, by their ids.
-    """
+    """One layer's call, as it happened."""
 
     index: int
     layer: nn.Module
-    arguments: Arguments
-    given: Arguments
+    arguments: Arguments  # by the layer's parameter names, without the hidden states
+    given: Arguments  # the same, with what mappings held when the layer was called
     hidden: Tensor  # (batch, tokens, hidden), as it went in
-    numbers: dict[int, str]
+    numbers: dict[int, str]  # the paths of its tensors of one element, by their ids
     answer: Any = None
     result: Node | None = None
     nodes: dict[int, Node] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no id is used twice
     cache_writes: list[CacheWrite] = field(default_factory=list)
-    calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)
-    state_bytes: int = 0
+    calls: dict[str, list[tuple[Arguments, Any]]] = field(default_factory=dict)  # of its children, as they ended
+    state_bytes: int = 0  # of its states of fixed size, one sequence
     attention_answer: object = None
 
     def __str__(self) -> str:
@@ -452,7 +441,17 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
     if node.made_by is None:
         return []
     if node.is_sum:
-        return _sum(trace, node)
+        for base, term in (node.inputs, node.inputs[::-1]):
+            while base.name in CASTS and len(base.inputs) == 1:  # some layers cast the stream before they add to it
+                base = base.inputs[0]
+            if branches := _branches(trace, term, base):
+                return [*_stream(trace, base), tuple(branches)]
+        leaves = list(_leaves(node))
+        for base in leaves:  # parallel branches added one after the other
+            groups = [_branches(trace, leaf, base) for leaf in leaves if leaf is not base]
+            if all(groups):
+                return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
+        raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
     if len(node.inputs) != 2 or not isinstance(node.made_by, str):
         found = f"it applies {node} after its last residual addition (post-norm)"
         raise _unsupported(trace, found, "h + sublayer(h) as its last step")
@@ -462,20 +461,6 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
             last = _op(trace, node, value, residual)
             return [*_stream(trace, residual), (Branch((*ops, last), adds_itself=True),)]
     raise _unsupported(trace, f"{node} mixes two hidden states", "h + sublayer(h)")
-
-
-def _sum(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
-    for base, term in (node.inputs, node.inputs[::-1]):
-        while base.name in CASTS and len(base.inputs) == 1:  # some layers cast the stream before they add to it
-            base = base.inputs[0]
-        if branches := _branches(trace, term, base):
-            return [*_stream(trace, base), tuple(branches)]
-    leaves = list(_leaves(node))
-    for base in leaves:  # parallel branches added one after the other
-        groups = [_branches(trace, leaf, base) for leaf in leaves if leaf is not base]
-        if all(groups):
-            return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
-    raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
 
 
 def _leaves(node: Node) -> Iterator[Node]:

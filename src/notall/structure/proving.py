@@ -203,10 +203,7 @@ def prove_causal(alone: Alone) -> None:
 
 
 def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None], freed: list[int]) -> None:
-    """With layers that do nothing, each is given the same, but for what layers were seen to make.
-
-    The model makes its own cache, without places for the layers that are `freed`; whatever it raises goes on.
-    """
+    """Without cache places for `freed`, with layers that do nothing, each is given the same but what layers make."""
     given: list[Arguments] = []
 
     def idle(trace: LayerTrace, *args: object, **kwargs: object) -> object:
