@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forked
-from api import HELD, DiskOffload, Kept, LayerCall, Replay, find_projection, held_out, record, refitting
+from api import HELD, Kept, Projections, Replay, held_out, offloaded, record, refitting, streams
 from api import refitting_RIDGES as RIDGES
 from families import FAMILIES, TRANSFORMERS_5, each_layout, family
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
@@ -287,11 +287,8 @@ def test_projections_are_what_one_reads_in_transformers(name):
 
 @torch.no_grad()
 def projections(model, layer=2):
-    block, layers = locate(model).blocks[layer], model.get_submodule(locate(model).layers)
-    recording = record(model, input_ids=SMALL[0])
-    call = LayerCall(recording.arguments[layer])
-    hidden = torch.randn(recording.embedded.shape, generator=torch.Generator().manual_seed(0))
-    return [find_projection(layers[layer], part, hidden, call) for part in (block.attention, block.mlp)]
+    block, found = locate(model).blocks[layer], Projections(model, SMALL[0])
+    return [found.of(part) for part in (block.attention, block.mlp)]
 
 
 class Bent(torch.nn.Module):
@@ -344,12 +341,12 @@ def test_weights_that_layers_share_are_left_alone():
 def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch, name, dtype):
     model, moved = family(name).build().to(dtype), []
 
-    def keep(offload, tensor, keep=DiskOffload.keep):
-        kept = keep(offload, tensor)
+    def keep(tensor, folder, keep=offloaded):
+        kept = keep(tensor, folder)
         moved.append(kept.data_ptr() != tensor.data_ptr())
         return kept
 
-    monkeypatch.setattr(DiskOffload, "keep", keep)
+    monkeypatch.setattr(streams, "offloaded", keep)
     found = repair(model, PLANS["attentions"], TEXTS, offload=tmp_path / "streams")
     assert len(moved) > 20
     assert all(moved)
@@ -364,7 +361,7 @@ def test_streams_in_files_come_to_the_same_and_leave_none(tmp_path, monkeypatch,
     ids=["turned", "half", "none"],
 )
 def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
-    kept = DiskOffload(tmp_path).keep(tensor)
+    kept = offloaded(tensor, tmp_path)
     assert torch.equal(kept, tensor)
     assert kept.dtype == tensor.dtype
     kept += 1  # it may be written to
@@ -372,7 +369,7 @@ def test_a_tensor_in_a_file_is_the_tensor(tmp_path, tensor):
 
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
     with room_for(1000), pytest.raises(UsageError, match="File too large; make room"):
-        DiskOffload(tmp_path).keep(torch.zeros(1 << 10))
+        offloaded(torch.zeros(1 << 10), tmp_path)
 
 
 # --- a folder that goes on --------------------------------------------------------------------------------------------

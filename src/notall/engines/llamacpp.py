@@ -27,7 +27,6 @@ from . import Engine, Timing, Tokens, resident_bytes
 from .worker import EngineFailed, call
 
 Values = np.ndarray[Any, Any]
-Shapes = Mapping[str, tuple[int, ...]]
 
 PLAIN = "F16"
 FILE_TYPES = {
@@ -43,9 +42,7 @@ FUSED = {"Q8_0": Kind.Q8_0, "Q5_K_M": Kind.Q6_K, "Q4_K_M": Kind.Q5_K}
 NARROWER = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 FLOATS = {Kind.F32: np.float32, Kind.F16: np.float16}
 # Matrices that llama.cpp never quantises.
-WHOLE = re.compile(
-    r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b|ssm_conv1d|shortconv\.conv"
-)
+KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(position|token_types)_embd|_rel_b|ssm_conv1d|shortconv\.conv")
 
 AT_ONCE = 8  # windows that are scored together
 LIKELIEST = 10  # tokens that are compared
@@ -206,9 +203,9 @@ def write_in_type(source: Path, kind: str, out: Path) -> None:
     write_gguf(out, model, fields, tensors)
 
 
-def types_of(kind: str, shapes: Shapes) -> dict[str, Kind]:
+def types_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Kind]:
     """What each tensor, whose shape is as numpy has it, gets in a file of `kind`: as `llama_model_quantize` has it."""
-    matrices = [name for name, shape in shapes.items() if len(shape) > 1 and not WHOLE.search(name)]
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1 and not KEPT.search(name)]
     found = dict.fromkeys(shapes, Kind.F32)
     if kind == PLAIN:
         return found | dict.fromkeys(matrices, Kind.F16)

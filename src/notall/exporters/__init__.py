@@ -183,6 +183,5 @@ def _push(folder: Path, repository: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
         said = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(
-            f"{folder} is written, but {repository} did not take it ({said}); "
-            f"try again with `hf upload {repository} {folder}`"
+            f"{folder} is written, but {repository} did not take it ({said}): `hf upload {repository} {folder}`"
         ) from None

@@ -156,8 +156,7 @@ def _check(source: GGUF, plan: Plan) -> None:
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
         raise UsageError(
-            f"{source.path.name} has tensors for {len(numbers)} blocks, and its header says {source.depth}; "
-            "download it again"
+            f"{source.path.name} has {len(numbers)} blocks, and its header says {source.depth}; download it again"
         )
     if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
@@ -327,9 +326,7 @@ def _deci_sizes(source: GGUF) -> tuple[int, int, int, int, int]:
     for index in range(source.depth):
         found = {name: tensor.data for name, tensor in source.block(index).items()}
         if any(len(found.get(f"{name}.weight", ())) != size for name, size in sizes.items()):
-            raise UsageError(
-                f"the header of {source.path.name} and its tensors disagree in block {index}; download it again"
-            )
+            raise UsageError(f"header and tensors of {source.path.name} disagree in block {index}; download it again")
     return heads, kv_heads, head_size, hidden, width
 
 

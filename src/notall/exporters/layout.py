@@ -220,9 +220,7 @@ def _scale(dense: DenseModel, index: int) -> float:
     stored = dense.layers[index].get(name)
     scale = math.nan if stored is None or stored.dtype not in FLOATS else float(stored.read().double().sum())
     if not 0 < abs(scale) < math.inf:
-        raise UsageError(
-            f"the files of {dense.origin.model} have {scale} for {name} of layer {index}; download them again"
-        )
+        raise UsageError(f"files of {dense.origin.model} have {scale} for {name} of layer {index}; download them again")
     return scale
 
 

@@ -137,9 +137,7 @@ def _cut_at(value: Any, path: tuple[str, ...], renumbered: Callable[[str], list[
             for new in renumbered(pattern):
                 cut.setdefault(new, setting)
         return cut
-    table = {
-        key: _cut_at(entry, tuple(rest), renumbered) if head in (key, "*") else entry for key, entry in value.items()
-    }
+    table = {key: _cut_at(held, tuple(rest), renumbered) if head in (key, "*") else held for key, held in value.items()}
     if head == "*" and rest == ["targets"]:
         return {key: entry for key, entry in table.items() if entry == value[key] or entry["targets"]}
     return table

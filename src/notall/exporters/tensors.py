@@ -147,8 +147,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
             )
     except (RuntimeError, ValueError) as error:  # where tensors that it would fuse are not all there, or not alike
         raise UsageError(
-            f"the tensors of {name} are not those of {config.model_type} ({shortened(str(error), 80)}): "
-            "fetch or save it again"
+            f"the tensors of {name} are not those of {config.model_type} ({shortened(error)}): fetch it again"
         ) from None
     if is_quantised:
         modules = {key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)}

@@ -282,8 +282,7 @@ def _load_export(
         no_code = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         folder = Path(snapshot_download(str(spec), revision=revision, allow_patterns=no_code))
     with quiet():
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=export.config, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=export.config, **_options(folder, None, False))
         tokenizer("a")
         model, report = type(build_empty(export.config)).from_pretrained(
             None, config=export.config, state_dict=export.weights(folder), **how

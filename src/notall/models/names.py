@@ -48,9 +48,7 @@ def near_model(spec: str | Path) -> str:
     """` (did you mean NAME?)` of the model beside `spec`, or of those that notall knows, that is named most like it."""
     path = Path(spec)
     try:
-        beside = [
-            entry.name for entry in islice(path.parent.iterdir(), 1000) if entry.is_dir() or ".gguf" in entry.name
-        ]
+        beside = [one.name for one in islice(path.parent.iterdir(), 1000) if one.is_dir() or ".gguf" in one.name]
     except OSError:
         beside = []
     return nearest(path.name, [*beside, *([DEFAULT_MODEL, *SHAPES] if path.name == str(spec) else [])])

@@ -65,9 +65,7 @@ def token_batches(
     UsageError for a text that is too short.
     """
     if sequences < 1 or length < 2 or batch_size < 1:
-        raise UsageError(
-            f"sequences is {sequences}, length {length}, batch size {batch_size}: give at least 1, 2 and 1"
-        )
+        raise UsageError(f"sequences is {sequences}, length {length}, batch {batch_size}: give at least 1, 2 and 1")
     start, ids = _start_tokens(tokenizer), _ids(tokenizer, text)
     width = length - len(start)
     windows = len(ids) // width

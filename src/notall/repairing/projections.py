@@ -49,15 +49,6 @@ class OutputProjection:
         return found if bias is None else found | {f"{self.path}.bias": bias}
 
 
-@torch.no_grad()
-def find_projection(layer: nn.Module, part: Sublayer, hidden: Tensor, call: LayerCall) -> OutputProjection | None:
-    """The output projection of a sublayer, tried on a stream, (batch, tokens, hidden); None where there is none."""
-    if len(part.branches) != 1:
-        return None
-    trial = _Trial(layer, part, hidden, call)
-    return next((found for path in reversed(trial.matrices()) if (found := trial.of(path))), None)
-
-
 class Projections:
     """Those of a model's sublayers, tried on a few of `tokens`, (batch, tokens); `shared`: ids of tied parameters."""
 
@@ -68,11 +59,14 @@ class Projections:
         self.shared = {one for one, count in uses.items() if count > 1}
         self._found: dict[str, OutputProjection | None] = {}
 
+    @torch.no_grad()
     def of(self, part: Sublayer, *, own: bool = False) -> OutputProjection | None:
-        """That of a sublayer; with `own` none whose weights are also another layer's."""
+        """That of a sublayer, if it has one; with `own` none whose weights are also another layer's."""
         if part.name not in self._found:
             call = LayerCall(self.probe.arguments[part.index])
-            self._found[part.name] = find_projection(self.layers[part.index], part, self.probe.embedded, call)
+            trial = _Trial(self.layers[part.index], part, self.probe.embedded, call)
+            paths = reversed(trial.matrices()) if len(part.branches) == 1 else ()
+            self._found[part.name] = next((one for path in paths if (one := trial.of(path))), None)
         found = self._found[part.name]
         is_shared = found is not None and id(self.layers[part.index].get_submodule(found.path).weight) in self.shared
         return None if own and is_shared else found

@@ -148,9 +148,7 @@ class Repair:
         self.apart = [self.steps[0].line > 0 or any(near_gaps[:number]) for number in range(len(self.steps))]
         self.is_refit = [is_near or (apart and not self.near) for is_near, apart in zip(near_gaps, self.apart)]
         # a step, and where it is refit those that follow and have a say in how
-        self.hangs_on = [
-            self.steps[number : number + 1 + READERS * is_refit] for number, is_refit in enumerate(self.is_refit)
-        ]
+        self.hangs_on = [self.steps[at : at + 1 + READERS * is_refit] for at, is_refit in enumerate(self.is_refit)]
         self.made: list[tuple[RefitRecord, dict[str, Tensor]]] = []
         self.states: list[Tensor] = []
         self.passed: list[tuple[list[Tensor], int]] = []  # the stream behind each step, and how many were refit by then

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +24,24 @@ from .projections import Projections
 HELD = 8  # one sequence in so many chooses the ridge
 
 
-class DiskOffload:
-    """Keeps tensors as they are or, with a folder, in files there that have no name and go when the tensors do."""
+def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
+    """The tensor, or its like on the CPU, with its bytes in a file of `folder` that has no name and goes when it does.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor, or its like on the CPU whose bytes are in a file. Raises `UsageError` where there is no room."""
-        if self.folder is None or not tensor.numel():
-            return tensor
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.write(flat.data)  # a full disk is an error here, and not a crash in reading
-                file.flush()
-                held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
-        except OSError as error:
-            said = f"cannot write to {shortened(self.folder)}: {error.strerror}; make room, or name another folder"
-            raise UsageError(said) from None
-        return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)
+    Raises `UsageError` where there is no room.
+    """
+    if folder is None or not tensor.numel():
+        return tensor
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(flat.data)  # a full disk is an error here, and not a crash in reading
+            file.flush()
+            held = np.memmap(file, dtype=np.uint8, mode="r+", shape=flat.shape)
+    except OSError as error:
+        said = f"cannot write to {shortened(folder)}: {error.strerror}; make room, or name another folder"
+        raise UsageError(said) from None
+    return torch.from_numpy(held).view(tensor.dtype).view(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,7 @@ def lines_of(structure: ModelStructure) -> list[Line]:
     """Every line of the dense model, in order."""
     return [
         Line(block, parts, block.scale if parts[-1] is block.sublayers[-1] else 1.0)
-        for block in structure.blocks
-        for parts in ([block.sublayers] if block.parallel else [(part,) for part in block.sublayers])
+        for block, parts in live_steps(structure, Plan())
     ]
 
 
@@ -117,7 +112,7 @@ class DenseStream:
     ) -> None:
         self.model, self.structure, self.keep_all = model, locate(model), keep_all
         self.layers: nn.ModuleList = model.get_submodule(self.structure.layers)
-        self.keep, self.tokens, self.held = DiskOffload(offload).keep, batches[0], held_out(batches, one_in)
+        self.keep, self.tokens, self.held = partial(offloaded, folder=offload), batches[0], held_out(batches, one_in)
         recordings = (record(model, input_ids=batch) for batch in batches)
         self.recordings = [replace(one, embedded=self.keep(one.embedded)) for one in recordings]
         self.lines = lines_of(self.structure)

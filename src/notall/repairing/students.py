@@ -60,7 +60,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         structure = locate(model)
-        wanted = set(_chosen(model, structure, plan, config.train, tokens))
+        wanted = set(_chosen(model, plan, config.train, tokens))
         own: dict[int, nn.Parameter | Tensor] = {id(buffer): buffer for buffer in model.buffers()}
         own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
         self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
@@ -116,11 +116,9 @@ def rows_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return seen[0][:, :-1].flatten(0, 1)
 
 
-def _chosen(
-    model: PreTrainedModel, structure: ModelStructure, plan: Plan, train: Trained, tokens: Tensor
-) -> Iterator[str]:
+def _chosen(model: PreTrainedModel, plan: Plan, train: Trained, tokens: Tensor) -> Iterator[str]:
     """The paths to train of what is kept: of all parameters, of norms and output projections, or (LoRA) of matrices."""
-    projections = Projections(model, tokens)
+    projections, structure = Projections(model, tokens), locate(model)
     for block, parts in live_steps(structure, plan):
         path = f"{structure.layers}.{block.index}"
         layer = model.get_submodule(path)

@@ -174,8 +174,8 @@ class RepairedPlan(Plan):
                 )
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `parameter_at` does."""
-        weights = {path: parameter_at(model, path, weight)[2].data for path, weight in self.weights.items()}
+        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `placed_at` does."""
+        weights = {path: placed_at(model, path, weight)[2].data for path, weight in self.weights.items()}
         found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -201,19 +201,17 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
     with ExitStack() as undo:
         for path, weight in weights.items():
-            undo.enter_context(replaced(*parameter_at(module, path, weight)))
+            undo.enter_context(replaced(*placed_at(module, path, weight)))
         yield
 
 
 def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give parameters, by their paths, these values for good, all or none."""
-    for parameters, name, parameter in [parameter_at(module, *pair) for pair in weights.items()]:
+    for parameters, name, parameter in [placed_at(module, *pair) for pair in weights.items()]:
         parameters[name] = parameter
 
 
-def parameter_at(
-    module: nn.Module, path: str, weight: Tensor
-) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
+def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
     """`weight` in place of the parameter at `path`, of its dtype and on its device; before it where that is held.
 
     Raises `UsageError` where there is none, or one of another shape or offloaded.

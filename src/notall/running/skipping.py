@@ -221,9 +221,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     return undo
 
 
-def _cut(
-    model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
-) -> None:
+def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, merge: bool = False) -> None:
     """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
 
     `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.

@@ -170,8 +170,7 @@ class ModelStructure:
         """Raise `UsageError` where there are such: `what` looks inside of layers."""
         if self.stubbed:
             raise UsageError(
-                f"{what} runs sublayers one at a time, and those of {self.model_type} run only inside of their layers; "
-                "use the plan as it is"
+                f"{what} runs sublayers one at a time; {self.model_type}'s run only in layers: use the plan as it is"
             )
 
     @property

@@ -234,21 +234,17 @@ class Sharing:
     def __init__(self) -> None:
         self.pairs: set[tuple[Place, Place]] = set()
         self._makers: dict[int, Place | None] = {}
-        self._any = False  # source so far
         self._alive: list[Tensor] = []  # so that no id is used twice
 
     def note(self, made: object, place: Place | None) -> None:
         """What is new in `made` comes from `place`, or from outside of the layers: None."""
         for tensor in tensors_in(made):
-            self._any |= place is not None
             if id(tensor) not in self._makers:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
 
     def read(self, place: Place, given: object) -> None:
         """A torch function at `place` was handed `given`."""
-        if not self._any:
-            return
         sources = map(self.source_of, tensors_in(given))
         self.pairs.update((source, place) for source in sources if source and source[0] != place[0])
 

@@ -90,9 +90,8 @@ class Alone:
     def _unread_zeroed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             maker = self.sharing.source_of(value)
-            read = not maker or any(
-                source == maker and at == self.trace.index for source, (at, _) in self.sharing.pairs
-            )
+            pairs = self.sharing.pairs
+            read = not maker or any(source == maker and at == self.trace.index for source, (at, _) in pairs)
             return value if read else torch.zeros_like(value)
         if isinstance(value, MutableMapping):
             for name, held in value.items():

@@ -26,7 +26,7 @@ from ...running.tensor_files import Kept, kept_tensors
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..refitting import about_weights, repair
-from .published import ghosted, nbl, prune_and_comp, replaceme
+from .published import Batches, ghosted, nbl, prune_and_comp, replaceme
 
 
 class Repairing(Protocol):
@@ -92,9 +92,7 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     if 3 not in taken and 4 not in taken:
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
-    def guarded(
-        model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
-    ) -> RepairedPlan:
+    def guarded(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
             found = function(model, plan, batches, *(() if by_name or 3 in taken else (progress,)), **more)

@@ -22,6 +22,7 @@ from ..streams import DenseStream, Line, LiveStep, lines_of, steps_of
 
 RIDGE = 1e-6  # what the repository of Ghosted Layers adds to X'X
 TINY = torch.finfo(torch.float32).tiny
+Batches = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def gaps_of(structure: ModelStructure, plan: Plan, by_block: bool = False) -> li
     return [Gap(lines[places[0]].names[0], places[0], places[-1] + 1) for places in gaps]
 
 
-def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> DenseStream:
+def _stream(model: PreTrainedModel, plan: Plan, batches: Batches) -> DenseStream:
     """The dense model on the calibration text. Raises `UsageError` for a plan that does not fit, or a model."""
     inner = base_model(model)
     structure = locate(inner)
@@ -61,9 +62,7 @@ def _stream(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor]) -> De
     return DenseStream(inner, batches)
 
 
-def _least_squares(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, ridge: float = 0.0, biased: bool = False
-) -> Tensor:
+def _least_squares(inputs: Batches, outputs: Batches, *, ridge: float = 0.0, biased: bool = False) -> Tensor:
     """argmin over C of sum |y - C x|^2 + ridge * |C|^2 in float64, (outputs, inputs), with a last column for a bias."""
     moments = Moments.none(inputs[0].shape[-1], outputs[0].shape[-1], biased, inputs[0].new_empty(0).double())
     for given, wanted in zip(inputs, outputs):
@@ -72,8 +71,7 @@ def _least_squares(
     found = moments.solve(ridge, alike=True)
     if found is None:
         raise UsageError(
-            f"the calibration text is too short to tell a matrix of {inputs[0].shape[-1]} channels from others; "
-            "give more of it, with --sequences"
+            f"the text is too short for a matrix of {inputs[0].shape[-1]} channels; give more of it, with --sequences"
         )
     return found
 
@@ -86,7 +84,7 @@ def _over(stream: DenseStream, gap: Gap, *, ridge: float = 0.0, biased: bool = F
 
 
 @torch.no_grad()
-def nbl(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
+def nbl(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
     """Neural Block Linearization, arXiv 2505.21077: W = C_yx C_xx^-1, b = E[y] - W E[x], of the dense model.
 
     x is the stream before an attention and y what it adds, as its repository's layers run: no norm stands before W.
@@ -102,7 +100,7 @@ def nbl(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress:
 
 
 @torch.no_grad()
-def ghosted(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
+def ghosted(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
     """Ghosted Layers, arXiv 2605.15491: x becomes x (I + X^+ D), where D is what a gap adds to the dense stream X.
 
     X^+ = (X'X + 1e-6 I)^-1 X', in float64, as in its `recovery.py`; one matrix a gap, and no bias.
@@ -114,9 +112,7 @@ def ghosted(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progr
 
 
 @torch.no_grad()
-def replaceme(
-    model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
-) -> RepairedPlan:
+def replaceme(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
     """ReplaceMe, arXiv 2505.02819: what a gap did, as a linear map, folded into the output projection before it.
 
     Its `lstsq` with an `alpha` of 0: T = (M'M)^-1 M'(h_n + M - h_i), and T'W in place of W, all of the dense model. M
@@ -151,9 +147,7 @@ def _folded(stream: DenseStream, step: LiveStep) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prune_and_comp(
-    model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent
-) -> RepairedPlan:
+def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
     """Prune&Comp, arXiv 2507.18212: the stream's magnitude behind a gap is made what it was, by weights.
 
     The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|, gap by
