@@ -69,7 +69,8 @@ class Engine(ABC):
 
     def check(self, spec: str | Path) -> None:
         """Raise `UsageError` where it cannot take this model, before any work is done."""
-        self.need_package()
+        if not self.is_installed():
+            raise UsageError(f"{self.name} is not installed: {self.install}")
 
     def source(self, spec: str | Path, folder: Path) -> str | Path:
         """The model that its checkpoints are exports of: `spec`, or a copy in `folder` with plain weights."""
@@ -106,10 +107,6 @@ class Engine(ABC):
 
     def is_installed(self) -> bool:
         return find_spec(self.package) is not None
-
-    def need_package(self) -> None:
-        if not self.is_installed():
-            raise UsageError(f"{self.name} is not installed: {self.install}")
 
 
 def regrouped_base(checkpoint: Path) -> str | None:

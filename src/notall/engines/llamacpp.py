@@ -65,7 +65,7 @@ class LlamaCpp(Engine):
         return tuple(FILE_TYPES)
 
     def check(self, spec: str | Path) -> None:
-        self.need_package()
+        super().check(spec)
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
         if kinds := kinds - {*FLOATS, Kind.BF16}:

@@ -226,7 +226,7 @@ def _scale(dense: DenseModel, index: int) -> float:
 
 def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterator[tuple[str, Weight]]:
     """The weights of its last module, by which what it adds to the stream is so many times less."""
-    last = part.stub.end[0] if part.stub else part.branches[0].modules[-1]
+    last = (part.stub or part.branches[0]).modules[-1]
     module = dense.layer(part.index).get_submodule(last)
     if not _is_divided_by_weights(module):
         raise UsageError(

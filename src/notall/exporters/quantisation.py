@@ -19,46 +19,41 @@ from ..inputs import Settings
 from ..models.quantisation import quantisation_name
 
 Moved = dict[str, str | None]  # names of modules in the dense model, to those in the export, if they are kept
-Means = Callable[[str], bool]
 TENSOR_NAMES = "tensor_names"  # under which torchao notes the list of them
 
 
 @dataclass(frozen=True)
 class Words:
-    """How settings name modules."""
+    """How settings name modules: whether a pattern means a name."""
 
-    means: Callable[[str], Means]
+    means: Callable[[str, str], bool]
     exactly: Callable[[str, str], str] = lambda pattern, name: name  # what stands for one name in a pattern's place
     tree: bool = False  # it means all below a module as well
     weights: bool = False  # a module's weight may be named instead
 
 
-def _matches(pattern: str) -> Means:
+def _matches(pattern: str, name: str) -> bool:
     try:
-        compiled = re.compile(pattern)
+        return re.match(pattern, name) is not None
     except re.error:
-        return lambda name: False
-    return lambda name: compiled.match(name) is not None
+        return False
 
 
-def _begins_or_ends(pattern: str) -> Means:
-    """As transformers' `should_convert_module`."""
-    begins = _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))")
-    return lambda name: begins(name) or name.endswith(pattern)
-
-
-def _is_or_matches(pattern: str, end: str = "") -> Means:
+def _is_or_matches(pattern: str, name: str, end: str = "") -> bool:
     if not pattern.startswith("re:"):
-        return pattern.__eq__
-    return _matches(f"(?:{pattern[3:]}){end}" if end else pattern[3:])
+        return pattern == name
+    return _matches(f"(?:{pattern[3:]}){end}" if end else pattern[3:], name)
 
 
-BEGINNINGS = Words(_begins_or_ends, tree=True)
+# As transformers' `should_convert_module`.
+BEGINNINGS = Words(
+    lambda pattern, name: _matches(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(pattern), tree=True
+)
 NAMES = Words(_is_or_matches)
 WHOLE_NAMES = Words(partial(_is_or_matches, end="$"), weights=True)
 # GPTQ's dynamic rules begin with `-:` where they leave modules out, and may begin with `+:`.
 SIGNED = Words(
-    lambda pattern: _matches(re.sub("^[-+]:", "", pattern)),
+    lambda pattern, name: _matches(re.sub("^[-+]:", "", pattern), name),
     lambda pattern, name: "".join([*re.findall("^[-+]:", pattern), re.escape(name), "$"]),
 )
 
@@ -152,8 +147,7 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
         f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber, "
         "so this plan runs in memory only"
     )
-    means = words.means(pattern)
-    meant = {new for name, new in moved.items() if means(name)}
+    meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
         layer = beginning[0]
@@ -164,21 +158,20 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
         return [start + pattern.removeprefix(layer) for start in starts if start]
     if meant and not wanted:
         return []
+
+    def numbers(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
     tops = wanted
     if words.tree:  # of a.b.c, a and a.b are above
         tops = {name for name in wanted if wanted.isdisjoint(accumulate(name.split(".")[:-1], "{}.{}".format))}
-    named = [words.exactly(pattern, name) for name in sorted(tops, key=_in_order)]
+    named = [words.exactly(pattern, name) for name in sorted(tops, key=numbers)]
     for tried in ([pattern], [moved.get(pattern) or pattern], named):
-        tests = [words.means(one) for one in tried]
-        if wanted == {new for new in moved.values() if new and any(test(new) for test in tests)}:
+        if wanted == {new for new in moved.values() if new and any(words.means(one, new) for one in tried)}:
             return tried
     if words.tree:
         raise unknown
     return named
-
-
-def _in_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -70,10 +70,6 @@ class Stub:
         return tuple(name for name, _ in self.forms)
 
     @property
-    def end(self) -> tuple[str, Form]:
-        return self.forms[-1]
-
-    @property
     def is_layer(self) -> bool:
         return self.modules == ("",)
 
@@ -132,7 +128,7 @@ def stubbed_layer(
     children = dict(layer.named_children())
     for stub, scale in [*((stub, None) for stub in stubs), *(scaled or {}).items()]:
         if stub.is_layer:
-            return _stub_module(layer, stub.end[1], index, scale, is_layer=True)
+            return _stub_module(layer, stub.forms[-1][1], index, scale, is_layer=True)
         for name, form in stub.forms[-1:] if scale else stub.forms:
             children[name] = _stub_module(children[name], form, index, scale, is_layer=False)
     return shallow_clone(layer, children, type(layer))
