@@ -16,7 +16,7 @@ from api import (
     digests,
     quality,
     read,
-    refitting,
+    streams,
     warn_if_worse,
 )
 from command_line import FAST, QUICK
@@ -50,7 +50,7 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert read(out / "measured.jsonl", MeasuredRecord) == as_records(found["quality"], MeasuredRecord)
     with monkeypatch.context() as patched:  # it goes on, with nothing left
-        for module in (quality, refitting):
+        for module in (quality, streams):
             patched.setattr(module, "record", lambda *_, **__: pytest.fail("a forward pass"))
         code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
     assert (code, json.loads(again)) == (0, found)
