@@ -146,7 +146,7 @@ def notall(
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS, nl=False)
     elif sys.stderr.isatty() and not WITHOUT_MODEL.intersection(sys.argv):
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar("starting torch and transformers"):  # which takes seconds
             import transformers  # noqa: F401

@@ -18,12 +18,11 @@ from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Seed, Workload
 from ..plan import Plan
 from ..results.facts import FOOTPRINT, PLAN_CHECKS, Footprint
-from ..results.progress_bars import progress_bar
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
 
 

@@ -19,11 +19,10 @@ from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.facts import DELTA_NLL, KL, PERPLEXITY, TOP1
-from ..results.progress_bars import progress_bar
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord, State
 from ..results.table import Column, in_bytes, size, table, words
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 BROKEN = (

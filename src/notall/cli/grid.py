@@ -14,10 +14,9 @@ from ..extras import FIGURES, need
 from ..models.names import model_in_words
 from ..options import Json, OutFolder, Seed, Workload
 from ..results.ledger import read
-from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.table import table
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command
 
 OPENLLM = TaskOptions(tasks=("openllm",))

@@ -16,6 +16,7 @@ from rich.table import Column as RichColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..extras import FIGURES, need
 from ..options import Json, Option, RunOptions, Seed
@@ -23,12 +24,10 @@ from ..plan import Plan
 from ..progress import tracked
 from ..results.facts import SIMILARITY
 from ..results.lines import refuse_unwritable
-from ..results.printable import printable
-from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.record import Count, Fact
 from ..results.table import Column, number, size, table, words
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse
@@ -26,10 +27,8 @@ from ..experiments.verdict import Verdict, next_command
 from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
-from ..results.printable import printable
-from ..results.progress_bars import progress_bar
 from ..results.table import table
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 

@@ -15,9 +15,8 @@ from ..experiments.search import warn_of_own_text
 from ..options import OutFolder, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
-from ..results.progress_bars import progress_bar
 from ..results.table import table
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
-from ..results.progress_bars import progress_bar
 from ..results.provenance import Provenance
 from ..results.repairs import HEALING, MEASURED, HealRecord, MeasuredRecord
 from ..results.table import Table, table
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 if TYPE_CHECKING:

@@ -40,8 +40,6 @@ class Timed(Fact):
 class BenchRecord(Record, Skips):
     """A plan and the dense model, timed in one run. Every measurement is one of its own."""
 
-    file = "bench.jsonl"
-    commands = ("bench",)
     key_fields = ()
 
     record: Literal["bench"] = "bench"

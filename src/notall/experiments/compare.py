@@ -20,13 +20,26 @@ from ..extras import FIGURES, installed, need
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
-from ..results.evaluations import EvaluationRecord
 from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
+from ..results.repairs import EvaluationRecord
+from ..results.table import (
+    EMPTY,
+    Cell,
+    Column,
+    Table,
+    as_csv,
+    as_latex,
+    number,
+    pivot,
+    size,
+    table,
+    with_error,
+    within,
+    words,
+)
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
@@ -70,8 +83,6 @@ RUN = ("criterion", "objective", "space", "count")
 class ChoiceRecord(Record, Answered):
     """What one run chose."""
 
-    file = "choices.jsonl"
-    commands = ("compare",)
     key_fields = RUN
 
     record: Literal["choice"] = "choice"
@@ -80,8 +91,6 @@ class ChoiceRecord(Record, Answered):
 class PlanTimesRecord(Record):
     """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
 
-    file = "plan_times.jsonl"
-    commands = ("compare",)
     key_fields = ("footprint",)
 
     record: Literal["plan_times"] = "plan_times"
@@ -92,8 +101,6 @@ class PlanTimesRecord(Record):
 class ComparisonRecord(Record, Answered):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
-    file = "comparison.jsonl"
-    commands = ("compare",)
     key_fields = (*RUN, "repair")
 
     record: Literal["comparison"] = "comparison"

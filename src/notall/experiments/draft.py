@@ -44,8 +44,6 @@ NOTE = (
 class DraftRecord(Record, Skips):
     """Rounds of so many drafted tokens and a check of them. Every measurement is one of its own."""
 
-    file = "drafts.jsonl"
-    commands = ("draft",)
     key_fields = ()
 
     record: Literal["draft"] = "draft"

@@ -18,11 +18,10 @@ from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, refuse_foreign, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
-from ..results.table import as_csv, pivot
+from ..results.table import as_csv, as_latex, pivot
 from .options import TaskChoice
 
 if TYPE_CHECKING:
@@ -43,8 +42,6 @@ RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:f
 class ScoresRecord(Record):
     """Scores on one batch of token ids, by what is skipped; of the dense model by nothing."""
 
-    file = "scores.jsonl"
-    commands = ("sweep", "compare")
     key_fields = ("batch", "repair", "names")
 
     record: Literal["scores"] = "scores"
@@ -60,8 +57,6 @@ class ScoresRecord(Record):
 class SimilarityRecord(Record, Similarity):
     """One block or sublayer of a run."""
 
-    file = "similarity.jsonl"
-    commands = ("sweep", "paper")
     key_fields = ("layer", "kind")
 
     record: Literal["similarity"] = "similarity"
@@ -70,8 +65,6 @@ class SimilarityRecord(Record, Similarity):
 class LeaveOneOutRecord(Record):
     """One sublayer left out, on a few sequences."""
 
-    file = "leave_one_out.jsonl"
-    commands = ("sweep",)
     key_fields = ("sublayer",)
 
     record: Literal["leave_one_out"] = "leave_one_out"
@@ -84,8 +77,6 @@ class LeaveOneOutRecord(Record):
 class BenchmarkRecord(Record, TaskScore, Configured):
     """One configuration on one task, beside the dense model on the same documents."""
 
-    file = "benchmarks.jsonl"
-    commands = ("paper",)
     key_fields = ("task", "metric", "variant", "fraction", "keep_last")
 
     record: Literal["benchmark"] = "benchmark"
@@ -94,8 +85,6 @@ class BenchmarkRecord(Record, TaskScore, Configured):
 class DiagnosticsRecord(Record, Check, Configured):
     """One check of one configuration beside the dense model."""
 
-    file = "diagnostics.jsonl"
-    commands = ("paper",)
     key_fields = ("part", "check", "variant", "fraction", "keep_last")
 
     record: Literal["diagnostics"] = "diagnostics"

@@ -52,7 +52,7 @@ class ModelOptions:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer. Raises as `notall.load` does."""
         from ..models.loading import load
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
@@ -65,7 +65,7 @@ class ModelOptions:
         from ..models.loading import load_empty, named_dtype
         from ..models.names import named_gguf
         from ..models.quantisation import quantisation_of
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
         from ..structure.weights import count_as_stored
 
         named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
@@ -342,7 +342,7 @@ class TaskOptions:
         if not (wanted or objectives or also):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar("reading the harness's tasks"):
             from ..evaluation.tasks import Limits, TaskShelf

@@ -17,11 +17,10 @@ from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
 from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
@@ -53,8 +52,6 @@ Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 class TimesRecord(Record, Configured):
     """One configuration at one prompt length and number of sequences at once."""
 
-    file = "times.jsonl"
-    commands = ("paper",)
     key_fields = ("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
 
     record: Literal["times"] = "times"
@@ -68,8 +65,6 @@ class TimesRecord(Record, Configured):
 class ClaimRecord(Record):
     """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
 
-    file = "claims.jsonl"
-    commands = ("paper",)
     key_fields = ("claim",)
 
     record: Literal["claim"] = "claim"

@@ -77,8 +77,6 @@ class Represented(Fact):
 class EngineScoresRecord(Record, Represented):
     """What one model loses on each window of the held-out text, and what its file weighs."""
 
-    file = "engine_scores.jsonl"
-    commands = ("pareto",)
     key_fields = NAMED
 
     record: Literal["engine_scores"] = "engine_scores"
@@ -100,8 +98,6 @@ class EngineScoresRecord(Record, Represented):
 class EngineTimesRecord(Record, Represented):
     """What one model took in one round; in a round each model is timed once."""
 
-    file = "engine_times.jsonl"
-    commands = ("pareto",)
     key_fields = (*NAMED, "round")
 
     record: Literal["engine_times"] = "engine_times"
@@ -114,8 +110,6 @@ class EngineTimesRecord(Record, Represented):
 class ParetoRecord(Record, Represented):
     """One model beside the dense one; differences are paired by window, speedups by round."""
 
-    file = "pareto.jsonl"
-    commands = ("pareto",)
     key_fields = NAMED
 
     record: Literal["pareto"] = "pareto"

@@ -50,8 +50,6 @@ NOTE = (
 class SearchRecord(Record, Skips):
     """A plan that was chosen, and what was measured of it, if anything."""
 
-    file = "chosen.jsonl"
-    commands = ("search",)
     key_fields = ("chosen", "plan", "in_time")  # times are never the same twice
 
     record: Literal["search"] = "search"

@@ -26,11 +26,10 @@ from ..results.facts import (
     Quality,
     Times,
 )
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
-from ..results.table import Column, inherited, table, within
+from ..results.table import Column, as_latex, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
 from .pages import results, shown_plans, similarity_section, with_points
@@ -55,8 +54,6 @@ DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 class SweepRecord(Record, Configured):
     """One configuration, measured."""
 
-    file = "results.jsonl"
-    commands = ("sweep",)
     key_fields = ("variant", "fraction", "keep_last")
 
     record: Literal["sweep"] = "sweep"
@@ -68,8 +65,6 @@ class SweepRecord(Record, Configured):
 class SaidRecord(Record, Configured):
     """How one plan continues prompts."""
 
-    file = "samples.jsonl"
-    commands = ("sweep",)
     key_fields = ("variant", "fraction", "keep_last", "plan")
 
     record: Literal["samples"] = "samples"

@@ -17,10 +17,9 @@ from ..experiments.folder import Folder, read_folder
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..files import write_whole
 from ..inputs import Settings
-from ..results.evaluations import AnswersRecord
 from ..results.lines import finite
 from ..results.record import Record
-from ..results.repairs import HealRecord, MeasuredRecord, RefitRecord
+from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, table, words
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits

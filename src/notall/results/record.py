@@ -120,11 +120,37 @@ class Quartiles(Fact):
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
+# Of each kind of records its file, and the commands that write it; the first of them is the one that a message names.
+HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
+    "sweep": ("results.jsonl", ("sweep",)),
+    "scores": ("scores.jsonl", ("sweep", "compare")),
+    "similarity": ("similarity.jsonl", ("sweep", "paper")),
+    "leave_one_out": ("leave_one_out.jsonl", ("sweep",)),
+    "samples": ("samples.jsonl", ("sweep",)),
+    "choice": ("choices.jsonl", ("compare",)),
+    "plan_times": ("plan_times.jsonl", ("compare",)),
+    "comparison": ("comparison.jsonl", ("compare",)),
+    "search": ("chosen.jsonl", ("search",)),
+    "evaluation": ("evaluations.jsonl", ("search", "compare")),
+    "refit": ("refits.jsonl", ("repair",)),
+    "healing": ("healing.jsonl", ("heal",)),
+    "measured": ("measured.jsonl", ("repair", "heal", "search", "eval")),
+    "bench": ("bench.jsonl", ("bench",)),
+    "draft": ("drafts.jsonl", ("draft",)),
+    "answers": ("answers.jsonl", ("eval", "paper")),
+    "benchmark": ("benchmarks.jsonl", ("paper",)),
+    "diagnostics": ("diagnostics.jsonl", ("paper",)),
+    "times": ("times.jsonl", ("paper",)),
+    "claim": ("claims.jsonl", ("paper",)),
+    "engine_scores": ("engine_scores.jsonl", ("pareto",)),
+    "engine_times": ("engine_times.jsonl", ("pareto",)),
+    "pareto": ("pareto.jsonl", ("pareto",)),
+}
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
 class Record(Fact):
-    """One line of a file. A kind says which file, which commands write it, and what tells its lines apart."""
+    """One line of a file; `key_fields` of a kind say what tells its lines apart."""
 
     file: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
@@ -137,6 +163,8 @@ class Record(Fact):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: object) -> None:
         KINDS[cls.kind_name()] = cls
+        if cls.kind_name() in HOMES:
+            cls.file, cls.commands = HOMES[cls.kind_name()]
 
     @classmethod
     def kind_name(cls) -> str:

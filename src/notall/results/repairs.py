@@ -1,16 +1,50 @@
-"""What repairs, healings and their measurements write down: weights that were refit, training, before and after."""
+"""What loops deep inside write down, so that a killed run goes on: evaluations, answers, repairs, healings."""
+
+from __future__ import annotations
 
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .facts import QUALITY, Quality
+from .facts import QUALITY, Quality, SearchCost
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
 LITTLE = 0.02  # of the error: refits that mend less fill screens
 State = Literal["skipped", "repaired", "healed"]
+
+
+class EvaluationRecord(Record):
+    """One set of sublayers, evaluated; of the whole file the first line says by what."""
+
+    key_fields = ("skipped", "batches")
+    headed = True
+
+    record: Literal["evaluation"] = "evaluation"
+    skipped: tuple[SublayerName, ...] = Field(description="names of sublayers, sorted")
+    batches: Count | Literal["all"] = Field(description="on how many of the objective's batches")
+    cost: Number = Field(description="the objective; None where the model overflows without these")
+    spent: SearchCost
+
+
+Said = tuple[Number, bool] | Number | str  # log-likelihood and whether it is greedy, a log-likelihood, a text
+
+
+class AnswersRecord(Record):
+    """Answers to some requests, by the requests' digests, each in the order of the plans' digests."""
+
+    key_fields = ()
+
+    record: Literal["answers"] = "answers"
+    plans: tuple[str, ...]
+    answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")
+
+    @model_validator(mode="after")
+    def _of_each_plan(self) -> AnswersRecord:
+        if any(len(said) != len(self.plans) for said in self.answers.values()):
+            raise ValueError("there is not one answer for each plan")
+        return self
 
 
 class FittedText(BaseModel):
@@ -45,8 +79,6 @@ class RepairStep(BaseModel):
 class RefitRecord(Record):
     """One step of a plan, refit or left alone. Errors are of tokens that the ridge was chosen on, not fitted to."""
 
-    file = "refits.jsonl"
-    commands = ("repair",)
     key_fields = ("sublayers",)
     headed = True
 
@@ -71,8 +103,6 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 class HealRecord(Record):
     """How far from the dense model the healing is, on text that it does not train on."""
 
-    file = "healing.jsonl"
-    commands = ("heal",)
     key_fields = ("tokens",)
     headed = True
 
@@ -96,8 +126,6 @@ HEALING: tuple[Column[HealRecord], ...] = (
 class MeasuredRecord(Record, Skips):
     """One plan, with its weights if it has any, on one text that they were not fitted to."""
 
-    file = "measured.jsonl"
-    commands = ("repair", "heal", "search", "eval")
     key_fields = ("text", "model")
 
     record: Literal["measured"] = "measured"

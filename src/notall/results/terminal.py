@@ -1,21 +1,31 @@
-"""Tables and words at the terminal: of whatever width, a number, a first column or a heading is never cut."""
+"""Tables, words and progress at the terminal: of whatever width, a number or a heading is never cut."""
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .printable import printable
+from ..errors import printable, shortened
+from ..progress import Progress
 from .table import Cell, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
+SILENT = 60.0  # seconds without a word, in a log
+OTHERS = 56  # letters of a line that are not the description
 Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
 
 
@@ -150,3 +160,69 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
         else:
             lines.append(piece)
     return tuple(lines)
+
+
+class Clock(ProgressColumn):
+    """The time that has passed and, once Rich can tell from the steps so far, the time that is left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        passed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
+        left = task.time_remaining
+        return Text(f"{passed}, about {timedelta(seconds=int(left))} left" if left else passed)
+
+
+@contextmanager
+def progress_bar(doing: str = "starting") -> Iterator[Progress]:
+    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=10),
+        TaskProgressColumn(),
+        Clock(table_column=RichColumn(no_wrap=True)),
+    )
+    if not console.is_terminal:
+        with _log(console, doing) as tell:
+            yield tell
+        return
+
+    def fitting(doing: str) -> str:
+        return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
+
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(fitting(doing), total=None)
+        yield lambda done, total, doing: bar.update(task, completed=done, total=total, description=fitting(doing))
+
+
+@contextmanager
+def _log(console: Console, doing: str) -> Iterator[Progress]:
+    """A line a minute, also while a single step takes longer."""
+    begun = told = time.monotonic()
+    share, ended = 0.0, Event()
+
+    def tell(done: float, total: float, now_doing: str) -> None:
+        nonlocal share, doing
+        share, doing = done / (total or 1), now_doing
+        speak()
+
+    def speak() -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= SILENT:
+            told = now
+            passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
+            console.print(f"{share:.0%} after {passed}: {said}", markup=False)
+
+    def beat() -> None:
+        while not ended.wait(SILENT / 4):
+            speak()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()
