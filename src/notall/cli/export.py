@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, TextOptions, read_plan
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
@@ -61,9 +60,8 @@ def export(
     from ..exporters import export as export_model
 
     kept = out.with_name(f"{out.name}.repaired")
-    check_folder(kept if repair else None, "repair")
     wanted = read_plan(plan)
-    repair.check()
+    repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
     how: dict[str, Any] = {
@@ -137,13 +135,12 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
 
 def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, str], Verdict]:
     """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
-    from ..experiments.options import windows_of
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
     net, tokenizer = replace(model, dtype="auto").load()
     length = int(min(256, positions_of(net)))
-    batches, described = windows_of(net, tokenizer, text, 8, length, batch_size=4)
+    batches, described = TextOptions(text, 8, length).windows(net, tokenizer)
     before = [plan.unrepaired] if plan.state == "repaired" else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
     card = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -116,7 +116,7 @@ class PromptOptions:
         from ..structure.model_structure import positions_of
 
         length = int(min(WINDOW_TOKENS, positions_of(model)))
-        return windows_of(model, tokenizer, self.text, WINDOWS, length, seed=seed)[0]
+        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed)[0]
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,15 @@ class TextOptions(PromptOptions):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
-        size = {"batch_size": self.batch_size, "seed": seed}
-        return windows_of(model, tokenizer, self.text, self.sequences, self.length, **size)
+        from ..models.texts import read_text, token_batches
+        from ..structure.model_structure import positions_of
+
+        text, size = read_text(self.text), {"sequences": self.sequences, "length": self.length}
+        if self.length > (most := positions_of(model)):
+            raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
+        batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
+        described = {"text": text.name, "text_sha256": text.sha256, **size}
+        return [batch.to(model.device) for batch in batches], described
 
 
 @dataclass(frozen=True)
@@ -155,14 +162,15 @@ class HeldOutOptions(TextOptions):
 
         from ..models.texts import read_text, windows_in
 
-        size, count = {"batch_size": self.batch_size, "seed": seed}, self.held_out_sequences or self.sequences
+        count = self.held_out_sequences or self.sequences
         if self.held_out:
             batches, described = self.windows(model, tokenizer, seed=seed)
-            others, about = windows_of(model, tokenizer, self.held_out, count, self.length, **size)
+            other = replace(self, text=self.held_out, sequences=count)
+            others, about = other.windows(model, tokenizer, seed=seed)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
             count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
-        both, described = windows_of(model, tokenizer, self.text, self.sequences + count, self.length, **size)
+        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
         others = list(rest.split(self.batch_size)) if count else []
@@ -175,28 +183,6 @@ def check_texts(*sources: str | None) -> None:
 
     for source in filter(None, sources):
         read_text(source)
-
-
-def windows_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    sequences: int,
-    length: int,
-    *,
-    batch_size: int = 1,
-    seed: int = 0,
-) -> tuple[list[Tensor], Settings]:
-    """Token batches of a text on the model's device, and what they are, for the record."""
-    from ..models.texts import read_text, token_batches
-    from ..structure.model_structure import positions_of
-
-    text = read_text(source)
-    if length > (most := positions_of(model)):
-        raise UsageError(f"windows of {length} tokens exceed the model's {most} positions: lower --length")
-    batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
-    described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
-    return [batch.to(model.device) for batch in batches], described
 
 
 def read_plan(path: Path) -> Plan:

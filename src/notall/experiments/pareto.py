@@ -42,7 +42,7 @@ from ..results.record import (
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Folder
 from .options import read_plan, words_of
-from .repair import METHODS, NONE, REFIT, check_method, repaired_by
+from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .shown import Figure, Message, Section, Shown
 
@@ -258,11 +258,13 @@ class Finding:
 
     def repaired(self, plans: Mapping[str, Plan], method: str, progress: Progress = silent) -> list[tuple[str, Plan]]:
         """Each plan as it is, and then repaired; one that brings weights is repaired already."""
+        from ..repairing.methods import repair_into
+
         stages, both = Stages(progress, len(plans)), list[tuple[str, Plan]]()
         for name, plan in plans.items():
             stage, repaired, out = stages.stage(1), plan, self.out / f"{file_name(name)}-repaired"
             if plan.state != "repaired":
-                repaired = repaired_by(method, self.model, plan, self.batches, out, self.provenance, stage)
+                repaired = repair_into(out, method, self.model, plan, self.batches, self.provenance, stage)
             both += [(name, plan.unrepaired), (name, repaired)]
         return both
 

@@ -15,7 +15,7 @@ from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from .evaluate import shown_measured
-from .folder import Folder
+from .folder import Folder, check_folder
 from .options import ClusterOptions, ModelOptions, check_texts
 from .shown import Shown
 from .verdict import what_next
@@ -46,9 +46,10 @@ class RepairOptions:
     def __bool__(self) -> bool:
         return self.repair not in (None, NONE)
 
-    def check(self) -> None:
-        """Raise `UsageError` for a method that no plan can keep, and for texts that cannot be read."""
+    def check(self, out: Path | None) -> None:
+        """Raise `UsageError` for a method that no plan can keep, texts that cannot be read, and a folder of others."""
         if self:
+            check_folder(out, "repair")
             check_method(str(self.repair))
         check_texts(*self.repair_text)
 
@@ -62,14 +63,15 @@ class RepairOptions:
         progress: Progress,
     ) -> tuple[Plan, dict[str, list[Tensor]]]:
         """The plan after the repair, unless it needs none, and windows that it was not fitted to."""
+        from ..repairing.methods import repair_into
         from ..repairing.texts import RepairTexts
 
         texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
-        repaired = repaired_by(str(self.repair), model, plan, texts.together(8), out, about, progress)
-        return repaired, texts.other
+        batches = texts.together(8)
+        return repair_into(out, str(self.repair), model, plan, batches, about, progress), texts.other
 
 
 @dataclass(frozen=True)
@@ -188,28 +190,6 @@ def check_method(name: str, offload: Path | None = None) -> None:
         )
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
-
-
-def repaired_by(
-    method: str,
-    model: PreTrainedModel,
-    plan: Plan,
-    batches: list[Tensor],
-    out: Path | None,
-    provenance: Provenance,
-    progress: Progress,
-    offload: Path | None = None,
-) -> RepairedPlan:
-    """`plan` with weights by a method, kept in the folder `out`. Raises as `notall.repair` does."""
-    if method == REFIT:
-        from ..repairing.refitting import repair
-
-        return repair(model, plan, batches, offload=offload, out=out, provenance=provenance, progress=progress)
-    from ..repairing.methods import repair_into
-
-    if out is None:
-        raise UsageError(f"--repair {method} keeps its weights: give --out")
-    return repair_into(out, method, model, plan, batches, provenance, progress)
 
 
 def refits_table(repaired: RepairedPlan, out: Path) -> Table:

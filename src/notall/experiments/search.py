@@ -299,7 +299,6 @@ class Search:
         from ..choosing.choice import check_minutes
 
         check_folder(self.folder, "search")
-        check_folder(self.repaired if self.repair else None, "repair")
         check_file(self.out)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
@@ -307,7 +306,7 @@ class Search:
         check_minutes(self.until.max_minutes)
         wanted = self.budget.check(self.space.amount)
         self.text.check()
-        self.repair.check()
+        self.repair.check(self.repaired)
         return wanted
 
     def run(self, progress: Progress) -> Searched:
