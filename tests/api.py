@@ -244,7 +244,7 @@ NAMES = {
     "repairing.streams": ["DiskOffload"],
     "repairing.students": ["Layerwise", "Student"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
-    "report.page": ["as_it_is", "flatten", "laid_out", "render", "shown_by", "write_report"],
+    "report.page": ["as_it_is", "flatten", "render", "shown_by", "write_report"],
     "results.facts": [
         "Check",
         "Configured",

@@ -23,7 +23,7 @@ from api import (
     charts_layers,
     charts_losses,
     charts_style,
-    laid_out,
+    render,
     table,
     with_error,
     with_quartiles,
@@ -200,7 +200,7 @@ def page(path: Path, *shown: Shown, about: Provenance = ABOUT, **foreign: list[d
     """A page in a folder."""
     path.mkdir(parents=True, exist_ok=True)
     out = path / "report.html"
-    out.write_text(laid_out(folder(path, about, **foreign), shown), encoding="utf-8")
+    out.write_text(render(folder(path, about, **foreign), shown), encoding="utf-8")
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from ..errors import printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of
+from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
@@ -46,7 +46,6 @@ def evaluate(
 
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
-    from ..repairing.texts import about_measured
     from ..structure.locating import locate
 
     kept = out.with_name(f"{out.name}.repaired") if out else None
@@ -67,8 +66,7 @@ def evaluate(
         evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress)
         found = evaluation.run(batches)
     settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
-    abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in evaluation.states.items()}
-    records = records_of(found, described["text"], abouts, out)
+    records = evaluation.records(found, batches, settings)
     tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
         title = "benchmarks, differences paired by document; worse: p < 0.05"
