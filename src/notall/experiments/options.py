@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..results.provenance import Provenance
 
 MANIFEST = "notall.json"  # of an export
+Words = tuple[str, ...]  # of an option that may be repeated
 SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most
 
 
@@ -211,7 +212,7 @@ class PlanOptions:
     skip: Annotated[
         str | None,
         Option(
-            "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", metavar="KIND[:HOW MANY]"
+            "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", (), "KIND[:HOW MANY]"
         ),
     ] = None
     keep_last: Annotated[bool, Option("with --skip: preserve the last layer")] = False
@@ -306,10 +307,10 @@ class TaskOptions:
     PANEL: ClassVar = "Benchmarks"
 
     tasks: Annotated[
-        tuple[str, ...], Option("openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
+        Words, Option("openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
     ] = ()
     limit: Annotated[
-        tuple[str, ...], Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
+        Words, Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
     ] = ()
     num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)", least=0)] = None
     task_path: TaskPath = None
@@ -369,27 +370,21 @@ class TaskChoice:
         return [self.build(name) for name in self.names]
 
 
-Diagnostics = Annotated[
-    bool,
-    Option(
-        "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K", panel="Benchmarks"
-    ),
-]
+HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"
+Diagnostics = Annotated[bool, Option(HIDDEN, panel="Benchmarks")]
+
+
+RAY = (
+    "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or, except for heal, "
+    "ray://HOST:PORT"
+)
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
     PANEL: ClassVar = "Cluster"
 
-    ray: Annotated[
-        str | None,
-        Option(
-            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or, "
-            "except for heal, ray://HOST:PORT",
-            (),
-            "[ADDRESS]",
-        ),
-    ] = None
+    ray: Annotated[str | None, Option(RAY, (), "[ADDRESS]")] = None
     ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
 
 

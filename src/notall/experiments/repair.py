@@ -16,7 +16,7 @@ from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from .evaluate import shown_measured
 from .folder import Folder, check_folder
-from .options import ClusterOptions, ModelOptions, check_texts
+from .options import ClusterOptions, ModelOptions, Words, check_texts
 from .shown import Shown
 from .verdict import what_next
 
@@ -40,7 +40,7 @@ class RepairOptions:
     PANEL: ClassVar = "Repair"
 
     repair: Annotated[str | None, Option(f"repair what is kept first: {METHODS}", metavar="METHOD")] = None
-    repair_text: Annotated[tuple[str, ...], Option("text to fit to; repeat it for more (default: prose)")] = ()
+    repair_text: Annotated[Words, Option("text to fit to; repeat it for more (default: prose)")] = ()
     repair_sequences: Annotated[int | None, Option("windows of 512 tokens to fit to (default: up to 128)")] = None
 
     def __bool__(self) -> bool:
@@ -81,10 +81,10 @@ class FitOptions:
     PANEL: ClassVar = "Text"
 
     text: Annotated[
-        tuple[str, ...], Option("text to fit to; repeat it, since two kinds repair better than one (default: prose)")
+        Words, Option("text to fit to; repeat it, since two kinds repair better than one (default: prose)")
     ] = ()
     held_out: Annotated[
-        tuple[str, ...], Option("text to measure on; repeat it for more (default: other windows of each --text)")
+        Words, Option("text to measure on; repeat it for more (default: other windows of each --text)")
     ] = ()
     sequences: Annotated[int | None, Option("windows to fit to, of all texts together (default: up to 128)")] = None
     length: Annotated[int, Option("tokens in each window")] = 512
@@ -113,7 +113,7 @@ class FitOptions:
 class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
-    text: Annotated[tuple[str, ...], Option("text to train on; repeat it for more (default: prose)")] = ()
+    text: Annotated[Words, Option("text to train on; repeat it for more (default: prose)")] = ()
     sequences: Annotated[
         int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
     ] = None

@@ -153,7 +153,8 @@ class Page:
 
     @cached_property
     def about(self) -> Settings:
-        return self.folder.provenance.flat
+        found = self.folder.provenance
+        return {**found.what, **found.where}
 
     @cached_property
     def layers(self) -> int:

@@ -56,22 +56,19 @@ SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
-def _plausible(value: object) -> object:
+def _plausible(value: object) -> Plan:
+    """In a record the fingerprint is the provenance's."""
     indices = value.indices if isinstance(value, Plan) else value
     if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
-    for layers in indices.values():
-        if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < MOST_LAYERS for layer in layers):
-            raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
-    return value
+    plan = Plan(**indices)
+    if max((*plan.attention, *plan.mlp), default=0) >= MOST_LAYERS:
+        raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
+    return plan
 
 
-# In a record the fingerprint is the provenance's.
 Skipped = Annotated[
-    Plan,
-    BeforeValidator(_plausible),
-    AfterValidator(lambda plan: Plan(plan.attention, plan.mlp)),
-    PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]]),
+    Plan, BeforeValidator(_plausible), PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]])
 ]
 
 
