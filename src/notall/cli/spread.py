@@ -51,13 +51,15 @@ def _fields(kind: Any, parameter: inspect.Parameter) -> Iterator[inspect.Paramet
         if parameter.default is not REQUIRED:
             default = getattr(parameter.default, field.name)
         one = inspect.Parameter(field.name, parameter.kind, default=REQUIRED if default is MISSING else default)
-        yield _option(field.name, hints[field.name], one, getattr(kind, "PANEL", None))
+        yield _option(field.name, hints[field.name], one, getattr(kind, "PANEL", None), field.metadata.get("option"))
 
 
-def _option(name: str, hint: Any, parameter: inspect.Parameter, panel: str | None = None) -> inspect.Parameter:
+def _option(
+    name: str, hint: Any, parameter: inspect.Parameter, panel: str | None = None, option: Option | None = None
+) -> inspect.Parameter:
     """As Typer takes it, which knows lists and no tuples."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    option = next((one for one in more if isinstance(one, Option)), None)
+    option = option or next((one for one in more if isinstance(one, Option)), None)
     assert option, f"{name} has no Option to explain it"
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     told: dict[str, Any] = {"help": option.help, "metavar": option.metavar}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import UsageError
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
@@ -91,12 +91,8 @@ class ShapeOptions:
 
     PANEL: ClassVar = "Model"
 
-    shape: Annotated[str | None, Option("instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")] = (
-        None
-    )
-    dummy_weights: Annotated[
-        bool, Option("use random weights, so that nothing is downloaded", ("--dummy-weights",))
-    ] = False
+    shape: str | None = option(None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")
+    dummy_weights: bool = option(False, "use random weights, so that nothing is downloaded", ("--dummy-weights",))
 
     def load(self, model: ModelOptions, seed: int) -> PreTrainedModel:
         """The model that is named, or one of random weights."""

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
 from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
@@ -193,30 +193,25 @@ class CompareOptions:
 
     PANEL: ClassVar = "What is compared"
 
-    skip: Annotated[
-        tuple[str, ...],
-        Option(
-            "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
-            metavar="KIND:COUNT[,...]",
-        ),
-    ] = ("attention:4,8",)
-    criterion: Annotated[
-        tuple[str, ...],
-        Option("a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"),
-    ] = ()
-    objective: Annotated[
-        tuple[str, ...], Option("nll, kl, answers, task:NAME, or a sum; repeat it for more", metavar="OBJECTIVE")
-    ] = ("kl",)
-    repair: Annotated[
-        tuple[str, ...],
-        Option(
-            "also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your own "
-            "module:function; repeat it for more"
-        ),
-    ] = ()
-    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
-    prompts: Annotated[Path | None, Option("prompts of the objective `answers`: one a line, or a .jsonl")] = None
+    skip: tuple[str, ...] = option(
+        ("attention:4,8",),
+        "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
+        metavar="KIND:COUNT[,...]",
+    )
+    criterion: tuple[str, ...] = option(
+        (), "a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"
+    )
+    objective: tuple[str, ...] = option(
+        ("kl",), "nll, kl, answers, task:NAME, or a sum; repeat it for more", metavar="OBJECTIVE"
+    )
+    repair: tuple[str, ...] = option(
+        (),
+        "also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your own "
+        "module:function; repeat it for more",
+    )
+    keep_first: bool = option(False, "preserve the first layer", ("--keep-first",))
+    keep_last: bool = option(False, "preserve the last layer", ("--keep-last",))
+    prompts: Path | None = option(None, "prompts of the objective `answers`: one a line, or a .jsonl")
 
     def check(self) -> list[str]:
         """The tasks of the harness that objectives go by. Raises `UsageError` for what is refused without a model."""

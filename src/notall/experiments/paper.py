@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..models.names import model_in_words
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
@@ -97,10 +97,10 @@ class TimingGrid:
 
     PANEL: ClassVar = "Timing"
 
-    prompt_tokens: Annotated[tuple[int, ...], Option("tokens of the prompt; repeat it for more")] = (128, 512)
-    generation_tokens: Annotated[int, Option("tokens generated behind it")] = 16
-    concurrency: Annotated[tuple[int, ...], Option("sequences at once; repeat it for more")] = (1,)
-    rounds: Annotated[int, Option("timed rounds; each times all configurations in turn")] = 5
+    prompt_tokens: tuple[int, ...] = option((128, 512), "tokens of the prompt; repeat it for more")
+    generation_tokens: int = option(16, "tokens generated behind it")
+    concurrency: tuple[int, ...] = option((1,), "sequences at once; repeat it for more")
+    rounds: int = option(5, "timed rounds; each times all configurations in turn")
 
     @property
     def workloads(self) -> list[Workload]:
@@ -118,9 +118,9 @@ class PaperOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    generate_all: Annotated[
-        bool, Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",))
-    ] = False
+    generate_all: bool = option(
+        False, "run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",)
+    )
     diagnostics: Diagnostics = False
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed
 from ..inputs import Settings
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
@@ -537,19 +537,15 @@ class EngineOptions:
 
     PANEL: ClassVar = "Engine"
 
-    engine: Annotated[str, Option("llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")] = (
-        "llama.cpp"
+    engine: str = option("llama.cpp", "llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")
+    types: tuple[str, ...] = option(
+        (),
+        "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
+        "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
+        metavar="TYPE",
     )
-    types: Annotated[
-        tuple[str, ...],
-        Option(
-            "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
-            "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
-            metavar="TYPE",
-        ),
-    ] = ()
-    threads: Annotated[int | None, Option("threads of the engine (default: one for each core)", least=1)] = None
-    also: Annotated[tuple[str, ...], Option("another model to measure beside this one; repeat it for more")] = ()
+    threads: int | None = option(None, "threads of the engine (default: one for each core)", least=1)
+    also: tuple[str, ...] = option((), "another model to measure beside this one; repeat it for more")
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
@@ -572,20 +568,16 @@ class EngineOptions:
 class ParetoPlans(SpaceOptions):
     """Which plans are measured: files, and those that the search finds."""
 
-    skip: Annotated[
-        str,
-        Option(
-            "find plans that skip these, such as attention:4,8, or what --speedups choose among",
-            metavar="KIND[:HOW MANY,...]",
-        ),
-    ] = "sublayer"
-    plan: Annotated[
-        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
-    ] = ()
-    speedups: Annotated[
-        tuple[str, ...], Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)")
-    ] = ()
-    repair: Annotated[str, Option(f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")] = REFIT
+    skip: str = option(
+        "sublayer",
+        "find plans that skip these, such as attention:4,8, or what --speedups choose among",
+        metavar="KIND[:HOW MANY,...]",
+    )
+    plan: tuple[Path, ...] = option((), "plan file, or the folder of a repair, to measure; repeat it for more")
+    speedups: tuple[str, ...] = option(
+        (), f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"
+    )
+    repair: str = option(REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")
 
     def given(self) -> dict[str, Plan]:
         """The plans of the files, by the names of these.
