@@ -179,7 +179,7 @@ def repaired(chart: str = "refits") -> Shown:
     rows = result_folders.refits() if refit else result_folders.looks()
     drawn = charts_layers.by_depth(rows) if refit else charts_layers.training(rows)
     figure = Figure(charts_style.on_page(drawn, 300), chart, note="How far it is.")
-    columns = [words("what", lambda one: one.kind_name()), words("seconds", lambda one: one.seconds)]
+    columns = [words("what", lambda one: one.kind_name), words("seconds", lambda one: one.seconds)]
     plan = steps()[5]
     return Shown(
         steps=(Step("3 attentions", plan.plan),),

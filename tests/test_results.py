@@ -268,7 +268,7 @@ def test_each_kind_has_a_file_and_a_name_of_its_own():
     know_every_kind()
     kinds = [kind for kind in KINDS.values() if kind is not HeaderRecord]
     assert len({kind.file for kind in kinds}) == len(kinds) >= 23
-    assert {kind.kind_name() for kind in kinds} == set(HOMES)
+    assert {kind.kind_name for kind in kinds} == set(HOMES)
     for kind in kinds:
         assert kind.commands
         assert set(kind.key_fields) <= kind.model_fields.keys() | set(dir(kind))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -37,12 +37,9 @@ class Timed(Fact):
     footprint: Footprint
 
 
-class BenchRecord(Record, Skips):
+class BenchRecord(Record, Skips, kind="bench"):
     """A plan and the dense model, timed in one run. Every measurement is one of its own."""
 
-    key_fields = ()
-
-    record: Literal["bench"] = "bench"
     prompt_tokens: Count
     generation_tokens: Count
     concurrency: Count = Field(description="sequences at once")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -80,30 +80,20 @@ class Answered(Skips):
 RUN = ("criterion", "objective", "space", "count")
 
 
-class ChoiceRecord(Record, Answered):
+class ChoiceRecord(Record, Answered, kind="choice", key=RUN):
     """What one run chose."""
 
-    key_fields = RUN
 
-    record: Literal["choice"] = "choice"
-
-
-class PlanTimesRecord(Record):
+class PlanTimesRecord(Record, kind="plan_times", key=("footprint",)):
     """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
 
-    key_fields = ("footprint",)
-
-    record: Literal["plan_times"] = "plan_times"
     footprint: Footprint
     times: Times
 
 
-class ComparisonRecord(Record, Answered):
+class ComparisonRecord(Record, Answered, kind="comparison", key=(*RUN, "repair")):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
-    key_fields = (*RUN, "repair")
-
-    record: Literal["comparison"] = "comparison"
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
     quality: Quality
     footprint: Footprint

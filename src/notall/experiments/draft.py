@@ -41,12 +41,9 @@ NOTE = (
 )
 
 
-class DraftRecord(Record, Skips):
+class DraftRecord(Record, Skips, kind="draft"):
     """Rounds of so many drafted tokens and a check of them. Every measurement is one of its own."""
 
-    key_fields = ()
-
-    record: Literal["draft"] = "draft"
     model: Literal["skipped", "repaired"] = Field(description="which model drafts")
     decoding: Decoding = Field(description="the likeliest token each time, or sampled at temperature 1")
     drafted: Count = Field(description="tokens that are drafted a round")

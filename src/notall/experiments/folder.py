@@ -32,10 +32,10 @@ class Folder:
 
     def of(self, kind: type[R]) -> tuple[R, ...]:
         """The records of a kind, each with its provenance; none where there is no such file."""
-        return tuple(record for record in self.files.get(kind.kind_name(), ()) if isinstance(record, kind))
+        return tuple(record for record in self.files.get(kind.kind_name, ()) if isinstance(record, kind))
 
     def __contains__(self, kind: type[Record]) -> bool:
-        return bool(self.files.get(kind.kind_name()))
+        return bool(self.files.get(kind.kind_name))
 
     @cached_property
     def provenance(self) -> Provenance:

@@ -49,12 +49,11 @@ DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
-class TimesRecord(Record, Configured):
+class TimesRecord(
+    Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
+):
     """One configuration at one prompt length and number of sequences at once."""
 
-    key_fields = ("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
-
-    record: Literal["times"] = "times"
     prompt_tokens: Count
     concurrency: Count = Field(description="sequences at once, as many as memory held")
     asked_concurrency: Count
@@ -62,12 +61,9 @@ class TimesRecord(Record, Configured):
     footprint: Footprint
 
 
-class ClaimRecord(Record):
+class ClaimRecord(Record, kind="claim", key=("claim",)):
     """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
 
-    key_fields = ("claim",)
-
-    record: Literal["claim"] = "claim"
     claim: str
     here: str = Field(description="the figures of this model")
     verdict: Verdict = Field(description="too few: documents, rounds or windows, below the least for a verdict")

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from operator import sub
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -74,12 +74,9 @@ class Represented(Fact):
         return ", ".join([self.model, *(["repaired"] if self.repaired else []), self.type])
 
 
-class EngineScoresRecord(Record, Represented):
+class EngineScoresRecord(Record, Represented, kind="engine_scores", key=NAMED):
     """What one model loses on each window of the held-out text, and what its file weighs."""
 
-    key_fields = NAMED
-
-    record: Literal["engine_scores"] = "engine_scores"
     file_bytes: Count = Field(description="of weights on disk")
     nll: tuple[Number, ...] = Field(description="nats per token, a mean a window")
     tokens: tuple[Count, ...] = Field(description="that were to be predicted, of each window")
@@ -95,24 +92,18 @@ class EngineScoresRecord(Record, Represented):
         ]
 
 
-class EngineTimesRecord(Record, Represented):
+class EngineTimesRecord(Record, Represented, kind="engine_times", key=(*NAMED, "round")):
     """What one model took in one round; in a round each model is timed once."""
 
-    key_fields = (*NAMED, "round")
-
-    record: Literal["engine_times"] = "engine_times"
     round: Count = Field(description="its number, from 0")
     prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token")
     decode_ms_per_token: Positive = Field(description="milliseconds")
     memory_bytes: Count = Field(description="by which the engine's process grew")
 
 
-class ParetoRecord(Record, Represented):
+class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     """One model beside the dense one; differences are paired by window, speedups by round."""
 
-    key_fields = NAMED
-
-    record: Literal["pareto"] = "pareto"
     skipped: SublayerNames = Field("", description="names of sublayers that it leaves out")
     nll: Loss = Field(math.nan, description="as the engine computes it on held-out text, nats per token")
     nll_se: Unsigned = Field(math.nan, description="over windows")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -47,12 +47,9 @@ NOTE = (
 )
 
 
-class SearchRecord(Record, Skips):
+class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time")):  # times are never the same twice
     """A plan that was chosen, and what was measured of it, if anything."""
 
-    key_fields = ("chosen", "plan", "in_time")  # times are never the same twice
-
-    record: Literal["search"] = "search"
     chosen: str = Field(description="how, by what, and how much")
     order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
     dense_cost: Number = Field(description="the objective of the dense model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -51,23 +51,17 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(Record, Configured):
+class SweepRecord(Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
     """One configuration, measured."""
 
-    key_fields = ("variant", "fraction", "keep_last")
-
-    record: Literal["sweep"] = "sweep"
     quality: Quality
     times: Times
     footprint: Footprint
 
 
-class SaidRecord(Record, Configured):
+class SaidRecord(Record, Configured, kind="samples", key=("variant", "fraction", "keep_last", "plan")):
     """How one plan continues prompts."""
 
-    key_fields = ("variant", "fraction", "keep_last", "plan")
-
-    record: Literal["samples"] = "samples"
     said: dict[str, str] = Field(description="by prompt")
 
 

@@ -29,7 +29,7 @@ class Ledger(Generic[R]):
         if kind.headed:
             assert isinstance(about, Provenance)
             header = header_of(self.path)
-            self._header = None if header else HeaderRecord(of=kind.kind_name(), provenance=about)
+            self._header = None if header else HeaderRecord(of=kind.kind_name, provenance=about)
             check_same(header.provenance if header else about, about, folder)
         for record in read(self.path, kind):
             wanted = about(record) if callable(about) else about

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 from typing_extensions import Self
 
 from ..inputs import Settings
@@ -147,26 +147,29 @@ KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
 class Record(Fact):
-    """One line of a file; `key_fields` of a kind say what tells its lines apart."""
+    """One line of a file. `key` names the fields that tell it from others; the first of a `headed` file is of all."""
 
+    kind_name: ClassVar[str]
     file: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
     key_fields: ClassVar[tuple[str, ...]]
-    headed: ClassVar[bool] = False  # whether the first line of the file holds the provenance of all
+    headed: ClassVar[bool]
 
-    record: str = Field(description="the kind of this line")
+    record: str = Field("", validate_default=True, description="the kind of this line")
     provenance: Provenance | None = Field(None, description="where the figures come from")
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: object) -> None:
-        KINDS[cls.kind_name()] = cls
-        if cls.kind_name() in HOMES:
-            cls.file, cls.commands = HOMES[cls.kind_name()]
+    def __init_subclass__(cls, kind: str, key: tuple[str, ...] = (), headed: bool = False) -> None:
+        cls.kind_name, cls.key_fields, cls.headed = kind, key, headed
+        KINDS[kind] = cls
+        if kind in HOMES:
+            cls.file, cls.commands = HOMES[kind]
 
+    @field_validator("record")
     @classmethod
-    def kind_name(cls) -> str:
-        """Its name in files."""
-        return str(cls.model_fields["record"].default)
+    def _own_kind(cls, said: str) -> str:
+        if said not in ("", cls.kind_name):
+            raise ValueError(f"should be {cls.kind_name}")
+        return cls.kind_name
 
     @property
     def key(self) -> Key:
@@ -180,7 +183,7 @@ class Record(Fact):
 
     def line(self) -> Settings:
         """As it is written."""
-        return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
+        return {"record": self.kind_name, **self.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod
     def from_fact(cls, *facts: Fact, **more: object) -> Self:
@@ -190,10 +193,9 @@ class Record(Fact):
         return cls(**found | more)
 
 
-class HeaderRecord(Record):
+class HeaderRecord(Record, kind="header"):
     """The first line of a file whose lines all come from the same run."""
 
-    record: Literal["header"] = "header"
     of: str = Field(description="the kind of the lines that follow")
     provenance: Provenance
 

@@ -15,13 +15,9 @@ LITTLE = 0.02  # of the error: refits that mend less fill screens
 State = Literal["skipped", "repaired", "healed"]
 
 
-class EvaluationRecord(Record):
+class EvaluationRecord(Record, kind="evaluation", key=("skipped", "batches"), headed=True):
     """One set of sublayers, evaluated; of the whole file the first line says by what."""
 
-    key_fields = ("skipped", "batches")
-    headed = True
-
-    record: Literal["evaluation"] = "evaluation"
     skipped: tuple[SublayerName, ...] = Field(description="names of sublayers, sorted")
     batches: Count | Literal["all"] = Field(description="on how many of the objective's batches")
     cost: Number = Field(description="the objective; None where the model overflows without these")
@@ -31,12 +27,9 @@ class EvaluationRecord(Record):
 Said = tuple[Number, bool] | Number | str  # log-likelihood and whether it is greedy, a log-likelihood, a text
 
 
-class AnswersRecord(Record):
+class AnswersRecord(Record, kind="answers"):
     """Answers to some requests, by the requests' digests, each in the order of the plans' digests."""
 
-    key_fields = ()
-
-    record: Literal["answers"] = "answers"
     plans: tuple[str, ...]
     answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")
 
@@ -76,13 +69,9 @@ class RepairStep(BaseModel):
         return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
 
 
-class RefitRecord(Record):
+class RefitRecord(Record, kind="refit", key=("sublayers",), headed=True):
     """One step of a plan, refit or left alone. Errors are of tokens that the ridge was chosen on, not fitted to."""
 
-    key_fields = ("sublayers",)
-    headed = True
-
-    record: Literal["refit"] = "refit"
     sublayers: tuple[SublayerName, ...] = Field(min_length=1, description="a sublayer, or both of a parallel block")
     ridge: Amount | None = Field(description="relative to each feature's own square; None where it was left alone")
     left: Number = Field(description="squared distance to the dense stream behind it, over the one without a refit")
@@ -100,13 +89,9 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 )
 
 
-class HealRecord(Record):
+class HealRecord(Record, kind="healing", key=("tokens",), headed=True):
     """How far from the dense model the healing is, on text that it does not train on."""
 
-    key_fields = ("tokens",)
-    headed = True
-
-    record: Literal["healing"] = "healing"
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
@@ -123,12 +108,9 @@ HEALING: tuple[Column[HealRecord], ...] = (
 )
 
 
-class MeasuredRecord(Record, Skips):
+class MeasuredRecord(Record, Skips, kind="measured", key=("text", "model")):
     """One plan, with its weights if it has any, on one text that they were not fitted to."""
 
-    key_fields = ("text", "model")
-
-    record: Literal["measured"] = "measured"
     text: str = Field(description="its name")
     quality: Quality
     model: State = Field(description="what was made up for what the plan skips: nothing, by a repair, by a healing")
