@@ -1,7 +1,5 @@
 """The command line: each command reads its options, calls one function, and prints what it answers."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """notall compare, search, plan and criteria: choose what to skip."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

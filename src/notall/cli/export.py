@@ -1,7 +1,5 @@
 """notall export: turn a plan into files for engines."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """notall sweep and paper: the paper's grid on a text, and its whole evaluation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity

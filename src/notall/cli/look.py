@@ -1,7 +1,5 @@
 """notall inspect, similarity and generate: look at a model."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """notall eval, bench, draft, tasks and report: what a plan costs and saves, and the page of a folder of results."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

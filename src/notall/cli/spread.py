@@ -1,7 +1,5 @@
 """Options of the command line from dataclasses: each field is one, and the command gets the dataclass back."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass

@@ -1,7 +1,5 @@
 """What is measured of a plan: one type a fact, with its units and its columns. Nothing here runs a model."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -50,7 +48,7 @@ class Scores(Added):
     top1_agreement: tuple[Share, ...] = Field(description="0 to 1")
 
     @model_validator(mode="after")
-    def _of_each_sequence(self) -> Scores:
+    def _of_each_sequence(self) -> Self:
         if not len(self.nll) == len(self.kl) == len(self.top1_agreement):
             raise ValueError("nll, kl and top1_agreement are of different numbers of sequences")
         return self
@@ -139,7 +137,7 @@ class Configured(Skips):
     def configuration(self) -> tuple[str, float, bool]:
         return self.variant, self.fraction, self.keep_last
 
-    def describes(self, other: Configured) -> bool:
+    def describes(self, other: "Configured") -> bool:
         """Whether the other is of this row, and of the plan that the row stands for in this model."""
         return self.configuration == other.configuration and self.plan.indices == other.plan.indices
 

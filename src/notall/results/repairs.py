@@ -1,11 +1,10 @@
 """What loops deep inside write down, so that a killed run goes on: evaluations, answers, repairs, healings."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from .facts import QUALITY, Quality, SearchCost
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
@@ -34,7 +33,7 @@ class AnswersRecord(Record, kind="answers"):
     answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")
 
     @model_validator(mode="after")
-    def _of_each_plan(self) -> AnswersRecord:
+    def _of_each_plan(self) -> Self:
         if any(len(said) != len(self.plans) for said in self.answers.values()):
             raise ValueError("there is not one answer for each plan")
         return self

@@ -1,7 +1,5 @@
 """Tables, words and progress at the terminal: of whatever width, a number or a heading is never cut."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -19,6 +17,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
+from typing_extensions import Self
 
 from ..errors import printable, shortened
 from ..progress import Progress
@@ -97,9 +96,10 @@ class Strip(NamedTuple):
         """How wide it is with every cell in one line."""
         return max(cell_len(" ".join(cell)) for cell in self.cells)
 
-    def in_lines(self, start: int) -> Strip:
+    def in_lines(self, start: int) -> Self:
         """With each cell from `start` on in one line."""
-        return Strip((*self.cells[:start], *((" ".join(cell),) for cell in self.cells[start:])), self.right)
+        joined = tuple((" ".join(cell),) for cell in self.cells[start:])
+        return self._replace(cells=self.cells[:start] + joined)
 
 
 def _strips(table: Table, encoding: str) -> list[Strip]:
