@@ -81,9 +81,6 @@ class Tour(TyperGroup):
         }
         super().__init__(**given | {"commands": listed})
 
-    def list_commands(self, context: Any) -> list[str]:
-        return [*self.commands]
-
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
