@@ -124,23 +124,18 @@ def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], 
     return add
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"notall {__version__}")
-        raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def notall(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
 
     First run:  [bold]notall sweep --out results[/bold], then [bold]notall report results -o report.html[/bold]
     """
+    if version:
+        typer.echo(f"notall {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS, nl=False)
     elif sys.stderr.isatty() and not WITHOUT_MODEL.intersection(sys.argv):

@@ -115,9 +115,8 @@ class Evaluation:
         return records
 
     def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
-        plans = [*self.states.values()]
+        names, plans = zip(*self.states.items())
         found = run_choice(self.model, self.tokenizer, plans, jobs, self.tasks, self.out, self.progress)
-        names = [*self.states]
         return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
 
     def _gsm8k(self) -> list[PlanScore]:
