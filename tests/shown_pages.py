@@ -23,7 +23,7 @@ from api import (
     charts_layers,
     charts_losses,
     charts_style,
-    laid_out,
+    render,
     table,
     with_error,
     with_quartiles,
@@ -179,7 +179,7 @@ def repaired(chart: str = "refits") -> Shown:
     rows = result_folders.refits() if refit else result_folders.looks()
     drawn = charts_layers.by_depth(rows) if refit else charts_layers.training(rows)
     figure = Figure(charts_style.on_page(drawn, 300), chart, note="How far it is.")
-    columns = [words("what", lambda one: one.kind_name()), words("seconds", lambda one: one.seconds)]
+    columns = [words("what", lambda one: one.kind_name), words("seconds", lambda one: one.seconds)]
     plan = steps()[5]
     return Shown(
         steps=(Step("3 attentions", plan.plan),),
@@ -200,7 +200,7 @@ def page(path: Path, *shown: Shown, about: Provenance = ABOUT, **foreign: list[d
     """A page in a folder."""
     path.mkdir(parents=True, exist_ok=True)
     out = path / "report.html"
-    out.write_text(laid_out(folder(path, about, **foreign), shown), encoding="utf-8")
+    out.write_text(render(folder(path, about, **foreign), shown), encoding="utf-8")
     return out
 
 

@@ -342,7 +342,7 @@ def test_where_nothing_gets_better_it_keeps_what_it_began_with():
 
 def test_a_loss_of_nothing_is_the_best_there_is(monkeypatch):
     told = iter([[2.0, 1.0, 1.0, 1.0], *([[0.0, 1.0, 1.0, 1.0]] * 8)])
-    monkeypatch.setattr(training._HeldOut, "sums", lambda *_: torch.tensor(next(told)))
+    monkeypatch.setattr(training._Loop, "_held_out_sums", lambda *_: torch.tensor(next(told)))
     model = llama()
     healed = run_heal(model=model, patience=1)
     assert not any(torch.equal(weight, model.get_parameter(path)) for path, weight in healed.weights.items())

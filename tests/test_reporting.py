@@ -16,9 +16,9 @@ from api import (
     Step,
     as_it_is,
     flatten,
-    laid_out,
     read_json,
     records_lines,
+    render,
     results_of,
     table,
     words,
@@ -128,11 +128,11 @@ def test_savings_are_shares_of_the_dense_model(page):
 
 def test_what_a_step_lacks_has_no_bar():
     step = Step("a", Plan((1,)), footprint=shown_pages.DENSE)  # of a dense model nothing is known
-    page = laid_out(shown_pages.folder(Path("f")), [Shown(steps=(step,))])
+    page = render(shown_pages.folder(Path("f")), [Shown(steps=(step,))])
     assert list(data_of(page)["specs"]) == ["map"]
     left = shown_pages.DENSE.model_copy(update={"state_bytes": 50})
     both = Step("a", Plan((1,)), footprint=left, dense=left.model_copy(update={"state_bytes": 100}))
-    page = laid_out(shown_pages.folder(Path("f")), [Shown(steps=(both,))])
+    page = render(shown_pages.folder(Path("f")), [Shown(steps=(both,))])
     assert "states: 50 B of 100 B" in str(data_of(page)["specs"]["savings"])
     assert "Where the time and the bytes go" in page
 

@@ -29,9 +29,8 @@ from notall.measuring.speed import machine
 from notall.measuring.statistics import mean_and_error
 from notall.models.texts import read_text, token_batches
 from notall.results.facts import Quality
-from notall.results.progress_bars import progress_bar
 from notall.results.table import Column, number, table, with_error, words
-from notall.results.terminal import print_table
+from notall.results.terminal import print_table, progress_bar
 
 SEARCHES = {"search": PATIENCE, "search --patience 0": 0}
 

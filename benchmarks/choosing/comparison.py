@@ -26,7 +26,7 @@ from notall.experiments.compare import CalibratedObjective, Run, compare_criteri
 from notall.experiments.driver import Subject
 from notall.experiments.options import ModelOptions
 from notall.models.texts import read_text, token_batches
-from notall.results.progress_bars import progress_bar
+from notall.results.terminal import progress_bar
 
 BLOCKS = 30
 TASK = "local_arc_challenge"

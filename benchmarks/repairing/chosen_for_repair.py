@@ -30,11 +30,10 @@ from notall.measuring.quality import score, summarize
 from notall.measuring.statistics import mean_and_error
 from notall.repairing.methods import kept_repair
 from notall.results import lines
-from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
 from notall.results.record import Number, Unsigned
 from notall.results.table import Column, number, table, with_error, words
-from notall.results.terminal import print_table
+from notall.results.terminal import print_table, progress_bar
 
 SPACES = {"a8": ("attention", 8), "a12": ("attention", 12), "b4": ("block", 4), "s16": ("sublayer", 16)}
 

@@ -40,12 +40,11 @@ from notall.repairing.students import TrainConfig
 from notall.results import lines
 from notall.results.facts import Quality
 from notall.results.ledger import read
-from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
 from notall.results.record import Fact
 from notall.results.repairs import HealRecord
 from notall.results.table import Column, inherited, number, table, words
-from notall.results.terminal import print_table
+from notall.results.terminal import print_table, progress_bar
 from notall.running.footprint import footprint
 
 SPEEDUPS = (1.1, 1.2, 1.3, 1.5)

@@ -30,11 +30,10 @@ from notall.repairing.students import TrainConfig, Trained
 from notall.repairing.texts import sampled
 from notall.results import lines
 from notall.results.ledger import read
-from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
 from notall.results.repairs import HEALING, HealRecord
 from notall.results.table import Column, inherited, number, table, within, words
-from notall.results.terminal import print_table
+from notall.results.terminal import print_table, progress_bar
 
 STOP = 8  # windows to stop by, half of each text
 BATCH = 4

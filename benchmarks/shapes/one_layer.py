@@ -19,10 +19,9 @@ import notall
 from notall.choosing.criteria.data_free import deepest
 from notall.measuring.speed import interleaved, machine, speedup, time_once
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
-from notall.results.progress_bars import progress_bar
 from notall.results.record import Quartiles
 from notall.results.table import Column, table, with_quartiles, words
-from notall.results.terminal import print_table
+from notall.results.terminal import print_table, progress_bar
 
 SHARE = 1 / 3  # of the sublayers of a kind that are skipped
 

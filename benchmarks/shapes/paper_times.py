@@ -32,11 +32,9 @@ from notall.options import Workload
 from notall.plan import Plan
 from notall.progress import Progress
 from notall.results.facts import CONFIGURED, SPEEDUPS, Configured, Times
-from notall.results.latex import as_latex
-from notall.results.progress_bars import progress_bar
 from notall.results.provenance import Provenance
-from notall.results.table import Column, as_csv, inherited, number, table, with_quartiles, within
-from notall.results.terminal import print_table
+from notall.results.table import Column, as_csv, as_latex, inherited, number, table, with_quartiles, within
+from notall.results.terminal import print_table, progress_bar
 from notall.structure.model_structure import base_model
 
 QUANTITIES: dict[Literal["prefill", "decode"], str] = {

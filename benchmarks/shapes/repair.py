@@ -22,7 +22,7 @@ import torch
 import notall
 from notall.measuring.speed import machine
 from notall.models.loading import build_random, load_config, resolve_device, resolve_dtype
-from notall.results.progress_bars import progress_bar
+from notall.results.terminal import progress_bar
 
 EVENLY = [4, 8, 11, 15, 18, 22, 25, 29]  # of 32 layers
 

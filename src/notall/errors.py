@@ -1,11 +1,17 @@
-"""What a user did wrong, said in one line."""
+"""What a user did wrong, said in one line, and names that came from elsewhere, as a terminal may show them."""
 
+import codecs
 import difflib
+import io
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+
+IN_WORDS = "notall.in_words"  # what a stream does with a sign that its encoding lacks
+ASCII = {"Δ": "delta ", "±": "+-", "×": "x", "–": "-", "−": "-", "…": "...", "’": "'"}
 
 
 class UsageError(ValueError):
@@ -57,3 +63,29 @@ def shortened(given: object, most: int = 80) -> str:
     if len(line) > most:
         line = f"…{line[1 - most :]}" if isinstance(given, PathLike) else f"{line[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "�" for letter in line)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text` in one line: what steers the terminal, or is missing from `encoding`, is spelt out, such as `\\x1b`."""
+    spelt = "".join(sign if sign.isprintable() else " " if sign.isspace() else _escape(sign) for sign in text)
+    return spelt.encode(encoding, IN_WORDS).decode(encoding)
+
+
+def print_in_any_encoding() -> None:
+    """Let stdout and stderr spell out what their encoding lacks, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=IN_WORDS)
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape").decode()
+
+
+def _in_words(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(ASCII.get(sign) or _escape(sign) for sign in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(IN_WORDS, _in_words)

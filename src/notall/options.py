@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from .errors import UsageError
 
@@ -12,9 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Option:
-    """How a field is called and explained at the command line; by default by its own name."""
+    """How a parameter is called and explained at the command line; by default by its own name."""
 
     help: str
     flags: tuple[str, ...] = ()  # other names; the first that begins with two dashes is the main one
@@ -25,6 +30,15 @@ class Option:
     most: int | None = None
     shown: str | None = None  # what the help shows as the default, where the value does not say it
 
+
+def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:
+    def option(default: T, *given: P.args, **how: P.kwargs) -> T:
+        return field(default=default, metadata={"option": make(*given, **how)})
+
+    return option
+
+
+option = _as_field(Option)  # of a dataclass a field with this default, whose `Option` is made of what follows
 
 Json = Annotated[bool, Option("print JSON instead of a table", ("--json",))]
 Seed = Annotated[int, Option("random seed", least=0, most=(1 << 32) - 1)]  # as numpy takes them too
@@ -46,10 +60,10 @@ class Workload:
 
     PANEL: ClassVar = "Timing"
 
-    prompt_tokens: Annotated[int, Option("tokens of the prompt")] = 128
-    generation_tokens: Annotated[int, Option("tokens generated behind it")] = 16
-    concurrency: Annotated[int, Option("sequences at once")] = 1
-    rounds: Annotated[int, Option("timed rounds; each times all models in turn")] = 5
+    prompt_tokens: int = option(128, "tokens of the prompt")
+    generation_tokens: int = option(16, "tokens generated behind it")
+    concurrency: int = option(1, "sequences at once")
+    rounds: int = option(5, "timed rounds; each times all models in turn")
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UsageError` for counts that are too low, and for more tokens than the model has positions."""

@@ -7,9 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from ..errors import UsageError, shortened
+from ..errors import UsageError, printable, shortened
 from ..inputs import Settings
-from ..results.printable import printable
 
 Colour = str | alt.ExprRef
 Colours = Mapping[str, Colour]  # by name, in the order of the legend

@@ -22,11 +22,11 @@ from ..models.loading import dtype_name
 from ..plan import Plan
 from ..repairing.refitting import Repair
 from ..repairing.streams import DenseStream
-from ..results.evaluations import EvaluationRecord
 from ..results.facts import SearchCost
 from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.record import Key, is_number
+from ..results.repairs import EvaluationRecord
 from ..running.replay import PrefixCache, Recording, Replay, live_steps, record, step_name
 from ..structure.locating import locate
 from ..structure.model_structure import base_model

@@ -1,7 +1,5 @@
 """The command line: each command reads its options, calls one function, and prints what it answers."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
@@ -17,9 +15,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import UsageError, nearest, shortened
+from ..errors import UsageError, nearest, print_in_any_encoding, printable, shortened
 from ..extras import EXTRAS
-from ..results.printable import print_in_any_encoding, printable
 from .app import Interrupted, app
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.

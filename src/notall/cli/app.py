@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,8 @@ from .spread import spread
 
 if TYPE_CHECKING:
     from ..experiments.verdict import Verdict
+    from ..results.repairs import MeasuredRecord
+    from ..results.table import Table
 
 # How `notall --help` groups the commands.
 LOOK, CHOOSE, REPAIR = "Look at a model", "Choose what to skip", "Make up for what is skipped"
@@ -65,6 +67,9 @@ class Listed(TyperCommand):
         import_module(f".{COMMANDS[str(self.name)][1]}", __package__)
         return typer.main.get_command(_LOADED[str(self.name)])
 
+    def make_context(self, *given: Any, **how: Any) -> Any:
+        return self.loaded().make_context(*given, **how)
+
 
 class Tour(TyperGroup):
     """Lists the commands in their order, and imports one when it is called."""
@@ -75,13 +80,6 @@ class Tour(TyperGroup):
             for name, (panel, _, told) in COMMANDS.items()
         }
         super().__init__(**given | {"commands": listed})
-
-    def list_commands(self, context: Any) -> list[str]:
-        return [*self.commands]
-
-    def resolve_command(self, context: Any, words: list[str]) -> tuple[Any, Any, list[str]]:
-        name, command, rest = super().resolve_command(context, words)
-        return name, command.loaded() if isinstance(command, Listed) else command, rest
 
     def invoke(self, context: Any) -> Any:
         try:
@@ -126,36 +124,41 @@ def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], 
     return add
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"notall {__version__}")
-        raise typer.Exit
-
-
 @app.callback(invoke_without_command=True)
 def notall(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
 ) -> None:
     """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
 
     First run:  [bold]notall sweep --out results[/bold], then [bold]notall report results -o report.html[/bold]
     """
+    if version:
+        typer.echo(f"notall {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS, nl=False)
     elif sys.stderr.isatty() and not WITHOUT_MODEL.intersection(sys.argv):
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar("starting torch and transformers"):  # which takes seconds
             import transformers  # noqa: F401
 
 
-def conclude(verdict: Verdict, *, as_json: bool) -> None:
-    """Say what a plan comes to, which JSON holds already. Leave with `MISSED` where a budget was missed."""
-    from ..results.terminal import say
+def conclude(
+    verdict: Verdict,
+    tables: Mapping[str, Table] | None = None,
+    measured: Sequence[MeasuredRecord] = (),
+    *,
+    as_json: bool,
+) -> None:
+    """Show tables, and say what a plan comes to. Leave with `MISSED` where a budget was missed."""
+    from ..experiments.evaluate import warn_if_worse
+    from ..results.terminal import say, show
 
+    if tables:
+        show(tables, as_json=as_json, also={"verdict": verdict.fact()})
+    warn_if_worse(measured)
     if not as_json:
         for line in verdict.lines():
             say(line)

@@ -1,29 +1,25 @@
 """notall compare, search, plan and criteria: choose what to skip."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 from ..errors import shortened
 from ..experiments import compare as comparing
 from ..experiments.driver import Subject
-from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions, StopOptions
 from ..inputs import Settings
 from ..models.names import model_in_words
-from ..options import Json, Option, OutFolder, RunOptions, Seed, Workload
+from ..options import Json, Option, OutFolder, RunOptions, Workload
 from ..plan import Plan
 from ..results.facts import FOOTPRINT, PLAN_CHECKS, Footprint
-from ..results.progress_bars import progress_bar
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Fact
 from ..results.repairs import MEASURED
 from ..results.table import Column, table, within, words
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
 
 
@@ -32,11 +28,10 @@ def compare(
     model: ModelOptions,
     how: comparing.CompareOptions,
     tasks: TaskOptions,
+    run: RunOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
     workload: Workload = Workload(rounds=0),
     out: OutFolder = Path("comparison"),
-    seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
     """Compare ways to choose on held-out text: each criterion at each budget, and what it took to find the plan.
 
@@ -47,12 +42,12 @@ def compare(
     text.check()
     choice = tasks.check(objectives=how.check())
     net, tokenizer = model.load()
-    batches, held_out, described = text.both(net, tokenizer, seed=seed)
+    batches, held_out, described = text.both(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     timed = workload if workload.rounds else None
     with progress_bar() as progress:
         records = comparing.compare_criteria(
-            Subject(net, tokenizer, held_out, out, about, seed),
+            Subject(net, tokenizer, held_out, out, about, run.seed),
             how.runs(net),
             how.objectives(net, tokenizer, batches, choice),
             tasks=choice,
@@ -66,7 +61,7 @@ def compare(
     tables = {"comparison": table(f"{len(records)} choices in {out}", comparing.columns_of(records), records)}
     where = f"The whole table is in {out / 'table.md'}, .tex and .csv, the plans are in {out / 'plans'}."
     once = [comparing.TIMED_ONCE] if comparing.timed_once(records) else []
-    show(tables, as_json=as_json, then=(*once, where, next_report(out)))
+    show(tables, as_json=run.as_json, then=(*once, where, next_report(out)))
 
 
 def _made(about: Provenance, described: Settings, timed: Workload | None) -> str:
@@ -112,9 +107,7 @@ def search(
     if done.passkeys:
         note = "numbers found again far back, which perplexity does not see; worse: p < 0.05, and five a row are few"
         tables["passkeys"] = table(note, PLAN_CHECKS, done.passkeys)
-    show(tables, as_json=run.as_json, also={"verdict": done.verdict.fact()})
-    warn_if_worse(done.measured)
-    conclude(done.verdict, as_json=run.as_json)
+    conclude(done.verdict, tables, done.measured, as_json=run.as_json)
 
 
 class Weighed(Fact):

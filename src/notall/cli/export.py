@@ -1,7 +1,5 @@
 """notall export: turn a plan into files for engines."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, TextOptions, read_plan
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
@@ -19,11 +16,10 @@ from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.facts import DELTA_NLL, KL, PERPLEXITY, TOP1
-from ..results.progress_bars import progress_bar
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord, State
 from ..results.table import Column, in_bytes, size, table, words
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 BROKEN = (
@@ -62,9 +58,8 @@ def export(
     from ..exporters import export as export_model
 
     kept = out.with_name(f"{out.name}.repaired")
-    check_folder(kept if repair else None, "repair")
     wanted = read_plan(plan)
-    repair.check()
+    repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
     how: dict[str, Any] = {
@@ -138,13 +133,12 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
 
 def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, str], Verdict]:
     """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
-    from ..experiments.options import windows_of
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
     net, tokenizer = replace(model, dtype="auto").load()
     length = int(min(256, positions_of(net)))
-    batches, described = windows_of(net, tokenizer, text, 8, length, batch_size=4)
+    batches, described = TextOptions(text, 8, length).windows(net, tokenizer)
     before = [plan.unrepaired] if plan.state == "repaired" else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
     card = {

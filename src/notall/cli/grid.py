@@ -1,7 +1,5 @@
 """notall sweep and paper: the paper's grid on a text, and its whole evaluation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
@@ -12,12 +10,11 @@ from ..experiments.sweep import COLUMNS, write_sweep
 from ..experiments.sweep import sweep as sweep_grid
 from ..extras import FIGURES, need
 from ..models.names import model_in_words
-from ..options import Json, OutFolder, Seed, Workload
+from ..options import OutFolder, RunOptions, Workload
 from ..results.ledger import read
-from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.table import table
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command
 
 OPENLLM = TaskOptions(tasks=("openllm",))
@@ -29,9 +26,8 @@ def sweep(
     text: TextOptions,
     workload: Workload,
     ray: RayOptions,
+    run: RunOptions,
     out: OutFolder = Path("results"),
-    seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
     """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks, with the last layer and without.
 
@@ -40,15 +36,15 @@ def sweep(
     check_folder(out, "sweep")
     text.check()
     net, tokenizer = model.load()
-    batches, described = text.windows(net, tokenizer, seed=seed)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
     with ray.workers(net, model) as workers, progress_bar() as progress:
-        records = sweep_grid(Subject(net, tokenizer, batches, out, about, seed, workers), workload, progress)
+        records = sweep_grid(Subject(net, tokenizer, batches, out, about, run.seed, workers), workload, progress)
     write_sweep(records, out, model_in_words(about.what["model"]))
     _write_similarity(out, about.what)
     title = f"{about.what['model']}: {len(records)} configurations in {out}"
     where = f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv."
-    show({"results": table(title, COLUMNS, records)}, as_json=as_json, then=(where, next_report(out)))
+    show({"results": table(title, COLUMNS, records)}, as_json=run.as_json, then=(where, next_report(out)))
 
 
 @command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
@@ -58,10 +54,9 @@ def paper(
     how: PaperOptions,
     timing: TimingGrid,
     ray: RayOptions,
+    run: RunOptions,
     tasks: TaskOptions = OPENLLM,
     out: OutFolder = Path("paper"),
-    seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
     """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
 
@@ -73,15 +68,15 @@ def paper(
     text.check()
     choice = tasks.check()
     net, tokenizer = model.load()
-    batches, described = text.windows(net, tokenizer, seed=seed)
+    batches, described = text.windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described)
-    windows = text.for_diagnostics(net, tokenizer, seed) if how.diagnostics else ()
+    windows = text.for_diagnostics(net, tokenizer, run.seed) if how.diagnostics else ()
     with ray.workers(net, model) as workers, progress_bar() as progress:
-        subject = Subject(net, tokenizer, batches, out, about, seed, workers)
+        subject = Subject(net, tokenizer, batches, out, about, run.seed, workers)
         claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)
     _write_similarity(out, about.what)
     title = f"The tables are in {out}/paper.md, and as .tex and .csv beside it"
-    show({"claims": table(title, CLAIMS, claims)}, as_json=as_json, then=[next_report(out)])
+    show({"claims": table(title, CLAIMS, claims)}, as_json=run.as_json, then=[next_report(out)])
 
 
 def _write_similarity(out: Path, what: dict[str, object]) -> None:

@@ -1,7 +1,5 @@
 """notall inspect, similarity and generate: look at a model."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +14,7 @@ from rich.table import Column as RichColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
 from ..extras import FIGURES, need
 from ..options import Json, Option, RunOptions, Seed
@@ -23,12 +22,10 @@ from ..plan import Plan
 from ..progress import tracked
 from ..results.facts import SIMILARITY
 from ..results.lines import refuse_unwritable
-from ..results.printable import printable
-from ..results.progress_bars import progress_bar
 from ..results.provenance import windows_in_words
 from ..results.record import Count, Fact
 from ..results.table import Column, number, size, table, words
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command
 
 

@@ -1,14 +1,13 @@
 """notall eval, bench, draft, tasks and report: what a plan costs and saves, and the page of a folder of results."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse
+from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
@@ -18,18 +17,15 @@ from ..experiments.options import (
     TaskOptions,
     TaskPath,
     TextOptions,
-    windows_of,
 )
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
 from ..extras import FIGURES, need
-from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
+from ..options import Json, KeepIn, Option, RunOptions, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
-from ..results.printable import printable
-from ..results.progress_bars import progress_bar
 from ..results.table import table
-from ..results.terminal import show
+from ..results.terminal import progress_bar, show
 from .app import command, conclude
 
 
@@ -48,15 +44,13 @@ def evaluate(
 
     Each figure comes with its standard error, and differences are paired with the dense model's.
     """
-    from ..repairing.texts import about_measured
     from ..structure.locating import locate
 
-    kept = out.with_name(f"{out.name}.repaired") if out and repair else None
+    kept = out.with_name(f"{out.name}.repaired") if out else None
     check_folder(out, "eval")
-    check_folder(kept, "repair")
     plan.check(needed=True, model=model.model)
     text.check()
-    repair.check()
+    repair.check(kept)
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
     net, tokenizer = model.load()
     wanted = plan.of(net)
@@ -70,8 +64,7 @@ def evaluate(
         evaluation = Evaluation(net, tokenizer, wanted, asked, windows, out, progress)
         found = evaluation.run(batches)
     settings = model.provenance(net, **described, fingerprint=locate(net).fingerprint)
-    abouts = {name: (one, about_measured(net, settings, one, batches)) for name, one in evaluation.states.items()}
-    records = records_of(found, described["text"], abouts, out)
+    records = evaluation.records(found, batches, settings)
     tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
         title = "benchmarks, differences paired by document; worse: p < 0.05"
@@ -81,9 +74,7 @@ def evaluate(
     timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
-    show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
-    warn_if_worse(records)
-    conclude(verdict, as_json=run.as_json)
+    conclude(verdict, tables, records, as_json=run.as_json)
 
 
 @command(example="notall bench --shape llama-2-7b --dummy-weights --skip attention:0.33")
@@ -118,9 +109,8 @@ def draft(
     plan: PlanOptions,
     text: PromptOptions,
     how: drafts.DraftOptions,
+    run: RunOptions,
     out: KeepIn = None,
-    seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
     """Predict and measure the speedup of a plan as a draft model in speculative decoding.
 
@@ -138,14 +128,14 @@ def draft(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     length = how.prompt_tokens + how.generation_tokens
-    windows, described = windows_of(net, tokenizer, text.text, text.sequences, length, seed=seed)
+    windows, described = TextOptions(text.text, text.sequences, length, 1).windows(net, tokenizer, seed=run.seed)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
-        found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=seed, progress=progress)
+        found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=run.seed, progress=progress)
     title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
     tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
-    show(tables, as_json=as_json, also={"verdict": told}, then=[told.said])
+    show(tables, as_json=run.as_json, also={"verdict": told}, then=[told.said])
 
 
 @command(example="notall tasks arc")

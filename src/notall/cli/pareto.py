@@ -15,9 +15,8 @@ from ..experiments.search import warn_of_own_text
 from ..options import OutFolder, RunOptions, Workload
 from ..plan import Plan, several
 from ..progress import Stages
-from ..results.progress_bars import progress_bar
 from ..results.table import table
-from ..results.terminal import next_report, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command
 
 if TYPE_CHECKING:
@@ -69,7 +68,9 @@ def pareto(
         if plans.repair != NONE:
             variants = finding.repaired(wanted, plans.repair, stages.stage(1))
         subjects = [
-            fronts.Subject(name, model.model, one, windows, "", model.revision, model.trust_remote_code)
+            fronts.Subject(
+                name, model.model, one, windows, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
             for name, one in [(fronts.DENSE, Plan()), *variants]
         ]
         subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
@@ -92,6 +93,5 @@ def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.W
     _, theirs = model.load()
     known = identify(model.model)
     name = known["model"].removesuffix(".gguf")
-    own = fronts.by_another(theirs, ours, windows)
-    trusted = model.trust_remote_code
-    return fronts.Subject(name, model.model, Plan(), own, known["revision"], trust_remote_code=trusted)
+    own, trusted = fronts.by_another(theirs, ours, windows), model.trust_remote_code
+    return fronts.Subject(name, model.model, Plan(), own, about=known["revision"], trust_remote_code=trusted)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
 from ..experiments import repair as repairs
-from ..experiments.evaluate import warn_if_worse
 from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, read_plan
 from ..experiments.repair import METHODS, REFIT, FitOptions
@@ -17,11 +16,10 @@ from ..options import Option, RunOptions
 from ..plan import Plan
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
-from ..results.progress_bars import progress_bar
 from ..results.provenance import Provenance
 from ..results.repairs import HEALING, MEASURED, HealRecord, MeasuredRecord
 from ..results.table import Table, table
-from ..results.terminal import show
+from ..results.terminal import progress_bar
 from .app import command, conclude
 
 if TYPE_CHECKING:
@@ -50,6 +48,7 @@ def repair(
     Nothing is trained, no tensor is added, and it costs nothing later. OUT is a plan with weights: give it as
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
+    from ..repairing.methods import repair_into
     from ..repairing.texts import measure
 
     check_folder(out, "repair")
@@ -59,7 +58,7 @@ def repair(
     net, wanted, texts, settings = _begun(model, plan, text, run.seed)
     with progress_bar() as progress:
         fit = texts.together(text.batch_size)
-        repaired = repairs.repaired_by(repair, net, wanted, fit, out, settings, progress, offload)
+        repaired = repair_into(out, repair, net, wanted, fit, settings, progress, offload)
         measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
     quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
     tables = {"refits": repairs.refits_table(repaired, out)} if repair == REFIT else {}
@@ -131,6 +130,4 @@ def _ended(
     last = measured[-1]
     verdict = Verdict.on(net, last.plan, last.quality, last.text, last.model)
     verdict = replace(verdict, next=what_next(verdict, spec, out)[1])
-    show(tables, as_json=as_json, also={"verdict": verdict.fact()})
-    warn_if_worse(measured)
-    conclude(verdict, as_json=as_json)
+    conclude(verdict, tables, measured, as_json=as_json)

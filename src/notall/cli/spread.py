@@ -1,10 +1,8 @@
 """Options of the command line from dataclasses: each field is one, and the command gets the dataclass back."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -27,8 +25,8 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     options: dict[str, inspect.Parameter] = {}
     owners: dict[str, str] = {}  # of an option, the parameter that it is, or is a field of
     for name, parameter in given.items():
-        hint = hints[name]
-        for option in _fields(hint, parameter) if name in classes else [_option(name, hint, parameter)]:
+        how = hints[name], parameter.default
+        for option in _fields(*how) if name in classes else [_option(name, *how)]:
             assert option.name not in options, f"two options of {function.__name__} are called {option.name}"
             options[option.name], owners[option.name] = option, name
 
@@ -44,22 +42,22 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _fields(kind: Any, parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+def _fields(kind: Any, given: Any) -> Iterator[inspect.Parameter]:
+    """Of a dataclass, with the defaults of `given`, an instance, where there is one."""
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if parameter.default is not REQUIRED:
-            default = getattr(parameter.default, field.name)
-        one = inspect.Parameter(field.name, parameter.kind, default=REQUIRED if default is MISSING else default)
-        yield _option(field.name, hints[field.name], one, getattr(kind, "PANEL", None))
+        default = field.default if given is REQUIRED else getattr(given, field.name)
+        panel = getattr(kind, "PANEL", None)
+        yield _option(field.name, hints[field.name], default, panel, field.metadata.get("option"))
 
 
-def _option(name: str, hint: Any, parameter: inspect.Parameter, panel: str | None = None) -> inspect.Parameter:
+def _option(
+    name: str, hint: Any, default: Any, panel: str | None = None, option: Option | None = None
+) -> inspect.Parameter:
     """As Typer takes it, which knows lists and no tuples."""
     kind, *more = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-    option = next((one for one in more if isinstance(one, Option)), None)
+    option = option or next((one for one in more if isinstance(one, Option)), None)
     assert option, f"{name} has no Option to explain it"
-    default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     told: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
     if option.argument:
         info = typer.Argument(**told)
@@ -68,12 +66,8 @@ def _option(name: str, hint: Any, parameter: inspect.Parameter, panel: str | Non
         told |= {"min": option.least, "callback": _at_most(option.most), "rich_help_panel": option.panel or panel}
         info = typer.Option(*flags, **told, show_default=True if option.shown is None else option.shown)
     kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=REQUIRED if default is ... else default,
-        annotation=Annotated[kind, info],
-    )
+    default = REQUIRED if default is ... else list(default) if isinstance(default, tuple) else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def _at_most(most: int | None) -> Callable[[int], int] | None:

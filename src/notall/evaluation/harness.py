@@ -29,9 +29,9 @@ from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, nor
 from ..models.load_errors import quiet
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.evaluations import AnswersRecord, Said
 from ..results.facts import TaskScore
 from ..results.ledger import Ledger, working_in
+from ..results.repairs import AnswersRecord, Said
 from ..running.skipping import skip
 from .scoring import Request, Scorer, unless_out_of_memory
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from ..errors import UsageError
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
@@ -37,14 +37,9 @@ class Timed(Fact):
     footprint: Footprint
 
 
-class BenchRecord(Record, Skips):
+class BenchRecord(Record, Skips, kind="bench"):
     """A plan and the dense model, timed in one run. Every measurement is one of its own."""
 
-    file = "bench.jsonl"
-    commands = ("bench",)
-    key_fields = ()
-
-    record: Literal["bench"] = "bench"
     prompt_tokens: Count
     generation_tokens: Count
     concurrency: Count = Field(description="sequences at once")
@@ -93,12 +88,8 @@ class ShapeOptions:
 
     PANEL: ClassVar = "Model"
 
-    shape: Annotated[str | None, Option("instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")] = (
-        None
-    )
-    dummy_weights: Annotated[
-        bool, Option("use random weights, so that nothing is downloaded", ("--dummy-weights",))
-    ] = False
+    shape: str | None = option(None, "instead of MODEL: llama-2-7b, llama-2-13b, llama-2-70b or a config.json")
+    dummy_weights: bool = option(False, "use random weights, so that nothing is downloaded", ("--dummy-weights",))
 
     def load(self, model: ModelOptions, seed: int) -> PreTrainedModel:
         """The model that is named, or one of random weights."""

@@ -10,23 +10,36 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
-from ..results.evaluations import EvaluationRecord
 from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
+from ..results.repairs import EvaluationRecord
+from ..results.table import (
+    EMPTY,
+    Cell,
+    Column,
+    Table,
+    as_csv,
+    as_latex,
+    number,
+    pivot,
+    size,
+    table,
+    with_error,
+    within,
+    words,
+)
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
@@ -67,36 +80,20 @@ class Answered(Skips):
 RUN = ("criterion", "objective", "space", "count")
 
 
-class ChoiceRecord(Record, Answered):
+class ChoiceRecord(Record, Answered, kind="choice", key=RUN):
     """What one run chose."""
 
-    file = "choices.jsonl"
-    commands = ("compare",)
-    key_fields = RUN
 
-    record: Literal["choice"] = "choice"
-
-
-class PlanTimesRecord(Record):
+class PlanTimesRecord(Record, kind="plan_times", key=("footprint",)):
     """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
 
-    file = "plan_times.jsonl"
-    commands = ("compare",)
-    key_fields = ("footprint",)
-
-    record: Literal["plan_times"] = "plan_times"
     footprint: Footprint
     times: Times
 
 
-class ComparisonRecord(Record, Answered):
+class ComparisonRecord(Record, Answered, kind="comparison", key=(*RUN, "repair")):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
-    file = "comparison.jsonl"
-    commands = ("compare",)
-    key_fields = (*RUN, "repair")
-
-    record: Literal["comparison"] = "comparison"
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
     quality: Quality
     footprint: Footprint
@@ -186,30 +183,25 @@ class CompareOptions:
 
     PANEL: ClassVar = "What is compared"
 
-    skip: Annotated[
-        tuple[str, ...],
-        Option(
-            "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
-            metavar="KIND:COUNT[,...]",
-        ),
-    ] = ("attention:4,8",)
-    criterion: Annotated[
-        tuple[str, ...],
-        Option("a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"),
-    ] = ()
-    objective: Annotated[
-        tuple[str, ...], Option("nll, kl, answers, task:NAME, or a sum; repeat it for more", metavar="OBJECTIVE")
-    ] = ("kl",)
-    repair: Annotated[
-        tuple[str, ...],
-        Option(
-            "also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your own "
-            "module:function; repeat it for more"
-        ),
-    ] = ()
-    keep_first: Annotated[bool, Option("preserve the first layer", ("--keep-first",))] = False
-    keep_last: Annotated[bool, Option("preserve the last layer", ("--keep-last",))] = False
-    prompts: Annotated[Path | None, Option("prompts of the objective `answers`: one a line, or a .jsonl")] = None
+    skip: tuple[str, ...] = option(
+        ("attention:4,8",),
+        "attention, mlp, block, period, sublayer or portable, and counts; repeat it for more",
+        metavar="KIND:COUNT[,...]",
+    )
+    criterion: tuple[str, ...] = option(
+        (), "a name of `notall criteria`, or your own module:function; repeat it for more (default: all)"
+    )
+    objective: tuple[str, ...] = option(
+        ("kl",), "nll, kl, answers, task:NAME, or a sum; repeat it for more", metavar="OBJECTIVE"
+    )
+    repair: tuple[str, ...] = option(
+        (),
+        "also judge plans after a repair with --text: refit, replaceme, prune-and-comp, nbl, ghosted, or your own "
+        "module:function; repeat it for more",
+    )
+    keep_first: bool = option(False, "preserve the first layer", ("--keep-first",))
+    keep_last: bool = option(False, "preserve the last layer", ("--keep-last",))
+    prompts: Path | None = option(None, "prompts of the objective `answers`: one a line, or a .jsonl")
 
     def check(self) -> list[str]:
         """The tasks of the harness that objectives go by. Raises `UsageError` for what is refused without a model."""

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
-from ..options import Option
+from ..options import option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import Decoding
@@ -41,14 +41,9 @@ NOTE = (
 )
 
 
-class DraftRecord(Record, Skips):
+class DraftRecord(Record, Skips, kind="draft"):
     """Rounds of so many drafted tokens and a check of them. Every measurement is one of its own."""
 
-    file = "drafts.jsonl"
-    commands = ("draft",)
-    key_fields = ()
-
-    record: Literal["draft"] = "draft"
     model: Literal["skipped", "repaired"] = Field(description="which model drafts")
     decoding: Decoding = Field(description="the likeliest token each time, or sampled at temperature 1")
     drafted: Count = Field(description="tokens that are drafted a round")
@@ -96,10 +91,10 @@ class DraftOptions:
 
     PANEL: ClassVar = "Timing"
 
-    prompt_tokens: Annotated[int, Option("tokens of each prompt")] = 128
-    generation_tokens: Annotated[int, Option("tokens that continue it, at most")] = 64
-    most: Annotated[int, Option("most tokens that are drafted a round: 1 to this many are tried")] = 8
-    rounds: Annotated[int, Option("timed rounds; each times all models in turn")] = 3
+    prompt_tokens: int = option(128, "tokens of each prompt")
+    generation_tokens: int = option(64, "tokens that continue it, at most")
+    most: int = option(8, "most tokens that are drafted a round: 1 to this many are tried")
+    rounds: int = option(3, "timed rounds; each times all models in turn")
 
     def check(self, model: PreTrainedModel) -> None:
         from ..running.generating import check_positions

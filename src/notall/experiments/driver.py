@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, reduce
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -18,11 +18,10 @@ from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, refuse_foreign, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
-from ..results.table import as_csv, pivot
+from ..results.table import as_csv, as_latex, pivot
 from .options import TaskChoice
 
 if TYPE_CHECKING:
@@ -40,14 +39,9 @@ UNREPAIRED = "none"
 RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:function
 
 
-class ScoresRecord(Record):
+class ScoresRecord(Record, kind="scores", key=("batch", "repair", "names")):
     """Scores on one batch of token ids, by what is skipped; of the dense model by nothing."""
 
-    file = "scores.jsonl"
-    commands = ("sweep", "compare")
-    key_fields = ("batch", "repair", "names")
-
-    record: Literal["scores"] = "scores"
     batch: Count = Field(description="its number, from 0")
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
     scores: dict[SublayerNames, Scores]
@@ -57,48 +51,30 @@ class ScoresRecord(Record):
         return tuple(self.scores)
 
 
-class SimilarityRecord(Record, Similarity):
+class SimilarityRecord(Record, Similarity, kind="similarity", key=("layer", "kind")):
     """One block or sublayer of a run."""
 
-    file = "similarity.jsonl"
-    commands = ("sweep", "paper")
-    key_fields = ("layer", "kind")
 
-    record: Literal["similarity"] = "similarity"
-
-
-class LeaveOneOutRecord(Record):
+class LeaveOneOutRecord(Record, kind="leave_one_out", key=("sublayer",)):
     """One sublayer left out, on a few sequences."""
 
-    file = "leave_one_out.jsonl"
-    commands = ("sweep",)
-    key_fields = ("sublayer",)
-
-    record: Literal["leave_one_out"] = "leave_one_out"
     sublayer: SublayerName
     delta_nll: Number = Field(description="nll less the dense model's, nats per token")
     delta_nll_se: Unsigned = Field(math.nan, description="of the paired differences, nats per token")
     sequences: Count | None = Field(None, description="on how many")
 
 
-class BenchmarkRecord(Record, TaskScore, Configured):
+class BenchmarkRecord(
+    Record, TaskScore, Configured, kind="benchmark", key=("task", "metric", "variant", "fraction", "keep_last")
+):
     """One configuration on one task, beside the dense model on the same documents."""
 
-    file = "benchmarks.jsonl"
-    commands = ("paper",)
-    key_fields = ("task", "metric", "variant", "fraction", "keep_last")
 
-    record: Literal["benchmark"] = "benchmark"
-
-
-class DiagnosticsRecord(Record, Check, Configured):
+class DiagnosticsRecord(
+    Record, Check, Configured, kind="diagnostics", key=("part", "check", "variant", "fraction", "keep_last")
+):
     """One check of one configuration beside the dense model."""
 
-    file = "diagnostics.jsonl"
-    commands = ("paper",)
-    key_fields = ("part", "check", "variant", "fraction", "keep_last")
-
-    record: Literal["diagnostics"] = "diagnostics"
     part: str = Field(description="of the diagnostics")
 
 

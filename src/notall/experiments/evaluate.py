@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -100,10 +100,23 @@ class Evaluation:
             scores += self._gsm8k()
         return Evaluated(quality, scores, checks)
 
+    def records(self, found: Evaluated, batches: Sequence[Tensor], settings: Provenance) -> list[MeasuredRecord]:
+        """The quality that was found, a record for each state, with what decides its figures; in `out` too."""
+        from ..repairing.texts import about_measured
+
+        records, text = list[MeasuredRecord](), str(settings.what["text"])
+        for (state, plan), one in zip(self.states.items(), found.quality[1:]):
+            about = about_measured(self.model, settings, plan, batches)
+            records.append(MeasuredRecord(text=text, model=state, plan=plan, quality=one.quality, provenance=about))
+        if self.out:
+            with working_in(self.out, "eval"):
+                kept = Ledger(self.out, MeasuredRecord)
+                kept.add(*(record for record in records if record.key not in kept))
+        return records
+
     def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
-        plans = [*self.states.values()]
+        names, plans = zip(*self.states.items())
         found = run_choice(self.model, self.tokenizer, plans, jobs, self.tasks, self.out, self.progress)
-        names = [*self.states]
         return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
 
     def _gsm8k(self) -> list[PlanScore]:
@@ -117,22 +130,6 @@ class Evaluation:
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []
-
-
-def records_of(
-    found: Evaluated, text: str, plans: Mapping[State, tuple[Plan, Provenance]], out: Path | None
-) -> list[MeasuredRecord]:
-    """The quality on `text`, a record for each of `plans` with what decides its figures; in `out` too, if given."""
-    by_name = {one.model: one.quality for one in found.quality}
-    records = [
-        MeasuredRecord(text=text, model=state, plan=plan, quality=by_name[state], provenance=about)
-        for state, (plan, about) in plans.items()
-    ]
-    if out:
-        with working_in(out, "eval"):
-            kept = Ledger(out, MeasuredRecord)
-            kept.add(*(record for record in records if record.key not in kept))
-    return records
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:

@@ -17,7 +17,7 @@ from ..plan import Fingerprint
 from ..results import lines
 from ..results.ledger import header_of, kind_at, read, refuse_foreign
 from ..results.provenance import Provenance
-from ..results.record import Command, Record
+from ..results.record import KINDS, Command, Record
 
 R = TypeVar("R", bound=Record)
 
@@ -32,10 +32,10 @@ class Folder:
 
     def of(self, kind: type[R]) -> tuple[R, ...]:
         """The records of a kind, each with its provenance; none where there is no such file."""
-        return tuple(record for record in self.files.get(kind.kind_name(), ()) if isinstance(record, kind))
+        return tuple(record for record in self.files.get(kind.kind_name, ()) if isinstance(record, kind))
 
     def __contains__(self, kind: type[Record]) -> bool:
-        return bool(self.files.get(kind.kind_name()))
+        return bool(self.files.get(kind.kind_name))
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -82,9 +82,7 @@ def check_folder(folder: Path | None, command: Command) -> None:
     if folder is None:
         return
     lines.refuse_unwritable(folder)
-    if any(folder.glob("*.jsonl")):
-        know_every_kind()
-        refuse_foreign(folder, command)
+    refuse_foreign(folder, command)
 
 
 def read_folder(path: Path) -> Folder:
@@ -96,10 +94,11 @@ def read_folder(path: Path) -> Folder:
     know_every_kind()
     files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[Settings, ...]]()
     for file in sorted(path.glob("*.jsonl")):
-        if kind := kind_at(file):
+        if name := kind_at(file):
+            kind = KINDS[name]
             header = header_of(file) if kind.headed else None
             update = {"provenance": header.provenance} if header else {}
-            files[kind.kind_name()] = tuple(one.model_copy(update=update) for one in read(file, kind))
+            files[name] = tuple(one.model_copy(update=update) for one in read(file, kind))
         elif rows := tuple(lines.read(file)):
             foreign[file.stem] = rows
     if not any(files.values()) and not foreign:

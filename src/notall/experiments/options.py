@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from ..errors import UsageError, nearest, shortened
 from ..extras import need
 from ..inputs import Settings
-from ..options import Option
+from ..options import Option, option
 from ..plan import Plan
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..results.provenance import Provenance
 
 MANIFEST = "notall.json"  # of an export
+Words = tuple[str, ...]  # of an option that may be repeated
 SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most
 
 
@@ -35,24 +36,18 @@ class ModelOptions:
 
     PANEL: ClassVar = "Model"
 
-    model: Annotated[str, Option("smollm2, a hub id, a folder or a .gguf file", (), "MODEL", argument=True)] = "smollm2"
-    dtype: Annotated[
-        str, Option("dtype to compute in: float32, bfloat16, float16, or auto, which suits the device")
-    ] = "auto"
-    device: Annotated[str, Option("device to run on: auto, cpu, cuda, cuda:1, mps ...")] = "auto"
-    device_map: Annotated[str | None, Option("spread the model over devices with accelerate: auto, balanced ...")] = (
-        None
-    )
-    attn_implementation: Annotated[
-        str | None, Option("attention implementation: sdpa, eager, flash_attention_2 ...")
-    ] = None
-    revision: Annotated[str | None, Option("branch, tag or commit of a hub model")] = None
-    trust_remote_code: Annotated[bool, Option("run the model's own code from the hub")] = False
+    model: str = option("smollm2", "smollm2, a hub id, a folder or a .gguf file", (), "MODEL", argument=True)
+    dtype: str = option("auto", "dtype to compute in: float32, bfloat16, float16, or auto, which suits the device")
+    device: str = option("auto", "device to run on: auto, cpu, cuda, cuda:1, mps ...")
+    device_map: str | None = option(None, "spread the model over devices with accelerate: auto, balanced ...")
+    attn_implementation: str | None = option(None, "attention implementation: sdpa, eager, flash_attention_2 ...")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    trust_remote_code: bool = option(False, "run the model's own code from the hub")
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer. Raises as `notall.load` does."""
         from ..models.loading import load
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar(f"loading {self.model}"):
             return load(**self.arguments)
@@ -65,7 +60,7 @@ class ModelOptions:
         from ..models.loading import load_empty, named_dtype
         from ..models.names import named_gguf
         from ..models.quantisation import quantisation_of
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
         from ..structure.weights import count_as_stored
 
         named = self.own_dtype or (UNPACKED if named_gguf(self.model) else None)
@@ -102,10 +97,8 @@ class ModelOptions:
 class PromptOptions:
     PANEL: ClassVar = "Text"
 
-    text: Annotated[str, Option("a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")] = (
-        "prose"
-    )
-    sequences: Annotated[int, Option("number of windows")] = 8
+    text: str = option("prose", "a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")
+    sequences: int = option(8, "number of windows")
 
     def check(self) -> None:
         check_texts(self.text)
@@ -116,30 +109,37 @@ class PromptOptions:
         from ..structure.model_structure import positions_of
 
         length = int(min(WINDOW_TOKENS, positions_of(model)))
-        return windows_of(model, tokenizer, self.text, WINDOWS, length, seed=seed)[0]
+        return TextOptions(self.text, WINDOWS, length, 1).windows(model, tokenizer, seed=seed)[0]
 
 
 @dataclass(frozen=True)
 class TextOptions(PromptOptions):
     """Windows of a text: how many, of how many tokens, and how many run at a time."""
 
-    length: Annotated[int, Option("tokens in each window")] = 256
-    batch_size: Annotated[int, Option("windows to run at a time")] = 4
+    length: int = option(256, "tokens in each window")
+    batch_size: int = option(4, "windows to run at a time")
 
     def windows(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
-        size = {"batch_size": self.batch_size, "seed": seed}
-        return windows_of(model, tokenizer, self.text, self.sequences, self.length, **size)
+        from ..models.texts import read_text, token_batches
+        from ..structure.model_structure import positions_of
+
+        text, size = read_text(self.text), {"sequences": self.sequences, "length": self.length}
+        if self.length > (most := positions_of(model)):
+            raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
+        batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
+        described = {"text": text.name, "text_sha256": text.sha256, **size}
+        return [batch.to(model.device) for batch in batches], described
 
 
 @dataclass(frozen=True)
 class HeldOutOptions(TextOptions):
     """Windows of a text, and others to measure on: of another text, or of the same."""
 
-    held_out: Annotated[str | None, Option("text to measure on (default: other windows of --text)")] = None
-    held_out_sequences: Annotated[int | None, Option("windows to measure on (default: as --sequences)")] = None
+    held_out: str | None = option(None, "text to measure on (default: other windows of --text)")
+    held_out_sequences: int | None = option(None, "windows to measure on (default: as --sequences)")
 
     def check(self) -> None:
         check_texts(self.text, self.held_out)
@@ -155,14 +155,15 @@ class HeldOutOptions(TextOptions):
 
         from ..models.texts import read_text, windows_in
 
-        size, count = {"batch_size": self.batch_size, "seed": seed}, self.held_out_sequences or self.sequences
+        count = self.held_out_sequences or self.sequences
         if self.held_out:
             batches, described = self.windows(model, tokenizer, seed=seed)
-            others, about = windows_of(model, tokenizer, self.held_out, count, self.length, **size)
+            other = replace(self, text=self.held_out, sequences=count)
+            others, about = other.windows(model, tokenizer, seed=seed)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
             count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
-        both, described = windows_of(model, tokenizer, self.text, self.sequences + count, self.length, **size)
+        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
         others = list(rest.split(self.batch_size)) if count else []
@@ -175,28 +176,6 @@ def check_texts(*sources: str | None) -> None:
 
     for source in filter(None, sources):
         read_text(source)
-
-
-def windows_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    sequences: int,
-    length: int,
-    *,
-    batch_size: int = 1,
-    seed: int = 0,
-) -> tuple[list[Tensor], Settings]:
-    """Token batches of a text on the model's device, and what they are, for the record."""
-    from ..models.texts import read_text, token_batches
-    from ..structure.model_structure import positions_of
-
-    text = read_text(source)
-    if length > (most := positions_of(model)):
-        raise UsageError(f"windows of {length} tokens exceed the model's {most} positions: lower --length")
-    batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)
-    described = {"text": text.name, "text_sha256": text.sha256, "sequences": sequences, "length": length}
-    return [batch.to(model.device) for batch in batches], described
 
 
 def read_plan(path: Path) -> Plan:
@@ -221,14 +200,11 @@ TaskPath = Annotated[Path | None, Option("folder with more tasks: YAML files of 
 class PlanOptions:
     """What is left out: the plan of a file, or the deepest of a kind."""
 
-    plan: Annotated[Path | None, Option("plan file, or the folder of a repair")] = None
-    skip: Annotated[
-        str | None,
-        Option(
-            "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", metavar="KIND[:HOW MANY]"
-        ),
-    ] = None
-    keep_last: Annotated[bool, Option("with --skip: preserve the last layer")] = False
+    plan: Path | None = option(None, "plan file, or the folder of a repair")
+    skip: str | None = option(
+        None, "instead of --plan: the deepest of a kind, such as attention:0.33 or attention:8", (), "KIND[:HOW MANY]"
+    )
+    keep_last: bool = option(False, "with --skip: preserve the last layer")
 
     @property
     def amount(self) -> SkipAmount | None:
@@ -319,16 +295,12 @@ class TaskOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    tasks: Annotated[
-        tuple[str, ...], Option("openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
-    ] = ()
-    limit: Annotated[
-        tuple[str, ...], Option("documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
-    ] = ()
-    num_fewshot: Annotated[int | None, Option("examples to show (default: the task's own number)", least=0)] = None
+    tasks: Words = option((), "openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
+    limit: Words = option((), "documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
+    num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)
     task_path: TaskPath = None
-    truncate: Annotated[bool, Option("cut the beginning of what is longer than the context")] = False
-    task_batch_size: Annotated[str, Option("requests to run at a time: a number, or auto")] = "auto"
+    truncate: bool = option(False, "cut the beginning of what is longer than the context")
+    task_batch_size: str = option("auto", "requests to run at a time: a number, or auto")
 
     def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
         """The tasks that there are; limits may be of what is run `also`, and the data of `objectives` is read.
@@ -342,7 +314,7 @@ class TaskOptions:
         if not (wanted or objectives or also):
             return TaskChoice(None, (), self.num_fewshot, size, self.truncate)
         need("lm_eval")
-        from ..results.progress_bars import progress_bar
+        from ..results.terminal import progress_bar
 
         with progress_bar("reading the harness's tasks"):
             from ..evaluation.tasks import Limits, TaskShelf
@@ -383,35 +355,28 @@ class TaskChoice:
         return [self.build(name) for name in self.names]
 
 
-Diagnostics = Annotated[
-    bool,
-    Option(
-        "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K", panel="Benchmarks"
-    ),
-]
+HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"
+Diagnostics = Annotated[bool, Option(HIDDEN, panel="Benchmarks")]
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
     PANEL: ClassVar = "Cluster"
 
-    ray: Annotated[
-        str | None,
-        Option(
-            "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or, "
-            "except for heal, ray://HOST:PORT",
-            (),
-            "[ADDRESS]",
-        ),
-    ] = None
-    ray_workers: Annotated[int | None, Option("number of workers (default: one for each GPU)")] = None
+    ray: str | None = option(
+        None,
+        "run on a Ray cluster: the running one, or a new one. ADDRESS may be local, auto, HOST:PORT or, except for "
+        "heal, ray://HOST:PORT",
+        metavar="[ADDRESS]",
+    )
+    ray_workers: int | None = option(None, "number of workers (default: one for each GPU)")
 
 
 @dataclass(frozen=True)
 class RayOptions(ClusterOptions):
     """With workers that each have a copy of the model."""
 
-    ray_gpus: Annotated[int, Option("GPUs for each worker")] = 1
+    ray_gpus: int = option(1, "GPUs for each worker")
 
     def workers(self, model: PreTrainedModel, loading: ModelOptions) -> AbstractContextManager[Workers | None]:
         if self.ray is None:

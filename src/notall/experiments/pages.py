@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plan import several
-from ..results.evaluations import EvaluationRecord
 from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Similarity, Times
 from ..results.ledger import header_of, read
 from ..results.record import is_number
+from ..results.repairs import EvaluationRecord
 from ..results.table import Column, as_csv, table
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
 from .folder import Folder

@@ -7,21 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..models.names import model_in_words
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
-from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
+from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
 from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
@@ -50,14 +49,11 @@ DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
-class TimesRecord(Record, Configured):
+class TimesRecord(
+    Record, Configured, kind="times", key=("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
+):
     """One configuration at one prompt length and number of sequences at once."""
 
-    file = "times.jsonl"
-    commands = ("paper",)
-    key_fields = ("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
-
-    record: Literal["times"] = "times"
     prompt_tokens: Count
     concurrency: Count = Field(description="sequences at once, as many as memory held")
     asked_concurrency: Count
@@ -65,14 +61,9 @@ class TimesRecord(Record, Configured):
     footprint: Footprint
 
 
-class ClaimRecord(Record):
+class ClaimRecord(Record, kind="claim", key=("claim",)):
     """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
 
-    file = "claims.jsonl"
-    commands = ("paper",)
-    key_fields = ("claim",)
-
-    record: Literal["claim"] = "claim"
     claim: str
     here: str = Field(description="the figures of this model")
     verdict: Verdict = Field(description="too few: documents, rounds or windows, below the least for a verdict")
@@ -102,10 +93,10 @@ class TimingGrid:
 
     PANEL: ClassVar = "Timing"
 
-    prompt_tokens: Annotated[tuple[int, ...], Option("tokens of the prompt; repeat it for more")] = (128, 512)
-    generation_tokens: Annotated[int, Option("tokens generated behind it")] = 16
-    concurrency: Annotated[tuple[int, ...], Option("sequences at once; repeat it for more")] = (1,)
-    rounds: Annotated[int, Option("timed rounds; each times all configurations in turn")] = 5
+    prompt_tokens: tuple[int, ...] = option((128, 512), "tokens of the prompt; repeat it for more")
+    generation_tokens: int = option(16, "tokens generated behind it")
+    concurrency: tuple[int, ...] = option((1,), "sequences at once; repeat it for more")
+    rounds: int = option(5, "timed rounds; each times all configurations in turn")
 
     @property
     def workloads(self) -> list[Workload]:
@@ -123,9 +114,9 @@ class PaperOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    generate_all: Annotated[
-        bool, Option("run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",))
-    ] = False
+    generate_all: bool = option(
+        False, "run tasks that generate text on all configurations, not only those of 33 %", ("--generate-all",)
+    )
     diagnostics: Diagnostics = False
 
 

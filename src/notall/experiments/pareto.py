@@ -13,14 +13,14 @@ from itertools import cycle, islice
 from operator import sub
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed
 from ..inputs import Settings
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
@@ -42,7 +42,7 @@ from ..results.record import (
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Folder
 from .options import read_plan, words_of
-from .repair import METHODS, NONE, REFIT, check_method, repaired_by
+from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .shown import Figure, Message, Section, Shown
 
@@ -74,14 +74,9 @@ class Represented(Fact):
         return ", ".join([self.model, *(["repaired"] if self.repaired else []), self.type])
 
 
-class EngineScoresRecord(Record, Represented):
+class EngineScoresRecord(Record, Represented, kind="engine_scores", key=NAMED):
     """What one model loses on each window of the held-out text, and what its file weighs."""
 
-    file = "engine_scores.jsonl"
-    commands = ("pareto",)
-    key_fields = NAMED
-
-    record: Literal["engine_scores"] = "engine_scores"
     file_bytes: Count = Field(description="of weights on disk")
     nll: tuple[Number, ...] = Field(description="nats per token, a mean a window")
     tokens: tuple[Count, ...] = Field(description="that were to be predicted, of each window")
@@ -97,28 +92,18 @@ class EngineScoresRecord(Record, Represented):
         ]
 
 
-class EngineTimesRecord(Record, Represented):
+class EngineTimesRecord(Record, Represented, kind="engine_times", key=(*NAMED, "round")):
     """What one model took in one round; in a round each model is timed once."""
 
-    file = "engine_times.jsonl"
-    commands = ("pareto",)
-    key_fields = (*NAMED, "round")
-
-    record: Literal["engine_times"] = "engine_times"
     round: Count = Field(description="its number, from 0")
     prefill_ms: Positive = Field(description="milliseconds from the prompt to the first new token")
     decode_ms_per_token: Positive = Field(description="milliseconds")
     memory_bytes: Count = Field(description="by which the engine's process grew")
 
 
-class ParetoRecord(Record, Represented):
+class ParetoRecord(Record, Represented, kind="pareto", key=NAMED):
     """One model beside the dense one; differences are paired by window, speedups by round."""
 
-    file = "pareto.jsonl"
-    commands = ("pareto",)
-    key_fields = NAMED
-
-    record: Literal["pareto"] = "pareto"
     skipped: SublayerNames = Field("", description="names of sublayers that it leaves out")
     nll: Loss = Field(math.nan, description="as the engine computes it on held-out text, nats per token")
     nll_se: Unsigned = Field(math.nan, description="over windows")
@@ -264,11 +249,13 @@ class Finding:
 
     def repaired(self, plans: Mapping[str, Plan], method: str, progress: Progress = silent) -> list[tuple[str, Plan]]:
         """Each plan as it is, and then repaired; one that brings weights is repaired already."""
+        from ..repairing.methods import repair_into
+
         stages, both = Stages(progress, len(plans)), list[tuple[str, Plan]]()
         for name, plan in plans.items():
             stage, repaired, out = stages.stage(1), plan, self.out / f"{file_name(name)}-repaired"
             if plan.state != "repaired":
-                repaired = repaired_by(method, self.model, plan, self.batches, out, self.provenance, stage)
+                repaired = repair_into(out, method, self.model, plan, self.batches, self.provenance, stage)
             both += [(name, plan.unrepaired), (name, repaired)]
         return both
 
@@ -541,19 +528,15 @@ class EngineOptions:
 
     PANEL: ClassVar = "Engine"
 
-    engine: Annotated[str, Option("llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")] = (
-        "llama.cpp"
+    engine: str = option("llama.cpp", "llama.cpp (for a .gguf file), transformers, vllm, or your own module:Class")
+    types: tuple[str, ...] = option(
+        (),
+        "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
+        "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
+        metavar="TYPE",
     )
-    types: Annotated[
-        tuple[str, ...],
-        Option(
-            "ways to represent weights, with commas: F16, Q8_0, Q5_K_M, Q4_K_M in llama.cpp, int8, int4 in "
-            "transformers, int8 in vllm (default: all that usually run, and always plain weights)",
-            metavar="TYPE",
-        ),
-    ] = ()
-    threads: Annotated[int | None, Option("threads of the engine (default: one for each core)", least=1)] = None
-    also: Annotated[tuple[str, ...], Option("another model to measure beside this one; repeat it for more")] = ()
+    threads: int | None = option(None, "threads of the engine (default: one for each core)", least=1)
+    also: tuple[str, ...] = option((), "another model to measure beside this one; repeat it for more")
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
@@ -576,20 +559,16 @@ class EngineOptions:
 class ParetoPlans(SpaceOptions):
     """Which plans are measured: files, and those that the search finds."""
 
-    skip: Annotated[
-        str,
-        Option(
-            "find plans that skip these, such as attention:4,8, or what --speedups choose among",
-            metavar="KIND[:HOW MANY,...]",
-        ),
-    ] = "sublayer"
-    plan: Annotated[
-        tuple[Path, ...], Option("plan file, or the folder of a repair, to measure; repeat it for more")
-    ] = ()
-    speedups: Annotated[
-        tuple[str, ...], Option(f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)")
-    ] = ()
-    repair: Annotated[str, Option(f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")] = REFIT
+    skip: str = option(
+        "sublayer",
+        "find plans that skip these, such as attention:4,8, or what --speedups choose among",
+        metavar="KIND[:HOW MANY,...]",
+    )
+    plan: tuple[Path, ...] = option((), "plan file, or the folder of a repair, to measure; repeat it for more")
+    speedups: tuple[str, ...] = option(
+        (), f"find plans of these speedups in torch (default: {FIRST}, if no plan is given)"
+    )
+    repair: str = option(REFIT, f"measure repaired plans too: {METHODS}; or none", metavar="METHOD")
 
     def given(self) -> dict[str, Plan]:
         """The plans of the files, by the names of these.

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import UsageError, shortened
 from ..models.names import DEFAULT_TEXT
-from ..options import Option
+from ..options import option
 from ..plan import Plan
 from ..progress import Progress
 from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from .evaluate import shown_measured
-from .folder import Folder
-from .options import ClusterOptions, ModelOptions, check_texts
+from .folder import Folder, check_folder
+from .options import ClusterOptions, ModelOptions, Words, check_texts
 from .shown import Shown
 from .verdict import what_next
 
@@ -39,16 +39,17 @@ METHODS = f"{REFIT}, replaceme, prune-and-comp, or a function of your own, as mo
 class RepairOptions:
     PANEL: ClassVar = "Repair"
 
-    repair: Annotated[str | None, Option(f"repair what is kept first: {METHODS}", metavar="METHOD")] = None
-    repair_text: Annotated[tuple[str, ...], Option("text to fit to; repeat it for more (default: prose)")] = ()
-    repair_sequences: Annotated[int | None, Option("windows of 512 tokens to fit to (default: up to 128)")] = None
+    repair: str | None = option(None, f"repair what is kept first: {METHODS}", metavar="METHOD")
+    repair_text: Words = option((), "text to fit to; repeat it for more (default: prose)")
+    repair_sequences: int | None = option(None, "windows of 512 tokens to fit to (default: up to 128)")
 
     def __bool__(self) -> bool:
         return self.repair not in (None, NONE)
 
-    def check(self) -> None:
-        """Raise `UsageError` for a method that no plan can keep, and for texts that cannot be read."""
+    def check(self, out: Path | None) -> None:
+        """Raise `UsageError` for a method that no plan can keep, texts that cannot be read, and a folder of others."""
         if self:
+            check_folder(out, "repair")
             check_method(str(self.repair))
         check_texts(*self.repair_text)
 
@@ -62,14 +63,15 @@ class RepairOptions:
         progress: Progress,
     ) -> tuple[Plan, dict[str, list[Tensor]]]:
         """The plan after the repair, unless it needs none, and windows that it was not fitted to."""
+        from ..repairing.methods import repair_into
         from ..repairing.texts import RepairTexts
 
         texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
-        repaired = repaired_by(str(self.repair), model, plan, texts.together(8), out, about, progress)
-        return repaired, texts.other
+        batches = texts.together(8)
+        return repair_into(out, str(self.repair), model, plan, batches, about, progress), texts.other
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,11 @@ class FitOptions:
 
     PANEL: ClassVar = "Text"
 
-    text: Annotated[
-        tuple[str, ...], Option("text to fit to; repeat it, since two kinds repair better than one (default: prose)")
-    ] = ()
-    held_out: Annotated[
-        tuple[str, ...], Option("text to measure on; repeat it for more (default: other windows of each --text)")
-    ] = ()
-    sequences: Annotated[int | None, Option("windows to fit to, of all texts together (default: up to 128)")] = None
-    length: Annotated[int, Option("tokens in each window")] = 512
-    batch_size: Annotated[int, Option("windows to run at a time")] = 8
+    text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: prose)")
+    held_out: Words = option((), "text to measure on; repeat it for more (default: other windows of each --text)")
+    sequences: int | None = option(None, "windows to fit to, of all texts together (default: up to 128)")
+    length: int = option(512, "tokens in each window")
+    batch_size: int = option(8, "windows to run at a time")
 
     def check(self) -> None:
         """Raise `UsageError` for a text that cannot be read, and for too few windows."""
@@ -111,13 +109,11 @@ class FitOptions:
 class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
-    text: Annotated[tuple[str, ...], Option("text to train on; repeat it for more (default: prose)")] = ()
-    sequences: Annotated[
-        int | None, Option("windows to train on, of all texts together (default: up to 131,072 tokens)")
-    ] = None
-    batch_size: Annotated[int, Option("windows of a step")] = 4
-    sample: Annotated[bool, Option("train on what the dense model writes, from the first words of each window")] = False
-    tokens: Annotated[int | None, Option("instead of --sequences: tokens to train on, of all texts together")] = None
+    text: Words = option((), "text to train on; repeat it for more (default: prose)")
+    sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
+    batch_size: int = option(4, "windows of a step")
+    sample: bool = option(False, "train on what the dense model writes, from the first words of each window")
+    tokens: int | None = option(None, "instead of --sequences: tokens to train on, of all texts together")
 
     @property
     def windows(self) -> int | None:
@@ -135,23 +131,19 @@ class HealTexts(FitOptions):
 class HealOptions:
     PANEL: ClassVar = "Training"
 
-    train: Annotated[
-        Literal["outputs", "all", "lora"],
-        Option(
-            "what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
-            "beside each kept one, added to it in the end)",
-            metavar="WHAT",
-        ),
-    ] = "outputs"
-    rank: Annotated[int | None, Option("rank of the matrices of --train lora (default: 16)")] = None
-    rate: Annotated[float, Option("the learning rate to begin with")] = 3e-4
-    warm_up: Annotated[
-        float,
-        Option(
-            "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
-            metavar="SHARE",
-        ),
-    ] = 0.0
+    train: Literal["outputs", "all", "lora"] = option(
+        "outputs",
+        "what to train: outputs (norms and output projections), all (every kept weight), or lora (thin matrices "
+        "beside each kept one, added to it in the end)",
+        metavar="WHAT",
+    )
+    rank: int | None = option(None, "rank of the matrices of --train lora (default: 16)")
+    rate: float = option(3e-4, "the learning rate to begin with")
+    warm_up: float = option(
+        0.0,
+        "for this share of the tokens, 0 to 1, train each kept sublayer alone to the dense model's stream",
+        metavar="SHARE",
+    )
 
     def config(self, seed: int) -> TrainConfig:
         from ..repairing.students import TrainConfig
@@ -188,28 +180,6 @@ def check_method(name: str, offload: Path | None = None) -> None:
         )
     if offload and name != REFIT:
         raise UsageError(f"--offload goes with --repair {REFIT}, the default")
-
-
-def repaired_by(
-    method: str,
-    model: PreTrainedModel,
-    plan: Plan,
-    batches: list[Tensor],
-    out: Path | None,
-    provenance: Provenance,
-    progress: Progress,
-    offload: Path | None = None,
-) -> RepairedPlan:
-    """`plan` with weights by a method, kept in the folder `out`. Raises as `notall.repair` does."""
-    if method == REFIT:
-        from ..repairing.refitting import repair
-
-        return repair(model, plan, batches, offload=offload, out=out, provenance=provenance, progress=progress)
-    from ..repairing.methods import repair_into
-
-    if out is None:
-        raise UsageError(f"--repair {method} keeps its weights: give --out")
-    return repair_into(out, method, model, plan, batches, provenance, progress)
 
 
 def refits_table(repaired: RepairedPlan, out: Path) -> Table:

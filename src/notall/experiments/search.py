@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
 from ..extras import need
-from ..options import Option, Workload
+from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
 from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
@@ -47,14 +47,9 @@ NOTE = (
 )
 
 
-class SearchRecord(Record, Skips):
+class SearchRecord(Record, Skips, kind="search", key=("chosen", "plan", "in_time")):  # times are never the same twice
     """A plan that was chosen, and what was measured of it, if anything."""
 
-    file = "chosen.jsonl"
-    commands = ("search",)
-    key_fields = ("chosen", "plan", "in_time")  # times are never the same twice
-
-    record: Literal["search"] = "search"
     chosen: str = Field(description="how, by what, and how much")
     order: tuple[tuple[SublayerName, ...], ...] = Field(description="what was skipped together, in order of choosing")
     dense_cost: Number = Field(description="the objective of the dense model")
@@ -115,15 +110,13 @@ def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchR
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    skip: Annotated[
-        str,
-        Option(
-            "what to choose among, and how many of it, or below 1 what share: attention, mlp, block, sublayer "
-            "(attentions and MLPs), or a kind of mixer, as inspect names it; portable: sublayers whose absence leaves "
-            "an ordinary checkpoint; period: blocks until the kinds of mixers come again",
-            metavar="KIND[:HOW MANY]",
-        ),
-    ] = "sublayer"
+    skip: str = option(
+        "sublayer",
+        "what to choose among, and how many of it, or below 1 what share: attention, mlp, block, sublayer "
+        "(attentions and MLPs), or a kind of mixer, as inspect names it; portable: sublayers whose absence leaves "
+        "an ordinary checkpoint; period: blocks until the kinds of mixers come again",
+        metavar="KIND[:HOW MANY]",
+    )
     keep_first: KeepFirst = False
     keep_last: KeepLast = False
 
@@ -141,14 +134,14 @@ class BudgetOptions:
 
     PANEL: ClassVar = "Budget: HOW MANY of --skip, one of these, or one with a limit of nats"
 
-    params: Annotated[float | None, Option("save this many parameters, or this share of them if below 1")] = None
-    weights: Annotated[float | None, Option("save this many bytes of weights, or this share")] = None
-    kv: Annotated[float | None, Option("save this many bytes of KV cache per token, or this share")] = None
-    speedup: Annotated[float | None, Option("run prompt and generated tokens this many times as fast here")] = None
-    max_nll: Annotated[
-        float | None, Option("skip as much as possible while NLL rises by at most this many nats, alone or as a limit")
-    ] = None
-    max_kl: Annotated[float | None, Option("the same for KL")] = None
+    params: float | None = option(None, "save this many parameters, or this share of them if below 1")
+    weights: float | None = option(None, "save this many bytes of weights, or this share")
+    kv: float | None = option(None, "save this many bytes of KV cache per token, or this share")
+    speedup: float | None = option(None, "run prompt and generated tokens this many times as fast here")
+    max_nll: float | None = option(
+        None, "skip as much as possible while NLL rises by at most this many nats, alone or as a limit"
+    )
+    max_kl: float | None = option(None, "the same for KL")
 
     def check(self, amount: SkipAmount) -> BudgetChoice:
         """Raises `UsageError` unless these and the number of --skip are one budget, with a limit or without."""
@@ -216,16 +209,15 @@ class ObjectiveOptions:
 
     PANEL: ClassVar = "What a set is judged by"
 
-    criterion: Annotated[str, Option("a name of `notall criteria`, or your own module:function")] = "search"
-    objective: Annotated[
-        str | None,
-        Option("nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"),
-    ] = None
-    prompts: Annotated[
-        Path | None, Option("for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column")
-    ] = None
+    criterion: str = option("search", "a name of `notall criteria`, or your own module:function")
+    objective: str | None = option(
+        None, "nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"
+    )
+    prompts: Path | None = option(
+        None, "for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column"
+    )
     task_path: TaskPath = None
-    limit: Annotated[int, Option("training questions to use for task:NAME")] = 100
+    limit: int = option(100, "training questions to use for task:NAME")
 
     def check(self) -> None:
         """Raise `UsageError` for what is no criterion, or needs an extra that is not installed."""
@@ -257,10 +249,10 @@ def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
 
 @dataclass(frozen=True)
 class StopOptions:
-    max_minutes: Annotated[
-        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
-    ] = None
-    patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
+    max_minutes: float | None = option(
+        None, "stop looking after this many minutes; loading, timing and measuring come on top"
+    )
+    patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
 
 class Searched(NamedTuple):
@@ -301,7 +293,6 @@ class Search:
         from ..choosing.choice import check_minutes
 
         check_folder(self.folder, "search")
-        check_folder(self.repaired if self.repair else None, "repair")
         check_file(self.out)
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
@@ -309,7 +300,7 @@ class Search:
         check_minutes(self.until.max_minutes)
         wanted = self.budget.check(self.space.amount)
         self.text.check()
-        self.repair.check()
+        self.repair.check(self.repaired)
         return wanted
 
     def run(self, progress: Progress) -> Searched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -26,11 +26,10 @@ from ..results.facts import (
     Quality,
     Times,
 )
-from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
-from ..results.table import Column, inherited, table, within
+from ..results.table import Column, as_latex, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
 from .pages import results, shown_plans, similarity_section, with_points
@@ -52,27 +51,17 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(Record, Configured):
+class SweepRecord(Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
     """One configuration, measured."""
 
-    file = "results.jsonl"
-    commands = ("sweep",)
-    key_fields = ("variant", "fraction", "keep_last")
-
-    record: Literal["sweep"] = "sweep"
     quality: Quality
     times: Times
     footprint: Footprint
 
 
-class SaidRecord(Record, Configured):
+class SaidRecord(Record, Configured, kind="samples", key=("variant", "fraction", "keep_last", "plan")):
     """How one plan continues prompts."""
 
-    file = "samples.jsonl"
-    commands = ("sweep",)
-    key_fields = ("variant", "fraction", "keep_last", "plan")
-
-    record: Literal["samples"] = "samples"
     said: dict[str, str] = Field(description="by prompt")
 
 

@@ -188,8 +188,11 @@ class _Loop:
         # what is trained is in float32, also where the rest has fewer bits
         half = teacher.dtype in (torch.bfloat16, torch.float16)
         self.autocast = torch.autocast(teacher.device.type, torch.bfloat16, enabled=half)
-        share = training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
-        self.held_out = _HeldOut(teacher, self.scorer, share)
+        self.held_out = list[tuple[Tensor, Tensor, Tensor, Dense]]()  # token ids, and what the dense model says of them
+        for ids in training.held_out[self.accelerator.process_index :: self.accelerator.num_processes]:
+            targets = ids[:, 1:].flatten()
+            scores, dense = self.scorer.dense(rows_of(teacher, ids), targets, likeliest=True)
+            self.held_out.append((ids, targets, scores.likeliest, dense))
 
     def run(self) -> dict[str, Tensor]:
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.config.seed))
@@ -243,8 +246,7 @@ class _Loop:
     def _evaluate(self) -> None:
         state = self.state
         self.student.eval()
-        sums = self.held_out.sums(self.student.model, self.autocast)
-        kl, nll, same, count = self.accelerator.reduce(sums, "sum").tolist()
+        kl, nll, same, count = self.accelerator.reduce(self._held_out_sums(), "sum").tolist()
         evaluation = HealRecord(
             tokens=state.step * self.tokens,
             held_out_kl=kl / count,
@@ -263,6 +265,19 @@ class _Loop:
             if self.ledger is not None and evaluation.key not in self.ledger:
                 self.ledger.add(evaluation)
             self._save(is_best)
+
+    @torch.no_grad()
+    def _held_out_sums(self) -> Tensor:
+        """KL, NLL and same first choices, summed over all tokens that are predicted, and how many these are, (4,)."""
+        student = self.student.model
+        found = [torch.zeros(4, 0, device=student.device)]
+        for ids, targets, likeliest, dense in self.held_out:
+            with self.autocast:
+                rows = rows_of(student, ids).to(student.dtype)
+            scores = self.scorer.score(rows, targets, dense, likeliest=True)
+            same = (scores.likeliest == likeliest).to(scores.kl)
+            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
+        return torch.cat(found, 1).sum(1)
 
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
@@ -293,29 +308,6 @@ class _Loop:
 def processes_of(model: PreTrainedModel) -> PartialState:
     """Those that a launcher has started to train `model` together, or this one alone."""
     return PartialState(cpu=model.device.type == "cpu")  # which it does not find out where there is no GPU
-
-
-class _HeldOut:
-    """The held-out text, (batch, tokens) each, and what the dense model says of it, once."""
-
-    def __init__(self, teacher: PreTrainedModel, scorer: TokenScorer, batches: Sequence[Tensor]) -> None:
-        self.scorer, self.asked = scorer, list[tuple[Tensor, Tensor, Tensor, Dense]]()
-        for ids in batches:
-            targets = ids[:, 1:].flatten()
-            scores, dense = scorer.dense(rows_of(teacher, ids), targets, likeliest=True)
-            self.asked.append((ids, targets, scores.likeliest, dense))
-
-    @torch.no_grad()
-    def sums(self, student: PreTrainedModel, autocast: torch.autocast) -> Tensor:
-        """KL, NLL and same first choices, summed over all tokens that are predicted, and how many these are, (4,)."""
-        found = [torch.zeros(4, 0, device=student.device)]
-        for ids, targets, likeliest, dense in self.asked:
-            with autocast:
-                rows = rows_of(student, ids).to(student.dtype)
-            scores = self.scorer.score(rows, targets, dense, likeliest=True)
-            same = (scores.likeliest == likeliest).to(scores.kl)
-            found.append(torch.stack([scores.kl, scores.nll, same, torch.ones_like(same)]))
-        return torch.cat(found, 1).sum(1)
 
 
 @dataclass(frozen=True)

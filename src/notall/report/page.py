@@ -17,10 +17,9 @@ from ..experiments.folder import Folder, read_folder
 from ..experiments.shown import Figure, Section, Shown, Step
 from ..files import write_whole
 from ..inputs import Settings
-from ..results.evaluations import AnswersRecord
 from ..results.lines import finite
 from ..results.record import Record
-from ..results.repairs import HealRecord, MeasuredRecord, RefitRecord
+from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, table, words
 
 MOST = 1e300  # that is a number to look at; a whole one may have thousands of digits
@@ -68,22 +67,20 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     return path
 
 
-def render(folder: Folder) -> str:
-    """The page as HTML, under 3 MB for any model that fits a machine. Raises `UsageError` where nothing is to show."""
-    return laid_out(folder, shown_by(folder))
-
-
 def shown_by(folder: Folder) -> list[Shown]:
     """What the verbs that a folder holds records of have to say of it."""
     asked = (next((shown for shown, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
     return [shown(folder) for shown in asked if shown]
 
 
-def laid_out(folder: Folder, shown: Sequence[Shown]) -> str:
-    """The page of what verbs have to say of a folder."""
+def render(folder: Folder, shown: Sequence[Shown] | None = None) -> str:
+    """The page as HTML, under 3 MB for any model that fits a machine, of what verbs say of a folder, or of `shown`.
+
+    Raises `UsageError` where nothing is to show.
+    """
     from jinja2 import Environment, PackageLoader
 
-    page = Page(folder, tuple(shown))
+    page = Page(folder, tuple(shown_by(folder) if shown is None else shown))
     told = page.told
     if not (page.parts or told.steps or told.similarity or told.message or told.cards):
         # answers are of eval, whose results are not kept, or of a paper that has only begun
@@ -156,7 +153,8 @@ class Page:
 
     @cached_property
     def about(self) -> Settings:
-        return self.folder.provenance.flat
+        found = self.folder.provenance
+        return {**found.what, **found.where}
 
     @cached_property
     def layers(self) -> int:

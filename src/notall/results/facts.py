@@ -1,11 +1,10 @@
 """What is measured of a plan: one type a fact, with its units and its columns. Nothing here runs a model."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from ..plan import KIND_NAMES
 from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
@@ -34,7 +33,14 @@ class Quality(Fact):
         return self.delta_nll if math.isfinite(self.delta_nll) else math.inf
 
 
-class Scores(Fact):
+class Added(Fact):
+    """Of which two make a third: each field and the other's behind it, or on top."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
+
+
+class Scores(Added):
     """Of one plan on a batch, a value a sequence: means over its predicted tokens."""
 
     nll: tuple[Loss, ...] = Field(description="nats per token")
@@ -42,18 +48,10 @@ class Scores(Fact):
     top1_agreement: tuple[Share, ...] = Field(description="0 to 1")
 
     @model_validator(mode="after")
-    def _of_each_sequence(self) -> Scores:
+    def _of_each_sequence(self) -> Self:
         if not len(self.nll) == len(self.kl) == len(self.top1_agreement):
             raise ValueError("nll, kl and top1_agreement are of different numbers of sequences")
         return self
-
-    def __add__(self, other: Scores) -> Scores:
-        """Those of further sequences behind these."""
-        return Scores(
-            nll=self.nll + other.nll,
-            kl=self.kl + other.kl,
-            top1_agreement=self.top1_agreement + other.top1_agreement,
-        )
 
 
 NATS = "nats per token"
@@ -120,19 +118,12 @@ SIMILARITY: tuple[Column[Similarity], ...] = (
 )
 
 
-class SearchCost(Fact):
+class SearchCost(Added):
     """What choosing took."""
 
     evaluations: Count = Field(0, description="sets of sublayers that were evaluated")
     executions: Amount = Field(0.0, description="sublayers run, in passes over the whole calibration text")
     seconds: Amount = Field(0.0, description="CPU seconds of all threads")
-
-    def __add__(self, other: SearchCost) -> SearchCost:
-        return SearchCost(
-            evaluations=self.evaluations + other.evaluations,
-            executions=self.executions + other.executions,
-            seconds=self.seconds + other.seconds,
-        )
 
 
 class Configured(Skips):
@@ -146,7 +137,7 @@ class Configured(Skips):
     def configuration(self) -> tuple[str, float, bool]:
         return self.variant, self.fraction, self.keep_last
 
-    def describes(self, other: Configured) -> bool:
+    def describes(self, other: "Configured") -> bool:
         """Whether the other is of this row, and of the plan that the row stands for in this model."""
         return self.configuration == other.configuration and self.plan.indices == other.plan.indices
 

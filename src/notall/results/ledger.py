@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ..errors import UsageError, shortened
 from . import lines
 from .provenance import Provenance
-from .record import KINDS, Command, HeaderRecord, Key, Record
+from .record import HOMES, Command, HeaderRecord, Key, Record
 
 R = TypeVar("R", bound=Record)
 Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of each
@@ -29,7 +29,7 @@ class Ledger(Generic[R]):
         if kind.headed:
             assert isinstance(about, Provenance)
             header = header_of(self.path)
-            self._header = None if header else HeaderRecord(of=kind.kind_name(), provenance=about)
+            self._header = None if header else HeaderRecord(of=kind.kind_name, provenance=about)
             check_same(header.provenance if header else about, about, folder)
         for record in read(self.path, kind):
             wanted = about(record) if callable(about) else about
@@ -85,8 +85,8 @@ def header_of(path: Path) -> HeaderRecord | None:
     return _checked(path, *first, HeaderRecord) if first else None
 
 
-def kind_at(path: Path) -> type[Record] | None:
-    """The kind of a file's records, as its first line says; None for one that no imported module has made known.
+def kind_at(path: Path) -> str | None:
+    """The name of the kind of a file's records, as its first line says; None for one that is not ours.
 
     Raises `UsageError` where that is no record, or a file of our name is of no kind of ours.
     """
@@ -95,10 +95,12 @@ def kind_at(path: Path) -> type[Record] | None:
         return None
     line = lines.parsed(path, *first)
     said = str(line.get("of") if line.get("record") == "header" else line.get("record"))
-    if said not in KINDS and path.name in {getattr(one, "file", "") for one in KINDS.values()}:
+    if said in HOMES:
+        return said
+    if path.name in {file for file, _ in HOMES.values()}:
         told = f"line {first[0]} of {path}: record: {shortened(said)} is no kind of ours"
         raise UsageError(f"{told}; repair or delete that line")
-    return KINDS.get(said)
+    return None
 
 
 def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
@@ -111,11 +113,11 @@ def check_same(held: Provenance, wanted: Provenance, out: Path) -> None:
 
 
 def refuse_foreign(folder: Path, command: Command) -> None:
-    """Raise `UsageError` when `folder` holds what another command than `command` wrote, as far as `kind_at` tells."""
+    """Raise `UsageError` when `folder` holds what another command than `command` wrote."""
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         kind = kind_at(path)
-        if kind and command not in kind.commands:
-            told = f"{folder} holds results of notall {kind.commands[0]} ({path.name})"
+        if kind and command not in (commands := HOMES[kind][1]):
+            told = f"{folder} holds results of notall {commands[0]} ({path.name})"
             raise UsageError(f"{told}; choose another folder for notall {command}")
 
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,14 +114,10 @@ def finite(value: object) -> Any:
 
 def _write(file: IO[bytes], lines: bytes) -> None:
     """Behind the last whole line: what follows it, a line that was torn, is cut off, or has only to end."""
-    end = start = os.fstat(file.fileno()).st_size
-    tail = b""
-    while start and b"\n" not in tail:
-        step = min(start, 65536)
-        start -= step
-        file.seek(start)
-        tail = file.read(step) + tail
-    last = tail[tail.rfind(b"\n") + 1 :]
+    last, end = b"", os.fstat(file.fileno()).st_size
+    if end:
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as whole:
+            last = whole[whole.rfind(b"\n") + 1 :]
     if _parse(last) is not None:
         lines = b"\n" + lines
     elif last:

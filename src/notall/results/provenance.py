@@ -40,11 +40,6 @@ class Provenance(BaseModel):
         return json.dumps(self.what, sort_keys=True)
 
     @property
-    def flat(self) -> Settings:
-        """Both in one, for a page."""
-        return {**self.what, **self.where}
-
-    @property
     def in_words(self) -> str:
         """The model in its dtype, and where it ran: what a table says above itself."""
         model, dtype = self.what.get("model", "the model"), self.what.get("dtype", "a dtype that is not told")

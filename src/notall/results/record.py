@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 from typing_extensions import Self
 
 from ..inputs import Settings
@@ -56,22 +56,19 @@ SublayerNames = Annotated[str, Field(pattern=r"^((attn|mlp)\.\d{1,4}( |$))*$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MOST_LAYERS)]
 
 
-def _plausible(value: object) -> object:
+def _plausible(value: object) -> Plan:
+    """In a record the fingerprint is the provenance's."""
     indices = value.indices if isinstance(value, Plan) else value
     if not isinstance(indices, dict) or indices.keys() != {"attention", "mlp"}:
         raise ValueError('expected {"attention": [...], "mlp": [...]}')
-    for layers in indices.values():
-        if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer < MOST_LAYERS for layer in layers):
-            raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
-    return value
+    plan = Plan(**indices)
+    if max((*plan.attention, *plan.mlp), default=0) >= MOST_LAYERS:
+        raise ValueError(f"layers are whole numbers from 0 to {MOST_LAYERS - 1}")
+    return plan
 
 
-# In a record the fingerprint is the provenance's.
 Skipped = Annotated[
-    Plan,
-    BeforeValidator(_plausible),
-    AfterValidator(lambda plan: Plan(plan.attention, plan.mlp)),
-    PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]]),
+    Plan, BeforeValidator(_plausible), PlainSerializer(lambda plan: plan.indices, return_type=dict[str, list[int]])
 ]
 
 
@@ -120,28 +117,59 @@ class Quartiles(Fact):
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
+# Of each kind of records its file, and the commands that write it; the first of them is the one that a message names.
+HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
+    "sweep": ("results.jsonl", ("sweep",)),
+    "scores": ("scores.jsonl", ("sweep", "compare")),
+    "similarity": ("similarity.jsonl", ("sweep", "paper")),
+    "leave_one_out": ("leave_one_out.jsonl", ("sweep",)),
+    "samples": ("samples.jsonl", ("sweep",)),
+    "choice": ("choices.jsonl", ("compare",)),
+    "plan_times": ("plan_times.jsonl", ("compare",)),
+    "comparison": ("comparison.jsonl", ("compare",)),
+    "search": ("chosen.jsonl", ("search",)),
+    "evaluation": ("evaluations.jsonl", ("search", "compare")),
+    "refit": ("refits.jsonl", ("repair",)),
+    "healing": ("healing.jsonl", ("heal",)),
+    "measured": ("measured.jsonl", ("repair", "heal", "search", "eval")),
+    "bench": ("bench.jsonl", ("bench",)),
+    "draft": ("drafts.jsonl", ("draft",)),
+    "answers": ("answers.jsonl", ("eval", "paper")),
+    "benchmark": ("benchmarks.jsonl", ("paper",)),
+    "diagnostics": ("diagnostics.jsonl", ("paper",)),
+    "times": ("times.jsonl", ("paper",)),
+    "claim": ("claims.jsonl", ("paper",)),
+    "engine_scores": ("engine_scores.jsonl", ("pareto",)),
+    "engine_times": ("engine_times.jsonl", ("pareto",)),
+    "pareto": ("pareto.jsonl", ("pareto",)),
+}
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
 class Record(Fact):
-    """One line of a file. A kind says which file, which commands write it, and what tells its lines apart."""
+    """One line of a file. `key` names the fields that tell it from others; the first of a `headed` file is of all."""
 
+    kind_name: ClassVar[str]
     file: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
     key_fields: ClassVar[tuple[str, ...]]
-    headed: ClassVar[bool] = False  # whether the first line of the file holds the provenance of all
+    headed: ClassVar[bool]
 
-    record: str = Field(description="the kind of this line")
+    record: str = Field("", validate_default=True, description="the kind of this line")
     provenance: Provenance | None = Field(None, description="where the figures come from")
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: object) -> None:
-        KINDS[cls.kind_name()] = cls
+    def __init_subclass__(cls, kind: str, key: tuple[str, ...] = (), headed: bool = False) -> None:
+        cls.kind_name, cls.key_fields, cls.headed = kind, key, headed
+        KINDS[kind] = cls
+        if kind in HOMES:
+            cls.file, cls.commands = HOMES[kind]
 
+    @field_validator("record")
     @classmethod
-    def kind_name(cls) -> str:
-        """Its name in files."""
-        return str(cls.model_fields["record"].default)
+    def _own_kind(cls, said: str) -> str:
+        if said not in ("", cls.kind_name):
+            raise ValueError(f"should be {cls.kind_name}")
+        return cls.kind_name
 
     @property
     def key(self) -> Key:
@@ -155,7 +183,7 @@ class Record(Fact):
 
     def line(self) -> Settings:
         """As it is written."""
-        return {"record": self.record, **self.model_dump(mode="json", exclude_unset=True)}
+        return {"record": self.kind_name, **self.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod
     def from_fact(cls, *facts: Fact, **more: object) -> Self:
@@ -165,10 +193,9 @@ class Record(Fact):
         return cls(**found | more)
 
 
-class HeaderRecord(Record):
+class HeaderRecord(Record, kind="header"):
     """The first line of a file whose lines all come from the same run."""
 
-    record: Literal["header"] = "header"
     of: str = Field(description="the kind of the lines that follow")
     provenance: Provenance
 

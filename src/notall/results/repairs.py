@@ -1,16 +1,42 @@
-"""What repairs, healings and their measurements write down: weights that were refit, training, before and after."""
+"""What loops deep inside write down, so that a killed run goes on: evaluations, answers, repairs, healings."""
 
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
-from .facts import QUALITY, Quality
+from .facts import QUALITY, Quality, SearchCost
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
 LITTLE = 0.02  # of the error: refits that mend less fill screens
 State = Literal["skipped", "repaired", "healed"]
+
+
+class EvaluationRecord(Record, kind="evaluation", key=("skipped", "batches"), headed=True):
+    """One set of sublayers, evaluated; of the whole file the first line says by what."""
+
+    skipped: tuple[SublayerName, ...] = Field(description="names of sublayers, sorted")
+    batches: Count | Literal["all"] = Field(description="on how many of the objective's batches")
+    cost: Number = Field(description="the objective; None where the model overflows without these")
+    spent: SearchCost
+
+
+Said = tuple[Number, bool] | Number | str  # log-likelihood and whether it is greedy, a log-likelihood, a text
+
+
+class AnswersRecord(Record, kind="answers"):
+    """Answers to some requests, by the requests' digests, each in the order of the plans' digests."""
+
+    plans: tuple[str, ...]
+    answers: dict[str, tuple[Said, ...]] = Field(description="one for each plan")
+
+    @model_validator(mode="after")
+    def _of_each_plan(self) -> Self:
+        if any(len(said) != len(self.plans) for said in self.answers.values()):
+            raise ValueError("there is not one answer for each plan")
+        return self
 
 
 class FittedText(BaseModel):
@@ -42,15 +68,9 @@ class RepairStep(BaseModel):
         return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
 
 
-class RefitRecord(Record):
+class RefitRecord(Record, kind="refit", key=("sublayers",), headed=True):
     """One step of a plan, refit or left alone. Errors are of tokens that the ridge was chosen on, not fitted to."""
 
-    file = "refits.jsonl"
-    commands = ("repair",)
-    key_fields = ("sublayers",)
-    headed = True
-
-    record: Literal["refit"] = "refit"
     sublayers: tuple[SublayerName, ...] = Field(min_length=1, description="a sublayer, or both of a parallel block")
     ridge: Amount | None = Field(description="relative to each feature's own square; None where it was left alone")
     left: Number = Field(description="squared distance to the dense stream behind it, over the one without a refit")
@@ -68,15 +88,9 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 )
 
 
-class HealRecord(Record):
+class HealRecord(Record, kind="healing", key=("tokens",), headed=True):
     """How far from the dense model the healing is, on text that it does not train on."""
 
-    file = "healing.jsonl"
-    commands = ("heal",)
-    key_fields = ("tokens",)
-    headed = True
-
-    record: Literal["healing"] = "healing"
     tokens: Count = Field(description="tokens trained on so far")
     held_out_kl: Number = Field(description="KL(dense || healed) of the next token, nats per token")
     held_out_nll: Number = Field(math.nan, description="negative log-likelihood there, nats per token")
@@ -93,14 +107,9 @@ HEALING: tuple[Column[HealRecord], ...] = (
 )
 
 
-class MeasuredRecord(Record, Skips):
+class MeasuredRecord(Record, Skips, kind="measured", key=("text", "model")):
     """One plan, with its weights if it has any, on one text that they were not fitted to."""
 
-    file = "measured.jsonl"
-    commands = ("repair", "heal", "search", "eval")
-    key_fields = ("text", "model")
-
-    record: Literal["measured"] = "measured"
     text: str = Field(description="its name")
     quality: Quality
     model: State = Field(description="what was made up for what the plan skips: nothing, by a repair, by a healing")

@@ -1,21 +1,32 @@
-"""Tables and words at the terminal: of whatever width, a number, a first column or a heading is never cut."""
+"""Tables, words and progress at the terminal: of whatever width, a number or a heading is never cut."""
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
+from typing_extensions import Self
 
-from .printable import printable
-from .table import Cell, Table
+from ..errors import printable, shortened
+from ..progress import Progress
+from .table import Cell, Column, Table
 
 FRAME = 3  # cells beside a column's text: a space on either side, and a line
 TURNED = 2  # rows: so few may become columns
+SILENT = 60.0  # seconds without a word, in a log
+OTHERS = 56  # letters of a line that are not the description
 Pieces = tuple[str, ...]  # of a heading or a cell: each stays whole, and may have a line of its own
 
 
@@ -53,38 +64,42 @@ def print_table(table: Table) -> None:
     laid_out = _laid_out(strips, console.width)
     console.print(Text(printable(table.title, console.encoding), style="bold"), soft_wrap=not screen)
     if laid_out is None:  # each heading with what stands below it, row after row
-        lines = [[" ".join((*one.heading[:-1], f"{one.heading[-1]}:", *cell)) for cell in one.cells] for one in strips]
-        console.print(Text("\n\n".join(map("\n".join, zip(*lines)))), soft_wrap=True)
+        named = [[(*cells[0][:-1], f"{cells[0][-1]}:", *cell) for cell in cells[1:]] for cells, _ in strips]
+        console.print(Text("\n\n".join("\n".join(map(" ".join, row)) for row in zip(*named))), soft_wrap=True)
         return
+    headings, *rows = zip(*(strip.cells for strip in laid_out))
     # Each piece is on a line of its own; with rules between the rows where that takes several lines.
-    drawn = RichTable(show_lines=any(len(cell) > 1 for strip in laid_out for cell in strip.cells))
-    for strip in laid_out:
-        drawn.add_column(Text("\n".join(strip.heading)), justify="right" if strip.right else "left", no_wrap=True)
-    for cells in zip(*(strip.cells for strip in laid_out)):
-        drawn.add_row(*(Text("\n".join(cell)) for cell in cells))
+    drawn = RichTable(show_lines=any(len(cell) > 1 for row in rows for cell in row))
+    for heading, strip in zip(headings, laid_out):
+        drawn.add_column(Text("\n".join(heading)), justify="right" if strip.right else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(Text("\n".join(cell)) for cell in row))
     console.print(drawn)
     if len(table.rows) > TURNED and len(laid_out) < len(strips):
-        left_out = [" ".join(strip.heading) for strip in strips[len(laid_out) :]]
+        left_out = [" ".join(strip.cells[0]) for strip in strips[len(laid_out) :]]
         console.print(Text(f"also measured: {', '.join(left_out)}; see --json or a wider terminal"))
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A column as text: of a number the pieces are itself and its error or spread, of a text its words."""
+class Strip(NamedTuple):
+    """A column as text, its heading first: of a number the pieces are itself and its error, of a text its words."""
 
-    heading: Pieces
     cells: tuple[Pieces, ...]
     right: bool
 
     @property
     def least(self) -> int:
         """How narrow it may become."""
-        return max(cell_len(piece) for pieces in (self.heading, *self.cells) for piece in pieces)
+        return max(cell_len(piece) for cell in self.cells for piece in cell)
 
     @property
     def most(self) -> int:
         """How wide it is with every cell in one line."""
-        return max(cell_len(" ".join(pieces)) for pieces in (self.heading, *self.cells))
+        return max(cell_len(" ".join(cell)) for cell in self.cells)
+
+    def in_lines(self, start: int) -> Self:
+        """With each cell from `start` on in one line."""
+        joined = tuple((" ".join(cell),) for cell in self.cells[start:])
+        return self._replace(cells=self.cells[:start] + joined)
 
 
 def _strips(table: Table, encoding: str) -> list[Strip]:
@@ -94,15 +109,11 @@ def _strips(table: Table, encoding: str) -> list[Strip]:
         value, beside = printable(cell.text, encoding), printable(cell.beside, encoding)
         return (*([value] if right else value.split(" ")), *([beside] if beside else []))
 
-    columns = zip(table.columns, zip(*table.rows) if table.rows else [()] * len(table.columns))
-    return [
-        Strip(
-            tuple(printable(column.heading, encoding).split(" ")),
-            tuple(pieces(cell, column.right) for cell in cells),
-            column.right,
-        )
-        for column, cells in columns
-    ]
+    def strip(place: int, column: Column[object]) -> Strip:
+        heading = pieces(Cell(None, column.heading), False)
+        return Strip((heading, *(pieces(row[place], column.right) for row in table.rows)), column.right)
+
+    return [strip(place, column) for place, column in enumerate(table.columns)]
 
 
 def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
@@ -110,20 +121,15 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
 
     Then few rows become columns; of more the last columns go, but not the first, nor the first with numbers after it.
     """
-    turns = len(strips[0].cells) <= TURNED
+    turns = len(strips[0].cells) - 1 <= TURNED
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
     for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
-        whole = [replace(strip, cells=tuple((" ".join(cell),) for cell in strip.cells)) for strip in strips[:count]]
-        unbroken = [replace(strip, heading=(" ".join(strip.heading),)) for strip in whole]
-        for broken in (unbroken, whole, strips[:count]):
+        for start in (0, 1, None):
+            broken = strips[:count] if start is None else [strip.in_lines(start) for strip in strips[:count]]
             if fitting := _fitted(broken, width):
                 return fitting
-    if not turns:
-        return None
-    first, *others = strips  # a row for each column
-    names = Strip(first.heading, tuple(strip.heading for strip in others), right=False)
-    rows = [Strip(name, tuple(strip.cells[row] for strip in others), True) for row, name in enumerate(first.cells)]
-    return _fitted([names, *rows], width)
+    rows = zip(*(strip.cells for strip in strips))  # each a column
+    return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None
 
 
 def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
@@ -136,8 +142,7 @@ def _fitted(strips: Sequence[Strip], width: int) -> list[Strip] | None:
         widest = max((place for place in range(len(strips)) if widths[place] > least[place]), key=widths.__getitem__)
         widths[widest] = least[widest] if strips[widest].right else widths[widest] - 1
     return [
-        Strip(_filled(strip.heading, wide), tuple(_filled(cell, wide) for cell in strip.cells), strip.right)
-        for strip, wide in zip(strips, widths)
+        Strip(tuple(_filled(cell, wide) for cell in strip.cells), strip.right) for strip, wide in zip(strips, widths)
     ]
 
 
@@ -150,3 +155,69 @@ def _filled(pieces: Pieces, width: int) -> Pieces:
         else:
             lines.append(piece)
     return tuple(lines)
+
+
+class Clock(ProgressColumn):
+    """The time that has passed and, once Rich can tell from the steps so far, the time that is left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        passed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
+        left = task.time_remaining
+        return Text(f"{passed}, about {timedelta(seconds=int(left))} left" if left else passed)
+
+
+@contextmanager
+def progress_bar(doing: str = "starting") -> Iterator[Progress]:
+    """A bar on stderr of what work is `doing`, gone when it ends; where stderr is no terminal, a line now and then."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=10),
+        TaskProgressColumn(),
+        Clock(table_column=RichColumn(no_wrap=True)),
+    )
+    if not console.is_terminal:
+        with _log(console, doing) as tell:
+            yield tell
+        return
+
+    def fitting(doing: str) -> str:
+        return shortened(printable(doing, console.encoding), max(12, console.width - OTHERS))
+
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(fitting(doing), total=None)
+        yield lambda done, total, doing: bar.update(task, completed=done, total=total, description=fitting(doing))
+
+
+@contextmanager
+def _log(console: Console, doing: str) -> Iterator[Progress]:
+    """A line a minute, also while a single step takes longer."""
+    begun = told = time.monotonic()
+    share, ended = 0.0, Event()
+
+    def tell(done: float, total: float, now_doing: str) -> None:
+        nonlocal share, doing
+        share, doing = done / (total or 1), now_doing
+        speak()
+
+    def speak() -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= SILENT:
+            told = now
+            passed, said = timedelta(seconds=int(now - begun)), printable(doing, console.encoding)
+            console.print(f"{share:.0%} after {passed}: {said}", markup=False)
+
+    def beat() -> None:
+        while not ended.wait(SILENT / 4):
+            speak()
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()

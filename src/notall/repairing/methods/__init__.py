@@ -126,18 +126,23 @@ def kept_repair(
 
 
 def repair_into(
-    folder: Path,
+    folder: Path | None,
     name: str,
     model: PreTrainedModel,
     plan: Plan,
     batches: Sequence[Tensor],
     settings: Provenance | Mapping[str, object],
     progress: Progress = silent,
+    offload: Path | None = None,
 ) -> RepairedPlan:
     """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
 
     Raises `UsageError` for maps, weights of another model, a folder that holds other work, and as the method does.
     """
+    if name == "refit":
+        return repair(model, plan, batches, offload=offload, out=folder, provenance=settings, progress=progress)
+    if folder is None:
+        raise UsageError(f"--repair {name} keeps its weights: give --out")
     structure = locate(base_model(model))
     plan.check(structure)
     about = about_weights(settings, base_model(model), plan, calibration=digest_of(batches)[:16], method=name)
