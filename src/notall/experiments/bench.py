@@ -173,16 +173,9 @@ def shown(folder: Folder) -> Shown:
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
-    step, record, times = steps[timed[-1]], rows[timed[-1]].bench, rows[timed[-1]].model.times
-    cards = speedup_cards(times, f"without {record.plan.in_words()}; {record.told}")
-    verdict = Verdict(
-        step.plan,
-        speedup=times.speedup_decode,
-        footprint=step.footprint,
-        dense=step.dense,
-        model=folder.model,
-        layers=folder.layers,
-    )
-    real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
-    message = verdict.message("see what that costs", f"{next_command('eval', real)} {shlex.join(folder.plan_options)}")
+    step, last = steps[timed[-1]], rows[timed[-1]]
+    cards = speedup_cards(last.model.times, f"without {last.plan_words}; {last.bench.told}")
+    real = "MODEL" if last.bench.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
+    command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
+    message = Verdict.of(step, folder).message("see what that costs", command)
     return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))

@@ -17,11 +17,12 @@ from pydantic import Field
 from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
+from ..inputs import Settings
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
 from ..results.evaluations import EvaluationRecord
-from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
+from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
@@ -30,9 +31,10 @@ from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, s
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Folder
 from .options import SkipAmount, TaskChoice, space_of
-from .pages import results, shown_plans, with_points
+from .pages import MeasuredPlan, fastest_card, points_of, results, shown_plans
+from .search import tasks_of
 from .shown import Card, Figure, Section, Shown, in_nats
-from .verdict import fastest_card, is_usable, joined, next_command, on_the_text
+from .verdict import is_usable, joined, next_command, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +91,7 @@ class PlanTimesRecord(Record):
     times: Times
 
 
-class ComparisonRecord(Record, Answered):
+class ComparisonRecord(MeasuredPlan, Record, Answered):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
     file = "comparison.jsonl"
@@ -98,9 +100,6 @@ class ComparisonRecord(Record, Answered):
 
     record: Literal["comparison"] = "comparison"
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
-    quality: Quality
-    footprint: Footprint
-    times: Times | None = Field(None, description="where plans were timed")
     behind: Number = Field(
         math.nan, description="NLL beyond that of the least, of as many and repaired alike; of that one itself nothing"
     )
@@ -214,7 +213,6 @@ class CompareOptions:
     def check(self) -> list[str]:
         """The tasks of the harness that objectives go by. Raises `UsageError` for what is refused without a model."""
         from ..choosing.criteria import criterion
-        from ..choosing.objective import read_prompts, terms_of
         from ..repairing.methods import method
 
         need(*(module for name in self.criterion for module in criterion(name).needs))
@@ -223,10 +221,7 @@ class CompareOptions:
         for amount in self.amounts:
             if not amount.amounts or any(one < 1 or one % 1 for one in amount.amounts):
                 raise UsageError(f"--skip {shortened(amount)} is no kind and counts: write attention:4,8")
-        parts = [name for one in self.objective for _, name in terms_of(one, self.prompts)]
-        if "answers" in parts and self.prompts:
-            read_prompts(self.prompts)
-        return [name.removeprefix("task:") for name in parts if name.startswith("task:")]
+        return tasks_of(self.objective, self.prompts)
 
     @property
     def amounts(self) -> list[SkipAmount]:
@@ -532,7 +527,7 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
         from ..charts.losses import losses_in_panels
         from ..charts.style import save
 
-        save(losses_in_panels(points_of(records), title), out / "front")
+        save(losses_in_panels(drawn_points(records), title), out / "front")
 
 
 def timed_once(records: Sequence[ComparisonRecord]) -> bool:
@@ -588,19 +583,15 @@ def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     return folder / "plans" / f"{_file_name('-'.join(_asked(record)))}.json"
 
 
-def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
+def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
     """A point for each record with a loss; a criterion is named with its objective where there are several."""
     many = Counter(criterion for criterion, _ in {(one.criterion, one.objective) for one in records})
-    return [
-        replace(
-            point,
-            count=record.count,
-            colour=f"{record.criterion}, {record.objective}" if many[record.criterion] > 1 else record.criterion,
-            shape=record.repair,
-            panel=record.space,
-        )
-        for record, point in with_points(records)
-    ]
+
+    def look(one: ComparisonRecord) -> Settings:
+        name = f"{one.criterion}, {one.objective}" if many[one.criterion] > 1 else one.criterion
+        return {"count": one.count, "colour": name, "shape": one.repair, "panel": one.space}
+
+    return points_of(records, look)
 
 
 def shown(folder: Folder) -> Shown:
@@ -608,7 +599,7 @@ def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
     if not records:
         return Shown()
-    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again, way=lambda one: one.way)
+    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again)
     return replace(found, steps=tuple(replace(step, order=one.order) for step, one in zip(found.steps, records)))
 
 
@@ -635,7 +626,7 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
     from ..charts.losses import colours_of, losses_by_count, tradeoff
     from ..charts.style import on_page
 
-    order, points = best_first(records), points_of(records)
+    order, points = best_first(records), drawn_points(records)
     colours = colours_of(points)
     figures = []
     for space in dict.fromkeys(point.panel for point in points):

@@ -10,22 +10,11 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..extras import FIGURES, installed
+from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import (
-    CONFIGURED,
-    DELTA_NLL,
-    FOOTPRINT,
-    PEAK,
-    PERPLEXITY,
-    QUALITY,
-    SPEEDUPS,
-    Configured,
-    Footprint,
-    Quality,
-    Times,
-)
+from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, PEAK, PERPLEXITY, QUALITY, SPEEDUPS, Configured, Times
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
@@ -33,9 +22,9 @@ from ..results.record import Record, is_number
 from ..results.table import Column, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Folder
-from .pages import results, shown_plans, similarity_section, with_points
+from .pages import MeasuredPlan, fastest_card, mildest, points_of, results, shown_plans, similarity_section
 from .shown import Card, Figure, Sample, Shown
-from .verdict import fastest_card, mildest, next_command, on_the_text
+from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +41,7 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(Record, Configured):
+class SweepRecord(MeasuredPlan, Record, Configured):
     """One configuration, measured."""
 
     file = "results.jsonl"
@@ -60,9 +49,7 @@ class SweepRecord(Record, Configured):
     key_fields = ("variant", "fraction", "keep_last")
 
     record: Literal["sweep"] = "sweep"
-    quality: Quality
     times: Times
-    footprint: Footprint
 
 
 class SaidRecord(Record, Configured):
@@ -213,17 +200,12 @@ def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS
 
-    points = [
-        replace(
-            point,
-            count=record.fraction,
-            colour=KIND_NAMES[record.variant],
-            shape="kept" if record.keep_last else "skipped too",
-            label=f"{record.fraction:.0%}",
-        )
-        for record, point in with_points(records)
-        if record.variant != "dense"
-    ]
+    def look(one: SweepRecord) -> Settings:
+        last = "kept" if one.keep_last else "skipped too"
+        share = {"count": one.fraction, "label": f"{one.fraction:.0%}"}
+        return {"colour": KIND_NAMES[one.variant], "shape": last, **share}
+
+    points = [point for point in points_of(records, look) if point.colour in KIND_COLOURS]
     return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
 
 
@@ -246,11 +228,9 @@ def shown(folder: Folder) -> Shown:
         for prompt, said in record.said.items():
             prompts.setdefault(prompt, []).append((record.name, said.strip()))
     cards, whole = _cards(records, dense) if dense else [], dense.footprint if dense else None
-    return replace(
-        shown_plans(folder, records, sections, cards, _found_better, dense=whole),
-        similarity=similarity,
-        samples=tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items()),
-    )
+    samples = tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items())
+    found = shown_plans(folder, records, sections, cards, _found_better, whole)
+    return replace(found, similarity=similarity, samples=samples)
 
 
 def _found_better(folder: Folder, record: SweepRecord) -> tuple[str, str]:
@@ -264,18 +244,21 @@ def _cards(records: Sequence[SweepRecord], dense: SweepRecord) -> list[Card]:
     """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
     from ..charts.losses import front
 
-    known = [(one, point.place) for one, point in with_points(records) if one.plan]
+    def place(one: SweepRecord) -> tuple[float, float]:
+        return one.times.speedup_decode.median, one.quality.delta_nll
+
+    known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     least = mildest(records)
     if not least:
         return []
-    best = front([(1.0, 0.0), *(place for _, place in known)])
-    on_front = [one.name.replace(", last layer kept", " kept") for one, place in known if place in best]
+    best = front([(1.0, 0.0), *(place(one) for one in known)])
+    on_front = [one.name.replace(", last layer kept", " kept") for one in known if place(one) in best]
     step, millions = dense.times.decode_ms_per_token.median, dense.footprint.params / 1e6
     size = f"{step:.0f} ms a token, {millions:,.0f} million parameters"
     told = f"no other plan is both faster and better: {', '.join(on_front[:5])}{' …' if len(on_front) > 5 else ''}"
     return [
         Card("Dense model", PERPLEXITY.cell(dense.quality).text, PERPLEXITY.heading, size),
-        fastest_card([one for one, _ in known]),
+        fastest_card(known),
         Card.of_loss("Loses least", least.quality, f"{least.name}; decodes {least.times.speedup_decode.median:.2f}×"),
         Card("On the front", f"{len(on_front)} of {len(known)}", "plans", told),
     ]
