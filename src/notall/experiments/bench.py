@@ -18,7 +18,7 @@ from ..progress import Progress, silent
 from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Record, Skips
+from ..results.record import Count, Fact, Record, Skips, kept_in
 from ..results.table import Column, number, table, within, words
 from .folder import Folder
 from .options import ModelOptions
@@ -37,12 +37,9 @@ class Timed(Fact):
     footprint: Footprint
 
 
+@kept_in("bench.jsonl", "bench")
 class BenchRecord(Record, Skips):
     """A plan and the dense model, timed in one run. Every measurement is one of its own."""
-
-    file = "bench.jsonl"
-    commands = ("bench",)
-    key_fields = ()
 
     record: Literal["bench"] = "bench"
     prompt_tokens: Count
