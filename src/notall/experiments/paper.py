@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
+from statistics import correlation
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -104,11 +106,8 @@ class TimingGrid:
     @property
     def workloads(self) -> list[Workload]:
         """Each of them once."""
-        return [
-            Workload(prompt, self.generation_tokens, at_once, self.rounds)
-            for prompt in dict.fromkeys(self.prompt_tokens)
-            for at_once in dict.fromkeys(self.concurrency)
-        ]
+        sizes = product(dict.fromkeys(self.prompt_tokens), dict.fromkeys(self.concurrency))
+        return [Workload(prompt, self.generation_tokens, at_once, self.rounds) for prompt, at_once in sizes]
 
 
 @dataclass(frozen=True)
@@ -405,11 +404,11 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
 def rank_correlation(values: Sequence[float]) -> float:
     """Spearman's, of values and their places, over those that are numbers; NaN where they are all alike."""
     known = [value for value in values if is_number(value)]
-    ordered, middle = sorted(known), (len(known) + 1) / 2
-    x = [place - middle for place in range(1, len(known) + 1)]
-    y = [ordered.index(value) + (ordered.count(value) + 1) / 2 - middle for value in known]  # ties share their mean
-    spread = math.sqrt(math.fsum(a * a for a in x) * math.fsum(b * b for b in y))
-    return math.fsum(a * b for a, b in zip(x, y)) / spread if spread else math.nan
+    ordered = sorted(known)
+    if len(set(known)) < 2:
+        return math.nan
+    ranks = [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in known]  # ties share their mean
+    return correlation(range(1, len(known) + 1), ranks)
 
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
@@ -461,7 +460,6 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     return [record for record, size in zip(times, sizes) if size == min(sizes)]
 
 
-HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
 RATIOS = (
     "in brackets how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that "
@@ -489,7 +487,6 @@ CAPTIONS = {
         f"cache; {RATIOS}",
     ),
 }
-PARTS = {"Benchmarks": ("benchmarks",), "What accuracy hides": ("diagnostics",), "Times": ("prefill", "decode")}
 
 
 def write_paper(
@@ -502,28 +499,25 @@ def write_paper(
     """Tables and claims from what was measured, into `out`; claims take the place of earlier ones."""
     about = next(one.provenance for one in (*similarity, *times, *benchmarks) if one.provenance)
     model, board = model_in_words(str(about.what.get("model"))), Scoreboard(benchmarks)
-    tables = {
-        f"{kind}-{ending}": half(figures, keep_last, caption_of(kind, records, keep_last))
-        for kind, records, figures in tables_of(board, benchmarks, times, checks)
-        for keep_last, ending in ENDINGS.items()
-    }
     evidence = [f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."]
     if similarity and "sequences" in similarity[0].what:
         evidence.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
     evidence += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
     evidence += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
-    tables |= {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
+    tables = {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
     story = [
         f"# The evaluation of arXiv 2407.15516 on {model}",
         f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
         f"## The paper's claims, and this model\n\n{table('claims', CLAIMS, claims).markdown()}\n{JUDGED}",
         "## Similarity\n\n![Similarity by depth](similarity.png)",
     ]
-    for title, kinds in PARTS.items():
-        shown = [one for name, one in tables.items() if name.startswith(kinds)]
-        story += [f"## {title}"] if shown else []
-        story += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
+    for kind, records, figures in tables_of(board, benchmarks, times, checks):
+        story.append(f"## {CAPTIONS[kind][0]}")
+        for keep_last, ending in ENDINGS.items():
+            one = half(figures, keep_last, caption_of(kind, records, keep_last))
+            tables[f"{kind}-{ending}"] = one
+            story.append(f"{one.title}\n\n{one.markdown()}".rstrip("\n"))
     texts = {f"{name}.tex": as_latex(one, caption=one.title, label=name) for name, one in tables.items()}
     kept: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
     kept |= {"times": times, "diagnostics": checks}
@@ -560,8 +554,9 @@ def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = No
     told = f"{note.format_map(asked)} {_made(records)}"
     if keep_last is None:
         return told
-    model = model_in_words(str(records[0].what.get("model")))
-    return f"{title} of {model} with the deepest of its attentions, MLPs or blocks skipped, {HALVES[keep_last]}. {told}"
+    of = f"{title} of {model_in_words(str(records[0].what.get('model')))}"
+    last = "kept" if keep_last else "skipped too"
+    return f"{of} with the deepest of its attentions, MLPs or blocks skipped, the last layer {last}. {told}"
 
 
 def _made(records: Sequence[Record]) -> str:

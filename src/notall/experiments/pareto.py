@@ -43,6 +43,7 @@ from ..results.record import (
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Folder
 from .options import read_plan, words_of
+from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method, repaired_by
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
 from .shown import Figure, Message, Section, Shown
@@ -56,10 +57,7 @@ if TYPE_CHECKING:
     from ..engines import Engine
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
-NOT_MEASURED = math.nan, math.nan
 DENSE = "dense"
-LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
-LEAST_WINDOWS = 8  # of text
 FIRST, FASTER = "1.1,1.2", "1.3,1.5"  # speedups that are found by default, and those to add to them
 NAMED = ("model", "repaired", "type")
 Name = Annotated[str, Field(min_length=1, max_length=80)]
@@ -464,20 +462,14 @@ class _Run:
         if variant.key in self.failed:
             return ParetoRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
-        rounds = [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
-        (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(scores.bits_per_byte)
-        delta, delta_se = _mean(map(sub, scores.nll, dense.nll)) if scores.tokens_as_dense else NOT_MEASURED
-        delta_bits, delta_bits_se = _mean(map(sub, scores.bits_per_byte, dense.bits_per_byte))
+        rounds = self._rounds(variant)
+        bits, others = scores.bits_per_byte, dense.bits_per_byte
+        means = {"nll": scores.nll, "bits_per_byte": bits, "delta_bits": map(sub, bits, others)}
+        means["delta_nll"] = map(sub, scores.nll, dense.nll) if scores.tokens_as_dense else [math.nan]
+        for name, values in means.items():
+            about[name], about[f"{name}_se"] = _mean(values)
         return ParetoRecord(
             **about,
-            nll=nll,
-            nll_se=nll_se,
-            delta_nll=delta,
-            delta_nll_se=delta_se,
-            bits_per_byte=bits,
-            bits_per_byte_se=bits_se,
-            delta_bits=delta_bits,
-            delta_bits_se=delta_bits_se,
             windows=len(scores.nll),
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
@@ -490,19 +482,18 @@ class _Run:
         """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
         from ..measuring.speed import Timing
 
-        def timing(variants: Sequence[Variant]) -> Timing:
-            taken = [self.times[one.in_round(number)] for number in range(self.workload.rounds) for one in variants]
-            prefill, decode = (one.prefill_ms for one in taken), (one.decode_ms_per_token for one in taken)
-            return Timing(tuple(prefill), tuple(decode), None)
+        def shape(one: Variant) -> tuple[object, ...]:
+            return one.subject.spec, one.subject.plan.indices, one.type
 
-        of = variant.subject
-        shape = of.spec, of.plan.indices, variant.type
-        alike = [
-            one
-            for one in self.variants
-            if (one.subject.spec, one.subject.plan.indices, one.type) == shape and one.key not in self.failed
-        ]
+        def timing(variants: Sequence[Variant]) -> Timing:
+            taken = [one for round_of_them in zip(*map(self._rounds, variants)) for one in round_of_them]
+            return Timing(tuple(one.prefill_ms for one in taken), tuple(one.decode_ms_per_token for one in taken), None)
+
+        alike = [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
         return timing(alike).beside(timing([self.dense] * len(alike)))
+
+    def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
+        return [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
@@ -524,7 +515,7 @@ def _mean(some: Iterable[float]) -> tuple[float, float]:
     from ..measuring.statistics import mean_and_error
 
     values = [*some]
-    return mean_and_error(values) if all(map(is_number, values)) else NOT_MEASURED
+    return mean_and_error(values) if all(map(is_number, values)) else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
