@@ -139,11 +139,11 @@ NAMES = {
     "experiments.driver": [
         "LeaveOneOutRecord",
         "BenchmarkRecord",
-        "Benchmarks",
         "DiagnosticsRecord",
         "ScoresRecord",
         "SimilarityRecord",
         "Subject as driver_Subject",
+        "benchmark",
         "diagnose",
         "write_similarity",
     ],

@@ -24,7 +24,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number, kept_in
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
-from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
+from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
 from .folder import Folder
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section, speedup_cards
@@ -134,7 +134,7 @@ def run_paper(
     """Benchmarks and times of the paper's grid and, on the subject's text, its Fig. 1; what became of its claims.
 
     Goes on from what the folder holds. Tasks that generate text are run on dense and the largest fraction only, unless
-    `generate_all`; `windows` are those of the diagnostics. Raises as `Benchmarks` and `time_grid`, before it computes.
+    `generate_all`; `windows` are those of the diagnostics. Raises as `benchmark` and `time_grid`, before it computes.
     """
     from ..choosing.criteria.data_free import paper_grid
 
@@ -144,11 +144,10 @@ def run_paper(
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None if generate_all else [row for row in rows if row.fraction in (0.0, most)]
-    asked = Benchmarks(subject, rows, tasks, generating) if tasks else None
-    stages = Stages(progress, 1 + 20 * bool(asked) + 10 * bool(windows) + 10)
+    stages = Stages(progress, 1 + 20 * bool(tasks) + 10 * bool(windows) + 10)
+    benchmarks = benchmark(subject, rows, tasks, generating, stages.stage(20)) if tasks else []
     with working_in(subject.out, "paper"):
         similarity = similarities(subject, subject.provenance, stages.stage(1))
-    benchmarks = asked.run(stages.stage(20)) if asked else []
     checks = diagnose(subject, rows[1:], windows, stages.stage(10)) if windows else []
     times = time_grid(subject, rows, timing, progress=stages.stage(10))
     return write_paper(subject.out, similarity, benchmarks, times, checks)

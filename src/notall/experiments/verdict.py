@@ -122,10 +122,14 @@ class Verdict:
         return None if self.quality is None else is_usable(self.quality)
 
     @property
+    def lost(self) -> float:
+        """Nats a token; nan where that was not measured."""
+        return self.quality.nats_lost if self.quality else math.nan
+
+    @property
     def perplexity_factor(self) -> float:
-        """What the nats that are lost multiply perplexity by; nan where that was not measured."""
-        lost = self.quality.nats_lost if self.quality else math.nan
-        return math.inf if lost >= 700 else math.exp(lost)
+        """What the nats that are lost multiply perplexity by."""
+        return math.inf if self.lost >= 700 else math.exp(self.lost)
 
     @property
     def said(self) -> str:
@@ -154,7 +158,7 @@ class Verdict:
             missed=self.missed,
             next=self.next,
             text=self.text if self.quality else None,
-            delta_nll=self.quality.nats_lost if self.quality else math.nan,
+            delta_nll=self.lost,
             perplexity_factor=self.perplexity_factor,
             top1_agreement=self.quality.top1_agreement if self.quality else math.nan,
             speedup=self.speedup.median if self.speedup else math.nan,
