@@ -148,7 +148,10 @@ NAMES = {
         "write_similarity",
     ],
     "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "warn_if_worse"],
-    "experiments.folder": ["Folder", "check_folder", "know_every_kind", "read_folder", "read_folder as results_of"],
+    "experiments.folder": [
+        *("Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"),
+        *("Folder", "check_folder", "know_every_kind", "read_folder", "read_folder as results_of"),
+    ],
     "experiments.options": ["HeldOutOptions", "ModelOptions", "PlanOptions", "RayOptions", "TaskChoice", "TaskOptions"],
     "experiments.paper": [
         "CLAIMS as CLAIM_COLUMNS",
@@ -185,7 +188,6 @@ NAMES = {
         "write_plain",
     ],
     "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord"],
-    "experiments.shown": ["Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",
         "SaidRecord",

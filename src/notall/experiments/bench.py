@@ -20,10 +20,9 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Record, Skips, kept_in
 from ..results.table import Column, number, table, within, words
-from .folder import Folder
+from .folder import Folder, Section, Shown, Step
 from .options import ModelOptions
 from .pages import speedup_cards
-from .shown import Section, Shown, Step
 from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:

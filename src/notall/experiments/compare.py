@@ -41,11 +41,10 @@ from ..results.record import (
 )
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
-from .folder import Folder
+from .folder import Card, Figure, Folder, Section, Shown, in_nats
 from .options import SkipAmount, TaskChoice, space_of
 from .pages import MeasuredPlan, fastest_card, points_of, results, shown_plans
 from .search import tasks_of
-from .shown import Card, Figure, Section, Shown, in_nats
 from .verdict import is_usable, joined, next_command, on_the_text
 
 if TYPE_CHECKING:

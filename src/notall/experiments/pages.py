@@ -17,8 +17,7 @@ from ..results.ledger import header_of, read
 from ..results.record import Skips, is_number
 from ..results.table import Column, as_csv, table, words
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
-from .folder import Folder
-from .shown import Card, Costs, Figure, Message, Place, Section, Shown, Step, in_nats
+from .folder import Card, Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
 from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable
 
 if TYPE_CHECKING:

@@ -25,10 +25,9 @@ from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number, kept_in
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
 from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
-from .folder import Folder
+from .folder import Card, Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section, speedup_cards
-from .shown import Card, Message, Section, Shown, Step
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:

@@ -41,12 +41,11 @@ from ..results.record import (
     kept_in,
 )
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
-from .folder import Folder
+from .folder import Figure, Folder, Message, Section, Shown
 from .options import read_plan, words_of
 from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method, repaired_by
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
-from .shown import Figure, Message, Section, Shown
 
 if TYPE_CHECKING:
     import altair as alt

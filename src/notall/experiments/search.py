@@ -24,11 +24,10 @@ from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, i
 from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
-from .folder import Folder, check_folder
+from .folder import Card, Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, TaskPath, space_of
 from .pages import read_costs
 from .repair import RepairOptions
-from .shown import Card, Section, Shown, Step
 from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:

@@ -21,9 +21,8 @@ from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number, kept_in
 from ..results.table import Column, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
-from .folder import Folder
+from .folder import Card, Figure, Folder, Sample, Shown
 from .pages import MeasuredPlan, fastest_card, mildest, points_of, results, shown_plans, similarity_section
-from .shown import Card, Figure, Sample, Shown
 from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from ..results.facts import Footprint, Quality
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
 from ..results.table import in_bytes
-from .folder import Folder
-from .shown import Message, Step, in_nats
+from .folder import Folder, Message, Step, in_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
