@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -172,6 +171,6 @@ def shown(folder: Folder) -> Shown:
     step, last = steps[timed[-1]], rows[timed[-1]]
     cards = speedup_cards(last.model.times, f"without {last.plan_words}; {last.bench.told}")
     real = "MODEL" if last.bench.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
-    command = f"{next_command('eval', real)} {shlex.join(folder.plan_options)}"
+    command = next_command("eval", real, *folder.plan_options)
     message = Verdict.of(step, folder).message("see what that costs", command)
     return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))

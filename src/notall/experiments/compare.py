@@ -18,6 +18,7 @@ from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
 from ..inputs import Settings
+from ..measuring.statistics import mean_and_error
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
@@ -398,8 +399,6 @@ def _finished(
     records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
 ) -> list[ComparisonRecord]:
     """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
-    from ..measuring.statistics import mean_and_error
-
     asked = {record.key for record in records}
     every = [*records, *(record for record in kept if record.key not in asked)]
     groups: dict[tuple[str, int, str], list[ComparisonRecord]] = {}
@@ -597,7 +596,6 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of a comparison."""
     records = folder.of(ComparisonRecord)
     if not records:
         return Shown()

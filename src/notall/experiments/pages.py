@@ -125,7 +125,6 @@ def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> list[Point
 
 
 def similarity_section(rows: Sequence[Similarity]) -> Section:
-    """What a page shows of them."""
     from ..charts.layers import similarity
     from ..charts.style import on_page
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..errors import UsageError, shortened
+from ..measuring.statistics import mean_and_error, sign_flip_p_value
 from ..models.names import model_in_words
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan
@@ -261,8 +262,6 @@ class Scoreboard:
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
         """The average of `key` less that of `other`, its standard error and p value, paired by document where known."""
-        from ..measuring.statistics import mean_and_error, sign_flip_p_value
-
         means, errors, terms = [], [], list[float]()
         for column in self.shared:
             ours, theirs = self.cells[key][column], self.cells[other][column]
@@ -277,8 +276,6 @@ class Scoreboard:
 
     def averages(self) -> list[Average]:
         """One for each configuration; none where nothing is shared."""
-        from ..measuring.statistics import mean_and_error
-
         found = []
         for key, row in self.cells.items() if self.shared else ():
             value, _ = mean_and_error([row[column].value for column in self.shared])
@@ -584,7 +581,6 @@ def became_of(claims: Sequence[ClaimRecord]) -> str:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of the paper's evaluation."""
     board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
     checks = folder.of(DiagnosticsRecord)
     every: dict[Configuration, Configured] = {}

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed
 from ..inputs import Settings
+from ..measuring.statistics import mean_and_error
 from ..options import Option, Workload
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.space import Space
-    from ..engines import Engine
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
 DENSE = "dense"
@@ -378,28 +379,21 @@ class _Run:
         return subject.source(self.provenance) if subject else self.provenance
 
     def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
-        if variant.key in self.failed:
-            return
-        from ..engines.worker import EngineFailed
-
         try:
             work()
-        except EngineFailed as error:
+        except worker.EngineFailed as error:
             if variant is self.dense:
                 raise
             self.failed[variant.key] = str(error)
 
     def _score(self, variant: Variant, step: int) -> None:
-        from ..engines import weight_bytes
-        from ..engines.worker import call
-
         if variant.key in self.scores:
             return
         self._tell(step, f"writing {variant}")
         checkpoint = self._written(variant)
         self._tell(step + 1, f"scoring {variant}")
         windows = variant.subject.windows
-        scored = call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
+        scored = worker.call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
         reported = [[value for value in window if value is not None] for window in scored]
         self.scores.add(
             EngineScoresRecord(
@@ -426,12 +420,10 @@ class _Run:
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
             write_plain(self.engine, of.spec, of.plan, checkpoint, **loading)
             return checkpoint
-        from ..engines.worker import call
-
         plain = self._written(Variant(variant.subject, self.engine.plain))
         with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
             partial_one = Path(scratch) / checkpoint.name
-            call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
+            worker.call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
             partial_one.rename(checkpoint)
         return checkpoint
 
@@ -445,12 +437,10 @@ class _Run:
             self._trying(variant, partial(self._time, variant, number))
 
     def _time(self, variant: Variant, number: int) -> None:
-        from ..engines.worker import call
-
         windows = variant.subject.windows.tokens
         prompt = list(islice(cycle([token for row in windows for token in row]), self.workload.prompt_tokens))
-        checkpoint = self._written(variant)
-        taken = call(self.engine, "time", checkpoint=checkpoint, prompt=prompt, new=self.workload.generation_tokens)
+        size = {"prompt": prompt, "new": self.workload.generation_tokens}
+        taken = worker.call(self.engine, "time", checkpoint=self._written(variant), **size)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
         about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
@@ -511,8 +501,6 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
 
 def _mean(some: Iterable[float]) -> tuple[float, float]:
     """With its standard error; neither where a value is no number."""
-    from ..measuring.statistics import mean_and_error
-
     values = [*some]
     return mean_and_error(values) if all(map(is_number, values)) else (math.nan, math.nan)
 
@@ -539,7 +527,6 @@ class EngineOptions:
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
-        from ..engines import engine_named
         from ..measuring.speed import cores
         from ..models.loading import dtype_name
 

@@ -203,7 +203,6 @@ def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of a sweep."""
     from ..charts.style import on_page
 
     records, similarity = folder.of(SweepRecord), folder.of(SimilarityRecord)
