@@ -193,7 +193,7 @@ NAMES = {
         "SaidRecord",
         "SweepRecord",
         "least_lost",
-        "removable",
+        "leave_one_out",
         "shown as shown_sweep",
         "sweep",
         "write_sweep",

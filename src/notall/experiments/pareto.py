@@ -439,8 +439,8 @@ class _Run:
     def _time(self, variant: Variant, number: int) -> None:
         windows = variant.subject.windows.tokens
         prompt = list(islice(cycle([token for row in windows for token in row]), self.workload.prompt_tokens))
-        size = {"prompt": prompt, "new": self.workload.generation_tokens}
-        taken = worker.call(self.engine, "time", checkpoint=self._written(variant), **size)
+        new = self.workload.generation_tokens
+        taken = worker.call(self.engine, "time", checkpoint=self._written(variant), prompt=prompt, new=new)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
         about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from altair import LayerChart
     from torch import Tensor
 
-    from ..structure.model_structure import ModelStructure, Sublayer
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
@@ -110,16 +109,13 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         return records
 
 
-def removable(structure: ModelStructure) -> list[Sublayer]:
-    """The sublayers that can be left out alone: the only attention that counts tokens cannot."""
-    return [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
-
-
 def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
     """What leaving out each of the sublayers alone costs, on the first sequences."""
     from ..measuring.quality import gather
 
-    parts, held = removable(subject.structure), Ledger(subject.out, LeaveOneOutRecord, about)
+    structure, held = subject.structure, Ledger(subject.out, LeaveOneOutRecord, about)
+    # The only attention that counts tokens cannot be left out alone.
+    parts = [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
     progress(0, 1, "leaving out each sublayer alone")
     if held.missing((part.name,) for part in parts):
         few: list[Tensor] = []
@@ -165,20 +161,16 @@ HOW_TO_READ = (
 
 def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
-    lines = table("sweep", COLUMNS, records)
-    what, first = records[0].what, records[0]
-    text = windows_in_words(what) if "length" in what else f"{first.quality.sequences} windows of text"
+    lines, about = table("sweep", COLUMNS, records), records[0].provenance
+    assert about
+    asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds"
+    timed = asked.format_map(about.what["workload"])
+    place = place_of(about.where.get("machine"), versions=False)
     caption = (
-        f"{model} without its deepest attentions, MLPs or blocks, beside the dense model: quality on {text}. "
-        f"Fraction: of the layers; where nothing is said, the last layer is skipped too. NLL and KL in nats a token. "
-        f"{lines.legend}"
+        f"{model} without its deepest attentions, MLPs or blocks, beside the dense model: quality on "
+        f"{windows_in_words(about.what)}. Fraction: of the layers; where nothing is said, the last layer is skipped "
+        f"too. NLL and KL in nats a token. {lines.legend} Times of {timed}; {about.what['dtype']} on {place}."
     )
-    if first.provenance:
-        asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds".format_map(
-            what["workload"]
-        )
-        place = place_of(first.provenance.where.get("machine"), versions=False)
-        caption += f" Times of {asked}; {what.get('dtype')} on {place}."
     tex = as_latex(lines, caption=caption, label="sweep")
     for suffix, content in {"csv": lines.csv, "tex": tex, "md": f"{caption}\n\n{lines.markdown()}"}.items():
         (out / f"table.{suffix}").write_text(content, encoding="utf-8")
