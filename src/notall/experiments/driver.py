@@ -182,13 +182,12 @@ class HeldScores:
         return summarize(self.scores(key), self.scores(DENSE))
 
 
-def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, doing: str = "") -> Times:
+def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, name: str = "") -> Times:
     """In turn with the dense model."""
     from ..measuring.speed import time_plans
 
-    plans = {"skipped": plan} if plan else {}
-    named: Progress = lambda done, total, _: progress(done, total, doing)  # noqa: E731
-    return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=named).values()][-1]
+    plans = {name: plan} if plan else {}
+    return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=progress).values()][-1]
 
 
 def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:

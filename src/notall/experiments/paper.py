@@ -207,15 +207,14 @@ def time_grid(
 
 def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) -> tuple[int, dict[str, Times]]:
     """The largest halving of the sequences at once that memory holds, and its times."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
+
+    from ..evaluation.scoring import unless_out_of_memory
 
     at_once = workload.concurrency
     while at_once:
-        try:
-            return at_once, run(replace(workload, concurrency=at_once))
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
+        if times := unless_out_of_memory(partial(run, replace(workload, concurrency=at_once))):
+            return at_once, times
         clear_device_cache(garbage_collection=True)
         at_once //= 2
     raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
-
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
@@ -95,7 +94,7 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
                 record = SweepRecord.from_fact(
                     row,
                     quality=held.quality(scored_as(row.plan)),
-                    times=time_plan(subject, row.plan, workload, telling, f"timing {row.name}"),
+                    times=time_plan(subject, row.plan, workload, telling, row.name),
                     footprint=footprint(subject.model, row.plan),
                     provenance=about,
                 )
