@@ -413,14 +413,10 @@ def _finished(
             mine = held.scores(scored_as(one.plan, one.repair)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
 
-    def told(record: ComparisonRecord) -> dict[str, object]:
-        return record.model_dump(mode="json", exclude={"provenance": {"where"}})
-
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
-        every[place] = found = record.model_copy(update={"behind": more, "behind_se": error})
-        if found.key not in kept or told(kept[found.key]) != told(found):
-            kept.add(found)
+        every[place] = record.model_copy(update={"behind": more, "behind_se": error})
+    kept.renew(every)
     return every[: len(records)]
 
 

@@ -364,10 +364,7 @@ class _Run:
         best = [record.key for record in pareto_front(found)]
         found = [record.model_copy(update={"best": record.key in best}) for record in found]
 
-        def told(record: ParetoRecord) -> dict[str, object]:  # wherever and whenever that was put together
-            return record.line() | {"provenance": None}
-
-        known.add(*(one for one in found if one.key not in known or told(known[one.key]) != told(one)))
+        known.renew(found)
         return [known[variant.key] for variant in self.variants]
 
     def _tell(self, step: int, what: str) -> None:
