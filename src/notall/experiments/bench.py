@@ -17,7 +17,7 @@ from ..progress import Progress, silent
 from ..results.facts import FOOTPRINT, PEAK, TIMES, Footprint, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Record, Skips, kept_in
+from ..results.record import Count, Fact, Record, Skips
 from ..results.table import Column, number, table, within, words
 from .folder import Folder, Section, Shown, Step
 from .options import ModelOptions
@@ -35,9 +35,12 @@ class Timed(Fact):
     footprint: Footprint
 
 
-@kept_in("bench.jsonl", "bench")
 class BenchRecord(Record, Skips):
     """A plan and the dense model, timed in one run. Every measurement is one of its own."""
+
+    file = "bench.jsonl"
+    commands = ("bench",)
+    key_fields = ()
 
     record: Literal["bench"] = "bench"
     prompt_tokens: Count

@@ -27,19 +27,7 @@ from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Sea
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import (
-    Amount,
-    Count,
-    Key,
-    Number,
-    Record,
-    Scalar,
-    Skips,
-    SublayerName,
-    Unsigned,
-    is_number,
-    kept_in,
-)
+from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, number, pivot, size, table, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
 from .folder import Card, Figure, Folder, Section, Shown, in_nats
@@ -81,25 +69,34 @@ class Answered(Skips):
 RUN = ("criterion", "objective", "space", "count")
 
 
-@kept_in("choices.jsonl", "compare", key=RUN)
 class ChoiceRecord(Record, Answered):
     """What one run chose."""
+
+    file = "choices.jsonl"
+    commands = ("compare",)
+    key_fields = RUN
 
     record: Literal["choice"] = "choice"
 
 
-@kept_in("plan_times.jsonl", "compare", key=("footprint",))
 class PlanTimesRecord(Record):
     """The times of a plan; plans that leave as much of a model take as long, and are timed once."""
+
+    file = "plan_times.jsonl"
+    commands = ("compare",)
+    key_fields = ("footprint",)
 
     record: Literal["plan_times"] = "plan_times"
     footprint: Footprint
     times: Times
 
 
-@kept_in("comparison.jsonl", "compare", key=(*RUN, "repair"))
 class ComparisonRecord(MeasuredPlan, Record, Answered):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
+
+    file = "comparison.jsonl"
+    commands = ("compare",)
+    key_fields = (*RUN, "repair")
 
     record: Literal["comparison"] = "comparison"
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")

@@ -20,7 +20,7 @@ from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import Decoding
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned, kept_in
+from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
 from ..results.table import Column, number, table, with_error, with_quartiles, words
 from .folder import Folder, Section, Shown
 
@@ -40,9 +40,12 @@ NOTE = (
 )
 
 
-@kept_in("drafts.jsonl", "draft")
 class DraftRecord(Record, Skips):
     """Rounds of so many drafted tokens and a check of them. Every measurement is one of its own."""
+
+    file = "drafts.jsonl"
+    commands = ("draft",)
+    key_fields = ()
 
     record: Literal["draft"] = "draft"
     model: Literal["skipped", "repaired"] = Field(description="which model drafts")

@@ -21,7 +21,7 @@ from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scor
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number, kept_in
+from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
 from ..results.table import as_csv, pivot
 from .options import TaskChoice
 
@@ -40,9 +40,12 @@ UNREPAIRED = "none"
 RepairName = Annotated[str, Field(pattern=r"^[\w.:-]{1,120}$")]  # also module:function
 
 
-@kept_in("scores.jsonl", "sweep", "compare", key=("batch", "repair", "names"))
 class ScoresRecord(Record):
     """Scores on one batch of token ids, by what is skipped; of the dense model by nothing."""
+
+    file = "scores.jsonl"
+    commands = ("sweep", "compare")
+    key_fields = ("batch", "repair", "names")
 
     record: Literal["scores"] = "scores"
     batch: Count = Field(description="its number, from 0")
@@ -54,16 +57,22 @@ class ScoresRecord(Record):
         return tuple(self.scores)
 
 
-@kept_in("similarity.jsonl", "sweep", "paper", key=("layer", "kind"))
 class SimilarityRecord(Record, Similarity):
     """One block or sublayer of a run."""
+
+    file = "similarity.jsonl"
+    commands = ("sweep", "paper")
+    key_fields = ("layer", "kind")
 
     record: Literal["similarity"] = "similarity"
 
 
-@kept_in("leave_one_out.jsonl", "sweep", key=("sublayer",))
 class LeaveOneOutRecord(Record):
     """One sublayer left out, on a few sequences."""
+
+    file = "leave_one_out.jsonl"
+    commands = ("sweep",)
+    key_fields = ("sublayer",)
 
     record: Literal["leave_one_out"] = "leave_one_out"
     sublayer: SublayerName
@@ -72,16 +81,22 @@ class LeaveOneOutRecord(Record):
     sequences: Count | None = Field(None, description="on how many")
 
 
-@kept_in("benchmarks.jsonl", "paper", key=("task", "metric", "variant", "fraction", "keep_last"))
 class BenchmarkRecord(Record, TaskScore, Configured):
     """One configuration on one task, beside the dense model on the same documents."""
+
+    file = "benchmarks.jsonl"
+    commands = ("paper",)
+    key_fields = ("task", "metric", "variant", "fraction", "keep_last")
 
     record: Literal["benchmark"] = "benchmark"
 
 
-@kept_in("diagnostics.jsonl", "paper", key=("part", "check", "variant", "fraction", "keep_last"))
 class DiagnosticsRecord(Record, Check, Configured):
     """One check of one configuration beside the dense model."""
+
+    file = "diagnostics.jsonl"
+    commands = ("paper",)
+    key_fields = ("part", "check", "variant", "fraction", "keep_last")
 
     record: Literal["diagnostics"] = "diagnostics"
     part: str = Field(description="of the diagnostics")

@@ -23,7 +23,7 @@ from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footp
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
-from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number, kept_in
+from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, pivot, table, words, written
 from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
 from .folder import Card, Folder, Message, Section, Shown, Step
@@ -52,9 +52,12 @@ DENSE_ROW = Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan
 Verdict = Literal["holds", "does not hold", "inconclusive", "too few"]
 
 
-@kept_in("times.jsonl", "paper", key=("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last"))
 class TimesRecord(Record, Configured):
     """One configuration at one prompt length and number of sequences at once."""
+
+    file = "times.jsonl"
+    commands = ("paper",)
+    key_fields = ("prompt_tokens", "asked_concurrency", "variant", "fraction", "keep_last")
 
     record: Literal["times"] = "times"
     prompt_tokens: Count
@@ -64,9 +67,12 @@ class TimesRecord(Record, Configured):
     footprint: Footprint
 
 
-@kept_in("claims.jsonl", "paper", key=("claim",))
 class ClaimRecord(Record):
     """A claim of arXiv 2407.15516, the figures that bear on it here, and what they say of it."""
+
+    file = "claims.jsonl"
+    commands = ("paper",)
+    key_fields = ("claim",)
 
     record: Literal["claim"] = "claim"
     claim: str

@@ -40,7 +40,6 @@ from ..results.record import (
     SublayerNames,
     Unsigned,
     is_number,
-    kept_in,
 )
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
@@ -73,9 +72,12 @@ class Represented(Fact):
         return ", ".join([self.model, *(["repaired"] if self.repaired else []), self.type])
 
 
-@kept_in("engine_scores.jsonl", "pareto", key=NAMED)
 class EngineScoresRecord(Record, Represented):
     """What one model loses on each window of the held-out text, and what its file weighs."""
+
+    file = "engine_scores.jsonl"
+    commands = ("pareto",)
+    key_fields = NAMED
 
     record: Literal["engine_scores"] = "engine_scores"
     file_bytes: Count = Field(description="of weights on disk")
@@ -93,9 +95,12 @@ class EngineScoresRecord(Record, Represented):
         ]
 
 
-@kept_in("engine_times.jsonl", "pareto", key=(*NAMED, "round"))
 class EngineTimesRecord(Record, Represented):
     """What one model took in one round; in a round each model is timed once."""
+
+    file = "engine_times.jsonl"
+    commands = ("pareto",)
+    key_fields = (*NAMED, "round")
 
     record: Literal["engine_times"] = "engine_times"
     round: Count = Field(description="its number, from 0")
@@ -104,9 +109,12 @@ class EngineTimesRecord(Record, Represented):
     memory_bytes: Count = Field(description="by which the engine's process grew")
 
 
-@kept_in("pareto.jsonl", "pareto", key=NAMED)
 class ParetoRecord(Record, Represented):
     """One model beside the dense one; differences are paired by window, speedups by round."""
+
+    file = "pareto.jsonl"
+    commands = ("pareto",)
+    key_fields = NAMED
 
     record: Literal["pareto"] = "pareto"
     skipped: SublayerNames = Field("", description="names of sublayers that it leaves out")

@@ -20,7 +20,7 @@ from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanChec
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import check_file
 from ..results.provenance import Provenance
-from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number, kept_in
+from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
 from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
@@ -46,9 +46,12 @@ NOTE = (
 )
 
 
-@kept_in("chosen.jsonl", "search", key=("chosen", "plan", "in_time"))  # times are never the same twice
 class SearchRecord(Record, Skips):
     """A plan that was chosen, and what was measured of it, if anything."""
+
+    file = "chosen.jsonl"
+    commands = ("search",)
+    key_fields = ("chosen", "plan", "in_time")  # times are never the same twice
 
     record: Literal["search"] = "search"
     chosen: str = Field(description="how, by what, and how much")

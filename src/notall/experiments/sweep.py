@@ -18,7 +18,7 @@ from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, PEAK, PERPLEXITY, 
 from ..results.latex import as_latex
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
-from ..results.record import Record, is_number, kept_in
+from ..results.record import Record, is_number
 from ..results.table import Column, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Card, Figure, Folder, Sample, Shown
@@ -38,17 +38,23 @@ FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-@kept_in("results.jsonl", "sweep", key=("variant", "fraction", "keep_last"))
 class SweepRecord(MeasuredPlan, Record, Configured):
     """One configuration, measured."""
+
+    file = "results.jsonl"
+    commands = ("sweep",)
+    key_fields = ("variant", "fraction", "keep_last")
 
     record: Literal["sweep"] = "sweep"
     times: Times
 
 
-@kept_in("samples.jsonl", "sweep", key=("variant", "fraction", "keep_last", "plan"))
 class SaidRecord(Record, Configured):
     """How one plan continues prompts."""
+
+    file = "samples.jsonl"
+    commands = ("sweep",)
+    key_fields = ("variant", "fraction", "keep_last", "plan")
 
     record: Literal["samples"] = "samples"
     said: dict[str, str] = Field(description="by prompt")

@@ -7,12 +7,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .facts import SearchCost
-from .record import Count, Number, Record, SublayerName, kept_in
+from .record import Count, Number, Record, SublayerName
 
 
-@kept_in("evaluations.jsonl", "search", "compare", key=("skipped", "batches"), headed=True)
 class EvaluationRecord(Record):
     """One set of sublayers, evaluated; of the whole file the first line says by what."""
+
+    file = "evaluations.jsonl"
+    commands = ("search", "compare")
+    key_fields = ("skipped", "batches")
+    headed = True
 
     record: Literal["evaluation"] = "evaluation"
     skipped: tuple[SublayerName, ...] = Field(description="names of sublayers, sorted")
@@ -24,9 +28,12 @@ class EvaluationRecord(Record):
 Said = tuple[Number, bool] | Number | str  # log-likelihood and whether it is greedy, a log-likelihood, a text
 
 
-@kept_in("answers.jsonl", "eval", "paper")
 class AnswersRecord(Record):
     """Answers to some requests, by the requests' digests, each in the order of the plans' digests."""
+
+    file = "answers.jsonl"
+    commands = ("eval", "paper")
+    key_fields = ()
 
     record: Literal["answers"] = "answers"
     plans: tuple[str, ...]

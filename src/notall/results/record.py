@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from typing_extensions import Self
@@ -120,16 +120,15 @@ class Quartiles(Fact):
         return 0.93 * (self.high - self.low) / self.n**0.5
 
 
-R = TypeVar("R", bound="Record")
 KINDS: dict[str, type[Record]] = {}  # those whose modules are imported
 
 
 class Record(Fact):
-    """One line of a file; `kept_in` says of a kind which file that is."""
+    """One line of a file. A kind says which file, which commands write it, and what tells its lines apart."""
 
     file: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
-    key_fields: ClassVar[tuple[str, ...]] = ()
+    key_fields: ClassVar[tuple[str, ...]]
     headed: ClassVar[bool] = False  # whether the first line of the file holds the provenance of all
 
     record: str = Field(description="the kind of this line")
@@ -164,18 +163,6 @@ class Record(Fact):
         own = cls.model_fields.keys() - {"record"}
         found = {name: getattr(fact, name) for fact in facts for name in type(fact).model_fields if name in own}
         return cls(**found | more)
-
-
-def kept_in(
-    file: str, *commands: Command, key: tuple[str, ...] = (), headed: bool = False
-) -> Callable[[type[R]], type[R]]:
-    """Say of a kind in which file it is, which commands write it, and which fields tell its lines apart."""
-
-    def of(kind: type[R]) -> type[R]:
-        kind.file, kind.commands, kind.key_fields, kind.headed = file, commands, key, headed
-        return kind
-
-    return of
 
 
 class HeaderRecord(Record):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .facts import QUALITY, Quality
-from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName, kept_in
+from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
 LITTLE = 0.02  # of the error: refits that mend less fill screens
@@ -42,9 +42,13 @@ class RepairStep(BaseModel):
         return f"{verb} on {self.sequences} windows of {self.length} tokens {by}of {on}" if on else verb
 
 
-@kept_in("refits.jsonl", "repair", key=("sublayers",), headed=True)
 class RefitRecord(Record):
     """One step of a plan, refit or left alone. Errors are of tokens that the ridge was chosen on, not fitted to."""
+
+    file = "refits.jsonl"
+    commands = ("repair",)
+    key_fields = ("sublayers",)
+    headed = True
 
     record: Literal["refit"] = "refit"
     sublayers: tuple[SublayerName, ...] = Field(min_length=1, description="a sublayer, or both of a parallel block")
@@ -64,9 +68,13 @@ REFITS: tuple[Column[RefitRecord], ...] = (
 )
 
 
-@kept_in("healing.jsonl", "heal", key=("tokens",), headed=True)
 class HealRecord(Record):
     """How far from the dense model the healing is, on text that it does not train on."""
+
+    file = "healing.jsonl"
+    commands = ("heal",)
+    key_fields = ("tokens",)
+    headed = True
 
     record: Literal["healing"] = "healing"
     tokens: Count = Field(description="tokens trained on so far")
@@ -85,9 +93,12 @@ HEALING: tuple[Column[HealRecord], ...] = (
 )
 
 
-@kept_in("measured.jsonl", "repair", "heal", "search", "eval", key=("text", "model"))
 class MeasuredRecord(Record, Skips):
     """One plan, with its weights if it has any, on one text that they were not fitted to."""
+
+    file = "measured.jsonl"
+    commands = ("repair", "heal", "search", "eval")
+    key_fields = ("text", "model")
 
     record: Literal["measured"] = "measured"
     text: str = Field(description="its name")
