@@ -9,7 +9,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
 import forked
-from api import BenchmarkRecord, Benchmarks, Limits, Provenance, Scorer, TaskChoice, TaskShelf, paper_grid, read, tasks
+from api import BenchmarkRecord, Limits, Provenance, Scorer, TaskChoice, TaskShelf, benchmark, paper_grid, read, tasks
 from api import driver_Subject as Subject
 from api import records_lines as lines
 from notall import UsageError, locate
@@ -32,7 +32,7 @@ def model():
 def run_benchmarks(model, rows, names, out, about, *, task_path, limits, generating_rows=None, **how):
     choice = TaskChoice(TaskShelf(task_path), tuple(names), limits=limits, **how)
     subject = Subject(model, byte_tokenizer(), [], out, Provenance.of(about))
-    return Benchmarks(subject, rows, choice, generating_rows).run()
+    return benchmark(subject, rows, choice, generating_rows)
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def groups_of(records):
 
 
 def test_the_figure_holds_every_choice(compared):
-    points = compare_module.points_of(compared[1])
+    points = compare_module.drawn_points(compared[1])
     assert len(points) == len(compared[1])
     assert {point.panel for point in points} == {"attention", "block", "portable"}
     assert "search, kl" in {point.colour for point in points}

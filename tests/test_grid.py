@@ -15,11 +15,12 @@ from api import (
     SweepRecord,
     Workload,
     least_lost,
+    leave_one_out,
     paper_grid,
     quality,
     read,
-    removable,
     score,
+    silent,
     summarize,
     sweep,
 )
@@ -134,10 +135,10 @@ def test_what_sublayers_cost_is_not_measured_twice(model, swept, tmp_path, monke
         run(model, tmp_path)
 
 
-def test_the_only_attention_of_a_model_is_not_left_out():
-    model = family("llama").build(num_hidden_layers=1)
-    parts = removable(locate(model))
-    assert [(part.kind, part.index) for part in parts] == [("mlp", 0)]
+def test_the_only_attention_of_a_model_is_not_left_out(tmp_path):
+    model, about = family("llama").build(num_hidden_layers=1), Provenance(what=ABOUT)
+    leave_one_out(Subject(model, None, BATCHES, tmp_path, about), about, silent)
+    assert [one.sublayer for one in read(tmp_path / LeaveOneOutRecord.file, LeaveOneOutRecord)] == ["mlp.0"]
 
 
 def test_a_finished_sweep_does_nothing_again(model, swept):

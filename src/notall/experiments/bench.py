@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Record, Skips
 from ..results.table import Column, number, table, within, words
-from .folder import Folder
+from .folder import Folder, Section, Shown, Step
 from .options import ModelOptions
 from .pages import speedup_cards
-from .shown import Section, Shown, Step
 from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
@@ -164,16 +162,9 @@ def shown(folder: Folder) -> Shown:
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
-    step, record, times = steps[timed[-1]], rows[timed[-1]].bench, rows[timed[-1]].model.times
-    cards = speedup_cards(times, f"without {record.plan.in_words()}; {record.told}")
-    verdict = Verdict(
-        step.plan,
-        speedup=times.speedup_decode,
-        footprint=step.footprint,
-        dense=step.dense,
-        model=folder.model,
-        layers=folder.layers,
-    )
-    real = "MODEL" if record.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
-    message = verdict.message("see what that costs", f"{next_command('eval', real)} {shlex.join(folder.plan_options)}")
+    step, last = steps[timed[-1]], rows[timed[-1]]
+    cards = speedup_cards(last.model.times, f"without {last.plan_words}; {last.bench.told}")
+    real = "MODEL" if last.bench.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
+    command = next_command("eval", real, *folder.plan_options)
+    message = Verdict.of(step, folder).message("see what that costs", command)
     return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))

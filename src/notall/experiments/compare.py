@@ -17,10 +17,12 @@ from pydantic import Field
 from ..digests import digest_of
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed, need
+from ..inputs import Settings
+from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
-from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, Quality, SearchCost, TaskScore, Times
+from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
@@ -41,11 +43,11 @@ from ..results.table import (
     words,
 )
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
-from .folder import Folder
+from .folder import Card, Figure, Folder, Section, Shown, in_nats
 from .options import SkipAmount, TaskChoice, space_of
-from .pages import results, shown_plans, with_points
-from .shown import Card, Figure, Section, Shown, in_nats
-from .verdict import fastest_card, is_usable, joined, next_command, on_the_text
+from .pages import MeasuredPlan, fastest_card, points_of, results, shown_plans
+from .search import tasks_of
+from .verdict import is_usable, joined, next_command, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,13 +93,10 @@ class PlanTimesRecord(Record, kind="plan_times", key=("footprint",)):
     times: Times
 
 
-class ComparisonRecord(Record, Answered, kind="comparison", key=(*RUN, "repair")):
+class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*RUN, "repair")):
     """One choice, measured on the held-out text; once more for each way that made up for what it skips."""
 
     repair: RepairName = Field(UNREPAIRED, description="what made up for what is skipped")
-    quality: Quality
-    footprint: Footprint
-    times: Times | None = Field(None, description="where plans were timed")
     behind: Number = Field(
         math.nan, description="NLL beyond that of the least, of as many and repaired alike; of that one itself nothing"
     )
@@ -206,7 +205,6 @@ class CompareOptions:
     def check(self) -> list[str]:
         """The tasks of the harness that objectives go by. Raises `UsageError` for what is refused without a model."""
         from ..choosing.criteria import criterion
-        from ..choosing.objective import read_prompts, terms_of
         from ..repairing.methods import method
 
         need(*(module for name in self.criterion for module in criterion(name).needs))
@@ -215,10 +213,7 @@ class CompareOptions:
         for amount in self.amounts:
             if not amount.amounts or any(one < 1 or one % 1 for one in amount.amounts):
                 raise UsageError(f"--skip {shortened(amount)} is no kind and counts: write attention:4,8")
-        parts = [name for one in self.objective for _, name in terms_of(one, self.prompts)]
-        if "answers" in parts and self.prompts:
-            read_prompts(self.prompts)
-        return [name.removeprefix("task:") for name in parts if name.startswith("task:")]
+        return tasks_of(self.objective, self.prompts)
 
     @property
     def amounts(self) -> list[SkipAmount]:
@@ -393,8 +388,6 @@ def _finished(
     records: Sequence[ComparisonRecord], kept: Ledger[ComparisonRecord], held: HeldScores
 ) -> list[ComparisonRecord]:
     """The same beside the best of as many of the same space, repaired alike; what is new of these is written down."""
-    from ..measuring.statistics import mean_and_error
-
     asked = {record.key for record in records}
     every = [*records, *(record for record in kept if record.key not in asked)]
     groups: dict[tuple[str, int, str], list[ComparisonRecord]] = {}
@@ -409,14 +402,10 @@ def _finished(
             mine = held.scores(scored_as(one.plan, one.repair)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
 
-    def told(record: ComparisonRecord) -> dict[str, object]:
-        return record.model_dump(mode="json", exclude={"provenance": {"where"}})
-
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
-        every[place] = found = record.model_copy(update={"behind": more, "behind_se": error})
-        if found.key not in kept or told(kept[found.key]) != told(found):
-            kept.add(found)
+        every[place] = record.model_copy(update={"behind": more, "behind_se": error})
+    kept.renew(every)
     return every[: len(records)]
 
 
@@ -524,7 +513,7 @@ def write_comparison(records: Sequence[ComparisonRecord], out: Path, title: str,
         from ..charts.losses import losses_in_panels
         from ..charts.style import save
 
-        save(losses_in_panels(points_of(records), title), out / "front")
+        save(losses_in_panels(drawn_points(records), title), out / "front")
 
 
 def timed_once(records: Sequence[ComparisonRecord]) -> bool:
@@ -580,27 +569,22 @@ def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     return folder / "plans" / f"{_file_name('-'.join(_asked(record)))}.json"
 
 
-def points_of(records: Sequence[ComparisonRecord]) -> list[Point]:
+def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
     """A point for each record with a loss; a criterion is named with its objective where there are several."""
     many = Counter(criterion for criterion, _ in {(one.criterion, one.objective) for one in records})
-    return [
-        replace(
-            point,
-            count=record.count,
-            colour=f"{record.criterion}, {record.objective}" if many[record.criterion] > 1 else record.criterion,
-            shape=record.repair,
-            panel=record.space,
-        )
-        for record, point in with_points(records)
-    ]
+
+    def look(one: ComparisonRecord) -> Settings:
+        name = f"{one.criterion}, {one.objective}" if many[one.criterion] > 1 else one.criterion
+        return {"count": one.count, "colour": name, "shape": one.repair, "panel": one.space}
+
+    return points_of(records, look)
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of a comparison."""
     records = folder.of(ComparisonRecord)
     if not records:
         return Shown()
-    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again, way=lambda one: one.way)
+    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again)
     return replace(found, steps=tuple(replace(step, order=one.order) for step, one in zip(found.steps, records)))
 
 
@@ -627,7 +611,7 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
     from ..charts.losses import colours_of, losses_by_count, tradeoff
     from ..charts.style import on_page
 
-    order, points = best_first(records), points_of(records)
+    order, points = best_first(records), drawn_points(records)
     colours = colours_of(points)
     figures = []
     for space in dict.fromkeys(point.panel for point in points):

@@ -22,8 +22,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
 from ..results.table import Column, number, table, with_error, with_quartiles, words
-from .folder import Folder
-from .shown import Section, Shown
+from .folder import Folder, Section, Shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
 from ..results.facts import COSINE, SIMILARITY, Check, Configured, Quality, Scores, Similarity, TaskScore, Times
-from ..results.ledger import Ledger, refuse_foreign, working_in
+from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Count, Number, Record, SublayerName, SublayerNames, Unsigned, is_number
 from ..results.table import as_csv, as_latex, pivot
@@ -173,13 +173,12 @@ class HeldScores:
         return summarize(self.scores(key), self.scores(DENSE))
 
 
-def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, doing: str = "") -> Times:
+def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, name: str = "") -> Times:
     """In turn with the dense model."""
     from ..measuring.speed import time_plans
 
-    plans = {"skipped": plan} if plan else {}
-    named: Progress = lambda done, total, _: progress(done, total, doing)  # noqa: E731
-    return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=named).values()][-1]
+    plans = {name: plan} if plan else {}
+    return [*time_plans(subject.model, plans, workload, seed=subject.seed, progress=progress).values()][-1]
 
 
 def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
@@ -246,84 +245,62 @@ def run_choice(
     )
 
 
-class Benchmarks:
-    """Some tasks for `rows` (the dense one first): their data is read, and all is checked, before anything is computed.
+def benchmark(
+    subject: Subject,
+    rows: Sequence[Configured],
+    choice: TaskChoice,
+    generating_rows: Sequence[Configured] | None = None,
+    progress: Progress = silent,
+) -> list[BenchmarkRecord]:
+    """One record a task, metric and row (the dense one first), kept as soon as a task is done, and each answer at once.
 
-    Tasks that generate text are for `generating_rows`, where given. Raises `UsageError` as `run_tasks` does, and
-    when the folder holds the results of other settings or of another command.
+    The data of all tasks is read, and all is checked, before anything is computed. Tasks that generate text are for
+    `generating_rows`, where given. Raises `UsageError` as `run_tasks` does, and when the folder holds the results of
+    other settings or of another command.
     """
+    from ..evaluation.harness import LM_EVAL_VERSION, PlansLM, evaluate_job
 
-    def __init__(
-        self,
-        subject: Subject,
-        rows: Sequence[Configured],
-        choice: TaskChoice,
-        generating_rows: Sequence[Configured] | None = None,
-    ) -> None:
-        from ..evaluation.harness import LM_EVAL_VERSION, PlansLM
+    settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": choice.num_fewshot, "truncate": choice.truncate}
+    about = Provenance.of(subject.provenance, **settings)
+    abouts = {name: Provenance.of(about, asked=name, limit=choice.limit_of(name)) for name in choice.names}
+    rows_of = {False: rows, True: generating_rows or rows}  # text is generated plan by plan
 
-        @cache
-        def model(of_few: bool) -> PlansLM:
-            assert subject.tokenizer
-            return PlansLM(
-                subject.model,
-                subject.tokenizer,
-                [row.plan for row in self.rows_of[of_few]],
-                subject.out,
-                batch_size=choice.batch_size,
-                truncate=choice.truncate,
-                workers=subject.workers,
-            )
+    def known(name: str) -> list[BenchmarkRecord]:
+        """Of these rows, of the task that was asked for by this name."""
+        asked = (record for record in held if record.what.get("asked") == name)
+        return [record for record in asked if any(row.describes(record) for row in rows)]
 
-        self.subject, self.names = subject, choice.names
-        self.rows_of = {False: rows, True: generating_rows or rows}  # text is generated plan by plan
-        settings = {"lm_eval": LM_EVAL_VERSION, "asked_fewshot": choice.num_fewshot, "truncate": choice.truncate}
-        self.about = Provenance.of(subject.provenance, **settings)
-        self.abouts = {name: Provenance.of(self.about, asked=name, limit=choice.limit_of(name)) for name in self.names}
-        refuse_foreign(subject.out, "paper")
-        held = self._ledger()
-        jobs = {name: choice.build(name) for name in self.names if not self._is_done(held, name)}
-        self.asked: dict[str, tuple[Job, bool, PlansLM]] = {}
-        for name, job in jobs.items():
-            generates = any(task.OUTPUT_TYPE == "generate_until" for task in job.tasks.values())
-            of_few = generates and bool(generating_rows)
-            self.asked[name] = job, of_few, model(of_few)
-            self.asked[name][-1].check(job)
-
-    def run(self, progress: Progress = silent) -> list[BenchmarkRecord]:
-        """One record a task, metric and row, written as soon as a task is done; each answer as it comes."""
-        from ..evaluation.harness import evaluate_job
-
-        with working_in(self.subject.out, "paper"):
-            held = self._ledger()
-            stages = Stages(progress, len(self.names))
-            for name in self.names:
-                telling = stages.stage(1)
-                if name not in self.asked or self._is_done(held, name):
-                    continue
-                job, of_few, lm = self.asked[name]
-                lm.progress = telling
-                found, rows = evaluate_job(lm, job), self.rows_of[of_few]
-                source = Provenance.of(self.abouts[name], records=len(found))
-                known = {record.key for record in self._of(held, name)}
-                records = (BenchmarkRecord.from_fact(one.score, rows[one.number], provenance=source) for one in found)
-                held.add(*(record for record in records if record.key not in known))
-            progress(stages.steps, stages.steps, "benchmarks")
-            return [record for name in self.names for record in self._of(held, name)]
-
-    def _ledger(self) -> Ledger[BenchmarkRecord]:
-        return Ledger(
-            self.subject.out, BenchmarkRecord, lambda one: self.abouts.get(str(one.what.get("asked")), self.about)
+    @cache
+    def model(of_few: bool) -> PlansLM:
+        assert subject.tokenizer
+        return PlansLM(
+            *(subject.model, subject.tokenizer, [row.plan for row in rows_of[of_few]], subject.out),
+            batch_size=choice.batch_size,
+            truncate=choice.truncate,
+            workers=subject.workers,
         )
 
-    def _of(self, records: Ledger[BenchmarkRecord], name: str) -> list[BenchmarkRecord]:
-        """What is known of these rows, of the task that was asked for by this name."""
-        asked = (record for record in records if record.what.get("asked") == name)
-        return [record for record in asked if any(row.describes(record) for row in self.rows_of[False])]
-
-    def _is_done(self, records: Ledger[BenchmarkRecord], name: str) -> bool:
-        held = self._of(records, name)
-        return bool(held) and len(held) == held[0].what.get("records")
+    with working_in(subject.out, "paper"):
+        held = Ledger(subject.out, BenchmarkRecord, lambda one: abouts.get(str(one.what.get("asked")), about))
+        asked = {}
+        for name in choice.names:
+            if not (found := known(name)) or len(found) != found[0].what.get("records"):
+                job = choice.build(name)
+                generates = any(task.OUTPUT_TYPE == "generate_until" for task in job.tasks.values())
+                asked[name] = job, generates and bool(generating_rows)
+        for job, of_few in asked.values():
+            model(of_few).check(job)
+        stages = Stages(progress, len(asked))
+        for name, (job, of_few) in asked.items():
+            lm, before = model(of_few), {record.key for record in known(name)}
+            lm.progress = stages.stage(1)
+            answers = evaluate_job(lm, job)
+            source = Provenance.of(abouts[name], records=len(answers))
+            facts = ((one.score, rows_of[of_few][one.number]) for one in answers)
+            made = (BenchmarkRecord.from_fact(*some, provenance=source) for some in facts)
+            held.add(*(record for record in made if record.key not in before))
+        progress(stages.steps, stages.steps, "benchmarks")
+        return [record for name in choice.names for record in known(name)]
 
 
 def diagnose(

@@ -19,9 +19,8 @@ from ..results.record import Fact, is_number
 from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRecord, RefitRecord, State
 from ..results.table import Column, number, table, within, words
 from .driver import run_choice
-from .folder import Folder
+from .folder import Card, Figure, Folder, Section, Shown, Step, in_nats
 from .options import PlanOptions, TaskChoice
-from .shown import Card, Figure, Section, Shown, Step, in_nats
 from .verdict import Verdict, asking_for_less, mending, next_command
 
 if TYPE_CHECKING:

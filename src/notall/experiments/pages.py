@@ -1,70 +1,130 @@
-"""What pages of several verbs share: plans side by side, how much faster they are, what each sublayer costs alone."""
+"""What pages of several verbs share: the best of plans, plans side by side, what each sublayer costs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import Field
+
+from ..errors import shortened
+from ..inputs import Settings
 from ..plan import several
-from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Similarity, Times
+from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Quality, Similarity, Times
 from ..results.ledger import header_of, read
-from ..results.record import is_number
+from ..results.record import Skips, is_number
 from ..results.repairs import EvaluationRecord
-from ..results.table import Column, as_csv, table
+from ..results.table import Column, as_csv, table, words
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
-from .folder import Folder
-from .shown import Card, Costs, Figure, Place, Section, Shown, Step
-from .verdict import M, first_shown, judged, mark_usable
+from .folder import Card, Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
+from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable
 
 if TYPE_CHECKING:
     from ..charts.losses import Point
 
 
+class MeasuredPlan(Skips):
+    """What pages ask of a plan: how much it loses, and what it saves."""
+
+    quality: Quality
+    times: Times | None = Field(None, description="where plans were timed")
+    footprint: Footprint
+
+    @property
+    def way(self) -> str:
+        """What a sentence calls it."""
+        return self.name
+
+
+P = TypeVar("P", bound=MeasuredPlan)
+
+
+def fastest(records: Iterable[P]) -> P | None:
+    """The fastest usable one: of those that may be as fast, by its quartiles, what loses least.
+
+    Where nothing was timed, the smallest, then the best.
+    """
+    usable = [one for one in records if one.plan and is_usable(one.quality)]
+
+    def pace(one: P) -> float:
+        return one.times.speedup_decode.median if one.times else 0
+
+    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
+    if first is None or not first.times:
+        return first
+    low = first.times.speedup_decode.low
+    return min((one for one in usable if pace(one) >= low), key=lambda one: one.quality.nats_lost)
+
+
+def mildest(records: Iterable[P]) -> P | None:
+    """What loses least, usable or not."""
+    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
+    return min(known, key=lambda one: one.quality.nats_lost, default=None)
+
+
+def fastest_card(records: Sequence[P]) -> Card:
+    best = fastest(records)
+    if best is None:
+        told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
+        return Card("Fastest usable", "none", f"of {len(records)} plans", told)
+    text = f"{best.name}; {in_nats(best.quality)}"
+    if not best.times:
+        return Card("Largest usable", str(len(best.plan)), "sublayers left out", text)
+    return Card("Fastest usable", f"{best.times.speedup_decode.median:.2f}×", SPEEDUPS[0].heading, text)
+
+
 def shown_plans(
     folder: Folder,
-    records: Sequence[M],
+    records: Sequence[P],
     sections: Iterable[Section],
     cards: Iterable[Card],
-    then: Callable[[Folder, M], tuple[str, str]],
-    *,
-    way: Callable[[M], str] = lambda one: one.name,
+    then: Callable[[Folder, P], tuple[str, str]],
     dense: Footprint | None = None,
 ) -> Shown:
-    """A page of plans that were measured; `then` says what comes next, and `way` is a plan's name in a sentence."""
-    return Shown(
-        message=judged(folder, records, then=lambda one: then(folder, one), way=way, dense=dense),
-        cards=tuple(cards),
-        steps=tuple(Step(one.name, one.plan, one.quality, one.times, one.footprint, dense) for one in records),
-        first=first_shown(records),
-        sections=tuple(sections),
-        costs=read_costs(folder.path),
-    )
+    """A page on the fastest usable plan, and on what comes `then`; else on the mildest, else the last."""
+    steps = tuple(Step(one.name, one.plan, one.quality, one.times, one.footprint, dense) for one in records)
+    best, least, message = fastest(records), mildest(records), None
+    if best:
+        message = Verdict.of(steps[records.index(best)], folder, best.way).message(*then(folder, best))
+    elif least:
+        plans = sum(bool(one.plan) for one in records)
+        which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
+        mild = f"{shortened(least.name, NAME_LETTERS)}, {' and '.join(faults_of(least.quality))}"
+        said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
+        message = Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
+    first = records.index(best or least or records[-1])
+    return Shown(message, tuple(cards), steps, first, tuple(sections), costs=read_costs(folder.path))
 
 
 def results(
-    records: Sequence[M], columns: Sequence[Column[M]], order: Sequence[int], figures: Sequence[Figure], note: str = ""
+    records: Sequence[P], columns: Sequence[Column[P]], order: Sequence[int], figures: Sequence[Figure], note: str = ""
 ) -> Section:
-    """The records in this order, beside the figures of them."""
-    marked = mark_usable(columns, lambda one: one.quality if one.plan else None)
-    lines = table("results", marked, [records[place] for place in order])
+    """The records in this order, with a column that says which models are still usable, beside the figures of them."""
+
+    def usable(one: P) -> str:
+        known = one.plan and is_number(one.quality.delta_nll)
+        return "" if not known else "yes" if is_usable(one.quality) else "no"
+
+    place = 1 + [column.heading for column in columns].index(DELTA_NLL.heading)
+    marked = [*columns[:place], words("usable", usable), *columns[place:]]
+    lines = table("results", marked, [records[number] for number in order])
     return Section("results", "Results", tuple(figures), lines, tuple(order), note)
 
 
-def with_points(records: Sequence[M]) -> list[tuple[M, Point]]:
-    """The records with a loss, each with its point in a figure; its `plan` counts the records from 0."""
+def points_of(records: Sequence[P], look: Callable[[P], Settings]) -> list[Point]:
+    """A point for each record with a loss, which looks as `look` says; its `plan` counts the records from 0."""
     from ..charts.losses import Point
 
     found = []
     for number, one in enumerate(records):
         lost, speedup = one.quality, one.times.speedup_decode if one.times else None
         if is_number(lost.delta_nll):
-            found.append((one, Point(one.name, lost.delta_nll, lost.delta_nll_se, speedup, plan=number)))
+            found.append(Point(one.name, lost.delta_nll, lost.delta_nll_se, speedup, plan=number, **look(one)))
     return found
 
 
 def similarity_section(rows: Sequence[Similarity]) -> Section:
-    """What a page shows of them."""
     from ..charts.layers import similarity
     from ..charts.style import on_page
 

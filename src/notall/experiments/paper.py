@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
+from statistics import correlation
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import UsageError, shortened
+from ..measuring.statistics import mean_and_error, sign_flip_p_value
 from ..models.names import model_in_words
 from ..options import Workload, option
 from ..plan import KIND_NAMES, Plan
@@ -21,11 +24,18 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
-from .driver import BenchmarkRecord, Benchmarks, DiagnosticsRecord, SimilarityRecord, Subject, diagnose, similarities
-from .folder import Folder
+from .driver import (
+    BenchmarkRecord,
+    DiagnosticsRecord,
+    SimilarityRecord,
+    Subject,
+    benchmark,
+    diagnose,
+    similarities,
+)
+from .folder import Card, Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section, speedup_cards
-from .shown import Card, Message, Section, Shown, Step
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
@@ -101,11 +111,8 @@ class TimingGrid:
     @property
     def workloads(self) -> list[Workload]:
         """Each of them once."""
-        return [
-            Workload(prompt, self.generation_tokens, at_once, self.rounds)
-            for prompt in dict.fromkeys(self.prompt_tokens)
-            for at_once in dict.fromkeys(self.concurrency)
-        ]
+        sizes = product(dict.fromkeys(self.prompt_tokens), dict.fromkeys(self.concurrency))
+        return [Workload(prompt, self.generation_tokens, at_once, self.rounds) for prompt, at_once in sizes]
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def run_paper(
     """Benchmarks and times of the paper's grid and, on the subject's text, its Fig. 1; what became of its claims.
 
     Goes on from what the folder holds. Tasks that generate text are run on dense and the largest fraction only, unless
-    `generate_all`; `windows` are those of the diagnostics. Raises as `Benchmarks` and `time_grid`, before it computes.
+    `generate_all`; `windows` are those of the diagnostics. Raises as `benchmark` and `time_grid`, before it computes.
     """
     from ..choosing.criteria.data_free import paper_grid
 
@@ -142,11 +149,10 @@ def run_paper(
     progress(0, 1, "reading the tasks")
     most = max(row.fraction for row in rows)
     generating = None if generate_all else [row for row in rows if row.fraction in (0.0, most)]
-    asked = Benchmarks(subject, rows, tasks, generating) if tasks else None
-    stages = Stages(progress, 1 + 20 * bool(asked) + 10 * bool(windows) + 10)
+    stages = Stages(progress, 1 + 20 * bool(tasks) + 10 * bool(windows) + 10)
+    benchmarks = benchmark(subject, rows, tasks, generating, stages.stage(20)) if tasks else []
     with working_in(subject.out, "paper"):
         similarity = similarities(subject, subject.provenance, stages.stage(1))
-    benchmarks = asked.run(stages.stage(20)) if asked else []
     checks = diagnose(subject, rows[1:], windows, stages.stage(10)) if windows else []
     times = time_grid(subject, rows, timing, progress=stages.stage(10))
     return write_paper(subject.out, similarity, benchmarks, times, checks)
@@ -206,15 +212,14 @@ def time_grid(
 
 def _fitting(run: Callable[[Workload], dict[str, Times]], workload: Workload) -> tuple[int, dict[str, Times]]:
     """The largest halving of the sequences at once that memory holds, and its times."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
+
+    from ..evaluation.scoring import unless_out_of_memory
 
     at_once = workload.concurrency
     while at_once:
-        try:
-            return at_once, run(replace(workload, concurrency=at_once))
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
+        if times := unless_out_of_memory(partial(run, replace(workload, concurrency=at_once))):
+            return at_once, times
         clear_device_cache(garbage_collection=True)
         at_once //= 2
     raise UsageError("one sequence takes more memory than there is; give a smaller dtype or shorter prompts")
@@ -261,8 +266,6 @@ class Scoreboard:
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
         """The average of `key` less that of `other`, its standard error and p value, paired by document where known."""
-        from ..measuring.statistics import mean_and_error, sign_flip_p_value
-
         means, errors, terms = [], [], list[float]()
         for column in self.shared:
             ours, theirs = self.cells[key][column], self.cells[other][column]
@@ -277,8 +280,6 @@ class Scoreboard:
 
     def averages(self) -> list[Average]:
         """One for each configuration; none where nothing is shared."""
-        from ..measuring.statistics import mean_and_error
-
         found = []
         for key, row in self.cells.items() if self.shared else ():
             value, _ = mean_and_error([row[column].value for column in self.shared])
@@ -402,11 +403,11 @@ def _similarity_claims(similarity: Sequence[SimilarityRecord]) -> Iterator[Claim
 def rank_correlation(values: Sequence[float]) -> float:
     """Spearman's, of values and their places, over those that are numbers; NaN where they are all alike."""
     known = [value for value in values if is_number(value)]
-    ordered, middle = sorted(known), (len(known) + 1) / 2
-    x = [place - middle for place in range(1, len(known) + 1)]
-    y = [ordered.index(value) + (ordered.count(value) + 1) / 2 - middle for value in known]  # ties share their mean
-    spread = math.sqrt(math.fsum(a * a for a in x) * math.fsum(b * b for b in y))
-    return math.fsum(a * b for a, b in zip(x, y)) / spread if spread else math.nan
+    ordered = sorted(known)
+    if len(set(known)) < 2:
+        return math.nan
+    ranks = [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in known]  # ties share their mean
+    return correlation(range(1, len(known) + 1), ranks)
 
 
 def _quality_claims(board: Scoreboard) -> Iterator[ClaimRecord]:
@@ -458,7 +459,6 @@ def judged_times(times: Sequence[TimesRecord]) -> list[TimesRecord]:
     return [record for record, size in zip(times, sizes) if size == min(sizes)]
 
 
-HALVES = {False: "the last layer skipped too", True: "the last layer kept"}
 ENDINGS = {False: "last-skipped", True: "last-kept"}
 RATIOS = (
     "in brackets how many times the dense model's speed [quartiles]. These ratios are taken within a round, so that "
@@ -486,7 +486,6 @@ CAPTIONS = {
         f"cache; {RATIOS}",
     ),
 }
-PARTS = {"Benchmarks": ("benchmarks",), "What accuracy hides": ("diagnostics",), "Times": ("prefill", "decode")}
 
 
 def write_paper(
@@ -499,28 +498,25 @@ def write_paper(
     """Tables and claims from what was measured, into `out`; claims take the place of earlier ones."""
     about = next(one.provenance for one in (*similarity, *times, *benchmarks) if one.provenance)
     model, board = model_in_words(str(about.what.get("model"))), Scoreboard(benchmarks)
-    tables = {
-        f"{kind}-{ending}": half(figures, keep_last, caption_of(kind, records, keep_last))
-        for kind, records, figures in tables_of(board, benchmarks, times, checks)
-        for keep_last, ending in ENDINGS.items()
-    }
     evidence = [f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."]
     if similarity and "sequences" in similarity[0].what:
         evidence.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
     evidence += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
     evidence += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
-    tables |= {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
+    tables = {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
     story = [
         f"# The evaluation of arXiv 2407.15516 on {model}",
         f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
         f"## The paper's claims, and this model\n\n{table('claims', CLAIMS, claims).markdown()}\n{JUDGED}",
         "## Similarity\n\n![Similarity by depth](similarity.png)",
     ]
-    for title, kinds in PARTS.items():
-        shown = [one for name, one in tables.items() if name.startswith(kinds)]
-        story += [f"## {title}"] if shown else []
-        story += [f"{one.title}\n\n{one.markdown()}".rstrip("\n") for one in shown]
+    for kind, records, figures in tables_of(board, benchmarks, times, checks):
+        story.append(f"## {CAPTIONS[kind][0]}")
+        for keep_last, ending in ENDINGS.items():
+            one = half(figures, keep_last, caption_of(kind, records, keep_last))
+            tables[f"{kind}-{ending}"] = one
+            story.append(f"{one.title}\n\n{one.markdown()}".rstrip("\n"))
     texts = {f"{name}.tex": as_latex(one, caption=one.title, label=name) for name, one in tables.items()}
     kept: dict[str, Sequence[Fact]] = {"claims": claims, "benchmarks": benchmarks, "averages": board.averages()}
     kept |= {"times": times, "diagnostics": checks}
@@ -557,8 +553,9 @@ def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = No
     told = f"{note.format_map(asked)} {_made(records)}"
     if keep_last is None:
         return told
-    model = model_in_words(str(records[0].what.get("model")))
-    return f"{title} of {model} with the deepest of its attentions, MLPs or blocks skipped, {HALVES[keep_last]}. {told}"
+    of = f"{title} of {model_in_words(str(records[0].what.get('model')))}"
+    last = "kept" if keep_last else "skipped too"
+    return f"{of} with the deepest of its attentions, MLPs or blocks skipped, the last layer {last}. {told}"
 
 
 def _made(records: Sequence[Record]) -> str:
@@ -588,7 +585,6 @@ def became_of(claims: Sequence[ClaimRecord]) -> str:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of the paper's evaluation."""
     board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
     checks = folder.of(DiagnosticsRecord)
     every: dict[Configuration, Configured] = {}

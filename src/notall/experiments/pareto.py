@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from ..engines import Engine, engine_named, weight_bytes, worker
 from ..errors import UsageError, shortened
 from ..extras import FIGURES, installed
 from ..inputs import Settings
+from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent
@@ -40,11 +42,11 @@ from ..results.record import (
     is_number,
 )
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
-from .folder import Folder
+from .folder import Figure, Folder, Message, Section, Shown
 from .options import read_plan, words_of
+from .paper import LEAST_ROUNDS, LEAST_WINDOWS
 from .repair import METHODS, NONE, REFIT, check_method
 from .search import BudgetChoice, SearchRecord, SpaceOptions, keep_choice
-from .shown import Figure, Message, Section, Shown
 
 if TYPE_CHECKING:
     import altair as alt
@@ -52,13 +54,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.space import Space
-    from ..engines import Engine
 
 CHOSEN_BY = 16  # sequences of the text; all of it is repaired with
-NOT_MEASURED = math.nan, math.nan
 DENSE = "dense"
-LEAST_ROUNDS = 5  # three may lie on one side by chance: one time in four
-LEAST_WINDOWS = 8  # of text
 FIRST, FASTER = "1.1,1.2", "1.3,1.5"  # speedups that are found by default, and those to add to them
 NAMED = ("model", "repaired", "type")
 Name = Annotated[str, Field(min_length=1, max_length=80)]
@@ -361,10 +359,7 @@ class _Run:
         best = [record.key for record in pareto_front(found)]
         found = [record.model_copy(update={"best": record.key in best}) for record in found]
 
-        def told(record: ParetoRecord) -> dict[str, object]:  # wherever and whenever that was put together
-            return record.line() | {"provenance": None}
-
-        known.add(*(one for one in found if one.key not in known or told(known[one.key]) != told(one)))
+        known.renew(found)
         return [known[variant.key] for variant in self.variants]
 
     def _tell(self, step: int, what: str) -> None:
@@ -376,28 +371,21 @@ class _Run:
         return subject.source(self.provenance) if subject else self.provenance
 
     def _trying(self, variant: Variant, work: Callable[[], None]) -> None:
-        if variant.key in self.failed:
-            return
-        from ..engines.worker import EngineFailed
-
         try:
             work()
-        except EngineFailed as error:
+        except worker.EngineFailed as error:
             if variant is self.dense:
                 raise
             self.failed[variant.key] = str(error)
 
     def _score(self, variant: Variant, step: int) -> None:
-        from ..engines import weight_bytes
-        from ..engines.worker import call
-
         if variant.key in self.scores:
             return
         self._tell(step, f"writing {variant}")
         checkpoint = self._written(variant)
         self._tell(step + 1, f"scoring {variant}")
         windows = variant.subject.windows
-        scored = call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
+        scored = worker.call(self.engine, "score", checkpoint=checkpoint, windows=windows.tokens)
         reported = [[value for value in window if value is not None] for window in scored]
         self.scores.add(
             EngineScoresRecord(
@@ -424,12 +412,10 @@ class _Run:
             loading = {"revision": of.revision, "trust_remote_code": of.trust_remote_code}
             write_plain(self.engine, of.spec, of.plan, checkpoint, **loading)
             return checkpoint
-        from ..engines.worker import call
-
         plain = self._written(Variant(variant.subject, self.engine.plain))
         with tempfile.TemporaryDirectory(prefix=".", dir=checkpoint.parent) as scratch:
             partial_one = Path(scratch) / checkpoint.name
-            call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
+            worker.call(self.engine, "quantise", plain=plain, kind=variant.type, out=partial_one)
             partial_one.rename(checkpoint)
         return checkpoint
 
@@ -443,12 +429,10 @@ class _Run:
             self._trying(variant, partial(self._time, variant, number))
 
     def _time(self, variant: Variant, number: int) -> None:
-        from ..engines.worker import call
-
         windows = variant.subject.windows.tokens
         prompt = list(islice(cycle([token for row in windows for token in row]), self.workload.prompt_tokens))
-        checkpoint = self._written(variant)
-        taken = call(self.engine, "time", checkpoint=checkpoint, prompt=prompt, new=self.workload.generation_tokens)
+        new = self.workload.generation_tokens
+        taken = worker.call(self.engine, "time", checkpoint=self._written(variant), prompt=prompt, new=new)
         taken["memory_bytes"] = max(taken["memory_bytes"], 0)
         about = variant.subject.source(self.provenance)
         self.times.add(EngineTimesRecord(**variant.named, round=number, **taken, provenance=about))
@@ -459,20 +443,14 @@ class _Run:
         if variant.key in self.failed:
             return ParetoRecord(**about, failed=self.failed[variant.key])
         scores, dense = self.scores[variant.key], self.scores[self.dense.key]
-        rounds = [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
-        (nll, nll_se), (bits, bits_se) = _mean(scores.nll), _mean(scores.bits_per_byte)
-        delta, delta_se = _mean(map(sub, scores.nll, dense.nll)) if scores.tokens_as_dense else NOT_MEASURED
-        delta_bits, delta_bits_se = _mean(map(sub, scores.bits_per_byte, dense.bits_per_byte))
+        rounds = self._rounds(variant)
+        bits, others = scores.bits_per_byte, dense.bits_per_byte
+        means = {"nll": scores.nll, "bits_per_byte": bits, "delta_bits": map(sub, bits, others)}
+        means["delta_nll"] = map(sub, scores.nll, dense.nll) if scores.tokens_as_dense else [math.nan]
+        for name, values in means.items():
+            about[name], about[f"{name}_se"] = _mean(values)
         return ParetoRecord(
             **about,
-            nll=nll,
-            nll_se=nll_se,
-            delta_nll=delta,
-            delta_nll_se=delta_se,
-            bits_per_byte=bits,
-            bits_per_byte_se=bits_se,
-            delta_bits=delta_bits,
-            delta_bits_se=delta_bits_se,
             windows=len(scores.nll),
             tokens=sum(scores.tokens),
             file_bytes=scores.file_bytes,
@@ -485,19 +463,18 @@ class _Run:
         """Of all variants of its shape, since these do the same: other numbers in weights make none faster."""
         from ..measuring.speed import Timing
 
-        def timing(variants: Sequence[Variant]) -> Timing:
-            taken = [self.times[one.in_round(number)] for number in range(self.workload.rounds) for one in variants]
-            prefill, decode = (one.prefill_ms for one in taken), (one.decode_ms_per_token for one in taken)
-            return Timing(tuple(prefill), tuple(decode), None)
+        def shape(one: Variant) -> tuple[object, ...]:
+            return one.subject.spec, one.subject.plan.indices, one.type
 
-        of = variant.subject
-        shape = of.spec, of.plan.indices, variant.type
-        alike = [
-            one
-            for one in self.variants
-            if (one.subject.spec, one.subject.plan.indices, one.type) == shape and one.key not in self.failed
-        ]
+        def timing(variants: Sequence[Variant]) -> Timing:
+            taken = [one for round_of_them in zip(*map(self._rounds, variants)) for one in round_of_them]
+            return Timing(tuple(one.prefill_ms for one in taken), tuple(one.decode_ms_per_token for one in taken), None)
+
+        alike = [one for one in self.variants if shape(one) == shape(variant) and one.key not in self.failed]
         return timing(alike).beside(timing([self.dense] * len(alike)))
+
+    def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
+        return [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
@@ -516,10 +493,8 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
 
 def _mean(some: Iterable[float]) -> tuple[float, float]:
     """With its standard error; neither where a value is no number."""
-    from ..measuring.statistics import mean_and_error
-
     values = [*some]
-    return mean_and_error(values) if all(map(is_number, values)) else NOT_MEASURED
+    return mean_and_error(values) if all(map(is_number, values)) else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -540,7 +515,6 @@ class EngineOptions:
 
     def of(self, model: PreTrainedModel | None = None) -> Engine:
         """The engine, with plain weights in the dtype of a model. Raises `UsageError` where there is none so called."""
-        from ..engines import engine_named
         from ..measuring.speed import cores
         from ..models.loading import dtype_name
 

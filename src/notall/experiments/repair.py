@@ -15,9 +15,8 @@ from ..results.provenance import Provenance
 from ..results.repairs import LITTLE, REFITS
 from ..results.table import Table, table
 from .evaluate import shown_measured
-from .folder import Folder, check_folder
+from .folder import Folder, Shown, check_folder
 from .options import ClusterOptions, ModelOptions, Words, check_texts
-from .shown import Shown
 from .verdict import what_next
 
 if TYPE_CHECKING:

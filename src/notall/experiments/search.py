@@ -24,11 +24,10 @@ from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, i
 from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
-from .folder import Folder, check_folder
+from .folder import Card, Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, TaskPath, space_of
 from .pages import read_costs
 from .repair import RepairOptions
-from .shown import Card, Section, Shown, Step
 from .verdict import LITTLE, Verdict, next_command, what_next
 
 if TYPE_CHECKING:
@@ -413,16 +412,16 @@ def shown(folder: Folder) -> Shown:
     """What a page says of a search: of what was chosen last, repaired if it was."""
     records, repaired = folder.of(SearchRecord), last_measured(folder)
     last = records[-1]
-    verdict = Verdict(
-        last.plan,
-        repaired.quality if repaired else last.quality,
+    steps = tuple(
+        Step(shortened(one.chosen, 120), one.plan, one.quality, None, one.footprint, one.dense, one.order)
+        for one in records
+    )
+    verdict = replace(
+        Verdict.of(steps[-1], folder),
+        quality=repaired.quality if repaired else last.quality,
         speedup=last.check.measured_speedup if last.check else None,
         verb="runs",
-        footprint=last.footprint,
-        dense=last.dense,
-        model=folder.model,
         state=repaired.model if repaired else "skipped",
-        layers=folder.layers,
         missed=last.missed and f"what was asked: {shortened(last.missed, 120)}",
     )
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
@@ -430,10 +429,7 @@ def shown(folder: Folder) -> Shown:
     return Shown(
         message=verdict.message(*what_next(verdict, folder.model, made)),
         cards=tuple(_cards(last)),
-        steps=tuple(
-            Step(shortened(one.chosen, 120), one.plan, one.quality, None, one.footprint, one.dense, one.order)
-            for one in records
-        ),
+        steps=steps,
         first=len(records) - 1,
         sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
         costs=read_costs(folder.path),

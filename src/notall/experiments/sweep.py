@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ..digests import digest_of
 from ..extras import FIGURES, installed
+from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
@@ -22,8 +23,6 @@ from ..results.facts import (
     QUALITY,
     SPEEDUPS,
     Configured,
-    Footprint,
-    Quality,
     Times,
 )
 from ..results.ledger import Ledger, working_in
@@ -31,10 +30,9 @@ from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
 from ..results.table import Column, as_latex, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
-from .folder import Folder
-from .pages import results, shown_plans, similarity_section, with_points
-from .shown import Card, Figure, Sample, Shown
-from .verdict import fastest_card, mildest, next_command, on_the_text
+from .folder import Card, Figure, Folder, Sample, Shown
+from .pages import MeasuredPlan, fastest_card, mildest, points_of, results, shown_plans, similarity_section
+from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,21 +40,17 @@ if TYPE_CHECKING:
     from altair import LayerChart
     from torch import Tensor
 
-    from ..structure.model_structure import ModelStructure, Sublayer
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")  # for the examples of what a plan says
 SAMPLE_TOKENS = 32
 FEW_SEQUENCES = 2  # for what leaving out each sublayer costs: a plan a sublayer is a lot of plans
-
 DECODED_TOKEN = 20  # what a decoded token takes, in prefilled ones
 
 
-class SweepRecord(Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
+class SweepRecord(MeasuredPlan, Record, Configured, kind="sweep", key=("variant", "fraction", "keep_last")):
     """One configuration, measured."""
 
-    quality: Quality
     times: Times
-    footprint: Footprint
 
 
 class SaidRecord(Record, Configured, kind="samples", key=("variant", "fraction", "keep_last", "plan")):
@@ -105,7 +99,7 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
                 record = SweepRecord.from_fact(
                     row,
                     quality=held.quality(scored_as(row.plan)),
-                    times=time_plan(subject, row.plan, workload, telling, f"timing {row.name}"),
+                    times=time_plan(subject, row.plan, workload, telling, row.name),
                     footprint=footprint(subject.model, row.plan),
                     provenance=about,
                 )
@@ -119,16 +113,13 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
         return records
 
 
-def removable(structure: ModelStructure) -> list[Sublayer]:
-    """The sublayers that can be left out alone: the only attention that counts tokens cannot."""
-    return [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
-
-
 def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> None:
     """What leaving out each of the sublayers alone costs, on the first sequences."""
     from ..measuring.quality import gather
 
-    parts, held = removable(subject.structure), Ledger(subject.out, LeaveOneOutRecord, about)
+    structure, held = subject.structure, Ledger(subject.out, LeaveOneOutRecord, about)
+    # The only attention that counts tokens cannot be left out alone.
+    parts = [part for part in structure.sublayers if part.kind == "mlp" or structure.counting != {part.index}]
     progress(0, 1, "leaving out each sublayer alone")
     if held.missing((part.name,) for part in parts):
         few: list[Tensor] = []
@@ -174,20 +165,16 @@ HOW_TO_READ = (
 
 def write_sweep(records: Sequence[SweepRecord], out: Path, model: str) -> None:
     """Its table as table.md, .tex and .csv, which has every digit; and with the extra `report` the trade-off drawn."""
-    lines = table("sweep", COLUMNS, records)
-    what, first = records[0].what, records[0]
-    text = windows_in_words(what) if "length" in what else f"{first.quality.sequences} windows of text"
+    lines, about = table("sweep", COLUMNS, records), records[0].provenance
+    assert about
+    asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds"
+    timed = asked.format_map(about.what["workload"])
+    place = place_of(about.where.get("machine"), versions=False)
     caption = (
-        f"{model} without its deepest attentions, MLPs or blocks, beside the dense model: quality on {text}. "
-        f"Fraction: of the layers; where nothing is said, the last layer is skipped too. NLL and KL in nats a token. "
-        f"{lines.legend}"
+        f"{model} without its deepest attentions, MLPs or blocks, beside the dense model: quality on "
+        f"{windows_in_words(about.what)}. Fraction: of the layers; where nothing is said, the last layer is skipped "
+        f"too. NLL and KL in nats a token. {lines.legend} Times of {timed}; {about.what['dtype']} on {place}."
     )
-    if first.provenance:
-        asked = "{prompt_tokens} prompt tokens, {generation_tokens} new ones, {rounds} rounds".format_map(
-            what["workload"]
-        )
-        place = place_of(first.provenance.where.get("machine"), versions=False)
-        caption += f" Times of {asked}; {what.get('dtype')} on {place}."
     tex = as_latex(lines, caption=caption, label="sweep")
     for suffix, content in {"csv": lines.csv, "tex": tex, "md": f"{caption}\n\n{lines.markdown()}"}.items():
         (out / f"table.{suffix}").write_text(content, encoding="utf-8")
@@ -202,22 +189,16 @@ def _drawn(records: Sequence[SweepRecord]) -> LayerChart:
     from ..charts.losses import tradeoff
     from ..charts.style import KIND_COLOURS
 
-    points = [
-        replace(
-            point,
-            count=record.fraction,
-            colour=KIND_NAMES[record.variant],
-            shape="kept" if record.keep_last else "skipped too",
-            label=f"{record.fraction:.0%}",
-        )
-        for record, point in with_points(records)
-        if record.variant != "dense"
-    ]
+    def look(one: SweepRecord) -> Settings:
+        last = "kept" if one.keep_last else "skipped too"
+        share = {"count": one.fraction, "label": f"{one.fraction:.0%}"}
+        return {"colour": KIND_NAMES[one.variant], "shape": last, **share}
+
+    points = [point for point in points_of(records, look) if point.colour in KIND_COLOURS]
     return tradeoff(points, KIND_COLOURS, colour="skipped", shape="last layer", lost=DELTA_NLL.titled, paths=True)
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of a sweep."""
     from ..charts.style import on_page
 
     records, similarity = folder.of(SweepRecord), folder.of(SimilarityRecord)
@@ -235,11 +216,9 @@ def shown(folder: Folder) -> Shown:
         for prompt, said in record.said.items():
             prompts.setdefault(prompt, []).append((record.name, said.strip()))
     cards, whole = _cards(records, dense) if dense else [], dense.footprint if dense else None
-    return replace(
-        shown_plans(folder, records, sections, cards, _found_better, dense=whole),
-        similarity=similarity,
-        samples=tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items()),
-    )
+    samples = tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items())
+    found = shown_plans(folder, records, sections, cards, _found_better, whole)
+    return replace(found, similarity=similarity, samples=samples)
 
 
 def _found_better(folder: Folder, record: SweepRecord) -> tuple[str, str]:
@@ -253,18 +232,21 @@ def _cards(records: Sequence[SweepRecord], dense: SweepRecord) -> list[Card]:
     """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
     from ..charts.losses import front
 
-    known = [(one, point.place) for one, point in with_points(records) if one.plan]
+    def place(one: SweepRecord) -> tuple[float, float]:
+        return one.times.speedup_decode.median, one.quality.delta_nll
+
+    known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
     least = mildest(records)
     if not least:
         return []
-    best = front([(1.0, 0.0), *(place for _, place in known)])
-    on_front = [one.name.replace(", last layer kept", " kept") for one, place in known if place in best]
+    best = front([(1.0, 0.0), *(place(one) for one in known)])
+    on_front = [one.name.replace(", last layer kept", " kept") for one in known if place(one) in best]
     step, millions = dense.times.decode_ms_per_token.median, dense.footprint.params / 1e6
     size = f"{step:.0f} ms a token, {millions:,.0f} million parameters"
     told = f"no other plan is both faster and better: {', '.join(on_front[:5])}{' …' if len(on_front) > 5 else ''}"
     return [
         Card("Dense model", PERPLEXITY.cell(dense.quality).text, PERPLEXITY.heading, size),
-        fastest_card([one for one, _ in known]),
+        fastest_card(known),
         Card.of_loss("Loses least", least.quality, f"{least.name}; decodes {least.times.speedup_decode.median:.2f}×"),
         Card("On the front", f"{len(on_front)} of {len(known)}", "plans", told),
     ]

@@ -1,23 +1,22 @@
-"""What a plan comes to, in words, and what comes next; and which of a folder's plans is best."""
+"""What a plan comes to, in words, and what comes next."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from ..errors import shortened
 from ..models.names import DEFAULT_TEXT
 from ..plan import Plan
-from ..results.facts import DELTA_NLL, SPEEDUPS, Footprint, Quality, Times
+from ..results.facts import Footprint, Quality
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
-from ..results.table import Column, in_bytes, words
-from .folder import Folder
-from .shown import Card, Message, in_nats
+from ..results.table import in_bytes
+from .folder import Folder, Message, Step, in_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +25,6 @@ MOST_NATS = math.log(2)  # above, perplexity has more than doubled
 LEAST_AGREEMENT = 0.5  # below, most of what the model would say first has changed
 LITTLE = 0.1  # nats to ask for where nothing was usable
 NAME_LETTERS = 120  # of a name in a sentence; the tables' CSV and the provenance have all of them
-R = TypeVar("R")
 
 
 def faults_of(quality: Quality) -> list[str]:
@@ -103,16 +101,34 @@ class Verdict:
         left, dense = footprint(model, plan), footprint(model, Plan())
         return cls(plan, quality, text, footprint=left, dense=dense, among=among, state=state or plan.state)
 
+    @classmethod
+    def of(cls, step: Step, folder: Folder, named: str = "") -> Verdict:
+        """What a page says of one of its plans."""
+        return cls(
+            step.plan,
+            step.quality,
+            speedup=step.times.speedup_decode if step.times else None,
+            footprint=step.footprint,
+            dense=step.dense,
+            model=folder.model,
+            named=named,
+            layers=folder.layers,
+        )
+
     @property
     def usable(self) -> bool | None:
         """Whether perplexity has at most doubled and at least half of the first choices are the same."""
         return None if self.quality is None else is_usable(self.quality)
 
     @property
+    def lost(self) -> float:
+        """Nats a token; nan where that was not measured."""
+        return self.quality.nats_lost if self.quality else math.nan
+
+    @property
     def perplexity_factor(self) -> float:
-        """What the nats that are lost multiply perplexity by; nan where that was not measured."""
-        lost = self.quality.nats_lost if self.quality else math.nan
-        return math.inf if lost >= 700 else math.exp(lost)
+        """What the nats that are lost multiply perplexity by."""
+        return math.inf if self.lost >= 700 else math.exp(self.lost)
 
     @property
     def said(self) -> str:
@@ -141,7 +157,7 @@ class Verdict:
             missed=self.missed,
             next=self.next,
             text=self.text if self.quality else None,
-            delta_nll=self.quality.nats_lost if self.quality else math.nan,
+            delta_nll=self.lost,
             perplexity_factor=self.perplexity_factor,
             top1_agreement=self.quality.top1_agreement if self.quality else math.nan,
             speedup=self.speedup.median if self.speedup else math.nan,
@@ -221,108 +237,9 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
     return "make up for what is lost", mending(model, made, verdict.state == "repaired")
 
 
-class MeasuredPlan(Protocol):
-    """A record of one of a folder's plans; `times` is None where it was not timed."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def quality(self) -> Quality: ...
-    @property
-    def times(self) -> Times | None: ...
-    @property
-    def footprint(self) -> Footprint: ...
-
-
-M = TypeVar("M", bound=MeasuredPlan)
-
-
-def fastest(records: Iterable[M]) -> M | None:
-    """The fastest usable one: of those that may be as fast, by its quartiles, what loses least.
-
-    Where nothing was timed, the smallest, then the best.
-    """
-    usable = [one for one in records if one.plan and is_usable(one.quality)]
-
-    def pace(one: M) -> float:
-        return one.times.speedup_decode.median if one.times else 0
-
-    first = max(usable, key=lambda one: (pace(one), -one.footprint.weight_bytes, -one.quality.nats_lost), default=None)
-    if first is None or not first.times:
-        return first
-    low = first.times.speedup_decode.low
-    return min((one for one in usable if pace(one) >= low), key=lambda one: one.quality.nats_lost)
-
-
-def mildest(records: Iterable[M]) -> M | None:
-    """What loses least, usable or not."""
-    known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
-    return min(known, key=lambda one: one.quality.nats_lost, default=None)
-
-
-def first_shown(records: Sequence[MeasuredPlan]) -> int:
-    """Where the plan is that a page is about: the fastest usable one, else the mildest, else the last."""
-    best = fastest(records) or mildest(records)
-    return records.index(best) if best else len(records) - 1
-
-
-def judged(
-    folder: Folder,
-    records: Sequence[M],
-    *,
-    then: Callable[[M], tuple[str, str]],
-    way: Callable[[M], str] = lambda one: one.name,
-    dense: Footprint | None = None,
-) -> Message | None:
-    """The fastest usable plan and what comes `then`, or that there is none; `way` is its name in the sentence."""
-    if best := fastest(records):
-        verdict = Verdict(
-            best.plan,
-            best.quality,
-            speedup=best.times.speedup_decode if best.times else None,
-            footprint=best.footprint,
-            dense=dense,
-            model=folder.model,
-            named=way(best),
-            layers=folder.layers,
-        )
-        return verdict.message(*then(best))
-    if least := mildest(records):
-        plans = sum(bool(one.plan) for one in records)
-        which = f"None of the {plans} plans here leaves" if plans > 1 else "The one plan here does not leave"
-        mild = f"{shortened(least.name, NAME_LETTERS)}, {' and '.join(faults_of(least.quality))}"
-        said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
-        return Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
-    return None
-
-
 def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
     """The options that name the text of a run, where it is not what commands read by default; with it its `sizes`."""
     what = about.what
     if what.get("text", DEFAULT_TEXT) == DEFAULT_TEXT:
         return {}
     return {name: what[name] for name in ("text", *sizes) if name in what}
-
-
-def fastest_card(records: Sequence[MeasuredPlan]) -> Card:
-    best = fastest(records)
-    if best is None:
-        told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
-        return Card("Fastest usable", "none", f"of {len(records)} plans", told)
-    text = f"{best.name}; {in_nats(best.quality)}"
-    if not best.times:
-        return Card("Largest usable", str(len(best.plan)), "sublayers left out", text)
-    return Card("Fastest usable", f"{best.times.speedup_decode.median:.2f}×", SPEEDUPS[0].heading, text)
-
-
-def mark_usable(columns: Sequence[Column[R]], quality: Callable[[R], Quality | None]) -> tuple[Column[R], ...]:
-    """With a column that says whether the model is still usable, behind what it loses."""
-
-    def usable(row: R) -> str:
-        found = quality(row)
-        return "" if found is None or not is_number(found.delta_nll) else "yes" if is_usable(found) else "no"
-
-    place = 1 + next(place for place, column in enumerate(columns) if column.heading == DELTA_NLL.heading)
-    return (*columns[:place], words("usable", usable), *columns[place:])

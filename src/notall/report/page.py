@@ -13,8 +13,7 @@ from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
-from ..experiments.folder import Folder, read_folder
-from ..experiments.shown import Figure, Section, Shown, Step
+from ..experiments.folder import Figure, Folder, Section, Shown, Step, read_folder
 from ..files import write_whole
 from ..inputs import Settings
 from ..results.lines import finite

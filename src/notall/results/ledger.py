@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -63,6 +64,11 @@ class Ledger(Generic[R]):
         self._header = None
         for record in records:
             self._hold(record)
+
+    def renew(self, records: Iterable[R]) -> None:
+        """Add those that are new, or tell something else than what is held, wherever and whenever that was made."""
+        told = partial(Record.model_dump, mode="json", exclude={"provenance": {"where"}})
+        self.add(*(one for one in records if one.key not in self or told(self[one.key]) != told(one)))
 
     def _hold(self, record: R) -> None:
         """By key; a record of a kind without a key, of which each is one of its own, by its number."""

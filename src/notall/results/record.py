@@ -204,3 +204,7 @@ class Skips(Fact):
     """A plan."""
 
     plan: Skipped = Field(description="indices of the skipped layers, from 0")
+
+    @property
+    def name(self) -> str:
+        return self.plan.in_words()
