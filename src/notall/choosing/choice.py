@@ -26,10 +26,10 @@ from ..running.footprint import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose
 from .criteria import criterion as criterion_of
+from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
-from .searching import PATIENCE
 from .space import Choice, Space, Unit, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it

@@ -15,11 +15,12 @@ from ..inputs import Settings
 from ..models.load_errors import explained, quiet
 from ..models.loading import reader_of
 from ..plan import Plan
+from ..running.regrouping import layers_of
 from ..running.skipping import skip
 from ..structure.model_structure import cache_argument
 from ..structure.proving import relative_error, tolerance
 from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
-from .layout import build_cut, build_of, check_twins, cut_settings, layers_of, moved_modules, moved_tensors
+from .layout import build_cut, build_of, check_twins, cut_settings, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of

@@ -1,20 +1,42 @@
-"""How similar each layer's features are to the previous layer's (the paper's Fig. 1), and each sublayer's likewise."""
+"""What each layer and sublayer does to the residual stream of the dense model, and how similar that leaves it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from ..models.texts import checked
 from ..results.facts import Similarity
-from ..running.passages import Passage, walk
+from ..running.replay import Enough, answering, standing_in
+from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
+from ..structure.model_structure import Block, base_model
+from ..structure.observation import Arguments, LayerCall, called_with, first, run_branches, scaled
 from .statistics import mean_and_error
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block's passage: the residual stream, (batch, tokens, hidden), before and after it and around its sublayers.
+
+    `around` maps a kind to the stream (before, after) that sublayer. Of several streams all are there, side by side.
+    """
+
+    block: Block
+    before: Tensor
+    after: Tensor
+    around: dict[str, tuple[Tensor, Tensor]]
+
+
+Look = Callable[[Passage], None]
 
 
 def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
@@ -43,3 +65,62 @@ def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> lis
         mean, error = mean_and_error(torch.cat(values).tolist())
         rows.append(Similarity(layer=at[0], kind=at[1], cosine=mean, cosine_se=error, mixer=mixers.get(at)))
     return rows
+
+
+def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
+    """Have `look` see the dense model's passages on `inputs`, a block's states at a time, without running the head."""
+    inner = base_model(model)
+    structure, shape = locate(inner), inputs["input_ids"].shape
+
+    def seen(passage: Passage) -> None:
+        look(passage)
+        if passage.block is structure.blocks[-1]:
+            raise Enough
+
+    def watched(layer: nn.Module, block: Block) -> Callable[..., object]:
+        is_stubbed = any(part.stub for part in block.sublayers)
+        return _inside(layer, block, shape, seen) if is_stubbed else _one_by_one(layer, block, seen)
+
+    with suppress(Enough), standing_in(inner, structure, watched):
+        inner(**inputs, use_cache=False)
+
+
+def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., object]:
+    """A forward for a layer whose sublayers can be run one at a time."""
+
+    def answer(arguments: Arguments, before: Tensor) -> Tensor:
+        after = before
+        around: dict[str, tuple[Tensor, Tensor]] = {}
+        for part in block.sublayers:
+            start = before if block.parallel else after
+            end = run_branches(part.branches, layer, start, LayerCall(arguments))
+            around[part.kind] = start, end
+            after = after + (end - start) if block.parallel and after is not before else end
+        after = scaled(after, block.scale)
+        look(Passage(block, before, after, around))
+        return after
+
+    return answering(layer, block, answer)
+
+
+def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) -> Callable[..., object]:
+    """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them."""
+    stubs = [part.stub for part in block.sublayers if part.stub]
+    fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
+
+    def as_stream(state: Tensor) -> Tensor:
+        """Any number of streams as one, (batch, tokens, hidden)."""
+        if state.dim() > 3 and state.shape[:2] != tuple(shape):  # Gemma 3n's streams come first
+            state = state.movedim(0, 2)
+        return state.flatten(2)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        before = as_stream(called_with(layer, args, kwargs)[1]).clone()
+        states = []
+        for twin in fewer:  # the dense layer comes last: others read what it makes
+            answer = twin(*args, **kwargs)
+            states.append(as_stream(first(answer)))
+        look(Passage(block, before, states[-1], dict(zip(block.kinds, pairwise(states)))))
+        return answer
+
+    return forward

@@ -228,7 +228,7 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
             raise Enough
         return hidden
 
-    with suppress(Enough), standing_in(inner, structure, note):
+    with suppress(Enough), standing_in(inner, structure, partial(answering, answer=note)):
         inner(**inputs, use_cache=False)
     return Recording(inputs, calls[0][1], tuple(arguments for arguments, _ in calls))
 
@@ -265,14 +265,12 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
             # ahead of hooks that look at what is given
             handle = output.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]), prepend=True)
             undo.callback(handle.remove)
-        undo.enter_context(standing_in(model, structure, lambda _, given: hidden if structure.apart else given))
+        answer = partial(answering, answer=lambda _, given: hidden if structure.apart else given)
+        undo.enter_context(standing_in(model, structure, answer))
         yield
 
 
-Answer = Callable[[Arguments, Tensor], Tensor]
-
-
-def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., object]:
+def answering(layer: nn.Module, block: Block, answer: Callable[[Arguments, Tensor], Tensor]) -> Callable[..., object]:
     """A forward for a layer that answers, in its form, the hidden states `answer(arguments, hidden)`."""
 
     def forward(*args: object, **kwargs: object) -> object:
@@ -283,9 +281,11 @@ def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., o
 
 
 @contextmanager
-def standing_in(model: PreTrainedModel, structure: ModelStructure, answer: Answer) -> Iterator[None]:
-    """Have `answer(arguments, hidden)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
+def standing_in(
+    model: PreTrainedModel, structure: ModelStructure, forward: Callable[[nn.Module, Block], Callable[..., object]]
+) -> Iterator[None]:
+    """Have `forward(layer, block)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
     with ExitStack() as replaced:
         for layer, block in zip(model.get_submodule(structure.layers).children(), structure.blocks):
-            replaced.enter_context(forward_replaced(layer, answering(layer, block, answer)))
+            replaced.enter_context(forward_replaced(layer, forward(layer, block)))
         yield

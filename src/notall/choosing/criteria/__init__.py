@@ -13,9 +13,8 @@ from ...plugins import first_line, installed_names, named, positional
 from ..budget import Budget
 from ..space import Choice, Space
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
-from .features import choose_angular, score_cosine, score_relative_magnitude
-from .gradients import score_first_order, score_fisher
 from .losses import choose_by_evolution, choose_by_search, choose_greedily, score_leave_one_out
+from .one_pass import choose_angular, score_cosine, score_first_order, score_fisher, score_relative_magnitude
 from .quadratic import choose_quadratic
 from .setting import Criterion, Setting, UnitScores, take
 

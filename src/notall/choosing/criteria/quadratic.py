@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ...errors import UsageError
 from ..budget import Budget
-from ..searching import SCREENED
 from ..space import Choice, Unit, names_in
+from .losses import SCREENED
 from .setting import Setting
 
 Floats = NDArray[np.float64]

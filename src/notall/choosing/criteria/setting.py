@@ -21,10 +21,10 @@ from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..budget import Budget
 from ..evaluator import Evaluator
-from ..searching import PATIENCE
 from ..space import UNIT_KINDS, Choice, Skipped, Space, Unit, UnitKind
 
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
+PATIENCE = 12  # evaluations that brought nothing
 
 
 @dataclass(frozen=True)
