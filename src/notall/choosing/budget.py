@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect, nearest, shortened
 from ..plan import Plan
-from ..running.footprint import footprint
+from ..running.skipping import footprint
 from .space import Skipped, Space, Unit, names_in
 
 Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from ..progress import Progress, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
-from ..running.footprint import footprint
+from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose
 from .criteria import criterion as criterion_of
@@ -34,7 +34,6 @@ from .space import Choice, Space, Unit, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
-ROUNDS, MORE_ROUNDS = 5, 20  # to time a plan, and where that leaves a larger error
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def choose_plan(
     objective = kl(batches) if objective is None else objective
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
     folder = None if out is None else Path(out)
-    how: dict[str, Any] = {"states_bytes": states_bytes, "folder": folder, "settings": provenance}
     with working_in(folder, "search") if folder else nullcontext():
-        evaluator = AfterRepair(model, batches, **how) if after_repair else Evaluator(model, objective, **how)
+        make = partial(AfterRepair, model, batches) if after_repair else partial(Evaluator, model, objective)
+        evaluator = make(states_bytes=states_bytes, folder=folder, settings=provenance)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         outcome = choose_within(way, setting, budget)
@@ -196,9 +195,8 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        for rounds in (ROUNDS, MORE_ROUNDS):
-            plan = plan_of(choice.skipped)
-            found = check_times(setting.model, plan, budget.times, rounds=rounds, seed=setting.seed)
+        for rounds in (5, 20):
+            found = check_times(setting.model, plan_of(choice.skipped), budget.times, rounds=rounds, seed=setting.seed)
             if found.measured_speedup.error <= MOST_ERROR * budget.faster:
                 break
         check, is_met = found, budget.reached(found)

@@ -170,8 +170,3 @@ def plan_of(skipped: Iterable[str], fingerprint: str | None = None, note: str | 
         kind, _, index = name.partition(".")
         indices[kind].append(int(index))
     return Plan(indices["attn"], indices["mlp"], fingerprint=fingerprint, note=note)
-
-
-def names_of(plan: Plan) -> Skipped:
-    """The names of the sublayers that a plan skips."""
-    return frozenset(plan.names)

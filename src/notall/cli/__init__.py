@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import UsageError, nearest, shortened
-from ..extras import EXTRAS
+from ..errors import EXTRAS, UsageError, nearest, shortened
 from ..results.printable import print_in_any_encoding, printable
 from .app import Interrupted, app
 

@@ -16,8 +16,8 @@ from rich.table import Column as RichColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import FIGURES, need
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
-from ..extras import FIGURES, need
 from ..options import Json, Option, RunOptions, Seed
 from ..plan import Plan
 from ..progress import tracked
@@ -64,7 +64,7 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
     This needs only a config.
     """
     from ..models.loading import dtype_name
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
     from ..structure.locating import locate
 
     net = model.empty()

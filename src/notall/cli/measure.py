@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import FIGURES, need
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse
@@ -23,7 +24,6 @@ from ..experiments.options import (
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
-from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Seed, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
 from ..results.printable import printable

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..digests import digest_of
-from ..errors import UsageError, shortened
-from ..extras import FIGURES, installed, need
+from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..options import Option, Workload
 from ..plan import KIND_NAMES, Plan, in_ranges
 from ..progress import Progress, Stages, silent
@@ -313,7 +312,7 @@ def compare_criteria(
     """
     from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
     if workload:
@@ -360,7 +359,7 @@ def shared_times(
     subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
 ) -> dict[Plan, Times]:
     """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     about = Provenance.of(about, workload=asdict(workload))
     held = Ledger(subject.out, PlanTimesRecord, about)

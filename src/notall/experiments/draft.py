@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -165,8 +165,9 @@ def measure_draft(
         steps = {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1)}
         steps |= {CHECK.format(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
         times = interleaved(steps, how.rounds, progress=stages.stage(4))
+        said = partial(DraftRecord, plan=plan, model=plan.state, rounds=how.rounds, provenance=source)
         records = [
-            _record(plan, how, decoding, drafted, texts, times, source)
+            _record(said, decoding, drafted, texts, times)
             for decoding, texts in judged.items()
             for drafted in range(1, how.most + 1)
         ]
@@ -181,13 +182,11 @@ def measure_draft(
 
 
 def _record(
-    plan: Plan,
-    how: DraftOptions,
+    record: Callable[..., DraftRecord],
     decoding: Decoding,
     drafted: int,
     texts: Sequence[Accepted],
     times: Mapping[str, Sequence[float]],
-    source: Provenance,
 ) -> DraftRecord:
     """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
     from ..measuring.acceptance import acceptance, tokens_per_round
@@ -197,9 +196,7 @@ def _record(
     tokens, tokens_se = tokens_per_round(texts, drafted)
     dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
-    return DraftRecord(
-        plan=plan,
-        model=plan.state,
+    return record(
         decoding=decoding,
         drafted=drafted,
         acceptance=accepted,
@@ -211,8 +208,6 @@ def _record(
         check_ms=Quartiles.of(check).median,
         predicted=speedup([tokens * step for step in dense], taken),
         texts=len(texts),
-        rounds=how.rounds,
-        provenance=source,
     )
 
 

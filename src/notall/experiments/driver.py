@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from ..errors import UsageError
-from ..extras import FIGURES, installed
+from ..errors import FIGURES, UsageError, installed
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ..errors import UsageError, shortened
-from ..extras import FIGURES, installed
+from ..errors import FIGURES, UsageError, installed, shortened
 from ..inputs import Settings
 from ..options import Option, Workload
 from ..plan import Plan, several
@@ -245,12 +244,11 @@ class Finding:
     def _searched(self, name: str, budget: BudgetChoice, workload: Workload, progress: Progress) -> Plan:
         from ..choosing.choice import choose_plan
         from ..choosing.objective import kl
-        from ..choosing.space import names_of
 
         out, space = self.out / file_name(name), self.space
         source = Provenance.of(self.provenance, space=str(space), chosen_of=list(space.names))
         for record in Ledger(out, SearchRecord, source):
-            return space.plan(names_of(record.plan))
+            return space.plan(record.plan.names)
         own = [row for batch in self.batches for row in batch.split(1)][:CHOSEN_BY]
         chosen = choose_plan(
             *(self.model, "search", space, budget.of(self.model, space, workload), own, kl(own)),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from ..errors import UsageError, shortened
-from ..extras import need
+from ..errors import UsageError, need, shortened
 from ..options import Option, Workload
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -91,15 +90,8 @@ def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchR
     """A choice, what it took, and its measurements, written into `out` unless they are there."""
     dense, left = found.weighed or (None, None)
     record = SearchRecord(
-        plan=found.plan,
+        **{name: value for name, value in vars(found).items() if name in SearchRecord.model_fields},
         chosen=found.plan.note or "",
-        order=tuple(tuple(unit) for unit in found.order),
-        dense_cost=found.dense_cost,
-        cost=found.cost,
-        spent=found.spent,
-        forwards=found.forwards,
-        in_time=found.in_time,
-        missed=found.missed,
         quality=found.held_out[1] if found.held_out else None,
         check=found.times,
         footprint=left,
@@ -212,9 +204,9 @@ class BudgetChoice:
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """By which importance criterion sets are chosen, and what they are judged by."""
+    """By which importance criterion sets are chosen, what they are judged by, and when to stop."""
 
-    PANEL: ClassVar = "What a set is judged by"
+    PANEL: ClassVar = "What a set is judged by, and when to stop"
 
     criterion: Annotated[str, Option("a name of `notall criteria`, or your own module:function")] = "search"
     objective: Annotated[
@@ -226,6 +218,10 @@ class ObjectiveOptions:
     ] = None
     task_path: TaskPath = None
     limit: Annotated[int, Option("training questions to use for task:NAME")] = 100
+    max_minutes: Annotated[
+        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
+    ] = None
+    patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
 
     def check(self) -> None:
         """Raise `UsageError` for what is no criterion, or needs an extra that is not installed."""
@@ -240,27 +236,14 @@ class ObjectiveOptions:
 
         Raises `UsageError` for what is no objective, and for prompts that cannot be read.
         """
-        tasks = tasks_of([self.objective or otherwise], self.prompts)
+        from ..choosing.objective import read_prompts, terms_of
+
+        names = [name for _, name in terms_of(self.objective or otherwise, self.prompts)]
+        if "answers" in names and self.prompts:
+            read_prompts(self.prompts)
+        tasks = [name.removeprefix("task:") for name in names if name.startswith("task:")]
         options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
         return options.check(objectives=tasks).shelf or self.task_path
-
-
-def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
-    """The tasks that objectives are made of. Raises `UsageError` for what is none, and for prompts that are none."""
-    from ..choosing.objective import read_prompts, terms_of
-
-    parts = [name for one in objectives for _, name in terms_of(one, prompts)]
-    if "answers" in parts and prompts:
-        read_prompts(prompts)
-    return [name.removeprefix("task:") for name in parts if name.startswith("task:")]
-
-
-@dataclass(frozen=True)
-class StopOptions:
-    max_minutes: Annotated[
-        float | None, Option("stop looking after this many minutes; loading, timing and measuring come on top")
-    ] = None
-    patience: Annotated[int, Option("stop after this many evaluations that bring nothing", least=0)] = 12
 
 
 class Searched(NamedTuple):
@@ -283,7 +266,6 @@ class Search:
     budget: BudgetOptions
     workload: Workload
     by: ObjectiveOptions
-    until: StopOptions
     repair: RepairOptions
     out: Path
     seed: int = 0
@@ -306,7 +288,7 @@ class Search:
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
         self.by.check()
-        check_minutes(self.until.max_minutes)
+        check_minutes(self.by.max_minutes)
         wanted = self.budget.check(self.space.amount)
         self.text.check()
         self.repair.check()
@@ -345,8 +327,8 @@ class Search:
             goal,
             out=self.folder,
             provenance=settings,
-            max_minutes=self.until.max_minutes,
-            patience=self.until.patience,
+            max_minutes=self.by.max_minutes,
+            patience=self.by.patience,
             seed=self.seed,
             held_out=others,
             after_repair=bool(self.repair),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..results.facts import Decoding
+from ..running.generating import ends_of
 from .speed import cache_name, last_logits
 from .statistics import jackknife_error
 
@@ -51,8 +52,7 @@ def write_texts(
         for _ in range(new_tokens - 1):
             output = model(input_ids=said[-1], use_cache=True, **{name: output[name]}, **last)
             said.append(choose(output.logits[:, -1]))
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=prompts.device).flatten()
+    ends = torch.tensor(ends_of(model), dtype=torch.long, device=prompts.device)
     texts = torch.cat(said, dim=1)
     lengths = [int(found[0]) + 1 if len(found := torch.isin(row, ends).nonzero()) else len(row) for row in texts]
     return [row[:length] for row, length in zip(texts, lengths)]

@@ -37,10 +37,10 @@ from ..running.repaired import (
     refuse_other_work,
     step_of,
     with_weights,
+    write_tensors,
 )
 from ..running.replay import record
 from ..running.skipping import is_skipping
-from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, base_model
 from ..structure.observation import LayerCall

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, expect
 from ..plan import Fingerprint, Plan
+from ..results.facts import Footprint
 from ..structure import locating
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
@@ -38,6 +39,7 @@ from ..structure.slicing import (
     shallow_clone,
     slice_config,
 )
+from ..structure.weights import weights_of
 from .regrouping import Layer, layers_of
 from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
 
@@ -136,6 +138,31 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     draft = copy.deepcopy(inner, shared)
     remove(draft, plan)
     return draft
+
+
+def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
+    """What `model` weighs without the sublayers of `plan`. Tied and shared weights count once.
+
+    Works on the meta device too. Raises as `skip` does when the plan does not fit the model.
+    """
+    inner = base_model(model)
+    structure = locate(inner)
+    plan.check(structure)
+    layers = list(inner.get_submodule(structure.layers).children())
+    names = structure.running(plan)
+    kept = [part for part in structure.sublayers if part.name in names]
+    live, dead = (
+        {key for part in parts for name in part.modules for key in weights_of(child(layers[part.index], name))}
+        for parts in (kept, [part for part in structure.sublayers if part.name not in names])
+    )
+    held = [weight for key, weight in weights_of(inner).items() if key not in dead - live]
+    has_states = any(part.state_bytes for part in structure.sublayers)
+    return Footprint(
+        params=sum(weight.elements for weight in held),
+        weight_bytes=sum(weight.bytes for weight in held),
+        kv_bytes_per_token=sum(part.kv_bytes_per_token for part in kept),
+        state_bytes=sum(part.state_bytes for part in kept) if has_states else None,
+    )
 
 
 NOT_A_CHECKPOINT = (

@@ -21,8 +21,17 @@ from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running.repaired import WHOLE, LinearMap, RepairedPlan, holder_of, keep_whole, refuse_maps, refuse_other_work
-from ...running.tensor_files import Kept, kept_tensors
+from ...running.repaired import (
+    WHOLE,
+    Kept,
+    LinearMap,
+    RepairedPlan,
+    holder_of,
+    keep_whole,
+    kept_tensors,
+    refuse_maps,
+    refuse_other_work,
+)
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..refitting import about_weights, repair
