@@ -165,10 +165,7 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
-    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more.
-
-    Of what is, the one that costs least comes back; where none of `CHOICES` is, before it is late, the fastest.
-    """
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more."""
     tried: list[Outcome] = []
     following: SpeedBudget | None = budget
     while following is not None and len(tried) < CHOICES and not (tried and setting.late):
@@ -177,10 +174,11 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
             break
         tried.append(outcome := _outcome(choice, setting, following))
         assert outcome.check
-        if outcome.met and not following.exceeded(outcome.check):
+        measured = outcome.check.measured_speedup
+        if outcome.met and measured.median - max(measured.error, MOST_ERROR * following.faster) <= following.faster:
             break
         following = following.corrected(outcome.check)
-    if met := [one for one in tried if one.met]:
+    if met := [one for one in tried if one.met]:  # the one that costs least, or else the fastest
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 

@@ -163,11 +163,6 @@ class SpeedBudget(Budget):
         measured = check.measured_speedup
         return measured.median + min(measured.error, MOST_ERROR * self.faster) >= self.faster
 
-    def exceeded(self, check: SpeedCheck) -> bool:
-        """Whether what was measured is faster than what was asked for, beyond its standard error and `MOST_ERROR`."""
-        measured = check.measured_speedup
-        return measured.median - max(measured.error, MOST_ERROR * self.faster) > self.faster
-
     def corrected(self, check: SpeedCheck) -> SpeedBudget | None:
         """By times that tell what was measured: what sublayers save is scaled. None where that can't be enough."""
         predicted, measured = (1 - 1 / ratio for ratio in (check.predicted_speedup, check.measured_speedup.median))

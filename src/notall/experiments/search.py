@@ -232,10 +232,7 @@ class ObjectiveOptions:
         need(*criterion_of(self.criterion).needs)
 
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
-        """The tasks, with their data, that the objective, or `otherwise` that one, goes by.
-
-        Raises `UsageError` for what is no objective, and for prompts that cannot be read.
-        """
+        """The tasks that the objective, or `otherwise`, goes by. Raises `UsageError` for none, and for no prompts."""
         from ..choosing.objective import read_prompts, terms_of
 
         names = [name for _, name in terms_of(self.objective or otherwise, self.prompts)]

@@ -24,14 +24,10 @@ from .statistics import jackknife_error
 
 @dataclass(frozen=True)
 class Accepted:
-    """Of one text, a value from 0 to 1 a token: how likely a token that is drafted in its place is accepted.
+    """Of one text, a value from 0 to 1 a token: how likely a token that is drafted in its place is accepted."""
 
-    `expected` is before it is known which token that is, `known` given that the text goes on as it does. Greedy both
-    are the same, 0 or 1.
-    """
-
-    expected: tuple[float, ...]
-    known: tuple[float, ...]
+    expected: tuple[float, ...]  # before it is known which token that is
+    known: tuple[float, ...]  # given that the text goes on as it does; greedy both are the same, 0 or 1
 
 
 def write_texts(

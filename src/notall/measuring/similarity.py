@@ -25,15 +25,12 @@ from .statistics import mean_and_error
 
 @dataclass(frozen=True)
 class Passage:
-    """A block's passage: the residual stream, (batch, tokens, hidden), before and after it and around its sublayers.
-
-    `around` maps a kind to the stream (before, after) that sublayer. Of several streams all are there, side by side.
-    """
+    """A block's passage: the residual stream, (batch, tokens, hidden), of several side by side, around its parts."""
 
     block: Block
     before: Tensor
     after: Tensor
-    around: dict[str, tuple[Tensor, Tensor]]
+    around: dict[str, tuple[Tensor, Tensor]]  # by kind, before and after that sublayer
 
 
 Look = Callable[[Passage], None]

@@ -35,13 +35,10 @@ LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
 
 @dataclass(frozen=True)
 class Projection:
-    """A head that is a matrix: its logits are `scale` * states @ `weight`.T + `bias`.
+    """A head that is a matrix: its logits are `scale` * states @ `weight`.T + `bias`."""
 
-    `weight` is (vocabulary, width), the model's own; `bias` is (vocabulary,) in float32, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # (vocabulary, width), the model's own
+    bias: Tensor | None  # (vocabulary,), float32
     scale: float
 
 
@@ -141,28 +138,21 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model's distributions, a row each, as plans are held against them.
+    """The dense model's distributions, a row each, as plans are held against them."""
 
-    `kept`: the head's mean row, (rows, width); `anchor`, (rows,): what its product with a plan's states lacks to their
-    logsumexp without any KL. Of a head that is no matrix: the last layer's output, (rows, hidden), and None.
-    """
-
-    kept: Tensor
-    anchor: Tensor | None
+    kept: Tensor  # the head's mean row, (rows, width); if it is no matrix, the last layer's output, (rows, hidden)
+    anchor: Tensor | None  # (rows,): what its product with a plan's states lacks to their logsumexp without any KL
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides.
-
-    `largest` is the largest logit less `about`, of token `likeliest`; `mean` is the head's mean row, (rows, width).
-    """
+    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides."""
 
     about: Tensor
     log_sums: Tensor
-    largest: Tensor
-    likeliest: Tensor
-    mean: Tensor
+    largest: Tensor  # logit less `about`
+    likeliest: Tensor  # the token of that
+    mean: Tensor  # row of the head, (rows, width)
 
 
 class TokenScorer:

@@ -40,7 +40,7 @@ from ..running.repaired import (
     write_tensors,
 )
 from ..running.replay import record
-from ..running.skipping import is_skipping
+from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, base_model
 from ..structure.observation import LayerCall
@@ -115,8 +115,7 @@ def _check(model: PreTrainedModel, plan: Plan, sequences: int) -> None:
     structure = locate(model)
     plan.check(structure)
     structure.refuse_stubs("a repair")
-    if is_skipping(model):
-        raise UsageError("the model is inside a `with notall.skip(...)`; leave it before repairing a plan")
+    refuse_skipping(model, "repairing a plan")
     if not plan:
         raise UsageError("the plan skips nothing, so there is nothing to make up for")
     if isinstance(plan, RepairedPlan):

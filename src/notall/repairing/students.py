@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel, UsageError, shortened
 from ..plan import Plan
-from ..running.repaired import RepairedPlan, set_weight
+from ..running.repaired import RepairedPlan, placed
 from ..running.replay import Recording, live_steps, record, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
@@ -66,7 +66,8 @@ class Student(nn.Module):
         own |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
         self.model = copy.deepcopy(model, own)  # whose parameters share the memory of the model's
         for path, weight in plan.weights.items() if isinstance(plan, RepairedPlan) else ():
-            set_weight(self.model, path, weight)
+            holder, name, parameter = placed(self.model, path, weight)
+            holder._parameters[name] = parameter
         self.adapters = _adapted(self.model, wanted, config.rank) if config.train == "lora" else {}
         self.trained = {
             path: one

@@ -1,7 +1,4 @@
-"""A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`.
-
-Evaluation uses a pool of workers, each of which takes any task; a healing trains on all of its workers together.
-"""
+"""A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`."""
 
 from __future__ import annotations
 

@@ -71,10 +71,7 @@ def layers_of(structure: ModelStructure, plan: Plan, fit: Callable[[int, int], b
 
 
 def is_portable(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
-
-    So it is when the kept sublayers alternate, attention, MLP, attention, MLP, whichever blocks they come from.
-    """
+    """Whether what `plan` keeps alternates, attention, MLP, attention, MLP: any engine loads such a model."""
     return (not plan or structure.cuttable) and all(layer.is_ordinary for layer in layers_of(structure, plan))
 
 

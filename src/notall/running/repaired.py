@@ -180,10 +180,8 @@ class RepairedPlan(Plan):
                 )
 
     def placed(self, model: nn.Module) -> RepairedPlan:
-        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `holder_of` does."""
-        weights = {
-            path: _parameter(*holder_of(model, path, weight), weight).data for path, weight in self.weights.items()
-        }
+        """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `placed` does."""
+        weights = {path: placed(model, path, weight)[2].data for path, weight in self.weights.items()}
         found = RepairedPlan.of(self, weights=weights, maps=self.maps, refits=self.refits, history=self.history)
         found.__dict__["digest"] = self.digest  # it stays the same plan
         return found
@@ -209,25 +207,13 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[N
     """Have `module` run with these values of parameters, by their paths below it; then with its very own again."""
     with ExitStack() as undo:
         for path, weight in weights.items():
-            holder, name = holder_of(module, path, weight)
-            undo.enter_context(replaced(holder._parameters, name, _parameter(holder, name, weight)))
+            holder, name, parameter = placed(module, path, weight)
+            undo.enter_context(replaced(holder._parameters, name, parameter))
         yield
 
 
-def set_weight(module: nn.Module, path: str, weight: Tensor) -> None:
-    """Give the parameter at `path` a value for good. Raises as `holder_of` does."""
-    holder, name = holder_of(module, path, weight)
-    holder._parameters[name] = _parameter(holder, name, weight)
-
-
-def _parameter(holder: nn.Module, name: str, weight: Tensor) -> nn.Parameter:
-    """`weight` in place of the parameter `name`: of its dtype, and on its device."""
-    own = holder.get_parameter(name)
-    return nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
-
-
-def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str]:
-    """The module that holds the parameter at `path`, and its name there.
+def placed(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str, nn.Parameter]:
+    """The module that holds the parameter at `path`, its name there, and `weight` as it is: of its dtype and device.
 
     Raises `UsageError` where there is none, or one of another shape than `weight` or offloaded.
     """
@@ -243,7 +229,7 @@ def holder_of(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, 
         )
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
-    return holder, name
+    return holder, name, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
 
 
 class Seal(BaseModel):
@@ -384,10 +370,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
 
 def read_tensors(path: Path, digest: str | None = None, *, fix: str = "delete it, and run again") -> Kept:
-    """The tensors of a file, and its notes.
-
-    Raises `UsageError`, which ends in `fix`, for others than were written, or than those of `digest`.
-    """
+    """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others than were written."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping

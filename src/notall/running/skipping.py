@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import NoReturn, TypeVar
@@ -41,18 +41,10 @@ from ..structure.slicing import (
 )
 from ..structure.weights import weights_of
 from .regrouping import Layer, layers_of
-from .repaired import RepairedPlan, holder_of, refuse_maps, set_weight, with_weights
-
-
-@dataclass
-class _Active:
-    plan: Plan
-    structure: ModelStructure
-    undo: ExitStack
-
+from .repaired import RepairedPlan, placed, refuse_maps, with_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-_ACTIVE: WeakKeyDictionary[nn.Module, list[_Active]] = WeakKeyDictionary()
+_ACTIVE: WeakKeyDictionary[nn.Module, list[tuple[Plan, ExitStack]]] = WeakKeyDictionary()  # what each undoes
 
 
 @contextmanager
@@ -70,20 +62,20 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
-    active = _ACTIVE.setdefault(inner, [])
-    structure = active[-1].structure if active else locate(inner)
+    active, structure = _ACTIVE.setdefault(inner, []), locate(inner)
     plan.check(structure)
-    whole_plan = active[-1].plan | plan if active else plan
+    whole_plan = active[-1][0] | plan if active else plan
     whole_plan.check(structure)
     if active:
-        active[-1].undo.close()
-    active.append(_Active(whole_plan, structure, _apply(inner, structure, whole_plan)))
+        active[-1][1].close()
+    active.append((whole_plan, _apply(inner, structure, whole_plan)))
     try:
         yield model
     finally:
-        active.pop().undo.close()
+        active.pop()[1].close()
         if active:
-            active[-1].undo = _apply(inner, structure, active[-1].plan)
+            outer, _ = active.pop()
+            active.append((outer, _apply(inner, structure, outer)))
 
 
 def is_skipping(model: PreTrainedModel) -> bool:
@@ -116,10 +108,9 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     if not plan:
         return
     weights = plan.weights if isinstance(plan, RepairedPlan) else {}
-    for path, weight in weights.items():
-        holder_of(inner, path, weight)  # refuse before anything is changed
-    for path, weight in weights.items():
-        set_weight(inner, path, weight.clone())
+    own = [placed(inner, path, weight.clone()) for path, weight in weights.items()]  # refuse before a change
+    for holder, name, weight in own:
+        holder._parameters[name] = weight
     _cut(inner, structure, plan, ExitStack(), merge=True)
     locating.forget(inner)
     if _are_cut(inner, structure) or not _is_built_again(inner):
@@ -141,10 +132,7 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
-    """What `model` weighs without the sublayers of `plan`. Tied and shared weights count once.
-
-    Works on the meta device too. Raises as `skip` does when the plan does not fit the model.
-    """
+    """What `model` weighs without the sublayers of `plan`, shared weights once. Raises as `skip` does."""
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
@@ -264,10 +252,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
 def _cut(
     model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
 ) -> None:
-    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
-
-    `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.
-    """
+    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
     dense, configs = _layers(model, structure), _place(model, structure)[2]
     if structure.in_place:
         layers, running = _with_stubs(structure, dense, plan), structure.running(plan)
@@ -298,10 +283,7 @@ def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> 
 
 
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
-    """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint does not have.
-
-    Every layer keeps its number, and `locate` and `skip` take the model. Raises `UsageError` for a layer of nothing.
-    """
+    """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint lacks: numbers stay."""
     whole = locate(model)
     dense = _layers(model, whole)
     missing.check(whole)

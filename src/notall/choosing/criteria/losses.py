@@ -65,11 +65,7 @@ def choose_greedily(setting: Setting, budget: Budget) -> Choice:
 
 
 def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
-    """A (1 + 16) evolution of sets of the same size; offspring are selected in stages on more and more text.
-
-    A child swaps the smaller of two draws from 1 to 3 units. Source: EvoPress, arXiv 2410.14649, algorithm 1, section
-    3.3.
-    """
+    """A (1 + 16) evolution of sets of one size, selected on ever more text (EvoPress, 2410.14649, section 3.3)."""
     draw = random.Random(setting.seed)
     parent = _random_set(setting, budget, draw)
     setting.evaluator.set_prefix(frozenset())
@@ -152,11 +148,7 @@ def _spaces(space: Space) -> list[Space]:
 
 @dataclass
 class _Search:
-    """A set that grows and changes, and what it costs.
-
-    `rises` is what the objective rose by, as last evaluated; `falls`, on a part of the text, by how much a unit less
-    does.
-    """
+    """A set that grows and changes, and what it costs."""
 
     setting: Setting
     budget: Budget
@@ -168,8 +160,8 @@ class _Search:
         self.skipped: Skipped = frozenset()
         self.order: list[Unit] = []
         self.dense = self.cost = self.evaluator.cost(self.skipped)
-        self.rises: dict[Unit, float] = {}
-        self.falls: dict[Unit, float] = {}
+        self.rises: dict[Unit, float] = {}  # what the objective rose by, as last evaluated
+        self.falls: dict[Unit, float] = {}  # and by how much it falls without a unit less, on a part of the text
         self.moves = functools.cache(self.space.moves)
         units = len(self.space.units)
         mean = self.budget.saved(self.space.names) / units

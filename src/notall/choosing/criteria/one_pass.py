@@ -1,7 +1,4 @@
-"""By one pass of the dense model over the text: what a sublayer or block does to the stream, or the gradient of a gate.
-
-The gate is on what a sublayer adds, h + gate * f(h), at gate = 1; its gradient takes a backward pass.
-"""
+"""By one pass of the dense model over the text: what a part does to the stream, or the gradient of its gate."""
 
 from __future__ import annotations
 
@@ -29,11 +26,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (ba
 
 
 def score_cosine(setting: Setting) -> UnitScores:
-    """1 - cos(x, x + f(x)), the mean over tokens: what changes the direction of its input least goes first.
-
-    Sources: LLM-Drop, arXiv 2406.15786, section 3 (sublayers); ShortGPT, arXiv 2403.03853 (blocks, before the final
-    norm).
-    """
+    """1 - cos(x, x + f(x)), the mean over tokens: LLM-Drop, 2406.15786, section 3; of blocks ShortGPT, 2403.03853."""
     return _measured(setting, lambda before, after: 1 - cosine_similarity(before, after, dim=-1))
 
 
@@ -103,10 +96,7 @@ def _measured(setting: Setting, measure: Measure) -> UnitScores:
 
 
 def score_first_order(setting: Setting) -> UnitScores:
-    """-dL/dgate: what the NLL rises by when the gate is closed, to first order; the gradient of the KL is zero there.
-
-    Source: Molchanov et al., arXiv 1611.06440, equation 7, with its sign.
-    """
+    """-dL/dgate at h + gate * f(h), gate = 1: what the NLL rises by, to first order; arXiv 1611.06440, equation 7."""
     return {unit: -float(gradients.mean()) for unit, gradients in _gradients(setting).items()}
 
 

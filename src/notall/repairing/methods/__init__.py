@@ -16,7 +16,7 @@ from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
 from ...plan import Plan
-from ...plugins import explained, first_line, named, positional
+from ...plugins import explained, first_line, named, takes
 from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
@@ -26,9 +26,9 @@ from ...running.repaired import (
     Kept,
     LinearMap,
     RepairedPlan,
-    holder_of,
     keep_whole,
     kept_tensors,
+    placed,
     refuse_maps,
     refuse_other_work,
 )
@@ -96,9 +96,8 @@ def method(way: str | Method | Repairing) -> Method:
 
 def _guarded(name: str, function: Repairing) -> Repairing:
     """A repair of others, whose faults are one line. Raises `UsageError` for one that takes other arguments."""
-    taken = positional(function)
     by_name = "progress" in inspect.signature(function).parameters
-    if 3 not in taken and 4 not in taken:
+    if not takes(function, 3) and not takes(function, 4):
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
     def guarded(
@@ -106,7 +105,7 @@ def _guarded(name: str, function: Repairing) -> Repairing:
     ) -> RepairedPlan:
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            found = function(model, plan, batches, *(() if by_name or 3 in taken else (progress,)), **more)
+            found = function(model, plan, batches, *(() if by_name or takes(function, 3) else (progress,)), **more)
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
@@ -159,7 +158,7 @@ def repair_into(
             refuse_maps(repaired)
             repaired.check(structure)
             for path, weight in repaired.weights.items():
-                holder_of(model, path, weight)
+                placed(model, path, weight)
             ledger.add()  # its first line alone: where the weights come from
             keep_whole(folder, repaired, WHOLE)
         return RepairedPlan.load(folder)
