@@ -103,7 +103,7 @@ def similarity(
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..experiments.driver import write_similarity
-    from ..measuring.similarity import measure_similarity
+    from ..measuring.quality import measure_similarity
 
     if out:
         need(*FIGURES)

@@ -172,8 +172,7 @@ def measure_draft(
             for drafted in range(1, how.most + 1)
         ]
         best = max(range(how.most), key=lambda place: records[place].predicted.median)  # greedy ones come first
-        sizes = how.generation_tokens, records[best].drafted, how.rounds
-        measured, same, refused = generated(model, draft, prompts, *sizes, stages.stage(4))
+        measured, same, refused = generated(model, draft, prompts, how, records[best].drafted, stages.stage(4))
         if measured:
             records[best] = records[best].model_copy(update={"measured": measured, "same_texts": same})
         if kept is not None:
@@ -212,15 +211,9 @@ def _record(
 
 
 def generated(
-    model: PreTrainedModel,
-    draft: PreTrainedModel,
-    prompts: Tensor,
-    new_tokens: int,
-    drafted: int,
-    rounds: int,
-    progress: Progress = silent,
+    model: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, how: DraftOptions, drafted: int, progress: Progress
 ) -> tuple[Quartiles | None, int | None, str]:
-    """How many times faster transformers' greedy generate is with the draft, how many texts are the same, or why it is not."""
+    """How much faster transformers' greedy generate is with the draft, how many texts are the same, or why it isn't."""
     from ..measuring.speed import interleaved, speedup
     from ..models.load_errors import quiet
     from ..running.generating import greedy
@@ -232,7 +225,7 @@ def generated(
 
     def go_on(prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
         with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
-            return greedy(model, prompt, new_tokens, **assistant)[0]
+            return greedy(model, prompt, how.generation_tokens, **assistant)[0]
 
     def timed(way: str, **assistant: PreTrainedModel) -> float:
         start = time.perf_counter()
@@ -244,7 +237,7 @@ def generated(
     except UsageError as error:
         return None, None, str(error)
     ways = {ALONE: partial(timed, ALONE), WITH: partial(timed, WITH, assistant_model=draft)}
-    times = interleaved(ways, rounds, progress=progress)
+    times = interleaved(ways, how.rounds, progress=progress)
     return speedup(times[ALONE], times[WITH]), sum(map(list.__eq__, said[WITH], said[ALONE])), ""
 
 

@@ -207,7 +207,7 @@ def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progre
 
 def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
     """Of each block and sublayer."""
-    from ..measuring.similarity import measure_similarity
+    from ..measuring.quality import measure_similarity
 
     progress(0, 1, "similarity by depth")
     held = Ledger(subject.out, SimilarityRecord, about)

@@ -116,10 +116,6 @@ class RepairedPlan(Plan):
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{shortened(folder)} holds something already: choose a new folder for plan and weights")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {shortened(folder)}: {error.strerror}; choose another folder") from None
         if self.history:
             *before, last = self.history
             told = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)

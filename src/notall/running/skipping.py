@@ -74,8 +74,7 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     finally:
         active.pop()[1].close()
         if active:
-            outer, _ = active.pop()
-            active.append((outer, _apply(inner, structure, outer)))
+            active[-1] = active[-1][0], _apply(inner, structure, active[-1][0])
 
 
 def is_skipping(model: PreTrainedModel) -> bool:
@@ -136,12 +135,11 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     inner = base_model(model)
     structure = locate(inner)
     plan.check(structure)
-    layers = list(inner.get_submodule(structure.layers).children())
-    names = structure.running(plan)
-    kept = [part for part in structure.sublayers if part.name in names]
+    layers, names = _layers(inner, structure), structure.running(plan)
+    kept, gone = ([part for part in structure.sublayers if (part.name in names) == live] for live in (True, False))
     live, dead = (
         {key for part in parts for name in part.modules for key in weights_of(child(layers[part.index], name))}
-        for parts in (kept, [part for part in structure.sublayers if part.name not in names])
+        for parts in (kept, gone)
     )
     held = [weight for key, weight in weights_of(inner).items() if key not in dead - live]
     has_states = any(part.state_bytes for part in structure.sublayers)

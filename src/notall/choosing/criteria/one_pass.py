@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedModel
 
 from ...errors import UsageError
-from ...measuring.similarity import Look, Passage, walk
+from ...measuring.quality import Look, Passage, walk
 from ...running.replay import answering, standing_in
 from ...structure.in_place import Scale, stubbed_layer
 from ...structure.model_structure import Block, ModelStructure, base_model
