@@ -302,7 +302,7 @@ NAMES = {
         "with_weights as repaired_with_weights",
         "write_tensors",
     ],
-    "running.replay": ["PrefixCache", "Replay", "live_steps", "record", "step_name"],
+    "running.replay": ["PrefixCache", "Replay", "handing", "live_steps", "record", "step_name"],
     "running.skipping": ["footprint", "without"],
     "structure.locating": ["decoder_layers", "forget"],
     "structure.model_structure": ["cache_argument", "fingerprint", "text_config"],

@@ -44,10 +44,7 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
 
 
 def find(name: str, group: str) -> Any | None:
-    """What an entry point of `group` or `module:function` names, also in the working folder; None for other names.
-
-    Naming a module runs it. Raises `UsageError` where there is none, and where it fails.
-    """
+    """What an entry point of `group` or `module:function`, which is run, names; None for other names."""
     for point in entry_points(group=group):
         if point.name == name:
             of = f" of {point.dist.name}" if point.dist else ""

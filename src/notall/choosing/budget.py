@@ -39,6 +39,10 @@ class Budget:
     def _is_freed(self, name: str, gone: Skipped) -> bool:
         return name in gone and all(self._is_freed(reader, gone) for reader in self.read_by.get(name, ()))
 
+    def counted(self, skipped: Skipped) -> float:
+        """What is saved, as far as it is asked for."""
+        return min(self.saved(skipped), self.target * (1 - 1e-9))
+
     def met(self, skipped: Skipped) -> bool:
         return self.saved(skipped) >= self.target * (1 - 1e-9)
 

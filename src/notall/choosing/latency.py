@@ -181,10 +181,7 @@ def by_speedup(space: Space, times: SublayerTimes, faster: float) -> SpeedBudget
     left = times.dense_ms - sum(saves.values())
     most = times.dense_ms / left if left > 0 else math.inf
     if faster > most:
-        raise UsageError(
-            f"a speedup of {faster:g} is out of reach: without all that may be skipped it is {most:.2f}; "
-            "choose among more sublayers, or a lower speedup"
-        )
+        raise UsageError(f"a speedup of {faster:g} is out of reach: ask for at most {most:.2f}, without all of it")
     w = times.workload
     described = f"{faster:g}x at prompt {w.prompt_tokens}, {w.generation_tokens} new, batch {w.concurrency}"
     target = times.dense_ms * (1 - 1 / faster)

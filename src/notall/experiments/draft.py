@@ -112,10 +112,8 @@ class DraftOptions:
             raise UsageError(f"a prompt of {shortened(self.prompt_tokens)} tokens is none: give 1 or more")
         check_positions(model, self.prompt_tokens, self.generation_tokens)
         if self.generation_tokens <= self.most:
-            raise UsageError(
-                f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads: "
-                f"give at least {self.most + 1}, or draft fewer"
-            )
+            told = f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads"
+            raise UsageError(f"{told}: give at least {self.most + 1}, or draft fewer")
 
 
 class Drafted(NamedTuple):

@@ -43,10 +43,7 @@ class Projection:
 
 
 class Head:
-    """What comes behind the last layer of `model`. `projection` is None where it is no matrix.
-
-    Raises `UnsupportedModel` when a token's logits depend on more than its own hidden state.
-    """
+    """What comes behind the last layer of `model`. Raises `UnsupportedModel` where that mixes tokens."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = base_model(model)
@@ -55,7 +52,7 @@ class Head:
         known = _PROBED.get(self.model)
         if known is None or known[0] is not self.output:
             known = _PROBED[self.model] = self.output, self._probe()
-        self.projection = known[1]
+        self.projection = known[1]  # None where it is no matrix
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
@@ -82,10 +79,8 @@ class Head:
         expected = self._behind(hidden).flatten(0, 1)
         rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
         if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
-            raise UnsupportedModel(
-                f"the head of {type(self.model).__name__} makes a token's logits from more than its own hidden state; "
-                "expected a head that reads tokens one by one. Choose another model"
-            )
+            told = f"the head of {type(self.model).__name__} makes a token's logits from more than its own hidden state"
+            raise UnsupportedModel(f"{told}: choose another model")
         output = self.output
         # quantised or adapted, or offloaded
         if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {nn.Linear, nn.Parameter}:
@@ -168,12 +163,8 @@ class TokenScorer:
 
     @torch.no_grad()
     def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`.
-
-        What it scores is held against its own scores alone. Where that saves less than half, or the head is no matrix:
-        self.
-        """
-        if not self.is_matrix or 2 * words > len(self.weight):
+        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`."""
+        if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
             return self
         likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
         part = copy(self)

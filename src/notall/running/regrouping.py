@@ -15,18 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Layer:
-    """A layer of a regrouped model, by dense indices: an attention, an MLP or none of it, and MLPs ahead and behind.
-
-    Of a dense layer that is kept as it is, also one of a single sublayer, both are that layer. The stream goes in as
-    the dense block `start` is given it, and comes out as `end` is.
-    """
+    """A layer of a regrouped model, by dense indices: an attention, an MLP or none of it, and MLPs ahead and behind."""
 
     attention: int
-    mlp: int | None
+    mlp: int | None  # the same, where the dense layer is kept as it is, also one of a single sublayer
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
-    start: int = field(default=0, compare=False)
-    end: int = field(default=0, compare=False)
+    start: int = field(default=0, compare=False)  # the stream goes in as this dense block is given it,
+    end: int = field(default=0, compare=False)  # and comes out as this one is
 
     @property
     def whole(self) -> bool:

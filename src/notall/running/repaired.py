@@ -171,9 +171,7 @@ class RepairedPlan(Plan):
         known = tuple(f"{structure.layers}.{p.index}.{name}." for p in structure.sublayers for name in p.modules)
         for path in self.weights:
             if not path.startswith(known):
-                raise UsageError(
-                    f"no sublayer of the model has {shortened(path)}, which the plan has weights for; repair this model"
-                )
+                raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
     def placed(self, model: nn.Module) -> RepairedPlan:
         """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `placed` does."""
@@ -192,10 +190,8 @@ class RepairedPlan(Plan):
 def refuse_maps(plan: Plan) -> None:
     """Raise `UsageError` where a plan keeps matrices at run time, which only `Replay` runs."""
     if isinstance(plan, RepairedPlan) and plan.maps:
-        raise UsageError(
-            "this plan's repair keeps matrices at run time, which are there to be measured against and cannot be "
-            "generated with or exported; repair the plan with notall.repair instead"
-        )
+        told = "this plan's repair keeps matrices at run time, and can neither generate nor be exported"
+        raise UsageError(f"{told}; repair the plan with notall.repair instead")
 
 
 @contextmanager
@@ -220,9 +216,8 @@ def placed(module: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module, str
     except AttributeError:
         raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if old.shape != weight.shape:
-        raise UsageError(
-            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(old.shape)}; repair this model"
-        )
+        shapes = f"{tuple(weight.shape)}, but the model's is {tuple(old.shape)}"
+        raise UsageError(f"the repaired {path} is {shapes}; repair this model")
     if old.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
     return holder, name, nn.Parameter(weight.to(old.device, old.dtype), requires_grad=old.requires_grad)
@@ -269,9 +264,7 @@ def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
     if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
-        raise UsageError(
-            f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder, or move that file away"
-        )
+        raise UsageError(f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder, or move it away")
     return seal is not None
 
 
@@ -302,9 +295,8 @@ def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         # nothing reads them; but who put them there thinks otherwise
         if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
-            raise UsageError(
-                f"{shortened(folder)} holds {shortened(path.name)}, which is no part of its repair: move that file away"
-            )
+            told = f"{shortened(folder)} holds {shortened(path.name)}"
+            raise UsageError(f"{told}, which is no part of its repair: move that file away")
     weights: dict[str, Tensor] = {}
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
@@ -332,10 +324,8 @@ def _history(folder: Path) -> tuple[RepairStep, ...]:
                 found.append(step_of(by, about))
         except ValidationError as error:
             field = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UsageError(
-                f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)}): delete the "
-                f"folder, and {by} the plan again"
-            ) from None
+            told = f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)})"
+            raise UsageError(f"{told}: delete the folder, and {by} the plan again") from None
     return tuple(found)
 
 
@@ -356,9 +346,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
         part.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or shortened(str(error).rpartition("I/O error: ")[2])
-        raise UsageError(
-            f"cannot write {shortened(path)}: {reason}; make room or give access, or choose another folder"
-        ) from None
+        raise UsageError(f"cannot write {shortened(path)}: {reason}; make room, or choose another folder") from None
     finally:
         with suppress(OSError):
             part.unlink()

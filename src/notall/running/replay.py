@@ -41,33 +41,25 @@ class Recording:
 
 @dataclass
 class Step:
-    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it.
-
-    `weights` are a repaired plan's own, by their paths below the layer, and part of the name. Where a `map` stands in
-    for something skipped there are no `parts`, and no sublayer is counted. `scale` is what the layers between the step
-    before it and its own multiply the stream by.
-    """
+    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it."""
 
     name: str
     block: Block
-    parts: tuple[Sublayer, ...]
-    weights: Mapping[str, Tensor]
+    parts: tuple[Sublayer, ...]  # none where a `map` stands in for something skipped: no sublayer is counted
+    weights: Mapping[str, Tensor]  # a repaired plan's own, by their paths below the layer, and part of the name
     map: LinearMap | None = None
-    scale: float = 1.0
+    scale: float = 1.0  # what the layers between the step before it and its own multiply the stream by
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
 
 @dataclass
 class PrefixCache:
-    """States of one plan on one batch, kept where plans that begin alike can go on from them.
+    """States of one plan on one batch, kept where plans that begin alike can go on from them."""
 
-    `names` are its steps, in order. `states` are streams behind them, (batch, tokens, hidden): one of `every` steps.
-    """
-
-    names: tuple[str, ...]
-    every: int = 1
-    states: dict[int, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...]  # of its steps, in order
+    every: int = 1  # of so many steps one is kept
+    states: dict[int, Tensor] = field(default_factory=dict)  # streams behind steps, (batch, tokens, hidden)
 
     def moved(self, names: tuple[str, ...]) -> PrefixCache:
         """The prefix of another plan, with the states that both share."""
@@ -161,15 +153,6 @@ class Replay:
                 left = self.structure.scale(step.block.index, len(self.structure.blocks))
                 waiting.append((step.plans, scaled(hidden, left), None, 0))
             waiting.extend((child, hidden, kept, place + 1) for child in reversed(step.after.values()))
-
-    def logits(self, **inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """For each plan, in the order of `hidden_states`: its number and its logits, (batch, tokens, vocabulary)."""
-        recording = record(self.model, **inputs)
-        for numbers, hidden in self.hidden_states(recording):
-            with handing(self.model, self.structure, hidden):  # the head is the model's own
-                logits = self.model(**inputs, use_cache=False).logits
-            for number in numbers:
-                yield number, logits
 
     def _steps_of(self, plan: Plan) -> Iterator[Step]:
         """What is run of a plan, in order: steps that nothing follows yet."""

@@ -316,10 +316,8 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
 def _refuse_cache(model: PreTrainedModel, args: object, arguments: Mapping[str, object]) -> None:
     held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
     if held and not is_skipping(model):
-        raise UsageError(
-            "transformers counts the tokens of a cache by the first layer, and this model's has no attention: run it "
-            "inside `with notall.skip(model, notall.Plan()):`"
-        )
+        told = "transformers counts the tokens of a cache by the first layer, and this model's has no attention"
+        raise UsageError(f"{told}: run it inside `with notall.skip(model, notall.Plan()):`")
 
 
 class Holder(nn.Module):

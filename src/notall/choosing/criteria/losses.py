@@ -103,9 +103,7 @@ def _mutated(setting: Setting, budget: Budget, parent: Skipped, draw: random.Ran
             break
         less = child.difference(draw.choice(back))
         moves = setting.space.moves(less)
-        if moves and budget.saved(swapped := less.union(draw.choice(moves))) >= min(
-            budget.saved(parent), budget.target * (1 - 1e-9)
-        ):
+        if moves and budget.saved(swapped := less.union(draw.choice(moves))) >= budget.counted(parent):
             child = swapped
     return child
 
@@ -132,7 +130,7 @@ def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float]) -> Cho
             one.start_from_a_run()
         if setting.late:
             break
-    looking, best = searches[0], max(searches, key=lambda one: one.worth)
+    looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
     if best is not looking and not setting.late:  # what a late one says that it costs is a guess
         looking.go_on_from(best)
         looking.settle()
@@ -198,11 +196,6 @@ class _Search:
             self.rises = {}
             self.guess(self.moves(self.skipped))
             self.refine()
-
-    @property
-    def worth(self) -> tuple[float, float]:
-        """The higher the better: what is saved as far as it was asked for, then the objective."""
-        return min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9)), -self.cost
 
     def go_on_from(self, other: _Search) -> None:
         self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
@@ -282,7 +275,7 @@ class _Search:
     def _best_swap(self, tried: set[Skipped]) -> Swap | None:
         """What to give back and what to skip for it, of what was not tried, by the guesses there are."""
         best, best_gain = None, -math.inf
-        enough = min(self.budget.saved(self.skipped), self.budget.target * (1 - 1e-9))
+        enough = self.budget.counted(self.skipped)
         for back in self.space.returns(self.skipped):
             less = self.skipped.difference(back)
             if back not in self.falls:
