@@ -16,7 +16,6 @@ MODULES = {
     "charts_style": "charts.style",
     "choice": "choosing.choice",
     "criteria": "choosing.criteria",
-    "quadratic": "choosing.criteria.quadratic",
     "evaluator": "choosing.evaluator",
     "latency": "choosing.latency",
     "searching": "choosing.criteria.losses",
@@ -77,6 +76,7 @@ NAMES = {
     "choosing.choice": ["CHOICES", "choose_as_fast", "choose_within"],
     "choosing.criteria": ["CRITERIA", "Choice", "Criterion", "choose"],
     "choosing.criteria.data_free": ["deepest", "paper_grid", "score_gate_norm", "score_random"],
+    "choosing.criteria.losses": ["GENERATIONS", "choose_greedily", "score_leave_one_out"],
     "choosing.criteria.one_pass": [
         "gated",
         "score_cosine",
@@ -85,7 +85,6 @@ NAMES = {
         "score_relative_magnitude",
         "times",
     ],
-    "choosing.criteria.losses": ["GENERATIONS", "choose_greedily", "score_leave_one_out"],
     "choosing.criteria.quadratic": ["QuadraticProgram", "measure as quadratic_measure"],
     "choosing.criteria.setting": ["Setting"],
     "choosing.evaluator": ["AfterRepair", "Evaluator", "ONE_IN", "RIDGES as after_repair_RIDGES"],

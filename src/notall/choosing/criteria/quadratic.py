@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UsageError
+from ...errors import UsageError, need
 from ..budget import Budget
 from ..space import Choice, Unit, names_in
 from .losses import SCREENED
@@ -33,8 +32,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     Within a limit on the objective, ever more is skipped. Raises `UsageError` without scipy, and where no set saves as
     much.
     """
-    if not find_spec("scipy"):
-        raise UsageError("the quadratic criterion needs scipy; pip install 'notall[solver]'")
+    need("scipy")
     if budget.met(frozenset()):
         return Choice(frozenset(), ())
     # a portable set is a union of pairs that follow each other, so these are its units
