@@ -24,9 +24,10 @@ from torch.nn.functional import cross_entropy
 
 import notall
 from notall.choosing.budget import by_count
+from notall.choosing.criteria.losses import search
+from notall.choosing.criteria.setting import Setting
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl
-from notall.choosing.searching import search
 from notall.choosing.space import Space
 from notall.measuring.quality import evaluate
 from notall.measuring.speed import machine
@@ -153,10 +154,10 @@ def searched(model: Any, batches: Sequence[Tensor], scorer: TokenScorer, count: 
     space = Space(evaluator.structure, "attention")
     seconds: list[float] = []
     with timed(seconds):
-        found = search(space, by_count(space, count), evaluator)
+        found = search(Setting(model, space, batches, evaluator), by_count(space, count), {})
     spent = evaluator.spent
     return {"seconds": seconds[0], "evaluations": spent.evaluations, "passes": spent.executions / evaluator.forward,
-            "rows": counting.rows, "skipped": sorted(found.skipped), "cost": found.cost}  # fmt: skip
+            "rows": counting.rows, "skipped": sorted(found.skipped), "cost": evaluator.cost(found.skipped)}  # fmt: skip
 
 
 @torch.inference_mode()

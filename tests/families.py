@@ -465,3 +465,14 @@ def _give_back_hidden(module: nn.Module, args: Any, kwargs: Any, answer: Any) ->
 
 def _with_first(answer: Any, first: torch.Tensor) -> Any:
     return type(answer)((first, *answer[1:])) if isinstance(answer, tuple | list) else first
+
+
+def replayed_logits(replay: Any, **inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """For each plan of a `Replay`, as its `hidden_states` come: its number and its logits, by the model's own head."""
+    from api import handing, record
+
+    for numbers, hidden in replay.hidden_states(record(replay.model, **inputs)):
+        with handing(replay.model, replay.structure, hidden):
+            logits = replay.model(**inputs, use_cache=False).logits
+        for number in numbers:
+            yield number, logits

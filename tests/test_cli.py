@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import notall
-from api import ModelOptions, RayOptions, cli, compare_module, extras
+from api import ModelOptions, RayOptions, cli, compare_module, errors
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
@@ -124,11 +124,11 @@ def test_a_folder_of_another_command_is_refused_before_any_work(run, tmp_path, c
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_an_extra_that_lacks_is_named_before_any_work(run, folder, tmp_path, monkeypatch, lacks, command):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == lacks else find_spec(name))
     name, *options = [tmp_path / "out" if word == "OUT" else word for word in command]
     code, out, err = run(name, folder, *options)
     assert (code, out) == (2, "")
-    assert err == f"error: this needs {lacks}: pip install 'notall[{extras.EXTRAS[lacks]}]'\n"
+    assert err == f"error: this needs {lacks}: pip install 'notall[{errors.EXTRAS[lacks]}]'\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +137,7 @@ def test_all_criteria_are_compared_but_those_whose_extra_lacks(run, folder, tmp_
     def stop(subject, runs, *_, **__):
         raise UsageError(" ".join(one.criterion for one in runs))
 
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == lacks else find_spec(name))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == lacks else find_spec(name))
     monkeypatch.setattr(compare_module, "compare_criteria", stop)
     code, _, err = run("compare", folder, "--skip", "attention:1", "-o", tmp_path / "c", *QUICK)
     assert code == 2

@@ -27,6 +27,7 @@ from api import (
     measure_draft,
     read,
     rounds,
+    silent,
     skipping,
     speed,
     tokens_per_round,
@@ -38,6 +39,7 @@ from notall import Plan, RepairedPlan, UsageError, draft_model, skip
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
 PLAN = Plan(attention=[3])
 NEW = 20
+ONCE = DraftOptions(generation_tokens=4, rounds=1)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_transformers_takes_as_many_rounds_too(model, draft, drafted, monkeypatc
 
     monkeypatch.setattr(generating, "greedy", note)
     monkeypatch.setattr(speed, "interleaved", interleaved)
-    drafting.generated(model, draft, IDS, NEW, drafted, 1)
+    drafting.generated(model, draft, IDS, DraftOptions(generation_tokens=NEW, rounds=1), drafted, silent)
     texts = write_texts(model, IDS, NEW, "greedy")
     judged = [judge(model, draft, prompt, text, "greedy") for prompt, text in zip(IDS, texts)]
     assert len(asked) == sum(rounds(text.known, drafted) for text in judged)
@@ -366,7 +368,11 @@ def test_texts_that_come_out_otherwise_are_counted(model, draft, monkeypatch):
 
     monkeypatch.setattr(generating, "greedy", greedy)
     monkeypatch.setattr(speed, "interleaved", interleaved)
-    assert drafting.generated(model, draft, IDS, 4, 1, 1) == (Quartiles(median=1.5, low=1.5, high=1.5, n=1), 1, "")
+    assert drafting.generated(model, draft, IDS, ONCE, 1, silent) == (
+        Quartiles(median=1.5, low=1.5, high=1.5, n=1),
+        1,
+        "",
+    )
 
 
 def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeypatch):
@@ -404,7 +410,7 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
     draft = draft_model(model, PLAN)
     type(model)._is_stateful, before = True, inspect.getattr_static(type(model), "_is_stateful", False)
     try:
-        *_, refused = drafting.generated(model, draft, IDS, 4, 1, 1)
+        *_, refused = drafting.generated(model, draft, IDS, ONCE, 1, silent)
     finally:
         type(model)._is_stateful = before
     assert "not supported with stateful models" in refused

@@ -11,7 +11,7 @@ import torch
 
 import forked
 from api import HealRecord, RepairedPlan, Replay, Student, heal, read, silent, training
-from families import family
+from families import family, replayed_logits
 from notall import Plan, TrainConfig, UnsupportedModel, UsageError, repair, skip
 from small_disk import room_for
 
@@ -98,7 +98,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays_as_it_is(train, tmp_path
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
         *("healing.jsonl", "healed.safetensors", "plan.json", "finished.json"),
     }
-    replayed = dict(Replay(model, [healed]).logits(input_ids=HELD_OUT[0]))[0]
+    replayed = dict(replayed_logits(Replay(model, [healed]), input_ids=HELD_OUT[0]))[0]
     torch.testing.assert_close(replayed, logits_of(model, healed, HELD_OUT[0]), rtol=1e-5, atol=1e-5)
 
 

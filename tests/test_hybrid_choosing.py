@@ -29,7 +29,7 @@ from api import (
     verdict_module,
 )
 from api import quadratic_measure as measure
-from families import TRANSFORMERS_5, family, silenced
+from families import TRANSFORMERS_5, family, replayed_logits, silenced
 from notall import Plan, UsageError, locate, repair
 from test_architectures import prompt
 from test_repairing import SMALL as SMALL_TEXT
@@ -53,7 +53,7 @@ def test_replay_is_what_hooks_leave(hybrid) -> None:
     counting = sorted(structure.counting)
     mlps = [part.index for part in structure.sublayers if part.kind == "mlp"]
     plans = [Plan(), Plan(counting[1:]), Plan([counting[0]], mlps[:1]), Plan([], mlps)]
-    answers = dict(Replay(model, plans).logits(input_ids=tokens))
+    answers = dict(replayed_logits(Replay(model, plans), input_ids=tokens))
     for number, plan in enumerate(plans):
         with silenced(model, found, plan.attention, plan.mlp):
             expected = model(tokens, use_cache=False).logits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from api import Footprint, Head, Replay, Space, by_footprint, footprint, proving, record, relative_error
-from families import TRANSFORMERS_5, family, silenced, stack_of
+from families import TRANSFORMERS_5, family, replayed_logits, silenced, stack_of
 from notall import Plan, UnsupportedModel, UsageError, export, locate, remove, repair, skip
 from test_architectures import EXACT, cached, prompt, uncached
 from test_weightless import empty, facts
@@ -201,7 +201,7 @@ def test_plans_are_evaluated_as_they_are_skipped(name: str) -> None:
         with silenced(model, one, plan.attention, plan.mlp):
             expected = uncached(model, tokens, None).flatten(0, 1)
         assert relative_error(found[number], expected) < EXACT, plan
-    assert dict(replay.logits(input_ids=tokens)).keys() == found.keys()
+    assert dict(replayed_logits(replay, input_ids=tokens)).keys() == found.keys()
     assert replay.executions == replay.one_by_one or locate(model).apart
 
 

@@ -17,13 +17,12 @@ from api import (
     check_times,
     latency,
     measure_times,
-    search,
 )
 from api import speed_Timing as Timing
 from command_line import QUICK
 from families import family
 from notall import Plan, UsageError, locate
-from test_searching import Table
+from test_searching import Table, search
 
 pytestmark = pytest.mark.any_transformers  # it is about times
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from api import Group, is_portable, regroup
+from api import Layer, is_portable, regroup
 from families import family
 from notall import Plan, RepairedPlan, UsageError, deepest, locate
 
@@ -202,10 +202,11 @@ def test_skipping_all_attention_is_refused(structure):
 
 def test_regrouping_gives_each_layer_one_attention(structure):
     plan = Plan(attention=[0, 2], mlp=[1])
-    assert regroup(structure.kinds, plan) == [
-        Group(1, whole=False, before=[0], after=[2]),
-        Group(3, whole=True),
+    assert regroup(structure.kinds, plan, lambda *_: False) == [
+        Layer(1, None, before=[0], after=[2]),
+        Layer(3, 3),
     ]
+    assert regroup(structure.kinds, plan, lambda *_: True) == [Layer(1, 2, before=[0]), Layer(3, 3)]
 
 
 def test_portable_is_an_even_length_of_every_skipped_run(structure):

@@ -19,9 +19,9 @@ from api import (
     by_footprint,
     by_limit,
     choose,
+    errors,
     kl,
     nll,
-    quadratic,
 )
 from api import quadratic_measure as measure
 from families import family, silenced
@@ -231,7 +231,7 @@ def test_nothing_to_save_is_nothing_skipped_and_too_much_is_refused(model):
 
 def test_without_its_solver_it_says_what_to_install(model, monkeypatch):
     asked = setting(model)
-    monkeypatch.setattr(quadratic, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"the quadratic criterion needs scipy; pip install 'notall\[solver\]'"):
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"this needs scipy: pip install 'notall\[solver\]'"):
         choose("quadratic", asked, by_count(asked.space, 1))
     assert asked.evaluator.spent.evaluations == 0

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from api import mean_and_error, similarity
+from api import mean_and_error, quality
 from families import family, silenced
 from notall import Plan, evaluate, measure_similarity
 
@@ -77,7 +77,7 @@ def test_similarity_of_blocks_is_that_of_the_models_own_hidden_states(model):
 def test_similarity_keeps_one_blocks_states(monkeypatch):
     """The states alive at once do not grow with depth."""
     model = family("llama").build(num_hidden_layers=12)
-    alive, most, walked = [], 0, similarity.walk
+    alive, most, walked = [], 0, quality.walk
 
     def counting(net, look, **inputs):
         def looking(passage):
@@ -89,7 +89,7 @@ def test_similarity_keeps_one_blocks_states(monkeypatch):
 
         walked(net, looking, **inputs)
 
-    monkeypatch.setattr(similarity, "walk", counting)
+    monkeypatch.setattr(quality, "walk", counting)
     gc.collect()
     gc.freeze()  # else each collection walks whatever the tests before this one left
     try:

@@ -36,7 +36,7 @@ from api import (
 from api import driver_Subject as Subject
 from api import repaired_with_weights as with_weights
 from api import streams as streams_module
-from families import family
+from families import family, replayed_logits
 from notall import Plan, UsageError, export, locate, remove, skip
 
 BATCHES = list((torch.arange(12 * 40).view(12, 40) * 7 % 89 + 3).split(4))
@@ -101,7 +101,7 @@ def by_hand(model, plan, tokens, edges=None):
 
 
 def logits(model, plan, tokens):
-    ((_, found),) = Replay(model, [plan]).logits(input_ids=tokens)
+    ((_, found),) = replayed_logits(Replay(model, [plan]), input_ids=tokens)
     return found
 
 
@@ -254,7 +254,7 @@ def test_a_plan_with_maps_is_a_model_with_hooks(model):
 def test_plans_with_maps_share_only_what_is_the_same(model):
     """All methods together, dense and bare plans among them: each as it is alone; no map is counted as a sublayer."""
     plans = [Plan(), MIXED, *(one.repair(model, MIXED, BATCHES) for one in METHODS.values()), MIXED | BLOCK]
-    together = dict(Replay(model, plans).logits(input_ids=HELD_OUT[0]))
+    together = dict(replayed_logits(Replay(model, plans), input_ids=HELD_OUT[0]))
     for number, plan in enumerate(plans):
         torch.testing.assert_close(together[number], logits(model, plan, HELD_OUT[0]))
     assert len({str(together[number]) for number in range(2, 8)}) == 6

@@ -11,7 +11,7 @@ import torch
 import forked
 from api import HELD, Kept, Projections, Replay, held_out, offloaded, record, refitting, streams
 from api import refitting_RIDGES as RIDGES
-from families import FAMILIES, TRANSFORMERS_5, each_layout, family
+from families import FAMILIES, TRANSFORMERS_5, each_layout, family, replayed_logits
 from notall import Plan, RepairedPlan, UnsupportedModel, UsageError, locate, repair, skip
 from small_disk import room_for
 from twin_of_repair import DIRECT, NORMED, Hand, Twin
@@ -245,7 +245,7 @@ def check_against_replay(model, plan, found):
         }
         for number in left:
             left[number] += float((streams[number] - streams[0]).square().sum())
-        replayed = dict(replay.logits(input_ids=tokens))[2]
+        replayed = dict(replayed_logits(replay, input_ids=tokens))[2]
         with skip(model, found):
             skipped = model(tokens).logits
         assert (replayed - skipped).abs().max() <= 1e-5 * skipped.abs().max()

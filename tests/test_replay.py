@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from api import Replay
-from families import family, representatives
+from families import family, replayed_logits, representatives
 from notall import Plan, UnsupportedModel, deepest, locate, skip
 
 IDS = torch.arange(2 * 9).view(2, 9) % 90 + 3
@@ -30,7 +30,7 @@ def test_replay_equals_one_by_one(tested):
         plans = plans_for(locate(model))
     except UnsupportedModel as refusal:
         pytest.skip(str(refusal))
-    found = dict(Replay(model, plans).logits(input_ids=IDS, attention_mask=MASK))
+    found = dict(replayed_logits(Replay(model, plans), input_ids=IDS, attention_mask=MASK))
     assert len(found) == len(plans)
     for number, plan in enumerate(plans):
         with skip(model, plan):
@@ -43,7 +43,7 @@ def test_bit_identical_where_sublayers_run_in_the_models_own_order():
     model = family("llama").build()
     plans = plans_for(locate(model))
     with torch.no_grad():
-        for number, logits in Replay(model, plans).logits(input_ids=IDS):
+        for number, logits in replayed_logits(Replay(model, plans), input_ids=IDS):
             with skip(model, plans[number]):
                 assert torch.equal(logits, model(input_ids=IDS).logits)
 
@@ -57,7 +57,7 @@ def test_each_distinct_prefix_runs_once():
         layer.self_attn.register_forward_hook(lambda *_: runs.append("attention"))
         layer.mlp.register_forward_hook(lambda *_: runs.append("mlp"))
     with torch.no_grad():
-        assert len(list(replay.logits(input_ids=IDS))) == 4
+        assert len(list(replayed_logits(replay, input_ids=IDS))) == 4
     # 6 shared, then A3 and M3 behind it, and M3 behind M2.
     assert replay.executions == len(runs) == 6 + 3
     assert replay.one_by_one == 8 + 7 + 7 + 6
@@ -66,7 +66,7 @@ def test_each_distinct_prefix_runs_once():
 def test_equal_plans_are_answered_once_each():
     model = family("llama").build()
     with torch.no_grad():
-        found = dict(Replay(model, [Plan([1]), Plan(), Plan([1])]).logits(input_ids=IDS))
+        found = dict(replayed_logits(Replay(model, [Plan([1]), Plan(), Plan([1])]), input_ids=IDS))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
 
@@ -74,5 +74,5 @@ def test_equal_plans_are_answered_once_each():
 def test_the_dense_model_is_answered_first_also_where_a_plan_ends_on_its_way():
     model = family("llama").build()
     with torch.no_grad():
-        order = [n for n, _ in Replay(model, [Plan(), Plan([0]), Plan(mlp=[3])]).logits(input_ids=IDS)]
+        order = [n for n, _ in replayed_logits(Replay(model, [Plan(), Plan([0]), Plan(mlp=[3])]), input_ids=IDS)]
     assert order[0] == 0

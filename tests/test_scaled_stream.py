@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from api import METHODS, Layerwise, Passage, Replay, UsageError, gated, record, walk
-from families import TRANSFORMERS_5, family, silenced, stack_of
+from families import TRANSFORMERS_5, family, replayed_logits, silenced, stack_of
 from notall import Plan, locate, remove, skip
 
 pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="Gemma 4 is of transformers 5")
@@ -50,7 +50,7 @@ def test_it_is_read_line_by_line(model) -> None:
 
 @torch.no_grad()
 def test_replayed_together_plans_answer_as_hooks_do(model) -> None:
-    for number, logits in Replay(model, PLANS).logits(input_ids=TOKENS):
+    for number, logits in replayed_logits(Replay(model, PLANS), input_ids=TOKENS):
         assert close(logits, silent(model, PLANS[number])), PLANS[number]
 
 

@@ -21,7 +21,6 @@ from api import (
     locating,
     observation,
     proving,
-    regrouped_layers,
     relative_error,
     skipping,
     slicing,
@@ -101,13 +100,13 @@ def test_stale_layer_index_in_the_proof(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma3"])
 def test_norm_left_running(name: str, monkeypatch: Patch) -> None:
     """As if the norm of what is skipped were still applied to the stream."""
-    right = regrouped_layers.Holder.forward
+    right = skipping.Holder.forward
 
     def wrong(self: nn.Module, hidden: Tensor, *rest: Any) -> Tensor:
         norm = next(module for path, module in self.named_modules() if path.endswith("layernorm"))
         return right(self, norm(hidden), *rest)
 
-    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(regrouped_layers.Holder, "forward", wrong))
+    assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(skipping.Holder, "forward", wrong))
 
 
 @pytest.mark.parametrize("name", ["granite", "granitemoe"])
@@ -276,7 +275,7 @@ def test_shared_norm_lost_with_the_attention(name: str, monkeypatch: Patch) -> N
     right = Branch.run
 
     def wrong(self: Branch, holder: nn.Module, *rest: Any) -> Tensor:
-        without = replace(self, ops=self.ops[1:]) if isinstance(holder, regrouped_layers.Holder) else self
+        without = replace(self, ops=self.ops[1:]) if isinstance(holder, skipping.Holder) else self
         return right(without, holder, *rest)
 
     assert is_caught_by_comparison(name, before=lambda: monkeypatch.setattr(Branch, "run", wrong))

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 import notall
 from notall.choosing.budget import by_count
 from notall.choosing.choice import choose_plan
+from notall.choosing.criteria.setting import PATIENCE
 from notall.choosing.objective import nll
-from notall.choosing.searching import PATIENCE
 from notall.choosing.space import Skipped, Space
 from notall.measuring.quality import gather, score
 from notall.measuring.speed import machine

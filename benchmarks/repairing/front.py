@@ -45,7 +45,7 @@ from notall.results.record import Fact
 from notall.results.repairs import HealRecord
 from notall.results.table import Column, inherited, number, table, words
 from notall.results.terminal import print_table, progress_bar
-from notall.running.footprint import footprint
+from notall.running.skipping import footprint
 
 SPEEDUPS = (1.1, 1.2, 1.3, 1.5)
 DECODING = Workload(128, 512)  # the prompt is a hundredth of it

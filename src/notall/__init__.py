@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .exporters import export as export
     from .exporters.remote_code import register as register
     from .measuring.quality import evaluate as evaluate
-    from .measuring.similarity import measure_similarity as measure_similarity
+    from .measuring.quality import measure_similarity as measure_similarity
     from .models.loading import load as load
     from .plan import Plan as Plan
     from .repairing.healing import heal as heal
@@ -49,7 +49,7 @@ _HOMES = {
     "heal": "repairing.healing",
     "load": "models.loading",
     "locate": "structure.locating",
-    "measure_similarity": "measuring.similarity",
+    "measure_similarity": "measuring.quality",
     "register": "exporters.remote_code",
     "repair": "repairing.refitting",
 }

@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line, and names that came from elsewhere, as a terminal may show them."""
+"""What a user did wrong, or has not installed, in one line; names from elsewhere as a terminal may show them."""
 
 import codecs
 import difflib
@@ -7,11 +7,15 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 
 IN_WORDS = "notall.in_words"  # what a stream does with a sign that its encoding lacks
 ASCII = {"Δ": "delta ", "±": "+-", "×": "x", "–": "-", "−": "-", "…": "...", "’": "'"}
+# Which extra brings a module that not every command needs.
+EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "scipy": "solver"}
+FIGURES = ("altair", "vl_convert")
 
 
 class UsageError(ValueError):
@@ -63,6 +67,17 @@ def shortened(given: object, most: int = 80) -> str:
     if len(line) > most:
         line = f"…{line[1 - most :]}" if isinstance(given, PathLike) else f"{line[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "�" for letter in line)
+
+
+def installed(*modules: str) -> bool:
+    return all(find_spec(module) for module in modules)
+
+
+def need(*modules: str) -> None:
+    """Raise `UsageError` unless all of these are installed: before any work is done that would be lost."""
+    for module in modules:
+        if not installed(module):
+            raise UsageError(f"this needs {module}: pip install 'notall[{EXTRAS[module]}]'")
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:

@@ -5,14 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from .errors import UsageError, nearest, shortened
 
-MANY = 9  # arguments: more than a function of others is called with
 T = TypeVar("T")
 
 
@@ -45,10 +44,7 @@ def class_named(name: str, built_in: Mapping[str, str], group: str, what: str, b
 
 
 def find(name: str, group: str) -> Any | None:
-    """What an entry point of `group` or `module:function` names, also in the working folder; None for other names.
-
-    Naming a module runs it. Raises `UsageError` where there is none, and where it fails.
-    """
+    """What an entry point of `group` or `module:function`, which is run, names; None for other names."""
     for point in entry_points(group=group):
         if point.name == name:
             of = f" of {point.dist.name}" if point.dist else ""
@@ -67,15 +63,12 @@ def explained(name: str) -> Iterator[None]:
         raise UsageError(f"{shortened(name)} failed: {_where(error)}") from error
 
 
-def positional(function: Callable[..., object]) -> range:
-    """How many arguments a function can be called with, by their places."""
-    given = inspect.signature(function).parameters.values()
-    placed = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    if any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in given):
-        return range(0)
-    least = sum(one.default is one.empty for one in placed)
-    most = MANY if any(one.kind is one.VAR_POSITIONAL for one in given) else len(placed)
-    return range(least, most + 1)
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether a function can be called with so many arguments, by their places."""
+    with suppress(TypeError):
+        inspect.signature(function).bind(*[None] * count)
+        return True
+    return False
 
 
 def first_line(function: Callable[..., Any]) -> str:

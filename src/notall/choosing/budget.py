@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect, nearest, shortened
 from ..plan import Plan
-from ..running.footprint import footprint
+from ..running.skipping import footprint
 from .space import Skipped, Space, Unit, names_in
 
 Resource = Literal["params", "weight_bytes", "kv_bytes_per_token"]
@@ -38,6 +38,10 @@ class Budget:
 
     def _is_freed(self, name: str, gone: Skipped) -> bool:
         return name in gone and all(self._is_freed(reader, gone) for reader in self.read_by.get(name, ()))
+
+    def counted(self, skipped: Skipped) -> float:
+        """What is saved, as far as it is asked for."""
+        return min(self.saved(skipped), self.target * (1 - 1e-9))
 
     def met(self, skipped: Skipped) -> bool:
         return self.saved(skipped) >= self.target * (1 - 1e-9)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,19 +22,18 @@ from ..progress import Progress, silent
 from ..results.facts import Footprint, Quality, SearchCost, SpeedCheck
 from ..results.ledger import working_in
 from ..results.provenance import Provenance
-from ..running.footprint import footprint
+from ..running.skipping import footprint
 from .budget import Budget
 from .criteria import CriterionLike, Setting, choose
 from .criteria import criterion as criterion_of
+from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
-from .searching import PATIENCE
 from .space import Choice, Space, Unit, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
-ROUNDS, MORE_ROUNDS = 5, 20  # to time a plan, and where that leaves a larger error
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def choose_plan(
     objective = kl(batches) if objective is None else objective
     expect(objective, Objective, "an objective, such as notall.choosing.objective.kl(batches)")
     folder = None if out is None else Path(out)
-    how: dict[str, Any] = {"states_bytes": states_bytes, "folder": folder, "settings": provenance}
     with working_in(folder, "search") if folder else nullcontext():
-        evaluator = AfterRepair(model, batches, **how) if after_repair else Evaluator(model, objective, **how)
+        make = partial(AfterRepair, model, batches) if after_repair else partial(Evaluator, model, objective)
+        evaluator = make(states_bytes=states_bytes, folder=folder, settings=provenance)
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         outcome = choose_within(way, setting, budget)
@@ -166,10 +165,7 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
 
 
 def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
-    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more.
-
-    Of what is, the one that costs least comes back; where none of `CHOICES` is, before it is late, the fastest.
-    """
+    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more."""
     tried: list[Outcome] = []
     following: SpeedBudget | None = budget
     while following is not None and len(tried) < CHOICES and not (tried and setting.late):
@@ -178,10 +174,11 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
             break
         tried.append(outcome := _outcome(choice, setting, following))
         assert outcome.check
-        if outcome.met and not following.exceeded(outcome.check):
+        measured = outcome.check.measured_speedup
+        if outcome.met and measured.median - max(measured.error, MOST_ERROR * following.faster) <= following.faster:
             break
         following = following.corrected(outcome.check)
-    if met := [one for one in tried if one.met]:
+    if met := [one for one in tried if one.met]:  # the one that costs least, or else the fastest
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
 
@@ -196,9 +193,8 @@ def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:
     """Whether a choice saves as much as `budget` asks for; timed for longer where a few rounds leave a large error."""
     check, is_met = None, budget.met(choice.skipped)
     if isinstance(budget, SpeedBudget):
-        for rounds in (ROUNDS, MORE_ROUNDS):
-            plan = plan_of(choice.skipped)
-            found = check_times(setting.model, plan, budget.times, rounds=rounds, seed=setting.seed)
+        for rounds in (5, 20):
+            found = check_times(setting.model, plan_of(choice.skipped), budget.times, rounds=rounds, seed=setting.seed)
             if found.measured_speedup.error <= MOST_ERROR * budget.faster:
                 break
         check, is_met = found, budget.reached(found)

@@ -1,8 +1,4 @@
-"""What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair.
-
-Sets that keep the same first sublayers share them (see `replay`), and go on from the states of a base set, the prefix.
-Work is counted in sublayer executions over the calibration set, and what was evaluated is written down.
-"""
+"""What evaluates sets of skipped sublayers, for every criterion and for the search: as they are, or after a repair."""
 
 from __future__ import annotations
 

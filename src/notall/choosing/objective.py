@@ -28,18 +28,13 @@ TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one forward pass, as for the model's forward, and what is asked of it.
-
-    At each place, `rows` and `columns` of the inputs, (places,) each, the loss in nats is the NLL of its target, the
-    token id in `targets`, or, without targets, KL(dense || skipped) of the next token. `items` makes the losses of the
-    items, (items,), of those of the places, (places,).
-    """
+    """Inputs of one forward pass, as for the model's forward, and at which places of them there is a loss, in nats."""
 
     inputs: dict[str, Tensor]
-    rows: Tensor
-    columns: Tensor
-    items: Callable[[Tensor], Tensor]
-    targets: Tensor | None = None
+    rows: Tensor  # (places,)
+    columns: Tensor  # (places,)
+    items: Callable[[Tensor], Tensor]  # makes the losses of the items, (items,), of those of the places, (places,)
+    targets: Tensor | None = None  # (places,) token ids whose NLL it is; else KL(dense || skipped) of the next token
 
     @property
     def tokens(self) -> int:
@@ -130,11 +125,7 @@ def build_objective(
     task_path: Path | TaskShelf | None = None,
     task_limit: int = 100,
 ) -> Objective:
-    """The objective that `wanted` describes: `nll`, `kl`, `answers`, `task:NAME`, or a mix: `kl + 0.5*task:NAME`.
-
-    `nll` and `kl` are of `batches`, (batch, tokens) token ids each; `answers` is the KL on the dense model's own
-    answers to `prompts`. Raises `UsageError` for another word, and where prompts or questions are lacking.
-    """
+    """What `wanted` is a sum of (see `terms_of`), on `batches`, (batch, tokens) ids each, or answers to `prompts`."""
 
     def term(weight: float, name: str) -> Objective:
         if name.startswith("task:"):

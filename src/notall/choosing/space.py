@@ -49,10 +49,8 @@ class Space:
         if self.portable and self.kind not in ("sublayer", *WHOLE) and self.structure.by_halves:
             raise UsageError(f"no set of {self.kind} sublayers alone is portable: choose among sublayers or blocks")
         if self.portable and self.structure.in_place:
-            raise UsageError(
-                f"no set is portable: layers of {self.structure.model_type} depend on each other, and keep their "
-                "places; choose among attention, mlp or block instead of portable"
-            )
+            told = f"layers of {self.structure.model_type} depend on each other, and keep their places"
+            raise UsageError(f"no set is portable: {told}; choose among attention, mlp or block")
         if not self.names:
             raise UsageError("every layer is preserved: keep fewer of the first and last layers")
 
@@ -170,8 +168,3 @@ def plan_of(skipped: Iterable[str], fingerprint: str | None = None, note: str | 
         kind, _, index = name.partition(".")
         indices[kind].append(int(index))
     return Plan(indices["attn"], indices["mlp"], fingerprint=fingerprint, note=note)
-
-
-def names_of(plan: Plan) -> Skipped:
-    """The names of the sublayers that a plan skips."""
-    return frozenset(plan.names)

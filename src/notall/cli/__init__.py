@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import UsageError, nearest, print_in_any_encoding, printable, shortened
-from ..extras import EXTRAS
+from ..errors import EXTRAS, UsageError, nearest, print_in_any_encoding, printable, shortened
 from .app import Interrupted, app
 
 # What Typer raises over words that it cannot read; its releases keep the class in different places.

@@ -9,7 +9,7 @@ from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
 from ..experiments.repair import RepairOptions
-from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions, StopOptions
+from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
 from ..inputs import Settings
 from ..models.names import model_in_words
 from ..options import Json, Option, OutFolder, RunOptions, Workload
@@ -85,7 +85,6 @@ def search(
     space: SpaceOptions,
     budget: BudgetOptions,
     by: ObjectiveOptions,
-    until: StopOptions,
     repair: RepairOptions,
     run: RunOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
@@ -97,7 +96,7 @@ def search(
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """
-    asked = Search(model, space, text, budget, workload, by, until, repair, out, run.seed)
+    asked = Search(model, space, text, budget, workload, by, repair, out, run.seed)
     with progress_bar() as progress:
         done = asked.run(progress)
     title = f"{out}: {done.budget}, skip {done.record.plan}"
@@ -133,7 +132,7 @@ def plan(
 ) -> None:
     """Write the paper's plan, which skips the deepest: `search --criterion deepest`, from a config alone."""
     from ..models.loading import dtype_name
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     net = model.empty()
     chosen = PlanOptions(skip=skip, keep_last=keep_last).of(net)

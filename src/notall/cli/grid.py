@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from ..errors import FIGURES, need
 from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.folder import check_folder
 from ..experiments.options import ModelOptions, RayOptions, TaskOptions, TextOptions
 from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.sweep import COLUMNS, write_sweep
 from ..experiments.sweep import sweep as sweep_grid
-from ..extras import FIGURES, need
 from ..models.names import model_in_words
 from ..options import OutFolder, RunOptions, Workload
 from ..results.ledger import read

@@ -14,9 +14,8 @@ from rich.table import Column as RichColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable
+from ..errors import FIGURES, need, printable
 from ..experiments.options import ModelOptions, PlanOptions, TextOptions
-from ..extras import FIGURES, need
 from ..options import Json, Option, RunOptions, Seed
 from ..plan import Plan
 from ..progress import tracked
@@ -61,7 +60,7 @@ def inspect(model: ModelOptions, as_json: Json = False) -> None:
     This needs only a config.
     """
     from ..models.loading import dtype_name
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
     from ..structure.locating import locate
 
     net = model.empty()
@@ -100,7 +99,7 @@ def similarity(
 ) -> None:
     """Show how similar each layer's features are to the previous layer's (the paper's Fig. 1)."""
     from ..experiments.driver import write_similarity
-    from ..measuring.similarity import measure_similarity
+    from ..measuring.quality import measure_similarity
 
     if out:
         need(*FIGURES)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from ..errors import printable
+from ..errors import FIGURES, need, printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
@@ -21,7 +21,6 @@ from ..experiments.options import (
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
-from ..extras import FIGURES, need
 from ..options import Json, KeepIn, Option, RunOptions, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
 from ..results.table import table

@@ -119,7 +119,7 @@ def bench(
     Raises `UsageError` before anything is timed when it cannot be kept there.
     """
     from ..measuring.speed import time_plans
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     with working_in(out, "bench") if out else nullcontext():
         kept = Ledger(out, BenchRecord) if out else None

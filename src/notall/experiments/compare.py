@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ..digests import digest_of
-from ..errors import UsageError, shortened
-from ..extras import FIGURES, installed, need
+from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -300,7 +299,7 @@ def compare_criteria(
     """
     from ..choosing.budget import by_count
     from ..choosing.criteria import criterion
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     ways = [name for name in dict.fromkeys(repairs) if name != UNREPAIRED]
     if workload:
@@ -347,7 +346,7 @@ def shared_times(
     subject: Subject, plans: Sequence[Plan], workload: Workload, about: Provenance, progress: Progress
 ) -> dict[Plan, Times]:
     """Of each plan, in turn with the dense model; plans that leave as much of each kind are timed once."""
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     about = Provenance.of(about, workload=asdict(workload))
     held = Ledger(subject.out, PlanTimesRecord, about)

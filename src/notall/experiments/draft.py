@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -106,10 +106,8 @@ class DraftOptions:
             raise UsageError(f"a prompt of {shortened(self.prompt_tokens)} tokens is none: give 1 or more")
         check_positions(model, self.prompt_tokens, self.generation_tokens)
         if self.generation_tokens <= self.most:
-            raise UsageError(
-                f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads: "
-                f"give at least {self.most + 1}, or draft fewer"
-            )
+            told = f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads"
+            raise UsageError(f"{told}: give at least {self.most + 1}, or draft fewer")
 
 
 class Drafted(NamedTuple):
@@ -159,14 +157,14 @@ def measure_draft(
         steps = {DENSE: partial(step, model, width=1), DRAFT: partial(step, draft, width=1)}
         steps |= {CHECK.format(drafted): partial(step, model, width=drafted + 1) for drafted in range(1, how.most + 1)}
         times = interleaved(steps, how.rounds, progress=stages.stage(4))
+        said = partial(DraftRecord, plan=plan, model=plan.state, rounds=how.rounds, provenance=source)
         records = [
-            _record(plan, how, decoding, drafted, texts, times, source)
+            _record(said, decoding, drafted, texts, times)
             for decoding, texts in judged.items()
             for drafted in range(1, how.most + 1)
         ]
         best = max(range(how.most), key=lambda place: records[place].predicted.median)  # greedy ones come first
-        sizes = how.generation_tokens, records[best].drafted, how.rounds
-        measured, same, refused = generated(model, draft, prompts, *sizes, stages.stage(4))
+        measured, same, refused = generated(model, draft, prompts, how, records[best].drafted, stages.stage(4))
         if measured:
             records[best] = records[best].model_copy(update={"measured": measured, "same_texts": same})
         if kept is not None:
@@ -175,13 +173,11 @@ def measure_draft(
 
 
 def _record(
-    plan: Plan,
-    how: DraftOptions,
+    record: Callable[..., DraftRecord],
     decoding: Decoding,
     drafted: int,
     texts: Sequence[Accepted],
     times: Mapping[str, Sequence[float]],
-    source: Provenance,
 ) -> DraftRecord:
     """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
     from ..measuring.acceptance import acceptance, tokens_per_round
@@ -191,9 +187,7 @@ def _record(
     tokens, tokens_se = tokens_per_round(texts, drafted)
     dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
-    return DraftRecord(
-        plan=plan,
-        model=plan.state,
+    return record(
         decoding=decoding,
         drafted=drafted,
         acceptance=accepted,
@@ -205,24 +199,13 @@ def _record(
         check_ms=Quartiles.of(check).median,
         predicted=speedup([tokens * step for step in dense], taken),
         texts=len(texts),
-        rounds=how.rounds,
-        provenance=source,
     )
 
 
 def generated(
-    model: PreTrainedModel,
-    draft: PreTrainedModel,
-    prompts: Tensor,
-    new_tokens: int,
-    drafted: int,
-    rounds: int,
-    progress: Progress = silent,
+    model: PreTrainedModel, draft: PreTrainedModel, prompts: Tensor, how: DraftOptions, drafted: int, progress: Progress
 ) -> tuple[Quartiles | None, int | None, str]:
-    """How many times faster transformers' own generate is with the draft, greedy, and how many texts are the same.
-
-    None and the reason where transformers refuses the draft model; else the reason is "".
-    """
+    """How much faster transformers' greedy generate is with the draft, how many texts are the same, or why it isn't."""
     from ..measuring.speed import interleaved, speedup
     from ..models.load_errors import quiet
     from ..running.generating import greedy
@@ -234,7 +217,7 @@ def generated(
 
     def go_on(prompt: Tensor, **assistant: PreTrainedModel) -> list[int]:
         with quiet(), raised_by("transformers", "transformers does not draft for this model", "another engine may"):
-            return greedy(model, prompt, new_tokens, **assistant)[0]
+            return greedy(model, prompt, how.generation_tokens, **assistant)[0]
 
     def timed(way: str, **assistant: PreTrainedModel) -> float:
         start = time.perf_counter()
@@ -246,7 +229,7 @@ def generated(
     except UsageError as error:
         return None, None, str(error)
     ways = {ALONE: partial(timed, ALONE), WITH: partial(timed, WITH, assistant_model=draft)}
-    times = interleaved(ways, rounds, progress=progress)
+    times = interleaved(ways, how.rounds, progress=progress)
     return speedup(times[ALONE], times[WITH]), sum(map(list.__eq__, said[WITH], said[ALONE])), ""
 
 

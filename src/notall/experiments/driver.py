@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..errors import UsageError
-from ..extras import FIGURES, installed
+from ..errors import FIGURES, UsageError, installed
 from ..options import Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
@@ -183,7 +182,7 @@ def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progre
 
 def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
     """Of each block and sublayer."""
-    from ..measuring.similarity import measure_similarity
+    from ..measuring.quality import measure_similarity
 
     progress(0, 1, "similarity by depth")
     held = Ledger(subject.out, SimilarityRecord, about)

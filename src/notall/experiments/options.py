@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from ..errors import UsageError, nearest, shortened
-from ..extras import need
+from ..errors import UsageError, nearest, need, shortened
 from ..inputs import Settings
 from ..options import Option, option
 from ..plan import Plan

@@ -179,7 +179,7 @@ def time_grid(
     Where memory does not hold so many sequences half of them are timed, and `concurrency` says so. Raises `UsageError`
     when not even one fits, and when another process works there.
     """
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     asked = {"generation_tokens": timing.generation_tokens, "rounds": timing.rounds, "seed": subject.seed}
     about = Provenance.of(subject.provenance, **asked)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from ..engines import Engine, engine_named, weight_bytes, worker
-from ..errors import UsageError, shortened
-from ..extras import FIGURES, installed
+from ..errors import FIGURES, UsageError, installed, shortened
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
@@ -228,12 +227,11 @@ class Finding:
     def _searched(self, name: str, budget: BudgetChoice, workload: Workload, progress: Progress) -> Plan:
         from ..choosing.choice import choose_plan
         from ..choosing.objective import kl
-        from ..choosing.space import names_of
 
         out, space = self.out / file_name(name), self.space
         source = Provenance.of(self.provenance, space=str(space), chosen_of=list(space.names))
         for record in Ledger(out, SearchRecord, source):
-            return space.plan(names_of(record.plan))
+            return space.plan(record.plan.names)
         own = [row for batch in self.batches for row in batch.split(1)][:CHOSEN_BY]
         chosen = choose_plan(
             *(self.model, "search", space, budget.of(self.model, space, workload), own, kl(own)),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
-from ..errors import UsageError, shortened
-from ..extras import need
+from ..errors import UsageError, need, shortened
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -85,15 +84,8 @@ def keep_choice(out: Path, found: ChosenPlan, provenance: Provenance) -> SearchR
     """A choice, what it took, and its measurements, written into `out` unless they are there."""
     dense, left = found.weighed or (None, None)
     record = SearchRecord(
-        plan=found.plan,
+        **{name: value for name, value in vars(found).items() if name in SearchRecord.model_fields},
         chosen=found.plan.note or "",
-        order=tuple(tuple(unit) for unit in found.order),
-        dense_cost=found.dense_cost,
-        cost=found.cost,
-        spent=found.spent,
-        forwards=found.forwards,
-        in_time=found.in_time,
-        missed=found.missed,
         quality=found.held_out[1] if found.held_out else None,
         check=found.times,
         footprint=left,
@@ -204,9 +196,9 @@ class BudgetChoice:
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """By which importance criterion sets are chosen, and what they are judged by."""
+    """By which importance criterion sets are chosen, what they are judged by, and when to stop."""
 
-    PANEL: ClassVar = "What a set is judged by"
+    PANEL: ClassVar = "What a set is judged by, and when to stop"
 
     criterion: str = option("search", "a name of `notall criteria`, or your own module:function")
     objective: str | None = option(
@@ -217,6 +209,10 @@ class ObjectiveOptions:
     )
     task_path: TaskPath = None
     limit: int = option(100, "training questions to use for task:NAME")
+    max_minutes: float | None = option(
+        None, "stop looking after this many minutes; loading, timing and measuring come on top"
+    )
+    patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
     def check(self) -> None:
         """Raise `UsageError` for what is no criterion, or needs an extra that is not installed."""
@@ -227,11 +223,13 @@ class ObjectiveOptions:
         need(*criterion_of(self.criterion).needs)
 
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
-        """The tasks, with their data, that the objective, or `otherwise` that one, goes by.
+        """The tasks that the objective, or `otherwise`, goes by. Raises `UsageError` for none, and for no prompts."""
+        from ..choosing.objective import read_prompts, terms_of
 
-        Raises `UsageError` for what is no objective, and for prompts that cannot be read.
-        """
-        tasks = tasks_of([self.objective or otherwise], self.prompts)
+        names = [name for _, name in terms_of(self.objective or otherwise, self.prompts)]
+        if "answers" in names and self.prompts:
+            read_prompts(self.prompts)
+        tasks = [name.removeprefix("task:") for name in names if name.startswith("task:")]
         options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
         return options.check(objectives=tasks).shelf or self.task_path
 
@@ -244,14 +242,6 @@ def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
     if "answers" in parts and prompts:
         read_prompts(prompts)
     return [name.removeprefix("task:") for name in parts if name.startswith("task:")]
-
-
-@dataclass(frozen=True)
-class StopOptions:
-    max_minutes: float | None = option(
-        None, "stop looking after this many minutes; loading, timing and measuring come on top"
-    )
-    patience: int = option(12, "stop after this many evaluations that bring nothing", least=0)
 
 
 class Searched(NamedTuple):
@@ -274,7 +264,6 @@ class Search:
     budget: BudgetOptions
     workload: Workload
     by: ObjectiveOptions
-    until: StopOptions
     repair: RepairOptions
     out: Path
     seed: int = 0
@@ -296,7 +285,7 @@ class Search:
         if self.repair and (self.by.objective or self.budget.max_nll is not None):
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
         self.by.check()
-        check_minutes(self.until.max_minutes)
+        check_minutes(self.by.max_minutes)
         wanted = self.budget.check(self.space.amount)
         self.text.check()
         self.repair.check(self.repaired)
@@ -335,8 +324,8 @@ class Search:
             goal,
             out=self.folder,
             provenance=settings,
-            max_minutes=self.until.max_minutes,
-            patience=self.until.patience,
+            max_minutes=self.by.max_minutes,
+            patience=self.by.patience,
             seed=self.seed,
             held_out=others,
             after_repair=bool(self.repair),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..digests import digest_of
-from ..extras import FIGURES, installed
+from ..errors import FIGURES, installed
 from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
@@ -76,7 +76,7 @@ def sweep(subject: Subject, workload: Workload = WORKLOAD, progress: Progress = 
     some plans say. Goes on where it stopped. Raises `UsageError` when the folder holds results of other settings.
     """
     from ..choosing.criteria.data_free import paper_grid
-    from ..running.footprint import footprint
+    from ..running.skipping import footprint
 
     workload.check(subject.model)
     rows = paper_grid(subject.structure)

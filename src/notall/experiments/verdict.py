@@ -93,7 +93,7 @@ class Verdict:
         cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
     ) -> Verdict:
         """What a plan leaves of a model, and what it costs."""
-        from ..running.footprint import footprint
+        from ..running.skipping import footprint
         from ..structure.locating import locate
 
         kinds: list[str] = [part.kind for part in locate(model).sublayers]

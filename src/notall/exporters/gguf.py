@@ -27,7 +27,7 @@ from ..errors import UnknownArchitecture, UsageError
 from ..models.gguf_file import ARCHITECTURE, BLOCK, GGUF, Field, Fields, GGUFTensor, Tensors, read_gguf, write_gguf
 from ..plan import Fingerprint, Plan
 from ..progress import Progress
-from ..running.regrouping import BOTH, Folded, Layer, folded, merged, regroup, sparse_layers
+from ..running.regrouping import BOTH, Folded, Layer, folded, regroup, sparse_layers
 from . import Export, Source
 from .manifest import NotVerified, Origin, Verdict, Verified
 
@@ -143,8 +143,7 @@ def cut(source: GGUF, plan: Plan) -> tuple[Fields, Tensors]:
         return has_norm and alike and not parallel
 
     _check(source, plan)
-    groups = regroup([_kinds(source, index) for index in range(source.depth)], plan)
-    layers = merged(groups, fits)
+    layers = regroup([_kinds(source, index) for index in range(source.depth)], plan, fits)
     if all(layer.is_ordinary for layer in layers):
         return _ordinary(source, layers)
     return deci(source, layers)
@@ -278,19 +277,19 @@ def deci(source: GGUF, layers: Sequence[Layer]) -> tuple[Fields, Tensors]:
     heads, kv_heads, head_size, hidden, width = _deci_sizes(source)
     rows = list(sparse_layers(layers))
     tensors = source.outside_blocks
-    for number, row in enumerate(rows):
+    for number, (attention, mlp) in enumerate(rows):
         parts: Tensors = {}
-        if row.attention is not None:
-            parts |= _rotated(source.attention(row.attention), source.architecture, heads, kv_heads)
+        if attention is not None:
+            parts |= _rotated(source.attention(attention), source.architecture, heads, kv_heads)
         elif number == 0:  # llama.cpp reads the size of heads only if layer 0 has some
             parts |= _silent("attn", ("q", "k", "v"), "output", head_size, hidden)
-        parts |= _silent("ffn", ("gate", "up"), "down", NARROW, hidden) if row.mlp is None else source.mlp(row.mlp)
+        parts |= _silent("ffn", ("gate", "up"), "down", NARROW, hidden) if mlp is None else source.mlp(mlp)
         tensors |= {f"{BLOCK}{number}.{name}": tensor for name, tensor in parts.items()}
-    has_heads = [row.attention is not None for row in rows]
+    has_heads = [attention is not None for attention, _ in rows]
     counts: dict[str, int | list[int]] = {
         "attention.head_count": [heads if has else int(number == 0) for number, has in enumerate(has_heads)],
         "attention.head_count_kv": [kv_heads if has else int(number == 0) for number, has in enumerate(has_heads)],
-        "feed_forward_length": [NARROW if row.mlp is None else width for row in rows],
+        "feed_forward_length": [NARROW if mlp is None else width for _, mlp in rows],
         **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_size),
         "block_count": len(rows),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,16 +14,18 @@ from ..inputs import Settings
 from ..models.load_errors import explained, quiet
 from ..models.loading import reader_of
 from ..plan import Plan
+from ..running.regrouping import layers_of
 from ..running.skipping import skip
 from ..structure.model_structure import cache_argument
 from ..structure.proving import relative_error, tolerance
 from .dense import CheckpointExport, DenseModel, load_whole, probe_tokens
-from .layout import build_of, check_built, cut_settings, layers_of, moved_modules, moved_tensors
+from .layout import build_of, check_built, cut_settings, moved_modules, moved_tensors
 from .manifest import NotVerified, Verdict, Verified
 from .quantisation import cut_quantisation, renamed_notes
 from .remote_code import FAMILIES, classes_of, load_modeling, model_type_of, modeling_file, source_of
 from .tensors import check_copies, read_notes
 
+SUBLAYERS = ("attention", "mlp", "before", "after")  # of each layer, as config.json has them
 TOKENS, PADDING = 12, 5  # of the sequences that are compared; and of these, on the left of the first
 
 ORDINARY_USE = "An ordinary {base} checkpoint: whatever loads the dense model loads this one, with no code of its own."
@@ -63,7 +64,7 @@ class HFExport(CheckpointExport):
                 "model_type": model_type_of(base),
                 "architectures": [classes["AutoModelForCausalLM"]],
                 "auto_map": {auto: f"{file.removesuffix('.py')}.{name}" for auto, name in classes.items()},
-                "sublayers": [asdict(layer) for layer in layers],
+                "sublayers": [{name: vars(layer)[name] for name in SUBLAYERS} for layer in layers],
             }
             use, files = REGROUPED_USE, {file: source_of(base)}
         elif not dense.trusted:

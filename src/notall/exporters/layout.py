@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,17 +16,12 @@ from transformers import PretrainedConfig
 from ..errors import UsageError
 from ..inputs import Settings
 from ..models.loading import build_empty
-from ..plan import Plan
-from ..running.regrouping import Layer, fits, folded, groups_of, merged
+from ..running.regrouping import Layer, folded
 from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.observation import child
 from ..structure.slicing import LAYER_INDICES, PER_LAYER_LISTS
 from .dense import DenseModel
 from .tensors import FLOATS, Weight, Weights
-
-
-def layers_of(structure: ModelStructure, plan: Plan) -> list[Layer]:
-    return merged(groups_of(structure, plan), partial(fits, structure))
 
 
 def sublayers_of(structure: ModelStructure, layer: Layer) -> list[Sublayer]:

@@ -24,11 +24,11 @@ from ..models.own_exports import MULTIPLE
 from ..models.quantisation import quantisation_name
 from ..plan import Plan
 from ..progress import Progress
-from ..running.regrouping import SparseLayer, sparse_layers
+from ..running.regrouping import layers_of, sparse_layers
 from ..running.skipping import skip
 from ..structure.proving import relative_error
 from .dense import CheckpointExport, DenseModel, probe_tokens
-from .layout import layers_of, rope_names
+from .layout import rope_names
 from .manifest import NotVerified, Verdict, Verified
 from .tensors import Weight
 
@@ -62,7 +62,7 @@ class NemotronExport(CheckpointExport):
         """Raises `UsageError` for an architecture that is not Llama's."""
         _check(dense)
         layers = list(sparse_layers(layers_of(dense.structure, plan)))
-        use = USE if layers[0].attention is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
+        use = USE if layers[0][0] is not None else f"{USE} {WITHOUT_FIRST_ATTENTION}."
         files = {"configuration_decilm.py": CONFIGURATION}
         return cls(dense, plan, _settings(dense, layers), dict(_named(dense, layers)), use, files, {})
 
@@ -112,7 +112,7 @@ def _check(dense: DenseModel) -> None:
     raise UsageError(f"nemotron-nas does not fit this model: {problem}; export to hf")
 
 
-def _settings(dense: DenseModel, rows: Sequence[SparseLayer]) -> Settings:
+def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> Settings:
     config = dense.config
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
     mult = ffn_mult(_width(config), config.hidden_size)
@@ -132,10 +132,10 @@ def _settings(dense: DenseModel, rows: Sequence[SparseLayer]) -> Settings:
         "num_hidden_layers": len(rows),
         "block_configs": [
             {
-                "attention": ATTENTION | _has(row.attention, "n_heads_in_group", heads_in_group),
-                "ffn": FFN | _has(row.mlp, "ffn_mult", mult),
+                "attention": ATTENTION | _has(attention, "n_heads_in_group", heads_in_group),
+                "ffn": FFN | _has(mlp, "ffn_mult", mult),
             }
-            for row in rows
+            for attention, mlp in rows
         ],
     }
 
@@ -156,19 +156,19 @@ def _width(config: PretrainedConfig) -> int:
     return ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
 
 
-def _named(dense: DenseModel, rows: Sequence[SparseLayer]) -> Iterator[tuple[str, Weight]]:
+def _named(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> Iterator[tuple[str, Weight]]:
     yield from dense.outside_layers.items()
-    for number, row in enumerate(rows):
+    for number, (attention, mlp) in enumerate(rows):
         start = f"{dense.prefix}{number}."
-        if row.attention is not None:
-            parts = dense.parts(dense.structure.blocks[row.attention].attention)
+        if attention is not None:
+            parts = dense.parts(dense.structure.blocks[attention].attention)
             yield from ((start + name, tensor) for name, tensor in parts.items())
             if dense.config.model_type == "qwen2":
                 weight = parts["self_attn.o_proj.weight"]
                 zeros = weight.changed(lambda one: torch.zeros(len(one)), weight.shape[:1])
                 yield f"{start}self_attn.o_proj.bias", zeros
-        if row.mlp is not None:
-            for name, tensor in dense.parts(dense.structure.blocks[row.mlp].mlp).items():
+        if mlp is not None:
+            for name, tensor in dense.parts(dense.structure.blocks[mlp].mlp).items():
                 yield start + name, _padded(name, tensor, _width(dense.config))
 
 

@@ -17,20 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..results.facts import Decoding
+from ..running.generating import ends_of
 from .speed import cache_name, last_logits
 from .statistics import jackknife_error
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """Of one text, a value from 0 to 1 a token: how likely a token that is drafted in its place is accepted.
+    """Of one text, a value from 0 to 1 a token: how likely a token that is drafted in its place is accepted."""
 
-    `expected` is before it is known which token that is, `known` given that the text goes on as it does. Greedy both
-    are the same, 0 or 1.
-    """
-
-    expected: tuple[float, ...]
-    known: tuple[float, ...]
+    expected: tuple[float, ...]  # before it is known which token that is
+    known: tuple[float, ...]  # given that the text goes on as it does; greedy both are the same, 0 or 1
 
 
 def write_texts(
@@ -51,8 +48,7 @@ def write_texts(
         for _ in range(new_tokens - 1):
             output = model(input_ids=said[-1], use_cache=True, **{name: output[name]}, **last)
             said.append(choose(output.logits[:, -1]))
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=prompts.device).flatten()
+    ends = torch.tensor(ends_of(model), dtype=torch.long, device=prompts.device)
     texts = torch.cat(said, dim=1)
     lengths = [int(found[0]) + 1 if len(found := torch.isin(row, ends).nonzero()) else len(row) for row in texts]
     return [row[:length] for row, length in zip(texts, lengths)]

@@ -1,21 +1,33 @@
-"""What a plan costs in quality: NLL, KL to the dense model, and how often both would say the same next token."""
+"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model.
+
+NLL, KL to the dense model, and how often both would say the same next token; how similar a stream is before and after.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from ..errors import UsageError, expect
 from ..models.texts import IDS, checked
 from ..plan import Plan
-from ..results.facts import Quality, Scores
-from ..running.replay import Replay, record
+from ..results.facts import Quality, Scores, Similarity
+from ..running.replay import Enough, Replay, answering, record, standing_in
+from ..structure.in_place import stubbed_layer
+from ..structure.locating import locate
+from ..structure.model_structure import Block, base_model
+from ..structure.observation import Arguments, LayerCall, called_with, first, run_branches, scaled
 from .statistics import mean_and_error
 from .token_scores import TokenScorer
 
@@ -80,3 +92,103 @@ def summarize(scores: Scores, dense: Scores) -> Quality:
         top1_agreement_se=agreement_se,
         sequences=len(scores.nll),
     )
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block's passage: the residual stream, (batch, tokens, hidden), of several side by side, around its parts."""
+
+    block: Block
+    before: Tensor
+    after: Tensor
+    around: dict[str, tuple[Tensor, Tensor]]  # by kind, before and after that sublayer
+
+
+Look = Callable[[Passage], None]
+
+
+def measure_similarity(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[Similarity]:
+    """Cosine similarity of the residual stream before and after each block, attention and MLP of the dense model.
+
+    `batches` are token ids, (batch, tokens) each. The last block is compared before the final norm. Costs less than a
+    forward pass, since no head is run, and keeps one block's hidden states at a time.
+    Raises `UsageError` for what are no token ids.
+    Source: arXiv 2407.15516, Fig. 1: cos(h[l], h[l-1]), averaged over tokens.
+    """
+    found: dict[tuple[int, Literal["block", "attention", "mlp"]], list[Tensor]] = {}
+
+    def look(passage: Passage) -> None:
+        pairs = {"block": (passage.before, passage.after)} | passage.around
+        for kind, (before, after) in pairs.items():
+            cosine = cosine_similarity(before.float(), after.float(), dim=-1).mean(dim=-1)  # (batch,)
+            found.setdefault((passage.block.index, kind), []).append(cosine)  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        for tokens in checked(batches, model):
+            walk(model, look, input_ids=tokens)
+    structure, rows = locate(model), []
+    several = structure.sublayers if len(structure.mixers) > 1 else ()
+    mixers: dict[tuple[int, str], str | None] = {(part.index, part.kind): part.mixer for part in several}
+    for at, values in found.items():
+        mean, error = mean_and_error(torch.cat(values).tolist())
+        rows.append(Similarity(layer=at[0], kind=at[1], cosine=mean, cosine_se=error, mixer=mixers.get(at)))
+    return rows
+
+
+def walk(model: PreTrainedModel, look: Look, **inputs: Tensor) -> None:
+    """Have `look` see the dense model's passages on `inputs`, a block's states at a time, without running the head."""
+    inner = base_model(model)
+    structure, shape = locate(inner), inputs["input_ids"].shape
+
+    def seen(passage: Passage) -> None:
+        look(passage)
+        if passage.block is structure.blocks[-1]:
+            raise Enough
+
+    def watched(layer: nn.Module, block: Block) -> Callable[..., object]:
+        is_stubbed = any(part.stub for part in block.sublayers)
+        return _inside(layer, block, shape, seen) if is_stubbed else _one_by_one(layer, block, seen)
+
+    with suppress(Enough), standing_in(inner, structure, watched):
+        inner(**inputs, use_cache=False)
+
+
+def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., object]:
+    """A forward for a layer whose sublayers can be run one at a time."""
+
+    def answer(arguments: Arguments, before: Tensor) -> Tensor:
+        after = before
+        around: dict[str, tuple[Tensor, Tensor]] = {}
+        for part in block.sublayers:
+            start = before if block.parallel else after
+            end = run_branches(part.branches, layer, start, LayerCall(arguments))
+            around[part.kind] = start, end
+            after = after + (end - start) if block.parallel and after is not before else end
+        after = scaled(after, block.scale)
+        look(Passage(block, before, after, around))
+        return after
+
+    return answering(layer, block, answer)
+
+
+def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) -> Callable[..., object]:
+    """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them."""
+    stubs = [part.stub for part in block.sublayers if part.stub]
+    fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
+
+    def as_stream(state: Tensor) -> Tensor:
+        """Any number of streams as one, (batch, tokens, hidden)."""
+        if state.dim() > 3 and state.shape[:2] != tuple(shape):  # Gemma 3n's streams come first
+            state = state.movedim(0, 2)
+        return state.flatten(2)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        before = as_stream(called_with(layer, args, kwargs)[1]).clone()
+        states = []
+        for twin in fewer:  # the dense layer comes last: others read what it makes
+            answer = twin(*args, **kwargs)
+            states.append(as_stream(first(answer)))
+        look(Passage(block, before, states[-1], dict(zip(block.kinds, pairwise(states)))))
+        return answer
+
+    return forward

@@ -4,7 +4,8 @@ With a head that is a matrix, log p(v) = w_v . h - lse(h). So NLL is lse(h) - w_
 lse(h) less E_p[w] . h, up to what only depends on the dense model p: its mean row of the head, E_p[w], is as wide as
 the model and is computed once. No logits are kept: the matrix is taken a tile at a time, which stays in the cache.
 Each tile is taken less a logit near the row's largest ones, inside the matrix product, so that a dtype of few bits
-rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time.
+rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time: by the model's own
+forward, a sequence of one token for each row, with the rows standing in for what the layers answer.
 """
 
 from __future__ import annotations
@@ -12,20 +13,112 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..running.head import Head, Projection
-from ..structure.model_structure import text_config
+from ..running.replay import handing, states_before_output
+from ..structure.locating import locate
+from ..structure.model_structure import base_model, inputs_device, text_config
+from ..structure.observation import forward_replaced
 
 # Rows and columns of a tile, by device: small enough for a cache, or large enough to keep a GPU busy.
 TILES = {"cpu": (1024, 1024), "cuda": (4096, 16384), "mps": (2048, 8192)}
 LOGITS = {True: 2**23, False: 2**27}  # of a head that is no matrix, at once: on a CPU, and elsewhere
 NOTHING = -80.0  # exp() of less is as good as none, and takes a CPU up to 150 times as long
 CACHED = 16  # of their rows, whose log-probabilities are made at once on a CPU: they stay in a cache
+LARGE = 30.0  # of the probe's logits: beyond the caps that are in use
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A head that is a matrix: its logits are `scale` * states @ `weight`.T + `bias`."""
+
+    weight: Tensor  # (vocabulary, width), the model's own
+    bias: Tensor | None  # (vocabulary,), float32
+    scale: float
+
+
+class Head:
+    """What comes behind the last layer of `model`. Raises `UnsupportedModel` where that mixes tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = base_model(model)
+        self.structure = locate(self.model)
+        self.output: nn.Module | None = self.model.get_output_embeddings()
+        known = _PROBED.get(self.model)
+        if known is None or known[0] is not self.output:
+            known = _PROBED[self.model] = self.output, self._probe()
+        self.projection = known[1]  # None where it is no matrix
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, vocabulary), from rows of the last layer's output, (rows, hidden)."""
+        return self._behind(hidden[:, None]).flatten(0, -2)
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the output projection is given, (rows, width), from rows of the last layer's output, (rows, hidden)."""
+        return states_before_output(self.model, lambda: self._behind(hidden[:, None])).flatten(0, -2)
+
+    def _behind(self, hidden: Tensor) -> Tensor:
+        """The logits, (batch, tokens, vocabulary), of a forward in which `hidden` is what the last layer answers."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=inputs_device(self.model))
+        with handing(self.model, self.structure, hidden):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def _probe(self) -> Projection | None:
+        """The head's matrix, where random rows say that it is one."""
+        device = next(self.model.get_submodule(self.structure.layers).parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device  # accelerate takes them from there
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 4, text_config(self.model).hidden_size, generator=generator)
+        hidden = hidden.to(device, self.model.dtype)
+        expected = self._behind(hidden).flatten(0, 1)
+        rounding = 1e-4 if self.model.dtype in (torch.float32, torch.float64) else 2**-6
+        if not _close(self.logits(hidden.flatten(0, 1)), expected, rounding):
+            told = f"the head of {type(self.model).__name__} makes a token's logits from more than its own hidden state"
+            raise UnsupportedModel(f"{told}: choose another model")
+        output = self.output
+        # quantised or adapted, or offloaded
+        if not isinstance(output, nn.Linear) or {type(output), type(output.weight)} != {nn.Linear, nn.Parameter}:
+            return None
+        if not output.weight.is_floating_point() or output.weight.device.type == "meta":
+            return None
+        if (scale := self._scale(output, hidden[0], generator)) is None:
+            return None
+        bias = None if output.bias is None else output.bias.detach().float() * scale
+        found = Projection(output.weight.detach(), bias, scale)
+        states = self.states(hidden.flatten(0, 1)).to(found.weight.device)
+        logits = scale * (states @ found.weight.T).float() + (0.0 if bias is None else bias)
+        return found if _close(logits, expected, rounding) else None
+
+    def _scale(self, output: nn.Linear, hidden: Tensor, generator: torch.Generator) -> float | None:
+        """By what the model multiplies what `output` answers; None where it does anything else."""
+        made = LARGE * torch.randn(len(hidden), output.out_features, generator=generator)
+
+        def answer(states: Tensor) -> Tensor:
+            return made.to(states.device).view(*states.shape[:-1], -1)
+
+        with forward_replaced(output, answer):
+            given = self.logits(hidden).cpu().double()
+        if given.shape != made.shape:
+            return None
+        scale = float((given * made).sum() / made.double().square().sum())
+        rounding = 1e-5 if self.model.dtype in (torch.float32, torch.float64) else 2**-7
+        return scale if ((given - scale * made).abs() <= rounding * abs(scale) * made.abs()).all() else None
+
+
+_PROBED: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Projection | None]] = WeakKeyDictionary()
+
+
+def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
+    if found.shape != expected.shape:
+        return False
+    difference = (found.float() - expected.float().to(found.device)).abs().max()
+    return bool(difference <= rounding * expected.float().abs().max())
 
 
 @dataclass(frozen=True)
@@ -40,28 +133,21 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model's distributions, a row each, as plans are held against them.
+    """The dense model's distributions, a row each, as plans are held against them."""
 
-    `kept`: the head's mean row, (rows, width); `anchor`, (rows,): what its product with a plan's states lacks to their
-    logsumexp without any KL. Of a head that is no matrix: the last layer's output, (rows, hidden), and None.
-    """
-
-    kept: Tensor
-    anchor: Tensor | None
+    kept: Tensor  # the head's mean row, (rows, width); if it is no matrix, the last layer's output, (rows, hidden)
+    anchor: Tensor | None  # (rows,): what its product with a plan's states lacks to their logsumexp without any KL
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides.
-
-    `largest` is the largest logit less `about`, of token `likeliest`; `mean` is the head's mean row, (rows, width).
-    """
+    """Of all exp(logit - about), a row each: the logarithm of their sum, and what was asked for besides."""
 
     about: Tensor
     log_sums: Tensor
-    largest: Tensor
-    likeliest: Tensor
-    mean: Tensor
+    largest: Tensor  # logit less `about`
+    likeliest: Tensor  # the token of that
+    mean: Tensor  # row of the head, (rows, width)
 
 
 class TokenScorer:
@@ -77,12 +163,8 @@ class TokenScorer:
 
     @torch.no_grad()
     def on_likely_words(self, hidden: Iterable[Tensor], words: int, targets: Sequence[Tensor]) -> TokenScorer:
-        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`.
-
-        What it scores is held against its own scores alone. Where that saves less than half, or the head is no matrix:
-        self.
-        """
-        if not self.is_matrix or 2 * words > len(self.weight):
+        """As if the vocabulary were the `words` likeliest in rows of the dense model, and the `targets`."""
+        if not self.is_matrix or 2 * words > len(self.weight):  # that would save less than half
             return self
         likely = torch.stack([self._mass(rows) for rows in hidden]).sum(0).topk(words).indices
         part = copy(self)

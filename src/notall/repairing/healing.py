@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..digests import digest_of
 from ..errors import UnsupportedModel, UsageError, expect
-from ..measuring.token_scores import Dense, TokenScorer
+from ..measuring.token_scores import Dense, Head, TokenScorer
 from ..models.quantisation import quantisation_name, quantisation_of
 from ..models.texts import checked
 from ..plan import Plan
@@ -34,9 +34,16 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
-from ..running.head import Head
-from ..running.repaired import BEFORE, HEALED, RepairedPlan, keep_whole, refuse_other_work, step_of
-from ..running.tensor_files import read_tensors, write_tensors
+from ..running.repaired import (
+    BEFORE,
+    HEALED,
+    RepairedPlan,
+    keep_whole,
+    read_tensors,
+    refuse_other_work,
+    step_of,
+    write_tensors,
+)
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .refitting import about_weights

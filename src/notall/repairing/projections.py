@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..running.head import Head
+from ..measuring.token_scores import Head
 from ..running.replay import record
 from ..structure.locating import locate
 from ..structure.model_structure import Sublayer, text_config

@@ -28,9 +28,18 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running.repaired import PLAN, RepairedPlan, file_of, read_weights, refuse_other_work, seal, step_of, with_weights
+from ..running.repaired import (
+    PLAN,
+    RepairedPlan,
+    file_of,
+    read_weights,
+    refuse_other_work,
+    seal,
+    step_of,
+    with_weights,
+    write_tensors,
+)
 from ..running.skipping import refuse_skipping
-from ..running.tensor_files import write_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .projections import READERS, features_of, reading_gains

@@ -23,7 +23,7 @@ from ..results.ledger import Ledger
 from ..results.provenance import Provenance
 from ..results.repairs import MeasuredRecord, State
 from ..running.generating import sample
-from ..running.tensor_files import Kept, kept_tensors
+from ..running.repaired import Kept, kept_tensors
 from ..structure.locating import locate
 from ..structure.model_structure import positions_of
 

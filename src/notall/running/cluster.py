@@ -1,7 +1,4 @@
-"""A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`.
-
-Evaluation uses a pool of workers, each of which takes any task; a healing trains on all of its workers together.
-"""
+"""A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`."""
 
 from __future__ import annotations
 
@@ -46,10 +43,8 @@ def joined(address: str) -> Iterator[None]:
                     raise
                 ray.shutdown()
     except (ConnectionError, ray.exceptions.RayError, ValueError) as error:
-        raise UsageError(
-            f"no Ray cluster at {address}: {_last_line(error)[:200]}; give local, auto, HOST:PORT or ray://HOST:PORT, "
-            "and set RAY_AUTH_MODE=token where the cluster wants a token"
-        ) from None
+        fix = "give local, auto, HOST:PORT or ray://HOST:PORT, and set RAY_AUTH_MODE=token where it wants a token"
+        raise UsageError(f"no Ray cluster at {address}: {_last_line(error)[:200]}; {fix}") from None
     try:
         yield
     finally:
@@ -70,11 +65,7 @@ def _last_line(error: BaseException) -> str:
 
 
 class Pool:
-    """Workers of one kind, each a `kind(**options)` of `gpus` GPUs in a process of the cluster that was joined.
-
-    `kind.ready` answers the process that it is in. There are `count`, or as many as there is room for. Raises
-    `UsageError` where one cannot be made.
-    """
+    """`count` workers, or as many as fit: each a `kind(**options)` of `gpus` GPUs; `ready` answers its process."""
 
     def __init__(self, kind: type, options: Mapping[str, object], count: int | None, gpus: int) -> None:
         most, has_gpus = room(gpus)
@@ -119,11 +110,7 @@ class Pool:
 
 
 def train(work: Callable[..., None], given: Mapping[str, object], folder: Path, *, count: int, on_gpus: bool) -> None:
-    """Have `count` processes each run `work(device, is_first, **given)` at once, as one torch process group.
-
-    When one is lost or fails, all of them are started again, once. Ray's own files lie in `folder`. Raises `UsageError`
-    without Ray Train, and where they fail.
-    """
+    """Have `count` processes run `work(device, is_first, **given)` as one torch process group; lost, once again."""
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer

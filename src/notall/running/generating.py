@@ -120,10 +120,8 @@ def check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     if new < 1:
         raise UsageError(f"{shortened(new)} new tokens make no text: give 1 or more")
     if prompt + new > (limit := positions_of(model)):
-        raise UsageError(
-            f"{prompt} prompt tokens and {shortened(new)} new ones exceed the model's {limit} positions; "
-            f"lower them to {limit} together"
-        )
+        asked = f"{prompt} prompt tokens and {shortened(new)} new ones"
+        raise UsageError(f"{asked} exceed the model's {limit} positions; lower them to {limit} together")
 
 
 def ends_of(model: PreTrainedModel) -> list[int]:

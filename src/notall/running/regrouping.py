@@ -14,70 +14,61 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Group:
-    """A layer of the regrouped model, by dense indices: MLPs ahead, a layer or its attention, and MLPs behind.
+class Layer:
+    """A layer of a regrouped model, by dense indices: an attention, an MLP or none of it, and MLPs ahead and behind."""
 
-    `layer` is kept as it is where it is `whole`; where not, its attention alone. The stream goes in as the dense block
-    `start` is given it, and comes out as `end` is.
-    """
-
-    layer: int
-    whole: bool
+    attention: int
+    mlp: int | None  # the same, where the dense layer is kept as it is, also one of a single sublayer
     before: list[int] = field(default_factory=list)
     after: list[int] = field(default_factory=list)
-    start: int = field(default=0, compare=False)
-    end: int = field(default=0, compare=False)
+    start: int = field(default=0, compare=False)  # the stream goes in as this dense block is given it,
+    end: int = field(default=0, compare=False)  # and comes out as this one is
 
     @property
-    def untouched(self) -> bool:
-        return self.whole and not self.before and not self.after
+    def whole(self) -> bool:
+        return self.mlp == self.attention
+
+    @property
+    def is_ordinary(self) -> bool:
+        return self.mlp is not None and not self.before and not self.after
 
 
 BOTH = ("attention", "mlp")
 
 
-def regroup(kinds: Sequence[Sequence[str]], plan: Plan) -> list[Group]:
+def regroup(kinds: Sequence[Sequence[str]], plan: Plan, fits: Callable[[int, int], bool]) -> list[Layer]:
     """Cut what `plan` keeps into layers of one attention each, in the order of the dense model.
 
-    `kinds` are those of each layer's sublayers. A layer of one sublayer stays as it is, or goes.
+    `kinds` are those of each layer's sublayers; a layer of one sublayer stays as it is, or goes. The first MLP j behind
+    a lone attention i becomes its layer's own where it `fits(i, j)`.
     """
-    groups: list[Group] = []
+    layers: list[Layer] = []
     ahead: list[int] = []  # MLPs before the first live attention
     for index, held in enumerate(kinds):
         kept = [kind for kind in held if index not in getattr(plan, kind)]
         if "attention" in kept or (kept and "attention" not in held):
-            groups.append(Group(index, whole=len(kept) == len(held), before=ahead))
+            layers.append(Layer(index, index if len(kept) == len(held) else None, before=ahead))
             ahead = []
         elif kept:
-            (groups[-1].after if groups else ahead).append(index)
-    ends = [min([group.layer, *group.before]) for group in groups[1:]] + [len(kinds)]
-    for group, start, end in zip(groups, [0, *ends], ends):
-        group.start, group.end = start, end
-    return groups
+            (layers[-1].after if layers else ahead).append(index)
+    ends = [min([layer.attention, *layer.before]) for layer in layers[1:]] + [len(kinds)]
+    for layer, start, end in zip(layers, [0, *ends], ends):
+        layer.start, layer.end = start, end
+        if layer.mlp is None and layer.after and fits(layer.attention, layer.after[0]):
+            layer.mlp = layer.after.pop(0)
+    return layers
 
 
-def groups_of(structure: ModelStructure, plan: Plan) -> list[Group]:
-    """`regroup` of a model: an MLP whose attention its checkpoint lacks rides along too."""
+def layers_of(structure: ModelStructure, plan: Plan, fit: Callable[[int, int], bool] = lambda *_: True) -> list[Layer]:
+    """`regroup` of a model, of what fits by `fit` too: an MLP whose attention its checkpoint lacks rides along too."""
     lacking = {*structure.missing.attention, *structure.missing.mlp}
     kinds = [BOTH if block.index in lacking else block.kinds for block in structure.blocks]
-    return regroup(kinds, plan | structure.missing)
+    return regroup(kinds, plan | structure.missing, lambda i, j: fits(structure, i, j) and fit(i, j))
 
 
 def is_portable(structure: ModelStructure, plan: Plan) -> bool:
-    """Whether what `plan` keeps is an ordinary model of fewer layers, which any engine loads.
-
-    So it is when the kept sublayers alternate, attention, MLP, attention, MLP, whichever blocks they come from.
-    """
-    cuttable = not plan or structure.cuttable
-    return cuttable and all(is_ordinary(structure, group) for group in groups_of(structure, plan))
-
-
-def is_ordinary(structure: ModelStructure, group: Group) -> bool:
-    """Whether `group` is an attention and one MLP behind it, of the form of the attention's own block."""
-    if group.untouched:
-        return True
-    alone = not group.whole and not group.before and len(group.after) == 1
-    return alone and fits(structure, group.layer, group.after[0])
+    """Whether what `plan` keeps alternates, attention, MLP, attention, MLP: any engine loads such a model."""
+    return (not plan or structure.cuttable) and all(layer.is_ordinary for layer in layers_of(structure, plan))
 
 
 def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:
@@ -88,31 +79,6 @@ def fits(structure: ModelStructure, attention: int, mlp: int) -> bool:
     attention_first = block.sublayers[0].kind == "attention"
     alike = (block.mlp.branches, block.mlp.stub) == (other.mlp.branches, other.mlp.stub)
     return not block.parallel and attention_first and alike
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of an exported model, by dense indices: an attention, its own MLP or none, MLPs before and after."""
-
-    attention: int
-    mlp: int | None
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-
-    @property
-    def is_ordinary(self) -> bool:
-        return self.mlp is not None and not self.before and not self.after
-
-
-def merged(groups: list[Group], fits: Callable[[int, int], bool]) -> list[Layer]:
-    """`groups` with the first MLP j behind a lone attention i made its layer's own, where it `fits(i, j)`."""
-    layers = []
-    for group in groups:
-        mlp, after = group.layer if group.whole else None, list(group.after)
-        if mlp is None and after and fits(group.layer, after[0]):
-            mlp = after.pop(0)
-        layers.append(Layer(group.layer, mlp, tuple(group.before), tuple(after)))
-    return layers
 
 
 @dataclass(frozen=True)
@@ -141,17 +107,9 @@ def folded(layers: Sequence[Layer], scales: Sequence[float]) -> list[Folded]:
     return found
 
 
-@dataclass(frozen=True)
-class SparseLayer:
-    """A layer of a model whose layers may lack either sublayer, by dense indices."""
-
-    attention: int | None
-    mlp: int | None
-
-
-def sparse_layers(layers: Iterable[Layer]) -> Iterator[SparseLayer]:
-    """`layers` for engines that can leave out a sublayer of a layer: each lone MLP becomes a layer of its own."""
+def sparse_layers(layers: Iterable[Layer]) -> Iterator[tuple[int | None, int | None]]:
+    """The attention and the MLP, or None, of each layer for engines that can leave out either: lone MLPs are layers."""
     for layer in layers:
-        yield from (SparseLayer(None, mlp) for mlp in layer.before)
-        yield SparseLayer(layer.attention, layer.mlp)
-        yield from (SparseLayer(None, mlp) for mlp in layer.after)
+        yield from ((None, mlp) for mlp in layer.before)
+        yield layer.attention, layer.mlp
+        yield from ((None, mlp) for mlp in layer.after)

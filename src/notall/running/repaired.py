@@ -1,14 +1,14 @@
 """A plan that brings weights along: what it keeps was refit to make up for what it skips.
 
 Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file:
-a folder without one was not finished, and one that holds anything else is not believed.
+a folder without one was not finished, and one that holds anything else is not believed. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..digests import digest_of
+from ..digests import digest_of, digest_of_json
 from ..errors import UsageError, shortened
-from ..files import own_file
+from ..files import open_to_others, own_file, write_whole
 from ..plan import Plan
 from ..results.ledger import Ledger, header_of, read
 from ..results.provenance import Provenance
@@ -28,12 +30,16 @@ from ..results.record import Record
 from ..results.repairs import HealRecord, RefitRecord, RepairStep
 from ..structure.model_structure import ModelStructure, Sublayer
 from ..structure.slicing import replaced
-from .tensor_files import read_tensors, write_tensors
 
 PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
 FIX = "delete the folder, and repair the plan again"
+DIGEST = "sha256"  # of the tensors, in the metadata of their file
+
+Tensors = dict[str, Tensor]
+Notes = dict[str, str]
+Kept = tuple[Tensors, Notes]
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,6 @@ class RepairedPlan(Plan):
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{shortened(folder)} holds something already: choose a new folder for plan and weights")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write to {shortened(folder)}: {error.strerror}; choose another folder") from None
         if self.history:
             *before, last = self.history
             told = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)
@@ -169,9 +171,7 @@ class RepairedPlan(Plan):
         known = tuple(f"{structure.layers}.{p.index}.{name}." for p in structure.sublayers for name in p.modules)
         for path in self.weights:
             if not path.startswith(known):
-                raise UsageError(
-                    f"no sublayer of the model has {shortened(path)}, which the plan has weights for; repair this model"
-                )
+                raise UsageError(f"no sublayer of the model has {shortened(path)}, as the plan has; repair this model")
 
     def placed(self, model: nn.Module) -> RepairedPlan:
         """The same, with weights of the dtypes and on the devices of `model`'s own. Raises as `placed_at` does."""
@@ -190,10 +190,8 @@ class RepairedPlan(Plan):
 def refuse_maps(plan: Plan) -> None:
     """Raise `UsageError` where a plan keeps matrices at run time, which only `Replay` runs."""
     if isinstance(plan, RepairedPlan) and plan.maps:
-        raise UsageError(
-            "this plan's repair keeps matrices at run time, which are there to be measured against and cannot be "
-            "generated with or exported; repair the plan with notall.repair instead"
-        )
+        told = "this plan's repair keeps matrices at run time, and can neither generate nor be exported"
+        raise UsageError(f"{told}; repair the plan with notall.repair instead")
 
 
 @contextmanager
@@ -238,7 +236,7 @@ class Seal(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: dict[str, list[int]]
-    files: dict[str, str]  # their digests: of records the SHA-256, of weights as `tensor_files.digest_of_tensors`
+    files: dict[str, str]  # their digests: of records the SHA-256, of weights as `digest_of_tensors`
 
 
 def step_of(by: str, about: Provenance) -> RepairStep:
@@ -260,11 +258,9 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
         if (folder / kind.file).is_file()
     }
     plan.save(folder / PLAN)
-    whole, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
-    part = path.with_name(f"{SEAL}.part")
+    seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
     try:
-        part.write_text(whole.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, seal.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
@@ -275,9 +271,7 @@ def refuse_other_work(folder: Path, kind: type[Record], plan: Plan) -> bool:
     if seal and kind.file not in seal.files:
         raise UsageError(f"{shortened(folder)} holds a repaired plan that others wrote: choose another folder")
     if (folder / PLAN).is_file() and Plan.load(folder / PLAN).indices != plan.indices:
-        raise UsageError(
-            f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder, or move that file away"
-        )
+        raise UsageError(f"{shortened(folder)} holds another plan, in {PLAN}: choose another folder, or move it away")
     return seal is not None
 
 
@@ -308,9 +302,8 @@ def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         # nothing reads them; but who put them there thinks otherwise
         if path.name.startswith((WHOLE, HEALED, "attn.", "mlp.")) and path.name not in seal.files:
-            raise UsageError(
-                f"{shortened(folder)} holds {shortened(path.name)}, which is no part of its repair: move that file away"
-            )
+            told = f"{shortened(folder)} holds {shortened(path.name)}"
+            raise UsageError(f"{told}, which is no part of its repair: move that file away")
     weights: dict[str, Tensor] = {}
     for name, digest in seal.files.items():
         if name.endswith(".safetensors"):
@@ -338,8 +331,54 @@ def _history(folder: Path) -> tuple[RepairStep, ...]:
                 found.append(step_of(by, about))
         except ValidationError as error:
             field = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UsageError(
-                f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)}): delete the "
-                f"folder, and {by} the plan again"
-            ) from None
+            told = f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)})"
+            raise UsageError(f"{told}: delete the folder, and {by} the plan again") from None
     return tuple(found)
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of names, dtypes, shapes and bytes."""
+    named = sorted(tensors.items())
+    return digest_of(part for name, one in named for part in (f"{name} {one.dtype} {[*one.shape]}\n", one))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
+    """Write a file, in place of one that is there; its `digest_of_tensors`. Raises `UsageError` where that fails."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest, part = digest_of_tensors(held), path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, part, {**(notes or {}), DIGEST: digest})
+        open_to_others(part)  # safetensors makes files that only their owner can read
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or shortened(str(error).rpartition("I/O error: ")[2])
+        raise UsageError(f"cannot write {shortened(path)}: {reason}; make room, or choose another folder") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return digest
+
+
+def read_tensors(path: Path, digest: str | None = None, *, fix: str = "delete it, and run again") -> Kept:
+    """The tensors of a file, and its notes. Raises `UsageError`, with `fix`, for others than were written."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            notes: Notes = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{shortened(path)} is damaged ({shortened(error)}): {fix}") from None
+    found = digest_of_tensors(tensors)
+    if found != notes.pop(DIGEST, None):
+        raise UsageError(f"{shortened(path)} is damaged (its tensors are not those that were written): {fix}")
+    if digest not in (None, found):
+        raise UsageError(f"{shortened(path)} is not the file that was written here: {fix}")
+    return tensors, notes
+
+
+def kept_tensors(folder: Path, name: str, key: object, make: Callable[[], Kept]) -> Kept:
+    """What `make` returns, from `folder` where it is kept under this name and key, which JSON can write."""
+    path = folder / f"{name}-{digest_of_json(key)[:16]}.safetensors"
+    if not path.is_file():
+        write_tensors(path, *make())
+    return read_tensors(path)

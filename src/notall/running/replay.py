@@ -41,33 +41,25 @@ class Recording:
 
 @dataclass
 class Step:
-    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it.
-
-    `weights` are a repaired plan's own, by their paths below the layer, and part of the name. Where a `map` stands in
-    for something skipped there are no `parts`, and no sublayer is counted. `scale` is what the layers between the step
-    before it and its own multiply the stream by.
-    """
+    """A node of the tree: a sublayer, or a whole parallel block, and what may come after it."""
 
     name: str
     block: Block
-    parts: tuple[Sublayer, ...]
-    weights: Mapping[str, Tensor]
+    parts: tuple[Sublayer, ...]  # none where a `map` stands in for something skipped: no sublayer is counted
+    weights: Mapping[str, Tensor]  # a repaired plan's own, by their paths below the layer, and part of the name
     map: LinearMap | None = None
-    scale: float = 1.0
+    scale: float = 1.0  # what the layers between the step before it and its own multiply the stream by
     after: dict[str, Step] = field(default_factory=dict)
     plans: list[int] = field(default_factory=list)  # the plans that end here
 
 
 @dataclass
 class PrefixCache:
-    """States of one plan on one batch, kept where plans that begin alike can go on from them.
+    """States of one plan on one batch, kept where plans that begin alike can go on from them."""
 
-    `names` are its steps, in order. `states` are streams behind them, (batch, tokens, hidden): one of `every` steps.
-    """
-
-    names: tuple[str, ...]
-    every: int = 1
-    states: dict[int, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...]  # of its steps, in order
+    every: int = 1  # of so many steps one is kept
+    states: dict[int, Tensor] = field(default_factory=dict)  # streams behind steps, (batch, tokens, hidden)
 
     def moved(self, names: tuple[str, ...]) -> PrefixCache:
         """The prefix of another plan, with the states that both share."""
@@ -162,15 +154,6 @@ class Replay:
                 waiting.append((step.plans, scaled(hidden, left), None, 0))
             waiting.extend((child, hidden, kept, place + 1) for child in reversed(step.after.values()))
 
-    def logits(self, **inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """For each plan, in the order of `hidden_states`: its number and its logits, (batch, tokens, vocabulary)."""
-        recording = record(self.model, **inputs)
-        for numbers, hidden in self.hidden_states(recording):
-            with handing(self.model, self.structure, hidden):  # the head is the model's own
-                logits = self.model(**inputs, use_cache=False).logits
-            for number in numbers:
-                yield number, logits
-
     def _steps_of(self, plan: Plan) -> Iterator[Step]:
         """What is run of a plan, in order: steps that nothing follows yet."""
         maps = plan.maps if isinstance(plan, RepairedPlan) else {}
@@ -228,7 +211,7 @@ def record(model: PreTrainedModel, **inputs: Tensor) -> Recording:
             raise Enough
         return hidden
 
-    with suppress(Enough), standing_in(inner, structure, note):
+    with suppress(Enough), standing_in(inner, structure, partial(answering, answer=note)):
         inner(**inputs, use_cache=False)
     return Recording(inputs, calls[0][1], tuple(arguments for arguments, _ in calls))
 
@@ -265,14 +248,12 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
             # ahead of hooks that look at what is given
             handle = output.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]), prepend=True)
             undo.callback(handle.remove)
-        undo.enter_context(standing_in(model, structure, lambda _, given: hidden if structure.apart else given))
+        answer = partial(answering, answer=lambda _, given: hidden if structure.apart else given)
+        undo.enter_context(standing_in(model, structure, answer))
         yield
 
 
-Answer = Callable[[Arguments, Tensor], Tensor]
-
-
-def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., object]:
+def answering(layer: nn.Module, block: Block, answer: Callable[[Arguments, Tensor], Tensor]) -> Callable[..., object]:
     """A forward for a layer that answers, in its form, the hidden states `answer(arguments, hidden)`."""
 
     def forward(*args: object, **kwargs: object) -> object:
@@ -283,9 +264,11 @@ def answering(layer: nn.Module, block: Block, answer: Answer) -> Callable[..., o
 
 
 @contextmanager
-def standing_in(model: PreTrainedModel, structure: ModelStructure, answer: Answer) -> Iterator[None]:
-    """Have `answer(arguments, hidden)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
+def standing_in(
+    model: PreTrainedModel, structure: ModelStructure, forward: Callable[[nn.Module, Block], Callable[..., object]]
+) -> Iterator[None]:
+    """Have `forward(layer, block)` stand in for each layer's forward, below accelerate's hooks, in the `with`."""
     with ExitStack() as replaced:
         for layer, block in zip(model.get_submodule(structure.layers).children(), structure.blocks):
-            replaced.enter_context(forward_replaced(layer, answering(layer, block, answer)))
+            replaced.enter_context(forward_replaced(layer, forward(layer, block)))
         yield

@@ -8,39 +8,43 @@ with one mixer each; an MLP that lost its attention rides along behind the layer
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UsageError, expect
 from ..plan import Fingerprint, Plan
+from ..results.facts import Footprint
 from ..structure import locating
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
-from ..structure.model_structure import ModelStructure, base_model, text_config
-from ..structure.slicing import free_cache_slots, renumber, replaced, restored, slice_config
-from .regrouped_layers import RegroupedLayer, merged_layer, regrouped_layer
-from .regrouping import Group, groups_of
+from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, text_config
+from ..structure.observation import LayerCall, called_with, child, parameter_names, run_branches
+from ..structure.slicing import (
+    free_cache_slots,
+    move_inputs_like,
+    renumber,
+    replaced,
+    restored,
+    set_child,
+    shallow_clone,
+    slice_config,
+)
+from ..structure.weights import weights_of
+from .regrouping import Layer, layers_of
 from .repaired import RepairedPlan, refuse_maps, set_weights, with_weights
 
-
-@dataclass
-class _Active:
-    plan: Plan
-    structure: ModelStructure
-    undo: ExitStack
-
-
 Model = TypeVar("Model", bound=PreTrainedModel)
-_ACTIVE: WeakKeyDictionary[nn.Module, list[_Active]] = WeakKeyDictionary()
+_ACTIVE: WeakKeyDictionary[nn.Module, list[tuple[Plan, ExitStack]]] = WeakKeyDictionary()  # what each undoes
 
 
 @contextmanager
@@ -58,20 +62,19 @@ def skip(model: Model, plan: Plan) -> Iterator[Model]:
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     refuse_maps(plan)
     inner = base_model(model)
-    active = _ACTIVE.setdefault(inner, [])
-    structure = active[-1].structure if active else locate(inner)
+    active, structure = _ACTIVE.setdefault(inner, []), locate(inner)
     plan.check(structure)
-    whole_plan = active[-1].plan | plan if active else plan
+    whole_plan = active[-1][0] | plan if active else plan
     whole_plan.check(structure)
     if active:
-        active[-1].undo.close()
-    active.append(_Active(whole_plan, structure, _apply(inner, structure, whole_plan)))
+        active[-1][1].close()
+    active.append((whole_plan, _apply(inner, structure, whole_plan)))
     try:
         yield model
     finally:
-        active.pop().undo.close()
+        active.pop()[1].close()
         if active:
-            active[-1].undo = _apply(inner, structure, active[-1].plan)
+            active[-1] = active[-1][0], _apply(inner, structure, active[-1][0])
 
 
 def is_skipping(model: PreTrainedModel) -> bool:
@@ -123,6 +126,27 @@ def draft_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     draft = copy.deepcopy(inner, shared)
     remove(draft, plan)
     return draft
+
+
+def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
+    """What `model` weighs without the sublayers of `plan`, shared weights once. Raises as `skip` does."""
+    inner = base_model(model)
+    structure = locate(inner)
+    plan.check(structure)
+    layers, names = _layers(inner, structure), structure.running(plan)
+    kept, gone = ([part for part in structure.sublayers if (part.name in names) == live] for live in (True, False))
+    live, dead = (
+        {key for part in parts for name in part.modules for key in weights_of(child(layers[part.index], name))}
+        for parts in (kept, gone)
+    )
+    held = [weight for key, weight in weights_of(inner).items() if key not in dead - live]
+    has_states = any(part.state_bytes for part in structure.sublayers)
+    return Footprint(
+        params=sum(weight.elements for weight in held),
+        weight_bytes=sum(weight.bytes for weight in held),
+        kv_bytes_per_token=sum(part.kv_bytes_per_token for part in kept),
+        state_bytes=sum(part.state_bytes for part in kept) if has_states else None,
+    )
 
 
 NOT_A_CHECKPOINT = (
@@ -221,11 +245,10 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     return undo
 
 
-def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, merge: bool = False) -> None:
-    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them.
-
-    `undo` gives layers their indices back. `merge`: an attention and the MLP behind it become an ordinary layer.
-    """
+def _cut(
+    model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: ExitStack, *, merge: bool = False
+) -> None:
+    """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
     dense, configs = _layers(model, structure), _place(model, structure)[2]
     if structure.in_place:
         layers, running = _with_stubs(structure, dense, plan), structure.running(plan)
@@ -233,13 +256,11 @@ def _cut(model: PreTrainedModel, structure: ModelStructure, plan: Plan, undo: Ex
         for config in configs if freed else ():
             free_cache_slots(config, freed)
     else:
-        groups = groups_of(structure, plan)
-        layers = nn.ModuleList(
-            (merged_layer(structure, dense, group) if merge else None) or regrouped_layer(structure, dense, group)
-            for group in groups
-        )
+        merges = merge and not structure.scaled
+        groups = layers_of(structure, plan, lambda i, j: merges and type(dense[i]) is type(dense[j]))
+        layers = nn.ModuleList(regrouped_layer(structure, dense, group) for group in groups)
         for config in configs:
-            slice_config(config, [group.layer for group in groups])
+            slice_config(config, [group.attention for group in groups])
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
     _put(model, structure, layers)
@@ -258,10 +279,7 @@ def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> 
 
 
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
-    """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint does not have.
-
-    Every layer keeps its number, and `locate` and `skip` take the model. Raises `UsageError` for a layer of nothing.
-    """
+    """Take out of `model`, in place, the sublayers of `missing`, which its checkpoint lacks: numbers stay."""
     whole = locate(model)
     dense = _layers(model, whole)
     missing.check(whole)
@@ -280,7 +298,7 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
     layers = nn.ModuleList(
         layer
         if block == before
-        else regrouped_layer(structure, dense, Group(block.index, whole=False, start=block.index, end=block.index + 1))
+        else regrouped_layer(structure, dense, Layer(block.index, None, start=block.index, end=block.index + 1))
         for layer, block, before in zip(dense, blocks, whole.blocks)
     )
     _put(model, structure, layers)
@@ -296,7 +314,112 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
 def _refuse_cache(model: PreTrainedModel, args: object, arguments: Mapping[str, object]) -> None:
     held = any(arguments.get(name) is not None for name in ("past_key_values", "cache"))
     if held and not is_skipping(model):
-        raise UsageError(
-            "transformers counts the tokens of a cache by the first layer, and this model's has no attention: run it "
-            "inside `with notall.skip(model, notall.Plan()):`"
-        )
+        told = "transformers counts the tokens of a cache by the first layer, and this model's has no attention"
+        raise UsageError(f"{told}: run it inside `with notall.skip(model, notall.Plan()):`")
+
+
+class Holder(nn.Module):
+    """The modules of one MLP that lost its attention, those of a dense layer."""
+
+    def __init__(self, source: nn.Module, mlp: Sublayer) -> None:
+        super().__init__()
+        self.sublayer, self.training = mlp, source.training
+        for name in mlp.modules:
+            set_child(self, name, child(source, name))
+        move_inputs_like(source, self)
+
+    def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        return run_branches(self.sublayer.branches, self, hidden, call)
+
+
+class Scales(nn.Module):
+    """Numbers that dense layers multiply their stream by, on its way to a part of a regrouped layer, or behind all."""
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        super().__init__()
+        for place, number in enumerate(numbers):
+            self.register_buffer(str(place), number, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for number in self.buffers():
+            hidden = (hidden * number).to(hidden.dtype)  # a number may be of a finer one
+        return hidden
+
+
+class RegroupedLayer(nn.Module):
+    """Mixed into the class of a dense layer: runs MLPs ahead, its attention or whole block, and MLPs behind."""
+
+    is_cut = True
+    before: nn.ModuleList
+    after: nn.ModuleList
+    scales: Iterable[nn.Module]  # one for each part and one behind all, or none
+    _layout: tuple[Block, Sublayer, bool]  # its own block, what it runs of it, and whether that is all of it
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        arguments, hidden = called_with(self, args, kwargs)
+        declared, (block, own, whole), ways = parameter_names(self), self._layout, iter(self.scales)
+        call = LayerCall(arguments, {name: value for name, value in kwargs.items() if name not in declared})
+
+        def scaled(hidden: Tensor) -> Tensor:
+            way = next(ways, None)
+            return hidden if way is None else way(hidden)
+
+        for holder in self.before:
+            hidden = holder(scaled(hidden), call)
+        hidden = scaled(hidden)
+        if whole:
+            answer = super().forward(hidden, **arguments)
+            hidden, rest = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
+        else:
+            hidden = run_branches(own.branches, self, hidden, call)
+            given = call.attention if isinstance(call.attention, tuple) else (call.attention,)
+            places = block.answer or ()  # of what the dense layer answers beside, as far as the attention gave it
+            as_asked = call.arguments.get("output_attentions")
+            rest = given[1:] if as_asked else tuple(None if at is None else given[at] for at in places)
+        for holder in self.after:
+            hidden = holder(scaled(hidden), call)
+        hidden = scaled(hidden)
+        return hidden if block.answer is None else (hidden, *rest)
+
+
+@functools.cache
+def _regrouped_class(layer_class: type) -> type[RegroupedLayer]:
+    """A subclass, which whatever looks for the layer's class finds, with the signature of the layer's own forward."""
+    if issubclass(layer_class, RegroupedLayer):
+        return layer_class
+
+    @functools.wraps(layer_class.forward)  # type: ignore[attr-defined]
+    def forward(self: RegroupedLayer, *args: object, **kwargs: object) -> object:
+        return RegroupedLayer.forward(self, *args, **kwargs)
+
+    name, bases = f"Regrouped{layer_class.__name__}", (RegroupedLayer, layer_class)
+    return type(name, bases, {"__module__": __name__, "forward": forward})
+
+
+def regrouped_layer(structure: ModelStructure, dense: nn.ModuleList, layer: Layer) -> nn.Module:
+    """The module that runs `layer`: the dense one itself where nothing in it changes."""
+    source, block = dense[layer.attention], structure.blocks[layer.attention]
+    after = [*([] if layer.whole or layer.mlp is None else [layer.mlp]), *layer.after]
+    if layer.is_ordinary and after:  # the MLP of another block, in the place of its own
+        swapped = {name: child(dense[after[0]], name) for name in block.mlp.modules}
+        return shallow_clone(source, dict(source.named_children()) | swapped, type(source))
+    here, ways = layer.start, []  # the blocks that multiply the stream on its way to each part, and behind all of them
+    for index in [*layer.before, layer.attention, *after, layer.end]:
+        ways.append([between for between in range(here, index) if structure.blocks[between].scaled_by])
+        here = index + (layer.whole and index == layer.attention)
+    if layer.whole and layer.is_ordinary and not any(ways):
+        return source
+    own = block.attention if "attention" in block.kinds else block.mlp
+    parts = block.sublayers if layer.whole else (own,)
+    children = {name: child(source, name) for part in parts for name in part.modules}
+    made = shallow_clone(source, children, _regrouped_class(type(source)))  # type: ignore[arg-type]
+    made.before, made.after = (
+        nn.ModuleList(Holder(dense[index], structure.blocks[index].mlp) for index in indices)
+        for indices in (layer.before, after)
+    )
+    numbers = [[getattr(dense[index], structure.blocks[index].scaled_by or "") for index in way] for way in ways]
+    made.scales = nn.ModuleList(map(Scales, numbers)) if any(ways) else ()
+    for extras in (made.before, made.after):
+        extras.training = source.training
+    made._layout = block, own, layer.whole
+    return made

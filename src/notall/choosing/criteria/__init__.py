@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import UsageError, shortened
-from ...plugins import first_line, installed_names, named, positional
+from ...plugins import first_line, installed_names, named, takes
 from ..budget import Budget
 from ..space import Choice, Space
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
-from .features import choose_angular, score_cosine, score_relative_magnitude
-from .gradients import score_first_order, score_fisher
 from .losses import choose_by_evolution, choose_by_search, choose_greedily, score_leave_one_out
+from .one_pass import choose_angular, score_cosine, score_first_order, score_fisher, score_relative_magnitude
 from .quadratic import choose_quadratic
 from .setting import Criterion, Setting, UnitScores, take
 
@@ -95,10 +94,11 @@ def criterion(given: CriterionLike) -> Criterion:
         return replace(found, name=name) if isinstance(given, str) and found.name != name else found
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
-    described, arguments = first_line(found), positional(found)
-    if 1 not in arguments and 2 not in arguments:
-        raise UsageError(f"{shortened(name)} is no criterion: let it take a Setting, and a Budget if it chooses itself")
-    return Criterion(name, described, found) if 1 in arguments else Criterion(name, described, choose=found)
+    if takes(found, 1):
+        return Criterion(name, first_line(found), found)
+    if takes(found, 2):
+        return Criterion(name, first_line(found), choose=found)
+    raise UsageError(f"{shortened(name)} is no criterion: let it take a Setting, and a Budget if it chooses itself")
 
 
 def every_criterion() -> dict[str, Criterion]:

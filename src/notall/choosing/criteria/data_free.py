@@ -82,10 +82,7 @@ def score_random(setting: Setting) -> UnitScores:
 
 
 def score_gate_norm(setting: Setting) -> UnitScores:
-    """|W_Q W_K^T|, the Frobenius norm, least coupled first; keys shared by a group of heads are repeated for each.
-
-    Source: Gate-Norm, arXiv 2512.20636. Raises `UsageError` for other kinds, and without separate projections.
-    """
+    """|W_Q W_K^T|, the Frobenius norm, least coupled first; a group of heads shares keys (Gate-Norm, 2512.20636)."""
     space = setting.space
     if space.unit_kind != "attention":
         raise UsageError("Gate-Norm ranks attentions only: choose among attentions")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UsageError
+from ...errors import UsageError, need
 from ..budget import Budget
-from ..searching import SCREENED
 from ..space import Choice, Unit, names_in
+from .losses import SCREENED
 from .setting import Setting
 
 Floats = NDArray[np.float64]
@@ -33,8 +32,7 @@ def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
     Within a limit on the objective, ever more is skipped. Raises `UsageError` without scipy, and where no set saves as
     much.
     """
-    if not find_spec("scipy"):
-        raise UsageError("the quadratic criterion needs scipy; pip install 'notall[solver]'")
+    need("scipy")
     if budget.met(frozenset()):
         return Choice(frozenset(), ())
     # a portable set is a union of pairs that follow each other, so these are its units
@@ -101,14 +99,11 @@ def _named(units: Sequence[Unit], chosen: Sequence[int]) -> Choice:
 
 @dataclass(frozen=True)
 class QuadraticProgram:
-    """`alone` is what each costs, (n,), `together` what two cost beside that, (n, n), symmetric; infinite: not both.
+    """What each costs alone, and two together; of numbers of which some count, the chosen have at most `limit`."""
 
-    Of `limited` (n,), a number each, the chosen have at most `limit` in all.
-    """
-
-    alone: Floats
-    together: Floats
-    limited: Floats
+    alone: Floats  # (n,)
+    together: Floats  # what two cost beside that, (n, n), symmetric; infinite: not both
+    limited: Floats  # (n,)
     limit: float
 
     def solve(self, sizes: Floats, least: float, most: float, seconds: float = SECONDS) -> tuple[int, ...] | None:
@@ -130,10 +125,7 @@ class QuadraticProgram:
         return None if found.x is None else tuple(np.flatnonzero(found.x[:n] > 0.5).tolist())
 
     def _rows(self, sizes: Floats, least: float, most: float) -> list[tuple[Any, float, float]]:
-        """Coefficients of each x[i] and of each product x[i] x[j], i < j, and between what their sum must lie.
-
-        The last two, the bounds on the sizes times each x[i], make the solver's bounds so good that it hardly branches.
-        """
+        """Coefficients of each x[i] and of each product x[i] x[j], i < j, and between what their sum must lie."""
         from scipy import sparse
 
         first, second = np.triu_indices(len(sizes), 1)
@@ -148,6 +140,7 @@ class QuadraticProgram:
             (sparse.hstack([one + other, -product]), -np.inf, 1),
             (np.r_[sizes, none], least, most),
             (np.r_[self.limited, none], -np.inf, self.limit),
+            # the bounds on the sizes times each x[i]: with them the solver hardly branches
             (sparse.hstack([sparse.diags_array(sizes - least), partners]), 0, np.inf),
             (sparse.hstack([sparse.diags_array(sizes - most), partners]), -np.inf, 0),
         ]

@@ -21,10 +21,10 @@ from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..budget import Budget
 from ..evaluator import Evaluator
-from ..searching import PATIENCE
 from ..space import UNIT_KINDS, Choice, Skipped, Space, Unit, UnitKind
 
 UnitScores = Mapping[Unit, float]  # the lowest is skipped first
+PATIENCE = 12  # evaluations that brought nothing
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,7 @@ def _is_ours(function: Callable[..., object]) -> bool:
 
 
 def take(setting: Setting, scores: UnitScores, budget: Budget) -> Choice:
-    """The units with the lowest scores, until the budget is met; a portable set takes the pairs of the lowest sums.
-
-    Where the budget is a limit on the objective, sets are evaluated as they grow, and the last within it is taken.
-    """
+    """The units with the lowest scores (of a portable set, sums), until the budget is met, or would not be any more."""
     skipped, order = Skipped(), list[Unit]()
     dense = setting.evaluator.cost(skipped) if budget.target == math.inf else 0.0
 

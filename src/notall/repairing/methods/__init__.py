@@ -16,13 +16,21 @@ from ...digests import digest_of
 from ...errors import UsageError, expect, shortened
 from ...models.loading import dtype_name
 from ...plan import Plan
-from ...plugins import explained, first_line, named, positional
+from ...plugins import explained, first_line, named, takes
 from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running.repaired import WHOLE, LinearMap, RepairedPlan, keep_whole, refuse_maps, refuse_other_work
-from ...running.tensor_files import Kept, kept_tensors
+from ...running.repaired import (
+    WHOLE,
+    Kept,
+    LinearMap,
+    RepairedPlan,
+    keep_whole,
+    kept_tensors,
+    refuse_maps,
+    refuse_other_work,
+)
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..refitting import about_weights, repair
@@ -87,15 +95,14 @@ def method(way: str | Method | Repairing) -> Method:
 
 def _guarded(name: str, function: Repairing) -> Repairing:
     """A repair of others, whose faults are one line. Raises `UsageError` for one that takes other arguments."""
-    taken = positional(function)
     by_name = "progress" in inspect.signature(function).parameters
-    if 3 not in taken and 4 not in taken:
+    if not takes(function, 3) and not takes(function, 4):
         raise UsageError(f"{shortened(name)} is no repair: let it take (model, plan, batches) or progress too")
 
     def guarded(model: PreTrainedModel, plan: Plan, batches: Batches, progress: Progress = silent) -> RepairedPlan:
         more = {"progress": progress} if by_name else {}
         with explained(f"the repair {name}"):
-            found = function(model, plan, batches, *(() if by_name or 3 in taken else (progress,)), **more)
+            found = function(model, plan, batches, *(() if by_name or takes(function, 3) else (progress,)), **more)
         expect(found, RepairedPlan, f"back a RepairedPlan from the repair {shortened(name)}")
         return found
 
