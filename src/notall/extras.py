@@ -5,7 +5,14 @@ from importlib.util import find_spec
 from .errors import UsageError
 
 # Which extra brings a module that not every command needs.
-EXTRAS = {"altair": "report", "vl_convert": "report", "jinja2": "report", "lm_eval": "eval", "scipy": "solver"}
+EXTRAS = {
+    "altair": "report",
+    "vl_convert": "report",
+    "jinja2": "report",
+    "lm_eval": "eval",
+    "scipy": "solver",
+    "reasoning_gym": "reasoning",
+}
 FIGURES = ("altair", "vl_convert")
 
 

@@ -8,7 +8,16 @@ from typing import Annotated
 
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of, records_of, warn_if_worse
+from ..experiments.evaluate import (
+    GSM8K,
+    QUALITIES,
+    Evaluation,
+    check_recovery,
+    mend_of,
+    records_of,
+    short_of,
+    warn_if_worse,
+)
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
@@ -42,6 +51,10 @@ def evaluate(
     repair: RepairOptions,
     run: RunOptions,
     diagnostics: Diagnostics = False,
+    recovery: Annotated[
+        float | None,
+        Option("the share of the dense model's score that each task must keep, or exit code 3", panel="Benchmarks"),
+    ] = None,
     out: KeepIn = None,
 ) -> None:
     """Measure what a plan costs: NLL, KL to the dense model and agreement on a text, and benchmarks if you name some.
@@ -58,6 +71,7 @@ def evaluate(
     text.check()
     repair.check()
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
+    check_recovery(recovery, asked)
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
@@ -80,6 +94,7 @@ def evaluate(
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
+    verdict = replace(verdict, missed=short_of(found.scores, recovery) if recovery else None)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     show(tables, as_json=run.as_json, also={"verdict": verdict.fact()})
     warn_if_worse(records)

@@ -153,7 +153,8 @@ class HeldOutOptions(TextOptions):
         """
         from torch import cat
 
-        from ..models.texts import read_text, windows_in
+        from ..models.mix import text_of
+        from ..models.texts import windows_in
 
         size, count = {"batch_size": self.batch_size, "seed": seed}, self.held_out_sequences or self.sequences
         if self.held_out:
@@ -161,7 +162,9 @@ class HeldOutOptions(TextOptions):
             others, about = windows_of(model, tokenizer, self.held_out, count, self.length, **size)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
-            count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
+            count = max(
+                0, min(count, windows_in(tokenizer, text_of(model, tokenizer, self.text), self.length) - self.sequences)
+            )
         both, described = windows_of(model, tokenizer, self.text, self.sequences + count, self.length, **size)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
@@ -171,10 +174,11 @@ class HeldOutOptions(TextOptions):
 
 def check_texts(*sources: str | None) -> None:
     """Raise `UsageError` for a text that cannot be read."""
-    from ..models.texts import read_text
+    from ..models.texts import MADE, read_text
 
     for source in filter(None, sources):
-        read_text(source)
+        if source not in MADE:
+            read_text(source)
 
 
 def windows_of(
@@ -188,10 +192,11 @@ def windows_of(
     seed: int = 0,
 ) -> tuple[list[Tensor], Settings]:
     """Token batches of a text on the model's device, and what they are, for the record."""
-    from ..models.texts import read_text, token_batches
+    from ..models.mix import text_of
+    from ..models.texts import token_batches
     from ..structure.model_structure import positions_of
 
-    text = read_text(source)
+    text = text_of(model, tokenizer, source)
     if length > (most := positions_of(model)):
         raise UsageError(f"windows of {length} tokens exceed the model's {most} positions: lower --length")
     batches = token_batches(tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed)

@@ -1,0 +1,108 @@
+"""Checks that are made without data: their items, their answers against a plain twin, and what each of them sees."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+import torch
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from api import FITTED, UNSEEN, TaskShelf, checks, episode, harness, prompts, text_of
+from notall import Plan, UsageError, skip
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+PLAN = Plan(attention=[2, 3], mlp=[3])
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(2048)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.mark.parametrize("form", [*FITTED, *UNSEEN])
+def test_an_episode_tells_what_it_asks_for(form):
+    for number in range(20):
+        one = episode(form, 300, random.Random(number))
+        told = one.answer.strip(' "')
+        assert told.lower() in one.text.lower()
+        assert 150 < len(one.text.split()) < 300
+        assert episode(form, 300, random.Random(number)) == one
+    assert len({episode(form, 300, random.Random(number)).answer for number in range(20)}) > 5
+
+
+def test_what_judges_is_in_no_text_that_is_fitted_to():
+    fitted, judging = set(prompts(500)), set(prompts(500, seed=checks.SEED, held_out=True))
+    assert not fitted & judging
+    assert len(judging) > 300
+    assert not set(FITTED) & set(UNSEEN)
+    own = {doc["prompt"] for doc in checks.check("passkey_256", 32).docs}
+    assert not any(prompt in text_of(None, None, "episodes").content for prompt in own)
+
+
+def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
+    job = TaskShelf().build("answers", None, 5)
+    (result,) = harness.run_tasks(model, tokenizer, [PLAN], [job], folder=tmp_path)
+    for doc, sample in zip(next(iter(job.tasks.values())).docs, result.samples):
+        ids = torch.tensor([tokenizer(doc["prompt"])["input_ids"]])
+        said = ids
+        for _ in range(checks.ANSWERED):
+            said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
+            if said[0, -1] == model.generation_config.eos_token_id:
+                break
+        with skip(model, PLAN):
+            first = model(said).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
+        assert sample.value == pytest.approx(float((first == said[0, ids.shape[1] :]).float().mean()), abs=1e-6)
+    assert result.score.recovery.items == 5
+    assert result.score.values == pytest.approx([sample.value for sample in result.samples])
+
+
+def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, monkeypatch):
+    jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
+    first = harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)
+    monkeypatch.setattr(harness, "greedy", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr(harness.Scorer, "score", lambda *_: pytest.fail("read again"))
+    jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
+    assert [one.score for one in harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)] == [
+        one.score for one in first
+    ]
+
+
+class _Reader:
+    """Stands in for what a model says: the right answer, or `wrong`."""
+
+    def __init__(self, wrong=""):
+        self.wrong = wrong
+
+    def __call__(self, check):
+        return [check.verify(doc, self.wrong or f"So it is.\nAnswer: {doc['answer']}") for doc in check.docs]
+
+
+@pytest.mark.parametrize("name", checks.GYM_DEFAULT)
+def test_a_verifier_takes_the_right_answer_and_no_other(name):
+    pytest.importorskip("reasoning_gym")
+    check = checks.check(f"gym_{name}", 8)
+    assert _Reader()(check) == [1.0] * 8
+    assert _Reader("I can't say.")(check) == [0.0] * 8
+    assert _Reader("Answer:")(check) == [0.0] * 8
+    assert json.dumps([doc["prompt"] for doc in check.docs]) == json.dumps(
+        [doc["prompt"] for doc in checks.check(f"gym_{name}", 8).docs]
+    )
+
+
+def test_names_are_found_and_mistakes_have_a_near_name():
+    shelf = TaskShelf()
+    assert shelf.names(["passkey", "answers"]) == ["passkey_256", "passkey_512", "passkey_1024", "answers"]
+    assert "retrieval_facts" in [one.task for one in shelf.listed("retrieval")]
+    with pytest.raises(UsageError, match="answers"):
+        shelf.names(["answer"])
+    with pytest.raises(UsageError, match="chain_sum"):
+        shelf.build("gym_chain_sums")
