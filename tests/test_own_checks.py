@@ -76,6 +76,38 @@ def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, mon
     ]
 
 
+def test_what_is_written_is_held_against_what_the_dense_model_wrote():
+    check = checks.check("written", 3)
+    asked, other, third = check.docs
+    assert check.process_results(asked, ['So {"a": 1, "b": 2} is it.']) == {
+        "same_beginning": 1.0,
+        "words": 7.0,
+        "same_number": 1.0,
+        "valid_json": 1.0,
+    }
+    assert check.process_results(asked, ['So {"b": 1, "a": 2} it is.'])["valid_json"] == 1.0
+    assert check.process_results(asked, ['So {"a": 1, "b": 2 is it.'])["valid_json"] == 0.0
+    assert check.process_results(other, ["One two three 3."]).keys() == {"same_beginning", "words", "same_number"}
+    assert check.process_results(other, ["One two 4 and 3"])["same_number"] == 1.0
+    assert check.process_results(other, ["One two 3 and 4"]) == {
+        "same_beginning": 0.5,
+        "words": 5.0,
+        "same_number": 0.0,
+    }
+    assert check.process_results(third, [""]) == {"same_beginning": 0.0, "words": 0.0}
+
+
+def test_the_dense_model_keeps_all_that_it_writes(model, tokenizer, tmp_path):
+    (*results,) = harness.run_tasks(
+        model, tokenizer, [Plan(), PLAN], [TaskShelf().build("written", None, 4)], folder=tmp_path
+    )
+    by_plan = {number: {one.score.metric: one.score for one in results if one.number == number} for number in (0, 1)}
+    assert by_plan[0]["same_beginning,none"].recovery.share == 1
+    assert by_plan[0]["same_beginning,none"].delta == 0
+    assert by_plan[1]["same_beginning,none"].recovery.share < 1
+    assert by_plan[1]["words,none"].recovery is None
+
+
 class _Reader:
     """Stands in for what a model says: the right answer, or `wrong`."""
 

@@ -7,7 +7,9 @@ the same for every model; none is among what texts to fit to are made of.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,8 +19,10 @@ from lm_eval.api.task import Task, TaskConfig
 
 from ..errors import UsageError, nearest, shortened
 from ..extras import need
+from ..inputs import read_json
 from ..models.prompts import prompts
 from ..models.retrieval import UNSEEN, Form, episode
+from .scoring import common
 
 ITEMS = 64  # of a check, unless a limit says otherwise
 SEED = 2_000_003  # of what judges; what is fitted to counts from 0
@@ -69,7 +73,7 @@ class Check(Task):
 
     def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: Any) -> list[Instance]:
         asked = doc["answer"] if self.kind == "loglikelihood" else {"until": [], "max_gen_toks": doc["tokens"]}
-        return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]  # type: ignore[arg-type]
+        return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
         return {self.metric: float(self.verify(doc, results[0]))}
@@ -79,6 +83,50 @@ class Check(Task):
 
     def higher_is_better(self) -> dict[str, bool]:
         return {self.metric: True}
+
+
+class Written(Check):
+    """What a plan writes to prompts, beside what the dense model wrote, which is asked first.
+
+    By metric: the share of words up to the first other one; whether the last number is the same, where there is one;
+    whether it is JSON, with the same fields, where the dense model's is; and how many words it takes.
+    """
+
+    def __init__(self, name: str, items: int) -> None:
+        super().__init__(name, own_prompts(items), "chat_until", "same_beginning", lambda *_: 0.0)
+        self.dense: dict[str, str] = {}  # by prompt
+
+    def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
+        ours, theirs = str(results[0]), self.dense.setdefault(doc["prompt"], str(results[0]))
+        words, base = ours.split(), theirs.split()
+        found = {"same_beginning": common(words, base) / max(1, len(base)), "words": float(len(words))}
+        if numbers := NUMBER.findall(theirs):
+            found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
+        if keys := json_keys(theirs):
+            found["valid_json"] = float(json_keys(ours) == keys)
+        return found
+
+    def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
+        return dict.fromkeys(("same_beginning", "same_number", "valid_json", "words"), mean)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return dict.fromkeys(("same_beginning", "same_number", "valid_json"), True)
+
+
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def json_keys(text: str) -> list[str]:
+    """The fields of the JSON object in a text, sorted; none where there is no sound one."""
+    begin, end = text.find("{"), text.rfind("}") + 1
+    with suppress(ValueError, UsageError):
+        found = read_json(text[begin:end]) if begin >= 0 else None
+        return sorted(found) if isinstance(found, dict) else []
+    return []
+
+
+def own_prompts(items: int) -> list[Doc]:
+    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=SEED, held_out=True)]
 
 
 def retrieval(form: Form, tokens: int, name: str, items: int) -> Check:
@@ -91,8 +139,7 @@ def retrieval(form: Form, tokens: int, name: str, items: int) -> Check:
 
 def answers(name: str, items: int) -> Check:
     """The share of first choices that stay in the dense model's own greedy answers, word for word given."""
-    docs = [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=SEED, held_out=True)]
-    return Check(name, docs, "first_choices", "first_choices", lambda _, share: share)
+    return Check(name, own_prompts(items), "first_choices", "first_choices", lambda _, share: share)
 
 
 def reasoning(generator: str, name: str, items: int) -> Check:
@@ -117,6 +164,7 @@ MAKERS: Mapping[str, Callable[[str, int], Check]] = {
     **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
     **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
     "answers": answers,
+    "written": Written,
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),

@@ -16,7 +16,8 @@ WORDS_A_TOKEN = 0.75  # of English, about
 
 WORKS = ("baker", "pilot", "teacher", "plumber", "painter", "dentist", "farmer", "tailor")
 NOUNS = ("river", "window", "market", "garden", "harbour", "station", "kettle", "bridge", "lantern", "orchard",
-         "meadow", "violin", "ladder", "carpet", "engine", "island", "pocket", "mirror", "basket", "candle")  # fmt: skip
+         "meadow", "violin", "ladder", "carpet", "engine", "island", "pocket", "mirror", "basket",
+         "candle")  # fmt: skip
 ADJECTIVES = ("old", "quiet", "green", "narrow", "heavy", "bright", "wooden", "cold", "small", "famous")
 VERBS = (
     "stands behind",

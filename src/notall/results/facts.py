@@ -257,7 +257,7 @@ DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, 
 WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
 P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
-RECOVERED: Column[Compared] = with_interval("recovery", lambda one: one.recovery and one.recovery.interval)
+RECOVERED: Column[Compared] = with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None)
 COMPARED = (RECOVERED, DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
 BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
 
