@@ -68,7 +68,7 @@ def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
 def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, monkeypatch):
     jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
     first = harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)
-    monkeypatch.setattr(harness, "greedy", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr(harness, "greedy_each", lambda *_, **__: pytest.fail("written again"))
     monkeypatch.setattr(harness.Scorer, "score", lambda *_: pytest.fail("read again"))
     jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
     assert [one.score for one in harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)] == [

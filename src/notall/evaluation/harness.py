@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-from torch import Tensor, tensor
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, raised_by, shortened
@@ -33,7 +33,7 @@ from ..progress import Progress, silent
 from ..results.evaluations import AnswersRecord, Said
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
-from ..running.generating import greedy, in_chat_template
+from ..running.generating import greedy_each, in_chat_template
 from ..running.skipping import skip
 from .scoring import Request, Scorer, unless_out_of_memory
 
@@ -236,13 +236,8 @@ class PlansLM(HFLM):
     def _own_answers(self, requests: Sequence[Instance]) -> list[Request]:
         """What the dense model says to each, greedy, all at once."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        width, new = max(map(len, prompts)), requests[0].args[1]["max_gen_toks"]
-        ids, mask = (
-            tensor([[0] * (width - len(prompt)) + row for prompt, row in zip(prompts, rows)])
-            for rows in (prompts, [[1] * len(prompt) for prompt in prompts])
-        )
         with skip(self.model, Plan()):
-            said = greedy(self.model, ids, new, mask=mask)
+            said = greedy_each(self.model, prompts, requests[0].args[1]["max_gen_toks"])
         return [Request((*prompt, *answer[:-1]), tuple(answer)) for prompt, answer in zip(prompts, said)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

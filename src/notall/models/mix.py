@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from ..digests import digest_of
 from ..files import cache_folder, keep
 from ..plan import Plan
 from ..progress import Progress, silent, tracked
-from ..running.generating import greedy, in_chat_template, prompt_tokens
+from ..running.generating import greedy_each, in_chat_template, prompt_tokens
 from ..running.skipping import skip
 from .prompts import prompts
 from .retrieval import FITTED, episode
@@ -68,11 +67,8 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prog
 
 def _said(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str]) -> list[str]:
     rows = [prompt_tokens(tokenizer, prompt, add_special_tokens=not tokenizer.chat_template) for prompt in asked]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     with skip(model, Plan()):
-        answers = greedy(model, ids, NEW_TOKENS, mask=mask)
+        answers = greedy_each(model, rows, NEW_TOKENS)
     return [prompt + str(tokenizer.decode(answer)) for prompt, answer in zip(asked, answers)]
 
 
