@@ -148,7 +148,7 @@ NAMES = {
         "diagnose",
         "write_similarity",
     ],
-    "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "warn_if_worse"],
+    "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "short_of", "warn_if_worse"],
     "experiments.folder": ["Folder", "check_folder", "know_every_kind", "read_folder", "read_folder as results_of"],
     "experiments.options": ["HeldOutOptions", "ModelOptions", "PlanOptions", "RayOptions", "TaskChoice", "TaskOptions"],
     "experiments.paper": [

@@ -10,8 +10,10 @@ import torch
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
-from api import FITTED, UNSEEN, TaskShelf, checks, episode, harness, prompts, text_of
+from api import FITTED, UNSEEN, PlanScore, Recovery, TaskShelf, checks, episode, harness, prompts, short_of, text_of
+from command_line import QUICK
 from notall import Plan, UsageError, skip
+from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan(attention=[2, 3], mlp=[3])
@@ -138,3 +140,38 @@ def test_names_are_found_and_mistakes_have_a_near_name():
         shelf.names(["answer"])
     with pytest.raises(UsageError, match="chain_sum"):
         shelf.build("gym_chain_sums")
+
+
+def test_eval_leaves_with_3_where_too_little_is_kept(run, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=512)
+    words = ["eval", folder, *QUICK, "--tasks", "answers", "--limit", 4]
+    code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
+    assert code == 3, err
+    assert "Missed a recovery of 0.95 in 1 of 1: answers lost (0." in " ".join(out.split())
+    code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
+    told = json.loads(out)
+    assert (code, told["verdict"]["missed"]) == (0, None)
+    assert told["tasks"][0]["recovery"]["low"] > 0.01
+
+
+@pytest.mark.parametrize(("words", "said"), [(["1.5"], "no share"), (["0.95"], "give --tasks passkey,answers")])
+def test_a_recovery_that_cannot_be_told_is_refused_before_loading(run, words, said):
+    code, _, err = run("eval", "smollm2", "--skip", "mlp:1", "--recovery", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_the_worst_of_a_plans_last_state_decides():
+    def score(task, model, share, low, high):
+        recovery = Recovery(share=share, low=low, high=high, items=40)
+        return PlanScore(
+            task=task, model=model, metric="found,none", num_fewshot=0, documents=40, value=share, delta=share - 1, delta_se=0.01,
+            recovery=recovery,
+        )  # fmt: skip
+
+    skipped = [score("a", "skipped", 0.5, 0.4, 0.6), score("b", "skipped", 0.5, 0.4, 0.6)]
+    kept = [score("a", "repaired", 0.99, 0.96, 1.02), score("b", "repaired", 1.0, 0.95, 1.05)]
+    assert short_of(skipped + kept, 0.95) is None
+    assert short_of(skipped + kept, 0.96).startswith("a recovery of 0.96 in 1 of 2: b inconclusive (1.00 [0.95, 1.05]")
+    assert "about 63 items would tell" in short_of(skipped + kept, 0.96)
+    assert short_of(skipped, 0.95).count("lost") == 2
