@@ -164,10 +164,8 @@ def test_a_recovery_that_cannot_be_told_is_refused_before_loading(run, words, sa
 def test_the_worst_of_a_plans_last_state_decides():
     def score(task, model, share, low, high):
         recovery = Recovery(share=share, low=low, high=high, items=40)
-        return PlanScore(
-            task=task, model=model, metric="found,none", num_fewshot=0, documents=40, value=share, delta=share - 1, delta_se=0.01,
-            recovery=recovery,
-        )  # fmt: skip
+        told = {"metric": "found,none", "num_fewshot": 0, "documents": 40, "recovery": recovery}
+        return PlanScore(task=task, model=model, value=share, delta=share - 1, delta_se=0.01, **told)
 
     skipped = [score("a", "skipped", 0.5, 0.4, 0.6), score("b", "skipped", 0.5, 0.4, 0.6)]
     kept = [score("a", "repaired", 0.99, 0.96, 1.02), score("b", "repaired", 1.0, 0.95, 1.05)]
