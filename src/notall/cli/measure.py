@@ -7,7 +7,14 @@ from typing import Annotated
 from ..errors import FIGURES, need, printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
+from ..experiments.evaluate import (
+    GSM8K,
+    QUALITIES,
+    Evaluation,
+    check_recovery,
+    mend_of,
+    short_of,
+)
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
@@ -37,6 +44,10 @@ def evaluate(
     repair: RepairOptions,
     run: RunOptions,
     diagnostics: Diagnostics = False,
+    recovery: Annotated[
+        float | None,
+        Option("the share of the dense model's score that each task must keep, or exit code 3", panel="Benchmarks"),
+    ] = None,
     out: KeepIn = None,
 ) -> None:
     """Measure what a plan costs: NLL, KL to the dense model and agreement on a text, and benchmarks if you name some.
@@ -51,6 +62,7 @@ def evaluate(
     text.check()
     repair.check(kept)
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
+    check_recovery(recovery, asked)
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
@@ -72,6 +84,7 @@ def evaluate(
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
+    verdict = replace(verdict, missed=short_of(found.scores, recovery) if recovery else None)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)
 

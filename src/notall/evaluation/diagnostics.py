@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
-from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..measuring.token_scores import TokenScorer
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import Check
+from ..results.facts import Check, Recovery
 from ..running.generating import ends_of, greedy
 from ..running.replay import Replay, record
 from ..running.skipping import skip
@@ -209,13 +209,27 @@ def _checks(
     for values in rest:
         delta = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
         p_value = mcnemar(values, dense) if right_or_wrong else None
-        found.append(_check(name, mean_and_error(values), delta, higher_is_better, p_value))
+        kept = Recovery.of(recovery_interval(values, dense), len(values)) if higher_is_better else None
+        found.append(_check(name, mean_and_error(values), delta, higher_is_better, p_value, kept))
     return found
 
 
-def _check(name: str, value: Known, delta: Known, better: bool | None, p_value: float | None = None) -> Check:
+def _check(
+    name: str,
+    value: Known,
+    delta: Known,
+    better: bool | None,
+    p_value: float | None = None,
+    kept: Recovery | None = None,
+) -> Check:
     """`value`, and what it has more than the dense model's; `better`: whether higher is."""
-    (mean, error), (more, more_se) = value, delta
-    p_value = normal_p_value(*delta) if p_value is None else p_value
-    facts = {"value": mean, "value_se": error, "delta": more, "delta_se": more_se, "p_value": p_value}
-    return Check(check=name, higher_is_better=better, **facts)
+    return Check(
+        check=name,
+        value=value[0],
+        value_se=value[1],
+        delta=delta[0],
+        delta_se=delta[1],
+        p_value=normal_p_value(*delta) if p_value is None else p_value,
+        higher_is_better=better,
+        recovery=kept,
+    )

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError, raised_by, shortened
 from ..inputs import Settings
-from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value
+from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
 from ..models.load_errors import quiet
+from ..models.mix import origin
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import TaskScore
+from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
+from ..running.generating import greedy_each, in_chat_template
 from ..running.skipping import skip
 from .scoring import Request, Scorer, unless_out_of_memory
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
+OWN = 32  # prompts that the dense model answers at once
+CHATS = ("chat_until", "first_choices")  # our own kinds of requests
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,41 @@ class PlansLM(HFLM):
         texts = ["".join(request.args) for request in requests if request.request_type == "loglikelihood"]
         self._check_fit([len(self.tok_encode(text)) for text in texts], self.max_length + 1)  # the last is predicted
         self._room_to_generate([request for request in requests if request.request_type == "generate_until"])
+        self._room_to_generate(self._as_chat([request for request in requests if request.request_type in CHATS]))
+
+    def _as_chat(self, requests: Iterable[Instance]) -> list[Instance]:
+        """Prompts in the model's chat template, where it has one."""
+        if not self.tokenizer.chat_template:
+            return list(requests)
+        parts = [(request, *request.args) for request in requests]
+        return [
+            replace(request, arguments=(in_chat_template(self.tokenizer, prompt), how))
+            for request, prompt, how in parts
+        ]
+
+    def chat_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """As `generate_until`, of what a user says."""
+        return self.generate_until(self._as_chat(requests))
+
+    def first_choices(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """The share, 0 to 1, of the tokens of the dense model's own greedy answer that are the first choice."""
+        asked = self._as_chat(requests)
+        keys = [self.answers.key("first_choices", *request.args) for request in asked]
+        for chunk in self._missing(keys, asked, OWN):
+            answers = self._own_answers(chunk)
+            for scores in self.score([self.plans[number] for number in self.running], answers):
+                lengths = [len(answers[number].continuation) for number in scores.requests]
+                shares = (1 - scores.missed / Tensor(lengths)).T.tolist()
+                found = [self.answers.key("first_choices", *chunk[number].args) for number in scores.requests]
+                self.answers.add(self.running, dict(zip(found, shares)))
+        return [self.answers.get(key, self.number, float) for key in keys]
+
+    def _own_answers(self, requests: Sequence[Instance]) -> list[Request]:
+        """What the dense model says to each, greedy, all at once."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        with skip(self.model, Plan()):
+            said = greedy_each(self.model, prompts, requests[0].args[1]["max_gen_toks"])
+        return [Request((*prompt, *answer[:-1]), tuple(answer)) for prompt, answer in zip(prompts, said)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         keys = [self.answers.key("loglikelihood", *request.args) for request in requests]
@@ -307,21 +346,6 @@ class PlansLM(HFLM):
         self.progress(done, total, f"{self.task}: answering")
 
 
-def origin(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what an answer depends on beside request and plan: config, weights (a sample of each), tokenizer."""
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.named_parameters():
-        if type(weight.data) is Tensor and weight.device.type != "meta":
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, len(flat) // 16)].float().cpu().numpy()
-            digest.update(f"{name} {weight.dtype}".encode() + sample.tobytes())
-    known = [*sorted(tokenizer.get_vocab().items()), tokenizer.encode("A probe, of 1 line.\n")]
-    digest.update(json.dumps(known).encode())
-    return digest.hexdigest()
-
-
 def _scores(
     job: Job, row: str, leaves: list[str], outcome: Settings, dense: Settings
 ) -> Iterator[tuple[TaskScore, tuple[Sample, ...]]]:
@@ -336,6 +360,9 @@ def _scores(
         delta = value - dense["results"][row][metric]
         delta_se = _paired_error(job, samples, base, name, delta)
         value_se = figures.get(f"{name}_stderr,{kind}")
+        better = outcome["higher_is_better"].get(row, {}).get(name)
+        are_numbers = all(isinstance(one, int | float) for one in (*values, *theirs))
+        kept = recovery_interval(values, theirs) if better and are_numbers else None
         is_right_or_wrong = all(value in (0, 1) for value in (*values, *theirs))
         score = TaskScore(
             task=row,
@@ -347,7 +374,8 @@ def _scores(
             delta=float(delta),
             delta_se=delta_se,
             p_value=mcnemar(values, theirs) if is_right_or_wrong else normal_p_value(delta, delta_se),
-            higher_is_better=outcome["higher_is_better"].get(row, {}).get(name),
+            higher_is_better=better,
+            recovery=kept and Recovery.of(kept, len(values)),
             values=tuple(map(float, values)) if all(isinstance(one, int | float) for one in values) else None,
         )
         yield score, samples

@@ -67,12 +67,12 @@ class Workers(AbstractContextManager["Workers"]):
             groups, some = self._split(plans), [requests[number] for number in numbers]
             tasks = [("score_requests", ([plans[number] for number in group], some, batch_size)) for group in groups]
             likely = torch.empty(len(plans), len(some), dtype=torch.float64)
-            greedy = torch.empty(len(plans), len(some), dtype=torch.bool)
+            missed = torch.empty_like(likely)
             for group, batches in zip(groups, self.pool.run(tasks)):
                 for scores in batches:
                     places = torch.tensor(group)[:, None], torch.tensor(scores.requests)
-                    likely[places], greedy[places] = scores.log_likelihoods, scores.greedy
-            yield RequestScores(numbers, likely, greedy)
+                    likely[places], missed[places] = scores.log_likelihoods, scores.missed
+            yield RequestScores(numbers, likely, missed)
 
     def _split(self, plans: Sequence[Plan]) -> list[list[int]]:
         return split_branches(self.structure, plans, len(self.pool.actors))

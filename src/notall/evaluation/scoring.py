@@ -46,11 +46,16 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestScores:
-    """For some requests: log-likelihoods in nats, and whether greedy decoding says the same; (plans, requests) each."""
+    """For some requests: log-likelihoods in nats, and how many tokens are no first choice; (plans, requests) each."""
 
     requests: list[int]
     log_likelihoods: Tensor  # float64
-    greedy: Tensor  # bool
+    missed: Tensor  # float64
+
+    @property
+    def greedy(self) -> Tensor:
+        """Whether greedy decoding says the same, bool."""
+        return self.missed == 0
 
 
 class Scorer:
@@ -164,7 +169,7 @@ class Scorer:
                     torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, owners, values)
                     for values in (-scores.nll.cpu().double(), (scores.likeliest.cpu() != targets).double())
                 )
-        return RequestScores(numbers, likely, missed == 0)
+        return RequestScores(numbers, likely, missed)
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:

@@ -20,9 +20,10 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
-from ..errors import UsageError, nearest, shortened
+from ..errors import UsageError, installed, nearest, shortened
 from ..models.load_errors import quiet
 from ..results.facts import NamedTasks
+from .checks import GROUPS, GYM, ITEMS, MAKERS, check, generators, is_check
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class TaskShelf:
         """
         found: list[str] = []
         known = self.manager.task_index
+        groups = {"openllm": tuple(one.task for one in OPENLLM), **GROUPS}
         for name in wanted:
-            found += [b.task for b in OPENLLM] if name == "openllm" else [name]
+            found += groups.get(name, (name,))
         found = [f"local_{name}" if f"local_{name}" in known else name for name in found]
-        for name in [name for name in found if name not in known]:
-            near = difflib.get_close_matches(name, ["openllm", *self.manager.all_tasks], 3)
+        for name in [name for name in found if name not in known and not is_check(name)]:
+            near = difflib.get_close_matches(name, [*groups, *MAKERS, *self.manager.all_tasks], 3)
             hint = f"did you mean {', '.join(near)}?" if near else "`notall tasks` lists them"
             raise UsageError(f"the harness has no task {shortened(name)!r}; {hint}")
         if not found:
@@ -146,7 +148,10 @@ class TaskShelf:
         """Each name that holds `word`, or all of openllm. Raises `UsageError` where there is none."""
         shots = {benchmark.task: benchmark.num_fewshot for benchmark in OPENLLM}
         kinds = {name: str(self.manager.task_index[name].kind.name).lower() for name in self.manager.all_tasks}
-        kinds = {"openllm": "group"} | {name: kind.removeprefix("py_") for name, kind in kinds.items()}
+        gym = generators() if installed("reasoning_gym") else []
+        own = [*MAKERS, *(f"{GYM}{generator}" for generator in gym)]
+        kinds = dict.fromkeys(("openllm", *GROUPS), "group") | dict.fromkeys(own, "check") | kinds
+        kinds = {name: kind.removeprefix("py_") for name, kind in kinds.items()}
         found = [name for name in kinds if word.lower() in name.lower()]
         if word == "openllm":
             found = ["openllm", *filter(kinds.__contains__, shots)]
@@ -171,7 +176,7 @@ class TaskShelf:
         torch.manual_seed(DEFAULT_OTHER_SEED)
         with quiet(), no_bars():
             try:
-                loaded = self.manager.load([name])
+                loaded = self.manager.load([check(name, limit or ITEMS) if is_check(name) else name])
                 for task in loaded["tasks"].values():
                     _build_requests(task, num_fewshot, limit)
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise

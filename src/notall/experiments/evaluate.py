@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality
+from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality, Recovery
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Fact, is_number
@@ -129,6 +130,33 @@ class Evaluation:
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []
+
+
+def check_recovery(least: float | None, tasks: TaskChoice) -> None:
+    """Raise `UsageError` for what is no share, and where there is no task to tell it by."""
+    if least is None:
+        return
+    if not 0 < least <= 1:
+        raise UsageError(f"--recovery {least:g} is no share of a score: give one such as 0.95")
+    if not tasks:
+        raise UsageError("--recovery goes by tasks: give --tasks passkey,answers, or others of `notall tasks`")
+
+
+def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
+    """What of the tasks keeps less than `least` of the dense model's score, or may; None where all keep it.
+
+    Of the plan's last state, by every metric; one whose items have no scores may keep it.
+    """
+    last, short = [one for one in scores if one.model == scores[-1].model], []
+    for one in last:
+        told = one.recovery or Recovery.of((math.nan, 0.0, math.inf), 0)
+        if (verdict := told.is_kept(least)) == "kept":
+            continue
+        share, low, high = told.interval
+        more = told.items_to_tell(least)
+        tell = f", about {more:,} items would tell" if verdict == "inconclusive" and more else ""
+        short.append(f"{one.task} {verdict} ({share:.2f} [{low:.2f}, {high:.2f}] of {one.documents}{tell})")
+    return f"a recovery of {least:g} in {len(short)} of {len(last)}: {'; '.join(short)}" if short else None
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:

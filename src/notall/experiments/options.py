@@ -96,7 +96,11 @@ class ModelOptions:
 class PromptOptions:
     PANEL: ClassVar = "Text"
 
-    text: str = option("prose", "a UTF-8 file, a .jsonl with a `text` column, or prose, which ships with Python")
+    text: str = option(
+        "prose",
+        "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers, "
+        "retrieval and prose",
+    )
     sequences: int = option(8, "number of windows")
 
     def check(self) -> None:
@@ -122,10 +126,11 @@ class TextOptions(PromptOptions):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
-        from ..models.texts import read_text, token_batches
+        from ..models.mix import text_of
+        from ..models.texts import token_batches
         from ..structure.model_structure import positions_of
 
-        text, size = read_text(self.text), {"sequences": self.sequences, "length": self.length}
+        text, size = text_of(model, tokenizer, self.text), {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
         batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
@@ -152,7 +157,8 @@ class HeldOutOptions(TextOptions):
         """
         from torch import cat
 
-        from ..models.texts import read_text, windows_in
+        from ..models.mix import text_of
+        from ..models.texts import windows_in
 
         count = self.held_out_sequences or self.sequences
         if self.held_out:
@@ -161,7 +167,8 @@ class HeldOutOptions(TextOptions):
             others, about = other.windows(model, tokenizer, seed=seed)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
-            count = max(0, min(count, windows_in(tokenizer, read_text(self.text), self.length) - self.sequences))
+            fitting = windows_in(tokenizer, text_of(model, tokenizer, self.text), self.length)
+            count = max(0, min(count, fitting - self.sequences))
         both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
@@ -171,10 +178,11 @@ class HeldOutOptions(TextOptions):
 
 def check_texts(*sources: str | None) -> None:
     """Raise `UsageError` for a text that cannot be read."""
-    from ..models.texts import read_text
+    from ..models.texts import MADE, read_text
 
     for source in filter(None, sources):
-        read_text(source)
+        if source not in MADE:
+            read_text(source)
 
 
 def read_plan(path: Path) -> Plan:

@@ -14,8 +14,9 @@ from ..digests import digest_of
 from ..errors import UsageError
 from ..inputs import Settings
 from ..measuring.quality import evaluate
+from ..models.mix import text_of
 from ..models.names import DEFAULT_TEXT
-from ..models.texts import read_text, token_batches, windows_in
+from ..models.texts import token_batches, windows_in
 from ..plan import Plan
 from ..progress import Progress, silent, tracked
 from ..results import lines
@@ -65,11 +66,11 @@ class RepairTexts:
             raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
         each = -(-(sequences or most or SEQUENCES) // len(texts))
         if sequences is None:
-            fewest = min(windows_in(tokenizer, read_text(source), length) for source in texts)
+            fewest = min(windows_in(tokenizer, text_of(model, tokenizer, source), length) for source in texts)
             each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
         own, other, told = list[list[Tensor]](), dict[str, list[Tensor]](), list[dict[str, str]]()
         for source, count in [(source, each) for source in texts] + [(source, 0) for source in held_out]:
-            text, beside = read_text(source), 0 if count and held_out else MEASURED
+            text, beside = text_of(model, tokenizer, source), 0 if count and held_out else MEASURED
             windows, size = count + beside, 1 if count else 2
             drawn = token_batches(tokenizer, text, sequences=windows, length=length, batch_size=size, seed=seed)
             rows = [row.to(model.device) for row in drawn]

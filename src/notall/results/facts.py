@@ -1,14 +1,25 @@
 """What is measured of a plan: one type a fact, with its units and its columns. Nothing here runs a model."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ..plan import KIND_NAMES
 from .record import Amount, Count, Fact, LayerIndex, Loss, Number, Positive, Quartiles, Share, Skips, Unsigned
-from .table import Column, in_magnitude, inherited, number, size, with_difference, with_error, with_quartiles, words
+from .table import (
+    Column,
+    in_magnitude,
+    inherited,
+    number,
+    size,
+    with_difference,
+    with_error,
+    with_interval,
+    with_quartiles,
+    words,
+)
 
 Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
 
@@ -179,6 +190,39 @@ SPEED_CHECK: tuple[Column[SpeedCheck], ...] = (
 )
 
 SIGNIFICANT = 0.05
+RECOVERY = 0.95  # of the dense model's score, that serving asks for
+
+Recovered = Literal["kept", "lost", "inconclusive"]
+
+
+class Recovery(Fact):
+    """The share of the dense model's score that a plan keeps, paired by item, with its interval at the level 0.95."""
+
+    share: Number = Field(description="the plan's score over the dense model's on the same items")
+    low: Number = Field(description="the interval's lower end")
+    high: Number = Field(description="its upper end; infinite where the dense model may be at zero")
+    items: Count
+
+    @classmethod
+    def of(cls, interval: tuple[float, float, float], items: int) -> Self:
+        share, low, high = interval
+        return cls(share=share, low=low, high=high, items=items)
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        return self.share, self.low, self.high
+
+    def is_kept(self, least: float = RECOVERY) -> Recovered:
+        """`kept` where the whole interval is at `least` or above, `lost` where it is below."""
+        return "kept" if self.low >= least else "lost" if self.high < least else "inconclusive"
+
+    def items_to_tell(self, least: float = RECOVERY) -> int | None:
+        """About how many items would tell, at this share and spread; None where the share is too near to `least`."""
+        side = self.share - self.low if self.share > least else self.high - self.share
+        apart = abs(self.share - least)
+        if not (math.isfinite(side) and apart > 1e-3):
+            return None
+        return math.ceil(self.items * max(1.0, side / apart) ** 2)
 
 
 class Compared(Fact):
@@ -190,6 +234,7 @@ class Compared(Fact):
     delta_se: Unsigned = Field(description="standard error of delta, paired")
     p_value: Share = Field(math.nan, description="of no difference")
     higher_is_better: bool | None = Field(None, description="None where neither way is good")
+    recovery: Recovery | None = Field(None, description="where higher is better and items have values")
 
     @property
     def worse(self) -> bool:
@@ -203,7 +248,8 @@ DIFFERENCE: Column[Compared] = with_error("difference", lambda one: (one.delta, 
 WORSE: Column[Compared] = words("worse", lambda one: "worse" if one.worse else "")
 P: Column[Compared] = number("p", lambda one: one.p_value, lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
 DENSE_VALUE: Column[Compared] = number("dense", lambda one: one.value - one.delta)
-COMPARED = (DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
+RECOVERED: Column[Compared] = with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None)
+COMPARED = (RECOVERED, DIFFERENCE, WORSE, P, VALUE, DENSE_VALUE)
 BESIDE: Column[Compared] = with_difference("value", lambda one: (one.value, one.delta, one.delta_se))
 
 

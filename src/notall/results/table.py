@@ -110,6 +110,16 @@ def with_quartiles(heading: str, get: Callable[[F], Quartiles | None], form: str
     return _column(heading, get, cell, note="[ ]: quartiles of the rounds")
 
 
+def with_interval(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
+    """A share of the dense model's, with the ends of its interval."""
+
+    def cell(found: tuple[float, float, float]) -> Cell:
+        share, low, high = found
+        return Cell(share, written(share, ".2f"), f"[{written(low, '.2f')}, {written(high, '.2f')}]")
+
+    return _column(heading, get, cell, note="[ ]: 95 % interval, paired")
+
+
 def with_difference(
     heading: str, get: Callable[[F], tuple[float, float, float] | None], form: str = ".3f"
 ) -> Column[F]:

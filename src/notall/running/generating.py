@@ -75,12 +75,17 @@ def continue_prompts(
 ) -> list[str]:
     """What the skipped model says after each of `prompts`, greedy, all at once. Raises as `skip` does."""
     encoded = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    width = max(map(len, encoded))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
     with skip(model, plan), _settings_explained():
-        said = greedy(model, ids, new_tokens, mask=mask)
+        said = greedy_each(model, encoded, new_tokens)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]
+
+
+def greedy_each(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """As `greedy`, behind token ids of any lengths, all at once."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(row)) + [*row] for row in prompts])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    return greedy(model, ids, new_tokens, mask=mask)
 
 
 def greedy(

@@ -1,0 +1,197 @@
+"""Checks of what people serve a model for, as tasks of the harness, made without a data set.
+
+Retrieval by form and length, the model's own answers, and questions of reasoning-gym with its verifiers. The items are
+the same for every model; none is among what texts to fit to are made of.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import Task, TaskConfig
+
+from ..errors import UsageError, nearest, need, shortened
+from ..inputs import read_json
+from ..models.prompts import prompts
+from ..models.retrieval import UNSEEN, Form, episode
+from .scoring import common
+
+ITEMS = 64  # of a check, unless a limit says otherwise
+SEED = 2_000_003  # of what judges; what is fitted to counts from 0
+CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
+LENGTH = 512  # of other retrieval
+ANSWERED = 128  # tokens of an own answer
+GYM = "gym_"  # before the name of a generator of reasoning-gym
+GYM_DEFAULT = ("basic_arithmetic", "chain_sum", "letter_counting", "number_sorting", "spell_backward")
+REASONED = 512  # tokens of an answer to a question of it
+
+Doc = dict[str, Any]  # of the harness: `prompt` and `answer`, and what a verifier needs
+
+
+class Check(Task):
+    """Documents that were made here, asked for as requests of one kind, judged by `verify`."""
+
+    VERSION = 1
+
+    def __init__(
+        self, name: str, docs: Sequence[Doc], kind: str, metric: str, verify: Callable[[Doc, Any], float]
+    ) -> None:
+        super().__init__()
+        self._config = TaskConfig(task=name, num_fewshot=0, metadata={"version": self.VERSION})
+        self.docs, self.kind, self.metric, self.verify = docs, kind, metric, verify
+
+    def download(self, *_: Any, **__: Any) -> None:
+        """Nothing: the documents are at hand."""
+
+    def has_training_docs(self) -> bool:
+        return False
+
+    has_validation_docs = has_training_docs
+
+    def has_test_docs(self) -> bool:
+        return True
+
+    def test_docs(self) -> Sequence[Doc]:
+        return self.docs
+
+    def doc_to_text(self, doc: Doc) -> str:
+        return str(doc["prompt"])
+
+    def doc_to_target(self, doc: Doc) -> str:
+        return str(doc["answer"])
+
+    def fewshot_context(self, doc: Doc, num_fewshot: int, **_: Any) -> str:
+        return self.doc_to_text(doc)
+
+    def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: Any) -> list[Instance]:
+        asked = doc["answer"] if self.kind == "loglikelihood" else {"until": [], "max_gen_toks": doc["tokens"]}
+        return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]
+
+    def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
+        return {self.metric: float(self.verify(doc, results[0]))}
+
+    def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
+        return {self.metric: mean}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {self.metric: True}
+
+
+class Written(Check):
+    """What a plan writes to prompts, beside what the dense model wrote, which is asked first.
+
+    By metric: the share of words up to the first other one; whether the last number is the same, where there is one;
+    whether it is JSON, with the same fields, where the dense model's is; and how many words it takes.
+    """
+
+    def __init__(self, name: str, items: int) -> None:
+        super().__init__(name, own_prompts(items), "chat_until", "same_beginning", lambda *_: 0.0)
+        self.dense: dict[str, str] = {}  # by prompt
+
+    def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
+        ours, theirs = str(results[0]), self.dense.setdefault(doc["prompt"], str(results[0]))
+        words, base = ours.split(), theirs.split()
+        found = {"same_beginning": common(words, base) / max(1, len(base)), "words": float(len(words))}
+        if numbers := NUMBER.findall(theirs):
+            found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
+        if keys := json_keys(theirs):
+            found["valid_json"] = float(json_keys(ours) == keys)
+        return found
+
+    def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
+        return dict.fromkeys(("same_beginning", "same_number", "valid_json", "words"), mean)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return dict.fromkeys(("same_beginning", "same_number", "valid_json"), True)
+
+
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+def json_keys(text: str) -> list[str]:
+    """The fields of the JSON object in a text, sorted; none where there is no sound one."""
+    begin, end = text.find("{"), text.rfind("}") + 1
+    with suppress(ValueError, UsageError):
+        found = read_json(text[begin:end]) if begin >= 0 else None
+        return sorted(found) if isinstance(found, dict) else []
+    return []
+
+
+def own_prompts(items: int) -> list[Doc]:
+    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=SEED, held_out=True)]
+
+
+def retrieval(form: Form, tokens: int, name: str, items: int) -> Check:
+    """Whether greedy decoding says what was told far back in a text of about so many tokens."""
+    draw = random.Random(f"{SEED} {form} {tokens}")
+    made = [episode(form, tokens, draw) for _ in range(items)]
+    docs = [{"prompt": one.text, "answer": one.answer} for one in made]
+    return Check(name, docs, "loglikelihood", "found", lambda _, said: said[1])
+
+
+def answers(name: str, items: int) -> Check:
+    """The share of first choices that stay in the dense model's own greedy answers, word for word given."""
+    return Check(name, own_prompts(items), "first_choices", "first_choices", lambda _, share: share)
+
+
+def reasoning(generator: str, name: str, items: int) -> Check:
+    """Questions of a generator of reasoning-gym, answered greedily in chat form and judged by its verifier."""
+    need("reasoning_gym")
+    import reasoning_gym
+
+    questions = reasoning_gym.create_dataset(generator, size=items, seed=SEED)
+    asked = "{}\n\nEnd with a line that says only: Answer: and the answer."
+    docs = [{"prompt": asked.format(one["question"]), "answer": one["answer"], "tokens": REASONED, "entry": dict(one)}
+            for one in questions]  # fmt: skip
+
+    def verify(doc: Doc, said: str) -> float:
+        last = said.strip().rpartition("Answer:")[2].strip() or said.strip()
+        first = last.splitlines()[0].strip(" *.`$") if last else None
+        return float(questions.score_answer(first, doc["entry"]) == 1)
+
+    return Check(name, docs, "chat_until", "exact_match", verify)
+
+
+MAKERS: Mapping[str, Callable[[str, int], Check]] = {
+    **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
+    **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
+    "answers": answers,
+    "written": Written,
+}
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),
+    "retrieval": tuple(f"retrieval_{form}" for form in UNSEEN),
+    "reasoning": tuple(f"{GYM}{name}" for name in GYM_DEFAULT),
+}
+
+
+def is_check(name: str) -> bool:
+    return name in MAKERS or name.startswith(GYM)
+
+
+def check(name: str, items: int = ITEMS) -> Check:
+    """The check of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it."""
+    if not name.startswith(GYM):
+        return MAKERS[name](name, items)
+    generator = name.removeprefix(GYM)
+    if generator not in generators():
+        near = nearest(generator, generators())
+        raise UsageError(
+            f"reasoning-gym has no generator {shortened(generator)!r}{near}: `notall tasks gym` lists them"
+        )
+    return reasoning(generator, name, items)
+
+
+def generators() -> list[str]:
+    """The names of reasoning-gym's generators. Raises `UsageError` where it is not installed."""
+    need("reasoning_gym")
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(DATASETS)

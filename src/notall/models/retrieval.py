@@ -1,0 +1,121 @@
+"""Texts in which something is told far back and asked for at the end, in several forms, for any tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from .prompts import CITIES, GOODS, PEOPLE
+
+Form = Literal["passkey", "keys", "quotes", "several", "facts", "stock", "copying"]
+FITTED: tuple[Form, ...] = ("passkey", "keys", "quotes", "several")  # that episodes to fit to have
+UNSEEN: tuple[Form, ...] = ("facts", "stock", "copying")  # that only judge
+WORDS_A_TOKEN = 0.75  # of English, about
+
+WORKS = ("baker", "pilot", "teacher", "plumber", "painter", "dentist", "farmer", "tailor")
+NOUNS = ("river", "window", "market", "garden", "harbour", "station", "kettle", "bridge", "lantern", "orchard",
+         "meadow", "violin", "ladder", "carpet", "engine", "island", "pocket", "mirror", "basket",
+         "candle")  # fmt: skip
+ADJECTIVES = ("old", "quiet", "green", "narrow", "heavy", "bright", "wooden", "cold", "small", "famous")
+VERBS = (
+    "stands behind",
+    "belongs to",
+    "was sold with",
+    "looks like",
+    "is older than",
+    "was built near",
+    "shines above",
+)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A text that ends in a question, and what should come next, which begins with a space where one is due."""
+
+    text: str
+    answer: str
+
+
+def episode(form: Form, tokens: int, draw: random.Random) -> Episode:
+    """An episode of about so many tokens; what is asked for is told at a random depth.
+
+    Source of the passkey: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
+    """
+    told, question, answer = MAKERS[form](draw)
+    room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*told, question)).split())
+    sentences = list[str]()
+    while sum(map(len, map(str.split, sentences))) < room:
+        sentences.append(_sentence(draw))
+    places = sorted(draw.randint(0, len(sentences)) for _ in told)
+    for shift, (place, needle) in enumerate(zip(places, told)):
+        sentences.insert(place + shift, f"\n\n{needle}\n\n")
+    text = " ".join(sentences).replace(" \n\n", "\n\n").replace("\n\n ", "\n\n").strip()
+    return Episode(f"{text}\n\n{question}", answer)
+
+
+def _sentence(draw: random.Random) -> str:
+    one, other = draw.sample(NOUNS, 2)
+    return f"The {draw.choice(ADJECTIVES)} {one} {draw.choice(VERBS)} the {draw.choice(ADJECTIVES)} {other}."
+
+
+def _digits(draw: random.Random, count: int = 5) -> str:
+    return "".join(str(draw.randrange(10)) for _ in range(count))
+
+
+Made = tuple[list[str], str, str]  # what is told, the question, the answer
+
+
+def _passkey(draw: random.Random) -> Made:
+    key = _digits(draw)
+    told = f"The pass key is {key}. Remember it: {key} is the pass key."
+    return [told], "What is the pass key? The pass key is", f" {key}"
+
+
+def _keys(draw: random.Random) -> Made:
+    names, values = draw.sample(NOUNS, 4), [_digits(draw) for _ in range(4)]
+    told = ", ".join(f'"{name}": "{value}"' for name, value in zip(names, values))
+    asked = draw.randrange(4)
+    return ["{" + told + "}"], f'In the JSON object above the value of "{names[asked]}" is "', f'{values[asked]}"'
+
+
+def _quotes(draw: random.Random) -> Made:
+    person, said = draw.choice(PEOPLE), _sentence(draw).removesuffix(".").lower()
+    return [f'{person} wrote: "{said}"'], f'What did {person} write? {person} wrote: "', f'{said}"'
+
+
+def _several(draw: random.Random) -> Made:
+    people, numbers = draw.sample(PEOPLE, 3), [_digits(draw, 4) for _ in range(3)]
+    told = [f"The locker of {person} has the number {number}." for person, number in zip(people, numbers)]
+    asked = draw.randrange(3)
+    return told, f"The locker of {people[asked]} has the number", f" {numbers[asked]}"
+
+
+def _facts(draw: random.Random) -> Made:
+    person, city, work = draw.choice(PEOPLE), draw.choice(CITIES), draw.choice(WORKS)
+    told = f"{person} moved to {city} some years ago and has worked there as a {work} since."
+    return [told], f"Question: In which city does {person} work?\nAnswer: {person} works in", f" {city}"
+
+
+def _stock(draw: random.Random) -> Made:
+    goods, numbers = draw.sample(GOODS, 4), [_digits(draw, 3) for _ in range(4)]
+    head, asked = "| goods | in stock |\n|---|---|\n", draw.randrange(4)
+    lines = "\n".join(f"| {name} | {number} |" for name, number in zip(goods, numbers))
+    return [head + lines], f"The line of {goods[asked]} again:\n{head}| {goods[asked]} |", f" {numbers[asked]}"
+
+
+def _copying(draw: random.Random) -> Made:
+    words = [draw.choice((*NOUNS, *ADJECTIVES, *GOODS)) for _ in range(16)]
+    return [" ".join(words)], " ".join(words[:10]), f" {' '.join(words[10:])}"
+
+
+MAKERS: dict[Form, Callable[[random.Random], Made]] = {
+    "passkey": _passkey,
+    "keys": _keys,
+    "quotes": _quotes,
+    "several": _several,
+    "facts": _facts,
+    "stock": _stock,
+    "copying": _copying,
+}

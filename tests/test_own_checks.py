@@ -1,0 +1,175 @@
+"""Checks that are made without data: their items, their answers against a plain twin, and what each of them sees."""
+
+import importlib.util
+import json
+import random
+
+import pytest
+import torch
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from api import FITTED, UNSEEN, PlanScore, Recovery, TaskShelf, checks, episode, harness, prompts, short_of, text_of
+from command_line import QUICK
+from notall import Plan, UsageError, skip
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+PLAN = Plan(attention=[2, 3], mlp=[3])
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(2048)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.mark.parametrize("form", [*FITTED, *UNSEEN])
+def test_an_episode_tells_what_it_asks_for(form):
+    for number in range(20):
+        one = episode(form, 300, random.Random(number))
+        told = one.answer.strip(' "')
+        assert told.lower() in one.text.lower()
+        assert 150 < len(one.text.split()) < 300
+        assert episode(form, 300, random.Random(number)) == one
+    assert len({episode(form, 300, random.Random(number)).answer for number in range(20)}) > 5
+
+
+def test_what_judges_is_in_no_text_that_is_fitted_to():
+    fitted, judging = set(prompts(500)), set(prompts(500, seed=checks.SEED, held_out=True))
+    assert not fitted & judging
+    assert len(judging) > 300
+    assert not set(FITTED) & set(UNSEEN)
+    own = {doc["prompt"] for doc in checks.check("passkey_256", 32).docs}
+    assert not any(prompt in text_of(None, None, "episodes").content for prompt in own)
+
+
+def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
+    job = TaskShelf().build("answers", None, 5)
+    (result,) = harness.run_tasks(model, tokenizer, [PLAN], [job], folder=tmp_path)
+    for doc, sample in zip(next(iter(job.tasks.values())).docs, result.samples):
+        ids = torch.tensor([tokenizer(doc["prompt"])["input_ids"]])
+        said = ids
+        for _ in range(checks.ANSWERED):
+            said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
+            if said[0, -1] == model.generation_config.eos_token_id:
+                break
+        with skip(model, PLAN):
+            first = model(said).logits[0, ids.shape[1] - 1 : -1].argmax(-1)
+        assert sample.value == pytest.approx(float((first == said[0, ids.shape[1] :]).float().mean()), abs=1e-6)
+    assert result.score.recovery.items == 5
+    assert result.score.values == pytest.approx([sample.value for sample in result.samples])
+
+
+def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, monkeypatch):
+    jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
+    first = harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)
+    monkeypatch.setattr(harness, "greedy_each", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr(harness.Scorer, "score", lambda *_: pytest.fail("read again"))
+    jobs = [TaskShelf().build(name, None, 3) for name in ("answers", "passkey_256")]
+    assert [one.score for one in harness.run_tasks(model, tokenizer, [PLAN], jobs, folder=tmp_path)] == [
+        one.score for one in first
+    ]
+
+
+def test_what_is_written_is_held_against_what_the_dense_model_wrote():
+    check = checks.check("written", 3)
+    asked, other, third = check.docs
+    assert check.process_results(asked, ['So {"a": 1, "b": 2} is it.']) == {
+        "same_beginning": 1.0,
+        "words": 7.0,
+        "same_number": 1.0,
+        "valid_json": 1.0,
+    }
+    assert check.process_results(asked, ['So {"b": 1, "a": 2} it is.'])["valid_json"] == 1.0
+    assert check.process_results(asked, ['So {"a": 1, "b": 2 is it.'])["valid_json"] == 0.0
+    assert check.process_results(other, ["One two three 3."]).keys() == {"same_beginning", "words", "same_number"}
+    assert check.process_results(other, ["One two 4 and 3"])["same_number"] == 1.0
+    assert check.process_results(other, ["One two 3 and 4"]) == {
+        "same_beginning": 0.5,
+        "words": 5.0,
+        "same_number": 0.0,
+    }
+    assert check.process_results(third, [""]) == {"same_beginning": 0.0, "words": 0.0}
+
+
+def test_the_dense_model_keeps_all_that_it_writes(model, tokenizer, tmp_path):
+    (*results,) = harness.run_tasks(
+        model, tokenizer, [Plan(), PLAN], [TaskShelf().build("written", None, 4)], folder=tmp_path
+    )
+    by_plan = {number: {one.score.metric: one.score for one in results if one.number == number} for number in (0, 1)}
+    assert by_plan[0]["same_beginning,none"].recovery.share == 1
+    assert by_plan[0]["same_beginning,none"].delta == 0
+    assert by_plan[1]["same_beginning,none"].recovery.share < 1
+    assert by_plan[1]["words,none"].recovery is None
+
+
+class _Reader:
+    """Stands in for what a model says: the right answer, or `wrong`."""
+
+    def __init__(self, wrong=""):
+        self.wrong = wrong
+
+    def __call__(self, check):
+        return [check.verify(doc, self.wrong or f"So it is.\nAnswer: {doc['answer']}") for doc in check.docs]
+
+
+@pytest.mark.parametrize("name", checks.GYM_DEFAULT)
+def test_a_verifier_takes_the_right_answer_and_no_other(name):
+    pytest.importorskip("reasoning_gym")
+    check = checks.check(f"gym_{name}", 8)
+    assert _Reader()(check) == [1.0] * 8
+    assert _Reader("I can't say.")(check) == [0.0] * 8
+    assert _Reader("Answer:")(check) == [0.0] * 8
+    assert json.dumps([doc["prompt"] for doc in check.docs]) == json.dumps(
+        [doc["prompt"] for doc in checks.check(f"gym_{name}", 8).docs]
+    )
+
+
+def test_names_are_found_and_mistakes_have_a_near_name():
+    shelf = TaskShelf()
+    assert shelf.names(["passkey", "answers"]) == ["passkey_256", "passkey_512", "passkey_1024", "answers"]
+    assert "retrieval_facts" in [one.task for one in shelf.listed("retrieval")]
+    with pytest.raises(UsageError, match="answers"):
+        shelf.names(["answer"])
+    with pytest.raises(UsageError, match="chain_sum"):
+        shelf.build("gym_chain_sums")
+
+
+def test_eval_leaves_with_3_where_too_little_is_kept(run, tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=512)
+    words = ["eval", folder, *QUICK, "--tasks", "answers", "--limit", 4]
+    code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
+    assert code == 3, err
+    assert "Missed a recovery of 0.95 in 1 of 1: answers lost (0." in " ".join(out.split())
+    code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
+    told = json.loads(out)
+    assert (code, told["verdict"]["missed"]) == (0, None)
+    assert told["tasks"][0]["recovery"]["low"] > 0.01
+
+
+@pytest.mark.parametrize(("words", "said"), [(["1.5"], "no share"), (["0.95"], "give --tasks passkey,answers")])
+def test_a_recovery_that_cannot_be_told_is_refused_before_loading(run, words, said):
+    code, _, err = run("eval", "smollm2", "--skip", "mlp:1", "--recovery", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_the_worst_of_a_plans_last_state_decides():
+    def score(task, model, share, low, high):
+        recovery = Recovery(share=share, low=low, high=high, items=40)
+        told = {"metric": "found,none", "num_fewshot": 0, "documents": 40, "recovery": recovery}
+        return PlanScore(task=task, model=model, value=share, delta=share - 1, delta_se=0.01, **told)
+
+    skipped = [score("a", "skipped", 0.5, 0.4, 0.6), score("b", "skipped", 0.5, 0.4, 0.6)]
+    kept = [score("a", "repaired", 0.99, 0.96, 1.02), score("b", "repaired", 1.0, 0.95, 1.05)]
+    assert short_of(skipped + kept, 0.95) is None
+    assert short_of(skipped + kept, 0.96).startswith("a recovery of 0.96 in 1 of 2: b inconclusive (1.00 [0.95, 1.05]")
+    assert "about 63 items would tell" in short_of(skipped + kept, 0.96)
+    assert short_of(skipped, 0.95).count("lost") == 2
