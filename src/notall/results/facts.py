@@ -1,7 +1,7 @@
 """What is measured of a plan: one type a fact, with its units and its columns. Nothing here runs a model."""
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
