@@ -48,6 +48,7 @@ MODULES = {
     "token_scores": "measuring.token_scores",
     "gguf_copies": "models.gguf_copies",
     "loading": "models.loading",
+    "texts_mix": "models.mix",
     "texts": "models.texts",
     "plugins": "plugins",
     "healing": "repairing.healing",

@@ -10,7 +10,22 @@ import torch
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
 
-from api import FITTED, UNSEEN, PlanScore, Recovery, TaskShelf, checks, episode, harness, prompts, short_of, text_of
+from api import (
+    FITTED,
+    UNSEEN,
+    PlanScore,
+    Recovery,
+    TaskShelf,
+    checks,
+    episode,
+    harness,
+    prompts,
+    short_of,
+    text_of,
+)
+from api import (
+    texts_mix as mix,
+)
 from command_line import QUICK
 from notall import Plan, UsageError, skip
 from tiny_checkpoint import save_tiny_checkpoint
@@ -48,6 +63,38 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert not set(FITTED) & set(UNSEEN)
     own = {doc["prompt"] for doc in checks.check("passkey_256", 32).docs}
     assert not any(prompt in text_of(None, None, "episodes").content for prompt in own)
+
+
+def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
+    answers, episodes, prose = (text_of(model, tokenizer, part).content for part in ("answers", "episodes", "prose"))
+    assert all(prompt in answers for prompt in prompts(mix.ANSWERS))
+    least = min(map(len, (answers, episodes, prose)))
+    monkeypatch.setattr(mix, "greedy_each", lambda *_: pytest.fail("written again"))
+    found = text_of(model, tokenizer, "mix")
+    assert found.content == "\n\n".join(part[:least] for part in (answers, episodes, prose))
+    assert found.sha256 == text_of(model, tokenizer, "mix").sha256
+    with pytest.raises(UsageError, match="cannot read the text mixed"):
+        text_of(model, tokenizer, "mixed")
+    with torch.no_grad():  # other weights write other answers
+        model.get_input_embeddings().weight.mul_(1.01)
+    with pytest.raises(pytest.fail.Exception, match="written again"):
+        text_of(model, tokenizer, "answers")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.div_(1.01)
+
+
+def test_own_answers_are_what_the_model_writes_in_its_chat_template(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
+    monkeypatch.setattr(mix, "ANSWERS", 3)
+    monkeypatch.setattr(mix, "NEW_TOKENS", 5)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
+    content = text_of(model, tokenizer, "answers").content
+    for prompt in prompts(3):
+        ids = tokenizer(f"<s>{prompt}</s>", return_tensors="pt")["input_ids"]
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert tokenizer.decode(ids[0]) in content
 
 
 def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):

@@ -156,7 +156,7 @@ def tasks(
     task_path: TaskPath = None,
     as_json: Json = False,
 ) -> None:
-    """List what --tasks takes: tasks and groups of lm-evaluation-harness, and openllm, the paper's six."""
+    """List what --tasks takes: checks that need no data, tasks of lm-evaluation-harness, openllm, the paper's six."""
     need("lm_eval")
     with progress_bar("reading the harness's tasks"):
         from ..evaluation.tasks import TaskShelf

@@ -302,7 +302,11 @@ class TaskOptions:
 
     PANEL: ClassVar = "Benchmarks"
 
-    tasks: Words = option((), "openllm, or tasks of lm-evaluation-harness, separated by commas; see `notall tasks`")
+    tasks: Words = option(
+        (),
+        "passkey, retrieval, answers, written or reasoning, openllm, or tasks of lm-evaluation-harness, separated by "
+        "commas; see `notall tasks`",
+    )
     limit: Words = option((), "documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
     num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)
     task_path: TaskPath = None

@@ -60,8 +60,9 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prog
         parts = [asked[start : start + AT_ONCE] for start in range(0, len(asked), AT_ONCE)]
         said = [one for some in tracked(parts, "answering prompts", progress) for one in _said(model, tokenizer, some)]
         path.parent.mkdir(exist_ok=True)
-        keep(path, "\n".join(said))
-        return "\n".join(said)
+        content = "\n".join(said).replace("\r\n", "\n").replace("\r", "\n")  # as a file of text is read
+        keep(path, content)
+        return content
     return path.read_text(encoding="utf-8")
 
 
