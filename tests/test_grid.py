@@ -250,7 +250,7 @@ test_grid.run(model, Path(sys.argv[1]), workload=test_grid.Workload(4, 10, round
 """
 
 
-@pytest.mark.any_transformers
+@pytest.mark.slow  # the tests of torn and missing lines do the same, in this process
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / SweepRecord.file
     forked.kill_at(path, 4, SCRIPT, tmp_path)

@@ -622,6 +622,7 @@ def test_the_default_models_nll_is_the_one_we_know(default_model):
     assert nll == pytest.approx(4.45246, abs=1e-3)
 
 
+@pytest.mark.slow  # of a tiny model test_grid compares all lines each time
 @torch.no_grad()
 def test_the_default_models_lines_equal_zeroed_output_projections(default_model):
     """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
