@@ -11,8 +11,8 @@ VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
 VENV_GPTQ := .venv-gptq
-# A file stays with its worker, so that what its tests share is made once.
-PYTEST := -m pytest -n 2 --dist loadfile -q
+# Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
+PYTEST := -m pytest -n 2 --dist worksteal -q
 # Two workers with one thread each: the suite is many small models, and never goes to a network. Bytecode is kept, whatever
 # the shell says: a second run need not rewrite each assertion, nor each process that a test starts compile the package.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
@@ -68,14 +68,14 @@ tests: setup
 
 # The slow ones too, in the same run: each worker imports and makes what tests share once.
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) --dist worksteal -m 'not any_transformers'
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers'
 
 # `make -j2 test-engines` runs vLLM's tests, which are one process, beside others.
 test-engines: test-vllm test-transformers4 test-slow test-mlx ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
 
 # NOTALL_ENGINE turns the skip of an absent engine into an error; llama.cpp is among the development tools.
 test-slow: setup
-	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python $(PYTEST) --dist worksteal -m slow  # over half of them are in one file
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
 
 test-vllm: $(VENV_VLLM)/.done
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
