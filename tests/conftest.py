@@ -16,7 +16,7 @@ import pytest
 def pytest_collection_finish():
     """What holds for a worker, when all that it needs is imported."""
     gc.collect()
-    gc.freeze()  # what is imported stays: looking at all of it again and again would be a tenth of the time
+    gc.freeze()  # what is imported stays, and need not be looked at again and again
     gc.set_threshold(10_000, 20, 10)
     if "torch" in sys.modules:
         from api import speed
