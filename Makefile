@@ -1,7 +1,7 @@
 # The commands one needs are in CONTRIBUTING.md.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test tests test-transformers4 test-engines test-gptq engines architectures bench bench-engines lint fix \
-  docs notebook screenshots package browser clean
+.PHONY: help setup demo test tests test-transformers4 test-engines test-slow test-vllm test-mlx test-gptq engines \
+  architectures bench bench-engines lint fix docs notebook screenshots package browser clean
 
 # A python3.11 that starts, else whatever python3 is: `make PYTHON=/path/to/python3.12 setup` for another one.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
@@ -11,10 +11,11 @@ VENV4 := .venv-tf4
 VENV_VLLM := .venv-vllm
 VENV_MLX := .venv-mlx
 VENV_GPTQ := .venv-gptq
-# A file stays with its worker, so that what its tests share is made once.
-PYTEST := -m pytest -n 2 --dist loadfile -q
-# Two workers with one thread each: the suite is many small models, and never goes to a network.
-TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# Each worker has a half of the files, so that what their tests share is made once, and at the end takes of the other's.
+PYTEST := -m pytest -n 2 --dist worksteal -q
+# Two workers with one thread each: the suite is many small models, and never goes to a network. Bytecode is kept, whatever
+# the shell says: a second run need not rewrite each assertion, nor each process that a test starts compile the package.
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 help: ## show these lines
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 22
@@ -65,17 +66,22 @@ test: setup ## check style and types, and run the tests
 tests: setup
 	$(TEST_ENV) $(VENV)/bin/python $(PYTEST)
 
+# The slow ones too, in the same run: each worker imports and makes what tests share once.
 test-transformers4: $(VENV4)/.done ## run what may differ there on transformers 4.57
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not slow and not any_transformers'
+	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) -m 'not any_transformers'
 
-# NOTALL_ENGINE turns the skip of an absent engine into an error.
-test-engines: setup $(VENV4)/.done $(VENV_VLLM)/.done $(VENV_MLX)/.done ## run exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
-	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --dist worksteal -m slow  # over half of them are in one file
-	$(TEST_ENV) $(VENV4)/bin/python $(PYTEST) --dist worksteal -m 'slow and not any_transformers'
-	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python -m pytest -q tests/test_export_gguf.py tests/test_hybrid_gguf.py tests/test_pareto.py -k 'llamacpp or default' -m ''
-	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py
-	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_mixer_exports.py -k mlx
+# `make -j2 test-engines` runs vLLM's tests, which are one process, beside others.
+test-engines: test-vllm test-transformers4 test-slow test-mlx ## run all that is slow: both lines of transformers, exports in their engines, each in an environment of its own, and a sweep on a Ray cluster
+
+# NOTALL_ENGINE turns the skip of an absent engine into an error; llama.cpp is among the development tools.
+test-slow: setup
+	NOTALL_ENGINE=xllamacpp $(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow
+
+test-vllm: $(VENV_VLLM)/.done
 	NOTALL_ENGINE=vllm $(TEST_ENV) $(VENV_VLLM)/bin/python -m pytest -q tests/test_engine_vllm.py
+
+test-mlx: $(VENV_MLX)/.done
+	NOTALL_ENGINE=mlx_lm $(TEST_ENV) $(VENV_MLX)/bin/python -m pytest -q tests/test_export_nemotron_nas.py tests/test_mixer_exports.py -k 'test_export_nemotron_nas or mlx'
 
 # On its own: the package is built from source, which takes a compiler and minutes.
 test-gptq: $(VENV_GPTQ)/.done ## run checkpoints in GPTQ and AWQ

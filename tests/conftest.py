@@ -6,10 +6,22 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: the suite is many small models
 
+import gc
 import importlib.util
 import sys
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What holds for a worker, when all that it needs is imported."""
+    gc.collect()
+    gc.freeze()  # what is imported stays, and need not be looked at again and again
+    gc.set_threshold(10_000, 20, 10)
+    if "torch" in sys.modules:
+        from api import speed
+
+        speed.cores = lambda: 1  # threads of llama.cpp wait for each other in busy loops, on cores that others work on
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from api import space_plan_of as plan_of
 from families import family
 from notall import UsageError, skip
 
+pytestmark = pytest.mark.any_transformers  # of how much of a repair is run again; the repair is tested on both
+
 SETS = [frozenset({"attn.1"}), frozenset({"attn.0", "mlp.2"})]
 NESTED = ("attn.1", "attn.1 mlp.6", "attn.1 mlp.6 attn.8", "attn.1 attn.6 attn.8", "attn.1 attn.8", "attn.1 mlp.11")
 

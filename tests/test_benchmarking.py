@@ -15,7 +15,10 @@ from api import records_lines as lines
 from notall import UsageError, locate
 from tiny_tasks import byte_tokenizer, run_tasks, tiny_llama, write_tasks
 
-pytestmark = pytest.mark.usefixtures("own_tasks_only")
+pytestmark = [
+    pytest.mark.usefixtures("own_tasks_only"),
+    pytest.mark.any_transformers,  # of what a folder keeps; the answers themselves are tested on both, with the harness
+]
 ABOUT = {"model": "tiny", "revision": "none", "dtype": "float32", "threads": 1}
 
 

@@ -19,7 +19,10 @@ from api import ModelOptions, RayOptions, cli, compare_module, errors
 from command_line import MLPS, QUICK, TIMED
 from notall import Plan, UsageError
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,  # of words and exit codes; what cannot be loaded is tested on both
+]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -96,9 +96,13 @@ def check_line(line):
     typer.main.get_command(cli.app).commands[command].loaded().make_context(command, arguments)
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in LONG else []) for p in PAGES]
-)
+def _marks(page):
+    """Of the long pages README.md has every command and function, and is run on both lines of transformers."""
+    slow = [pytest.mark.slow] if page in LONG else []
+    return [*slow, pytest.mark.any_transformers] if slow and page != "README.md" else slow
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=_marks(p.name)) for p in PAGES])
 def test_what_a_page_tells_to_type_works(page, workplace, monkeypatch, capsys):
     namespace = {}
     targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M)

@@ -100,8 +100,15 @@ def test_the_next_command_runs_the_export(run, plan, tmp_path, monkeypatch):
     assert not end.value.code
 
 
-@pytest.mark.parametrize("target", ["hf", "nemotron-nas"])
-@pytest.mark.parametrize("plan", [Plan([1], [1]), Plan([2])], ids=["ordinary", "regrouped"])
+@pytest.mark.parametrize(
+    ("target", "plan"),
+    [
+        pytest.param("hf", Plan([2]), id="regrouped-hf"),
+        pytest.param("nemotron-nas", Plan([1], [1]), id="ordinary-nemotron-nas"),
+        pytest.param("hf", Plan([1], [1]), marks=pytest.mark.slow, id="ordinary-hf"),
+        pytest.param("nemotron-nas", Plan([2]), marks=pytest.mark.slow, id="regrouped-nemotron-nas"),
+    ],
+)
 def test_weights_are_written_in_another_dtype_that_is_asked_for(run, target, plan):
     """As the export is without it, rounded."""
     for out, options in (("own", ()), ("half", ("--dtype", "bfloat16"))):

@@ -16,18 +16,18 @@ from api import (
     Workload,
     least_lost,
     leave_one_out,
-    paper_grid,
     quality,
     read,
     score,
     silent,
-    summarize,
     sweep,
 )
 from api import driver_Subject as Subject
 from api import records_lines as lines
 from families import family, silenced
-from notall import Plan, UsageError, locate, skip
+from notall import Plan, UsageError, skip
+
+pytestmark = pytest.mark.any_transformers  # what a line holds is tested on both, with `Replay`
 
 BATCHES = list((torch.arange(3 * 9).view(3, 9) * 7 % 90 + 3).split(2))
 TIMED = Workload(prompt_tokens=4, generation_tokens=2, rounds=1)
@@ -251,7 +251,7 @@ test_grid.run(model, Path(sys.argv[1]), workload=test_grid.Workload(4, 10, round
 """
 
 
-@pytest.mark.any_transformers
+@pytest.mark.slow  # the tests of torn and missing lines do the same, in this process
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / SweepRecord.file
     forked.kill_at(path, 4, SCRIPT, tmp_path)
@@ -264,40 +264,3 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / ScoresRecord.file).read_bytes() == scores
     records = read(path, SweepRecord)
     assert len({(r.variant, r.fraction, r.keep_last) for r in records}) == len(records) == 19
-
-
-@torch.no_grad()
-def test_the_default_models_lines_equal_zeroed_output_projections(default_model):
-    """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
-    model, tokenizer = default_model
-    tokens = tokenizer("Attention is all you need, but you do not need all of it.", return_tensors="pt")["input_ids"]
-    rows = paper_grid(locate(model))
-    found = score(model, [row.plan for row in rows[1:]], tokens)
-    dense = model(tokens).logits[:, :-1].log_softmax(-1)
-    for row, scores in zip(rows, found):
-        logits = _zeroed(model, row.plan, tokens)[:, :-1]
-        assert scores.nll[0] == pytest.approx(float(cross_entropy(logits[0], tokens[0, 1:])), rel=1e-4)
-        kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
-        assert scores.kl[0] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
-    golden = {row.name: summarize(scores, found[0]).nll for row, scores in zip(rows, found)}
-    for name, nll in GOLDEN.items():
-        assert golden[name] == pytest.approx(nll, rel=2e-3), golden
-
-
-# Of the sentence above, float32, on the default model.
-GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "MLP 10%": 4.1516, "block 10%, last layer kept": 11.6462}
-
-
-def _zeroed(model, plan: Plan, tokens):
-    kept = {}
-    layers = model.model.layers
-    for weight in (
-        *(layers[i].self_attn.o_proj.weight for i in plan.attention),
-        *(layers[i].mlp.down_proj.weight for i in plan.mlp),
-    ):
-        kept[weight] = weight.clone()
-        weight.zero_()
-    logits = model(tokens).logits
-    for weight, before in kept.items():
-        weight.copy_(before)
-    return logits

@@ -12,6 +12,8 @@ from api import cut, export, llamacpp, read_gguf
 from notall import Plan, UsageError
 from tiny_hybrid_gguf import DEPTH, LAYERS, write_hybrid
 
+pytestmark = pytest.mark.any_transformers  # of files for llama.cpp: no model of transformers is behind them
+
 TOKENS = [5, 30, 31, 32, 90, 41, 7]
 PERIOD, OTHERS = Plan([4, 5, 6, 7], [4, 5, 6, 7]), Plan([1, 6], [1, 6])  # of three linear attentions and a full one
 PLANS = {

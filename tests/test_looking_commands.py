@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -89,3 +90,24 @@ def test_at_a_terminal_columns_grow_as_they_are_written_to(monkeypatch):
     last = screen.getvalue().rpartition("dense")[2]
     assert re.search("\\\\x1b\\[31mriver +│ a stone", last)
     assert re.search(r"│ +│ \[bold\]x", last)
+
+
+@pytest.mark.slow
+def test_bytes_are_counted_in_the_checkpoint_s_own_dtype_or_another(run, folder, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    settings = json.loads((half / "config.json").read_text())
+    own = next(name for name in ("dtype", "torch_dtype") if name in settings)
+    (half / "config.json").write_text(json.dumps(settings | {own: "bfloat16"}))
+
+    def counted(model, *options):
+        plan = json.loads(run("plan", model, *options, "-o", tmp_path / "plan.json", "--json")[1])["plan"]
+        parts = json.loads(run("inspect", model, *options, "--json")[1])["sublayers"]
+        weighed = [*(one["footprint"] for one in plan), *parts]
+        return [one[name] for one in weighed for name in ("weight_bytes", "kv_bytes_per_token")]
+
+    whole = counted(folder)
+    assert counted(half) == counted(folder, "--dtype", "float16") == [count // 2 for count in whole]
+    assert counted(half, "--dtype", "float32") == whole == counted(folder, "--dtype", "auto")
+    assert "in bfloat16" in " ".join(run("plan", half, "-o", tmp_path / "plan.json")[1].split())
+    assert run("inspect", folder, "--dtype", "float13")[0] == 2

@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from api import UsageError, check_weights, digests, gguf_copies, read_text
+from api import UsageError, check_weights, digests, gguf_copies, paper_grid, read_text, score, summarize
 from api import loading as models
 from families import family
+from notall import Plan, locate
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_gguf import WORDS, write_gguf
 
@@ -618,3 +620,41 @@ def test_the_default_models_nll_is_the_one_we_know(default_model):
     with torch.no_grad():
         nll = model(ids, labels=ids).loss.item()
     assert nll == pytest.approx(4.45246, abs=1e-3)
+
+
+@pytest.mark.slow  # of a tiny model test_grid compares all lines each time
+@torch.no_grad()
+def test_the_default_models_lines_equal_zeroed_output_projections(default_model):
+    """All 19 plans on the real model, against plain transformers with zeros in o_proj and down_proj."""
+    model, tokenizer = default_model
+    tokens = tokenizer("Attention is all you need, but you do not need all of it.", return_tensors="pt")["input_ids"]
+    rows = paper_grid(locate(model))
+    found = score(model, [row.plan for row in rows[1:]], tokens)
+    dense = model(tokens).logits[:, :-1].log_softmax(-1)
+    for row, scores in zip(rows, found):
+        logits = _zeroed(model, row.plan, tokens)[:, :-1]
+        assert scores.nll[0] == pytest.approx(float(cross_entropy(logits[0], tokens[0, 1:])), rel=1e-4)
+        kl = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
+        assert scores.kl[0] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
+    golden = {row.name: summarize(scores, found[0]).nll for row, scores in zip(rows, found)}
+    for name, nll in GOLDEN.items():
+        assert golden[name] == pytest.approx(nll, rel=2e-3), golden
+
+
+# Of the sentence above, float32, on the default model.
+GOLDEN = {"dense": 2.9261, "attention 10%": 3.0632, "MLP 10%": 4.1516, "block 10%, last layer kept": 11.6462}
+
+
+def _zeroed(model, plan: Plan, tokens):
+    kept = {}
+    layers = model.model.layers
+    for weight in (
+        *(layers[i].self_attn.o_proj.weight for i in plan.attention),
+        *(layers[i].mlp.down_proj.weight for i in plan.mlp),
+    ):
+        kept[weight] = weight.clone()
+        weight.zero_()
+    logits = model(tokens).logits
+    for weight, before in kept.items():
+        weight.copy_(before)
+    return logits

@@ -22,7 +22,10 @@ from api import (
 from command_line import FAST, QUICK
 from notall import Plan
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,  # of words, files and exit codes; the repair itself is tested on both
+]
 REPAIR = ["--sequences", "8", "--length", "16", "--batch-size", "4", "--dtype", "float32", "--json"]
 
 

@@ -393,11 +393,31 @@ def same(found, expected):
 
 
 @pytest.mark.any_transformers
-@pytest.mark.parametrize("lines", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.slow  # the next one stops likewise, in this process
+@pytest.mark.parametrize("lines", [2, 3, 4])
 def test_killed_in_the_middle_it_comes_to_the_same(tmp_path, lines):
-    whole = run_repair(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    forked.kill_at(folder / "refits.jsonl", lines, SCRIPT, folder)
+    forked.kill_at(tmp_path / "killed" / "refits.jsonl", lines, SCRIPT, tmp_path / "killed")
+    goes_on(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.any_transformers
+@pytest.mark.parametrize("lines", [2, 3, 4])
+def test_stopped_in_the_middle_it_comes_to_the_same(tmp_path, lines):
+    written = tmp_path / "stopped" / "refits.jsonl"
+
+    def stop(*_):
+        if written.exists() and written.read_bytes().count(b"\n") >= lines:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_repair(tmp_path / "stopped", progress=stop)
+    assert written.read_bytes().count(b"\n") == lines
+    goes_on(tmp_path / "stopped", tmp_path / "whole")
+
+
+def goes_on(folder, elsewhere):
+    """What was cut short in a folder comes to what a whole run comes to, and keeps what it had."""
+    whole = run_repair(elsewhere)
     known = (folder / "refits.jsonl").read_bytes()
     with pytest.raises(UsageError, match="was not finished: run the same"):
         RepairedPlan.load(folder)

@@ -1,7 +1,6 @@
 """notall search, plan and criteria: plans that are written, budgets that are met or missed, and going on."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,10 @@ from families import TRANSFORMERS_5, family
 from notall import Plan
 from tiny_tokenizer import byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,  # of words and files; README.md runs it on both
+]
 
 
 @pytest.fixture
@@ -219,27 +221,6 @@ def test_bytes_say_of_which_dtype_they_are(run, folder, tmp_path):
         code, out, _ = run(*command)
         assert code == 0
         assert "in float32" in " ".join(out.split())
-
-
-@pytest.mark.slow
-def test_bytes_are_counted_in_the_checkpoint_s_own_dtype_or_another(run, folder, tmp_path):
-    half = tmp_path / "half"
-    shutil.copytree(folder, half)
-    settings = json.loads((half / "config.json").read_text())
-    own = next(name for name in ("dtype", "torch_dtype") if name in settings)
-    (half / "config.json").write_text(json.dumps(settings | {own: "bfloat16"}))
-
-    def counted(model, *options):
-        plan = json.loads(run("plan", model, *options, "-o", tmp_path / "plan.json", "--json")[1])["plan"]
-        parts = json.loads(run("inspect", model, *options, "--json")[1])["sublayers"]
-        weighed = [*(one["footprint"] for one in plan), *parts]
-        return [one[name] for one in weighed for name in ("weight_bytes", "kv_bytes_per_token")]
-
-    whole = counted(folder)
-    assert counted(half) == counted(folder, "--dtype", "float16") == [count // 2 for count in whole]
-    assert counted(half, "--dtype", "float32") == whole == counted(folder, "--dtype", "auto")
-    assert "in bfloat16" in " ".join(run("plan", half, "-o", tmp_path / "plan.json")[1].split())
-    assert run("inspect", folder, "--dtype", "float13")[0] == 2
 
 
 def test_a_share_and_a_number_of_layers_are_told_apart(run, folder, tmp_path):

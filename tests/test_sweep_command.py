@@ -8,7 +8,10 @@ import pytest
 from api import TIMED_ONCE, ComparisonRecord, SweepRecord, read
 from command_line import QUICK, TIMED
 
-pytestmark = pytest.mark.usefixtures("short_prose")
+pytestmark = [
+    pytest.mark.usefixtures("short_prose"),
+    pytest.mark.any_transformers,  # of tables, figures and pages; what skipping does is the same on both
+]
 
 
 def test_sweep_writes_results_and_figures_and_prints_the_table(run, folder, tmp_path):
