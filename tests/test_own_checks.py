@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -61,8 +62,12 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert not fitted & judging
     assert len(judging) > 300
     assert not set(FITTED) & set(UNSEEN)
-    own = {doc["prompt"] for doc in checks.check("passkey_256", 32).docs}
-    assert not any(prompt in text_of(None, None, "episodes").content for prompt in own)
+    assert {doc["prompt"] for name in ("answers", "written") for doc in checks.check(name, 64).docs} <= judging
+    judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.check(f"passkey_{tokens}", 32).docs]
+    fitted_keys = re.findall(r"The pass key is (\d+)", text_of(None, None, "episodes").content)
+    assert len(fitted_keys) >= 40
+    assert len(set(judged)) > 90
+    assert not {key.strip() for key in judged} & set(fitted_keys)
 
 
 def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp_path, monkeypatch):
@@ -220,3 +225,5 @@ def test_the_worst_of_a_plans_last_state_decides():
     assert short_of(skipped + kept, 0.96).startswith("a recovery of 0.96 in 1 of 2: b inconclusive (1.00 [0.95, 1.05]")
     assert "about 63 items would tell" in short_of(skipped + kept, 0.96)
     assert short_of(skipped, 0.95).count("lost") == 2
+    unknown = kept[0].model_copy(update={"recovery": None, "value": 0.0, "delta": 0.0})
+    assert short_of([unknown], 0.5) == "a recovery of 0.5 in 1 of 1: a inconclusive (the dense model is at 0.00)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality, Recovery
+from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Fact, is_number
@@ -149,13 +148,13 @@ def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
     """
     last, short = [one for one in scores if one.model == scores[-1].model], []
     for one in last:
-        told = one.recovery or Recovery.of((math.nan, 0.0, math.inf), 0)
-        if (verdict := told.is_kept(least)) == "kept":
-            continue
-        share, low, high = told.interval
-        more = told.items_to_tell(least)
-        tell = f", about {more:,} items would tell" if verdict == "inconclusive" and more else ""
-        short.append(f"{one.task} {verdict} ({share:.2f} [{low:.2f}, {high:.2f}] of {one.documents}{tell})")
+        if one.recovery is None:
+            short.append(f"{one.task} inconclusive (the dense model is at {one.value - one.delta:.2f})")
+        elif (verdict := one.recovery.is_kept(least)) != "kept":
+            share, low, high = one.recovery.interval
+            more = one.recovery.items_to_tell(least)
+            tell = f", about {more:,} items would tell" if verdict == "inconclusive" and more else ""
+            short.append(f"{one.task} {verdict} ({share:.2f} [{low:.2f}, {high:.2f}] of {one.documents}{tell})")
     return f"a recovery of {least:g} in {len(short)} of {len(last)}: {'; '.join(short)}" if short else None
 
 

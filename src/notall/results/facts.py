@@ -200,13 +200,14 @@ class Recovery(Fact):
 
     share: Number = Field(description="the plan's score over the dense model's on the same items")
     low: Number = Field(description="the interval's lower end")
-    high: Number = Field(description="its upper end; infinite where the dense model may be at zero")
+    high: Number = Field(description="its upper end")
     items: Count
 
     @classmethod
-    def of(cls, interval: tuple[float, float, float], items: int) -> Self:
+    def of(cls, interval: tuple[float, float, float], items: int) -> Self | None:
+        """None where the interval has no end: the dense model may be at zero."""
         share, low, high = interval
-        return cls(share=share, low=low, high=high, items=items)
+        return cls(share=share, low=low, high=high, items=items) if math.isfinite(share) and high < math.inf else None
 
     @property
     def interval(self) -> tuple[float, float, float]:
@@ -220,7 +221,7 @@ class Recovery(Fact):
         """About how many items would tell, at this share and spread; None where the share is too near to `least`."""
         side = self.share - self.low if self.share > least else self.high - self.share
         apart = abs(self.share - least)
-        if not (math.isfinite(side) and apart > 1e-3):
+        if apart <= 1e-3:
             return None
         return math.ceil(self.items * max(1.0, side / apart) ** 2)
 
