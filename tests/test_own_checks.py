@@ -162,6 +162,15 @@ def test_the_dense_model_keeps_all_that_it_writes(model, tokenizer, tmp_path):
     assert by_plan[1]["words,none"].recovery is None
 
 
+def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
+    job, other = TaskShelf().build("written", None, 4), tiny_llama(2048)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.neg_()
+    harness.run_tasks(model, tokenizer, [Plan()], [job])
+    found = harness.run_tasks(other, tokenizer, [Plan()], [job])
+    assert {one.score.value for one in found if one.score.metric == "same_beginning,none"} == {1.0}
+
+
 class _Reader:
     """Stands in for what a model says: the right answer, or `wrong`."""
 

@@ -44,6 +44,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
+    from .checks import Written
     from .tasks import Job, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
@@ -105,6 +106,9 @@ def run_tasks(
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
+    for task in job.tasks.values():
+        if isinstance(task, Written):
+            task.dense.clear()  # of another model
     with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
