@@ -21,7 +21,6 @@ from ..results.record import Count, Fact, Record, Skips
 from ..results.table import Column, number, table, within, words
 from .folder import Folder, Section, Shown, Step
 from .options import ModelOptions
-from .pages import speedup_cards
 from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
@@ -162,9 +161,8 @@ def shown(folder: Folder) -> Shown:
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
-    step, last = steps[timed[-1]], rows[timed[-1]]
-    cards = speedup_cards(last.model.times, f"without {last.plan_words}; {last.bench.told}")
-    real = "MODEL" if last.bench.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
+    # Of random weights no loss is of interest.
+    real = "MODEL" if rows[timed[-1]].bench.what.get("dummy_weights") else folder.model
     command = next_command("eval", real, *folder.plan_options)
-    message = Verdict.of(step, folder).message("see what that costs", command)
-    return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))
+    message = Verdict.of(steps[timed[-1]], folder).message("see what that costs", command)
+    return Shown(message, (), tuple(steps), timed[-1], (results,))

@@ -131,10 +131,7 @@ def measure_draft(
     """What the model without `plan` brings as a draft model, a record for each way to decode and number drafted.
 
     `windows` are token ids, (texts, prompt + generated): `model` continues their prompts itself, and steps are timed on
-    the first of them as it is. Kept in the folder `out` with earlier records, if given.
-
-    Raises `UsageError` as `DraftOptions.check` and `skip` do, and before anything is run when the folder is in use,
-    holds another command's results or cannot be written.
+    the first of them as it is. Raises `UsageError` before anything is run, as `DraftOptions.check` and `Ledger` do.
     """
     from ..measuring.acceptance import judge, write_texts
     from ..measuring.speed import interleaved, step_ms

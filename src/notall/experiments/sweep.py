@@ -31,7 +31,7 @@ from ..results.record import Record, is_number
 from ..results.table import Column, as_latex, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
 from .folder import Card, Figure, Folder, Sample, Shown
-from .pages import MeasuredPlan, fastest_card, mildest, points_of, results, shown_plans, similarity_section
+from .pages import MeasuredPlan, mildest, points_of, results, shown_plans, similarity_section
 from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _found_better(folder: Folder, record: SweepRecord) -> tuple[str, str]:
 
 
 def _cards(records: Sequence[SweepRecord], dense: SweepRecord) -> list[Card]:
-    """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
+    """Of the dense model, of what loses least, of the front."""
     from ..charts.losses import front
 
     def place(one: SweepRecord) -> tuple[float, float]:
@@ -246,7 +246,6 @@ def _cards(records: Sequence[SweepRecord], dense: SweepRecord) -> list[Card]:
     told = f"no other plan is both faster and better: {', '.join(on_front[:5])}{' …' if len(on_front) > 5 else ''}"
     return [
         Card("Dense model", PERPLEXITY.cell(dense.quality).text, PERPLEXITY.heading, size),
-        fastest_card(known),
         Card.of_loss("Loses least", least.quality, f"{least.name}; decodes {least.times.speedup_decode.median:.2f}×"),
         Card("On the front", f"{len(on_front)} of {len(known)}", "plans", told),
     ]
