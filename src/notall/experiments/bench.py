@@ -156,8 +156,7 @@ def shown(folder: Folder) -> Shown:
         name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
         steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
     note = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
-    lines = table("results", COLUMNS, rows)
-    results = Section("results", "Results", (), lines, tuple(range(len(rows))), note)
+    results = Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), note)
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))

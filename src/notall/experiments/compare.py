@@ -389,7 +389,6 @@ def _finished(
         for one in others:
             mine = held.scores(scored_as(one.plan, one.repair)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
-
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
         every[place] = record.model_copy(update={"behind": more, "behind_se": error})
@@ -554,10 +553,9 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
 
 def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
-    if not records:
-        return Shown()
-    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again)
-    return replace(found, steps=tuple(replace(step, order=one.order) for step, one in zip(found.steps, records)))
+    found = shown_plans(folder, records, _sections(records), _found_again)
+    steps = tuple(replace(step, order=one.order) for step, one in zip(found.steps, records))
+    return replace(found, cards=tuple(_cards(records)), steps=steps)
 
 
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:

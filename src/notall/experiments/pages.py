@@ -17,7 +17,7 @@ from ..results.record import Skips, is_number
 from ..results.repairs import EvaluationRecord
 from ..results.table import Column, as_csv, table, words
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
-from .folder import Card, Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
+from .folder import Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
 from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def shown_plans(
     folder: Folder,
     records: Sequence[P],
     sections: Iterable[Section],
-    cards: Iterable[Card],
     then: Callable[[Folder, P], tuple[str, str]],
     dense: Footprint | None = None,
 ) -> Shown:
@@ -83,7 +82,7 @@ def shown_plans(
         said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
         message = Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
     first = records.index(best or least or records[-1])
-    return Shown(message, tuple(cards), steps, first, tuple(sections), costs=read_costs(folder.path))
+    return Shown(message, (), steps, first, tuple(sections), costs=read_costs(folder.path))
 
 
 def results(

@@ -24,15 +24,7 @@ from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
-from .driver import (
-    BenchmarkRecord,
-    DiagnosticsRecord,
-    SimilarityRecord,
-    Subject,
-    benchmark,
-    diagnose,
-    similarities,
-)
+from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
 from .folder import Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
 from .pages import similarity_section
@@ -572,8 +564,6 @@ def shown(folder: Folder) -> Shown:
     every: dict[Configuration, Configured] = {}
     for row in (*times, *folder.of(BenchmarkRecord), *checks):
         every.setdefault(row.configuration, row)
-    if not (claims or every):
-        return Shown()
     averages = {one.configuration: one for one in board.averages()}
     timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(checks)
     steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
