@@ -153,7 +153,7 @@ NAMES = {
     "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "short_of", "warn_if_worse"],
     "experiments.folder": [
         *("Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"),
-        *("Folder", "check_folder", "know_every_kind", "read_folder", "read_folder as results_of"),
+        *("Folder", "check_folder"),
     ],
     "experiments.options": ["HeldOutOptions", "ModelOptions", "PlanOptions", "RayOptions", "TaskChoice", "TaskOptions"],
     "experiments.paper": [
@@ -248,7 +248,9 @@ NAMES = {
     "repairing.streams": ["DenseStream", "HELD", "held_out", "offloaded"],
     "repairing.students": ["Layerwise", "Student"],
     "repairing.texts": ["AT_ONCE", "GIVEN", "RepairTexts", "measure as repair_texts_measure", "sampled"],
-    "report.page": ["as_it_is", "flatten", "render", "shown_by", "write_report"],
+    "report.page": [
+        *("as_it_is", "flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")
+    ],
     "results.facts": [
         "Check",
         "Configured",

@@ -423,7 +423,7 @@ def test_a_model_whose_state_cannot_be_taken_back_is_refused_by_transformers():
         ({"most": 65}, "--most must be 1 to 64, got 65"),
         ({"most": 4}, "fewer than the check of 4 drafted ones reads: give at least 5"),
         ({"rounds": 0}, "rounds is 0; give 1 or more"),
-        ({"prompt_tokens": 0}, "a prompt of 0 tokens is none"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0; give 1 or more"),
         ({"generation_tokens": 60}, "exceed the model's 64 positions"),
     ],
 )

@@ -39,7 +39,6 @@ def test_of_a_sweep_it_is_the_fastest_usable_plan_and_the_search_for_a_better_on
     assert shown.message.usable
     assert shown.message.command == "notall search tiny --skip attention:2 --text t --out plan.json"
     assert shown.steps[shown.first].plan.attention == (7, 8)
-    assert [card.figure for card in shown.cards] == ["12.2", "1.12×", "+0.10", "7 of 18"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,6 @@ def test_where_nothing_is_usable_it_says_so_and_asks_for_less(tmp_path, records,
     assert shown.message.command == "notall search tiny --max-nll 0.1 --out plan.json"
     losses = [step.quality.delta_nll for step in shown.steps]
     assert losses[shown.first] == min(losses)
-    assert "none" in [card.figure for card in shown.cards] or len(useless) == 18  # which has no dense model
 
 
 def test_a_change_of_most_first_choices_is_no_more_usable_than_a_doubled_perplexity(tmp_path):
@@ -129,8 +127,6 @@ def test_of_a_search_it_is_what_was_chosen_last_and_where_its_plan_is(tmp_path):
     pruned = tmp_path / "better-pruned"
     assert shown.message.command == f"notall export tiny --plan {plan} --repair refit --to hf --out {pruned}"
     assert (shown.first, shown.steps[1].order) == (1, (("attn.9",), ("attn.8",)))
-    cards = {card.title: card.figure for card in shown.cards}
-    assert (cards["Skips"], cards["As fast"], cards["Objective"]) == ("2", "1.25×", "+0.250")
 
 
 @pytest.mark.parametrize(
@@ -242,11 +238,10 @@ def test_of_a_bench_it_is_the_last_plan_and_what_its_loss_is(tmp_path, what, whe
 def test_of_the_papers_evaluation_it_is_what_became_of_its_claims(tmp_path):
     shown = first(result_folders.write_paper(tmp_path))
     assert shown.message.said == (
-        "Of the paper's 4 claims 1 holds, 1 does not hold and 2 are inconclusive on tiny; without the deepest 33% of "
-        "its attentions it decodes 1.17× as fast and the average of 2 benchmarks changes by -20.0 ± 3.5 points."
+        "The paper's 4 claims on tiny (holds: 1, does not hold: 1, inconclusive: 2); without the deepest 33% of its "
+        "attentions it decodes 1.17× as fast and the average of 2 benchmarks changes by -20.0 ± 3.5 points."
     )
     assert shown.message.command == "notall eval tiny --skip attention:0.33"
-    assert shown.cards[0].figure == "1 of 4"
 
 
 def test_an_average_from_a_few_documents_is_not_told_as_one(tmp_path):
@@ -278,7 +273,7 @@ def test_a_page_of_the_papers_evaluation_opens_on_its_claims(tmp_path):
     assert page.index('id="message"') < page.index('id="table-claims"') < page.index('id="plans"')
 
 
-def test_the_table_of_a_comparison_begins_with_the_best_and_repairs_stand_beside(tmp_path):
+def test_the_table_of_a_comparison_begins_with_the_best_and_repairs_stand_below_each_other(tmp_path):
     ways = (("cosine", 0.3, 0.25), ("deepest", 0.9, 0.1), ("search", 0.2, 0.15))
     records = [
         result_folders.compared(way, space, count, lost, repair=repair)
@@ -287,8 +282,8 @@ def test_the_table_of_a_comparison_begins_with_the_best_and_repairs_stand_beside
         for repair, lost in (("none", unrepaired * count), ("refit", repaired * count))
     ]
     shown = first(result_folders.write_comparison(tmp_path, records))
-    tables = {section.name: section for section in shown.sections if section.table}
-    table, steps = tables["results"].table, tables["results"].steps
+    (results,) = shown.sections
+    table, steps = results.table, results.steps
     cells = [[str(cell) for cell in row[:5]] for row in table.rows]
     assert [row[0] for row in cells[:6]] == ["deepest", "deepest", "search", "search", "cosine", "cosine"]
     assert [row[3] for row in cells] == ["2"] * 6 + ["4"] * 6 + ["2"] * 6
@@ -297,9 +292,6 @@ def test_the_table_of_a_comparison_begins_with_the_best_and_repairs_stand_beside
         assert row[5].value == records[step].quality.delta_nll
     usable = [str(row[table.headings.index("usable")]) for row in table.rows]
     assert usable[:6] == ["yes", "no", "yes", "yes", "yes", "yes"]
-    beside = tables["repairs"].table
-    assert beside.headings[-2:] == ("unrepaired", "refit")
-    assert [str(cell) for cell in beside.rows[0]][-2:] == ["1.800 ± 0.180", "0.200 ± 0.020"]
 
 
 def test_every_next_command_is_one_that_can_be_typed(tmp_path):

@@ -58,11 +58,8 @@ class Point:
 
     def row(self, colours: Colours, span: Span = (0, math.inf)) -> dict[str, object]:
         """What is drawn: `shown` is what its series goes by in the legend; quartiles end where the axis does."""
-        row = vars(self) | {
-            "shown": self.colour if self.colour in colours else OTHERS,
-            "lost_se": None,
-            "speedup": None,
-        }
+        shown = self.colour if self.colour in colours else OTHERS
+        row = vars(self) | {"shown": shown, "lost_se": None, "speedup": None}
         row |= zip(("lost_low", "lost_high"), self.bar)
         if times := self.speedup:
             row |= {"speedup": times.median, "speedup_low": times.low, "speedup_high": times.high}

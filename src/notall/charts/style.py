@@ -79,16 +79,11 @@ def snug(padding: int) -> alt.Scale:
 
 def on_page(chart: alt.LayerChart, height: int = HEIGHT) -> Settings:
     """A figure of a page: without theme, and as wide as the page gives."""
-    return spec_of(chart.properties(width="container", height=height))
-
-
-def spec_of(chart: alt.TopLevelMixin) -> Settings:
-    """The chart as a Vega-Lite spec, in which no name ends an expression of Vega's or the XML of an SVG."""
-    return _drawable(chart.to_dict())
+    return _drawable(chart.properties(width="container", height=height).to_dict())
 
 
 def _drawable(value: object) -> Any:
-    """Texts in one short line of printable letters; a backslash would take away what Vega quotes them by."""
+    """A spec in which no text ends an expression of Vega's, as a backslash does, or the XML of an SVG, nor is long."""
     if isinstance(value, str):
         return shortened(printable(value).replace("\\", "∖"), LETTERS)
     if isinstance(value, dict):
@@ -100,7 +95,7 @@ def save(chart: alt.TopLevelMixin, stem: Path) -> None:
     """Write stem.png, .svg and .html, a page that needs no network. Raises `UsageError` when they can't be written."""
     import vl_convert
 
-    spec = spec_of(chart)
+    spec = _drawable(chart.to_dict())
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGALITE, scale=2))

@@ -21,7 +21,6 @@ from ..results.record import Count, Fact, Record, Skips
 from ..results.table import Column, number, table, within, words
 from .folder import Folder, Section, Shown, Step
 from .options import ModelOptions
-from .pages import speedup_cards
 from .verdict import Verdict, next_command
 
 if TYPE_CHECKING:
@@ -157,14 +156,12 @@ def shown(folder: Folder) -> Shown:
         name, dense = f"{row.plan_words}, {row.bench.told}", row.bench.dense.footprint
         steps.append(Step(name, plan, None, row.model.times, row.model.footprint, dense))
     note = "Plan and dense model are timed in turn; a speedup is the median of the rounds' own ratios."
-    lines = table("results", COLUMNS, rows)
-    results = Section("results", "Results", (), lines, tuple(range(len(rows))), note)
+    results = Section("results", "Results", (), table("results", COLUMNS, rows), tuple(range(len(rows))), note)
     timed = [place for place, step in enumerate(steps) if step.plan]
     if not timed:
         return Shown(steps=tuple(steps), first=max(len(rows) - 1, 0), sections=(results,))
-    step, last = steps[timed[-1]], rows[timed[-1]]
-    cards = speedup_cards(last.model.times, f"without {last.plan_words}; {last.bench.told}")
-    real = "MODEL" if last.bench.what.get("dummy_weights") else folder.model  # of random weights no loss is of interest
+    # Of random weights no loss is of interest.
+    real = "MODEL" if rows[timed[-1]].bench.what.get("dummy_weights") else folder.model
     command = next_command("eval", real, *folder.plan_options)
-    message = Verdict.of(step, folder).message("see what that costs", command)
-    return Shown(message, tuple(cards), tuple(steps), timed[-1], (results,))
+    message = Verdict.of(steps[timed[-1]], folder).message("see what that costs", command)
+    return Shown(message, (), tuple(steps), timed[-1], (results,))

@@ -19,34 +19,20 @@ from ..errors import FIGURES, UsageError, installed, need, shortened
 from ..inputs import Settings
 from ..measuring.statistics import mean_and_error
 from ..options import Workload, option
-from ..plan import KIND_NAMES, Plan, in_ranges
+from ..plan import Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import BESIDE, DELTA_NLL, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
+from ..results.facts import BESIDE, QUALITY, SPEEDUPS, Footprint, SearchCost, TaskScore, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Amount, Count, Key, Number, Record, Scalar, Skips, SublayerName, Unsigned, is_number
 from ..results.repairs import EvaluationRecord
-from ..results.table import (
-    EMPTY,
-    Cell,
-    Column,
-    Table,
-    as_csv,
-    as_latex,
-    number,
-    pivot,
-    size,
-    table,
-    with_error,
-    within,
-    words,
-)
+from ..results.table import Column, Table, as_csv, as_latex, number, size, table, with_error, within, words
 from .driver import UNREPAIRED, HeldScores, RepairName, Subject, run_choice, scored_as, time_plan
-from .folder import Card, Figure, Folder, Section, Shown, in_nats
+from .folder import Card, Figure, Folder, Section, Shown
 from .options import SkipAmount, TaskChoice, space_of
-from .pages import MeasuredPlan, fastest_card, points_of, results, shown_plans
+from .pages import MeasuredPlan, points_of, results, shown_plans
 from .search import tasks_of
-from .verdict import is_usable, joined, next_command, on_the_text
+from .verdict import is_usable, next_command, on_the_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +90,10 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
     tasks: tuple[TaskScore, ...] = ()
 
     @property
+    def run(self) -> Key:
+        return self.key[: len(RUN)]
+
+    @property
     def way(self) -> str:
         """Such as `search by kl, refit`."""
         return self.chosen_by + (f", {self.repair}" if self.repair != UNREPAIRED else "")
@@ -149,17 +139,12 @@ CHOSEN: tuple[Column[ComparisonRecord], ...] = (
 def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRecord], ...]:
     """The columns of a comparison; those of the tasks of `records` follow the quality."""
 
-    def of_task(name: str) -> Column[ComparisonRecord]:
-        def cell(record: ComparisonRecord) -> Cell:
-            return next((BESIDE.cell(score) for score in record.tasks if name_of(score) == name), EMPTY)
-
-        return Column(name, cell, note=BESIDE.note)
-
+    tasks = [replace(BESIDE, heading=name) for name in _tasks_of(records)]
     return (
         *CHOSEN,
         words("repair", lambda one: one.repair if one.repair != UNREPAIRED else ""),
         *within(QUALITY, lambda one: one.quality),
-        *map(of_task, _tasks_of(records)),
+        *(column for task in tasks for column in within([task], partial(_score_of, task.heading))),
         BEHIND,
         size("added", lambda one: one.added_bytes or None),
         *within(SPEEDUPS, lambda one: one.times),
@@ -169,6 +154,10 @@ def columns_of(records: Sequence[ComparisonRecord]) -> tuple[Column[ComparisonRe
         number("on the text it chose by", lambda one: one.calibration_delta, "+.3f"),
         number("calibration tokens", lambda one: one.calibration_tokens if one.spent.evaluations else None, ",d"),
     )
+
+
+def _score_of(name: str, record: ComparisonRecord) -> TaskScore | None:
+    return next((score for score in record.tasks if name_of(score) == name), None)
 
 
 def _tasks_of(records: Sequence[ComparisonRecord]) -> list[str]:
@@ -400,7 +389,6 @@ def _finished(
         for one in others:
             mine = held.scores(scored_as(one.plan, one.repair)).nll
             behind[one.key] = mean_and_error([a - b for a, b in zip(mine, least)])
-
     for place, record in enumerate(every):
         more, error = behind.get(record.key, (math.nan, math.nan))
         every[place] = record.model_copy(update={"behind": more, "behind_se": error})
@@ -441,14 +429,11 @@ class _Choosing:
         folder = self.subject.out / Path(EvaluationRecord.file).stem if evaluates else None
         name = f"{_file_name(f'{run.criterion} {run.objective}')}.jsonl"  # what goes by the same shares evaluations
         evaluator = Evaluator(model, by.objective, folder=folder, name=name, settings=self.about)
-        setting = Setting(
-            model,
-            run.space,
-            by.batches,
-            evaluator,
-            self.subject.seed,
-            progress=lambda done, total, doing: progress(done, total, f"{run.name}: {doing}"),
-        )
+
+        def tell(done: float, total: float, doing: str) -> None:
+            progress(done, total, f"{run.name}: {doing}")
+
+        setting = Setting(model, run.space, by.batches, evaluator, self.subject.seed, progress=tell)
         budget, rise = by_count(run.space, run.count), math.nan
         if one.score:
             if run.key[:3] not in self.scored:
@@ -523,14 +508,8 @@ def timed_once(records: Sequence[ComparisonRecord]) -> bool:
 
 def comparison_table(records: Sequence[ComparisonRecord]) -> str:
     """The comparison in Markdown, a part for each space and count, what loses least first."""
-
-    def layers(record: ComparisonRecord) -> str:
-        """Such as `attention 6, 7; MLP 3`."""
-        skipped = record.plan.indices.items()
-        return "; ".join(f"{KIND_NAMES[kind]} {in_ranges(layers)}" for kind, layers in skipped if layers)
-
     columns = [column for column in columns_of(records) if column not in CHOSEN[2:]]
-    parts = [*_parts([*columns, words("skips", layers)], records)]
+    parts = [*_parts([*columns, words("skips", lambda one: one.plan or None)], records)]
     legend = next((part.legend for _, part in parts), "")
     return "\n".join([f"{legend}\n", *(f"### {name}\n\n{part.markdown()}" for name, part in parts)])
 
@@ -549,23 +528,16 @@ def _parts(
 def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
     """Places of records: by space and count, then by loss, what is repaired beside what is not."""
     lost: dict[Key, float] = {}
-    for record in records:
-        lost[_asked(record)] = min(record.quality.nats_lost, lost.get(_asked(record), math.inf))
-    spaces = [*dict.fromkeys(record.space for record in records)]
-
-    ranks = [
-        (spaces.index(one.space), one.count, lost[_asked(one)], _asked(one), one.quality.nats_lost) for one in records
-    ]
+    for one in records:
+        lost[one.run] = min(one.quality.nats_lost, lost.get(one.run, math.inf))
+    spaces = [*dict.fromkeys(one.space for one in records)]
+    ranks = [(spaces.index(one.space), one.count, lost[one.run], one.run, one.quality.nats_lost) for one in records]
     return sorted(range(len(records)), key=ranks.__getitem__)
-
-
-def _asked(record: ComparisonRecord) -> Key:
-    return tuple(str(getattr(record, name)) for name in RUN)
 
 
 def plan_file(folder: Path, record: ComparisonRecord) -> Path:
     """Where the plan of a choice is, in the folder of a comparison."""
-    return folder / "plans" / f"{_file_name('-'.join(_asked(record)))}.json"
+    return folder / "plans" / f"{_file_name('-'.join(map(str, record.run)))}.json"
 
 
 def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
@@ -581,10 +553,9 @@ def drawn_points(records: Sequence[ComparisonRecord]) -> list[Point]:
 
 def shown(folder: Folder) -> Shown:
     records = folder.of(ComparisonRecord)
-    if not records:
-        return Shown()
-    found = shown_plans(folder, records, _sections(records), _cards(records), _found_again)
-    return replace(found, steps=tuple(replace(step, order=one.order) for step, one in zip(found.steps, records)))
+    found = shown_plans(folder, records, _sections(records), _found_again)
+    steps = tuple(replace(step, order=one.order) for step, one in zip(found.steps, records))
+    return replace(found, cards=tuple(_cards(records)), steps=steps)
 
 
 def _found_again(folder: Folder, record: ComparisonRecord) -> tuple[str, str]:
@@ -623,28 +594,15 @@ def _sections(records: Sequence[ComparisonRecord]) -> Iterator[Section]:
         chart = tradeoff(timed, colours, colour="criterion", shape="among")
         figures.append(Figure(on_page(chart), "quality lost against decode speedup", title="against decode speedup"))
     yield results(records, columns_of(records), order, figures, TIMED_ONCE if timed_once(records) else "")
-    if any(record.repair != UNREPAIRED for record in records):
-        choices = [*dict.fromkeys(_asked(records[place]) for place in order)]
-        repairs = [*dict.fromkeys(one.repair for one in records)]
-        ranked = sorted(records, key=lambda one: (choices.index(_asked(one)), repairs.index(one.repair)))
-        names = {UNREPAIRED: "unrepaired"}
-        after = [(one, names.get(one.repair, one.repair), DELTA_NLL.cell(one.quality)) for one in ranked]
-        lines, rows = pivot("repairs", CHOSEN, after, _asked)
-        yield Section("repairs", "Before and after repairs", (), lines, tuple(map(records.index, rows)))
 
 
 def _cards(records: Sequence[ComparisonRecord]) -> Iterator[Card]:
-    """What is fastest of the usable, and what loses least at the largest usable count of each space."""
+    """What loses least at the largest usable count of each space."""
     known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
-    if known:
-        yield fastest_card(known)
     for space in list(dict.fromkeys(record.space for record in known))[:4]:
         asked = [record for record in known if record.space == space]
         count = max(record.count for record in [one for one in asked if is_usable(one.quality)] or asked)
-        best, *rest = sorted((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
-        same = [one.way for one in rest if (one.plan, one.quality.delta_nll) == (best.plan, best.quality.delta_nll)]
-        told = [f"{best.way}, {best.forwards:,.1f} forward passes to find"]
-        told += [f"the same set by {joined(same)}"] if same else []
-        told += [f"next, {in_nats(one.quality)}: {one.way}" for one in rest if one.way not in same][:1]
-        told += [] if is_usable(best.quality) else ["no longer usable"]
-        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, "; ".join(told))
+        best = min((one for one in asked if one.count == count), key=lambda one: one.quality.delta_nll)
+        told = f"{best.way}, {best.forwards:,.1f} forward passes to find"
+        told += "" if is_usable(best.quality) else "; no longer usable"
+        yield Card.of_loss(f"Loses least: {count} {space}", best.quality, told)

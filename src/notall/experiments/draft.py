@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
-from ..options import option
+from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import Decoding
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..measuring.acceptance import Accepted
 
 MOST_DRAFTED = 64
+Samples = Mapping[str, Sequence[float]]  # milliseconds, a round each, by what was timed
 DENSE, DRAFT, CHECK = "a decode step", "a draft step", "the check of {}"
 ALONE, WITH = "generating", "generating with a draft"
 NOTE = (
@@ -96,15 +97,9 @@ class DraftOptions:
     rounds: int = option(3, "timed rounds; each times all models in turn")
 
     def check(self, model: PreTrainedModel) -> None:
-        from ..running.generating import check_positions
-
         if not 1 <= self.most <= MOST_DRAFTED:
             raise UsageError(f"--most must be 1 to {MOST_DRAFTED}, got {shortened(self.most)}")
-        if self.rounds < 1:
-            raise UsageError(f"rounds is {shortened(self.rounds)}; give 1 or more")
-        if self.prompt_tokens < 1:
-            raise UsageError(f"a prompt of {shortened(self.prompt_tokens)} tokens is none: give 1 or more")
-        check_positions(model, self.prompt_tokens, self.generation_tokens)
+        Workload(self.prompt_tokens, self.generation_tokens, rounds=self.rounds).check(model)
         if self.generation_tokens <= self.most:
             told = f"{self.generation_tokens} new tokens are fewer than the check of {self.most} drafted ones reads"
             raise UsageError(f"{told}: give at least {self.most + 1}, or draft fewer")
@@ -131,10 +126,7 @@ def measure_draft(
     """What the model without `plan` brings as a draft model, a record for each way to decode and number drafted.
 
     `windows` are token ids, (texts, prompt + generated): `model` continues their prompts itself, and steps are timed on
-    the first of them as it is. Kept in the folder `out` with earlier records, if given.
-
-    Raises `UsageError` as `DraftOptions.check` and `skip` do, and before anything is run when the folder is in use,
-    holds another command's results or cannot be written.
+    the first of them as it is. Raises `UsageError` before anything is run, as `DraftOptions.check` and `Ledger` do.
     """
     from ..measuring.acceptance import judge, write_texts
     from ..measuring.speed import interleaved, step_ms
@@ -159,7 +151,7 @@ def measure_draft(
         times = interleaved(steps, how.rounds, progress=stages.stage(4))
         said = partial(DraftRecord, plan=plan, model=plan.state, rounds=how.rounds, provenance=source)
         records = [
-            _record(said, decoding, drafted, texts, times)
+            _record(partial(said, decoding=decoding), drafted, texts, times)
             for decoding, texts in judged.items()
             for drafted in range(1, how.most + 1)
         ]
@@ -172,13 +164,7 @@ def measure_draft(
     return Drafted(records, refused)
 
 
-def _record(
-    record: Callable[..., DraftRecord],
-    decoding: Decoding,
-    drafted: int,
-    texts: Sequence[Accepted],
-    times: Mapping[str, Sequence[float]],
-) -> DraftRecord:
+def _record(said: partial[DraftRecord], drafted: int, texts: Sequence[Accepted], times: Samples) -> DraftRecord:
     """A round takes so many draft steps and a check; the same tokens took the dense model a step each."""
     from ..measuring.acceptance import acceptance, tokens_per_round
     from ..measuring.speed import speedup
@@ -187,8 +173,7 @@ def _record(
     tokens, tokens_se = tokens_per_round(texts, drafted)
     dense, draft, check = times[DENSE], times[DRAFT], times[CHECK.format(drafted)]
     taken = [drafted * drafting + checking for drafting, checking in zip(draft, check)]
-    return record(
-        decoding=decoding,
+    return said(
         drafted=drafted,
         acceptance=accepted,
         acceptance_se=accepted_se,
@@ -258,10 +243,7 @@ def verdict(found: Drafted) -> DraftVerdict:
         best = max(some, key=lambda one: one.predicted.median)
         predicted, measured = best.predicted, best.measured.median if best.measured else math.nan
         facts[decoding] = BestDraft(
-            drafted=best.drafted,
-            predicted=predicted.median,
-            measured=measured,
-            tokens_per_round=best.tokens_per_round,
+            drafted=best.drafted, predicted=predicted.median, measured=measured, tokens_per_round=best.tokens_per_round
         )
         pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
         pace = "slower" if measured < 1 < predicted.low else pace

@@ -253,9 +253,8 @@ def benchmark(
 ) -> list[BenchmarkRecord]:
     """One record a task, metric and row (the dense one first), kept as soon as a task is done, and each answer at once.
 
-    The data of all tasks is read, and all is checked, before anything is computed. Tasks that generate text are for
-    `generating_rows`, where given. Raises `UsageError` as `run_tasks` does, and when the folder holds the results of
-    other settings or of another command.
+    All data is read and checked before anything is computed. Tasks that generate text are for `generating_rows`, where
+    given. Raises `UsageError` as `run_tasks` does, and as `Ledger` does.
     """
     from ..evaluation.harness import LM_EVAL_VERSION, PlansLM, evaluate_job
 

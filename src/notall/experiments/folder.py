@@ -6,19 +6,16 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import TypeVar
 
-from ..errors import UsageError
 from ..inputs import Settings
 from ..plan import Fingerprint, Plan, several
 from ..results import lines
 from ..results.facts import Footprint, Quality, Similarity, Times
-from ..results.ledger import header_of, kind_at, read, refuse_foreign
+from ..results.ledger import refuse_foreign
 from ..results.provenance import Provenance
-from ..results.record import KINDS, Command, Record, is_number
+from ..results.record import Command, Record, is_number
 from ..results.table import Table
 
 R = TypeVar("R", bound=Record)
@@ -74,41 +71,12 @@ class Folder:
             yield from (record.provenance for record in records if record.provenance)
 
 
-def know_every_kind() -> None:
-    """Import what no command has asked for yet: a kind of records is known once its module is imported."""
-    for one in iter_modules([str(Path(__file__).parent)]):
-        import_module(f".{one.name}", __package__)
-
-
 def check_folder(folder: Path | None, command: Command) -> None:
     """Raise `UsageError` where `command` could not write to `folder`: another's results are there, or it may not."""
     if folder is None:
         return
     lines.refuse_unwritable(folder)
     refuse_foreign(folder, command)
-
-
-def read_folder(path: Path) -> Folder:
-    """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
-    if path.is_file():
-        raise UsageError(f"{path} is a file: give the folder that it lies in")
-    if not path.is_dir():
-        raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
-    know_every_kind()
-    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[Settings, ...]]()
-    for file in sorted(path.glob("*.jsonl")):
-        if name := kind_at(file):
-            kind = KINDS[name]
-            header = header_of(file) if kind.headed else None
-            update = {"provenance": header.provenance} if header else {}
-            files[name] = tuple(one.model_copy(update=update) for one in read(file, kind))
-        elif rows := tuple(lines.read(file)):
-            foreign[file.stem] = rows
-    if not any(files.values()) and not foreign:
-        inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
-        advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
-        raise UsageError(f"{path} holds no results; {advice}")
-    return Folder(path, files, foreign)
 
 
 @dataclass(frozen=True)
@@ -178,6 +146,9 @@ class Figure:
     title: str = ""  # over it, where a section has several
     csv: str = ""  # its data, where that is not what the section's table has
     note: str = ""  # how to read it
+    id: str = ""  # what follows is the page's: its name there, as which CSV it is copied, if it marks the step
+    copied: str = ""
+    follows: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from pydantic import Field
 from ..errors import shortened
 from ..inputs import Settings
 from ..plan import several
-from ..results.facts import DELTA_NLL, KL, SPEEDUPS, Footprint, Quality, Similarity, Times
+from ..results.facts import DELTA_NLL, KL, Footprint, Quality, Similarity, Times
 from ..results.ledger import header_of, read
 from ..results.record import Skips, is_number
 from ..results.repairs import EvaluationRecord
 from ..results.table import Column, as_csv, table, words
 from .driver import SIMILARITY_READS, LeaveOneOutRecord
-from .folder import Card, Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
+from .folder import Costs, Figure, Folder, Message, Place, Section, Shown, Step, in_nats
 from .verdict import NAME_LETTERS, Verdict, asking_for_less, faults_of, is_usable
 
 if TYPE_CHECKING:
@@ -63,22 +63,10 @@ def mildest(records: Iterable[P]) -> P | None:
     return min(known, key=lambda one: one.quality.nats_lost, default=None)
 
 
-def fastest_card(records: Sequence[P]) -> Card:
-    best = fastest(records)
-    if best is None:
-        told = "without any of these plans' sublayers, perplexity more than doubles or most first choices change"
-        return Card("Fastest usable", "none", f"of {len(records)} plans", told)
-    text = f"{best.name}; {in_nats(best.quality)}"
-    if not best.times:
-        return Card("Largest usable", str(len(best.plan)), "sublayers left out", text)
-    return Card("Fastest usable", f"{best.times.speedup_decode.median:.2f}×", SPEEDUPS[0].heading, text)
-
-
 def shown_plans(
     folder: Folder,
     records: Sequence[P],
     sections: Iterable[Section],
-    cards: Iterable[Card],
     then: Callable[[Folder, P], tuple[str, str]],
     dense: Footprint | None = None,
 ) -> Shown:
@@ -94,7 +82,7 @@ def shown_plans(
         said = f"{which} {shortened(folder.model, NAME_LETTERS)} usable: with the mildest, {mild}"
         message = Message(f"{said}: {in_nats(least.quality)}.", False, *asking_for_less(folder.model))
     first = records.index(best or least or records[-1])
-    return Shown(message, tuple(cards), steps, first, tuple(sections), costs=read_costs(folder.path))
+    return Shown(message, (), steps, first, tuple(sections), costs=read_costs(folder.path))
 
 
 def results(
@@ -130,12 +118,6 @@ def similarity_section(rows: Sequence[Similarity]) -> Section:
 
     figure = Figure(on_page(similarity(rows), 340), "change by depth", csv=as_csv(rows), note=f"{SIMILARITY_READS}.")
     return Section("similarity", "Similarity by depth", (figure,))
-
-
-def speedup_cards(times: Times, told: str) -> list[Card]:
-    """How many times as fast decoding and prefill are, with quartiles."""
-    cells = [(column.heading.capitalize(), column.cell(times)) for column in SPEEDUPS]
-    return [Card(heading, f"{cell.text}×", cell.beside, told) for heading, cell in cells]
 
 
 TITLES = {"nll": DELTA_NLL.titled, "kl": f"KL added, {KL.unit}"}  # by the objective

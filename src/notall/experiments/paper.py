@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from statistics import correlation
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -17,25 +17,17 @@ from ..errors import UsageError, shortened
 from ..measuring.statistics import mean_and_error, sign_flip_p_value
 from ..models.names import model_in_words
 from ..options import Workload, option
-from ..plan import KIND_NAMES, Plan
+from ..plan import KIND_NAMES, Plan, several
 from ..progress import Progress, Stages, silent
 from ..results.facts import CONFIGURED, SIGNIFICANT, Compared, Configured, Footprint, TaskScore, Times
 from ..results.ledger import Ledger, working_in
-from ..results.provenance import Provenance, place_of, windows_in_words
+from ..results.provenance import Provenance, place_of
 from ..results.record import Count, Fact, Number, Quartiles, Record, Unsigned, is_number
 from ..results.table import EMPTY, Cell, Column, Table, as_csv, as_latex, pivot, table, words, written
-from .driver import (
-    BenchmarkRecord,
-    DiagnosticsRecord,
-    SimilarityRecord,
-    Subject,
-    benchmark,
-    diagnose,
-    similarities,
-)
-from .folder import Card, Folder, Message, Section, Shown, Step
+from .driver import BenchmarkRecord, DiagnosticsRecord, SimilarityRecord, Subject, benchmark, diagnose, similarities
+from .folder import Folder, Message, Section, Shown, Step
 from .options import Diagnostics, TaskChoice
-from .pages import similarity_section, speedup_cards
+from .pages import similarity_section
 from .verdict import MOST_NATS, NAME_LETTERS, joined, next_command
 
 if TYPE_CHECKING:
@@ -498,13 +490,9 @@ def write_paper(
     """Tables and claims from what was measured, into `out`; claims take the place of earlier ones."""
     about = next(one.provenance for one in (*similarity, *times, *benchmarks) if one.provenance)
     model, board = model_in_words(str(about.what.get("model"))), Scoreboard(benchmarks)
-    evidence = [f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."]
-    if similarity and "sequences" in similarity[0].what:
-        evidence.append(f"Similarity: {windows_in_words(similarity[0].what)}.")
-    evidence += [f"Benchmarks: {_made(benchmarks)}"] if benchmarks else []
-    evidence += [f"Times: {times[0].what.get('rounds', '?')} rounds, {_made(times)}"] if times else []
+    evidence = f"The claims of arXiv 2407.15516, as it makes them of Llama-2 7B and 13B, and our evidence on {model}."
     claims = [claim.model_copy(update={"provenance": about}) for claim in claims_of(similarity, board, times)]
-    tables = {"claims": table(" ".join([*evidence, JUDGED]), CLAIMS, claims)} if claims else {}
+    tables = {"claims": table(f"{evidence} {JUDGED}", CLAIMS, claims)} if claims else {}
     story = [
         f"# The evaluation of arXiv 2407.15516 on {model}",
         f"{about.what['dtype']} on {place_of(about.where.get('machine'))}. Weights: {about.what['revision']}.",
@@ -570,52 +558,33 @@ def _made(records: Sequence[Record]) -> str:
     return f"lm-evaluation-harness {about.what.get('lm_eval')}: {told}. {where}" if asked else where
 
 
-BECAME = {
-    "holds": ("holds", "hold"),
-    "does not hold": ("does not hold", "do not hold"),
-    "inconclusive": ("is inconclusive", "are inconclusive"),
-    "too few": ("is open, on too few documents or rounds", "are open, on too few documents or rounds"),
-}
-
-
-def became_of(claims: Sequence[ClaimRecord]) -> str:
-    """Such as `5 hold, 2 do not hold and 8 are inconclusive`."""
-    counts = Counter(str(claim.verdict) for claim in claims)
-    return joined([f"{counts[name]} {says[counts[name] > 1]}" for name, says in BECAME.items() if counts[name]])
-
-
 def shown(folder: Folder) -> Shown:
     board, claims, times = Scoreboard(folder.of(BenchmarkRecord)), folder.of(ClaimRecord), folder.of(TimesRecord)
     checks = folder.of(DiagnosticsRecord)
     every: dict[Configuration, Configured] = {}
     for row in (*times, *folder.of(BenchmarkRecord), *checks):
         every.setdefault(row.configuration, row)
-    if not (claims or every):
-        return Shown()
     averages = {one.configuration: one for one in board.averages()}
     timed, lost = {one.configuration: one for one in judged_times(times)}, _lost(checks)
     steps, dense = [], timed[DENSE].footprint if DENSE in timed else None
     for key, row in every.items():
         taken, left = (timed[key].times, timed[key].footprint) if key in timed else (None, None)
         steps.append(Step(row.name, row.plan, None, taken, left, dense))
-    parts, cards, model = [], [], shortened(folder.model, NAME_LETTERS)
+    parts, model, place = [], shortened(folder.model, NAME_LETTERS), [*every]
     if claims:
-        holding = [claim for claim in claims if claim.verdict == "holds"]
-        rest = became_of([claim for claim in claims if claim not in holding])
-        cards.append(Card("Claims that hold", f"{len(holding)} of {len(claims)}", "", rest))
-        parts.append(f"of the paper's {len(claims)} claims {became_of(claims)} on {model}")
-    end, command, place = "go on with it", next_command("paper", folder.model, out=folder.path), [*every]
+        counts = Counter(claim.verdict for claim in claims)
+        became = ", ".join(f"{name}: {counts[name]}" for name in get_args(Verdict) if counts[name])
+        parts.append(f"the paper's {len(claims)} claims on {model} ({became})")
+    end, command = "go on with it", next_command("paper", folder.model, out=folder.path)
     if first := _headline(timed, averages, lost):
-        found = [*_told(first, timed.get(first), averages.get(first), lost.get(first), board.fewest)]
-        parts.append(f"{_without(first)} {joined([said for said, _ in found])}")
-        cards += [card for _, some in found for card in some]
+        found = _told(timed.get(first), averages.get(first), lost.get(first), board.fewest)
+        parts.append(f"{_without(first)} {joined([*found])}")
         options = {"skip": f"{first[0]}:{first[1]:g}", "keep_last": first[2] or None}
         end, command = "see what that costs on a text", next_command("eval", folder.model, **options)
     said = "; ".join(parts) or f"the evaluation of {model} has only begun"
     usable = lost[first] <= MOST_NATS if first in lost else None
     return Shown(
         message=Message(f"{said[:1].upper()}{said[1:]}.", usable, end, command),
-        cards=tuple(cards),
         steps=tuple(steps),
         first=place.index(first) if first else max(len(steps) - 1, 0),
         sections=tuple(_sections(folder, board, place)),
@@ -643,23 +612,16 @@ def _headline(
     return max(known, key=lambda key: (key[1], not key[2]), default=None)
 
 
-def _told(
-    key: Configuration, timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int
-) -> Iterator[tuple[str, list[Card]]]:
-    """What a configuration comes to, in words and on cards."""
-    without = _without(key)
+def _told(timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int) -> Iterator[str]:
+    """What a configuration comes to, in words."""
     if timed:
-        size = f"{without}; prompt {timed.prompt_tokens}, batch {timed.concurrency}"
-        yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast", speedup_cards(timed.times, size)
+        yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
     if average:
-        change, error = written(100 * average.delta, "+.1f"), f"± {written(100 * average.delta_se, '.1f')} points"
-        tasks = f"the average of {average.tasks} benchmarks" if average.tasks > 1 else "the one benchmark"
+        change, error = written(100 * average.delta, "+.1f"), written(100 * average.delta_se, ".1f")
         few = f", from too few documents to say ({documents} a task)" if documents < LEAST_DOCUMENTS else ""
-        yield f"{tasks} changes by {change} {error}{few}", [Card("Benchmarks", change, error, f"{without}; {tasks}")]
+        yield f"the average of {several(average.tasks, 'benchmark')} changes by {change} ± {error} points{few}"
     if nats is not None:
-        no_longer = "" if nats <= MOST_NATS else ": it is no longer usable"
-        card = Card("Long texts", f"{nats:+.2f}", "nats a token", without)
-        yield f"long texts take {nats:+.2f} nats a token{no_longer}", [card]
+        yield f"long texts take {nats:+.2f} nats a token{'' if nats <= MOST_NATS else ': it is no longer usable'}"
 
 
 def _without(key: Configuration) -> str:

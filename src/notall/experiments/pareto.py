@@ -27,19 +27,7 @@ from ..progress import Progress, Stages, silent
 from ..results.facts import DECODE_MS, PREFILL_MS, SPEEDUPS, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
-from ..results.record import (
-    Count,
-    Fact,
-    Key,
-    Loss,
-    Number,
-    Positive,
-    Quartiles,
-    Record,
-    SublayerNames,
-    Unsigned,
-    is_number,
-)
+from ..results.record import Count, Fact, Key, Loss, Number, Positive, Record, SublayerNames, Unsigned, is_number
 from ..results.table import Column, in_bytes, size, table, with_error, within, words
 from .folder import Figure, Folder, Message, Section, Shown
 from .options import read_plan, words_of
@@ -165,17 +153,14 @@ def pareto_front(records: Sequence[ParetoRecord]) -> list[ParetoRecord]:
 
     A model is faster if its lower quartile is above the upper one of the other.
     """
-    by_bits = goes_by_bits(records)
-    measured = [
-        (value, -one.times.speedup_decode.median, one.times.speedup_decode, one)
-        for one in records
-        if one.times and is_number(value := one.loss(by_bits=by_bits)[0])
-    ]
-    found: list[tuple[Quartiles, ParetoRecord]] = []
-    for _, _, speedup, one in sorted(measured, key=lambda each: each[:2]):
-        if not found or speedup.low > found[-1][0].high:
-            found.append((speedup, one))
-    return [one for _, one in found]
+    by_bits, found, high = goes_by_bits(records), list[ParetoRecord](), -math.inf
+    timed = [(one.loss(by_bits=by_bits)[0], one.times.speedup_decode, one) for one in records if one.times]
+    measured = [each for each in timed if is_number(each[0])]
+    for _, speedup, one in sorted(measured, key=lambda each: (each[0], -each[1].median)):
+        if speedup.low > high:
+            found.append(one)
+            high = speedup.high
+    return found
 
 
 @dataclass(frozen=True)
@@ -293,9 +278,6 @@ class Variant:
     def named(self) -> Settings:
         return dict(zip(NAMED, self.key))
 
-    def in_round(self, number: int) -> Key:
-        return (*self.key, number)
-
     def __str__(self) -> str:
         return f"{file_name(self.subject.name)}{'-repaired' if self.key[1] else ''}-{self.type}"
 
@@ -355,9 +337,7 @@ class _Run:
             self._round(number)
         found = [self._compared(variant) for variant in self.variants]
         best = [record.key for record in pareto_front(found)]
-        found = [record.model_copy(update={"best": record.key in best}) for record in found]
-
-        known.renew(found)
+        known.renew(record.model_copy(update={"best": record.key in best}) for record in found)
         return [known[variant.key] for variant in self.variants]
 
     def _tell(self, step: int, what: str) -> None:
@@ -419,7 +399,7 @@ class _Run:
 
     def _round(self, number: int) -> None:
         running = [variant for variant in self.variants if variant.key not in self.failed]
-        if all(variant.in_round(number) in self.times for variant in running):
+        if all((*variant.key, number) in self.times for variant in running):
             return
         start = len(self.variants) * (2 + number)
         for place, variant in enumerate(running[:: -1 if number % 2 else 1]):
@@ -446,7 +426,9 @@ class _Run:
         means = {"nll": scores.nll, "bits_per_byte": bits, "delta_bits": map(sub, bits, others)}
         means["delta_nll"] = map(sub, scores.nll, dense.nll) if scores.tokens_as_dense else [math.nan]
         for name, values in means.items():
-            about[name], about[f"{name}_se"] = _mean(values)
+            each = [*values]
+            known = all(map(is_number, each))
+            about[name], about[f"{name}_se"] = mean_and_error(each) if known else (math.nan, math.nan)
         return ParetoRecord(
             **about,
             windows=len(scores.nll),
@@ -472,7 +454,8 @@ class _Run:
         return timing(alike).beside(timing([self.dense] * len(alike)))
 
     def _rounds(self, variant: Variant) -> list[EngineTimesRecord]:
-        return [self.times[variant.in_round(number)] for number in range(self.workload.rounds)]
+        keys = ((*variant.key, number) for number in range(self.workload.rounds))
+        return [self.times[key] for key in keys]
 
 
 def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, **loading: Any) -> None:
@@ -487,12 +470,6 @@ def write_plain(engine: Engine, spec: str | Path, plan: Plan, checkpoint: Path, 
             folder = export(source, plan, engine.target, Path(scratch) / "export", dtype=dtype, verify=False, **loading)
             source = next(folder.glob(f"*{engine.suffix}")) if engine.suffix else folder
         Path(source).rename(checkpoint)
-
-
-def _mean(some: Iterable[float]) -> tuple[float, float]:
-    """With its standard error; neither where a value is no number."""
-    values = [*some]
-    return mean_and_error(values) if all(map(is_number, values)) else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)

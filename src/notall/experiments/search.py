@@ -15,15 +15,15 @@ from ..errors import UsageError, need, shortened
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import DELTA_NLL, QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
+from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import check_file
 from ..results.provenance import Provenance
-from ..results.record import Amount, Key, Number, Record, Skips, SublayerName, is_number
+from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
 from ..results.repairs import FittedText, MeasuredRecord, State
 from ..results.table import Column, number, table, within, words
 from .evaluate import last_measured
-from .folder import Card, Folder, Section, Shown, Step, check_folder
+from .folder import Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, TaskPath, space_of
 from .pages import read_costs
 from .repair import RepairOptions
@@ -218,18 +218,11 @@ class ObjectiveOptions:
         """Raise `UsageError` for what is no criterion, or needs an extra that is not installed."""
         from ..choosing.criteria import criterion as criterion_of
 
-        if "task:" in (self.objective or ""):
-            need("lm_eval")
         need(*criterion_of(self.criterion).needs)
 
     def shelf(self, otherwise: str) -> TaskShelf | Path | None:
         """The tasks that the objective, or `otherwise`, goes by. Raises `UsageError` for none, and for no prompts."""
-        from ..choosing.objective import read_prompts, terms_of
-
-        names = [name for _, name in terms_of(self.objective or otherwise, self.prompts)]
-        if "answers" in names and self.prompts:
-            read_prompts(self.prompts)
-        tasks = [name.removeprefix("task:") for name in names if name.startswith("task:")]
+        tasks = tasks_of([self.objective or otherwise], self.prompts)
         options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
         return options.check(objectives=tasks).shelf or self.task_path
 
@@ -417,27 +410,8 @@ def shown(folder: Folder) -> Shown:
     results = table("results", COLUMNS, records)
     return Shown(
         message=verdict.message(*what_next(verdict, folder.model, made)),
-        cards=tuple(_cards(last)),
         steps=steps,
         first=len(records) - 1,
         sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
         costs=read_costs(folder.path),
     )
-
-
-def _cards(record: SearchRecord) -> Iterator[Card]:
-    """How much was chosen, what it costs, what it saves, what it took."""
-    yield Card("Skips", str(len(record.plan)), "sublayers", f"{record.plan.in_words()}; {record.chosen}")
-    if record.quality:
-        yield Card.of_loss("Loses", record.quality, f"{DELTA_NLL.heading} on the held-out text")
-    if is_number(record.cost) and is_number(record.dense_cost):
-        text = f"{record.dense_cost:.4f} dense, {record.cost:.4f} with the plan, on the text that was chosen by"
-        yield Card("Objective", f"{record.cost - record.dense_cost:+.3f}", "", text)
-    if record.check:
-        measured = record.check.measured_speedup
-        spread = f"[{measured.low:.2f}, {measured.high:.2f}] of the rounds"
-        text = f"{spread}; {record.check.predicted_speedup:.2f}× was predicted"
-        yield Card("As fast", f"{measured.median:.2f}×", "measured", text)
-    text = f"{record.spent.evaluations:,} evaluations, {record.spent.seconds:,.1f} CPU s"
-    text += "" if record.in_time else "; the time was up before the search was done"
-    yield Card("Took", f"{record.forwards:,.1f}", "forward passes", text)

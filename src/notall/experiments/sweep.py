@@ -14,24 +14,14 @@ from ..inputs import Settings
 from ..options import WORKLOAD, Workload
 from ..plan import KIND_NAMES, Plan
 from ..progress import Progress, Stages, silent
-from ..results.facts import (
-    CONFIGURED,
-    DELTA_NLL,
-    FOOTPRINT,
-    PEAK,
-    PERPLEXITY,
-    QUALITY,
-    SPEEDUPS,
-    Configured,
-    Times,
-)
+from ..results.facts import CONFIGURED, DELTA_NLL, FOOTPRINT, PEAK, QUALITY, SPEEDUPS, Configured, Times
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance, place_of, windows_in_words
 from ..results.record import Record, is_number
 from ..results.table import Column, as_latex, inherited, table, within
 from .driver import HeldScores, LeaveOneOutRecord, SimilarityRecord, Subject, scored_as, similarities, time_plan
-from .folder import Card, Figure, Folder, Sample, Shown
-from .pages import MeasuredPlan, fastest_card, mildest, points_of, results, shown_plans, similarity_section
+from .folder import Figure, Folder, Sample, Shown
+from .pages import MeasuredPlan, points_of, results, shown_plans, similarity_section
 from .verdict import next_command, on_the_text
 
 if TYPE_CHECKING:
@@ -205,7 +195,7 @@ def shown(folder: Folder) -> Shown:
     sections = [similarity_section(similarity)] if similarity else []
     if not records:
         return Shown(sections=tuple(sections), similarity=similarity)
-    dense = next((record for record in records if record.variant == "dense"), None)
+    dense = next((record.footprint for record in records if record.variant == "dense"), None)
     figures = []
     if len(records) > 1:  # one point is no figure
         drawn = on_page(_drawn(records))
@@ -215,9 +205,8 @@ def shown(folder: Folder) -> Shown:
     for record in folder.of(SaidRecord):
         for prompt, said in record.said.items():
             prompts.setdefault(prompt, []).append((record.name, said.strip()))
-    cards, whole = _cards(records, dense) if dense else [], dense.footprint if dense else None
     samples = tuple(Sample(prompt, tuple(said)) for prompt, said in prompts.items())
-    found = shown_plans(folder, records, sections, cards, _found_better, whole)
+    found = shown_plans(folder, records, sections, _found_better, dense)
     return replace(found, similarity=similarity, samples=samples)
 
 
@@ -226,27 +215,3 @@ def _found_better(folder: Folder, record: SweepRecord) -> tuple[str, str]:
     count = len(record.plan.mlp if kind == "mlp" else record.plan.attention)
     command = next_command("search", folder.model, skip=f"{kind}:{count}", **text, out="plan.json")
     return "look for a better set of that size", command
-
-
-def _cards(records: Sequence[SweepRecord], dense: SweepRecord) -> list[Card]:
-    """Of the dense model, of what loses least, of what is fastest of the usable, of the front."""
-    from ..charts.losses import front
-
-    def place(one: SweepRecord) -> tuple[float, float]:
-        return one.times.speedup_decode.median, one.quality.delta_nll
-
-    known = [one for one in records if one.plan and is_number(one.quality.delta_nll)]
-    least = mildest(records)
-    if not least:
-        return []
-    best = front([(1.0, 0.0), *(place(one) for one in known)])
-    on_front = [one.name.replace(", last layer kept", " kept") for one in known if place(one) in best]
-    step, millions = dense.times.decode_ms_per_token.median, dense.footprint.params / 1e6
-    size = f"{step:.0f} ms a token, {millions:,.0f} million parameters"
-    told = f"no other plan is both faster and better: {', '.join(on_front[:5])}{' …' if len(on_front) > 5 else ''}"
-    return [
-        Card("Dense model", PERPLEXITY.cell(dense.quality).text, PERPLEXITY.heading, size),
-        fastest_card(known),
-        Card.of_loss("Loses least", least.quality, f"{least.name}; decodes {least.times.speedup_decode.median:.2f}×"),
-        Card("On the front", f"{len(on_front)} of {len(known)}", "plans", told),
-    ]

@@ -13,11 +13,12 @@ from ..charts.layers import Saving, Sublayer
 from ..charts.style import DARK, LIGHT, VEGALITE, on_page
 from ..errors import UsageError, shortened
 from ..experiments import bench, compare, draft, driver, evaluate, paper, pareto, repair, search, sweep
-from ..experiments.folder import Figure, Folder, Section, Shown, Step, read_folder
+from ..experiments.folder import Figure, Folder, Section, Shown, Step
 from ..files import write_whole
 from ..inputs import Settings
-from ..results.lines import finite
-from ..results.record import Record
+from ..results import lines
+from ..results.ledger import header_of, kind_at, read
+from ..results.record import KINDS, Record
 from ..results.repairs import AnswersRecord, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import Column, Table, as_csv, csv_of, in_bytes, number, table, words
 
@@ -66,6 +67,28 @@ def write_report(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     return path
 
 
+def read_folder(path: Path) -> Folder:
+    """Read what is there. Raises `UsageError` where nothing is, or a line is malformed."""
+    if path.is_file():
+        raise UsageError(f"{path} is a file: give the folder that it lies in")
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}; make one with notall sweep --out {path}")
+    files, foreign = dict[str, tuple[Record, ...]](), dict[str, tuple[Settings, ...]]()
+    for file in sorted(path.glob("*.jsonl")):
+        if name := kind_at(file):
+            kind = KINDS[name]
+            header = header_of(file) if kind.headed else None
+            update = {"provenance": header.provenance} if header else {}
+            files[name] = tuple(one.model_copy(update=update) for one in read(file, kind))
+        elif rows := tuple(lines.read(file)):
+            foreign[file.stem] = rows
+    if not any(files.values()) and not foreign:
+        inside = next((child for child in sorted(path.iterdir()) if any(child.glob("*.jsonl"))), None)
+        advice = f"{inside} does" if inside else f"make some with notall sweep --out {path}, or let a run end"
+        raise UsageError(f"{path} holds no results; {advice}")
+    return Folder(path, files, foreign)
+
+
 def shown_by(folder: Folder) -> list[Shown]:
     """What the verbs that a folder holds records of have to say of it."""
     asked = (next((shown for shown, kinds in group if any(kind in folder for kind in kinds)), None) for group in VERBS)
@@ -107,26 +130,6 @@ def _runtime() -> str:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure of the page: where it is drawn, which CSV it is copied as, and whether it marks the step."""
-
-    id: str
-    figure: Figure
-    copied: str
-    follows: bool = True
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section of the page; `name` tells it from the others, and `steps` are the page's."""
-
-    name: str
-    section: Section
-    figures: tuple[Drawn, ...]
-    steps: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
 class Page:
     """All that verbs say of a folder, in their order; the first that has steps is the one to step through."""
 
@@ -164,8 +167,8 @@ class Page:
         return max([self.folder.layers, *(layer + 1 for layer in found)])
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """Sections that hold something, those of foreign files last."""
+    def parts(self) -> list[Section]:
+        """Sections that hold something, those of foreign files last, each with a name and the page's steps."""
         told = [(one, section) for one in self.shown for section in one.sections]
         for name, rows in self.folder.foreign.items():
             told.append((Shown(), Section(name, name.replace("_", " "), table=as_it_is(rows))))
@@ -182,21 +185,21 @@ class Page:
         return layers.sublayers(self.layers, self.told.costs.found if self.told.costs else {}, self.told.similarity)
 
     @cached_property
-    def map(self) -> Drawn | None:
+    def map(self) -> Figure | None:
         if not (self.told.steps and self.layers):
             return None
         title = _short(self.told.costs.title) if self.told.costs else "changed: 1 − cosine"
-        chart = layers.layer_map(self.cells, title)
-        return Drawn("map", Figure(on_page(chart, MAP), "map of the model", csv=as_csv(self.cells)), "map")
+        spec = on_page(layers.layer_map(self.cells, title), MAP)
+        return Figure(spec, "map of the model", csv=as_csv(self.cells), id="map", copied="map")
 
     @cached_property
-    def savings(self) -> Drawn | None:
+    def savings(self) -> Figure | None:
         bars = [bar for number, step in enumerate(self.told.steps) for bar in _savings(number, step)]
         if not bars:
             return None
         spec = on_page(layers.savings(bars), BAR * len({bar.measure for bar in bars}))
         told = "time and bytes of the plan beside the dense model"
-        return Drawn("savings", Figure(spec, told, csv=as_csv(bars)), "savings")
+        return Figure(spec, told, csv=as_csv(bars), id="savings", copied="savings", follows=True)
 
     @property
     def provenance(self) -> list[tuple[str, str]]:
@@ -214,33 +217,31 @@ class Page:
         """What the page's program reads."""
         own = [drawn for drawn in (self.map, self.savings) if drawn]
         drawn = [*own, *(one for part in self.parts for one in part.figures)]
-        csv = {one.copied: one.figure.csv for one in drawn if one.figure.csv}
-        csv |= {part.name: part.section.table.csv for part in self.parts if part.section.table}
+        csv = {one.copied: one.csv for one in drawn if one.csv}
+        csv |= {part.name: part.table.csv for part in self.parts if part.table}
         steps = self.told.steps
         return {
             "next": self.told.message.command if self.told.message else "",
-            "specs": finite({one.id: one.figure.spec for one in drawn}),  # sums of what is very large
+            "specs": lines.finite({one.id: one.spec for one in drawn}),  # sums of what is very large
             "themes": {"light": LIGHT, "dark": DARK},
             "plans": [{"name": _short(step.name), "skipped": step.plan.names, "told": step.told} for step in steps],
             "csv": csv,
-            "followers": [
-                one.id
-                for one in drawn
-                if one.follows and any(param["name"] == "plan" for param in one.figure.spec.get("params", ()))
-            ],
+            "followers": [one.id for one in drawn if one.follows],
         }
 
-    def _part(self, name: str, one: Shown, section: Section) -> Part:
+    def _part(self, name: str, one: Shown, section: Section) -> Section:
         """Steps of another verb than the one to step through are the page's of the same plan, if there is one."""
         follows, figures = one is self.stepped, []
         for place, figure in enumerate(section.figures):
             id = f"{name}{place}" if len(section.figures) > 1 else name
-            figures.append(Drawn(id, figure, f"{id}-figure" if figure.csv else name, follows))
+            copied = f"{id}-figure" if figure.csv else name
+            marks = follows and any(param["name"] == "plan" for param in figure.spec.get("params", ()))
+            figures.append(replace(figure, id=id, copied=copied, follows=marks))
         steps = section.steps or (None,) * len(section.table.rows if section.table else ())
         if not follows:
             pages = {step.plan.unrepaired: number for number, step in reversed([*enumerate(self.told.steps)])}
             steps = tuple(None if step is None else pages.get(one.steps[step].plan.unrepaired) for step in steps)
-        return Part(name, section, tuple(figures), steps)
+        return replace(section, name=name, figures=tuple(figures), steps=steps)
 
 
 def _savings(number: int, step: Step) -> Iterator[Saving]:
