@@ -28,10 +28,7 @@ ADAPTER = "adapter_config.json"
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a folder, or None. Raises `UsageError` for a name or a link that leads elsewhere.
-
-    Only a hub's cache keeps what its folders show in another place, its blobs.
-    """
+    """The file of that name in a folder, or None. Raises `UsageError` for a name or a link that leads elsewhere."""
     if Path(name).name != name:
         raise UsageError(f"{folder.name} names {shortened(name)}, which is not in it; download it again")
     try:
@@ -69,10 +66,8 @@ def refuse_adapter(spec: str | Path, found: object) -> None:
 def cache_folder() -> Path:
     """`$NOTALL_CACHE` or `~/.cache/notall`, made if absent. Raises UsageError where it can't be."""
     try:
-        folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
+        folder = expanded(os.environ.get("NOTALL_CACHE") or "~/.cache/notall")
         folder.mkdir(parents=True, exist_ok=True)
-    except RuntimeError:
-        raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
     except OSError as error:
         raise unwritable(folder, error) from error
     return folder

@@ -1,7 +1,4 @@
-"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model.
-
-NLL, KL to the dense model, and how often both would say the same next token; how similar a stream is before and after.
-"""
+"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model."""
 
 from __future__ import annotations
 

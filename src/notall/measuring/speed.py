@@ -60,10 +60,7 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps with the cache: (prefill_ms, decode_ms_per_token), of all.
-
-    Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` without a cache.
-    """
+    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms, decode_ms_per_token), of all of them."""
     devices = _accelerators(model)
     last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
@@ -85,10 +82,7 @@ def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
-    """Mean milliseconds of a forward of `width` tokens with a cache, over `tokens` (B, P) behind the first `prompt`.
-
-    Each makes all its logits and likeliest tokens, as the check of a draft does. Raises as `time_once` does.
-    """
+    """Mean milliseconds of a forward of `width` tokens, as checks of drafts, over `tokens` (B, P) behind a `prompt`."""
     devices, all_of_them = _accelerators(model), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
     with torch.inference_mode():
@@ -102,15 +96,15 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 
 
 def interleaved(
-    measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
+    measures: Mapping[str, Callable[[], Sample]], rounds: int, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round behind the `warmup`, in an order that turns: drift cancels."""
+    """What each of `measures` answers, once a round behind one to warm up, in an order that turns: drift cancels."""
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
-    for index in range(warmup + rounds):
+    for index in range(1 + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
-            progress(index * len(measures) + place, (warmup + rounds) * len(measures), f"timing {name}")
+            progress(index * len(measures) + place, (1 + rounds) * len(measures), f"timing {name}")
             samples[name].append(measures[name]())
-    return {name: found[warmup:] for name, found in samples.items()}
+    return {name: found[1:] for name, found in samples.items()}
 
 
 def compare(
@@ -118,7 +112,6 @@ def compare(
     variants: Mapping[str, Callable[[], AbstractContextManager[object]]],
     workload: Workload = WORKLOAD,
     *,
-    warmup: int = 1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
@@ -128,8 +121,6 @@ def compare(
     is the same for all: random ids of shape (concurrency, prompt_tokens). Raises `UsageError` as `Workload.check` does.
     """
     workload.check(model)
-    if warmup < 0:
-        raise UsageError(f"warmup is {warmup}; give 0 or more")
     generator = torch.Generator().manual_seed(seed)
     shape = workload.concurrency, workload.prompt_tokens
     prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
@@ -142,7 +133,7 @@ def compare(
             times = time_once(model, prompt, workload.generation_tokens)
             return *times, sum(map(torch.cuda.max_memory_allocated, gpus))
 
-    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, warmup, progress)
+    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, progress)
     columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
     return {
         name: Timing(prefill, decode, max(peaks) if gpus else None)

@@ -17,10 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..digests import digest_of_file
-from ..errors import shortened
 from ..files import cache_folder, unwritable
-from ..inputs import read_json
-from ..plan import Plan
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
@@ -115,20 +112,4 @@ def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
         chat_template=read("chat_template"),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-    )
-
-
-def export_in(path: Path) -> str | None:
-    """What a GGUF file is that we wrote for llama.cpp alone, and what to do; None of any other."""
-    field = open_gguf(path).get_field("notall.manifest")
-    if field is None:
-        return None
-    try:
-        manifest = read_json(field.contents())
-        dense, plan = str(manifest["dense"]["model"]), Plan(manifest["plan"]["attention"], manifest["plan"]["mlp"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return (
-        f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}, in a form that only "
-        f"llama.cpp runs (llama-cli -m FILE -fa on); here, give {shortened(dense)} with --plan {shortened(path.parent)}"
     )

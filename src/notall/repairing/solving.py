@@ -96,20 +96,16 @@ class Rows:
     """As `Moments`, with the tokens themselves: z, r and the roots of their weights, which stand for the bias."""
 
     biased: bool
-    features: list[Tensor] = field(default_factory=list)
-    lacking: list[Tensor] = field(default_factory=list)
-    roots: list[Tensor] = field(default_factory=list)
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list)
     kernels: dict[bool, Tensor] = field(default_factory=dict)
 
     def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None:
         roots = weights.sqrt()[:, None]
         self.kernels.clear()
-        self.features.append(features * roots)
-        self.lacking.append(lacking * roots)
-        self.roots.append(roots)
+        self.seen.append((features * roots, lacking * roots, roots))
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(self.biased, self.features + other.features, self.lacking + other.lacking, self.roots + other.roots)
+        return Rows(self.biased, self.seen + other.seen)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
         features, lacking, roots = self._together()
@@ -136,10 +132,10 @@ class Rows:
         change = torch.cat([change, bias.T], 1) if self.biased else change
         return change if change.isfinite().all() else None
 
-    def _together(self) -> tuple[Tensor, Tensor, Tensor]:
-        for parts in (self.features, self.lacking, self.roots):
-            parts[:] = [torch.cat(parts)]
-        return self.features[0], self.lacking[0], self.roots[0]
+    def _together(self) -> tuple[Tensor, ...]:
+        if len(self.seen) > 1:
+            self.seen[:] = [tuple(map(torch.cat, zip(*self.seen)))]
+        return self.seen[0]
 
 
 def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:

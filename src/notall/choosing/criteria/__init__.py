@@ -13,9 +13,10 @@ from ...plugins import first_line, installed_names, named, takes
 from ..budget import Budget
 from ..space import Choice, Space
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
-from .losses import choose_by_evolution, choose_by_search, choose_greedily, score_leave_one_out
+from .losses import choose_by_evolution, choose_greedily, score_leave_one_out
 from .one_pass import choose_angular, score_cosine, score_first_order, score_fisher, score_relative_magnitude
 from .quadratic import choose_quadratic
+from .search import search
 from .setting import Criterion, Setting, UnitScores, take
 
 __all__ = ["Choice", "Criterion", "CriterionLike", "Setting", "UnitScores", "criterion", "every_criterion"]
@@ -72,7 +73,7 @@ _ALL = (
         passes=lambda units, count: units**2 / 24,
         needs=("scipy",),
     ),
-    Criterion("search", "lazy greedy, refined by swaps", choose=choose_by_search, reads="objective"),
+    Criterion("search", "lazy greedy, refined by swaps", choose=search, reads="objective"),
 )
 CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points

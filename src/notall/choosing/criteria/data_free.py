@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from itertools import product
 from numbers import Real
 from typing import get_args
@@ -57,10 +56,10 @@ def deepest(
     return plan
 
 
-def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
-    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+def paper_grid(structure: ModelStructure) -> list[Configured]:
+    """Dense and {attention, mlp, block} x `FRACTIONS` x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
-    for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
+    for variant, fraction, keep_last in product(SKIPPABLE, FRACTIONS, (False, True)):
         plan = deepest(structure, variant, fraction, keep_last=keep_last)
         rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
     return rows
@@ -84,8 +83,6 @@ def score_random(setting: Setting) -> UnitScores:
 def score_gate_norm(setting: Setting) -> UnitScores:
     """|W_Q W_K^T|, the Frobenius norm, least coupled first; a group of heads shares keys (Gate-Norm, 2512.20636)."""
     space = setting.space
-    if space.unit_kind != "attention":
-        raise UsageError("Gate-Norm ranks attentions only: choose among attentions")
     layers = list(base_model(setting.model).get_submodule(space.structure.layers).children())
     return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
 
