@@ -66,8 +66,10 @@ def refuse_adapter(spec: str | Path, found: object) -> None:
 def cache_folder() -> Path:
     """`$NOTALL_CACHE` or `~/.cache/notall`, made if absent. Raises UsageError where it can't be."""
     try:
-        folder = expanded(os.environ.get("NOTALL_CACHE") or "~/.cache/notall")
+        folder = Path(os.environ.get("NOTALL_CACHE") or "~/.cache/notall").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
+    except RuntimeError:
+        raise UsageError("there is no home directory for the cache: set NOTALL_CACHE to a folder") from None
     except OSError as error:
         raise unwritable(folder, error) from error
     return folder

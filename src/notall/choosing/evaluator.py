@@ -186,11 +186,7 @@ class Evaluator:
 
 
 class AfterRepair(Evaluator):
-    """The KL that is left of any set of skipped sublayers after a cheap repair; `batches` are as for `repair`.
-
-    The repair is fitted to half of the sequences, at the neighbours of gaps alone, and judged on the others, where its
-    stream ends in what the last layer answers. It goes on from the base set's, or from one of the last few.
-    """
+    """The KL that is left after a repair, fitted to half of the sequences at gaps alone, and judged on the others."""
 
     def __init__(
         self,

@@ -40,19 +40,11 @@ class Timing:
     decode_samples_ms: tuple[float, ...]  # a token
     peak_bytes: int | None
 
-    @property
-    def prefill_ms(self) -> Quartiles:
-        return Quartiles.of(self.prefill_samples_ms)
-
-    @property
-    def decode_ms_per_token(self) -> Quartiles:
-        return Quartiles.of(self.decode_samples_ms)
-
     def beside(self, dense: Timing) -> Times:
         """With the speedups over the dense model, of one `compare`."""
         return Times(
-            prefill_ms=self.prefill_ms,
-            decode_ms_per_token=self.decode_ms_per_token,
+            prefill_ms=Quartiles.of(self.prefill_samples_ms),
+            decode_ms_per_token=Quartiles.of(self.decode_samples_ms),
             speedup_prefill=speedup(dense.prefill_samples_ms, self.prefill_samples_ms),
             speedup_decode=speedup(dense.decode_samples_ms, self.decode_samples_ms),
             peak_bytes=self.peak_bytes,
@@ -115,11 +107,7 @@ def compare(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, `interleaved`.
-
-    A variant is a function that returns a context manager, entered and left outside of the timed region. The prompt
-    is the same for all: random ids of shape (concurrency, prompt_tokens). Raises `UsageError` as `Workload.check` does.
-    """
+    """Time each variant, entered and left outside of the timed region, once a round, `interleaved`, on one prompt."""
     workload.check(model)
     generator = torch.Generator().manual_seed(seed)
     shape = workload.concurrency, workload.prompt_tokens
@@ -163,18 +151,14 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
 def machine(device: torch.device | str = "cpu") -> Settings:
     """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
     cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {
         "cpu": cpu,
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "notall": __version__,
-        },
+        "versions": {**versions, "transformers": transformers.__version__, "notall": __version__},
     }
 
 

@@ -59,22 +59,17 @@ def convert_gguf(gguf: Path) -> Path:
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been one."""
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": gguf.parent,
-        "gguf_file": gguf.name,
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     # transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers
     plain_numbers = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
         packed, report = AutoModelForCausalLM.from_pretrained(
-            **source, **unpacked, dtype=torch.float32, output_loading_info=True
+            gguf.parent, **source, **unpacked, dtype=torch.float32, output_loading_info=True
         )
         check_weights(gguf, report)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(**source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **source)
         config = packed.config
         if hasattr(config, "quantization_config"):  # with it, save_pretrained refuses
             del config.quantization_config

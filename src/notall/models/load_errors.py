@@ -23,20 +23,15 @@ OFFLINE = "without a network give a folder, a .gguf file or smollm2"
 SPELLING = "check its spelling"
 NO_SUCH_GGUF = "GGUF model with architecture"
 UNREAD = re.compile("architecture deci |`deci`")  # what it says of a file that only llama.cpp runs
-MEMORY = "free some memory, or give a smaller dtype, or device_map='auto'"
 
 # Words of transformers, torch, the hub and the system, and what to do then: the first that is found tells.
 FIXES = (
     (NO_SUCH_GGUF, "give the model's safetensors instead"),
     ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
     ("gated repo", "accept its terms on its page, then run `hf auth login`"),
-    ("not a valid model identifier", SPELLING),
-    ("couldn't connect", OFFLINE),
-    ("find the requested files", OFFLINE),
-    ("Repository Not Found", SPELLING),
-    ("out of memory", MEMORY),
-    ("allocate memory", MEMORY),
-    ("MemoryError", MEMORY),
+    ("not a valid model identifier|Repository Not Found", SPELLING),
+    ("couldn't connect|find the requested files", OFFLINE),
+    ("out of memory|allocate memory|MemoryError", "free some memory, or give a smaller dtype, or device_map='auto'"),
     ("No space left", "free some disk space, or put the caches elsewhere (HF_HOME, NOTALL_CACHE)"),
     ("No such file or directory", "a file is missing; fetch or save the model again"),
     ("safetensors", SAFETENSORS_ONLY),
@@ -55,7 +50,7 @@ def explained(spec: str | Path) -> Iterator[None]:
         said = " ".join(str(error).split()) or type(error).__name__
         if UNREAD.search(said) and (gguf := named_gguf(spec)) and (told := _export_in(gguf)):
             raise UnknownArchitecture(told) from error
-        fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
+        fix = next((fix for words, fix in FIXES if re.search(words, said)), "check its files, or give another model")
         near = near_model(spec) if fix in (OFFLINE, SPELLING) else ""
         kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
         first = shortened(said.split(". ")[0].rstrip("."), 160)  # sentence, of what may be pages long

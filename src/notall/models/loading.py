@@ -53,11 +53,8 @@ def load(
     use the network, and weights are read from safetensors, never from a pickle. `dtype` is "float32", "bfloat16",
     "float16", or "auto": bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or "auto": the
     fastest there is. `device_map`, accelerate's, replaces `device`. Of a model that sees too, the text part alone is
-    read where transformers reads that, else all of it.
-
-    What `notall.export` wrote is opened as layers of the original architecture, some of which lack a sublayer, and is
-    inspected, measured and skipped further like any other model. None of the code beside it is run. Raises `UsageError`
-    for a model that is unknown, out of reach or incomplete, and for an export in a form that is not opened here.
+    read where transformers reads that. What `notall.export` wrote is opened like any other model, and none of the code
+    beside it is run. Raises `UsageError` for a model that is unknown, out of reach or incomplete.
     """
     expect(spec, (str, Path), "a hub id, a folder or a file")
     if device_map is not None and device != "auto":
@@ -65,12 +62,8 @@ def load(
     with explained(spec):
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
-        how = {
-            "dtype": resolve_dtype(dtype, place),
-            "device_map": device_map or str(place),
-            "attn_implementation": attn_implementation,
-            "output_loading_info": True,
-        }
+        how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
+        how |= {"attn_implementation": attn_implementation, "output_loading_info": True}
         if settings is None:
             return _load_plain(spec, revision, trust_remote_code, how)
         return _load_export(spec, own_export(spec, settings), revision, how)
@@ -162,11 +155,7 @@ def build_random(
 
 
 def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -> dict[str, str]:
-    """Where a model comes from: {"model": its name, with no folder, "revision": what fixes its weights}.
-
-    The revision is a hub id's commit, `sha256:` of a file (of a folder: of its config's and weights' hashes),
-    or `built-in` for a name of SHAPES. Raises UsageError for a model that is unknown or out of reach.
-    """
+    """Where a model comes from: {"model": its name, with no folder, "revision": a commit, or `sha256:` of files}."""
     if spec in SHAPES:
         return {"model": str(spec), "revision": "built-in"}
     path = default_gguf() if spec == DEFAULT_MODEL else expanded(spec)

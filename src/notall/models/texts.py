@@ -59,11 +59,7 @@ def token_batches(
     batch_size: int = 4,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Draw windows of a text, none overlapping another: int64 batches of shape (batch_size, length).
-
-    Together they have `sequences` rows, each with a BOS where the tokenizer puts one before a text. Raises UsageError
-    for a text that is too short.
-    """
+    """Draw windows of a text, none overlapping another, with BOS: int64 batches of (batch_size, length)."""
     if sequences < 1 or length < 2 or batch_size < 1:
         raise UsageError(f"sequences is {sequences}, length {length}, batch {batch_size}: give at least 1, 2 and 1")
     start, ids = _start_tokens(tokenizer), _ids(tokenizer, text)

@@ -58,12 +58,11 @@ def heal(
     `batches` are token ids, (batch, tokens) each, of as many steps of AdamW as `config` says how. It ends early where
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
     With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
-    processes may share each batch: `workers`, or those of `accelerate launch`, each of which calls this. They need the
-    folder.
+    processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
-    and as `Spread.train` does, and `UnsupportedModel` as `locate` does and where the head is no matrix.
+    and workers that fail, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
     config, inner = config or TrainConfig(), base_model(model)

@@ -59,9 +59,8 @@ def repair(
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
     sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
-    features of all of the text are in memory, or in files of the folder `offload`, which go with them. `refits` of the
-    result says what became of each sublayer. With a folder `out` it is written down, and repeating the call resumes an
-    interrupted run; `provenance` identifies the run, and a folder of another one is refused.
+    features of the text are in memory, or in files of the folder `offload`. `refits` of the result says what became of
+    each sublayer. With a folder `out`, repeating the call resumes an interrupted run, which `provenance` identifies.
 
     Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
     of which all that is kept is quantised, a folder that holds other work or is in use, and a full disk, and

@@ -96,8 +96,7 @@ def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
 class DenseStream:
     """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
 
-    A few lines are kept at once; with `keep_all` all of them, for repairs of many plans. With a folder `offload` they
-    lie in files there. One sequence in so many is `held` out. Raises `UnsupportedModel` as `locate` does.
+    A few lines are kept at once, all of them with `keep_all`, in files of a folder `offload`; some rows are `held` out.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the model itself stays as it is.
 
     `trained` are the parameters to train, by name: copies of kept sublayers' own, in float32, or LoRA matrices beside
-    theirs. All others share their memory with the model's. `tokens`, (batch, tokens), are to find projections with.
+    theirs. All others share their memory with the model's.
     """
 
     def __init__(

@@ -18,10 +18,7 @@ Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of 
 
 
 class Ledger(Generic[R]):
-    """The records of a kind in `folder`, by their keys, and where new ones go; `name` is another file than its own.
-
-    Raises `UsageError` when a line is malformed or comes from another run than `about` says, of all or of each.
-    """
+    """The records of a kind in `folder`, by their keys, of the run that `about` says; `name` is another file."""
 
     def __init__(self, folder: Path, kind: type[R], about: Origin[R] = None, name: str | None = None) -> None:
         self.path, self._kind = folder / (name or kind.file), kind

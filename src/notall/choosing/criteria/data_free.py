@@ -66,25 +66,25 @@ def paper_grid(structure: ModelStructure) -> list[Configured]:
 
 
 def score_deepest(setting: Setting) -> UnitScores:
-    """The deepest first (arXiv 2407.15516); for one kind the same sets as `deepest`."""
+    """Place: the deepest first (the paper's rule, 2407.15516)."""
     return {unit: -float(place) for place, unit in enumerate(setting.space.units)}
 
 
 def score_shallowest(setting: Setting) -> UnitScores:
+    """Place: the shallowest first."""
     return {unit: float(place) for place, unit in enumerate(setting.space.units)}
 
 
 def score_random(setting: Setting) -> UnitScores:
-    """In an order drawn with the setting's seed: what any criterion must beat."""
+    """Chance: an order drawn with the seed, which any criterion must beat."""
     draw = random.Random(setting.seed)
     return {unit: draw.random() for unit in setting.space.units}
 
 
 def score_gate_norm(setting: Setting) -> UnitScores:
-    """|W_Q W_K^T|, the Frobenius norm, least coupled first; a group of heads shares keys (Gate-Norm, 2512.20636)."""
-    space = setting.space
-    layers = list(base_model(setting.model).get_submodule(space.structure.layers).children())
-    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
+    """|W_Q W_K^T|, the Frobenius norm, without a text; a group of heads shares keys (Gate-Norm 2512.20636)."""
+    layers = list(base_model(setting.model).get_submodule(setting.space.structure.layers).children())
+    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in setting.space.names}
 
 
 def _linear(layer: nn.Module) -> dict[str, nn.Linear]:

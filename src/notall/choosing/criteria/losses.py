@@ -13,7 +13,7 @@ STAGES = ((0.25, 4), (1.0, 1))  # on what share of the text, and how many surviv
 
 
 def score_leave_one_out(setting: Setting) -> UnitScores:
-    """The objective without this unit alone, less that of the dense model."""
+    """Rise of the objective when only this unit is skipped."""
     evaluator = setting.evaluator
     evaluator.set_prefix(frozenset())
     dense = evaluator.cost(frozenset())
@@ -25,10 +25,7 @@ def score_leave_one_out(setting: Setting) -> UnitScores:
 
 
 def choose_greedily(setting: Setting, budget: Budget) -> Choice:
-    """Skip what raises the objective least, given what is skipped already; evaluate all that is left at each step.
-
-    SLEB (arXiv 2402.09025), BlockPruner (2406.10594), FinerCut (2405.18218), algorithms 1; the lazy search's slow twin.
-    """
+    """The objective, step by step (algorithms 1 of SLEB 2402.09025, BlockPruner 2406.10594, FinerCut 2405.18218)."""
     space, evaluator = setting.space, setting.evaluator
     skipped: Skipped = frozenset()
     order: list[Unit] = []
@@ -47,7 +44,7 @@ def choose_greedily(setting: Setting, budget: Budget) -> Choice:
 
 
 def choose_by_evolution(setting: Setting, budget: Budget) -> Choice:
-    """A (1 + 16) evolution of sets of one size, selected on ever more text (EvoPress, 2410.14649, section 3.3)."""
+    """Sets that swap and are selected on ever more text, in a (1 + 16) evolution (EvoPress 2410.14649, section 3.3)."""
     draw = random.Random(setting.seed)
     parent = _random_set(setting, budget, draw)
     setting.evaluator.set_prefix(frozenset())

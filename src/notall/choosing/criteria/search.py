@@ -27,7 +27,7 @@ Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
 
 
 def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None = None) -> Choice:
-    """The set that meets `budget` and raises the objective least, as far as this search sees.
+    """Lazy greedy, refined by swaps: the set that raises the objective least, as far as this search sees.
 
     `cheap` scores, else the cosine's, order the first round; the refinement ends after swaps worth `setting.patience`
     evaluations of the text that don't lower the objective. When it gets late, the set is completed by the guesses there
