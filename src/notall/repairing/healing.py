@@ -326,7 +326,7 @@ class Spread:
             )
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
-        """As `Training.run`, in `folder`, which all workers must see. Raises `UsageError` where they fail twice."""
+        """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
         from ..running import cluster
 
         self.check(len(training.batches[0]))
