@@ -18,7 +18,7 @@ MODULES = {
     "criteria": "choosing.criteria",
     "evaluator": "choosing.evaluator",
     "latency": "choosing.latency",
-    "searching": "choosing.criteria.losses",
+    "searching": "choosing.criteria.search",
     "cli": "cli",
     "cli_grid": "cli.grid",
     "digests": "digests",

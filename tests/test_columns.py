@@ -198,7 +198,6 @@ def test_what_was_not_measured_is_a_dash_and_a_column_of_nothing_is_left_out():
     assert one_of(lambda get: with_error("", get), (0.5, math.nan)) == "0.500 ± -"
     assert table("t", [NAME, LOSS], [Named(name="a"), Named(name="b")]).headings == ("name",)
     assert table("t", [NAME, LOSS], [Named(name="a"), Named(loss=0.0)]).headings == ("name", "loss")
-    assert table("t", [NAME, LOSS], [Named(name="a")], every=True).headings == ("name", "loss")
     assert table("t", [NAME, LOSS], []).headings == ("name", "loss")
 
 

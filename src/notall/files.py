@@ -28,10 +28,7 @@ ADAPTER = "adapter_config.json"
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """The file of that name in a folder, or None. Raises `UsageError` for a name or a link that leads elsewhere.
-
-    Only a hub's cache keeps what its folders show in another place, its blobs.
-    """
+    """The file of that name in a folder, or None. Raises `UsageError` for a name or a link that leads elsewhere."""
     if Path(name).name != name:
         raise UsageError(f"{folder.name} names {shortened(name)}, which is not in it; download it again")
     try:

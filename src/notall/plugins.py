@@ -71,7 +71,7 @@ def takes(function: Callable[..., object], count: int) -> bool:
     return False
 
 
-def first_line(function: Callable[..., Any]) -> str:
+def first_line(function: object) -> str:
     """What a function of others says of itself, without a full stop."""
     return (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
 

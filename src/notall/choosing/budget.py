@@ -47,13 +47,10 @@ class Budget:
         return self.saved(skipped) >= self.target * (1 - 1e-9)
 
     def rate(self, unit: Unit, rise: float, skipped: Skipped) -> float:
-        """What `unit` costs for what it saves; what is saved beyond the target counts for nothing.
-
-        `rise` is what the objective rises by; where it falls, saving more makes it better still.
-        """
+        """What `unit`, by which the objective rises, costs for what it saves of what is still to be saved."""
         more = self.saved(skipped.union(unit)) - self.saved(skipped) if self.read_by else self.saved(unit)
         worth = min(more, max(self.target - self.saved(skipped), 0.0)) or 1e-12
-        return rise / worth if rise > 0 else rise * worth
+        return rise / worth if rise > 0 else rise * worth  # where it falls, saving more makes it better still
 
 
 def by_count(space: Space, count: float) -> Budget:

@@ -152,8 +152,8 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
         return setting.evaluator.cost(outcome.choice.skipped) - setting.evaluator.cost(frozenset())
 
     if math.inf in (budget.limit, budget.target):
-        return _choose(criterion, setting, budget)
-    whole = _choose(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
+        return choose_as_fast(criterion, setting, budget)
+    whole = choose_as_fast(criterion, setting.until(FIRST), replace(budget, limit=math.inf))
     if (cost := rise(whole)) <= budget.limit:
         return whole
     within = _outcome(choose(criterion, setting, replace(budget, target=math.inf)), setting, budget)
@@ -164,8 +164,10 @@ def choose_within(criterion: CriterionLike, setting: Setting, budget: Budget) ->
     return replace(within, missed=f"{costs}; at {at}{'; the time was up' if setting.late else ''}")
 
 
-def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudget) -> Outcome:
-    """Choose by the times, and again by corrected ones, until what is measured is as fast as asked for, and no more."""
+def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
+    """Choose, for a speedup again by corrected times, until what is measured is as fast as asked for, and no more."""
+    if not isinstance(budget, SpeedBudget):
+        return Outcome(choose(criterion, setting, budget))
     tried: list[Outcome] = []
     following: SpeedBudget | None = budget
     while following is not None and len(tried) < CHOICES and not (tried and setting.late):
@@ -181,12 +183,6 @@ def choose_as_fast(criterion: CriterionLike, setting: Setting, budget: SpeedBudg
     if met := [one for one in tried if one.met]:  # the one that costs least, or else the fastest
         return min(met, key=lambda one: setting.evaluator.cost(one.choice.skipped))
     return max(tried, key=lambda one: one.check.measured_speedup.median if one.check else 0.0)
-
-
-def _choose(criterion: CriterionLike, setting: Setting, budget: Budget) -> Outcome:
-    if isinstance(budget, SpeedBudget):
-        return choose_as_fast(criterion, setting, budget)
-    return Outcome(choose(criterion, setting, budget))
 
 
 def _outcome(choice: Choice, setting: Setting, budget: Budget) -> Outcome:

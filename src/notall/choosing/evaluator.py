@@ -186,12 +186,7 @@ class Evaluator:
 
 
 class AfterRepair(Evaluator):
-    """The KL that is left of any set of skipped sublayers after a cheap repair; `batches` are as for `repair`.
-
-    The repair is fitted to half of the sequences, at the neighbours of gaps alone, and judged on the others: its stream
-    ends in what the last layer answers there, so that judging costs the head alone. It goes on from that of the base
-    set, or of one of the last few. Raises `UsageError` for fewer than four sequences, and as `Evaluator` does.
-    """
+    """The KL that is left after a repair, fitted to half of the sequences at gaps alone, and judged on the others."""
 
     def __init__(
         self,

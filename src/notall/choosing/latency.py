@@ -54,18 +54,12 @@ def measure_times(
     """What each sublayer takes, by leaving out half of those that are alike, interleaved with the dense model.
 
     Kept in the cache folder, by the model's shape, dtype, device, machine and versions, for as long as the dense model
-    takes what it took, to a tenth; otherwise all are measured anew, with a warning. Of more than 32 new tokens 32 are
-    decoded, behind the prompt, and counted as many times as needed.
+    takes what it took, to a tenth. Of more than 32 new tokens 32 are decoded, and counted as many times as needed.
     Raises `UsageError` for a workload that the model has too few positions for, and where the cache cannot be written.
     """
     structure = locate(model)
-    about: dict[str, object] = {
-        "fingerprint": structure.fingerprint,
-        "dtype": str(model.dtype),
-        "machine": machine(model.device),
-        "attention": text_config(model)._attn_implementation,
-        **asdict(workload),
-    }
+    about: dict[str, object] = {"fingerprint": structure.fingerprint, "dtype": str(model.dtype), **asdict(workload)}
+    about |= {"machine": machine(model.device), "attention": text_config(model)._attn_implementation}
     path = cache_folder() / "times" / f"{digest_of_json(about)[:24]}.json"
     known = _read(path, about, workload, {part.name for part in structure.sublayers}) if path.exists() else None
     if known:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
 TOKENS_AT_ONCE = 1024
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,9 +188,10 @@ def answers(
             (answer,) = greedy(model, torch.tensor([ids]), new_tokens)
         said.append((ids, answer))
 
-    parts = _together([len(prompt) + len(answer) for prompt, answer in said])
-    rows = [[said[number] for number in numbers] for numbers in parts]
-    means = [_answered(some, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for some in rows]
+    parts = _together(said, lambda pair: len(pair[0]) + len(pair[1]))
+    means = [
+        _answered(part, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for part in parts
+    ]
     return Objective((Term("answers", tuple(means), weight),))
 
 
@@ -214,14 +216,12 @@ def task(
     shelf = TaskShelf.of(task_path)
     (name,) = shelf.names([name])
     (harness_task,) = shelf.build(name, 0, 1).tasks.values()
-    questions = _questions(harness_task, name, limit)
     encode = PlansLM(model, tokenizer, [])._encode_pair
-    encoded = [[encode(*pair) for pair in pairs] for pairs, _ in questions]
-    sizes = [len(pairs) * max(len(a) + len(b) for a, b in pairs) for pairs in encoded]
+    questions = [([encode(*pair) for pair in pairs], gold) for pairs, gold in _questions(harness_task, name, limit)]
     batches = []
-    for numbers in _together(sizes):
-        margins = _margins([(len(encoded[number]), questions[number][1]) for number in numbers])
-        rows = [pair for number in numbers for pair in encoded[number]]
+    for part in _together(questions, lambda one: len(one[0]) * max(len(a) + len(b) for a, b in one[0])):
+        margins = _margins([(len(pairs), gold) for pairs, gold in part])
+        rows = [pair for pairs, _ in part for pair in pairs]
         batches.append(_answered(rows, model.device, margins, by_nll=True))
     return Objective((Term(f"task:{name}", tuple(batches), weight),))
 
@@ -279,14 +279,11 @@ def _answered(
     return Batch(inputs, rows_of, columns, lambda values: items(values.split(lengths)), targets)
 
 
-def _together(sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of items in their order, cut so that each part has about `TOKENS_AT_ONCE` tokens."""
-    parts: list[list[int]] = []
-    held = 0
-    for number, size in enumerate(sizes):
-        if not parts or held + size > TOKENS_AT_ONCE:
+def _together(items: Iterable[T], size: Callable[[T], int]) -> list[list[T]]:
+    """Items in their order, cut so that each part has about `TOKENS_AT_ONCE` tokens."""
+    parts: list[list[T]] = []
+    for item in items:
+        if not parts or sum(map(size, parts[-1])) + size(item) > TOKENS_AT_ONCE:
             parts.append([])
-            held = 0
-        parts[-1].append(number)
-        held += size
+        parts[-1].append(item)
     return parts

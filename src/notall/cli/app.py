@@ -126,8 +126,7 @@ def command(*, example: str, name: str = "") -> Callable[[Callable[..., None]], 
 
 @app.callback(invoke_without_command=True)
 def notall(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
 ) -> None:
     """Leave out what a language model does not need: attentions, MLPs or whole blocks, without training.
 

@@ -62,11 +62,8 @@ def export(
     repair.check(kept)
     if measure:
         TextOptions(text=measure).check()
-    how: dict[str, Any] = {
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "dtype": model.own_dtype,
-    }
+    how: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    how["dtype"] = model.own_dtype
     if repair or measure:
         check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:

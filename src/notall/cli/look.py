@@ -110,9 +110,8 @@ def similarity(
     with progress_bar() as progress:
         found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
     written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []
-    title = "cosine of the residual stream before and after"
-    said = [f"Written: {', '.join(map(str, written))}"] if written else []
-    show({"similarity": table(title, SIMILARITY, found)}, as_json=run.as_json, then=said)
+    shown = {"similarity": table("cosine of the residual stream before and after", SIMILARITY, found)}
+    show(shown, as_json=run.as_json, then=[f"Written: {', '.join(map(str, written))}"] if written else [])
 
 
 @command(example='notall generate smollm2 "The capital of France is" --plan plan.json')

@@ -119,12 +119,7 @@ def _begun(
 
 
 def _ended(
-    net: PreTrainedModel,
-    spec: str,
-    out: Path,
-    measured: list[MeasuredRecord],
-    tables: dict[str, Table],
-    as_json: bool,
+    net: PreTrainedModel, spec: str, out: Path, measured: list[MeasuredRecord], tables: dict[str, Table], as_json: bool
 ) -> None:
     """Say what was measured, and what to do with the plan whose weights are in `out`."""
     last = measured[-1]

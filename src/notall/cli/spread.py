@@ -15,10 +15,7 @@ REQUIRED = inspect.Parameter.empty
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` with a parameter for each field of its parameters that are dataclasses.
-
-    A parameter's default is an instance, whose values are the options' defaults here; one that is `...` is required.
-    """
+    """`function` with a parameter for each field of its parameters that are dataclasses; `...` is a required one."""
     hints = get_type_hints(function, include_extras=True)
     classes: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     given = inspect.signature(function).parameters

@@ -1,7 +1,4 @@
-"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model.
-
-NLL, KL to the dense model, and how often both would say the same next token; how similar a stream is before and after.
-"""
+"""What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model."""
 
 from __future__ import annotations
 
@@ -76,22 +73,12 @@ def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
 
 def summarize(scores: Scores, dense: Scores) -> Quality:
     """Means and errors over sequences, paired with the dense model's scores on the same sequences."""
-    nll, nll_se = mean_and_error(scores.nll)
-    delta, delta_se = mean_and_error([value - base for value, base in zip(scores.nll, dense.nll)])
-    kl, kl_se = mean_and_error(scores.kl)
-    agreement, agreement_se = mean_and_error(scores.top1_agreement)
-    return Quality(
-        nll=nll,
-        nll_se=nll_se,
-        delta_nll=delta,
-        delta_nll_se=delta_se,
-        perplexity=math.exp(min(nll, 700.0)),
-        kl=kl,
-        kl_se=kl_se,
-        top1_agreement=agreement,
-        top1_agreement_se=agreement_se,
-        sequences=len(scores.nll),
-    )
+    found: dict[str, float] = {}
+    differences = [value - base for value, base in zip(scores.nll, dense.nll)]
+    samples = {"nll": scores.nll, "delta_nll": differences, "kl": scores.kl, "top1_agreement": scores.top1_agreement}
+    for name, values in samples.items():
+        found[name], found[f"{name}_se"] = mean_and_error(values)
+    return Quality(**found, perplexity=math.exp(min(found["nll"], 700.0)), sequences=len(scores.nll))
 
 
 @dataclass(frozen=True)

@@ -40,19 +40,11 @@ class Timing:
     decode_samples_ms: tuple[float, ...]  # a token
     peak_bytes: int | None
 
-    @property
-    def prefill_ms(self) -> Quartiles:
-        return Quartiles.of(self.prefill_samples_ms)
-
-    @property
-    def decode_ms_per_token(self) -> Quartiles:
-        return Quartiles.of(self.decode_samples_ms)
-
     def beside(self, dense: Timing) -> Times:
         """With the speedups over the dense model, of one `compare`."""
         return Times(
-            prefill_ms=self.prefill_ms,
-            decode_ms_per_token=self.decode_ms_per_token,
+            prefill_ms=Quartiles.of(self.prefill_samples_ms),
+            decode_ms_per_token=Quartiles.of(self.decode_samples_ms),
             speedup_prefill=speedup(dense.prefill_samples_ms, self.prefill_samples_ms),
             speedup_decode=speedup(dense.decode_samples_ms, self.decode_samples_ms),
             peak_bytes=self.peak_bytes,
@@ -60,10 +52,7 @@ class Timing:
 
 
 def time_once(model: PreTrainedModel, prompt: Tensor, new: int) -> tuple[float, float]:
-    """Prefill `prompt` (B, P), then take `new` greedy steps with the cache: (prefill_ms, decode_ms_per_token), of all.
-
-    Accelerators are synchronised where the clock is read, not between steps. Raises `UsageError` without a cache.
-    """
+    """Prefill `prompt` (B, P), then take `new` greedy steps: (prefill_ms, decode_ms_per_token), of all of them."""
     devices = _accelerators(model)
     last_only = last_logits(model, 1)  # as `generate` does: those of the whole prompt would dominate small models
     with torch.inference_mode():
@@ -85,10 +74,7 @@ def last_logits(model: PreTrainedModel, tokens: int) -> dict[str, int]:
 
 
 def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> float:
-    """Mean milliseconds of a forward of `width` tokens with a cache, over `tokens` (B, P) behind the first `prompt`.
-
-    Each makes all its logits and likeliest tokens, as the check of a draft does. Raises as `time_once` does.
-    """
+    """Mean milliseconds of a forward of `width` tokens, as checks of drafts, over `tokens` (B, P) behind a `prompt`."""
     devices, all_of_them = _accelerators(model), last_logits(model, width)
     steps = (tokens.shape[1] - prompt) // width
     with torch.inference_mode():
@@ -102,15 +88,15 @@ def step_ms(model: PreTrainedModel, tokens: Tensor, prompt: int, width: int) -> 
 
 
 def interleaved(
-    measures: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 1, progress: Progress = silent
+    measures: Mapping[str, Callable[[], Sample]], rounds: int, progress: Progress = silent
 ) -> dict[str, list[Sample]]:
-    """What each of `measures` answers, once a round behind the `warmup`, in an order that turns: drift cancels."""
+    """What each of `measures` answers, once a round behind one to warm up, in an order that turns: drift cancels."""
     samples: dict[str, list[Sample]] = {name: [] for name in measures}
-    for index in range(warmup + rounds):
+    for index in range(1 + rounds):
         for place, name in enumerate(list(measures)[:: -1 if index % 2 else 1]):
-            progress(index * len(measures) + place, (warmup + rounds) * len(measures), f"timing {name}")
+            progress(index * len(measures) + place, (1 + rounds) * len(measures), f"timing {name}")
             samples[name].append(measures[name]())
-    return {name: found[warmup:] for name, found in samples.items()}
+    return {name: found[1:] for name, found in samples.items()}
 
 
 def compare(
@@ -118,18 +104,11 @@ def compare(
     variants: Mapping[str, Callable[[], AbstractContextManager[object]]],
     workload: Workload = WORKLOAD,
     *,
-    warmup: int = 1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time each variant once a round, `interleaved`.
-
-    A variant is a function that returns a context manager, entered and left outside of the timed region. The prompt
-    is the same for all: random ids of shape (concurrency, prompt_tokens). Raises `UsageError` as `Workload.check` does.
-    """
+    """Time each variant, entered and left outside of the timed region, once a round, `interleaved`, on one prompt."""
     workload.check(model)
-    if warmup < 0:
-        raise UsageError(f"warmup is {warmup}; give 0 or more")
     generator = torch.Generator().manual_seed(seed)
     shape = workload.concurrency, workload.prompt_tokens
     prompt = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
@@ -142,7 +121,7 @@ def compare(
             times = time_once(model, prompt, workload.generation_tokens)
             return *times, sum(map(torch.cuda.max_memory_allocated, gpus))
 
-    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, warmup, progress)
+    samples = interleaved({name: partial(measured, name) for name in variants}, workload.rounds, progress)
     columns = {name: tuple(zip(*rows)) for name, rows in samples.items()}
     return {
         name: Timing(prefill, decode, max(peaks) if gpus else None)
@@ -172,18 +151,14 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> Quartiles:
 def machine(device: torch.device | str = "cpu") -> Settings:
     """What a timing depends on: the CPU and the cores left to us, torch's threads, the device, versions."""
     cpu, on_cuda = _cpu_model(), torch.device(device).type == "cuda"
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return {
         "cpu": cpu,
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "notall": __version__,
-        },
+        "versions": {**versions, "transformers": transformers.__version__, "notall": __version__},
     }
 
 

@@ -4,8 +4,7 @@ With a head that is a matrix, log p(v) = w_v . h - lse(h). So NLL is lse(h) - w_
 lse(h) less E_p[w] . h, up to what only depends on the dense model p: its mean row of the head, E_p[w], is as wide as
 the model and is computed once. No logits are kept: the matrix is taken a tile at a time, which stays in the cache.
 Each tile is taken less a logit near the row's largest ones, inside the matrix product, so that a dtype of few bits
-rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time: by the model's own
-forward, a sequence of one token for each row, with the rows standing in for what the layers answer.
+rounds what counts least of all. Heads that are no matrix are run as they are, some rows at a time, by the model.
 """
 
 from __future__ import annotations

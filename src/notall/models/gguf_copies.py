@@ -17,10 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..digests import digest_of_file
-from ..errors import shortened
 from ..files import cache_folder, unwritable
-from ..inputs import read_json
-from ..plan import Plan
 from .gguf_file import open_gguf
 from .load_errors import check_weights, quiet
 
@@ -62,22 +59,17 @@ def convert_gguf(gguf: Path) -> Path:
 
 def _write_plain_copy(gguf: Path, folder: Path) -> None:
     """Read a GGUF file with transformers, and save the model as if it had never been one."""
-    source: dict[str, Any] = {
-        "pretrained_model_name_or_path": gguf.parent,
-        "gguf_file": gguf.name,
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     # transformers 5 keeps GGUF blocks packed where it has kernels for them; the copy wants plain numbers
     plain_numbers = getattr(transformers, "GgufConfig", None)
     unpacked = {"quantization_config": plain_numbers(dequantize=True)} if plain_numbers else {}
     tokenizer = _smollm_tokenizer(gguf)  # first, as it refuses a damaged file
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars obey no switch
         packed, report = AutoModelForCausalLM.from_pretrained(
-            **source, **unpacked, dtype=torch.float32, output_loading_info=True
+            gguf.parent, **source, **unpacked, dtype=torch.float32, output_loading_info=True
         )
         check_weights(gguf, report)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(**source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(gguf.parent, **source)
         config = packed.config
         if hasattr(config, "quantization_config"):  # with it, save_pretrained refuses
             del config.quantization_config
@@ -115,20 +107,4 @@ def _smollm_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
         chat_template=read("chat_template"),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-    )
-
-
-def export_in(path: Path) -> str | None:
-    """What a GGUF file is that we wrote for llama.cpp alone, and what to do; None of any other."""
-    field = open_gguf(path).get_field("notall.manifest")
-    if field is None:
-        return None
-    try:
-        manifest = read_json(field.contents())
-        dense, plan = str(manifest["dense"]["model"]), Plan(manifest["plan"]["attention"], manifest["plan"]["mlp"])
-    except (ValueError, KeyError, TypeError):
-        return None
-    return (
-        f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}, in a form that only "
-        f"llama.cpp runs (llama-cli -m FILE -fa on); here, give {shortened(dense)} with --plan {shortened(path.parent)}"
     )

@@ -131,15 +131,12 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """A GGUF file, mapped into memory.
-
-    Raises `UsageError` when it is truncated or damaged, or counts more layers or experts than its tensors have room
-    for: readers would build each of them.
-    """
+    """A GGUF file, mapped into memory. Raises `UsageError` when it is truncated or damaged."""
     with _whole(path):
         reader = _Reader(path)
         scalars = {name: one.contents() for name, one in reader.fields.items() if len(one.types) == 1}
         longest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
+        # readers would build each layer and expert that it counts
         rooms = (".block_count", "layers", len(reader.tensors)), (".expert_count", "experts", longest)
         for ending, what, room in rooms if scalars.get("split.count", 1) == 1 else ():  # a part may hold no tensors
             count = max((value for name, value in scalars.items() if name.endswith(ending)), default=0)

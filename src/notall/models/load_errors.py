@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +13,25 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from ..errors import UnknownArchitecture, UsageError, shortened
-from .names import near_model
+from ..inputs import read_json
+from ..plan import Plan
+from .gguf_file import open_gguf
+from .names import named_gguf, near_model
 
 SAFETENSORS_ONLY = "no pickle is loaded: save it once with save_pretrained, where you trust it"
 OFFLINE = "without a network give a folder, a .gguf file or smollm2"
 SPELLING = "check its spelling"
 NO_SUCH_GGUF = "GGUF model with architecture"
-MEMORY = "free some memory, or give a smaller dtype, or device_map='auto'"
+UNREAD = re.compile("architecture deci |`deci`")  # what it says of a file that only llama.cpp runs
 
 # Words of transformers, torch, the hub and the system, and what to do then: the first that is found tells.
 FIXES = (
     (NO_SUCH_GGUF, "give the model's safetensors instead"),
     ("trust_remote_code", "read the model's own code, then allow it with trust_remote_code"),
     ("gated repo", "accept its terms on its page, then run `hf auth login`"),
-    ("not a valid model identifier", SPELLING),
-    ("couldn't connect", OFFLINE),
-    ("find the requested files", OFFLINE),
-    ("Repository Not Found", SPELLING),
-    ("out of memory", MEMORY),
-    ("allocate memory", MEMORY),
-    ("MemoryError", MEMORY),
+    ("not a valid model identifier|Repository Not Found", SPELLING),
+    ("couldn't connect|find the requested files", OFFLINE),
+    ("out of memory|allocate memory|MemoryError", "free some memory, or give a smaller dtype, or device_map='auto'"),
     ("No space left", "free some disk space, or put the caches elsewhere (HF_HOME, NOTALL_CACHE)"),
     ("No such file or directory", "a file is missing; fetch or save the model again"),
     ("safetensors", SAFETENSORS_ONLY),
@@ -48,7 +48,9 @@ def explained(spec: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises bare ones, and transformers whatever a damaged file leads it to
         said = " ".join(str(error).split()) or type(error).__name__
-        fix = next((fix for words, fix in FIXES if words in said), "check its files, or give another model")
+        if UNREAD.search(said) and (gguf := named_gguf(spec)) and (told := _export_in(gguf)):
+            raise UnknownArchitecture(told) from error
+        fix = next((fix for words, fix in FIXES if re.search(words, said)), "check its files, or give another model")
         near = near_model(spec) if fix in (OFFLINE, SPELLING) else ""
         kind = UnknownArchitecture if NO_SUCH_GGUF in said else UsageError
         first = shortened(said.split(". ")[0].rstrip("."), 160)  # sentence, of what may be pages long
@@ -63,6 +65,22 @@ def check_weights(spec: str | Path, report: dict[str, Any]) -> None:
     if unused := sorted(map(str, report["unexpected_keys"])):
         said = f"{spec} has weights that its architecture does not use ({len(unused)}, first {unused[0]})"
         warnings.warn(said, stacklevel=3)
+
+
+def _export_in(path: Path) -> str | None:
+    """What a GGUF file is that we wrote for llama.cpp alone, and what to do; None of any other."""
+    field = open_gguf(path).get_field("notall.manifest")
+    if field is None:
+        return None
+    try:
+        manifest = read_json(field.contents())
+        dense, plan = str(manifest["dense"]["model"]), Plan(manifest["plan"]["attention"], manifest["plan"]["mlp"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (
+        f"{shortened(path)} is notall's export of {shortened(dense)} without {shortened(plan)}, in a form that only "
+        f"llama.cpp runs (llama-cli -m FILE -fa on); here, give {shortened(dense)} with --plan {shortened(path.parent)}"
+    )
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +14,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import find_adapter_config_file
 
 from ..digests import digest_of, digest_of_file
-from ..errors import UnknownArchitecture, UsageError, expect, nearest, shortened
+from ..errors import UsageError, expect, nearest, shortened
 from ..files import expanded, named_weights, refuse_adapter
 from ..inputs import Settings, read_json
 from ..plan import Plan
 from ..running.skipping import without
-from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder, export_in
+from .gguf_copies import TRANSFORMERS_MAJOR, convert_gguf, converted_folder
 from .gguf_file import open_gguf
 from .load_errors import SAFETENSORS_ONLY, check_weights, explained, quiet
 from .names import DEFAULT_MODEL, SHAPES, default_gguf, hub_id, named_gguf
@@ -38,7 +35,6 @@ else:
 
 UNPACKED_FROM = "notall_unpacked_from"  # of a model whose quantised weights transformers unpacked: their kind
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNREAD = re.compile("architecture deci |`deci`")  # what transformers says of a file that only llama.cpp runs
 
 
 def load(
@@ -57,24 +53,17 @@ def load(
     use the network, and weights are read from safetensors, never from a pickle. `dtype` is "float32", "bfloat16",
     "float16", or "auto": bfloat16 where that is fast. `device` is "cpu", "cuda", "cuda:1", "mps", or "auto": the
     fastest there is. `device_map`, accelerate's, replaces `device`. Of a model that sees too, the text part alone is
-    read where transformers reads that, else all of it.
-
-    What `notall.export` wrote is opened as layers of the original architecture, some of which lack a sublayer, and is
-    inspected, measured and skipped further like any other model. None of the code beside it is run. Raises `UsageError`
-    for a model that is unknown, out of reach or incomplete, and for an export in a form that is not opened here.
+    read where transformers reads that. What `notall.export` wrote is opened like any other model, and none of the code
+    beside it is run. Raises `UsageError` for a model that is unknown, out of reach or incomplete.
     """
     expect(spec, (str, Path), "a hub id, a folder or a file")
     if device_map is not None and device != "auto":
         raise UsageError("device and device_map both say where the model goes: give one")
-    with _explained(spec):
+    with explained(spec):
         settings = _settings_of_export(spec, revision)
         place = resolve_device(device)
-        how = {
-            "dtype": resolve_dtype(dtype, place),
-            "device_map": device_map or str(place),
-            "attn_implementation": attn_implementation,
-            "output_loading_info": True,
-        }
+        how: dict[str, Any] = {"dtype": resolve_dtype(dtype, place), "device_map": device_map or str(place)}
+        how |= {"attn_implementation": attn_implementation, "output_loading_info": True}
         if settings is None:
             return _load_plain(spec, revision, trust_remote_code, how)
         return _load_export(spec, own_export(spec, settings), revision, how)
@@ -84,7 +73,7 @@ def load_empty(
     spec: str | Path, dtype: torch.dtype | None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The model of a config without weights, in `dtype` or as the checkpoint has it, quantised or not; see `load`."""
-    with _explained(spec):
+    with explained(spec):
         settings = _settings_of_export(spec, revision)
         if settings is None:
             config = load_config(spec, revision=revision, trust_remote_code=trust_remote_code)
@@ -103,7 +92,7 @@ def load_config(
     """A model's config without its weights: `spec` as in `load`, or a config.json, or one of SHAPES."""
     if spec in SHAPES:
         return transformers.LlamaConfig(**SHAPES[str(spec)])
-    with _explained(spec):
+    with explained(spec):
         gguf, path = named_gguf(spec), expanded(spec)
         source: Path | str = converted_folder(gguf) if gguf else path if path.exists() else hub_id(spec)
         file = {}
@@ -148,14 +137,10 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
 def build_random(
     config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of a config with dummy weights, in evaluation mode: for timing, which needs no right ones.
-
-    Matrices repeat one block of small uniform noise (drawing billions of numbers would take minutes), vectors
-    are ones, and buffers such as RoPE's are as they should be. Raises UsageError where memory runs out.
-    """
+    """The model of a config with dummy weights, to be timed: matrices of small noise, vectors of ones."""
     with init_empty_weights():
         model = _from_config(config, dtype)
-    # A prime length, so that rows of a matrix differ from each other.
+    # drawing billions of numbers would take minutes; a prime length, so that rows of a matrix differ from each other
     noise = torch.empty(1_000_003).uniform_(-0.03, 0.03, generator=torch.Generator().manual_seed(seed))
     with explained(config.model_type):  # a device may be too small
         noise = noise.to(device, dtype)
@@ -170,11 +155,7 @@ def build_random(
 
 
 def identify(spec: str | Path = DEFAULT_MODEL, *, revision: str | None = None) -> dict[str, str]:
-    """Where a model comes from: {"model": its name, with no folder, "revision": what fixes its weights}.
-
-    The revision is a hub id's commit, `sha256:` of a file (of a folder: of its config's and weights' hashes),
-    or `built-in` for a name of SHAPES. Raises UsageError for a model that is unknown or out of reach.
-    """
+    """Where a model comes from: {"model": its name, with no folder, "revision": a commit, or `sha256:` of files}."""
     if spec in SHAPES:
         return {"model": str(spec), "revision": "built-in"}
     path = default_gguf() if spec == DEFAULT_MODEL else expanded(spec)
@@ -227,20 +208,6 @@ def refuse_export(folder: Path) -> None:
         raise UsageError(
             f"{shortened(folder.name)} is an export already: give the dense model, and a plan that skips what both skip"
         )
-
-
-@contextmanager
-def _explained(spec: str | Path) -> Iterator[None]:
-    """`explained`, and of a GGUF file that we wrote for llama.cpp alone what it is, and what to do."""
-    try:
-        with explained(spec):
-            yield
-    except UsageError as error:
-        gguf = named_gguf(spec) if UNREAD.search(str(error)) else None
-        told = export_in(gguf) if gguf else None
-        if told is None:
-            raise
-        raise UnknownArchitecture(told) from error
 
 
 def _load_plain(

@@ -1,7 +1,4 @@
-"""What `notall export` wrote, without the code beside it: layers of the original architecture that lack a sublayer.
-
-Regrouped (`notall_llama` and so on) or nemotron-nas: only config.json is read, and the class is transformers' own.
-"""
+"""What `notall export` wrote, without the code beside it: layers of transformers' own class that lack a sublayer."""
 
 from __future__ import annotations
 

@@ -12,14 +12,9 @@ from ..errors import UsageError, shortened
 from ..inputs import Settings
 from .load_errors import quiet
 
-# What transformers runs each kind with.
-PACKAGES = {
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "gptq": "gptqmodel optimum",
-    "torchao": "torchao",
-}
+# What transformers runs each kind with: a package of its name, or others.
+PACKAGES = {name: name for name in ("bitsandbytes", "compressed-tensors", "torchao")}
+PACKAGES |= {"awq": "gptqmodel", "gptq": "gptqmodel optimum"}
 
 
 def quantisation_of(config: PretrainedConfig) -> Settings | None:

@@ -34,9 +34,8 @@ class Text:
 def read_text(source: str | Path = DEFAULT_TEXT) -> Text:
     """Read a UTF-8 text file, the `text` fields of a .jsonl file, or `prose`: English that ships with Python.
 
-    Prose is the language reference in `pydoc_data.topics`, in the order of its topics' names; it differs a
-    little between Python versions, and so does its hash. Raises UsageError for a text that is missing, empty
-    or not UTF-8.
+    Prose differs a little between Python versions, and so does its hash. Raises UsageError for a text that is missing,
+    empty or not UTF-8.
     """
     path = expanded(source)
     name = shortened(path.name)
@@ -60,12 +59,7 @@ def token_batches(
     batch_size: int = 4,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Draw windows of a text, none overlapping another: int64 batches of shape (batch_size, length).
-
-    Together they have `sequences` rows, and the last batch has what is left. Where the tokenizer starts a
-    text with a token of its own (BOS), so does every row: models trained that way are lost without it. Raises
-    UsageError for a text that is too short.
-    """
+    """Draw windows of a text, none overlapping another, with BOS: int64 batches of (batch_size, length)."""
     if sequences < 1 or length < 2 or batch_size < 1:
         raise UsageError(f"sequences is {sequences}, length {length}, batch {batch_size}: give at least 1, 2 and 1")
     start, ids = _start_tokens(tokenizer), _ids(tokenizer, text)

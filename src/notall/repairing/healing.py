@@ -1,8 +1,4 @@
-"""Heal a skipped model by a short distillation of weights of kept sublayers, by AdamW on accelerate.
-
-The loss is KL(dense || skipped) of the next token, whose derivative by what the head is given is known, so that no
-logits are kept (see `TokenScorer.distance`); in a warm-up, how far the student's stream is from the dense one.
-"""
+"""Heal a skipped model by a short distillation of weights of kept sublayers, by AdamW on accelerate."""
 
 from __future__ import annotations
 
@@ -34,16 +30,8 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import HealRecord, RepairStep
-from ..running.repaired import (
-    BEFORE,
-    HEALED,
-    RepairedPlan,
-    keep_whole,
-    read_tensors,
-    refuse_other_work,
-    step_of,
-    write_tensors,
-)
+from ..running import repaired
+from ..running.repaired import RepairedPlan
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
 from .refitting import about_weights
@@ -70,38 +58,36 @@ def heal(
     `batches` are token ids, (batch, tokens) each, of as many steps of AdamW as `config` says how. It ends early where
     the KL on `held_out`, batches as well, no longer falls, and keeps the best weights, possibly the initial ones.
     With a folder `out` the result is written down, and repeating the call resumes an interrupted run. Several
-    processes may share each batch: `workers`, or those of `accelerate launch`, each of which calls this. They need the
-    folder.
+    processes may share each batch, and need the folder: `workers`, or those of `accelerate launch`.
 
     Needs room for what is trained, and for its gradients and moments. Raises `UsageError` for a plan that does not fit
     or skips nothing, a quantised model, a folder that holds other work or is in use, a full disk, `lora` without peft,
-    and as `Spread.train` does, and `UnsupportedModel` as `locate` does and where the head is no matrix.
+    and workers that fail, and `UnsupportedModel` as `locate` does and where the head is no matrix.
     """
     expect(plan, Plan, "a plan, such as notall.Plan(attention=[3])")
-    config, inner, folder = config or TrainConfig(), base_model(model), Path(out) if out else None
+    config, inner = config or TrainConfig(), base_model(model)
     training = Training(plan, [*checked(batches, model)], [*checked(held_out, model)], config)
     _check(inner, training)
     processes = processes_of(inner)
-    if folder is None and (workers or processes.num_processes > 1):
+    if not out and (workers or processes.num_processes > 1):
         raise UsageError("workers share a folder: give one")
     earlier = plan if isinstance(plan, RepairedPlan) else RepairedPlan.of(plan)
     about = about_weights(provenance or {}, inner, plan, **_settings(training, earlier.history))
     is_first = processes.is_main_process  # which keeps the folder for all
-    alone = working_in(folder, "heal") if folder and is_first else nullcontext()
-    with alone, TemporaryDirectory() as scratch:
-        ledger = Ledger(folder, HealRecord, about) if folder else None
-        is_finished = folder is not None and refuse_other_work(folder, HealRecord, plan)
+    with TemporaryDirectory() as scratch, working_in(Path(out or scratch), "heal") if is_first else nullcontext():
+        folder = Path(out or scratch)
+        ledger, is_finished = Ledger(folder, HealRecord, about), repaired.refuse_other_work(folder, HealRecord, plan)
         processes.wait_for_everyone()  # all have looked before the first of them writes
-        if folder and is_finished:
+        if is_finished:
             return RepairedPlan.load(folder)
-        if workers and folder:
+        if workers:
             trained = workers.train(training, folder, about, progress)
         else:
-            trained = training.run(inner, folder or Path(scratch), ledger, progress)
-        history = (*earlier.history, step_of("heal", about))
+            trained = training.run(inner, folder, ledger, progress)
+        history = (*earlier.history, repaired.step_of("heal", about))
         healed = RepairedPlan.of(plan, weights={**earlier.weights, **trained}, history=history)
-        if folder and is_first:
-            keep_whole(folder, healed, HEALED)
+        if out and is_first:
+            repaired.keep_whole(folder, healed, repaired.HEALED)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         processes.wait_for_everyone()
     return healed
@@ -139,7 +125,7 @@ def _settings(training: Training, history: Sequence[RepairStep]) -> dict[str, ob
         "repair": plan.digest if isinstance(plan, RepairedPlan) else "none",
         "training": digest_of(training.batches)[:16],
         "stops_by": digest_of(training.held_out)[:16],
-        BEFORE: [step.model_dump(mode="json") for step in history],
+        repaired.BEFORE: [step.model_dump(mode="json") for step in history],
     }
 
 
@@ -153,7 +139,7 @@ class Training:
     config: TrainConfig
 
     def run(
-        self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord] | None, progress: Progress
+        self, model: PreTrainedModel, folder: Path, ledger: Ledger[HealRecord], progress: Progress
     ) -> dict[str, Tensor]:
         """The best weights, by their paths in `model`, the dense one. All processes run this; the first one writes."""
         return _Loop(self, model, folder / CHECKPOINTS, ledger, progress).run()
@@ -174,7 +160,7 @@ class _Loop:
     training: Training
     teacher: PreTrainedModel
     folder: Path
-    ledger: Ledger[HealRecord] | None
+    ledger: Ledger[HealRecord]
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -215,7 +201,7 @@ class _Loop:
                 if self.state.step % self.every == 0 or self.state.step == self.steps:
                     self._evaluate()
         self.accelerator.wait_for_everyone()
-        for path, weight in read_tensors(self.folder / BEST)[0].items():
+        for path, weight in repaired.read_tensors(self.folder / BEST)[0].items():
             self.student.trained[path].data.copy_(weight)
         self.accelerator.wait_for_everyone()  # all have read it before it is deleted
         return self.student.weights()
@@ -269,7 +255,7 @@ class _Loop:
         if state.step:
             state.best = min(state.best, kl / count)
         if self.accelerator.is_main_process:
-            if self.ledger is not None and evaluation.key not in self.ledger:
+            if evaluation.key not in self.ledger:
                 self.ledger.add(evaluation)
             self._save(is_best)
 
@@ -289,17 +275,17 @@ class _Loop:
     def _save(self, is_best: bool) -> None:
         trained, moments = self.student.trained, self.optimizer.state
         if is_best:
-            write_tensors(self.folder / BEST, trained)
+            repaired.write_tensors(self.folder / BEST, trained)
         if self.state.step:
             held = {f"{kind} {path}": one for path, p in trained.items() for kind, one in moments.get(p, {}).items()}
             held |= {f"weight {path}": one for path, one in trained.items()}
-            write_tensors(self.folder / LAST, held, {STATE: json.dumps(asdict(self.state))})
+            repaired.write_tensors(self.folder / LAST, held, {STATE: json.dumps(asdict(self.state))})
 
     def _restore(self) -> bool:
         """Go on from the last checkpoint, and say whether there is one whose evaluations are written down."""
         if not (self.folder / LAST).is_file() or not self.ledger:
             return False
-        held, notes = read_tensors(self.folder / LAST)
+        held, notes = repaired.read_tensors(self.folder / LAST)
         self.state = _State(**json.loads(notes[STATE]))
         for name, tensor in held.items():
             kind, _, path = name.partition(" ")
@@ -340,11 +326,7 @@ class Spread:
             )
 
     def train(self, training: Training, folder: Path, about: Provenance, progress: Progress) -> dict[str, Tensor]:
-        """As `Training.run`, the evaluations noted in `folder`, which all workers must see under this path.
-
-        When a worker is lost, all of them go on from the last checkpoint, once. Raises `UsageError` where a batch does
-        not part evenly among the workers, and where they fail.
-        """
+        """As `Training.run`, in a `folder` that all see. Raises `UsageError` for uneven batches and lost workers."""
         from ..running import cluster
 
         self.check(len(training.batches[0]))
@@ -356,7 +338,7 @@ class Spread:
             given = {"training": training, "folder": folder.absolute(), "about": about, "load": dict(self.load_options)}
             cluster.train(_work, given, folder / CHECKPOINTS / "ray", count=count, on_gpus=on_gpus)
             progress(1, 1, f"healed on {count} workers")
-        return read_tensors(folder / CHECKPOINTS / TRAINED)[0]
+        return repaired.read_tensors(folder / CHECKPOINTS / TRAINED)[0]
 
 
 def _work(
@@ -368,4 +350,4 @@ def _work(
     model, _ = load_model(**{**load, **({"device": device} if device else {})})
     trained = training.run(base_model(model), folder, Ledger(folder, HealRecord, about), silent)
     if is_first:
-        write_tensors(folder / CHECKPOINTS / TRAINED, trained)
+        repaired.write_tensors(folder / CHECKPOINTS / TRAINED, trained)

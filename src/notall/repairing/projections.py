@@ -191,15 +191,12 @@ def reading_gains(model: PreTrainedModel, layers: nn.ModuleList, steps: Sequence
         found = gain_of(norm, ones).to(ones.device)
         return found / found.square().mean().sqrt().clamp_min(1e-6)
 
-    def first_norm(part: Sublayer) -> nn.Module | None:
-        first = part.branches[0].ops[0].module
-        norm = child(layers[part.index], first) if first else None
-        return norm if norm is not None and is_norm(norm) else None
-
     head = Head(model)
     plain = head.projection is not None and head.projection.weight.shape[1] == width
     last = gain((lambda rows: head.states(rows[0])[None]) if plain else None)
-    gains = [gain(first_norm(parts[0])) for parts in steps]
+    firsts = [(parts[0].index, parts[0].branches[0].ops[0].module) for parts in steps]
+    begins = [child(layers[index], first) if first else None for index, first in firsts]
+    gains = [gain(norm if norm is not None and is_norm(norm) else None) for norm in begins]
     readers = [torch.stack([*gains[place : place + READERS], last]) for place in range(1, len(steps) + 1)]
     return [(metric := rows.square().mean(0)) / metric.mean() for rows in readers]
 

@@ -28,17 +28,8 @@ from ..progress import Progress, silent
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.repairs import RefitRecord
-from ..running.repaired import (
-    PLAN,
-    RepairedPlan,
-    file_of,
-    read_weights,
-    refuse_other_work,
-    seal,
-    step_of,
-    with_weights,
-    write_tensors,
-)
+from ..running import repaired
+from ..running.repaired import RepairedPlan, file_of
 from ..running.skipping import refuse_skipping
 from ..structure.locating import locate
 from ..structure.model_structure import base_model
@@ -68,9 +59,8 @@ def repair(
     `batches` are token ids, (batch, tokens) each: some ten thousand tokens of texts of several kinds. One sequence in
     eight is held out. `ridges` are the strengths to try, relative to each feature's mean square; `math.inf` leaves a
     sublayer unchanged. `ahead` is the share of the next gap's change that a sublayer aims at already. Streams and
-    features of all of the text are in memory, or in files of the folder `offload`, which go with them. `refits` of the
-    result says what became of each sublayer. With a folder `out` it is written down, and repeating the call resumes an
-    interrupted run; `provenance` identifies the run, and a folder of another one is refused.
+    features of the text are in memory, or in files of the folder `offload`. `refits` of the result says what became of
+    each sublayer. With a folder `out`, repeating the call resumes an interrupted run, which `provenance` identifies.
 
     Raises `UsageError` for fewer than two sequences, a plan that does not fit, skips nothing or is repaired, a model
     of which all that is kept is quantised, a folder that holds other work or is in use, and a full disk, and
@@ -93,7 +83,7 @@ def repair(
             f"what this plan keeps is quantised ({quantisation_name(told)}), and a refit weight is none of its "
             "numbers: repair the plan on the model that was quantised, export that, and quantise the export"
         )
-    return found.model_copy(update={"history": (step_of("repair", about),)})
+    return found.model_copy(update={"history": (repaired.step_of("repair", about),)})
 
 
 def about_weights(
@@ -124,11 +114,11 @@ class Kept:
     def __init__(self, folder: Path, plan: Plan, about: Provenance) -> None:
         self.folder = folder
         self.refits = Ledger(folder, RefitRecord, about)
-        self.finished = refuse_other_work(folder, RefitRecord, plan) and (folder / PLAN).is_file()
+        self.finished = repaired.refuse_other_work(folder, RefitRecord, plan) and (folder / repaired.PLAN).is_file()
 
     def add(self, refit: RefitRecord, weights: dict[str, Tensor]) -> None:
         if weights:  # first: a line says that they are there
-            digest = write_tensors(self.folder / file_of(refit), weights)
+            digest = repaired.write_tensors(self.folder / file_of(refit), weights)
             refit = refit.model_copy(update={"sha256": digest})
         self.refits.add(refit)
 
@@ -186,7 +176,7 @@ class Repair:
         progress(len(self.steps), len(self.steps), f"refit {sum(one.ridge is not None for one in refits)}")
         if self.kept:
             files = {file_of(one): one.sha256 for one in self.kept.refits if one.ridge is not None}
-            seal(self.kept.folder, self.plan, files)
+            repaired.seal(self.kept.folder, self.plan, files)
             return RepairedPlan.load(self.kept.folder)
         weights = {path: weight for _, made in self.made for path, weight in made.items()}
         return RepairedPlan.of(self.plan, weights=weights, refits=refits)
@@ -211,11 +201,11 @@ class Repair:
         else:
             if (step.names,) not in self.kept.refits:
                 self.kept.add(*self._solve(step, target))
-            refit = self.kept.refits[(step.names,)]
+            refit, weights = self.kept.refits[(step.names,)], {}
             self.made.append((refit, {}))
-            # from the file, so that those of all steps are never in memory together
-            weights = {} if refit.ridge is None else read_weights(self.kept.folder, file_of(refit), refit.sha256)
-        with with_weights(self.text.model, weights):
+            if refit.ridge is not None:  # from the file, so that those of all steps are never in memory together
+                weights = repaired.read_weights(self.kept.folder, file_of(refit), refit.sha256)
+        with repaired.with_weights(self.text.model, weights):
             return self._run(step)
 
     def _solve(self, step: LiveStep, target: list[Tensor]) -> tuple[RefitRecord, dict[str, Tensor]]:

@@ -1,9 +1,9 @@
 """What becomes of one step of a repair, given what was seen of it on the calibration text.
 
-Where a projection's answers are added to the stream up to a factor, that is one least-squares problem. Where a norm
-follows, which adds gain * W z / rms(W z), (1) a channel's error counts by its readers' gains, as elsewhere; (2) W z is
-aimed at what the norm would have to be given, were its scale the old one; (3) each channel goes only a part of the way,
-the less the norm and its readers make of it; (4) how far, and the ridge, is chosen by the true error behind the norm.
+Where a projection's answers are added to the stream, that is one least-squares problem. Where a norm follows, which
+adds gain * W z / rms(W z), (1) a channel's error counts by its readers' gains, as elsewhere; (2) W z is aimed at what
+the norm would have to be given, were its scale the old one; (3) each channel goes only a part of the way, the less the
+norm and its readers make of it; (4) how far, and the ridge, is chosen by the true error behind the norm.
 
 A ridge regression is tried with any ridge from what was seen once: from sums, which take memory and work by the
 features alone, or, where there are fewer tokens than features, from the tokens. Both come to the same.
@@ -96,20 +96,16 @@ class Rows:
     """As `Moments`, with the tokens themselves: z, r and the roots of their weights, which stand for the bias."""
 
     biased: bool
-    features: list[Tensor] = field(default_factory=list)
-    lacking: list[Tensor] = field(default_factory=list)
-    roots: list[Tensor] = field(default_factory=list)
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list)
     kernels: dict[bool, Tensor] = field(default_factory=dict)
 
     def add(self, features: Tensor, lacking: Tensor, weights: Tensor) -> None:
         roots = weights.sqrt()[:, None]
         self.kernels.clear()
-        self.features.append(features * roots)
-        self.lacking.append(lacking * roots)
-        self.roots.append(roots)
+        self.seen.append((features * roots, lacking * roots, roots))
 
     def __add__(self, other: Rows) -> Rows:
-        return Rows(self.biased, self.features + other.features, self.lacking + other.lacking, self.roots + other.roots)
+        return Rows(self.biased, self.seen + other.seen)
 
     def left(self, change: Tensor, metric: Tensor) -> float:
         features, lacking, roots = self._together()
@@ -136,10 +132,10 @@ class Rows:
         change = torch.cat([change, bias.T], 1) if self.biased else change
         return change if change.isfinite().all() else None
 
-    def _together(self) -> tuple[Tensor, Tensor, Tensor]:
-        for parts in (self.features, self.lacking, self.roots):
-            parts[:] = [torch.cat(parts)]
-        return self.features[0], self.lacking[0], self.roots[0]
+    def _together(self) -> tuple[Tensor, ...]:
+        if len(self.seen) > 1:
+            self.seen[:] = [tuple(map(torch.cat, zip(*self.seen)))]
+        return self.seen[0]
 
 
 def _held_back(sizes: Tensor, ridge: float, alike: bool) -> Tensor:
@@ -166,10 +162,7 @@ class Fit:
         self.biases = sum(one.bias(self.layer) is not None for one in self.projections)
 
     def best(self, ridges: Sequence[float]) -> tuple[float | None, float, dict[str, Tensor]]:
-        """The ridge that leaves least on what is held out, what share of the squared error that is, and new weights.
-
-        These are by their paths below the layer. None, 1 and none where every ridge leaves more than no change.
-        """
+        """The ridge that leaves least on what is held out, that share, new weights; None, 1 and {} without a gain."""
         fitted, held = self.sums(held=False), self.sums(held=True)
         best, least = None, 1.0
         for ridge in ridges:

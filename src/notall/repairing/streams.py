@@ -15,20 +15,17 @@ from transformers import PreTrainedModel
 
 from ..errors import UsageError, shortened
 from ..plan import Plan
-from ..running.replay import live_steps, record
+from ..running.replay import Recording, live_steps, record
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer
-from ..structure.observation import Branch, LayerCall, run_branches, scaled
+from ..structure.observation import LayerCall, run_branches, scaled
 from .projections import Projections
 
 HELD = 8  # one sequence in so many chooses the ridge
 
 
 def offloaded(tensor: Tensor, folder: Path | None) -> Tensor:
-    """The tensor, or its like on the CPU, with its bytes in a file of `folder` that has no name and goes when it does.
-
-    Raises `UsageError` where there is no room.
-    """
+    """The tensor, or its like on the CPU, with its bytes in a file of `folder` that goes when it does."""
     if folder is None or not tensor.numel():
         return tensor
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -53,12 +50,14 @@ class Line:
     scale: float
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
-        return tuple(branch for part in self.parts for branch in part.branches)
-
-    @property
     def names(self) -> tuple[str, ...]:
         return tuple(part.name for part in self.parts)
+
+    def run(self, layers: nn.Module, hidden: Tensor, recording: Recording) -> Tensor:
+        """The stream behind it, (batch, tokens, hidden), given the one before it."""
+        branches = tuple(branch for part in self.parts for branch in part.branches)
+        layer, call = layers.get_submodule(str(self.block.index)), LayerCall(recording.arguments[self.block.index])
+        return scaled(run_branches(branches, layer, hidden, call), self.scale)
 
 
 def lines_of(structure: ModelStructure) -> list[Line]:
@@ -97,8 +96,7 @@ def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
 class DenseStream:
     """A model's stream before each line, (batch, tokens, hidden) a batch, on a text of token ids, (batch, tokens) each.
 
-    A few lines are kept at once; with `keep_all` all of them, for repairs of many plans. With a folder `offload` they
-    lie in files there. One sequence in so many is `held` out. Raises `UnsupportedModel` as `locate` does.
+    A few lines are kept at once, all of them with `keep_all`, in files of a folder `offload`; some rows are `held` out.
     """
 
     def __init__(
@@ -135,12 +133,10 @@ class DenseStream:
     def run(self, lines: Iterable[Line], states: list[Tensor]) -> list[Tensor]:
         """The stream behind `lines`, which follow each other, given the one before them."""
         for line in lines:
-            index, behind = line.block.index, list[Tensor]()
+            behind = []
             for hidden, recording in zip(states, self.recordings):
                 here = hidden.to(recording.device) if hidden.is_cpu else hidden  # from a file, maybe
-                call = LayerCall(recording.arguments[index])
-                added = run_branches(line.branches, self.layers[index], here, call)
-                behind.append(self.keep(scaled(added, line.scale)))
+                behind.append(self.keep(line.run(self.layers, here, recording)))
             states = behind
         return states
 

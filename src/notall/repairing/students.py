@@ -20,7 +20,6 @@ from ..running.replay import Recording, live_steps, states_before_output
 from ..running.skipping import remove
 from ..structure.locating import decoder_layers, locate
 from ..structure.model_structure import ModelStructure
-from ..structure.observation import LayerCall, run_branches, scaled
 from .projections import Projections, is_matrix, is_norm, reading_gains
 from .streams import DenseStream, steps_of
 
@@ -52,7 +51,7 @@ class Student(nn.Module):
     """`model` without what `plan` skips, with the weights that the plan brings; the model itself stays as it is.
 
     `trained` are the parameters to train, by name: copies of kept sublayers' own, in float32, or LoRA matrices beside
-    theirs. All others share their memory with the model's. `tokens`, (batch, tokens), are to find projections with.
+    theirs. All others share their memory with the model's.
     """
 
     def __init__(
@@ -178,9 +177,7 @@ class Layerwise:
         """The squared distance over the target's square, mean over tokens and steps, (1,); no gradient crosses one."""
         hidden, losses = recording.embedded, list[Tensor]()
         for step, target, metric in zip(self.steps, streams, self.metrics):
-            index = step.block.index
-            layer, call = self.layers.get_submodule(str(index)), LayerCall(recording.arguments[index])
-            behind = scaled(run_branches(step.branches, layer, hidden, call), step.scale)
+            behind = step.run(self.layers, hidden, recording)
             off, size = ((one.float().square() @ metric).flatten() for one in (behind - target, target))
             losses.append((off / size.clamp_min(torch.finfo(torch.float32).tiny)).mean())
             hidden = behind.detach()

@@ -18,10 +18,7 @@ Origin = Provenance | Callable[[R], Provenance] | None  # of all records, or of 
 
 
 class Ledger(Generic[R]):
-    """The records of a kind in `folder`, by their keys, and where new ones go; `name` is another file than its own.
-
-    Raises `UsageError` when a line is malformed or comes from another run than `about` says, of all or of each.
-    """
+    """The records of a kind in `folder`, by their keys, of the run that `about` says; `name` is another file."""
 
     def __init__(self, folder: Path, kind: type[R], about: Origin[R] = None, name: str | None = None) -> None:
         self.path, self._kind = folder / (name or kind.file), kind
@@ -76,10 +73,7 @@ class Ledger(Generic[R]):
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
-    """The records of a file in their order, of each key the last; [] without a file.
-
-    Raises `UsageError` that names the line, and the field, where one is malformed or of another kind.
-    """
+    """The records of a file in their order, of each key the last. Raises `UsageError` that names a malformed line."""
     found = [*lines.numbered(path)][1 if kind.headed else 0 :]  # the header has no key
     records = [_checked(path, number, text, kind) for number, text in found]
     return list({record.key: record for record in records}.values()) if kind.key_fields else records
@@ -92,10 +86,7 @@ def header_of(path: Path) -> HeaderRecord | None:
 
 
 def kind_at(path: Path) -> str | None:
-    """The name of the kind of a file's records, as its first line says; None for one that is not ours.
-
-    Raises `UsageError` where that is no record, or a file of our name is of no kind of ours.
-    """
+    """The name of the kind of a file's records, as its first line says; None for one that is not ours."""
     first = next(lines.numbered(path), None)
     if first is None:
         return None

@@ -16,14 +16,9 @@ from filelock import FileLock, Timeout
 from ..errors import UsageError, shortened
 from ..inputs import Settings, read_json
 
-Line = Settings
 
-
-def append(path: Path, *lines: Line) -> None:
-    """Add `lines` to a file of this process's, on disk when this returns; a torn last line is cut off first.
-
-    Numbers that are not finite become null. Raises `UsageError` when it can't be written, and leaves it as it was.
-    """
+def append(path: Path, *lines: Settings) -> None:
+    """Add `lines` to a file, on disk when this returns. Raises `UsageError` where it stays as it was."""
     text = b"".join(json.dumps(finite(line), allow_nan=False).encode() + b"\n" for line in lines)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,16 +28,13 @@ def append(path: Path, *lines: Line) -> None:
         raise _cannot_write(path, error) from None
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Path) -> list[Settings]:
     """The lines of a file in their order; [] without a file. Raises as `numbered` and `parsed` do."""
     return [parsed(path, number, text) for number, text in numbered(path)]
 
 
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning.
-
-    Raises `UsageError` where the file can't be read.
-    """
+    """A file's lines by their numbers, from 1, JSON or not; a torn last one is dropped with a warning."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size  # of a device, which never ends, 0
@@ -57,7 +49,7 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UsageError(f"cannot read {path}: {error.strerror}; give another file or folder") from None
 
 
-def parsed(path: Path, number: int, text: bytes) -> Line:
+def parsed(path: Path, number: int, text: bytes) -> Settings:
     """The record in a line. Raises `UsageError` that names it where there is none."""
     line = _parse(text)
     if line is None:
@@ -133,7 +125,7 @@ def _write(file: IO[bytes], lines: bytes) -> None:
         raise
 
 
-def _parse(text: bytes) -> Line | None:
+def _parse(text: bytes) -> Settings | None:
     """The record in a line; None if there is none. Part of a record is never one: a torn line shows."""
     try:
         line = read_json(text)

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ..inputs import Settings
 from ..plan import Plan
+from .lines import finite
 from .provenance import Provenance
 
 MOST_LAYERS = 10_000  # more than any model has; a damaged index does not become a page of gigabytes
@@ -23,10 +24,6 @@ Scalar = float | int | str | bool | None
 def is_number(value: float | None) -> bool:
     """Whether there is a value, and a finite one."""
     return value is not None and math.isfinite(value)
-
-
-def _none_if_no_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _between(low: float, high: float = math.inf) -> AfterValidator:
@@ -43,7 +40,7 @@ Number = Annotated[
     float,
     Field(allow_inf_nan=True),
     BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(_none_if_no_number, return_type=float | None, when_used="json"),
+    PlainSerializer(finite, return_type=float | None, when_used="json"),
 ]
 Unsigned = Annotated[Number, _between(0)]  # such as a standard error
 Loss = Annotated[Number, _between(-0.01)]  # rounding may bring it just below 0
@@ -89,7 +86,7 @@ class Fact(BaseModel):
             elif isinstance(value, Plan):
                 found["skipped"] = " ".join(value.names)
             elif isinstance(value, float):
-                found[name] = _none_if_no_number(value)
+                found[name] = finite(value)
             elif isinstance(value, int | str) and name != "record":
                 found[name] = value
         return found

@@ -195,11 +195,11 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in (self.headings, rules, *cells))
 
 
-def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G], *, every: bool = False) -> Table:
-    """`rows` in those of `columns` that a row has something in, or in `every` one."""
+def table(title: str, columns: Iterable[Column[G]], rows: Iterable[G]) -> Table:
+    """`rows` in those of `columns` that a row has something in; without rows in all."""
     rows = list(rows)
     filled = [(column, [column.cell(row) for row in rows]) for column in columns]
-    shown = [one for one in filled if every or not rows or any(cell.value is not None for cell in one[1])]
+    shown = [one for one in filled if not rows or any(cell.value is not None for cell in one[1])]
     heads: tuple[Column[object], ...] = tuple(  # whose cells are made already
         Column(column.heading, lambda _: EMPTY, column.right, column.unit, column.note) for column, _ in shown
     )

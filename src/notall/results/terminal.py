@@ -124,9 +124,8 @@ def _laid_out(strips: Sequence[Strip], width: int) -> list[Strip] | None:
     turns = len(strips[0].cells) - 1 <= TURNED
     answer = next((place for place, strip in enumerate(strips, 1) if strip.right and place > 1), 2)
     for count in range(len(strips), (len(strips) if turns else answer) - 1, -1):
-        for start in (0, 1, None):
-            broken = strips[:count] if start is None else [strip.in_lines(start) for strip in strips[:count]]
-            if fitting := _fitted(broken, width):
+        for start in (0, 1, len(strips[0].cells)):
+            if fitting := _fitted([strip.in_lines(start) for strip in strips[:count]], width):
                 return fitting
     rows = zip(*(strip.cells for strip in strips))  # each a column
     return _fitted([Strip(cells, place > 0) for place, cells in enumerate(rows)], width) if turns else None

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import UsageError, shortened
-from ...plugins import first_line, installed_names, named, takes
+from ...plugins import installed_names, named, takes
 from ..budget import Budget
 from ..space import Choice, Space
+from . import search
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
-from .losses import choose_by_evolution, choose_by_search, choose_greedily, score_leave_one_out
+from .losses import choose_by_evolution, choose_greedily, score_leave_one_out
 from .one_pass import choose_angular, score_cosine, score_first_order, score_fisher, score_relative_magnitude
 from .quadratic import choose_quadratic
 from .setting import Criterion, Setting, UnitScores, take
@@ -21,58 +22,20 @@ from .setting import Criterion, Setting, UnitScores, take
 __all__ = ["Choice", "Criterion", "CriterionLike", "Setting", "UnitScores", "criterion", "every_criterion"]
 
 _ALL = (
-    Criterion("deepest", "place: the deepest first (the paper's rule, 2407.15516)", score_deepest, reads="config"),
-    Criterion("shallowest", "place: the shallowest first", score_shallowest, reads="config"),
-    Criterion("random", "chance: an order drawn with the seed", score_random, reads="config"),
-    Criterion("cosine", "1 - cosine before and after (LLM-Drop 2406.15786, ShortGPT 2403.03853)", score_cosine),
-    Criterion(
-        "angular",
-        "angle over a run of blocks (2403.17887)",
-        choose=choose_angular,
-        kinds=("block",),
-        passes=lambda *_: 1,
-    ),
-    Criterion("magnitude", "|f(x)| / |x + f(x)| (2312.09299)", score_relative_magnitude),
-    Criterion("first-order", "gradient of the NLL to a gate (1611.06440)", score_first_order),
-    Criterion("fisher", "the same gradient, squared per sequence (1801.05787)", score_fisher),
-    Criterion(
-        "gate-norm",
-        "|W_Q W_K^T|, without a text (2512.20636)",
-        score_gate_norm,
-        reads="weights",
-        kinds=("attention",),
-        layers=has_projections,
-    ),
-    Criterion(
-        "leave-one-out",
-        "rise of the objective when only this unit is skipped",
-        score_leave_one_out,
-        reads="objective",
-        passes=lambda units, count: units / 2,
-    ),
-    Criterion(
-        "greedy",
-        "the objective, step by step (SLEB, BlockPruner, FinerCut)",
-        choose=choose_greedily,
-        reads="objective",
-        passes=lambda units, count: units * count / 2,
-    ),
-    Criterion(
-        "evolution",
-        "sets that swap and are selected (EvoPress 2410.14649)",
-        choose=choose_by_evolution,
-        reads="objective",
-        passes=lambda units, count: 150,
-    ),
-    Criterion(
-        "quadratic",
-        "the least sum of single and pairwise effects (after 2602.00161; extra: solver)",
-        choose=choose_quadratic,
-        reads="objective",
-        passes=lambda units, count: units**2 / 24,
-        needs=("scipy",),
-    ),
-    Criterion("search", "lazy greedy, refined by swaps", choose=choose_by_search, reads="objective"),
+    Criterion("deepest", score=score_deepest, reads="config"),
+    Criterion("shallowest", score=score_shallowest, reads="config"),
+    Criterion("random", score=score_random, reads="config"),
+    Criterion("cosine", score=score_cosine),
+    Criterion("angular", choose=choose_angular, kinds=("block",), passes=lambda n, count: 1),
+    Criterion("magnitude", score=score_relative_magnitude),
+    Criterion("first-order", score=score_first_order),
+    Criterion("fisher", score=score_fisher),
+    Criterion("gate-norm", score=score_gate_norm, reads="weights", kinds=("attention",), layers=has_projections),
+    Criterion("leave-one-out", score=score_leave_one_out, reads="objective", passes=lambda n, count: n / 2),
+    Criterion("greedy", choose=choose_greedily, reads="objective", passes=lambda n, count: n * count / 2),
+    Criterion("evolution", choose=choose_by_evolution, reads="objective", passes=lambda n, count: 150),
+    Criterion("quadratic", choose=choose_quadratic, reads="objective", passes=lambda n, _: n**2 / 24, needs=("scipy",)),
+    Criterion("search", choose=search.search, reads="objective"),
 )
 CRITERIA = {one.name: one for one in _ALL}
 GROUP = "notall.criteria"  # of entry points
@@ -95,9 +58,9 @@ def criterion(given: CriterionLike) -> Criterion:
     if not inspect.isfunction(found):
         raise UsageError(f"{shortened(name)} is no criterion: give a function from a Setting to scores, or a Criterion")
     if takes(found, 1):
-        return Criterion(name, first_line(found), found)
+        return Criterion(name, score=found)
     if takes(found, 2):
-        return Criterion(name, first_line(found), choose=found)
+        return Criterion(name, choose=found)
     raise UsageError(f"{shortened(name)} is no criterion: let it take a Setting, and a Budget if it chooses itself")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from itertools import product
 from numbers import Real
 from typing import get_args
@@ -57,37 +56,35 @@ def deepest(
     return plan
 
 
-def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
-    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+def paper_grid(structure: ModelStructure) -> list[Configured]:
+    """Dense and {attention, mlp, block} x `FRACTIONS` x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
-    for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
+    for variant, fraction, keep_last in product(SKIPPABLE, FRACTIONS, (False, True)):
         plan = deepest(structure, variant, fraction, keep_last=keep_last)
         rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
     return rows
 
 
 def score_deepest(setting: Setting) -> UnitScores:
-    """The deepest first (arXiv 2407.15516); for one kind the same sets as `deepest`."""
+    """Place: the deepest first (the paper's rule, 2407.15516)."""
     return {unit: -float(place) for place, unit in enumerate(setting.space.units)}
 
 
 def score_shallowest(setting: Setting) -> UnitScores:
+    """Place: the shallowest first."""
     return {unit: float(place) for place, unit in enumerate(setting.space.units)}
 
 
 def score_random(setting: Setting) -> UnitScores:
-    """In an order drawn with the setting's seed: what any criterion must beat."""
+    """Chance: an order drawn with the seed, which any criterion must beat."""
     draw = random.Random(setting.seed)
     return {unit: draw.random() for unit in setting.space.units}
 
 
 def score_gate_norm(setting: Setting) -> UnitScores:
-    """|W_Q W_K^T|, the Frobenius norm, least coupled first; a group of heads shares keys (Gate-Norm, 2512.20636)."""
-    space = setting.space
-    if space.unit_kind != "attention":
-        raise UsageError("Gate-Norm ranks attentions only: choose among attentions")
-    layers = list(base_model(setting.model).get_submodule(space.structure.layers).children())
-    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in space.names}
+    """|W_Q W_K^T|, the Frobenius norm, without a text; a group of heads shares keys (Gate-Norm 2512.20636)."""
+    layers = list(base_model(setting.model).get_submodule(setting.space.structure.layers).children())
+    return {(name,): _coupling(layers[int(name.partition(".")[2])]) for name in setting.space.names}
 
 
 def _linear(layer: nn.Module) -> dict[str, nn.Linear]:

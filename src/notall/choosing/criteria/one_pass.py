@@ -26,23 +26,23 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # the stream before and after, (ba
 
 
 def score_cosine(setting: Setting) -> UnitScores:
-    """1 - cos(x, x + f(x)), the mean over tokens: LLM-Drop, 2406.15786, section 3; of blocks ShortGPT, 2403.03853."""
+    """1 - cos(x, x + f(x)), the mean over tokens (LLM-Drop 2406.15786, section 3; of blocks ShortGPT 2403.03853)."""
     return _measured(setting, lambda before, after: 1 - cosine_similarity(before, after, dim=-1))
 
 
 def score_relative_magnitude(setting: Setting) -> UnitScores:
-    """|f(x)| / |x + f(x)|, the mean over tokens. Source: arXiv 2312.09299, as in ShortGPT 2403.03853."""
+    """|f(x)| / |x + f(x)|, the mean over tokens (2312.09299, as in ShortGPT 2403.03853)."""
     return _measured(setting, lambda before, after: (after - before).norm(dim=-1) / after.norm(dim=-1))
 
 
 def choose_angular(setting: Setting, budget: Budget) -> Choice:
-    """The contiguous run of blocks with the least angle between what goes in and what comes out, before the final norm.
+    """Angle between what goes into a contiguous run of blocks and what comes out (2403.17887).
 
-    arccos(cos(x[l], x[l + n])) / pi at the last token of each sequence, the mean over sequences; arXiv 2403.17887,
-    section 3. Raises `UsageError` when the budget is no fixed number of blocks.
+    arccos(cos(x[l], x[l + n])) / pi at the last token of each sequence, the mean over sequences; section 3.
+    Raises `UsageError` when the budget is no fixed number of blocks.
     """
     space = setting.space
-    if space.kind != "block" or budget.target == math.inf:
+    if budget.target == math.inf:
         raise UsageError("the angular distance chooses a run of blocks: say how many, as --skip block:4 does")
     blocks = len(space.structure.blocks)
     states: list[list[Tensor]] = [[] for _ in range(blocks + 1)]  # at the last tokens, before each block and in the end
@@ -96,12 +96,12 @@ def _measured(setting: Setting, measure: Measure) -> UnitScores:
 
 
 def score_first_order(setting: Setting) -> UnitScores:
-    """-dL/dgate at h + gate * f(h), gate = 1: what the NLL rises by, to first order; arXiv 1611.06440, equation 7."""
+    """Gradient of the NLL to a gate, -dL/dgate at h + gate * f(h), gate = 1 (1611.06440, equation 7)."""
     return {unit: -float(gradients.mean()) for unit, gradients in _gradients(setting).items()}
 
 
 def score_fisher(setting: Setting) -> UnitScores:
-    """(dL/dgate)^2 / 2, the mean over sequences: the empirical Fisher information; arXiv 1801.05787, equation 7."""
+    """The same gradient, squared per sequence: half of the empirical Fisher information (1801.05787, equation 7)."""
     return {unit: float(gradients.square().mean()) / 2 for unit, gradients in _gradients(setting).items()}
 
 

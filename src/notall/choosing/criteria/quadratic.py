@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...errors import UsageError, need
 from ..budget import Budget
 from ..space import Choice, Unit, names_in
-from .losses import SCREENED
+from .search import SCREENED
 from .setting import Setting
 
 Floats = NDArray[np.float64]
@@ -24,13 +24,11 @@ WORST = 1e3  # nats: what a model that overflows loses; a sum has no use for mor
 
 
 def choose_quadratic(setting: Setting, budget: Budget) -> Choice:
-    """The set that meets the budget with the least sum of a[i] over its units and b[i, j] over each two of them.
+    """The least sum of single and pairwise effects (after 2602.00161; extra: solver).
 
-    a[i] is what the objective rises by without i; b[i, j] is what it rises by without both, less a[i] and a[j], or 0
-    where that is negative. Source: the binary program of arXiv 2602.00161, which takes both from a Taylor expansion in
-    a gate on each block; a gate that closes is too far away for that, so here they are measured, on a part of the text.
-    Within a limit on the objective, ever more is skipped. Raises `UsageError` without scipy, and where no set saves as
-    much.
+    a[i] over the units, what the objective rises by without i, and b[i, j] over each two, what it rises by without
+    both, less a[i] and a[j], or 0 where that is negative. The source's binary program takes both from a Taylor
+    expansion in a gate on each block; a gate that closes is too far away for that, so here they are measured.
     """
     need("scipy")
     if budget.met(frozenset()):

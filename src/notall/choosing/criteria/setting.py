@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UsageError, expect, shortened
-from ...plugins import explained
+from ...plugins import explained, first_line
 from ...progress import Progress, silent
 from ...results.facts import SearchCost
 from ...structure.locating import locate
@@ -63,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A way to choose: give `score`, of which the lowest is skipped first, or `choose`.
+    """A way to choose: give `score`, of which the lowest is skipped first, or `choose`; its docstring describes it.
 
     `reads` is what it goes by: the "config" alone, the "weights", a "text", or the "objective". `kinds` are the
     kinds of units that it can choose among: attention, mlp, block, period, sublayer. `passes` says how many forward
@@ -72,7 +72,7 @@ class Criterion:
     """
 
     name: str
-    description: str
+    description: str = ""
     score: Callable[[Setting], UnitScores] | None = None
     choose: Callable[[Setting, Budget], Choice] | None = None
     reads: Literal["config", "weights", "text", "objective"] = "text"
@@ -84,6 +84,8 @@ class Criterion:
     def __post_init__(self) -> None:
         if (self.score is None) == (self.choose is None):
             raise UsageError(f"the criterion {shortened(self.name)} needs one of score and choose")
+        if not self.description:
+            object.__setattr__(self, "description", first_line(self.score or self.choose))
 
     def cost(self, space: Space, count: float) -> float:
         """Forward passes to choose `count` of `space`, about; not stated, one, or as many as the search takes."""

@@ -21,16 +21,8 @@ from ...progress import Progress, silent
 from ...results.ledger import Ledger, working_in
 from ...results.provenance import Provenance
 from ...results.repairs import RefitRecord
-from ...running.repaired import (
-    WHOLE,
-    Kept,
-    LinearMap,
-    RepairedPlan,
-    keep_whole,
-    kept_tensors,
-    refuse_maps,
-    refuse_other_work,
-)
+from ...running import repaired
+from ...running.repaired import LinearMap, RepairedPlan
 from ...structure.locating import locate
 from ...structure.model_structure import base_model
 from ..refitting import about_weights, repair
@@ -114,16 +106,16 @@ def kept_repair(
 ) -> tuple[RepairedPlan, float]:
     """`plan` repaired by the method `name`, and the CPU seconds that took; kept in `folder`, which is one model's."""
 
-    def make() -> Kept:
+    def make() -> repaired.Kept:
         start = time.process_time()
-        repaired = method(name).repair(model, plan, batches, progress)
-        tensors = {WEIGHT + path: weight for path, weight in repaired.weights.items()}
-        for where, one in repaired.maps.items():
+        found = method(name).repair(model, plan, batches, progress)
+        tensors = {WEIGHT + path: weight for path, weight in found.weights.items()}
+        for where, one in found.maps.items():
             tensors |= {MATRIX + where: one.matrix} | ({} if one.bias is None else {BIAS + where: one.bias})
         return tensors, {"seconds": str(time.process_time() - start)}
 
     key = [plan.indices, dtype_name(base_model(model)), digest_of(batches)[:16]]
-    tensors, notes = kept_tensors(folder, name.replace(":", "-").replace("/", "-"), key, make)
+    tensors, notes = repaired.kept_tensors(folder, name.replace(":", "-").replace("/", "-"), key, make)
 
     def named(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
@@ -142,10 +134,7 @@ def repair_into(
     progress: Progress = silent,
     offload: Path | None = None,
 ) -> RepairedPlan:
-    """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there.
-
-    Raises `UsageError` for maps, weights of another model, a folder that holds other work, and as the method does.
-    """
+    """`plan` repaired by the method `name`, as a folder that is given as a plan; at once where it is there."""
     if name == "refit":
         return repair(model, plan, batches, offload=offload, out=folder, provenance=settings, progress=progress)
     if folder is None:
@@ -155,11 +144,11 @@ def repair_into(
     about = about_weights(settings, base_model(model), plan, calibration=digest_of(batches)[:16], method=name)
     with working_in(folder, "repair"):
         ledger = Ledger(folder, RefitRecord, about)
-        if not refuse_other_work(folder, RefitRecord, plan):
-            repaired = method(name).repair(model, plan, batches, progress)
-            refuse_maps(repaired)
-            repaired.check(structure)
-            repaired.placed(model)  # refuses weights of another model
+        if not repaired.refuse_other_work(folder, RefitRecord, plan):
+            found = method(name).repair(model, plan, batches, progress)
+            repaired.refuse_maps(found)
+            found.check(structure)
+            found.placed(model)  # refuses weights of another model
             ledger.add()  # its first line alone: where the weights come from
-            keep_whole(folder, repaired, WHOLE)
+            repaired.keep_whole(folder, found, repaired.WHOLE)
         return RepairedPlan.load(folder)

@@ -153,8 +153,7 @@ def prune_and_comp(model: PreTrainedModel, plan: Plan, batches: Batches, progres
     The stream before each gap is multiplied by a = mean over windows and channels of E|x_after| / E|x_before|, gap by
     gap, as in its `magcomp.py`, which multiplies the embedding and every projection before the gap by a. Here every
     output projection *behind* it is divided by a: norms read the stream, so its whole scale tells nothing, and an
-    embedding that is the head too can stay. Raises `UsageError` where what is kept behind a gap ends in a norm or in no
-    single matrix.
+    embedding that is the head too can stay.
     """
 
     def size(states: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""The search: greedy, but lazy, and then refined by swaps.
+
+What a candidate cost when it was last evaluated is a good guess, since costs mostly grow as more is skipped: it is
+evaluated again only at the top of the queue. Neighbours of what was skipped are guessed anew, on a part of the text.
+Importances do not add up: swaps that lower the objective follow, tried on a part of the text. Whole blocks undo each
+other best in a row (2403.17887), which single swaps do not come to: the best run is a second place to start from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...progress import Progress, Stages, silent
+from ..budget import Budget, contiguous_runs
+from ..space import Choice, Skipped, Space, Unit, names_in
+from .one_pass import score_cosine
+from .setting import Setting
+
+SCREENED = 0.25  # the share of the text that guesses are made on
+LOOKS = 4  # swaps tried on a part of the text for one that is evaluated on all of it
+RECHECKS = 3.5  # evaluations a step, to guess the time left
+
+Swap = tuple[Unit, Unit]  # what is given back, and what is skipped for it
+
+
+def search(setting: Setting, budget: Budget, cheap: Mapping[Unit, float] | None = None) -> Choice:
+    """Lazy greedy, refined by swaps: the set that raises the objective least, as far as this search sees.
+
+    `cheap` scores, else the cosine's, order the first round; the refinement ends after swaps worth `setting.patience`
+    evaluations of the text that don't lower the objective. When it gets late, the set is completed by the guesses there
+    are, so that what comes back meets the budget.
+    """
+    cheap = score_cosine(setting) if cheap is None else cheap
+    searches = [_Search(replace(setting, space=space), budget, cheap) for space in _spaces(setting.space)]
+    stages = Stages(setting.progress, sum(one.total for one in searches))
+    for one in searches:
+        one.progress = stages.stage(one.total)
+        one.guess(one.moves(frozenset()))
+        one.settle()
+        if one.space.kind == "block":
+            one.start_from_a_run()
+        if setting.late:
+            break
+    looking, best = searches[0], max(searches, key=lambda one: (budget.counted(one.skipped), -one.cost))
+    if best is not looking and not setting.late:  # what a late one says that it costs is a guess
+        looking.go_on_from(best)
+        looking.settle()
+    setting.progress(stages.steps, stages.steps, f"{len(looking.skipped)} skipped")
+    setting.evaluator.cost(looking.skipped)  # late it is not known yet
+    return Choice(looking.skipped, tuple(looking.order))
+
+
+def _spaces(space: Space) -> list[Space]:
+    """Where to look: whole blocks are portable sets, which a search among single pairs does not always find."""
+    return [space, replace(space, kind="block")] if space.by_pairs else [space]
+
+
+@dataclass
+class _Search:
+    """A set that grows and changes, and what it costs."""
+
+    setting: Setting
+    budget: Budget
+    cheap: Mapping[Unit, float]
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        self.space, self.evaluator = self.setting.space, self.setting.evaluator
+        self.skipped: Skipped = frozenset()
+        self.order: list[Unit] = []
+        self.dense = self.cost = self.evaluator.cost(self.skipped)
+        self.rises: dict[Unit, float] = {}  # what the objective rose by, as last evaluated
+        self.falls: dict[Unit, float] = {}  # and by how much it falls without a unit less, on a part of the text
+        self.moves = functools.cache(self.space.moves)
+        units = len(self.space.units)
+        mean = self.budget.saved(self.space.names) / units
+        steps = units / 3 if self.budget.target == math.inf else min(self.budget.target / mean, units)
+        guesses = units * SCREENED * (2 if self.space.kind == "block" else 1)  # of each, and of the runs from there on
+        # evaluations of the whole text so far, and how many it takes at most, about
+        self.done, self.total = 0.0, guesses + steps * RECHECKS + steps + self.setting.patience
+
+    def guess(self, units: list[Unit]) -> None:
+        """What each of these would cost beside what is skipped now, on a part of the text, what is cheap first."""
+        self.evaluator.set_prefix(self.skipped)
+        for unit in sorted(units, key=self._cheap):
+            if self.setting.late:
+                return
+            self.rises[unit] = self._on_a_part(self.skipped.union(unit))
+
+    def settle(self) -> None:
+        """Grow and refine, in turn, until one of them changes nothing."""
+        self.grow()
+        while self.refine() and self.grow():
+            pass  # what swaps gained may leave room for more, where the budget is a limit on the objective
+
+    def start_from_a_run(self) -> None:
+        """Refine the best run of units that follow each other, where it costs less than what is skipped now."""
+        self.evaluator.set_prefix(frozenset())
+        asked = contiguous_runs(self.space, self.budget).values() if self.budget.target < math.inf else ()
+        guesses = {run: self._on_a_part(names_in(run)) for run in asked if not self.setting.late}
+        if not guesses or self.setting.late:
+            return
+        best = min(guesses, key=guesses.__getitem__)
+        cost = self._evaluate(names_in(best))
+        if cost < self.cost:
+            self.skipped, self.cost, self.order = names_in(best), cost, [*best]
+            self.rises = {}
+            self.guess(self.moves(self.skipped))
+            self.refine()
+
+    def go_on_from(self, other: _Search) -> None:
+        self.skipped, self.cost, self.order = other.skipped, other.cost, [*other.order]
+
+    def grow(self) -> bool:
+        """Skip more until the budget is met, and say whether anything was."""
+        before = self.skipped
+        while not self.budget.met(self.skipped):
+            unit = self._next()
+            if unit is None or self.cost + self.rises.get(unit, 0.0) - self.dense > self.budget.limit:
+                break
+            self.cost += self.rises.get(unit, 0.0)
+            self.skipped = self.skipped.union(unit)
+            self.order.append(unit)
+            if not self.budget.met(self.skipped):
+                self.guess(self.space.neighbours(unit, self.skipped))
+        return self.skipped != before
+
+    def refine(self) -> bool:
+        """Swap until `patience` evaluations brought nothing, tried on a part of the text first; say whether any did."""
+        before, spent, tried = self.cost, 0.0, {self.skipped}
+        guesses: dict[Swap, float] = {}
+        self.falls = {}
+        self.evaluator.set_prefix(self.skipped)
+        while spent < self.setting.patience and not self.setting.late:
+            known = len(guesses)
+            self._look(guesses, tried)
+            spent += (len(guesses) - known) * SCREENED + 1
+            if not guesses:
+                break
+            back, unit = min(guesses, key=guesses.__getitem__)
+            del guesses[back, unit]
+            cost = self._evaluate(self.skipped.difference(back).union(unit))
+            if cost < self.cost:
+                self.rises[back], self.falls[unit] = self.falls.pop(back), self.rises[unit]
+                self.skipped, self.cost = self.skipped.difference(back).union(unit), cost
+                kept = (tuple(name for name in one if name not in back) for one in self.order)
+                self.order = [*filter(None, kept), unit]
+                self.evaluator.set_prefix(self.skipped)
+                guesses, spent = {}, 0.0
+        return self.cost < before
+
+    def _look(self, guesses: dict[Swap, float], tried: set[Skipped]) -> None:
+        """Try a few swaps on a part of the text, until one gains there."""
+        for _ in range(LOOKS):
+            swap = None if self.setting.late else self._best_swap(tried)
+            if swap is None:
+                return
+            back, unit = swap
+            swapped = self.skipped.difference(back).union(unit)
+            tried.add(swapped)
+            guesses[swap] = more = self._on_a_part(swapped)
+            self.rises[unit] = self.falls[back] + more
+            if more < 0:
+                return
+
+    def _next(self) -> Unit | None:
+        """The unit that is worth most, known on top of what is skipped now; a guess when it is late."""
+        self.evaluator.set_prefix(self.skipped)
+        moves, fresh = self.moves(self.skipped), set()
+        while moves:
+            best = min(moves, key=self._rate)
+            if best in fresh:
+                return best
+            if self.setting.late:
+                return best if self.budget.limit == math.inf else None
+            self.rises[best] = self._evaluate(self.skipped.union(best)) - self.cost
+            fresh.add(best)
+        return None
+
+    def _rate(self, unit: Unit) -> tuple[float, float]:
+        """What the queue is ordered by; what was never evaluated comes first, or last when it is late."""
+        if unit not in self.rises:
+            return (math.inf if self.setting.late else -math.inf), self._cheap(unit)
+        return self.budget.rate(unit, self.rises[unit], self.skipped), self._cheap(unit)
+
+    def _best_swap(self, tried: set[Skipped]) -> Swap | None:
+        """What to give back and what to skip for it, of what was not tried, by the guesses there are."""
+        best, best_gain = None, -math.inf
+        enough = self.budget.counted(self.skipped)
+        for back in self.space.returns(self.skipped):
+            less = self.skipped.difference(back)
+            if back not in self.falls:
+                self.falls[back] = -self._on_a_part(less)
+            for unit in self.moves(less):
+                gain = self.falls[back] - self.rises.get(unit, math.inf)
+                swapped = less.union(unit)
+                if gain > best_gain and swapped not in tried and self.budget.saved(swapped) >= enough:
+                    best, best_gain = (back, unit), gain
+        return best
+
+    def _on_a_part(self, skipped: Skipped) -> float:
+        """How much more than what is skipped now it costs, on a part of the text."""
+        now = self.evaluator.cost(self.skipped, SCREENED)
+        return self._evaluate(skipped, SCREENED) - now
+
+    def _evaluate(self, skipped: Skipped, share: float = 1.0) -> float:
+        cost = self.evaluator.cost(skipped, share)
+        reached = round(self.cost, 4) + 0.0  # none is -0.0000
+        self.done += share
+        doing = f"{len(self.skipped)} skipped, objective {reached:.4f}"
+        self.progress(min(self.done, 0.99 * self.total), self.total, doing)
+        return cost
+
+    def _cheap(self, unit: Unit) -> float:
+        return self.cheap[unit] if unit in self.cheap else sum(self.cheap.get((name,), 0.0) for name in unit)
