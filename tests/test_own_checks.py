@@ -54,7 +54,10 @@ def test_an_episode_tells_what_it_asks_for(form):
         assert told.lower() in one.text.lower()
         assert 150 < len(one.text.split()) < 300
         assert episode(form, 300, random.Random(number)) == one
-    assert len({episode(form, 300, random.Random(number)).answer for number in range(20)}) > 5
+    made = [episode(form, 300, random.Random(number)) for number in range(20)]
+    assert len({one.answer for one in made}) > 5
+    depths = [one.text.lower().find(one.answer.strip(' "').lower()) / len(one.text) for one in made]
+    assert min(depths) < 0.3 < 0.7 < max(depths)
 
 
 def test_what_judges_is_in_no_text_that_is_fitted_to():
@@ -169,6 +172,20 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
     harness.run_tasks(model, tokenizer, [Plan()], [job])
     found = harness.run_tasks(other, tokenizer, [Plan()], [job])
     assert {one.score.value for one in found if one.score.metric == "same_beginning,none"} == {1.0}
+
+
+@pytest.mark.slow
+def test_each_check_sees_what_it_is_for(default_model):
+    """Without one attention of the default model it finds no passkeys, without another it answers otherwise."""
+    plans = [Plan(attention=[7]), Plan(attention=[12])]
+    jobs = [TaskShelf().build(name, None, 12) for name in ("passkey_256", "answers")]
+    found = {}
+    for result in harness.run_tasks(*default_model, plans, jobs):
+        found[result.number, result.score.task] = result.score.recovery
+    assert found[0, "passkey_256"].is_kept(0.9) == "lost"
+    assert found[0, "answers"].is_kept(0.9) == "kept"
+    assert found[1, "answers"].is_kept(0.94) == "lost"
+    assert found[1, "passkey_256"].share >= 1
 
 
 class _Reader:
