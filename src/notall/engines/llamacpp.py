@@ -161,8 +161,7 @@ def dense_gguf(spec: object) -> Path:
 def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
     """The NLL of each token but the first; None for one that ends within a character.
 
-    The server reports probabilities of what it generates alone, before a bias changes them: so it generates a token
-    after each prefix, which it keeps in its slot, and a bias makes that the token of the text.
+    The server reports what it generates alone, as likely as before a bias, which makes it the next token of the text.
     """
     found: list[float | None] = []
     for place, token in enumerate(tokens[1:], 1):

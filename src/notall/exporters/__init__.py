@@ -167,10 +167,8 @@ def check_room(folder: Path, size: int) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
-        raise UsageError(
-            f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left; "
-            "free some, or choose another disk"
-        )
+        told = f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left"
+        raise UsageError(f"{told}; free some, or choose another disk")
 
 
 def _push(folder: Path, repository: str) -> None:
@@ -182,6 +180,5 @@ def _push(folder: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"{folder} is written, but {repository} did not take it ({said}): `hf upload {repository} {folder}`"
-        ) from None
+        told = f"{folder} is written, but {repository} did not take it ({said})"
+        raise UsageError(f"{told}: `hf upload {repository} {folder}`") from None

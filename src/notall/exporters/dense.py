@@ -84,10 +84,8 @@ class DenseModel:
         alike = max(map(self._alike, whole), default=0)  # another may be a stack of layers that see, say
         whole = [prefix for prefix in whole if self._alike(prefix) == alike]
         if len(whole) != 1:
-            raise UsageError(
-                f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}, "
-                "expected one; fetch or save the model again"
-            )
+            told = f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}"
+            raise UsageError(f"{told}, expected one; fetch or save the model again")
         return whole[0]
 
     def _alike(self, prefix: str) -> int:
@@ -131,10 +129,8 @@ class DenseModel:
             if stored != set(weighing):
                 absent.append(part.kind)
         if len(absent) != 1:
-            raise UsageError(
-                f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
-                "transformers renames it on loading; skip whole blocks"
-            )
+            told = f"cannot tell whether {name} of layer {index} is of the attention or of the MLP"
+            raise UsageError(f"{told}, because transformers renames it on loading; skip whole blocks")
         return absent[0]
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
@@ -144,10 +140,9 @@ class DenseModel:
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
             if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
-                raise UsageError(
-                    f"the files of {self.origin.model} do not hold {path} as the model does (it is renamed, fused or "
-                    "quantised there), so that its repaired weights cannot be written; export the plan unrepaired"
-                )
+                told = f"{path} is renamed, fused or quantised there"
+                fix = "export the plan unrepaired"
+                raise UsageError(f"the files of {self.origin.model} do not take repaired weights ({told}): {fix}")
             tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
@@ -279,10 +274,8 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     model = build_empty(config)
     structure = locate(model)
     if not structure.cuttable:
-        raise UsageError(
-            f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint; keep the "
-            "dense checkpoint with the plan file, and skip in memory"
-        )
+        told = f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint"
+        raise UsageError(f"{told}; keep the dense checkpoint with the plan file, and skip in memory")
     check_tensors(name, model, tensors)
     origin = Origin(
         **identity,

@@ -96,6 +96,7 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
 
     Raises `UsageError` where its own checks refuse them, or a layer is not built as the dense ones that it is made of.
     """
+    kind, rule = dense.structure.model_type, "has a rule by layer or depth that notall cannot cut"
     try:
         with tempfile.TemporaryDirectory(prefix="notall-") as folder:  # where an infinite number stands in words
             Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -104,17 +105,12 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
         exported = build_empty(config).get_submodule(dense.structure.layers)
     except (ValueError, UsageError) as error:
         said = str(error).strip().splitlines()[-1].strip()
-        raise UsageError(
-            f"{dense.structure.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
-            "runs in memory only"
-        ) from None
+        raise UsageError(f"{kind} {rule} ({said}), so this plan runs in memory only") from None
     for number, layer in enumerate(layers):
         for part in sublayers_of(dense.structure, layer):
             if build_of(exported.get_submodule(str(number)), part) != build_of(dense.layer(part.index), part):
-                raise UsageError(
-                    f"{dense.structure.model_type} would build {part.name} in another way as a part of layer {number}: "
-                    "its config has a rule by layer or depth that notall cannot cut, so this plan runs in memory only"
-                )
+                told = f"{kind} would build {part.name} in another way as a part of layer {number}"
+                raise UsageError(f"{told}: its config {rule}, so this plan runs in memory only")
 
 
 def build_of(layer: nn.Module, part: Sublayer) -> Settings:
@@ -223,10 +219,9 @@ def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterat
     last = (part.stub or part.branches[0]).modules[-1]
     module = dense.layer(part.index).get_submodule(last)
     if not _is_divided_by_weights(module):
-        raise UsageError(
-            f"layers of {dense.structure.model_type} multiply their stream, and what {part.name} adds cannot be "
-            "divided by what is cut before it; keep the layer before it whole, or skip in memory"
-        )
+        told = f"layers of {dense.structure.model_type} multiply their stream"
+        why = f"what {part.name} adds cannot be divided by what is cut before it"
+        raise UsageError(f"{told}, and {why}; keep the layer before it whole, or skip in memory")
     for name, stored in dense.parts(part).items():
         if name.startswith(f"{last}."):
             yield start + name, stored.changed(lambda values: values.double() / by)

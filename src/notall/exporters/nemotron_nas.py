@@ -1,7 +1,6 @@
 """nemotron-nas (DeciLMForCausalLM): one checkpoint for vLLM, MLX-LM, SGLang, TensorRT-LLM and ExLlamaV3.
 
-It computes Llama's layers, so that Llama-like models fit, and Qwen2 with an output bias of zeros. Engines read widths
-as multiples of 256: other MLPs are padded with zeros, which change nothing.
+Llama-like models fit, and Qwen2 with an output bias of zeros. MLPs are padded with zeros to a multiple of 256.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The modeling file of a regrouped checkpoint, written from one template.
-
-The file subclasses transformers' own classes, so attention, cache, masks and generation stay theirs; it needs
-transformers alone. A layer holds exactly one attention; MLPs that lost theirs ride along before and after it.
-"""
+"""The modeling file of a regrouped checkpoint, from one template: it subclasses transformers' own classes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
 """vLLM's native models, with layers as a regrouped checkpoint has them: one attention each, MLPs before and after.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. After it, `vllm serve DIR`
-runs a regrouped checkpoint on vLLM's native classes, and needs no `--trust-remote-code`.
-
-Each model is vLLM's own; while it is built, the function that makes its list of layers is replaced by one that makes
-each layer and then gives it what `config.sublayers` says. In vLLM a layer hands on (hidden, residual), and the next
-norm adds them: what is left out passes the pair on, at no cost.
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. Each model is vLLM's own, but
+that the function that makes its list of layers is replaced while it is built. In vLLM a layer hands on (hidden,
+residual), and the next norm adds them: what is left out passes the pair on, at no cost.
 """
 
 from __future__ import annotations

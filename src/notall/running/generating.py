@@ -91,11 +91,10 @@ def greedy_each(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_to
 def greedy(
     model: PreTrainedModel, ids: Tensor, new_tokens: int, *, mask: Tensor | None = None, **options: Any
 ) -> list[list[int]]:
-    """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), one by one.
+    """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), up to the one that ends it.
 
-    Fewer where a row ends, with the token that ends it. That token is the one thing taken from the checkpoint's own
-    settings, which may penalise repetition or search with beams. `mask` is 0 where rows are padded, on the left;
-    `options` are more of `generate`, such as a streamer or an assistant.
+    Of the checkpoint's own settings, which may penalise repetition or search with beams, it takes that token alone.
+    `mask` is 0 where rows are padded, on the left; `options` are more of `generate`, such as a streamer.
     """
     ends = ends_of(model)
     settings = GenerationConfig(

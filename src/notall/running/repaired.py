@@ -1,7 +1,6 @@
 """A plan that brings weights along: what it keeps was refit to make up for what it skips.
 
-Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file:
-a folder without one was not finished, and one that holds anything else is not believed. Nothing is pickled.
+Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file.
 """
 
 from __future__ import annotations
@@ -210,10 +209,7 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
-    """`weight` in place of the parameter at `path`, of its dtype and on its device; before it where that is held.
-
-    Raises `UsageError` where there is none, or one of another shape or offloaded.
-    """
+    """Where the parameter at `path` is held, under which name, and `weight` to be there, of its dtype and device."""
     above, _, name = path.rpartition(".")
     try:
         holder = module.get_submodule(above)
@@ -221,9 +217,8 @@ def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, n
     except AttributeError:
         raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if own.shape != weight.shape:
-        raise UsageError(
-            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(own.shape)}; repair this model"
-        )
+        told = f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(own.shape)}"
+        raise UsageError(f"{told}; repair this model")
     if own.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
     new = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)

@@ -1,8 +1,7 @@
 """Run many plans over one batch, computing what they share only once.
 
-`Replay` lays the kept sublayers of all plans out as a tree, writes down what each layer is called with (masks, position
-embeddings: they do not depend on the hidden states), and walks the tree depth first, so that only the states along one
-branch are alive at a time. Embedding and head are the model's own forward, with hidden states in place of its layers.
+What they keep is a tree, which is walked depth first, so that only the states along one branch are alive at a time.
+Embedding and head are the model's own forward, with hidden states in place of its layers.
 """
 
 from __future__ import annotations
@@ -122,10 +121,9 @@ class Replay:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
 
-        The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
-        ends, and otherwise in the order given: the dense model, given first, comes first. What `prefix` holds of this
-        batch is not run again, and what it lacks is left there when it is run. Where layers cannot be run apart, it is
-        what the output embeddings are given, and there is nothing to go on from.
+        The output is (batch, tokens, hidden), before the final norm, or, where layers cannot be run apart, what the
+        output embeddings are given. A plan comes after those that go on where it ends, and otherwise in the order
+        given. What `prefix` holds of this batch is not run again, and what it lacks is left there when it is run.
         """
         for plan, numbers in self.alone.items():
             self.ran += len(self.structure.running(plan))

@@ -1,12 +1,8 @@
 """Watch one forward pass and write down what each decoder layer does with its hidden states.
 
 A layer's child modules are taken as wholes; between them, every torch function that touches a hidden state is noted.
-Each layer must read as
-
-    h = h + ops(h)          one branch,  or
-    h = h + ops(h) + ...    several branches of the same h (a parallel block)
-
-which is what `lines_of` returns; in the end it may multiply h by one number of its own (`LayerTrace.unscaled`).
+`lines_of` reads each layer as lines h = h + ops(h), or h = h + ops(h) + ... in a parallel block; in the end it may
+multiply h by one number of its own (`LayerTrace.unscaled`).
 """
 
 from __future__ import annotations
@@ -225,10 +221,9 @@ class CacheWrite:
 
 
 class Sharing:
-    """Who reads what: tensors beside the hidden states that one layer makes and a later one uses.
+    """Who reads what of the tensors that layers answer beside the hidden states, or write to a mapping that all have.
 
-    Layers answer them (shared keys and values, say), or write them to a mapping that all are given. A reader hands them
-    to a torch function; passing them on is not reading. `pairs` are of a source and a reader.
+    A reader hands them to a torch function; passing them on is not reading. `pairs` are of a source and a reader.
     """
 
     def __init__(self) -> None:
@@ -541,7 +536,5 @@ def _same(given: object, held: object) -> bool:
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{trace}: {found}; expected {expected}. "
-        "notall leaves this model alone: choose another model, or describe the layer in an issue."
-    )
+    fix = "choose another model, or describe the layer in an issue"
+    return UnsupportedModel(f"{trace}: {found}; expected {expected}. notall leaves this model alone: {fix}.")

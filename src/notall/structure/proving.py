@@ -166,10 +166,7 @@ def _prove_adds(alone: Alone, branch: Branch, residual: Tensor) -> None:
 
 
 def _prove_in_place(alone: Alone, block: Block) -> None:
-    """Run the layer in its place: as it is, with each sublayer silenced and left out, and without its mixer.
-
-    So it depends on others only by what it was seen to read, stubs do what silence does, and the MLP is local.
-    """
+    """It depends on others only by what it was seen to read, its stubs do what silence does, and its MLP is local."""
     trace = alone.trace
     elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
     if elsewhere:
@@ -178,12 +175,12 @@ def _prove_in_place(alone: Alone, block: Block) -> None:
     mixer = block.attention
     for part in block.sublayers:
         assert part.stub is not None
-        silent = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, scaled={part.stub: torch.zeros_like}))
-        stubbed = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, [part.stub]), freed=part is mixer)
+        silent = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, {part.stub: torch.zeros_like}))
+        stubbed = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, {part.stub: None}), part is mixer)
         alone.expect(stubbed, silent, NOT_WHAT, f"what it answers when {part.name} runs and adds nothing")
     assert mixer.stub is not None
     if not mixer.stub.is_layer:
-        without = stubbed_layer(trace.layer, trace.index, [mixer.stub])
+        without = stubbed_layer(trace.layer, trace.index, {mixer.stub: None})
         _prove_local(alone, trace.hidden, partial(alone.run, layer=without, freed=True))
     elif not trace.cache_writes and not any(reader[0] == trace.index for _, reader in alone.sharing.pairs):
         _prove_local(alone, trace.hidden, alone.run)
@@ -222,10 +219,8 @@ def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None
         if shapes[0] != shapes[1] or not all(
             isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
         ):
-            raise UnsupportedModel(
-                f"{trace} is given what the model computes from other layers' answers; notall leaves this model alone: "
-                "choose another one"
-            )
+            told = f"{trace} is given what the model computes from other layers' answers"
+            raise UnsupportedModel(f"{told}; notall leaves this model alone: choose another one")
 
 
 def _prove_local(alone: Alone, hidden: Tensor, run: Callable[[Tensor], Tensor], said: str = NOT_LOCAL) -> None:
