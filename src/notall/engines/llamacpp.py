@@ -69,12 +69,9 @@ class LlamaCpp(Engine):
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
         if kinds := kinds - {*FLOATS, Kind.BF16}:
-            logger.warning(
-                "%s is quantised already (%s): what its numbers lost then is not seen here, and quantising them again "
-                "costs less than it would; give an F16 file",
-                source.name,
-                ", ".join(sorted(kind.name for kind in kinds)),
-            )
+            held = ", ".join(sorted(kind.name for kind in kinds))
+            fix = "quantising its numbers again costs less than it would; give an F16 file"
+            logger.warning("%s is quantised already (%s): %s", source.name, held, fix)
 
     def source(self, spec: str | Path, folder: Path) -> Path:
         """With plain numbers, so that repaired weights are written as they are."""

@@ -31,7 +31,6 @@ TARGETS = {
     "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
     "gguf": "notall.exporters.gguf:GGUFExport",
 }
-GROUP = "notall.targets"  # of entry points
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
 
@@ -77,7 +76,7 @@ class Export(ABC):
 
 def target_named(name: str) -> type[Export]:
     """That of `TARGETS`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
-    return class_named(name, TARGETS, GROUP, "export target", Export)  # type: ignore[type-abstract]
+    return class_named(name, TARGETS, "notall.targets", "export target", Export)  # type: ignore[type-abstract]
 
 
 def export(

@@ -40,15 +40,15 @@ from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, write_
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
-# What goes along with the weights: of the tokenizer, settings, and terms, these in any case.
+# What goes along with the weights, in upper or lower case: of the tokenizer, settings, and terms.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
     "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "license*", "licence*", "copying*", "notice*",
+    "use_policy*",
 )  # fmt: skip
-TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,8 @@ class DenseModel:
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
             if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
-                told = f"{path} is renamed, fused or quantised there"
-                fix = "export the plan unrepaired"
-                raise UsageError(f"the files of {self.origin.model} do not take repaired weights ({told}): {fix}")
+                told = f"the files of {self.origin.model} do not hold {path} as the model does"
+                raise UsageError(f"{told} (it is renamed, fused or quantised there): export the plan unrepaired")
             tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
@@ -200,11 +199,8 @@ class CheckpointExport(Export):
             sum(weight.size for weight in weights.values()) for weights in (self.dense.tensors, self.tensors)
         )
         wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
-        listed = [
-            name
-            for name in sorted(path.name for path in self.dense.folder.iterdir())
-            if any(fnmatchcase(name, one) for one in wanted) or any(fnmatchcase(name.lower(), one) for one in TERMS)
-        ]
+        names = sorted(path.name for path in self.dense.folder.iterdir())
+        listed = (name for name in names if any(fnmatchcase(name.lower(), one) for one in wanted))
         self.companions = [file for name in listed if (file := own_file(self.dense.folder, name))]
 
     @classmethod
@@ -277,11 +273,6 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
         told = f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint"
         raise UsageError(f"{told}; keep the dense checkpoint with the plan file, and skip in memory")
     check_tensors(name, model, tensors)
-    origin = Origin(
-        **identity,
-        layers=len(structure.blocks),
-        fingerprint=structure.fingerprint,
-        weights=weights,
-        card=own_file(folder, "README.md"),
-    )
+    depth, card = len(structure.blocks), own_file(folder, "README.md")
+    origin = Origin(**identity, layers=depth, fingerprint=structure.fingerprint, weights=weights, card=card)
     return DenseModel(folder, settings, config, model, structure, tensors, origin, trust_remote_code)

@@ -369,9 +369,6 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
         if new != stored.quantization:
             widened.add(stored.quantization.name)
     if widened:
-        logger.warning(
-            "repaired weights that were %s are written in 8 bits, in which they lose less. To have that type all the "
-            "same, repair and export an F16 file, and quantise that with llama.cpp's own tools",
-            ", ".join(sorted(widened)),
-        )
+        told, fix = ", ".join(sorted(widened)), "to have that type, repair and export an F16 file, and quantise that"
+        logger.warning("repaired weights that were %s are written in 8 bits, in which they lose less; %s", told, fix)
     return replace(source, tensors=tensors)

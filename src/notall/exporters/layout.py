@@ -92,10 +92,7 @@ def rope_names(settings: Settings) -> Settings:
 
 
 def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) -> None:
-    """Build the model of cut settings on the meta device.
-
-    Raises `UsageError` where its own checks refuse them, or a layer is not built as the dense ones that it is made of.
-    """
+    """Raise `UsageError` unless a model of cut settings builds its layers as the dense ones that they are made of."""
     kind, rule = dense.structure.model_type, "has a rule by layer or depth that notall cannot cut"
     try:
         with tempfile.TemporaryDirectory(prefix="notall-") as folder:  # where an infinite number stands in words
@@ -135,10 +132,6 @@ def build_of(layer: nn.Module, part: Sublayer) -> Settings:
     return facts
 
 
-# What comes from one layer of the dense model, its tensors by their names below it, and the start of their new names.
-Piece = tuple[Sequence[Sublayer], Weights, str]
-
-
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
     """The tensors of the export under their new names; of a name that comes again, the later one."""
     yield from dense.outside_layers.items()
@@ -157,7 +150,8 @@ def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str |
     return moved
 
 
-def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[Piece]:
+def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[Sequence[Sublayer], Weights, str]]:
+    """Sublayers of one dense layer, their tensors by the names below it, and the start of their new names."""
     blocks = dense.structure.blocks
     for number, layer in enumerate(layers):
         start, block = f"{dense.prefix}{number}.", blocks[layer.attention]

@@ -137,16 +137,13 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
 
 
 def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
-    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone.
-
-    A name of no module here, such as one that only an engine has, goes where all of its layer goes.
-    """
+    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
     told = f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber"
     unknown = UsageError(f"{told}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
-        layer = beginning[0]
+        layer = beginning[0]  # all of which goes to one place, and with it a name that only an engine has, say
         below = ((name.removeprefix(layer), new) for name, new in moved.items() if name.startswith(layer))
         starts = {new.removesuffix(name) if new else None for name, new in below}
         if len(starts) > 1:

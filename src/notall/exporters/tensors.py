@@ -134,16 +134,11 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
     is_quantised = getattr(config, "quantization_config", None) is not None
     if is_quantised:
         del config.quantization_config
+    values = {key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()}
+    how: Any = {"device_map": "meta", "ignore_mismatched_sizes": is_quantised, "output_loading_info": True}
     try:
         with quiet():
-            _, report = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict={key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()},
-                device_map="meta",
-                ignore_mismatched_sizes=is_quantised,
-                output_loading_info=True,
-            )
+            _, report = type(model).from_pretrained(None, config=config, state_dict=values, **how)
     except (RuntimeError, ValueError) as error:  # where tensors that it would fuse are not all there, or not alike
         told = f"the tensors of {name} are not those of {config.model_type} ({shortened(error)})"
         raise UsageError(f"{told}: fetch it again") from None

@@ -97,14 +97,8 @@ def greedy(
     `mask` is 0 where rows are padded, on the left; `options` are more of `generate`, such as a streamer.
     """
     ends = ends_of(model)
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=next(iter(ends), 0),
-    )
+    until = {"max_new_tokens": new_tokens, "eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
+    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
     with _generating_by(model, settings):
         rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
     lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in rows]
@@ -141,13 +135,12 @@ def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *
     return said
 
 
-@contextmanager
-def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Have `model` generate by `settings` alone, for the time of the `with`, and not by those of its checkpoint."""
-    with ExitStack() as undo:
-        for one in {model, base_model(model)}:
-            undo.enter_context(replaced(one.__dict__, "generation_config", settings))
-        yield
+def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> ExitStack:
+    """Have `model` generate by `settings` alone, for the time of a `with`, and not by those of its checkpoint."""
+    undo = ExitStack()
+    for one in {model, base_model(model)}:
+        undo.enter_context(replaced(one.__dict__, "generation_config", settings))
+    return undo
 
 
 @contextmanager

@@ -222,8 +222,7 @@ def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> T
         given.append(args[0])
         raise Enough
 
-    with ExitStack() as undo, suppress(Enough):
-        undo.callback(output_embeddings(model).register_forward_pre_hook(reach).remove)
+    with output_embeddings(model).register_forward_pre_hook(reach), suppress(Enough):
         run()
     if not given:
         raise UnsupportedModel(f"{type(model).__name__} makes logits without its output embeddings")
@@ -244,8 +243,7 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
         if not structure.apart:
             output = output_embeddings(model)
             # ahead of hooks that look at what is given
-            handle = output.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]), prepend=True)
-            undo.callback(handle.remove)
+            undo.enter_context(output.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]), prepend=True))
         answer = partial(answering, answer=lambda _, given: hidden if structure.apart else given)
         undo.enter_context(standing_in(model, structure, answer))
         yield

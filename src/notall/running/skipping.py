@@ -82,9 +82,8 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     """Take the sublayers of `plan` out of `model` for good: in place, their weights are freed.
 
     A kept attention and the kept MLP that follows it become one ordinary layer where their form is the same, so that
-    a portable plan leaves an ordinary model, which `save_pretrained` writes and any engine loads. Otherwise saving is
-    refused, because what it wrote would load as a dense model with random weights. Such a model generates, and nothing
-    else of notall takes it again: measure, search and export with the dense one.
+    a portable plan leaves an ordinary model, which `save_pretrained` writes. Otherwise saving is refused, as what it
+    wrote would load with random weights; such a model generates, and nothing else of notall takes it again.
 
     Raises as `skip` does, and `UsageError` inside a `skip`.
     """
@@ -163,17 +162,17 @@ def _is_built_again(model: PreTrainedModel) -> bool:
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
     except Exception:  # whatever a config's own checks raise
         return False
-    quantised = bool(getattr(model, "is_quantized", False))
+
+    def is_alike(plain: nn.Module, module: nn.Module) -> bool:
+        """A quantised projection is of another class, and as wide."""
+        quantised = getattr(model, "is_quantized", False) and isinstance(plain, nn.Linear)
+        if quantised and type(plain) is not type(module):
+            return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
+        shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
+        return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
+
     pairs = zip_longest(again.named_modules(), model.named_modules(), fillvalue=("", nn.Identity()))
-    return all(there == here and _is_alike(plain, module, quantised) for (there, plain), (here, module) in pairs)
-
-
-def _is_alike(plain: nn.Module, module: nn.Module, quantised: bool) -> bool:
-    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
-    if quantised and type(plain) is not type(module) and isinstance(plain, nn.Linear):
-        return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
-    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
-    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
+    return all(there == here and is_alike(plain, module) for (there, plain), (here, module) in pairs)
 
 
 def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
@@ -209,7 +208,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     for config in configs:
         undo.enter_context(restored(config))
     undo.callback(parent._modules.__setitem__, name, dense)
-    undo.callback(locating.remember, model, dense, structure)
+    undo.callback(locating.LOCATED.__setitem__, model, (dense, structure))
     # what `generate` keeps between calls counts layers
     kept = {name: model.__dict__.pop(name) for name in ("_cache",) if name in model.__dict__}
     undo.callback(model.__dict__.update, kept)
@@ -220,7 +219,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
         _cut(model, structure, plan, undo)
         if _are_cut(model, structure):
             undo.enter_context(replaced(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED)))
-        locating.remember(model, _layers(model, structure), structure)
+        locating.LOCATED[model] = _layers(model, structure), structure
     except BaseException:
         undo.close()
         raise
@@ -280,7 +279,7 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
         for layer, block, before in zip(dense, blocks, whole.blocks)
     )
     _put(model, structure, layers)
-    locating.remember(model, layers, structure)
+    locating.LOCATED[model] = layers, structure
     model.save_pretrained = partial(_refuse_to_save, MISSING)
     kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(blocks)
     # transformers counts the tokens of a cache by the first layer of each kind

@@ -27,7 +27,8 @@ from .slicing import LAYER_INDICES, replaced
 from .weights import is_weightless, running_weightless, weights_of
 
 Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
-_LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
+# What `locate` answers while these layers are the model's.
+LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
 
 
 def locate(model: PreTrainedModel) -> ModelStructure:
@@ -46,7 +47,7 @@ def locate(model: PreTrainedModel) -> ModelStructure:
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
         held = f"which transformers {transformers.__version__} holds in a cache of the model's own"
         raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, {held}; install transformers 5")
-    known = _LOCATED.get(model)
+    known = LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
     try:
@@ -69,24 +70,19 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         told = f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason})"
         fix = "choose another model, or describe this one in an issue"
         raise UnsupportedModel(f"{type(model).__name__} cannot be watched: {told}; {fix}") from error
-    remember(model, layers, structure)
+    LOCATED[model] = layers, structure
     return structure
-
-
-def remember(model: nn.Module, layers: nn.ModuleList, structure: ModelStructure) -> None:
-    """Note that `structure` is what `locate` answers while `layers` are the model's."""
-    _LOCATED[model] = (layers, structure)
 
 
 def has_missing(model: nn.Module) -> bool:
     """Whether sublayers of `model` are known to be missing, so that only `skip` counts its layers right."""
-    known = _LOCATED.get(base_model(model))
+    known = LOCATED.get(base_model(model))
     return bool(known and known[1].missing)
 
 
 def forget(model: nn.Module) -> None:
     """Have `locate` look again: the model was changed for good."""
-    _LOCATED.pop(model, None)
+    LOCATED.pop(model, None)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -106,33 +102,28 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModel(f"{told}; notall needs a model whose layers are in one ModuleList")
 
 
-def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
-    cache = DynamicCache(config=text_config(model))
+def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
+    """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
+    config, in_place, apart = text_config(model), False, True
+    cache = DynamicCache(config=config)
     with watching(layers, cache) as watch:
         probe(cache)
-    traces = watch.traces
-    if [trace.index for trace in traces] != list(range(len(layers))):
+    if [trace.index for trace in watch.traces] != list(range(len(layers))):
         told = f"the layers of {type(model).__name__} do not run one after the other, each once"
         raise UnsupportedModel(f"{told}; notall needs a plain stack of decoder layers")
-    for before, after in pairwise(traces):
+    handed = False  # more than the stream
+    for before, after in pairwise(watch.traces):
         if not _is_handed_on(first(before.answer), after.kept[0]):
             told = f"the model changes its hidden states between layers {before.index} and {after.index}"
             expected = "expected each layer's output to be the next one's input"
             raise UnsupportedModel(f"{told}; {expected}. notall leaves this model alone")
-    return watch
-
-
-def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
-    """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
-    watch, config = _observe(model, layers, probe), text_config(model)
-    in_place, apart = False, True
-    told = (trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES)  # by the model, which it is
-    depend = bool(watch.sharing.pairs) or any(isinstance(index, int) for index in told)
-    answers = ((one.answer, after) for one, after in pairwise(watch.traces) if isinstance(one.answer, tuple))
-    beside = ((value, after) for made, after in answers for value in made[1:] if isinstance(value, Tensor))
-    handed = (value is given for value, after in beside for given in after.arguments.values())
+        beside = before.answer[1:] if isinstance(before.answer, tuple) else ()
+        made = [value for value in beside if isinstance(value, Tensor)]
+        handed = handed or any(value is given for value in made for given in after.arguments.values())
+    indices = (trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES)
+    depend = bool(watch.sharing.pairs) or any(isinstance(index, int) for index in indices)  # told by the model
     try:
-        if depend or any(handed):
+        if depend or handed:
             raise UnsupportedModel(f"layers of {config.model_type} depend on each other by more than a residual stream")
         blocks = tuple(_read(config, trace) for trace in watch.traces)
     except UnsupportedModel:

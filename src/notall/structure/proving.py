@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,13 +62,12 @@ class Alone:
     sharing: Sharing
     in_place: bool
 
-    @contextmanager
-    def numbered(self) -> Iterator[None]:
-        """Have it count itself as layer 0 for the time of the `with`, if it is the only one there is."""
-        with ExitStack() as undo:
-            if not self.in_place:
-                renumber(self.trace.layer, 0, undo)
-            yield
+    def numbered(self) -> ExitStack:
+        """Have it count itself as layer 0 for the time of a `with`, if it is the only one there is."""
+        undo = ExitStack()
+        if not self.in_place:
+            renumber(self.trace.layer, 0, undo)
+        return undo
 
     def run(self, hidden: Tensor, layer: nn.Module | None = None, freed: bool = False) -> Tensor:
         """What it makes of `hidden`, or `layer` does as its twin, with its place in the cache `freed` or not."""
@@ -137,11 +136,9 @@ def _prove_lines(alone: Alone, block: Block) -> None:
             if not branch.is_attention:
                 local.append((branch, hidden))
         hidden = run_branches(branches, layer, hidden, call)
-    said = (
-        " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); it may "
-        "count on its index or on what other layers leave behind"
-    )
-    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said)
+    said = " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); {what}"
+    why = "it may count on its index or on what other layers leave behind"
+    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said, why)
     for branch, stream in local:
         names = ", ".join(branch.modules)
         said = f": {names} looks at other tokens without a cache; expected that of the attention alone"
