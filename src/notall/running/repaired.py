@@ -147,7 +147,10 @@ class RepairedPlan(Plan):
         refits, history = tuple(read(folder / RefitRecord.file, RefitRecord)), list[RepairStep]()
         for by, kind in MADE_BY.items():
             if (header := header_of(folder / kind.file)) and (about := header.provenance):
-                history += [*HISTORY.validate_python(about.what.get(BEFORE, ())), step_of(by, about)]
+                try:
+                    history += [*HISTORY.validate_python(about.what.get(BEFORE, ())), step_of(by, about)]
+                except ValidationError:
+                    raise UsageError(f"line 1 of {kind.file} in {shortened(folder)} is damaged: {FIX}") from None
         return cls.of(plan, weights=weights, refits=refits, history=tuple(history))
 
     @property
