@@ -208,7 +208,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
     for config in configs:
         undo.enter_context(restored(config))
     undo.callback(parent._modules.__setitem__, name, dense)
-    undo.callback(locating.LOCATED.__setitem__, model, (dense, structure))
+    undo.callback(locating.remember, model, dense, structure)
     # what `generate` keeps between calls counts layers
     kept = {name: model.__dict__.pop(name) for name in ("_cache",) if name in model.__dict__}
     undo.callback(model.__dict__.update, kept)
@@ -219,7 +219,7 @@ def _apply(model: PreTrainedModel, structure: ModelStructure, plan: Plan) -> Exi
         _cut(model, structure, plan, undo)
         if _are_cut(model, structure):
             undo.enter_context(replaced(model.__dict__, "save_pretrained", partial(_refuse_to_save, SKIPPED)))
-        locating.LOCATED[model] = _layers(model, structure), structure
+        locating.remember(model, _layers(model, structure), structure)
     except BaseException:
         undo.close()
         raise
@@ -279,7 +279,7 @@ def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:
         for layer, block, before in zip(dense, blocks, whole.blocks)
     )
     _put(model, structure, layers)
-    locating.LOCATED[model] = layers, structure
+    locating.remember(model, layers, structure)
     model.save_pretrained = partial(_refuse_to_save, MISSING)
     kinds = getattr(text_config(model), "layer_types", None) or ["one"] * len(blocks)
     # transformers counts the tokens of a cache by the first layer of each kind

@@ -27,8 +27,7 @@ from .slicing import LAYER_INDICES, replaced
 from .weights import is_weightless, running_weightless, weights_of
 
 Probe = Callable[..., None]  # runs the model on a few tokens, with a cache if one is given
-# What `locate` answers while these layers are the model's.
-LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
+_LOCATED: WeakKeyDictionary[nn.Module, tuple[nn.ModuleList, ModelStructure]] = WeakKeyDictionary()
 
 
 def locate(model: PreTrainedModel) -> ModelStructure:
@@ -47,7 +46,7 @@ def locate(model: PreTrainedModel) -> ModelStructure:
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
         held = f"which transformers {transformers.__version__} holds in a cache of the model's own"
         raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, {held}; install transformers 5")
-    known = LOCATED.get(model)
+    known = _LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
     try:
@@ -70,19 +69,24 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         told = f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason})"
         fix = "choose another model, or describe this one in an issue"
         raise UnsupportedModel(f"{type(model).__name__} cannot be watched: {told}; {fix}") from error
-    LOCATED[model] = layers, structure
+    remember(model, layers, structure)
     return structure
+
+
+def remember(model: nn.Module, layers: nn.ModuleList, structure: ModelStructure) -> None:
+    """Note that `structure` is what `locate` answers while `layers` are the model's."""
+    _LOCATED[model] = layers, structure
 
 
 def has_missing(model: nn.Module) -> bool:
     """Whether sublayers of `model` are known to be missing, so that only `skip` counts its layers right."""
-    known = LOCATED.get(base_model(model))
+    known = _LOCATED.get(base_model(model))
     return bool(known and known[1].missing)
 
 
 def forget(model: nn.Module) -> None:
     """Have `locate` look again: the model was changed for good."""
-    LOCATED.pop(model, None)
+    _LOCATED.pop(model, None)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
