@@ -21,14 +21,13 @@ ENGINES = {
     "transformers": "notall.engines.transformers:Transformers",
     "vllm": "notall.engines.vllm:VLLM",
 }
-GROUP = "notall.engines"  # of entry points
 
 Tokens = Sequence[int]
 
 
 def engine_named(name: str) -> type[Engine]:
     """That of `ENGINES`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
-    return class_named(name, ENGINES, GROUP, "engine", Engine)  # type: ignore[type-abstract]
+    return class_named(name, ENGINES, "notall.engines", "engine", Engine)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,9 @@ class LlamaCpp(Engine):
         source = dense_gguf(spec)
         kinds = {tensor.quantization for tensor in read_gguf(source).tensors.values()}
         if kinds := kinds - {*FLOATS, Kind.BF16}:
-            logger.warning(
-                "%s is quantised already (%s): what its numbers lost then is not seen here, and quantising them again "
-                "costs less than it would; give an F16 file",
-                source.name,
-                ", ".join(sorted(kind.name for kind in kinds)),
-            )
+            held = ", ".join(sorted(kind.name for kind in kinds))
+            fix = "quantising its numbers again costs less than it would; give an F16 file"
+            logger.warning("%s is quantised already (%s): %s", source.name, held, fix)
 
     def source(self, spec: str | Path, folder: Path) -> Path:
         """With plain numbers, so that repaired weights are written as they are."""
@@ -154,15 +151,14 @@ def dense_gguf(spec: object) -> Path:
     if path is None:
         if isinstance(spec, str | Path) and not expanded(spec).exists():
             hub_id(spec)
-        raise UsageError(f"llama.cpp runs the .gguf file of the dense model: give that file, not {shortened(spec)}")
+        raise UsageError(f"llama.cpp needs a .gguf file, the dense model's: give that file, not {shortened(spec)}")
     return path
 
 
 def _nll(server: Any, slot: int, tokens: Tokens) -> list[float | None]:
     """The NLL of each token but the first; None for one that ends within a character.
 
-    The server reports probabilities of what it generates alone, before a bias changes them: so it generates a token
-    after each prefix, which it keeps in its slot, and a bias makes that the token of the text.
+    The server reports what it generates alone, as likely as before a bias, which makes it the next token of the text.
     """
     found: list[float | None] = []
     for place, token in enumerate(tokens[1:], 1):

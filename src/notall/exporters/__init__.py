@@ -31,7 +31,6 @@ TARGETS = {
     "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
     "gguf": "notall.exporters.gguf:GGUFExport",
 }
-GROUP = "notall.targets"  # of entry points
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in
 
@@ -77,7 +76,7 @@ class Export(ABC):
 
 def target_named(name: str) -> type[Export]:
     """That of `TARGETS`, of an installed package, or `module:Class`. Raises `UsageError` where there is none."""
-    return class_named(name, TARGETS, GROUP, "export target", Export)  # type: ignore[type-abstract]
+    return class_named(name, TARGETS, "notall.targets", "export target", Export)  # type: ignore[type-abstract]
 
 
 def export(
@@ -167,10 +166,8 @@ def check_room(folder: Path, size: int) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
-        raise UsageError(
-            f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left; "
-            "free some, or choose another disk"
-        )
+        told = f"the export takes {in_bytes(size)}, and {shortened(existing)} has {in_bytes(free)} left"
+        raise UsageError(f"{told}; free some, or choose another disk")
 
 
 def _push(folder: Path, repository: str) -> None:
@@ -182,6 +179,5 @@ def _push(folder: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, ValueError, RuntimeError) as error:  # what httpx, requests and the hub's checks raise
         said = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(
-            f"{folder} is written, but {repository} did not take it ({said}): `hf upload {repository} {folder}`"
-        ) from None
+        told = f"{folder} is written, but {repository} did not take it ({said})"
+        raise UsageError(f"{told}: `hf upload {repository} {folder}`") from None

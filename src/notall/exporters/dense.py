@@ -40,15 +40,15 @@ from .tensors import FLOATS, Notes, Weights, check_tensors, read_tensors, write_
 
 # Other forms of the same weights, which a download need not fetch.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "consolidated*")
-# What goes along with the weights: of the tokenizer, settings, and terms, these in any case.
+# What goes along with the weights, in upper or lower case: of the tokenizer, settings, and terms.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "tokenizer.model.v*", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt",
     "bpe.codes", "emoji.json", "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "license*", "licence*", "copying*", "notice*",
+    "use_policy*",
 )  # fmt: skip
-TERMS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,8 @@ class DenseModel:
         alike = max(map(self._alike, whole), default=0)  # another may be a stack of layers that see, say
         whole = [prefix for prefix in whole if self._alike(prefix) == alike]
         if len(whole) != 1:
-            raise UsageError(
-                f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}, "
-                "expected one; fetch or save the model again"
-            )
+            told = f"the files of {self.origin.model} hold {len(whole)} stacks of {depth} layers named {last!r}"
+            raise UsageError(f"{told}, expected one; fetch or save the model again")
         return whole[0]
 
     def _alike(self, prefix: str) -> int:
@@ -131,10 +129,8 @@ class DenseModel:
             if stored != set(weighing):
                 absent.append(part.kind)
         if len(absent) != 1:
-            raise UsageError(
-                f"cannot tell whether {name} of layer {index} is of the attention or of the MLP, because "
-                "transformers renames it on loading; skip whole blocks"
-            )
+            told = f"cannot tell whether {name} of layer {index} is of the attention or of the MLP"
+            raise UsageError(f"{told}, because transformers renames it on loading; skip whole blocks")
         return absent[0]
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> DenseModel:
@@ -144,10 +140,8 @@ class DenseModel:
             name = self.prefix + path.removeprefix(f"{self.structure.layers}.")
             stored = tensors.get(name)
             if stored is None or stored.shape != tuple(weight.shape) or stored.dtype not in FLOATS:
-                raise UsageError(
-                    f"the files of {self.origin.model} do not hold {path} as the model does (it is renamed, fused or "
-                    "quantised there), so that its repaired weights cannot be written; export the plan unrepaired"
-                )
+                told = f"the files of {self.origin.model} do not hold {path} as the model does"
+                raise UsageError(f"{told} (it is renamed, fused or quantised there): export the plan unrepaired")
             tensors[name] = stored.holding(weight)
         return replace(self, tensors=tensors)
 
@@ -205,11 +199,8 @@ class CheckpointExport(Export):
             sum(weight.size for weight in weights.values()) for weights in (self.dense.tensors, self.tensors)
         )
         wanted = (*COMPANIONS, *(("*.py",) if self.dense.trusted else ()))
-        listed = [
-            name
-            for name in sorted(path.name for path in self.dense.folder.iterdir())
-            if any(fnmatchcase(name, one) for one in wanted) or any(fnmatchcase(name.lower(), one) for one in TERMS)
-        ]
+        names = sorted(path.name for path in self.dense.folder.iterdir())
+        listed = (name for name in names if any(fnmatchcase(name.lower(), one) for one in wanted))
         self.companions = [file for name in listed if (file := own_file(self.dense.folder, name))]
 
     @classmethod
@@ -279,16 +270,9 @@ def _read(folder: Path, identity: dict[str, str], trust_remote_code: bool) -> De
     model = build_empty(config)
     structure = locate(model)
     if not structure.cuttable:
-        raise UsageError(
-            f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint; keep the "
-            "dense checkpoint with the plan file, and skip in memory"
-        )
+        told = f"layers of {config.model_type} depend on each other, and none can be cut out of its checkpoint"
+        raise UsageError(f"{told}; keep the dense checkpoint with the plan file, and skip in memory")
     check_tensors(name, model, tensors)
-    origin = Origin(
-        **identity,
-        layers=len(structure.blocks),
-        fingerprint=structure.fingerprint,
-        weights=weights,
-        card=own_file(folder, "README.md"),
-    )
+    depth, card = len(structure.blocks), own_file(folder, "README.md")
+    origin = Origin(**identity, layers=depth, fingerprint=structure.fingerprint, weights=weights, card=card)
     return DenseModel(folder, settings, config, model, structure, tensors, origin, trust_remote_code)

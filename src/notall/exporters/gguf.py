@@ -1,7 +1,6 @@
 """llama.cpp: rewrite the GGUF of the dense model, whatever its quantisation. No weight is changed but repaired ones.
 
-A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each. What
-llama.cpp decides by the index of a layer, without a setting in the file, is refused where it would change.
+A portable plan leaves an ordinary file; others leave a `deci` file, whose layers may lack a sublayer each.
 """
 
 from __future__ import annotations
@@ -154,9 +153,8 @@ def _check(source: GGUF, plan: Plan) -> None:
     ours = (source.depth, source.count("embedding_length"))
     numbers = {int(match[1]) for name in source.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))) or len(numbers) != source.depth:
-        raise UsageError(
-            f"{source.path.name} has {len(numbers)} blocks, and its header says {source.depth}; download it again"
-        )
+        told = f"{source.path.name} has {len(numbers)} blocks, and its header says {source.depth}"
+        raise UsageError(f"{told}; download it again")
     if shape and (shape.layers, shape.hidden_size) != ours:
         raise UsageError(f"this plan was made for {plan.fingerprint}, but {source.path.name} is {ours[0]}x{ours[1]}")
     plan.check_depth(source.depth)
@@ -230,10 +228,8 @@ def _floats(source: GGUF, name: str, stored: GGUFTensor) -> np.ndarray[Any, Any]
 def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequence[int]) -> None:
     name = source.architecture
     if any(source.setting(given, 0) for given in ("attention.shared_kv_layers", "embedding_length_per_layer_input")):
-        raise UsageError(
-            f"layers of this {name} share keys and values, or each is given an input of its own, so that none can be "
-            "cut out; skip in memory"
-        )
+        told = f"layers of this {name} share keys and values, or each is given an input of its own"
+        raise UsageError(f"{told}, so that none can be cut out; skip in memory")
     listed = name in LISTING or source.setting(LISTED, [])
     rules = [
         ("full attentions", 1 if listed else source.count(INTERVAL, INTERVALS.get(name, 1)), attentions),
@@ -242,16 +238,12 @@ def _check_rules_by_index(source: GGUF, attentions: Sequence[int], mlps: Sequenc
     ]
     for what, period, indices in rules:
         if any(_is_last(number, period) != _is_last(index, period) for number, index in enumerate(indices)):
-            raise UsageError(
-                f"llama.cpp takes every {period}th layer of {name} for one of the {what}, and this plan moves them; "
-                f"leave out whole runs of {period} blocks, or export to hf"
-            )
+            told = f"llama.cpp takes every {period}th layer of {name} for one of the {what}, and this plan moves them"
+            raise UsageError(f"{told}; leave out whole runs of {period} blocks, or export to hf")
     telling = {"gemma2": 46, "gemma3": 62, "baichuan": 32}.get(name)
     if telling in (source.depth, len(attentions)) and source.depth != len(attentions):
-        raise UsageError(
-            f"llama.cpp computes a {name} of {telling} layers in another way than any other, so that one cannot become "
-            "the other; export to hf"
-        )
+        told = f"llama.cpp computes a {name} of {telling} layers in another way than any other"
+        raise UsageError(f"{told}, so that one cannot become the other; export to hf")
 
 
 def _is_last(index: int, period: int) -> bool:
@@ -318,9 +310,8 @@ def _deci_sizes(source: GGUF) -> tuple[int, int, int, int, int]:
         if source.setting("rope.dimension_count", head_size) != head_size:
             problem = "llama.cpp's layers with one sublayer rotate whole heads, and this model rotates parts"
     if problem:
-        raise UsageError(
-            f"{problem}, and this plan keeps sublayers that do not alternate; choose a portable plan, or export to hf"
-        )
+        told = f"{problem}, and this plan keeps sublayers that do not alternate"
+        raise UsageError(f"{told}; choose a portable plan, or export to hf")
     sizes = {"attn_norm": hidden, "attn_q": heads * head_size, "attn_k": kv_heads * head_size, "ffn_up": width}
     for index in range(source.depth):
         found = {name: tensor.data for name, tensor in source.block(index).items()}
@@ -378,9 +369,6 @@ def with_weights(source: GGUF, weights: Mapping[str, Tensor]) -> GGUF:
         if new != stored.quantization:
             widened.add(stored.quantization.name)
     if widened:
-        logger.warning(
-            "repaired weights that were %s are written in 8 bits, in which they lose less. To have that type all the "
-            "same, repair and export an F16 file, and quantise that with llama.cpp's own tools",
-            ", ".join(sorted(widened)),
-        )
+        told, fix = ", ".join(sorted(widened)), "to have that type, repair and export an F16 file, and quantise that"
+        logger.warning("repaired weights that were %s are written in 8 bits, in which they lose less; %s", told, fix)
     return replace(source, tensors=tensors)

@@ -92,10 +92,8 @@ def rope_names(settings: Settings) -> Settings:
 
 
 def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) -> None:
-    """Build the model of cut settings on the meta device.
-
-    Raises `UsageError` where its own checks refuse them, or a layer is not built as the dense ones that it is made of.
-    """
+    """Raise `UsageError` unless a model of cut settings builds its layers as the dense ones that they are made of."""
+    kind, rule = dense.structure.model_type, "has a rule by layer or depth that notall cannot cut"
     try:
         with tempfile.TemporaryDirectory(prefix="notall-") as folder:  # where an infinite number stands in words
             Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -104,17 +102,12 @@ def check_built(dense: DenseModel, settings: Settings, layers: Sequence[Layer]) 
         exported = build_empty(config).get_submodule(dense.structure.layers)
     except (ValueError, UsageError) as error:
         said = str(error).strip().splitlines()[-1].strip()
-        raise UsageError(
-            f"{dense.structure.model_type} has a rule by layer or depth that notall cannot cut ({said}), so this plan "
-            "runs in memory only"
-        ) from None
+        raise UsageError(f"{kind} {rule} ({said}), so this plan runs in memory only") from None
     for number, layer in enumerate(layers):
         for part in sublayers_of(dense.structure, layer):
             if build_of(exported.get_submodule(str(number)), part) != build_of(dense.layer(part.index), part):
-                raise UsageError(
-                    f"{dense.structure.model_type} would build {part.name} in another way as a part of layer {number}: "
-                    "its config has a rule by layer or depth that notall cannot cut, so this plan runs in memory only"
-                )
+                told = f"{kind} would build {part.name} in another way as a part of layer {number}"
+                raise UsageError(f"{told}: its config {rule}, so this plan runs in memory only")
 
 
 def build_of(layer: nn.Module, part: Sublayer) -> Settings:
@@ -139,10 +132,6 @@ def build_of(layer: nn.Module, part: Sublayer) -> Settings:
     return facts
 
 
-# What comes from one layer of the dense model, its tensors by their names below it, and the start of their new names.
-Piece = tuple[Sequence[Sublayer], Weights, str]
-
-
 def moved_tensors(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[str, Weight]]:
     """The tensors of the export under their new names; of a name that comes again, the later one."""
     yield from dense.outside_layers.items()
@@ -161,7 +150,8 @@ def moved_modules(dense: DenseModel, layers: Sequence[Layer]) -> dict[str, str |
     return moved
 
 
-def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[Piece]:
+def _pieces(dense: DenseModel, layers: Sequence[Layer]) -> Iterator[tuple[Sequence[Sublayer], Weights, str]]:
+    """Sublayers of one dense layer, their tensors by the names below it, and the start of their new names."""
     blocks = dense.structure.blocks
     for number, layer in enumerate(layers):
         start, block = f"{dense.prefix}{number}.", blocks[layer.attention]
@@ -223,10 +213,9 @@ def _divided(dense: DenseModel, part: Sublayer, by: float, start: str) -> Iterat
     last = (part.stub or part.branches[0]).modules[-1]
     module = dense.layer(part.index).get_submodule(last)
     if not _is_divided_by_weights(module):
-        raise UsageError(
-            f"layers of {dense.structure.model_type} multiply their stream, and what {part.name} adds cannot be "
-            "divided by what is cut before it; keep the layer before it whole, or skip in memory"
-        )
+        told = f"layers of {dense.structure.model_type} multiply their stream"
+        why = f"what {part.name} adds cannot be divided by what is cut before it"
+        raise UsageError(f"{told}, and {why}; keep the layer before it whole, or skip in memory")
     for name, stored in dense.parts(part).items():
         if name.startswith(f"{last}."):
             yield start + name, stored.changed(lambda values: values.double() / by)

@@ -52,10 +52,9 @@ class Verified:
     def checked(self) -> Verified:
         """Raises `UsageError` where it answered differently."""
         if not self.difference <= self.most:
-            raise UsageError(
-                f"{self.by} answers differently from the skipped model, by {self.difference:.2g} {self.unit} (at most "
-                f"{self.most:g} was expected), so nothing was written; please report the model and the plan"
-            )
+            off = f"by {self.difference:.2g} {self.unit} (at most {self.most:g} was expected), so nothing was written"
+            told = f"{self.by} answers differently from the skipped model, {off}"
+            raise UsageError(f"{told}; please report the model and the plan")
         return self
 
 
@@ -114,9 +113,8 @@ def plan_of(folder: Path) -> Plan:
         raise UsageError(f"{MANIFEST} of {shortened(folder)} is damaged; export the model anew") from None
     if is_repaired:
         which = f", {shortened(repairs)}" if (repairs := weights_beside(folder)) else ""
-        raise UsageError(
-            f"{shortened(folder)} was exported from a repaired plan: give the folder of the repair itself{which}"
-        )
+        told = f"{shortened(folder)} was exported from a repaired plan"
+        raise UsageError(f"{told}: give the folder of the repair itself{which}")
     shape = Fingerprint.parse(fingerprint)  # that of a GGUF file has no digest, and is equal to no model's
     return found.model_copy(update={"fingerprint": str(fingerprint)}) if shape and shape.digest else found
 

@@ -1,7 +1,6 @@
 """nemotron-nas (DeciLMForCausalLM): one checkpoint for vLLM, MLX-LM, SGLang, TensorRT-LLM and ExLlamaV3.
 
-It computes Llama's layers, so that Llama-like models fit, and Qwen2 with an output bias of zeros. Engines read widths
-as multiples of 256: other MLPs are padded with zeros, which change nothing.
+Llama-like models fit, and Qwen2 with an output bias of zeros. MLPs are padded with zeros to a multiple of 256.
 """
 
 from __future__ import annotations
@@ -116,6 +115,8 @@ def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) 
     config = dense.config
     heads_in_group = config.num_attention_heads // config.num_key_value_heads
     mult = ffn_mult(_width(config), config.hidden_size)
+    attentions = (ATTENTION | _has(attention, "n_heads_in_group", heads_in_group) for attention, _ in rows)
+    mlps = (FFN | _has(mlp, "ffn_mult", mult) for _, mlp in rows)
     settings = {name: dense.settings[name] for name in KEPT if name in dense.settings}
     if config.model_type == "qwen2":
         settings["attention_bias"] = True
@@ -130,13 +131,7 @@ def _settings(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) 
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "hidden_act": "silu",
         "num_hidden_layers": len(rows),
-        "block_configs": [
-            {
-                "attention": ATTENTION | _has(attention, "n_heads_in_group", heads_in_group),
-                "ffn": FFN | _has(mlp, "ffn_mult", mult),
-            }
-            for attention, mlp in rows
-        ],
+        "block_configs": [{"attention": attention, "ffn": mlp} for attention, mlp in zip(attentions, mlps)],
     }
 
 
@@ -174,13 +169,13 @@ def _named(dense: DenseModel, rows: Sequence[tuple[int | None, int | None]]) -> 
 
 def _padded(name: str, weight: Weight, width: int) -> Weight:
     """A tensor of an MLP with zeros behind its values, by which the MLP is `width` wide."""
+    shape = list(weight.shape)
     if name.endswith("down_proj.weight"):
-        more = width - weight.shape[1]
-        return weight.changed(lambda values: pad(values, [0, more]), (weight.shape[0], width)) if more else weight
-    if not name.rpartition(".")[0].endswith(("gate_proj", "up_proj")) or weight.shape[0] == width:
-        return weight
-    padding = [0, 0] * (len(weight.shape) - 1) + [0, width - weight.shape[0]]
-    return weight.changed(lambda values: pad(values, padding), (width, *weight.shape[1:]))
+        shape[1] = width
+    elif name.rpartition(".")[0].endswith(("gate_proj", "up_proj")):
+        shape[0] = width
+    more = [side for new, old in zip(shape[::-1], weight.shape[::-1]) for side in (0, new - old)]
+    return weight.changed(lambda values: pad(values, more), tuple(shape)) if any(more) else weight
 
 
 CONFIGURATION = '''\

@@ -1,15 +1,15 @@
 """The quantisation settings of a checkpoint that loses layers: each pattern of modules is renumbered.
 
-A pattern means, of what is kept, exactly what it meant in the dense model: as it is, else renumbered, else as the list
-of what it named. What is written is compared, module by module, before it is trusted.
+A pattern means, of what is kept, just what it meant in the dense model: as it is, renumbered, or as a list of names.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -81,23 +81,42 @@ RULES: Mapping[str, Rules] = {
 
 def cut_quantisation(settings: Settings, moved: Moved, layers: str) -> Settings:
     """Those of an export; the names of layers begin with `layers`. Raises `UsageError` where not all can be told."""
-    rules = RULES.get(quantisation_name(settings).split()[0], {})
+    method = quantisation_name(settings)
+    rules = RULES.get(method.split()[0], {})
     last = layers.rstrip(".").rpartition(".")[2]
     numbered = re.compile(rf"\b{re.escape(last)}\W*\d")  # a number behind the list of layers, perhaps in a pattern
-    for path, value in _leaves(settings):
-        is_known = any(
-            len(path) >= len(rule) and all(one in ("*", step) for one, step in zip(rule, path)) for rule in rules
-        )
-        if not is_known and numbered.search(value):
-            raise UsageError(
-                f"the quantisation settings of this model ({quantisation_name(settings)}) tell layers apart in "
-                f"{'.'.join(path)}, which notall cannot cut, so this plan runs in memory only"
-            )
-    cut: Any = settings
-    weights = {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
-    for rule, words in rules.items():
-        cut = _cut_at(cut, rule, partial(_renumbered, words, moved | weights if words.weights else moved, layers))
-    return dict(cut)
+    weights = moved | {f"{name}.weight": new and f"{new}.weight" for name, new in moved.items()}
+
+    def cut(value: Any, *path: str) -> Any:
+        """What stands at `path`; where a rule names that, its patterns are renumbered: entries of a list, or keys."""
+        ruled = (rules[rule] for rule in rules if len(rule) == len(path) and all(map(fnmatchcase, path, rule)))
+        if words := next(ruled, None):
+            return _each(value, partial(_renumbered, words, weights if words.weights else moved, layers))
+        if any(isinstance(told, str) and numbered.search(told) for told in (*path[-1:], value)):
+            where = f"tell layers apart in {'.'.join(path)}, which notall cannot cut, so this plan runs in memory only"
+            raise UsageError(f"the quantisation settings of this model ({method}) {where}")
+        if isinstance(value, list | tuple):
+            return [cut(entry, *path, "*") for entry in value]
+        if not isinstance(value, Mapping):
+            return value
+        table = {key: cut(held, *path, str(key)) for key, held in value.items()}
+        if (*path, "*", "targets") in rules:  # a group that is left without any goes, too
+            return {key: entry for key, entry in table.items() if entry == value[key] or entry["targets"]}
+        return table
+
+    return dict(cut(settings))
+
+
+def _each(value: Any, renumbered: Callable[[str], list[str]]) -> Any:
+    if isinstance(value, list):
+        return list(dict.fromkeys(new for pattern in value for new in renumbered(str(pattern))))
+    if not isinstance(value, Mapping):
+        return value
+    cut: Settings = {}
+    for pattern, setting in value.items():
+        for new in renumbered(pattern):
+            cut.setdefault(new, setting)
+    return cut
 
 
 def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
@@ -117,40 +136,14 @@ def renamed_notes(notes: Mapping[str, str], moved: Moved) -> dict[str, str]:
     return found
 
 
-def _cut_at(value: Any, path: tuple[str, ...], renumbered: Callable[[str], list[str]]) -> Any:
-    """`value` with the patterns, a list or keys, at `path` below it `renumbered`; a group without targets goes, too."""
-    head, *rest = path or ("",)
-    if isinstance(value, list):
-        if not path:
-            return list(dict.fromkeys(new for pattern in value for new in renumbered(str(pattern))))
-        return [_cut_at(entry, tuple(rest), renumbered) for entry in value] if head == "*" else value
-    if not isinstance(value, Mapping):
-        return value
-    if not path:
-        cut: Settings = {}
-        for pattern, setting in value.items():
-            for new in renumbered(pattern):
-                cut.setdefault(new, setting)
-        return cut
-    table = {key: _cut_at(held, tuple(rest), renumbered) if head in (key, "*") else held for key, held in value.items()}
-    if head == "*" and rest == ["targets"]:
-        return {key: entry for key, entry in table.items() if entry == value[key] or entry["targets"]}
-    return table
-
-
 def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[str]:
-    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone.
-
-    A name of no module here, such as one that only an engine has, goes where all of its layer goes.
-    """
-    unknown = UsageError(
-        f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber, "
-        "so this plan runs in memory only"
-    )
+    """The patterns that mean, of what is kept, what `pattern` meant in the dense model; none where that is gone."""
+    told = f"the quantisation settings of this model name modules by {shortened(pattern)}, which notall cannot renumber"
+    unknown = UsageError(f"{told}, so this plan runs in memory only")
     meant = {new for name, new in moved.items() if words.means(pattern, name)}
     wanted = {new for new in meant if new is not None}
     if not meant and (beginning := re.match(rf"{re.escape(layers)}\d+\.", pattern)):
-        layer = beginning[0]
+        layer = beginning[0]  # all of which goes to one place, and with it a name that only an engine has, say
         below = ((name.removeprefix(layer), new) for name, new in moved.items() if name.startswith(layer))
         starts = {new.removesuffix(name) if new else None for name, new in below}
         if len(starts) > 1:
@@ -172,16 +165,3 @@ def _renumbered(words: Words, moved: Moved, layers: str, pattern: str) -> list[s
     if words.tree:
         raise unknown
     return named
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The texts of nested settings, keys too, and where they stand."""
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield (*path, str(key)), str(key)
-            yield from _leaves(entry, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _leaves(entry, (*path, "*"))
-    elif isinstance(value, str):
-        yield path, value

@@ -1,8 +1,4 @@
-"""The modeling file of a regrouped checkpoint, written from one template.
-
-The file subclasses transformers' own classes, so attention, cache, masks and generation stay theirs; it needs
-transformers alone. A layer holds exactly one attention; MLPs that lost theirs ride along before and after it.
-"""
+"""The modeling file of a regrouped checkpoint, from one template: it subclasses transformers' own classes."""
 
 from __future__ import annotations
 
@@ -100,7 +96,8 @@ def source_of(base: str) -> str:
     """The modeling file for a model type of transformers. Raises `KeyError` for one that is not in `FAMILIES`."""
     family = FAMILIES[base]
     mlp = ", ".join("MIXER" if name == "mlp" else f'"{name}"' for name in family.mlp)
-    return Template(_TEMPLATE.safe_substitute(_EXPERTS if family.experts else _NO_EXPERTS)).substitute(
+    zeros = "torch.zeros_like(hidden_states)"
+    return Template(_MODEL + _EXPERTS if family.experts else _MODEL).substitute(
         base=base,
         name=family.name,
         package=base.removesuffix("_text"),
@@ -108,24 +105,27 @@ def source_of(base: str) -> str:
         model=f"{family.name}{family.text}Model",
         model_type=model_type_of(base),
         mlp=f"({mlp})",
-        v4_mixer="block_sparse_moe" if base == "mixtral" else "mlp",
+        nothing=f"({zeros}, None) if TRANSFORMERS_4 else {zeros}" if family.experts else zeros,
+        mixer='"block_sparse_moe" if TRANSFORMERS_4 else "mlp"' if base == "mixtral" else '"mlp"',
+        imports="\nimport transformers" if family.experts else "",
+        release='TRANSFORMERS_4 = transformers.__version__.startswith("4.")\n' if family.experts else "",
         keep_scale="\n        self.residual_multiplier = config.residual_multiplier" if family.scaled else "",
         scaled=family.scaled,
     )
 
 
-_TEMPLATE = Template('''\
+_MODEL = '''\
 """$name with sublayers left out: every layer has one attention, and MLPs that lost theirs ride along with it.
 
 Written by notall. `sublayers` in config.json says what each layer holds, by the layer indices of the dense model.
 """
 
-import torch$import_transformers
+import torch$imports
 from torch import nn
 from transformers.models.$package.configuration_$package import $config
 from transformers.models.$package.modeling_$package import ${name}DecoderLayer, ${name}ForCausalLM, $model
 
-$head
+${release}MIXER = $mixer
 MLP = $mlp  # what an MLP sublayer runs, in order
 
 
@@ -152,7 +152,8 @@ class Notall${name}MLP(nn.Module):
     def forward(self, hidden_states):
         added = hidden_states
         for name in MLP:
-            added = getattr(self, name)(added)$untuple
+            added = getattr(self, name)(added)
+            added = added[0] if isinstance(added, tuple) else added
         return hidden_states + added$scaled
 
 
@@ -196,28 +197,13 @@ class Notall${name}ForCausalLM(${name}ForCausalLM):
         super().__init__(config)
         self.model = Notall${name}Model(config)
         self.post_init()
-$rules''')
+'''
 
-_NO_EXPERTS = {
-    "import_transformers": "",
-    "head": 'MIXER = "mlp"',
-    "nothing": "torch.zeros_like(hidden_states)",
-    "untuple": "",
-    "rules": "",
-}
-_EXPERTS = {
-    "import_transformers": "\nimport transformers",
-    "head": """\
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-MIXER = "$v4_mixer" if TRANSFORMERS_4 else "mlp\"""",
-    "nothing": "(torch.zeros_like(hidden_states), None) if TRANSFORMERS_4 else torch.zeros_like(hidden_states)",
-    "untuple": "\n            added = added[0] if isinstance(added, tuple) else added",
-    "rules": """
+_EXPERTS = """
 
 if not TRANSFORMERS_4:  # version 5 fuses the experts of a checkpoint as it loads them, by rules for each model type
     from transformers import conversion_mapping
 
     rules = conversion_mapping.get_checkpoint_conversion_mapping("$base")
     conversion_mapping.register_checkpoint_conversion_mapping("$model_type", rules, overwrite=True)
-""",
-}
+"""

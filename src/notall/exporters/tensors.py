@@ -128,27 +128,20 @@ def stored_sizes(spec: str | Path, revision: str | None = None, named: str | Non
 def check_tensors(name: str, model: PreTrainedModel, tensors: Weights) -> None:
     """Raise `UsageError` unless names and shapes are those of `model`, which is on the meta device.
 
-    transformers itself loads them, as tensors without values: it knows what it renames and fuses as it loads. Of a
-    quantised model, whose tensors have other names, each module must have some.
+    transformers itself loads them, without values. Of a quantised model each module must have some.
     """
     config: Any = copy.deepcopy(model.config)
     is_quantised = getattr(config, "quantization_config", None) is not None
     if is_quantised:
         del config.quantization_config
+    values = {key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()}
+    how: Any = {"device_map": "meta", "ignore_mismatched_sizes": is_quantised, "output_loading_info": True}
     try:
         with quiet():
-            _, report = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict={key: torch.empty(tensor.shape, device="meta") for key, tensor in tensors.items()},
-                device_map="meta",
-                ignore_mismatched_sizes=is_quantised,
-                output_loading_info=True,
-            )
+            _, report = type(model).from_pretrained(None, config=config, state_dict=values, **how)
     except (RuntimeError, ValueError) as error:  # where tensors that it would fuse are not all there, or not alike
-        raise UsageError(
-            f"the tensors of {name} are not those of {config.model_type} ({shortened(error)}): fetch it again"
-        ) from None
+        told = f"the tensors of {name} are not those of {config.model_type} ({shortened(error)})"
+        raise UsageError(f"{told}: fetch it again") from None
     if is_quantised:
         modules = {key[: dot.start()] for key in tensors for dot in re.finditer(r"\.", key)}
         missing = {key for key in report["missing_keys"] if key.rpartition(".")[0] not in modules}

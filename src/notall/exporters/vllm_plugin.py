@@ -1,24 +1,22 @@
 """vLLM's native models, with layers as a regrouped checkpoint has them: one attention each, MLPs before and after.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. After it, `vllm serve DIR`
-runs a regrouped checkpoint on vLLM's native classes, and needs no `--trust-remote-code`.
-
-Each model is vLLM's own; while it is built, the function that makes its list of layers is replaced by one that makes
-each layer and then gives it what `config.sublayers` says. In vLLM a layer hands on (hidden, residual), and the next
-norm adds them: what is left out passes the pair on, at no cost.
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. Each model is vLLM's own, but
+that the function that makes its list of layers is replaced while it is built. In vLLM a layer hands on (hidden,
+residual), and the next norm adds them: what is left out passes the pair on, at no cost.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..engines.vllm import NATIVE
+from ..structure.slicing import replaced
 from .remote_code import FAMILIES, classes_of, model_type_of
 
 # The module of vLLM's in which the layers are made, where it is not the one named as the architecture.
@@ -66,8 +64,7 @@ def _vllm_module(base: str) -> Any:
     return importlib.import_module(f"vllm.model_executor.models.{base.removesuffix('_text')}")
 
 
-@contextmanager
-def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
+def _regrouping(base: str, vllm_config: Any) -> AbstractContextManager[None]:
     """Have vLLM build the layers of `base` as the config of the checkpoint says."""
     module, names = _vllm_module(LAYERS_IN.get(base, base)), MLP_IN.get(base, FAMILIES[base].mlp)
     make_layers = module.make_layers
@@ -75,11 +72,7 @@ def _regrouping(base: str, vllm_config: Any) -> Iterator[None]:
     def regrouped(count: int, make: Callable[..., nn.Module], prefix: str) -> Any:
         return make_layers(count, functools.partial(_regrouped_layer, make, names, vllm_config), prefix=prefix)
 
-    module.make_layers = regrouped
-    try:
-        yield
-    finally:
-        module.make_layers = make_layers
+    return replaced(vars(module), "make_layers", regrouped)
 
 
 def _regrouped_layer(make: Callable[..., Any], names: Sequence[str], vllm_config: Any, prefix: str) -> nn.Module:

@@ -161,7 +161,7 @@ def _one_by_one(layer: nn.Module, block: Block, look: Look) -> Callable[..., obj
 def _inside(layer: nn.Module, block: Block, shape: Sequence[int], look: Look) -> Callable[..., object]:
     """A forward for a layer whose sublayers run only inside of it: with none, with the first, with all of them."""
     stubs = [part.stub for part in block.sublayers if part.stub]
-    fewer = [stubbed_layer(layer, block.index, stubs[ran:]) for ran in range(len(stubs) + 1)]
+    fewer = [stubbed_layer(layer, block.index, dict.fromkeys(stubs[ran:])) for ran in range(len(stubs) + 1)]
 
     def as_stream(state: Tensor) -> Tensor:
         """Any number of streams as one, (batch, tokens, hidden)."""

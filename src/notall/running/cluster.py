@@ -18,8 +18,6 @@ except ModuleNotFoundError:
 ATTEMPTS = 3  # Ray's server forks beside threads of its own, and at times that child dies at once
 SECONDS = 1800  # for a worker to load its model
 
-Task = tuple[str, tuple[object, ...]]  # the worker's method, its arguments
-
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
@@ -81,8 +79,8 @@ class Pool:
         for actor in self.actors:
             ray.kill(actor)
 
-    def run(self, tasks: Sequence[Task]) -> list[Any]:
-        """The answers to `tasks`, in order; what a lost worker was doing goes to another one, once."""
+    def run(self, tasks: Sequence[tuple[str, tuple[object, ...]]]) -> list[Any]:
+        """The answers to methods with arguments, in order; what a lost worker was doing goes to another one, once."""
         waiting = list(enumerate(tasks))[::-1]
         tried = [0] * len(tasks)
         running: dict[Any, tuple[int, Any]] = {}

@@ -91,21 +91,14 @@ def greedy_each(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_to
 def greedy(
     model: PreTrainedModel, ids: Tensor, new_tokens: int, *, mask: Tensor | None = None, **options: Any
 ) -> list[list[int]]:
-    """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), one by one.
+    """The `new_tokens` likeliest tokens behind each row of `ids`, (rows, tokens), up to the one that ends it.
 
-    Fewer where a row ends, with the token that ends it. That token is the one thing taken from the checkpoint's own
-    settings, which may penalise repetition or search with beams. `mask` is 0 where rows are padded, on the left;
-    `options` are more of `generate`, such as a streamer or an assistant.
+    Of the checkpoint's own settings, which may penalise repetition or search with beams, it takes that token alone.
+    `mask` is 0 where rows are padded, on the left; `options` are more of `generate`, such as a streamer.
     """
     ends = ends_of(model)
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=next(iter(ends), 0),
-    )
+    until = {"max_new_tokens": new_tokens, "eos_token_id": ends or None, "pad_token_id": next(iter(ends), 0)}
+    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
     with _generating_by(model, settings):
         rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
     lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in rows]
@@ -142,13 +135,12 @@ def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, *
     return said
 
 
-@contextmanager
-def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Have `model` generate by `settings` alone, for the time of the `with`, and not by those of its checkpoint."""
-    with ExitStack() as undo:
-        for one in {model, base_model(model)}:
-            undo.enter_context(replaced(one.__dict__, "generation_config", settings))
-        yield
+def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> ExitStack:
+    """Have `model` generate by `settings` alone, for the time of a `with`, and not by those of its checkpoint."""
+    undo = ExitStack()
+    for one in {model, base_model(model)}:
+        undo.enter_context(replaced(one.__dict__, "generation_config", settings))
+    return undo
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A plan that brings weights along: what it keeps was refit to make up for what it skips.
 
-Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file:
-a folder without one was not finished, and one that holds anything else is not believed. Nothing is pickled.
+Its folder holds the plan, weights, what made them, and at last `finished.json`, a seal with the digest of each file.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from ..structure.slicing import replaced
 PLAN, SEAL, HEALED, WHOLE = "plan.json", "finished.json", "healed.safetensors", "weights.safetensors"
 BEFORE = "before"  # the history of what was healed
 HISTORY = TypeAdapter(tuple[RepairStep, ...])
+MADE_BY: dict[str, type[Record]] = {"repair": RefitRecord, "heal": HealRecord}  # what writes weights, and its records
 FIX = "delete the folder, and repair the plan again"
 DIGEST = "sha256"  # of the tensors, in the metadata of their file
 
@@ -120,10 +120,7 @@ class RepairedPlan(Plan):
             *before, last = self.history
             told = last.model_dump(mode="json", exclude={"by"}, exclude_unset=True)
             about = Provenance(what={**told, BEFORE: [step.model_dump(mode="json") for step in before]})
-            if last.by == "repair":
-                Ledger(folder, RefitRecord, about).add(*self.refits)
-            else:
-                Ledger(folder, HealRecord, about).add()
+            Ledger(folder, MADE_BY[last.by], about).add(*(self.refits if last.by == "repair" else ()))
         keep_whole(folder, self, WHOLE)
 
     @classmethod
@@ -137,20 +134,24 @@ class RepairedPlan(Plan):
             raise UsageError(f"there is no folder {shortened(folder)}: give one that `notall repair` wrote")
         if folder.is_file():
             raise UsageError(f"{shortened(folder)} is a file: notall.Plan.load reads a plan without weights")
-        seal = _seal_of(folder)
-        if seal is None:
-            for kind in (RefitRecord, HealRecord):
+        if (seal := _seal_of(folder)) is None:
+            for by, kind in MADE_BY.items():
                 if (folder / kind.file).is_file():
-                    again = f"run the same `notall {kind.commands[0]}` again, and it goes on"
+                    again = f"run the same `notall {by}` again, and it goes on"
                     raise UsageError(f"what {shortened(folder)} holds was not finished: {again}")
-            give = "give a plan file, or a folder that `notall repair` wrote"
-            raise UsageError(f"{shortened(folder)} is no repaired plan: {give}")
+            raise UsageError(f"{shortened(folder)} is no repaired plan: give a plan file, or one that was repaired")
         weights = _sealed_weights(folder, seal)
         plan = Plan.load(_file(folder, PLAN))
         if plan.indices != seal.plan:
             raise UsageError(f"{PLAN} of {shortened(folder)} is another plan than the one that was repaired: {FIX}")
-        refits = tuple(read(folder / RefitRecord.file, RefitRecord))
-        return cls.of(plan, weights=weights, refits=refits, history=_history(folder))
+        refits, history = tuple(read(folder / RefitRecord.file, RefitRecord)), list[RepairStep]()
+        for by, kind in MADE_BY.items():
+            if (header := header_of(folder / kind.file)) and (about := header.provenance):
+                try:
+                    history += [*HISTORY.validate_python(about.what.get(BEFORE, ())), step_of(by, about)]
+                except ValidationError:
+                    raise UsageError(f"line 1 of {kind.file} in {shortened(folder)} is damaged: {FIX}") from None
+        return cls.of(plan, weights=weights, refits=refits, history=tuple(history))
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -210,10 +211,7 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, nn.Parameter | None], str, nn.Parameter]:
-    """`weight` in place of the parameter at `path`, of its dtype and on its device; before it where that is held.
-
-    Raises `UsageError` where there is none, or one of another shape or offloaded.
-    """
+    """Where the parameter at `path` is held, its name there, and `weight` for it. Raises `UsageError` for a misfit."""
     above, _, name = path.rpartition(".")
     try:
         holder = module.get_submodule(above)
@@ -221,9 +219,8 @@ def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, n
     except AttributeError:
         raise UsageError(f"the model has no {path}, which the plan has weights for; repair this model") from None
     if own.shape != weight.shape:
-        raise UsageError(
-            f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(own.shape)}; repair this model"
-        )
+        told = f"the repaired {path} is {tuple(weight.shape)}, but the model's is {tuple(own.shape)}"
+        raise UsageError(f"{told}; repair this model")
     if own.device.type == "meta":
         raise UsageError(f"{path} is offloaded, and repaired weights cannot take its place there; load the model whole")
     new = nn.Parameter(weight.to(own.device, own.dtype), requires_grad=own.requires_grad)
@@ -252,11 +249,8 @@ def keep_whole(folder: Path, plan: RepairedPlan, name: str) -> None:
 
 def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     """Write the plan and then the seal: the records are there, and the `weights`, by file their digests."""
-    records = {
-        kind.file: digest_of([(folder / kind.file).read_bytes()])
-        for kind in (RefitRecord, HealRecord)
-        if (folder / kind.file).is_file()
-    }
+    written = [path for kind in MADE_BY.values() if (path := folder / kind.file).is_file()]
+    records = {path.name: digest_of([path.read_bytes()]) for path in written}
     plan.save(folder / PLAN)
     seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
     try:
@@ -314,26 +308,9 @@ def _sealed_weights(folder: Path, seal: Seal) -> dict[str, Tensor]:
 
 
 def _file(folder: Path, name: str) -> Path:
-    file = own_file(folder, name)
-    if file is None:
+    if (file := own_file(folder, name)) is None:
         raise UsageError(f"{shortened(folder)} lacks {shortened(name)}: {FIX}")
     return file
-
-
-def _history(folder: Path) -> tuple[RepairStep, ...]:
-    """As the headers say."""
-    found: list[RepairStep] = []
-    for by, kind in (("repair", RefitRecord), ("heal", HealRecord)):
-        header = header_of(folder / kind.file)
-        try:
-            for about in [header.provenance] if header and header.provenance else ():
-                found += HISTORY.validate_python(about.what.get(BEFORE, ()))
-                found.append(step_of(by, about))
-        except ValidationError as error:
-            field = ".".join(map(str, error.errors()[0]["loc"]))
-            told = f"the first line of {kind.file} in {shortened(folder)} is damaged ({shortened(field)})"
-            raise UsageError(f"{told}: delete the folder, and {by} the plan again") from None
-    return tuple(found)
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,7 @@
 """Run many plans over one batch, computing what they share only once.
 
-`Replay` lays the kept sublayers of all plans out as a tree, writes down what each layer is called with (masks, position
-embeddings: they do not depend on the hidden states), and walks the tree depth first, so that only the states along one
-branch are alive at a time. Embedding and head are the model's own forward, with hidden states in place of its layers.
+What they keep is a tree, which is walked depth first, so that only the states along one branch are alive at a time.
+Embedding and head are the model's own forward, with hidden states in place of its layers.
 """
 
 from __future__ import annotations
@@ -122,10 +121,9 @@ class Replay:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """For each end of the tree: the numbers of the plans that end there, and the last layer's output.
 
-        The output is (batch, tokens, hidden), before the final norm. A plan comes after those that go on where it
-        ends, and otherwise in the order given: the dense model, given first, comes first. What `prefix` holds of this
-        batch is not run again, and what it lacks is left there when it is run. Where layers cannot be run apart, it is
-        what the output embeddings are given, and there is nothing to go on from.
+        The output is (batch, tokens, hidden), before the final norm, or, where layers cannot be run apart, what the
+        output embeddings are given. A plan comes after those that go on where it ends, and otherwise in the order
+        given. What `prefix` holds of this batch is not run again, and what it lacks is left there when it is run.
         """
         for plan, numbers in self.alone.items():
             self.ran += len(self.structure.running(plan))
@@ -224,8 +222,7 @@ def states_before_output(model: PreTrainedModel, run: Callable[[], object]) -> T
         given.append(args[0])
         raise Enough
 
-    with ExitStack() as undo, suppress(Enough):
-        undo.callback(output_embeddings(model).register_forward_pre_hook(reach).remove)
+    with output_embeddings(model).register_forward_pre_hook(reach), suppress(Enough):
         run()
     if not given:
         raise UnsupportedModel(f"{type(model).__name__} makes logits without its output embeddings")
@@ -246,8 +243,7 @@ def handing(model: PreTrainedModel, structure: ModelStructure, hidden: Tensor) -
         if not structure.apart:
             output = output_embeddings(model)
             # ahead of hooks that look at what is given
-            handle = output.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]), prepend=True)
-            undo.callback(handle.remove)
+            undo.enter_context(output.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]), prepend=True))
         answer = partial(answering, answer=lambda _, given: hidden if structure.apart else given)
         undo.enter_context(standing_in(model, structure, answer))
         yield

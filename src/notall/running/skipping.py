@@ -1,8 +1,7 @@
 """Leave sublayers out of a live model: for a while (`skip`), for good (`remove`), or since its checkpoint has none.
 
 Layers that stay in place (see `structure/in_place.py`) get stubs. Else the live sublayers are cut again into layers
-with one mixer each; an MLP that lost its attention rides along behind the layer before it, or ahead of the first. So
-`layer_idx` counts the layers that are left, and whatever counts layers, such as caches and masks, is right.
+with one mixer each (see `regroup`), so that whatever counts layers, such as caches and masks, is right.
 """
 
 from __future__ import annotations
@@ -24,21 +23,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UsageError, expect
 from ..plan import Fingerprint, Plan
 from ..results.facts import Footprint
-from ..structure import locating
+from ..structure import locating, slicing
 from ..structure.in_place import stubbed_layer
 from ..structure.locating import locate
 from ..structure.model_structure import Block, ModelStructure, Sublayer, base_model, text_config
 from ..structure.observation import LayerCall, called_with, child, parameter_names, run_branches
-from ..structure.slicing import (
-    free_cache_slots,
-    move_inputs_like,
-    renumber,
-    replaced,
-    restored,
-    set_child,
-    shallow_clone,
-    slice_config,
-)
+from ..structure.slicing import move_inputs_like, renumber, replaced, restored, set_child, shallow_clone, slice_config
 from ..structure.weights import weights_of
 from .regrouping import Layer, layers_of
 from .repaired import RepairedPlan, refuse_maps, set_weights, with_weights
@@ -92,9 +82,8 @@ def remove(model: PreTrainedModel, plan: Plan) -> None:
     """Take the sublayers of `plan` out of `model` for good: in place, their weights are freed.
 
     A kept attention and the kept MLP that follows it become one ordinary layer where their form is the same, so that
-    a portable plan leaves an ordinary model, which `save_pretrained` writes and any engine loads. Otherwise saving is
-    refused, because what it wrote would load as a dense model with random weights. Such a model generates, and nothing
-    else of notall takes it again: measure, search and export with the dense one.
+    a portable plan leaves an ordinary model, which `save_pretrained` writes. Otherwise saving is refused, as what it
+    wrote would load with random weights; such a model generates, and nothing else of notall takes it again.
 
     Raises as `skip` does, and `UsageError` inside a `skip`.
     """
@@ -149,18 +138,10 @@ def footprint(model: PreTrainedModel, plan: Plan) -> Footprint:
     )
 
 
-NOT_A_CHECKPOINT = (
-    "this plan leaves layers that the architecture's own checkpoint cannot hold or tell apart, and a load would "
-    "fill them with random weights; keep the dense checkpoint with the plan file, or choose a portable plan"
-)
-SKIPPED = (
-    "inside a `with notall.skip(...)` the layers have names that a load would not know, and would fill with random "
-    "weights; leave it, then save the dense model, or write the smaller one with notall.export"
-)
-MISSING = (
-    "a load would fill what this model lacks with random weights; copy the folder that it was loaded from, or "
-    "export the dense model with the plan that you want"
-)
+# Why a model is not saved: a load would fill what it does not find under the names that it knows with random weights.
+NOT_A_CHECKPOINT = "these layers are ones that a checkpoint cannot hold or tell apart; keep the dense checkpoint"
+SKIPPED = "leave the `with notall.skip(...)` and save the dense model, or write the smaller one with notall.export"
+MISSING = "a load would fill what this model lacks with random weights; copy the folder that it was loaded from"
 
 
 def _refuse_to_save(reason: str, *args: object, **kwargs: object) -> NoReturn:
@@ -181,17 +162,17 @@ def _is_built_again(model: PreTrainedModel) -> bool:
             again = type(model)(type(model.config).from_dict(model.config.to_dict()))
     except Exception:  # whatever a config's own checks raise
         return False
-    quantised = bool(getattr(model, "is_quantized", False))
+
+    def is_alike(plain: nn.Module, module: nn.Module) -> bool:
+        """A quantised projection is of another class, and as wide."""
+        quantised = getattr(model, "is_quantized", False) and isinstance(plain, nn.Linear)
+        if quantised and type(plain) is not type(module):
+            return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
+        shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
+        return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
+
     pairs = zip_longest(again.named_modules(), model.named_modules(), fillvalue=("", nn.Identity()))
-    return all(there == here and _is_alike(plain, module, quantised) for (there, plain), (here, module) in pairs)
-
-
-def _is_alike(plain: nn.Module, module: nn.Module, quantised: bool) -> bool:
-    """Whether `module` is what a config builds; a quantised projection is of another class, and as wide."""
-    if quantised and type(plain) is not type(module) and isinstance(plain, nn.Linear):
-        return all(getattr(plain, name) == getattr(module, name, None) for name in ("in_features", "out_features"))
-    shapes = ([weight.shape for weight in one.parameters(recurse=False)] for one in (plain, module))
-    return type(plain).__name__ == type(module).__name__ and next(shapes) == next(shapes)
+    return all(there == here and is_alike(plain, module) for (there, plain), (here, module) in pairs)
 
 
 def _layers(model: nn.Module, structure: ModelStructure) -> nn.ModuleList:
@@ -251,10 +232,18 @@ def _cut(
     """Make the layers without what `plan` skips the model's own, and have its config and its caches count them."""
     dense, configs = _layers(model, structure), _place(model, structure)[2]
     if structure.in_place:
-        layers, running = _with_stubs(structure, dense, plan), structure.running(plan)
+        running = structure.running(plan)
+
+        def stubbed(layer: nn.Module, block: Block) -> nn.Module:
+            """With stubs for what is skipped, or silenced where others read it."""
+            skipped = [part for part in block.sublayers if block.index in getattr(plan, part.kind)]
+            scales = {part.stub: torch.zeros_like if part.name in running else None for part in skipped if part.stub}
+            return stubbed_layer(layer, block.index, scales) if scales else layer
+
+        layers = nn.ModuleList(map(stubbed, dense, structure.blocks))
         freed = [index for index in plan.attention if f"attn.{index}" not in running]
         for config in configs if freed else ():
-            free_cache_slots(config, freed)
+            slicing.free_cache_slots(config, freed)
     else:
         merges = merge and not structure.scaled
         groups = layers_of(structure, plan, lambda i, j: merges and type(dense[i]) is type(dense[j]))
@@ -264,18 +253,6 @@ def _cut(
         for index, layer in enumerate(layers):
             renumber(layer, index, undo)
     _put(model, structure, layers)
-
-
-def _with_stubs(structure: ModelStructure, dense: nn.ModuleList, plan: Plan) -> nn.ModuleList:
-    """The dense layers, with stubs for what is skipped, or silenced where others read it."""
-    running = structure.running(plan)
-    layers = []
-    for block, layer in zip(structure.blocks, dense):
-        skipped = [part for part in block.sublayers if block.index in getattr(plan, part.kind)]
-        stubs = [part.stub for part in skipped if part.stub and part.name not in running]
-        muted = {part.stub: torch.zeros_like for part in skipped if part.stub and part.name in running}
-        layers.append(stubbed_layer(layer, block.index, stubs, muted) if skipped else layer)
-    return nn.ModuleList(layers)
 
 
 def without(model: PreTrainedModel, missing: Plan) -> ModelStructure:

@@ -1,14 +1,13 @@
-"""Layers that stay in place: in each a sublayer is left out by stubs, and all else runs as the model has it.
+"""Layers that stay in place, as they read what others make or do more than add to their stream: stubs stand in them.
 
-So it is where layers read what others make, have an input of their own, or do more to their stream than add to it. A
-sublayer is a module and what leads from it to its addition to the stream, and is left out when that answers zeros. A
+A sublayer is a module and what leads from it to its addition to the stream, and is left out when that answers zeros. A
 layer without such an addition is one sublayer, which answers what it is given when it is left out.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +46,8 @@ class Form:
         for given in arguments.values():
             cache = getattr(given, "self_attention_cache", given)
             if isinstance(cache, Cache) and not isinstance(next(iter(cache.layers[index:]), None), DummyLayer):
-                raise UsageError(
-                    f"this cache keeps a place for layer {index}, whose mixer is skipped; make it inside the `with`, "
-                    "as DynamicCache(config=model.config), or let the model make it"
-                )
+                fix = "make it inside the `with`, as DynamicCache(config=model.config), or let the model make it"
+                raise UsageError(f"this cache keeps a place for layer {index}, whose mixer is skipped; {fix}")
         value: Tensor = arguments[self.value]
         if self.width is not None:
             value = value.new_zeros(*value.shape[:-1], self.width)
@@ -121,12 +118,10 @@ def _stub_module(module: nn.Module, form: Form, index: int, scale: Scale | None,
     return stub
 
 
-def stubbed_layer(
-    layer: nn.Module, index: int, stubs: Iterable[Stub] = (), scaled: Mapping[Stub, Scale] | None = None
-) -> nn.Module:
-    """`layer` without what `stubs` hold; of what `scaled` holds all is run, and what it adds is scaled."""
+def stubbed_layer(layer: nn.Module, index: int, stubs: Mapping[Stub, Scale | None]) -> nn.Module:
+    """`layer` without what `stubs` hold; where one has a scale, all of it is run, and what it adds is scaled."""
     children = dict(layer.named_children())
-    for stub, scale in [*((stub, None) for stub in stubs), *(scaled or {}).items()]:
+    for stub, scale in stubs.items():
         if stub.is_layer:
             return _stub_module(layer, stub.forms[-1][1], index, scale, is_layer=True)
         for name, form in stub.forms[-1:] if scale else stub.forms:

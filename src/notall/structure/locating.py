@@ -1,16 +1,15 @@
 """Where a model's sublayers are: found by watching one forward pass, proved by recomposing another.
 
-`locate` needs no table of architectures. It watches what each decoder layer does with its hidden states
-(`observation`), reads each layer as lines of a residual stream, and then runs every layer again from those parts, with
-a cache and a layer index of its own (`proving`): where the numbers differ, the model is refused.
+There is no table of architectures: what `observation` reads each layer as is run again from its parts (`proving`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,10 +44,8 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         raise UsageError(f"{type(model).__name__} has no config: give a causal language model of transformers")
     path, layers = decoder_layers(model)
     if getattr(model, "_is_stateful", False) and not hasattr(DynamicCache, "update_conv_state"):
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps a recurrent state, which transformers {transformers.__version__} holds in a "
-            "cache of the model's own; install transformers 5"
-        )
+        held = f"which transformers {transformers.__version__} holds in a cache of the model's own"
+        raise UnsupportedModel(f"{type(model).__name__} keeps a recurrent state, {held}; install transformers 5")
     known = _LOCATED.get(model)
     if known and known[0] is layers:
         return known[1]
@@ -57,11 +54,10 @@ def locate(model: PreTrainedModel) -> ModelStructure:
             for module in model.modules():
                 if module.training:
                     undo.enter_context(replaced(module.__dict__, "training", False))
-            if is_weightless(model):
-                with running_weightless(model) as call:
-                    structure, _ = _found(model, path, layers, partial(run_probe, model, call))
-            else:
-                structure, watch = _found(model, path, layers, partial(run_probe, model, model))
+            weightless = is_weightless(model)
+            with running_weightless(model) if weightless else nullcontext(model) as call:
+                structure, watch = _found(model, path, layers, partial(run_probe, model, call))
+            if not weightless:
                 alone = [Alone(text_config(model), trace, watch.sharing, structure.in_place) for trace in watch.traces]
                 for one, block in zip(alone, structure.blocks):
                     prove(one, block)
@@ -70,17 +66,16 @@ def locate(model: PreTrainedModel) -> ModelStructure:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be watched: its forward of {PROBE_TOKENS} tokens with an ordinary cache "
-            f"failed ({reason}); choose another model, or describe this one in an issue"
-        ) from error
+        told = f"its forward of {PROBE_TOKENS} tokens with an ordinary cache failed ({reason})"
+        fix = "choose another model, or describe this one in an issue"
+        raise UnsupportedModel(f"{type(model).__name__} cannot be watched: {told}; {fix}") from error
     remember(model, layers, structure)
     return structure
 
 
 def remember(model: nn.Module, layers: nn.ModuleList, structure: ModelStructure) -> None:
     """Note that `structure` is what `locate` answers while `layers` are the model's."""
-    _LOCATED[model] = (layers, structure)
+    _LOCATED[model] = layers, structure
 
 
 def has_missing(model: nn.Module) -> bool:
@@ -96,62 +91,55 @@ def forget(model: nn.Module) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The path and the list of the decoder layers. Raises `UnsupportedModel` where there is none."""
-    config = text_config(model)
+    config, kind = text_config(model), text_config(model).model_type
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{config.model_type} is an encoder-decoder; notall skips sublayers of decoder-only models"
-        )
-    if getattr(config, "num_kv_shared_layers", 0) and DummyLayer is None:
-        raise UnsupportedModel(
-            f"{config.model_type} shares keys and values between layers (num_kv_shared_layers="
-            f"{config.num_kv_shared_layers}): an attention cannot be left out without those that read from it"
-        )
+        raise UnsupportedModel(f"{kind} is an encoder-decoder; notall skips sublayers of decoder-only models")
+    if (shared := getattr(config, "num_kv_shared_layers", 0)) and DummyLayer is None:
+        told = f"{kind} shares keys and values between layers (num_kv_shared_layers={shared})"
+        raise UnsupportedModel(f"{told}: an attention cannot be left out without those that read from it")
     for within in (model.get_decoder() or model, model):  # ModernBERT's answers with its output projection
         inside = {id(module) for module in within.modules()}
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and id(module) in inside:
                 return name, module
-    raise UnsupportedModel(
-        f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}; "
-        "notall needs a model whose layers are in one ModuleList"
-    )
-
-
-def _observe(model: PreTrainedModel, layers: nn.ModuleList, probe: Probe) -> Watch:
-    cache = DynamicCache(config=text_config(model))
-    with watching(layers, cache) as watch:
-        probe(cache)
-    traces = watch.traces
-    if [trace.index for trace in traces] != list(range(len(layers))):
-        raise UnsupportedModel(
-            f"the layers of {type(model).__name__} do not run one after the other, each once; "
-            "notall needs a plain stack of decoder layers"
-        )
-    for before, after in zip(traces, traces[1:]):
-        if not _is_handed_on(first(before.answer), after.kept[0]):
-            raise UnsupportedModel(
-                f"the model changes its hidden states between layers {before.index} and {after.index}; "
-                "expected each layer's output to be the next one's input. notall leaves this model alone"
-            )
-    return watch
+    told = f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}"
+    raise UnsupportedModel(f"{told}; notall needs a model whose layers are in one ModuleList")
 
 
 def _found(model: PreTrainedModel, path: str, layers: nn.ModuleList, probe: Probe) -> tuple[ModelStructure, Watch]:
     """Lines of a residual stream where layers can be read as such; else layers in place, or as wholes."""
-    watch, config = _observe(model, layers, probe), text_config(model)
-    in_place, apart = False, True
+    config, in_place, apart = text_config(model), False, True
+    cache = DynamicCache(config=config)
+    with watching(layers, cache) as watch:
+        probe(cache)
+    if [trace.index for trace in watch.traces] != list(range(len(layers))):
+        told = f"the layers of {type(model).__name__} do not run one after the other, each once"
+        raise UnsupportedModel(f"{told}; notall needs a plain stack of decoder layers")
+    handed = False  # more than the stream
+    for before, after in pairwise(watch.traces):
+        if not _is_handed_on(first(before.answer), after.kept[0]):
+            told = f"the model changes its hidden states between layers {before.index} and {after.index}"
+            expected = "expected each layer's output to be the next one's input"
+            raise UnsupportedModel(f"{told}; {expected}. notall leaves this model alone")
+        beside = before.answer[1:] if isinstance(before.answer, tuple) else ()
+        made = [value for value in beside if isinstance(value, Tensor)]
+        handed = handed or any(value is given for value in made for given in after.arguments.values())
+    indices = (trace.arguments.get(name) for trace in watch.traces for name in LAYER_INDICES)
+    depend = bool(watch.sharing.pairs) or any(isinstance(index, int) for index in indices)  # told by the model
     try:
-        blocks = _lines(config, watch)
+        if depend or handed:
+            raise UnsupportedModel(f"layers of {config.model_type} depend on each other by more than a residual stream")
+        blocks = tuple(_read(config, trace) for trace in watch.traces)
     except UnsupportedModel:
         if DummyLayer is None:  # there a cache keeps a place for every layer
             raise
-        blocks, in_place = _in_place(model, watch, probe)
+        blocks, in_place = _in_place(model, watch, probe, depend)
         apart = not in_place and watch.traces[0].hidden.shape == (PROBE_BATCH, PROBE_TOKENS, config.hidden_size)
     return ModelStructure(config.model_type, path, blocks, str(fingerprint(config)), in_place, apart), watch
 
 
-def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple[Block, ...], bool]:
-    """The blocks, and whether their layers must stay where they are."""
+def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe, depend: bool) -> tuple[tuple[Block, ...], bool]:
+    """The blocks, and whether their layers must stay where they are, as those that depend on others do."""
     if any(getattr(module, "is_cut", False) for trace in watch.traces for module in trace.layer.modules()):
         raise UnsupportedModel("sublayers were removed from this model for good; start from the dense model")
     writers = [trace.index for trace in watch.traces if trace.cache_writes]
@@ -159,9 +147,8 @@ def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple
     mixers = frozenset(type(child(layer, module)) for layer, module in writing if module)
     wholes = [whole(trace) for trace in watch.traces]
     by_halves = [halves(trace, mixers) or parts for trace, parts in zip(watch.traces, wholes)]
-    apart = not watch.sharing.pairs and not any(_is_told_index(trace) for trace in watch.traces)
     for stubs in (by_halves, wholes):
-        in_place = not apart or not all(stub.is_layer for parts in stubs for stub in parts.values())
+        in_place = depend or not all(stub.is_layer for parts in stubs for stub in parts.values())
         try:
             prove_apart(text_config(model), watch, probe, freed=writers[:-1] if in_place else [])
         except UnsupportedModel:
@@ -170,31 +157,8 @@ def _in_place(model: PreTrainedModel, watch: Watch, probe: Probe) -> tuple[tuple
             reason = str(error).partition("\n")[0]
             continue
         return tuple(_block_in_place(text_config(model), trace, stubs, watch) for trace in watch.traces), in_place
-    raise UnsupportedModel(
-        f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them "
-        f"({reason}). notall leaves this model alone: choose another one"
-    )
-
-
-def _lines(config: PretrainedConfig, watch: Watch) -> tuple[Block, ...]:
-    for before, after in zip(watch.traces, watch.traces[1:]):
-        made = before.answer[1:] if isinstance(before.answer, tuple) else ()
-        if any(value is given for value in made if isinstance(value, Tensor) for given in after.arguments.values()):
-            raise UnsupportedModel(
-                f"{after} is given more than the hidden states of layer {before.index}; expected layers that depend on "
-                "each other by the residual stream alone. "
-                "notall leaves this model alone: choose another one"
-            )
-    for (source, _), (reader, _) in watch.sharing.pairs:
-        raise UnsupportedModel(f"layer {reader} reads what layer {source} makes beside its hidden states")
-    for trace in filter(_is_told_index, watch.traces):
-        raise UnsupportedModel(f"layer {trace.index} is told its index by the model")
-    return tuple(_read(config, trace) for trace in watch.traces)
-
-
-def _is_told_index(trace: LayerTrace) -> bool:
-    """Whether the model says which layer it is; one that knows it itself can be told another."""
-    return any(isinstance(trace.arguments.get(name), int) for name in LAYER_INDICES)
+    told = f"the layers of {type(model).__name__} depend on each other, and its cache needs a place for each of them"
+    raise UnsupportedModel(f"{told} ({reason}). notall leaves this model alone: choose another one")
 
 
 def _block_in_place(config: PretrainedConfig, trace: LayerTrace, stubs: list[Stubs], watch: Watch) -> Block:
@@ -237,17 +201,12 @@ def _read(config: PretrainedConfig, trace: LayerTrace) -> Block:
     elsewhere = [write for write in trace.cache_writes if write.module not in names]
     if len(mixing) > 1 or elsewhere:
         writers = ", ".join(dict.fromkeys(write.module or "the layer itself" for write in trace.cache_writes))
-        raise UnsupportedModel(
-            f"{trace}: expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} "
-            f"({writers}). An MLP that keeps a state cannot be skipped by halves; choose another model"
-        )
+        told = f"expected one sublayer that writes to the cache, found {len(mixing) + len(elsewhere)} ({writers})"
+        raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; choose another model")
     if len(others) > 1:
-        modules = ", ".join(type(module).__name__ for module in trace.layer.children())
-        raise UnsupportedModel(
-            f"{trace}: expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}: "
-            f"{modules}. Layers that share a cache or keep their state elsewhere cannot be skipped by halves. "
-            "If sublayers were removed from this model for good, start from the dense model"
-        )
+        told = f"expected a mixer that writes to the cache and one MLP, found {len(mixing)} and {len(others)}"
+        fix = "if sublayers were removed from this model for good, start from the dense model"
+        raise UnsupportedModel(f"{trace}: {told}. It cannot be skipped by halves; {fix}")
     parts = [_sublayer(trace, "attention", _mixer(config, trace), names, mixers)] if mixing else []
     if mlps:  # a norm that both have weighs with the mixer
         own = {name for branch in mlps for name in branch.modules} - names

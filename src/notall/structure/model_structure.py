@@ -169,9 +169,8 @@ class ModelStructure:
     def refuse_stubs(self, what: str) -> None:
         """Raise `UsageError` where there are such: `what` looks inside of layers."""
         if self.stubbed:
-            raise UsageError(
-                f"{what} runs sublayers one at a time; {self.model_type}'s run only in layers: use the plan as it is"
-            )
+            told = f"{what} runs sublayers one at a time; {self.model_type}'s run only in layers"
+            raise UsageError(f"{told}: use the plan as it is")
 
     @property
     def mixers(self) -> tuple[str, ...]:

@@ -1,12 +1,8 @@
 """Watch one forward pass and write down what each decoder layer does with its hidden states.
 
 A layer's child modules are taken as wholes; between them, every torch function that touches a hidden state is noted.
-Each layer must read as
-
-    h = h + ops(h)          one branch,  or
-    h = h + ops(h) + ...    several branches of the same h (a parallel block)
-
-which is what `lines_of` returns; in the end it may multiply h by one number of its own (`LayerTrace.unscaled`).
+`lines_of` reads each layer as lines h = h + ops(h), or h = h + ops(h) + ... in a parallel block; in the end it may
+multiply h by one number of its own (`LayerTrace.unscaled`).
 """
 
 from __future__ import annotations
@@ -206,6 +202,18 @@ class LayerTrace:
     def __str__(self) -> str:
         return f"layer {self.index} ({type(self.layer).__name__})"
 
+    def traced(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
+        """The arguments of a call, with nodes in place of the hidden states among them."""
+        named = {name: self.nodes.get(id(value), value) for name, value in kwargs.items()}
+        return tuple(self.nodes.get(id(value), value) for value in args), named
+
+    def note(self, tensor: Tensor, node: Node, inputs: Iterable[object] = ()) -> Tensor:
+        """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
+        tensor = tensor.view(tensor.shape) if any(tensor is value for value in inputs) else tensor
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
+        return tensor
+
     def unscaled(self, node: Node) -> tuple[Node, str | None]:
         """What it in the end multiplies by a number of its own, and the name of that, or None: `node` itself."""
         if node.name in MULTIPLICATIONS and len(node.inputs) == 1:
@@ -225,11 +233,7 @@ class CacheWrite:
 
 
 class Sharing:
-    """Who reads what: tensors beside the hidden states that one layer makes and a later one uses.
-
-    Layers answer them (shared keys and values, say), or write them to a mapping that all are given. A reader hands them
-    to a torch function; passing them on is not reading. `pairs` are of a source and a reader.
-    """
+    """Who hands what layers make beside their hidden states to a torch function: `pairs` of a source and a reader."""
 
     def __init__(self) -> None:
         self.pairs: set[tuple[Place, Place]] = set()
@@ -242,11 +246,6 @@ class Sharing:
             if id(tensor) not in self._makers:
                 self._makers[id(tensor)] = place
                 self._alive.append(tensor)
-
-    def read(self, place: Place, given: object) -> None:
-        """A torch function at `place` was handed `given`."""
-        sources = map(self.source_of, tensors_in(given))
-        self.pairs.update((source, place) for source in sources if source and source[0] != place[0])
 
     def source_of(self, tensor: Tensor) -> Place | None:
         return self._makers.get(id(tensor))
@@ -275,38 +274,21 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.now is None:
             return func(*args, **kwargs)
-        self.sharing.read((self.now.index, self.inside[0] if self.inside else None), (args, kwargs))
+        place = self.now.index, self.inside[0] if self.inside else None
+        sources = map(self.sharing.source_of, tensors_in((args, kwargs)))
+        self.sharing.pairs.update((source, place) for source in sources if source and source[0] != place[0])
         if self.inside:
             return func(*args, **kwargs)
-        positional, keywords = self._traced(args, kwargs)
+        positional, keywords = self.now.traced(args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or not any(isinstance(v, Node) for v in (*positional, *keywords.values())):
             return result
         name = getattr(func, "__name__", "")
         if name in RESHAPES:
-            return self._note(result, positional[0])
-        node = Node(func, positional, keywords)
-        if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
-            return self._note(result, node)  # in place: whoever holds this tensor holds the new value
-        return self._note_new(result, args, node)
-
-    def _traced(self, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[Any, ...], Arguments]:
-        """The arguments of a call, with nodes in place of the hidden states among them."""
-        assert self.now is not None
-        nodes = self.now.nodes
-        return tuple(nodes.get(id(value), value) for value in args), {
-            name: nodes.get(id(value), value) for name, value in kwargs.items()
-        }
-
-    def _note(self, tensor: Tensor, node: Node) -> Tensor:
-        assert self.now is not None
-        self.now.nodes[id(tensor)] = node
-        self.now.kept.append(tensor)
-        return tensor
-
-    def _note_new(self, result: Tensor, inputs: Iterable[object], node: Node) -> Tensor:
-        """A new view where an operation hands its input back (dropout in eval mode), so that ids tell values apart."""
-        return self._note(result.view(result.shape) if any(result is v for v in inputs) else result, node)
+            return self.now.note(result, positional[0])
+        # in place: whoever holds this tensor holds the new value
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        return self.now.note(result, Node(func, positional, keywords), () if in_place else args)
 
     def run_layer(self, index: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         arguments, hidden = called_with(layer, args, kwargs)
@@ -314,7 +296,7 @@ class Watch(TorchFunctionMode):
         own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
         numbers = {id(tensor): name for name, tensor in own if tensor.numel() == 1}
         trace = self.now = LayerTrace(index, layer, arguments, as_given(arguments), hidden.clone(), numbers)
-        self._note(hidden, Node())
+        trace.note(hidden, Node())
         self.traces.append(trace)
         trace.answer = answer = forward(*args, **kwargs)
         for made in answer[1:] if isinstance(answer, tuple) else ():
@@ -331,14 +313,14 @@ class Watch(TorchFunctionMode):
         mappings = [value for value in self.now.arguments.values() if isinstance(value, MutableMapping)]
         self.sharing.note(mappings, (self.now.index, name))
         self.now.calls.setdefault(name, []).append((by_name(module, args, kwargs), answer))
-        given = self._traced(args, kwargs)
+        given = self.now.traced(args, kwargs)
         if any(write.module == name for write in self.now.cache_writes):
             self.now.attention_answer = answer
         if isinstance(answer, Tensor):
-            return self._note_new(answer, (*args, *kwargs.values()), Node(name, *given))
+            return self.now.note(answer, Node(name, *given), (*args, *kwargs.values()))
         for position, value in enumerate(answer if isinstance(answer, tuple) else ()):
             if isinstance(value, Tensor):
-                self._note(value, Node(name, *given, output=position))
+                self.now.note(value, Node(name, *given, output=position))
         return answer
 
     def write_cache(self, write: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
@@ -437,16 +419,14 @@ def _stream(trace: LayerTrace, node: Node) -> list[tuple[Branch, ...]]:
     if node.made_by is None:
         return []
     if node.is_sum:
-        for base, term in (node.inputs, node.inputs[::-1]):
-            while base.name in CASTS and len(base.inputs) == 1:  # some layers cast the stream before they add to it
-                base = base.inputs[0]
-            if branches := _branches(trace, term, base):
-                return [*_stream(trace, base), tuple(branches)]
-        leaves = list(_leaves(node))
-        for base in leaves:  # parallel branches added one after the other
-            groups = [_branches(trace, leaf, base) for leaf in leaves if leaf is not base]
+        leaves = list(_leaves(node))  # of parallel branches added one after the other
+        for base, terms in [*((one, node.inputs) for one in node.inputs), *((one, leaves) for one in leaves)]:
+            stream = base
+            while stream.name in CASTS and len(stream.inputs) == 1:  # some layers cast the stream before they add to it
+                stream = stream.inputs[0]
+            groups = [_branches(trace, term, stream) for term in terms if term is not base]
             if all(groups):
-                return [*_stream(trace, base), tuple(branch for group in groups for branch in group)]
+                return [*_stream(trace, stream), tuple(branch for group in groups for branch in group)]
         raise _unsupported(trace, "it adds what does not come from its residual stream", "h + sublayer(h)")
     if len(node.inputs) != 2 or not isinstance(node.made_by, str):
         found = f"it applies {node} after its last residual addition (post-norm)"
@@ -516,22 +496,16 @@ def _op(trace: LayerTrace, node: Node, value: Node, residual: Node | None) -> Op
 
 def _from_outside(trace: LayerTrace, node: Node, name: str, given: object) -> Slot:
     """Where an argument `name` of a child's call comes from that is no hidden state."""
-    declared = _signature(type(trace.layer).forward)
-    arguments = trace.arguments
-
-    def default(name: str) -> object:
-        found = declared[name].default if name in declared else None
-        return None if found is inspect.Parameter.empty else found
-
-    if name in declared and _same(given, arguments.get(name, default(name))):
-        return Argument(name, default(name))
-    for other, held in arguments.items():
-        if held is given and not isinstance(given, CONSTANTS):
-            return Argument(other, default(other))
-    if name in arguments and _same(given, arguments[name]):
-        return Argument(name)
+    declared = _signature(type(trace.layer).forward).items()
+    defaults = {name: None if one.default is one.empty else one.default for name, one in declared}
+    held = defaults | trace.arguments
+    if name in held and _same(given, held[name]):
+        return Argument(name, defaults.get(name))
     if isinstance(given, CONSTANTS):
         return given
+    for other, value in trace.arguments.items():
+        if value is given:
+            return Argument(other, defaults.get(other))
     found = f"{node} is given {name or 'a tensor'} that the layer itself computes"
     raise _unsupported(trace, found, "the layer's own arguments")
 
@@ -541,7 +515,5 @@ def _same(given: object, held: object) -> bool:
 
 
 def _unsupported(trace: LayerTrace, found: str, expected: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{trace}: {found}; expected {expected}. "
-        "notall leaves this model alone: choose another model, or describe the layer in an issue."
-    )
+    fix = "choose another model, or describe the layer in an issue"
+    return UnsupportedModel(f"{trace}: {found}; expected {expected}. notall leaves this model alone: {fix}.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,13 +62,12 @@ class Alone:
     sharing: Sharing
     in_place: bool
 
-    @contextmanager
-    def numbered(self) -> Iterator[None]:
-        """Have it count itself as layer 0 for the time of the `with`, if it is the only one there is."""
-        with ExitStack() as undo:
-            if not self.in_place:
-                renumber(self.trace.layer, 0, undo)
-            yield
+    def numbered(self) -> ExitStack:
+        """Have it count itself as layer 0 for the time of a `with`, if it is the only one there is."""
+        undo = ExitStack()
+        if not self.in_place:
+            renumber(self.trace.layer, 0, undo)
+        return undo
 
     def run(self, hidden: Tensor, layer: nn.Module | None = None, freed: bool = False) -> Tensor:
         """What it makes of `hidden`, or `layer` does as its twin, with its place in the cache `freed` or not."""
@@ -137,11 +136,9 @@ def _prove_lines(alone: Alone, block: Block) -> None:
             if not branch.is_attention:
                 local.append((branch, hidden))
         hidden = run_branches(branches, layer, hidden, call)
-    said = (
-        " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); it may "
-        "count on its index or on what other layers leave behind"
-    )
-    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said)
+    said = " differs from its recomposition by {error:.1e} of its largest value (expected at most {most:.0e}); {what}"
+    why = "it may count on its index or on what other layers leave behind"
+    alone.expect(scaled(hidden, block.scale), first(alone.trace.answer), said, why)
     for branch, stream in local:
         names = ", ".join(branch.modules)
         said = f": {names} looks at other tokens without a cache; expected that of the attention alone"
@@ -166,10 +163,7 @@ def _prove_adds(alone: Alone, branch: Branch, residual: Tensor) -> None:
 
 
 def _prove_in_place(alone: Alone, block: Block) -> None:
-    """Run the layer in its place: as it is, with each sublayer silenced and left out, and without its mixer.
-
-    So it depends on others only by what it was seen to read, stubs do what silence does, and the MLP is local.
-    """
+    """It depends on others only by what it was seen to read, its stubs do what silence does, and its MLP is local."""
     trace = alone.trace
     elsewhere = [write.layer_idx for write in trace.cache_writes if write.layer_idx != trace.index]
     if elsewhere:
@@ -178,12 +172,12 @@ def _prove_in_place(alone: Alone, block: Block) -> None:
     mixer = block.attention
     for part in block.sublayers:
         assert part.stub is not None
-        silent = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, scaled={part.stub: torch.zeros_like}))
-        stubbed = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, [part.stub]), freed=part is mixer)
+        silent = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, {part.stub: torch.zeros_like}))
+        stubbed = alone.run(trace.hidden, stubbed_layer(trace.layer, trace.index, {part.stub: None}), part is mixer)
         alone.expect(stubbed, silent, NOT_WHAT, f"what it answers when {part.name} runs and adds nothing")
     assert mixer.stub is not None
     if not mixer.stub.is_layer:
-        without = stubbed_layer(trace.layer, trace.index, [mixer.stub])
+        without = stubbed_layer(trace.layer, trace.index, {mixer.stub: None})
         _prove_local(alone, trace.hidden, partial(alone.run, layer=without, freed=True))
     elif not trace.cache_writes and not any(reader[0] == trace.index for _, reader in alone.sharing.pairs):
         _prove_local(alone, trace.hidden, alone.run)
@@ -222,10 +216,8 @@ def prove_apart(config: PretrainedConfig, watch: Watch, probe: Callable[[], None
         if shapes[0] != shapes[1] or not all(
             isinstance(one, FakeTensor) or torch.equal(one, same) for one, same in zip(made, left)
         ):
-            raise UnsupportedModel(
-                f"{trace} is given what the model computes from other layers' answers; notall leaves this model alone: "
-                "choose another one"
-            )
+            told = f"{trace} is given what the model computes from other layers' answers"
+            raise UnsupportedModel(f"{told}; notall leaves this model alone: choose another one")
 
 
 def _prove_local(alone: Alone, hidden: Tensor, run: Callable[[Tensor], Tensor], said: str = NOT_LOCAL) -> None:

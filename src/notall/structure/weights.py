@@ -1,7 +1,6 @@
-"""What the weights of a module are, also where they are quantised, and how a model is run that has none.
+"""What the weights of a module are, and how a model is run that has none.
 
-A quantised matrix is several tensors (numbers packed into words, scales, zeros), in parameters, in buffers, or in what
-a parameter holds. It counts as the matrix that it stands for, and weighs what all of its tensors do.
+A quantised matrix, of several tensors, counts as the matrix that it stands for, and weighs what all of them do.
 """
 
 from __future__ import annotations
@@ -81,11 +80,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.nbytes + sum(part.nbytes for part in beside if isinstance(part, Tensor))
 
 
-# A model on the meta device is handed fake tensors: they have a shape and a dtype, claim to be on the CPU, and hold
-# nothing. Where a step needs values (how many tokens go to this expert?) it gets zeros: any values will do to see which
-# module hands what to which.
-
-
 def is_weightless(model: nn.Module) -> bool:
     """Whether the model is only a shape: on the meta device, and not because accelerate keeps its weights elsewhere."""
     on_meta = next(model.parameters()).device.type == "meta"
@@ -94,7 +88,10 @@ def is_weightless(model: nn.Module) -> bool:
 
 @contextmanager
 def running_weightless(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Inside, tensors hold nothing, and what is yielded calls `model` with keyword arguments."""
+    """Inside, tensors hold nothing, and what is yielded calls `model` with keyword arguments.
+
+    Where a step needs values (how many tokens go to this expert?) it gets zeros: any show which module hands what on.
+    """
     # the log of torch's fake tensors holds each step that needs values for an error
     quiet = replaced(logging.getLogger(torch._subclasses.fake_tensor.__name__).__dict__, "disabled", True)
     with quiet, FakeTensorMode(allow_non_fake_inputs=True) as fake, _ZerosForValues(fake):

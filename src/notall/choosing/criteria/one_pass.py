@@ -140,7 +140,7 @@ def gated(
                 total = total + times(gates[part.name], shape)(added)
             return scaled(total, block.scale)
 
-        return stubbed_layer(layer, block.index, scaled=scales) if scales else answering(layer, block, answer)
+        return stubbed_layer(layer, block.index, scales) if scales else answering(layer, block, answer)
 
     return standing_in(model, structure, forward)
 
