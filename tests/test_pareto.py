@@ -213,7 +213,7 @@ def test_engines_and_types_are_named():
     assert LlamaCpp(1).checked_types(["Q8_0"]) == ["F16", "Q8_0"]
     with pytest.raises(UsageError, match=r"no type 'Q4_K' .*Q4_K_M"):
         LlamaCpp(1).checked_types(["Q4_K"])
-    with pytest.raises(UsageError, match=r"runs the \.gguf file of the dense model"):
+    with pytest.raises(UsageError, match=r"needs a \.gguf file"):
         LlamaCpp(1).check("some/model")
 
 

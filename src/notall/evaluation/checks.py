@@ -47,7 +47,7 @@ class Check(Task):
         self._config = TaskConfig(task=name, num_fewshot=0, metadata={"version": self.VERSION})
         self.docs, self.kind, self.metric, self.verify = docs, kind, metric, verify
 
-    def download(self, *_: Any, **__: Any) -> None:
+    def download(self, *_: object, **__: object) -> None:
         """Nothing: the documents are at hand."""
 
     def has_training_docs(self) -> bool:
@@ -67,7 +67,7 @@ class Check(Task):
     def doc_to_target(self, doc: Doc) -> str:
         return str(doc["answer"])
 
-    def fewshot_context(self, doc: Doc, num_fewshot: int, **_: Any) -> str:
+    def fewshot_context(self, doc: Doc, num_fewshot: int, **_: object) -> str:
         return self.doc_to_text(doc)
 
     def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: Any) -> list[Instance]:
