@@ -128,7 +128,7 @@ def decode_overhead(model: Any, rounds: int, new_tokens: int) -> list[Decoding]:
             Workload(32, new_tokens, rounds=rounds),
         )
         ratio = speedup(timings["skipped"].decode_samples_ms, timings["native"].decode_samples_ms)
-        skipped_ms, native_ms = (timings[name].decode_ms_per_token for name in ("skipped", "native"))
+        skipped_ms, native_ms = (Quartiles.of(timings[name].decode_samples_ms) for name in ("skipped", "native"))
         rows.append(Decoding(kind, skipped_ms, native_ms, ratio))
     return rows
 

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import notall
 from notall.choosing.budget import by_count
-from notall.choosing.criteria.losses import search
+from notall.choosing.criteria.search import search
 from notall.choosing.criteria.setting import Setting
 from notall.choosing.evaluator import Evaluator
 from notall.choosing.objective import kl

@@ -252,6 +252,8 @@ NAMES = {
         *("as_it_is", "flatten", "read_folder", "read_folder as results_of", "render", "shown_by", "write_report")
     ],
     "results.facts": [
+        "TIMES",
+        "Times",
         "Check",
         "Configured",
         "Footprint",

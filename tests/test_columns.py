@@ -20,11 +20,13 @@ from api import (
     P_VALUE,
     SEARCH_COLUMNS,
     SWEEP_COLUMNS,
+    TIMES,
     Cell,
     Column,
     Fact,
     Number,
     Quartiles,
+    Times,
     as_csv,
     as_latex,
     bench_rows,
@@ -224,3 +226,11 @@ def test_markdown_and_csv_hold_whatever_a_name_says():
     assert as_csv([Named(name="a", loss=1.0)]) == "name,loss,more\na,1.0,\n"
     assert found.legend == "±: one standard error."
     assert table("t", [NAME], []).legend == ""
+
+
+def test_the_headings_of_times_are_of_their_own_figures():
+    """Figures that are all different, each beside its name in the fact."""
+    figures = {"prefill_ms": 11.0, "decode_ms_per_token": 12.0, "speedup_prefill": 1.3, "speedup_decode": 1.4}
+    times = Times(**{name: Quartiles.of([value]) for name, value in figures.items()})
+    shown = {column.heading: float(column.text(times).split()[0]) for column in TIMES}
+    assert shown == {"decode speedup": 1.4, "prefill speedup": 1.3, "decode ms/token": 12.0, "prefill ms": 11.0}

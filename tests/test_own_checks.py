@@ -105,6 +105,21 @@ def test_own_answers_are_what_the_model_writes_in_its_chat_template(model, token
         assert tokenizer.decode(ids[0]) in content
 
 
+def test_answers_are_of_weights_dtype_config_and_tokenizer(model, tokenizer):
+    known = {mix.origin(model, tokenizer), mix.origin(model, byte_tokenizer(adds_bos=True))}
+    known.add(mix.origin(tiny_llama(1024), tokenizer))
+    half = tiny_llama(2048)
+    half.load_state_dict(model.state_dict())
+    assert mix.origin(half, tokenizer) in known
+    config = half.config.to_dict()
+    half.to(torch.bfloat16)
+    half.config = type(model.config)(**config)  # which may tell of the dtype
+    known.add(mix.origin(half, tokenizer))
+    whole = half.to(torch.float32)  # of the same values
+    known.add(mix.origin(whole, tokenizer))
+    assert len(known) == 5
+
+
 def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
     job = TaskShelf().build("answers", None, 5)
     (result,) = harness.run_tasks(model, tokenizer, [PLAN], [job], folder=tmp_path)

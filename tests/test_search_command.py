@@ -126,6 +126,7 @@ def test_a_missed_budget_is_kept_with_the_choice(run, folder, tmp_path):
     (record,) = read(tmp_path / "plan.search" / "chosen.jsonl", SearchRecord)
     assert record.missed.startswith("4 of 4 costs ")
     assert found(out)["missed"] == record.missed
+    assert json.loads(out)["verdict"]["missed"].endswith(record.missed)
     assert run("search", folder, "--skip", "sublayer:1", *QUICK, "-o", tmp_path / "met.json")[0] == 0
     assert read(tmp_path / "met.search" / "chosen.jsonl", SearchRecord)[0].missed is None
 

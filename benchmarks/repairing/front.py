@@ -41,7 +41,7 @@ from notall.results import lines
 from notall.results.facts import Quality
 from notall.results.ledger import read
 from notall.results.provenance import Provenance
-from notall.results.record import Fact
+from notall.results.record import Fact, Quartiles
 from notall.results.repairs import HealRecord
 from notall.results.table import Column, inherited, number, table, words
 from notall.results.terminal import print_table, progress_bar
@@ -248,7 +248,7 @@ def speeds(model: Any, made: dict[float, dict[str, Plan]], rounds: int) -> list[
         ratio = speedup(dense, timing.decode_samples_ms)
         quartiles = {"speedup": ratio.median, "lower_quartile": ratio.low, "upper_quartile": ratio.high}
         kept = footprint(model, plan).weight_bytes / weights
-        decode_ms = timing.decode_ms_per_token.median
+        decode_ms = Quartiles.of(timing.decode_samples_ms).median
         rows.append(Speed(faster=faster, chosen=way, decode_ms=decode_ms, **quartiles, weights=kept))
     return rows
 

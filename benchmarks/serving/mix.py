@@ -103,8 +103,8 @@ def main() -> None:
     results = run_tasks(model, tokenizer, [plan for plan, _ in plans.values()], jobs, folder=asked.out / "judged")
     for result in results:
         (key, (_, tokens)), score = list(plans.items())[result.number], result.score
-        told = {"recovery": score.recovery, "value": score.value, "dense": score.value - score.delta}
-        found.append(Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, **told))
+        one = Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, recovery=score.recovery)
+        found.append(one.model_copy(update={"value": score.value, "dense": score.value - score.delta}))
     told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
     records = [json.dumps(told), *(one.model_dump_json() for one in found)]
     (asked.out / "kept.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")

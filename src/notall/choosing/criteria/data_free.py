@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import product
 from numbers import Real
 from typing import get_args
@@ -56,10 +57,10 @@ def deepest(
     return plan
 
 
-def paper_grid(structure: ModelStructure) -> list[Configured]:
-    """Dense and {attention, mlp, block} x `FRACTIONS` x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
+def paper_grid(structure: ModelStructure, fractions: Sequence[float] = FRACTIONS) -> list[Configured]:
+    """Dense and {attention, mlp, block} x fractions x {keep last no, yes}. Source: arXiv 2407.15516, section 3."""
     rows = [Configured(variant="dense", fraction=0.0, keep_last=False, plan=Plan())]
-    for variant, fraction, keep_last in product(SKIPPABLE, FRACTIONS, (False, True)):
+    for variant, fraction, keep_last in product(SKIPPABLE, fractions, (False, True)):
         plan = deepest(structure, variant, fraction, keep_last=keep_last)
         rows.append(Configured(variant=variant, fraction=fraction, keep_last=keep_last, plan=plan))
     return rows
