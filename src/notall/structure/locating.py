@@ -98,9 +98,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         told = f"{kind} shares keys and values between layers (num_kv_shared_layers={shared})"
         raise UnsupportedModel(f"{told}: an attention cannot be left out without those that read from it")
     for within in (model.get_decoder() or model, model):  # ModernBERT's answers with its output projection
-        inside = {id(module) for module in within.modules()}
         for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and id(module) in inside:
+            layers = isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+            if layers and any(inner is module for inner in within.modules()):
                 return name, module
     told = f"no list of {config.num_hidden_layers} decoder layers in {type(model).__name__}"
     raise UnsupportedModel(f"{told}; notall needs a model whose layers are in one ModuleList")
