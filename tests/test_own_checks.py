@@ -65,8 +65,8 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert not fitted & judging
     assert len(judging) > 300
     assert not set(FITTED) & set(UNSEEN)
-    assert {doc["prompt"] for name in ("answers", "written") for doc in checks.check(name, 64).docs} <= judging
-    judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.check(f"passkey_{tokens}", 32).docs]
+    assert {doc["prompt"] for name in ("answers", "written") for doc in checks.made(name, 64).docs} <= judging
+    judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.made(f"passkey_{tokens}", 32).docs]
     fitted_keys = re.findall(r"The pass key is (\d+)", text_of(None, None, "episodes").content)
     assert len(fitted_keys) >= 40
     assert len(set(judged)) > 90
@@ -124,7 +124,7 @@ def test_first_choices_are_those_of_a_plain_forward(model, tokenizer, tmp_path):
     job = TaskShelf().build("answers", None, 5)
     (result,) = harness.run_tasks(model, tokenizer, [PLAN], [job], folder=tmp_path)
     for doc, sample in zip(next(iter(job.tasks.values())).docs, result.samples):
-        ids = torch.tensor([tokenizer(doc["prompt"])["input_ids"]])
+        ids = torch.tensor([tokenizer(f"{doc['prompt']}\n\n")["input_ids"]])  # as there is no chat template
         said = ids
         for _ in range(checks.ANSWERED):
             said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
@@ -149,24 +149,21 @@ def test_answers_are_kept_and_not_computed_again(model, tokenizer, tmp_path, mon
 
 
 def test_what_is_written_is_held_against_what_the_dense_model_wrote():
-    check = checks.check("written", 3)
-    asked, other, third = check.docs
-    assert check.process_results(asked, ['So {"a": 1, "b": 2} is it.']) == {
+    dense = 'So {"a": 1, "b": 2} is it.'
+    assert checks.beside_dense({}, (dense, dense)) == {
         "same_beginning": 1.0,
         "words": 7.0,
         "same_number": 1.0,
         "valid_json": 1.0,
     }
-    assert check.process_results(asked, ['So {"b": 1, "a": 2} it is.'])["valid_json"] == 1.0
-    assert check.process_results(asked, ['So {"a": 1, "b": 2 is it.'])["valid_json"] == 0.0
-    assert check.process_results(other, ["One two three 3."]).keys() == {"same_beginning", "words", "same_number"}
-    assert check.process_results(other, ["One two 4 and 3"])["same_number"] == 1.0
-    assert check.process_results(other, ["One two 3 and 4"]) == {
-        "same_beginning": 0.5,
-        "words": 5.0,
-        "same_number": 0.0,
-    }
-    assert check.process_results(third, [""]) == {"same_beginning": 0.0, "words": 0.0}
+    assert checks.beside_dense({}, ('So {"b": 1, "a": 2} it is.', dense))["valid_json"] == 1.0
+    assert checks.beside_dense({}, ('So {"a": 1, "b": 2 is it.', dense))["valid_json"] == 0.0
+    dense = "One two three 3."
+    assert checks.beside_dense({}, (dense, dense)).keys() == {"same_beginning", "words", "same_number"}
+    assert checks.beside_dense({}, ("One two 4 and 3", dense))["same_number"] == 1.0
+    found = checks.beside_dense({}, ("One two 3 and 4", dense))
+    assert found == {"same_beginning": 0.5, "words": 5.0, "same_number": 0.0}
+    assert checks.beside_dense({}, ("", "")) == {"same_beginning": 0.0, "words": 0.0}
 
 
 def test_the_dense_model_keeps_all_that_it_writes(model, tokenizer, tmp_path):
@@ -203,25 +200,21 @@ def test_each_check_sees_what_it_is_for(default_model):
     assert found[1, "passkey_256"].share >= 1
 
 
-class _Reader:
-    """Stands in for what a model says: the right answer, or `wrong`."""
-
-    def __init__(self, wrong=""):
-        self.wrong = wrong
-
-    def __call__(self, check):
-        return [check.verify(doc, self.wrong or f"So it is.\nAnswer: {doc['answer']}") for doc in check.docs]
+def judged(task, text=""):
+    """What the verifier makes of the right answer to each question, or of a text."""
+    said = [(text or f"So it is.\nAnswer: {doc['answer']}", "") for doc in task.docs]
+    return [task.judge(*each)["exact_match"] for each in zip(task.docs, said)]
 
 
 @pytest.mark.parametrize("name", checks.GYM_DEFAULT)
 def test_a_verifier_takes_the_right_answer_and_no_other(name):
     pytest.importorskip("reasoning_gym")
-    check = checks.check(f"gym_{name}", 8)
-    assert _Reader()(check) == [1.0] * 8
-    assert _Reader("I can't say.")(check) == [0.0] * 8
-    assert _Reader("Answer:")(check) == [0.0] * 8
+    check = checks.made(f"gym_{name}", 8)
+    assert judged(check) == [1.0] * 8
+    assert judged(check, "I can't say.") == [0.0] * 8
+    assert judged(check, "Answer:") == [0.0] * 8
     assert json.dumps([doc["prompt"] for doc in check.docs]) == json.dumps(
-        [doc["prompt"] for doc in checks.check(f"gym_{name}", 8).docs]
+        [doc["prompt"] for doc in checks.made(f"gym_{name}", 8).docs]
     )
 
 
@@ -229,6 +222,10 @@ def test_names_are_found_and_mistakes_have_a_near_name():
     shelf = TaskShelf()
     assert shelf.names(["passkey", "answers"]) == ["passkey_256", "passkey_512", "passkey_1024", "answers"]
     assert "retrieval_facts" in [one.task for one in shelf.listed("retrieval")]
+    assert [shelf.build(name, None, 1).tasks[name].OUTPUT_TYPE for name in ("passkey_256", "written")] == [
+        "loglikelihood",
+        "generate_until",  # which `paper` asks of few plans
+    ]
     with pytest.raises(UsageError, match="answers"):
         shelf.names(["answer"])
     with pytest.raises(UsageError, match="chain_sum"):
@@ -240,7 +237,7 @@ def test_eval_leaves_with_3_where_too_little_is_kept(run, tmp_path):
     words = ["eval", folder, *QUICK, "--tasks", "answers", "--limit", 4]
     code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
     assert code == 3, err
-    assert "Missed a recovery of 0.95 in 1 of 1: answers lost (0." in " ".join(out.split())
+    assert "Missed a recovery of 0.95 on 1 of 1 scores: answers (first choices) lost, 0." in " ".join(out.split())
     code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
     told = json.loads(out)
     assert (code, told["verdict"]["missed"]) == (0, None)
@@ -257,14 +254,17 @@ def test_a_recovery_that_cannot_be_told_is_refused_before_loading(run, words, sa
 def test_the_worst_of_a_plans_last_state_decides():
     def score(task, model, share, low, high):
         recovery = Recovery(share=share, low=low, high=high, items=40)
-        told = {"metric": "found,none", "num_fewshot": 0, "documents": 40, "recovery": recovery}
-        return PlanScore(task=task, model=model, value=share, delta=share - 1, delta_se=0.01, **told)
+        told = {"metric": "found,none", "higher_is_better": True, "num_fewshot": 0, "documents": 40}
+        return PlanScore(task=task, model=model, value=share, delta=share - 1, delta_se=0.01, recovery=recovery, **told)
 
     skipped = [score("a", "skipped", 0.5, 0.4, 0.6), score("b", "skipped", 0.5, 0.4, 0.6)]
     kept = [score("a", "repaired", 0.99, 0.96, 1.02), score("b", "repaired", 1.0, 0.95, 1.05)]
     assert short_of(skipped + kept, 0.95) is None
-    assert short_of(skipped + kept, 0.96).startswith("a recovery of 0.96 in 1 of 2: b inconclusive (1.00 [0.95, 1.05]")
-    assert "about 63 items would tell" in short_of(skipped + kept, 0.96)
+    said = "b (found) inconclusive, 1.00 [0.95, 1.05] on 40 items; about 63 would tell"
+    assert short_of(skipped + kept, 0.96) == f"a recovery of 0.96 on 1 of 2 scores: {said}"
     assert short_of(skipped, 0.95).count("lost") == 2
     unknown = kept[0].model_copy(update={"recovery": None, "value": 0.0, "delta": 0.0})
-    assert short_of([unknown], 0.5) == "a recovery of 0.5 in 1 of 1: a inconclusive (the dense model is at 0.00)"
+    assert "a (found) inconclusive, as the dense model scores 0.00" in short_of([unknown], 0.5)
+    length = kept[0].model_copy(update={"recovery": None, "higher_is_better": None})
+    assert short_of([*kept, length], 0.95) is None
+    assert short_of([length], 0.95) == "a recovery of 0.95: no task has a score of which more is better"

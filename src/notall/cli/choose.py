@@ -42,7 +42,8 @@ def compare(
     text.check()
     choice = tasks.check(objectives=how.check())
     net, tokenizer = model.load()
-    batches, held_out, described = text.both(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        batches, held_out, described = text.both(net, tokenizer, seed=run.seed, progress=progress)
     about = model.provenance(net, **described)
     timed = workload if workload.rounds else None
     with progress_bar() as progress:

@@ -135,7 +135,8 @@ def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, 
 
     net, tokenizer = replace(model, dtype="auto").load()
     length = int(min(256, positions_of(net)))
-    batches, described = TextOptions(text, 8, length).windows(net, tokenizer)
+    with progress_bar("reading the text") as progress:
+        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
     before = [plan.unrepaired] if plan.state == "repaired" else []
     dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
     card = {

@@ -36,7 +36,8 @@ def sweep(
     check_folder(out, "sweep")
     text.check()
     net, tokenizer = model.load()
-    batches, described = text.windows(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
     about = model.provenance(net, **described)
     with ray.workers(net, model) as workers, progress_bar() as progress:
         records = sweep_grid(Subject(net, tokenizer, batches, out, about, run.seed, workers), workload, progress)
@@ -68,7 +69,8 @@ def paper(
     text.check()
     choice = tasks.check()
     net, tokenizer = model.load()
-    batches, described = text.windows(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
     about = model.provenance(net, **described)
     windows = text.for_diagnostics(net, tokenizer, run.seed) if how.diagnostics else ()
     with ray.workers(net, model) as workers, progress_bar() as progress:

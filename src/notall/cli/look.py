@@ -106,7 +106,8 @@ def similarity(
         refuse_unwritable(out.parent)
     text.check()
     net, tokenizer = model.load()
-    batches, described = text.windows(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
     with progress_bar() as progress:
         found = measure_similarity(net, tracked(batches, "comparing the layers", progress))
     written = write_similarity(found, out, model.model, windows_in_words(described)) if out else []

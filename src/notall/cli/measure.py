@@ -66,7 +66,8 @@ def evaluate(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
-    batches, described = text.windows(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
     windows = text.for_diagnostics(net, tokenizer, run.seed) if diagnostics else None
     with progress_bar() as progress:
         if repair:
@@ -140,7 +141,9 @@ def draft(
     net, tokenizer = model.load()
     wanted = plan.of(net)
     length = how.prompt_tokens + how.generation_tokens
-    windows, described = TextOptions(text.text, text.sequences, length, 1).windows(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        read = TextOptions(text.text, text.sequences, length, 1)
+        windows, described = read.windows(net, tokenizer, seed=run.seed, progress=progress)
     about = model.provenance(net, **described, repair=wanted.digest, fingerprint=locate(net).fingerprint)
     with progress_bar() as progress:
         found = drafts.measure_draft(net, wanted, cat(windows), how, about, out=out, seed=run.seed, progress=progress)

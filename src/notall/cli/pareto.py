@@ -52,7 +52,8 @@ def pareto(
     net, tokenizer = model.load()
     runs = engine.of(net)
     types = runs.checked_types(words_of(engine.types))
-    own, others, described = text.both(net, tokenizer, seed=run.seed)
+    with progress_bar("reading the text") as progress:
+        own, others, described = text.both(net, tokenizer, seed=run.seed, progress=progress)
     windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
     about = model.provenance(net, **described, seed=run.seed)
     source = "held_out" if text.held_out else "text"

@@ -35,17 +35,26 @@ REASONED = 512  # tokens of an answer to a question of it
 Doc = dict[str, Any]  # of the harness: `prompt` and `answer`, and what a verifier needs
 
 
-class Check(Task):
-    """Documents that were made here, asked for as requests of one kind, judged by `verify`."""
+class MadeTask(Task):
+    """Documents that were made here. `kind` is a request of `PlansLM`, and `judge` makes metrics of what it answers.
+
+    `metrics` says of each whether higher is better.
+    """
 
     VERSION = 1
 
     def __init__(
-        self, name: str, docs: Sequence[Doc], kind: str, metric: str, verify: Callable[[Doc, Any], float]
+        self,
+        name: str,
+        docs: Sequence[Doc],
+        kind: str,
+        metrics: Mapping[str, bool],
+        judge: Callable[[Doc, Any], dict[str, float]],
     ) -> None:
         super().__init__()
         self._config = TaskConfig(task=name, num_fewshot=0, metadata={"version": self.VERSION})
-        self.docs, self.kind, self.metric, self.verify = docs, kind, metric, verify
+        self.docs, self.kind, self.metrics, self.judge = docs, kind, metrics, judge
+        self.OUTPUT_TYPE = "generate_until" if kind == "chat" else kind
 
     def download(self, *_: object, **__: object) -> None:
         """Nothing: the documents are at hand."""
@@ -70,46 +79,18 @@ class Check(Task):
     def fewshot_context(self, doc: Doc, num_fewshot: int, **_: object) -> str:
         return self.doc_to_text(doc)
 
-    def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: Any) -> list[Instance]:
+    def construct_requests(self, doc: Doc, ctx: str, metadata: Any = None, **_: object) -> list[Instance]:
         asked = doc["answer"] if self.kind == "loglikelihood" else {"until": [], "max_gen_toks": doc["tokens"]}
         return [Instance(self.kind, doc, (ctx, asked), 0, metadata=metadata)]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
-        return {self.metric: float(self.verify(doc, results[0]))}
+        return self.judge(doc, results[0])
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        return {self.metric: mean}
+        return dict.fromkeys(self.metrics, mean)
 
     def higher_is_better(self) -> dict[str, bool]:
-        return {self.metric: True}
-
-
-class Written(Check):
-    """What a plan writes to prompts, beside what the dense model wrote, which is asked first.
-
-    By metric: the share of words up to the first other one; whether the last number is the same, where there is one;
-    whether it is JSON, with the same fields, where the dense model's is; and how many words it takes.
-    """
-
-    def __init__(self, name: str, items: int) -> None:
-        super().__init__(name, own_prompts(items), "chat_until", "same_beginning", lambda *_: 0.0)
-        self.dense: dict[str, str] = {}  # by prompt
-
-    def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, float]:
-        ours, theirs = str(results[0]), self.dense.setdefault(doc["prompt"], str(results[0]))
-        words, base = ours.split(), theirs.split()
-        found = {"same_beginning": common(words, base) / max(1, len(base)), "words": float(len(words))}
-        if numbers := NUMBER.findall(theirs):
-            found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
-        if keys := json_keys(theirs):
-            found["valid_json"] = float(json_keys(ours) == keys)
-        return found
-
-    def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        return dict.fromkeys(("same_beginning", "same_number", "valid_json", "words"), mean)
-
-    def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(("same_beginning", "same_number", "valid_json"), True)
+        return {name: True for name, better in self.metrics.items() if better}
 
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -128,20 +109,43 @@ def own_prompts(items: int) -> list[Doc]:
     return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=SEED, held_out=True)]
 
 
-def retrieval(form: Form, tokens: int, name: str, items: int) -> Check:
+def retrieval(form: Form, tokens: int, name: str, items: int) -> MadeTask:
     """Whether greedy decoding says what was told far back in a text of about so many tokens."""
     draw = random.Random(f"{SEED} {form} {tokens}")
     made = [episode(form, tokens, draw) for _ in range(items)]
     docs = [{"prompt": one.text, "answer": one.answer} for one in made]
-    return Check(name, docs, "loglikelihood", "found", lambda _, said: said[1])
+    return MadeTask(name, docs, "loglikelihood", {"found": True}, lambda _, said: {"found": float(said[1])})
 
 
-def answers(name: str, items: int) -> Check:
-    """The share of first choices that stay in the dense model's own greedy answers, word for word given."""
-    return Check(name, own_prompts(items), "first_choices", "first_choices", lambda _, share: share)
+def answers(name: str, items: int) -> MadeTask:
+    """The share of tokens of the dense model's own greedy answers that stay the first choice, given those before."""
+    metric = "first_choices"
+    return MadeTask(name, own_prompts(items), metric, {metric: True}, lambda _, share: {metric: share})
 
 
-def reasoning(generator: str, name: str, items: int) -> Check:
+def written(name: str, items: int) -> MadeTask:
+    """What a plan writes to prompts, beside what the dense model writes."""
+    metrics = {"same_beginning": True, "same_number": True, "valid_json": True, "words": False}
+    return MadeTask(name, own_prompts(items), "chat", metrics, beside_dense)
+
+
+def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
+    """Of what a plan and the dense model wrote: the share of words up to the first other one, and the plan's words.
+
+    Where the dense model's has a number, whether the last one is the same; where it has a JSON object, whether the
+    plan's has one with the same fields.
+    """
+    ours, theirs = said
+    words, base = ours.split(), theirs.split()
+    found = {"same_beginning": common(words, base) / max(1, len(base)), "words": float(len(words))}
+    if numbers := NUMBER.findall(theirs):
+        found["same_number"] = float(NUMBER.findall(ours)[-1:] == numbers[-1:])
+    if keys := json_keys(theirs):
+        found["valid_json"] = float(json_keys(ours) == keys)
+    return found
+
+
+def reasoning(generator: str, name: str, items: int) -> MadeTask:
     """Questions of a generator of reasoning-gym, answered greedily in chat form and judged by its verifier."""
     need("reasoning_gym")
     import reasoning_gym
@@ -151,19 +155,20 @@ def reasoning(generator: str, name: str, items: int) -> Check:
     docs = [{"prompt": asked.format(one["question"]), "answer": one["answer"], "tokens": REASONED, "entry": dict(one)}
             for one in questions]  # fmt: skip
 
-    def verify(doc: Doc, said: str) -> float:
-        last = said.strip().rpartition("Answer:")[2].strip() or said.strip()
+    def verify(doc: Doc, said: tuple[str, str]) -> dict[str, float]:
+        text = said[0].strip()
+        last = text.rpartition("Answer:")[2].strip() or text
         first = last.splitlines()[0].strip(" *.`$") if last else None
-        return float(questions.score_answer(first, doc["entry"]) == 1)
+        return {"exact_match": float(questions.score_answer(first, doc["entry"]) == 1)}
 
-    return Check(name, docs, "chat_until", "exact_match", verify)
+    return MadeTask(name, docs, "chat", {"exact_match": True}, verify)
 
 
-MAKERS: Mapping[str, Callable[[str, int], Check]] = {
+MAKERS: Mapping[str, Callable[[str, int], MadeTask]] = {
     **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
     **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
     "answers": answers,
-    "written": Written,
+    "written": written,
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "passkey": tuple(f"passkey_{tokens}" for tokens in CONTEXTS),
@@ -176,8 +181,8 @@ def is_check(name: str) -> bool:
     return name in MAKERS or name.startswith(GYM)
 
 
-def check(name: str, items: int = ITEMS) -> Check:
-    """The check of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it."""
+def made(name: str, items: int = ITEMS) -> MadeTask:
+    """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it."""
     if not name.startswith(GYM):
         return MAKERS[name](name, items)
     generator = name.removeprefix(GYM)

@@ -33,7 +33,7 @@ from ..progress import Progress, silent
 from ..results.facts import Recovery, TaskScore
 from ..results.ledger import Ledger, working_in
 from ..results.repairs import AnswersRecord, Said
-from ..running.generating import greedy_each, in_chat_template
+from ..running.generating import as_asked, greedy_each
 from ..running.skipping import skip
 from .scoring import Request, Scorer, unless_out_of_memory
 
@@ -44,7 +44,6 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from .checks import Written
     from .tasks import Job, no_bars
 except ModuleNotFoundError as error:
     raise UsageError(f"benchmarks need {error.name}; pip install 'notall[eval]'") from None
@@ -56,7 +55,7 @@ A = TypeVar("A")
 LM_EVAL_VERSION = version("lm_eval")
 CHUNK = 1024  # requests whose tokens are in memory together
 OWN = 32  # prompts that the dense model answers at once
-CHATS = ("chat_until", "first_choices")  # our own kinds of requests
+CHATS = ("chat", "first_choices")  # our own kinds of requests
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,6 @@ def run_tasks(
 def evaluate_job(lm: PlansLM, job: Job) -> list[TaskResult]:
     """All plans of `lm` on one task; the first evaluation computes what is missing for all of them."""
     outcomes = []
-    for task in job.tasks.values():
-        if isinstance(task, Written):
-            task.dense.clear()  # of another model
     with quiet(), no_bars(), raised_by("lm_eval", f"cannot score {job.name}", "check its data"):
         for number in range(len(lm.plans)):
             lm.number, lm.task = number, job.name
@@ -211,18 +207,19 @@ class PlansLM(HFLM):
         self._room_to_generate(self._as_chat([request for request in requests if request.request_type in CHATS]))
 
     def _as_chat(self, requests: Iterable[Instance]) -> list[Instance]:
-        """Prompts in the model's chat template, where it has one."""
-        if not self.tokenizer.chat_template:
-            return list(requests)
+        """With prompts as what a user says."""
         parts = [(request, *request.args) for request in requests]
-        return [
-            replace(request, arguments=(in_chat_template(self.tokenizer, prompt), how))
-            for request, prompt, how in parts
-        ]
+        return [replace(one, arguments=(as_asked(self.tokenizer, prompt), how)) for one, prompt, how in parts]
 
-    def chat_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """As `generate_until`, of what a user says."""
-        return self.generate_until(self._as_chat(requests))
+    def chat(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[str, str]]:
+        """What the plan says to a user, greedy, and what the dense model says."""
+        asked, number = self._as_chat(requests), self.number
+        try:
+            self.number = 0
+            dense = self.generate_until(asked)
+        finally:
+            self.number = number
+        return list(zip(self.generate_until(asked), dense))
 
     def first_choices(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """The share, 0 to 1, of the tokens of the dense model's own greedy answer that are the first choice."""

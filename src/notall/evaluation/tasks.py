@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from ..errors import UsageError, installed, nearest, shortened
 from ..models.load_errors import quiet
 from ..results.facts import NamedTasks
-from .checks import GROUPS, GYM, ITEMS, MAKERS, check, generators, is_check
+from .checks import GROUPS, GYM, ITEMS, MAKERS, generators, is_check, made
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class TaskShelf:
         torch.manual_seed(DEFAULT_OTHER_SEED)
         with quiet(), no_bars():
             try:
-                loaded = self.manager.load([check(name, limit or ITEMS) if is_check(name) else name])
+                loaded = self.manager.load([made(name, limit or ITEMS) if is_check(name) else name])
                 for task in loaded["tasks"].values():
                     _build_requests(task, num_fewshot, limit)
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise

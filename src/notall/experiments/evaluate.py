@@ -142,20 +142,23 @@ def check_recovery(least: float | None, tasks: TaskChoice) -> None:
 
 
 def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
-    """What of the tasks keeps less than `least` of the dense model's score, or may; None where all keep it.
+    """Which tasks of the plan's last state are not seen to keep `least` of the dense model's score; None: all are.
 
-    Of the plan's last state, by every metric; one whose items have no scores may keep it.
+    Every metric counts of which more is better; where the dense model scores nothing, it is inconclusive.
     """
-    last, short = [one for one in scores if one.model == scores[-1].model], []
+    last, short = [one for one in scores if one.model == scores[-1].model and one.higher_is_better], []
     for one in last:
+        name = f"{one.task} ({one.usual_metric})"
         if one.recovery is None:
-            short.append(f"{one.task} inconclusive (the dense model is at {one.value - one.delta:.2f})")
+            short.append(f"{name} inconclusive, as the dense model scores {one.value - one.delta:.2f}")
         elif (verdict := one.recovery.is_kept(least)) != "kept":
             share, low, high = one.recovery.interval
             more = one.recovery.items_to_tell(least)
-            tell = f", about {more:,} items would tell" if verdict == "inconclusive" and more else ""
-            short.append(f"{one.task} {verdict} ({share:.2f} [{low:.2f}, {high:.2f}] of {one.documents}{tell})")
-    return f"a recovery of {least:g} in {len(short)} of {len(last)}: {'; '.join(short)}" if short else None
+            tell = f"; about {more:,} would tell" if verdict == "inconclusive" and more else ""
+            short.append(f"{name} {verdict}, {share:.2f} [{low:.2f}, {high:.2f}] on {one.documents} items{tell}")
+    if not last:
+        return f"a recovery of {least:g}: no task has a score of which more is better"
+    return f"a recovery of {least:g} on {len(short)} of {len(last)} scores: {'; '.join(short)}" if short else None
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:

@@ -14,6 +14,7 @@ from ..errors import UsageError, nearest, need, shortened
 from ..inputs import Settings
 from ..options import Option, option
 from ..plan import Plan
+from ..progress import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,14 +124,15 @@ class TextOptions(PromptOptions):
     batch_size: int = option(4, "windows to run at a time")
 
     def windows(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, progress: Progress = silent
     ) -> tuple[list[Tensor], Settings]:
         """Token batches on the model's device, and what they are, for the record."""
         from ..models.mix import text_of
         from ..models.texts import token_batches
         from ..structure.model_structure import positions_of
 
-        text, size = text_of(model, tokenizer, self.text), {"sequences": self.sequences, "length": self.length}
+        text = text_of(model, tokenizer, self.text, progress)
+        size = {"sequences": self.sequences, "length": self.length}
         if self.length > (most := positions_of(model)):
             raise UsageError(f"windows of {self.length} tokens exceed the model's {most} positions: lower --length")
         batches = token_batches(tokenizer, text, **size, batch_size=self.batch_size, seed=seed)
@@ -149,7 +151,13 @@ class HeldOutOptions(TextOptions):
         check_texts(self.text, self.held_out)
 
     def both(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, fewer: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int = 0,
+        fewer: bool = False,
+        progress: Progress = silent,
     ) -> tuple[list[Tensor], list[Tensor], Settings]:
         """Batches to calibrate on, batches to measure on, and what they are, for the record.
 
@@ -162,14 +170,15 @@ class HeldOutOptions(TextOptions):
 
         count = self.held_out_sequences or self.sequences
         if self.held_out:
-            batches, described = self.windows(model, tokenizer, seed=seed)
+            batches, described = self.windows(model, tokenizer, seed=seed, progress=progress)
             other = replace(self, text=self.held_out, sequences=count)
-            others, about = other.windows(model, tokenizer, seed=seed)
+            others, about = other.windows(model, tokenizer, seed=seed, progress=progress)
             return batches, others, described | {"held_out": about["text"], "held_out_sha256": about["text_sha256"]}
         if fewer:
-            fitting = windows_in(tokenizer, text_of(model, tokenizer, self.text), self.length)
+            fitting = windows_in(tokenizer, text_of(model, tokenizer, self.text, progress), self.length)
             count = max(0, min(count, fitting - self.sequences))
-        both, described = replace(self, sequences=self.sequences + count).windows(model, tokenizer, seed=seed)
+        every = replace(self, sequences=self.sequences + count)
+        both, described = every.windows(model, tokenizer, seed=seed, progress=progress)
         own, rest = cat(both).split([self.sequences, count])
         held_out = {"held_out": "other windows"} if count else {}
         others = list(rest.split(self.batch_size)) if count else []

@@ -65,7 +65,8 @@ class RepairOptions:
         from ..repairing.methods import repair_into
         from ..repairing.texts import RepairTexts
 
-        texts = RepairTexts.draw(model, tokenizer, self.repair_text or (DEFAULT_TEXT,), sequences=self.repair_sequences)
+        sources, size = self.repair_text or (DEFAULT_TEXT,), self.repair_sequences
+        texts = RepairTexts.draw(model, tokenizer, sources, sequences=size, progress=progress)
         if not plan or plan.state == "repaired":
             return plan, texts.other
         about = Provenance.of(provenance, **texts.described)
@@ -99,9 +100,11 @@ class FitOptions:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, most: int | None = None
     ) -> RepairTexts:
         from ..repairing.texts import RepairTexts
+        from ..results.terminal import progress_bar
 
         texts, size = self.text or (DEFAULT_TEXT,), {"sequences": self.windows, "most": most, "length": self.length}
-        return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed)
+        with progress_bar("reading the texts") as progress:
+            return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed, progress=progress)
 
 
 @dataclass(frozen=True)

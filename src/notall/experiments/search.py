@@ -294,7 +294,7 @@ class Search:
         shelf = self.by.shelf(wanted.objective)
         net, tokenizer = self.model.load()
         among = self.space.of(net)
-        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True)
+        batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True, progress=progress)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(

@@ -1,4 +1,4 @@
-"""Texts like the use of a model: its own answers to varied prompts, episodes of retrieval, and prose, in equal parts.
+"""Text that resembles what a model is used for: its own answers, episodes of retrieval, and prose, in equal parts.
 
 Source of text that the model writes itself: Williams et al. 2024, arXiv 2410.17170.
 """
@@ -16,7 +16,7 @@ from ..digests import digest_of
 from ..files import cache_folder, keep
 from ..plan import Plan
 from ..progress import Progress, silent, tracked
-from ..running.generating import greedy_each, in_chat_template, prompt_tokens
+from ..running.generating import as_asked, greedy_each, prompt_tokens
 from ..running.skipping import skip
 from .prompts import prompts
 from .retrieval import FITTED, episode
@@ -49,11 +49,7 @@ def text_of(
 
 def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> str:
     """The dense model's greedy answers behind their prompts, in its chat template where it has one."""
-    asked = prompts(ANSWERS)
-    if tokenizer.chat_template:
-        asked = [in_chat_template(tokenizer, prompt) for prompt in asked]
-    else:
-        asked = [f"{prompt}\n\n" for prompt in asked]
+    asked = [as_asked(tokenizer, prompt) for prompt in prompts(ANSWERS)]
     name = digest_of([origin(model, tokenizer), *asked, str(NEW_TOKENS)])[:24]
     path = cache_folder() / "answers" / f"{name}.txt"
     if not path.is_file():

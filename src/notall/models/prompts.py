@@ -47,9 +47,9 @@ Pick = Callable[[Sequence[str]], str]
 
 
 def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
-    """`count` prompts, explanations, code, sums, JSON, translations and letters in turn; those `held_out` share none.
+    """`count` prompts, for explanations, code, sums, JSON, translations and letters in turn, the same for a seed.
 
-    The same for the same seed.
+    Those `held_out` are made of other words.
     """
     draw = random.Random(f"{seed} {held_out}")
 

@@ -54,6 +54,7 @@ class RepairTexts:
         most: int | None = None,
         length: int | None = None,
         seed: int = 0,
+        progress: Progress = silent,
     ) -> RepairTexts:
         """As many of each text, `sequences` together, else what there is, up to `most`, and others to measure on.
 
@@ -64,13 +65,14 @@ class RepairTexts:
         length = int(min(LENGTH, positions)) if length is None else length
         if length > positions:
             raise UsageError(f"windows of {length} tokens exceed the model's {positions} positions: lower --length")
+        read = {source: text_of(model, tokenizer, source, progress) for source in (*texts, *held_out)}
         each = -(-(sequences or most or SEQUENCES) // len(texts))
         if sequences is None:
-            fewest = min(windows_in(tokenizer, text_of(model, tokenizer, source), length) for source in texts)
+            fewest = min(windows_in(tokenizer, read[source], length) for source in texts)
             each = max(1, min(each, fewest - (0 if held_out else MEASURED)))
         own, other, told = list[list[Tensor]](), dict[str, list[Tensor]](), list[dict[str, str]]()
         for source, count in [(source, each) for source in texts] + [(source, 0) for source in held_out]:
-            text, beside = text_of(model, tokenizer, source), 0 if count and held_out else MEASURED
+            text, beside = read[source], 0 if count and held_out else MEASURED
             windows, size = count + beside, 1 if count else 2
             drawn = token_batches(tokenizer, text, sequences=windows, length=length, batch_size=size, seed=seed)
             rows = [row.to(model.device) for row in drawn]

@@ -164,6 +164,11 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_specia
     return ids
 
 
+def as_asked(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as what a user says: in the model's chat template, or where it has none before an empty line."""
+    return in_chat_template(tokenizer, prompt) if tokenizer.chat_template else f"{prompt}\n\n"
+
+
 def in_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt as what a user says, up to where the model answers. Raises `UsageError` where no template says it."""
     if not tokenizer.chat_template:
