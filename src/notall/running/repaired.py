@@ -252,9 +252,9 @@ def seal(folder: Path, plan: Plan, weights: Mapping[str, str]) -> None:
     written = [path for kind in MADE_BY.values() if (path := folder / kind.file).is_file()]
     records = {path.name: digest_of([path.read_bytes()]) for path in written}
     plan.save(folder / PLAN)
-    seal, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
+    whole, path = Seal(plan=plan.indices, files=records | dict(weights)), folder / SEAL
     try:
-        write_whole(path, seal.model_dump_json(indent=1) + "\n")
+        write_whole(path, whole.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write {shortened(path)}: {error.strerror}; make room, and run again") from None
 
