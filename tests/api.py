@@ -15,6 +15,7 @@ MODULES = {
     "charts_losses": "charts.losses",
     "charts_style": "charts.style",
     "choice": "choosing.choice",
+    "objective_module": "choosing.objective",
     "criteria": "choosing.criteria",
     "evaluator": "choosing.evaluator",
     "latency": "choosing.latency",
@@ -98,7 +99,7 @@ NAMES = {
         "check_times",
         "measure_times",
     ],
-    "choosing.objective": ["answers", "build_objective", "kl", "mix", "nll", "read_prompts", "task"],
+    "choosing.objective": ["answers", "build_objective", "kl", "mix", "nll", "read_prompts", "retrieval", "task"],
     "choosing.space": ["Space", "names_in", "plan_of as space_plan_of"],
     "cli": ["DROPPED", "Without", "drop_chatter"],
     "cli.app": ["MISSED", "app", "conclude"],
@@ -150,7 +151,7 @@ NAMES = {
         "diagnose",
         "write_similarity",
     ],
-    "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "short_of", "warn_if_worse"],
+    "experiments.evaluate": ["Evaluation", "ModelQuality", "QUALITIES", "warn_if_worse"],
     "experiments.folder": [
         *("Card", "Costs", "Figure", "Message", "Sample", "Section", "Shown", "Step"),
         *("Folder", "check_folder"),
@@ -190,6 +191,7 @@ NAMES = {
         "write_pareto",
         "write_plain",
     ],
+    "experiments.recovery": ["JudgedRecord", "kept_in_words", "short_of"],
     "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord"],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",

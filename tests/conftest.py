@@ -36,11 +36,16 @@ def default_model():
 
 @pytest.fixture
 def short_prose(monkeypatch):
-    """The beginning of the default text: of all of it, the bytes are most of what a command on a tiny model takes."""
-    from api import texts
+    """The beginning of the default texts: of all of it, the bytes are most of what a command on a tiny model takes."""
+    from api import objective_module, texts, texts_mix
 
     whole = texts._prose
     monkeypatch.setattr(texts, "_prose", lambda: whole()[:40_000])
+    for module, name, fewer in (
+        *((texts_mix, "ANSWERS", 7), (texts_mix, "NEW_TOKENS", 24), (texts_mix, "EPISODES", 4)),
+        *((objective_module, "EPISODES", 4), (objective_module, "EPISODE_TOKENS", 40)),
+    ):
+        monkeypatch.setattr(module, name, fewer)
 
 
 @pytest.fixture

@@ -27,9 +27,7 @@ from api import (
 from api import (
     texts_mix as mix,
 )
-from command_line import QUICK
 from notall import Plan, UsageError, skip
-from tiny_checkpoint import save_tiny_checkpoint
 from tiny_tasks import byte_tokenizer, tiny_llama
 
 PLAN = Plan(attention=[2, 3], mlp=[3])
@@ -230,25 +228,6 @@ def test_names_are_found_and_mistakes_have_a_near_name():
         shelf.names(["answer"])
     with pytest.raises(UsageError, match="chain_sum"):
         shelf.build("gym_chain_sums")
-
-
-def test_eval_leaves_with_3_where_too_little_is_kept(run, tmp_path):
-    folder = save_tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, max_position_embeddings=512)
-    words = ["eval", folder, *QUICK, "--tasks", "answers", "--limit", 4]
-    code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
-    assert code == 3, err
-    assert "Missed a recovery of 0.95 on 1 of 1 scores: answers (first choices) lost, 0." in " ".join(out.split())
-    code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
-    told = json.loads(out)
-    assert (code, told["verdict"]["missed"]) == (0, None)
-    assert told["tasks"][0]["recovery"]["low"] > 0.01
-
-
-@pytest.mark.parametrize(("words", "said"), [(["1.5"], "no share"), (["0.95"], "give --tasks passkey,answers")])
-def test_a_recovery_that_cannot_be_told_is_refused_before_loading(run, words, said):
-    code, _, err = run("eval", "smollm2", "--skip", "mlp:1", "--recovery", *words)
-    assert code == 2
-    assert said in err
 
 
 def test_the_worst_of_a_plans_last_state_decides():

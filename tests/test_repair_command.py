@@ -46,7 +46,7 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     verdict = found["verdict"]
     assert verdict["said"].startswith("Without 2 of 6 attentions and 1 of 6 MLPs: ")
     assert verdict["delta_nll"] == found["quality"][1]["quality"]["delta_nll"]
-    assert (verdict["text"], verdict["usable"]) == ("prose, other windows", False)
+    assert (verdict["text"], verdict["usable"]) == ("mix, other windows", False)
     assert verdict["next"] == f"notall heal {folder} --plan {out} --out healed"
     assert as_records(found["refits"], RefitRecord) == read(out / "refits.jsonl", RefitRecord)
     assert str(tmp_path) not in (out / "refits.jsonl").read_text()
@@ -59,10 +59,10 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     assert (code, json.loads(again)) == (0, found)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--json")
-    assert "repaired with prose, where it looks better than it is; measure on another --text" in warned
+    assert "repaired with mix, which holds prose, where it looks better than it is; measure on another --text" in warned
     other = tmp_path / "other.txt"
     other.write_text("What it was not repaired with. " * 50)
-    assert "prose" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]
+    assert "mix" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]
     dense, skipped, repaired = json.loads(shown)["quality"]
     assert code == 0
     assert [row["model"] for row in (dense, skipped, repaired)] == ["dense", "skipped", "repaired"]
@@ -158,7 +158,7 @@ def test_heal_trains_what_it_is_told_to_on_text_that_the_model_wrote(run, folder
     assert all({"held_out_kl", "held_out_nll", "held_out_agreement"} <= look.keys() for look in looks)
     (step,) = RepairedPlan.load(out).history
     assert (step.sampled, step.train, step.rank, step.warm_up) == (True, "lora", 2, 0.5)
-    assert "16 tokens that it wrote itself from the first words of prose" in str(step)
+    assert "16 tokens that it wrote itself from the first words of mix" in str(step)
     (text,) = out.glob("sampled-*.safetensors")
     assert digests.digest_of([load_file(text)["ids"]])[:16] == step.training
     assert run(*command, "--out", out, *asked)[1] == shown

@@ -82,7 +82,7 @@ def test_a_search_with_more_patience_goes_on_and_is_no_worse(run, folder, tmp_pa
 
 
 def test_search_keeps_what_it_chose_once_for_a_report(run, folder, tmp_path):
-    command = ["search", folder, "-o", tmp_path / "plan.json", *QUICK, "--json"]
+    command = ["search", folder, "-o", tmp_path / "plan.json", *QUICK, "--objective", "kl", "--json"]
     kept, page = tmp_path / "plan.search" / "chosen.jsonl", tmp_path / "report.html"
     for count, lines, replaced in (("2", 1, False), ("2", 1, False), ("1", 2, True)):
         code, shown, err = run(*command, "--skip", f"attention:{count}")
@@ -114,7 +114,8 @@ def test_search_by_other_budgets(run, folder, tmp_path, budget):
     assert (code, err) == (0, "")
     record = found(out)
     assert record["plan"]["attention"] or record["plan"]["mlp"]
-    assert record["chosen"].startswith("search by nll: " if budget[0] == "--max-nll" else "search by kl: ")
+    judged_by = {"--max-nll": "nll", "--max-kl": "kl"}.get(budget[0], "kl + 0.3*retrieval")
+    assert record["chosen"].startswith(f"search by {judged_by}: ")
     if "max" in budget[0]:
         assert record["cost"] - record["dense_cost"] <= 0.3
 

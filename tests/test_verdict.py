@@ -249,7 +249,7 @@ def test_after_a_search_that_left_out_nothing_comes_one_that_asks_for_less(run, 
 @pytest.mark.usefixtures("short_prose")
 def test_the_command_after_a_search_repairs_with_the_text_that_it_went_by(run, folder, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(300))))
-    for text, words in ((tmp_path / "text.txt", ["--repair-text", str(tmp_path / "text.txt")]), ("prose", [])):
+    for text, words in ((tmp_path / "text.txt", ["--repair-text", str(tmp_path / "text.txt")]), ("mix", [])):
         out = tmp_path / f"{len(words)}.json"
         mild = ["search", folder, "--skip", "mlp:1", "--text", text, "-o", out, *QUICK, "--json"]
         command = shlex.split(verdict_in(run(*mild)[1])["next"])
@@ -267,7 +267,7 @@ def test_an_export_that_repairs_says_what_the_plan_costs_before_and_after(run, f
     assert code == 0
     rows = json.loads(out)["quality"]
     assert [row["model"] for row in rows] == ["skipped", "repaired"]
-    assert {row["text"] for row in rows} == {"prose, other windows"}
+    assert {row["text"] for row in rows} == {"mix, other windows"}
     assert len({row["quality"]["delta_nll"] for row in rows}) == 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from .criteria.setting import PATIENCE
 from .evaluator import STATES_BYTES, AfterRepair, Evaluator
 from .latency import MOST_ERROR, SpeedBudget, check_times
 from .objective import Objective, kl
-from .space import Choice, Space, Unit, plan_of
+from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
@@ -88,6 +88,7 @@ def choose_plan(
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
     after_repair: bool = False,
+    keeps: Callable[[Plan], bool] | None = None,
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
@@ -98,8 +99,9 @@ def choose_plan(
     the call resumes an interrupted run, which `provenance` identifies. The search ends with its best after
     `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed, and chosen anew where
     it is too slow; where the budget has a limit too, and both cannot be met, it saves most within the limit, as
-    `missed` says. Raises `UsageError` when the folder holds other work or is in use, for a criterion that fails or does
-    not suit the space, and for a budget that cannot be met.
+    `missed` says. With `keeps`, the plan is the longest beginning of what was chosen of which that is true, as halving
+    finds it, and at least the first unit. Raises `UsageError` when the folder holds other work or is in use, for a
+    criterion that fails or does not suit the space, and for a budget that cannot be met.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -114,11 +116,16 @@ def choose_plan(
         deadline = time.monotonic() + 60 * max_minutes if max_minutes is not None else math.inf
         setting = Setting(model, space, batches, evaluator, seed, deadline, patience, progress)
         outcome = choose_within(way, setting, budget)
-        skipped, spent = outcome.choice.skipped, evaluator.spent  # for the choice, and not for the record
-        plan = space.plan(skipped, f"{way.name} by {evaluator.judged_by}: {budget.description}")
+        choice, spent = outcome.choice, evaluator.spent  # for the choice, and not for the record
+        told = f"{way.name} by {evaluator.judged_by}: {budget.description}"
+        if keeps:
+            all_of_it = len(choice.order)
+            choice = _as_long_as(lambda skipped: keeps(space.plan(skipped)), choice, space)
+            told += f"; the first {len(choice.order)} of {all_of_it}, as far as recovery is kept"
+        skipped, plan = choice.skipped, space.plan(choice.skipped, told)
         return ChosenPlan(
             plan=plan,
-            order=outcome.choice.order,
+            order=choice.order,
             dense_cost=evaluator.cost(frozenset()),
             cost=evaluator.cost(skipped),
             spent=spent,
@@ -130,6 +137,21 @@ def choose_plan(
             weighed=(footprint(model, Plan()), footprint(model, plan)),
             judged_by=evaluator.judged_by,
         )
+
+
+def _as_long_as(keeps: Callable[[Skipped], bool], choice: Choice, space: Space) -> Choice:
+    """The longest beginning of a choice that keeps what is asked for, as halving finds it; else the shortest one."""
+    order = choice.order
+    begun = [names_in(order[: end + 1]) for end in range(len(order))]
+    allowed = [number for number, skipped in enumerate(begun) if space.allows(skipped)]
+    low, high = -1, len(allowed) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if keeps(begun[allowed[middle]]) else (low, middle - 1)
+    if not allowed:
+        return choice
+    last = allowed[max(low, 0)]
+    return Choice(begun[last], order[: last + 1])
 
 
 @dataclass(frozen=True)

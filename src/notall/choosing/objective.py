@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,15 +16,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..digests import digest_of
 from ..errors import UsageError, nearest, shortened
+from ..models.retrieval import FITTED, episode
 from ..models.texts import all_checked, fields, read_file
 from ..plan import Plan
 from ..running.generating import check_positions, greedy, prompt_tokens
 from ..running.skipping import skip
+from ..structure.model_structure import positions_of
 
 if TYPE_CHECKING:
     from ..evaluation.tasks import TaskShelf
 
 TOKENS_AT_ONCE = 1024
+NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
+EPISODES, EPISODE_TOKENS, MOST_TOKENS = (
+    16,
+    256,
+    4096,
+)  # of `retrieval`: how many, and the tokens of each, about and at most
 T = TypeVar("T")
 
 
@@ -133,6 +142,8 @@ def build_objective(
             return task(model, tokenizer, name[5:], task_path, task_limit, weight)
         if name == "answers" and prompts:
             return answers(model, tokenizer, read_prompts(prompts), weight)
+        if name == "retrieval":
+            return retrieval(model, tokenizer, weight)
         return (nll if name == "nll" else kl)(batches, weight)
 
     return mix([term(*each) for each in terms_of(wanted, prompts)])
@@ -148,9 +159,9 @@ def terms_of(wanted: str, prompts: Path | None) -> list[tuple[float, str]]:
             weight = float(word or 1)
         if weight == 0 or not math.isfinite(weight):
             raise UsageError(f"{shortened(word)!r} is no weight: write an objective such as kl + 0.5*task:NAME")
-        if name not in ("nll", "kl", "answers") and not name.startswith("task:"):
-            said = f"there is no objective {shortened(name)!r}{nearest(name, ('nll', 'kl', 'answers'))}"
-            raise UsageError(f"{said}: give nll, kl, answers, task:NAME, or a sum of them")
+        if name not in NAMES and not name.startswith("task:"):
+            said = f"there is no objective {shortened(name)!r}{nearest(name, NAMES)}"
+            raise UsageError(f"{said}: give {', '.join(NAMES)}, task:NAME, or a sum of them")
         if name == "answers" and prompts is None:
             raise UsageError("the objective `answers` needs --prompts: a text file with a prompt a line, or .jsonl")
         found.append((weight, name))
@@ -188,11 +199,33 @@ def answers(
             (answer,) = greedy(model, torch.tensor([ids]), new_tokens)
         said.append((ids, answer))
 
-    parts = _together(said, lambda pair: len(pair[0]) + len(pair[1]))
+    return _by_means("answers", model, said, weight)
+
+
+def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight: float = 1.0) -> Objective:
+    """KL(dense || skipped), the mean over the tokens of what is asked for far behind it, by episode.
+
+    The episodes have the forms that are fitted to (see `models.retrieval`), and are those of no text. One that exceeds
+    the model's positions loses its beginning.
+    """
+    draw, asked, positions = random.Random("retrieval"), [], int(min(positions_of(model), MOST_TOKENS))
+    for number in range(EPISODES):
+        one = episode(FITTED[number % len(FITTED)], EPISODE_TOKENS, draw)
+        ids, known = (prompt_tokens(tokenizer, text) for text in (one.text + one.answer, one.text))
+        end = min(len(known), len(ids) - 1)
+        asked.append((ids[max(0, len(ids) - positions) : end], ids[end:]))
+    return _by_means("retrieval", model, asked, weight)
+
+
+def _by_means(
+    name: str, model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], weight: float
+) -> Objective:
+    """The mean KL over the tokens behind each context."""
+    parts = _together(rows, lambda pair: len(pair[0]) + len(pair[1]))
     means = [
         _answered(part, model.device, lambda losses: torch.stack([one.mean() for one in losses])) for part in parts
     ]
-    return Objective((Term("answers", tuple(means), weight),))
+    return Objective((Term(name, tuple(means), weight),))
 
 
 def task(

@@ -8,6 +8,7 @@ from ..experiments import compare as comparing
 from ..experiments.driver import Subject
 from ..experiments.folder import check_folder
 from ..experiments.options import HeldOutOptions, KeepLast, ModelOptions, PlanOptions, TaskOptions
+from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import COLUMNS, BudgetOptions, ObjectiveOptions, Search, SpaceOptions
 from ..inputs import Settings
@@ -87,6 +88,7 @@ def search(
     budget: BudgetOptions,
     by: ObjectiveOptions,
     repair: RepairOptions,
+    tasks: RecoveryOptions,
     run: RunOptions,
     text: HeldOutOptions = HeldOutOptions(sequences=16, length=512, batch_size=2),
     workload: Workload = Workload(prompt_tokens=512, generation_tokens=128),
@@ -94,16 +96,19 @@ def search(
 ) -> None:
     """Choose what to skip, by the search or another importance criterion, to meet a budget.
 
+    With --recovery it also measures what is kept on tasks. With no other budget it skips as much as keeps that.
     It keeps its evaluations in OUT.search, and `notall report` makes a page of them.
     If you interrupt it, the same command continues where it stopped.
     """
-    asked = Search(model, space, text, budget, workload, by, repair, out, run.seed)
+    asked = Search(model, space, text, budget, workload, by, repair, tasks, out, run.seed)
     with progress_bar() as progress:
         done = asked.run(progress)
     title = f"{out}: {done.budget}, skip {done.record.plan}"
     tables = {"search": table(title, COLUMNS, [done.record])}
     if done.measured:
         tables["quality"] = table("before the repair, and after it", MEASURED, done.measured)
+    if done.scores:
+        tables["tasks"] = scores_table(done.scores)
     if done.passkeys:
         note = "numbers found again far back, which perplexity does not see; worse: p < 0.05, and five a row are few"
         tables["passkeys"] = table(note, PLAN_CHECKS, done.passkeys)

@@ -1,26 +1,32 @@
 """notall export: turn a plan into files for engines."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..experiments.evaluate import warn_if_worse
-from ..experiments.options import ModelOptions, TextOptions, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan
+from ..experiments.recovery import RecoveryOptions, judge, last_state, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.verdict import Verdict
 from ..inputs import read_json
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
-from ..results.facts import DELTA_NLL, KL, PERPLEXITY, TOP1
+from ..results.facts import DELTA_NLL, KL, PERPLEXITY, RECOVERED, TOP1, Quality, State
 from ..results.record import Count, Fact
-from ..results.repairs import MEASURED, MeasuredRecord, State
+from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import progress_bar, show
 from .app import command, conclude
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BROKEN = (
     "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
@@ -42,6 +48,7 @@ def export(
     to: Annotated[str, Option("hf, nemotron-nas or gguf, or your own module:Class", metavar="FORM")],
     out: Annotated[Path, Option("folder to write, which does not exist yet", ("--out", "-o"))],
     repair: RepairOptions,
+    tasks: RecoveryOptions,
     model: ModelOptions = ModelOptions(model=...),  # type: ignore[arg-type]
     measure: Annotated[str | None, Option("measure the plan on this text, for the model card")] = None,
     verify: Annotated[
@@ -64,16 +71,19 @@ def export(
         TextOptions(text=measure).check()
     how: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     how["dtype"] = model.own_dtype
-    if repair or measure:
+    choice = tasks.check()
+    if repair or measure or choice:
         check_export(Source(model.model, **how), wanted, to, out)
     with progress_bar() as progress:
         wanted, measured = _repaired(model, wanted, repair, kept, progress)
-        card, verdict = _measured(model, wanted, measure) if measure else (None, None)
+        card, verdict = _measured(model, wanted, measure, choice, progress) if measure or choice else (None, None)
         how |= {"measured": card, "verify": verify, "push_to_hub": push_to_hub, "progress": progress}
         export_model(model.model, wanted, to, out, **how)
     files = [FileFact(file=file.name, bytes=file.stat().st_size) for file in sorted(out.iterdir())]
     ending = _conclusion(out, to)
     tables = {"files": table(f"{out}: skips {wanted}", COLUMNS, files)}
+    if verdict and verdict.scores:
+        tables = {"tasks": scores_table(verdict.scores)} | tables
     if measured:
         tables = {"quality": table(f"skip {wanted}: before the repair and after it", MEASURED, measured)} | tables
     also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.fact()} if verdict else {})
@@ -128,21 +138,36 @@ def _conclusion(out: Path, to: str) -> dict[str, str]:
     return said
 
 
-def _measured(model: ModelOptions, plan: Plan, text: str) -> tuple[Mapping[str, str], Verdict]:
-    """What the plan costs on 8 windows of 256 tokens of a text: for the model card, and in words."""
+def _measured(
+    model: ModelOptions, plan: Plan, text: str | None, tasks: TaskChoice, progress: Progress
+) -> tuple[Mapping[str, str], Verdict]:
+    """What the plan costs on 8 windows of 256 tokens of a text, and on tasks: for the model card, and in words."""
+    net, tokenizer = replace(model, dtype="auto").load()
+    before: dict[State, Plan] = {"skipped": plan.unrepaired} if plan.state == "repaired" else {}
+    card, quality, named = (
+        _on_text(net, tokenizer, [*before.values(), plan], text, progress) if text else ({}, None, "")
+    )
+    scores = judge(net, tokenizer, before | {plan.state: plan}, tasks.jobs(), tasks, None, progress)
+    kept = {
+        f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one) for one in last_state(scores) if one.recovery
+    }
+    return card | kept, Verdict.on(net, plan, quality, named).judged(scores, tasks.recovery)
+
+
+def _on_text(
+    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans: list[Plan], text: str, progress: Progress
+) -> tuple[dict[str, str], Quality, str]:
+    """What the last of the plans costs, the first one before its repair, for the card; its quality; the text's name."""
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
-    net, tokenizer = replace(model, dtype="auto").load()
     length = int(min(256, positions_of(net)))
-    with progress_bar("reading the text") as progress:
-        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
-    before = [plan.unrepaired] if plan.state == "repaired" else []
-    dense, *unrepaired, skipped = evaluate(net, [Plan(), *before, plan], batches)
+    batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
+    dense, *unrepaired, skipped = evaluate(net, [Plan(), *plans], batches)
     card = {
         "text": f"{described['text']}, 8 windows of {length} tokens",
         f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(dense),
         **{column.titled: column.text(skipped) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
         **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
     }
-    return card, Verdict.on(net, plan, skipped, described["text"])
+    return card, skipped, described["text"]

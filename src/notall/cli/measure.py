@@ -7,29 +7,22 @@ from typing import Annotated
 from ..errors import FIGURES, need, printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
-from ..experiments.evaluate import (
-    GSM8K,
-    QUALITIES,
-    Evaluation,
-    check_recovery,
-    mend_of,
-    short_of,
-)
+from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
     ModelOptions,
     PlanOptions,
     PromptOptions,
-    TaskOptions,
     TaskPath,
     TextOptions,
 )
+from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
 from ..options import Json, KeepIn, Option, RunOptions, Workload
-from ..results.facts import NAMED_TASKS, PLAN_CHECKS, PLAN_SCORES
+from ..results.facts import NAMED_TASKS, PLAN_CHECKS
 from ..results.table import table
 from ..results.terminal import progress_bar, show
 from .app import command, conclude
@@ -40,14 +33,10 @@ def evaluate(
     model: ModelOptions,
     plan: PlanOptions,
     text: TextOptions,
-    tasks: TaskOptions,
+    tasks: RecoveryOptions,
     repair: RepairOptions,
     run: RunOptions,
     diagnostics: Diagnostics = False,
-    recovery: Annotated[
-        float | None,
-        Option("the share of the dense model's score that each task must keep, or exit code 3", panel="Benchmarks"),
-    ] = None,
     out: KeepIn = None,
 ) -> None:
     """Measure what a plan costs: NLL, KL to the dense model and agreement on a text, and benchmarks if you name some.
@@ -62,7 +51,6 @@ def evaluate(
     text.check()
     repair.check(kept)
     asked = tasks.check(also=(GSM8K,) if diagnostics else ())
-    check_recovery(recovery, asked)
     net, tokenizer = model.load()
     wanted = plan.of(net)
     wanted.check(locate(net))
@@ -79,13 +67,12 @@ def evaluate(
     records = evaluation.records(found, batches, settings)
     tables = {"quality": table(f"skip {wanted}", QUALITIES, found.quality)}
     if found.scores:
-        title = "benchmarks, differences paired by document; worse: p < 0.05"
-        tables["tasks"] = table(title, PLAN_SCORES, found.scores)
+        tables["tasks"] = scores_table(found.scores)
     if found.checks:
         tables["diagnostics"] = table("what accuracy hides; worse: p < 0.05", PLAN_CHECKS, found.checks)
     timed = next_command("bench", model.model, **plan.words)
     verdict = Verdict.on(net, wanted, found.quality[-1].quality, described["text"])
-    verdict = replace(verdict, missed=short_of(found.scores, recovery) if recovery else None)
+    verdict = verdict.judged(found.scores, asked.recovery)
     verdict = verdict.then(timed if locate(net).stubbed else mend_of(model.model, plan, wanted), timed)
     conclude(verdict, tables, records, as_json=run.as_json)
 

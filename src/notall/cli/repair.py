@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UsageError
 from ..experiments import repair as repairs
 from ..experiments.folder import check_folder
-from ..experiments.options import ModelOptions, read_plan
+from ..experiments.options import ModelOptions, TaskChoice, read_plan
+from ..experiments.recovery import RecoveryOptions, judged, scores_table
 from ..experiments.repair import METHODS, REFIT, FitOptions
 from ..experiments.verdict import Verdict, what_next
 from ..options import Option, RunOptions
 from ..plan import Plan
+from ..progress import Progress
+from ..results.facts import PlanScore, State
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
@@ -23,7 +27,7 @@ from ..results.terminal import progress_bar
 from .app import command, conclude
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..repairing.texts import RepairTexts
 
@@ -35,6 +39,7 @@ PlanFile = Annotated[Path | None, Option("plan file, or the folder of a repair")
 def repair(
     model: ModelOptions,
     text: FitOptions,
+    tasks: RecoveryOptions,
     run: RunOptions,
     plan: PlanFile = None,
     repair: Annotated[str, Option(f"how: {METHODS}", metavar="METHOD")] = REFIT,
@@ -49,20 +54,18 @@ def repair(
     --plan to eval, generate, bench or export. If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.methods import repair_into
-    from ..repairing.texts import measure
 
     check_folder(out, "repair")
     if offload:
         refuse_unwritable(offload)
     repairs.check_method(repair, offload)
-    net, wanted, texts, settings = _begun(model, plan, text, run.seed)
+    asked = _begun(model, plan, text, tasks, run.seed)
     with progress_bar() as progress:
-        fit = texts.together(text.batch_size)
-        repaired = repair_into(out, repair, net, wanted, fit, settings, progress, offload)
-        measured = measure(net, {"skipped": wanted, "repaired": repaired}, texts.other, out, settings, progress)
-    quality = table(f"skip {wanted}: before the repair and after it", MEASURED, measured)
+        fit, skipped = asked.texts.together(text.batch_size), asked.plan
+        repaired = repair_into(out, repair, asked.net, skipped, fit, asked.settings, progress, offload)
+        done = asked.measure({"skipped": skipped, "repaired": repaired}, out, progress)
     tables = {"refits": repairs.refits_table(repaired, out)} if repair == REFIT else {}
-    _ended(net, model.model, out, measured, tables | {"quality": quality}, run.as_json)
+    done.end(tables, f"skip {skipped}: before the repair and after it", run.as_json)
 
 
 @command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
@@ -70,6 +73,7 @@ def heal(
     model: ModelOptions,
     text: repairs.HealTexts,
     how: repairs.HealOptions,
+    tasks: RecoveryOptions,
     cluster: repairs.HealRayOptions,
     run: RunOptions,
     plan: PlanFile = None,
@@ -82,11 +86,12 @@ def heal(
     If you interrupt it, the same command continues where it stopped.
     """
     from ..repairing.healing import heal as heal_plan
-    from ..repairing.texts import measure, sampled
+    from ..repairing.texts import sampled
 
     check_folder(out, "heal")
     config, workers = how.config(run.seed), cluster.workers(model, text.batch_size)
-    net, wanted, texts, settings = _begun(model, plan, text, run.seed, most=repairs.TOKENS // text.length)
+    asked = _begun(model, plan, text, tasks, run.seed, most=repairs.TOKENS // text.length)
+    net, wanted, texts, settings = asked.net, asked.plan, asked.texts, asked.settings
     settings = Provenance.of(settings, sampled=True) if text.sample else settings
     with progress_bar() as progress:
         fit, stop = texts.together(text.batch_size), texts.stop(text.batch_size)
@@ -95,34 +100,71 @@ def heal(
         healed = heal_plan(
             net, wanted, fit, stop, config, out=out, provenance=settings, workers=workers, progress=progress
         )
-        measured = measure(net, {wanted.state: wanted, "healed": healed}, texts.other, out, settings, progress)
+        done = replace(asked, settings=settings).measure({wanted.state: wanted, "healed": healed}, out, progress)
     looks, title = read(out / HealRecord.file, HealRecord), "what it loses on text that was not trained on"
-    quality = table(f"skip {wanted}: before the healing and after it", MEASURED, measured)
-    tables = {"healing": table(f"{out}: {title}", HEALING, looks), "quality": quality}
-    _ended(net, model.model, out, measured, tables, run.as_json)
+    tables = {"healing": table(f"{out}: {title}", HEALING, looks)}
+    done.end(tables, f"skip {wanted}: before the healing and after it", run.as_json)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, a plan that fits it, texts, tasks, and where figures come from."""
+
+    spec: str
+    net: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    texts: RepairTexts
+    tasks: TaskChoice
+    settings: Provenance
+
+    def measure(self, plans: Mapping[State, Plan], out: Path, progress: Progress) -> Done:
+        """The states of the plan on text that is held out, and on the tasks."""
+        from ..repairing.texts import measure
+
+        measured = measure(self.net, plans, self.texts.other, out, self.settings, progress)
+        scores = judged(self.net, self.tokenizer, plans, self.tasks, out, self.settings, progress)
+        return Done(self, out, measured, scores)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was measured of a plan whose weights are in `out`."""
+
+    asked: Asked
+    out: Path
+    measured: list[MeasuredRecord]
+    scores: list[PlanScore]
+
+    def end(self, tables: dict[str, Table], title: str, as_json: bool) -> None:
+        """Say it, and what to do with the plan."""
+        tables |= {"quality": table(title, MEASURED, self.measured)}
+        if self.scores:
+            tables["tasks"] = scores_table(self.scores)
+        last = self.measured[-1]
+        verdict = Verdict.on(self.asked.net, last.plan, last.quality, last.text, last.model)
+        verdict = verdict.judged(self.scores, self.asked.tasks.recovery)
+        verdict = replace(verdict, next=what_next(verdict, self.asked.spec, self.out)[1])
+        conclude(verdict, tables, self.measured, as_json=as_json)
 
 
 def _begun(
-    model: ModelOptions, path: Path | None, text: FitOptions, seed: int, most: int | None = None
-) -> tuple[PreTrainedModel, Plan, RepairTexts, Provenance]:
-    """A model, a plan that fits it, at most so many windows of texts, and where figures come from."""
+    model: ModelOptions,
+    path: Path | None,
+    text: FitOptions,
+    tasks: RecoveryOptions,
+    seed: int,
+    most: int | None = None,
+) -> Asked:
+    """What a command is asked for, with at most so many windows of texts."""
     from ..structure.locating import locate
 
     if path is None:
         raise UsageError("give the plan with --plan: `notall search` or `notall plan` writes one")
     plan = read_plan(path)
     text.check()
+    choice = tasks.check()
     net, tokenizer = model.load()
     plan.check(locate(net))
     texts = text.draw(net, tokenizer, seed, most)
-    return net, plan, texts, model.provenance(net, **texts.described)
-
-
-def _ended(
-    net: PreTrainedModel, spec: str, out: Path, measured: list[MeasuredRecord], tables: dict[str, Table], as_json: bool
-) -> None:
-    """Say what was measured, and what to do with the plan whose weights are in `out`."""
-    last = measured[-1]
-    verdict = Verdict.on(net, last.plan, last.quality, last.text, last.model)
-    verdict = replace(verdict, next=what_next(verdict, spec, out)[1])
-    conclude(verdict, tables, measured, as_json=as_json)
+    return Asked(model.model, net, tokenizer, plan, texts, choice, model.provenance(net, **texts.described))

@@ -24,7 +24,7 @@ from ..models.retrieval import UNSEEN, Form, episode
 from .scoring import common
 
 ITEMS = 64  # of a check, unless a limit says otherwise
-SEED = 2_000_003  # of what judges; what is fitted to counts from 0
+SEED, CHOOSING = 2_000_003, 1_000_003  # of what judges, and of what chooses; what is fitted to counts from 0
 CONTEXTS = (256, 512, 1024)  # tokens, about, of a passkey's texts
 LENGTH = 512  # of other retrieval
 ANSWERED = 128  # tokens of an own answer
@@ -105,28 +105,28 @@ def json_keys(text: str) -> list[str]:
     return []
 
 
-def own_prompts(items: int) -> list[Doc]:
-    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=SEED, held_out=True)]
+def own_prompts(items: int, seed: int) -> list[Doc]:
+    return [{"prompt": one, "answer": "", "tokens": ANSWERED} for one in prompts(items, seed=seed, held_out=True)]
 
 
-def retrieval(form: Form, tokens: int, name: str, items: int) -> MadeTask:
+def retrieval(form: Form, tokens: int, name: str, items: int, seed: int) -> MadeTask:
     """Whether greedy decoding says what was told far back in a text of about so many tokens."""
-    draw = random.Random(f"{SEED} {form} {tokens}")
+    draw = random.Random(f"{seed} {form} {tokens}")
     made = [episode(form, tokens, draw) for _ in range(items)]
     docs = [{"prompt": one.text, "answer": one.answer} for one in made]
     return MadeTask(name, docs, "loglikelihood", {"found": True}, lambda _, said: {"found": float(said[1])})
 
 
-def answers(name: str, items: int) -> MadeTask:
+def answers(name: str, items: int, seed: int) -> MadeTask:
     """The share of tokens of the dense model's own greedy answers that stay the first choice, given those before."""
     metric = "first_choices"
-    return MadeTask(name, own_prompts(items), metric, {metric: True}, lambda _, share: {metric: share})
+    return MadeTask(name, own_prompts(items, seed), metric, {metric: True}, lambda _, share: {metric: share})
 
 
-def written(name: str, items: int) -> MadeTask:
+def written(name: str, items: int, seed: int) -> MadeTask:
     """What a plan writes to prompts, beside what the dense model writes."""
     metrics = {"same_beginning": True, "same_number": True, "valid_json": True, "words": False}
-    return MadeTask(name, own_prompts(items), "chat", metrics, beside_dense)
+    return MadeTask(name, own_prompts(items, seed), "chat", metrics, beside_dense)
 
 
 def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
@@ -145,12 +145,12 @@ def beside_dense(_: Doc, said: tuple[str, str]) -> dict[str, float]:
     return found
 
 
-def reasoning(generator: str, name: str, items: int) -> MadeTask:
+def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
     """Questions of a generator of reasoning-gym, answered greedily in chat form and judged by its verifier."""
     need("reasoning_gym")
     import reasoning_gym
 
-    questions = reasoning_gym.create_dataset(generator, size=items, seed=SEED)
+    questions = reasoning_gym.create_dataset(generator, size=items, seed=seed)
     asked = "{}\n\nEnd with a line that says only: Answer: and the answer."
     docs = [{"prompt": asked.format(one["question"]), "answer": one["answer"], "tokens": REASONED, "entry": dict(one)}
             for one in questions]  # fmt: skip
@@ -164,7 +164,7 @@ def reasoning(generator: str, name: str, items: int) -> MadeTask:
     return MadeTask(name, docs, "chat", {"exact_match": True}, verify)
 
 
-MAKERS: Mapping[str, Callable[[str, int], MadeTask]] = {
+MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {
     **{f"passkey_{tokens}": partial(retrieval, "passkey", tokens) for tokens in CONTEXTS},
     **{f"retrieval_{form}": partial(retrieval, form, LENGTH) for form in UNSEEN},
     "answers": answers,
@@ -181,17 +181,17 @@ def is_check(name: str) -> bool:
     return name in MAKERS or name.startswith(GYM)
 
 
-def made(name: str, items: int = ITEMS) -> MadeTask:
+def made(name: str, items: int = ITEMS, seed: int = SEED) -> MadeTask:
     """The task of a name. Raises `UsageError` where reasoning-gym lacks, or a generator of it."""
     if not name.startswith(GYM):
-        return MAKERS[name](name, items)
+        return MAKERS[name](name, items, seed)
     generator = name.removeprefix(GYM)
     if generator not in generators():
         near = nearest(generator, generators())
         raise UsageError(
             f"reasoning-gym has no generator {shortened(generator)!r}{near}: `notall tasks gym` lists them"
         )
-    return reasoning(generator, name, items)
+    return reasoning(generator, name, items, seed)
 
 
 def generators() -> list[str]:

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from ..errors import UsageError, installed, nearest, shortened
 from ..models.load_errors import quiet
 from ..results.facts import NamedTasks
-from .checks import GROUPS, GYM, ITEMS, MAKERS, generators, is_check, made
+from .checks import CHOOSING, GROUPS, GYM, ITEMS, MAKERS, SEED, generators, is_check, made
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,10 @@ class TaskShelf:
         found.sort(key=lambda name: not name.lower().startswith(word.lower()))  # these are more likely meant
         return [NamedTasks(task=name, kind=kinds[name], num_fewshot=shots.get(stock_name(name))) for name in found]
 
-    def build(self, name: str, num_fewshot: int | None = None, limit: int | None = None) -> Job:
+    def build(self, name: str, num_fewshot: int | None = None, limit: int | None = None, choosing: bool = False) -> Job:
         """Load a task's data and build its requests, with the leaderboard's number of examples unless one is given.
 
+        A check has other items for `choosing` than for judging what was chosen.
         Raises `UsageError` when the data can't be had, or is not what the task says.
         """
         if num_fewshot is not None and num_fewshot < 0:
@@ -176,7 +177,8 @@ class TaskShelf:
         torch.manual_seed(DEFAULT_OTHER_SEED)
         with quiet(), no_bars():
             try:
-                loaded = self.manager.load([made(name, limit or ITEMS) if is_check(name) else name])
+                seed = CHOOSING if choosing else SEED
+                loaded = self.manager.load([made(name, limit or ITEMS, seed) if is_check(name) else name])
                 for task in loaded["tasks"].values():
                     _build_requests(task, num_fewshot, limit)
             except Exception as error:  # whatever a task's own code and data, and the hub, may raise

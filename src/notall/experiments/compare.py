@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from ..choosing.space import Space
     from ..running.repaired import RepairedPlan
 
-TASK_LIMIT = 100  # documents of a task that is an objective, where nothing else is said
 NO_TASKS = TaskChoice(None, ())
 
 
@@ -222,8 +221,7 @@ class CompareOptions:
         """By their names; those of tasks have as many documents as --limit says, or a hundred."""
         from ..choosing.objective import build_objective
 
-        most = (tasks.limits.most if tasks.limits else None) or TASK_LIMIT
-        build = partial(build_objective, prompts=self.prompts, task_path=tasks.shelf, task_limit=most)
+        build = partial(build_objective, prompts=self.prompts, task_path=tasks.shelf, task_limit=tasks.questions)
         return {name: CalibratedObjective(build(name, model, tokenizer, batches), batches) for name in self.objective}
 
 

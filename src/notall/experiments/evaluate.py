@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, get_args
 from ..errors import UsageError
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import QUALITY, PlanCheck, PlanScore, Quality
+from ..results.facts import PLAN_SCORES, QUALITY, PlanCheck, PlanScore, Quality, State
 from ..results.ledger import Ledger, working_in
 from ..results.provenance import Provenance
 from ..results.record import Fact, is_number
-from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRecord, RefitRecord, State
+from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRecord, RefitRecord
 from ..results.table import Column, number, table, within, words
-from .driver import run_choice
 from .folder import Card, Figure, Folder, Section, Shown, Step, in_nats
 from .options import PlanOptions, TaskChoice
+from .recovery import JudgedRecord, judge, keep_scores
 from .verdict import Verdict, asking_for_less, mending, next_command
 
 if TYPE_CHECKING:
@@ -111,12 +111,11 @@ class Evaluation:
             with working_in(self.out, "eval"):
                 kept = Ledger(self.out, MeasuredRecord)
                 kept.add(*(record for record in records if record.key not in kept))
+            keep_scores(self.out, self.states, found.scores, settings)
         return records
 
     def _scores(self, jobs: Sequence[Job]) -> list[PlanScore]:
-        names, plans = zip(*self.states.items())
-        found = run_choice(self.model, self.tokenizer, plans, jobs, self.tasks, self.out, self.progress)
-        return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
+        return judge(self.model, self.tokenizer, self.states, jobs, self.tasks, self.out, self.progress)
 
     def _gsm8k(self) -> list[PlanScore]:
         """On a few documents, unless --limit names it; nothing where its data can't be had."""
@@ -129,36 +128,6 @@ class Evaluation:
         except UsageError as error:
             warnings.warn(f"the diagnostics go without {GSM8K}: {error}", stacklevel=2)
             return []
-
-
-def check_recovery(least: float | None, tasks: TaskChoice) -> None:
-    """Raise `UsageError` for what is no share, and where there is no task to tell it by."""
-    if least is None:
-        return
-    if not 0 < least <= 1:
-        raise UsageError(f"--recovery {least:g} is no share of a score: give one such as 0.95")
-    if not tasks:
-        raise UsageError("--recovery goes by tasks: give --tasks passkey,answers, or others of `notall tasks`")
-
-
-def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
-    """Which tasks of the plan's last state are not seen to keep `least` of the dense model's score; None: all are.
-
-    Every metric counts of which more is better; where the dense model scores nothing, it is inconclusive.
-    """
-    last, short = [one for one in scores if one.model == scores[-1].model and one.higher_is_better], []
-    for one in last:
-        name = f"{one.task} ({one.usual_metric})"
-        if one.recovery is None:
-            short.append(f"{name} inconclusive, as the dense model scores {one.value - one.delta:.2f}")
-        elif (verdict := one.recovery.is_kept(least)) != "kept":
-            share, low, high = one.recovery.interval
-            more = one.recovery.items_to_tell(least)
-            tell = f"; about {more:,} would tell" if verdict == "inconclusive" and more else ""
-            short.append(f"{name} {verdict}, {share:.2f} [{low:.2f}, {high:.2f}] on {one.documents} items{tell}")
-    if not last:
-        return f"a recovery of {least:g}: no task has a score of which more is better"
-    return f"a recovery of {least:g} on {len(short)} of {len(last)} scores: {'; '.join(short)}" if short else None
 
 
 def mend_of(spec: str, asked: PlanOptions, plan: Plan) -> str:
@@ -203,6 +172,7 @@ def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -
     states, message = {one.model: one for one in measured}, None
     if last:
         verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
+        verdict = verdict.judged(folder.of(JudgedRecord))
         message = verdict.message(*then(verdict))
     return Shown(
         message=message,
@@ -222,6 +192,7 @@ def _sections(folder: Folder) -> Iterator[Section]:
             "before and by the plan after. Lower is better. Differences are paired with the dense model."
         )
         yield Section("measured", "Before and after", (), table("measured", MEASURED, measured), note=note)
+    yield from tasks_section(folder)
     if looks := folder.of(HealRecord):
         note = "KL to the dense model, on text that is not trained on. The weights that were best there are kept."
         drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the training", note=note)
@@ -233,6 +204,18 @@ def _sections(folder: Folder) -> Iterator[Section]:
         )
         drawn = Figure(on_page(by_depth(refits), 300), "Error that each refit left, by depth", note=note)
         yield Section("refits", "What became of each kept sublayer", (drawn,), table("refits", REFITS, refits))
+
+
+def tasks_section(folder: Folder) -> Iterator[Section]:
+    """What plans score on tasks, where that was measured."""
+    if scores := folder.of(JudgedRecord):
+        note = (
+            "Recovery is the share of the dense model's score on the same items that is kept, with its 95 % interval. "
+            "Worse: p < 0.05."
+        )
+        yield Section(
+            "tasks", "What is kept of what the dense model can do", (), table("tasks", PLAN_SCORES, scores), note=note
+        )
 
 
 def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ..errors import UsageError, nearest, need, shortened
 from ..inputs import Settings
+from ..models.names import DEFAULT_TEXT, USE
 from ..options import Option, option
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "notall.json"  # of an export
 Words = tuple[str, ...]  # of an option that may be repeated
+TEXT = (
+    "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers, "
+    "retrieval and prose"
+)
+QUESTIONS = 100  # of a task that is an objective, where nothing else is said
 SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most
 
 
@@ -97,11 +103,7 @@ class ModelOptions:
 class PromptOptions:
     PANEL: ClassVar = "Text"
 
-    text: str = option(
-        "prose",
-        "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers, "
-        "retrieval and prose",
-    )
+    text: str = option(DEFAULT_TEXT, TEXT)
     sequences: int = option(8, "number of windows")
 
     def check(self) -> None:
@@ -144,6 +146,7 @@ class TextOptions(PromptOptions):
 class HeldOutOptions(TextOptions):
     """Windows of a text, and others to measure on: of another text, or of the same."""
 
+    text: str = option(USE, TEXT)
     held_out: str | None = option(None, "text to measure on (default: other windows of --text)")
     held_out_sequences: int | None = option(None, "windows to measure on (default: as --sequences)")
 
@@ -316,7 +319,9 @@ class TaskOptions:
         "passkey, retrieval, answers, written or reasoning, openllm, or tasks of lm-evaluation-harness, separated by "
         "commas; see `notall tasks`",
     )
-    limit: Words = option((), "documents of each task, such as 40; mmlu=2 limits one task, or each task of a group")
+    limit: Words = option(
+        (), "documents of each task (default: all; 64 of a check), such as 40; mmlu=2 limits one task, or a group's"
+    )
     num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)
     task_path: TaskPath = None
     truncate: bool = option(False, "cut the beginning of what is longer than the context")
@@ -359,6 +364,7 @@ class TaskChoice:
     batch_size: int | Literal["auto"] = "auto"
     truncate: bool = False
     limits: Limits | None = None
+    recovery: float | None = None  # the share of the dense model's score that each must keep
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -366,13 +372,18 @@ class TaskChoice:
     def limit_of(self, task: str) -> int | None:
         return self.limits.of(task) if self.limits else None
 
-    def build(self, name: str) -> Job:
+    @property
+    def questions(self) -> int:
+        """How many training questions an objective has of a task."""
+        return (self.limits.most if self.limits else None) or QUESTIONS
+
+    def build(self, name: str, choosing: bool = False) -> Job:
         """Its data, loaded, and its requests, built. Raises `UsageError` as `TaskShelf.build` does."""
         assert self.shelf
-        return self.shelf.build(name, self.num_fewshot, self.limit_of(name))
+        return self.shelf.build(name, self.num_fewshot, self.limit_of(name), choosing)
 
-    def jobs(self) -> list[Job]:
-        return [self.build(name) for name in self.names]
+    def jobs(self, choosing: bool = False) -> list[Job]:
+        return [self.build(name, choosing) for name in self.names]
 
 
 HIDDEN = "also measure what accuracy hides: NLL by position, passkey, calibration, writing, GSM8K"

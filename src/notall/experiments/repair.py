@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import UsageError, shortened
-from ..models.names import DEFAULT_TEXT
+from ..models.names import USE
 from ..options import option
 from ..plan import Plan
 from ..progress import Progress
@@ -39,7 +39,7 @@ class RepairOptions:
     PANEL: ClassVar = "Repair"
 
     repair: str | None = option(None, f"repair what is kept first: {METHODS}", metavar="METHOD")
-    repair_text: Words = option((), "text to fit to; repeat it for more (default: prose)")
+    repair_text: Words = option((), "text to fit to; repeat it for more (default: mix)")
     repair_sequences: int | None = option(None, "windows of 512 tokens to fit to (default: up to 128)")
 
     def __bool__(self) -> bool:
@@ -65,7 +65,7 @@ class RepairOptions:
         from ..repairing.methods import repair_into
         from ..repairing.texts import RepairTexts
 
-        sources, size = self.repair_text or (DEFAULT_TEXT,), self.repair_sequences
+        sources, size = self.repair_text or (USE,), self.repair_sequences
         texts = RepairTexts.draw(model, tokenizer, sources, sequences=size, progress=progress)
         if not plan or plan.state == "repaired":
             return plan, texts.other
@@ -80,7 +80,7 @@ class FitOptions:
 
     PANEL: ClassVar = "Text"
 
-    text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: prose)")
+    text: Words = option((), "text to fit to; repeat it, since two kinds repair better than one (default: mix)")
     held_out: Words = option((), "text to measure on; repeat it for more (default: other windows of each --text)")
     sequences: int | None = option(None, "windows to fit to, of all texts together (default: up to 128)")
     length: int = option(512, "tokens in each window")
@@ -102,7 +102,7 @@ class FitOptions:
         from ..repairing.texts import RepairTexts
         from ..results.terminal import progress_bar
 
-        texts, size = self.text or (DEFAULT_TEXT,), {"sequences": self.windows, "most": most, "length": self.length}
+        texts, size = self.text or (USE,), {"sequences": self.windows, "most": most, "length": self.length}
         with progress_bar("reading the texts") as progress:
             return RepairTexts.draw(model, tokenizer, texts, self.held_out, **size, seed=seed, progress=progress)
 
@@ -111,7 +111,7 @@ class FitOptions:
 class HealTexts(FitOptions):
     """The texts that are trained on, and those that what came out is measured on."""
 
-    text: Words = option((), "text to train on; repeat it for more (default: prose)")
+    text: Words = option((), "text to train on; repeat it for more (default: mix)")
     sequences: int | None = option(None, "windows to train on, of all texts together (default: up to 131,072 tokens)")
     batch_size: int = option(4, "windows of a step")
     sample: bool = option(False, "train on what the dense model writes, from the first words of each window")

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from ..errors import UsageError, need, shortened
+from ..models.names import DEFAULT_TEXT, USE
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
-from ..results.facts import QUALITY, SPEED_CHECK, Footprint, PlanCheck, Quality, SearchCost, SpeedCheck
+from ..results.facts import (
+    QUALITY,
+    SPEED_CHECK,
+    Footprint,
+    PlanCheck,
+    PlanScore,
+    Quality,
+    SearchCost,
+    SpeedCheck,
+    State,
+)
 from ..results.ledger import Ledger, read, working_in
 from ..results.lines import check_file
 from ..results.provenance import Provenance
 from ..results.record import Amount, Key, Number, Record, Skips, SublayerName
-from ..results.repairs import FittedText, MeasuredRecord, State
+from ..results.repairs import FittedText, MeasuredRecord
 from ..results.table import Column, number, table, within, words
-from .evaluate import last_measured
+from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
-from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskOptions, TaskPath, space_of
+from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
 from .pages import read_costs
+from .recovery import JudgedRecord, RecoveryOptions, checks_of, judge, judged, short_of
 from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -36,8 +49,9 @@ if TYPE_CHECKING:
     from ..choosing.budget import Budget, Resource
     from ..choosing.choice import ChosenPlan
     from ..choosing.space import Space
-    from ..evaluation.tasks import TaskShelf
 
+FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
+WITH_RETRIEVAL = "kl + 0.3*retrieval"  # an episode has few tokens to judge, each of which is lost at once
 RESOURCES: Mapping[str, Resource] = {"params": "params", "weights": "weight_bytes", "kv": "kv_bytes_per_token"}
 NOTE = (
     "The objective is what the search went by, on its own text; NLL and KL, where they are given, were measured on "
@@ -134,8 +148,11 @@ class BudgetOptions:
     )
     max_kl: float | None = option(None, "the same for KL")
 
-    def check(self, amount: SkipAmount) -> BudgetChoice:
-        """Raises `UsageError` unless these and the number of --skip are one budget, with a limit or without."""
+    def check(self, amount: SkipAmount, recovery: float | None = None) -> BudgetChoice:
+        """Raises `UsageError` unless these and the number of --skip are one budget, with a limit or without.
+
+        With a `recovery` to keep there need be none.
+        """
         from ..choosing.budget import check_nats
         from ..choosing.latency import check_faster
 
@@ -145,28 +162,37 @@ class BudgetOptions:
         given |= {"count": amount.amounts[0]} if amount.amounts else {}
         limits = [(name, value) for name, value in given.items() if name.startswith("max_")]
         savings = [one for one in given.items() if one not in limits]
+        if recovery and not given:
+            return BudgetChoice(None, ("farthest", FARTHEST), by_recovery=True)
         if not given or len(limits) > 1 or len(savings) > 1:
             wrong = [*dict(savings if len(savings) > 1 else limits)] or ["count", *vars(self)]
             names = [f"--skip {amount.kind}:N" if name == "count" else f"--{name.replace('_', '-')}" for name in wrong]
-            raise UsageError(f"give one budget: {' or '.join(names)}")
+            raise UsageError(f"give one budget: {' or '.join([*names, *([] if given else ['--recovery'])])}")
         for _, value in limits:
             check_nats(value)
         if self.speedup is not None:
             check_faster(self.speedup)
-        return BudgetChoice(next(iter(savings), None), next(iter(limits), None))
+        return BudgetChoice(
+            next(iter(savings), None), next(iter(limits), None), by_recovery=bool(recovery and not savings)
+        )
 
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """What to save, or at most how many nats to lose, by the names of options."""
+    """What to save, or at most how many nats to lose, by the names of options; with a recovery as much as keeps it."""
 
     saving: tuple[str, float] | None
     limit: tuple[str, float] | None = None
+    by_recovery: bool = False
 
-    @property
-    def objective(self) -> str:
-        """The one that is limited, else KL: of as much text it tells more, and its sets lose less on other text."""
-        return self.limit[0].removeprefix("max_") if self.limit else "kl"
+    def objective(self, text: str) -> str:
+        """The one that is limited, else KL: of as much text it tells more, and its sets lose less on other text.
+
+        On the mix retrieval counts, too.
+        """
+        if self.limit and self.limit[0] in ("max_nll", "max_kl"):
+            return self.limit[0].removeprefix("max_")
+        return WITH_RETRIEVAL if text == USE else "kl"
 
     def check(self, model: PreTrainedModel, space: Space, workload: Workload) -> None:
         """Raise `UsageError` for what cannot be saved, as far as that is known without timing the model."""
@@ -180,7 +206,8 @@ class BudgetChoice:
         from ..choosing.budget import by_count, by_footprint, by_limit, within_limit
         from ..choosing.latency import by_speedup, measure_times
 
-        limit = by_limit(space, self.limit[1], self.objective.upper()) if self.limit else None
+        nats = self.limit and {"max_nll": "NLL", "max_kl": "KL"}.get(self.limit[0], "of the objective")
+        limit = by_limit(space, self.limit[1], nats) if self.limit and nats else None
         if self.saving is None:
             assert limit
             return limit
@@ -202,13 +229,13 @@ class ObjectiveOptions:
 
     criterion: str = option("search", "a name of `notall criteria`, or your own module:function")
     objective: str | None = option(
-        None, "nll, kl, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl; nll with --max-nll)"
+        None,
+        "nll, kl, retrieval, answers, task:NAME, or a sum such as 'kl + 0.5*task:NAME' (default: kl, on the mix kl + "
+        "0.3*retrieval; what --max-nll or --max-kl limits)",
     )
     prompts: Path | None = option(
         None, "for `answers`: a file with a prompt on each line, or a .jsonl with a `prompt` column"
     )
-    task_path: TaskPath = None
-    limit: int = option(100, "training questions to use for task:NAME")
     max_minutes: float | None = option(
         None, "stop looking after this many minutes; loading, timing and measuring come on top"
     )
@@ -219,12 +246,6 @@ class ObjectiveOptions:
         from ..choosing.criteria import criterion as criterion_of
 
         need(*criterion_of(self.criterion).needs)
-
-    def shelf(self, otherwise: str) -> TaskShelf | Path | None:
-        """The tasks that the objective, or `otherwise`, goes by. Raises `UsageError` for none, and for no prompts."""
-        tasks = tasks_of([self.objective or otherwise], self.prompts)
-        options = TaskOptions(limit=(str(self.limit),) if tasks else (), task_path=self.task_path)
-        return options.check(objectives=tasks).shelf or self.task_path
 
 
 def tasks_of(objectives: Sequence[str], prompts: Path | None) -> list[str]:
@@ -244,6 +265,7 @@ class Searched(NamedTuple):
     budget: str
     measured: Sequence[MeasuredRecord]
     passkeys: Sequence[PlanCheck]
+    scores: Sequence[PlanScore]
     verdict: Verdict
 
 
@@ -258,6 +280,7 @@ class Search:
     workload: Workload
     by: ObjectiveOptions
     repair: RepairOptions
+    tasks: RecoveryOptions
     out: Path
     seed: int = 0
 
@@ -279,7 +302,7 @@ class Search:
             raise UsageError("--repair judges sets by the KL that it leaves: leave --objective out, and --max-nll")
         self.by.check()
         check_minutes(self.by.max_minutes)
-        wanted = self.budget.check(self.space.amount)
+        wanted = self.budget.check(self.space.amount, self.tasks.recovery)
         self.text.check()
         self.repair.check(self.repaired)
         return wanted
@@ -291,20 +314,21 @@ class Search:
         from ..repairing.texts import measure
 
         wanted = self.check()
-        shelf = self.by.shelf(wanted.objective)
+        judged_by = self.by.objective or wanted.objective(self.text.text)
+        tasks = self.tasks.check(objectives=tasks_of([judged_by], self.by.prompts))
         net, tokenizer = self.model.load()
         among = self.space.of(net)
         batches, others, about = self.text.both(net, tokenizer, seed=self.seed, fewer=True, progress=progress)
         other = {name: about.pop(name) for name in ("held_out", "held_out_sha256") if name in about}
         wanted.check(net, among, self.workload)
         goal = build_objective(
-            self.by.objective or wanted.objective,
+            judged_by,
             net,
             tokenizer,
             batches,
             prompts=self.by.prompts,
-            task_path=shelf,
-            task_limit=self.by.limit,
+            task_path=tasks.shelf or self.tasks.task_path,
+            task_limit=tasks.questions,
         )
         budget = wanted.of(net, among, self.workload, progress)
         settings = self.model.provenance(net, **about)
@@ -322,6 +346,7 @@ class Search:
             seed=self.seed,
             held_out=others,
             after_repair=bool(self.repair),
+            keeps=self._keeper(net, tokenizer, tasks, settings, progress) if wanted.by_recovery else None,
             progress=progress,
         )
         self._save(found.plan)
@@ -336,12 +361,37 @@ class Search:
             windows = {text: others} if self.text.held_out else windows
             measured = measure(net, plans, windows, self.folder, settings, progress)
             verdict = Verdict.on(net, repaired, measured[-1].quality, measured[-1].text)
-        passkeys = self._passkeys(net, tokenizer, plans, batches)
+        passkeys = [] if tasks else self._passkeys(net, tokenizer, plans, batches)
+        scores = judged(net, tokenizer, plans, tasks, self.folder, settings, progress)
         missed = found.missed and f"{budget.description}: {found.missed}"
         speedup = found.times.measured_speedup if found.times else None
         verdict = replace(verdict, speedup=speedup, verb="runs", missed=missed, late=not found.in_time)
+        verdict = verdict.judged(scores, tasks.recovery)
         verdict = replace(verdict, next=self._next(net, verdict))
-        return Searched(record, budget.description, measured, passkeys, verdict)
+        return Searched(record, budget.description, measured, passkeys, scores, verdict)
+
+    def _keeper(
+        self,
+        net: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: TaskChoice,
+        settings: Provenance,
+        progress: Progress,
+    ) -> Callable[[Plan], bool]:
+        """Whether a plan, after the repair if there is one, keeps enough on items that do not judge it later."""
+        checks = checks_of(tasks)
+        jobs, least = checks.jobs(choosing=True), checks.recovery
+        assert least
+
+        def keeps(plan: Plan) -> bool:
+            with TemporaryDirectory() as folder:
+                out = Path(folder) / "repaired"
+                if self.repair:
+                    plan, _ = self.repair.apply(net, tokenizer, plan, out, settings, progress)
+                found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
+            return short_of(found, least) is None
+
+        return keeps
 
     def _save(self, plan: Plan) -> None:
         with suppress(UsageError):
@@ -364,7 +414,6 @@ class Search:
         return [PlanCheck(model=name, **dict(one)) for name, some in zip(distinct, checks) for one in some]
 
     def _next(self, net: PreTrainedModel, verdict: Verdict) -> str:
-        from ..models.names import DEFAULT_TEXT
         from ..structure.locating import locate
 
         spec, made = self.model.model, self.repaired if self.repair else self.out
@@ -372,22 +421,26 @@ class Search:
             return next_command("search", spec, max_nll=LITTLE, out=self.out)
         if locate(net).stubbed:  # its layers are neither cut out of a checkpoint nor repaired
             return next_command("bench", spec, plan=made)
-        return what_next(verdict, spec, made, None if self.text.text == DEFAULT_TEXT else self.text.text)[1]
+        return what_next(verdict, spec, made, None if self.text.text == USE else self.text.text)[1]
 
 
 def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
     """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
     texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
-    own = {text.text_sha256: "repaired with" for text in texts}
+    own = [("repaired with", text.text, text.text_sha256) for text in texts]
     found = path.with_suffix(".search") / SearchRecord.file if path else None
     if found and found.is_file():
         with suppress(UsageError):  # a damaged file is nothing to stop for
-            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
-            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
-    if how := own.get(str(described["text_sha256"])):
-        text = shortened(described["text"])
-        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
-        print(note, file=sys.stderr)
+            chosen = [record.what for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
+            own += [("chosen by", str(what.get("text")), str(what.get("text_sha256"))) for what in chosen]
+    text = str(described["text"])
+    for how, name, sha256 in own:
+        within = name == USE and text == DEFAULT_TEXT
+        if within or sha256 == described["text_sha256"]:
+            holds = f"{shortened(name)}, which holds {text}" if within else shortened(name)
+            note = f"note: the plan was {how} {holds}, where it looks better than it is; measure on another --text"
+            print(note, file=sys.stderr)
+            return
 
 
 def shown(folder: Folder) -> Shown:
@@ -406,12 +459,13 @@ def shown(folder: Folder) -> Shown:
         state=repaired.model if repaired else "skipped",
         missed=last.missed and f"what was asked: {shortened(last.missed, 120)}",
     )
+    verdict = verdict.judged(folder.of(JudgedRecord))
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
     results = table("results", COLUMNS, records)
     return Shown(
         message=verdict.message(*what_next(verdict, folder.model, made)),
         steps=steps,
         first=len(records) - 1,
-        sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE),),
+        sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE), *tasks_section(folder)),
         costs=read_costs(folder.path),
     )

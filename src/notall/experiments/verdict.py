@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
-from ..models.names import DEFAULT_TEXT
+from ..models.names import DEFAULT_TEXT, USE
 from ..plan import Plan
-from ..results.facts import Footprint, Quality
+from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
 from ..results.provenance import Provenance
 from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
 from ..results.table import in_bytes
 from .folder import Folder, Message, Step, in_nats
+from .recovery import kept_in_words, lost_in, short_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,6 +87,8 @@ class Verdict:
     layers: int = 0
     missed: str | None = None  # what was reached of a budget that was not
     late: bool = False  # the time was up before the search was done
+    scores: Sequence[PlanScore] = ()  # on tasks
+    least: float = RECOVERY  # the share of the dense model's score to keep
     next: str = ""  # the command to type
 
     @classmethod
@@ -117,8 +120,20 @@ class Verdict:
 
     @property
     def usable(self) -> bool | None:
-        """Whether perplexity has at most doubled and at least half of the first choices are the same."""
-        return None if self.quality is None else is_usable(self.quality)
+        """Whether no task is lost, perplexity has at most doubled, and half of the first choices are the same."""
+        return not self.faults if self.quality or self.scores else None
+
+    @property
+    def faults(self) -> list[str]:
+        lost = lost_in(self.scores, self.least)
+        told = [f"less than {self.least:.2g} of the dense model's score is kept on {joined(lost)}"] if lost else []
+        return (faults_of(self.quality) if self.quality else []) + told
+
+    def judged(self, scores: Sequence[PlanScore], asked: float | None = None) -> Verdict:
+        """With what tasks say of it; where less is kept than is `asked` for, or that is not seen, it is missed."""
+        short = short_of(scores, asked) if asked else None
+        missed = "; ".join(filter(None, (self.missed, short))) or None
+        return replace(self, scores=scores, least=asked or RECOVERY, missed=missed)
 
     @property
     def lost(self) -> float:
@@ -173,8 +188,10 @@ class Verdict:
             state = f"the {self.state} " if self.state in ("repaired", "healed") else ""
             model = f", {state}{shortened(self.model, NAME_LETTERS)}" if self.model else ""
             yield f"Without {self.plan.in_words(self.among)}{among}{model}: {'; '.join(self._parts())}."
-        if self.quality and (faults := faults_of(self.quality)):
+        if faults := self.faults:
             yield f"Warning: the model is no longer usable: {' and '.join(faults)}."
+        if told := kept_in_words(self.scores, self.least):
+            yield told
         if self.missed:
             yield f"Missed {self.missed}."
         if self.late:
@@ -240,6 +257,6 @@ def what_next(verdict: Verdict, model: str, made: Path, repair_text: str | None 
 def on_the_text(about: Provenance, *sizes: str) -> dict[str, object]:
     """The options that name the text of a run, where it is not what commands read by default; with it its `sizes`."""
     what = about.what
-    if what.get("text", DEFAULT_TEXT) == DEFAULT_TEXT:
+    if what.get("text", USE) in (DEFAULT_TEXT, USE):
         return {}
     return {name: what[name] for name in ("text", *sizes) if name in what}

@@ -18,6 +18,7 @@ from ..plan import Plan
 from ..progress import Progress, silent, tracked
 from ..running.generating import as_asked, greedy_each, prompt_tokens
 from ..running.skipping import skip
+from .names import USE
 from .prompts import prompts
 from .retrieval import FITTED, episode
 from .texts import MIX, Text, read_text
@@ -39,7 +40,7 @@ def text_of(
         content = own_answers(model, tokenizer, progress)
     elif source == "episodes":
         content = episodes()
-    elif source == "mix":
+    elif source == USE:
         parts = [text_of(model, tokenizer, part, progress).content for part in MIX]
         content = "\n\n".join(part[: min(map(len, parts))] for part in parts)
     else:

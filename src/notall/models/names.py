@@ -12,6 +12,7 @@ from ..inputs import Settings
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_TEXT = "prose"  # Python's own documentation
+USE = "mix"  # text like what a model is used for, by which sublayers are chosen, and to which weights are fitted
 _LLAMA_2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 # The arguments of LlamaConfig for each shape that can be timed without its weights.

@@ -15,10 +15,10 @@ from ..digests import digest_of
 from ..errors import UsageError, expect, shortened
 from ..files import expanded
 from ..inputs import read_json
-from .names import DEFAULT_TEXT
+from .names import DEFAULT_TEXT, USE
 
 MIX = ("answers", "episodes", DEFAULT_TEXT)  # the parts of the text `mix`
-MADE = ("answers", "episodes", "mix")  # texts that are made, of a model
+MADE = ("answers", "episodes", USE)  # texts that are made, of a model
 MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
 
 

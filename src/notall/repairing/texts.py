@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..inputs import Settings
 from ..measuring.quality import evaluate
 from ..models.mix import text_of
-from ..models.names import DEFAULT_TEXT
+from ..models.names import USE
 from ..models.texts import token_batches, windows_in
 from ..plan import Plan
 from ..progress import Progress, silent, tracked
@@ -47,7 +47,7 @@ class RepairTexts:
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str] = (DEFAULT_TEXT,),
+        texts: Sequence[str] = (USE,),
         held_out: Sequence[str] = (),
         *,
         sequences: int | None = None,

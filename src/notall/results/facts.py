@@ -21,6 +21,7 @@ from .table import (
     words,
 )
 
+State = Literal["skipped", "repaired", "healed"]  # of a plan: what was made up for what it skips
 Decoding = Literal["greedy", "sampled"]  # how a model writes: the likeliest token each time, or at temperature 1
 
 
@@ -302,9 +303,9 @@ class PlanCheck(Check):
 
 
 class PlanScore(TaskScore):
-    """A score of one of several plans."""
+    """A score of one state of a plan."""
 
-    model: str = Field(description="which: skipped or repaired")
+    model: State
 
 
 PLAN_CHECKS: tuple[Column[PlanCheck], ...] = (

@@ -129,6 +129,7 @@ HOMES: dict[str, tuple[str, tuple[Command, ...]]] = {
     "refit": ("refits.jsonl", ("repair",)),
     "healing": ("healing.jsonl", ("heal",)),
     "measured": ("measured.jsonl", ("repair", "heal", "search", "eval")),
+    "judged": ("judged.jsonl", ("repair", "heal", "search", "eval")),
     "bench": ("bench.jsonl", ("bench",)),
     "draft": ("drafts.jsonl", ("draft",)),
     "answers": ("answers.jsonl", ("eval", "paper")),

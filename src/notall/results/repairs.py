@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from .facts import QUALITY, Quality, SearchCost
+from .facts import QUALITY, Quality, SearchCost, State
 from .record import Amount, Count, Key, Number, Record, Share, Skips, SublayerName
 from .table import Column, number, within, words
 
 LITTLE = 0.02  # of the error: refits that mend less fill screens
-State = Literal["skipped", "repaired", "healed"]
 
 
 class EvaluationRecord(Record, kind="evaluation", key=("skipped", "batches"), headed=True):

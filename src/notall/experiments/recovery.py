@@ -1,0 +1,151 @@
+"""What is kept of what the dense model can do, by tasks: what is asked for, measured, kept, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..options import option
+from ..plan import Plan
+from ..progress import Progress, silent
+from ..results import lines
+from ..results.facts import PLAN_SCORES, RECOVERY, PlanScore, Recovered, State
+from ..results.ledger import Ledger
+from ..results.provenance import Provenance
+from ..results.record import Record, Skips
+from ..results.table import Table, table
+from .driver import run_choice
+from .options import TaskChoice, TaskOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation.tasks import Job
+
+TASKS = "passkey", "retrieval", "answers"  # by which recovery is told, where none are named
+
+
+@dataclass(frozen=True)
+class RecoveryOptions(TaskOptions):
+    """By which tasks what is kept is measured, and how much of it is asked for."""
+
+    recovery: float | None = option(
+        None,
+        "the share of the dense model's score that each task must keep, or exit code 3 (of passkey, retrieval and "
+        "answers, if no --tasks are named)",
+        metavar="SHARE",
+    )
+
+    def check(self, *, also: Sequence[str] = (), objectives: Sequence[str] = ()) -> TaskChoice:
+        """As `TaskOptions.check`; raises `UsageError` for what is no share of a score, too."""
+        if self.recovery is None:
+            return super().check(also=also, objectives=objectives)
+        if not 0 < self.recovery <= 1:
+            raise UsageError(f"--recovery {self.recovery:g} is no share of a score: give one such as 0.95")
+        named = replace(self, tasks=self.tasks or TASKS, recovery=None)
+        return replace(named.check(also=also, objectives=objectives), recovery=self.recovery)
+
+
+def checks_of(tasks: TaskChoice) -> TaskChoice:
+    """Those of the tasks that need no data, or else the usual ones: they have items to choose by, too."""
+    from ..evaluation.checks import is_check
+
+    assert tasks.shelf
+    return replace(tasks, names=tuple(filter(is_check, tasks.names)) or tuple(tasks.shelf.names(TASKS)))
+
+
+class JudgedRecord(Record, Skips, PlanScore, kind="judged", key=("task", "metric", "model")):
+    """A plan, with its weights if it has any, on a task, beside the dense model on the same items."""
+
+
+def judge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Mapping[State, Plan],
+    jobs: Sequence[Job],
+    tasks: TaskChoice,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> list[PlanScore]:
+    """What the plans, by their states, score on `jobs`. Answers are kept in the folder `out`."""
+    names = [*plans]
+    found = run_choice(model, tokenizer, [*plans.values()], jobs, tasks, out, progress)
+    return [PlanScore(model=names[result.number], **dict(result.score)) for result in found]
+
+
+def judged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Mapping[State, Plan],
+    tasks: TaskChoice,
+    folder: Path,
+    settings: Provenance,
+    progress: Progress = silent,
+) -> list[PlanScore]:
+    """What the plans score on the tasks that are asked for, kept in `folder`, with their answers in one beside it."""
+    scores = judge(model, tokenizer, plans, tasks.jobs(), tasks, folder / "answers", progress)
+    keep_scores(folder, plans, scores, settings)
+    return scores
+
+
+def keep_scores(folder: Path, plans: Mapping[State, Plan], scores: Sequence[PlanScore], settings: Provenance) -> None:
+    """Write down what plans score, unless it is there."""
+    records = []
+    for score in scores:
+        plan = plans[score.model]
+        about = Provenance.of(settings, weights=plan.digest)
+        records.append(JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about))
+    with lines.lock(folder):
+        Ledger(folder, JudgedRecord).renew(records)
+
+
+def scores_table(scores: Sequence[PlanScore]) -> Table:
+    return table("benchmarks, differences paired by document; worse: p < 0.05", PLAN_SCORES, scores)
+
+
+def last_state(scores: Sequence[PlanScore]) -> list[PlanScore]:
+    """Of the last of the states that scored, where more is better."""
+    return [one for one in scores if one.model == scores[-1].model and one.higher_is_better]
+
+
+def verdict_on(score: PlanScore, least: float) -> Recovered:
+    """Where the dense model scores nothing, nothing can be told."""
+    return score.recovery.is_kept(least) if score.recovery else "inconclusive"
+
+
+def lost_in(scores: Sequence[PlanScore], least: float = RECOVERY) -> list[str]:
+    """The tasks that the last state loses more of than is to be kept."""
+    return list(dict.fromkeys(one.task for one in last_state(scores) if verdict_on(one, least) == "lost"))
+
+
+def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str | None:
+    """How many scores of the last state keep enough; None without any."""
+    verdicts = [verdict_on(one, least) for one in last_state(scores)]
+    if not verdicts:
+        return None
+    rest = [f"{verdicts.count(word)} {word}" for word in ("lost", "inconclusive") if word in verdicts]
+    told = f"Recovery: {verdicts.count('kept')} of {len(verdicts)} scores keep {least:.2g} of the dense model's"
+    return f"{told}{''.join(f', {one}' for one in rest)}."
+
+
+def short_of(scores: Sequence[PlanScore], least: float) -> str | None:
+    """Which scores of the last state are not seen to keep `least` of the dense model's; None: all are.
+
+    Every metric counts of which more is better; where the dense model scores nothing, it is inconclusive.
+    """
+    last, short = last_state(scores), []
+    for one in last:
+        name, verdict = f"{one.task} ({one.usual_metric})", verdict_on(one, least)
+        if one.recovery is None:
+            short.append(f"{name} {verdict}, as the dense model scores {one.value - one.delta:.2f}")
+        elif verdict != "kept":
+            share, low, high = one.recovery.interval
+            more = one.recovery.items_to_tell(least)
+            tell = f"; about {more:,} would tell" if verdict == "inconclusive" and more else ""
+            short.append(f"{name} {verdict}, {share:.2f} [{low:.2f}, {high:.2f}] on {one.documents} items{tell}")
+    if not last:
+        return f"a recovery of {least:g}: no task has a score of which more is better"
+    return f"a recovery of {least:g} on {len(short)} of {len(last)} scores: {'; '.join(short)}" if short else None

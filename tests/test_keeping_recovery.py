@@ -1,0 +1,199 @@
+"""`--recovery`, as one types it: what is asked for, the plan that keeps it, and what the commands say and keep."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm_eval is absent: pip install 'notall[eval]'", allow_module_level=True)
+
+from api import (
+    Choice,
+    Evaluator,
+    JudgedRecord,
+    Quality,
+    SearchRecord,
+    TaskShelf,
+    Verdict,
+    choice,
+    harness,
+    kept_in_words,
+    objective_module,
+    read,
+    retrieval,
+)
+from command_line import QUICK
+from notall import Plan, Space, load, locate, skip
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_tasks import byte_tokenizer, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("own_tasks_only", "short_prose")
+ANSWERS = ["--tasks", "answers", "--limit", 4]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint with room for an answer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny_checkpoint(folder, num_hidden_layers=6, max_position_embeddings=512)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.json"
+    Plan([4], [3]).save(path)
+    return path
+
+
+def test_eval_leaves_with_3_where_too_little_is_kept(run, model):
+    words = ["eval", model, *QUICK, *ANSWERS]
+    code, out, err = run(*words, "--skip", "block:3", "--recovery", "0.95")
+    assert code == 3, err
+    told = " ".join(out.split())
+    assert "Missed a recovery of 0.95 on 1 of 1 scores: answers (first choices) lost, 0." in told
+    assert "less than 0.95 of the dense model's score is kept on answers" in told
+    code, out, _ = run(*words, "--skip", "mlp:1", "--recovery", "0.01", "--json")
+    told = json.loads(out)
+    assert (code, told["verdict"]["missed"]) == (0, None)
+    assert told["tasks"][0]["recovery"]["low"] > 0.01
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "smollm2", "--skip", "mlp:1"],
+        ["search", "smollm2", "-o", "OUT.json"],
+        ["repair", "smollm2", "--plan", "PLAN", "--out", "OUT"],
+        ["heal", "smollm2", "--plan", "PLAN", "--out", "OUT"],
+        ["export", "smollm2", "--plan", "PLAN", "--to", "hf", "--out", "OUT"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_is_no_share_is_refused_before_loading(run, monkeypatch, plan, words):
+    monkeypatch.setattr("notall.models.loading.load", lambda **_: pytest.fail("it was loaded"))
+    monkeypatch.chdir(plan.parent)
+    named = [str(plan) if word == "PLAN" else word for word in words]
+    code, _, err = run(*named, "--recovery", "1.5")
+    assert (code, "--recovery 1.5 is no share" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("fits", range(7))
+def test_as_much_is_skipped_as_keeps_it(fits):
+    """Each number of first units that may be the most, found by few looks."""
+    looks = []
+
+    def keeps(skipped):
+        looks.append(len(skipped))
+        return len(skipped) <= fits
+
+    space = Space(locate(tiny_llama()), "sublayer")
+    order = tuple((name,) for name in space.names[:6])
+    found = choice._as_long_as(keeps, Choice(frozenset(space.names[:6]), order), space)
+    assert found.order == order[: max(1, fits)]
+    assert found.skipped == {name for (name,) in found.order}
+    assert len(looks) <= math.ceil(math.log2(6)) == 3
+
+
+@pytest.mark.parametrize("least", [0.13, 0.9])
+def test_search_skips_as_much_as_keeps_a_recovery(run, model, tmp_path, least):
+    """Against each beginning of what it chose, judged one by one on the items that choose."""
+    out = tmp_path / "plan.json"
+    words = ["search", model, *QUICK, "--text", "prose", "--skip", "attention", "--criterion", "deepest"]
+    code, told, err = run(*words, *ANSWERS, "--recovery", least, "--max-kl", 9, "-o", out, "--json")
+    assert code in (0, 3), err
+    net, tokenizer = load(str(model), dtype="float32")
+    job = TaskShelf().build("answers", None, 4, choosing=True)
+    begun = [Plan(range(6 - count, 6)) for count in range(1, 6)]
+    lows = [one.score.recovery.low for one in harness.run_tasks(net, tokenizer, begun, [job])]
+    kept = [count for count, low in enumerate(lows, 1) if low >= least]
+    assert kept == [*range(1, len(kept) + 1)]  # else halving may miss the longest
+    assert len(Plan.load(out).attention) == (kept or [1])[-1]
+    (record,) = read(tmp_path / "plan.search" / SearchRecord.file, SearchRecord)
+    assert len(record.order) == len(Plan.load(out).attention)
+    (score,) = read(tmp_path / "plan.search" / JudgedRecord.file, JudgedRecord)
+    assert code == (0 if score.recovery.low >= least else 3)
+    assert json.loads(told)["tasks"][0]["value"] == pytest.approx(score.value)
+
+
+def test_what_chooses_is_not_what_judges():
+    for name in ("answers", "passkey_256", "retrieval_copying"):
+        own, other = (TaskShelf().build(name, None, 8, choosing=way).tasks[name].docs for way in (False, True))
+        assert not {doc["prompt"] for doc in own} & {doc["prompt"] for doc in other}
+
+
+@pytest.mark.parametrize("command", ["repair", "heal"])
+def test_what_is_kept_before_and_after_is_told_and_kept(run, model, plan, tmp_path, command):
+    out = tmp_path / "out"
+    words = [command, model, "--plan", plan, "--out", out, "--sequences", 4, "--length", 16, "--dtype", "float32"]
+    code, shown, err = run(*words, "--text", "prose", *ANSWERS, "--recovery", 0.9999, "--json")
+    assert code == 3, err
+    told = json.loads(shown)
+    last = {"repair": "repaired", "heal": "healed"}[command]
+    assert [one["model"] for one in told["tasks"]] == ["skipped", last]
+    assert "a recovery of 0.9999 on 1 of 1 scores" in told["verdict"]["missed"]
+    before, after = read(out / JudgedRecord.file, JudgedRecord)
+    assert (before.plan, after.plan) == (Plan([4], [3]), Plan([4], [3]))
+    assert before.value != after.value
+    again = run(*words, "--text", "prose", *ANSWERS, "--recovery", 0.9999, "--json")[1]
+    assert json.loads(again)["tasks"] == told["tasks"]
+    assert len(read(out / JudgedRecord.file, JudgedRecord)) == 2
+    page = tmp_path / "page.html"
+    assert run("report", out, "-o", page)[0] == 0
+    assert "What is kept of what the dense model can do" in page.read_text(encoding="utf-8")
+
+
+def test_an_export_says_what_it_keeps(run, model, plan, tmp_path):
+    words = ["export", model, "--plan", plan, "--to", "hf", "--out", tmp_path / "out", "--no-verify"]
+    code, shown, err = run(*words, *ANSWERS, "--recovery", 0.9999)
+    assert code == 3, err
+    assert "Recovery: 0 of 1 scores keep" in " ".join(shown.split())
+    assert "Recovery, answers (first choices)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_plan_that_loses_a_task_is_of_no_use_however_it_reads():
+    def score(low, high):
+        recovery = {"share": (low + high) / 2, "low": low, "high": high, "items": 40}
+        told = {"task": "passkey_256", "metric": "found,none", "model": "skipped", "num_fewshot": 0, "documents": 40}
+        return JudgedRecord(
+            **told, plan=Plan([1]), value=0.9, delta=-0.1, delta_se=0.0, higher_is_better=True, recovery=recovery
+        )
+
+    quality = Quality(
+        **dict.fromkeys(("nll", "nll_se", "delta_nll", "delta_nll_se", "kl", "kl_se", "top1_agreement_se"), 0.01),
+        perplexity=1.01, top1_agreement=0.99, sequences=8,
+    )  # fmt: skip
+    plain = Verdict(Plan([1]), quality)
+    assert plain.usable
+    assert not plain.judged([score(0.4, 0.8)]).usable
+    assert "kept on passkey_256" in plain.judged([score(0.4, 0.8)]).said
+    assert plain.judged([score(0.9, 1.0)]).usable  # inconclusive
+    assert kept_in_words([score(0.4, 0.8), score(0.9, 1.0), score(0.96, 1)]) == (
+        "Recovery: 1 of 3 scores keep 0.95 of the dense model's, 1 lost, 1 inconclusive."
+    )
+    assert plain.judged([score(0.9, 1.0)], 0.95).missed.startswith("a recovery of 0.95 on 1 of 1 scores: passkey_256")
+
+
+@pytest.mark.parametrize("positions", [512, 64])
+def test_retrieval_is_judged_at_what_is_asked_for(monkeypatch, positions):
+    """Against plain forward passes of each episode alone; one that is too long loses its beginning."""
+    net, tokenizer, plan = tiny_llama(positions), byte_tokenizer(), Plan(attention=[1], mlp=[2])
+    monkeypatch.setattr(objective_module, "EPISODES", 8)
+    goal = retrieval(net, tokenizer)
+    draw, losses = objective_module.random.Random("retrieval"), []
+    for number in range(8):
+        form = objective_module.FITTED[number % 4]
+        one = objective_module.episode(form, objective_module.EPISODE_TOKENS, draw)
+        ids = tokenizer(one.text + one.answer)["input_ids"][-positions:]
+        said = len(tokenizer(one.text + one.answer)["input_ids"]) - len(tokenizer(one.text)["input_ids"])
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            with skip(net, Plan()):
+                dense = log_softmax(net(tokens).logits[0, -said - 1 : -1].float(), -1)
+            with skip(net, plan):
+                ours = log_softmax(net(tokens).logits[0, -said - 1 : -1].float(), -1)
+        losses.append(float(kl_div(ours, dense, log_target=True, reduction="sum") / said))
+    assert Evaluator(net, goal).cost(frozenset(plan.names)) == pytest.approx(sum(losses) / 8, rel=1e-4)
