@@ -191,7 +191,7 @@ NAMES = {
         "write_pareto",
         "write_plain",
     ],
-    "experiments.recovery": ["JudgedRecord", "kept_in_words", "short_of"],
+    "experiments.recovery": ["JudgedRecord", "RecoveryOptions", "kept_in_words", "short_of"],
     "experiments.search": ["COLUMNS as SEARCH_COLUMNS", "SearchRecord"],
     "experiments.sweep": [
         "COLUMNS as SWEEP_COLUMNS",

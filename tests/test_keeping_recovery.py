@@ -16,9 +16,11 @@ from api import (
     Evaluator,
     JudgedRecord,
     Quality,
+    RecoveryOptions,
     SearchRecord,
     TaskShelf,
     Verdict,
+    checks,
     choice,
     harness,
     kept_in_words,
@@ -81,6 +83,22 @@ def test_what_is_no_share_is_refused_before_loading(run, monkeypatch, plan, word
     assert (code, "--recovery 1.5 is no share" in err) == (2, True), err
 
 
+def test_tasks_that_are_named_take_the_place_of_the_usual_ones():
+    usual = RecoveryOptions(recovery=0.9).check()
+    assert usual.names == (*checks.GROUPS["passkey"], *checks.GROUPS["retrieval"], "answers")
+    assert RecoveryOptions(recovery=0.9, tasks=("answers",)).check().names == ("answers",)
+    assert not RecoveryOptions().check()
+
+
+def test_eval_keeps_what_it_scored_for_a_report(run, model, tmp_path):
+    words = ["eval", model, *QUICK, *ANSWERS, "--skip", "mlp:1", "--out", tmp_path / "kept"]
+    assert run(*words)[0] == 0
+    (score,) = read(tmp_path / "kept" / JudgedRecord.file, JudgedRecord)
+    assert (score.task, score.plan) == ("answers", Plan(mlp=[5]))
+    assert run("report", tmp_path / "kept", "-o", tmp_path / "page.html")[0] == 0
+    assert "What is kept of what the dense model can do" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("fits", range(7))
 def test_as_much_is_skipped_as_keeps_it(fits):
     """Each number of first units that may be the most, found by few looks."""
@@ -140,7 +158,7 @@ def test_what_is_kept_before_and_after_is_told_and_kept(run, model, plan, tmp_pa
     assert before.value != after.value
     again = run(*words, "--text", "prose", *ANSWERS, "--recovery", 0.9999, "--json")[1]
     assert json.loads(again)["tasks"] == told["tasks"]
-    assert len(read(out / JudgedRecord.file, JudgedRecord)) == 2
+    assert (out / JudgedRecord.file).read_text(encoding="utf-8").count("\n") == 2  # the same is written once
     page = tmp_path / "page.html"
     assert run("report", out, "-o", page)[0] == 0
     assert "What is kept of what the dense model can do" in page.read_text(encoding="utf-8")

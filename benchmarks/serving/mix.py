@@ -1,10 +1,12 @@
-"""What a repair is fitted to, and what it keeps of what people serve: one set of sublayers, one size, other texts.
+"""What sublayers are chosen by and repairs fitted to, and what that keeps of what people serve: one size, other texts.
 
     python benchmarks/serving/mix.py --data DATA --out results/mix   # an hour on 2 cores
+    python benchmarks/serving/mix.py --data DATA --out results/mix --sets attention:8 block:4 --texts wiki+c4 mix
     python benchmarks/serving/mix.py --data DATA --out /tmp/look --windows 8 --limit 4 --texts prose mix   # a look
 
-Each repair is fitted to as many windows of 512 tokens, of one text or of several in turn; each is judged on items and
-texts that nothing was fitted to. Called again with the same --out, it goes on.
+A set is one that is named here, or of a kind and count: then it is chosen by each text, as `notall search` does, and
+repaired on the same one. Each repair is fitted to as many windows of 512 tokens, of one text or of several in turn;
+each is judged on items and texts that nothing was fitted to. Called again with the same --out, it goes on.
 DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `c4/sample300.jsonl`.
 """
 
@@ -14,15 +16,22 @@ import argparse
 import json
 from pathlib import Path
 
-from notall import Plan, RepairedPlan, evaluate, load, repair
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from notall import Plan, RepairedPlan, Space, choose_plan, evaluate, load, locate, repair
+from notall.choosing.budget import by_count
+from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options import TextOptions
+from notall.experiments.search import WITH_RETRIEVAL
 from notall.measuring.speed import machine
+from notall.models.names import USE
 from notall.repairing.texts import RepairTexts
 from notall.results.facts import DELTA_NLL, KL, Quality, Recovery
 from notall.results.record import Fact
-from notall.results.table import number, table, with_interval, within, words
+from notall.results.table import Column, number, table, with_interval, within, words
 from notall.results.terminal import print_table
 
 SETS = {
@@ -45,7 +54,7 @@ class Kept(Fact):
     tokens: int
 
 
-COLUMNS = (
+COLUMNS: tuple[Column[Kept], ...] = (
     words("set", lambda one: one.set),
     words("fitted to", lambda one: one.fitted),
     number("tokens", lambda one: one.tokens, ",d"),
@@ -63,12 +72,31 @@ def plan_named(names: str) -> Plan:
     return Plan(*([int(layer) for kind, layer in found if kind == wanted] for wanted in ("attn", "mlp")))
 
 
+def chosen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: str, text: str, windows: list[Tensor], out: Path
+) -> Plan:
+    """As many of a kind as `wanted` says, chosen by 16 windows of a text."""
+    path = out / f"chosen-{wanted.replace(':', '')}-{text}.json"
+    if path.is_file():
+        return Plan.load(path)
+    kind, _, count = wanted.partition(":")
+    space = Space(locate(model), kind)
+    goal = build_objective(WITH_RETRIEVAL if text == USE else "kl", model, tokenizer, windows)
+    found = choose_plan(model, "search", space, by_count(space, int(count)), windows, goal)
+    tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)
+    told = {"chosen": wanted, "by": text, "objective": goal.name, "tokens": tokens, **found.spent.model_dump()}
+    print(told)
+    path.with_suffix(".spent.json").write_text(json.dumps(told), encoding="utf-8")
+    found.plan.save(path)
+    return found.plan
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--sets", nargs="+", default=["a8"], choices=SETS)
+    parser.add_argument("--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, or such as attention:8")
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--limit", type=int, default=16)
@@ -81,34 +109,49 @@ def main() -> None:
     model, tokenizer = load(asked.model)
     plans: dict[tuple[str, str], tuple[Plan, int]] = {}
     for name in asked.sets:
-        skipped = plan_named(SETS[name])
-        plans[name, "nothing: skipped"] = skipped, 0
         for text in asked.texts:
             sources = [str(files.get(part, part)) for part in text.split("+")]
-            folder = asked.out / f"{name}-{text}-{asked.windows}"
             drawn = RepairTexts.draw(model, tokenizer, sources, sequences=asked.windows)
             batches = drawn.together(8)
+            if name in SETS:
+                called, skipped = name, plan_named(SETS[name])
+            else:
+                called = f"{name} by {text}"
+                skipped = chosen(model, tokenizer, name, text, drawn.together(2)[:8], asked.out)
+            plans[called, "nothing: skipped"] = skipped, 0
+            folder = asked.out / f"{called.replace(':', '').replace(' ', '-')}-{text}-{asked.windows}"
             if not (folder / "plan.json").is_file():
                 repair(model, skipped, batches, out=folder, progress=lambda *told: print(*told, end="\r"))
-            plans[name, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
-    found: list[Kept] = []
-    for judged in (asked.data / "wikitext2/wiki.test.raw", asked.out / "c4-judged.jsonl"):
-        windows, _ = TextOptions(str(judged), 16, 512, 4).windows(model, tokenizer)
-        for (key, (_, tokens)), quality in zip(
-            plans.items(), evaluate(model, [plan for plan, _ in plans.values()], windows)
-        ):
-            found.append(Kept(set=key[0], fitted=key[1], judged=judged.stem, quality=quality, tokens=tokens))
-    shelf = TaskShelf()
-    jobs = [shelf.build(name, None, asked.limit) for name in shelf.names(TASKS)]
-    results = run_tasks(model, tokenizer, [plan for plan, _ in plans.values()], jobs, folder=asked.out / "judged")
-    for result in results:
-        (key, (_, tokens)), score = list(plans.items())[result.number], result.score
-        one = Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, recovery=score.recovery)
-        found.append(one.model_copy(update={"value": score.value, "dense": score.value - score.delta}))
+            plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
+    found = judged(model, tokenizer, plans, asked)
     told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
+    told["searches"] = [json.loads(one.read_text()) for one in sorted(asked.out.glob("chosen-*.spent.json"))]
+    told["skipped"] = {called: str(plan.unrepaired) for (called, _), (plan, _) in plans.items()}
     records = [json.dumps(told), *(one.model_dump_json() for one in found)]
     (asked.out / "kept.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     print_table(table("what is kept", COLUMNS, found))
+
+
+def judged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plans: dict[tuple[str, str], tuple[Plan, int]],
+    asked: argparse.Namespace,
+) -> list[Kept]:
+    """Each plan, by its set and the text it was fitted to, on texts and tasks."""
+    found: list[Kept] = []
+    every = [plan for plan, _ in plans.values()]
+    for text in (asked.data / "wikitext2/wiki.test.raw", asked.out / "c4-judged.jsonl"):
+        windows, _ = TextOptions(str(text), 16, 512, 4).windows(model, tokenizer)
+        for (key, (_, tokens)), quality in zip(plans.items(), evaluate(model, every, windows)):
+            found.append(Kept(set=key[0], fitted=key[1], judged=text.stem, quality=quality, tokens=tokens))
+    shelf = TaskShelf()
+    jobs = [shelf.build(name, None, asked.limit) for name in shelf.names(TASKS)]
+    for result in run_tasks(model, tokenizer, every, jobs, folder=asked.out / "judged"):
+        (key, (_, tokens)), score = list(plans.items())[result.number], result.score
+        one = Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, recovery=score.recovery)
+        found.append(one.model_copy(update={"value": score.value, "dense": score.value - score.delta}))
+    return found
 
 
 if __name__ == "__main__":
