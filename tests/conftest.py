@@ -42,7 +42,12 @@ def short_prose(monkeypatch):
     whole = texts._prose
     monkeypatch.setattr(texts, "_prose", lambda: whole()[:40_000])
     for module, name, fewer in (
-        *((texts_mix, "ANSWERS", 7), (texts_mix, "NEW_TOKENS", 24), (texts_mix, "EPISODES", 4)),
+        *(
+            (texts_mix, "ANSWERS", 7),
+            (texts_mix, "NEW_TOKENS", 24),
+            (texts_mix, "EPISODES", 4),
+            (texts_mix, "COMPLETIONS", 4),
+        ),
         *((objective_module, "EPISODES", 4), (objective_module, "EPISODE_TOKENS", 40)),
     ):
         monkeypatch.setattr(module, name, fewer)

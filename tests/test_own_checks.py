@@ -65,7 +65,7 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert not set(FITTED) & set(UNSEEN)
     assert {doc["prompt"] for name in ("answers", "written") for doc in checks.made(name, 64).docs} <= judging
     judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.made(f"passkey_{tokens}", 32).docs]
-    fitted_keys = re.findall(r"The pass key is (\d+)", text_of(None, None, "episodes").content)
+    fitted_keys = re.findall(r"The pass key is (\d+)", mix.episodes("It rains. It snows."))
     assert len(fitted_keys) >= 40
     assert len(set(judged)) > 90
     assert not {key.strip() for key in judged} & set(fitted_keys)
@@ -73,21 +73,52 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
 
 def test_the_mix_holds_as_much_of_each_and_is_written_once(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
-    answers, episodes, prose = (text_of(model, tokenizer, part).content for part in ("answers", "episodes", "prose"))
-    assert all(prompt in answers for prompt in prompts(mix.ANSWERS))
-    least = min(map(len, (answers, episodes, prose)))
-    monkeypatch.setattr(mix, "greedy_each", lambda *_: pytest.fail("written again"))
+    for name, fewer in (("ANSWERS", 20), ("COMPLETIONS", 40), ("EPISODES", 20)):
+        monkeypatch.setattr(mix, name, fewer)
+    parts = [text_of(model, tokenizer, part).content for part in ("answers", "episodes", "completions")]
+    assert all(prompt in parts[0] for prompt in prompts(20))
+    assert all(
+        mix.SENTENCE.split(parts[2])[3] in text for text in parts[1:]
+    )  # the episodes are told amid its sentences
+    least = min(map(len, parts))
+    for name in ("greedy_each", "sample"):
+        monkeypatch.setattr(mix, name, lambda *_, **__: pytest.fail("written again"))
     found = text_of(model, tokenizer, "mix")
-    assert found.content == "\n\n".join(part[:least] for part in (answers, episodes, prose))
+    assert found.content == "\n\n".join(part[:least] for part in parts)
     assert found.sha256 == text_of(model, tokenizer, "mix").sha256
     with pytest.raises(UsageError, match="cannot read the text mixed"):
         text_of(model, tokenizer, "mixed")
     with torch.no_grad():  # other weights write other answers
         model.get_input_embeddings().weight.mul_(1.01)
-    with pytest.raises(pytest.fail.Exception, match="written again"):
-        text_of(model, tokenizer, "answers")
+    for part in ("answers", "completions"):
+        with pytest.raises(pytest.fail.Exception, match="written again"):
+            text_of(model, tokenizer, part)
     with torch.no_grad():
         model.get_input_embeddings().weight.div_(1.01)
+
+
+def test_completions_go_on_from_an_opening(model, tokenizer, tmp_path, monkeypatch):
+    """Each begins with as many tokens of one, has as many new ones, and is drawn, so that no two are alike."""
+    monkeypatch.setenv("NOTALL_CACHE", str(tmp_path))
+    monkeypatch.setattr(mix, "COMPLETIONS", 40)
+    monkeypatch.setattr(mix, "BEHIND", 12)
+    drawn, sample = [], mix.sample
+
+    def noted(*given, **how):
+        drawn.append(sample(*given, **how))
+        return drawn[-1]
+
+    monkeypatch.setattr(mix, "sample", noted)
+    content = text_of(model, tokenizer, "completions").content
+    rows = torch.cat(drawn)
+    assert [len(some) for some in drawn] == [32, 8]
+    assert rows.shape == (40, 2 + 12)
+    begun = [tokenizer(opening, add_special_tokens=False)["input_ids"][:2] for opening in mix.openings(40)]
+    assert rows[:, :2].tolist() == begun
+    assert len({tuple(row[2:]) for row in rows.tolist()}) == 40
+    assert content == "\n\n".join(tokenizer.decode(row) for row in rows.tolist()).replace("\r\n", "\n").replace(
+        "\r", "\n"
+    )
 
 
 def test_own_answers_are_what_the_model_writes_in_its_chat_template(model, tokenizer, tmp_path, monkeypatch):

@@ -58,8 +58,8 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
         code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
     assert (code, json.loads(again)) == (0, found)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--json")
-    assert "repaired with mix, which holds prose, where it looks better than it is; measure on another --text" in warned
+    code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--text", "mix", "--json")
+    assert "repaired with mix, where it looks better than it is; measure on another --text" in warned
     other = tmp_path / "other.txt"
     other.write_text("What it was not repaired with. " * 50)
     assert "mix" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]

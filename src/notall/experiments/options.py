@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 MANIFEST = "notall.json"  # of an export
 Words = tuple[str, ...]  # of an option that may be repeated
 TEXT = (
-    "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers, "
-    "retrieval and prose"
+    "a UTF-8 file, a .jsonl with a `text` column, prose, which ships with Python, or mix: the model's own answers and "
+    "completions, and retrieval"
 )
 QUESTIONS = 100  # of a task that is an objective, where nothing else is said
 SKIPPED = 0.33  # of the layers, where nothing else is said: the paper's most

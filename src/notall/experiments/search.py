@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import Field
 
 from ..errors import UsageError, need, shortened
-from ..models.names import DEFAULT_TEXT, USE
+from ..models.names import USE
 from ..options import Workload, option
 from ..plan import Plan
 from ..progress import Progress, silent
@@ -427,20 +427,16 @@ class Search:
 def warn_of_own_text(plan: Plan, described: Mapping[str, object], path: Path | None = None) -> None:
     """Say so where a plan, maybe read from `path`, is measured on the text that it was repaired with or chosen by."""
     texts: Iterator[FittedText] = (text for step in getattr(plan, "history", ()) for text in step.texts)
-    own = [("repaired with", text.text, text.text_sha256) for text in texts]
+    own = {text.text_sha256: "repaired with" for text in texts}
     found = path.with_suffix(".search") / SearchRecord.file if path else None
     if found and found.is_file():
         with suppress(UsageError):  # a damaged file is nothing to stop for
-            chosen = [record.what for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
-            own += [("chosen by", str(what.get("text")), str(what.get("text_sha256"))) for what in chosen]
-    text = str(described["text"])
-    for how, name, sha256 in own:
-        within = name == USE and text == DEFAULT_TEXT
-        if within or sha256 == described["text_sha256"]:
-            holds = f"{shortened(name)}, which holds {text}" if within else shortened(name)
-            note = f"note: the plan was {how} {holds}, where it looks better than it is; measure on another --text"
-            print(note, file=sys.stderr)
-            return
+            chosen = [record for record in read(found, SearchRecord) if record.plan.indices == plan.indices]
+            own = {str(record.what.get("text_sha256")): "chosen by" for record in chosen} | own
+    if how := own.get(str(described["text_sha256"])):
+        text = shortened(described["text"])
+        note = f"note: the plan was {how} {text}, where it looks better than it is; measure on another --text"
+        print(note, file=sys.stderr)
 
 
 def shown(folder: Folder) -> Shown:

@@ -43,6 +43,13 @@ REQUESTS = (
     "asking a landlord to mend the heating", "ordering twenty chairs for an office",
 )  # fmt: skip
 
+OPENINGS = (
+    "The history of", "In 1998,", "She opened", "Researchers have", "The company", "How to", "A town", "When I",
+    "The film", "According to", "A new study", "The battle", "For this", "He was born", "The river", "Scientists",
+    "Many people", "The species", "There are", "To install", "It was", "The president", "Question:", "I think",
+    "Our products", "Dear", "The church", "During the", "If you", "The song", "As the", "def main",
+)  # fmt: skip
+
 Pick = Callable[[Sequence[str]], str]
 
 
@@ -58,6 +65,11 @@ def prompts(count: int, *, seed: int = 0, held_out: bool = False) -> list[str]:
 
     kinds: list[Callable[[Pick, random.Random], str]] = [_explain, _program, _sum, _as_json, _translate, _price, _write]
     return [kinds[number % len(kinds)](pick, draw) for number in range(count)]
+
+
+def openings(count: int) -> list[str]:
+    """First words of `count` texts of many kinds."""
+    return [OPENINGS[number % len(OPENINGS)] for number in range(count)]
 
 
 def _explain(pick: Pick, draw: random.Random) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +38,8 @@ class Episode:
     answer: str
 
 
-def episode(form: Form, tokens: int, draw: random.Random) -> Episode:
-    """An episode of about so many tokens; what is asked for is told at a random depth.
+def episode(form: Form, tokens: int, draw: random.Random, hay: Iterator[str] | None = None) -> Episode:
+    """An episode of about so many tokens; what is asked for is told at a random depth, amid sentences of `hay`.
 
     Source of the passkey: Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2.
     """
@@ -47,7 +47,7 @@ def episode(form: Form, tokens: int, draw: random.Random) -> Episode:
     room = int(tokens * WORDS_A_TOKEN) - len(" ".join((*told, question)).split())
     sentences = list[str]()
     while sum(map(len, map(str.split, sentences))) < room:
-        sentences.append(_sentence(draw))
+        sentences.append(next(hay) if hay else _sentence(draw))
     places = sorted(draw.randint(0, len(sentences)) for _ in told)
     for shift, (place, needle) in enumerate(zip(places, told)):
         sentences.insert(place + shift, f"\n\n{needle}\n\n")

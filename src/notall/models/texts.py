@@ -17,8 +17,8 @@ from ..files import expanded
 from ..inputs import read_json
 from .names import DEFAULT_TEXT, USE
 
-MIX = ("answers", "episodes", DEFAULT_TEXT)  # the parts of the text `mix`
-MADE = ("answers", "episodes", USE)  # texts that are made, of a model
+MIX = ("answers", "episodes", "completions")  # the parts of the text `mix`
+MADE = (*MIX, USE)  # texts that are made, of a model
 MOST_BYTES = 1 << 30  # of a file; a device such as /dev/zero never ends
 
 
