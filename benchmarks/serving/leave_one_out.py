@@ -312,7 +312,7 @@ def harm_map(measures: Sequence[Measure], harms: Sequence[Harm], title: str) -> 
     told = (
         "Share lost, per cent (below 0: a gain): of passkeys found at 256 and 512 tokens, of facts and copies "
         "retrieved,",
-        "of first choices in the original model's own answers. Text: 1 − exp(−KL); GSM8K: 1 − exp(−NLL added).",
+        "of first choices in the dense model's own answers. Text: 1 − exp(−KL); GSM8K: 1 − exp(−NLL added).",
     )
     rows_of = alt.Row("kind:N", title=None, sort=["attentions", "MLPs"], header=alt.Header(labelFontSize=12))
     whole = layers.properties(width=26 * (1 + max(one.layer for one in harms)), height=24 * len(rows))
@@ -332,7 +332,7 @@ def write(
     out: Path, about: Provenance, dense: Settings, harms: Sequence[Harm], correlations: Sequence[Correlation]
 ) -> None:
     """The records and the tables; `dense` are the dense model's values on the items of each check."""
-    for name, facts in (("leave_one_out", harms), ("correlations", correlations)):
+    for name, facts in (("sublayers", harms), ("correlations", correlations)):
         first = {**about.what, **about.where} | ({"dense": dense} if facts is harms else {})
         lines = [json.dumps(finite(first)), *(one.model_dump_json(exclude_none=True) for one in facts)]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -387,7 +387,7 @@ def main() -> None:
     write(asked.out, about, dense, harms, correlations_of(measures, [part.kind for part in parts]))
     name = Path(str(about.what["model"])).stem
     title = f"{name} with one sublayer skipped: the loss on text and on checks"
-    save(harm_map(measures, harms, title), asked.out / "leave_one_out")
+    save(harm_map(measures, harms, title), asked.out / "sublayers")
 
 
 if __name__ == "__main__":
