@@ -46,7 +46,7 @@ def short_prose(monkeypatch):
             (texts_mix, "ANSWERS", 7),
             (texts_mix, "NEW_TOKENS", 24),
             (texts_mix, "EPISODES", 4),
-            (texts_mix, "COMPLETIONS", 4),
+            (texts_mix, "COMPLETIONS", 12),
         ),
         *((objective_module, "EPISODES", 4), (objective_module, "EPISODE_TOKENS", 40)),
     ):

@@ -37,7 +37,7 @@ def as_records(rows, kind):
 def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_path, monkeypatch):
     path, out = tmp_path / "plan.json", tmp_path / "repaired"
     Plan([2, 4], [3]).save(path)
-    code, shown, err = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
+    code, shown, err = run("repair", folder, "--plan", path, "--out", out, *REPAIR, "--text", "prose")
     assert (code, err) == (0, "")
     found = json.loads(shown)
     names = [name for refit in found["refits"] for name in refit["sublayers"]]
@@ -46,7 +46,7 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     verdict = found["verdict"]
     assert verdict["said"].startswith("Without 2 of 6 attentions and 1 of 6 MLPs: ")
     assert verdict["delta_nll"] == found["quality"][1]["quality"]["delta_nll"]
-    assert (verdict["text"], verdict["usable"]) == ("mix, other windows", False)
+    assert (verdict["text"], verdict["usable"]) == ("prose, other windows", False)
     assert verdict["next"] == f"notall heal {folder} --plan {out} --out healed"
     assert as_records(found["refits"], RefitRecord) == read(out / "refits.jsonl", RefitRecord)
     assert str(tmp_path) not in (out / "refits.jsonl").read_text()
@@ -55,14 +55,14 @@ def test_repair_eval_generate_bench_and_export_work_together(run, folder, tmp_pa
     with monkeypatch.context() as patched:  # it goes on, with nothing left
         for module in (quality, streams):
             patched.setattr(module, "record", lambda *_, **__: pytest.fail("a forward pass"))
-        code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR)
+        code, again, _ = run("repair", folder, "--plan", path, "--out", out, *REPAIR, "--text", "prose")
     assert (code, json.loads(again)) == (0, found)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--text", "mix", "--json")
-    assert "repaired with mix, where it looks better than it is; measure on another --text" in warned
+    code, shown, warned = run("eval", folder, "--plan", out, *QUICK, "--json")
+    assert "repaired with prose, where it looks better than it is; measure on another --text" in warned
     other = tmp_path / "other.txt"
     other.write_text("What it was not repaired with. " * 50)
-    assert "mix" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]
+    assert "prose" not in run("eval", folder, "--plan", out, *QUICK, "--text", other)[2]
     dense, skipped, repaired = json.loads(shown)["quality"]
     assert code == 0
     assert [row["model"] for row in (dense, skipped, repaired)] == ["dense", "skipped", "repaired"]

@@ -198,8 +198,8 @@ def test_search_keeps_what_the_repair_of_its_choice_gives_back(run, folder, tmp_
     assert json.loads(run(*command, "--held-out", "prose")[1])["quality"] == rows
     other = json.loads(run(*command)[1])["quality"]  # windows of the same text
     assert [(row["text"], row["model"]) for row in other] == [
-        ("prose, other windows", "skipped"),
-        ("prose, other windows", "repaired"),
+        ("mix, other windows", "skipped"),
+        ("mix, other windows", "repaired"),
     ]
 
 
@@ -212,7 +212,7 @@ def test_a_repaired_choice_has_a_loss_on_windows_that_it_was_not_fitted_to(run, 
     assert [row["model"] for row in shown["quality"]] == ["skipped", "repaired"]
     repaired = shown["quality"][1]
     assert shown["verdict"]["delta_nll"] == repaired["quality"]["delta_nll"]
-    assert shown["verdict"]["text"] == "prose, other windows" == repaired["text"]
+    assert shown["verdict"]["text"] == "mix, other windows" == repaired["text"]
 
 
 # --- plan and criteria ------------------------------------------------------------------------------------------------

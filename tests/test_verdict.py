@@ -263,8 +263,8 @@ def test_the_command_after_a_search_repairs_with_the_text_that_it_went_by(run, f
 def test_an_export_that_repairs_says_what_the_plan_costs_before_and_after(run, folder, tmp_path):
     Plan([1], [1]).save(tmp_path / "plan.json")
     command = ["export", folder, "--plan", tmp_path / "plan.json", "--to", "hf", "--no-verify", "--repair", "refit"]
-    code, out, _ = run(*command, "--repair-sequences", "4", "--out", tmp_path / "e", "--json")
-    assert code == 0
+    code, out, err = run(*command, "--repair-sequences", "4", "--out", tmp_path / "e", "--json")
+    assert code == 0, err
     rows = json.loads(out)["quality"]
     assert [row["model"] for row in rows] == ["skipped", "repaired"]
     assert {row["text"] for row in rows} == {"mix, other windows"}
