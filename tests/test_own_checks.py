@@ -65,7 +65,7 @@ def test_what_judges_is_in_no_text_that_is_fitted_to():
     assert not set(FITTED) & set(UNSEEN)
     assert {doc["prompt"] for name in ("answers", "written") for doc in checks.made(name, 64).docs} <= judging
     judged = [doc["answer"] for tokens in checks.CONTEXTS for doc in checks.made(f"passkey_{tokens}", 32).docs]
-    fitted_keys = re.findall(r"The pass key is (\d+)", mix.episodes("It rains. It snows."))
+    fitted_keys = re.findall(r'The pass key is "(\d+)', mix.episodes("It rains. It snows."))
     assert len(fitted_keys) >= 40
     assert len(set(judged)) > 90
     assert not {key.strip() for key in judged} & set(fitted_keys)

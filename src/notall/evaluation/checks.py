@@ -41,7 +41,7 @@ class MadeTask(Task):
     `metrics` says of each whether higher is better.
     """
 
-    VERSION = 1
+    VERSION = 2
 
     def __init__(
         self,

@@ -32,7 +32,11 @@ VERBS = (
 
 @dataclass(frozen=True)
 class Episode:
-    """A text that ends in a question, and what should come next, which begins with a space where one is due."""
+    """A text that ends in a question, and what should come next.
+
+    A number follows a quote or a comma: behind a space, which many tokenizers make a token of its own, first choices
+    would tell of layout.
+    """
 
     text: str
     answer: str
@@ -69,8 +73,8 @@ Made = tuple[list[str], str, str]  # what is told, the question, the answer
 
 def _passkey(draw: random.Random) -> Made:
     key = _digits(draw)
-    told = f"The pass key is {key}. Remember it: {key} is the pass key."
-    return [told], "What is the pass key? The pass key is", f" {key}"
+    told = f'The pass key is "{key}". Remember it: "{key}" is the pass key.'
+    return [told], 'What is the pass key? The pass key is "', key
 
 
 def _keys(draw: random.Random) -> Made:
@@ -87,9 +91,9 @@ def _quotes(draw: random.Random) -> Made:
 
 def _several(draw: random.Random) -> Made:
     people, numbers = draw.sample(PEOPLE, 3), [_digits(draw, 4) for _ in range(3)]
-    told = [f"The locker of {person} has the number {number}." for person, number in zip(people, numbers)]
+    told = [f'The locker of {person} has the number "{number}".' for person, number in zip(people, numbers)]
     asked = draw.randrange(3)
-    return told, f"The locker of {people[asked]} has the number", f" {numbers[asked]}"
+    return told, f'The locker of {people[asked]} has the number "', numbers[asked]
 
 
 def _facts(draw: random.Random) -> Made:
@@ -100,14 +104,14 @@ def _facts(draw: random.Random) -> Made:
 
 def _stock(draw: random.Random) -> Made:
     goods, numbers = draw.sample(GOODS, 4), [_digits(draw, 3) for _ in range(4)]
-    head, asked = "| goods | in stock |\n|---|---|\n", draw.randrange(4)
-    lines = "\n".join(f"| {name} | {number} |" for name, number in zip(goods, numbers))
-    return [head + lines], f"The line of {goods[asked]} again:\n{head}| {goods[asked]} |", f" {numbers[asked]}"
+    head, asked = "goods,in stock\n", draw.randrange(4)
+    lines = "\n".join(f"{name},{number}" for name, number in zip(goods, numbers))
+    return [head + lines], f"The line of {goods[asked]} again:\n{head}{goods[asked]},", numbers[asked]
 
 
 def _copying(draw: random.Random) -> Made:
     words = [draw.choice((*NOUNS, *ADJECTIVES, *GOODS)) for _ in range(16)]
-    return [" ".join(words)], " ".join(words[:10]), f" {' '.join(words[10:])}"
+    return [" ".join(words)], " ".join(words[:12]), f" {' '.join(words[12:])}"
 
 
 MAKERS: dict[Form, Callable[[random.Random], Made]] = {
