@@ -217,16 +217,16 @@ def test_another_model_is_held_against_what_it_wrote_itself(model, tokenizer):
 
 @pytest.mark.slow
 def test_each_check_sees_what_it_is_for(default_model):
-    """Without one attention of the default model it finds no passkeys, without another it answers otherwise."""
-    plans = [Plan(attention=[7]), Plan(attention=[12])]
-    jobs = [TaskShelf().build(name, None, 12) for name in ("passkey_256", "answers")]
+    """One attention of the default model is needed for passkeys, one for facts alone, and one for answers alone."""
+    plans = {layer: Plan(attention=[layer]) for layer in (16, 23, 24)}
+    jobs = [TaskShelf().build(name, None, 12) for name in ("passkey_256", "retrieval_facts", "answers")]
     found = {}
-    for result in harness.run_tasks(*default_model, plans, jobs):
-        found[result.number, result.score.task] = result.score.recovery
-    assert found[0, "passkey_256"].is_kept(0.9) == "lost"
-    assert found[0, "answers"].is_kept(0.9) == "kept"
-    assert found[1, "answers"].is_kept(0.94) == "lost"
-    assert found[1, "passkey_256"].share >= 1
+    for result in harness.run_tasks(*default_model, [*plans.values()], jobs):
+        found[[*plans][result.number], result.score.task] = result.score.recovery
+    assert found[16, "passkey_256"].is_kept(0.9) == "lost"
+    assert (found[23, "passkey_256"].share, found[23, "retrieval_facts"].is_kept(0.9)) == (1, "lost")
+    assert (found[24, "passkey_256"].share, found[24, "retrieval_facts"].is_kept(0.6)) == (1, "kept")
+    assert found[24, "answers"].is_kept(0.9) == "lost"
 
 
 def judged(task, text=""):
