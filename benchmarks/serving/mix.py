@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from datetime import date
 from pathlib import Path
 
 from torch import Tensor
@@ -81,7 +84,7 @@ def chosen(
         return Plan.load(path)
     kind, _, count = wanted.partition(":")
     space = Space(locate(model), kind)
-    goal = build_objective(WITH_RETRIEVAL if text == USE else "kl", model, tokenizer, windows)
+    goal = build_objective(WITH_RETRIEVAL if USE in text.split("+") else "kl", model, tokenizer, windows)
     found = choose_plan(model, "search", space, by_count(space, int(count)), windows, goal)
     tokens = sum(batch.inputs["input_ids"].numel() for batch in goal.batches)
     told = {"chosen": wanted, "by": text, "objective": goal.name, "tokens": tokens, **found.spent.model_dump()}
@@ -125,6 +128,8 @@ def main() -> None:
             plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
     found = judged(model, tokenizer, plans, asked)
     told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    told |= {"command": shlex.join(["python", "benchmarks/serving/mix.py", *words]), "date": f"{date.today()}"}
     told["searches"] = [json.loads(one.read_text()) for one in sorted(asked.out.glob("chosen-*.spent.json"))]
     told["skipped"] = {called: str(plan.unrepaired) for (called, _), (plan, _) in plans.items()}
     records = [json.dumps(told), *(one.model_dump_json() for one in found)]
