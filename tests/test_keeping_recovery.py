@@ -99,6 +99,17 @@ def test_eval_keeps_what_it_scored_for_a_report(run, model, tmp_path):
     assert "What is kept of what the dense model can do" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_a_page_shows_the_scores_of_the_plan_that_it_tells_of(run, model, tmp_path):
+    out, page = tmp_path / "plan.json", tmp_path / "page.html"
+    words = ["search", model, *QUICK, "--text", "prose", "--criterion", "deepest", "-o", out]
+    assert run(*words, "--skip", "attention:1", *ANSWERS)[0] == 0
+    for count, shown in ((2, False), (1, True)):  # the second is not judged
+        assert run(*words, "--skip", f"attention:{count}")[0] == 0
+        assert run("report", tmp_path / "plan.search", "-o", page)[0] == 0
+        assert ("What is kept of what the dense model can do" in page.read_text(encoding="utf-8")) == shown
+        (tmp_path / "plan.search" / SearchRecord.file).unlink()
+
+
 @pytest.mark.parametrize("fits", range(7))
 def test_as_much_is_skipped_as_keeps_it(fits):
     """Each number of first units that may be the most, found by few looks."""

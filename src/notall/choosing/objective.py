@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 1024
 NAMES = "nll", "kl", "retrieval", "answers"  # of objectives, but for tasks
-EPISODES, EPISODE_TOKENS, MOST_TOKENS = (
-    16,
-    256,
-    4096,
-)  # of `retrieval`: how many, and the tokens of each, about and at most
+EPISODES, EPISODE_TOKENS = 16, 256  # of `retrieval`: how many, and about how many tokens each has
 T = TypeVar("T")
 
 
@@ -208,12 +204,13 @@ def retrieval(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight
     The episodes have the forms that are fitted to (see `models.retrieval`), and are those of no text. One that exceeds
     the model's positions loses its beginning.
     """
-    draw, asked, positions = random.Random("retrieval"), [], int(min(positions_of(model), MOST_TOKENS))
+    draw, asked = random.Random("retrieval"), []
     for number in range(EPISODES):
         one = episode(FITTED[number % len(FITTED)], EPISODE_TOKENS, draw)
         ids, known = (prompt_tokens(tokenizer, text) for text in (one.text + one.answer, one.text))
         end = min(len(known), len(ids) - 1)
-        asked.append((ids[max(0, len(ids) - positions) : end], ids[end:]))
+        first = int(max(0, len(ids) - positions_of(model)))
+        asked.append((ids[first:end], ids[end:]))
     return _by_means("retrieval", model, asked, weight)
 
 

@@ -16,12 +16,11 @@ from ..experiments.repair import METHODS, REFIT, FitOptions
 from ..experiments.verdict import Verdict, what_next
 from ..options import Option, RunOptions
 from ..plan import Plan
-from ..progress import Progress
-from ..results.facts import PlanScore, State
+from ..results.facts import State
 from ..results.ledger import read
 from ..results.lines import refuse_unwritable
 from ..results.provenance import Provenance
-from ..results.repairs import HEALING, MEASURED, HealRecord, MeasuredRecord
+from ..results.repairs import HEALING, MEASURED, HealRecord
 from ..results.table import Table, table
 from ..results.terminal import progress_bar
 from .app import command, conclude
@@ -63,9 +62,9 @@ def repair(
     with progress_bar() as progress:
         fit, skipped = asked.texts.together(text.batch_size), asked.plan
         repaired = repair_into(out, repair, asked.net, skipped, fit, asked.settings, progress, offload)
-        done = asked.measure({"skipped": skipped, "repaired": repaired}, out, progress)
     tables = {"refits": repairs.refits_table(repaired, out)} if repair == REFIT else {}
-    done.end(tables, f"skip {skipped}: before the repair and after it", run.as_json)
+    title = f"skip {skipped}: before the repair and after it"
+    asked.end({"skipped": skipped, "repaired": repaired}, out, tables, title, run.as_json)
 
 
 @command(example="notall heal smollm2 --plan repaired --text book.txt --text pages.jsonl --out healed")
@@ -100,10 +99,10 @@ def heal(
         healed = heal_plan(
             net, wanted, fit, stop, config, out=out, provenance=settings, workers=workers, progress=progress
         )
-        done = replace(asked, settings=settings).measure({wanted.state: wanted, "healed": healed}, out, progress)
     looks, title = read(out / HealRecord.file, HealRecord), "what it loses on text that was not trained on"
     tables = {"healing": table(f"{out}: {title}", HEALING, looks)}
-    done.end(tables, f"skip {wanted}: before the healing and after it", run.as_json)
+    title = f"skip {wanted}: before the healing and after it"
+    replace(asked, settings=settings).end({wanted.state: wanted, "healed": healed}, out, tables, title, run.as_json)
 
 
 @dataclass(frozen=True)
@@ -118,34 +117,21 @@ class Asked:
     tasks: TaskChoice
     settings: Provenance
 
-    def measure(self, plans: Mapping[State, Plan], out: Path, progress: Progress) -> Done:
-        """The states of the plan on text that is held out, and on the tasks."""
+    def end(self, plans: Mapping[State, Plan], out: Path, tables: dict[str, Table], title: str, as_json: bool) -> None:
+        """Measure the states of the plan whose weights are in `out`, and say it, and what to do with them."""
         from ..repairing.texts import measure
 
-        measured = measure(self.net, plans, self.texts.other, out, self.settings, progress)
-        scores = judged(self.net, self.tokenizer, plans, self.tasks, out, self.settings, progress)
-        return Done(self, out, measured, scores)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What was measured of a plan whose weights are in `out`."""
-
-    asked: Asked
-    out: Path
-    measured: list[MeasuredRecord]
-    scores: list[PlanScore]
-
-    def end(self, tables: dict[str, Table], title: str, as_json: bool) -> None:
-        """Say it, and what to do with the plan."""
-        tables |= {"quality": table(title, MEASURED, self.measured)}
-        if self.scores:
-            tables["tasks"] = scores_table(self.scores)
-        last = self.measured[-1]
-        verdict = Verdict.on(self.asked.net, last.plan, last.quality, last.text, last.model)
-        verdict = verdict.judged(self.scores, self.asked.tasks.recovery)
-        verdict = replace(verdict, next=what_next(verdict, self.asked.spec, self.out)[1])
-        conclude(verdict, tables, self.measured, as_json=as_json)
+        with progress_bar() as progress:
+            measured = measure(self.net, plans, self.texts.other, out, self.settings, progress)
+            scores = judged(self.net, self.tokenizer, plans, self.tasks, out, self.settings, progress)
+        tables = tables | {"quality": table(title, MEASURED, measured)}
+        if scores:
+            tables["tasks"] = scores_table(scores)
+        last = measured[-1]
+        verdict = Verdict.on(self.net, last.plan, last.quality, last.text, last.model)
+        verdict = verdict.judged(scores, self.tasks.recovery)
+        verdict = replace(verdict, next=what_next(verdict, self.spec, out)[1])
+        conclude(verdict, tables, measured, as_json=as_json)
 
 
 def _begun(

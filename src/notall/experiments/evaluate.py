@@ -20,7 +20,7 @@ from ..results.repairs import HEALING, MEASURED, REFITS, HealRecord, MeasuredRec
 from ..results.table import Column, number, table, within, words
 from .folder import Card, Figure, Folder, Section, Shown, Step, in_nats
 from .options import PlanOptions, TaskChoice
-from .recovery import JudgedRecord, judge, keep_scores
+from .recovery import judge, keep_scores, scores_of
 from .verdict import Verdict, asking_for_less, mending, next_command
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def shown_measured(folder: Folder, then: Callable[[Verdict], tuple[str, str]]) -
     states, message = {one.model: one for one in measured}, None
     if last:
         verdict = Verdict(last.plan, last.quality, model=folder.model, state=last.model, layers=folder.layers)
-        verdict = verdict.judged(folder.of(JudgedRecord))
+        verdict = verdict.judged(scores_of(folder, last.plan))
         message = verdict.message(*then(verdict))
     return Shown(
         message=message,
@@ -192,7 +192,7 @@ def _sections(folder: Folder) -> Iterator[Section]:
             "before and by the plan after. Lower is better. Differences are paired with the dense model."
         )
         yield Section("measured", "Before and after", (), table("measured", MEASURED, measured), note=note)
-    yield from tasks_section(folder)
+    yield from tasks_section(folder, measured[-1].plan if measured else None)
     if looks := folder.of(HealRecord):
         note = "KL to the dense model, on text that is not trained on. The weights that were best there are kept."
         drawn = Figure(on_page(training(looks), 300), "KL on held-out text over the training", note=note)
@@ -206,9 +206,9 @@ def _sections(folder: Folder) -> Iterator[Section]:
         yield Section("refits", "What became of each kept sublayer", (drawn,), table("refits", REFITS, refits))
 
 
-def tasks_section(folder: Folder) -> Iterator[Section]:
-    """What plans score on tasks, where that was measured."""
-    if scores := folder.of(JudgedRecord):
+def tasks_section(folder: Folder, plan: Plan | None) -> Iterator[Section]:
+    """What a plan scores on tasks, where that was measured."""
+    if scores := scores_of(folder, plan):
         note = (
             "Recovery is the share of the dense model's score on the same items that is kept, with its 95 % interval. "
             "Worse: p < 0.05."

@@ -320,7 +320,9 @@ class TaskOptions:
         "commas; see `notall tasks`",
     )
     limit: Words = option(
-        (), "documents of each task (default: all; 64 of a check), such as 40; mmlu=2 limits one task, or a group's"
+        (),
+        "documents of each task (default: all; 64 of a check, 100 of an objective), such as 40; mmlu=2 limits one "
+        "task, or a group's",
     )
     num_fewshot: int | None = option(None, "examples to show (default: the task's own number)", least=0)
     task_path: TaskPath = None

@@ -18,6 +18,7 @@ from ..results.provenance import Provenance
 from ..results.record import Record, Skips
 from ..results.table import Table, table
 from .driver import run_choice
+from .folder import Folder
 from .options import TaskChoice, TaskOptions
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ def keep_scores(folder: Path, plans: Mapping[State, Plan], scores: Sequence[Plan
         records.append(JudgedRecord(**dict(score), plan=plan.unrepaired, provenance=about))
     with lines.lock(folder):
         Ledger(folder, JudgedRecord).renew(records)
+
+
+def scores_of(folder: Folder, plan: Plan | None) -> list[JudgedRecord]:
+    """What a folder holds of a plan, in each of its states."""
+    return [one for one in folder.of(JudgedRecord) if plan and one.plan.indices == plan.indices]
 
 
 def scores_table(scores: Sequence[PlanScore]) -> Table:

@@ -38,7 +38,7 @@ from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
 from .pages import read_costs
-from .recovery import JudgedRecord, RecoveryOptions, checks_of, judge, judged, short_of
+from .recovery import RecoveryOptions, checks_of, judge, judged, scores_of, short_of
 from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -137,7 +137,7 @@ class SpaceOptions:
 class BudgetOptions:
     """How much is to be saved, or at most how many nats to lose."""
 
-    PANEL: ClassVar = "Budget: HOW MANY of --skip, one of these, or one with a limit of nats"
+    PANEL: ClassVar = "Budget: HOW MANY of --skip, one of these or --recovery, or one with a limit of nats"
 
     params: float | None = option(None, "save this many parameters, or this share of them if below 1")
     weights: float | None = option(None, "save this many bytes of weights, or this share")
@@ -455,13 +455,16 @@ def shown(folder: Folder) -> Shown:
         state=repaired.model if repaired else "skipped",
         missed=last.missed and f"what was asked: {shortened(last.missed, 120)}",
     )
-    verdict = verdict.judged(folder.of(JudgedRecord))
+    verdict = verdict.judged(scores_of(folder, last.plan))
     made = folder.path.with_suffix(".repaired" if repaired else ".json")
     results = table("results", COLUMNS, records)
     return Shown(
         message=verdict.message(*what_next(verdict, folder.model, made)),
         steps=steps,
         first=len(records) - 1,
-        sections=(Section("results", "Results", (), results, tuple(range(len(records))), NOTE), *tasks_section(folder)),
+        sections=(
+            Section("results", "Results", (), results, tuple(range(len(records))), NOTE),
+            *tasks_section(folder, last.plan),
+        ),
         costs=read_costs(folder.path),
     )
