@@ -13,6 +13,7 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from api import (
     Choice,
+    EvaluationRecord,
     Evaluator,
     JudgedRecord,
     Quality,
@@ -115,13 +116,13 @@ def test_as_much_is_skipped_as_keeps_it(fits):
     """Each number of first units that may be the most, found by few looks."""
     looks = []
 
-    def keeps(skipped):
-        looks.append(len(skipped))
-        return len(skipped) <= fits
+    def kept(plan):
+        looks.append(len(plan.names))
+        return float(len(plan.names) <= fits)
 
     space = Space(locate(tiny_llama()), "sublayer")
     order = tuple((name,) for name in space.names[:6])
-    found = choice._as_long_as(keeps, Choice(frozenset(space.names[:6]), order), space)
+    found = choice._as_long_as(choice.Recovering(kept, 1), Choice(frozenset(space.names[:6]), order), space)
     assert found.order == order[: max(1, fits)]
     assert found.skipped == {name for (name,) in found.order}
     assert len(looks) <= math.ceil(math.log2(6)) == 3
@@ -146,6 +147,26 @@ def test_search_skips_as_much_as_keeps_a_recovery(run, model, tmp_path, least):
     (score,) = read(tmp_path / "plan.search" / JudgedRecord.file, JudgedRecord)
     assert code == (0 if score.recovery.low >= least else 3)
     assert json.loads(told)["tasks"][0]["value"] == pytest.approx(score.value)
+
+
+@pytest.mark.parametrize("least", [0.01, 0.9999])
+def test_of_sets_that_save_enough_the_one_that_keeps_most_is_chosen(run, model, tmp_path, least):
+    """Against each set that the search evaluated, judged one by one, the cheapest first, on the items that choose."""
+    out, net, tokenizer = tmp_path / "plan.json", *load(str(model), dtype="float32")
+    words = ["search", model, *QUICK, "--text", "prose", "--skip", "mlp:2", *ANSWERS, "--dtype", "float32", "-o", out]
+    code, _, err = run(*words, "--recovery", least)
+    assert code in (0, 3), err
+    evaluated = read(tmp_path / "plan.search" / EvaluationRecord.file, EvaluationRecord)
+    sets = sorted((one.cost, one.skipped) for one in evaluated if one.batches == "all" and len(one.skipped) == 2)
+    assert len(sets) > 1
+    plans = [Plan(mlp=[int(name.split(".")[1]) for name in skipped]) for _, skipped in sets[: 1 + choice.BESIDE]]
+    job = TaskShelf().build("answers", None, 4, choosing=True)
+    lows = [one.score.recovery.low for one in harness.run_tasks(net, tokenizer, plans, [job])]
+    enough = next((place for place, low in enumerate(lows) if low >= least), None)
+    best = plans[lows.index(max(lows)) if enough is None else enough]
+    assert Plan.load(out).indices == best.indices
+    (record,) = read(tmp_path / "plan.search" / SearchRecord.file, SearchRecord)
+    assert f"of {(enough or 0) + 1 if enough is not None else len(set(lows))} sets" in record.chosen
 
 
 def test_what_chooses_is_not_what_judges():

@@ -3,11 +3,16 @@
     python benchmarks/serving/mix.py --data DATA --out results/mix   # an hour on 2 cores
     python benchmarks/serving/mix.py --data DATA --out results/mix --sets attention:8 block:4 --texts wiki+c4 mix
     python benchmarks/serving/mix.py --data DATA --out /tmp/look --windows 8 --limit 4 --texts prose mix   # a look
+    python benchmarks/serving/mix.py --data DATA --out results/qwen --model MODEL.gguf --sets block:2 --texts wiki mix \
+        --tasks passkey retrieval answers gsm8k gym_gcd --rounds 15   # answers to questions, and times beside the dense
 
 A set is one that is named here, or of a kind and count: then it is chosen by each text, as `notall search` does, and
 repaired on the same one. Each repair is fitted to as many windows of 512 tokens, of one text or of several in turn;
 each is judged on items and texts that nothing was fitted to. Called again with the same --out, it goes on.
-DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw` and `c4/sample300.jsonl`.
+`gsm8k` asks its test questions in the model's chat template, without examples; the last number of an answer counts.
+Times are of skipping alone: what a repair adds to them is nothing. Take them where nothing else runs.
+DATA holds `wikitext2/wiki.train.first1MB.txt`, `wikitext2/wiki.test.raw`, `c4/sample300.jsonl` and
+`gsm8k/test.jsonl`.
 """
 
 from __future__ import annotations
@@ -29,19 +34,46 @@ from notall.evaluation.harness import run_tasks
 from notall.evaluation.tasks import TaskShelf
 from notall.experiments.options import TextOptions
 from notall.experiments.search import WITH_RETRIEVAL
-from notall.measuring.speed import machine
+from notall.measuring.speed import machine, time_plans
 from notall.models.names import USE
+from notall.models.texts import fields, read_file
+from notall.options import Workload
 from notall.repairing.texts import RepairTexts
-from notall.results.facts import DELTA_NLL, KL, Quality, Recovery
+from notall.results.facts import DELTA_NLL, KL, SPEEDUPS, Quality, Recovery, Times
 from notall.results.record import Fact
 from notall.results.table import Column, number, table, with_interval, within, words
 from notall.results.terminal import print_table
+from notall.running.generating import as_asked
 
 SETS = {
     "a8": "attn.6 attn.7 attn.8 attn.12 attn.17 attn.22 attn.26 attn.29",  # found by KL on text
     "b4": "attn.14 mlp.14 attn.16 mlp.16 attn.17 mlp.17 attn.18 mlp.18",
 }
 TASKS = ["passkey", "retrieval", "answers"]
+GSM8K, NOTHING = "gsm8k", "nothing: skipped"
+# Of the harness: one answer a question, of which the last number counts, without commas and zeros behind a point.
+QUESTIONS = {
+    "task": f"local_{GSM8K}",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{number}}",
+    "num_fewshot": 0,
+    "generation_kwargs": {"until": [], "max_gen_toks": 400, "do_sample": False},
+    "filter_list": [
+        {
+            "name": "last number",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"-?[0-9][0-9,]*(?:\.[0-9]+)?", "group_select": -1},
+                {"function": "take_first"},
+            ],
+        }
+    ],
+    "metric_list": [
+        {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "regexes_to_ignore": [",", r"\.0*$"]}
+    ],
+}
 
 
 class Kept(Fact):
@@ -52,6 +84,7 @@ class Kept(Fact):
     judged: str
     quality: Quality | None = None
     recovery: Recovery | None = None
+    times: Times | None = None
     value: float | None = None
     dense: float | None = None
     tokens: int
@@ -67,7 +100,22 @@ COLUMNS: tuple[Column[Kept], ...] = (
     number("value", lambda one: one.value),
     number("dense", lambda one: one.dense),
     number("items", lambda one: one.recovery.items if one.recovery else None, "d"),
+    *within(SPEEDUPS, lambda one: one.times),
 )
+
+
+def questions(tokenizer: PreTrainedTokenizerBase, data: Path, folder: Path) -> Path:
+    """A folder with GSM8K as a task of the harness, each question as the model is asked it."""
+    file = data / "gsm8k/test.jsonl"
+    content = read_file(file, "GSM8K's test questions")
+    asked = [as_asked(tokenizer, one) for one in fields(file, content, "question")]
+    numbers = [one.rpartition("####")[2].strip() for one in fields(file, content, "answer")]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"prompt": prompt, "number": number}) for prompt, number in zip(asked, numbers)]
+    (folder / "questions.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    task = QUESTIONS | {"dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
+    (folder / "gsm8k.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    return folder
 
 
 def plan_named(names: str) -> Plan:
@@ -78,7 +126,7 @@ def plan_named(names: str) -> Plan:
 def chosen(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: str, text: str, windows: list[Tensor], out: Path
 ) -> Plan:
-    """As many of a kind as `wanted` says, chosen by 16 windows of a text."""
+    """As many of a kind as `wanted` says, chosen by some windows of a text."""
     path = out / f"chosen-{wanted.replace(':', '')}-{text}.json"
     if path.is_file():
         return Plan.load(path)
@@ -102,7 +150,10 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["a8"], help=f"{', '.join(SETS)}, or such as attention:8")
     parser.add_argument("--texts", nargs="+", default=["prose", "wiki+c4", "mix", "wiki+c4+answers+episodes"])
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="of `notall tasks`, and gsm8k")
+    parser.add_argument("--limit", type=int, default=16, help="items of each task")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds in which prefill and decode are timed")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     files = {"wiki": asked.data / "wikitext2/wiki.train.first1MB.txt", "c4": asked.out / "c4-fitted.jsonl"}
@@ -120,14 +171,15 @@ def main() -> None:
                 called, skipped = name, plan_named(SETS[name])
             else:
                 called = f"{name} by {text}"
-                skipped = chosen(model, tokenizer, name, text, drawn.together(2)[:8], asked.out)
-            plans[called, "nothing: skipped"] = skipped, 0
+                skipped = chosen(model, tokenizer, name, text, drawn.together(2)[: asked.chosen_by // 2], asked.out)
+            plans[called, NOTHING] = skipped, 0
             folder = asked.out / f"{called.replace(':', '').replace(' ', '-')}-{text}-{asked.windows}"
             if not (folder / "plan.json").is_file():
                 repair(model, skipped, batches, out=folder, progress=lambda *told: print(*told, end="\r"))
             plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
     found = judged(model, tokenizer, plans, asked)
     told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
+    told["tasks"] = asked.tasks
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     told |= {"command": shlex.join(["python", "benchmarks/serving/mix.py", *words]), "date": f"{date.today()}"}
     told["searches"] = [json.loads(one.read_text()) for one in sorted(asked.out.glob("chosen-*.spent.json"))]
@@ -150,12 +202,17 @@ def judged(
         windows, _ = TextOptions(str(text), 16, 512, 4).windows(model, tokenizer)
         for (key, (_, tokens)), quality in zip(plans.items(), evaluate(model, every, windows)):
             found.append(Kept(set=key[0], fitted=key[1], judged=text.stem, quality=quality, tokens=tokens))
-    shelf = TaskShelf()
-    jobs = [shelf.build(name, None, asked.limit) for name in shelf.names(TASKS)]
+    shelf = TaskShelf(questions(tokenizer, asked.data, asked.out / "tasks"))
+    jobs = [shelf.build(name, None, asked.limit) for name in shelf.names(asked.tasks)]
     for result in run_tasks(model, tokenizer, every, jobs, folder=asked.out / "judged"):
         (key, (_, tokens)), score = list(plans.items())[result.number], result.score
         one = Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, recovery=score.recovery)
         found.append(one.model_copy(update={"value": score.value, "dense": score.value - score.delta}))
+    if asked.rounds:
+        skipped = {name: plan for (name, _), (plan, tokens) in plans.items() if not tokens}
+        times = time_plans(model, skipped, Workload(prompt_tokens=512, generation_tokens=32, rounds=asked.rounds))
+        parts = [(name, times[name]) for name in skipped]
+        found += [Kept(set=name, fitted=NOTHING, judged="speed", times=one, tokens=0) for name, one in parts]
     return found
 
 

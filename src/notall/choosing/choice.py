@@ -34,6 +34,18 @@ from .space import Choice, Skipped, Space, Unit, names_in, plan_of
 
 FIRST = 0.6  # of the time: the rest is for the limit, where the first choice breaks it
 CHOICES = 4  # the first, and those by times that were corrected
+BESIDE = 3  # other sets that save enough, of which more may be kept
+
+
+@dataclass(frozen=True)
+class Recovering:
+    """How much a plan keeps of what the dense model can do, from 0 on, and how much it is to keep."""
+
+    kept: Callable[[Plan], float]
+    least: float
+
+    def keeps(self, plan: Plan) -> bool:
+        return self.kept(plan) >= self.least
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def choose_plan(
     states_bytes: int = STATES_BYTES,
     held_out: Sequence[Tensor] = (),
     after_repair: bool = False,
-    keeps: Callable[[Plan], bool] | None = None,
+    recovering: Recovering | None = None,
     progress: Progress = silent,
 ) -> ChosenPlan:
     """What `criterion` skips of `space` to meet `budget`: a name such as "search", a function or a `Criterion`.
@@ -99,9 +111,10 @@ def choose_plan(
     the call resumes an interrupted run, which `provenance` identifies. The search ends with its best after
     `max_minutes`, or `patience` evaluations that brought nothing. A plan for a speedup is timed, and chosen anew where
     it is too slow; where the budget has a limit too, and both cannot be met, it saves most within the limit, as
-    `missed` says. With `keeps`, the plan is the longest beginning of what was chosen of which that is true, as halving
-    finds it, and at least the first unit. Raises `UsageError` when the folder holds other work or is in use, for a
-    criterion that fails or does not suit the space, and for a budget that cannot be met.
+    `missed` says. With `recovering`, the plan for a limit alone is the longest beginning of what was chosen that keeps
+    enough, as halving finds it, and at least the first unit; for what is to be saved it is the cheapest of some sets
+    that keeps enough, or else the one that keeps most. Raises `UsageError` when the folder holds other work or is in
+    use, for a criterion that fails or does not suit the space, and for a budget that cannot be met.
     """
     check_minutes(max_minutes)
     expect(space, Space, "a notall.Space, such as Space(notall.locate(model), 'attention')")
@@ -118,10 +131,14 @@ def choose_plan(
         outcome = choose_within(way, setting, budget)
         choice, spent = outcome.choice, evaluator.spent  # for the choice, and not for the record
         told = f"{way.name} by {evaluator.judged_by}: {budget.description}"
-        if keeps:
+        if recovering and budget.target == math.inf:
             all_of_it = len(choice.order)
-            choice = _as_long_as(lambda skipped: keeps(space.plan(skipped)), choice, space)
+            choice = _as_long_as(recovering, choice, space)
             told += f"; the first {len(choice.order)} of {all_of_it}, as far as recovery is kept"
+        elif recovering and outcome.met:
+            outcome, looked = _keeping_most(recovering, outcome, setting, budget)
+            choice = outcome.choice
+            told += f"; of {looked} sets the one that keeps most"
         skipped, plan = choice.skipped, space.plan(choice.skipped, told)
         return ChosenPlan(
             plan=plan,
@@ -139,7 +156,27 @@ def choose_plan(
         )
 
 
-def _as_long_as(keeps: Callable[[Skipped], bool], choice: Choice, space: Space) -> Choice:
+def _keeping_most(recovering: Recovering, first: Outcome, setting: Setting, budget: Budget) -> tuple[Outcome, int]:
+    """Of `first` and the next cheapest sets that meet the budget: which keeps enough, or most; and of how many."""
+    space, evaluator, found = setting.space, setting.evaluator, dict[float, Outcome]()
+    most = evaluator.cost(frozenset()) + budget.limit
+
+    def is_other(skipped: Skipped) -> bool:
+        is_met = budget.met(skipped) and space.allows(skipped) and evaluator.cost(skipped) <= most
+        return is_met and skipped != first.choice.skipped
+
+    others = [Choice(one, tuple(filter(one.issuperset, space.units))) for one in evaluator.cheapest(is_other)]
+    for choice in (first.choice, *others[:BESIDE]):
+        outcome = first if choice is first.choice else _outcome(choice, setting, budget)
+        if outcome.met:
+            kept = recovering.kept(space.plan(choice.skipped))
+            found.setdefault(kept, outcome)
+            if kept >= recovering.least:
+                break
+    return found[max(found)], len(found)
+
+
+def _as_long_as(recovering: Recovering, choice: Choice, space: Space) -> Choice:
     """The longest beginning of a choice that keeps what is asked for, as halving finds it; else the shortest one."""
     order = choice.order
     begun = [names_in(order[: end + 1]) for end in range(len(order))]
@@ -147,7 +184,7 @@ def _as_long_as(keeps: Callable[[Skipped], bool], choice: Choice, space: Space) 
     low, high = -1, len(allowed) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if keeps(begun[allowed[middle]]) else (low, middle - 1)
+        low, high = (middle, high) if recovering.keeps(space.plan(begun[allowed[middle]])) else (low, middle - 1)
     if not allowed:
         return choice
     last = allowed[max(low, 0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -105,6 +105,11 @@ class Evaluator:
         That is the first batches of each of its terms. Of a large vocabulary a guess takes what is likely and asked.
         """
         return self.costs([skipped], share)[0]
+
+    def cheapest(self, wanted: Callable[[Skipped], bool]) -> list[Skipped]:
+        """Of the sets that were evaluated on all of the text those that are `wanted`, the cheapest first."""
+        whole = {skipped: cost for (skipped, part), (cost, _) in self._known.items() if part == "all"}
+        return sorted(filter(wanted, whole), key=whole.__getitem__)
 
     def costs(self, sets: Sequence[Skipped], share: float = 1.0) -> list[float]:
         """The objective of each set; all are run together."""

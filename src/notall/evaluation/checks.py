@@ -41,7 +41,7 @@ class MadeTask(Task):
     `metrics` says of each whether higher is better.
     """
 
-    VERSION = 2
+    VERSION = 3
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
     import reasoning_gym
 
     questions = reasoning_gym.create_dataset(generator, size=items, seed=seed)
-    asked = "{}\n\nEnd with a line that says only: Answer: and the answer."
+    asked = '{}\n\nAfter your reasoning, write the final answer on a line of its own, behind "Answer:".'
     docs = [{"prompt": asked.format(one["question"]), "answer": one["answer"], "tokens": REASONED, "entry": dict(one)}
             for one in questions]  # fmt: skip
 
@@ -159,9 +159,10 @@ def reasoning(generator: str, name: str, items: int, seed: int) -> MadeTask:
         text = said[0].strip()
         last = text.rpartition("Answer:")[2].strip() or text
         first = last.splitlines()[0].strip(" *.`$") if last else None
-        return {"exact_match": float(questions.score_answer(first, doc["entry"]) == 1)}
+        found = questions.score_answer(first, doc["entry"]) == 1
+        return {"exact_match": float(found), "words": float(len(said[0].split()))}
 
-    return MadeTask(name, docs, "chat", {"exact_match": True}, verify)
+    return MadeTask(name, docs, "chat", {"exact_match": True, "words": False}, verify)
 
 
 MAKERS: Mapping[str, Callable[[str, int, int], MadeTask]] = {

@@ -127,6 +127,11 @@ def lost_in(scores: Sequence[PlanScore], least: float = RECOVERY) -> list[str]:
     return list(dict.fromkeys(one.task for one in last_state(scores) if verdict_on(one, least) == "lost"))
 
 
+def surely_kept(scores: Sequence[PlanScore]) -> float:
+    """The lowest end of the intervals of the last state's recoveries: so much each task keeps; 0 where one has none."""
+    return min((one.recovery.low if one.recovery else 0.0 for one in last_state(scores)), default=0.0)
+
+
 def kept_in_words(scores: Sequence[PlanScore], least: float = RECOVERY) -> str | None:
     """How many scores of the last state keep enough; None without any."""
     verdicts = [verdict_on(one, least) for one in last_state(scores)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from .evaluate import last_measured, tasks_section
 from .folder import Folder, Section, Shown, Step, check_folder
 from .options import HeldOutOptions, KeepFirst, KeepLast, ModelOptions, SkipAmount, TaskChoice, space_of
 from .pages import read_costs
-from .recovery import RecoveryOptions, checks_of, judge, judged, scores_of, short_of
+from .recovery import RecoveryOptions, checks_of, judge, judged, scores_of, surely_kept
 from .repair import RepairOptions
 from .verdict import LITTLE, Verdict, next_command, what_next
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..choosing.budget import Budget, Resource
-    from ..choosing.choice import ChosenPlan
+    from ..choosing.choice import ChosenPlan, Recovering
     from ..choosing.space import Space
 
 FARTHEST = 0.3  # nats up to which a plan is looked for that keeps a recovery
@@ -163,7 +163,7 @@ class BudgetOptions:
         limits = [(name, value) for name, value in given.items() if name.startswith("max_")]
         savings = [one for one in given.items() if one not in limits]
         if recovery and not given:
-            return BudgetChoice(None, ("farthest", FARTHEST), by_recovery=True)
+            return BudgetChoice(None, ("farthest", FARTHEST))
         if not given or len(limits) > 1 or len(savings) > 1:
             wrong = [*dict(savings if len(savings) > 1 else limits)] or ["count", *vars(self)]
             names = [f"--skip {amount.kind}:N" if name == "count" else f"--{name.replace('_', '-')}" for name in wrong]
@@ -172,18 +172,15 @@ class BudgetOptions:
             check_nats(value)
         if self.speedup is not None:
             check_faster(self.speedup)
-        return BudgetChoice(
-            next(iter(savings), None), next(iter(limits), None), by_recovery=bool(recovery and not savings)
-        )
+        return BudgetChoice(next(iter(savings), None), next(iter(limits), None))
 
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """What to save, or at most how many nats to lose, by the names of options; with a recovery as much as keeps it."""
+    """What to save, or at most how many nats to lose, by the names of options."""
 
     saving: tuple[str, float] | None
     limit: tuple[str, float] | None = None
-    by_recovery: bool = False
 
     def objective(self, text: str) -> str:
         """The one that is limited, else KL: of as much text it tells more, and its sets lose less on other text.
@@ -346,7 +343,7 @@ class Search:
             seed=self.seed,
             held_out=others,
             after_repair=bool(self.repair),
-            keeps=self._keeper(net, tokenizer, tasks, settings, progress) if wanted.by_recovery else None,
+            recovering=self._recovering(net, tokenizer, tasks, settings, progress) if tasks.recovery else None,
             progress=progress,
         )
         self._save(found.plan)
@@ -370,28 +367,30 @@ class Search:
         verdict = replace(verdict, next=self._next(net, verdict))
         return Searched(record, budget.description, measured, passkeys, scores, verdict)
 
-    def _keeper(
+    def _recovering(
         self,
         net: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         tasks: TaskChoice,
         settings: Provenance,
         progress: Progress,
-    ) -> Callable[[Plan], bool]:
-        """Whether a plan, after the repair if there is one, keeps enough on items that do not judge it later."""
+    ) -> Recovering:
+        """What a plan, after the repair if there is one, keeps at least of each task, on items that don't judge it."""
+        from ..choosing.choice import Recovering
+
         checks = checks_of(tasks)
         jobs, least = checks.jobs(choosing=True), checks.recovery
         assert least
 
-        def keeps(plan: Plan) -> bool:
+        def kept(plan: Plan) -> float:
             with TemporaryDirectory() as folder:
                 out = Path(folder) / "repaired"
                 if self.repair:
                     plan, _ = self.repair.apply(net, tokenizer, plan, out, settings, progress)
                 found = judge(net, tokenizer, {plan.state: plan}, jobs, checks, self.folder / "answers", progress)
-            return short_of(found, least) is None
+            return surely_kept(found)
 
-        return keeps
+        return Recovering(kept, least)
 
     def _save(self, plan: Plan) -> None:
         with suppress(UsageError):
