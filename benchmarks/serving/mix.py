@@ -31,7 +31,7 @@ from notall import Plan, RepairedPlan, Space, choose_plan, evaluate, load, locat
 from notall.choosing.budget import by_count
 from notall.choosing.objective import build_objective
 from notall.evaluation.harness import run_tasks
-from notall.evaluation.tasks import TaskShelf
+from notall.evaluation.tasks import Limits, TaskShelf
 from notall.experiments.options import TextOptions
 from notall.experiments.search import WITH_RETRIEVAL
 from notall.measuring.speed import machine, time_plans
@@ -63,7 +63,7 @@ QUESTIONS = {
     "generation_kwargs": {"until": [], "max_gen_toks": 400, "do_sample": False},
     "filter_list": [
         {
-            "name": "last number",
+            "name": "strict-match",
             "filter": [
                 {"function": "regex", "regex_pattern": r"-?[0-9][0-9,]*(?:\.[0-9]+)?", "group_select": -1},
                 {"function": "take_first"},
@@ -82,6 +82,7 @@ class Kept(Fact):
     set: str
     fitted: str
     judged: str
+    metric: str | None = None  # of a task
     quality: Quality | None = None
     recovery: Recovery | None = None
     times: Times | None = None
@@ -95,6 +96,7 @@ COLUMNS: tuple[Column[Kept], ...] = (
     words("fitted to", lambda one: one.fitted),
     number("tokens", lambda one: one.tokens, ",d"),
     words("judged on", lambda one: one.judged),
+    words("metric", lambda one: one.metric),
     *within((DELTA_NLL, KL), lambda one: one.quality),
     with_interval("recovery", lambda one: one.recovery.interval if one.recovery else None),
     number("value", lambda one: one.value),
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--chosen-by", type=int, default=16, help="windows of them that sets are chosen by")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="of `notall tasks`, and gsm8k")
     parser.add_argument("--limit", type=int, default=16, help="items of each task")
+    parser.add_argument("--questions", type=int, default=32, help="of gsm8k and of each generator")
     parser.add_argument("--rounds", type=int, default=0, help="rounds in which prefill and decode are timed")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +182,7 @@ def main() -> None:
             plans[called, text] = RepairedPlan.load(folder), sum(batch.numel() for batch in batches)
     found = judged(model, tokenizer, plans, asked)
     told = {"machine": machine(model.device), "model": asked.model, "windows": asked.windows, "limit": asked.limit}
-    told["tasks"] = asked.tasks
+    told |= {"tasks": asked.tasks, "questions": asked.questions}
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     told |= {"command": shlex.join(["python", "benchmarks/serving/mix.py", *words]), "date": f"{date.today()}"}
     told["searches"] = [json.loads(one.read_text()) for one in sorted(asked.out.glob("chosen-*.spent.json"))]
@@ -199,15 +202,17 @@ def judged(
     found: list[Kept] = []
     every = [plan for plan, _ in plans.values()]
     for text in (asked.data / "wikitext2/wiki.test.raw", asked.out / "c4-judged.jsonl"):
-        windows, _ = TextOptions(str(text), 16, 512, 4).windows(model, tokenizer)
+        windows, _ = TextOptions(str(text), min(16, asked.windows // 4), 512, 4).windows(model, tokenizer)
         for (key, (_, tokens)), quality in zip(plans.items(), evaluate(model, every, windows)):
             found.append(Kept(set=key[0], fitted=key[1], judged=text.stem, quality=quality, tokens=tokens))
     shelf = TaskShelf(questions(tokenizer, asked.data, asked.out / "tasks"))
-    jobs = [shelf.build(name, None, asked.limit) for name in shelf.names(asked.tasks)]
+    limits = Limits(asked.limit, {name: asked.questions for name in asked.tasks if name == GSM8K or "gym_" in name})
+    jobs = [shelf.build(name, None, limits.of(name)) for name in shelf.names(asked.tasks)]
     for result in run_tasks(model, tokenizer, every, jobs, folder=asked.out / "judged"):
         (key, (_, tokens)), score = list(plans.items())[result.number], result.score
-        one = Kept(set=key[0], fitted=key[1], judged=score.task, tokens=tokens, recovery=score.recovery)
-        found.append(one.model_copy(update={"value": score.value, "dense": score.value - score.delta}))
+        one = Kept(set=key[0], fitted=key[1], judged=score.task, metric=score.usual_metric, tokens=tokens)
+        scores = {"recovery": score.recovery, "value": score.value, "dense": score.value - score.delta}
+        found.append(one.model_copy(update=scores))
     if asked.rounds:
         skipped = {name: plan for (name, _), (plan, tokens) in plans.items() if not tokens}
         times = time_plans(model, skipped, Workload(prompt_tokens=512, generation_tokens=32, rounds=asked.rounds))
