@@ -391,14 +391,18 @@ def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeyp
 def test_what_transformers_refuses_is_said_and_the_rest_is_told(model, windows, monkeypatch):
     refusing = "transformers does not draft for this model: ValueError: no crop; another engine may"
 
-    def refuse(*_, assistant_model=None, **__):
+    generate, written = model.generate, []
+
+    def refuse(*given, assistant_model=None, **how):
         if assistant_model is not None:
             raise UsageError(refusing)
-        pytest.fail("it was measured without")
+        written.append(how)
+        return generate(*given, **how)
 
     monkeypatch.setattr(model, "generate", refuse, raising=False)
     found = measure_draft(model, PLAN, windows, HOW, ABOUT)
     assert found.refused == refusing
+    assert len(written) == 2  # the texts, greedy and sampled: it is not measured without a draft
     assert {(one.measured, one.same_texts) for one in found.records} == {(None, None)}
     told = drafts_verdict(found)
     assert (told.refused, told.said.endswith(f"Nothing was measured: {refusing}.")) == (refusing, True)
