@@ -9,14 +9,7 @@ from ..experiments import bench as benches
 from ..experiments import draft as drafts
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
-from ..experiments.options import (
-    Diagnostics,
-    ModelOptions,
-    PlanOptions,
-    PromptOptions,
-    TaskPath,
-    TextOptions,
-)
+from ..experiments.options import Diagnostics, ModelOptions, PlanOptions, PromptOptions, TaskPath, TextOptions
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text

@@ -1,7 +1,5 @@
 """What accuracy hides: long texts, finding a fact far back, calibration, and what the model says when left to write."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

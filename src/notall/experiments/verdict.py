@@ -95,7 +95,6 @@ class Verdict:
     def on(
         cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
     ) -> Verdict:
-        """What a plan leaves of a model, and what it costs."""
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
@@ -106,7 +105,6 @@ class Verdict:
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> Verdict:
-        """What a page says of one of its plans."""
         return cls(
             step.plan,
             step.quality,
@@ -235,7 +233,6 @@ def mending(model: str, plan: object, repaired: bool) -> str:
 
 
 def asking_for_less(model: str) -> tuple[str, str]:
-    """What to do where nothing was usable, and the command."""
     return "ask for what costs little", next_command("search", model, max_nll=LITTLE, out="plan.json")
 
 

@@ -85,7 +85,6 @@ def number(
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """Bytes, in the unit that suits them."""
     return number(heading, get, in_bytes)
 
 

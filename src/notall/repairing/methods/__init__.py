@@ -1,7 +1,5 @@
 """Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or is of `GROUP`."""
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +48,6 @@ class Method:
 
 
 def refit(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
-    """What `notall repair` does."""
     return repair(model, plan, batches, progress=progress) if plan else RepairedPlan.of(plan)
 
 
