@@ -81,7 +81,8 @@ def export(
         tables = {"tasks": scores_table(verdict.scores)} | tables
     if measured:
         tables = {"quality": table(f"skip {wanted}: before the repair and after it", MEASURED, measured)} | tables
-    also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.fact()} if verdict else {})
+    also: dict[str, object] = {name.lower(): line for name, line in ending.items()}
+    also |= {"verdict": verdict.in_numbers()} if verdict else {}
     show(tables, as_json=as_json, also=also)
     if not wanted:
         print(f"note: the plan skips nothing, so {out} is the dense model", file=sys.stderr)

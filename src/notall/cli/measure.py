@@ -1,4 +1,4 @@
-"""notall eval, bench, draft, tasks and report: what a plan costs and saves, and the page of a folder of results."""
+"""notall eval, bench, draft, sweep, paper, tasks and report: what plans cost and save, and a page of results."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +7,32 @@ from typing import Annotated
 from ..errors import FIGURES, need, printable
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
+from ..experiments import sweep as sweeps
+from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
-from ..experiments.options import Diagnostics, ModelOptions, PlanOptions, PromptOptions, TaskPath, TextOptions
+from ..experiments.options import (
+    Diagnostics,
+    ModelOptions,
+    PlanOptions,
+    PromptOptions,
+    RayOptions,
+    TaskOptions,
+    TaskPath,
+    TextOptions,
+)
+from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
 from ..experiments.repair import RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
-from ..options import Json, KeepIn, Option, RunOptions, Workload
+from ..models.names import model_in_words
+from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
+from ..results.ledger import read
+from ..results.provenance import windows_in_words
 from ..results.table import table
-from ..results.terminal import progress_bar, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
 
 
@@ -130,7 +145,73 @@ def draft(
     title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
     tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
-    show(tables, as_json=run.as_json, also={"verdict": told}, then=[told.said])
+    show(tables, as_json=run.as_json, also={"verdict": told}, then=[told["said"]])
+
+
+@command(example="notall sweep smollm2 --out results")
+def sweep(
+    model: ModelOptions,
+    text: TextOptions,
+    workload: Workload,
+    ray: RayOptions,
+    run: RunOptions,
+    out: OutFolder = Path("results"),
+) -> None:
+    """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks, with the last layer and without.
+
+    If you interrupt it, the same command continues where it stopped.
+    """
+    check_folder(out, "sweep")
+    text.check()
+    net, tokenizer = model.load()
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    about = model.provenance(net, **described)
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        records = sweeps.sweep(Subject(net, tokenizer, batches, out, about, run.seed, workers), workload, progress)
+    sweeps.write_sweep(records, out, model_in_words(about.what["model"]))
+    _write_similarity(out, about.what)
+    title = f"{about.what['model']}: {len(records)} configurations in {out}"
+    where = f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv."
+    show({"results": table(title, sweeps.COLUMNS, records)}, as_json=run.as_json, then=(where, next_report(out)))
+
+
+@command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
+def paper(
+    model: ModelOptions,
+    text: TextOptions,
+    how: PaperOptions,
+    timing: TimingGrid,
+    ray: RayOptions,
+    run: RunOptions,
+    tasks: TaskOptions = TaskOptions(tasks=("openllm",)),
+    out: OutFolder = Path("paper"),
+) -> None:
+    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
+
+    This needs the extras `eval` and `report`, and hours on a CPU: --limit says how many documents of each task are
+    used, and mmlu is 57 tasks. If you interrupt it, the same command continues where it stopped.
+    """
+    need(*FIGURES, "lm_eval")
+    check_folder(out, "paper")
+    text.check()
+    choice = tasks.check()
+    net, tokenizer = model.load()
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    about = model.provenance(net, **described)
+    windows = text.for_diagnostics(net, tokenizer, run.seed) if how.diagnostics else ()
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        subject = Subject(net, tokenizer, batches, out, about, run.seed, workers)
+        claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)
+    _write_similarity(out, about.what)
+    title = f"The tables are in {out}/paper.md, and as .tex and .csv beside it"
+    show({"claims": table(title, CLAIMS, claims)}, as_json=run.as_json, then=[next_report(out)])
+
+
+def _write_similarity(out: Path, what: dict[str, object]) -> None:
+    found = read(out / SimilarityRecord.file, SimilarityRecord)
+    write_similarity(found, out / "similarity", model_in_words(str(what["model"])), windows_in_words(what))
 
 
 @command(example="notall tasks arc")
