@@ -37,7 +37,7 @@ COMMANDS = {
     "draft": (MEASURE, "measure", "Measure the speedup of a plan as a draft model in speculative decoding."),
     "eval": (MEASURE, "measure", "Measure what a plan costs on a text, and on benchmarks if you name some."),
     "paper": (MEASURE, "measure", "Run the paper's evaluation, and check each of its claims."),
-    "pareto": (MEASURE, "pareto", "Compare skipping with quantising in the engine that serves the model."),
+    "pareto": (MEASURE, "measure", "Compare skipping with quantising in the engine that serves the model."),
     "sweep": (MEASURE, "measure", "Run the paper's grid on a text."),
     "tasks": (MEASURE, "measure", "List the tasks of lm-evaluation-harness that --tasks takes."),
     "report": (SHOW, "measure", "Turn a results folder into one page that opens anywhere."),
