@@ -48,6 +48,7 @@ class Method:
 
 
 def refit(model: PreTrainedModel, plan: Plan, batches: Sequence[Tensor], progress: Progress = silent) -> RepairedPlan:
+    """What `notall repair` does."""
     return repair(model, plan, batches, progress=progress) if plan else RepairedPlan.of(plan)
 
 
