@@ -1,5 +1,7 @@
 """Choose a plan as `notall search` does: what was evaluated is kept, and the speedup asked for is the one measured."""
 
+from __future__ import annotations
+
 import math
 import os
 import time
