@@ -21,7 +21,6 @@ MODULES = {
     "latency": "choosing.latency",
     "searching": "choosing.criteria.search",
     "cli": "cli",
-    "cli_grid": "cli.grid",
     "digests": "digests",
     "llamacpp": "engines.llamacpp",
     "engines_worker": "engines.worker",

@@ -391,17 +391,21 @@ def test_steps_are_timed_on_the_text_as_wide_as_they_are(model, windows, monkeyp
 def test_what_transformers_refuses_is_said_and_the_rest_is_told(model, windows, monkeypatch):
     refusing = "transformers does not draft for this model: ValueError: no crop; another engine may"
 
-    def refuse(*_, assistant_model=None, **__):
+    generate, written = model.generate, []
+
+    def refuse(*given, assistant_model=None, **how):
         if assistant_model is not None:
             raise UsageError(refusing)
-        pytest.fail("it was measured without")
+        written.append(how)
+        return generate(*given, **how)
 
     monkeypatch.setattr(model, "generate", refuse, raising=False)
     found = measure_draft(model, PLAN, windows, HOW, ABOUT)
     assert found.refused == refusing
+    assert len(written) == 2  # the texts, greedy and sampled: it is not measured without a draft
     assert {(one.measured, one.same_texts) for one in found.records} == {(None, None)}
     told = drafts_verdict(found)
-    assert (told.refused, told.said.endswith(f"Nothing was measured: {refusing}.")) == (refusing, True)
+    assert (told["refused"], told["said"].endswith(f"Nothing was measured: {refusing}.")) == (refusing, True)
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="hybrids need transformers 5")
@@ -437,18 +441,18 @@ def test_bad_counts_are_refused_before_any_work(model, windows, monkeypatch, cha
 def test_the_sentence_says_if_it_is_slower_and_where_it_is_best():
     slow = [record("greedy", 1, 0.81, 0.6), record("greedy", 2, 0.7, 0.9), record("sampled", 1, 1.05)]
     told = drafts_verdict(Drafted(slow, ""))
-    assert told.said == (
+    assert told["said"] == (
         "Drafting with it would be slower greedy (at best 0.81x predicted, with 1 token a round; measured in "
         "transformers: 0.60x), and about as fast sampled (at best 1.05x predicted, with 1 token a round)."
     )
-    best = told.best["greedy"]
-    assert (best.drafted, best.predicted, best.measured, best.tokens_per_round) == (1, 0.81, 0.6, 2.0)
-    assert (math.isnan(told.best["sampled"].measured), told.refused) == (True, None)
-    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 1.1), record("greedy", 3, 1.5, 1.3)], "")).said == (
+    best = told["best"]["greedy"]
+    assert best == {"drafted": 1, "predicted": 0.81, "measured": 0.6, "tokens_per_round": 2.0}
+    assert (told["best"]["sampled"]["measured"], told["refused"]) == (None, None)
+    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 1.1), record("greedy", 3, 1.5, 1.3)], ""))["said"] == (
         "Drafting with it would be faster greedy (at best 1.50x predicted, with 3 tokens a round; measured in "
         "transformers: 1.30x)."
     )
-    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 0.72)], "")).said == (
+    assert drafts_verdict(Drafted([record("greedy", 1, 1.2, 0.72)], ""))["said"] == (
         "Drafting with it would be slower greedy (at best 1.20x predicted, with 1 token a round; measured in "
         "transformers: 0.72x)."
     )

@@ -77,24 +77,21 @@ def test_a_model_that_is_of_no_use_is_said_to_be_so(model, nats, agreement, says
     verdict = Verdict.on(model, PLAN, quality(nats, agreement), "book.txt")
     warnings = [line for line in verdict.lines() if line.startswith("Warning")]
     assert warnings == ([f"Warning: the model is no longer usable: {says}."] if says else [])
-    assert verdict.usable == verdict.fact().usable == (says is None)
+    assert verdict.usable == verdict.in_numbers()["usable"] == (says is None)
 
 
 def test_a_verdict_for_programs_has_what_was_said_in_numbers(model):
     dense, left = footprint(model, Plan()), footprint(model, PLAN)
-    fact = Verdict.on(model, PLAN, quality(), "book.txt").fact()
-    assert (fact.text, fact.delta_nll, fact.top1_agreement) == ("book.txt", 0.36, 0.66)
-    assert fact.perplexity_factor == math.exp(0.36)
-    assert (fact.weight_bytes.dense, fact.weight_bytes.skipped) == (dense.weight_bytes, left.weight_bytes)
-    assert (fact.kv_bytes_per_token.dense, fact.kv_bytes_per_token.skipped) == (
-        *(dense.kv_bytes_per_token, left.kv_bytes_per_token),
-    )
-    unknown = Verdict.on(model, PLAN).fact()
-    plain = json.loads(json.dumps(unknown.model_dump(mode="json"), allow_nan=False))
-    assert {name for name, value in plain.items() if value is None} == {
+    told = Verdict.on(model, PLAN, quality(), "book.txt").in_numbers()
+    assert (told["text"], told["delta_nll"], told["top1_agreement"]) == ("book.txt", 0.36, 0.66)
+    assert told["perplexity_factor"] == math.exp(0.36)
+    for kind in ("weight_bytes", "kv_bytes_per_token"):
+        assert told[kind] == {"dense": getattr(dense, kind), "skipped": getattr(left, kind)}
+    unknown = json.loads(json.dumps(Verdict.on(model, PLAN).in_numbers(), allow_nan=False))
+    assert {name for name, value in unknown.items() if value is None} == {
         *("usable", "missed", "text", "delta_nll", "perplexity_factor", "top1_agreement", "speedup"),
     }
-    overflown = Verdict.on(model, PLAN, quality(None), "book.txt").fact().model_dump(mode="json")
+    overflown = Verdict.on(model, PLAN, quality(None), "book.txt").in_numbers()
     assert (overflown["delta_nll"], overflown["perplexity_factor"], overflown["usable"]) == (None, None, False)
 
 

@@ -28,7 +28,6 @@ class Option:
     argument: bool = False  # whether it is given by its place
     least: int | None = None
     most: int | None = None
-    shown: str | None = None  # what the help shows as the default, where the value does not say it
 
 
 def _as_field(make: Callable[P, Option]) -> Callable[Concatenate[T, P], T]:

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, SupportsIndex
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from .errors import UsageError, nearest, shortened
 from .inputs import DoubledKey, read_json
@@ -23,22 +23,19 @@ if TYPE_CHECKING:
 
 Kind = Literal["attention", "mlp"]
 Skippable = Literal["attention", "mlp", "block"]
-Variant = Literal["dense", "attention", "mlp", "block"]
 KIND_NAMES = {"dense": "dense", "attention": "attention", "mlp": "MLP", "block": "block", "plan": "plan"}
 
 MOST_LAYERS = 100_000  # a hundred times as deep as any model
 MOST_BYTES = 1 << 20  # of a plan file; a device such as /dev/zero never ends
 
 
-class Plan(BaseModel):
+class Plan(BaseModel, frozen=True, extra="forbid"):
     """The sublayers to skip, by their layer index in the dense model, from 0.
 
     A block is skipped by naming it in both lists. `fingerprint` is the shape of the model that the plan was made for
     (see `ModelStructure.fingerprint`); `note` is free text. Plans that run alike are equal, whatever these two say.
     Raises `UsageError` on an index that is no whole number, negative, named twice or deeper than any model.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: tuple[int, ...] = Field((), description="layers whose attention is skipped")
     mlp: tuple[int, ...] = Field((), description="layers whose MLP is skipped")

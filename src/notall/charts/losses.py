@@ -47,7 +47,6 @@ class Point:
 
     @property
     def place(self) -> Span:
-        """Speedup and loss."""
         return (self.speedup.median if self.speedup else math.nan), self.lost
 
     @property

@@ -1,7 +1,5 @@
 """How much a plan must save, or how much it may cost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

@@ -75,7 +75,6 @@ class Objective:
         return tuple(batch for term in self.terms for batch in term.batches)
 
     def _numbered(self) -> Iterator[tuple[Term, range]]:
-        """The terms, and the numbers of their batches."""
         start = 0
         for term in self.terms:
             yield term, range(start, start + len(term.batches))

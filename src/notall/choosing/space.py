@@ -1,7 +1,5 @@
 """What may be skipped, and what may come next: the sets of sublayers that a criterion or a search chooses from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,11 +54,6 @@ class Space:
 
     def __str__(self) -> str:
         return "portable" if self.portable and self.kind == "sublayer" else self.kind
-
-    @property
-    def unit_kind(self) -> UnitKind:
-        """`kind`, with attention for all kinds of mixers."""
-        return "attention" if self.kind not in UNIT_KINDS else self.kind
 
     @property
     def by_pairs(self) -> bool:
@@ -157,7 +150,6 @@ class Choice:
 
 
 def names_in(units: Iterable[Unit]) -> Skipped:
-    """The sublayers of some units."""
     return frozenset(name for unit in units for name in unit)
 
 

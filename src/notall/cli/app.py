@@ -36,9 +36,9 @@ COMMANDS = {
     "bench": (MEASURE, "measure", "Time prefill and decode of the dense and the skipped model."),
     "draft": (MEASURE, "measure", "Measure the speedup of a plan as a draft model in speculative decoding."),
     "eval": (MEASURE, "measure", "Measure what a plan costs on a text, and on benchmarks if you name some."),
-    "paper": (MEASURE, "grid", "Run the paper's evaluation, and check each of its claims."),
-    "pareto": (MEASURE, "pareto", "Compare skipping with quantising in the engine that serves the model."),
-    "sweep": (MEASURE, "grid", "Run the paper's grid on a text."),
+    "paper": (MEASURE, "measure", "Run the paper's evaluation, and check each of its claims."),
+    "pareto": (MEASURE, "measure", "Compare skipping with quantising in the engine that serves the model."),
+    "sweep": (MEASURE, "measure", "Run the paper's grid on a text."),
     "tasks": (MEASURE, "measure", "List the tasks of lm-evaluation-harness that --tasks takes."),
     "report": (SHOW, "measure", "Turn a results folder into one page that opens anywhere."),
     "export": (TAKE, "export", "Write the model without what the plan skips, as files that engines load."),
@@ -156,7 +156,7 @@ def conclude(
     from ..results.terminal import say, show
 
     if tables:
-        show(tables, as_json=as_json, also={"verdict": verdict.fact()})
+        show(tables, as_json=as_json, also={"verdict": verdict.in_numbers()})
     warn_if_worse(measured)
     if not as_json:
         for line in verdict.lines():

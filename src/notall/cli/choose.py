@@ -67,7 +67,6 @@ def compare(
 
 
 def _made(about: Provenance, described: Settings, timed: Workload | None) -> str:
-    """How and on what it was measured, in sentences."""
     held_out = str(described.get("held_out"))
     others = f"as many of {Path(held_out).name}" if "held_out_sha256" in described else "as many other ones"
     made = f"Chosen by {windows_in_words(described)}, measured on {others}, in {about.what['dtype']}."

@@ -1,13 +1,11 @@
 """notall export: turn a plan into files for engines."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from ..experiments.evaluate import warn_if_worse
 from ..experiments.options import ModelOptions, TaskChoice, TextOptions, read_plan
@@ -18,15 +16,12 @@ from ..inputs import read_json
 from ..options import Json, Option
 from ..plan import Plan
 from ..progress import Progress
-from ..results.facts import DELTA_NLL, KL, PERPLEXITY, RECOVERED, TOP1, Quality, State
+from ..results.facts import DELTA_NLL, KL, PERPLEXITY, RECOVERED, TOP1, State
 from ..results.record import Count, Fact
 from ..results.repairs import MEASURED, MeasuredRecord
 from ..results.table import Column, in_bytes, size, table, words
 from ..results.terminal import progress_bar, show
 from .app import command, conclude
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BROKEN = (
     "kinds of layers no longer come again every {} layers; an engine that counts them so, as MLX-LM and llama.cpp do "
@@ -86,7 +81,8 @@ def export(
         tables = {"tasks": scores_table(verdict.scores)} | tables
     if measured:
         tables = {"quality": table(f"skip {wanted}: before the repair and after it", MEASURED, measured)} | tables
-    also = {name.lower(): line for name, line in ending.items()} | ({"verdict": verdict.fact()} if verdict else {})
+    also: dict[str, object] = {name.lower(): line for name, line in ending.items()}
+    also |= {"verdict": verdict.in_numbers()} if verdict else {}
     show(tables, as_json=as_json, also=also)
     if not wanted:
         print(f"note: the plan skips nothing, so {out} is the dense model", file=sys.stderr)
@@ -142,32 +138,24 @@ def _measured(
     model: ModelOptions, plan: Plan, text: str | None, tasks: TaskChoice, progress: Progress
 ) -> tuple[Mapping[str, str], Verdict]:
     """What the plan costs on 8 windows of 256 tokens of a text, and on tasks: for the model card, and in words."""
-    net, tokenizer = replace(model, dtype="auto").load()
-    before: dict[State, Plan] = {"skipped": plan.unrepaired} if plan.state == "repaired" else {}
-    card, quality, named = (
-        _on_text(net, tokenizer, [*before.values(), plan], text, progress) if text else ({}, None, "")
-    )
-    scores = judge(net, tokenizer, before | {plan.state: plan}, tasks.jobs(), tasks, None, progress)
-    kept = {
-        f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one) for one in last_state(scores) if one.recovery
-    }
-    return card | kept, Verdict.on(net, plan, quality, named).judged(scores, tasks.recovery)
-
-
-def _on_text(
-    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plans: list[Plan], text: str, progress: Progress
-) -> tuple[dict[str, str], Quality, str]:
-    """What the last of the plans costs, the first one before its repair, for the card; its quality; the text's name."""
     from ..measuring.quality import evaluate
     from ..structure.model_structure import positions_of
 
-    length = int(min(256, positions_of(net)))
-    batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
-    dense, *unrepaired, skipped = evaluate(net, [Plan(), *plans], batches)
-    card = {
-        "text": f"{described['text']}, 8 windows of {length} tokens",
-        f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(dense),
-        **{column.titled: column.text(skipped) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
-        **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
-    }
-    return card, skipped, described["text"]
+    net, tokenizer = replace(model, dtype="auto").load()
+    plans: dict[State, Plan] = {"skipped": plan.unrepaired, plan.state: plan}
+    card, quality, named = dict[str, str](), None, ""
+    if text:
+        length = int(min(256, positions_of(net)))
+        batches, described = TextOptions(text, 8, length).windows(net, tokenizer, progress=progress)
+        dense, *unrepaired, quality = evaluate(net, [Plan(), *plans.values()], batches)
+        named = described["text"]
+        card |= {
+            "text": f"{named}, 8 windows of {length} tokens",
+            f"{PERPLEXITY.heading} of the dense model": PERPLEXITY.text(dense),
+            **{column.titled: column.text(quality) for column in (PERPLEXITY, DELTA_NLL, KL, TOP1)},
+            **{f"{DELTA_NLL.titled}, before the repair": DELTA_NLL.text(one) for one in unrepaired},
+        }
+    scores = judge(net, tokenizer, plans, tasks.jobs(), tasks, None, progress)
+    recovered = [one for one in last_state(scores) if one.recovery]
+    card |= {f"Recovery, {one.task} ({one.usual_metric})": RECOVERED.text(one) for one in recovered}
+    return card, Verdict.on(net, plan, quality, named).judged(scores, tasks.recovery)

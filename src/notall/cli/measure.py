@@ -1,31 +1,51 @@
-"""notall eval, bench, draft, tasks and report: what a plan costs and saves, and the page of a folder of results."""
+"""notall eval, bench, draft, sweep, paper, pareto, tasks and report: what plans cost and save, and their page."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from ..errors import FIGURES, need, printable
+from ..errors import FIGURES, UsageError, need, printable, shortened
 from ..experiments import bench as benches
 from ..experiments import draft as drafts
+from ..experiments import pareto as fronts
+from ..experiments import sweep as sweeps
+from ..experiments.driver import SimilarityRecord, Subject, write_similarity
 from ..experiments.evaluate import GSM8K, QUALITIES, Evaluation, mend_of
 from ..experiments.folder import check_folder
 from ..experiments.options import (
     Diagnostics,
+    HeldOutOptions,
     ModelOptions,
     PlanOptions,
     PromptOptions,
+    RayOptions,
+    TaskOptions,
     TaskPath,
     TextOptions,
+    words_of,
 )
+from ..experiments.paper import CLAIMS, PaperOptions, TimingGrid, run_paper
 from ..experiments.recovery import RecoveryOptions, scores_table
-from ..experiments.repair import RepairOptions
+from ..experiments.repair import NONE, RepairOptions
 from ..experiments.search import warn_of_own_text
 from ..experiments.verdict import Verdict, next_command
-from ..options import Json, KeepIn, Option, RunOptions, Workload
+from ..models.names import model_in_words
+from ..options import Json, KeepIn, Option, OutFolder, RunOptions, Workload
+from ..plan import Plan, several
+from ..progress import Stages
 from ..results.facts import NAMED_TASKS, PLAN_CHECKS
+from ..results.ledger import read
+from ..results.provenance import windows_in_words
 from ..results.table import table
-from ..results.terminal import progress_bar, show
+from ..results.terminal import next_report, progress_bar, show
 from .app import command, conclude
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FEWEST = 4  # windows that `pareto` chooses by and repairs with
 
 
 @command(name="eval", example="notall eval smollm2 --plan plan.json --tasks arc_easy --limit 50")
@@ -137,7 +157,146 @@ def draft(
     title = f"{about.in_words}, skip {wanted}: {text.sequences} prompts; median of {how.rounds} [quartiles]"
     told = drafts.verdict(found)
     tables = {"drafts": table(title, drafts.COLUMNS, found.records)}
-    show(tables, as_json=run.as_json, also={"verdict": told}, then=[told.said])
+    show(tables, as_json=run.as_json, also={"verdict": told}, then=[told["said"]])
+
+
+@command(example="notall sweep smollm2 --out results")
+def sweep(
+    model: ModelOptions,
+    text: TextOptions,
+    workload: Workload,
+    ray: RayOptions,
+    run: RunOptions,
+    out: OutFolder = Path("results"),
+) -> None:
+    """Run the paper's grid: skip 10, 25 and 33 % of the attentions, MLPs or blocks, with the last layer and without.
+
+    If you interrupt it, the same command continues where it stopped.
+    """
+    check_folder(out, "sweep")
+    text.check()
+    net, tokenizer = model.load()
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    about = model.provenance(net, **described)
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        records = sweeps.sweep(Subject(net, tokenizer, batches, out, about, run.seed, workers), workload, progress)
+    sweeps.write_sweep(records, out, model_in_words(about.what["model"]))
+    _write_similarity(out, about.what)
+    title = f"{about.what['model']}: {len(records)} configurations in {out}"
+    where = f"The tables are in {out / 'table.md'}, .tex and .csv, and {out / 'similarity'}.tex and .csv."
+    show({"results": table(title, sweeps.COLUMNS, records)}, as_json=run.as_json, then=(where, next_report(out)))
+
+
+@command(example="notall paper smollm2 --limit 40 --limit mmlu=2 --limit gsm8k=12 --out paper")
+def paper(
+    model: ModelOptions,
+    text: TextOptions,
+    how: PaperOptions,
+    timing: TimingGrid,
+    ray: RayOptions,
+    run: RunOptions,
+    tasks: TaskOptions = TaskOptions(tasks=("openllm",)),
+    out: OutFolder = Path("paper"),
+) -> None:
+    """Run the paper's evaluation: Fig. 1, the tables of benchmarks and times, and a check of each claim.
+
+    This needs the extras `eval` and `report`, and hours on a CPU: --limit says how many documents of each task are
+    used, and mmlu is 57 tasks. If you interrupt it, the same command continues where it stopped.
+    """
+    need(*FIGURES, "lm_eval")
+    check_folder(out, "paper")
+    text.check()
+    choice = tasks.check()
+    net, tokenizer = model.load()
+    with progress_bar("reading the text") as progress:
+        batches, described = text.windows(net, tokenizer, seed=run.seed, progress=progress)
+    about = model.provenance(net, **described)
+    windows = text.for_diagnostics(net, tokenizer, run.seed) if how.diagnostics else ()
+    with ray.workers(net, model) as workers, progress_bar() as progress:
+        subject = Subject(net, tokenizer, batches, out, about, run.seed, workers)
+        claims = run_paper(subject, choice, timing, windows=windows, generate_all=how.generate_all, progress=progress)
+    _write_similarity(out, about.what)
+    title = f"The tables are in {out}/paper.md, and as .tex and .csv beside it"
+    show({"claims": table(title, CLAIMS, claims)}, as_json=run.as_json, then=[next_report(out)])
+
+
+def _write_similarity(out: Path, what: dict[str, object]) -> None:
+    found = read(out / SimilarityRecord.file, SimilarityRecord)
+    write_similarity(found, out / "similarity", model_in_words(str(what["model"])), windows_in_words(what))
+
+
+@command(example="notall pareto smollm2 --engine llama.cpp --skip attention:4,8 --out pareto")
+def pareto(
+    engine: fronts.EngineOptions,
+    plans: fronts.ParetoPlans,
+    run: RunOptions,
+    model: ModelOptions = ModelOptions(device="cpu"),
+    text: HeldOutOptions = HeldOutOptions(sequences=128, length=256, held_out_sequences=8),
+    workload: Workload = Workload(generation_tokens=32),
+    out: OutFolder = Path("pareto"),
+) -> None:
+    """Compare skipping with quantising in the engine that serves the model: what is lost, how fast, how large.
+
+    This measures the dense model and each plan, as it is and repaired, in each type: NLL as the engine computes it,
+    times in turn, and bytes. It repairs plans before it quantises them. If you interrupt it, the same command
+    continues where it stopped.
+    """
+    check_folder(out, "pareto")
+    fronts.check_workload(workload)
+    given, (counts, speedups) = plans.given(), plans.wanted
+    if text.sequences < FEWEST:
+        few = f"--sequences {shortened(text.sequences)} is too few to choose by and to repair with"
+        raise UsageError(f"{few}: give {FEWEST} or more")
+    for spec in (model.model, *engine.also):
+        engine.of().check(spec)
+    net, tokenizer = model.load()
+    runs = engine.of(net)
+    types = runs.checked_types(words_of(engine.types))
+    with progress_bar("reading the text") as progress:
+        own, others, described = text.both(net, tokenizer, seed=run.seed, progress=progress)
+    windows = fronts.Windows.of(tokenizer, (row for batch in others for row in batch.tolist()))
+    about = model.provenance(net, **described, seed=run.seed)
+    source = "held_out" if text.held_out else "text"
+    measured_on = {"text": described[source], "text_sha256": described[f"{source}_sha256"]}
+    with progress_bar() as progress:
+        stages = Stages(progress, 8)
+        finding = fronts.Finding(net, plans.of(net), own, out / "plans", about, run.seed)
+        wanted = given | finding.found(counts, speedups, workload, stages.stage(1))
+        for one in wanted.values():
+            one.check(finding.space.structure)
+            warn_of_own_text(one, measured_on)
+        variants = [*wanted.items()]
+        if plans.repair != NONE:
+            variants = finding.repaired(wanted, plans.repair, stages.stage(1))
+        subjects = [
+            fronts.Subject(
+                name, model.model, one, windows, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+            for name, one in [(fronts.DENSE, Plan()), *variants]
+        ]
+        subjects += [_other(replace(model, model=spec, revision=None), tokenizer, windows) for spec in engine.also]
+        del net, finding  # what is measured needs its memory
+        measured = engine.provenance(about, runs, workload, held_out_sequences=len(windows.tokens))
+        records = fronts.measure_pareto(runs, subjects, types, workload, out, measured, progress=stages.stage(6))
+    on_what = measured_on["text"] if text.held_out else f"other windows of {measured_on['text']}"
+    title = f"{about.what['model']} in {engine.engine}, {several(runs.threads, 'thread')}; NLL on {on_what}"
+    fronts.write_pareto(records, out, title)
+    said = fronts.sentence(records)
+    where = f"The table is in {out / 'table.md'}, the checkpoints in {out / 'checkpoints'}."
+    tables = {"pareto": table(f"{title}: {out}", fronts.COLUMNS, records)}
+    show(tables, as_json=run.as_json, also={"verdict": said}, then=(said, where, next_report(out)))
+
+
+def _other(model: ModelOptions, ours: PreTrainedTokenizerBase, windows: fronts.Windows) -> fronts.Subject:
+    """Another model, with the same text in its own tokens."""
+    from ..models.loading import identify
+
+    _, theirs = model.load()
+    known = identify(model.model)
+    name = known["model"].removesuffix(".gguf")
+    own, trusted = fronts.by_another(theirs, ours, windows), model.trust_remote_code
+    return fronts.Subject(name, model.model, Plan(), own, about=known["revision"], trust_remote_code=trusted)
 
 
 @command(example="notall tasks arc")

@@ -135,12 +135,7 @@ class Asked:
 
 
 def _begun(
-    model: ModelOptions,
-    path: Path | None,
-    text: FitOptions,
-    tasks: RecoveryOptions,
-    seed: int,
-    most: int | None = None,
+    model: ModelOptions, path: Path | None, text: FitOptions, tasks: RecoveryOptions, seed: int, most: int | None = None
 ) -> Asked:
     """What a command is asked for, with at most so many windows of texts."""
     from ..structure.locating import locate

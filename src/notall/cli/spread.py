@@ -61,7 +61,7 @@ def _option(
     else:
         flags = option.flags or (f"--{name.replace('_', '-')}",)
         told |= {"min": option.least, "callback": _at_most(option.most), "rich_help_panel": option.panel or panel}
-        info = typer.Option(*flags, **told, show_default=True if option.shown is None else option.shown)
+        info = typer.Option(*flags, **told)
     kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
     default = REQUIRED if default is ... else list(default) if isinstance(default, tuple) else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

@@ -124,5 +124,4 @@ def weight_bytes(checkpoint: Path) -> int:
 
 
 def resident_bytes() -> int:
-    """Of memory, this process, now."""
     return psutil.Process().memory_info().rss

@@ -1,7 +1,5 @@
 """llama.cpp, through the wheel `xllamacpp`: its server runs files, and its routines pack numbers in its types."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import logging

@@ -85,11 +85,6 @@ class VLLM(Engine):
         how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
         return llm.generate([{"prompt_token_ids": list(prompt)}], how, use_tqdm=False)
 
-    def _dtype_of(self, checkpoint: Path) -> str:
-        """As asked for; for eight bits bfloat16 in place of float32, which the kernels of CPUs with AMX do not take."""
-        packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
-        return "bfloat16" if packed and self.dtype == "float32" else self.dtype
-
     def _load(self, checkpoint: Path, tokens: int) -> Any:
         """In this process. Regrouped layers that vLLM has no class for are run by the modeling file of their folder."""
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -97,9 +92,11 @@ class VLLM(Engine):
         from vllm import LLM
 
         torch.set_num_threads(self.threads)
+        packed = "quantization_config" in json.loads((checkpoint / "config.json").read_text())
         return LLM(
             str(checkpoint),
-            dtype=self._dtype_of(checkpoint),
+            # the kernels for eight bits of CPUs with AMX do not take float32
+            dtype="bfloat16" if packed and self.dtype == "float32" else self.dtype,
             max_model_len=tokens,
             max_num_seqs=1,
             enforce_eager=True,  # to compile takes a minute a process

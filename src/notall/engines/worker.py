@@ -4,8 +4,6 @@ It reads one call as JSON and answers with a line of JSON. It starts in an empty
 folder, whatever it is called, is imported in place of a library.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What accuracy hides: long texts, finding a fact far back, calibration, and what the model says when left to write."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -104,7 +102,7 @@ def check_texts(model: PreTrainedModel, plans: Sequence[Plan], windows: Iterable
         pairs = list(zip(some, dense))
         value = calibration_error(some), jackknife_error(calibration_error, some)
         delta = gained(pairs), jackknife_error(gained, pairs)
-        calibration.append(_check("calibration error", value, delta, better=False))
+        calibration.append(_check("calibration error", value, delta, False, normal_p_value(*delta)))
     return [*found, calibration]
 
 
@@ -208,28 +206,15 @@ def _checks(
     found = []
     for values in rest:
         delta = mean_and_error([ours - theirs for ours, theirs in zip(values, dense)])
-        p_value = mcnemar(values, dense) if right_or_wrong else None
+        p_value = mcnemar(values, dense) if right_or_wrong else normal_p_value(*delta)
         kept = Recovery.of(recovery_interval(values, dense), len(values)) if higher_is_better else None
         found.append(_check(name, mean_and_error(values), delta, higher_is_better, p_value, kept))
     return found
 
 
 def _check(
-    name: str,
-    value: Known,
-    delta: Known,
-    better: bool | None,
-    p_value: float | None = None,
-    kept: Recovery | None = None,
+    name: str, value: Known, delta: Known, better: bool | None, p_value: float, kept: Recovery | None = None
 ) -> Check:
     """`value`, and what it has more than the dense model's; `better`: whether higher is."""
-    return Check(
-        check=name,
-        value=value[0],
-        value_se=value[1],
-        delta=delta[0],
-        delta_se=delta[1],
-        p_value=normal_p_value(*delta) if p_value is None else p_value,
-        higher_is_better=better,
-        recovery=kept,
-    )
+    figures = dict(zip(("value", "value_se", "delta", "delta_se"), (*value, *delta)))
+    return Check(check=name, **figures, p_value=p_value, higher_is_better=better, recovery=kept)

@@ -7,8 +7,6 @@ first sublayers, and requests that begin alike their tokens. Needs the extra `ev
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..digests import digest_of_json
 from ..errors import UsageError, raised_by, shortened
 from ..inputs import Settings
 from ..measuring.statistics import jackknife_error, mcnemar, mean_and_error, normal_p_value, recovery_interval
@@ -123,7 +122,7 @@ class Answers:
 
     def __init__(self, folder: Path | None, origin: str, plans: Sequence[Plan]) -> None:
         self.origin = origin
-        self.names = [_digest(*plan.identity) for plan in plans]
+        self.names = [digest_of_json(plan.identity)[:24] for plan in plans]
         self.distinct = [number for number, name in enumerate(self.names) if name not in self.names[:number]]
         self._known: dict[tuple[str, str], Said] = {}  # by request and plan
         self._ledger = Ledger(folder, AnswersRecord) if folder else None
@@ -131,8 +130,7 @@ class Answers:
             self._note(record.plans, record.answers)
 
     def key(self, *request: object) -> str:
-        """A request's name, the same in every run."""
-        return _digest(self.origin, *request)
+        return digest_of_json([self.origin, *request])[:24]
 
     def get(self, key: str, number: int, form: type[A]) -> A:
         """Raises `UsageError` where the file has something of another form."""
@@ -165,10 +163,6 @@ class Answers:
     def _note(self, names: Sequence[str], answers: Mapping[str, Sequence[Said]]) -> None:
         for key, values in answers.items():
             self._known |= {(key, name): said for name, said in zip(names, values)}
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 class PlansLM(HFLM):
@@ -226,20 +220,16 @@ class PlansLM(HFLM):
         asked = self._as_chat(requests)
         keys = [self.answers.key("first_choices", *request.args) for request in asked]
         for chunk in self._missing(keys, asked, OWN):
-            answers = self._own_answers(chunk)
+            prompts = [self.tok_encode(request.args[0]) for request in chunk]
+            with skip(self.model, Plan()):
+                said = greedy_each(self.model, prompts, chunk[0].args[1]["max_gen_toks"])
+            answers = [Request((*prompt, *answer[:-1]), tuple(answer)) for prompt, answer in zip(prompts, said)]
             for scores in self.score([self.plans[number] for number in self.running], answers):
                 lengths = [len(answers[number].continuation) for number in scores.requests]
                 shares = (1 - scores.missed / Tensor(lengths)).T.tolist()
                 found = [self.answers.key("first_choices", *chunk[number].args) for number in scores.requests]
                 self.answers.add(self.running, dict(zip(found, shares)))
         return [self.answers.get(key, self.number, float) for key in keys]
-
-    def _own_answers(self, requests: Sequence[Instance]) -> list[Request]:
-        """What the dense model says to each, greedy, all at once."""
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
-        with skip(self.model, Plan()):
-            said = greedy_each(self.model, prompts, requests[0].args[1]["max_gen_toks"])
-        return [Request((*prompt, *answer[:-1]), tuple(answer)) for prompt, answer in zip(prompts, said)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         keys = [self.answers.key("loglikelihood", *request.args) for request in requests]

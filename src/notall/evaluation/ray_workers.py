@@ -1,7 +1,5 @@
 """Many machines: plans that lie together in their tree, spread over the workers of a Ray cluster (the extra `ray`)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -114,7 +112,6 @@ class _Worker:
         self.scorer = cache(lambda batch_size: Scorer(self.model, batch_size))
 
     def ready(self) -> int:
-        """The process that has the model loaded."""
         return os.getpid()
 
     def score(self, plans: list[Plan], tokens: Tensor) -> list[Scores]:

@@ -46,7 +46,6 @@ class BenchRecord(Record, Skips, kind="bench"):
 
     @property
     def told(self) -> str:
-        """What was timed, in words."""
         return f"{self.prompt_tokens} + {self.generation_tokens} tokens, {self.concurrency} at once"
 
 
@@ -59,7 +58,6 @@ class BenchRow(Fact):
 
 
 def rows_of(records: Sequence[BenchRecord]) -> list[BenchRow]:
-    """The dense model of each, and the skipped one."""
     return [
         BenchRow(plan_words=name, model=model, bench=record)
         for record in records
@@ -147,7 +145,6 @@ def conclusion(record: BenchRecord) -> str:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of times: of the plan that was timed last."""
     records = folder.of(BenchRecord)
     rows = rows_of(records)
     steps = []

@@ -111,7 +111,6 @@ class ComparisonRecord(MeasuredPlan, Record, Answered, kind="comparison", key=(*
         return f"{self.way}: {self.count} {self.space}"
 
     def figures(self) -> dict[str, Scalar]:
-        """Those of its tasks too."""
         return super().figures() | {
             f"{name_of(one)} {field}": value
             for one in self.tasks
@@ -244,7 +243,6 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """As in the records."""
         return self.criterion, self.objective, str(self.space), self.count
 
     @property
@@ -403,7 +401,6 @@ class _Choosing:
         self.held = Ledger(subject.out, ChoiceRecord, lambda record: self._about(record.objective))
 
     def choices(self, asked: Sequence[tuple[Run, Progress]]) -> list[ChoiceRecord]:
-        """One record a run, in their order."""
         for run, progress in asked:
             if run.key not in self.held:
                 self.held.add(self._choose(run, progress))
@@ -534,7 +531,6 @@ def best_first(records: Sequence[ComparisonRecord]) -> list[int]:
 
 
 def plan_file(folder: Path, record: ComparisonRecord) -> Path:
-    """Where the plan of a choice is, in the folder of a comparison."""
     return folder / "plans" / f"{_file_name('-'.join(map(str, record.run)))}.json"
 
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from ..errors import UsageError, raised_by, shortened
+from ..inputs import Settings
 from ..options import Workload, option
 from ..plan import Plan, several
 from ..progress import Progress, Stages, silent, tracked
 from ..results.facts import Decoding
 from ..results.ledger import Ledger, working_in
+from ..results.lines import finite
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Number, Positive, Quartiles, Record, Share, Skips, Unsigned
+from ..results.record import Count, Positive, Quartiles, Record, Share, Skips, Unsigned
 from ..results.table import Column, number, table, with_error, with_quartiles, words
 from .folder import Folder, Section, Shown
 
@@ -218,33 +220,20 @@ def generated(
     return speedup(times[ALONE], times[WITH]), sum(map(list.__eq__, said[WITH], said[ALONE])), ""
 
 
-class BestDraft(Fact):
-    """The number of tokens that is best drafted, by the speedup that is predicted."""
+def verdict(found: Drafted) -> Settings:
+    """If it makes decoding faster, at how many tokens a round it is best, and what transformers made of it.
 
-    drafted: Count
-    predicted: Number
-    measured: Number
-    tokens_per_round: Number
-
-
-class DraftVerdict(Fact):
-    said: str
-    best: dict[str, BestDraft]
-    refused: str | None
-
-
-def verdict(found: Drafted) -> DraftVerdict:
-    """If it makes decoding faster, at how many tokens a round it is best, and what transformers made of it."""
-    facts, phrases = dict[str, BestDraft](), list[str]()
+    That is `said` in words; `best` has the figures by the way to decode, those at the best speedup that is predicted.
+    """
+    figures, phrases = dict[str, Settings](), list[str]()
     for decoding in get_args(Decoding):
         some = [one for one in found.records if one.decoding == decoding]
         if not some:
             continue
         best = max(some, key=lambda one: one.predicted.median)
         predicted, measured = best.predicted, best.measured.median if best.measured else math.nan
-        facts[decoding] = BestDraft(
-            drafted=best.drafted, predicted=predicted.median, measured=measured, tokens_per_round=best.tokens_per_round
-        )
+        times = {"predicted": predicted.median, "measured": measured, "tokens_per_round": best.tokens_per_round}
+        figures[decoding] = {"drafted": best.drafted, **times}
         pace = "faster" if predicted.low > 1 else "slower" if predicted.high < 1 else "about as fast"
         pace = "slower" if measured < 1 < predicted.low else pace
         told = f"at best {predicted.median:.2f}x predicted, with {several(best.drafted, 'token')} a round"
@@ -253,7 +242,7 @@ def verdict(found: Drafted) -> DraftVerdict:
     said = f"Drafting with it would be {', and '.join(phrases)}."
     if found.refused:
         said += f" Nothing was measured: {found.refused}."
-    return DraftVerdict(said=said, best=facts, refused=found.refused or None)
+    return finite({"said": said, "best": figures, "refused": found.refused or None})
 
 
 def shown(folder: Folder) -> Shown:

@@ -100,7 +100,6 @@ class Subject:
 
     @property
     def tokens(self) -> int:
-        """How many its text has."""
         return sum(batch.numel() for batch in self.batches)
 
     def score(self, plans: Sequence[Plan], tokens: Tensor) -> list[Scores]:
@@ -149,7 +148,6 @@ class HeldScores:
         progress(1, 1, doing)
 
     def has(self, key: Scored) -> bool:
-        """Of all batches."""
         return all((number, *key) in self._held for number in range(len(self.subject.batches)))
 
     def scores(self, key: Scored) -> Scores:
@@ -166,14 +164,12 @@ class HeldScores:
         return Scores(**whole)
 
     def quality(self, key: Scored) -> Quality:
-        """Beside the dense model."""
         from ..measuring.quality import summarize
 
         return summarize(self.scores(key), self.scores(DENSE))
 
 
 def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progress = silent, name: str = "") -> Times:
-    """In turn with the dense model."""
     from ..measuring.speed import time_plans
 
     plans = {name: plan} if plan else {}
@@ -181,7 +177,6 @@ def time_plan(subject: Subject, plan: Plan, workload: Workload, progress: Progre
 
 
 def similarities(subject: Subject, about: Provenance, progress: Progress) -> list[SimilarityRecord]:
-    """Of each block and sublayer."""
     from ..measuring.quality import measure_similarity
 
     progress(0, 1, "similarity by depth")
@@ -232,16 +227,7 @@ def run_choice(
     from ..evaluation.harness import run_tasks
 
     assert tokenizer
-    return run_tasks(
-        model,
-        tokenizer,
-        plans,
-        jobs,
-        batch_size=choice.batch_size,
-        folder=folder,
-        truncate=choice.truncate,
-        progress=progress,
-    )
+    return run_tasks(model, tokenizer, plans, jobs, folder=folder, progress=progress, **choice.how)
 
 
 def benchmark(
@@ -271,12 +257,8 @@ def benchmark(
     @cache
     def model(of_few: bool) -> PlansLM:
         assert subject.tokenizer
-        return PlansLM(
-            *(subject.model, subject.tokenizer, [row.plan for row in rows_of[of_few]], subject.out),
-            batch_size=choice.batch_size,
-            truncate=choice.truncate,
-            workers=subject.workers,
-        )
+        plans = [row.plan for row in rows_of[of_few]]
+        return PlansLM(subject.model, subject.tokenizer, plans, subject.out, workers=subject.workers, **choice.how)
 
     with working_in(subject.out, "paper"):
         held = Ledger(subject.out, BenchmarkRecord, lambda one: abouts.get(str(one.what.get("asked")), about))

@@ -161,7 +161,6 @@ def warn_if_worse(measured: Sequence[MeasuredRecord]) -> None:
 
 
 def shown(folder: Folder) -> Shown:
-    """What a page says of an evaluation."""
     timed = "see what that saves", next_command("bench", folder.model, *folder.plan_options)
     return shown_measured(folder, lambda verdict: timed if verdict.usable else asking_for_less(folder.model))
 
@@ -232,7 +231,6 @@ def _cards(measured: Sequence[MeasuredRecord]) -> Iterator[Card]:
 
 
 def _beside(quality: Quality) -> str:
-    """What stands next to the nats."""
     told = [f"KL {quality.kl:.2f}"] if is_number(quality.kl) else []
     told += [f"{quality.top1_agreement:.0%} of first choices stay"] if is_number(quality.top1_agreement) else []
     return f" ({', '.join(told)})" if told else ""

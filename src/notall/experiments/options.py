@@ -371,6 +371,11 @@ class TaskChoice:
     def __bool__(self) -> bool:
         return bool(self.names)
 
+    @property
+    def how(self) -> Settings:
+        """How requests are run, as `run_tasks` and `PlansLM` take it."""
+        return {"batch_size": self.batch_size, "truncate": self.truncate}
+
     def limit_of(self, task: str) -> int | None:
         return self.limits.of(task) if self.limits else None
 

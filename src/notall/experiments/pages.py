@@ -58,7 +58,6 @@ def fastest(records: Iterable[P]) -> P | None:
 
 
 def mildest(records: Iterable[P]) -> P | None:
-    """What loses least, usable or not."""
     known = (one for one in records if one.plan and is_number(one.quality.delta_nll))
     return min(known, key=lambda one: one.quality.nats_lost, default=None)
 

@@ -102,7 +102,6 @@ class TimingGrid:
 
     @property
     def workloads(self) -> list[Workload]:
-        """Each of them once."""
         sizes = product(dict.fromkeys(self.prompt_tokens), dict.fromkeys(self.concurrency))
         return [Workload(prompt, self.generation_tokens, at_once, self.rounds) for prompt, at_once in sizes]
 
@@ -253,7 +252,6 @@ class Scoreboard:
 
     @property
     def fewest(self) -> int:
-        """Documents that any of those has."""
         return min((row[column].documents for row in self.cells.values() for column in self.shared), default=0)
 
     def difference(self, key: Configuration, other: Configuration) -> tuple[float, float, float]:
@@ -289,7 +287,6 @@ def _is_share(record: TaskScore) -> bool:
 
 
 def _shares(record: TaskScore) -> list[float]:
-    """The metric of each document that has one."""
     return [value for value in record.values or () if is_number(value)]
 
 
@@ -547,7 +544,6 @@ def caption_of(kind: str, records: Sequence[Record], keep_last: bool | None = No
 
 
 def _made(records: Sequence[Record]) -> str:
-    """How and where figures were measured, in sentences."""
     about = records[0].provenance or Provenance(what={})
     where = f"{about.what.get('dtype')} on {place_of(about.where.get('machine'), versions=False)}."
     asked = {(one.task, one.metric): one for one in records if isinstance(one, BenchmarkRecord)}
@@ -613,7 +609,6 @@ def _headline(
 
 
 def _told(timed: TimesRecord | None, average: Average | None, nats: float | None, documents: int) -> Iterator[str]:
-    """What a configuration comes to, in words."""
     if timed:
         yield f"it decodes {timed.times.speedup_decode.median:.2f}× as fast"
     if average:

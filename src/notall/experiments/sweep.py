@@ -126,7 +126,6 @@ def leave_one_out(subject: Subject, about: Provenance, progress: Progress) -> No
 
 
 def continuations(subject: Subject, rows: Sequence[Configured], about: Provenance, progress: Progress) -> None:
-    """How each of `rows` continues a few prompts."""
     from ..running.generating import continue_prompts
 
     assert subject.tokenizer

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import shortened
+from ..inputs import Settings
 from ..models.names import DEFAULT_TEXT, USE
 from ..plan import Plan
 from ..results.facts import RECOVERY, Footprint, PlanScore, Quality
+from ..results.lines import finite
 from ..results.provenance import Provenance
-from ..results.record import Count, Fact, Number, Quartiles, Share, is_number
+from ..results.record import Quartiles, is_number
 from ..results.table import in_bytes
 from .folder import Folder, Message, Step, in_nats
 from .recovery import kept_in_words, lost_in, short_of
@@ -47,28 +49,6 @@ def joined(parts: Sequence[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-class Bytes(Fact):
-    """Of the dense model, and of what is left."""
-
-    dense: Count | None
-    skipped: Count | None
-
-
-class VerdictFact(Fact):
-    said: str
-    usable: bool | None
-    missed: str | None
-    next: str
-    text: str | None
-    delta_nll: Number
-    perplexity_factor: Number
-    top1_agreement: Share
-    speedup: Number
-    weight_bytes: Bytes
-    kv_bytes_per_token: Bytes
-    state_bytes: Bytes
-
-
 @dataclass(frozen=True)
 class Verdict:
     """A plan with what is known of it, which the first sentence of a page and the last of a command say."""
@@ -95,7 +75,6 @@ class Verdict:
     def on(
         cls, model: PreTrainedModel, plan: Plan, quality: Quality | None = None, text: str = "", state: str = ""
     ) -> Verdict:
-        """What a plan leaves of a model, and what it costs."""
         from ..running.skipping import footprint
         from ..structure.locating import locate
 
@@ -106,7 +85,6 @@ class Verdict:
 
     @classmethod
     def of(cls, step: Step, folder: Folder, named: str = "") -> Verdict:
-        """What a page says of one of its plans."""
         return cls(
             step.plan,
             step.quality,
@@ -161,23 +139,19 @@ class Verdict:
         if self.next:
             yield f"Next:    {self.next}"
 
-    def fact(self) -> VerdictFact:
-        assert self.dense
-        assert self.footprint
+    def in_numbers(self) -> Settings:
+        """What it says, for programs; of bytes those of the dense model, and those that are left."""
         dense, left = vars(self.dense), vars(self.footprint)
+        told = {
+            **{name: getattr(self, name) for name in ("said", "usable", "missed", "next")},
+            "text": self.text if self.quality else None,
+            "delta_nll": self.lost,
+            "perplexity_factor": self.perplexity_factor,
+            "top1_agreement": self.quality.top1_agreement if self.quality else None,
+            "speedup": self.speedup.median if self.speedup else None,
+        }
         kinds = "weight_bytes", "kv_bytes_per_token", "state_bytes"
-        return VerdictFact(
-            said=self.said,
-            usable=self.usable,
-            missed=self.missed,
-            next=self.next,
-            text=self.text if self.quality else None,
-            delta_nll=self.lost,
-            perplexity_factor=self.perplexity_factor,
-            top1_agreement=self.quality.top1_agreement if self.quality else math.nan,
-            speedup=self.speedup.median if self.speedup else math.nan,
-            **{kind: Bytes(dense=dense[kind], skipped=left[kind]) for kind in kinds},
-        )
+        return finite(told | {kind: {"dense": dense[kind], "skipped": left[kind]} for kind in kinds})
 
     def _said(self) -> Iterator[str]:
         if not self.plan:
@@ -235,7 +209,6 @@ def mending(model: str, plan: object, repaired: bool) -> str:
 
 
 def asking_for_less(model: str) -> tuple[str, str]:
-    """What to do where nothing was usable, and the command."""
     return "ask for what costs little", next_command("search", model, max_nll=LITTLE, out="plan.json")
 
 

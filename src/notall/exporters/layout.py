@@ -1,7 +1,5 @@
 """From a plan to the layers of an export, the config that describes them, and where each tensor and module goes."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -99,7 +99,6 @@ def manifest_of(origin: Origin, plan: Plan, form: str) -> Settings:
 
 
 def read_manifest(folder: Path) -> Settings:
-    """The manifest of a folder that `export` wrote."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 

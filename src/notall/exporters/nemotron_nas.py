@@ -147,7 +147,6 @@ def ffn_mult(width: int, hidden: int) -> float:
 
 
 def _width(config: PretrainedConfig) -> int:
-    """Of an MLP, as it is written."""
     return ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
 
 

@@ -3,8 +3,6 @@
 A pattern means, of what is kept, just what it meant in the dense model: as it is, renumbered, or as a list of names.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

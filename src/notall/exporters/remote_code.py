@@ -1,7 +1,5 @@
 """The modeling file of a regrouped checkpoint, from one template: it subclasses transformers' own classes."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ that the function that makes its list of layers is replaced while it is built. I
 residual), and the next norm adds them: what is left out passes the pair on, at no cost.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ probability min(1, p/q), any with sum(min(p, q)), and one that the text goes on 
 Leviathan et al. 2023, arXiv 2211.17192.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence
@@ -17,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..results.facts import Decoding
-from ..running.generating import ends_of
-from .speed import cache_name, last_logits
+from ..running.generating import greedy, sample, up_to_end
+from .speed import last_logits
 from .statistics import jackknife_error
 
 
@@ -34,24 +32,12 @@ def write_texts(
     model: PreTrainedModel, prompts: Tensor, new_tokens: int, decoding: Decoding, *, seed: int = 0
 ) -> list[Tensor]:
     """What `model` says behind `prompts`, (B, P), greedy or sampled at temperature 1: ids up to an end, (tokens,)."""
-    generator = torch.Generator(prompts.device).manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:  # (B, vocabulary) -> (B, 1)
-        if decoding == "greedy":
-            return logits.argmax(-1, keepdim=True)
-        return torch.multinomial(logits.float().softmax(-1).to(prompts.device), 1, generator=generator)
-
-    last = last_logits(model, 1)
-    with torch.inference_mode():
-        output = model(input_ids=prompts, use_cache=True, **last)
-        name, said = cache_name(output), [choose(output.logits[:, -1])]
-        for _ in range(new_tokens - 1):
-            output = model(input_ids=said[-1], use_cache=True, **{name: output[name]}, **last)
-            said.append(choose(output.logits[:, -1]))
-    ends = torch.tensor(ends_of(model), dtype=torch.long, device=prompts.device)
-    texts = torch.cat(said, dim=1)
-    lengths = [int(found[0]) + 1 if len(found := torch.isin(row, ends).nonzero()) else len(row) for row in texts]
-    return [row[:length] for row, length in zip(texts, lengths)]
+    if decoding == "greedy":
+        said = greedy(model, prompts, new_tokens)
+    else:
+        drawn = sample(model, prompts, new_tokens, seed=seed)[:, prompts.shape[1] :].tolist()
+        said = [up_to_end(model, row) for row in drawn]
+    return [torch.tensor(row, device=prompts.device) for row in said]
 
 
 def judge(model: PreTrainedModel, draft: PreTrainedModel, prompt: Tensor, text: Tensor, decoding: Decoding) -> Accepted:

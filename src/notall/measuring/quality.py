@@ -1,7 +1,5 @@
 """What a plan costs in quality, and what each layer and sublayer does to the residual stream of the dense model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -66,7 +64,6 @@ def score(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tensor) -> list
 
 
 def gather(batches: Iterable[Sequence[Scores]]) -> list[Quality]:
-    """The quality of each plan from what `score` answers for each batch."""
     dense, *rest = (reduce(add, parts) for parts in zip(*batches))
     return [summarize(scores, dense) for scores in rest]
 

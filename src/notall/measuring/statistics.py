@@ -1,7 +1,5 @@
 """Means with their standard errors, and whether two sets of figures on the same documents differ."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist

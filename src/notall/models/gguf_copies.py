@@ -1,7 +1,5 @@
 """GGUF files as plain folders, which all of transformers understands: copied once and kept in the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

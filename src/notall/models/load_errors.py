@@ -1,7 +1,5 @@
 """What transformers says while it loads: kept off the terminal, and one line with the fix where it fails."""
 
-from __future__ import annotations
-
 import logging
 import re
 import warnings

@@ -1,7 +1,5 @@
 """From a spec (default model, hub id, folder, GGUF file, own export, shape) to a model, and where it comes from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """What a model's name means: the default model, a shape, a GGUF file, or a hub id. No torch."""
 
-from __future__ import annotations
-
 import importlib.util
 from itertools import islice
 from pathlib import Path
@@ -31,7 +29,6 @@ def default_gguf() -> Path:
 
 
 def named_gguf(spec: str | Path) -> Path | None:
-    """The GGUF file that a spec means, if it means one."""
     if spec == DEFAULT_MODEL:
         return default_gguf()
     path = expanded(spec)

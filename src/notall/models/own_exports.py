@@ -1,7 +1,5 @@
 """What `notall export` wrote, without the code beside it: layers of transformers' own class that lack a sublayer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,7 +81,6 @@ class _Index(BaseModel):
 
 
 def shard_index(path: Path) -> dict[str, str]:
-    """Which shard each tensor is said to be in."""
     try:
         return _Index.model_validate(read_json(path.read_bytes()), strict=True).weight_map
     except ValueError:

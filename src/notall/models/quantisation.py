@@ -1,7 +1,5 @@
 """What a config says of quantised weights, and whether transformers can run them on this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from transformers import PretrainedConfig

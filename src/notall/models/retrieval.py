@@ -1,7 +1,5 @@
 """Texts in which something is told far back and asked for at the end, in several forms, for any tokenizer."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

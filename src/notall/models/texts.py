@@ -1,7 +1,5 @@
 """Text, and the batches of token ids drawn from it, checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +78,6 @@ def token_batches(
 
 
 def windows_in(tokenizer: PreTrainedTokenizerBase, text: Text, length: int) -> int:
-    """How many windows of so many tokens a text has."""
     return len(_ids(tokenizer, text)) // max(1, length - len(_start_tokens(tokenizer)))
 
 

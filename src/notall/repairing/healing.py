@@ -116,7 +116,6 @@ def _check(model: PreTrainedModel, training: Training) -> None:
 
 
 def _settings(training: Training, history: Sequence[RepairStep]) -> dict[str, object]:
-    """What decides the weights."""
     plan, how = training.plan, asdict(training.config)
     how["train_seed"] = how.pop("seed")  # that of the text has this name
     if training.config.train != "lora":

@@ -1,7 +1,5 @@
 """The output projections of sublayers, found by trying what becomes of random numbers in place of answers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

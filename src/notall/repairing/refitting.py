@@ -89,7 +89,6 @@ def repair(
 def about_weights(
     settings: Provenance | Mapping[str, object], model: PreTrainedModel, plan: Plan, **how: object
 ) -> Provenance:
-    """What decides the weights that a plan gets for a model."""
     told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "dtype": dtype_name(model)}
     return Provenance.of(settings, **told, **how)
 

@@ -1,7 +1,5 @@
 """The dense model's residual stream, line by line, for all batches: what a repair aims at."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +59,6 @@ class Line:
 
 
 def lines_of(structure: ModelStructure) -> list[Line]:
-    """Every line of the dense model, in order."""
     return [
         Line(block, parts, block.scale if parts[-1] is block.sublayers[-1] else 1.0)
         for block, parts in live_steps(structure, Plan())
@@ -79,7 +76,6 @@ class LiveStep(Line):
 
 
 def steps_of(structure: ModelStructure, plan: Plan) -> list[LiveStep]:
-    """What the plan keeps, in order."""
     lines, live = lines_of(structure), list(live_steps(structure, plan))
     places = {part.name: place for place, line in enumerate(lines) for part in line.parts}
     starts = [places[parts[0].name] for _, parts in live] + [len(lines)]

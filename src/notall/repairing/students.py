@@ -1,7 +1,5 @@
 """The model that a healing trains: the dense one without what a plan skips, and copies of the weights to train."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator

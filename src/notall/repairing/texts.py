@@ -150,6 +150,5 @@ def measure(
 
 
 def about_measured(model: PreTrainedModel, settings: Provenance, plan: Plan, batches: Sequence[Tensor]) -> Provenance:
-    """What decides the figures."""
     told = {"plan": plan.indices, "fingerprint": locate(model).fingerprint, "weights": plan.digest}
     return Provenance.of(settings, **told, windows=digest_of(batches)[:16])

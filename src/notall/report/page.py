@@ -214,7 +214,6 @@ class Page:
 
     @property
     def data(self) -> dict[str, object]:
-        """What the page's program reads."""
         own = [drawn for drawn in (self.map, self.savings) if drawn]
         drawn = [*own, *(one for part in self.parts for one in part.figures)]
         csv = {one.copied: one.csv for one in drawn if one.csv}
@@ -270,7 +269,6 @@ def _savings(number: int, step: Step) -> Iterator[Saving]:
 
 
 def flatten(value: object, name: str = "") -> Iterable[tuple[str, str]]:
-    """Nested records as `a.b`, value."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from flatten(item, f"{name}.{key}" if name else str(key))

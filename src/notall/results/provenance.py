@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from ..errors import shortened
 from ..inputs import Settings
@@ -18,10 +18,8 @@ from ..inputs import Settings
 PLACES = ("machine", "device", "threads", "versions", "command", "date")  # told, and never compared
 
 
-class Provenance(BaseModel):
+class Provenance(BaseModel, frozen=True, extra="forbid"):
     """`what` decides whether a folder's records belong to a run; `where` is told beside them, and never compared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     what: Settings = Field(description="model, text, dtype, seed, settings: what to repeat it with")
     where: Settings = Field({}, description="machine, threads, versions, command, date")
@@ -56,7 +54,6 @@ def this_run() -> dict[str, str]:
 
 
 def windows_in_words(described: Settings) -> str:
-    """What was measured on, in words."""
     return f"{described['sequences']} windows of {described['length']} tokens of {shortened(described['text'])}"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, field_validator
 from typing_extensions import Self
 
 from ..inputs import Settings
@@ -69,10 +69,8 @@ Skipped = Annotated[
 ]
 
 
-class Fact(BaseModel):
+class Fact(BaseModel, frozen=True, defer_build=True, extra="forbid", strict=True, allow_inf_nan=False):
     """What was measured, as it is stored, shown and drawn: frozen, and checked where it is read."""
-
-    model_config = ConfigDict(frozen=True, defer_build=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def figures(self) -> dict[str, Scalar]:
         """Every number and text in it, also in the facts that it holds, by the names of fields: a line of a CSV."""
@@ -180,7 +178,6 @@ class Record(Fact):
         return self.provenance.what if self.provenance else {}
 
     def line(self) -> Settings:
-        """As it is written."""
         return {"record": self.kind_name, **self.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from typing_extensions import Self
 
 from .facts import QUALITY, Quality, SearchCost, State
@@ -38,19 +38,15 @@ class AnswersRecord(Record, kind="answers"):
         return self
 
 
-class FittedText(BaseModel):
+class FittedText(BaseModel, frozen=True):
     """A text that weights were fitted to, or trained on."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: Annotated[str, Field(max_length=300)]
     text_sha256: Annotated[str, Field(max_length=64)]
 
 
-class RepairStep(BaseModel):
+class RepairStep(BaseModel, frozen=True, extra="allow"):
     """What made the weights of a repaired plan, one command after another; beside this all of its settings."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
 
     by: Literal["repair", "heal"]
     texts: tuple[FittedText, ...] = ()

@@ -85,7 +85,6 @@ def number(
 
 
 def size(heading: str, get: Callable[[F], float | None]) -> Column[F]:
-    """Bytes, in the unit that suits them."""
     return number(heading, get, in_bytes)
 
 
@@ -105,30 +104,27 @@ def with_quartiles(heading: str, get: Callable[[F], Quartiles | None], form: str
     """A median and its quartiles."""
 
     def cell(of: Quartiles) -> Cell:
-        return Cell(of.median, written(of.median, form), f"[{written(of.low, form)}, {written(of.high, form)}]")
+        return _between(of.median, of.low, of.high, form)
 
     return _column(heading, get, cell, note="[ ]: quartiles of the rounds")
 
 
 def with_interval(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
     """A share of the dense model's, with the ends of its interval."""
-
-    def cell(found: tuple[float, float, float]) -> Cell:
-        share, low, high = found
-        return Cell(share, written(share, ".2f"), f"[{written(low, '.2f')}, {written(high, '.2f')}]")
-
-    return _column(heading, get, cell, note="[ ]: 95 % interval, paired")
+    return _column(heading, get, lambda found: _between(*found, ".2f"), note="[ ]: 95 % interval, paired")
 
 
-def with_difference(
-    heading: str, get: Callable[[F], tuple[float, float, float] | None], form: str = ".3f"
-) -> Column[F]:
+def _between(value: float, low: float, high: float, form: str) -> Cell:
+    return Cell(value, written(value, form), f"[{written(low, form)}, {written(high, form)}]")
+
+
+def with_difference(heading: str, get: Callable[[F], tuple[float, float, float] | None]) -> Column[F]:
     """A figure with its difference to the dense model and its error; nothing beside the dense model itself."""
 
     def cell(found: tuple[float, float, float]) -> Cell:
         value, delta, error = found
-        beside = f"({written(delta, f'+{form}')} ± {written(error, form)})" if is_number(delta) else ""
-        return Cell(value, written(value, form), beside) if is_number(value) else EMPTY
+        beside = f"({written(delta, '+.3f')} ± {written(error, '.3f')})" if is_number(delta) else ""
+        return Cell(value, written(value, ".3f"), beside) if is_number(value) else EMPTY
 
     return _column(heading, get, cell, note="( ): difference to the dense model ± its standard error")
 

@@ -51,7 +51,6 @@ def say(line: str) -> None:
 
 
 def next_report(folder: Path) -> str:
-    """The command that makes a page of a folder of results."""
     return f"Next: notall report {folder} -o {folder / 'report.html'}"
 
 

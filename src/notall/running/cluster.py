@@ -1,7 +1,5 @@
 """A Ray cluster: joined, or started here, what it has room for, and work for its workers. Needs the extra `ray`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Continue a prompt with the skipped model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -101,8 +99,13 @@ def greedy(
     settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **until)
     with _generating_by(model, settings):
         rows = _generate(model, ids, mask, **options)[:, ids.shape[1] :].tolist()
-    lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in rows]
-    return [row[:length] for row, length in zip(rows, lengths)]
+    return [up_to_end(model, row) for row in rows]
+
+
+def up_to_end(model: PreTrainedModel, row: list[int]) -> list[int]:
+    """The tokens of a text up to the one that ends it, if one does."""
+    ends = ends_of(model)
+    return row[: next((place for place, token in enumerate(row, 1) if token in ends), len(row))]
 
 
 def sample(model: PreTrainedModel, prompts: Tensor, new_tokens: int, *, seed: int = 0) -> Tensor:

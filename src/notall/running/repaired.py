@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class LinearMap:
         return hidden + nn.functional.linear(hidden, self.matrix.to(hidden), bias)
 
 
-class RepairedPlan(Plan):
+class RepairedPlan(Plan, arbitrary_types_allowed=True):
     """A plan, and for some parameters of what it keeps the values that go with it.
 
     `weights` maps the path of a parameter in the dense model to its value, of the same shape. Wherever a plan is run
@@ -68,8 +68,6 @@ class RepairedPlan(Plan):
     `maps` are matrices that stay at run time, by the names of skipped sublayers, in whose places they run. They are
     there to be measured against: `evaluate` runs them; `skip`, `remove` and `export` refuse them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     def __init__(self, /, attention: Iterable[int] = (), mlp: Iterable[int] = (), **fields: object) -> None:
         super().__init__(attention, mlp, **fields)
@@ -92,7 +90,6 @@ class RepairedPlan(Plan):
 
     @property
     def added_bytes(self) -> int:
-        """Of the matrices that stay at run time."""
         return sum(tensor.nbytes for one in self.maps.values() for tensor in one.tensors)
 
     @property
@@ -101,7 +98,6 @@ class RepairedPlan(Plan):
 
     @property
     def unrepaired(self) -> Plan:
-        """What it skips, without the weights."""
         return Plan(self.attention, self.mlp, fingerprint=self.fingerprint, note=self.note)
 
     def __str__(self) -> str:
@@ -227,10 +223,8 @@ def placed_at(module: nn.Module, path: str, weight: Tensor) -> tuple[dict[str, n
     return holder._parameters, name, new
 
 
-class Seal(BaseModel):
+class Seal(BaseModel, frozen=True, extra="forbid"):
     """What a finished folder holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: dict[str, list[int]]
     files: dict[str, str]  # their digests: of records the SHA-256, of weights as `digest_of_tensors`
@@ -279,7 +273,6 @@ def read_weights(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
 
 
 def file_of(refit: RefitRecord) -> str:
-    """What the weights of one step of a repair are in."""
     return f"{'+'.join(refit.sublayers)}.safetensors"
 
 

@@ -34,7 +34,6 @@ class Recording:
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens are."""
         return next(iter(self.inputs.values())).device
 
 
@@ -93,7 +92,6 @@ class Replay:
         self.first: dict[str, Step] = {}
         self.plans = len(plans)
         self.executions = 0  # sublayers run for one batch
-        self.one_by_one = 0  # and how many there would be without sharing
         self.ran = 0  # sublayers run so far, over all batches
         self.alone: dict[Plan, list[int]] = {}  # plans that share nothing, with their numbers
         for number, plan in enumerate(plans):
@@ -101,9 +99,7 @@ class Replay:
             if isinstance(plan, RepairedPlan):
                 plan = plan.placed(self.model)
             if not self.structure.apart:
-                running = len(self.structure.running(plan))
-                self.executions += 0 if plan in self.alone else running
-                self.one_by_one += running
+                self.executions += 0 if plan in self.alone else len(self.structure.running(plan))
                 self.alone.setdefault(plan, []).append(number)
                 continue
             here, step = self.first, None
@@ -112,7 +108,6 @@ class Replay:
                 step = here.setdefault(new.name, new)
                 here = step.after
                 self.executions += len(new.parts) if step is new else 0
-                self.one_by_one += len(new.parts)
             assert step is not None, "a plan keeps at least one attention"
             step.plans.append(number)
 
@@ -153,7 +148,6 @@ class Replay:
             waiting.extend((child, hidden, kept, place + 1) for child in reversed(step.after.values()))
 
     def _steps_of(self, plan: Plan) -> Iterator[Step]:
-        """What is run of a plan, in order: steps that nothing follows yet."""
         maps = plan.maps if isinstance(plan, RepairedPlan) else {}
         for block, parts in live_steps(self.structure, plan, mapped=maps):
             name = step_name(parts)

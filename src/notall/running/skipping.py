@@ -4,8 +4,6 @@ Layers that stay in place (see `structure/in_place.py`) get stubs. Else the live
 with one mixer each (see `regroup`), so that whatever counts layers, such as caches and masks, is right.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -188,7 +186,6 @@ def _place(model: PreTrainedModel, structure: ModelStructure) -> tuple[nn.Module
 
 
 def _put(model: PreTrainedModel, structure: ModelStructure, layers: nn.ModuleList) -> None:
-    """Make `layers` the model's own."""
     parent, name, _ = _place(model, structure)
     layers.training = parent.training
     parent._modules[name] = layers

@@ -3,8 +3,6 @@
 There is no table of architectures: what `observation` reads each layer as is run again from its parts (`proving`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace

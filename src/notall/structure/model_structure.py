@@ -1,7 +1,5 @@
 """What a model is made of: blocks, and the sublayers that add to its residual stream."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import textwrap
@@ -60,7 +58,6 @@ class Sublayer:
 
 
 def name_of(kind: Kind, layer: int) -> str:
-    """Of a sublayer."""
     return f"{'attn' if kind == 'attention' else 'mlp'}.{layer}"
 
 

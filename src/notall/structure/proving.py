@@ -1,7 +1,5 @@
 """The proof of what was read: each layer, run again from its parts, gives what it gave; no MLP sees other tokens."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack

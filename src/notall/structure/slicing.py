@@ -1,7 +1,5 @@
 """A model cut to some of its layers, for a while or for good: its config, their numbers, and clones of modules."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager

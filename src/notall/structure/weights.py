@@ -3,8 +3,6 @@
 A quantised matrix, of several tensors, counts as the matrix that it stands for, and weighs what all of them do.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

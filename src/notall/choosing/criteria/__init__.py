@@ -1,7 +1,5 @@
 """Importance criteria, one idea a file. A new one is a function and a line in `_ALL`, or is of `GROUP`."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from typing import Any
 from ...errors import UsageError, shortened
 from ...plugins import installed_names, named, takes
 from ..budget import Budget
-from ..space import Choice, Space
+from ..space import UNIT_KINDS, Choice, Space
 from . import search
 from .data_free import has_projections, score_deepest, score_gate_norm, score_random, score_shallowest
 from .losses import choose_by_evolution, choose_greedily, score_leave_one_out
@@ -76,8 +74,8 @@ def every_criterion() -> dict[str, Criterion]:
 
 
 def suits(given: CriterionLike, space: Space) -> bool:
-    """Whether a criterion can choose from `space`."""
-    return space.unit_kind in criterion(given).kinds
+    kind = space.kind if space.kind in UNIT_KINDS else "attention"  # which all mixers are
+    return kind in criterion(given).kinds
 
 
 def choose(given: CriterionLike, setting: Setting, budget: Budget) -> Choice:

@@ -1,7 +1,5 @@
 """Without a text: by place alone, for which a config is enough (the paper skips the deepest), or by the weights."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from itertools import product

@@ -1,7 +1,5 @@
 """By what the objective really rises by: of each unit alone, of the best next one, or of sets that evolve."""
 
-from __future__ import annotations
-
 import random
 
 from ..budget import Budget

@@ -1,7 +1,5 @@
 """By one pass of the dense model over the text: what a part does to the stream, or the gradient of its gate."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Ways to make up for what a plan skips. A new one is a function and a line in `METHODS`, or is of `GROUP`."""
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Mapping, Sequence

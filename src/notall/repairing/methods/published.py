@@ -1,7 +1,5 @@
 """Published repairs to measure ours against: each closes the gaps of a plan, which are runs of lines that it skips."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
