@@ -30,6 +30,7 @@ TARGETS = {
     "hf": "notall.exporters.hf:HFExport",
     "nemotron-nas": "notall.exporters.nemotron_nas:NemotronExport",
     "gguf": "notall.exporters.gguf:GGUFExport",
+    "executorch": "notall.exporters.executorch:ExecuTorchExport",
 }
 SHARD_BYTES = 5_000_000_000
 UNPACKED = "bfloat16"  # what a GGUF file's numbers are written in: what they are run and timed in

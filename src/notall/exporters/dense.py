@@ -226,6 +226,9 @@ class CheckpointExport(Export):
         for name, text in {**self.files, "config.json": config}.items():
             (folder / name).write_text(text, encoding="utf-8")
         write_shards(folder, self.tensors, shard_bytes, progress, self.notes)
+        self.copy_companions(folder)
+
+    def copy_companions(self, folder: Path) -> None:
         for file in self.companions:
             if not (folder / file.name).exists():  # what the export has written itself stays
                 shutil.copyfile(file, folder / file.name)
